@@ -1,0 +1,25 @@
+"""qwen3fast: the fastest readable Qwen3 engine in PyTorch.
+
+>>> from qwen3fast import Generator, SamplingParams
+>>> with Generator.from_pretrained("tiny") as generator:
+...     print(generator.chat([{"role": "user", "content": "What is 17 + 25?"}], enable_thinking=False).text)
+42
+"""
+
+from qwen3fast._version import __version__
+from qwen3fast.config import ModelConfig
+from qwen3fast.generator import Generator, load_model
+from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
+from qwen3fast.sampling import SamplingParams
+
+__all__ = [
+    "GenerationResult",
+    "Generator",
+    "GeneratorStats",
+    "ModelConfig",
+    "RequestMetrics",
+    "SamplingParams",
+    "StreamChunk",
+    "__version__",
+    "load_model",
+]

@@ -1,0 +1,141 @@
+"""Running one case (mode, length, batch size): times of every token, and whether the tokens are right.
+
+Modes differ in two ways only: with the KV cache or computing the whole sequence for each token; eager or compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+from qwen3fast.bench.environment import synchronize
+from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3
+from qwen3fast.sampling import SamplerKind, SamplerRows
+
+MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
+
+# How far below the best logit a chosen one may lie, as a share of the largest logit, by dtype: kernels sum in different
+# orders. bfloat16 keeps 8 bits (2^-8 = 0.4%) and errors of 28 layers add up.
+TIE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+
+
+@dataclass
+class Sample:
+    """One repetition: seconds to the first token of all rows, then seconds of each later step; ids of each row."""
+
+    ttft_s: float
+    step_s: list[float] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """Tokens of a mode against the reference logits for the same tokens: how many are the exact argmax, and the worst
+    gap below it as a share of the largest logit."""
+
+    tokens: int
+    exact: int
+    worst_gap: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every token is the argmax up to the dtype's rounding."""
+        return self.worst_gap <= self.tolerance
+
+
+class Workbench:
+    """The model with an eager and, where a mode needs it, a compiled engine on the same weights."""
+
+    def __init__(self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int) -> None:
+        self.model = model
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self._engines: dict[bool, Engine] = {}
+        for compiled in sorted({is_compiled(mode) for mode in modes}):
+            cache = StaticKVCache(model.config, max_batch_size, max_seq_len, self.dtype, self.device)
+            self._engines[compiled] = Engine(model, cache, self.device, compiled, cuda_graphs=compiled)
+
+    def engine(self, mode: str) -> Engine:
+        """The engine that runs a mode."""
+        return self._engines[is_compiled(mode)]
+
+    def run(self, mode: str, prompts: list[list[int]], new_tokens: int) -> Sample:
+        """Generate `new_tokens` greedily for each prompt and time every token."""
+        return (_run_cached if is_cached(mode) else _run_uncached)(self.engine(mode), prompts, new_tokens)
+
+    @torch.no_grad()
+    def check(self, sample: Sample, prompts: list[list[int]]) -> TokenCheck:
+        """Compare chosen tokens with the plain model's logits on the same sequence (eager, no cache)."""
+        tokens = exact = 0
+        worst = 0.0
+        for prompt, ids in zip(prompts, sample.token_ids, strict=True):
+            sequence = torch.tensor([prompt + ids[:-1]], device=self.device)
+            logits_NV = self.model.logits(self.model.hidden(sequence)[:, len(prompt) - 1 :])[0].float()
+            best_N = logits_NV.amax(dim=-1)
+            chosen_N = logits_NV.gather(1, torch.tensor(ids, device=self.device)[:, None])[:, 0]
+            tokens += len(ids)
+            exact += int((chosen_N == best_N).sum())
+            worst = max(worst, float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max()))
+        return TokenCheck(tokens, exact, worst, TIE_TOLERANCE[self.dtype])
+
+
+def is_cached(mode: str) -> bool:
+    """Whether a mode uses the KV cache."""
+    return mode.startswith("cached")
+
+
+def is_compiled(mode: str) -> bool:
+    """Whether a mode runs compiled code."""
+    return mode.endswith("compiled")
+
+
+def make_prompts(vocab_size: int, length: int, batch_size: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts; the same arguments give the same ids."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (batch_size, length), generator=rng).tolist()
+
+
+def _run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+    scheduler = Scheduler(engine)
+    times: list[list[float]] = [[] for _ in prompts]
+
+    def timed(row: int):
+        def on_token(token: int) -> bool:
+            times[row].append(time.perf_counter())
+            return False
+
+        return on_token
+
+    requests = [
+        Request(prompt, 0.0, 0, 1.0, 0.0, 0, new_tokens, frozenset(), timed(row)) for row, prompt in enumerate(prompts)
+    ]
+    synchronize(engine.device)
+    started = time.perf_counter()
+    for request in requests:
+        scheduler.add(request)
+    while any(request.finish_reason is None for request in requests):
+        scheduler.step()
+    # Rows are prefilled one after the other and decode together from then on: the last row's times are the steps'.
+    last = times[-1]
+    steps = [later - earlier for earlier, later in pairwise(last)]
+    return Sample(last[0] - started, steps, [request.output_ids for request in requests])
+
+
+def _run_uncached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+    zero = torch.zeros(1, dtype=torch.int64, device=engine.device)
+    greedy = SamplerRows(zero.float(), zero, zero.float() + 1, zero.float(), zero, zero)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    times = []
+    for _ in range(new_tokens):
+        started = time.perf_counter()
+        for prompt, output in zip(prompts, outputs, strict=True):
+            logits_1V = engine.logits_uncached(prompt + output)
+            output.append(engine.sample_uncached(logits_1V, greedy, SamplerKind.GREEDY))
+        times.append(time.perf_counter() - started)
+    return Sample(times[0], times[1:], outputs)

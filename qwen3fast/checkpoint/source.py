@@ -1,0 +1,52 @@
+"""From the name of a model to a local folder that holds it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
+
+# What a Qwen3 needs, so that nothing else (other formats, pictures) is downloaded.
+HUB_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+]
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: "tiny", an existing folder, or a hub id that is downloaded (or found cached).
+
+    Downloads show huggingface_hub's progress bars, resume when interrupted, and follow HF_TOKEN, HF_HOME and
+    HF_HUB_OFFLINE.
+
+    Raises: FileNotFoundError if nothing of that name exists or the hub cannot be reached and holds no cached copy.
+    """
+    if str(source) == "tiny":
+        return TINY_FOLDER
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; expected the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(
+            f"no folder {str(source)!r}; expected a local folder, a hub id such as 'Qwen/Qwen3-0.6B', 'tiny', or "
+            "'random:0.6b'"
+        )
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as err:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(
+            f"{str(source)!r}{at} is neither a local folder nor available from the hub ({type(err).__name__}: {err})"
+        ) from err

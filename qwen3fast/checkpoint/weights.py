@@ -1,0 +1,94 @@
+"""Safetensors files -> the parameters of a model built on `meta`.
+
+Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
+nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qwen3fast.config import read_json
+from qwen3fast.model import Qwen3
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
+    """Fill `model` (on meta) from the safetensors of `folder`; module and tensor names are the same, so nothing is
+    renamed.
+
+    Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
+    misshaped tensors and for damaged files. On an error the model must be discarded.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    files = _tensors_by_file(folder)
+    problems: list[str] = []
+    loaded: set[str] = set()
+    bar = tqdm(total=len(expected), desc="loading weights", unit="tensor", disable=not progress)
+    for file, names in files.items():
+        with _open(file) as tensors:
+            available = tensors.keys()
+            for name in names if names is not None else available:
+                if name == "lm_head.weight" and name not in expected:
+                    continue  # tied: some files repeat the embedding under this name
+                if name not in available:
+                    problems.append(f"{name}: the index names {file.name}, which does not hold it")
+                elif name not in expected:
+                    problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
+                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[name]:
+                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[name]}")
+                else:
+                    tensor = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                    _assign(model, name, tensor)
+                    loaded.add(name)
+                    bar.update()
+    bar.close()
+    reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
+    missing = [name for name in expected if name not in loaded and name not in reported]
+    problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(problems[:8]) + more)
+    model.tie_weights()
+
+
+def _tensors_by_file(folder: Path) -> dict[Path, list[str] | None]:
+    """Which tensors to read from which file; None reads all of a single file."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / INDEX_FILE} has no 'weight_map'")
+        by_file: dict[Path, list[str] | None] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"{folder / INDEX_FILE}: {file!r} must be a file name without folders")
+            names = by_file.setdefault(folder / file, [])
+            assert names is not None, "an index lists names for every file"
+            names.append(name)
+        absent = [file.name for file in by_file if not file.is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download it again")
+        return by_file
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: None}
+    raise FileNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as err:
+        raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a meta parameter."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))

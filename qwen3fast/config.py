@@ -1,0 +1,232 @@
+"""ModelConfig: the shape of a Qwen3 model, read from a checkpoint's `config.json`.
+
+Field names are Hugging Face's. What we cannot compute is refused here, by name, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that define a dense Qwen3.
+
+    `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
+    `dtype` is the dtype that the checkpoint was saved in. `eos_token_ids` are the ids named by config.json only; the
+    Generator adds those of generation_config.json.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40_960
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that no Qwen3 can have.
+
+        Raises: ValueError naming the field, its value and what was expected.
+        """
+        sizes = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim max_position_embeddings"
+        )
+        for name in sizes.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Read the fields of a Hugging Face `config.json` given as a dictionary.
+
+        Raises: ValueError for an architecture, feature or value that is not supported, or a missing field.
+        """
+        _refuse_unsupported(raw, where)
+        needed = [f.name for f in fields(cls) if f.name in _REQUIRED]
+        missing = [name for name in needed if raw.get(name) is None]
+        if missing:
+            raise ValueError(f"{where}: missing {', '.join(missing)}; every Qwen3 config has these fields")
+        heads = raw["num_attention_heads"]
+        eos = raw.get("eos_token_id")
+        dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        if dtype_name not in DTYPES:
+            raise ValueError(f"{where}: dtype {dtype_name!r} is not supported; supported: {', '.join(DTYPES)}")
+        try:
+            return cls(
+                **{name: raw[name] for name in needed},
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                # 128 is Qwen3's default when the field is absent; never hidden_size / num_attention_heads.
+                head_dim=raw.get("head_dim") or 128,
+                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                rope_theta=_rope_theta(raw),
+                max_position_embeddings=raw.get("max_position_embeddings", 40_960),
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                attention_bias=bool(raw.get("attention_bias", False)),
+                dtype=DTYPES[dtype_name],
+                eos_token_ids=as_id_tuple(eos),
+            )
+        except (ValueError, TypeError) as err:
+            raise ValueError(f"{where}: {err}") from err
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read `folder/config.json`.
+
+        Raises: FileNotFoundError if it is not there; ValueError if it is not JSON or not supported.
+        """
+        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+
+    @classmethod
+    def named(cls, name: str) -> ModelConfig:
+        """The shape of a published dense Qwen3: "0.6b", "1.7b", "4b", "8b", "14b" or "32b" (case does not matter).
+
+        Raises: ValueError for any other name.
+        """
+        shape = _NAMED_SHAPES.get(name.lower())
+        if shape is None:
+            raise ValueError(f"unknown Qwen3 shape {name!r}; known shapes: {', '.join(_NAMED_SHAPES)}")
+        layers, heads, kv_heads, hidden, intermediate, tied = shape
+        return cls(
+            vocab_size=151_936,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=128,
+            tie_word_embeddings=tied,
+            eos_token_ids=(151_645,),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model; a tied output projection counts once."""
+        per_layer = sum(p for p in self._layer_sizes())
+        outer = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
+        return self.num_hidden_layers * per_layer + outer
+
+    @property
+    def decode_parameters(self) -> int:
+        """Parameters that one decode step reads: all, but of an untied embedding only the looked-up row (left out)."""
+        return self.num_parameters - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one position takes in the KV cache, all layers, keys and values."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same config as a Hugging Face `config.json` dictionary."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        eos = plain.pop("eos_token_ids")
+        return {
+            **plain,
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        }
+
+    def _layer_sizes(self) -> tuple[int, ...]:
+        q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias = (q_size + 2 * kv_size + self.hidden_size) if self.attention_bias else 0
+        attention = self.hidden_size * (2 * q_size + 2 * kv_size) + 2 * self.head_dim + bias
+        return attention, 3 * self.hidden_size * self.intermediate_size, 2 * self.hidden_size
+
+
+_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+# layers, heads, kv heads, hidden_size, intermediate_size, tied. Source: the published config.json files.
+_NAMED_SHAPES = {
+    "0.6b": (28, 16, 8, 1024, 3072, True),
+    "1.7b": (28, 16, 8, 2048, 6144, True),
+    "4b": (36, 32, 8, 2560, 9728, True),
+    "8b": (36, 32, 8, 4096, 12288, False),
+    "14b": (40, 40, 8, 5120, 17408, False),
+    "32b": (64, 64, 8, 5120, 25600, False),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises: FileNotFoundError if the file is missing; ValueError naming the file if it is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found; expected a folder in Hugging Face layout")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path} is not valid JSON: {err}") from err
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
+    """An id field of a config (one id, a list of ids, or absent) as a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
+    architectures = raw.get("architectures") or ([] if raw.get("model_type") == "qwen3" else [raw.get("model_type")])
+    for name in architectures:
+        if name not in SUPPORTED_ARCHITECTURES:
+            raise ValueError(
+                f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    unsupported = {
+        "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
+        "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
+        "layer_types": (layer_types != {"full_attention"}, "only 'full_attention' is"),
+        "quantization_config": (raw.get("quantization_config") is not None, "only unquantised checkpoints are"),
+    }
+    for name, (is_set, supported) in unsupported.items():
+        if is_set:
+            raise ValueError(f"{where}: {name}={raw.get(name)!r} is not supported; {supported}")
+    rope = _rope_fields(raw)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; only 'default' (no scaling) is")
+
+
+def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings: older files have rope_theta and rope_scaling, newer ones rope_parameters holding both."""
+    return {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+
+
+def _rope_theta(raw: dict[str, Any]) -> float:
+    return float(_rope_fields(raw).get("rope_theta") or raw.get("rope_theta") or 1_000_000.0)

@@ -1,0 +1,6 @@
+"""How steps run: compile.py, parts.py, prefill.py, decode.py, cuda_graph.py, engine.py, scheduler.py, in this order."""
+
+from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.scheduler import Request, Scheduler
+
+__all__ = ["Engine", "Request", "Scheduler"]

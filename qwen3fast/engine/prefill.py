@@ -1,0 +1,78 @@
+"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes, so that any length runs on
+code and graphs that exist already.
+
+    T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3fast.engine.parts import Parts, mark_dynamic
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3
+
+CHUNK_SIZES = (32, 128, 512)
+
+
+def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
+    """Chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
+
+    The last chunk may be padded. A larger chunk is taken over several smaller ones if it is at least half full: a wide
+    product is faster per token than several narrow ones. `room` must be a multiple of the smallest size.
+    """
+    assert num_tokens <= room and room % sizes[0] == 0, f"{num_tokens} tokens, room for {room}"
+    chunks = []
+    while num_tokens > 0:
+        covering = [size for size in sizes if num_tokens <= size <= min(2 * num_tokens, room)]
+        fitting = [size for size in sizes if size <= num_tokens]
+        size = (covering or fitting[-1:] or sizes)[0]
+        chunks.append(size)
+        num_tokens -= size
+        room -= size
+    return chunks
+
+
+def prefill(
+    model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, row: int, token_ids: list[int]
+) -> Tensor:
+    """Compute a whole prompt into row `row` of the cache, from position 0. Returns the last token's logits, (1, V)."""
+    device = cos_SD.device
+    row_1 = torch.tensor([row], device=device)
+    start, x_1TE, last = 0, None, 0
+    for size in split_into_chunks(len(token_ids), cache.allocated_len):
+        chunk = token_ids[start : start + size]
+        last = len(chunk) - 1
+        padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
+        x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
+        start += size
+    assert x_1TE is not None, "prefill needs at least one token"
+    # Only the last position goes through the output projection.
+    return parts.logits(model, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)).squeeze(1)
+
+
+def prefill_chunk(
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    row_1: Tensor,
+    token_1T: Tensor,
+    start: int,
+) -> Tensor:
+    """One chunk at positions start.. of one row; earlier positions are in the cache. Returns (1, T, E).
+
+    Padding at the end writes keys and values that no mask shows before a real token has overwritten them.
+    """
+    size = token_1T.shape[1]
+    position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
+    mask_1TL = torch.arange(cache.bucket(start + size), device=token_1T.device) <= position_1T[..., None]
+    cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
+    x_1TE = model.embed(token_1T)
+    mark_dynamic(cos_1TD, 1, sin_1TD, 1, position_1T, 1, mask_1TL, 1, mask_1TL, 2)
+    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
+        mark_dynamic(x_1TE, 1)
+        x_1TE = parts.block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, k, v, row_1)
+    return x_1TE

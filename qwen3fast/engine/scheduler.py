@@ -1,0 +1,126 @@
+"""Requests in and out of the rows of the cache: wait, prefill, decode together, leave at their own end."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from qwen3fast.engine.engine import Engine
+from qwen3fast.sampling import kind_for
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way to a result. The caller sets the first group of fields; the scheduler fills the rest.
+
+    on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
+    finish_reason: "stop", "length", "cancelled" or "error"; None while running. error says what went wrong.
+    Times are those of time.perf_counter(), in seconds.
+    """
+
+    prompt_ids: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    on_token: Callable[[int], bool] = lambda token: False
+
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    row: int | None = None
+    submitted_s: float = field(default_factory=time.perf_counter)
+    prefill_started_s: float = 0.0
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+
+    def accept(self, token: int) -> None:
+        """Take a sampled token and decide whether the request ends with it."""
+        if not self.output_ids:
+            self.first_token_s = time.perf_counter()
+        if token < 0:
+            self.error = FloatingPointError(
+                f"the model's logits are NaN or infinite at token {len(self.output_ids)} of the reply; the weights or "
+                "the dtype are unsuitable (float16 overflows where bfloat16 does not)"
+            )
+            self.finish("error")
+            return
+        self.output_ids.append(token)
+        if token in self.stop_ids or self.on_token(token):
+            self.finish("stop")
+        elif len(self.output_ids) >= self.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str) -> None:
+        """End the request."""
+        self.finish_reason = reason
+        self.finished_s = time.perf_counter()
+
+
+class Scheduler:
+    """Runs any number of requests through the rows of an engine. Not thread-safe: one caller at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.waiting: deque[Request] = deque()
+        self.active: dict[int, Request] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Take a request out, wherever it is; its row is free at once."""
+        if request.finish_reason is None:
+            request.finish("cancelled")
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self._release_finished()
+
+    def step(self) -> None:
+        """Give free rows to waiting requests (prefill, first token), then run one decode step for all active ones."""
+        while self.waiting and len(self.active) < self.engine.cache.max_batch_size:
+            self._admit(self.waiting.popleft())
+        if not self.active:
+            return
+        num_rows = max(self.active) + 1
+        # Of a row's tokens, all but the newest are in the cache already; this step writes the newest.
+        used = max(len(r.prompt_ids) + len(r.output_ids) for r in self.active.values())
+        kind = kind_for((r.temperature, r.top_k) for r in self.active.values())
+        tokens = self.engine.decode(num_rows, used, kind)
+        for row, request in self.active.items():
+            request.accept(tokens[row])
+        self._release_finished()
+
+    def _admit(self, request: Request) -> None:
+        row = next(r for r in range(self.engine.cache.max_batch_size) if r not in self.active)
+        request.row, request.prefill_started_s = row, time.perf_counter()
+        self.active[row] = request
+        try:
+            logits_1V = self.engine.prefill(row, request.prompt_ids)
+            self.engine.set_row(
+                row,
+                len(request.prompt_ids),
+                request.temperature,
+                request.top_k,
+                request.top_p,
+                request.min_p,
+                request.seed,
+            )
+            kind = kind_for([(request.temperature, request.top_k)])
+            request.accept(self.engine.sample_first(row, logits_1V, kind))
+        except BaseException:
+            request.finish("cancelled")
+            raise
+        finally:
+            self._release_finished()
+
+    def _release_finished(self) -> None:
+        for row in [row for row, request in self.active.items() if request.finish_reason is not None]:
+            del self.active[row]
+            self.engine.clear_row(row)

@@ -1,0 +1,469 @@
+"""Generator: the one object that applications hold. Text in, text out; the engine below knows only tokens."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from qwen3fast.checkpoint import load_weights, random_model, resolve_source
+from qwen3fast.config import DTYPES, ModelConfig, as_id_tuple, read_json
+from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
+from qwen3fast.sampling import SamplerRows, SamplingParams, kind_for
+from qwen3fast.text_stream import TextStream
+from qwen3fast.tokenizer import Message, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[int]
+Overflow = Literal["error", "cut"]
+
+
+def load_model(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    progress: bool = False,
+) -> Qwen3:
+    """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
+
+    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's.
+    Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
+    """
+    chosen_device = _choose_device(device)
+    if str(source).startswith("random:"):
+        name, _, seed = str(source).removeprefix("random:").partition(":")
+        if seed and not seed.isdecimal():
+            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+        config = ModelConfig.named(name)
+        return random_model(config, chosen_device, _choose_dtype(dtype, config), int(seed or 0))
+    folder = resolve_source(source, revision)
+    config = ModelConfig.from_folder(folder)
+    model = build_on_meta(config)
+    load_weights(model, folder, chosen_device, _choose_dtype(dtype, config), progress)
+    return model
+
+
+class Generator:
+    """Generates text with a Qwen3 model on a static KV cache.
+
+    Calls may come from several threads; they take turns, a step each. Use `close()` or a `with` statement to release
+    memory early.
+
+    Attributes:
+        model: the Qwen3 module. config: its ModelConfig.
+        tokenizer: None for random weights, which have no text.
+        default_params: the checkpoint's sampling preset, every field set.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        tokenizer: Tokenizer | None = None,
+        *,
+        generation_config: dict[str, Any] | None = None,
+        max_seq_len: int = 4096,
+        max_batch_size: int = 1,
+        compile: bool = True,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Wrap a loaded model; see `from_pretrained` for the parameters.
+
+        Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
+        """
+        config = model.config
+        if max_seq_len > config.max_position_embeddings:
+            raise ValueError(
+                f"max_seq_len {max_seq_len} exceeds the model's max_position_embeddings "
+                f"{config.max_position_embeddings}; choose at most that"
+            )
+        weight = model.model.embed_tokens.weight
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.device, self.dtype = weight.device, weight.dtype
+        self.max_seq_len = max_seq_len
+        preset = generation_config or {}
+        self.default_params = _preset_params(preset)
+        self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
+        cache = StaticKVCache(config, max_batch_size, max_seq_len, self.dtype, self.device)
+        self._engine: Engine | None = Engine(model, cache, self.device, compile, cuda_graphs)
+        self._scheduler = Scheduler(self._engine)
+        self._lock = threading.RLock()
+        self._has_warned_greedy_thinking = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        max_seq_len: int = 4096,
+        max_batch_size: int = 1,
+        compile: bool = True,
+        cuda_graphs: bool = True,
+        revision: str | None = None,
+        progress: bool = False,
+    ) -> Generator:
+        """Load a model and its tokenizer.
+
+        source, device, dtype, revision: as in `load_model`. max_seq_len: prompt and reply together, in tokens.
+        max_batch_size: requests that run at once; more wait. compile=False and cuda_graphs=False switch the fast paths
+        off; greedy tokens stay the same. progress: show a bar while weights load.
+        Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
+        """
+        if quantization is not None:
+            raise ValueError(f"quantization={quantization!r} is not supported; only None is")
+        model = load_model(source, device, dtype, revision, progress)
+        tokenizer, generation_config = None, None
+        if not str(source).startswith("random:"):
+            folder = resolve_source(source, revision)
+            tokenizer = Tokenizer.from_folder(folder)
+            preset_file = folder / "generation_config.json"
+            generation_config = read_json(preset_file) if preset_file.is_file() else None
+        return cls(
+            model,
+            tokenizer,
+            generation_config=generation_config,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+        )
+
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None, **options: Any) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str] | list[list[int]], params: Any = None, **options: Any
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        params: Any = None,
+        *,
+        use_cache: bool = True,
+        on_overflow: Overflow = "error",
+        progress: bool = False,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Continue one prompt (a text or a list of token ids) or a list of prompts.
+
+        params: one SamplingParams for all, or a list with one for each. use_cache=False is the slow reference that
+        computes the whole sequence for every token. on_overflow="cut" shortens what does not fit max_seq_len:
+        max_tokens first, then the oldest tokens of the prompt; "error" refuses.
+        Returns: one result, or a list of results in the order of the prompts. A batch gives each prompt what it gets
+        alone.
+        Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits.
+        """
+        is_single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(x, int) for x in prompts))
+        many = [prompts] if is_single else list(prompts)
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
+        if len(each) != len(many):
+            raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
+        streams = []
+        requests = []
+        for prompt, p in zip(many, each, strict=True):
+            request, stream = self._new_request(prompt, p, on_overflow)
+            requests.append(request)
+            streams.append(stream)
+        bar = tqdm(total=len(requests), desc="generating", unit="reply", disable=not progress)
+        try:
+            for request in requests:
+                if use_cache:
+                    with self._lock:
+                        self._scheduler.add(request)
+                else:
+                    self._run_uncached(request)
+                    bar.update()
+            while use_cache and any(r.finish_reason is None for r in requests):
+                self._step()
+                bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
+        finally:
+            bar.close()
+            self._cancel(requests)
+        results = [self._result(request, stream) for request, stream in zip(requests, streams, strict=True)]
+        return results[0] if is_single else results
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+    ) -> Iterator[StreamChunk]:
+        """Continue one prompt piece by piece. Joined, the chunks' texts are `generate`'s text.
+
+        The prompt is checked at the call; the work is done while iterating. A stream that is dropped frees its row.
+        """
+        request, stream = self._new_request(prompt, params, on_overflow)
+        return self._iterate(request, stream)
+
+    def chat(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        on_overflow: Overflow = "error",
+    ) -> GenerationResult:
+        """Reply to a conversation: `generate` on the rendered chat template.
+
+        Raises: ValueError without a chat template or for malformed messages, and as `generate`.
+        """
+        prompt = self._render(messages, params, enable_thinking, tools)
+        return self.generate(prompt, params, on_overflow=on_overflow)
+
+    def stream_chat(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        on_overflow: Overflow = "error",
+    ) -> Iterator[StreamChunk]:
+        """Reply to a conversation piece by piece: `stream` on the rendered chat template."""
+        prompt = self._render(messages, params, enable_thinking, tools)
+        return self.stream(prompt, params, on_overflow=on_overflow)
+
+    def warmup(self, progress: bool = False) -> None:
+        """Compile, and on CUDA capture, everything a request can need; afterwards no request compiles anything.
+
+        Raises: RuntimeError while requests are running.
+        """
+        with self._lock:
+            engine = self._open_engine()
+            if self._scheduler.active:
+                raise RuntimeError("warmup() needs all slots empty; call it before the first request")
+            bar = tqdm(total=engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress)
+
+            def report(part: str) -> None:
+                bar.set_postfix_str(part)
+                bar.update()
+
+            engine.warmup(report)
+            bar.close()
+
+    @property
+    def stats(self) -> GeneratorStats:
+        """Compilations, memory and slots in use, now."""
+        engine = self._open_engine()
+        return GeneratorStats(
+            compilations=engine.compiler.compilations,
+            compile_s=engine.compiler.seconds,
+            cuda_graphs=len(engine.graphs) if engine.graphs is not None else 0,
+            kv_cache_bytes=engine.cache.num_bytes,
+            weight_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            slots_in_use=len(self._scheduler.active),
+            max_batch_size=engine.cache.max_batch_size,
+            waiting=len(self._scheduler.waiting),
+        )
+
+    def close(self) -> None:
+        """Release the KV cache and graphs; running streams end with an error. May be called twice."""
+        with self._lock:
+            if self._engine is not None:
+                self._cancel([*self._scheduler.waiting, *self._scheduler.active.values()])
+                self._engine.close()
+                self._engine = None
+                del self._scheduler.engine
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this Generator is closed; build a new one")
+        return self._engine
+
+    def _step(self) -> None:
+        with self._lock:
+            self._open_engine()
+            self._scheduler.step()
+
+    def _cancel(self, requests: list[Request]) -> None:
+        with self._lock:
+            if self._engine is not None:
+                for request in requests:
+                    self._scheduler.cancel(request)
+
+    def _iterate(self, request: Request, stream: TextStream) -> Iterator[StreamChunk]:
+        with self._lock:
+            self._open_engine()
+            self._scheduler.add(request)
+        sent = 0
+        try:
+            while request.finish_reason is None:
+                self._step()
+                if request.finish_reason is None and len(request.output_ids) > sent:
+                    new, sent = request.output_ids[sent:], len(request.output_ids)
+                    yield StreamChunk(stream.take(), new)
+            result = self._result(request, stream)
+            yield StreamChunk(stream.take(), request.output_ids[sent:], result.finish_reason, result)
+        finally:
+            self._cancel([request])
+
+    def _run_uncached(self, request: Request) -> None:
+        """The loop without a cache: every token from the whole sequence."""
+        with self._lock:
+            engine = self._open_engine()
+            device = self.device
+            kind = kind_for([(request.temperature, request.top_k)])
+            while request.finish_reason is None:
+                if not request.output_ids:
+                    request.prefill_started_s = request.submitted_s
+                logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
+                rows = SamplerRows(
+                    torch.tensor([request.temperature], device=device),
+                    torch.tensor([request.top_k], device=device),
+                    torch.tensor([request.top_p], device=device),
+                    torch.tensor([request.min_p], device=device),
+                    torch.tensor([request.seed], device=device),
+                    torch.tensor([len(request.output_ids)], device=device),
+                )
+                request.accept(engine.sample_uncached(logits_1V, rows, kind))
+
+    def _new_request(
+        self, prompt: Any, params: SamplingParams | None, on_overflow: Overflow
+    ) -> tuple[Request, TextStream]:
+        self._open_engine()
+        p = params or SamplingParams()
+        if not isinstance(p, SamplingParams):
+            raise ValueError(f"params must be a SamplingParams, got {type(p).__name__}")
+        if on_overflow not in ("error", "cut"):
+            raise ValueError(f"on_overflow must be 'error' or 'cut', got {on_overflow!r}")
+        if p.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
+        ids, max_tokens = self._fit(self._prompt_ids(prompt), p.max_tokens, on_overflow)
+        stream = TextStream(self.tokenizer, tuple(p.stop))
+        default = self.default_params
+        request = Request(
+            prompt_ids=ids,
+            temperature=float(_first_set(p.temperature, default.temperature)),
+            top_k=int(_first_set(p.top_k, default.top_k)),
+            top_p=float(_first_set(p.top_p, default.top_p)),
+            min_p=float(_first_set(p.min_p, default.min_p)),
+            seed=p.seed if p.seed is not None else secrets.randbits(63),
+            max_tokens=max_tokens,
+            stop_ids=frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids),
+            on_token=stream.push,
+        )
+        return request, stream
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("random weights have no tokenizer; pass the prompt as a list of token ids")
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
+            ids = prompt
+        else:
+            raise ValueError(f"a prompt must be a string or a list of token ids, got {_describe(prompt)}")
+        if not ids:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
+        return list(ids)
+
+    def _fit(self, ids: list[int], max_tokens: int | None, on_overflow: Overflow) -> tuple[list[int], int]:
+        """Prompt and number of new tokens that fit the context together."""
+        room = self.max_seq_len - len(ids)
+        if on_overflow == "error" and (room < 1 or (max_tokens or 1) > room):
+            wanted = len(ids) + (max_tokens or 1)
+            raise ValueError(
+                f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
+                f"{self.max_seq_len}; shorten one, pass on_overflow='cut', or build Generator(max_seq_len={wanted})"
+            )
+        if room < 1:
+            ids = ids[-max(1, self.max_seq_len - (max_tokens or 1)) :]
+            room = self.max_seq_len - len(ids)
+        if room < 1:
+            raise ValueError(f"max_seq_len {self.max_seq_len} leaves no room for a reply")
+        return ids, min(max_tokens or room, room)
+
+    def _render(
+        self, messages: list[Message], params: SamplingParams | None, enable_thinking: bool, tools: Any
+    ) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("random weights have no tokenizer, so they cannot chat")
+        temperature = _first_set(params.temperature if params else None, self.default_params.temperature)
+        can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
+        if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_thinking:
+            self._has_warned_greedy_thinking = True
+            warnings.warn(
+                "greedy decoding (temperature 0) while thinking can repeat endlessly; Qwen3's authors ask for "
+                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
+                stacklevel=3,
+            )
+        ids = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking, tokenize=True)
+        assert isinstance(ids, list), "tokenize=True gives ids"
+        return ids
+
+    def _result(self, request: Request, stream: TextStream) -> GenerationResult:
+        if request.error is not None:
+            raise request.error
+        if request.finish_reason in (None, "cancelled"):
+            raise RuntimeError("the request was cancelled because its Generator was closed or failed")
+        stream.finish()
+        metrics = RequestMetrics(
+            prompt_tokens=len(request.prompt_ids),
+            new_tokens=len(request.output_ids),
+            queue_s=request.prefill_started_s - request.submitted_s,
+            time_to_first_token_s=request.first_token_s - request.submitted_s,
+            prefill_s=request.first_token_s - request.prefill_started_s,
+            decode_s=request.finished_s - request.first_token_s,
+        )
+        return GenerationResult(stream.text, request.output_ids, str(request.finish_reason), metrics)
+
+
+def _preset_params(preset: dict[str, Any]) -> SamplingParams:
+    """Every sampling field set, from a generation_config.json; greedy unless it says do_sample, as in transformers."""
+    return SamplingParams(
+        temperature=preset.get("temperature", 1.0) if preset.get("do_sample") else 0.0,
+        top_k=preset.get("top_k") or 0,
+        top_p=preset.get("top_p") or 1.0,
+        min_p=preset.get("min_p") or 0.0,
+    )
+
+
+def _first_set(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
+    return chosen
+
+
+def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return f"a list holding {next((type(x).__name__ for x in value if not isinstance(x, int)), 'bool')}"
+    return type(value).__name__

@@ -1,0 +1,1 @@
+"""Hand-chosen ways to run a few operations, each beside its plain PyTorch reference."""

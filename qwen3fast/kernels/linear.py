@@ -1,0 +1,40 @@
+"""Linear layers. With few rows a linear layer is bound by reading its weight, not by arithmetic: two forms, one result.
+
+M rows   N out_features   K in_features
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_MATVEC_ROWS = 8
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that may run as a streamed mat-vec inside compiled code; weight (N, K), as in checkpoints."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., K). Returns (..., N), same dtype."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; the form is chosen from the number of rows, the device and whether we are compiled.
+
+    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product.
+    """
+    rows = x.numel() // x.shape[-1]
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= MAX_MATVEC_ROWS:
+        return matvec_as_reduction(x, weight_NK, bias_N)
+    return F.linear(x, weight_NK, bias_N)
+
+
+def matvec_as_reduction(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop.
+
+    For one row of bfloat16 this reads memory about 1.5 times faster than the library's GEMM, which repacks.
+    """
+    x_M1K = x.reshape(-1, 1, x.shape[-1])
+    y_MN = (weight_NK.float() * x_M1K.float()).sum(dim=-1).to(x.dtype)
+    y = y_MN.view(*x.shape[:-1], weight_NK.shape[0])
+    return y if bias_N is None else y + bias_N

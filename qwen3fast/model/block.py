@@ -1,0 +1,34 @@
+"""One transformer block: attention, then feed-forward, each normalised before and added back after."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.model.attention import Attention, CacheLayer
+from qwen3fast.model.feed_forward import FeedForward
+from qwen3fast.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm residual block. Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x_BTE: Tensor,
+        cos_BTD: Tensor,
+        sin_BTD: Tensor,
+        position_BT: Tensor | None = None,
+        mask_BTL: Tensor | None = None,
+        cache: CacheLayer | None = None,
+    ) -> Tensor:
+        """x_BTE: (batch, tokens, hidden_size). The other arguments are `Attention.forward`'s. Returns (B, T, E)."""
+        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_BTD, sin_BTD, position_BT, mask_BTL, cache)
+        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))

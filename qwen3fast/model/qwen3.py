@@ -1,0 +1,73 @@
+"""The whole model: token embedding, blocks, final norm, output projection.
+
+B batch rows   T tokens   E hidden_size   D head_dim   V vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.kernels.linear import Linear
+from qwen3fast.model.block import Block
+from qwen3fast.model.norm import RMSNorm
+from qwen3fast.model.rope import rope_tables
+
+
+class Qwen3Body(nn.Module):
+    """Everything below the output projection; the names are those of a published checkpoint's tensors (`model.*`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen3(nn.Module):
+    """A dense Qwen3 language model. `forward` is the plain reference: no cache, no compilation, every token computed.
+
+    The engine runs the same parts (`embed`, `model.layers`, `logits`) with a KV cache.
+    Source: Qwen3 technical report, arXiv:2505.09388.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Body(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the embedding's matrix with the output projection where the config says so (0.6B, 1.7B, 4B)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, token_BT: Tensor) -> Tensor:
+        """token_BT: int64 ids. Returns (B, T, E)."""
+        return F.embedding(token_BT, self.model.embed_tokens.weight)
+
+    def logits(self, x_BTE: Tensor) -> Tensor:
+        """Final norm and output projection: a score for each token of the vocabulary, (B, T, V)."""
+        return self.lm_head(self.model.norm(x_BTE))
+
+    def hidden(self, token_BT: Tensor) -> Tensor:
+        """The last block's output, (B, T, E), computed without a cache; rows start at position 0."""
+        _, T = token_BT.shape
+        cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device)
+        x_BTE = self.embed(token_BT)
+        for block in self.model.layers:
+            x_BTE = block(x_BTE, cos_TD[None], sin_TD[None])
+        return x_BTE
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        """Logits of the next token at each position, (B, T, V), causal."""
+        return self.logits(self.hidden(token_BT))
+
+
+def build_on_meta(config: ModelConfig) -> Qwen3:
+    """The module tree without memory: parameters are on the `meta` device until real tensors are assigned."""
+    with torch.device("meta"):
+        return Qwen3(config).to(config.dtype).eval().requires_grad_(False)

@@ -1,0 +1,207 @@
+"""SamplingParams, and the samplers: pure tensor functions from logits to token ids, with no host synchronisation.
+
+Every row has its own parameters, and its noise is a hash of (seed, step, vocabulary index): the same request draws the
+same tokens in any row, batch, cache bucket or device. Each truncation (top-k, top-p, min-p) is a threshold on the
+scores, so tokens that tie with the last one kept are kept too, as in transformers' top-k.
+
+    B rows   V vocabulary   W window of largest scores
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WINDOW = 64  # a top_k up to this needs only the 64 largest scores
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next tokens of one request are chosen and when it ends. A field that is None takes the checkpoint's
+    preset (generation_config.json), else the value in brackets.
+
+    Attributes:
+        temperature: scores are divided by it; 0 is greedy. [0, or 1.0 where the preset says do_sample]
+        top_k: keep the k most likely tokens; 0 keeps all. [0]
+        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all. [1.0]
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all. [0.0]
+        max_tokens: new tokens at most; None fills the context (max_seq_len).
+        stop: strings that end the text; never part of it.
+        stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
+        ignore_eos: go on past end-of-sequence ids.
+        seed: any integer of 64 bits; None draws one.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming the field, the value and the allowed range."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be a non-empty string or several of them, got {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check("temperature", "a finite number >= 0", lambda x: 0 <= x < math.inf)
+        self._check("top_k", "an integer >= 0 (0 keeps all)", lambda x: x == int(x) and x >= 0)
+        self._check("top_p", "in (0, 1]", lambda x: 0 < x <= 1)
+        self._check("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check("max_tokens", "an integer >= 1", lambda x: x == int(x) and x >= 1)
+        self._check("seed", "an integer of 64 bits", lambda x: x == int(x) and -(2**63) <= x < 2**63)
+
+    def _check(self, name: str, expected: str, is_valid) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+class SamplerKind(enum.Enum):
+    """Which sampler a batch needs; the host knows this from the parameters, without looking at any logits."""
+
+    GREEDY = "greedy"
+    WINDOW = "window"
+    FULL = "full"
+
+
+class SamplerRows(NamedTuple):
+    """Sampling parameters of B rows as tensors: float32 temperature, top_p, min_p; int64 top_k, seed, step."""
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    seed_B: Tensor
+    step_B: Tensor
+
+
+def kind_for(params: Iterable[tuple[float, int]]) -> SamplerKind:
+    """The cheapest sampler that is exact for all of these (temperature, top_k)."""
+    sampled = [top_k for temperature, top_k in params if temperature > 0]
+    if not sampled:
+        return SamplerKind.GREEDY
+    return SamplerKind.WINDOW if all(0 < k <= WINDOW for k in sampled) else SamplerKind.FULL
+
+
+def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
+    """Choose a token for each row: (B,) int64; -1 where the logits hold NaN or +inf, or nothing but -inf.
+
+    Order of processors as in transformers: temperature, top-k, top-p, min-p. Then the Gumbel-max trick: argmax of
+    score + noise is a draw from softmax(score). Source: Maddison et al., arXiv:1411.0030, section 2.
+    """
+    logits_BV = logits_BV.float()
+    best_B1, greedy_B1 = logits_BV.max(dim=-1, keepdim=True)
+    token_B = greedy_B1.squeeze(-1)
+    if kind is not SamplerKind.GREEDY:
+        is_greedy_B = rows.temperature_B <= 0
+        temperature_B = torch.where(is_greedy_B, 1.0, rows.temperature_B)
+        # Largest score 0: nothing overflows however small the temperature. Adding 0 turns -0 into +0, so that they tie.
+        score_BV = (logits_BV - best_B1) / temperature_B[:, None] + 0.0
+        find_threshold = _threshold_in_window if kind is SamplerKind.WINDOW else _threshold_in_vocabulary
+        threshold_B = torch.maximum(find_threshold(score_BV, rows), rows.min_p_B.log())
+        noise_BV = gumbel_noise(rows.seed_B, rows.step_B, logits_BV.shape[-1])
+        noisy_BV = torch.where(score_BV >= threshold_B[:, None], score_BV + noise_BV, -math.inf)
+        token_B = torch.where(is_greedy_B, token_B, noisy_BV.argmax(dim=-1))
+    is_valid_B = torch.isfinite(best_B1.squeeze(-1)) & ~logits_BV.isnan().any(dim=-1)
+    return torch.where(is_valid_B, token_B, -1)
+
+
+def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:
+    """Smallest score that top-k and top-p keep, (B,), exact if 0 < top_k <= WINDOW in every sampled row."""
+    width = min(WINDOW, score_BV.shape[-1])
+    window_BW = score_BV.topk(width, dim=-1).values
+    index_B = rows.top_k_B.clamp(1, width) - 1
+    top_k_threshold_B1 = window_BW.gather(1, index_B[:, None])
+    # Scores equal to the k-th are kept as well and may reach beyond the window: count them in the whole row.
+    above_BW = window_BW > top_k_threshold_B1
+    ties_B1 = (score_BV >= top_k_threshold_B1).sum(dim=-1, keepdim=True) - above_BW.sum(dim=-1, keepdim=True)
+    weight_BW = torch.where(above_BW, window_BW.exp(), 0.0).double()
+    total_B1 = weight_BW.sum(dim=-1, keepdim=True) + ties_B1 * top_k_threshold_B1.exp().double()
+    # A token stays while the probability strictly above it is below p: the one that crosses p stays.
+    mass_before_BW = weight_BW.cumsum(dim=-1) - weight_BW
+    kept_BW = above_BW & (mass_before_BW < rows.top_p_B.double()[:, None] * total_B1)
+    mass_above_k_B = weight_BW.sum(dim=-1)
+    reaches_k_B = (mass_above_k_B < rows.top_p_B.double() * total_B1.squeeze(1)) | (rows.top_p_B >= 1)
+    smallest_kept_B = torch.where(kept_BW, window_BW, 0.0).amin(dim=-1)
+    return torch.where(reaches_k_B, top_k_threshold_B1.squeeze(1), smallest_kept_B)
+
+
+def _threshold_in_vocabulary(score_BV: Tensor, rows: SamplerRows) -> Tensor:
+    """Smallest score that top-k and top-p keep, (B,), for any parameters, without sorting the vocabulary.
+
+    Both are "the largest t such that the weight of {score >= t} reaches a target", found digit by digit in the bits of
+    the float (a radix search). Weights are integers, so the sum does not depend on its order: batch and device agree.
+    """
+    key_BV = _ordered_int(score_BV)
+    ones_BV = torch.ones_like(key_BV, dtype=torch.int64)
+    everything_B = torch.full_like(rows.top_k_B, -(2**31))
+    key_of_k_B = torch.where(rows.top_k_B > 0, _largest_key_reaching(key_BV, ones_BV, rows.top_k_B), everything_B)
+    weight_BV = torch.where(key_BV >= key_of_k_B[:, None], (score_BV.exp() * 2.0**31).to(torch.int64), 0)
+    target_B = (rows.top_p_B.double() * weight_BV.sum(dim=-1)).ceil().to(torch.int64).clamp(min=1)
+    key_of_p_B = torch.where(rows.top_p_B < 1, _largest_key_reaching(key_BV, weight_BV, target_B), everything_B)
+    smallest_kept_B = torch.where(key_BV >= torch.maximum(key_of_k_B, key_of_p_B)[:, None], score_BV, 0.0).amin(dim=-1)
+    return smallest_kept_B
+
+
+def _ordered_int(x: Tensor) -> Tensor:
+    """float32 -> int64 in the int32 range, in the same order (negative floats have their low bits flipped)."""
+    bits = x.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+
+
+def _largest_key_reaching(key_BV: Tensor, weight_BV: Tensor, target_B: Tensor) -> Tensor:
+    """The largest t with sum(weight where key >= t) >= target, (B,); three bits a pass, eleven passes."""
+    found_B = torch.full_like(target_B, -(2**31))
+    for shift in range(30, -1, -3):
+        # The first pass settles bits 31 and 30; candidates of each later pass split what is left in eight.
+        reached_B = torch.zeros_like(target_B)
+        for digit in range(1, 4 if shift == 30 else 8):
+            candidate_B1 = found_B[:, None] + (digit << shift)
+            reached_B += torch.where(key_BV >= candidate_B1, weight_BV, 0).sum(dim=-1) >= target_B
+        found_B = found_B + (reached_B << shift)
+    return found_B
+
+
+def gumbel_noise(seed_B: Tensor, step_B: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, (B, V) float32, a function of (seed, step, vocabulary index) alone.
+
+    -log of an exponential variate -log(1 - u), with u of 32 bits: small u keep their precision in float32, and small
+    exponentials are the ones that win.
+    """
+    index_V = torch.arange(vocab_size, dtype=torch.int64, device=seed_B.device)
+    seed_low, seed_high = seed_B & _MASK, (seed_B >> 32) & _MASK
+    first_B = _mix(_mix(seed_low) ^ _mix(seed_high ^ 0x5BD1E995) ^ _mix(step_B + 0x3C6EF372))
+    second_B = _mix(first_B ^ 0x2545F491)
+    bits_BV = _mix(_mix(index_V + first_B[:, None]) ^ second_B[:, None])
+    u_BV = (bits_BV.float() + 0.5) * 2.0**-32
+    return -(-torch.log1p(-u_BV.clamp(max=1 - 2.0**-24))).log()
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash in int64 arithmetic; multipliers are taken modulo 2^32 so that no product overflows.
+
+    Source: the function "lowbias32" of Chris Wellons' hash prospector (public domain).
+    """
+    x = x & _MASK
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * (0x846CA68B - 2**32)) & _MASK
+    return x ^ (x >> 16)

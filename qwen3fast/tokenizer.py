@@ -1,0 +1,174 @@
+"""Text to token ids and back: encoding, incremental decoding, and the chat template."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as BaseTokenizer
+
+from qwen3fast.config import read_json
+
+Message = dict[str, Any]
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `tokenizer.json` (byte-level BPE) and its chat template.
+
+    Method names and results are those of transformers' tokenizers.
+    """
+
+    def __init__(self, base: BaseTokenizer, chat_template: str | None = None, special: dict[str, str] | None = None):
+        self.base = base
+        self.chat_template = chat_template
+        self._special_tokens = special or {}
+        added = base.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._compiled: jinja2.Template | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins) from a checkpoint's folder.
+
+        Raises: FileNotFoundError without tokenizer.json; ValueError naming the file if one cannot be read.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found; expected a checkpoint in Hugging Face layout")
+        try:
+            base = BaseTokenizer.from_file(str(file))
+        except Exception as err:  # tokenizers raises bare Exception
+            raise ValueError(f"{file} is not a tokenizer: {err}") from err
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (value := settings.get(name))
+        }
+        return cls(base, template, special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of known ids, added tokens included (the model's vocabulary may be padded beyond it)."""
+        return self.base.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it (such as <|im_end|>) become their ids."""
+        return self.base.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing."""
+        decoder = IncrementalDecoder(self, skip_special_tokens)
+        return "".join([decoder.push(i) for i in token_ids] + [decoder.finish()])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for; empty for an id without a token (padding of the vocabulary)."""
+        token = self.base.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token with characters outside the byte alphabet stands for itself
+            return token.encode("utf-8")
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the id is a control token, such as <|im_end|>."""
+        return token_id in self._special_ids
+
+    def apply_chat_template(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = True,
+        tokenize: bool = False,
+        **variables: Any,
+    ) -> str | list[int]:
+        """Render a conversation as the model was trained to read it.
+
+        messages: dictionaries with "role" and "content". tools: JSON schemas of functions.
+        Returns: the text, or its ids with tokenize=True.
+        Raises: ValueError without a template, for malformed messages, or for what the template itself refuses.
+        """
+        if self.chat_template is None:
+            raise ValueError("this checkpoint has no chat template; use generate() with a plain prompt")
+        if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+            raise ValueError("messages must be a non-empty list of {'role': ..., 'content': ...} dictionaries")
+        if self._compiled is None:
+            self._compiled = _template_environment().from_string(self.chat_template)
+        try:
+            text = self._compiled.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking,
+                **self._special_tokens,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError) as err:
+            raise ValueError(f"the chat template cannot render these messages: {err}") from err
+        return self.encode(text) if tokenize else text
+
+
+class IncrementalDecoder:
+    """Turns ids into text one at a time; text held back is only ever an unfinished UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes, possibly none."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary -> the byte.
+
+    Source: the GPT-2 tokenizer: printable Latin-1 characters stand for themselves, other bytes for U+0100 onwards.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _template_environment() -> ImmutableSandboxedEnvironment:
+    """Jinja2 as transformers sets it up for chat templates; templates are untrusted, so they run in the sandbox."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes HTML; templates expect plain JSON.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+    return environment
