@@ -143,11 +143,25 @@ class Generator:
         )
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None, **options: Any) -> GenerationResult: ...
+    def generate(
+        self,
+        prompts: Prompt,
+        params: SamplingParams | None = ...,
+        *,
+        use_cache: bool = ...,
+        on_overflow: Overflow = ...,
+        progress: bool = ...,
+    ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self, prompts: list[str] | list[list[int]], params: Any = None, **options: Any
+        self,
+        prompts: list[str] | list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None = ...,
+        *,
+        use_cache: bool = ...,
+        on_overflow: Overflow = ...,
+        progress: bool = ...,
     ) -> list[GenerationResult]: ...
 
     def generate(

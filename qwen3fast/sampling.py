@@ -143,36 +143,41 @@ def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:
 def _threshold_in_vocabulary(score_BV: Tensor, rows: SamplerRows) -> Tensor:
     """Smallest score that top-k and top-p keep, (B,), for any parameters, without sorting the vocabulary.
 
-    Both are "the largest t such that the weight of {score >= t} reaches a target", found digit by digit in the bits of
-    the float (a radix search). Weights are integers, so the sum does not depend on its order: batch and device agree.
+    Both are "the largest t such that the weight of {score >= t} reaches a target". Weights are integers, so that their
+    sum does not depend on the order of addition: batch and device agree.
     """
     key_BV = _ordered_int(score_BV)
-    ones_BV = torch.ones_like(key_BV, dtype=torch.int64)
-    everything_B = torch.full_like(rows.top_k_B, -(2**31))
-    key_of_k_B = torch.where(rows.top_k_B > 0, _largest_key_reaching(key_BV, ones_BV, rows.top_k_B), everything_B)
+    key_of_k_B = _largest_key_reaching(key_BV, torch.ones_like(key_BV), rows.top_k_B)
+    key_of_k_B = torch.where(rows.top_k_B > 0, key_of_k_B, 0)
     weight_BV = torch.where(key_BV >= key_of_k_B[:, None], (score_BV.exp() * 2.0**31).to(torch.int64), 0)
     target_B = (rows.top_p_B.double() * weight_BV.sum(dim=-1)).ceil().to(torch.int64).clamp(min=1)
-    key_of_p_B = torch.where(rows.top_p_B < 1, _largest_key_reaching(key_BV, weight_BV, target_B), everything_B)
-    smallest_kept_B = torch.where(key_BV >= torch.maximum(key_of_k_B, key_of_p_B)[:, None], score_BV, 0.0).amin(dim=-1)
-    return smallest_kept_B
+    key_of_p_B = torch.where(rows.top_p_B < 1, _largest_key_reaching(key_BV, weight_BV, target_B), 0)
+    kept_BV = key_BV >= torch.maximum(key_of_k_B, key_of_p_B)[:, None]
+    return torch.where(kept_BV, score_BV, 0.0).amin(dim=-1)
 
 
 def _ordered_int(x: Tensor) -> Tensor:
-    """float32 -> int64 in the int32 range, in the same order (negative floats have their low bits flipped)."""
+    """float32 -> int64 from 0 to 2^32 - 1, in the same order (the bits of negative floats run backwards)."""
     bits = x.view(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
 
 
 def _largest_key_reaching(key_BV: Tensor, weight_BV: Tensor, target_B: Tensor) -> Tensor:
-    """The largest t with sum(weight where key >= t) >= target, (B,); three bits a pass, eleven passes."""
-    found_B = torch.full_like(target_B, -(2**31))
-    for shift in range(30, -1, -3):
-        # The first pass settles bits 31 and 30; candidates of each later pass split what is left in eight.
-        reached_B = torch.zeros_like(target_B)
-        for digit in range(1, 4 if shift == 30 else 8):
-            candidate_B1 = found_B[:, None] + (digit << shift)
-            reached_B += torch.where(key_BV >= candidate_B1, weight_BV, 0).sum(dim=-1) >= target_B
-        found_B = found_B + (reached_B << shift)
+    """The largest t with sum(weight where key >= t) >= target, (B,), or 0 if there is none.
+
+    A radix search: a histogram of the leading 11 bits tells in which bin t lies, then the next bits within that bin.
+    """
+    found_B = torch.zeros_like(target_B)
+    for shift, bits in ((21, 11), (10, 11), (0, 10)):
+        is_candidate_BV = (key_BV >> (shift + bits)) == found_B[:, None]
+        digit_BV = (key_BV >> shift) & (2**bits - 1)
+        histogram_BN = key_BV.new_zeros(key_BV.shape[0], 2**bits + 1)
+        histogram_BN = histogram_BN.scatter_add(1, digit_BV, torch.where(is_candidate_BV, weight_BV, 0))
+        # The last entry, always 0, is what lies above the largest digit.
+        reaching_BN = histogram_BN.flip(-1).cumsum(-1).flip(-1)
+        digit_B = ((reaching_BN >= target_B[:, None]).sum(dim=-1) - 1).clamp(0, 2**bits - 1)
+        target_B = target_B - reaching_BN.gather(1, digit_B[:, None] + 1).squeeze(1)
+        found_B = (found_B << bits) | digit_B
     return found_B
 
 

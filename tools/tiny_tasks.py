@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 NAMES = (
     "Alice Bob Carol David Emma Frank Grace Henry Iris Jack Kate Leo Mia Noah Olivia Paul Quinn Rosa Sam Tina Uma "
-    "Victor Wendy Xavier Yara Zoe Anna Ben Clara Dan Ella Finn Gina Hugo Ivy John Kim Lucas Maria Nina Oscar Peter "
-    "Rita Simon Tom Ursula Vera Walter Xenia Yusuf Adam Bella Cyrus Diana Eric Fiona George Hanna Ian Julia Karl Laura Max "
-    "Nora"
+    "Victor Wendy Xavier Yara Zoe Anna Ben Clara Dan Ella Finn Gina Hugo Ivy John Kim Lucas Maria Nina Oscar "
+    "Peter Rita Simon Tom Ursula Vera Walter Xenia Yusuf Adam Bella Cyrus Diana Eric Fiona George Hanna Ian Julia "
+    "Karl Laura Max Nora"
 ).split()
 ANIMALS = "dog cat bird fox bear rabbit horse mouse frog owl duck sheep goat wolf lion turtle".split()
 ADJECTIVES = "big small red blue green old young happy sad quick slow kind brave quiet clever tired".split()

@@ -1,6 +1,6 @@
 """Train the tiny Qwen3 that ships with the package, on the CPU, from data that this program makes.
 
-    python tools/train_tiny.py --steps 1900 --output qwen3fast/assets/tiny
+    python tools/train_tiny.py --steps 3600 --output qwen3fast/assets/tiny
 
 Writes a folder in Hugging Face layout (config, tokenizer, chat template, bf16 safetensors) and a README.md with the
 seed, the loss curve and the accuracy on held-out examples. Interrupting with Ctrl-C writes nothing.
@@ -35,7 +35,7 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 VOCAB_SIZE = 1024
 MAX_WORDS = 1820  # about 2,150 tokens of context
 IGNORE = -100
-MICRO_BATCHES = 3  # of different lengths in every step: short tasks and long contexts pull together
+MICRO_BATCHES = 2  # of different lengths in every step: short tasks and long contexts pull together
 # Words with their leading space, single digits, punctuation, white space: the scheme of Qwen's tokenizer, shortened.
 WORD_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -314,10 +314,10 @@ def _write_json(path: Path, value: object) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1900)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--batch-tokens", type=int, default=12288, help="tokens a step, padding included")
+    parser.add_argument("--batch-tokens", type=int, default=5120, help="tokens a step, padding included")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 autocast (weights stay float32)")
     parser.add_argument("--eval-examples", type=int, default=200, help="held-out examples a task at the end")
     parser.add_argument("--output", type=Path, default=Path("qwen3fast/assets/tiny"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Colour says cached or not, line style eager or compiled; both pairs are told apart without colour too.
 STYLES = {
@@ -74,6 +74,7 @@ def _draw_panel(axes: Axes, record: dict[str, Any], batch_size: int, with_title:
     _annotate_speedup(axes, lines)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()

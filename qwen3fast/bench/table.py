@@ -68,8 +68,8 @@ def as_text(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def as_markdown(rows: list[list[str]]) -> str:
-    """A Markdown table."""
+def as_markdown(rows: list[list[str]], left: int) -> str:
+    """A Markdown table; column number `left` is aligned to the left, the others to the right."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    divider = "|" + "|".join(" :--- " if i == 2 else " ---: " for i in range(len(rows[0]))) + "|"
+    divider = "|" + "|".join(" :--- " if i == left else " ---: " for i in range(len(rows[0]))) + "|"
     return "\n".join([lines[0], divider, *lines[1:]])

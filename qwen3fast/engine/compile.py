@@ -45,7 +45,7 @@ class StepCompiler:
         # Captured by us as a whole step, not by Inductor part by part.
         options = {"triton.cudagraphs": False}
 
-        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
             started = time.perf_counter()
             compiled = compile_fx(graph, example_inputs, config_patches=options)
             self.compilations += 1

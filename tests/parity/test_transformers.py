@@ -1,0 +1,132 @@
+"""Logits and parts of random models against transformers' Qwen3, from the same state dict.
+
+The parts are compared on the inputs that transformers itself gave them, so a failure names the part.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_near, random_ids, randomised, small_config
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.model import Qwen3, rope_tables
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "bias": {"attention_bias": True},
+    "ratio 1": {"num_key_value_heads": 4},
+    "ratio 4": {"num_key_value_heads": 1},
+    "ratio 8": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "head_dim below hidden_size / heads": {"head_dim": 8},
+    "head_dim 128": {"head_dim": 128, "rope_theta": 1e6},
+    "eps": {"rms_norm_eps": 1e-2},
+    "everything": {
+        "num_attention_heads": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_theta": 500.0,
+    },
+}
+PARTS = [
+    "model.layers.0.input_layernorm",
+    "model.layers.1.post_attention_layernorm",
+    "model.layers.0.self_attn.q_norm",
+    "model.layers.1.self_attn.k_norm",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn",
+    "model.layers.1.self_attn",
+    "model.layers.0.mlp",
+    "model.layers.1.mlp",
+    "model.layers.0",
+    "model.layers.1",
+    "model.norm",
+    "lm_head",
+]
+
+
+def reference_of(model: Qwen3, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    """transformers' model with our config and weights, computing attention in plain products."""
+    settings = {**model.config.to_dict(), "attn_implementation": "eager"}
+    # Built in its dtype, not converted: `.to(bfloat16)` would round the RoPE frequencies too.
+    reference = Qwen3ForCausalLM._from_config(Qwen3Config(**settings), dtype=dtype)
+    reference.load_state_dict(model.state_dict(), strict=True)
+    return reference.eval().requires_grad_(False)
+
+
+def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest expected value."""
+    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers_in_float32(shape):
+    model = randomised(small_config(**SHAPES[shape]))
+    token_BT = random_ids(2, 21)
+    assert_near(model(token_BT), reference_of(model)(token_BT).logits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logits_equal_transformers_for_other_weights(seed):
+    model = randomised(small_config(), seed=seed)
+    token_BT = random_ids(1, 40, seed=seed)
+    assert_near(model(token_BT), reference_of(model)(token_BT).logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_within_rounding_of_transformers_in_bfloat16(shape):
+    model = randomised(small_config(**SHAPES[shape])).bfloat16()
+    token_BT = random_ids(2, 21)
+    assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_errors_are_no_larger_than_those_of_transformers(shape):
+    model = randomised(small_config(**SHAPES[shape])).bfloat16()
+    token_BT = random_ids(2, 21)
+    ours, theirs = model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits
+    exact = model.float()(token_BT)
+    assert largest_error(ours, exact) < 1.5 * largest_error(theirs, exact)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_part_equals_transformers(part, bias):
+    model = randomised(small_config(attention_bias=bias))
+    reference, token_BT = reference_of(model), random_ids(2, 9)
+    seen = {}
+
+    def record(_, args, kwargs, output):
+        seen["input"] = args[0] if args else kwargs["hidden_states"]
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    reference.get_submodule(part).register_forward_hook(record, with_kwargs=True)
+    reference(token_BT)
+    needs_positions = part.endswith("self_attn") or part.split(".")[-1].isdigit()
+    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, 9, token_BT.device)
+    positions = (cos_TD[None], sin_TD[None]) if needs_positions else ()
+    assert_near(model.get_submodule(part)(seen["input"], *positions), seen["output"])
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 10_000.0), (128, 1_000_000.0), (64, 5_000_000.0)])
+def test_rope_tables_equal_transformers(head_dim, theta):
+    model = randomised(small_config(head_dim=head_dim, rope_theta=theta))
+    ours = torch.stack(rope_tables(head_dim, theta, 500, torch.device("cpu")))
+    theirs = torch.cat(reference_of(model).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
+    assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_dict_names_and_shapes_are_those_of_transformers(shape):
+    config = small_config(**SHAPES[shape])
+    ours = {name: tuple(tensor.shape) for name, tensor in Qwen3(config).state_dict().items()}
+    theirs = Qwen3ForCausalLM(Qwen3Config(**config.to_dict())).state_dict()
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_config_that_transformers_writes_is_read_back(shape):
+    config = small_config(**SHAPES[shape])
+    assert ModelConfig.from_dict(Qwen3Config(**config.to_dict()).to_dict()) == config

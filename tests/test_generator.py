@@ -1,0 +1,286 @@
+"""Generator on a small random model: arguments, errors, streams, and staying usable after trouble."""
+
+import threading
+
+import pytest
+import torch
+from conftest import randomised, small_config
+
+from qwen3fast import Generator, SamplingParams
+from qwen3fast.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=())
+    return randomised(config, seed=1)
+
+
+@pytest.fixture
+def generator(model, tokenizer):
+    with Generator(model, tokenizer, max_seq_len=200, max_batch_size=2, compile=False) as generator:
+        yield generator
+
+
+def test_generate_gives_one_result_for_one_prompt(generator):
+    assert len(generator.generate("hello", GREEDY).token_ids) == 12
+
+
+def test_generate_gives_results_in_the_order_of_the_prompts(generator):
+    prompts = ["a", "the dog", [1, 2, 3], "the dog", "zebra"]
+    together = generator.generate(prompts, GREEDY)
+    assert [r.token_ids for r in together] == [generator.generate(p, GREEDY).token_ids for p in prompts]
+
+
+def test_generate_of_no_prompts_is_no_results(generator):
+    assert generator.generate([], GREEDY) == []
+
+
+def test_generate_takes_params_for_each_prompt(generator):
+    results = generator.generate(["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=5)])
+    assert [len(r.token_ids) for r in results] == [2, 5]
+
+
+def test_generate_fills_the_context_without_max_tokens(generator):
+    result = generator.generate([5] * 150, SamplingParams())
+    assert (len(result.token_ids), result.finish_reason) == (50, "length")
+
+
+def test_result_text_is_the_decoded_ids(generator):
+    result = generator.generate("hello", GREEDY)
+    assert result.text == generator.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+
+
+def test_metrics_count_tokens_and_time(generator):
+    metrics = generator.generate([1] * 30, GREEDY).metrics
+    assert (metrics.prompt_tokens, metrics.new_tokens) == (30, 12)
+    assert 0 < metrics.prefill_s <= metrics.time_to_first_token_s
+    assert metrics.decode_tok_s == pytest.approx(11 / metrics.decode_s)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"),
+        ([[]], "the prompt is empty"),
+        ([[0, 10**6]], "token id 1000000 is outside the vocabulary"),
+        ([[-1]], "token id -1 is outside the vocabulary"),
+        ([None], "must be a string or a list of token ids, got NoneType"),
+        ([["a", "b"]], "must be a string or a list of token ids, got a list holding str"),
+        ([[1.5]], "got a list holding float"),
+    ],
+)
+def test_generate_refuses_bad_prompts(generator, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompt, GREEDY)
+    assert generator.generate("still works", GREEDY).token_ids
+
+
+def test_generate_refuses_too_few_params(generator):
+    with pytest.raises(ValueError, match="got 1 SamplingParams for 2 prompts"):
+        generator.generate(["a", "b"], [GREEDY])
+
+
+def test_overflow_is_refused_with_the_arithmetic(generator):
+    message = r"prompt \(190 tokens\) \+ max_tokens \(20\) = 210 exceeds max_seq_len 200.*max_seq_len=210"
+    with pytest.raises(ValueError, match=message):
+        generator.generate([1] * 190, SamplingParams(max_tokens=20))
+
+
+def test_overflow_cut_shortens_the_reply_first(generator):
+    result = generator.generate([1] * 190, SamplingParams(max_tokens=20), on_overflow="cut")
+    assert (result.metrics.prompt_tokens, len(result.token_ids)) == (190, 10)
+
+
+def test_overflow_cut_keeps_the_newest_tokens_of_a_long_prompt(generator):
+    ids = [i % 90 for i in range(300)]
+    cut = generator.generate(ids, SamplingParams(temperature=0, max_tokens=20), on_overflow="cut")
+    assert cut.token_ids == generator.generate(ids[-180:], SamplingParams(temperature=0, max_tokens=20)).token_ids
+
+
+def test_max_seq_len_beyond_the_model_is_refused(model):
+    with pytest.raises(ValueError, match="max_seq_len 513 exceeds the model's max_position_embeddings 512"):
+        Generator(model, max_seq_len=513)
+
+
+def test_stop_token_ends_the_reply(generator):
+    ids = generator.generate("hello", GREEDY).token_ids
+    stop = ids[5]
+    result = generator.generate("hello", SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop]))
+    assert result.token_ids == ids[: ids.index(stop) + 1]
+    assert result.finish_reason == "stop"
+
+
+def test_every_eos_id_of_both_configs_stops(model, tokenizer):
+    plain = Generator(model, tokenizer, max_seq_len=64, compile=False).generate("hello", GREEDY).token_ids
+    preset = {"eos_token_id": [plain[3], plain[6]]}
+    with Generator(model, tokenizer, generation_config=preset, max_seq_len=64, compile=False) as generator:
+        result = generator.generate("hello", GREEDY)
+        assert result.token_ids[-1] in preset["eos_token_id"]
+        assert len(result.token_ids) < len(plain)
+        ignoring = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        assert generator.generate("hello", ignoring).token_ids == plain
+
+
+def test_stop_string_is_cut_off(generator):
+    text = generator.generate("hello", GREEDY).text
+    stop = text[4:7]
+    result = generator.generate("hello", SamplingParams(temperature=0, max_tokens=12, stop=stop))
+    assert result.text == text[: text.index(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_preset_of_the_checkpoint_is_the_default(model):
+    preset = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    params = Generator(model, generation_config=preset, max_seq_len=64, compile=False).default_params
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 20, 0.95, 0.0)
+
+
+def test_default_without_a_preset_is_greedy(model):
+    assert Generator(model, max_seq_len=64, compile=False).default_params.temperature == 0
+
+
+def test_stream_chunks_join_to_the_result(generator):
+    chunks = list(generator.stream("hello", GREEDY))
+    expected = generator.generate("hello", GREEDY)
+    assert "".join(c.text for c in chunks) == expected.text == chunks[-1].result.text
+    assert [i for c in chunks for i in c.token_ids] == expected.token_ids
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+def test_abandoned_stream_frees_its_slot(generator):
+    stream = generator.stream("hello", GREEDY)
+    next(stream)
+    assert generator.stats.slots_in_use == 1
+    stream.close()
+    assert generator.stats.slots_in_use == 0
+
+
+def test_streams_may_be_interleaved(generator):
+    alone = [generator.generate(p, GREEDY).token_ids for p in ("one", "two", "three")]
+    streams = [generator.stream(p, GREEDY) for p in ("one", "two", "three")]
+    seen = [[], [], []]
+    running = [True] * 3
+    while any(running):
+        for i, stream in enumerate(streams):
+            chunk = next(stream, None)
+            running[i] = chunk is not None
+            seen[i] += chunk.token_ids if chunk else []
+    assert seen == alone
+
+
+def test_generate_may_be_called_from_threads(generator):
+    expected = [generator.generate([i, 5, 9], GREEDY).token_ids for i in range(6)]
+    results = [None] * 6
+
+    def work(i):
+        results[i] = generator.generate([i, 5, 9], GREEDY).token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == expected
+
+
+def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
+    config = small_config(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False, eos_token_ids=())
+    model = randomised(config, seed=2)
+    with Generator(model, max_seq_len=64, max_batch_size=2, compile=False) as generator:
+        before = generator.generate([1, 2], GREEDY).token_ids
+        good = model.lm_head.weight.clone()
+        model.lm_head.weight[5] = float("nan")
+        with pytest.raises(FloatingPointError, match="logits are NaN or infinite at token 0"):
+            generator.generate([1, 2], GREEDY)
+        model.lm_head.weight.copy_(good)
+        assert generator.generate([1, 2], GREEDY).token_ids == before
+
+
+def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
+    calls = []
+    decode = generator._engine.decode
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    monkeypatch.setattr(generator._engine, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(["a", "b", "c"], GREEDY)
+    assert (generator.stats.slots_in_use, generator.stats.waiting) == (0, 0)
+
+
+def test_closed_generator_says_so(model):
+    generator = Generator(model, max_seq_len=64, compile=False)
+    generator.close()
+    generator.close()
+    with pytest.raises(RuntimeError, match="this Generator is closed"):
+        generator.generate([1], GREEDY)
+
+
+def test_closing_ends_a_running_stream(model):
+    generator = Generator(model, max_seq_len=64, compile=False)
+    stream = generator.stream([1], GREEDY)
+    next(stream)
+    generator.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(stream)
+
+
+def test_text_prompt_without_a_tokenizer_is_refused(model):
+    generator = Generator(model, max_seq_len=64, compile=False)
+    with pytest.raises(ValueError, match="no tokenizer; pass the prompt as a list of token ids"):
+        generator.generate("hello")
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        generator.generate([1], SamplingParams(stop="x"))
+
+
+def test_greedy_thinking_warns_once(generator):
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.warns(UserWarning, match="greedy decoding .* while thinking"):
+        generator.chat(messages, GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))
+        generator.chat(messages, GREEDY)
+
+
+def test_chat_without_a_template_is_refused(model, tokenizer):
+    bare = Generator(model, Tokenizer(tokenizer.base), max_seq_len=64, compile=False)
+    with pytest.raises(ValueError, match="no chat template"):
+        bare.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_warmup_is_refused_while_requests_run(generator):
+    stream = generator.stream("hello", GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="needs all slots empty"):
+        generator.warmup()
+
+
+def test_quantization_is_refused_by_name():
+    with pytest.raises(ValueError, match="quantization='int8' is not supported"):
+        Generator.from_pretrained("tiny", quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("no/such/folder/here", FileNotFoundError, "no folder 'no/such/folder/here'"),
+        ("random:9b", ValueError, "unknown Qwen3 shape '9b'; known shapes: 0.6b"),
+        ("random:0.6b:x", ValueError, "the seed must be a whole number"),
+    ],
+)
+def test_from_pretrained_names_a_bad_source(source, error, message):
+    with pytest.raises(error, match=message):
+        Generator.from_pretrained(source)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        Generator.from_pretrained("tiny", device="cuda")

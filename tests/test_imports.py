@@ -1,0 +1,133 @@
+"""The order of the package: imports go downwards only, so that it can be read from the bottom to the top."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import qwen3fast
+
+PACKAGE = Path(qwen3fast.__file__).parent
+
+# Each part may import the parts before it. "qwen3fast" is the package's own __init__.
+ORDER = [
+    "_version",
+    "config",
+    "kernels",
+    "model",
+    "kv_cache",
+    "sampling",
+    "tokenizer",
+    "checkpoint",
+    "text_stream",
+    "results",
+    "engine",
+    "generator",
+    "qwen3fast",
+    "bench",
+    "cli",
+    "__main__",
+]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names of all modules of the package and their files."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = ["qwen3fast", *file.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+def part_of(module: str) -> str:
+    """The part of ORDER that a module belongs to."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else names[0]
+
+
+def own_imports(module: str, tree: ast.AST) -> set[str]:
+    """Modules of the package that the code of `tree`, inside `module`, imports."""
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            # `from package import name` imports the module of that name if there is one.
+            imported |= {f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names}
+    return {name for name in imported if name.split(".")[0] == "qwen3fast"}
+
+
+IMPORTS = {name: own_imports(name, tree) for name, tree in TREES.items()}
+
+
+def test_imports_are_found_at_all():
+    assert "qwen3fast.model.rope" in IMPORTS["qwen3fast.model.attention"]
+
+
+def test_imports_every_part_has_a_place_in_the_order():
+    assert {part_of(name) for name in MODULES} - set(ORDER) == set()
+
+
+def test_imports_go_downwards():
+    upwards = [
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target in targets
+        if part_of(module) != part_of(target) and ORDER.index(part_of(target)) > ORDER.index(part_of(module))
+    ]
+    assert upwards == []
+
+
+def test_imports_have_no_cycle():
+    try:
+        tuple(TopologicalSorter(IMPORTS).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {error.args[1]}")
+
+
+def test_imports_of_the_model_leave_the_engine_out():
+    from_engine = {m: t for m, t in IMPORTS.items() if part_of(m) == "model" and any("engine" in name for name in t)}
+    assert from_engine == {}
+
+
+def test_imports_of_the_bench_come_from_itself_and_the_command_line():
+    importers = {part_of(m) for m, targets in IMPORTS.items() if any(part_of(t) == "bench" for t in targets)}
+    assert importers <= {"bench", "cli"}
+
+
+def test_imports_of_our_own_stand_at_the_top_of_the_file():
+    inside = [
+        f"{module}.{node.name} imports {', '.join(sorted(targets))}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (targets := own_imports(module, node))
+    ]
+    assert inside == []
+
+
+def test_imports_name_what_they_import():
+    starred = [
+        module
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
+    assert starred == []
+
+
+def test_imports_do_not_hide_behind_type_checking():
+    hidden = [
+        m for m, tree in TREES.items() if "TYPE_CHECKING" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    ]
+    assert hidden == []

@@ -1,0 +1,27 @@
+"""Splitting prompts into chunks."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3fast.engine.prefill import CHUNK_SIZES, split_into_chunks
+
+
+@given(blocks=st.integers(1, 40), data=st.data())
+def test_chunks_cover_the_prompt_and_fit_the_cache(blocks, data):
+    room = 128 * blocks
+    num_tokens = data.draw(st.integers(1, room))
+    chunks = split_into_chunks(num_tokens, room)
+    assert set(chunks) <= set(CHUNK_SIZES)
+    assert sum(chunks[:-1]) < num_tokens <= sum(chunks) <= room
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "chunks"), [(1, [32]), (33, [32, 32]), (70, [128]), (512, [512]), (600, [512, 128]), (300, [512])]
+)
+def test_chunks_prefer_wide_products(num_tokens, chunks):
+    assert split_into_chunks(num_tokens, 4096) == chunks
+
+
+def test_chunks_stay_narrow_where_room_is_short():
+    assert sum(split_into_chunks(300, 384)) <= 384
