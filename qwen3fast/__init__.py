@@ -7,8 +7,9 @@
 """
 
 from qwen3fast._version import __version__
+from qwen3fast.checkpoint import load_model
 from qwen3fast.config import ModelConfig
-from qwen3fast.generator import Generator, load_model
+from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
 from qwen3fast.sampling import SamplingParams
 

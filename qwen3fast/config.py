@@ -53,6 +53,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("tie_word_embeddings", "attention_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -75,24 +78,24 @@ class ModelConfig:
         missing = [name for name in needed if raw.get(name) is None]
         if missing:
             raise ValueError(f"{where}: missing {', '.join(missing)}; every Qwen3 config has these fields")
-        heads = raw["num_attention_heads"]
-        eos = raw.get("eos_token_id")
+        # A field that is null counts as absent.
+        given = {name: value for name, value in raw.items() if value is not None}
         dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if dtype_name not in DTYPES:
             raise ValueError(f"{where}: dtype {dtype_name!r} is not supported; supported: {', '.join(DTYPES)}")
         try:
             return cls(
                 **{name: raw[name] for name in needed},
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                num_key_value_heads=given.get("num_key_value_heads", raw["num_attention_heads"]),
                 # 128 is Qwen3's default when the field is absent; never hidden_size / num_attention_heads.
-                head_dim=raw.get("head_dim") or 128,
-                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                rope_theta=_rope_theta(raw),
-                max_position_embeddings=raw.get("max_position_embeddings", 40_960),
-                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                attention_bias=bool(raw.get("attention_bias", False)),
+                head_dim=given.get("head_dim", 128),
+                rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+                rope_theta=_rope_theta(given),
+                max_position_embeddings=given.get("max_position_embeddings", 40_960),
+                tie_word_embeddings=given.get("tie_word_embeddings", False),
+                attention_bias=given.get("attention_bias", False),
                 dtype=DTYPES[dtype_name],
-                eos_token_ids=as_id_tuple(eos),
+                eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
             )
         except (ValueError, TypeError) as err:
             raise ValueError(f"{where}: {err}") from err
@@ -194,10 +197,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    """An id field of a config (one id, a list of ids, or absent) as a tuple."""
+    """An id field of a config (one id, a list of ids, or absent) as a tuple.
+
+    Raises: ValueError for anything else.
+    """
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = (value,) if isinstance(value, int) else value
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"token ids must be a number or a list of numbers, got {value!r}")
+    return tuple(ids)
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
@@ -207,16 +216,19 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    layer_types = raw.get("layer_types") or ["full_attention"]
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
-        "layer_types": (layer_types != {"full_attention"}, "only 'full_attention' is"),
+        "layer_types": (any(kind != "full_attention" for kind in layer_types), "only 'full_attention' is"),
         "quantization_config": (raw.get("quantization_config") is not None, "only unquantised checkpoints are"),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:
             raise ValueError(f"{where}: {name}={raw.get(name)!r} is not supported; {supported}")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ValueError(f"{where}: {name} must be an object, got {raw[name]!r}")
     rope = _rope_fields(raw)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -229,4 +241,4 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
-    return float(_rope_fields(raw).get("rope_theta") or raw.get("rope_theta") or 1_000_000.0)
+    return float(_rope_fields(raw).get("rope_theta", raw.get("rope_theta", 1_000_000.0)))

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import load_weights, random_model, resolve_source
-from qwen3fast.config import DTYPES, ModelConfig, as_id_tuple, read_json
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.config import as_id_tuple, read_json
+from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
 from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model import Qwen3
+from qwen3fast.prompt import Overflow, Prompt, fit_context, prompt_to_ids
 from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
-from qwen3fast.sampling import SamplerRows, SamplingParams, kind_for
+from qwen3fast.sampling import SamplingParams
 from qwen3fast.text_stream import TextStream
 from qwen3fast.tokenizer import Message, Tokenizer
-
-logger = logging.getLogger(__name__)
-
-Prompt = str | list[int]
-Overflow = Literal["error", "cut"]
-
-
-def load_model(
-    source: str | Path,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    progress: bool = False,
-) -> Qwen3:
-    """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
-
-    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's.
-    Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
-    """
-    chosen_device = _choose_device(device)
-    if str(source).startswith("random:"):
-        name, _, seed = str(source).removeprefix("random:").partition(":")
-        if seed and not seed.isdecimal():
-            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
-        config = ModelConfig.named(name)
-        return random_model(config, chosen_device, _choose_dtype(dtype, config), int(seed or 0))
-    folder = resolve_source(source, revision)
-    config = ModelConfig.from_folder(folder)
-    model = build_on_meta(config)
-    load_weights(model, folder, chosen_device, _choose_dtype(dtype, config), progress)
-    return model
 
 
 class Generator:
@@ -93,7 +62,7 @@ class Generator:
         self.device, self.dtype = weight.device, weight.dtype
         self.max_seq_len = max_seq_len
         preset = generation_config or {}
-        self.default_params = _preset_params(preset)
+        self.default_params = SamplingParams.from_generation_config(preset)
         self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
         cache = StaticKVCache(config, max_batch_size, max_seq_len, self.dtype, self.device)
         self._engine: Engine | None = Engine(model, cache, self.device, compile, cuda_graphs)
@@ -200,7 +169,8 @@ class Generator:
                     with self._lock:
                         self._scheduler.add(request)
                 else:
-                    self._run_uncached(request)
+                    with self._lock:
+                        run_uncached(self._open_engine(), request)
                     bar.update()
             while use_cache and any(r.finish_reason is None for r in requests):
                 self._step()
@@ -330,46 +300,24 @@ class Generator:
         finally:
             self._cancel([request])
 
-    def _run_uncached(self, request: Request) -> None:
-        """The loop without a cache: every token from the whole sequence."""
-        with self._lock:
-            engine = self._open_engine()
-            device = self.device
-            kind = kind_for([(request.temperature, request.top_k)])
-            while request.finish_reason is None:
-                if not request.output_ids:
-                    request.prefill_started_s = request.submitted_s
-                logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
-                rows = SamplerRows(
-                    torch.tensor([request.temperature], device=device),
-                    torch.tensor([request.top_k], device=device),
-                    torch.tensor([request.top_p], device=device),
-                    torch.tensor([request.min_p], device=device),
-                    torch.tensor([request.seed], device=device),
-                    torch.tensor([len(request.output_ids)], device=device),
-                )
-                request.accept(engine.sample_uncached(logits_1V, rows, kind))
-
     def _new_request(
         self, prompt: Any, params: SamplingParams | None, on_overflow: Overflow
     ) -> tuple[Request, TextStream]:
         self._open_engine()
-        p = params or SamplingParams()
-        if not isinstance(p, SamplingParams):
-            raise ValueError(f"params must be a SamplingParams, got {type(p).__name__}")
-        if on_overflow not in ("error", "cut"):
-            raise ValueError(f"on_overflow must be 'error' or 'cut', got {on_overflow!r}")
+        if not isinstance(params, SamplingParams | None):
+            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
+        p = (params or SamplingParams()).with_defaults(self.default_params)
         if p.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
-        ids, max_tokens = self._fit(self._prompt_ids(prompt), p.max_tokens, on_overflow)
+        ids = prompt_to_ids(prompt, self.tokenizer, self.config.vocab_size)
+        ids, max_tokens = fit_context(ids, p.max_tokens, self.max_seq_len, on_overflow)
         stream = TextStream(self.tokenizer, tuple(p.stop))
-        default = self.default_params
         request = Request(
             prompt_ids=ids,
-            temperature=float(_first_set(p.temperature, default.temperature)),
-            top_k=int(_first_set(p.top_k, default.top_k)),
-            top_p=float(_first_set(p.top_p, default.top_p)),
-            min_p=float(_first_set(p.min_p, default.min_p)),
+            temperature=float(p.temperature or 0.0),
+            top_k=int(p.top_k or 0),
+            top_p=float(p.top_p or 1.0),
+            min_p=float(p.min_p or 0.0),
             seed=p.seed if p.seed is not None else secrets.randbits(63),
             max_tokens=max_tokens,
             stop_ids=frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids),
@@ -377,44 +325,12 @@ class Generator:
         )
         return request, stream
 
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("random weights have no tokenizer; pass the prompt as a list of token ids")
-            ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
-            ids = prompt
-        else:
-            raise ValueError(f"a prompt must be a string or a list of token ids, got {_describe(prompt)}")
-        if not ids:
-            raise ValueError("the prompt is empty; it needs at least one token")
-        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
-        return list(ids)
-
-    def _fit(self, ids: list[int], max_tokens: int | None, on_overflow: Overflow) -> tuple[list[int], int]:
-        """Prompt and number of new tokens that fit the context together."""
-        room = self.max_seq_len - len(ids)
-        if on_overflow == "error" and (room < 1 or (max_tokens or 1) > room):
-            wanted = len(ids) + (max_tokens or 1)
-            raise ValueError(
-                f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
-                f"{self.max_seq_len}; shorten one, pass on_overflow='cut', or build Generator(max_seq_len={wanted})"
-            )
-        if room < 1:
-            ids = ids[-max(1, self.max_seq_len - (max_tokens or 1)) :]
-            room = self.max_seq_len - len(ids)
-        if room < 1:
-            raise ValueError(f"max_seq_len {self.max_seq_len} leaves no room for a reply")
-        return ids, min(max_tokens or room, room)
-
     def _render(
         self, messages: list[Message], params: SamplingParams | None, enable_thinking: bool, tools: Any
     ) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("random weights have no tokenizer, so they cannot chat")
-        temperature = _first_set(params.temperature if params else None, self.default_params.temperature)
+        temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
         can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
         if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_thinking:
             self._has_warned_greedy_thinking = True
@@ -442,42 +358,3 @@ class Generator:
             decode_s=request.finished_s - request.first_token_s,
         )
         return GenerationResult(stream.text, request.output_ids, str(request.finish_reason), metrics)
-
-
-def _preset_params(preset: dict[str, Any]) -> SamplingParams:
-    """Every sampling field set, from a generation_config.json; greedy unless it says do_sample, as in transformers."""
-    return SamplingParams(
-        temperature=preset.get("temperature", 1.0) if preset.get("do_sample") else 0.0,
-        top_k=preset.get("top_k") or 0,
-        top_p=preset.get("top_p") or 1.0,
-        min_p=preset.get("min_p") or 0.0,
-    )
-
-
-def _first_set(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
-
-
-def _choose_device(device: str | torch.device) -> torch.device:
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
-    return chosen
-
-
-def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return config.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, list) and value:
-        return f"a list holding {next((type(x).__name__ for x in value if not isinstance(x, int)), 'bool')}"
-    return type(value).__name__

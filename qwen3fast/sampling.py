@@ -12,8 +12,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,21 @@ class SamplingParams:
         self._check("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check("max_tokens", "an integer >= 1", lambda x: x == int(x) and x >= 1)
         self._check("seed", "an integer of 64 bits", lambda x: x == int(x) and -(2**63) <= x < 2**63)
+
+    @classmethod
+    def from_generation_config(cls, preset: dict[str, Any]) -> SamplingParams:
+        """Every sampling field set, from a generation_config.json; greedy unless it says do_sample, as transformers."""
+        return cls(
+            temperature=preset.get("temperature", 1.0) if preset.get("do_sample") else 0.0,
+            top_k=preset.get("top_k") or 0,
+            top_p=preset.get("top_p") or 1.0,
+            min_p=preset.get("min_p") or 0.0,
+        )
+
+    def with_defaults(self, default: SamplingParams) -> SamplingParams:
+        """These parameters, with the sampling fields that are None taken from `default`."""
+        unset = [name for name in ("temperature", "top_k", "top_p", "min_p") if getattr(self, name) is None]
+        return replace(self, **{name: getattr(default, name) for name in unset})
 
     def _check(self, name: str, expected: str, is_valid) -> None:
         value = getattr(self, name)

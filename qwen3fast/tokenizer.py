@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BaseTokenizer
 
@@ -106,9 +109,10 @@ class Tokenizer:
             raise ValueError("this checkpoint has no chat template; use generate() with a plain prompt")
         if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
             raise ValueError("messages must be a non-empty list of {'role': ..., 'content': ...} dictionaries")
-        if self._compiled is None:
-            self._compiled = _template_environment().from_string(self.chat_template)
+        messages = [_with_reasoning_content(message) for message in messages]
         try:
+            if self._compiled is None:
+                self._compiled = _template_environment().from_string(self.chat_template)
             text = self._compiled.render(
                 messages=messages,
                 tools=tools,
@@ -118,7 +122,7 @@ class Tokenizer:
                 **self._special_tokens,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError) as err:
+        except Exception as err:  # a template is a program of somebody else's and may fail in any way
             raise ValueError(f"the chat template cannot render these messages: {err}") from err
         return self.encode(text) if tokenize else text
 
@@ -155,10 +159,28 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it changes nothing."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _with_reasoning_content(message: Message) -> Message:
+    """The message with its thought under the name that Qwen3's template reads, as transformers does."""
+    for name in ("reasoning", "thinking"):
+        if message.get(name) and not message.get("reasoning_content"):
+            return {**message, "reasoning_content": message[name]}
+    return message
+
+
 def _template_environment() -> ImmutableSandboxedEnvironment:
     """Jinja2 as transformers sets it up for chat templates; templates are untrusted, so they run in the sandbox."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
 
     def raise_exception(message: str) -> None:
@@ -169,6 +191,9 @@ def _template_environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment.filters["tojson"] = tojson
+    # Functions instead of the types, whose unbound methods would reach around the sandbox.
+    environment.globals["dict"] = lambda *items, **entries: dict(*items, **entries)
+    environment.globals["namespace"] = lambda *items, **entries: jinja2.utils.Namespace(*items, **entries)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
     return environment

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Attention, CacheLayer, rope_tables
-from qwen3fast.model.attention import attend, write_and_read
+from qwen3fast.model.attention import attend, read, write
 
 SLOTS = 24
 GROUPINGS = [(4, 4), (4, 2), (4, 1), (8, 1)]  # query heads, key/value heads
@@ -190,6 +190,12 @@ def test_cached_attention_needs_positions_and_a_mask():
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, 1, torch.device("cpu"))
     with pytest.raises(AssertionError, match="a cache needs positions and a mask"):
         attention(random_tensor(1, 1, config.hidden_size), cos_SD[None], sin_SD[None], cache=noisy_cache(config, 1))
+
+
+def write_and_read(cache, k_BTKD, v_BTKD, position_BT, length):
+    """What a cached call does before it attends."""
+    write(cache, k_BTKD, v_BTKD, position_BT)
+    return read(cache, len(k_BTKD), length)
 
 
 def numbered_cache(row_B: Tensor | None) -> CacheLayer:

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen3fast import load_model
 from qwen3fast.checkpoint import random_model, resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.config import ModelConfig
-from qwen3fast.generator import load_model
 from qwen3fast.model import Qwen3
 
 CPU = torch.device("cpu")
@@ -358,7 +358,6 @@ def test_source_that_is_nothing_is_refused(monkeypatch, name, tmp_path):
         resolve_source(name)
 
 
-@pytest.mark.xfail(reason="huggingface_hub's HFValidationError is not caught", strict=True)
 @pytest.mark.parametrize("name", ["../missing", "./missing", "owner/a--b"])
 def test_source_that_the_hub_would_not_accept_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -487,7 +486,7 @@ def test_random_model_fills_a_tensor_larger_than_its_pool(monkeypatch):
 @pytest.mark.parametrize(("source", "seed"), [("random:0.6b", 0), ("random:0.6B:7", 7)])
 def test_load_model_random_takes_shape_and_seed_from_the_name(monkeypatch, source, seed):
     seen = []
-    monkeypatch.setattr("qwen3fast.generator.random_model", lambda *args: seen.append(args))
+    monkeypatch.setitem(load_model.__globals__, "random_model", lambda *args: seen.append(args))
     load_model(source, device="cpu")
     assert seen == [(ModelConfig.named("0.6b"), CPU, torch.bfloat16, seed)]
 

@@ -21,6 +21,7 @@ ORDER = [
     "kv_cache",
     "sampling",
     "tokenizer",
+    "prompt",
     "checkpoint",
     "text_stream",
     "results",

@@ -16,8 +16,8 @@ from qwen3fast.bench.measure import MODES, Workbench, is_cached, is_compiled, ma
 from qwen3fast.bench.plot import plot_record
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
+from qwen3fast.checkpoint import load_model
 from qwen3fast.config import DTYPES, ModelConfig
-from qwen3fast.generator import load_model
 
 CHECK_LENGTH, CHECK_TOKENS = 40, 12
 UNCACHED_TOKENS = 3

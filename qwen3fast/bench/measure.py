@@ -12,10 +12,9 @@ from itertools import pairwise
 import torch
 
 from qwen3fast.bench.environment import synchronize
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
-from qwen3fast.sampling import SamplerKind, SamplerRows
 
 MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
 
@@ -104,17 +103,7 @@ def make_prompts(vocab_size: int, length: int, batch_size: int, seed: int = 0) -
 def _run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
     scheduler = Scheduler(engine)
     times: list[list[float]] = [[] for _ in prompts]
-
-    def timed(row: int):
-        def on_token(token: int) -> bool:
-            times[row].append(time.perf_counter())
-            return False
-
-        return on_token
-
-    requests = [
-        Request(prompt, 0.0, 0, 1.0, 0.0, 0, new_tokens, frozenset(), timed(row)) for row, prompt in enumerate(prompts)
-    ]
+    requests = [_timed_request(prompt, new_tokens, row_times) for prompt, row_times in zip(prompts, times, strict=True)]
     synchronize(engine.device)
     started = time.perf_counter()
     for request in requests:
@@ -122,20 +111,32 @@ def _run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sa
     while any(request.finish_reason is None for request in requests):
         scheduler.step()
     # Rows are prefilled one after the other and decode together from then on: the last row's times are the steps'.
-    last = times[-1]
-    steps = [later - earlier for earlier, later in pairwise(last)]
-    return Sample(last[0] - started, steps, [request.output_ids for request in requests])
+    return _sample(started, times[-1], requests)
 
 
 def _run_uncached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
-    zero = torch.zeros(1, dtype=torch.int64, device=engine.device)
-    greedy = SamplerRows(zero.float(), zero, zero.float() + 1, zero.float(), zero, zero)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    times = []
-    for _ in range(new_tokens):
-        started = time.perf_counter()
-        for prompt, output in zip(prompts, outputs, strict=True):
-            logits_1V = engine.logits_uncached(prompt + output)
-            output.append(engine.sample_uncached(logits_1V, greedy, SamplerKind.GREEDY))
-        times.append(time.perf_counter() - started)
-    return Sample(times[0], times[1:], outputs)
+    times: list[list[float]] = [[] for _ in prompts]
+    started = time.perf_counter()
+    requests = []
+    for prompt, row_times in zip(prompts, times, strict=True):
+        # There is no batched form without a cache: rows run one after the other, a step takes all of them.
+        row_started = time.perf_counter()
+        requests.append(_timed_request(prompt, new_tokens, row_times))
+        run_uncached(engine, requests[-1])
+        row_times[:] = [at - row_started for at in row_times]
+    return _sample(started, [started + sum(step) for step in zip(*times, strict=True)], requests)
+
+
+def _timed_request(prompt: list[int], new_tokens: int, times: list[float]) -> Request:
+    """A greedy request that never stops early and notes when each token came."""
+
+    def on_token(token: int) -> bool:
+        times.append(time.perf_counter())
+        return False
+
+    return Request(prompt, 0.0, 0, 1.0, 0.0, 0, new_tokens, frozenset(), on_token)
+
+
+def _sample(started: float, token_times: list[float], requests: list[Request]) -> Sample:
+    steps = [later - earlier for earlier, later in pairwise(token_times)]
+    return Sample(token_times[0] - started, steps, [request.output_ids for request in requests])

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -45,7 +45,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         )
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as err:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as err:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
             f"{str(source)!r}{at} is neither a local folder nor available from the hub ({type(err).__name__}: {err})"

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch._inductor.compile_fx import compile_fx
 
+from qwen3fast.kernels import cpu
+
 logger = logging.getLogger(__name__)
 
 # All Generators of a process share Dynamo's cache per function; the default limit of 8 variants is soon reached by
@@ -35,6 +37,8 @@ class StepCompiler:
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled and (device.type != "cpu" or _has_cpp_compiler())
+        if self.enabled and device.type == "cpu":
+            cpu.load()
         self.compilations = 0
         self.seconds = 0.0
 

@@ -113,7 +113,7 @@ class Engine:
         ).squeeze(1)
 
     @torch.no_grad()
-    def sample_uncached(self, logits_1V: Tensor, rows: SamplerRows, kind: SamplerKind) -> int:
+    def sample(self, logits_1V: Tensor, rows: SamplerRows, kind: SamplerKind) -> int:
         """Sample with explicit parameters of one row; -1 if the logits are invalid."""
         return int(self.parts.samplers[kind](logits_1V, rows).item())
 

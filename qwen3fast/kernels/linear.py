@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3fast.kernels import cpu
+
 MAX_MATVEC_ROWS = 8
 
 
@@ -23,6 +25,9 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
     The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product.
     """
+    if cpu.can_matvec(x, weight_NK):
+        y = torch.ops.qwen3fast.matvec(x, weight_NK)
+        return y if bias_N is None else y + bias_N
     rows = x.numel() // x.shape[-1]
     if torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= MAX_MATVEC_ROWS:
         return matvec_as_reduction(x, weight_NK, bias_N)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.config import ModelConfig
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import apply_rope
@@ -75,24 +76,28 @@ class Attention(nn.Module):
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             assert position_BT is not None and mask_BTL is not None, "a cache needs positions and a mask"
-            k_BKLD, v_BKLD = write_and_read(cache, k_BTKD, v_BTKD, position_BT, mask_BTL.shape[-1])
-            y_BHTD = attend(q_BTHD, k_BKLD, v_BKLD, mask_BTL)
+            write(cache, k_BTKD, v_BTKD, position_BT)
+            if cache.row_B is None and cpu.can_decode_attention(q_BTHD, cache.k_RKSD):
+                y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT)
+            else:
+                y_BHTD = attend(q_BTHD, *read(cache, B, mask_BTL.shape[-1]), mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
 
 
-def write_and_read(
-    cache: CacheLayer, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
-    """Store new keys and values in place, then return the first `length` positions of the rows in use, (B, K, L, D)."""
-    B = k_BTKD.shape[0]
-    row_B = cache.row_B if cache.row_B is not None else torch.arange(B, device=position_BT.device)
+def write(cache: CacheLayer, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
+    """Store new keys and values in place."""
+    row_B = cache.row_B if cache.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
     # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly the (B, T, K, D) of the values.
     cache.k_RKSD[row_B[:, None], :, position_BT] = k_BTKD.to(cache.k_RKSD.dtype)
     cache.v_RKSD[row_B[:, None], :, position_BT] = v_BTKD.to(cache.v_RKSD.dtype)
+
+
+def read(cache: CacheLayer, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the rows in use, first `length` positions: (B, K, L, D) each."""
     k, v = cache.k_RKSD[:, :, :length], cache.v_RKSD[:, :, :length]
     if cache.row_B is None:
-        return k[:B], v[:B]
-    return k.index_select(0, row_B), v.index_select(0, row_B)
+        return k[:num_rows], v[:num_rows]
+    return k.index_select(0, cache.row_B), v.index_select(0, cache.row_B)
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:

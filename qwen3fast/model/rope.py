@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 def rope_tables(head_dim: int, rope_theta: float, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all rotation angles, (S, D) in float32; angle [p, i] = p * rope_theta^(-2i/D).
+    """Cosines and sines of all rotation angles, (S, D) in float32; angle [p, i] = p / rope_theta^(2i/D).
 
     Channel i and channel i + D/2 turn together, so the second half of each row repeats the first. Angles are computed
     in float32: bfloat16 cannot tell neighbouring positions apart beyond 256.
     Source: RoFormer, arXiv:2104.09864, section 3.2.2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), rope_theta**-exponents)
+    frequencies = 1.0 / rope_theta**exponents  # rounded like the reference implementation's
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
     angles_SD = torch.cat([angles, angles], dim=-1)
     return angles_SD.cos(), angles_SD.sin()
 

@@ -1,0 +1,58 @@
+"""The bare model of any source, on a device, in a dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qwen3fast.checkpoint.random_weights import random_model
+from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.checkpoint.weights import load_weights
+from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.model import Qwen3, build_on_meta
+
+
+def load_model(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    progress: bool = False,
+) -> Qwen3:
+    """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
+
+    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's.
+    Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
+    """
+    chosen_device = _choose_device(device)
+    if str(source).startswith("random:"):
+        name, _, seed = str(source).removeprefix("random:").partition(":")
+        if seed and not seed.isdecimal():
+            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+        config = ModelConfig.named(name)
+        return random_model(config, chosen_device, _choose_dtype(dtype, config), int(seed or 0))
+    folder = resolve_source(source, revision)
+    config = ModelConfig.from_folder(folder)
+    model = build_on_meta(config)
+    load_weights(model, folder, chosen_device, _choose_dtype(dtype, config), progress)
+    return model
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
+    return chosen
+
+
+def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,118 @@
+"""The C++ operations of ops.cpp as `torch.ops.qwen3fast.*`: built with the system's compiler on first use, then cached.
+
+They serve bfloat16 on CPUs inside compiled code. Where they cannot be built, callers use their PyTorch forms.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "ops.cpp"
+MAX_ROWS = 8
+LANES = 16  # channels are processed in vectors of this many
+
+
+@functools.cache
+def load() -> bool:
+    """Build (about ten seconds, once per machine) and register the operations.
+
+    Returns: whether they can be used; the reason is logged if not. Only GCC and Clang on Linux are tried.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if sys.platform != "linux" or not compiler:
+        logger.info("C++ operations not built: they need Linux with g++ or clang++")
+        return False
+    try:
+        torch.ops.load_library(_build(compiler))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as err:
+        detail = getattr(err, "stderr", None) or str(err)
+        logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail.strip()[-2000:])
+        return False
+    torch.library.register_fake("qwen3fast::matvec", _matvec_shape)
+    torch.library.register_fake("qwen3fast::decode_attention", _decode_attention_shape)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def is_loaded() -> bool:
+    """Whether `load` has succeeded in this process; a constant to compiled code."""
+    return load.cache_info().currsize > 0 and load()
+
+
+def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.matvec` serves this product (inside compiled code only)."""
+    rows = x.numel() // x.shape[-1]
+    return (
+        torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and rows <= MAX_ROWS
+        and x.dtype == weight_NK.dtype == torch.bfloat16
+        and x.shape[-1] % LANES == 0
+        and is_loaded()
+    )
+
+
+def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.decode_attention` serves this query (inside compiled code only)."""
+    return (
+        torch.compiler.is_compiling()
+        and q_BTHD.device.type == "cpu"
+        and q_BTHD.shape[1] == 1
+        and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
+        and q_BTHD.shape[-1] % LANES == 0
+        and is_loaded()
+    )
+
+
+def _build(compiler: str) -> str:
+    """Path of the shared library, built if this source, compiler, PyTorch and processor have none yet."""
+    # -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp.
+    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+    flags += ["-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, torch.__version__, _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
+    library = folder / f"ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        logger.info("building C++ operations into %s", library)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built = Path(temporary) / library.name
+            includes = [f"-I{path}" for path in include_paths()]
+            libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+            command = [compiler, *flags, str(SOURCE), "-o", str(built), *includes, *libraries]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            built.replace(library)  # another process may have done the same; either file will do
+    return str(library)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _decode_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
