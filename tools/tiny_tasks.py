@@ -91,7 +91,10 @@ def reversing(rng: random.Random) -> Example:
 
 
 def lookup(rng: random.Random, num_words: int, num_questions: int = 1) -> Example:
-    """A long text in which facts stand between other sentences, then questions about facts anywhere in it."""
+    """A long text in which notes stand between other sentences, then questions about notes anywhere in it.
+
+    The number follows its name at once: finding it takes two attention layers, which so short a training reaches.
+    """
     num_facts = max(num_questions, min(len(NAMES), rng.randint(2, 4) + num_words // 60))
     names = rng.sample(NAMES, num_facts)
     facts = {name: str(rng.randrange(1000, 10_000)) for name in names}
@@ -101,12 +104,12 @@ def lookup(rng: random.Random, num_words: int, num_questions: int = 1) -> Exampl
         lines.append(sentence(rng))
         words += len(lines[-1].split())
     for name, value in facts.items():
-        lines.insert(rng.randint(0, len(lines)), f"The code of {name} is {value}.")
+        lines.insert(rng.randint(0, len(lines)), f"Note: {name} {value}.")
     asked = rng.sample(names, num_questions)
     messages = []
     for name in asked:
-        answer = f"The code of {name} is {facts[name]}."
-        messages += [("user", f"What is the code of {name}?"), ("assistant", answer)]
+        answer = f"{name} {facts[name]}"
+        messages += [("user", f"What is the number of {name}?"), ("assistant", answer)]
     messages[0] = ("user", " ".join(lines) + "\n" + messages[0][1])
     return Example("lookup", messages, f"I look for {asked[-1]}.", every_turn=True)
 

@@ -9,11 +9,13 @@ from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 
 STANDARD_DEVIATION = 0.02
+# Sharper attention than 1 gives: replies then vary from token to token, so that comparing tokens means something.
+QK_NORM_WEIGHT = 2.0
 POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Qwen3:
-    """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, biases 0).
+    """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 2; biases 0).
 
     Values are read cyclically from a pool of 16.8 million normal numbers, each tensor from its own start: drawing every
     weight anew would take several times longer and measure the same.
@@ -27,7 +29,8 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
         if parameter.dim() == 2:
             _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
         else:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+            is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
+            tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)
         tensor = tensor.to(device)
         model.get_submodule(module_name).register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()

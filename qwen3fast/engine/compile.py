@@ -6,6 +6,7 @@ Lengths that vary at run time are marked dynamic by the caller, so that no reque
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -21,8 +22,8 @@ from qwen3fast.kernels import cpu
 
 logger = logging.getLogger(__name__)
 
-# All Generators of a process share Dynamo's cache per function; the default limit of 8 variants is soon reached by
-# batch sizes times samplers times models, and reaching it is an error under fullgraph=True.
+# Variants of one function: batch sizes times dtypes. Dynamo's default of 8 is soon reached, and reaching it is an error
+# under fullgraph=True.
 RECOMPILE_LIMIT = 1024
 
 
@@ -56,12 +57,21 @@ class StepCompiler:
             self.seconds += time.perf_counter() - started
             return compiled
 
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            return torch.compile(
+                function,
+                backend=backend,
+                fullgraph=True,
+                dynamic=False,
+                recompile_limit=RECOMPILE_LIMIT,
+                isolate_recompiles=True,
+            )
+        # Older PyTorch: one cache for all Generators, and the limit is a global setting (17 us a call).
         compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+        limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
 
         def call(*args: Any) -> Any:
-            with torch._dynamo.config.patch(
-                recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
-            ):
+            with torch._dynamo.config.patch(**limits):
                 return compiled(*args)
 
         return call

@@ -1,0 +1,118 @@
+"""The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_near, random_tensor, randomised, small_config
+
+from qwen3fast.engine import Engine
+from qwen3fast.kernels import cpu
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.sampling import SamplerKind
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+
+@pytest.mark.parametrize("rows", range(1, cpu.MAX_ROWS + 1))
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 16), (7, 48), (300, 1024), (1001, 80)])
+def test_matvec_equals_linear(rows, out_features, in_features):
+    x = random_tensor(rows, in_features).bfloat16()
+    weight = random_tensor(out_features, in_features, seed=1).bfloat16()
+    expected = F.linear(x.float(), weight.float())
+    assert_near(torch.ops.qwen3fast.matvec(x, weight), expected, torch.bfloat16)
+
+
+def test_matvec_keeps_leading_dimensions_and_accepts_strides():
+    x = random_tensor(32, 2, 3).bfloat16().permute(1, 2, 0)
+    weight = random_tensor(5, 32, seed=1).bfloat16()
+    y = torch.ops.qwen3fast.matvec(x, weight)
+    assert y.shape == (2, 3, 5)
+    assert_near(y, F.linear(x.float(), weight.float()), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.zeros(1, 20).bfloat16(), torch.zeros(4, 20).bfloat16()),
+        (torch.zeros(9, 16).bfloat16(), torch.zeros(4, 16).bfloat16()),
+        (torch.zeros(1, 16), torch.zeros(4, 16)),
+        (torch.zeros(1, 32).bfloat16(), torch.zeros(4, 16).bfloat16()),
+    ],
+    ids=["odd width", "nine rows", "float32", "other width"],
+)
+def test_matvec_refuses_what_it_cannot_do(x, weight):
+    with pytest.raises(RuntimeError, match="matvec: "):
+        torch.ops.qwen3fast.matvec(x, weight)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 1)])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("lengths", [[1], [2, 127], [128, 129, 300]])
+def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths):
+    batch = len(lengths)
+    q_BTHD = random_tensor(batch, 1, heads, head_dim).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(batch + 1, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
+    position_B1 = torch.tensor(lengths)[:, None] - 1
+    for row, length in enumerate(lengths):  # what lies beyond the used length must not be read
+        k_RKSD[row, :, length:] = v_RKSD[row, :, length:] = 1e30
+    mask_BTL = torch.arange(301) <= position_B1[..., None]
+    k, v = (torch.where(mask_BTL.view(batch, 1, 301, 1), x[:batch].float(), 0.0) for x in (k_RKSD, v_RKSD))
+    q = q_BTHD.transpose(1, 2).float()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTL[:, None], enable_gqa=True)
+    actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k_RKSD, v_RKSD, position_B1)
+    assert_near(actual, expected, torch.bfloat16)
+
+
+def test_decode_attention_survives_large_scores():
+    q = torch.full((1, 1, 1, 16), 100.0).bfloat16()
+    k = torch.zeros(1, 1, 4, 16).bfloat16()
+    k[0, 0, 2] = 100.0
+    v = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 16).bfloat16().contiguous()
+    assert torch.equal(
+        torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 16), 2.0).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
+    """Through the engine, so that the operations are really used: logits of the same forced ids."""
+    config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
+    model = randomised(config).bfloat16()
+    cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)
+    engine = Engine(model, cache, CPU, compile=True)
+    logits = []
+    run_logits = engine.parts.logits
+
+    def keep_logits(*arguments):
+        logits.append(run_logits(*arguments))
+        return logits[-1]
+
+    object.__setattr__(engine.parts, "logits", keep_logits)
+    prompts = [[5, 9, 2 + row] * (10 + 30 * row) for row in range(rows)]
+    sequences = [list(prompt) for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        first_1V = engine.prefill(row, prompt)
+        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        sequences[row].append(engine.sample_first(row, first_1V, SamplerKind.GREEDY))
+    for _ in range(5):
+        logits.clear()
+        tokens = engine.decode(rows, max(len(s) for s in sequences), SamplerKind.GREEDY)
+        for row, sequence in enumerate(sequences):
+            assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
+            sequence.append(tokens[row])
+
+
+def test_broken_compiler_is_reported_and_not_fatal(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.load.cache_clear()
+    try:
+        assert cpu.load() is False
+        assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text
+        assert not cpu.is_loaded()
+    finally:
+        monkeypatch.undo()
+        cpu.load.cache_clear()
+        cpu.load()
