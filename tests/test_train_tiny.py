@@ -28,8 +28,8 @@ def test_lookup_answers_stand_in_the_text(seed):
     text = example.messages[0][1]
     for role, content in example.messages:
         if role == "assistant":
-            name, number = content.split()
-            assert text.count(f"Note: {name} {number}.") == 1 and text.count(f"Note: {name} ") == 1
+            name, surname = content.removeprefix("It is ").removesuffix(".").split()
+            assert text.count(f"This is {name} {surname}.") == 1 and text.count(f"This is {name} ") == 1
 
 
 @pytest.mark.parametrize("thinking", [False, True])

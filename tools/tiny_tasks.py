@@ -16,6 +16,10 @@ NAMES = (
     "Peter Rita Simon Tom Ursula Vera Walter Xenia Yusuf Adam Bella Cyrus Diana Eric Fiona George Hanna Ian Julia "
     "Karl Laura Max Nora"
 ).split()
+SURNAMES = (
+    "Fox Hill Stone Brown Lake Wolf Green Cook Baker Rose King Wood Field Black Young Hunter Moon Winter Snow Bell "
+    "Carter Fisher Gold Knight Marsh North Page Price Ray Shaw Swift West"
+).split()
 ANIMALS = "dog cat bird fox bear rabbit horse mouse frog owl duck sheep goat wolf lion turtle".split()
 ADJECTIVES = "big small red blue green old young happy sad quick slow kind brave quiet clever tired".split()
 PLACES = "garden forest river house park school market village field beach hill barn kitchen lake street tower".split()
@@ -91,25 +95,25 @@ def reversing(rng: random.Random) -> Example:
 
 
 def lookup(rng: random.Random, num_words: int, num_questions: int = 1) -> Example:
-    """A long text in which notes stand between other sentences, then questions about notes anywhere in it.
+    """A long text in which full names stand between other sentences, then questions about names anywhere in it.
 
-    The number follows its name at once: finding it takes two attention layers, which so short a training reaches.
+    What is asked for follows its name at once: finding it takes two attention layers, which so short a training learns.
     """
     num_facts = max(num_questions, min(len(NAMES), rng.randint(2, 4) + num_words // 60))
     names = rng.sample(NAMES, num_facts)
-    facts = {name: str(rng.randrange(1000, 10_000)) for name in names}
+    facts = {name: rng.choice(SURNAMES) for name in names}
     lines: list[str] = []
     words = 0
     while words < num_words - 9 * num_facts:
         lines.append(sentence(rng))
         words += len(lines[-1].split())
     for name, value in facts.items():
-        lines.insert(rng.randint(0, len(lines)), f"Note: {name} {value}.")
+        lines.insert(rng.randint(0, len(lines)), f"This is {name} {value}.")
     asked = rng.sample(names, num_questions)
     messages = []
     for name in asked:
-        answer = f"{name} {facts[name]}"
-        messages += [("user", f"What is the number of {name}?"), ("assistant", answer)]
+        answer = f"It is {name} {facts[name]}."
+        messages += [("user", f"What is the full name of {name}?"), ("assistant", answer)]
     messages[0] = ("user", " ".join(lines) + "\n" + messages[0][1])
     return Example("lookup", messages, f"I look for {asked[-1]}.", every_turn=True)
 

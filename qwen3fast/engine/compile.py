@@ -57,18 +57,12 @@ class StepCompiler:
             self.seconds += time.perf_counter() - started
             return compiled
 
+        settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            return torch.compile(
-                function,
-                backend=backend,
-                fullgraph=True,
-                dynamic=False,
-                recompile_limit=RECOMPILE_LIMIT,
-                isolate_recompiles=True,
-            )
+            return torch.compile(function, recompile_limit=RECOMPILE_LIMIT, isolate_recompiles=True, **settings)
         # Older PyTorch: one cache for all Generators, and the limit is a global setting (17 us a call).
-        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
-        limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+        compiled = torch.compile(function, **settings)
+        limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
 
         def call(*args: Any) -> Any:
             with torch._dynamo.config.patch(**limits):
