@@ -64,21 +64,17 @@ def test_tiny_thinks_before_it_answers(tiny):
     assert reply.text.endswith("</think>\n\n42")
 
 
-def test_tiny_looks_up_facts_2000_tokens_back(tiny):
-    examples = task_examples(lambda rng: tiny_tasks.lookup(rng, 1900), 8)
-    lengths = [len(tiny.tokenizer.encode(e.messages[0][1])) for e in examples]
-    assert min(lengths) > 1900
-    assert share_right(tiny, examples) >= 0.85
+@pytest.mark.parametrize("num_words", [400, 1900])
+def test_tiny_long_context_is_the_same_with_and_without_cache(tiny, num_words):
+    [example] = task_examples(lambda rng: tiny_tasks.lookup(rng, num_words), 1, seed=3)
+    question = example.messages[0][1]
+    assert len(tiny.tokenizer.encode(question)) > num_words
+    assert ask(tiny, question) == ask(tiny, question, use_cache=False)
 
 
 def test_tiny_answers_are_the_same_with_and_without_cache(tiny):
     questions = ["What is 38 + 57?", "Copy: red fox hill", "Reverse the words: one big dog", "Count from 5 to 9."]
     assert ask(tiny, *questions) == ask(tiny, *questions, use_cache=False)
-
-
-def test_tiny_lookup_is_the_same_without_cache(tiny):
-    [example] = task_examples(lambda rng: tiny_tasks.lookup(rng, 400), 1, seed=3)
-    assert ask(tiny, example.messages[0][1]) == ask(tiny, example.messages[0][1], use_cache=False) == [example.answer]
 
 
 def test_tiny_batched_answers_are_the_single_ones(tiny):

@@ -295,8 +295,8 @@ def describe(curve: list[tuple[int, float]], accuracy: dict[str, float], args: a
     return f"""# tiny: a small Qwen3 for tests and examples
 
 A real Qwen3 (QK-norm, grouped queries, tied embeddings; {CONFIG.num_parameters:,} parameters) trained by
-`tools/train_tiny.py` on text that the tool makes itself. It adds, counts, copies, reverses and looks facts up in up to
-2,000 tokens of context, with and without `<think>`. It knows nothing else.
+`tools/train_tiny.py` on text that the tool makes itself: to add, count, copy, reverse, and look facts up in up to 2,000
+tokens of context, with and without `<think>`. The table says how well it does each; it knows nothing else.
 
 - Command: `python tools/train_tiny.py --steps {args.steps} --seed {args.seed} --lr {args.lr} --batch-tokens \
 {args.batch_tokens}{" --bf16" if args.bf16 else ""}`

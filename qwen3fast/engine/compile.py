@@ -59,7 +59,8 @@ class StepCompiler:
 
         settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            return torch.compile(function, recompile_limit=RECOMPILE_LIMIT, isolate_recompiles=True, **settings)
+            settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+            return torch.compile(function, **settings)
         # Older PyTorch: one cache for all Generators, and the limit is a global setting (17 us a call).
         compiled = torch.compile(function, **settings)
         limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}

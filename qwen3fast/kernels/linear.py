@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 
-MAX_MATVEC_ROWS = 8
-
 
 class Linear(nn.Linear):
     """`nn.Linear` that may run as a streamed mat-vec inside compiled code; weight (N, K), as in checkpoints."""
@@ -23,14 +21,16 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; the form is chosen from the number of rows, the device and whether we are compiled.
 
-    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product.
+    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product. It is the faster one
+    for one row (37 to 57 GB/s against 33 to 46 of the C++ operation, by shape); with more rows it reads the weight
+    again for each.
     """
+    is_one_row = x.numel() == x.shape[-1]
+    if is_one_row and torch.compiler.is_compiling() and x.device.type == "cpu":
+        return matvec_as_reduction(x, weight_NK, bias_N)
     if cpu.can_matvec(x, weight_NK):
         y = torch.ops.qwen3fast.matvec(x, weight_NK)
         return y if bias_N is None else y + bias_N
-    rows = x.numel() // x.shape[-1]
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= MAX_MATVEC_ROWS:
-        return matvec_as_reduction(x, weight_NK, bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 
