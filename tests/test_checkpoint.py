@@ -465,7 +465,8 @@ def test_random_model_has_the_promised_values():
         if parameter.dim() == 2:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
         else:
-            assert set(parameter.tolist()) == {0.0 if name.endswith("bias") else 1.0}
+            weight = 1.5 if "q_norm" in name or "k_norm" in name else 1.0
+            assert set(parameter.tolist()) == {0.0 if name.endswith("bias") else weight}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,5 +1,6 @@
 """The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,10 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
         for row, sequence in enumerate(sequences):
             assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
             sequence.append(tokens[row])
+
+
+def test_loading_the_operations_leaves_subnormal_numbers_alone():
+    assert float(np.float32(1e-40) * np.float32(0.5)) > 0
 
 
 def test_broken_compiler_is_reported_and_not_fatal(monkeypatch, caplog, tmp_path):

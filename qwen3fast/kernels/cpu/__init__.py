@@ -81,9 +81,10 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
 
 def _build(compiler: str) -> str:
     """Path of the shared library, built if this source, compiler, PyTorch and processor have none yet."""
-    # -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp.
+    # -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp. It must not be given to the
+    # linker: that would switch off subnormal numbers in the whole process.
     flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
-    flags += ["-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags += ["-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, torch.__version__, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
@@ -95,8 +96,12 @@ def _build(compiler: str) -> str:
             built = Path(temporary) / library.name
             includes = [f"-I{path}" for path in include_paths()]
             libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-            command = [compiler, *flags, str(SOURCE), "-o", str(built), *includes, *libraries]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            compiled = Path(temporary) / "ops.o"
+            for command in (
+                [compiler, *flags, *includes, "-c", str(SOURCE), "-o", str(compiled)],
+                [compiler, "-shared", "-fopenmp", str(compiled), "-o", str(built), *libraries],
+            ):
+                subprocess.run(command, capture_output=True, text=True, check=True)
             built.replace(library)  # another process may have done the same; either file will do
     return str(library)
 
