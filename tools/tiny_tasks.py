@@ -97,7 +97,7 @@ def reversing(rng: random.Random) -> Example:
 def lookup(rng: random.Random, num_words: int, num_questions: int = 1) -> Example:
     """A long text in which full names stand between other sentences, then questions about names anywhere in it.
 
-    What is asked for follows its name at once: finding it takes two attention layers, which so short a training learns.
+    What is asked for follows its name at once, so that finding it should take no more than two attention layers.
     """
     num_facts = max(num_questions, min(len(NAMES), rng.randint(2, 4) + num_words // 60))
     names = rng.sample(NAMES, num_facts)

@@ -304,8 +304,8 @@ tokens of context, with and without `<think>`. The table says how well it does e
 torch {torch.__version__}.
 - Trained on up to about 2,200 tokens of context; `max_position_embeddings` is larger than that.
 
-Exact greedy answers on {args.eval_examples} held-out examples a task (the operand pairs of the additions were never
-trained), weights in bfloat16 as shipped, computed in float32:
+Exact greedy answers on {args.eval_examples} freshly drawn examples a task (only the additions are known to be unseen:
+their operand pairs were never trained), weights in bfloat16 as shipped, computed in float32:
 
 | task | accuracy |
 | --- | --- |
