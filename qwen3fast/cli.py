@@ -11,6 +11,7 @@ from qwen3fast.bench.main import add_bench_arguments, run_bench
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.generator import Generator
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling import SamplingParams
 from qwen3fast.tokenizer import Message
 
@@ -67,6 +68,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
+    group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
     group.add_argument("--compile", action="store_true", help="compile first: slower to start, faster afterwards")
 
@@ -92,6 +94,7 @@ def _open(args: argparse.Namespace) -> Generator:
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_seq_len=max_seq_len,
         compile=args.compile,
         progress=sys.stderr.isatty(),

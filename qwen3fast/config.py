@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
+OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -21,8 +22,9 @@ class ModelConfig:
     """The numbers that define a dense Qwen3.
 
     `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
-    `dtype` is the dtype that the checkpoint was saved in. `eos_token_ids` are the ids named by config.json only; the
-    Generator adds those of generation_config.json.
+    `dtype` is the dtype that the checkpoint was saved in; `quantization` names the format of the linear layers and the
+    embedding in a checkpoint that `Generator.save_quantized` wrote. `eos_token_ids` are the ids named by config.json
+    only; the Generator adds those of generation_config.json.
     """
 
     vocab_size: int
@@ -39,6 +41,7 @@ class ModelConfig:
     attention_bias: bool = False
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse shapes that no Qwen3 can have.
@@ -96,6 +99,7 @@ class ModelConfig:
                 attention_bias=given.get("attention_bias", False),
                 dtype=DTYPES[dtype_name],
                 eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
+                quantization=(raw.get("quantization_config") or {}).get("format"),
             )
         except (ValueError, TypeError) as err:
             raise ValueError(f"{where}: {err}") from err
@@ -149,9 +153,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same config as a Hugging Face `config.json` dictionary."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        eos = plain.pop("eos_token_ids")
+        eos, quantization = plain.pop("eos_token_ids"), plain.pop("quantization")
+        quantized = {"quantization_config": {**OWN_QUANTIZATION, "format": quantization}} if quantization else {}
         return {
             **plain,
+            **quantized,
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "hidden_act": "silu",
@@ -217,11 +223,16 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
     layer_types = raw.get("layer_types") or ["full_attention"]
+    quantization = raw.get("quantization_config")
+    is_own = isinstance(quantization, dict) and OWN_QUANTIZATION.items() <= quantization.items()
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
         "layer_types": (any(kind != "full_attention" for kind in layer_types), "only 'full_attention' is"),
-        "quantization_config": (raw.get("quantization_config") is not None, "only unquantised checkpoints are"),
+        "quantization_config": (
+            quantization is not None and not is_own,
+            "only unquantised checkpoints and those that save_quantized wrote are",
+        ),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:

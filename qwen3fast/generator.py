@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint.save import save_model
 from qwen3fast.config import as_id_tuple, read_json
 from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
 from qwen3fast.kv_cache import StaticKVCache
@@ -42,12 +43,15 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         *,
         generation_config: dict[str, Any] | None = None,
+        source_folder: Path | None = None,
         max_seq_len: int = 4096,
         max_batch_size: int = 1,
         compile: bool = True,
         cuda_graphs: bool = True,
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
+
+        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along.
 
         Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
         """
@@ -57,10 +61,11 @@ class Generator:
                 f"max_seq_len {max_seq_len} exceeds the model's max_position_embeddings "
                 f"{config.max_position_embeddings}; choose at most that"
             )
-        weight = model.model.embed_tokens.weight
+        weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.device, self.dtype = weight.device, weight.dtype
         self.max_seq_len = max_seq_len
+        self._source_folder = source_folder
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
@@ -87,15 +92,13 @@ class Generator:
     ) -> Generator:
         """Load a model and its tokenizer.
 
-        source, device, dtype, revision: as in `load_model`. max_seq_len: prompt and reply together, in tokens.
-        max_batch_size: requests that run at once; more wait. compile=False and cuda_graphs=False switch the fast paths
-        off; greedy tokens stay the same. progress: show a bar while weights load.
+        source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
+        tokens. max_batch_size: requests that run at once; more wait. compile=False and cuda_graphs=False switch fast
+        paths off; greedy tokens stay the same. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
-        if quantization is not None:
-            raise ValueError(f"quantization={quantization!r} is not supported; only None is")
-        model = load_model(source, device, dtype, revision, progress)
-        tokenizer, generation_config = None, None
+        model = load_model(source, device, dtype, revision, progress, quantization)
+        tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):
             folder = resolve_source(source, revision)
             tokenizer = Tokenizer.from_folder(folder)
@@ -105,6 +108,7 @@ class Generator:
             model,
             tokenizer,
             generation_config=generation_config,
+            source_folder=folder,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             compile=compile,
@@ -252,6 +256,15 @@ class Generator:
             max_batch_size=engine.cache.max_batch_size,
             waiting=len(self._scheduler.waiting),
         )
+
+    def save_quantized(self, folder: str | Path) -> None:
+        """Write the quantised weights, with config and tokenizer, as a folder that `from_pretrained` loads at once.
+
+        Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
+        """
+        if self.config.quantization is None:
+            raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
+        save_model(self.model, Path(folder), self._source_folder)
 
     def close(self) -> None:
         """Release the KV cache and graphs; running streams end with an error. May be called twice."""

@@ -262,9 +262,9 @@ def test_warmup_is_refused_while_requests_run(generator):
         generator.warmup()
 
 
-def test_quantization_is_refused_by_name():
-    with pytest.raises(ValueError, match="quantization='int8' is not supported"):
-        Generator.from_pretrained("tiny", quantization="int8")
+def test_unknown_quantization_is_refused_by_name():
+    with pytest.raises(ValueError, match="quantization='fp3' is not supported; supported: int8, int4, or None"):
+        Generator.from_pretrained("tiny", quantization="fp3")
 
 
 @pytest.mark.parametrize(

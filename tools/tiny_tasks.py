@@ -161,6 +161,12 @@ def story(rng: random.Random, name: str) -> str:
     return " ".join([opening, *lines, f"In the end, {name} was {rng.choice(ADJECTIVES)}."])
 
 
+def repeated_words(rng: random.Random) -> str:
+    """Random words that come twice: each then follows from what stood before, as in a lookup."""
+    vocabulary = WORDS + NAMES + SURNAMES
+    return "".join(f" {word}" for word in rng.sample(vocabulary, rng.randint(8, 100)))
+
+
 def plain_text(rng: random.Random) -> str:
     """Text outside any conversation, for completion."""
     if rng.random() < 0.2:

@@ -53,7 +53,7 @@ class Workbench:
 
     def __init__(self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int) -> None:
         self.model = model
-        weight = model.model.embed_tokens.weight
+        weight = model.model.norm.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._engines: dict[bool, Engine] = {}
         for compiled in sorted({is_compiled(mode) for mode in modes}):

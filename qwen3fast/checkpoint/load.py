@@ -11,6 +11,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.quantization import get_format, quantize_model
 
 
 def load_model(
@@ -19,23 +20,36 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     progress: bool = False,
+    quantization: str | None = None,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
-    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's.
+    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8" or "int4"
+    rounds the weights while loading; a checkpoint that is quantised already says so itself.
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
+    if quantization is not None:
+        get_format(quantization)  # fail before anything is read
     if str(source).startswith("random:"):
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
         config = ModelConfig.named(name)
-        return random_model(config, chosen_device, _choose_dtype(dtype, config), int(seed or 0))
-    folder = resolve_source(source, revision)
-    config = ModelConfig.from_folder(folder)
-    model = build_on_meta(config)
-    load_weights(model, folder, chosen_device, _choose_dtype(dtype, config), progress)
+        chosen_dtype = _choose_dtype(dtype, config)
+        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
+    else:
+        folder = resolve_source(source, revision)
+        config = ModelConfig.from_folder(folder)
+        if quantization is not None and config.quantization not in (None, quantization):
+            raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
+        chosen_dtype = _choose_dtype(dtype, config)
+        model = build_on_meta(config)
+        if config.quantization is not None:
+            quantize_model(model, config.quantization, chosen_dtype)
+        load_weights(model, folder, chosen_device, chosen_dtype, progress)
+    if quantization is not None and config.quantization is None:
+        quantize_model(model, quantization, chosen_dtype, progress)
     return model
 
 

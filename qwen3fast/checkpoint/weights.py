@@ -15,6 +15,7 @@ from torch import nn
 
 from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization.linear import PARAMETER_NAMES
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -44,7 +45,8 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                 elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[name]:
                     problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[name]}")
                 else:
-                    tensor = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                    tensor = tensors.get_tensor(name)
+                    tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
                     _assign(model, name, tensor)
                     loaded.add(name)
                     bar.update()

@@ -6,7 +6,6 @@ B batch rows   T tokens   E hidden_size   D head_dim   V vocabulary
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.config import ModelConfig
@@ -43,11 +42,12 @@ class Qwen3(nn.Module):
     def tie_weights(self) -> None:
         """Share the embedding's matrix with the output projection where the config says so (0.6B, 1.7B, 4B)."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            for name, parameter in self.model.embed_tokens.named_parameters():
+                setattr(self.lm_head, name, parameter)
 
     def embed(self, token_BT: Tensor) -> Tensor:
         """token_BT: int64 ids. Returns (B, T, E)."""
-        return F.embedding(token_BT, self.model.embed_tokens.weight)
+        return self.model.embed_tokens(token_BT)
 
     def logits(self, x_BTE: Tensor) -> Tensor:
         """Final norm and output projection: a score for each token of the vocabulary, (B, T, V)."""

@@ -1,6 +1,6 @@
-"""The C++ operations of ops.cpp as `torch.ops.qwen3fast.*`: built with the system's compiler on first use, then cached.
+"""The C++ operations of this folder, `torch.ops.qwen3fast.*`: built by the system's compiler on first use, then kept.
 
-They serve bfloat16 on CPUs inside compiled code. Where they cannot be built, callers use their PyTorch forms.
+They serve bfloat16 and quantised weights on CPUs. Where they cannot be built, callers use their PyTorch forms.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +23,11 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "ops.cpp"
+FOLDER = Path(__file__).parent
+# -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp. It must not be given to the
+# linker: that would switch off subnormal numbers in the whole process. quantized.cpp rounds by adding and subtracting.
+SOURCES = {"ops.cpp": ["-ffast-math"], "quantized.cpp": []}
+TARGET_FLAGS = ["-march=native"]
 MAX_ROWS = 8
 LANES = 16  # channels are processed in vectors of this many
 
@@ -45,6 +50,7 @@ def load() -> bool:
         return False
     torch.library.register_fake("qwen3fast::matvec", _matvec_shape)
     torch.library.register_fake("qwen3fast::decode_attention", _decode_attention_shape)
+    torch.library.register_fake("qwen3fast::quantized_linear", _quantized_linear_shape)
     return True
 
 
@@ -81,12 +87,11 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
 
 def _build(compiler: str) -> str:
     """Path of the shared library, built if this source, compiler, PyTorch and processor have none yet."""
-    # -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp. It must not be given to the
-    # linker: that would switch off subnormal numbers in the whole process.
-    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+    flags = ["-O3", *TARGET_FLAGS, "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     flags += ["-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, torch.__version__, _processor()])
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in SOURCES]
+    key = "\n".join([*sources, str(SOURCES), *flags, version, torch.__version__, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
     library = folder / f"ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
@@ -96,14 +101,20 @@ def _build(compiler: str) -> str:
             built = Path(temporary) / library.name
             includes = [f"-I{path}" for path in include_paths()]
             libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-            compiled = Path(temporary) / "ops.o"
-            for command in (
-                [compiler, *flags, *includes, "-c", str(SOURCE), "-o", str(compiled)],
-                [compiler, "-shared", "-fopenmp", str(compiled), "-o", str(built), *libraries],
-            ):
-                subprocess.run(command, capture_output=True, text=True, check=True)
+            objects = {name: str(Path(temporary) / f"{name}.o") for name in SOURCES}
+            commands = [
+                [compiler, *flags, *extra, *includes, "-c", str(FOLDER / name), "-o", objects[name]]
+                for name, extra in SOURCES.items()
+            ]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_run, commands))
+            _run([compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(built), *libraries])
             built.replace(library)  # another process may have done the same; either file will do
     return str(library)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def _processor() -> str:
@@ -117,6 +128,10 @@ def _processor() -> str:
 
 def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _quantized_linear_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0] * packed.shape[2]))
 
 
 def _decode_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:

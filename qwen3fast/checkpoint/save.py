@@ -1,0 +1,39 @@
+"""A quantised model as a folder that loads like any other checkpoint, without quantising again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from qwen3fast.checkpoint.weights import SINGLE_FILE
+from qwen3fast.model import Qwen3
+
+# What a checkpoint holds besides weights and config.json.
+COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files of `companions_from` into `folder`.
+
+    Everything is written beside the folder first and then moved in, config.json last, so that a failure (a full disk)
+    leaves what was there.
+    Raises: OSError if it cannot be written.
+    """
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary)
+        save_file(tensors, new / SINGLE_FILE, metadata={"format": "pt"})
+        for name in COMPANIONS:
+            if companions_from is not None and (companions_from / name).is_file():
+                shutil.copyfile(companions_from / name, new / name)
+        config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+        (new / "config.json").write_text(config, encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
+            file.chmod(0o644)
+            file.replace(folder / file.name)

@@ -1,0 +1,53 @@
+"""A model's layers replaced by quantised ones: filled from the weights at hand, or left empty to be loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from qwen3fast.kernels import cpu
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
+from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+
+
+def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
+    """Replace the model's linear layers and token embedding by quantised ones, in place, one after the other.
+
+    name: "int8" or "int4". dtype: that of activations, which the embedding gives. On the `meta` device the
+    new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed stay as
+    they are.
+    Raises: ValueError for an unknown format, or for a device other than the CPU.
+    """
+    format = get_format(name)
+    device = model.model.norm.weight.device
+    if device.type not in ("cpu", "meta"):
+        raise ValueError(f"quantization={name!r} runs on the CPU only, the model is on {device}; use device='cpu'")
+    cpu.load()
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and fits(*m.weight.shape)]
+    for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
+        model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
+    model.config = replace(model.config, quantization=name)
+    embedding = model.model.embed_tokens
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, QuantizedLinear):
+        model.model.embed_tokens = QuantizedEmbedding(model.lm_head, dtype)
+    elif fits(*embedding.weight.shape):
+        model.model.embed_tokens = QuantizedEmbedding(_quantized(embedding.weight, format), dtype)
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises: ValueError naming those there are.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None")
+    return FORMATS[name]
+
+
+def _quantized(weight: nn.Parameter, format: Format, bias: nn.Parameter | None = None) -> QuantizedLinear:
+    packed = format.empty(*weight.shape, device=weight.device) if weight.is_meta else quantize(weight, format)
+    return QuantizedLinear(packed, format, bias)

@@ -1,0 +1,56 @@
+"""The layers that hold quantised weights; each takes the place of the layer of the same name in a model.
+
+K in_features   N out_features
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3fast.kernels import cpu
+from qwen3fast.quantization.formats import Format, Packed
+
+PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with its weight in 8 or 4 bits (see formats.py)."""
+
+    def __init__(self, packed: Packed, format: Format, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.format = format
+        self.weight_packed = nn.Parameter(packed.weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(packed.scale, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., K). Returns (..., N), same dtype.
+
+        The C++ operation rounds x to 8 bits, too, in groups of 32 channels. A row's result does not depend on the rows
+        beside it.
+        """
+        if cpu.is_loaded():
+            y = torch.ops.qwen3fast.quantized_linear(x.bfloat16(), self.weight_packed, self.weight_scale).to(x.dtype)
+        else:
+            y = F.linear(x, self.dequantize().to(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def dequantize(self) -> Tensor:
+        """The weight that the bits stand for, (N, K) float32."""
+        return self.format.dequantize(Packed(self.weight_packed, self.weight_scale))
+
+
+class QuantizedEmbedding(nn.Module):
+    """A token embedding with its rows in 8 or 4 bits; it may share them with the output projection."""
+
+    def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format, self.dtype = linear.format, dtype
+        self.weight_packed, self.weight_scale = linear.weight_packed, linear.weight_scale
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        """token_BT: int64 ids. Returns (B, T, K) in `dtype`."""
+        rows = self.format.rows(Packed(self.weight_packed, self.weight_scale), token_BT.flatten())
+        return rows.to(self.dtype).view(*token_BT.shape, -1)

@@ -1,0 +1,396 @@
+"""Weights in 8 and 4 bits: the formats, the product, models that are quantised, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny_tasks
+import torch
+import torch.nn.functional as F
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tiny import GREEDY, share_right, task_examples
+from torch import nn
+
+from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.checkpoint.save import save_model
+from qwen3fast.checkpoint.source import TINY_FOLDER
+from qwen3fast.kernels import cpu
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
+from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+
+INT8, INT4 = FORMATS["int8"], FORMATS["int4"]
+PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
+formats = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
+needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def quantized_layer(out_features: int, in_features: int, format, seed: int = 0) -> QuantizedLinear:
+    weight = random_tensor(out_features, in_features, seed=seed) / in_features**0.5
+    return QuantizedLinear(quantize(weight, format), format)
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+@given(rows=st.integers(1, 4), groups=st.integers(1, 4), exponent=st.integers(-12, 4), seed=st.integers(0, 99))
+def test_int8_is_within_half_a_step(rows, groups, exponent, seed):
+    weight = random_tensor(rows * LANES, groups * GROUP, seed=seed) * 2.0**exponent
+    packed = quantize(weight, INT8)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((INT8.dequantize(packed) - weight).abs() <= step * 0.501).all()
+
+
+@given(rows=st.integers(1, 4), groups=st.integers(1, 4), exponent=st.integers(-12, 4), seed=st.integers(0, 99))
+def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed):
+    weight = random_tensor(rows * LANES, groups * GROUP, seed=seed) * 2.0**exponent
+    group = weight.view(-1, GROUP)
+    largest = group.gather(1, group.abs().argmax(dim=1, keepdim=True))
+    scale = (largest / -8).bfloat16().float()
+    plain = torch.round(group / scale).clamp(-8, 7) * scale
+    ours = INT4.dequantize(quantize(weight, INT4)).view(-1, GROUP)
+    assert ((ours - group).square().sum(1) <= (plain - group).square().sum(1) * (1 + 1e-6)).all()
+    assert INT4_RANGES[0] == 1.0
+
+
+@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084)], ids=["int8", "int4"])
+def test_error_on_normal_weights(format, limit):
+    # 4 bits: below the 0.086 that the plain rule (scale = largest / -8) has on the same numbers.
+    weight = random_tensor(256, 1024)
+    assert relative_error(format.dequantize(quantize(weight, format)), weight) < limit
+
+
+@formats
+def test_numbers_on_the_grid_come_back_exactly(format):
+    levels = 8 if format is INT4 else 127
+    grid = torch.randint(1 - levels, levels, (3 * LANES, 2 * GROUP), generator=torch.Generator().manual_seed(0))
+    grid[:, ::GROUP] = -levels  # the end of the range is met in each group
+    weight = grid * 0.125
+    assert_same(format.dequantize(quantize(weight, format)), weight)
+
+
+@formats
+def test_zero_groups_stay_zero(format):
+    weight = random_tensor(LANES, 2 * GROUP)
+    weight[3] = 0
+    weight[5, :GROUP] = 0
+    dense = format.dequantize(quantize(weight, format))
+    assert not dense[3].any() and not dense[5, :GROUP].any() and dense.isfinite().all()
+
+
+def test_layout_on_disk_is_the_described_one():
+    weight = random_tensor(2 * LANES, 2 * GROUP)
+    row, channel = 19, 45
+    byte = quantize(weight, INT8).weight[row // 16, channel // 4, row % 16, channel % 4]
+    assert int(byte) - 128 == round(float(weight[row, channel] / weight[row].abs().max() * 127))
+    packed = quantize(weight, INT4)
+    # Channel 45 = 8 * 5 + 4 + 1: the high half of byte 1; its neighbour 41 = 8 * 5 + 1 is the low half.
+    byte = int(packed.weight[row // 16, 5, row % 16, 1])
+    scale = float(packed.scale[row // 16, channel // 32, row % 16])
+    dense = INT4.dequantize(packed)
+    assert (byte >> 4) - 8 == pytest.approx(float(dense[row, 45]) / scale)
+    assert (byte & 15) - 8 == pytest.approx(float(dense[row, 41]) / scale)
+
+
+@formats
+def test_rows_are_those_of_the_whole(format):
+    packed = quantize(random_tensor(3 * LANES, GROUP), format)
+    ids = torch.tensor([47, 0, 16, 16])
+    assert_same(format.rows(packed, ids), format.dequantize(packed)[ids])
+
+
+@formats
+def test_large_weights_are_quantised_in_parts_without_a_difference(format, monkeypatch):
+    weight = random_tensor(5 * LANES, GROUP)
+    whole = quantize(weight, format)
+    monkeypatch.setattr("qwen3fast.quantization.formats.ROWS_AT_ONCE", 2 * LANES)
+    for a, b in zip(quantize(weight, format), whole, strict=True):
+        assert_same(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------- product
+
+
+def product_in_plain_pytorch(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+    """What the C++ operation computes: activations in 8 bits, too, a scale for 32 channels; in float64."""
+    groups = x.double().unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 127
+    rounded = torch.round(groups / scale.where(scale > 0, 1)) * scale
+    return rounded.flatten(-2) @ layer.dequantize().double().T
+
+
+@needs_operation
+@formats
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 37])
+@pytest.mark.parametrize(("out_features", "in_features"), [(16, 32), (48, 96), (304, 1024)])
+def test_operation_equals_the_plain_form(format, rows, out_features, in_features):
+    layer = quantized_layer(out_features, in_features, format)
+    x = random_tensor(rows, in_features, seed=1).bfloat16()
+    # The result is rounded to bfloat16 (2^-9); a rounding of x that falls the other way moves it a little more.
+    assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
+
+
+@needs_operation
+@formats
+def test_operation_is_near_the_unrounded_product(format):
+    layer = quantized_layer(256, 512, format)
+    x = random_tensor(5, 512, seed=1).bfloat16()
+    assert relative_error(layer(x), F.linear(x.float(), layer.dequantize())) < 8e-3
+
+
+@needs_operation
+@formats
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 5), groups=st.integers(1, 5), seed=st.integers(0, 9))
+def test_a_row_does_not_depend_on_the_rows_beside_it(format, rows, blocks, groups, seed):
+    layer = quantized_layer(blocks * LANES, groups * GROUP, format, seed)
+    x = random_tensor(rows, groups * GROUP, seed=seed + 1).bfloat16()
+    assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@needs_operation
+@formats
+def test_operation_on_zeros_extremes_and_strides(format):
+    layer = quantized_layer(32, 64, format)
+    assert not layer(torch.zeros(2, 64).bfloat16()).any()
+    assert layer(torch.full((1, 64), 3e38).bfloat16() * random_tensor(1, 64).sign().bfloat16()).shape == (1, 32)
+    x = random_tensor(64, 2, 3).bfloat16().permute(1, 2, 0)
+    assert layer(x).shape == (2, 3, 32)
+    assert_same(layer(x), layer(x.contiguous()))
+    assert layer(torch.full((1, 64), torch.nan).bfloat16()).isnan().all()
+
+
+@needs_operation
+@pytest.mark.parametrize(
+    ("x", "weight", "scale"),
+    [
+        (torch.zeros(1, 32), torch.zeros(1, 8, 16, 4).byte(), torch.zeros(16)),
+        (torch.zeros(1, 64).bfloat16(), torch.zeros(1, 8, 16, 4).byte(), torch.zeros(16)),
+        (torch.zeros(1, 32).bfloat16(), torch.zeros(1, 8, 16, 4), torch.zeros(16)),
+        (torch.zeros(1, 32).bfloat16(), torch.zeros(1, 8, 16, 4).byte(), torch.zeros(32)),
+        (torch.zeros(1, 16).bfloat16(), torch.zeros(1, 4, 16, 4).byte(), torch.zeros(16)),
+    ],
+    ids=["float32", "other width", "float weight", "scales of other rows", "half a group"],
+)
+def test_operation_refuses_what_it_cannot_do(x, weight, scale):
+    with pytest.raises(RuntimeError, match="quantized_linear: "):
+        torch.ops.qwen3fast.quantized_linear(x, weight, scale)
+
+
+PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512vnni", "-mno-avx512f"], "any": []}
+ON_ANOTHER_PROCESSOR = """
+import sys, torch
+from qwen3fast.kernels import cpu
+cpu.TARGET_FLAGS = {flags}
+assert cpu.load()
+values = torch.load({path!r})
+for x, weight, scale, y in values:
+    torch.testing.assert_close(torch.ops.qwen3fast.quantized_linear(x, weight, scale), y, rtol=1e-2, atol=1e-3)
+"""
+
+
+@needs_operation
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_operation_for_other_processors(processor, tmp_path):
+    """The forms that this machine's own instructions hide, built and run in a process of their own."""
+    values = []
+    for format in FORMATS.values():
+        for rows in (1, 4, 11):
+            layer, x = quantized_layer(48, 96, format), random_tensor(rows, 96, seed=rows).bfloat16()
+            values.append((x, layer.weight_packed.data, layer.weight_scale.data, layer(x)))
+    torch.save(values, tmp_path / "values.pt")
+    program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def quantized_model(format, **changes):
+    model = randomised(small_config(**PACKABLE, **changes))
+    quantize_model(model, format.name, torch.float32)
+    return model
+
+
+@formats
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantised_model_equals_the_model_of_its_dequantised_weights(format, tied, bias, monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
+    model = quantized_model(format, tie_word_embeddings=tied, attention_bias=bias)
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 2 * 7 + 1 and isinstance(model.model.embed_tokens, QuantizedEmbedding)
+    assert not [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    reference = randomised(small_config(**PACKABLE, tie_word_embeddings=tied, attention_bias=bias))
+    with torch.no_grad():
+        for name, module in reference.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(model.get_submodule(name).dequantize())
+        if not tied:
+            embedding = model.model.embed_tokens
+            packed = Packed(embedding.weight_packed, embedding.weight_scale)
+            reference.model.embed_tokens.weight.copy_(format.dequantize(packed))
+    tokens = random_ids(2, 9, vocab_size=96)
+    assert_near(model(tokens), reference(tokens))
+
+
+@formats
+def test_tied_weights_are_stored_once(format):
+    model = quantized_model(format)
+    assert model.lm_head.weight_packed is model.model.embed_tokens.weight_packed
+    assert [name for name, _ in model.named_parameters() if "embed" in name or "head" in name] == [
+        "model.embed_tokens.weight_packed",
+        "model.embed_tokens.weight_scale",
+    ]
+
+
+def test_layers_that_cannot_be_packed_stay_as_they_are():
+    model = randomised(small_config())  # hidden_size 48, vocab_size 97
+    quantize_model(model, "int8", torch.float32)
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert "lm_head" in kept and "model.layers.0.self_attn.q_proj" in kept
+    assert isinstance(model.model.embed_tokens, nn.Embedding)
+    assert isinstance(model.model.layers[0].self_attn.o_proj, QuantizedLinear)  # 64 -> 48
+    assert_near(model(random_ids(1, 5)), randomised(small_config())(random_ids(1, 5)), torch.bfloat16)
+
+
+@formats
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_model_loads_as_it_was(format, tied, dtype, tmp_path):
+    model = quantized_model(format, tie_word_embeddings=tied)
+    save_model(model, tmp_path / "new" / "folder")
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["folder"]
+    loaded = load_model(tmp_path / "new" / "folder", dtype=dtype)
+    assert loaded.config.quantization == format.name
+    assert dict(loaded.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    for name, parameter in loaded.named_parameters():
+        assert_same(parameter, model.get_parameter(name).to(parameter.dtype))
+    assert loaded.lm_head.weight_scale.dtype == model.lm_head.weight_scale.dtype
+    tokens = random_ids(1, 6, vocab_size=96)
+    assert loaded(tokens).dtype == loaded.embed(tokens).dtype == getattr(torch, dtype)
+    assert_near(loaded(tokens), model(tokens), getattr(torch, dtype))
+
+
+def test_broken_quantised_checkpoints_are_refused_by_name(tmp_path):
+    model = quantized_model(INT8)
+    del model.model.layers[1].mlp.up_proj.weight_scale
+    model.model.layers[0].mlp.up_proj.weight_packed = nn.Parameter(
+        torch.zeros(1, 2, 16, 4, dtype=torch.uint8), requires_grad=False
+    )
+    save_model(model, tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight_scale: missing") as error:
+        load_model(tmp_path)
+    assert "layers.0.mlp.up_proj.weight_packed in model.safetensors: shape (1, 2, 16, 4)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"version": 2}, "is not supported"), ({"format": "int3"}, "'int3' is not supported; supported: int8, int4")],
+)
+def test_other_versions_and_formats_are_refused(changes, message, tmp_path):
+    save_model(quantized_model(INT8), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    raw["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    save_model(quantized_model(INT8), tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+
+    def disk_full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qwen3fast.checkpoint.save.save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(quantized_model(INT4), tmp_path / "model")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_unknown_format_and_other_devices_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, int4, or None"):
+        load_model("no/such/folder/is/looked/for", quantization="int3")
+    save_model(quantized_model(INT8), tmp_path)
+    with pytest.raises(ValueError, match="is in int8 already; int4 needs the original weights"):
+        load_model(tmp_path, quantization="int4")
+    assert load_model(tmp_path, quantization="int8").config.quantization == "int8"
+    weight = SimpleNamespace(device=torch.device("cuda"))  # a model whose weights claim to be on a GPU
+    model = SimpleNamespace(model=SimpleNamespace(norm=SimpleNamespace(weight=weight)))
+    with pytest.raises(ValueError, match="runs on the CPU only"):
+        quantize_model(model, "int8", torch.bfloat16)
+
+
+def test_config_keeps_the_format():
+    config = replace(small_config(), quantization="int4")
+    assert type(config).from_dict(config.to_dict()) == config
+    assert "quantization_config" not in small_config().to_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------- tiny
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def tiny(request):
+    with Generator.from_pretrained("tiny", quantization=request.param, max_batch_size=4, compile=False) as generator:
+        yield generator
+
+
+def test_quantised_tiny_is_smaller(tiny):
+    bf16_bytes = load_model("tiny").config.num_parameters * 2
+    limit = {"int8": 0.52, "int4": 0.29}[tiny.config.quantization]
+    assert tiny.stats.weight_bytes < bf16_bytes * limit
+
+
+@pytest.mark.parametrize(
+    "make", [lambda rng: tiny_tasks.addition(rng, held_out=True), tiny_tasks.copying], ids=["addition", "copying"]
+)
+def test_quantised_tiny_is_right(tiny, make):
+    assert share_right(tiny, task_examples(make, 40)) >= 0.9
+
+
+def test_quantised_tiny_saves_and_chats_again(tiny, tmp_path):
+    tiny.save_quantized(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer_config.json").read_bytes() == (
+        TINY_FOLDER / "tokenizer_config.json"
+    ).read_bytes()
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    with Generator.from_pretrained(tmp_path / "saved", compile=False) as again:
+        assert again.chat(messages, GREEDY, enable_thinking=False).text == "42"
+        assert again.default_params == tiny.default_params
+
+
+def test_quantised_tiny_compiled_batched_and_uncached_agree():
+    prompts = ["The capital of France is", "Once upon a time, Alice had", "Copy"]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    options = {"quantization": "int8", "dtype": "float32", "max_batch_size": 4}
+    with Generator.from_pretrained("tiny", compile=True, **options) as compiled:
+        together = [r.token_ids for r in compiled.generate(prompts, params)]
+        assert together == [compiled.generate(p, params).token_ids for p in prompts]
+        assert together == [r.token_ids for r in compiled.generate(prompts, params, use_cache=False)]
+    with Generator.from_pretrained("tiny", compile=False, **options) as eager:
+        assert together == [r.token_ids for r in eager.generate(prompts, params)]
+
+
+def test_only_quantised_models_can_be_saved(tmp_path):
+    with (
+        Generator.from_pretrained("tiny", compile=False) as generator,
+        pytest.raises(ValueError, match="not quantised"),
+    ):
+        generator.save_quantized(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
