@@ -1,5 +1,8 @@
 """The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from conftest import assert_near, random_tensor, randomised, small_config
 from qwen3fast.engine import Engine
 from qwen3fast.kernels import cpu
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
@@ -74,6 +78,85 @@ def test_decode_attention_survives_large_scores():
     assert torch.equal(
         torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 16), 2.0).bfloat16()
     )
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 700, 2000])
+def test_decode_attention_split_over_threads_is_the_same(length):
+    q, k, v = (random_tensor(1, n, 2, 32, seed=n).bfloat16() for n in (1, 2001, 2002))
+    k, v = k[:, :2001].transpose(1, 2).contiguous(), v[:, :2001].transpose(1, 2).contiguous()
+    position, threads = torch.tensor([[length - 1]]), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 8):  # one part a head, then as many parts as threads
+            torch.set_num_threads(count)
+            results.append(torch.ops.qwen3fast.decode_attention(q, k, v, position))
+    finally:
+        torch.set_num_threads(threads)
+    assert_near(results[1].float(), results[0].float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1)])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 5), (0, 33), (7, 32), (100, 96), (250, 50)])
+def test_prefill_attention_equals_sdpa(heads, kv_heads, head_dim, start, tokens):
+    rows, used = torch.tensor([2, 0]), start + tokens
+    q_BTHD = random_tensor(2, tokens, heads, head_dim).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(3, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
+    k_RKSD[:, :, used:] = v_RKSD[:, :, used:] = 1e30  # what lies beyond the used length must not be read
+    position_BT = torch.arange(start, used).expand(2, tokens)
+    mask_BTL = torch.arange(used) <= position_BT[..., None]
+    k, v = k_RKSD[rows, :, :used].float(), v_RKSD[rows, :, :used].float()
+    expected = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2).float(), k, v, attn_mask=mask_BTL[:, None], enable_gqa=True
+    )
+    actual = torch.ops.qwen3fast.prefill_attention(q_BTHD, k_RKSD, v_RKSD, position_BT, rows)
+    assert_near(actual.transpose(1, 2), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (torch.zeros(1, 2, 2, 48).bfloat16(), torch.zeros(1, 1, 4, 48).bfloat16()),
+        (torch.zeros(1, 2, 2, 32), torch.zeros(1, 1, 4, 32)),
+        (torch.zeros(1, 2, 3, 32).bfloat16(), torch.zeros(1, 2, 4, 32).bfloat16()),
+    ],
+    ids=["odd head size", "float32", "heads that do not divide"],
+)
+def test_prefill_attention_refuses_what_it_cannot_do(q, k):
+    with pytest.raises(RuntimeError, match="prefill_attention: "):
+        torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
+
+
+PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f"], "any": []}
+ON_ANOTHER_PROCESSOR = """
+import torch
+from qwen3fast.kernels import cpu
+cpu.TARGET_FLAGS = {flags}
+assert cpu.load()
+for name, arguments, expected in torch.load({path!r}):
+    actual = getattr(torch.ops.qwen3fast, name)(*arguments)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+"""
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_operations_for_other_processors(processor, tmp_path):
+    """The forms that this machine's own instructions hide, built and run in a process of their own."""
+    k, v = (random_tensor(1, 2, 150, 64, seed=s).bfloat16() for s in (1, 2))
+    position = torch.arange(100, 140)[None]
+    cases = [
+        ("matvec", (random_tensor(3, 64).bfloat16(), random_tensor(20, 64).bfloat16())),
+        ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
+        ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
+    ]
+    for format in FORMATS.values():
+        packed = quantize(random_tensor(48, 96), format)
+        cases += [("quantized_linear", (random_tensor(rows, 96).bfloat16(), *packed)) for rows in (1, 4, 11)]
+    values = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
+    torch.save(values, tmp_path / "values.pt")
+    program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -79,6 +79,11 @@ class Attention(nn.Module):
             write(cache, k_BTKD, v_BTKD, position_BT)
             if cache.row_B is None and cpu.can_decode_attention(q_BTHD, cache.k_RKSD):
                 y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT)
+            elif cache.row_B is not None and cpu.can_prefill_attention(q_BTHD, cache.k_RKSD):
+                y_BTHD = torch.ops.qwen3fast.prefill_attention(
+                    q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B
+                )
+                y_BHTD = y_BTHD.transpose(1, 2)
             else:
                 y_BHTD = attend(q_BTHD, *read(cache, B, mask_BTL.shape[-1]), mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 LANES = 16  # rows in a block
 GROUP = 32  # channels that share a scale in 4 bits
-ROWS_AT_ONCE = 8192  # quantised together: bounds the float32 copy
+WEIGHTS_AT_ONCE = 2**18  # quantised together: what the passes over them write stays in the processor's cache
 # Shares of the group's largest weight that the range ends at; the one with the least squared error is taken.
 INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
@@ -118,10 +118,11 @@ FORMATS = {
 
 
 def quantize(weight_NK: Tensor, format: Format) -> Packed:
-    """Quantise a weight of any size, a few thousand rows at a time."""
+    """Quantise a weight of any size, some blocks of rows at a time."""
     result = format.empty(*weight_NK.shape)
-    for start in range(0, weight_NK.shape[0], ROWS_AT_ONCE):
-        part = format.quantize(weight_NK[start : start + ROWS_AT_ONCE])
+    rows = max(1, WEIGHTS_AT_ONCE // weight_NK.shape[1] // LANES) * LANES
+    for start in range(0, weight_NK.shape[0], rows):
+        part = format.quantize(weight_NK[start : start + rows])
         for whole, piece in zip(result, part, strict=True):
             first = start * whole.shape[0] // weight_NK.shape[0]
             whole[first : first + piece.shape[0]] = piece

@@ -24,9 +24,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-# -ffast-math lets sums be vectorised; infinities and NaN are not relied on in ops.cpp. It must not be given to the
-# linker: that would switch off subnormal numbers in the whole process. quantized.cpp rounds by adding and subtracting.
-SOURCES = {"ops.cpp": ["-ffast-math"], "quantized.cpp": []}
+# -ffast-math lets sums be vectorised; infinities and NaN are not relied on there. It must not be given to the linker:
+# that would switch off subnormal numbers in the whole process. quantized.cpp rounds by adding and subtracting.
+SOURCES = {"matvec.cpp": ["-ffast-math"], "attention.cpp": ["-ffast-math"], "quantized.cpp": []}
+HEADER = "vec.h"
 TARGET_FLAGS = ["-march=native"]
 MAX_ROWS = 8
 LANES = 16  # channels are processed in vectors of this many
@@ -50,6 +51,7 @@ def load() -> bool:
         return False
     torch.library.register_fake("qwen3fast::matvec", _matvec_shape)
     torch.library.register_fake("qwen3fast::decode_attention", _decode_attention_shape)
+    torch.library.register_fake("qwen3fast::prefill_attention", _prefill_attention_shape)
     torch.library.register_fake("qwen3fast::quantized_linear", _quantized_linear_shape)
     return True
 
@@ -85,12 +87,23 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     )
 
 
+def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.prefill_attention` serves these queries (inside compiled code only)."""
+    return (
+        torch.compiler.is_compiling()
+        and q_BTHD.device.type == "cpu"
+        and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
+        and q_BTHD.shape[-1] % (2 * LANES) == 0
+        and is_loaded()
+    )
+
+
 def _build(compiler: str) -> str:
     """Path of the shared library, built if this source, compiler, PyTorch and processor have none yet."""
     flags = ["-O3", *TARGET_FLAGS, "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     flags += ["-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in SOURCES]
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (HEADER, *SOURCES)]
     key = "\n".join([*sources, str(SOURCES), *flags, version, torch.__version__, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
     library = folder / f"ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -128,6 +141,10 @@ def _processor() -> str:
 
 def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _prefill_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor, row: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def _quantized_linear_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

@@ -18,33 +18,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+
+#include "vec.h"
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // rows side by side
 constexpr int64_t kGroup = 32;  // channels that share a scale
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-template <typename V, typename T>
-inline V load(const T* p) {
-  V vec;
-  std::memcpy(&vec, p, sizeof vec);
-  return vec;
-}
-
-// Sixteen bfloat16 numbers as float32: their bits are the upper halves.
-inline Vec load_bfloat16(const at::BFloat16* p) {
-  const Bits bits = __builtin_convertvector(load<Half>(p), Bits) << 16;
-  return load<Vec>(&bits);
-}
 
 // In every lane: total + the dot product of four unsigned bytes of `weight` with four signed bytes of `x`.
 inline Ints dot4(Ints total, Bits weight, int32_t x) {
@@ -62,7 +42,7 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
   for (int i = 0; i < 2; i++)
     halves[i] = _mm256_add_epi32(
         halves[i], _mm256_add_epi32(_mm256_madd_epi16(e[i], x_even), _mm256_madd_epi16(o[i], x_odd)));
-  return load<Ints>(halves);
+  return load_as<Ints>(halves);
 #else
   for (int i = 0; i < 4; i++) total += (Ints)((weight >> (8 * i)) & 255u) * static_cast<int8_t>(x >> (8 * i));
   return total;
@@ -80,7 +60,7 @@ struct Activations {
 
 void quantize_row(const at::BFloat16* x, int64_t K, int32_t zero, int8_t* bytes, float* scale, int32_t* offset) {
   for (int64_t g = 0; g < K / kGroup; g++) {
-    const Vec low = load_bfloat16(x + g * kGroup), high = load_bfloat16(x + g * kGroup + kLanes);
+    const Vec low = load(x + g * kGroup), high = load(x + g * kGroup + kLanes);
     const Vec low_size = low < 0 ? -low : low, high_size = high < 0 ? -high : high;
     const Vec size = low_size > high_size ? low_size : high_size;
     const Vec poison = low * 0 + high * 0;  // NaN where x is NaN or infinite, which a maximum may lose
@@ -138,7 +118,7 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
       for (int b = 0; b < kBlocks; b++) {
         const uint8_t* p = w + (b * G + g) * kGroupBytes + j * 64;
         if (kM <= 8 && kBlocks == 1) __builtin_prefetch(p + kAhead);
-        weight[b] = load<Bits>(p);
+        weight[b] = load_as<Bits>(p);
       }
       for (int part = 0; part < 8 / kBits; part++) {
         const int64_t k = g * kGroup + (j * 8 / kBits + part) * 4;
@@ -155,7 +135,7 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
     for (int b = 0; b < kBlocks; b++) {
       Vec weight_scale = {};
       if (kBits == 4)
-        weight_scale = load_bfloat16(static_cast<const at::BFloat16*>(scale) + ((block + b) * G + g) * kLanes);
+        weight_scale = load(static_cast<const at::BFloat16*>(scale) + ((block + b) * G + g) * kLanes);
       for (int m = 0; m < kM; m++) {
         const Vec product = __builtin_convertvector(sum[b][m], Vec) * x_scale[m * G + g];
         total[b][m] += kBits == 4 ? product * weight_scale : product;
@@ -166,7 +146,7 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
     const int64_t n = (block + b) * kLanes;
     for (int m = 0; m < kM; m++) {
       Vec out = total[b][m];
-      if (kBits == 8) out *= load<Vec>(static_cast<const float*>(scale) + n);
+      if (kBits == 8) out *= load(static_cast<const float*>(scale) + n);
       for (int64_t i = 0; i < kLanes; i++) y[(m0 + m) * N + n + i] = static_cast<at::BFloat16>(out[i]);
     }
   }

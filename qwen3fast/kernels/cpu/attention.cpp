@@ -1,0 +1,337 @@
+// decode_attention(q, k, v, position) -> y          one query a row over the used part of a KV cache
+// prefill_attention(q, k, v, position, row) -> y    many queries a row; scores exist for a small tile only
+//
+// Arithmetic is in float32. Softmax runs online, block by block. Source: Milakov and Gimelshein, arXiv:1805.02867; the
+// tiles of prefill: FlashAttention, arXiv:2205.14135. The plain PyTorch form is in model/attention.py.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t kBlock = 128;     // positions between two updates of the running maximum
+constexpr int64_t kMinSplit = 256;  // positions that are worth a thread of their own
+
+// The sums of sixteen vectors, as one vector: each step adds halves of two vectors side by side.
+inline Vec sums(Vec* v) {
+#define HALVES(a, b, lo, hi) __builtin_shufflevector(a, b, lo) + __builtin_shufflevector(a, b, hi)
+#define LO8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HI8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LO4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HI4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LO2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HI2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LO1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HI1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+  for (int i = 0; i < 8; i++) v[i] = HALVES(v[i], v[i + 8], LO8, HI8);
+  for (int i = 0; i < 4; i++) v[i] = HALVES(v[i], v[i + 4], LO4, HI4);
+  for (int i = 0; i < 2; i++) v[i] = HALVES(v[i], v[i + 2], LO2, HI2);
+  return HALVES(v[0], v[1], LO1, HI1);
+}
+
+// exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
+inline Vec exp_of_negative(Vec x) {
+  const Vec y = (x > -87.f ? x : fill(-87.f)) * 1.44269504f;
+  const Ints n = __builtin_convertvector(y - 0.5f, Ints);  // rounds towards zero, so to the nearest for y <= 0
+  const Vec f = (y - __builtin_convertvector(n, Vec)) * 0.693147181f;
+  Vec series = fill(1.f / 720);
+  for (const float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * f + term;
+  const Ints power = (n + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return series * scale;
+}
+
+// The product of a key and a query, summed up to sixteen lanes.
+inline Vec dot(const at::BFloat16* key, const at::BFloat16* query, int64_t D) {
+  Vec total = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= D; d += 2 * kLanes) total = dot2(total, load_as<Bits>(key + d), load_as<Bits>(query + d));
+  for (; d < D; d += kLanes) total += load(key + d) * load(query + d);
+  return total;
+}
+
+// out[g] += sum_t score[g][t] v[t] over kChunks * 16 channels of two query heads; all sums stay in registers.
+template <int kChunks>
+void add_values(const float* score, const float* other_score, const at::BFloat16* v, int64_t D, int64_t count,
+                float* out, float* other_out) {
+  Vec a[kChunks], b[kChunks];
+  for (int c = 0; c < kChunks; c++) a[c] = load(out + c * kLanes), b[c] = load(other_out + c * kLanes);
+  for (int64_t t = 0; t < count; t++) {
+    const Vec weight = fill(score[t]), other_weight = fill(other_score[t]);
+    for (int c = 0; c < kChunks; c++) {
+      const Vec value = load(v + t * D + c * kLanes);
+      a[c] += weight * value;
+      b[c] += other_weight * value;
+    }
+  }
+  // An odd last head is computed twice, with the same result.
+  for (int c = 0; c < kChunks; c++) store(other_out + c * kLanes, b[c]), store(out + c * kLanes, a[c]);
+}
+
+// What one key/value head gives for its G query heads over some positions: the largest score, the sum of
+// exp(score - maximum), and the values weighted by these, (G, D). Parts over different positions can be merged.
+// Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867.
+struct Part {
+  std::vector<float> maximum, total, out;
+
+  Part(int64_t G, int64_t D) : maximum(G, -1e30f), total(G, 0.f), out(G * D, 0.f) {}
+
+  // Makes room for scores up to `limit` of head g. Returns the new maximum.
+  float raise(int64_t g, int64_t D, float limit) {
+    const float next = std::max(maximum[g], limit), shrink = std::exp(maximum[g] - next);
+    maximum[g] = next;
+    total[g] *= shrink;
+    for (int64_t d = 0; d < D; d++) out[g * D + d] *= shrink;
+    return next;
+  }
+
+  void merge(const Part& other, int64_t G, int64_t D) {
+    for (int64_t g = 0; g < G; g++) {
+      const float scale = std::exp(other.maximum[g] - raise(g, D, other.maximum[g]));
+      total[g] += other.total[g] * scale;
+      for (int64_t d = 0; d < D; d++) out[g * D + d] += other.out[g * D + d] * scale;
+    }
+  }
+};
+
+// Positions begin..end of one key/value head; each key and value is read once for all G query heads.
+Part attend(const at::BFloat16* q, const at::BFloat16* k, const at::BFloat16* v, int64_t G, int64_t D, int64_t begin,
+            int64_t end, float scale) {
+  Part part(G, D);
+  std::vector<float> score(G * kBlock);
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t count = std::min(kBlock, end - start);
+    for (int64_t t = 0; t < count; t += kLanes) {
+      for (int64_t g = 0; g < G; g++) {
+        Vec dots[kLanes];
+        for (int64_t i = 0; i < kLanes; i++) dots[i] = dot(k + (start + std::min(t + i, count - 1)) * D, q + g * D, D);
+        store(score.data() + g * kBlock + t, sums(dots) * scale);
+      }
+    }
+    for (int64_t g = 0; g < G; g++) {
+      float* s = score.data() + g * kBlock;
+      const float maximum = part.raise(g, D, *std::max_element(s, s + count));
+      for (int64_t t = count; t % kLanes; t++) s[t] = -1e30f;
+      Vec total = {};
+      for (int64_t t = 0; t < count; t += kLanes) {
+        const Vec weight = exp_of_negative(load(s + t) - maximum);
+        store(s + t, weight);
+        total += weight;
+      }
+      // What the padding added: exp(-87) at most, 1e-38.
+      part.total[g] += sum(total);
+    }
+    for (int64_t g = 0; g < G; g += 2) {
+      const int64_t other = std::min(g + 1, G - 1);
+      const float *s = score.data() + g * kBlock, *other_s = score.data() + other * kBlock;
+      float *out = part.out.data() + g * D, *other_out = part.out.data() + other * D;
+      const at::BFloat16* value = v + start * D;
+      int64_t d = 0;
+      for (; d + 8 * kLanes <= D; d += 8 * kLanes) add_values<8>(s, other_s, value + d, D, count, out + d, other_out + d);
+      for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_values<4>(s, other_s, value + d, D, count, out + d, other_out + d);
+      for (; d < D; d += kLanes) add_values<1>(s, other_s, value + d, D, count, out + d, other_out + d);
+    }
+  }
+  return part;
+}
+
+// q: (B, 1, H, D); k, v: (R, K, S, D) with R >= B; position: (B, 1) int64, the query's own place. Positions 0..position
+// are attended to. Returns (B, H, 1, D). All bfloat16.
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& position) {
+  const int64_t B = q.size(0), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
+  TORCH_CHECK(q.scalar_type() == at::kBFloat16 && k.scalar_type() == at::kBFloat16 && v.scalar_type() == at::kBFloat16,
+              "decode_attention: bfloat16 only");
+  TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.size(3) == D && D % kLanes == 0 && H % K == 0 && q.size(1) == 1,
+              "decode_attention: k and v (R, K, S, D) contiguous, D a multiple of 16");
+  const at::Tensor q_contiguous = q.contiguous(), position_contiguous = position.contiguous();
+  at::Tensor y = at::empty({B, H, 1, D}, q.options());
+  const auto* qs = q_contiguous.const_data_ptr<at::BFloat16>();
+  const auto* ks = k.const_data_ptr<at::BFloat16>();
+  const auto* vs = v.const_data_ptr<at::BFloat16>();
+  const auto* at_position = position_contiguous.const_data_ptr<int64_t>();
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  const float scale = 1.f / std::sqrt(static_cast<float>(D));
+  // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
+  const int64_t longest = std::min(*std::max_element(at_position, at_position + B) + 1, S);
+  const int64_t splits = std::clamp<int64_t>(at::get_num_threads() / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
+  std::vector<Part> parts(B * K * splits, Part(0, 0));
+  at::parallel_for(0, B * K * splits, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t head = i / splits, split = i % splits, length = std::min(at_position[head / K] + 1, S);
+      parts[i] = attend(qs + head * G * D, ks + head * S * D, vs + head * S * D, G, D, length * split / splits,
+                        length * (split + 1) / splits, scale);
+    }
+  });
+  for (int64_t head = 0; head < B * K; head++) {
+    Part& whole = parts[head * splits];
+    for (int64_t split = 1; split < splits; split++) whole.merge(parts[head * splits + split], G, D);
+    for (int64_t i = 0; i < G * D; i++)
+      out[head * G * D + i] = static_cast<at::BFloat16>(whole.out[i] / whole.total[i / D]);
+  }
+  return y;
+}
+
+// ----------------------------------------------------------------------------------------------- prefill attention
+
+constexpr int64_t kQueries = 32;  // of a tile, each with the G heads of a group
+constexpr int64_t kKeys = 64;     // of a tile
+
+// Scores of four queries and four keys at a time. q: (rows, D), k: (count, D), score: (rows, kKeys); rows and count are
+// multiples of four but for the last keys, which are repeated.
+void score_tile(const at::BFloat16* q, const at::BFloat16* k, int64_t rows, int64_t count, int64_t D, float scale,
+                float* score) {
+  for (int64_t t = 0; t < count; t += 4) {
+    const at::BFloat16* key[4];
+    for (int j = 0; j < 4; j++) key[j] = k + std::min(t + j, count - 1) * D;
+    for (int64_t r = 0; r < rows; r += 4) {
+      Vec dots[kLanes] = {};
+      for (int64_t d = 0; d < D; d += 2 * kLanes) {
+        Bits query[4], other[4];
+        for (int i = 0; i < 4; i++) query[i] = load_as<Bits>(q + (r + i) * D + d);
+        for (int j = 0; j < 4; j++) other[j] = load_as<Bits>(key[j] + d);
+        for (int i = 0; i < 4; i++)
+          for (int j = 0; j < 4; j++) dots[4 * i + j] = dot2(dots[4 * i + j], query[i], other[j]);
+      }
+      const Vec four_by_four = sums(dots) * scale;
+      for (int i = 0; i < 4; i++)
+        std::memcpy(score + (r + i) * kKeys + t, reinterpret_cast<const float*>(&four_by_four) + 4 * i, 4 * sizeof(float));
+    }
+  }
+}
+
+// out += weight v for four rows and kChunks * 16 channels at a time. weight: (rows, kKeys) bfloat16; pairs: (kKeys/2, D),
+// two neighbouring positions' values in 32 bits.
+template <int kChunks>
+void add_tile(const at::BFloat16* weight, const uint32_t* pairs, int64_t rows, int64_t num_pairs, int64_t D, float* out) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    Vec total[4][kChunks];
+    for (int i = 0; i < 4; i++)
+      for (int c = 0; c < kChunks; c++) total[i][c] = load(out + (r + i) * D + c * kLanes);
+    for (int64_t t = 0; t < num_pairs; t++) {
+      Bits value[kChunks];
+      for (int c = 0; c < kChunks; c++) value[c] = load_as<Bits>(pairs + t * D + c * kLanes);
+      for (int i = 0; i < 4; i++) {
+        const Bits two = load_as<uint32_t>(weight + (r + i) * kKeys + 2 * t) + Bits{};
+        for (int c = 0; c < kChunks; c++) total[i][c] = dot2(total[i][c], two, value[c]);
+      }
+    }
+    for (int i = 0; i < 4; i++)
+      for (int c = 0; c < kChunks; c++) store(out + (r + i) * D + c * kLanes, total[i][c]);
+  }
+}
+
+// Room for one tile, kept by a thread from tile to tile.
+struct Tile {
+  std::vector<at::BFloat16> q, weight;
+  std::vector<float> score, out, maximum, total;
+  std::vector<uint32_t> pairs;
+
+  Tile(int64_t rows, int64_t D)
+      : q(rows * D), weight(rows * kKeys), score(rows * kKeys), out(rows * D), maximum(rows), total(rows),
+        pairs(kKeys / 2 * D) {}
+};
+
+// `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
+// first head of the group; the next query is `stride` numbers on. Row r of the tile is query r / G, head r % G.
+void attend_tile(Tile& tile, const at::BFloat16* q, int64_t stride, const int64_t* position, int64_t count,
+                 const at::BFloat16* k, const at::BFloat16* v, int64_t S, int64_t G, int64_t D, float scale,
+                 at::BFloat16* y) {
+  const int64_t used = count * G, rows = (used + 3) / 4 * 4;
+  for (int64_t r = 0; r < rows; r++)  // the last row is repeated up to a multiple of four
+    std::copy_n(q + std::min(r, used - 1) / G * stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
+  std::fill_n(tile.out.begin(), rows * D, 0.f);
+  std::fill_n(tile.total.begin(), rows, 0.f);
+  std::fill_n(tile.maximum.begin(), rows, -1e30f);
+  const int64_t end = std::min(*std::max_element(position, position + count) + 1, S);
+  for (int64_t start = 0; start < end; start += kKeys) {
+    const int64_t keys = std::min(kKeys, end - start), padded = (keys + kLanes - 1) / kLanes * kLanes;
+    score_tile(tile.q.data(), k + start * D, rows, keys, D, scale, tile.score.data());
+    for (int64_t r = 0; r < rows; r++) {
+      float* s = &tile.score[r * kKeys];
+      const int64_t visible = position[std::min(r, used - 1) / G] + 1 - start;
+      for (int64_t t = std::max<int64_t>(0, std::min(visible, keys)); t < padded; t++) s[t] = -1e30f;
+      const float maximum = std::max(tile.maximum[r], *std::max_element(s, s + padded));
+      const float shrink = std::exp(tile.maximum[r] - maximum);
+      Vec total = {};
+      for (int64_t t = 0; t < padded; t += kLanes) {
+        const Vec weight = exp_of_negative(load(s + t) - maximum);
+        store(&tile.weight[r * kKeys + t], weight);
+        total += weight;
+      }
+      tile.total[r] = tile.total[r] * shrink + sum(total);
+      tile.maximum[r] = maximum;
+      if (shrink < 1)
+        for (int64_t d = 0; d < D; d++) tile.out[r * D + d] *= shrink;
+    }
+    for (int64_t t = 0; t < padded; t += 2) {
+      const at::BFloat16 *first = v + (start + std::min(t, keys - 1)) * D, *second = v + (start + std::min(t + 1, keys - 1)) * D;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const Bits pair = __builtin_convertvector(load_as<Half>(first + d), Bits) |
+                          __builtin_convertvector(load_as<Half>(second + d), Bits) << 16;
+        std::memcpy(&tile.pairs[t / 2 * D + d], &pair, sizeof pair);
+      }
+    }
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes)
+      add_tile<4>(tile.weight.data(), &tile.pairs[d], rows, padded / 2, D, &tile.out[d]);
+    for (; d < D; d += kLanes) add_tile<1>(tile.weight.data(), &tile.pairs[d], rows, padded / 2, D, &tile.out[d]);
+  }
+  for (int64_t r = 0; r < used; r++)
+    for (int64_t d = 0; d < D; d += kLanes)
+      store(y + r / G * stride + r % G * D + d, load(&tile.out[r * D + d]) / tile.total[r]);
+}
+
+// q: (B, T, H, D); k, v: (R, K, S, D); position: (B, T) int64; row: (B,) int64, the cache row of each batch row. A query
+// attends to positions 0..its own. Returns (B, T, H, D). All bfloat16.
+at::Tensor prefill_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
+                             const at::Tensor& row) {
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
+  TORCH_CHECK(q.scalar_type() == at::kBFloat16 && k.scalar_type() == at::kBFloat16 && v.scalar_type() == at::kBFloat16,
+              "prefill_attention: bfloat16 only");
+  TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.size(3) == D && D % (2 * kLanes) == 0 && H % K == 0,
+              "prefill_attention: k and v (R, K, S, D) contiguous, D a multiple of 32");
+  const at::Tensor q_contiguous = q.contiguous(), position_contiguous = position.contiguous();
+  const at::Tensor row_contiguous = row.contiguous();
+  at::Tensor y = at::empty({B, T, H, D}, q.options());
+  const auto* qs = q_contiguous.const_data_ptr<at::BFloat16>();
+  const auto* ks = k.const_data_ptr<at::BFloat16>();
+  const auto* vs = v.const_data_ptr<at::BFloat16>();
+  const auto* at_position = position_contiguous.const_data_ptr<int64_t>();
+  const auto* rows = row_contiguous.const_data_ptr<int64_t>();
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  const float scale = 1.f / std::sqrt(static_cast<float>(D));
+  const int64_t tiles = (T + kQueries - 1) / kQueries;
+  at::parallel_for(0, B * K * tiles, 1, [&](int64_t begin, int64_t end) {
+    Tile tile((kQueries * G + 3) / 4 * 4, D);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * kQueries;
+      const int64_t offset = ((b * T + first) * H + head * G) * D, cache = (rows[b] * K + head) * S * D;
+      attend_tile(tile, qs + offset, H * D, at_position + b * T + first, std::min(kQueries, T - first), ks + cache,
+                  vs + cache, S, G, D, scale, out + offset);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
+  library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor position) -> Tensor");
+  library.def("prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) {
+  library.impl("decode_attention", &decode_attention);
+  library.impl("prefill_attention", &prefill_attention);
+}

@@ -1,0 +1,65 @@
+// Vectors of sixteen numbers, written with the compilers' vector extensions, not with one processor's intrinsics: a Vec
+// is one AVX-512 register, two AVX2 or four NEON registers.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+  V vec;
+  std::memcpy(&vec, p, sizeof vec);
+  return vec;
+}
+
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+
+// Sixteen bfloat16 numbers as float32: their bits are the upper halves.
+inline Vec load(const at::BFloat16* p) {
+  const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits) << 16;
+  return load_as<Vec>(&bits);
+}
+
+inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
+
+// Rounded to the nearest bfloat16, halves to even. Not for NaN.
+inline void store(at::BFloat16* p, Vec vec) {
+  Bits bits = load_as<Bits>(&vec);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Half half = __builtin_convertvector(bits, Half);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// In every lane: total + the dot product of two pairs of bfloat16 numbers.
+inline Vec dot2(Vec total, Bits a, Bits b) {
+#ifdef __AVX512BF16__
+  return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+  const Bits a_low = a << 16, a_high = a & 0xffff0000u, b_low = b << 16, b_high = b & 0xffff0000u;
+  return total + load_as<Vec>(&a_low) * load_as<Vec>(&b_low) + load_as<Vec>(&a_high) * load_as<Vec>(&b_high);
+#endif
+}
+
+inline Vec fill(float value) { return value - Vec{}; }
+
+inline float sum(Vec vec) {
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; i++) total += vec[i];
+  return total;
+}
+
+}  // namespace
