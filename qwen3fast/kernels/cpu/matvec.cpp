@@ -1,6 +1,6 @@
 // matvec(x, weight) -> y      y[m, n] = sum_k x[m, k] weight[n, k], bfloat16, for few rows m: streams the weight once
 //
-// Arithmetic is in float32. The plain PyTorch form is in kernels/linear.py.
+// Sums are in float32. The plain PyTorch form is in kernels/linear.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -9,36 +9,34 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "vec.h"
 
 namespace {
 
-void to_float(const at::BFloat16* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = static_cast<float>(from[i]);
-}
-
 // Rows n0..n1 of the weight, kRows at a time (each has its own accumulators, so that additions overlap).
 template <int M, int kRows>
-void matvec_rows(const float* x, const at::BFloat16* weight, at::BFloat16* y, int64_t n0, int64_t n1, int64_t N,
+void matvec_rows(const at::BFloat16* x, const at::BFloat16* weight, at::BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
-  // The hardware prefetcher stops at page borders; asking for the rows after these keeps memory busy.
-  constexpr int64_t kAhead = 2048 / sizeof(at::BFloat16);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kRows, n1 - n));
     const at::BFloat16* w[kRows];
     for (int r = 0; r < kRows; r++) w[r] = weight + (n + std::min(r, rows - 1)) * K;
     Vec total[kRows][M] = {};
-    for (int64_t k = 0; k < K; k += kLanes) {
-      Vec xs[M];
-      for (int m = 0; m < M; m++) xs[m] = load(x + m * K + k);
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+      Bits xs[M];
+      for (int m = 0; m < M; m++) xs[m] = load_as<Bits>(x + m * K + k);
       for (int r = 0; r < kRows; r++) {
-        __builtin_prefetch(w[r] + k + kAhead);
-        const Vec ws = load(w[r] + k);
-        for (int m = 0; m < M; m++) total[r][m] += ws * xs[m];
+        // The hardware prefetcher stops at page borders; asking for the rows after these keeps memory busy.
+        __builtin_prefetch(w[r] + k + kRows * K);
+        const Bits ws = load_as<Bits>(w[r] + k);
+        for (int m = 0; m < M; m++) total[r][m] = dot2(total[r][m], ws, xs[m]);
       }
     }
+    for (; k < K; k += kLanes)
+      for (int r = 0; r < kRows; r++)
+        for (int m = 0; m < M; m++) total[r][m] += load(w[r] + k) * load(x + m * K + k);
     for (int r = 0; r < rows; r++)
       for (int m = 0; m < M; m++) y[m * N + n + r] = static_cast<at::BFloat16>(sum(total[r][m]));
   }
@@ -54,12 +52,10 @@ at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight) {
   shape.back() = N;
   at::Tensor y = at::empty(shape, x.options());
   const at::Tensor x_contiguous = x.contiguous();
-  std::vector<float> xs(M * K);
-  to_float(x_contiguous.const_data_ptr<at::BFloat16>(), xs.data(), M * K);
+  const auto* xp = x_contiguous.const_data_ptr<at::BFloat16>();
   const auto* w = weight.const_data_ptr<at::BFloat16>();
   auto* out = y.mutable_data_ptr<at::BFloat16>();
   at::parallel_for(0, N, std::max<int64_t>(64, 16384 / K), [&](int64_t n0, int64_t n1) {
-    const float* xp = xs.data();
     switch (M) {
       case 1: return matvec_rows<1, 8>(xp, w, out, n0, n1, N, K);
       case 2: return matvec_rows<2, 6>(xp, w, out, n0, n1, N, K);

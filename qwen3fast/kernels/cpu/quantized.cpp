@@ -113,18 +113,21 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
     Ints sum[kBlocks][kM];
     for (int m = 0; m < kM; m++)
       for (int b = 0; b < kBlocks; b++) sum[b][m] = offset[m * G + g] - Ints{};
+#pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
       Bits weight[kBlocks];
       for (int b = 0; b < kBlocks; b++) {
         const uint8_t* p = w + (b * G + g) * kGroupBytes + j * 64;
-        if (kM <= 8 && kBlocks == 1) __builtin_prefetch(p + kAhead);
+        if (kBlocks == 1) __builtin_prefetch(p + kAhead);
         weight[b] = load_as<Bits>(p);
       }
       for (int part = 0; part < 8 / kBits; part++) {
         const int64_t k = g * kGroup + (j * 8 / kBits + part) * 4;
+#pragma GCC unroll 8
         for (int m = 0; m < kM; m++) {
           int32_t four;
           std::memcpy(&four, bytes + m * K + k, 4);
+#pragma GCC unroll 2
           for (int b = 0; b < kBlocks; b++) {
             const Bits unpacked = kBits == 8 ? weight[b] : (weight[b] >> (4 * part)) & 0x0f0f0f0fu;
             sum[b][m] = dot4(sum[b][m], unpacked, four);
@@ -152,12 +155,13 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
   }
 }
 
-// Any number of rows of x, at most eight at a time.
+// Any number of rows of x, as many at a time as there are registers for.
 template <int kBits, int kBlocks>
 void rows(const Activations& x, int64_t M, const uint8_t* packed, const void* scale, at::BFloat16* y, int64_t block,
           int64_t N, int64_t K) {
+  constexpr int kM = kBlocks == 2 ? 6 : 8;
   int64_t m = 0;
-  for (; m + 8 <= M; m += 8) tile<kBits, 8, kBlocks>(x, m, packed, scale, y, block, N, K);
+  for (; m + kM <= M; m += kM) tile<kBits, kM, kBlocks>(x, m, packed, scale, y, block, N, K);
   switch (M - m) {
     case 1: return tile<kBits, 1, kBlocks>(x, m, packed, scale, y, block, N, K);
     case 2: return tile<kBits, 2, kBlocks>(x, m, packed, scale, y, block, N, K);
