@@ -151,7 +151,10 @@ def test_operations_for_other_processors(processor, tmp_path):
     ]
     for format in FORMATS.values():
         packed = quantize(random_tensor(48, 96), format)
-        cases += [("quantized_linear", (random_tensor(rows, 96).bfloat16(), *packed)) for rows in (1, 4, 11)]
+        cases += [
+            ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
+            for rows in (1, 4, 11)
+        ]
     values = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     torch.save(values, tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))

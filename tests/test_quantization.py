@@ -20,6 +20,7 @@ from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.linear import linears
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
@@ -158,6 +159,16 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(format, rows, blocks, group
 
 @needs_operation
 @formats
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20])
+def test_layers_together_give_what_each_gives_alone(format, rows):
+    layers = [quantized_layer(n, 64, format, seed=n) for n in (48, 16, 80)]
+    x = random_tensor(rows, 64).bfloat16()
+    for y, layer in zip(linears(x, *layers), layers, strict=True):
+        assert_same(y, layer(x))
+
+
+@needs_operation
+@formats
 def test_operation_on_zeros_extremes_and_strides(format):
     layer = quantized_layer(32, 64, format)
     assert not layer(torch.zeros(2, 64).bfloat16()).any()
@@ -182,7 +193,7 @@ def test_operation_on_zeros_extremes_and_strides(format):
 )
 def test_operation_refuses_what_it_cannot_do(x, weight, scale):
     with pytest.raises(RuntimeError, match="quantized_linear: "):
-        torch.ops.qwen3fast.quantized_linear(x, weight, scale)
+        torch.ops.qwen3fast.quantized_linear(x, [weight], [scale])
 
 
 # ----------------------------------------------------------------------------------------------------------- models

@@ -18,6 +18,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each linear layer gives for the same x. Layers of a kind that can run together do."""
+    kind = type(layers[0])
+    if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
+        return kind.forward_together(x, list(layers))
+    return [layer(x) for layer in layers]
+
+
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; the form is chosen from the number of rows, the device and whether we are compiled.
 

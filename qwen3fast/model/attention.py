@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import Linear
+from qwen3fast.kernels.linear import Linear, linears
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import apply_rope
 
@@ -67,9 +67,10 @@ class Attention(nn.Module):
         Returns: (B, T, E).
         """
         B, T, _ = x_BTE.shape
-        q_BTHD = self.q_norm(self.q_proj(x_BTE).view(B, T, self.num_heads, self.head_dim))
-        k_BTKD = self.k_norm(self.k_proj(x_BTE).view(B, T, self.num_kv_heads, self.head_dim))
-        v_BTKD = self.v_proj(x_BTE).view(B, T, self.num_kv_heads, self.head_dim)
+        q, k, v = linears(x_BTE, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHD = self.q_norm(q.view(B, T, self.num_heads, self.head_dim))
+        k_BTKD = self.k_norm(k.view(B, T, self.num_kv_heads, self.head_dim))
+        v_BTKD = v.view(B, T, self.num_kv_heads, self.head_dim)
         q_BTHD, k_BTKD = apply_rope(q_BTHD, cos_BTD, sin_BTD), apply_rope(k_BTKD, cos_BTD, sin_BTD)
         if cache is None:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels.linear import Linear
+from qwen3fast.kernels.linear import Linear, linears
 
 
 class FeedForward(nn.Module):
@@ -17,4 +17,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTE: Tensor) -> Tensor:
         """x_BTE: (batch, tokens, hidden_size). Returns the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+        gate, up = linears(x_BTE, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)

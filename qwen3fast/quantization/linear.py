@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
-from qwen3fast.quantization.formats import Format, Packed
+from qwen3fast.quantization.formats import LANES, Format, Packed
 
 PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
 
@@ -31,11 +31,20 @@ class QuantizedLinear(nn.Module):
         The C++ operation rounds x to 8 bits, too, in groups of 32 channels. A row's result does not depend on the rows
         beside it.
         """
+        [y] = self.forward_together(x, [self])
+        return y
+
+    @classmethod
+    def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
+        """What each layer gives for the same x, in one call."""
         if cpu.is_loaded():
-            y = torch.ops.qwen3fast.quantized_linear(x.bfloat16(), self.weight_packed, self.weight_scale).to(x.dtype)
+            y = torch.ops.qwen3fast.quantized_linear(
+                x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
+            )
+            parts = y.to(x.dtype).split([layer.weight_packed.shape[0] * LANES for layer in layers], dim=-1)
         else:
-            y = F.linear(x, self.dequantize().to(x.dtype))
-        return y if self.bias is None else y + self.bias
+            parts = [F.linear(x, layer.dequantize().to(x.dtype)) for layer in layers]
+        return [y if layer.bias is None else y + layer.bias for y, layer in zip(parts, layers, strict=True)]
 
     def dequantize(self) -> Tensor:
         """The weight that the bits stand for, (N, K) float32."""

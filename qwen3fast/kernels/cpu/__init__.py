@@ -147,8 +147,8 @@ def _prefill_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor, 
     return q.new_empty(q.shape)
 
 
-def _quantized_linear_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0] * packed.shape[2]))
+def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
 def _decode_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-// quantized_linear(x, packed, scale) -> y      y[m, n] = sum_k x[m, k] weight[n, k], weight in 8 or 4 bits
+// quantized_linear(x, packed[], scale[]) -> y      y[m, n] = sum_k x[m, k] weight[n, k], weight in 8 or 4 bits
 //
-// The weight is stored for streaming: 16 rows side by side, four neighbouring channels of a row in one 32-bit lane.
+// Several weights with the same input (query, key and value; gate and up) go in one call: x is rounded once, threads are
+// woken once, and y holds their results side by side.
+//
+// A weight is stored for streaming: 16 rows side by side, four neighbouring channels of a row in one 32-bit lane.
 // Bytes are unsigned (128 or 8 stands for zero), as x86's dot product of unsigned and signed bytes wants them.
 //
 //   8 bits   packed (N/16, K/4, 16, 4) uint8: one channel a byte.          scale (N,) float32
@@ -97,17 +100,23 @@ Activations quantize(const at::BFloat16* x, int64_t M, int64_t K, int32_t zero) 
 
 // --------------------------------------------------------------------------------------------------------- product
 
-// kM rows of x times kBlocks blocks of 16 weight rows.
+struct Weight {
+  const uint8_t* packed;
+  const void* scale;
+  int64_t blocks;  // of 16 rows
+  at::BFloat16* y;  // where its columns of the result begin
+};
+
+// kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y.
 template <int kBits, int kM, int kBlocks>
-void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* scale, at::BFloat16* y, int64_t block,
-          int64_t N, int64_t K) {
+void tile(const Activations& x, int64_t m0, const Weight& weight, int64_t block, int64_t width, int64_t K) {
   constexpr int64_t kGroupBytes = kGroup * kLanes * kBits / 8;
   constexpr int64_t kAhead = 4096;  // bytes; the hardware prefetcher stops at page borders
   const int64_t G = K / kGroup;
   const int8_t* bytes = x.bytes.data() + m0 * K;
   const float* x_scale = x.scale.data() + m0 * G;
   const int32_t* offset = x.offset.data() + m0 * G;
-  const uint8_t* w = packed + block * G * kGroupBytes;
+  const uint8_t* w = weight.packed + block * G * kGroupBytes;
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     Ints sum[kBlocks][kM];
@@ -115,21 +124,20 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
       for (int b = 0; b < kBlocks; b++) sum[b][m] = offset[m * G + g] - Ints{};
 #pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
-      Bits weight[kBlocks];
+      Bits packed[kBlocks];
       for (int b = 0; b < kBlocks; b++) {
         const uint8_t* p = w + (b * G + g) * kGroupBytes + j * 64;
         if (kBlocks == 1) __builtin_prefetch(p + kAhead);
-        weight[b] = load_as<Bits>(p);
+        packed[b] = load_as<Bits>(p);
       }
       for (int part = 0; part < 8 / kBits; part++) {
         const int64_t k = g * kGroup + (j * 8 / kBits + part) * 4;
 #pragma GCC unroll 8
         for (int m = 0; m < kM; m++) {
-          int32_t four;
-          std::memcpy(&four, bytes + m * K + k, 4);
+          const int32_t four = load_as<int32_t>(bytes + m * K + k);
 #pragma GCC unroll 2
           for (int b = 0; b < kBlocks; b++) {
-            const Bits unpacked = kBits == 8 ? weight[b] : (weight[b] >> (4 * part)) & 0x0f0f0f0fu;
+            const Bits unpacked = kBits == 8 ? packed[b] : (packed[b] >> (4 * part)) & 0x0f0f0f0fu;
             sum[b][m] = dot4(sum[b][m], unpacked, four);
           }
         }
@@ -138,7 +146,7 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
     for (int b = 0; b < kBlocks; b++) {
       Vec weight_scale = {};
       if (kBits == 4)
-        weight_scale = load(static_cast<const at::BFloat16*>(scale) + ((block + b) * G + g) * kLanes);
+        weight_scale = load(static_cast<const at::BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
       for (int m = 0; m < kM; m++) {
         const Vec product = __builtin_convertvector(sum[b][m], Vec) * x_scale[m * G + g];
         total[b][m] += kBits == 4 ? product * weight_scale : product;
@@ -149,73 +157,86 @@ void tile(const Activations& x, int64_t m0, const uint8_t* packed, const void* s
     const int64_t n = (block + b) * kLanes;
     for (int m = 0; m < kM; m++) {
       Vec out = total[b][m];
-      if (kBits == 8) out *= load(static_cast<const float*>(scale) + n);
-      for (int64_t i = 0; i < kLanes; i++) y[(m0 + m) * N + n + i] = static_cast<at::BFloat16>(out[i]);
+      if (kBits == 8) out *= load(static_cast<const float*>(weight.scale) + n);
+      for (int64_t i = 0; i < kLanes; i++) weight.y[(m0 + m) * width + n + i] = static_cast<at::BFloat16>(out[i]);
     }
   }
 }
 
-// Any number of rows of x, as many at a time as there are registers for.
+// Any number M of rows of x, as many at a time as there are registers for.
 template <int kBits, int kBlocks>
-void rows(const Activations& x, int64_t M, const uint8_t* packed, const void* scale, at::BFloat16* y, int64_t block,
-          int64_t N, int64_t K) {
+void rows(const Activations& x, int64_t M, const Weight& weight, int64_t block, int64_t width, int64_t K) {
   constexpr int kM = kBlocks == 2 ? 6 : 8;
   int64_t m = 0;
-  for (; m + kM <= M; m += kM) tile<kBits, kM, kBlocks>(x, m, packed, scale, y, block, N, K);
+  for (; m + kM <= M; m += kM) tile<kBits, kM, kBlocks>(x, m, weight, block, width, K);
   switch (M - m) {
-    case 1: return tile<kBits, 1, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 2: return tile<kBits, 2, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 3: return tile<kBits, 3, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 4: return tile<kBits, 4, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 5: return tile<kBits, 5, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 6: return tile<kBits, 6, kBlocks>(x, m, packed, scale, y, block, N, K);
-    case 7: return tile<kBits, 7, kBlocks>(x, m, packed, scale, y, block, N, K);
+    case 1: return tile<kBits, 1, kBlocks>(x, m, weight, block, width, K);
+    case 2: return tile<kBits, 2, kBlocks>(x, m, weight, block, width, K);
+    case 3: return tile<kBits, 3, kBlocks>(x, m, weight, block, width, K);
+    case 4: return tile<kBits, 4, kBlocks>(x, m, weight, block, width, K);
+    case 5: return tile<kBits, 5, kBlocks>(x, m, weight, block, width, K);
+    case 6: return tile<kBits, 6, kBlocks>(x, m, weight, block, width, K);
+    case 7: return tile<kBits, 7, kBlocks>(x, m, weight, block, width, K);
   }
 }
 
 template <int kBits>
-void product(const at::BFloat16* x, int64_t M, const uint8_t* packed, const void* scale, at::BFloat16* y, int64_t N,
-             int64_t K) {
+void product(const at::BFloat16* x, int64_t M, const std::vector<Weight>& weights, int64_t width, int64_t K) {
   const Activations a = quantize(x, M, K, kBits == 8 ? 128 : 8);
   // Few rows: one stream through memory. Many rows: two blocks at a time share the loads of x.
-  const int64_t step = M > 8 ? 2 : 1, blocks = N / kLanes;
-  at::parallel_for(0, (blocks + step - 1) / step, std::max<int64_t>(1, 32768 / (K * kLanes * step)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; i++) {
-                       if (step == 2 && 2 * i + 1 < blocks)
-                         rows<kBits, 2>(a, M, packed, scale, y, 2 * i, N, K);
-                       else
-                         rows<kBits, 1>(a, M, packed, scale, y, step * i, N, K);
-                     }
-                   });
+  const int64_t step = M > 8 ? 2 : 1, blocks = width / kLanes;
+  at::parallel_for(0, blocks, std::max<int64_t>(1, 32768 / (K * kLanes)), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // block of this weight
+    for (const Weight& weight : weights) {
+      const int64_t last = std::min(end - first, weight.blocks);
+      int64_t block = std::max<int64_t>(begin - first, 0);
+      for (; block + step <= last; block += step)
+        step == 2 ? rows<kBits, 2>(a, M, weight, block, width, K) : rows<kBits, 1>(a, M, weight, block, width, K);
+      for (; block < last; block++) rows<kBits, 1>(a, M, weight, block, width, K);
+      first += weight.blocks;
+    }
+  });
 }
 
-// x: (..., K) bfloat16; packed and scale as above. Returns (..., N) bfloat16.
-at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale) {
-  TORCH_CHECK(packed.dim() == 4 && packed.size(2) == kLanes && packed.size(3) == 4 && packed.is_contiguous() &&
-                  packed.scalar_type() == at::kByte,
-              "quantized_linear: packed (N/16, K/4 or K/8, 16, 4) uint8, contiguous");
-  const bool is_8_bits = scale.dim() == 1;
-  const int64_t N = packed.size(0) * kLanes, K = packed.size(1) * (is_8_bits ? 4 : 8);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.size(-1) == K && K % kGroup == 0,
-              "quantized_linear: x (..., ", K, ") bfloat16, K a multiple of 32");
-  TORCH_CHECK(scale.is_contiguous() && scale.scalar_type() == (is_8_bits ? at::kFloat : at::kBFloat16) &&
-                  scale.numel() == (is_8_bits ? N : N * K / kGroup),
-              "quantized_linear: scale (N,) float32 for 8 bits, (N/16, K/32, 16) bfloat16 for 4");
+// x: (..., K) bfloat16; packed and scale of each weight as above, all in the same number of bits. Returns (..., N)
+// bfloat16, N the rows of all weights.
+at::Tensor quantized_linear(const at::Tensor& x, at::TensorList packed, at::TensorList scale) {
+  TORCH_CHECK(!packed.empty() && packed.size() == scale.size(), "quantized_linear: a scale for each weight");
+  const bool is_8_bits = scale[0].dim() == 1;
+  const int64_t K = x.size(-1);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && K % kGroup == 0,
+              "quantized_linear: x (..., K) bfloat16, K a multiple of 32");
+  int64_t N = 0;
+  for (size_t i = 0; i < packed.size(); i++) {
+    const at::Tensor &p = packed[i], &s = scale[i];
+    TORCH_CHECK(p.dim() == 4 && p.size(1) == K / (is_8_bits ? 4 : 8) && p.size(2) == kLanes && p.size(3) == 4 &&
+                    p.is_contiguous() && p.scalar_type() == at::kByte,
+                "quantized_linear: packed (N/16, K/4 or K/8, 16, 4) uint8, contiguous, x (..., K)");
+    const int64_t rows = p.size(0) * kLanes;
+    TORCH_CHECK(s.is_contiguous() && s.scalar_type() == (is_8_bits ? at::kFloat : at::kBFloat16) &&
+                    s.numel() == (is_8_bits ? rows : rows * K / kGroup),
+                "quantized_linear: scale (N,) float32 for 8 bits, (N/16, K/32, 16) bfloat16 for 4");
+    N += rows;
+  }
   auto shape = x.sizes().vec();
   shape.back() = N;
   at::Tensor y = at::empty(shape, x.options());
+  std::vector<Weight> weights;
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  for (size_t i = 0; i < packed.size(); i++) {
+    const int64_t blocks = packed[i].size(0);
+    weights.push_back({packed[i].const_data_ptr<uint8_t>(), scale[i].const_data_ptr(), blocks, out});
+    out += blocks * kLanes;
+  }
   const at::Tensor x_contiguous = x.contiguous();
-  (is_8_bits ? product<8> : product<4>)(x_contiguous.const_data_ptr<at::BFloat16>(), x.numel() / K,
-                                        packed.const_data_ptr<uint8_t>(), scale.const_data_ptr(),
-                                        y.mutable_data_ptr<at::BFloat16>(), N, K);
+  (is_8_bits ? product<8> : product<4>)(x_contiguous.const_data_ptr<at::BFloat16>(), x.numel() / K, weights, N, K);
   return y;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
-  library.def("quantized_linear(Tensor x, Tensor packed, Tensor scale) -> Tensor");
+  library.def("quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("quantized_linear", &quantized_linear); }
