@@ -48,18 +48,21 @@ class StepCompiler:
         if not self.enabled:
             return function
         # Captured by us as a whole step, not by Inductor part by part.
-        options = {"triton.cudagraphs": False}
+        inductor_options = {"triton.cudagraphs": False}
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
             started = time.perf_counter()
-            compiled = compile_fx(graph, example_inputs, config_patches=options)
+            compiled = compile_fx(graph, example_inputs, config_patches=inductor_options)
             self.compilations += 1
             self.seconds += time.perf_counter() - started
             return compiled
 
         settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+            # What a module holds is not checked again at each call: the blocks of a model are alike, and this compiled
+            # code is for one Generator's model only.
+            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True, "options": options}
             return torch.compile(function, **settings)
         # Older PyTorch: one cache for all Generators, and the limit is a global setting (17 us a call).
         compiled = torch.compile(function, **settings)
