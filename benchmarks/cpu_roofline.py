@@ -10,6 +10,7 @@ embedding that is only looked up does not) and the keys and values of the positi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -182,8 +183,8 @@ def main() -> None:
         benches[name] = Workbench(model, (MODE,), longest, max(args.batch_sizes))
     cases = measure(args, benches)
     record = {
-        **describe_run(),
-        "command": "python benchmarks/cpu_roofline.py",
+        "suite": "cpu_roofline",
+        "run": describe_run() | {"command": " ".join(["python benchmarks/cpu_roofline.py", *sys.argv[1:]])},
         "environment": describe_environment(torch.device("cpu")),
         "model": args.model,
         "bandwidth_gb_s": median(sample for case in cases for sample in case["bandwidth_gb_s"]),

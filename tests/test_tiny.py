@@ -64,6 +64,13 @@ def test_tiny_thinks_before_it_answers(tiny):
     assert reply.text.endswith("</think>\n\n42")
 
 
+def test_tiny_looks_facts_up_at_2000_tokens(tiny):
+    """What shows a KV cache right or wrong: the fact stands anywhere in the prompt. Several chunks of prefill."""
+    examples = task_examples(lambda rng: tiny_tasks.lookup(rng, 1900), 8)
+    assert all(len(tiny.tokenizer.encode(e.messages[0][1])) > 1900 for e in examples)
+    assert share_right(tiny, examples) >= 0.85
+
+
 @pytest.mark.parametrize("num_words", [400, 1900])
 def test_tiny_long_context_is_the_same_with_and_without_cache(tiny, num_words):
     [example] = task_examples(lambda rng: tiny_tasks.lookup(rng, num_words), 1, seed=3)

@@ -312,7 +312,7 @@ tokens of context, with and without `<think>`. The table says how well it does e
 
 - Command: `python tools/train_tiny.py --steps {args.steps} --seed {args.seed} --lr {args.lr} --batch-tokens \
 {args.batch_tokens}{" --bf16" if args.bf16 else ""}`
-- Seed {args.seed}, {args.steps} steps, {s / 60:.0f} minutes on {torch.get_num_threads()} CPU threads, \
+- Seed {args.seed}, {args.steps} steps, {s / 60:.0f} minutes on {torch.get_num_threads()} CPU thread(s), \
 torch {torch.__version__}.
 - Trained on up to about 2,200 tokens of context; `max_position_embeddings` is larger than that.
 

@@ -31,7 +31,14 @@ README_COLUMNS = (
 
 def render(record: dict) -> str:
     """The table of a record: of `python -m qwen3fast.bench`, or of benchmarks/compare_transformers.py."""
-    if "cases" in record:
+    if record.get("suite") == "cpu_roofline":
+        rows = [["format", "context", "batch", "decode tok/s", "GB/s", "of bandwidth", "prefill tok/s"]]
+        for c in record["cases"]:
+            speed, share = f"{c['decode_tok_s']:.1f}", f"{c['share_of_bandwidth']:.0%}"
+            shape = [c["format"], f"{c['context']:,}", str(c["batch_size"])]
+            rows.append([*shape, speed, f"{c['gb_s']:.1f}", share, f"{c['prefill_tok_s']:.0f}"])
+        text, memory = as_markdown(rows, left=0), record["bandwidth_gb_s"]
+    elif "cases" in record:
         rows = table_rows(record)
         keep = [rows[0].index(name) for name in README_COLUMNS]
         text = as_markdown([[row[i] for i in keep] for row in rows], left=1)

@@ -1,0 +1,150 @@
+"""What rounding a model's weights costs: error of each layer, perplexity, and accuracy on tasks, for each format.
+
+    python tools/quantization_report.py --output benchmarks/results/quantization-tiny.json
+
+Errors are relative: |rounded - exact| / |exact| over all elements. "weight" compares weights; "output" compares a
+layer's results on real inputs, activations rounded as the layer rounds them, too. Perplexity and accuracy need a model
+that knows something: the tasks are those that tiny was trained on (tools/tiny_tasks.py), answered greedily by the
+Generator. Other models get the table of layers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tiny_tasks
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from train_tiny import encode, pad
+
+from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.record import write_json
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.linear import QuantizedLinear
+
+TASKS = {
+    "addition": lambda rng: tiny_tasks.addition(rng, held_out=True),
+    "copying": tiny_tasks.copying,
+    "reversing": tiny_tasks.reversing,
+    "lookup at 300 tokens": lambda rng: tiny_tasks.lookup(rng, 275),
+    "lookup at 2000 tokens": lambda rng: tiny_tasks.lookup(rng, 1900),
+}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected|, in float64."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
+
+
+@torch.no_grad()
+def layer_errors(exact: Qwen3, rounded: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
+    """For each quantised layer the error of its weight and of its output, on the inputs it has in the exact model."""
+    inputs: dict[str, torch.Tensor] = {}
+    layers = {name: layer for name, layer in rounded.named_modules() if isinstance(layer, QuantizedLinear)}
+    hooks = [
+        exact.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        for name in layers
+    ]
+    exact(tokens)
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for name, layer in layers.items():
+        weight, x = exact.get_submodule(name).weight, inputs[name]
+        output = relative_error(layer(x), F.linear(x.float(), weight.float()))
+        errors.append({"layer": name, "weight": relative_error(layer.dequantize(), weight), "output": output})
+    return errors
+
+
+@torch.no_grad()
+def perplexity(model: Qwen3, generator: Generator, count: int) -> float:
+    """exp of the mean cross-entropy of the answers' tokens, over `count` examples of each task."""
+    rng = random.Random(2)
+    total, tokens = 0.0, 0
+    for make in TASKS.values():
+        for _ in range(count):
+            ids, labels = pad([encode(generator.tokenizer, make(rng), thinking=False)])
+            logits = model(ids)[0, :-1].float()
+            chosen = labels[0, 1:] >= 0
+            total += float(F.cross_entropy(logits[chosen], labels[0, 1:][chosen], reduction="sum"))
+            tokens += int(chosen.sum())
+    return math.exp(total / tokens)
+
+
+def accuracy(generator: Generator, count: int) -> dict[str, float]:
+    """Share of examples that greedy decoding answers exactly."""
+    results = {}
+    for name, make in TASKS.items():
+        rng = random.Random(1)
+        examples = [make(rng) for _ in range(count)]
+        prompts = [
+            generator.tokenizer.apply_chat_template(
+                [{"role": "user", "content": e.messages[0][1]}], enable_thinking=False, tokenize=True
+            )
+            for e in examples
+        ]
+        replies = generator.generate(prompts, SamplingParams(temperature=0, max_tokens=60))
+        right = sum(r.text == e.messages[1][1] for r, e in zip(replies, examples, strict=True))
+        results[name] = right / count
+    return results
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """Medians over the layers, the worst layer, and what the model still knows."""
+    lines = []
+    for name, result in record["formats"].items():
+        parts = [f"{name:5} {result['weight_bytes'] / 1e6:8.2f} MB"]
+        if errors := result["layers"]:
+            worst = max(errors, key=lambda e: e["output"])
+            parts.append(f"weight error {median(e['weight'] for e in errors):.2%}")
+            parts.append(f"output error {median(e['output'] for e in errors):.2%}")
+            parts.append(f"worst {worst['output']:.2%} ({worst['layer']})")
+        if "perplexity" in result:
+            parts.append(f"perplexity {result['perplexity']:.4f}")
+            parts += [f"{task} {share:.1%}" for task, share in result["accuracy"].items()]
+        lines.append("; ".join(parts))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="[%(default)s]")
+    parser.add_argument("--examples", type=int, default=200, help="of each task [%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("bench_results/quantization.json"), help="[%(default)s]")
+    args = parser.parse_args()
+    exact = load_model(args.model, "cpu")
+    tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    formats: dict[str, Any] = {}
+    for name in tqdm(["bf16", *FORMATS], desc="formats"):
+        quantization = None if name == "bf16" else name
+        model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        formats[name] = result = {"weight_bytes": size, "layers": []}
+        if quantization is not None:
+            result["layers"] = layer_errors(exact, model, tokens)
+        if args.model == "tiny":
+            with Generator.from_pretrained("tiny", quantization=quantization, max_batch_size=8) as generator:
+                result |= {"perplexity": perplexity(model, generator, args.examples // 10)}
+                result |= {"accuracy": accuracy(generator, args.examples)}
+    record = {
+        "run": describe_run() | {"command": "python tools/quantization_report.py"},
+        "environment": describe_environment(torch.device("cpu")),
+        "model": args.model,
+        "examples": args.examples,
+        "formats": formats,
+    }
+    print(as_text(record))
+    write_json(record, args.output)
+
+
+if __name__ == "__main__":
+    main()
