@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_roofline.py --output benchmarks/results/cpu-roofline.json
 
-Each round measures the read bandwidth, then one reply in each format, and the rounds repeat (A B C A B C ...). The
-limit of a case is bandwidth / bytes that one step must read: the weights (a tied output projection counts, an
+A round is one reply of every case (context, batch size, format), the formats in turns, the read bandwidth measured
+before each; rounds repeat. A machine that others slow down for a while then slows down all cases alike. The limit of a
+case is bandwidth / bytes that one step must read: the weights (a tied output projection counts, an
 embedding that is only looked up does not) and the keys and values of the positions in use. Writes JSON and a PNG.
 """
 
@@ -59,36 +60,27 @@ def measure(args: argparse.Namespace, benches: dict[str, Workbench]) -> list[dic
     """All cases, every sample kept."""
     probe = BandwidthProbe(torch.device("cpu"))
     shapes = [(context, 1) for context in args.contexts] + [(args.contexts[0], n) for n in args.batch_sizes if n > 1]
-    cases = []
-    bar = tqdm(total=len(shapes) * args.rounds * len(benches), desc="measuring", unit="reply")
-    for context, batch_size in shapes:
-        vocabulary = next(iter(benches.values())).model.config.vocab_size
-        prompts = make_prompts(vocabulary, context, batch_size)
-        here = {}
-        for name, bench in benches.items():
-            bench.run(MODE, prompts, 2)  # compiles
-            step_bytes = bytes_per_step(bench, context + args.new_tokens / 2, batch_size)
-            empty: dict[str, list[float]] = {"step_s": [], "ttft_s": [], "bandwidth_gb_s": [], "gemm_flop_s": []}
-            here[name] = {
-                "format": name,
-                "context": context,
-                "batch_size": batch_size,
-                "step_bytes": step_bytes,
-                **empty,
-            }
-        for _, (name, bench) in product(range(args.rounds), benches.items()):
-            bar.set_postfix_str(f"{name}, context {context}, batch {batch_size}")
-            probe.samples.clear()
-            probe.measure(3)
-            sample = bench.run(MODE, prompts, args.new_tokens + 1)
-            here[name]["bandwidth_gb_s"].append(probe.gb_s)
-            here[name]["gemm_flop_s"].append(gemm_rate(3))
-            here[name]["step_s"].append(median(sample.step_s))
-            here[name]["ttft_s"].append(sample.ttft_s)
-            bar.update()
-        cases += [with_metrics(case, next(iter(benches.values()))) for case in here.values()]
+    vocabulary = next(iter(benches.values())).model.config.vocab_size
+    cases = {}
+    for (context, batch_size), (name, bench) in product(shapes, benches.items()):
+        bench.run(MODE, make_prompts(vocabulary, args.contexts[0], batch_size), 2)  # compiles
+        step_bytes = bytes_per_step(bench, context + args.new_tokens / 2, batch_size)
+        empty: dict[str, list[float]] = {"step_s": [], "ttft_s": [], "bandwidth_gb_s": [], "gemm_flop_s": []}
+        shape = {"format": name, "context": context, "batch_size": batch_size}
+        cases[context, batch_size, name] = {**shape, "step_bytes": step_bytes, **empty}
+    bar = tqdm(total=len(cases) * args.rounds, desc="measuring", unit="reply")
+    for _, ((context, batch_size, name), case) in product(range(args.rounds), cases.items()):
+        bar.set_postfix_str(f"{name}, context {context}, batch {batch_size}")
+        probe.samples.clear()
+        probe.measure(3)
+        sample = benches[name].run(MODE, make_prompts(vocabulary, context, batch_size), args.new_tokens + 1)
+        case["bandwidth_gb_s"].append(probe.gb_s)
+        case["gemm_flop_s"].append(gemm_rate(3))
+        case["step_s"].append(median(sample.step_s))
+        case["ttft_s"].append(sample.ttft_s)
+        bar.update()
     bar.close()
-    return cases
+    return [with_metrics(case, next(iter(benches.values()))) for case in cases.values()]
 
 
 def with_metrics(case: dict[str, Any], bench: Workbench) -> dict[str, Any]:
@@ -121,7 +113,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         x, speed, limit = zip(*points, strict=True)
         axes.plot(x, speed, color=COLORS[name], marker="o", linewidth=2)
         axes.plot(x, limit, color=COLORS[name], linestyle=(0, (4, 3)), linewidth=1.3)
-        share = " / ".join(f"{c['share_of_bandwidth']:.0%}" for c in singles if c["format"] == name)
+        share = " ".join(f"{c['share_of_bandwidth']:.0%}" for c in singles if c["format"] == name)
         axes.annotate(
             f"{name}\n{share}", (x[-1], speed[-1]), xytext=(10, 0), textcoords="offset points", va="center",
             color=COLORS[name], size=10,
@@ -138,7 +130,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("positions in the KV cache", color=INK)
     axes.set_ylabel("tokens per second, one request", color=INK)
     figure.text(0.08, 0.93, "Decoding against the memory's speed", size=15, weight="bold", color=INK)
-    subtitle = "lines: measured; dashes: bandwidth / bytes a token must read; shares of the limit at the right"
+    subtitle = "lines: measured; dashes: read bandwidth / bytes a token must read; right: shares of the limit"
     figure.text(0.08, 0.88, f"{record['model']}: {subtitle}", size=10, color=FAINT)
     environment = record["environment"]
     where = f"{environment['cpu']}, {environment['threads']} threads; reads at {record['bandwidth_gb_s']:.0f} GB/s"

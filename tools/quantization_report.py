@@ -21,11 +21,13 @@ import tiny_tasks
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
+from tokenizers import Tokenizer
 from train_tiny import encode, pad
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import write_json
+from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.linear import QuantizedLinear
@@ -65,13 +67,13 @@ def layer_errors(exact: Qwen3, rounded: Qwen3, tokens: torch.Tensor) -> list[dic
 
 
 @torch.no_grad()
-def perplexity(model: Qwen3, generator: Generator, count: int) -> float:
+def perplexity(model: Qwen3, count: int) -> float:
     """exp of the mean cross-entropy of the answers' tokens, over `count` examples of each task."""
-    rng = random.Random(2)
+    rng, tokenizer = random.Random(2), Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
     total, tokens = 0.0, 0
     for make in TASKS.values():
         for _ in range(count):
-            ids, labels = pad([encode(generator.tokenizer, make(rng), thinking=False)])
+            ids, labels = pad([encode(tokenizer, make(rng), thinking=False)])
             logits = model(ids)[0, :-1].float()
             chosen = labels[0, 1:] >= 0
             total += float(F.cross_entropy(logits[chosen], labels[0, 1:][chosen], reduction="sum"))
@@ -133,7 +135,7 @@ def main() -> None:
             result["layers"] = layer_errors(exact, model, tokens)
         if args.model == "tiny":
             with Generator.from_pretrained("tiny", quantization=quantization, max_batch_size=8) as generator:
-                result |= {"perplexity": perplexity(model, generator, args.examples // 10)}
+                result |= {"perplexity": perplexity(model, args.examples // 10)}
                 result |= {"accuracy": accuracy(generator, args.examples)}
     record = {
         "run": describe_run() | {"command": "python tools/quantization_report.py"},
