@@ -18,6 +18,7 @@ ORDER = [
     "config",
     "kernels",
     "model",
+    "quantization",
     "kv_cache",
     "sampling",
     "tokenizer",
