@@ -51,18 +51,18 @@ def test_bad_usage_exits_2(arguments):
 
 
 def test_chat_keeps_the_history_until_reset(monkeypatch, capsys):
-    lines = "What is 2 + 3?\n/reset\n/nonsense\nWhat is 17 + 25?\n/exit\nWhat is 1 + 1?\n"
+    lines = "What is 38 + 57?\n/reset\n/nonsense\nWhat is 17 + 25?\n/exit\nWhat is 1 + 1?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", "--temperature", "0"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "5\n42\n"
+    assert captured.out == "95\n42\n"
     assert "(conversation forgotten)" in captured.err and "commands: /reset, /exit" in captured.err
 
 
 def test_chat_ends_with_its_input(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 38 + 57?\n"))
     assert main(["chat", "--temperature", "0"]) == 0
-    assert capsys.readouterr().out == "5\n"
+    assert capsys.readouterr().out == "95\n"
 
 
 def test_info_states_sizes(capsys):

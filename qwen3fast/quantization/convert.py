@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import nn
+from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
@@ -33,9 +33,9 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
     model.config = replace(model.config, quantization=name)
     embedding = model.model.embed_tokens
     if model.config.tie_word_embeddings and isinstance(model.lm_head, QuantizedLinear):
-        model.model.embed_tokens = QuantizedEmbedding(model.lm_head, dtype)
+        model.set_submodule("model.embed_tokens", QuantizedEmbedding(model.lm_head, dtype))
     elif fits(*embedding.weight.shape):
-        model.model.embed_tokens = QuantizedEmbedding(_quantized(embedding.weight, format), dtype)
+        model.set_submodule("model.embed_tokens", QuantizedEmbedding(_quantized(embedding.weight, format), dtype))
 
 
 def get_format(name: str) -> Format:
@@ -48,6 +48,8 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _quantized(weight: nn.Parameter, format: Format, bias: nn.Parameter | None = None) -> QuantizedLinear:
-    packed = format.empty(*weight.shape, device=weight.device) if weight.is_meta else quantize(weight, format)
+def _quantized(weight: Tensor, format: Format, bias: nn.Parameter | None = None) -> QuantizedLinear:
+    packed = (
+        format.empty(weight.shape[0], weight.shape[1], weight.device) if weight.is_meta else quantize(weight, format)
+    )
     return QuantizedLinear(packed, format, bias)
