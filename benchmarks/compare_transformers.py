@@ -96,7 +96,7 @@ def main() -> None:
         )
     bar.close()
     record = {
-        "run": describe_run() | {"command": "python benchmarks/compare_transformers.py"},
+        "run": describe_run("python benchmarks/compare_transformers.py"),
         "environment": describe_environment(bench.device) | {"transformers": transformers.__version__},
         "model": args.model,
         "dtype": str(bench.dtype).removeprefix("torch."),

@@ -4,15 +4,17 @@
 
 A round is one reply of every case (context, batch size, format), the formats in turns, the read bandwidth measured
 before each; rounds repeat. A machine that others slow down for a while then slows down all cases alike. The limit of a
-case is bandwidth / bytes that one step must read: the weights (a tied output projection counts, an
-embedding that is only looked up does not) and the keys and values of the positions in use. Writes JSON and a PNG.
+case is bandwidth / bytes that one step must read: the weights (a tied output projection counts, an embedding that is
+only looked up does not) and the keys and values of the positions in use. First of all each format's tokens are held
+against the logits of the same rounded model, computed plainly without a cache. Writes JSON and a PNG; exit status 1 if
+a format's tokens are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -27,11 +29,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from qwen3fast import load_model
 from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
 from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.plot import FAINT, INK
 from qwen3fast.bench.record import write_json
 
 FORMATS = ("bf16", "int8", "int4")
 COLORS = {"bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f"}
-INK, FAINT = "#1f2933", "#7b8794"
 MODE = "cached-compiled"
 
 
@@ -149,20 +151,26 @@ def as_text(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def counts(text: str) -> list[int]:
+    """An option's comma-separated positive numbers. Raises: ValueError, which argparse reports."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
     parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated [%(default)s]")
-    parser.add_argument("--contexts", default="32,256,1024,4000", help="prompt lengths [%(default)s]")
-    parser.add_argument("--batch-sizes", default="1,2,4,8", help="at the first context [%(default)s]")
+    parser.add_argument("--contexts", type=counts, default="32,256,1024,4000", help="prompt lengths [%(default)s]")
+    parser.add_argument("--batch-sizes", type=counts, default="1,2,4,8", help="at the first context [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=16, help="timed in each reply [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [PyTorch's choice]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/cpu-roofline.json"), help="[%(default)s]")
     args = parser.parse_args()
-    args.contexts = [int(n) for n in args.contexts.split(",")]
-    args.batch_sizes = [int(n) for n in args.batch_sizes.split(",")]
     formats = args.formats.split(",")
     if unknown := set(formats) - set(FORMATS):
         parser.error(f"unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
@@ -173,14 +181,22 @@ def main() -> None:
     for name in formats:
         model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
         benches[name] = Workbench(model, (MODE,), longest, max(args.batch_sizes))
+    prompts = make_prompts(next(iter(benches.values())).model.config.vocab_size, 40, 1, seed=1)
+    checks = {name: bench.check(bench.run(MODE, prompts, 12), prompts) for name, bench in benches.items()}
+    for name, check in checks.items():
+        verdict = "ok" if check.passed else "WRONG"
+        print(f"{name}: {check.exact} of {check.tokens} tokens exact, worst gap {check.worst_gap:.2%}: {verdict}")
+    if not all(check.passed for check in checks.values()):
+        raise SystemExit(1)
     cases = measure(args, benches)
     record = {
         "suite": "cpu_roofline",
-        "run": describe_run() | {"command": " ".join(["python benchmarks/cpu_roofline.py", *sys.argv[1:]])},
+        "run": describe_run("python benchmarks/cpu_roofline.py"),
         "environment": describe_environment(torch.device("cpu")),
         "model": args.model,
         "bandwidth_gb_s": median(sample for case in cases for sample in case["bandwidth_gb_s"]),
         "gemm_flop_s": median(sample for case in cases for sample in case["gemm_flop_s"]),
+        "checks": {name: asdict(check) for name, check in checks.items()},
         "cases": cases,
     }
     print(as_text(record))

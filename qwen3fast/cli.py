@@ -11,6 +11,8 @@ from qwen3fast.bench.main import add_bench_arguments, run_bench
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.generator import Generator
+from qwen3fast.model import build_on_meta
+from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling import SamplingParams
 from qwen3fast.tokenizer import Message
@@ -187,12 +189,19 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
 
 def _info(args: argparse.Namespace) -> int:
     config = _config_of(args.model, args.revision)
-    weight_bytes = config.num_parameters * config.dtype.itemsize
+    model = build_on_meta(config)
+    if config.quantization is not None:
+        quantize_model(model, config.quantization, config.dtype)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    read_bytes = weight_bytes
+    if not config.tie_word_embeddings:  # an untied embedding is looked up, not read
+        read_bytes -= sum(p.numel() * p.element_size() for p in model.model.embed_tokens.parameters())
+    stored = config.quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{weight_bytes / 1e9:.3f} GB in {str(config.dtype).removeprefix('torch.')}",
-        "read per decoded token": f"{config.decode_parameters * config.dtype.itemsize / 1e9:.3f} GB of weights",
+        "weights": f"{weight_bytes:,} bytes in {stored}",
+        "read per decoded token": f"{read_bytes / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB a token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": config.num_hidden_layers,
         "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",

@@ -224,7 +224,11 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             )
     layer_types = raw.get("layer_types") or ["full_attention"]
     quantization = raw.get("quantization_config")
-    is_own = isinstance(quantization, dict) and OWN_QUANTIZATION.items() <= quantization.items()
+    is_own = (
+        isinstance(quantization, dict)
+        and isinstance(quantization.get("format"), str)
+        and all(quantization.get(name) == value for name, value in OWN_QUANTIZATION.items())
+    )
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),

@@ -94,7 +94,8 @@ class Generator:
 
         source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
         tokens. max_batch_size: requests that run at once; more wait. compile=False and cuda_graphs=False switch fast
-        paths off; greedy tokens stay the same. progress: show a bar while weights load.
+        paths off; greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). progress:
+        show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         model = load_model(source, device, dtype, revision, progress, quantization)

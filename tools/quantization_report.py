@@ -138,7 +138,7 @@ def main() -> None:
                 result |= {"perplexity": perplexity(model, args.examples // 10)}
                 result |= {"accuracy": accuracy(generator, args.examples)}
     record = {
-        "run": describe_run() | {"command": "python tools/quantization_report.py"},
+        "run": describe_run("python tools/quantization_report.py"),
         "environment": describe_environment(torch.device("cpu")),
         "model": args.model,
         "examples": args.examples,

@@ -35,8 +35,7 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 VOCAB_SIZE = 1024
 MAX_WORDS = 2000  # about 2,150 tokens of context
 IGNORE = -100
-# In every step, of different lengths: with two, steps without a counting or a lookup made the model forget them.
-MICRO_BATCHES = 6
+MICRO_BATCHES = 6  # of different lengths in every step: short tasks and long contexts pull together
 # Words with their leading space, single digits, punctuation, white space: the scheme of Qwen's tokenizer, shortened.
 WORD_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -174,7 +173,7 @@ def initialise(model: Qwen3) -> None:
     """Normal weights of standard deviation 0.02; projections back into the residual stream scaled down by depth.
 
     One channel of every token's embedding starts at the same value. Queries and keys have no bias, so this constant is
-    what a head that attends by position alone ("the token before") is made of; looking facts up builds on such heads.
+    there for heads that attend by position alone ("the token before"), which looking facts up builds on.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -190,13 +189,13 @@ def train(model: Qwen3, tokenizer: Tokenizer, args: argparse.Namespace) -> list[
     rng = random.Random(args.seed)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    # Muon orthogonalises the update of each matrix: about half the steps of AdamW here.
+    # Muon orthogonalises the update of each matrix.
     peaks = [args.lr, args.lr / 4]
     optimisers = [
         torch.optim.Muon(matrices, lr=peaks[0], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=peaks[1], betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    for block in model.model.layers:  # a third faster, for half a minute of compilation
+    for block in model.model.layers:
         block.forward = torch.compile(block.forward, dynamic=True)
     curve: list[tuple[int, float]] = []
     recent: list[float] = []

@@ -30,7 +30,7 @@ README_COLUMNS = (
 
 
 def render(record: dict) -> str:
-    """The table of a record: of `python -m qwen3fast.bench`, or of benchmarks/compare_transformers.py."""
+    """The table of a record: of `python -m qwen3fast.bench` or of a program in benchmarks/."""
     if record.get("suite") == "cpu_roofline":
         rows = [["format", "context", "batch", "decode tok/s", "GB/s", "of bandwidth", "prefill tok/s"]]
         for c in record["cases"]:

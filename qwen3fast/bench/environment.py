@@ -39,12 +39,15 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return environment
 
 
-def describe_run() -> dict[str, Any]:
-    """When and from which commit: UTC time, command, git commit and whether the tree was changed (None outside git)."""
+def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
+    """When and from which commit: UTC time, command, git commit and whether the tree was changed (None outside git).
+
+    program: how the command begins; its options are those of this process.
+    """
     commit = _git("rev-parse", "HEAD")
     return {
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python -m qwen3fast.bench", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
     }

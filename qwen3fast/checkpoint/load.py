@@ -11,7 +11,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import get_format, quantize_model
+from qwen3fast.quantization import prepare_quantization, quantize_model
 
 
 def load_model(
@@ -30,7 +30,7 @@ def load_model(
     """
     chosen_device = _choose_device(device)
     if quantization is not None:
-        get_format(quantization)  # fail before anything is read
+        prepare_quantization(quantization, chosen_device)
     if str(source).startswith("random:"):
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
@@ -46,6 +46,7 @@ def load_model(
         chosen_dtype = _choose_dtype(dtype, config)
         model = build_on_meta(config)
         if config.quantization is not None:
+            prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
         load_weights(model, folder, chosen_device, chosen_dtype, progress)
     if quantization is not None and config.quantization is None:

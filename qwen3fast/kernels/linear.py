@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each linear layer gives for the same x. Layers of a kind that can run together do."""
+    """What each linear layer gives for the same x, (..., K): one (..., N) a layer. Quantised layers share one call."""
     kind = type(layers[0])
     if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
         return kind.forward_together(x, list(layers))
@@ -29,8 +29,8 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; the form is chosen from the number of rows, the device and whether we are compiled.
 
-    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product. For one row it was as
-    fast as the C++ operation or faster when measured; with more rows it reads the weight again for each.
+    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product; with more
+    than one row it would read the weight again for each.
     """
     is_one_row = x.numel() == x.shape[-1]
     if is_one_row and torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -42,10 +42,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 
 def matvec_as_reduction(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop.
-
-    For one row of bfloat16 this reads memory about 1.5 times faster than the library's GEMM, which repacks.
-    """
+    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop."""
     x_M1K = x.reshape(-1, 1, x.shape[-1])
     y_MN = (weight_NK.float() * x_M1K.float()).sum(dim=-1).to(x.dtype)
     y = y_MN.view(*x.shape[:-1], weight_NK.shape[0])

@@ -20,13 +20,9 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
     name: "int8" or "int4". dtype: that of activations, which the embedding gives. On the `meta` device the
     new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed stay as
     they are.
-    Raises: ValueError for an unknown format, or for a device other than the CPU.
+    Raises: ValueError for an unknown format.
     """
     format = get_format(name)
-    device = model.model.norm.weight.device
-    if device.type not in ("cpu", "meta"):
-        raise ValueError(f"quantization={name!r} runs on the CPU only, the model is on {device}; use device='cpu'")
-    cpu.load()
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and fits(*m.weight.shape)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
         model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
@@ -36,6 +32,17 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(model.lm_head, dtype))
     elif fits(*embedding.weight.shape):
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(_quantized(embedding.weight, format), dtype))
+
+
+def prepare_quantization(name: str, device: torch.device) -> None:
+    """Check that a format can run on a device, before any weight is read, and build its operations.
+
+    Raises: ValueError for an unknown format, or a device other than the CPU.
+    """
+    get_format(name)
+    if device.type != "cpu":
+        raise ValueError(f"quantization={name!r} runs on the CPU only, not on {device}; use device='cpu'")
+    cpu.load()
 
 
 def get_format(name: str) -> Format:

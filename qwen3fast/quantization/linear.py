@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
-        """What each layer gives for the same x, in one call."""
+        """What each layer gives for the same x, (..., K), in one call: one (..., N) a layer, same dtype."""
         if cpu.is_loaded():
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
