@@ -10,6 +10,7 @@ from qwen3fast._version import __version__
 from qwen3fast.bench.main import add_bench_arguments, run_bench
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.config import ModelConfig
+from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.model import build_on_meta
 from qwen3fast.quantization import quantize_model
@@ -17,6 +18,7 @@ from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling import SamplingParams
 from qwen3fast.tokenizer import Message
 
+COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
 MODEL_HELP = "hub id (Qwen/Qwen3-0.6B), local folder, 'tiny' (shipped), or 'random:0.6b' (random weights)"
 
 
@@ -72,7 +74,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
     group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
-    group.add_argument("--compile", action="store_true", help="compile first: slower to start, faster afterwards")
+    group.add_argument(
+        "--compile",
+        choices=list(COMPILE_MODES),
+        default="auto",
+        help="auto: while it answers; always: first; never [%(default)s]",
+    )
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,10 +105,10 @@ def _open(args: argparse.Namespace) -> Generator:
         dtype=args.dtype,
         quantization=args.quantization,
         max_seq_len=max_seq_len,
-        compile=args.compile,
+        compile=COMPILE_MODES[args.compile],
         progress=sys.stderr.isatty(),
     )
-    if args.compile:
+    if args.compile == "always":
         generator.warmup(progress=sys.stderr.isatty())
     return generator
 

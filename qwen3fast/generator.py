@@ -16,6 +16,7 @@ from qwen3fast.checkpoint import load_model, resolve_source
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.config import as_id_tuple, read_json
 from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
+from qwen3fast.engine.compile import CompileMode
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
 from qwen3fast.prompt import Overflow, Prompt, fit_context, prompt_to_ids
@@ -46,7 +47,7 @@ class Generator:
         source_folder: Path | None = None,
         max_seq_len: int = 4096,
         max_batch_size: int = 1,
-        compile: bool = True,
+        compile: CompileMode = True,
         cuda_graphs: bool = True,
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
@@ -85,7 +86,7 @@ class Generator:
         quantization: str | None = None,
         max_seq_len: int = 4096,
         max_batch_size: int = 1,
-        compile: bool = True,
+        compile: CompileMode = True,
         cuda_graphs: bool = True,
         revision: str | None = None,
         progress: bool = False,
@@ -93,9 +94,10 @@ class Generator:
         """Load a model and its tokenizer.
 
         source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
-        tokens. max_batch_size: requests that run at once; more wait. compile=False and cuda_graphs=False switch fast
-        paths off; greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). progress:
-        show a bar while weights load.
+        tokens. max_batch_size: requests that run at once; more wait. compile: True compiles before the first token,
+        "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host. Greedy
+        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). progress: show a bar while
+        weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         model = load_model(source, device, dtype, revision, progress, quantization)

@@ -1,78 +1,188 @@
-"""torch.compile for the parts of a step: what is compiled, how often, and what happens without a C++ compiler.
+"""Compilation of the parts of a step: what is compiled, when, how often, and what happens without a C++ compiler.
 
-The unit is one transformer block: compiled once, it serves all layers (their weights are inputs of the compiled code).
-Lengths that vary at run time are marked dynamic by the caller, so that no request causes a compilation.
+The unit is one transformer block: compiled once, it serves all layers, because weights are inputs of the compiled code.
+Operations are recorded by `make_fx` and compiled by Inductor, the two lower halves of `torch.compile`. Its upper half,
+Dynamo, reads Python bytecode to find out what may change from call to call; here that is known. Leaving it out saves
+seconds at the start and, at each call, the search for the right compiled form.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
 
 import torch
-from torch._inductor.compile_fx import compile_fx
+from torch import Tensor, nn
 
+from qwen3fast.engine.record import Recording, record
 from qwen3fast.kernels import cpu
 
 logger = logging.getLogger(__name__)
 
-# Variants of one function: batch sizes times dtypes. Dynamo's default of 8 is soon reached, and reaching it is an error
-# under fullgraph=True.
-RECOMPILE_LIMIT = 1024
+# For each tensor argument: the dimensions whose size varies at run time, each with the size to compile with. Equal
+# sizes mean the same number.
+Dynamic = Sequence[dict[int, int]]
+Function = Callable[..., Tensor]
+CompileMode = bool | Literal["auto"]
+
+# "auto" leaves the processor to the first token, and short runs, alone for so long.
+AUTO_DELAY_S = 1.0
 
 
 class StepCompiler:
     """Compiles functions with Inductor and counts what it did.
 
+    mode "auto" compiles in a thread of its own; until a part is ready it runs as it is, and if the compiled form turns
+    out slower, it goes on as it is. On CUDA devices "auto" is True: graphs can only be captured from compiled parts.
+
     Attributes:
-        enabled: False if compilation was not asked for or cannot work here; functions are then returned as they are.
+        enabled: False if compilation was not asked for or cannot work here; parts then run as they are.
         compilations: graphs compiled so far through this object.
         seconds: time spent compiling them.
     """
 
-    def __init__(self, enabled: bool, device: torch.device) -> None:
-        self.enabled = enabled and (device.type != "cpu" or _has_cpp_compiler())
-        if self.enabled and device.type == "cpu":
+    def __init__(self, mode: CompileMode, device: torch.device) -> None:
+        if mode not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
+        self.enabled = bool(mode) and (device.type != "cpu" or _has_cpp_compiler())
+        self.thread: ThreadPoolExecutor | None = None
+        self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
+        if self.enabled and mode == "auto" and device.type == "cpu":
+            self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=cpu.load)
+        elif self.enabled and device.type == "cpu":
             cpu.load()
         self.compilations = 0
         self.seconds = 0.0
 
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled form of a function: one graph without breaks, shapes static unless marked dynamic."""
-        if not self.enabled:
-            return function
-        # Captured by us as a whole step, not by Inductor part by part.
-        inductor_options = {"triton.cudagraphs": False}
+    def part(self, function: Function, dynamic: Dynamic = ()) -> Part:
+        """The part of a step that a function of a module and of tensors computes."""
+        return Part(function, self, dynamic)
 
-        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-            started = time.perf_counter()
-            compiled = compile_fx(graph, example_inputs, config_patches=inductor_options)
-            self.compilations += 1
-            self.seconds += time.perf_counter() - started
-            return compiled
+    @torch.no_grad()
+    def compile(
+        self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: Dynamic
+    ) -> CompiledFunction:
+        """Compile `function(module, *tensors)`."""
+        started = time.perf_counter()
+        from torch._inductor import standalone_compile  # takes a second
 
-        settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            # What a module holds is not checked again at each call: the blocks of a model are alike, and this compiled
-            # code is for one Generator's model only.
-            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True, "options": options}
-            return torch.compile(function, **settings)
-        # Older PyTorch: one cache for all Generators, and the limit is a global setting (17 us a call).
-        compiled = torch.compile(function, **settings)
-        limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+        recording = record(function, module, tensors, dynamic)
+        options: dict[str, Any] = {
+            "triton.cudagraphs": False,  # captured by us as a whole step, not by Inductor part by part
+            "size_asserts": False,  # sizes are what compiled code is chosen by
+            "alignment_asserts": False,
+        }
+        if cpu.is_loaded():  # built for this very processor, so Inductor need not try what the compiler can do (0.7 s)
+            options["cpp.vec_isa_ok"] = True
+        code = standalone_compile(recording.graph, [*recording.inputs], options={"config_patches": options})
+        self.compilations += 1
+        self.seconds += time.perf_counter() - started
+        return CompiledFunction(code, recording)
 
-        def call(*args: Any) -> Any:
-            with torch._dynamo.config.patch(**limits):
-                return compiled(*args)
+    def close(self, wait: bool = False) -> None:
+        """Give up what is not compiled yet. With `wait`, what is needed later is compiled when it is needed."""
+        if self.thread is not None:
+            self.thread.shutdown(wait=wait, cancel_futures=True)
+            self.thread = None
 
-        return call
+
+class CompiledFunction:
+    """Compiled code, called like the function it came from."""
+
+    def __init__(self, code: Callable[..., Sequence[Tensor]], recording: Recording) -> None:
+        self._code, self._recording = code, recording
+        self._tensors = recording.tensors
+        self._weights: dict[nn.Module | None, list[Tensor]] = {}
+        self.serves = recording.serves
+
+    def __call__(self, module: nn.Module | None, *tensors: Tensor | None) -> Tensor:
+        """The function's result."""
+        weights = self._weights.get(module)
+        if weights is None:
+            every = [] if module is None else list(module.parameters())
+            weights = self._weights[module] = [every[i] for i in self._recording.weights]
+        return self._code(*weights, *[tensors[i] for i in self._tensors])[0]
+
+
+class Part:
+    """A function of a module and of tensors, compiled once for each combination of (static) shapes that it meets.
+
+    All modules given to one part must be built alike; they may hold different weights, which must stay where they are.
+    A call may be repeated without effect: in "auto" mode, both forms are tried on the first call that could use either.
+    """
+
+    def __init__(self, function: Function, compiler: StepCompiler, dynamic: Dynamic) -> None:
+        self.function, self.compiler, self.dynamic = function, compiler, dynamic
+        self._forms: dict[tuple[Any, ...], Function] = {}  # by static shapes
+        self._choices: dict[tuple[Any, ...], Function] = {}  # by all shapes
+        self._jobs: dict[tuple[Any, ...], Future[CompiledFunction]] = {}
+
+    def __call__(self, module: nn.Module | None, *tensors: Tensor | None) -> Tensor:
+        """The function's result. Each argument must be a tensor in all calls, or None in all calls."""
+        return self.choose(module, *tensors)(module, *tensors)
+
+    def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
+        """What to call for tensors of these shapes: looked up once, it may run any number of modules."""
+        if not self.compiler.enabled:
+            return self.function
+        shapes = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+        choice = self._choices.get(shapes)
+        if choice is not None:
+            return choice
+        dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
+        pairs = [(t, dims) for t, dims in zip(tensors, dynamic, strict=True) if t is not None]
+        static = tuple(tuple(None if i in dims else n for i, n in enumerate(t.shape)) for t, dims in pairs)
+        form = self._form(static, module, tensors, dynamic)
+        if form is None:
+            return self.function  # this time
+        sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
+        if isinstance(form, CompiledFunction) and not form.serves(sizes):
+            # What was assumed of sizes in general does not hold for these: they get code of their own.
+            form = self._form(shapes, module, tensors, [{} for _ in tensors])
+            if form is None:
+                return self.function
+        self._choices[shapes] = form
+        return form
+
+    def _form(
+        self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: Dynamic
+    ) -> Function | None:
+        """The form for these shapes, compiled if there is none yet; None while a thread is compiling it."""
+        if key not in self._forms:
+            arguments = (self.function, module, tensors, dynamic)
+            if self.compiler.thread is None:
+                self._forms[key] = self.compiler.compile(*arguments)
+            elif time.perf_counter() < self.compiler.auto_from_s:
+                pass
+            elif key not in self._jobs:
+                self._jobs[key] = self.compiler.thread.submit(self.compiler.compile, *arguments)
+            elif self._jobs[key].done():
+                self._forms[key] = self._faster(self._jobs.pop(key), module, tensors)
+        return self._forms.get(key)
+
+    def _faster(
+        self, job: Future[CompiledFunction], module: nn.Module | None, tensors: Sequence[Tensor | None]
+    ) -> Function:
+        """The compiled form, or the function as it is if compiling failed or did not pay."""
+        error = job.exception()
+        if error is not None:
+            warnings.warn(f"{self.function} could not be compiled and runs as it is, slower: {error}", stacklevel=2)
+            return self.function
+        forms: list[Function] = [job.result(), self.function]
+        best = [float("inf")] * len(forms)
+        for _ in range(4):  # alternating; what is slow once only does not count
+            for i, form in enumerate(forms):
+                started = time.perf_counter()
+                form(module, *tensors)
+                best[i] = min(best[i], time.perf_counter() - started)
+        logger.info("%s: compiled %.3f ms, as it is %.3f ms", self.function, best[0] * 1e3, best[1] * 1e3)
+        return forms[best.index(min(best))]
 
 
 def _has_cpp_compiler() -> bool:

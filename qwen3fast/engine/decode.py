@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.parts import Parts, mark_dynamic
+from qwen3fast.engine.parts import Parts
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
 from qwen3fast.sampling import SamplerKind, SamplerRows
@@ -76,13 +76,14 @@ def decode_step(
     rows = slice(num_rows)
     position_B1 = state.position_R[rows, None]
     mask_B1L = torch.arange(length, device=position_B1.device) <= position_B1[..., None]
-    mark_dynamic(mask_B1L, 2)
     cos_B1D, sin_B1D = cos_SD[position_B1], sin_SD[position_B1]
     x_B1E = model.embed(state.input_R[rows, None])
+    shared = (cos_B1D, sin_B1D, position_B1, mask_B1L)
+    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, cache.keys[0], cache.values[0], None)
     for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        x_B1E = parts.block(block, x_B1E, cos_B1D, sin_B1D, position_B1, mask_B1L, k, v, None)
-    logits_BV = parts.logits(model, x_B1E).squeeze(1)
-    token_B = parts.samplers[kind](logits_BV, state.sampler_rows(rows))
+        x_B1E = run_block(block, x_B1E, *shared, k, v, None)
+    logits_BV = parts.logits(parts.head, x_B1E).squeeze(1)
+    token_B = parts.samplers[kind](None, logits_BV, *state.sampler_rows(rows))
     state.output_R[rows] = token_B
     # An invalid token (-1) is the host's to notice; what is fed on must be an id.
     state.input_R[rows] = token_B.clamp(min=0)

@@ -10,18 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import DecodeState, decode_step
-from qwen3fast.engine.parts import Parts, mark_dynamic
-from qwen3fast.engine.prefill import CHUNK_SIZES, prefill, prefill_chunk
+from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.prefill import prefill
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.sampling import SamplerKind, SamplerRows
 
-# Tokens of the call that compiles a dynamic length. It must differ from the cache length read in the same call (a
-# multiple of 128): the compiler would take two equal lengths for one.
-COMPILE_TOKENS = 96
 MIN_UNCACHED_TOKENS = 16
 
 
@@ -32,21 +29,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: Qwen3, cache: StaticKVCache, device: torch.device, compile: bool = True, cuda_graphs: bool = True
+        self,
+        model: Qwen3,
+        cache: StaticKVCache,
+        device: torch.device,
+        compile: CompileMode = True,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
         self.compiler = StepCompiler(compile, device)
-        self.parts = Parts.build(self.compiler)
+        self.parts = Parts.build(self.compiler, model)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
         self.graphs = GraphCache() if cuda_graphs and device.type == "cuda" else None
         config = model.config
         self.cos_SD, self.sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
-        self._is_prefill_compiled = self._is_uncached_compiled = not self.compiler.enabled
 
     @torch.no_grad()
     def prefill(self, row: int, token_ids: list[int]) -> Tensor:
         """Fill row `row` of the cache with a prompt. Returns the logits after its last token, (1, V)."""
-        self._compile_prefill(row)
         return prefill(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row, token_ids)
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Engine:
     def sample_first(self, row: int, logits_1V: Tensor, kind: SamplerKind) -> int:
         """Sample a row's first token from prefill's logits and make it the row's next input; -1 if they are invalid."""
         rows = self.state.sampler_rows(torch.tensor([row], device=self.device))
-        token_1 = self.parts.samplers[kind](logits_1V, rows)
+        token_1 = self.parts.samplers[kind](None, logits_1V, *rows)
         self.state.input_R[row : row + 1] = token_1.clamp(min=0)
         self.state.step_R[row] += 1
         return int(token_1.item())
@@ -95,27 +95,22 @@ class Engine:
     @torch.no_grad()
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
         """The reference without a cache: the whole sequence computed anew. Returns the last token's logits, (1, V)."""
-        if not self._is_uncached_compiled:
-            self._is_uncached_compiled = True
-            self.logits_uncached([0] * COMPILE_TOKENS)
         # Rows after the last token are ignored by causality; a minimum keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = torch.tensor([padded], device=self.device)
         cos_1TD, sin_1TD = self.cos_SD[None, : len(padded)].clone(), self.sin_SD[None, : len(padded)].clone()
-        mark_dynamic(cos_1TD, 1, sin_1TD, 1)
         x_1TE = self.model.embed(token_1T)
         for block in self.model.model.layers:
-            mark_dynamic(x_1TE, 1)
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
         last = len(token_ids) - 1
         return self.parts.logits(
-            self.model, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
+            self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
         ).squeeze(1)
 
     @torch.no_grad()
     def sample(self, logits_1V: Tensor, rows: SamplerRows, kind: SamplerKind) -> int:
         """Sample with explicit parameters of one row; -1 if the logits are invalid."""
-        return int(self.parts.samplers[kind](logits_1V, rows).item())
+        return int(self.parts.samplers[kind](None, logits_1V, *rows).item())
 
     def batch_bucket(self, num_rows: int) -> int:
         """Rows that a step for `num_rows` runs: the next power of two, at most max_batch_size."""
@@ -131,9 +126,9 @@ class Engine:
 
         report: called with the name of each part before it is made.
         """
+        self.compiler.close(wait=True)  # "auto" ends here
         length = self.cache.allocated_len
         report("prefill")
-        self._compile_prefill(0)
         logits_1V = self.prefill(0, [0])
         for kind in SamplerKind:
             report(f"{kind.value} sampler")
@@ -157,18 +152,7 @@ class Engine:
         return 1 + len(SamplerKind) + len(self.batch_buckets())
 
     def close(self) -> None:
-        """Release recorded graphs."""
+        """Release recorded graphs; stop compiling."""
+        self.compiler.close()
         if self.graphs is not None:
             self.graphs.clear()
-
-    def _compile_prefill(self, row: int) -> None:
-        """Compile the prefill block on a call whose lengths differ; writes to a row that is about to be filled."""
-        if self._is_prefill_compiled:
-            return
-        token_1T = torch.zeros(1, COMPILE_TOKENS, dtype=torch.int64, device=self.device)
-        row_1 = torch.tensor([row], device=self.device)
-        prefill_chunk(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row_1, token_1T, 0)
-        self._is_prefill_compiled = True
-
-
-assert COMPILE_TOKENS % 128 and min(CHUNK_SIZES) > 8, "see COMPILE_TOKENS and kernels.linear"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.compile import Part, StepCompiler
 from qwen3fast.model import Block, CacheLayer, Qwen3
 from qwen3fast.sampling import SamplerKind, SamplerRows, sample
 
@@ -34,49 +32,40 @@ def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Te
     return block(x_BTE, cos_BTD, sin_BTD)
 
 
-def run_logits(model: Qwen3, x_BTE: Tensor) -> Tensor:
+def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
     """Final norm and output projection, (B, 1, E) -> (B, 1, V)."""
-    return model.logits(x_BTE)
+    return head(x_BTE)
+
+
+# Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
+TOKENS, POSITIONS = 101, 67
+
+
+def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+    """A token for each row, (B,); `rows` are the fields of `SamplerRows`."""
+    return sample(logits_BV, SamplerRows(*rows), kind)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions above, compiled or not, and one sampler for each kind."""
+    """The functions above, compiled or not, and one sampler for each kind. `head` is what `logits` runs."""
 
-    block: Callable[..., Tensor]
-    block_uncached: Callable[..., Tensor]
-    logits: Callable[..., Tensor]
-    samplers: dict[SamplerKind, Callable[[Tensor, SamplerRows], Tensor]]
+    decode_block: Part
+    prefill_block: Part
+    block_uncached: Part
+    logits: Part
+    head: nn.Sequential
+    samplers: dict[SamplerKind, Part]
 
     @classmethod
-    def build(cls, compiler: StepCompiler) -> Parts:
+    def build(cls, compiler: StepCompiler, model: Qwen3) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call."""
+        tokens = {1: TOKENS}
         return cls(
-            block=compiler.compile(run_block),
-            block_uncached=compiler.compile(run_block_uncached),
-            logits=compiler.compile(run_logits),
-            samplers={
-                SamplerKind.GREEDY: compiler.compile(_sample_greedy),
-                SamplerKind.WINDOW: compiler.compile(_sample_window),
-                SamplerKind.FULL: compiler.compile(_sample_full),
-            },
+            decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, {2: POSITIONS})),
+            prefill_block=compiler.part(run_block, dynamic=(tokens, tokens, tokens, tokens, tokens | {2: POSITIONS})),
+            block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),
+            logits=compiler.part(run_logits),
+            head=nn.Sequential(model.model.norm, model.lm_head),
+            samplers={kind: compiler.part(partial(run_sampler, kind)) for kind in SamplerKind},
         )
-
-
-def mark_dynamic(*tensors_and_dims: Any) -> None:
-    """Tell the compiler which dimensions vary: pairs of a tensor and a dimension, one after the other."""
-    for tensor, dim in zip(tensors_and_dims[::2], tensors_and_dims[1::2], strict=True):
-        torch._dynamo.mark_dynamic(tensor, dim)
-
-
-# A function each: compiled code is kept per function, so a batch looks among its own sampler's variants only.
-def _sample_greedy(logits_BV: Tensor, rows: SamplerRows) -> Tensor:
-    return sample(logits_BV, rows, SamplerKind.GREEDY)
-
-
-def _sample_window(logits_BV: Tensor, rows: SamplerRows) -> Tensor:
-    return sample(logits_BV, rows, SamplerKind.WINDOW)
-
-
-def _sample_full(logits_BV: Tensor, rows: SamplerRows) -> Tensor:
-    return sample(logits_BV, rows, SamplerKind.FULL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.parts import Parts, mark_dynamic
+from qwen3fast.engine.parts import Parts
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
 
@@ -49,7 +49,7 @@ def prefill(
         start += size
     assert x_1TE is not None, "prefill needs at least one token"
     # Only the last position goes through the output projection.
-    return parts.logits(model, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)).squeeze(1)
+    return parts.logits(parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)).squeeze(1)
 
 
 def prefill_chunk(
@@ -71,8 +71,6 @@ def prefill_chunk(
     mask_1TL = torch.arange(cache.bucket(start + size), device=token_1T.device) <= position_1T[..., None]
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
-    mark_dynamic(cos_1TD, 1, sin_1TD, 1, position_1T, 1, mask_1TL, 1, mask_1TL, 2)
     for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        mark_dynamic(x_1TE, 1)
-        x_1TE = parts.block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, k, v, row_1)
+        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, k, v, row_1)
     return x_1TE

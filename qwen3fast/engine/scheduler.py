@@ -83,9 +83,10 @@ class Scheduler:
         self._release_finished()
 
     def step(self) -> None:
-        """Give free rows to waiting requests (prefill, first token), then run one decode step for all active ones."""
-        while self.waiting and len(self.active) < self.engine.cache.max_batch_size:
+        """Give a free row to a waiting request (prefill, first token) or run one decode step for all active ones."""
+        if self.waiting and len(self.active) < self.engine.cache.max_batch_size:
             self._admit(self.waiting.popleft())
+            return
         if not self.active:
             return
         num_rows = max(self.active) + 1

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.compiling import is_compiling
 
 
 class Linear(nn.Linear):
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     than one row it would read the weight again for each.
     """
     is_one_row = x.numel() == x.shape[-1]
-    if is_one_row and torch.compiler.is_compiling() and x.device.type == "cpu":
+    if is_one_row and is_compiling() and x.device.type == "cpu":
         return matvec_as_reduction(x, weight_NK, bias_N)
     if cpu.can_matvec(x, weight_NK):
         y = torch.ops.qwen3fast.matvec(x, weight_NK)

@@ -5,8 +5,11 @@ B batch rows   T tokens   E hidden_size   D head_dim   V vocabulary
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.kernels.linear import Linear
@@ -69,5 +72,14 @@ class Qwen3(nn.Module):
 
 def build_on_meta(config: ModelConfig) -> Qwen3:
     """The module tree without memory: parameters are on the `meta` device until real tensors are assigned."""
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         return Qwen3(config).to(config.dtype).eval().requires_grad_(False)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: for tensors without memory it does nothing, and takes a second for its imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))

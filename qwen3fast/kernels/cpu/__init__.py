@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
+
+from qwen3fast.kernels.compiling import is_compiling
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,8 @@ def load() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
 def is_loaded() -> bool:
-    """Whether `load` has succeeded in this process; a constant to compiled code."""
+    """Whether `load` has succeeded in this process."""
     return load.cache_info().currsize > 0 and load()
 
 
@@ -66,7 +66,7 @@ def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.matvec` serves this product (inside compiled code only)."""
     rows = x.numel() // x.shape[-1]
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         and x.device.type == "cpu"
         and rows <= MAX_ROWS
         and x.dtype == weight_NK.dtype == torch.bfloat16
@@ -78,7 +78,7 @@ def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
 def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.decode_attention` serves this query (inside compiled code only)."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         and q_BTHD.device.type == "cpu"
         and q_BTHD.shape[1] == 1
         and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
 def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.prefill_attention` serves these queries (inside compiled code only)."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         and q_BTHD.device.type == "cpu"
         and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
         and q_BTHD.shape[-1] % (2 * LANES) == 0
@@ -108,6 +108,8 @@ def _build(compiler: str) -> str:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
     library = folder / f"ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
+        from torch.utils.cpp_extension import include_paths, library_paths  # slow to import
+
         logger.info("building C++ operations into %s", library)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -1,0 +1,209 @@
+"""Compiled parts: what they give, when they are compiled anew, and what "auto" does."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import assert_near, assert_same, random_tensor, randomised, small_config
+from torch import nn
+
+from qwen3fast import Generator, SamplingParams
+from qwen3fast.engine.compile import CompiledFunction, StepCompiler
+from qwen3fast.kernels.compiling import compiling, is_compiling
+
+CPU = torch.device("cpu")
+
+
+def scaled(module, x, y):
+    return module(x) * y + 1
+
+
+def layers(seed=0):
+    torch.manual_seed(seed)
+    return [nn.Linear(6, 6).requires_grad_(False) for _ in range(3)]
+
+
+def test_one_compilation_serves_modules_with_other_weights():
+    compiler = StepCompiler(True, CPU)
+    part = compiler.part(scaled)
+    x, y = random_tensor(4, 6), random_tensor(4, 6, seed=1)
+    for module in layers():
+        assert_near(part(module, x, y), scaled(module, x, y))
+    assert compiler.compilations == 1 and compiler.seconds > 0
+
+
+def test_weights_changed_in_place_are_used():
+    part = StepCompiler(True, CPU).part(scaled)
+    module, x, y = layers()[0], random_tensor(4, 6), random_tensor(4, 6, seed=1)
+    before = part(module, x, y)
+    module.weight += 1
+    assert not torch.equal(part(module, x, y), before)
+    assert_near(part(module, x, y), scaled(module, x, y))
+
+
+def test_static_shapes_compile_anew_and_dynamic_ones_do_not():
+    compiler = StepCompiler(True, CPU)
+    static, dynamic = compiler.part(scaled), compiler.part(scaled, dynamic=({0: 11}, {0: 11}))
+    [module, *_] = layers()
+    for rows in (2, 3, 11, 40):
+        x, y = random_tensor(rows, 6), random_tensor(rows, 6, seed=1)
+        assert_near(static(module, x, y), scaled(module, x, y))
+        assert_near(dynamic(module, x, y), scaled(module, x, y))
+    assert compiler.compilations == 4 + 1
+
+
+def test_other_strides_and_a_size_of_one_give_the_right_result():
+    part = StepCompiler(True, CPU).part(scaled, dynamic=({0: 11}, {0: 11}))
+    [module, *_] = layers()
+    for x in (random_tensor(8, 6), random_tensor(6, 8).T, random_tensor(1, 6)):
+        y = random_tensor(*x.shape, seed=1)
+        assert_near(part(module, x, y), scaled(module, x, y))
+
+
+def test_sizes_that_a_recording_excludes_get_code_of_their_own():
+    def folded(_, x):
+        return x.sum(0) if x.shape[0] < 20 else x.amax(0)
+
+    compiler = StepCompiler(True, CPU)
+    part = compiler.part(folded, dynamic=({0: 11},))
+    for rows in (5, 19, 20, 50, 1, 7):
+        assert_near(part(None, random_tensor(rows, 6)), folded(None, random_tensor(rows, 6)))
+    assert compiler.compilations == 1 + 3  # up to 19; 20; 50; 1
+
+
+def test_dimensions_with_equal_sizes_in_one_call_are_not_taken_for_one():
+    def outer(_, x, y):
+        return x[:, None] * y[None]
+
+    part = StepCompiler(True, CPU).part(outer, dynamic=({0: 11}, {0: 13}))
+    for rows, columns in ((7, 7), (7, 9), (9, 7)):
+        x, y = random_tensor(rows), random_tensor(columns, seed=1)
+        assert_near(part(None, x, y), outer(None, x, y))
+
+
+def test_absent_tensors_and_writing_into_arguments():
+    def store(_, buffer, nothing, value):
+        assert nothing is None
+        buffer[1:3] = value
+        return value * 2
+
+    part = StepCompiler(True, CPU).part(store)
+    buffer, value = torch.zeros(4), torch.tensor([1.0, 2.0])
+    assert part(None, buffer, None, value).tolist() == [2, 4]
+    assert buffer.tolist() == [0, 1, 2, 0]
+
+
+def test_only_the_compiling_thread_is_compiling():
+    seen = []
+    with compiling():
+        thread = threading.Thread(target=lambda: seen.append(is_compiling()))
+        thread.start()
+        thread.join()
+        assert is_compiling()
+    assert seen == [False] and not is_compiling()
+
+
+def auto_compiler():
+    compiler = StepCompiler("auto", CPU)
+    compiler.auto_from_s = 0
+    return compiler
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_auto_runs_as_it_is_until_the_compiled_form_is_there():
+    compiler = auto_compiler()
+    go = threading.Event()
+    compiler.thread.submit(go.wait)
+    calls = []
+
+    def slow_unless_compiled(module, x):
+        calls.append(is_compiling())
+        if not is_compiling():
+            time.sleep(0.02)
+        return module(x)
+
+    part, [module, *_], x = compiler.part(slow_unless_compiled), layers(), random_tensor(4, 6)
+    assert_same(part(module, x), module(x))
+    assert_same(part(module, x), module(x))
+    assert calls == [False, False] and compiler.compilations == 0
+    go.set()
+    wait_for(lambda: compiler.compilations == 1)
+    assert calls == [False, False, True]
+    wait_for(lambda: isinstance(part.choose(module, x), CompiledFunction))
+    assert calls[3:] == [False] * 4  # the trial
+    assert_near(part(module, x), module(x))
+    assert len(calls) == 7
+
+
+def test_auto_keeps_what_is_faster():
+    compiler = auto_compiler()
+
+    def slow_if_compiled(_, x):
+        if is_compiling():
+            for _ in range(60):
+                x = (x @ x).sin()
+        return x
+
+    part, x = compiler.part(slow_if_compiled), random_tensor(300, 300)
+    part(None, x)
+    wait_for(lambda: compiler.compilations == 1)
+    wait_for(lambda: part(None, x) is x and part._choices)
+    assert part.choose(None, x) is slow_if_compiled
+
+
+def test_auto_goes_on_where_compiling_fails():
+    compiler = auto_compiler()
+
+    def never_compiles(_, x):
+        assert not is_compiling(), "cannot be compiled"
+        return x + 1
+
+    part = compiler.part(never_compiles)
+    part(None, torch.zeros(2))
+    with pytest.warns(UserWarning, match="never_compiles.*cannot be compiled"):
+        wait_for(lambda: part(None, torch.zeros(2)).tolist() != [1, 1] or part._choices)
+    assert part(None, torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_auto_gives_the_tokens_of_the_other_modes():
+    model = randomised(small_config(eos_token_ids=()), seed=4)
+    params = SamplingParams(temperature=0, max_tokens=100)
+    with Generator(model, max_seq_len=128, compile=False) as generator:
+        expected = generator.generate([1, 2, 3], params).token_ids
+    with Generator(model, max_seq_len=128, compile="auto") as generator:
+        for _ in range(1000):  # changes over while it runs
+            assert generator.generate([1, 2, 3], params).token_ids == expected
+            if generator.stats.compilations >= 4:
+                break
+            time.sleep(0.05)
+        assert generator.generate([1, 2, 3], params).token_ids == expected
+        assert generator.stats.compilations == 4
+
+
+def test_warmup_ends_auto():
+    model = randomised(small_config(), seed=4)
+    with Generator(model, max_seq_len=128, compile="auto") as generator:
+        generator.warmup()
+        compilations = generator.stats.compilations
+        assert compilations >= 4
+        generator.generate([1, 2, 3], SamplingParams(max_tokens=9))
+        assert generator.stats.compilations == compilations
+
+
+def test_auto_leaves_short_runs_alone():
+    compiler = StepCompiler("auto", CPU)
+    part = compiler.part(scaled)
+    part(layers()[0], random_tensor(4, 6), random_tensor(4, 6))
+    assert not part._jobs and compiler.compilations == 0
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'fast'"):
+        StepCompiler("fast", CPU)
