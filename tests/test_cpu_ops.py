@@ -1,5 +1,6 @@
 """The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
 
+import copy
 import subprocess
 import sys
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_tensor, randomised, small_config
 
 from qwen3fast.engine import Engine
+from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import CacheLayer, rope_tables
+from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.sampling import SamplerKind
 
@@ -127,9 +131,129 @@ def test_prefill_attention_refuses_what_it_cannot_do(q, k):
         torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
 
 
-PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f"], "any": []}
+def layers_case(format=None, rows=3, positions=300, **changes):
+    """A model of two blocks, a cache full of other numbers, and inputs for a decode step at various positions."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16} | changes
+    model = randomised(small_config(**sizes)).bfloat16()
+    if format is not None:
+        quantize_model(model, format, torch.bfloat16)
+    cache = StaticKVCache(model.config, rows + 1, positions, torch.bfloat16, CPU)
+    for i, tensor in enumerate((*cache.keys, *cache.values)):
+        tensor.copy_(random_tensor(*tensor.shape, seed=i))
+    position_B1 = torch.tensor([[0], [130], [positions - 1], [5], [64], [1], [17], [128]])[:rows]
+    return model, cache, random_tensor(rows, 1, sizes["hidden_size"]).bfloat16(), position_B1
+
+
+def run_layers(model, cache, x_B1E, position_B1):
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    layers = DecodeLayers(model, cache)
+    assert layers.serves(len(x_B1E))
+    return layers(x_B1E, cos_SD, sin_SD, position_B1)
+
+
+def run_layers_plainly(model, cache, x_B1E, position_B1):
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
+    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
+        x_B1E = block(x_B1E, cos_SD[position_B1], sin_SD[position_B1], position_B1, mask_B1L, CacheLayer(k, v))
+    return x_B1E
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_decode_layers_equal_the_blocks(format, rows):
+    model, cache, x_B1E, position_B1 = layers_case(format, rows)
+    other = copy.deepcopy(cache)
+    expected = run_layers_plainly(model, other, x_B1E, position_B1)
+    assert_near(run_layers(model, cache, x_B1E, position_B1), expected, torch.bfloat16)
+    for actual_RKSD, expected_RKSD in zip((*cache.keys, *cache.values), (*other.keys, *other.values), strict=True):
+        new = torch.zeros(actual_RKSD.shape[0], actual_RKSD.shape[2], dtype=torch.bool)
+        new[torch.arange(rows), position_B1[:, 0]] = True
+        actual, expected = actual_RKSD.transpose(1, 2), expected_RKSD.transpose(1, 2)
+        assert_near(actual[new], expected[new], torch.bfloat16)
+        assert_same(actual[~new], expected[~new])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        {"num_attention_heads": 3, "num_key_value_heads": 3},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
+        {"hidden_size": 160, "intermediate_size": 32, "head_dim": 96},
+    ],
+    ids=["one key head", "as many key heads", "three queries a key", "odd sizes"],
+)
+@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
+    model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
+    position_B1[1] = 599  # long enough to be split where there are more threads than heads
+    expected = run_layers_plainly(model, copy.deepcopy(cache), x_B1E, position_B1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = run_layers(model, cache, x_B1E, position_B1)
+    finally:
+        torch.set_num_threads(before)
+    assert_near(actual, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_decode_layers_give_a_row_the_same_alone_and_among_others(format):
+    model, cache, x_B1E, position_B1 = layers_case(format, 8)
+    together = run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)
+    for row in range(8):
+        alone = copy.deepcopy(cache)
+        for tensor in (*alone.keys, *alone.values):
+            tensor[0] = tensor[row]
+        assert_same(run_layers(model, alone, x_B1E[row : row + 1], position_B1[row : row + 1])[0], together[row])
+
+
+def test_decode_layers_pass_nan_on():
+    for format in (None, "int8", "int4"):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2)
+        x_B1E[0, 0, 3] = float("nan")
+        y_B1E = run_layers(model, cache, x_B1E, position_B1)
+        assert y_B1E[0].isnan().any() and not y_B1E[1].isnan().any()
+
+
+def test_decode_layers_leave_other_models_alone():
+    for changes in ({"attention_bias": True}, {"head_dim": 16}, {"hidden_size": 72}):
+        model, cache, *_ = layers_case(**changes)
+        assert not DecodeLayers(model, cache).serves(1)
+    model, cache, *_ = layers_case()
+    assert not DecodeLayers(model, cache).serves(9)
+    assert not DecodeLayers(model.float(), cache).serves(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.update(position=torch.tensor([[1], [400]])), "position 400 is not in the cache"),
+        (lambda a: a.update(x=a["x"].float()), r"x \(1 to 8, 1, E\) bfloat16"),
+        (lambda a: a["norms"].pop(), "four norms"),
+        (lambda a: a["keys"].reverse() or a["keys"].__setitem__(0, a["keys"][0][:, :, ::2]), "keys and values"),
+        (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
+        (lambda a: a.update(cos=a["cos"][:, :16]), "cos and sin"),
+    ],
+)
+def test_decode_layers_refuse_what_they_cannot_do(spoil, message):
+    model, cache, x_B1E, position_B1 = layers_case(None, 2)
+    layers = DecodeLayers(model, cache)
+    cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
+    arguments = {"x": x_B1E, "cos": cos_SD, "sin": sin_SD, "position": position_B1, "keys": list(cache.keys)}
+    arguments |= {"values": cache.values, "norms": layers._norms, "weights": layers._weights, "scales": layers._scales}
+    spoil(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.qwen3fast.decode_layers(**arguments, eps=1e-6)
+
+
+# Not optimised much: that takes over a minute.
+PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
+from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 cpu.TARGET_FLAGS = {flags}
 assert cpu.load()
@@ -155,6 +279,12 @@ def test_operations_for_other_processors(processor, tmp_path):
             ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
             for rows in (1, 4, 11)
         ]
+    for format in (None, *FORMATS):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2)
+        layers = DecodeLayers(model, cache)
+        cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
+        caches = (cache.keys, cache.values, layers._norms, layers._weights, layers._scales)
+        cases.append(("decode_layers", (x_B1E, cos_SD, sin_SD, position_B1, *caches, 1e-6)))
     values = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     torch.save(values, tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))

@@ -75,13 +75,11 @@ def decode_step(
     """Run rows 0..num_rows-1 one token further; `length` must cover every row's position. Results are in `state`."""
     rows = slice(num_rows)
     position_B1 = state.position_R[rows, None]
-    mask_B1L = torch.arange(length, device=position_B1.device) <= position_B1[..., None]
-    cos_B1D, sin_B1D = cos_SD[position_B1], sin_SD[position_B1]
     x_B1E = model.embed(state.input_R[rows, None])
-    shared = (cos_B1D, sin_B1D, position_B1, mask_B1L)
-    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, cache.keys[0], cache.values[0], None)
-    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        x_B1E = run_block(block, x_B1E, *shared, k, v, None)
+    if parts.decode_layers is not None and parts.decode_layers.serves(num_rows):
+        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, position_B1)
+    else:
+        x_B1E = _run_blocks(model, parts, cache, x_B1E, cos_SD[position_B1], sin_SD[position_B1], position_B1, length)
     logits_BV = parts.logits(parts.head, x_B1E).squeeze(1)
     token_B = parts.samplers[kind](None, logits_BV, *state.sampler_rows(rows))
     state.output_R[rows] = token_B
@@ -89,3 +87,21 @@ def decode_step(
     state.input_R[rows] = token_B.clamp(min=0)
     state.position_R[rows] += state.advance_R[rows]
     state.step_R[rows] += state.advance_R[rows]
+
+
+def _run_blocks(
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    x_B1E: Tensor,
+    cos_B1D: Tensor,
+    sin_B1D: Tensor,
+    position_B1: Tensor,
+    length: int,
+) -> Tensor:
+    mask_B1L = torch.arange(length, device=position_B1.device) <= position_B1[..., None]
+    shared = (cos_B1D, sin_B1D, position_B1, mask_B1L)
+    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, cache.keys[0], cache.values[0], None)
+    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
+        x_B1E = run_block(block, x_B1E, *shared, k, v, None)
+    return x_B1E

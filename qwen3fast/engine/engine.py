@@ -38,7 +38,7 @@ class Engine:
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
         self.compiler = StepCompiler(compile, device)
-        self.parts = Parts.build(self.compiler, model)
+        self.parts = Parts.build(self.compiler, model, cache)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
         self.graphs = GraphCache() if cuda_graphs and device.type == "cuda" else None
         config = model.config

@@ -8,6 +8,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Part, StepCompiler
+from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Block, CacheLayer, Qwen3
 from qwen3fast.sampling import SamplerKind, SamplerRows, sample
 
@@ -48,8 +50,12 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions above, compiled or not, and one sampler for each kind. `head` is what `logits` runs."""
+    """The functions above, compiled or not, and one sampler for each kind. `head` is what `logits` runs.
 
+    decode_layers: all blocks of a decode step in one operation, where it can be used.
+    """
+
+    decode_layers: DecodeLayers | None
     decode_block: Part
     prefill_block: Part
     block_uncached: Part
@@ -58,10 +64,11 @@ class Parts:
     samplers: dict[SamplerKind, Part]
 
     @classmethod
-    def build(cls, compiler: StepCompiler, model: Qwen3) -> Parts:
+    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call."""
         tokens = {1: TOKENS}
         return cls(
+            decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, {2: POSITIONS})),
             prefill_block=compiler.part(run_block, dynamic=(tokens, tokens, tokens, tokens, tokens | {2: POSITIONS})),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),

@@ -27,8 +27,13 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 # -ffast-math lets sums be vectorised; infinities and NaN are not relied on there. It must not be given to the linker:
 # that would switch off subnormal numbers in the whole process. quantized.cpp rounds by adding and subtracting.
-SOURCES = {"matvec.cpp": ["-ffast-math"], "attention.cpp": ["-ffast-math"], "quantized.cpp": []}
-HEADER = "vec.h"
+SOURCES = {
+    "matvec.cpp": ["-ffast-math"],
+    "attention.cpp": ["-ffast-math"],
+    "quantized.cpp": [],
+    "decode_layers.cpp": [],
+}
+HEADERS = ("vec.h", "products.h", "attend.h")
 TARGET_FLAGS = ["-march=native"]
 MAX_ROWS = 8
 LANES = 16  # channels are processed in vectors of this many
@@ -103,7 +108,7 @@ def _build(compiler: str) -> str:
     flags = ["-O3", *TARGET_FLAGS, "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     flags += ["-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (HEADER, *SOURCES)]
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
     key = "\n".join([*sources, str(SOURCES), *flags, version, torch.__version__, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
     library = folder / f"ops-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

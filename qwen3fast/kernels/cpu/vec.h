@@ -56,10 +56,21 @@ inline Vec dot2(Vec total, Bits a, Bits b) {
 
 inline Vec fill(float value) { return value - Vec{}; }
 
-inline float sum(Vec vec) {
-  float total = 0;
-  for (int64_t i = 0; i < kLanes; i++) total += vec[i];
-  return total;
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// All lanes taken together by an operation, in halves: the order does not depend on compiler or flags.
+#define QWEN3FAST_FOLD(combine)                                                                             \
+  v = combine(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));      \
+  v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));      \
+  v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));      \
+  v = combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));      \
+  return v[0];
+
+inline float sum(Vec v) {
+  const auto add = [](Vec a, Vec b) { return a + b; };
+  QWEN3FAST_FOLD(add)
 }
+
+inline float largest(Vec v) { QWEN3FAST_FOLD(larger) }
 
 }  // namespace

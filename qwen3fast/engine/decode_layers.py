@@ -1,0 +1,75 @@
+"""All blocks of a decode step in one C++ operation (kernels/cpu/decode_layers.cpp), for bfloat16 and quantised weights.
+
+Block by block, a token of a small model spends half of its time on starting products: a call from Python, waking
+threads, waiting for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.linear import Linear
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Block, Qwen3
+from qwen3fast.quantization.linear import QuantizedLinear
+
+
+class DecodeLayers:
+    """The blocks of a model over a KV cache. `model/block.py` is the plain form of each."""
+
+    def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
+        blocks = [block for block in model.model.layers if isinstance(block, Block)]
+        self._eps = model.config.rms_norm_eps
+        self._keys, self._values = cache.keys, cache.values
+        self._norms = [norm for block in blocks for norm in _norms(block)]
+        linears = [linear for block in blocks for linear in _linears(block)]
+        self._is_possible = (
+            all(_is_served(linear) for linear in linears)
+            and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in [*self._norms, *cache.keys])
+            and model.config.head_dim % (2 * cpu.LANES) == 0
+        )
+        if self._is_possible:
+            nothing = torch.empty(0, 0)
+            quantised = [isinstance(linear, QuantizedLinear) for linear in linears]
+            self._weights = [x.weight_packed if q else x.weight for x, q in zip(linears, quantised, strict=True)]
+            self._scales = [x.weight_scale if q else nothing for x, q in zip(linears, quantised, strict=True)]
+
+    def serves(self, num_rows: int) -> bool:
+        """Whether the operation can do a step of so many rows, here and now."""
+        return self._is_possible and num_rows <= cpu.MAX_ROWS and cpu.is_loaded()
+
+    def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
+        """Run all blocks for rows 0..B-1 of the cache. Returns (B, 1, E)."""
+        return torch.ops.qwen3fast.decode_layers(
+            x_B1E,
+            cos_SD,
+            sin_SD,
+            position_B1,
+            self._keys,
+            self._values,
+            self._norms,
+            self._weights,
+            self._scales,
+            self._eps,
+        )
+
+
+def _norms(block: Block) -> list[Tensor]:
+    attention = block.self_attn
+    norms = (block.input_layernorm, attention.q_norm, attention.k_norm, block.post_attention_layernorm)
+    return [norm.weight for norm in norms]
+
+
+def _linears(block: Block) -> list[Linear | QuantizedLinear]:
+    a, f = block.self_attn, block.mlp
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
+
+
+def _is_served(linear: Linear | QuantizedLinear) -> bool:
+    if linear.bias is not None:
+        return False
+    if isinstance(linear, QuantizedLinear):
+        return True
+    return linear.weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in linear.weight.shape)

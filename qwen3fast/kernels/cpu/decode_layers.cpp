@@ -1,0 +1,333 @@
+// decode_layers(x, cos, sin, position, keys[], values[], norms[], weights[], scales[], eps) -> y
+//
+// All transformer blocks of a decode step, for 1 to 8 rows: norm, query/key/value, rotation, cache, attention, feed
+// forward. Threads start once and meet at barriers, which cost a tenth of starting them for each product; that is what
+// this operation is for. Each thread computes norms and rounds activations for itself: cheaper than waiting for another.
+//
+// Results are rounded to bfloat16 where the PyTorch form (model/block.py and what it is made of) rounds them. A row's
+// result does not depend on the rows beside it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/clone.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "attend.h"
+#include "products.h"
+
+namespace {
+
+using Number = at::BFloat16;
+
+// Where threads wait for each other.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+
+  void wait() {
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+      if (spins > 20000) std::this_thread::yield();  // another program has our processor
+    }
+  }
+
+ private:
+  const int threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> round_{0};
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// What thread `thread` of `threads` does of `count` things.
+Range share(int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+struct Linear {
+  const void *weight, *scale;
+  int64_t N, K;
+  int bits;
+};
+
+struct Layer {
+  const Number *input_norm, *q_norm, *k_norm, *post_norm;
+  Linear q, k, v, o, gate, up, down;
+  Number *keys, *values;
+};
+
+struct Sizes {
+  int64_t M, E, H, K, D, I, S;  // rows, hidden, query heads, key/value heads, head_dim, intermediate, positions
+  float eps;
+};
+
+// A thread's own copy of what products read: rows in bfloat16, and rounded to 8 bits where weights are.
+struct Input {
+  std::vector<Number> rows;
+  Activations rounded;
+
+  explicit Input(int64_t M, int64_t K) : rows(M * K), rounded{std::vector<int8_t>(M * K), {}, {}} {
+    rounded.scale.resize(M * K / kGroup);
+    rounded.offset.resize(M * K / kGroup);
+  }
+
+  void round(const Number* from, int64_t M, int64_t K, int bits) {
+    if (bits == 16) return;
+    const int64_t G = K / kGroup;
+    for (int64_t m = 0; m < M; m++)
+      quantize_row(from + m * K, K, bits == 8 ? 128 : 8, &rounded.bytes[m * K], &rounded.scale[m * G],
+                   &rounded.offset[m * G]);
+  }
+};
+
+// y[m, n] for the rows n of some blocks of 16; `width` is the distance between two rows m of y.
+void multiply(const Linear& w, const Number* x, const Activations& rounded, int64_t M, Range blocks, Number* y,
+              int64_t width) {
+  if (w.bits == 16)
+    return matvec_rows(x, M, static_cast<const Number*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
+                       w.K);
+  const Weight weight{static_cast<const uint8_t*>(w.weight), w.scale, w.N / kLanes, y};
+  for (int64_t block = blocks.begin; block < blocks.end; block++) {
+    if (w.bits == 8)
+      rows<8, 1>(rounded, M, weight, block, width, w.K);
+    else
+      rows<4, 1>(rounded, M, weight, block, width, w.K);
+  }
+}
+
+// One vector of model/norm.py.
+void rms_norm(const Number* x, const Number* weight, int64_t size, float eps, Number* y) {
+  Vec squares = {};
+  for (int64_t i = 0; i < size; i += kLanes) squares += load(x + i) * load(x + i);
+  const float scale = 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Number normed[kLanes];
+    store(normed, load(x + i) * scale);
+    store(y + i, load(normed) * load(weight + i));
+  }
+}
+
+// One head of model/rope.py, in place.
+void rotate(Number* x, const float* cos, const float* sin, int64_t D) {
+  for (int64_t i = 0; i < D / 2; i += kLanes) {
+    const Vec first = load(x + i), second = load(x + D / 2 + i);
+    store(x + i, first * load(cos + i) - second * load(sin + i));
+    store(x + D / 2 + i, second * load(cos + D / 2 + i) + first * load(sin + D / 2 + i));
+  }
+}
+
+// silu(gate) * up, in place of gate.
+void gate_values(Number* gate, const Number* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec x = load(gate + i), exponential = exp_of_negative(x < 0 ? x : -x);  // exp(-|x|)
+    Number gated[kLanes];
+    store(gated, x * (x < 0 ? exponential : fill(1.f)) / (1.f + exponential));
+    store(gate + i, load(gated) * load(up + i));
+  }
+}
+
+void add_rows(Number* x, const Number* y, int64_t M, int64_t E, Range columns) {
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t i = columns.begin; i < columns.end; i += kLanes)
+      store(x + m * E + i, load(x + m * E + i) + load(y + m * E + i));
+}
+
+// What threads share while the layers run.
+struct Shared {
+  const Sizes size;
+  const float *cos, *sin;  // (positions, D)
+  const int64_t* position;
+  int64_t splits;
+  Number* x;                         // (M, E), the residual stream
+  std::vector<Number> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
+  std::vector<Part> parts;
+  Barrier barrier;
+};
+
+void run(const std::vector<Layer>& layers, Shared& s, int thread, int threads) {
+  const auto& [M, E, H, K, D, I, S, eps] = s.size;
+  const int64_t G = H / K, width = (H + 2 * K) * D;
+  const float scale = 1.f / std::sqrt(static_cast<float>(D));
+  const Range columns = share(E / kLanes, thread, threads), heads = share(M * K, thread, threads);
+  const Range inner = share(I / kLanes, thread, threads), qkv_blocks = share(width / kLanes, thread, threads);
+  const Range tasks = share(M * K * s.splits, thread, threads);
+  Input input(M, std::max({E, H * D, I}));
+  for (const Layer& layer : layers) {
+    for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
+    input.round(input.rows.data(), M, E, layer.q.bits);
+    int64_t first = 0;
+    for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
+      const int64_t blocks = w->N / kLanes;
+      const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
+                      std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
+      multiply(*w, input.rows.data(), input.rounded, M, own, &s.qkv[first * kLanes], width);
+      first += blocks;
+    }
+    s.barrier.wait();
+
+    for (int64_t i = heads.begin; i < heads.end; i++) {
+      const int64_t m = i / K, head = i % K, at = s.position[m];
+      Number *q = &s.qkv[m * width + head * G * D], *k = &s.qkv[m * width + (H + head) * D];
+      for (int64_t g = 0; g <= G; g++) {
+        Number* vector = g < G ? q + g * D : k;
+        rms_norm(vector, g < G ? layer.q_norm : layer.k_norm, D, eps, vector);
+        rotate(vector, s.cos + at * D, s.sin + at * D, D);
+      }
+      const int64_t place = ((m * K + head) * S + at) * D;
+      std::copy_n(k, D, layer.keys + place);
+      std::copy_n(&s.qkv[m * width + (H + K + head) * D], D, layer.values + place);
+    }
+    if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
+    for (int64_t i = tasks.begin; i < tasks.end; i++) {
+      const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = s.position[m] + 1;
+      s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], layer.keys + head * S * D, layer.values + head * S * D, G,
+                          D, length * split / s.splits, length * (split + 1) / s.splits, scale);
+    }
+    if (s.splits > 1) s.barrier.wait();
+    for (int64_t head = heads.begin; head < heads.end; head++) {
+      Part& whole = s.parts[head * s.splits];
+      for (int64_t split = 1; split < s.splits; split++) whole.merge(s.parts[head * s.splits + split], G, D);
+      for (int64_t i = 0; i < G * D; i += kLanes) store(&s.y[head * G * D + i], load(&whole.out[i]) / whole.total[i / D]);
+    }
+    s.barrier.wait();
+
+    input.round(s.y.data(), M, H * D, layer.o.bits);
+    multiply(layer.o, s.y.data(), input.rounded, M, columns, s.z.data(), E);
+    add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
+    s.barrier.wait();
+
+    for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.post_norm, E, eps, &input.rows[m * E]);
+    input.round(input.rows.data(), M, E, layer.gate.bits);
+    multiply(layer.gate, input.rows.data(), input.rounded, M, inner, s.act.data(), I);
+    multiply(layer.up, input.rows.data(), input.rounded, M, inner, s.act.data() + M * I, I);
+    for (int64_t m = 0; m < M; m++)
+      gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
+                  (inner.end - inner.begin) * kLanes);
+    s.barrier.wait();
+
+    input.round(s.act.data(), M, I, layer.down.bits);
+    multiply(layer.down, s.act.data(), input.rounded, M, columns, s.z.data(), E);
+    add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
+    s.barrier.wait();
+  }
+}
+
+Linear as_linear(const at::Tensor& weight, const at::Tensor& scale) {
+  TORCH_CHECK(weight.is_contiguous() && scale.is_contiguous(), "decode_layers: weights and scales contiguous");
+  if (weight.scalar_type() == at::kBFloat16 && weight.dim() == 2)
+    return {weight.const_data_ptr(), nullptr, weight.size(0), weight.size(1), 16};
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.dim() == 4, "decode_layers: weights bfloat16 or packed");
+  const int bits = scale.dim() == 1 ? 8 : 4;
+  const int64_t N = weight.size(0) * kLanes, K = weight.size(1) * (bits == 8 ? 4 : 8);
+  TORCH_CHECK(scale.numel() == (bits == 8 ? N : N * K / kGroup) &&
+                  scale.scalar_type() == (bits == 8 ? at::kFloat : at::kBFloat16),
+              "decode_layers: scales that fit the weight");
+  return {weight.const_data_ptr(), scale.const_data_ptr(), N, K, bits};
+}
+
+const Number* as_vector(const at::Tensor& vector, int64_t size) {
+  TORCH_CHECK(vector.scalar_type() == at::kBFloat16 && vector.is_contiguous() && vector.numel() == size,
+              "decode_layers: norms bfloat16, of the size of what they scale");
+  return vector.const_data_ptr<Number>();
+}
+
+void check_sizes(const Layer& layer, int64_t E, int64_t H, int64_t K, int64_t D, int64_t I) {
+  const auto fits = [](const Linear& w, int64_t outputs, int64_t inputs, int bits) {
+    return w.N == outputs && w.K == inputs && w.bits == bits && w.N % kLanes == 0 &&
+           w.K % (bits == 16 ? kLanes : kGroup) == 0;
+  };
+  TORCH_CHECK(fits(layer.q, H * D, E, layer.q.bits) && fits(layer.k, K * D, E, layer.q.bits) &&
+                  fits(layer.v, K * D, E, layer.q.bits) && fits(layer.o, E, H * D, layer.o.bits) &&
+                  fits(layer.gate, I, E, layer.gate.bits) && fits(layer.up, I, E, layer.gate.bits) &&
+                  fits(layer.down, E, I, layer.down.bits) && H % K == 0,
+              "decode_layers: weights of alike layers, sizes multiples of 16 (packed: of 32)");
+}
+
+// x: (B, 1, E) bfloat16, B from 1 to 8; cos, sin: (positions, D) float32; position: (B, 1) int64; keys, values: a cache
+// (R, K, S, D) bfloat16 a layer, written at `position`; norms: 4 a layer (input, query, key, post-attention); weights: 7
+// a layer (query, key, value, output, gate, up, down), (N, K) bfloat16 or packed; scales: as many, empty for bfloat16.
+// Returns (B, 1, E).
+at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
+                         at::TensorList keys, at::TensorList values, at::TensorList norms, at::TensorList weights,
+                         at::TensorList scales, double eps) {
+  const size_t L = keys.size();
+  TORCH_CHECK(L > 0 && values.size() == L && norms.size() == 4 * L && weights.size() == 7 * L && scales.size() == 7 * L,
+              "decode_layers: two caches, four norms, seven weights and seven scales a layer");
+  const int64_t M = x.size(0), E = x.size(-1), K = keys[0].size(1), S = keys[0].size(2), D = keys[0].size(3);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.numel() == M * E && M >= 1 && M <= 8 && M <= keys[0].size(0) &&
+                  E % kLanes == 0 && D % (2 * kLanes) == 0,
+              "decode_layers: x (1 to 8, 1, E) bfloat16, E a multiple of 16, D of 32");
+  for (const at::Tensor& table : {cos, sin})
+    TORCH_CHECK(table.scalar_type() == at::kFloat && table.is_contiguous() && table.dim() == 2 && table.size(1) == D,
+                "decode_layers: cos and sin (positions, D) float32, contiguous");
+  const at::Tensor places = position.contiguous();
+  TORCH_CHECK(places.scalar_type() == at::kLong && places.numel() == M, "decode_layers: position (B, 1) int64");
+  const int64_t* at_position = places.const_data_ptr<int64_t>();
+  for (int64_t m = 0; m < M; m++)
+    TORCH_CHECK(at_position[m] >= 0 && at_position[m] < std::min({S, cos.size(0), sin.size(0)}),
+                "decode_layers: position ", at_position[m], " is not in the cache or the tables");
+
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < L; i++) {
+    for (const at::Tensor& cache : {keys[i], values[i]})
+      TORCH_CHECK(cache.scalar_type() == at::kBFloat16 && cache.is_contiguous() && cache.sizes() == keys[0].sizes(),
+                  "decode_layers: keys and values (R, K, S, D) bfloat16, contiguous");
+    const auto linear = [&](size_t j) { return as_linear(weights[7 * i + j], scales[7 * i + j]); };
+    layers.push_back({as_vector(norms[4 * i], E), as_vector(norms[4 * i + 1], D), as_vector(norms[4 * i + 2], D),
+                      as_vector(norms[4 * i + 3], E), linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
+                      linear(6), keys[i].mutable_data_ptr<Number>(), values[i].mutable_data_ptr<Number>()});
+    check_sizes(layers[i], E, layers[0].q.N / D, K, D, layers[0].gate.N);
+  }
+
+  const int64_t H = layers[0].q.N / D, I = layers[0].gate.N;
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t longest = *std::max_element(at_position, at_position + M) + 1;
+  const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
+  at::Tensor y = x.clone(at::MemoryFormat::Contiguous);
+  const auto room = [](int64_t count) { return std::vector<Number>(count); };
+  Shared shared{{M, E, H, K, D, I, S, static_cast<float>(eps)}, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                at_position, splits, y.mutable_data_ptr<Number>(), room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
+                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), Barrier(threads)};
+  if (threads == 1) {
+    run(layers, shared, 0, 1);
+    return y;
+  }
+  bool has_all = true;
+#pragma omp parallel num_threads(threads)
+  {
+    if (omp_get_num_threads() == threads)
+      run(layers, shared, omp_get_thread_num(), threads);
+    else if (omp_get_thread_num() == 0)
+      has_all = false;  // fewer than asked for: they would wait for the others forever
+  }
+  TORCH_CHECK(has_all, "decode_layers: OpenMP started fewer than ", threads, " threads; set OMP_DYNAMIC=false");
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
+  library.def(
+      "decode_layers(Tensor x, Tensor cos, Tensor sin, Tensor position, Tensor(a!)[] keys, Tensor(b!)[] values, "
+      "Tensor[] norms, Tensor[] weights, Tensor[] scales, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("decode_layers", &decode_layers); }
