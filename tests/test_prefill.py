@@ -17,9 +17,10 @@ def test_chunks_cover_the_prompt_and_fit_the_cache(blocks, data):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "chunks"), [(1, [32]), (33, [32, 32]), (70, [128]), (512, [512]), (600, [512, 128]), (300, [512])]
+    ("num_tokens", "chunks"),
+    [(1, [32]), (33, [64]), (70, [64, 32]), (512, [512]), (600, [512, 128]), (300, [256, 64]), (256, [256])],
 )
-def test_chunks_prefer_wide_products(num_tokens, chunks):
+def test_chunks_are_padded_where_that_is_cheaper_than_one_more(num_tokens, chunks):
     assert split_into_chunks(num_tokens, 4096) == chunks
 
 

@@ -13,19 +13,21 @@ from qwen3fast.engine.parts import Parts
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
 
-CHUNK_SIZES = (32, 128, 512)
+CHUNK_SIZES = (32, 64, 128, 256, 512)
+# What a chunk costs beside its tokens, in tokens: weights are read once more. Measured on the 0.6B shape in bfloat16:
+# 32 tokens took 86 ms, 512 took 642.
+CHUNK_COST = 40
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
     """Chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
 
-    The last chunk may be padded. A larger chunk is taken over several smaller ones if it is at least half full: a wide
-    product is faster per token than several narrow ones. `room` must be a multiple of the smallest size.
+    The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size.
     """
     assert num_tokens <= room and room % sizes[0] == 0, f"{num_tokens} tokens, room for {room}"
     chunks = []
     while num_tokens > 0:
-        covering = [size for size in sizes if num_tokens <= size <= min(2 * num_tokens, room)]
+        covering = [size for size in sizes if num_tokens <= size <= min(num_tokens + CHUNK_COST, room)]
         fitting = [size for size in sizes if size <= num_tokens]
         size = (covering or fitting[-1:] or sizes)[0]
         chunks.append(size)
