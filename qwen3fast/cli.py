@@ -74,6 +74,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
     group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
+    group.add_argument("--threads", type=int, help="CPU threads [one a core]")
     group.add_argument(
         "--compile",
         choices=list(COMPILE_MODES),
@@ -106,6 +107,7 @@ def _open(args: argparse.Namespace) -> Generator:
         quantization=args.quantization,
         max_seq_len=max_seq_len,
         compile=COMPILE_MODES[args.compile],
+        threads=args.threads,
         progress=sys.stderr.isatty(),
     )
     if args.compile == "always":

@@ -23,6 +23,7 @@ from qwen3fast.prompt import Overflow, Prompt, fit_context, prompt_to_ids
 from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
 from qwen3fast.sampling import SamplingParams
 from qwen3fast.text_stream import TextStream
+from qwen3fast.threads import use_threads
 from qwen3fast.tokenizer import Message, Tokenizer
 
 
@@ -49,6 +50,7 @@ class Generator:
         max_batch_size: int = 1,
         compile: CompileMode = True,
         cuda_graphs: bool = True,
+        threads: int | None = None,
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
 
@@ -71,6 +73,8 @@ class Generator:
         self.default_params = SamplingParams.from_generation_config(preset)
         self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
         cache = StaticKVCache(config, max_batch_size, max_seq_len, self.dtype, self.device)
+        if self.device.type == "cpu":
+            use_threads(threads)
         self._engine: Engine | None = Engine(model, cache, self.device, compile, cuda_graphs)
         self._scheduler = Scheduler(self._engine)
         self._lock = threading.RLock()
@@ -88,6 +92,7 @@ class Generator:
         max_batch_size: int = 1,
         compile: CompileMode = True,
         cuda_graphs: bool = True,
+        threads: int | None = None,
         revision: str | None = None,
         progress: bool = False,
     ) -> Generator:
@@ -96,10 +101,11 @@ class Generator:
         source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
         tokens. max_batch_size: requests that run at once; more wait. compile: True compiles before the first token,
         "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host. Greedy
-        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). progress: show a bar while
-        weights load.
+        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the
+        CPU, for the whole process; by default one a core. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
+        use_threads(threads)  # loading quantises
         model = load_model(source, device, dtype, revision, progress, quantization)
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):
@@ -116,6 +122,7 @@ class Generator:
             max_batch_size=max_batch_size,
             compile=compile,
             cuda_graphs=cuda_graphs,
+            threads=threads,
         )
 
     @overload

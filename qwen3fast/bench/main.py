@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from huggingface_hub.utils import tqdm
 
 from qwen3fast.bench.environment import BandwidthProbe, PeakMemory, describe_environment, describe_run
@@ -18,6 +17,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.checkpoint import load_model
 from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.threads import use_threads
 
 CHECK_LENGTH, CHECK_TOKENS = 40, 12
 UNCACHED_TOKENS = 3
@@ -34,7 +34,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         f"{UNCACHED_TOKENS}]")  # fmt: skip
     add("--repetitions", type=_count, help="rounds over all modes, alternating [3]")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
-    add("--threads", type=_count, help="CPU threads [PyTorch's choice]")
+    add("--threads", type=_count, help="CPU threads [one a core]")
     add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")
     add("--quick", action="store_true", help="a look in under a minute: lengths 32,256, one repetition")
     add("--output", type=Path, default=Path("bench_results"), help="folder for the JSON and the PNG [%(default)s]")
@@ -46,8 +46,7 @@ def run_bench(args: argparse.Namespace) -> int:
     lengths = args.lengths or ((32, 256) if args.quick else (32, 128, 512, 1024))
     new_tokens = args.new_tokens or (8 if args.quick else 24)
     repetitions = args.repetitions or (1 if args.quick else 3)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     show = not args.json
     if show:
         print(f"loading {args.model} ...", file=sys.stderr)
