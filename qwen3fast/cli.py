@@ -201,16 +201,12 @@ def _info(args: argparse.Namespace) -> int:
     model = build_on_meta(config)
     if config.quantization is not None:
         quantize_model(model, config.quantization, config.dtype)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    read_bytes = weight_bytes
-    if not config.tie_word_embeddings:  # an untied embedding is looked up, not read
-        read_bytes -= sum(p.numel() * p.element_size() for p in model.model.embed_tokens.parameters())
     stored = config.quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{weight_bytes:,} bytes in {stored}",
-        "read per decoded token": f"{read_bytes / 1e9:.3f} GB of weights",
+        "weights": f"{model.num_bytes():,} bytes in {stored}",
+        "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB a token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": config.num_hidden_layers,
         "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",

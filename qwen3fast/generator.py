@@ -261,7 +261,7 @@ class Generator:
             compile_s=engine.compiler.seconds,
             cuda_graphs=len(engine.graphs) if engine.graphs is not None else 0,
             kv_cache_bytes=engine.cache.num_bytes,
-            weight_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            weight_bytes=self.model.num_bytes(),
             slots_in_use=len(self._scheduler.active),
             max_batch_size=engine.cache.max_batch_size,
             waiting=len(self._scheduler.waiting),

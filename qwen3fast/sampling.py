@@ -119,8 +119,8 @@ def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
     score + noise is a draw from softmax(score). Source: Maddison et al., arXiv:1411.0030, section 2.
     """
     logits_BV = logits_BV.float()
-    best_B1, greedy_B1 = logits_BV.max(dim=-1, keepdim=True)
-    token_B = greedy_B1.squeeze(-1)
+    best_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    token_B = _first(logits_BV == best_B1)
     if kind is not SamplerKind.GREEDY:
         is_greedy_B = rows.temperature_B <= 0
         temperature_B = torch.where(is_greedy_B, 1.0, rows.temperature_B)
@@ -130,9 +130,14 @@ def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
         threshold_B = torch.maximum(find_threshold(score_BV, rows), rows.min_p_B.log())
         noise_BV = gumbel_noise(rows.seed_B, rows.step_B, logits_BV.shape[-1])
         noisy_BV = torch.where(score_BV >= threshold_B[:, None], score_BV + noise_BV, -math.inf)
-        token_B = torch.where(is_greedy_B, token_B, noisy_BV.argmax(dim=-1))
-    is_valid_B = torch.isfinite(best_B1.squeeze(-1)) & ~logits_BV.isnan().any(dim=-1)
-    return torch.where(is_valid_B, token_B, -1)
+        token_B = torch.where(is_greedy_B, token_B, _first(noisy_BV == noisy_BV.amax(dim=-1, keepdim=True)))
+    return torch.where(torch.isfinite(best_B1.squeeze(-1)), token_B, -1)  # the largest of numbers and NaN is NaN
+
+
+def _first(is_it_BV: Tensor) -> Tensor:
+    """Index of the first True in each row, (B,) int64. An argmax in two steps, each of which Inductor vectorises."""
+    index_V = torch.arange(is_it_BV.shape[-1], dtype=torch.int32, device=is_it_BV.device)
+    return torch.where(is_it_BV, index_V, is_it_BV.shape[-1]).amin(dim=-1).long()
 
 
 def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:

@@ -88,10 +88,15 @@ def test_bench_writes_json_and_picture(tmp_path, capsys):
     assert "cached-eager" in capsys.readouterr().out
 
 
-def test_bench_prints_json(tmp_path, capsys):
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_bench_prints_json(tmp_path, capsys, format):
     options = ["--model", "tiny", "--lengths", "16", "--new-tokens", "2", "--modes", "cached-eager", "--json"]
+    options += [] if format is None else ["--quantization", format]
     assert bench_main([*options, "--output", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["schema_version"] == 1 and record["model"]["quantization"] == format
+    bytes_per_weight = record["model"]["weight_bytes"] / record["model"]["parameters"]
+    assert bytes_per_weight == 2 if format is None else 0.5 < bytes_per_weight < 0.7
 
 
 def test_bench_interrupted_keeps_what_was_measured(tmp_path, monkeypatch):

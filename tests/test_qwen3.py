@@ -54,3 +54,12 @@ def test_build_on_meta_has_the_dtype_of_the_config(dtype):
 def test_build_on_meta_keeps_the_tie():
     model = build_on_meta(small_config(tie_word_embeddings=True, dtype=torch.bfloat16))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_num_bytes_leave_an_untied_embedding_out_of_what_a_token_reads(tied, dtype):
+    config = small_config(tie_word_embeddings=tied, dtype=dtype)
+    model = build_on_meta(config)
+    assert model.num_bytes() == config.num_parameters * dtype.itemsize
+    assert model.num_bytes(per_token=True) == config.decode_parameters * dtype.itemsize

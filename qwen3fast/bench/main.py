@@ -17,6 +17,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.checkpoint import load_model
 from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.threads import use_threads
 
 CHECK_LENGTH, CHECK_TOKENS = 40, 12
@@ -34,6 +35,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         f"{UNCACHED_TOKENS}]")  # fmt: skip
     add("--repetitions", type=_count, help="rounds over all modes, alternating [3]")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
+    add("--quantization", choices=list(FORMATS), help="round the weights while loading")
     add("--threads", type=_count, help="CPU threads [one a core]")
     add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")
     add("--quick", action="store_true", help="a look in under a minute: lengths 32,256, one repetition")
@@ -50,7 +52,7 @@ def run_bench(args: argparse.Namespace) -> int:
     show = not args.json
     if show:
         print(f"loading {args.model} ...", file=sys.stderr)
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, args.device, args.dtype, quantization=args.quantization)
     longest = max(*lengths, CHECK_LENGTH) + max(new_tokens, CHECK_TOKENS) + 1
     if longest > model.config.max_position_embeddings:
         raise ValueError(
@@ -122,7 +124,7 @@ def _measure(
 
 def _new_case(bench: Workbench, mode: str, length: int, batch_size: int, new_tokens: int) -> Case:
     config = bench.model.config
-    weights = config.decode_parameters * bench.dtype.itemsize
+    weights = bench.model.num_bytes(per_token=True)
     kv_cache = config.kv_bytes_per_token(bench.dtype) * (length + new_tokens // 2) * batch_size
     return Case(mode, length, batch_size, weights + (kv_cache if is_cached(mode) else 0))
 
@@ -157,7 +159,8 @@ def _describe_model(name: str, config: ModelConfig, bench: Workbench) -> dict[st
         "name": name,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "parameters": config.num_parameters,
-        "weight_bytes": config.num_parameters * bench.dtype.itemsize,
+        "quantization": config.quantization,
+        "weight_bytes": bench.model.num_bytes(),
         "config": config.to_dict() | {"dtype": str(config.dtype)},
     }
 

@@ -33,11 +33,12 @@ def plot_record(record: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(1, len(batch_sizes), i + 1)
         _draw_panel(axes, record, batch_size, len(batch_sizes) > 1)
     model, environment = record["model"], record["environment"]
+    stored = model.get("quantization") or model["dtype"]
     figure.text(0.09, 0.93, "What a KV cache is worth: Qwen3 decoding speed", size=15, weight="bold", color=INK)
     figure.text(
         0.09,
         0.885,
-        f"{model['name']}, {model['dtype']}, new tokens per second after a prompt of the given length",
+        f"{model['name']}, {stored}, new tokens per second after a prompt of the given length",
         size=10.5,
         color=FAINT,
     )

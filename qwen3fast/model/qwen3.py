@@ -69,6 +69,14 @@ class Qwen3(nn.Module):
         """Logits of the next token at each position, (B, T, V), causal."""
         return self.logits(self.hidden(token_BT))
 
+    def num_bytes(self, per_token: bool = False) -> int:
+        """Bytes of all weights. per_token: only of those that a decode step reads whole: of an untied embedding it
+        reads one row."""
+        total = sum(p.numel() * p.element_size() for p in self.parameters())
+        if per_token and not self.config.tie_word_embeddings:
+            total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())
+        return total
+
 
 def build_on_meta(config: ModelConfig) -> Qwen3:
     """The module tree without memory: parameters are on the `meta` device until real tensors are assigned."""
