@@ -28,29 +28,25 @@ namespace {
 using Number = at::BFloat16;
 
 // Where threads wait for each other.
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
+struct Barrier {
+  int threads = 1;
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> round{0};
 
   void wait() {
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+    const int current = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(current + 1, std::memory_order_release);
       return;
     }
-    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+    for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
-      if (spins > 20000) std::this_thread::yield();  // another program has our processor
+      if (spins > 20000) std::this_thread::yield();  // another program has the processor of a thread waited for
     }
   }
-
- private:
-  const int threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> round_{0};
 };
 
 struct Range {
@@ -305,20 +301,13 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::T
   const auto room = [](int64_t count) { return std::vector<Number>(count); };
   Shared shared{{M, E, H, K, D, I, S, static_cast<float>(eps)}, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
                 at_position, splits, y.mutable_data_ptr<Number>(), room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), Barrier(threads)};
-  if (threads == 1) {
-    run(layers, shared, 0, 1);
-    return y;
-  }
-  bool has_all = true;
+                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), {}};
 #pragma omp parallel num_threads(threads)
   {
-    if (omp_get_num_threads() == threads)
-      run(layers, shared, omp_get_thread_num(), threads);
-    else if (omp_get_thread_num() == 0)
-      has_all = false;  // fewer than asked for: they would wait for the others forever
+#pragma omp single
+    shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
+    run(layers, shared, omp_get_thread_num(), omp_get_num_threads());
   }
-  TORCH_CHECK(has_all, "decode_layers: OpenMP started fewer than ", threads, " threads; set OMP_DYNAMIC=false");
   return y;
 }
 
