@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:0.6b")
     parser.add_argument("--formats", default="bfloat16,int4", help="comma-separated [%(default)s]")
-    parser.add_argument("--seconds", type=float, default=8, help="of a warm run; cold ones get 30 more [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=8, help="of a warm run; cold ones get 20 more [%(default)s]")
     parser.add_argument("--rounds", type=int, default=3, help="warm runs of each mode; cold runs are done once")
     parser.add_argument("--output", type=Path, default=Path("bench_results/startup.json"))
     args = parser.parse_args()
@@ -95,7 +95,7 @@ def main() -> None:
                     bar.set_postfix_str(f"{name}, compile {mode}, {'cold' if round_ < 0 else 'warm'}")
                     if round_ < 0:
                         with tempfile.TemporaryDirectory() as caches:
-                            sample = run(folder, mode, args.seconds + 30, Path(caches))
+                            sample = run(folder, mode, args.seconds + 20, Path(caches))
                     else:
                         if round_ == 0:
                             run(folder, mode, args.seconds)  # fills the caches

@@ -1,0 +1,1 @@
+"""Adapters for other engines; `benchmarks/compare_peers.py` runs them."""

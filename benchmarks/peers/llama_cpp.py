@@ -1,0 +1,180 @@
+"""llama.cpp: built from llama-cpp-python's sources for this machine, driven through the C interface that it wraps.
+
+The GGUF file is written from the checkpoint directly; the other formats are made of it by llama.cpp's own quantiser.
+A step is `llama_decode` of one token and an argmax, which is what llama-bench times, plus the argmax.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from peers.protocol import Peer, Variant, run_adapter
+
+BATCH = 2048  # llama.cpp's default: tokens of a prompt handed over at once; computed 512 at a time, its default, too
+FILE = "model.gguf"
+
+_INT8 = {"activations": "fp32; int8 in groups of 32 for products", "kv_cache": "fp16"}
+_BF16 = {"weights": "bf16", "activations": "fp32; bf16 for products", "kv_cache": "fp16"}
+_F16 = {"weights": "fp16", "activations": "fp32; fp16 for products", "kv_cache": "fp16"}
+_Q8_0 = {"weights": "int8, an fp16 scale for 32 weights (8.5 bits a weight), all matrices", **_INT8}
+_Q4_0 = {"weights": "int4, an fp16 scale for 32 weights (4.5 bits a weight), all matrices (--pure)", **_INT8}
+_Q4_0_Q6_K = {"weights": "as Q4_0, but embedding and output projection in 6.6 bits, the default", **_INT8}
+# Flash attention, "auto" by default, is on for this shape. Neither setting is always the faster one: both are measured.
+NO_FLASH = "-no-flash"
+PEER = Peer(
+    name="llama-cpp",
+    module="llama_cpp",
+    requirements=("llama-cpp-python==0.3.36", "gguf==0.19.0"),
+    packages=("llama-cpp-python",),
+    variants=(
+        Variant("bf16", "BF16", _BF16),
+        Variant("bf16", "BF16-no-flash", _BF16, weights="BF16"),
+        Variant("bf16", "F16", _F16),
+        Variant("int8", "Q8_0", _Q8_0),
+        Variant("int8", "Q8_0-no-flash", _Q8_0, weights="Q8_0"),
+        Variant("int4", "Q4_0", _Q4_0),
+        Variant("int4", "Q4_0-no-flash", _Q4_0, weights="Q4_0"),
+        Variant("int4", "Q4_0-Q6_K", _Q4_0_Q6_K),
+    ),
+    pip_environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+    pip_options=("--no-binary", "llama-cpp-python"),
+)
+
+# transformers' names, without "model." and ".weight", to GGUF's.
+OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
+IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def convert(variant: str, checkpoint: Path, target: Path) -> None:
+    """Write `target`/model.gguf in the variant's format."""
+    import llama_cpp
+
+    if variant == "BF16":
+        write_gguf(checkpoint, target / FILE)
+        return
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix('-Q6_K')}")
+    # Otherwise the embedding, which is the output projection, too, is kept in 6 bits.
+    params.pure = variant == "Q4_0"
+    source = PEER.model_path(PEER.variants[0]) / FILE
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target / FILE), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp could not quantise {source} to {variant}")
+
+
+def write_gguf(checkpoint: Path, path: Path) -> None:
+    """The bfloat16 checkpoint as GGUF without a tokenizer: matrices in bfloat16, norm weights in fp32."""
+    import gguf
+    import numpy as np
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    # NumPy has no bfloat16, so safetensors' NumPy reader cannot be used: the file is a length, a JSON header, and data.
+    file = np.memmap(checkpoint / "model.safetensors", dtype=np.uint8, mode="r")
+    begin = 8 + int(file[:8].view(np.uint64)[0])
+    header = json.loads(bytes(file[8:begin]))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        assert entry["dtype"] == "BF16", f"{name} is in {entry['dtype']}, not BF16"
+        first, last = entry["data_offsets"]
+        data = file[begin + first : begin + last]
+        if len(entry["shape"]) == 1:
+            numbers = (np.array(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            writer.add_tensor(gguf_name(name), numbers)
+        else:
+            rows = data.reshape(entry["shape"][0], -1)
+            writer.add_tensor(gguf_name(name), rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor of transformers' Qwen3."""
+    short = name.removeprefix("model.").removesuffix(".weight")
+    if not short.startswith("layers."):
+        return f"{OUTSIDE[short]}.weight"
+    _, layer, part = short.split(".", 2)
+    return f"blk.{layer}.{IN_LAYER[part]}.weight"
+
+
+class LlamaCppEngine:
+    """A llama.cpp context with its defaults, but for flash attention where the variant says so."""
+
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+        import llama_cpp
+        import numpy as np
+
+        self._lib, self._np = llama_cpp, np
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(bytes(model / FILE), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {model / FILE}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = math.ceil(max_seq_len / 256) * 256
+        params.n_batch = BATCH
+        params.n_threads = params.n_threads_batch = threads
+        if variant.endswith(NO_FLASH):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError("llama.cpp cannot make a context")
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self.facts: dict[str, Any] = {
+            "system": llama_cpp.llama_print_system_info().decode(),
+            "flash_attention": llama_cpp.llama_flash_attn_type_name(params.flash_attn_type).decode(),
+        }
+
+    def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
+        """As `protocol.Engine`."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        started = time.perf_counter()
+        for first in range(0, len(prompt), BATCH):
+            token = self._decode(prompt[first : first + BATCH])
+        prefilled = time.perf_counter()
+        ids = [token]
+        for _ in range(steps):
+            ids.append(self._decode(ids[-1:]))
+        return prefilled - started, time.perf_counter() - prefilled, ids
+
+    def _decode(self, tokens: list[int]) -> int:
+        array = (self._lib.llama_token * len(tokens))(*tokens)
+        if code := self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError(f"llama_decode failed with code {code}")
+        logits_V = self._lib.llama_get_logits_ith(self._context, -1)
+        return int(self._np.ctypeslib.as_array(logits_V, (self._vocab_size,)).argmax())
+
+
+if __name__ == "__main__":
+    run_adapter(PEER.packages, LlamaCppEngine, convert)

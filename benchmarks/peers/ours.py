@@ -1,0 +1,36 @@
+"""qwen3fast itself as a worker, in the environment of the benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers.protocol import Variant, run_adapter
+from qwen3fast import Generator, SamplingParams, load_model
+
+_ROUNDED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32", "kv_cache": "bf16"}
+VARIANTS = (
+    Variant("bf16", "bf16", {"weights": "bf16", "activations": "bf16, sums in fp32", "kv_cache": "bf16"}),
+    Variant("int8", "int8", {"weights": "int8, a scale a row (8.03 bits a weight), all matrices", **_ROUNDED}),
+    Variant("int4", "int4", {"weights": "int4, a scale for 32 weights (4.5 bits a weight), all matrices", **_ROUNDED}),
+)
+
+
+class OurEngine:
+    """A Generator with compiled steps."""
+
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+        self.generator = Generator(load_model(model, "cpu"), max_seq_len=max_seq_len, compile=True, threads=threads)
+        self.generator.warmup()
+        self.facts: dict[str, Any] = {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+    def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
+        """As `protocol.Engine`."""
+        result = self.generator.generate(prompt, SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps + 1))
+        return result.metrics.prefill_s, result.metrics.decode_s, result.token_ids
+
+
+if __name__ == "__main__":
+    run_adapter(("torch",), OurEngine)
