@@ -42,7 +42,8 @@ PEER = Peer(
         Variant("int4", "Q4_0-Q6_K", _Q4_0_Q6_K),
     ),
     pip_environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
-    pip_options=("--no-binary", "llama-cpp-python"),
+    # A wheel in the cache may have been built with other options.
+    pip_options=("--no-cache-dir", "--no-binary", "llama-cpp-python"),
 )
 
 # transformers' names, without "model." and ".weight", to GGUF's.
