@@ -31,9 +31,8 @@ from peers.protocol import CACHE, FORMATS, Peer, Variant, Worker
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
-from qwen3fast.bench.measure import TIE_TOLERANCE, TokenCheck, make_prompts
+from qwen3fast.bench.measure import check_tokens, make_prompts
 from qwen3fast.bench.record import write_json
-from qwen3fast.model import Qwen3
 from qwen3fast.threads import use_threads
 
 PEERS = {module.PEER.name: module.PEER for module in (llama_cpp, openvino_genai)}
@@ -100,17 +99,6 @@ def require_set_up(args: argparse.Namespace) -> None:
         raise SystemExit(f"not set up: {', '.join(missing)}; run: {command} --formats {','.join(args.formats)}")
 
 
-@torch.no_grad()
-def check(model: Qwen3, prompt: list[int], ids: list[int]) -> TokenCheck:
-    """An engine's tokens against the plain bfloat16 model's logits for the same sequence."""
-    hidden = model.hidden(torch.tensor([prompt + ids[:-1]]))[:, len(prompt) - 1 :]
-    logits_NV = model.logits(hidden)[0].float()
-    best_N = logits_NV.amax(dim=-1)
-    chosen_N = logits_NV.gather(1, torch.tensor(ids)[:, None])[:, 0]
-    gap = float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max())
-    return TokenCheck(len(ids), int((chosen_N == best_N).sum()), gap, TIE_TOLERANCE[torch.bfloat16])
-
-
 def start_workers(args: argparse.Namespace, format: str, stack: ExitStack) -> dict[str, Worker]:
     """A warm worker for each engine of the format; the stack ends them."""
     max_seq_len = max(*args.contexts, args.prefill) + args.new_tokens + 1
@@ -164,7 +152,7 @@ def run_format(args: argparse.Namespace, format: str, record: dict[str, Any], ca
         workers = start_workers(args, format, stack)
         idle = idle_share(workers)
         for name, _, variant in selected(args.peers, format):
-            verdict = check(plain, prompt, workers[name].generate(prompt, CHECK_STEPS)["token_ids"])
+            verdict = check_tokens(plain, [prompt], [workers[name].generate(prompt, CHECK_STEPS)["token_ids"]])
             passed = verdict.passed if format == "bf16" else None
             record["engines"].append(
                 {

@@ -29,7 +29,7 @@ from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.save import save_model
 
 MODES = {"never": "False", "auto": "'auto'", "always": "True"}
-WINDOW = 10  # tokens: full speed is reached where so many in a row take no longer than the last ones do
+WINDOW = 10  # tokens in a row that must come at full speed
 PROGRAM = """
 import json, sys, time
 from qwen3fast import Generator, SamplingParams, load_model
@@ -60,14 +60,15 @@ def run(folder: Path, mode: str, seconds: float, caches: Path | None = None) -> 
     return {"loaded_s": loaded, "token_s": times}
 
 
-def full_speed_s(times: list[float]) -> float:
-    """When the first of WINDOW tokens came that took, together, at most a fifth longer than the last half do."""
-    steps = [b - a for a, b in pairwise(times)]
-    final = median(steps[len(steps) // 2 :])
-    for i in range(len(steps) - WINDOW):
-        if sum(steps[i : i + WINDOW]) <= 1.2 * WINDOW * final:
-            return times[i]
-    return times[-1]
+def full_speed_s(times: list[float], step_s: float) -> float | None:
+    """When the first of WINDOW tokens came that took a fifth longer than step_s each, at most; None if none did.
+
+    step_s: a step of the runs that compiled first, seconds.
+    """
+    for first, last in zip(times, times[WINDOW:], strict=False):
+        if last - first <= 1.2 * WINDOW * step_s:
+            return first
+    return None
 
 
 def main() -> None:
@@ -102,17 +103,18 @@ def main() -> None:
                         sample = run(folder, mode, args.seconds)
                     samples.setdefault(("cold" if round_ < 0 else "warm", mode), []).append(sample)
                     bar.update()
+            step_s = median(b - a for sample in samples["warm", "always"] for a, b in pairwise(sample["token_s"]))
             for (caches_were, mode), runs in samples.items():
                 firsts = [sample["token_s"][0] for sample in runs]
-                fulls = [full_speed_s(sample["token_s"]) for sample in runs]
+                fulls = [full for sample in runs if (full := full_speed_s(sample["token_s"], step_s)) is not None]
                 result = {"format": name, "compile": mode, "caches": caches_were, "first_token_s": median(firsts)}
-                results.append(result | {"full_speed_s": median(fulls), "runs": runs})
+                reached = median(fulls) if len(fulls) == len(runs) else None
+                results.append(result | {"full_speed_s": reached, "runs": runs})
     bar.close()
     for r in results:
-        print(
-            f"{r['format']:>9} compile {r['compile']:>6} {r['caches']}: first token {r['first_token_s']:5.2f} s, "
-            f"full speed {r['full_speed_s']:5.2f} s"
-        )
+        full = "not reached" if r["full_speed_s"] is None else f"{r['full_speed_s']:.2f} s"
+        start = f"{r['format']:>9} compile {r['compile']:>6} {r['caches']}"
+        print(f"{start}: first token {r['first_token_s']:.2f} s, full speed {full}")
     record = {"suite": "startup", "run": describe_run("benchmarks/startup.py"), "model": args.model}
     record |= {"environment": describe_environment(device), "bandwidth_gb_s": probe.gb_s, "results": results}
     write_json(record, args.output)

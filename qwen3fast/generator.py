@@ -101,8 +101,8 @@ class Generator:
         source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
         tokens. max_batch_size: requests that run at once; more wait. compile: True compiles before the first token,
         "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host. Greedy
-        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the
-        CPU, for the whole process; by default one a core. progress: show a bar while weights load.
+        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the CPU, for the
+        whole process; by default one a core. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises

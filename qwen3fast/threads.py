@@ -1,7 +1,6 @@
 """How many CPU threads to use: one for each core, not for each hardware thread.
 
-Two threads on one core share its arithmetic units and its way to memory; products gain nothing from the second and lose
-by waiting for each other.
+Two threads on one core share its arithmetic units and its way to memory, which is all that products need.
 """
 
 from __future__ import annotations

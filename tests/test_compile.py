@@ -172,6 +172,23 @@ def test_auto_goes_on_where_compiling_fails():
     assert part(None, torch.zeros(2)).tolist() == [1, 1]
 
 
+def test_auto_does_not_try_code_on_sizes_that_it_excludes():
+    compiler = auto_compiler()
+
+    def folded(_, x):
+        return x.sum(0) if x.shape[0] < 20 else x.amax(0)
+
+    part = compiler.part(folded, dynamic=({0: 11},))
+    part(None, random_tensor(5, 6))
+    wait_for(lambda: compiler.compilations == 1)
+    [job] = part._jobs.values()
+    code, sizes = job.result()._code, []
+    job.result()._code = lambda x: sizes.append(x.shape[0]) or code(x)
+    assert_near(part(None, random_tensor(30, 6)), folded(None, random_tensor(30, 6)))
+    assert sizes == []
+
+
+@pytest.mark.filterwarnings("error:.*could not be compiled")  # says why
 def test_auto_gives_the_tokens_of_the_other_modes():
     model = randomised(small_config(eos_token_ids=()), seed=4)
     params = SamplingParams(temperature=0, max_tokens=100)

@@ -38,12 +38,6 @@ def render(record: dict) -> str:
             shape = [c["format"], f"{c['context']:,}", str(c["batch_size"])]
             rows.append([*shape, speed, f"{c['gb_s']:.1f}", share, f"{c['prefill_tok_s']:.0f}"])
         text, memory = as_markdown(rows, left=0), record["bandwidth_gb_s"]
-    elif record.get("suite") == "startup":
-        rows = [["format", "compile", "caches", "first token", "full speed"]]
-        for r in record["results"]:
-            times = [f"{r['first_token_s']:.1f} s", f"{r['full_speed_s']:.1f} s"]
-            rows.append([r["format"], r["compile"], r["caches"], *times])
-        text, memory = as_markdown(rows, left=2), record["bandwidth_gb_s"]
     elif "cases" in record:
         rows = table_rows(record)
         keep = [rows[0].index(name) for name in README_COLUMNS]

@@ -68,20 +68,26 @@ class Workbench:
         """Generate `new_tokens` greedily for each prompt and time every token."""
         return (_run_cached if is_cached(mode) else _run_uncached)(self.engine(mode), prompts, new_tokens)
 
-    @torch.no_grad()
     def check(self, sample: Sample, prompts: list[list[int]]) -> TokenCheck:
-        """Compare chosen tokens with the plain model's logits on the same sequence (eager, no cache)."""
-        tokens = exact = 0
-        worst = 0.0
-        for prompt, ids in zip(prompts, sample.token_ids, strict=True):
-            sequence = torch.tensor([prompt + ids[:-1]], device=self.device)
-            logits_NV = self.model.logits(self.model.hidden(sequence)[:, len(prompt) - 1 :])[0].float()
-            best_N = logits_NV.amax(dim=-1)
-            chosen_N = logits_NV.gather(1, torch.tensor(ids, device=self.device)[:, None])[:, 0]
-            tokens += len(ids)
-            exact += int((chosen_N == best_N).sum())
-            worst = max(worst, float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max()))
-        return TokenCheck(tokens, exact, worst, TIE_TOLERANCE[self.dtype])
+        """`check_tokens` of a sample."""
+        return check_tokens(self.model, prompts, sample.token_ids)
+
+
+@torch.no_grad()
+def check_tokens(model: Qwen3, prompts: list[list[int]], token_ids: list[list[int]]) -> TokenCheck:
+    """Compare chosen tokens with the plain model's logits on the same sequences (eager, no cache)."""
+    weight = model.model.norm.weight
+    tokens = exact = 0
+    worst = 0.0
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        sequence = torch.tensor([prompt + ids[:-1]], device=weight.device)
+        logits_NV = model.logits(model.hidden(sequence)[:, len(prompt) - 1 :])[0].float()
+        best_N = logits_NV.amax(dim=-1)
+        chosen_N = logits_NV.gather(1, torch.tensor(ids, device=weight.device)[:, None])[:, 0]
+        tokens += len(ids)
+        exact += int((chosen_N == best_N).sum())
+        worst = max(worst, float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max()))
+    return TokenCheck(tokens, exact, worst, TIE_TOLERANCE[weight.dtype])
 
 
 def is_cached(mode: str) -> bool:

@@ -39,7 +39,8 @@ class StepCompiler:
     """Compiles functions with Inductor and counts what it did.
 
     mode "auto" compiles in a thread of its own; until a part is ready it runs as it is, and if the compiled form turns
-    out slower, it goes on as it is. On CUDA devices "auto" is True: graphs can only be captured from compiled parts.
+    out slower, it goes on as it is. (`decode_layers` is not tried: it serves once the C++ operations are built.) On
+    CUDA devices "auto" is True: graphs can only be captured from compiled parts.
 
     Attributes:
         enabled: False if compilation was not asked for or cannot work here; parts then run as they are.
@@ -68,9 +69,12 @@ class StepCompiler:
     def compile(
         self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: Dynamic
     ) -> CompiledFunction:
-        """Compile `function(module, *tensors)`."""
+        """Compile `function(module, *tensors)`, which gives one tensor.
+
+        Raises: whatever recording or Inductor raises; nothing is kept then.
+        """
         started = time.perf_counter()
-        from torch._inductor import standalone_compile  # takes a second
+        from torch._inductor import standalone_compile  # slow to import
 
         recording = record(function, module, tensors, dynamic)
         options: dict[str, Any] = {
@@ -78,7 +82,7 @@ class StepCompiler:
             "size_asserts": False,  # sizes are what compiled code is chosen by
             "alignment_asserts": False,
         }
-        if cpu.is_loaded():  # built for this very processor, so Inductor need not try what the compiler can do (0.7 s)
+        if cpu.is_loaded():  # built for this very processor, so Inductor need not try what the compiler can do
             options["cpp.vec_isa_ok"] = True
         code = standalone_compile(recording.graph, [*recording.inputs], options={"config_patches": options})
         self.compilations += 1
@@ -86,7 +90,7 @@ class StepCompiler:
         return CompiledFunction(code, recording)
 
     def close(self, wait: bool = False) -> None:
-        """Give up what is not compiled yet. With `wait`, what is needed later is compiled when it is needed."""
+        """End the thread of "auto": what is not compiled yet is compiled when it is needed. wait: for the thread."""
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread = None
@@ -138,20 +142,25 @@ class Part:
         dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
         pairs = [(t, dims) for t, dims in zip(tensors, dynamic, strict=True) if t is not None]
         static = tuple(tuple(None if i in dims else n for i, n in enumerate(t.shape)) for t, dims in pairs)
-        form = self._form(static, module, tensors, dynamic)
+        sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
+        form = self._form(static, module, tensors, dynamic, sizes)
         if form is None:
             return self.function  # this time
-        sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
         if isinstance(form, CompiledFunction) and not form.serves(sizes):
             # What was assumed of sizes in general does not hold for these: they get code of their own.
-            form = self._form(shapes, module, tensors, [{} for _ in tensors])
+            form = self._form(shapes, module, tensors, [{} for _ in tensors], {})
             if form is None:
                 return self.function
         self._choices[shapes] = form
         return form
 
     def _form(
-        self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: Dynamic
+        self,
+        key: tuple[Any, ...],
+        module: nn.Module | None,
+        tensors: Sequence[Tensor | None],
+        dynamic: Dynamic,
+        sizes: dict[int, int],
     ) -> Function | None:
         """The form for these shapes, compiled if there is none yet; None while a thread is compiling it."""
         if key not in self._forms:
@@ -163,18 +172,25 @@ class Part:
             elif key not in self._jobs:
                 self._jobs[key] = self.compiler.thread.submit(self.compiler.compile, *arguments)
             elif self._jobs[key].done():
-                self._forms[key] = self._faster(self._jobs.pop(key), module, tensors)
+                self._forms[key] = self._faster(self._jobs.pop(key), module, tensors, sizes)
         return self._forms.get(key)
 
     def _faster(
-        self, job: Future[CompiledFunction], module: nn.Module | None, tensors: Sequence[Tensor | None]
+        self,
+        job: Future[CompiledFunction],
+        module: nn.Module | None,
+        tensors: Sequence[Tensor | None],
+        sizes: dict[int, int],
     ) -> Function:
         """The compiled form, or the function as it is if compiling failed or did not pay."""
         error = job.exception()
         if error is not None:
             warnings.warn(f"{self.function} could not be compiled and runs as it is, slower: {error}", stacklevel=2)
             return self.function
-        forms: list[Function] = [job.result(), self.function]
+        compiled = job.result()
+        if not compiled.serves(sizes):  # it must not be run on these tensors, so it cannot be tried
+            return compiled
+        forms: list[Function] = [compiled, self.function]
         best = [float("inf")] * len(forms)
         for _ in range(4):  # alternating; what is slow once only does not count
             for i, form in enumerate(forms):

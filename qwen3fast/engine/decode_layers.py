@@ -1,7 +1,6 @@
 """All blocks of a decode step in one C++ operation (kernels/cpu/decode_layers.cpp), for bfloat16 and quantised weights.
 
-Block by block, a token of a small model spends half of its time on starting products: a call from Python, waking
-threads, waiting for them.
+Block by block, each of a token's many short products costs a call from Python, waking threads, and waiting for them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,11 @@ class DecodeLayers:
         return self._is_possible and num_rows <= cpu.MAX_ROWS and cpu.is_loaded()
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
-        """Run all blocks for rows 0..B-1 of the cache. Returns (B, 1, E)."""
+        """Run all blocks for rows 0..B-1 of the cache, where keys and values are written at position_B1.
+
+        x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
+        Returns: (B, 1, E) bfloat16. Raises: RuntimeError for a position outside of the cache.
+        """
         return torch.ops.qwen3fast.decode_layers(
             x_B1E,
             cos_SD,

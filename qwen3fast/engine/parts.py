@@ -13,6 +13,9 @@ from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Block, CacheLayer, Qwen3
 from qwen3fast.sampling import SamplerKind, SamplerRows, sample
 
+# Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
+TOKENS, POSITIONS = 101, 67
+
 
 def run_block(
     block: Block,
@@ -37,10 +40,6 @@ def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Te
 def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
     """Final norm and output projection, (B, 1, E) -> (B, 1, V)."""
     return head(x_BTE)
-
-
-# Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
-TOKENS, POSITIONS = 101, 67
 
 
 def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:

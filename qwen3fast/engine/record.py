@@ -1,6 +1,6 @@
 """Recording: the operations of a part of a step as a graph, with sizes that may vary as symbols.
 
-PyTorch's side of it is imported when something is recorded: it takes a second.
+PyTorch's side of it is imported when something is recorded: that is slow.
 """
 
 from __future__ import annotations

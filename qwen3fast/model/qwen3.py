@@ -85,7 +85,7 @@ def build_on_meta(config: ModelConfig) -> Qwen3:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: for tensors without memory it does nothing, and takes a second for its imports."""
+    """Leaves out `torch.nn.init`: for tensors without memory it does nothing but slow imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -1,8 +1,8 @@
 // decode_layers(x, cos, sin, position, keys[], values[], norms[], weights[], scales[], eps) -> y
 //
 // All transformer blocks of a decode step, for 1 to 8 rows: norm, query/key/value, rotation, cache, attention, feed
-// forward. Threads start once and meet at barriers, which cost a tenth of starting them for each product; that is what
-// this operation is for. Each thread computes norms and rounds activations for itself: cheaper than waiting for another.
+// forward. Threads start once and meet at barriers, instead of being started for each product; that is what this
+// operation is for. Each thread computes norms and rounds activations for itself, so as not to wait for another.
 //
 // Results are rounded to bfloat16 where the PyTorch form (model/block.py and what it is made of) rounds them. A row's
 // result does not depend on the rows beside it.
