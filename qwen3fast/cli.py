@@ -12,6 +12,7 @@ from qwen3fast.checkpoint import resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
+from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.model import build_on_meta
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
@@ -74,6 +75,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
     group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
+    group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
     group.add_argument("--threads", type=int, help="CPU threads [one a core]")
     group.add_argument(
         "--compile",
@@ -106,6 +108,7 @@ def _open(args: argparse.Namespace) -> Generator:
         dtype=args.dtype,
         quantization=args.quantization,
         max_seq_len=max_seq_len,
+        kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],
         threads=args.threads,
         progress=sys.stderr.isatty(),

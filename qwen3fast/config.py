@@ -147,8 +147,12 @@ class ModelConfig:
         return self.num_parameters - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one position takes in the KV cache, all layers, keys and values."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
+        """Bytes that one position takes in a KV cache of `dtype`, all layers, keys and values.
+
+        int8 vectors have a factor of 4 bytes each.
+        """
+        bytes_per_vector = self.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * bytes_per_vector
 
     def to_dict(self) -> dict[str, Any]:
         """The same config as a Hugging Face `config.json` dictionary."""

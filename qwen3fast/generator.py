@@ -17,7 +17,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.config import as_id_tuple, read_json
 from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
 from qwen3fast.engine.compile import CompileMode
-from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
 from qwen3fast.prompt import Overflow, Prompt, fit_context, prompt_to_ids
 from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
@@ -48,6 +48,7 @@ class Generator:
         source_folder: Path | None = None,
         max_seq_len: int = 4096,
         max_batch_size: int = 1,
+        kv_cache_dtype: str = "auto",
         compile: CompileMode = True,
         cuda_graphs: bool = True,
         threads: int | None = None,
@@ -72,7 +73,8 @@ class Generator:
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
-        cache = StaticKVCache(config, max_batch_size, max_seq_len, self.dtype, self.device)
+        cache_dtype = parse_cache_dtype(kv_cache_dtype, self.dtype)
+        cache = StaticKVCache(config, max_batch_size, max_seq_len, cache_dtype, self.device)
         if self.device.type == "cpu":
             use_threads(threads)
         self._engine: Engine | None = Engine(model, cache, self.device, compile, cuda_graphs)
@@ -90,6 +92,7 @@ class Generator:
         quantization: str | None = None,
         max_seq_len: int = 4096,
         max_batch_size: int = 1,
+        kv_cache_dtype: str = "auto",
         compile: CompileMode = True,
         cuda_graphs: bool = True,
         threads: int | None = None,
@@ -99,10 +102,11 @@ class Generator:
         """Load a model and its tokenizer.
 
         source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
-        tokens. max_batch_size: requests that run at once; more wait. compile: True compiles before the first token,
-        "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host. Greedy
-        tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the CPU, for the
-        whole process; by default one a core. progress: show a bar while weights load.
+        tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto" keeps keys and values in
+        the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True compiles before the first
+        token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host.
+        Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the CPU,
+        for the whole process; by default one a core. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises
@@ -120,6 +124,7 @@ class Generator:
             source_folder=folder,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
+            kv_cache_dtype=kv_cache_dtype,
             compile=compile,
             cuda_graphs=cuda_graphs,
             threads=threads,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen3fast.config import ModelConfig
-from qwen3fast.model import Attention, CacheLayer, rope_tables
-from qwen3fast.model.attention import attend, read, write
+from qwen3fast.kv_cache import CacheLayer
+from qwen3fast.model import Attention, rope_tables
+from qwen3fast.model.attention import attend
 
 SLOTS = 24
 GROUPINGS = [(4, 4), (4, 2), (4, 1), (8, 1)]  # query heads, key/value heads
@@ -190,55 +191,6 @@ def test_cached_attention_needs_positions_and_a_mask():
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, 1, torch.device("cpu"))
     with pytest.raises(AssertionError, match="a cache needs positions and a mask"):
         attention(random_tensor(1, 1, config.hidden_size), cos_SD[None], sin_SD[None], cache=noisy_cache(config, 1))
-
-
-def write_and_read(cache, k_BTKD, v_BTKD, position_BT, length):
-    """What a cached call does before it attends."""
-    write(cache, k_BTKD, v_BTKD, position_BT)
-    return read(cache, len(k_BTKD), length)
-
-
-def numbered_cache(row_B: Tensor | None) -> CacheLayer:
-    """Three rows, two heads, five slots, D = 2; every number is different and below 60."""
-    k_RKSD = torch.arange(60.0).view(3, 2, 5, 2)
-    return CacheLayer(k_RKSD, k_RKSD + 0.5, row_B)
-
-
-@pytest.mark.parametrize("rows", [None, [2, 0]])
-def test_write_and_read_puts_each_token_in_its_slot(rows):
-    cache = numbered_cache(None if rows is None else torch.tensor(rows))
-    expected_k, expected_v = cache.k_RKSD.clone(), cache.v_RKSD.clone()
-    k_BTKD, v_BTKD = 100 + random_tensor(2, 2, 2, 2), 200 + random_tensor(2, 2, 2, 2)
-    position_BT = torch.tensor([[3, 1], [0, 4]])
-    for b, row in enumerate(rows or [0, 1]):
-        for t in range(2):
-            expected_k[row, :, position_BT[b, t]] = k_BTKD[b, t]
-            expected_v[row, :, position_BT[b, t]] = v_BTKD[b, t]
-    write_and_read(cache, k_BTKD, v_BTKD, position_BT, length=5)
-    assert_same(torch.stack([cache.k_RKSD, cache.v_RKSD]), torch.stack([expected_k, expected_v]))
-
-
-@pytest.mark.parametrize("rows", [None, [2, 0]])
-def test_write_and_read_returns_the_first_positions_of_the_rows_in_use(rows):
-    cache = numbered_cache(None if rows is None else torch.tensor(rows))
-    new = torch.zeros(2, 1, 2, 2)
-    k_BKLD, v_BKLD = write_and_read(cache, new, new, torch.tensor([[0], [1]]), length=3)
-    used = rows or [0, 1]
-    assert_same(k_BKLD, cache.k_RKSD[used, :, :3])
-    assert_same(v_BKLD, cache.v_RKSD[used, :, :3])
-
-
-def test_write_and_read_without_row_numbers_copies_nothing():
-    cache, new = numbered_cache(None), torch.zeros(2, 1, 2, 2)
-    k_BKLD, v_BKLD = write_and_read(cache, new, new, torch.zeros(2, 1, dtype=torch.int64), length=3)
-    assert (k_BKLD.data_ptr(), v_BKLD.data_ptr()) == (cache.k_RKSD.data_ptr(), cache.v_RKSD.data_ptr())
-
-
-def test_write_and_read_converts_to_the_dtype_of_the_cache():
-    cache = CacheLayer(torch.zeros(1, 2, 3, 2).bfloat16(), torch.zeros(1, 2, 3, 2).bfloat16())
-    new = random_tensor(1, 1, 2, 2)
-    k_BKLD, _ = write_and_read(cache, new, new, torch.zeros(1, 1, dtype=torch.int64), length=1)
-    assert_same(k_BKLD[:, :, 0], new[:, 0].bfloat16())
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPINGS)

@@ -3,7 +3,8 @@
 import torch
 from conftest import assert_near, assert_same, fill_randomly, random_tensor, small_config
 
-from qwen3fast.model import Block, CacheLayer, rope_tables
+from qwen3fast.kv_cache import CacheLayer
+from qwen3fast.model import Block, rope_tables
 
 CONFIG = small_config()
 

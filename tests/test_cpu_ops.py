@@ -3,18 +3,19 @@
 import copy
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, assert_same, random_tensor, randomised, small_config
+from conftest import TOLERANCES, assert_near, assert_same, random_tensor, randomised, small_config
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.model import CacheLayer, rope_tables
+from qwen3fast.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.model import rope_tables
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.sampling import SamplerKind
@@ -56,10 +57,20 @@ def test_matvec_refuses_what_it_cannot_do(x, weight):
         torch.ops.qwen3fast.matvec(x, weight)
 
 
+def stored(x_RKSD, dtype):
+    """Keys or values as a cache of this dtype holds them, and their factors."""
+    return round_vectors(x_RKSD) if dtype == torch.int8 else (x_RKSD, None)
+
+
+def as_read(x_RKSD, scale_RKS):
+    return x_RKSD.float() if scale_RKS is None else x_RKSD.float() * scale_RKS[..., None]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 1)])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("lengths", [[1], [2, 127], [128, 129, 300]])
-def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths, dtype):
     batch = len(lengths)
     q_BTHD = random_tensor(batch, 1, heads, head_dim).bfloat16()
     k_RKSD, v_RKSD = (random_tensor(batch + 1, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
@@ -67,10 +78,14 @@ def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths):
     for row, length in enumerate(lengths):  # what lies beyond the used length must not be read
         k_RKSD[row, :, length:] = v_RKSD[row, :, length:] = 1e30
     mask_BTL = torch.arange(301) <= position_B1[..., None]
-    k, v = (torch.where(mask_BTL.view(batch, 1, 301, 1), x[:batch].float(), 0.0) for x in (k_RKSD, v_RKSD))
+    (k_RKSD, k_scale), (v_RKSD, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    k, v = (
+        torch.where(mask_BTL.view(batch, 1, 301, 1), as_read(x, scale)[:batch], 0.0)
+        for x, scale in ((k_RKSD, k_scale), (v_RKSD, v_scale))
+    )
     q = q_BTHD.transpose(1, 2).float()
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTL[:, None], enable_gqa=True)
-    actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k_RKSD, v_RKSD, position_B1)
+    actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k_RKSD, v_RKSD, position_B1, k_scale, v_scale)
     assert_near(actual, expected, torch.bfloat16)
 
 
@@ -102,18 +117,20 @@ def test_decode_attention_split_over_threads_is_the_same(length):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1)])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 5), (0, 33), (7, 32), (100, 96), (250, 50)])
-def test_prefill_attention_equals_sdpa(heads, kv_heads, head_dim, start, tokens):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_prefill_attention_equals_sdpa(heads, kv_heads, head_dim, start, tokens, dtype):
     rows, used = torch.tensor([2, 0]), start + tokens
     q_BTHD = random_tensor(2, tokens, heads, head_dim).bfloat16()
     k_RKSD, v_RKSD = (random_tensor(3, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
     k_RKSD[:, :, used:] = v_RKSD[:, :, used:] = 1e30  # what lies beyond the used length must not be read
     position_BT = torch.arange(start, used).expand(2, tokens)
     mask_BTL = torch.arange(used) <= position_BT[..., None]
-    k, v = k_RKSD[rows, :, :used].float(), v_RKSD[rows, :, :used].float()
+    (k_RKSD, k_scale), (v_RKSD, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    k, v = (as_read(x, scale)[rows, :, :used] for x, scale in ((k_RKSD, k_scale), (v_RKSD, v_scale)))
     expected = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2).float(), k, v, attn_mask=mask_BTL[:, None], enable_gqa=True
     )
-    actual = torch.ops.qwen3fast.prefill_attention(q_BTHD, k_RKSD, v_RKSD, position_BT, rows)
+    actual = torch.ops.qwen3fast.prefill_attention(q_BTHD, k_RKSD, v_RKSD, position_BT, rows, k_scale, v_scale)
     assert_near(actual.transpose(1, 2), expected, torch.bfloat16)
 
 
@@ -131,15 +148,19 @@ def test_prefill_attention_refuses_what_it_cannot_do(q, k):
         torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
 
 
-def layers_case(format=None, rows=3, positions=300, **changes):
+def layers_case(format=None, rows=3, positions=300, cache_dtype=torch.bfloat16, **changes):
     """A model of two blocks, a cache full of other numbers, and inputs for a decode step at various positions."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16} | changes
     model = randomised(small_config(**sizes)).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
-    cache = StaticKVCache(model.config, rows + 1, positions, torch.bfloat16, CPU)
-    for i, tensor in enumerate((*cache.keys, *cache.values)):
-        tensor.copy_(random_tensor(*tensor.shape, seed=i))
+    cache = StaticKVCache(model.config, rows + 1, positions, cache_dtype, CPU)
+    for i, layer in enumerate(cache.layers()):
+        for seed, tensor, scale in ((i, layer.k_RKSD, layer.k_scale_RKS), (-1 - i, layer.v_RKSD, layer.v_scale_RKS)):
+            numbers, factors = stored(random_tensor(*tensor.shape, seed=seed), cache_dtype)
+            tensor.copy_(numbers)
+            if scale is not None:
+                scale.copy_(factors)
     position_B1 = torch.tensor([[0], [130], [positions - 1], [5], [64], [1], [17], [128]])[:rows]
     return model, cache, random_tensor(rows, 1, sizes["hidden_size"]).bfloat16(), position_B1
 
@@ -154,24 +175,29 @@ def run_layers(model, cache, x_B1E, position_B1):
 def run_layers_plainly(model, cache, x_B1E, position_B1):
     cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
     mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
-    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        x_B1E = block(x_B1E, cos_SD[position_B1], sin_SD[position_B1], position_B1, mask_B1L, CacheLayer(k, v))
+    for block, layer in zip(model.model.layers, cache.layers(), strict=True):
+        x_B1E = block(x_B1E, cos_SD[position_B1], sin_SD[position_B1], position_B1, mask_B1L, layer)
     return x_B1E
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("rows", range(1, 9))
-def test_decode_layers_equal_the_blocks(format, rows):
-    model, cache, x_B1E, position_B1 = layers_case(format, rows)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
+    model, cache, x_B1E, position_B1 = layers_case(format, rows, cache_dtype=cache_dtype)
     other = copy.deepcopy(cache)
     expected = run_layers_plainly(model, other, x_B1E, position_B1)
     assert_near(run_layers(model, cache, x_B1E, position_B1), expected, torch.bfloat16)
-    for actual_RKSD, expected_RKSD in zip((*cache.keys, *cache.values), (*other.keys, *other.values), strict=True):
-        new = torch.zeros(actual_RKSD.shape[0], actual_RKSD.shape[2], dtype=torch.bool)
-        new[torch.arange(rows), position_B1[:, 0]] = True
-        actual, expected = actual_RKSD.transpose(1, 2), expected_RKSD.transpose(1, 2)
-        assert_near(actual[new], expected[new], torch.bfloat16)
-        assert_same(actual[~new], expected[~new])
+    for layer, other_layer in zip(cache.layers(), other.layers(), strict=True):
+        is_new = torch.zeros(rows + 1, layer.k_RKSD.shape[2], dtype=torch.bool)
+        is_new[torch.arange(rows), position_B1[:, 0]] = True
+        for i, scale in ((0, 3), (1, 4)):
+            actual, expected = (as_read(x[i], x[scale]).transpose(1, 2) for x in (layer, other_layer))
+            # Numbers that differ by their rounding to bfloat16 may be a step of 1/127 apart in 8 bits.
+            step = 1 / 127 if cache_dtype == torch.int8 else 0.0
+            atol = (TOLERANCES[torch.bfloat16] + step) * expected[is_new].abs().max().item()
+            torch.testing.assert_close(actual[is_new], expected[is_new], rtol=0, atol=atol)
+            assert_same(actual[~is_new], expected[~is_new])
 
 
 @pytest.mark.parametrize(
@@ -200,19 +226,20 @@ def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
-def test_decode_layers_give_a_row_the_same_alone_and_among_others(format):
-    model, cache, x_B1E, position_B1 = layers_case(format, 8)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_dtype):
+    model, cache, x_B1E, position_B1 = layers_case(format, 8, cache_dtype=cache_dtype)
     together = run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)
     for row in range(8):
         alone = copy.deepcopy(cache)
-        for tensor in (*alone.keys, *alone.values):
+        for tensor in (*alone.keys, *alone.values, *alone.key_scales, *alone.value_scales):
             tensor[0] = tensor[row]
         assert_same(run_layers(model, alone, x_B1E[row : row + 1], position_B1[row : row + 1])[0], together[row])
 
 
 def test_decode_layers_pass_nan_on():
-    for format in (None, "int8", "int4"):
-        model, cache, x_B1E, position_B1 = layers_case(format, 2)
+    for format, cache_dtype in product((None, "int8", "int4"), (torch.bfloat16, torch.int8)):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         x_B1E[0, 0, 3] = float("nan")
         y_B1E = run_layers(model, cache, x_B1E, position_B1)
         assert y_B1E[0].isnan().any() and not y_B1E[1].isnan().any()
@@ -236,6 +263,8 @@ def test_decode_layers_leave_other_models_alone():
         (lambda a: a["keys"].reverse() or a["keys"].__setitem__(0, a["keys"][0][:, :, ::2]), "keys and values"),
         (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
         (lambda a: a.update(cos=a["cos"][:, :16]), "cos and sin"),
+        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "factors of keys and values"),
+        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "factors of keys and values"),
     ],
 )
 def test_decode_layers_refuse_what_they_cannot_do(spoil, message):
@@ -243,7 +272,8 @@ def test_decode_layers_refuse_what_they_cannot_do(spoil, message):
     layers = DecodeLayers(model, cache)
     cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
     arguments = {"x": x_B1E, "cos": cos_SD, "sin": sin_SD, "position": position_B1, "keys": list(cache.keys)}
-    arguments |= {"values": cache.values, "norms": layers._norms, "weights": layers._weights, "scales": layers._scales}
+    arguments |= {"values": cache.values, "key_scales": [], "value_scales": []}
+    arguments |= {"norms": layers._norms, "weights": layers._weights, "scales": layers._scales}
     spoil(arguments)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.qwen3fast.decode_layers(**arguments, eps=1e-6)
@@ -273,18 +303,21 @@ def test_operations_for_other_processors(processor, tmp_path):
         ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
+    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    rounded = (k, v, position, torch.tensor([0]), k_scale, v_scale)
+    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *rounded)))
     for format in FORMATS.values():
         packed = quantize(random_tensor(48, 96), format)
         cases += [
             ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
             for rows in (1, 4, 11)
         ]
-    for format in (None, *FORMATS):
-        model, cache, x_B1E, position_B1 = layers_case(format, 2)
+    for format, cache_dtype in product((None, *FORMATS), (torch.bfloat16, torch.int8)):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         layers = DecodeLayers(model, cache)
         cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
-        caches = (cache.keys, cache.values, layers._norms, layers._weights, layers._scales)
-        cases.append(("decode_layers", (x_B1E, cos_SD, sin_SD, position_B1, *caches, 1e-6)))
+        lists = (*layers._cache, layers._norms, layers._weights, layers._scales)
+        cases.append(("decode_layers", (x_B1E, cos_SD, sin_SD, position_B1, *lists, 1e-6)))
     values = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     torch.save(values, tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
@@ -319,6 +352,27 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
         for row, sequence in enumerate(sequences):
             assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
             sequence.append(tokens[row])
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {}], ids=["block by block", "all blocks at once"])
+def test_compiled_int8_cache_equals_the_eager_one(changes):
+    config = small_config(hidden_size=64, head_dim=32, vocab_size=128, dtype=torch.bfloat16, **changes)
+    model, logits = randomised(config).bfloat16(), []
+    for compile in (True, False):
+        engine = Engine(model, StaticKVCache(config, 2, 200, torch.int8, CPU), CPU, compile)
+        run_logits = engine.parts.logits
+        object.__setattr__(
+            engine.parts, "logits", lambda *a, run=run_logits: logits[-1].append(run(*a)) or logits[-1][-1]
+        )
+        logits.append([])
+        for row, length in enumerate((30, 150)):
+            engine.prefill(row, list(range(length % 100)) + [5] * 70)
+            engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
+        for token in (3, 9, 4):
+            engine.state.input_R[:] = token
+            engine.decode(2, 130, SamplerKind.GREEDY)
+    for compiled, eager in zip(*logits, strict=True):
+        assert_near(compiled, eager, torch.bfloat16)
 
 
 def test_loading_the_operations_leaves_subnormal_numbers_alone():

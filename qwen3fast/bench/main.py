@@ -17,6 +17,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.checkpoint import load_model
 from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.threads import use_threads
 
@@ -36,6 +37,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetitions", type=_count, help="rounds over all modes, alternating [3]")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
     add("--quantization", choices=list(FORMATS), help="round the weights while loading")
+    add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 rounds keys and values [%(default)s]")
     add("--threads", type=_count, help="CPU threads [one a core]")
     add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")
     add("--quick", action="store_true", help="a look in under a minute: lengths 32,256, one repetition")
@@ -59,7 +61,7 @@ def run_bench(args: argparse.Namespace) -> int:
             f"length {max(lengths)} + {new_tokens} new tokens exceeds this model's "
             f"{model.config.max_position_embeddings} positions; choose smaller --lengths"
         )
-    bench = Workbench(model, args.modes, longest, max(args.batch_sizes))
+    bench = Workbench(model, args.modes, longest, max(args.batch_sizes), args.kv_cache_dtype)
     record = Record(
         describe_run(), describe_environment(bench.device), _describe_model(args.model, model.config, bench)
     )
@@ -125,7 +127,7 @@ def _measure(
 def _new_case(bench: Workbench, mode: str, length: int, batch_size: int, new_tokens: int) -> Case:
     config = bench.model.config
     weights = bench.model.num_bytes(per_token=True)
-    kv_cache = config.kv_bytes_per_token(bench.dtype) * (length + new_tokens // 2) * batch_size
+    kv_cache = config.kv_bytes_per_token(bench.cache_dtype) * (length + new_tokens // 2) * batch_size
     return Case(mode, length, batch_size, weights + (kv_cache if is_cached(mode) else 0))
 
 
@@ -160,6 +162,7 @@ def _describe_model(name: str, config: ModelConfig, bench: Workbench) -> dict[st
         "dtype": str(bench.dtype).removeprefix("torch."),
         "parameters": config.num_parameters,
         "quantization": config.quantization,
+        "kv_cache_dtype": str(bench.cache_dtype).removeprefix("torch."),
         "weight_bytes": bench.model.num_bytes(),
         "config": config.to_dict() | {"dtype": str(config.dtype)},
     }

@@ -13,7 +13,7 @@ import torch
 
 from qwen3fast.bench.environment import synchronize
 from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
-from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
 
 MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
@@ -51,13 +51,21 @@ class TokenCheck:
 class Workbench:
     """The model with an eager and, where a mode needs it, a compiled engine on the same weights."""
 
-    def __init__(self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Qwen3,
+        modes: tuple[str, ...],
+        max_seq_len: int,
+        max_batch_size: int,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.model = model
         weight = model.model.norm.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.cache_dtype = parse_cache_dtype(kv_cache_dtype, self.dtype)
         self._engines: dict[bool, Engine] = {}
         for compiled in sorted({is_compiled(mode) for mode in modes}):
-            cache = StaticKVCache(model.config, max_batch_size, max_seq_len, self.dtype, self.device)
+            cache = StaticKVCache(model.config, max_batch_size, max_seq_len, self.cache_dtype, self.device)
             self._engines[compiled] = Engine(model, cache, self.device, compiled, cuda_graphs=compiled)
 
     def engine(self, mode: str) -> Engine:

@@ -101,7 +101,8 @@ def _run_blocks(
 ) -> Tensor:
     mask_B1L = torch.arange(length, device=position_B1.device) <= position_B1[..., None]
     shared = (cos_B1D, sin_B1D, position_B1, mask_B1L)
-    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, cache.keys[0], cache.values[0], None)
-    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        x_B1E = run_block(block, x_B1E, *shared, k, v, None)
+    layers = cache.layers()
+    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, *layers[0])
+    for block, layer in zip(model.model.layers, layers, strict=True):
+        x_B1E = run_block(block, x_B1E, *shared, *layer)
     return x_B1E

@@ -21,12 +21,13 @@ class DecodeLayers:
     def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
         blocks = [block for block in model.model.layers if isinstance(block, Block)]
         self._eps = model.config.rms_norm_eps
-        self._keys, self._values = cache.keys, cache.values
+        self._cache = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
         self._norms = [norm for block in blocks for norm in _norms(block)]
         linears = [linear for block in blocks for linear in _linears(block)]
         self._is_possible = (
             all(_is_served(linear) for linear in linears)
-            and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in [*self._norms, *cache.keys])
+            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in self._norms)
+            and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
         if self._is_possible:
@@ -50,8 +51,7 @@ class DecodeLayers:
             cos_SD,
             sin_SD,
             position_B1,
-            self._keys,
-            self._values,
+            *self._cache,
             self._norms,
             self._weights,
             self._scales,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Part, StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
-from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.model import Block, CacheLayer, Qwen3
+from qwen3fast.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.model import Block, Qwen3
 from qwen3fast.sampling import SamplerKind, SamplerRows, sample
 
 # Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
@@ -24,12 +25,10 @@ def run_block(
     sin_BTD: Tensor,
     position_BT: Tensor,
     mask_BTL: Tensor,
-    k_RKSD: Tensor,
-    v_RKSD: Tensor,
-    row_B: Tensor | None,
+    *cache: Any,
 ) -> Tensor:
-    """One block over the KV cache; see `Attention.forward`."""
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(k_RKSD, v_RKSD, row_B))
+    """One block over the KV cache; see `Attention.forward`. `cache` are the fields of `CacheLayer`."""
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache))
 
 
 def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:

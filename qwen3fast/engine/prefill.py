@@ -73,6 +73,6 @@ def prefill_chunk(
     mask_1TL = torch.arange(cache.bucket(start + size), device=token_1T.device) <= position_1T[..., None]
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
-    for block, k, v in zip(model.model.layers, cache.keys, cache.values, strict=True):
-        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, k, v, row_1)
+    for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):
+        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer)
     return x_1TE

@@ -1,6 +1,6 @@
 """The Qwen3 architecture, one part a file. Read in this order: norm, rope, attention, feed_forward, block, qwen3."""
 
-from qwen3fast.model.attention import Attention, CacheLayer
+from qwen3fast.model.attention import Attention
 from qwen3fast.model.block import Block
 from qwen3fast.model.feed_forward import FeedForward
 from qwen3fast.model.norm import RMSNorm
@@ -10,7 +10,6 @@ from qwen3fast.model.rope import apply_rope, rope_tables
 __all__ = [
     "Attention",
     "Block",
-    "CacheLayer",
     "FeedForward",
     "Qwen3",
     "RMSNorm",

@@ -1,12 +1,10 @@
 """Grouped-query attention with QK-norm, over the tokens at hand or over a KV cache.
 
-B batch rows   T tokens in this call   S cache positions allocated   L cache positions read
+B batch rows   T tokens in this call   L cache positions read
 H query heads   K key/value heads   G = H/K query heads a group   D head_dim   E hidden_size
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +13,9 @@ from torch import Tensor, nn
 from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear, linears
+from qwen3fast.kv_cache import CacheLayer
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import apply_rope
-
-
-class CacheLayer(NamedTuple):
-    """One layer's keys and values, (rows, K, S, D) each, and which rows the batch at hand uses.
-
-    row_B: (B,) int64, the cache row of each batch row; None means rows 0..B-1 in order, which needs no gathering.
-    """
-
-    k_RKSD: Tensor
-    v_RKSD: Tensor
-    row_B: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -77,33 +65,16 @@ class Attention(nn.Module):
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             assert position_BT is not None and mask_BTL is not None, "a cache needs positions and a mask"
-            write(cache, k_BTKD, v_BTKD, position_BT)
-            if cache.row_B is None and cpu.can_decode_attention(q_BTHD, cache.k_RKSD):
-                y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT)
-            elif cache.row_B is not None and cpu.can_prefill_attention(q_BTHD, cache.k_RKSD):
-                y_BTHD = torch.ops.qwen3fast.prefill_attention(
-                    q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B
-                )
+            cache.write(k_BTKD, v_BTKD, position_BT)
+            k, v, row_B, *scales = cache
+            if row_B is None and cpu.can_decode_attention(q_BTHD, k):
+                y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_BT, *scales)
+            elif row_B is not None and cpu.can_prefill_attention(q_BTHD, k):
+                y_BTHD = torch.ops.qwen3fast.prefill_attention(q_BTHD, k, v, position_BT, row_B, *scales)
                 y_BHTD = y_BTHD.transpose(1, 2)
             else:
-                y_BHTD = attend(q_BTHD, *read(cache, B, mask_BTL.shape[-1]), mask_BTL)
+                y_BHTD = attend(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype), mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
-
-
-def write(cache: CacheLayer, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
-    """Store new keys and values in place."""
-    row_B = cache.row_B if cache.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
-    # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly the (B, T, K, D) of the values.
-    cache.k_RKSD[row_B[:, None], :, position_BT] = k_BTKD.to(cache.k_RKSD.dtype)
-    cache.v_RKSD[row_B[:, None], :, position_BT] = v_BTKD.to(cache.v_RKSD.dtype)
-
-
-def read(cache: CacheLayer, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the rows in use, first `length` positions: (B, K, L, D) each."""
-    k, v = cache.k_RKSD[:, :, :length], cache.v_RKSD[:, :, :length]
-    if cache.row_B is None:
-        return k[:num_rows], v[:num_rows]
-    return k.index_select(0, cache.row_B), v.index_select(0, cache.row_B)
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
         is_compiling()
         and q_BTHD.device.type == "cpu"
         and q_BTHD.shape[1] == 1
-        and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
+        and q_BTHD.dtype == torch.bfloat16
+        and k_RKSD.dtype in (torch.bfloat16, torch.int8)
         and q_BTHD.shape[-1] % LANES == 0
         and is_loaded()
     )
@@ -97,7 +98,8 @@ def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     return (
         is_compiling()
         and q_BTHD.device.type == "cpu"
-        and q_BTHD.dtype == k_RKSD.dtype == torch.bfloat16
+        and q_BTHD.dtype == torch.bfloat16
+        and k_RKSD.dtype in (torch.bfloat16, torch.int8)
         and q_BTHD.shape[-1] % (2 * LANES) == 0
         and is_loaded()
     )
@@ -150,7 +152,7 @@ def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _prefill_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor, row: Tensor) -> Tensor:
+def _prefill_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -158,5 +160,5 @@ def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
-def _decode_attention_shape(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))

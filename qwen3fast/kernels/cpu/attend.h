@@ -1,10 +1,12 @@
 // One query over keys and values: the part of attention that decode_attention and decode_layers share.
+// T is the type of a cached number: at::BFloat16, or int8_t with a factor for each vector.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -44,6 +46,18 @@ inline Vec exp_of_negative(Vec x) {
   return series * scale;
 }
 
+// One head's keys and values, (S, D) each, and for int8_t their factors, (S,) each.
+template <typename T>
+struct Cached {
+  const T *keys, *values;
+  const float *key_scale, *value_scale;
+
+  Cached head(int64_t index, int64_t S, int64_t D) const {
+    return {keys + index * S * D, values + index * S * D, key_scale ? key_scale + index * S : nullptr,
+            value_scale ? value_scale + index * S : nullptr};
+  }
+};
+
 // The product of a key and a query, summed up to sixteen lanes.
 inline Vec dot(const at::BFloat16* key, const at::BFloat16* query, int64_t D) {
   Vec total = {};
@@ -53,18 +67,25 @@ inline Vec dot(const at::BFloat16* key, const at::BFloat16* query, int64_t D) {
   return total;
 }
 
+inline Vec dot(const int8_t* key, const float* query, int64_t D) {
+  Vec total = {};
+  for (int64_t d = 0; d < D; d += kLanes) total += load(key + d) * load(query + d);
+  return total;
+}
+
 // Rows of keys or values to ask memory for before they are needed. The hardware does so, too, but stops at page borders.
 constexpr int64_t kRowsAhead = 24;
 
-inline void prefetch(const at::BFloat16* p, int64_t count) {
+template <typename T>
+inline void prefetch(const T* p, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof *p;
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
 }
 
 // out[g] += sum_t score[g][t] v[t] over kChunks * 16 channels of two query heads; all sums stay in registers.
-template <int kChunks>
-void add_values(const float* score, const float* other_score, const at::BFloat16* v, int64_t D, int64_t count,
-                const at::BFloat16* next, float* out, float* other_out) {
+template <int kChunks, typename T>
+void add_values(const float* score, const float* other_score, const T* v, int64_t D, int64_t count, const T* next,
+                float* out, float* other_out) {
   Vec a[kChunks], b[kChunks];
   for (int c = 0; c < kChunks; c++) a[c] = load(out + c * kLanes), b[c] = load(other_out + c * kLanes);
   for (int64_t t = 0; t < count; t++) {
@@ -107,21 +128,28 @@ struct Part {
 };
 
 // Positions begin..end of one key/value head; each key and value is read once for all G query heads.
-Part attend(const at::BFloat16* q, const at::BFloat16* k, const at::BFloat16* v, int64_t G, int64_t D, int64_t begin,
-            int64_t end, float scale) {
+template <typename T>
+Part attend(const at::BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end,
+            float scale) {
+  constexpr bool kIsRounded = std::is_same_v<T, int8_t>;
+  using Query = std::conditional_t<kIsRounded, float, at::BFloat16>;
+  const auto [k, v, k_scale, v_scale] = cached;
+  std::vector<Query> query(q, q + G * D);
   Part part(G, D);
   std::vector<float> score(G * kBlock);
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
     for (int64_t t = 0; t < count; t += kLanes) {
+      Vec factor = fill(scale);
       for (int64_t i = 0; i < kLanes; i++) {
         const int64_t row = t + i + kRowsAhead;
         prefetch(row < count ? k + (start + row) * D : v + (start + row - count) * D, D);
+        if (kIsRounded) factor[i] *= k_scale[start + std::min(t + i, count - 1)];
       }
       for (int64_t g = 0; g < G; g++) {
         Vec dots[kLanes];
-        for (int64_t i = 0; i < kLanes; i++) dots[i] = dot(k + (start + std::min(t + i, count - 1)) * D, q + g * D, D);
-        store(score.data() + g * kBlock + t, sums(dots) * scale);
+        for (int64_t i = 0; i < kLanes; i++) dots[i] = dot(k + (start + std::min(t + i, count - 1)) * D, &query[g * D], D);
+        store(score.data() + g * kBlock + t, sums(dots) * factor);
       }
     }
     for (int64_t g = 0; g < G; g++) {
@@ -137,12 +165,14 @@ Part attend(const at::BFloat16* q, const at::BFloat16* k, const at::BFloat16* v,
       }
       // What the padding added: exp(-87) at most, 1e-38.
       part.total[g] += sum(total);
+      if (kIsRounded)
+        for (int64_t t = 0; t < count; t++) s[t] *= v_scale[start + t];
     }
     for (int64_t g = 0; g < G; g += 2) {
       const int64_t other = std::min(g + 1, G - 1);
       const float *s = score.data() + g * kBlock, *other_s = score.data() + other * kBlock;
       float *out = part.out.data() + g * D, *other_out = part.out.data() + other * D;
-      const at::BFloat16 *value = v + start * D, *next = g == 0 ? k + (start + count) * D : nullptr;
+      const T *value = v + start * D, *next = g == 0 ? k + (start + count) * D : nullptr;
       int64_t d = 0;
       for (; d + 8 * kLanes <= D; d += 8 * kLanes) add_values<8>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
       for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_values<4>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);

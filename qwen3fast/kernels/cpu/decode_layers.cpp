@@ -1,4 +1,5 @@
-// decode_layers(x, cos, sin, position, keys[], values[], norms[], weights[], scales[], eps) -> y
+// decode_layers(x, cos, sin, position, keys[], values[], key_scales[], value_scales[], norms[], weights[], scales[], eps)
+//     -> y
 //
 // All transformer blocks of a decode step, for 1 to 8 rows: norm, query/key/value, rotation, cache, attention, feed
 // forward. Threads start once and meet at barriers, instead of being started for each product; that is what this
@@ -67,7 +68,8 @@ struct Linear {
 struct Layer {
   const Number *input_norm, *q_norm, *k_norm, *post_norm;
   Linear q, k, v, o, gate, up, down;
-  Number *keys, *values;
+  void *keys, *values;              // numbers of the cache's type
+  float *key_scale, *value_scale;   // for a cache of int8_t
 };
 
 struct Sizes {
@@ -140,6 +142,24 @@ void gate_values(Number* gate, const Number* up, int64_t count) {
   }
 }
 
+// Puts one vector into the cache. Source of int8_t's form: round_vectors in kv_cache.py.
+void write_vector(const Number* from, int64_t D, Number* to, float*) { std::copy_n(from, D, to); }
+
+void write_vector(const Number* from, int64_t D, int8_t* to, float* scale) {
+  Vec most = {}, poison = {};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Vec x = load(from + d);
+    most = larger(most, x < 0 ? -x : x);
+    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
+  }
+  const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;
+  *scale = size / 127.f + sum(poison);
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Bytes bytes = __builtin_convertvector(round_to_ints(load(from + d) * to_bytes), Bytes);
+    std::memcpy(to + d, &bytes, sizeof bytes);
+  }
+}
+
 void add_rows(Number* x, const Number* y, int64_t M, int64_t E, Range columns) {
   for (int64_t m = 0; m < M; m++)
     for (int64_t i = columns.begin; i < columns.end; i += kLanes)
@@ -158,6 +178,7 @@ struct Shared {
   Barrier barrier;
 };
 
+template <typename T>  // of the cache
 void run(const std::vector<Layer>& layers, Shared& s, int thread, int threads) {
   const auto& [M, E, H, K, D, I, S, eps] = s.size;
   const int64_t G = H / K, width = (H + 2 * K) * D;
@@ -167,6 +188,8 @@ void run(const std::vector<Layer>& layers, Shared& s, int thread, int threads) {
   const Range tasks = share(M * K * s.splits, thread, threads);
   Input input(M, std::max({E, H * D, I}));
   for (const Layer& layer : layers) {
+    T *keys = static_cast<T*>(layer.keys), *values = static_cast<T*>(layer.values);
+    const Cached<T> cached{keys, values, layer.key_scale, layer.value_scale};
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
     input.round(input.rows.data(), M, E, layer.q.bits);
     int64_t first = 0;
@@ -187,15 +210,16 @@ void run(const std::vector<Layer>& layers, Shared& s, int thread, int threads) {
         rms_norm(vector, g < G ? layer.q_norm : layer.k_norm, D, eps, vector);
         rotate(vector, s.cos + at * D, s.sin + at * D, D);
       }
-      const int64_t place = ((m * K + head) * S + at) * D;
-      std::copy_n(k, D, layer.keys + place);
-      std::copy_n(&s.qkv[m * width + (H + K + head) * D], D, layer.values + place);
+      const int64_t place = (m * K + head) * S + at;
+      write_vector(k, D, keys + place * D, layer.key_scale + (layer.key_scale ? place : 0));
+      write_vector(&s.qkv[m * width + (H + K + head) * D], D, values + place * D,
+                   layer.value_scale + (layer.value_scale ? place : 0));
     }
     if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
     for (int64_t i = tasks.begin; i < tasks.end; i++) {
       const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = s.position[m] + 1;
-      s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], layer.keys + head * S * D, layer.values + head * S * D, G,
-                          D, length * split / s.splits, length * (split + 1) / s.splits, scale);
+      s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
+                          length * (split + 1) / s.splits, scale);
     }
     if (s.splits > 1) s.barrier.wait();
     for (int64_t head = heads.begin; head < heads.end; head++) {
@@ -258,11 +282,13 @@ void check_sizes(const Layer& layer, int64_t E, int64_t H, int64_t K, int64_t D,
 }
 
 // x: (B, 1, E) bfloat16, B from 1 to 8; cos, sin: (positions, D) float32; position: (B, 1) int64; keys, values: a cache
-// (R, K, S, D) bfloat16 a layer, written at `position`; norms: 4 a layer (input, query, key, post-attention); weights: 7
+// (R, K, S, D) a layer, bfloat16 or int8, written at `position`; key_scales, value_scales: (R, K, S) float32 a layer for
+// int8, otherwise none; norms: 4 a layer (input, query, key, post-attention); weights: 7
 // a layer (query, key, value, output, gate, up, down), (N, K) bfloat16 or packed; scales: as many, empty for bfloat16.
 // Returns (B, 1, E).
 at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
-                         at::TensorList keys, at::TensorList values, at::TensorList norms, at::TensorList weights,
+                         at::TensorList keys, at::TensorList values, at::TensorList key_scales,
+                         at::TensorList value_scales, at::TensorList norms, at::TensorList weights,
                          at::TensorList scales, double eps) {
   const size_t L = keys.size();
   TORCH_CHECK(L > 0 && values.size() == L && norms.size() == 4 * L && weights.size() == 7 * L && scales.size() == 7 * L,
@@ -281,15 +307,27 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::T
     TORCH_CHECK(at_position[m] >= 0 && at_position[m] < std::min({S, cos.size(0), sin.size(0)}),
                 "decode_layers: position ", at_position[m], " is not in the cache or the tables");
 
+  const bool is_rounded = keys[0].scalar_type() == at::kChar;
+  TORCH_CHECK(is_rounded || keys[0].scalar_type() == at::kBFloat16, "decode_layers: keys and values bfloat16 or int8");
+  TORCH_CHECK(key_scales.size() == (is_rounded ? L : 0) && value_scales.size() == key_scales.size(),
+              "decode_layers: factors of keys and values for int8 only");
   std::vector<Layer> layers;
   for (size_t i = 0; i < L; i++) {
     for (const at::Tensor& cache : {keys[i], values[i]})
-      TORCH_CHECK(cache.scalar_type() == at::kBFloat16 && cache.is_contiguous() && cache.sizes() == keys[0].sizes(),
-                  "decode_layers: keys and values (R, K, S, D) bfloat16, contiguous");
+      TORCH_CHECK(cache.scalar_type() == keys[0].scalar_type() && cache.is_contiguous() && cache.sizes() == keys[0].sizes(),
+                  "decode_layers: keys and values (R, K, S, D), alike, contiguous");
+    float* factors[] = {nullptr, nullptr};
+    for (int j = 0; is_rounded && j < 2; j++) {
+      const at::Tensor& scale = (j ? value_scales : key_scales)[i];
+      TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous() &&
+                      scale.sizes() == keys[0].sizes().slice(0, 3),
+                  "decode_layers: factors (R, K, S) float32, contiguous");
+      factors[j] = scale.mutable_data_ptr<float>();
+    }
     const auto linear = [&](size_t j) { return as_linear(weights[7 * i + j], scales[7 * i + j]); };
     layers.push_back({as_vector(norms[4 * i], E), as_vector(norms[4 * i + 1], D), as_vector(norms[4 * i + 2], D),
                       as_vector(norms[4 * i + 3], E), linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
-                      linear(6), keys[i].mutable_data_ptr<Number>(), values[i].mutable_data_ptr<Number>()});
+                      linear(6), keys[i].mutable_data_ptr(), values[i].mutable_data_ptr(), factors[0], factors[1]});
     check_sizes(layers[i], E, layers[0].q.N / D, K, D, layers[0].gate.N);
   }
 
@@ -306,7 +344,7 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::T
   {
 #pragma omp single
     shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
-    run(layers, shared, omp_get_thread_num(), omp_get_num_threads());
+    (is_rounded ? run<int8_t> : run<Number>)(layers, shared, omp_get_thread_num(), omp_get_num_threads());
   }
   return y;
 }
@@ -316,7 +354,8 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::T
 TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
   library.def(
       "decode_layers(Tensor x, Tensor cos, Tensor sin, Tensor position, Tensor(a!)[] keys, Tensor(b!)[] values, "
-      "Tensor[] norms, Tensor[] weights, Tensor[] scales, float eps) -> Tensor");
+      "Tensor(c!)[] key_scales, Tensor(d!)[] value_scales, Tensor[] norms, Tensor[] weights, Tensor[] scales, float eps) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("decode_layers", &decode_layers); }

@@ -92,6 +92,9 @@ struct Activations {
   std::vector<int32_t> offset;
 };
 
+// The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
+inline Ints round_to_ints(Vec x) { return __builtin_convertvector(x + 12582912.f - 12582912.f, Ints); }
+
 void quantize_row(const at::BFloat16* x, int64_t K, int32_t zero, int8_t* bytes, float* scale, int32_t* offset) {
   for (int64_t g = 0; g < K / kGroup; g++) {
     const Vec low = load(x + g * kGroup), high = load(x + g * kGroup + kLanes);
@@ -105,10 +108,7 @@ void quantize_row(const at::BFloat16* x, int64_t K, int32_t zero, int8_t* bytes,
     }
     const float to_bytes = largest > 0 ? 127.f / largest : 0.f;
     scale[g] = largest / 127.f + poisoned;
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, halves to even.
-    constexpr float kRound = 12582912.f;
-    const Ints a = __builtin_convertvector(low * to_bytes + kRound - kRound, Ints);
-    const Ints b = __builtin_convertvector(high * to_bytes + kRound - kRound, Ints);
+    const Ints a = round_to_ints(low * to_bytes), b = round_to_ints(high * to_bytes);
     int32_t sum = 0;
     for (int64_t i = 0; i < kLanes; i++) {
       bytes[g * kGroup + i] = static_cast<int8_t>(a[i]);

@@ -18,6 +18,7 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <typename V, typename T>
 inline V load_as(const T* p) {
@@ -34,13 +35,18 @@ inline Vec load(const at::BFloat16* p) {
   return load_as<Vec>(&bits);
 }
 
+inline Vec load(const int8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Vec); }
+
 inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
 
-// Rounded to the nearest bfloat16, halves to even. Not for NaN.
+// The bits of the nearest bfloat16 numbers, halves to even, in the lower half of each lane. Not for NaN.
+inline Bits as_bfloat16(Vec vec) {
+  const Bits bits = load_as<Bits>(&vec);
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
 inline void store(at::BFloat16* p, Vec vec) {
-  Bits bits = load_as<Bits>(&vec);
-  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const Half half = __builtin_convertvector(bits, Half);
+  const Half half = __builtin_convertvector(as_bfloat16(vec), Half);
   std::memcpy(p, &half, sizeof half);
 }
 
