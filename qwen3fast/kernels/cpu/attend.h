@@ -140,20 +140,20 @@ Part attend(const at::BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
     for (int64_t t = 0; t < count; t += kLanes) {
-      Vec factor = fill(scale);
       for (int64_t i = 0; i < kLanes; i++) {
         const int64_t row = t + i + kRowsAhead;
         prefetch(row < count ? k + (start + row) * D : v + (start + row - count) * D, D);
-        if (kIsRounded) factor[i] *= k_scale[start + std::min(t + i, count - 1)];
       }
       for (int64_t g = 0; g < G; g++) {
         Vec dots[kLanes];
         for (int64_t i = 0; i < kLanes; i++) dots[i] = dot(k + (start + std::min(t + i, count - 1)) * D, &query[g * D], D);
-        store(score.data() + g * kBlock + t, sums(dots) * factor);
+        store(score.data() + g * kBlock + t, sums(dots) * scale);
       }
     }
     for (int64_t g = 0; g < G; g++) {
       float* s = score.data() + g * kBlock;
+      if (kIsRounded)
+        for (int64_t t = 0; t < count; t++) s[t] *= k_scale[start + t];
       for (int64_t t = count; t % kLanes; t++) s[t] = -1e30f;
       Vec most = load(s), total = {};
       for (int64_t t = kLanes; t < count; t += kLanes) most = larger(most, load(s + t));

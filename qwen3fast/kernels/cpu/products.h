@@ -13,31 +13,29 @@ namespace {
 
 // -------------------------------------------------------------------------------------------------------- bfloat16
 
-// Rows n0..n1 of the weight, kRows at a time (each has its own accumulators, so that additions overlap).
-template <int M, int kRows>
+constexpr int64_t kAhead = 4096;  // bytes to ask memory for in advance; the hardware prefetcher stops at page borders
+
+// Rows n0..n1 of the weight, one after another: each thread reads memory in one stream, which some processors need for
+// their full speed. Two sums for each result, so that additions overlap.
+template <int M>
 void matvec_rows(const at::BFloat16* x, const at::BFloat16* weight, at::BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
-  for (int64_t n = n0; n < n1; n += kRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kRows, n1 - n));
-    const at::BFloat16* w[kRows];
-    for (int r = 0; r < kRows; r++) w[r] = weight + (n + std::min(r, rows - 1)) * K;
-    Vec total[kRows][M] = {};
+  for (int64_t n = n0; n < n1; n++) {
+    const at::BFloat16* w = weight + n * K;
+    Vec total[M][2] = {};
     int64_t k = 0;
-    for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
-      Bits xs[M];
-      for (int m = 0; m < M; m++) xs[m] = load_as<Bits>(x + m * K + k);
-      for (int r = 0; r < kRows; r++) {
-        // The hardware prefetcher stops at page borders; asking for the rows after these keeps memory busy.
-        __builtin_prefetch(w[r] + k + kRows * K);
-        const Bits ws = load_as<Bits>(w[r] + k);
-        for (int m = 0; m < M; m++) total[r][m] = dot2(total[r][m], ws, xs[m]);
+    for (; k + 4 * kLanes <= K; k += 4 * kLanes) {
+      for (int half = 0; half < 2; half++) {
+        const int64_t i = k + half * 2 * kLanes;
+        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
+        const Bits ws = load_as<Bits>(w + i);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) total[m][half] = dot2(total[m][half], ws, load_as<Bits>(x + m * K + i));
       }
     }
     for (; k < K; k += kLanes)
-      for (int r = 0; r < kRows; r++)
-        for (int m = 0; m < M; m++) total[r][m] += load(w[r] + k) * load(x + m * K + k);
-    for (int r = 0; r < rows; r++)
-      for (int m = 0; m < M; m++) y[m * N + n + r] = static_cast<at::BFloat16>(sum(total[r][m]));
+      for (int m = 0; m < M; m++) total[m][0] += load(w + k) * load(x + m * K + k);
+    for (int m = 0; m < M; m++) y[m * N + n] = static_cast<at::BFloat16>(sum(total[m][0] + total[m][1]));
   }
 }
 
@@ -45,14 +43,14 @@ void matvec_rows(const at::BFloat16* x, const at::BFloat16* weight, at::BFloat16
 inline void matvec_rows(const at::BFloat16* x, int64_t M, const at::BFloat16* weight, at::BFloat16* y, int64_t n0,
                         int64_t n1, int64_t N, int64_t K) {
   switch (M) {
-    case 1: return matvec_rows<1, 8>(x, weight, y, n0, n1, N, K);
-    case 2: return matvec_rows<2, 6>(x, weight, y, n0, n1, N, K);
-    case 3: return matvec_rows<3, 4>(x, weight, y, n0, n1, N, K);
-    case 4: return matvec_rows<4, 4>(x, weight, y, n0, n1, N, K);
-    case 5: return matvec_rows<5, 3>(x, weight, y, n0, n1, N, K);
-    case 6: return matvec_rows<6, 3>(x, weight, y, n0, n1, N, K);
-    case 7: return matvec_rows<7, 2>(x, weight, y, n0, n1, N, K);
-    case 8: return matvec_rows<8, 2>(x, weight, y, n0, n1, N, K);
+    case 1: return matvec_rows<1>(x, weight, y, n0, n1, N, K);
+    case 2: return matvec_rows<2>(x, weight, y, n0, n1, N, K);
+    case 3: return matvec_rows<3>(x, weight, y, n0, n1, N, K);
+    case 4: return matvec_rows<4>(x, weight, y, n0, n1, N, K);
+    case 5: return matvec_rows<5>(x, weight, y, n0, n1, N, K);
+    case 6: return matvec_rows<6>(x, weight, y, n0, n1, N, K);
+    case 7: return matvec_rows<7>(x, weight, y, n0, n1, N, K);
+    case 8: return matvec_rows<8>(x, weight, y, n0, n1, N, K);
   }
 }
 
@@ -130,7 +128,6 @@ struct Weight {
 template <int kBits, int kM, int kBlocks>
 void tile(const Activations& x, int64_t m0, const Weight& weight, int64_t block, int64_t width, int64_t K) {
   constexpr int64_t kGroupBytes = kGroup * kLanes * kBits / 8;
-  constexpr int64_t kAhead = 4096;  // bytes; the hardware prefetcher stops at page borders
   const int64_t G = K / kGroup;
   const int8_t* bytes = x.bytes.data() + m0 * K;
   const float* x_scale = x.scale.data() + m0 * G;

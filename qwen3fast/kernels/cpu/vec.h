@@ -35,7 +35,21 @@ inline Vec load(const at::BFloat16* p) {
   return load_as<Vec>(&bits);
 }
 
-inline Vec load(const int8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Vec); }
+// With intrinsics, since GCC 12 makes __builtin_convertvector convert each byte by itself.
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  for (int i = 0; i < 2; i++)
+    halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i))));
+  return load_as<Vec>(halves);
+#else
+  float numbers[kLanes];
+  for (int64_t i = 0; i < kLanes; i++) numbers[i] = p[i];
+  return load_as<Vec>(numbers);
+#endif
+}
 
 inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
 
