@@ -5,7 +5,8 @@
 A round is one reply of every case (context, batch size, format), the formats in turns, the read bandwidth measured
 before each; rounds repeat. A machine that others slow down for a while then slows down all cases alike. The limit of a
 case is bandwidth / bytes that one step must read: the weights (a tied output projection counts, an embedding that is
-only looked up does not) and the keys and values of the positions in use. First of all each format's tokens are held
+only looked up does not) and the keys and values of the positions in use. A format is that of the weights; with "-kv8"
+keys and values are int8, otherwise bfloat16. First of all each format's tokens are held
 against the logits of the same rounded model, computed plainly without a cache. Writes JSON and a PNG; exit status 1 if
 a format's tokens are wrong.
 """
@@ -32,8 +33,8 @@ from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.plot import FAINT, INK
 from qwen3fast.bench.record import write_json
 
-FORMATS = ("bf16", "int8", "int4")
-COLORS = {"bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f"}
+FORMATS = ("bf16", "int8", "int4", "int8-kv8", "int4-kv8")
+COLORS = {"bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f", "int8-kv8": "#e8956d", "int4-kv8": "#97b86a"}
 MODE = "cached-compiled"
 
 
@@ -51,11 +52,9 @@ def gemm_rate(repetitions: int = 5) -> float:
 
 def bytes_per_step(bench: Workbench, context: float, batch_size: int) -> int:
     """What one decode step must read: weights once, keys and values of each row."""
-    model = bench.model
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.config.tie_word_embeddings:
-        weights -= sum(p.numel() * p.element_size() for p in model.model.embed_tokens.parameters())
-    return weights + int(model.config.kv_bytes_per_token(bench.dtype) * context * batch_size)
+    config = bench.model.config
+    kv_cache = config.kv_bytes_per_token(bench.cache_dtype) * context * batch_size
+    return bench.model.num_bytes(per_token=True) + int(kv_cache)
 
 
 def measure(args: argparse.Namespace, benches: dict[str, Workbench]) -> list[dict[str, Any]]:
@@ -177,10 +176,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     longest = max(args.contexts) + args.new_tokens + 1
-    benches = {}
+    benches, models = {}, {}
     for name in formats:
-        model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
-        benches[name] = Workbench(model, (MODE,), longest, max(args.batch_sizes))
+        weights, _, cache = name.partition("-")
+        if weights not in models:
+            quantization = None if weights == "bf16" else weights
+            models[weights] = load_model(args.model, "cpu", quantization=quantization, progress=True)
+        kv_cache_dtype = "int8" if cache else "auto"
+        benches[name] = Workbench(models[weights], (MODE,), longest, max(args.batch_sizes), kv_cache_dtype)
     prompts = make_prompts(next(iter(benches.values())).model.config.vocab_size, 40, 1, seed=1)
     checks = {name: bench.check(bench.run(MODE, prompts, 12), prompts) for name, bench in benches.items()}
     for name, check in checks.items():

@@ -134,7 +134,8 @@ class StaticKVCache:
 
     def layers(self, row_B: Tensor | None = None) -> list[CacheLayer]:
         """Each layer's keys and values, for a batch of the given rows (see `CacheLayer`)."""
-        scales = [self.key_scales or [None] * len(self.keys), self.value_scales or [None] * len(self.keys)]
+        none: list[Tensor | None] = [None] * len(self.keys)
+        scales = (self.key_scales or none, self.value_scales or none)
         return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
 
     def bucket(self, used: int) -> int:

@@ -107,6 +107,21 @@ def test_greedy_tokens_are_the_same_in_every_mode(model, eager, compiled):
     assert [r.token_ids for r in compiled.generate(prompts, params)] == reference
 
 
+def test_int8_cache_gives_the_same_tokens_in_every_mode(model, eager):
+    prompts = random_prompts(model, [1, 40, 200, 130], seed=1)
+    params = SamplingParams(temperature=1.0, seed=0, max_tokens=40)
+    plain = [eager.generate(p, params) for p in prompts]
+    sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": 3, "kv_cache_dtype": "int8"}
+    results = []
+    for compile in (False, True):
+        with Generator(model, compile=compile, **sizes) as generator:
+            results.append([generator.generate(p, params).token_ids for p in prompts])
+            results.append([r.token_ids for r in generator.generate(prompts, params)])
+            assert generator.stats.kv_cache_bytes < eager.stats.kv_cache_bytes / 2
+    assert all(result == results[0] for result in results)
+    assert results[0] != [r.token_ids for r in plain]  # rounding can be seen
+
+
 def test_seeded_samples_are_the_same_in_every_mode(model, eager, compiled):
     prompts = random_prompts(model, [3, 50, 140, 20], seed=2)
     params = [SamplingParams(1.0, 20, 0.9, seed=i, max_tokens=25) for i in range(4)]

@@ -3,7 +3,9 @@
     python tools/quantization_report.py --output benchmarks/results/quantization-tiny.json
 
 Errors are relative: |rounded - exact| / |exact| over all elements. "weight" compares weights; "output" compares a
-layer's results on real inputs, activations rounded as the layer rounds them, too. Perplexity and accuracy need a model
+layer's results on real inputs, activations rounded as the layer rounds them, too. A format's name that ends in "-kv8"
+has keys and values in 8 bits; "kv_cache" then compares, block by block, keys, values and what attention makes of them.
+Perplexity and accuracy need a model
 that knows something: the tasks are those that tiny was trained on (tools/tiny_tasks.py), answered greedily by the
 Generator. Other models get the table of layers only.
 """
@@ -28,7 +30,8 @@ from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.source import TINY_FOLDER
-from qwen3fast.model import Qwen3
+from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
+from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.linear import QuantizedLinear
 
@@ -66,15 +69,56 @@ def layer_errors(exact: Qwen3, rounded: Qwen3, tokens: torch.Tensor) -> list[dic
     return errors
 
 
+def run_cached(model: Qwen3, ids: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
+    """Logits of all positions, (1, T, V), with keys and values read from a cache: `Qwen3.forward` with rounding."""
+    length, cpu = ids.shape[1], torch.device("cpu")
+    dtype = parse_cache_dtype(kv_cache_dtype, model.model.norm.weight.dtype)
+    cache = StaticKVCache(model.config, 1, length, dtype, cpu)
+    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu)
+    position_1T = torch.arange(length)[None]
+    mask_1TL = torch.arange(length) <= position_1T[..., None]
+    x_1TE = model.embed(ids)
+    for block, layer in zip(model.model.layers, cache.layers(), strict=True):
+        x_1TE = block(x_1TE, cos_TD[None], sin_TD[None], position_1T, mask_1TL, layer)
+    return model.logits(x_1TE)
+
+
 @torch.no_grad()
-def perplexity(model: Qwen3, count: int) -> float:
+def cache_errors(model: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
+    """For each block the error of int8 keys and values, and of attention's output on them, from exact inputs."""
+    length, cpu = tokens.shape[1], torch.device("cpu")
+    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu)
+    position_1T = torch.arange(length)[None]
+    mask_1TL = torch.arange(length) <= position_1T[..., None]
+    arguments = (cos_TD[None], sin_TD[None], position_1T, mask_1TL)
+    dtype = model.model.norm.weight.dtype
+    caches = [StaticKVCache(model.config, 1, length, stored, cpu) for stored in (dtype, torch.int8)]
+    x_1TE, errors = model.embed(tokens), []
+    for block, exact, rounded in zip(model.model.layers, *(cache.layers() for cache in caches), strict=True):
+        normed = block.input_layernorm(x_1TE)
+        expected, actual = (block.self_attn(normed, *arguments, layer) for layer in (exact, rounded))
+        (k, v), (rounded_k, rounded_v) = (layer.read(1, length, torch.float32) for layer in (exact, rounded))
+        errors.append(
+            {
+                "layer": f"layers.{len(errors)}",
+                "keys": relative_error(rounded_k, k),
+                "values": relative_error(rounded_v, v),
+                "output": relative_error(actual, expected),
+            }
+        )
+        x_1TE = block(x_1TE, *arguments, exact)
+    return errors
+
+
+@torch.no_grad()
+def perplexity(model: Qwen3, count: int, kv_cache_dtype: str) -> float:
     """exp of the mean cross-entropy of the answers' tokens, over `count` examples of each task."""
     rng, tokenizer = random.Random(2), Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
     total, tokens = 0.0, 0
     for make in TASKS.values():
         for _ in range(count):
             ids, labels = pad([encode(tokenizer, make(rng), thinking=False)])
-            logits = model(ids)[0, :-1].float()
+            logits = run_cached(model, ids, kv_cache_dtype)[0, :-1].float()
             chosen = labels[0, 1:] >= 0
             total += float(F.cross_entropy(logits[chosen], labels[0, 1:][chosen], reduction="sum"))
             tokens += int(chosen.sum())
@@ -103,12 +147,15 @@ def as_text(record: dict[str, Any]) -> str:
     """Medians over the layers, the worst layer, and what the model still knows."""
     lines = []
     for name, result in record["formats"].items():
-        parts = [f"{name:5} {result['weight_bytes'] / 1e6:8.2f} MB"]
+        parts = [f"{name:8} {result['weight_bytes'] / 1e6:8.2f} MB"]
         if errors := result["layers"]:
             worst = max(errors, key=lambda e: e["output"])
             parts.append(f"weight error {median(e['weight'] for e in errors):.2%}")
             parts.append(f"output error {median(e['output'] for e in errors):.2%}")
             parts.append(f"worst {worst['output']:.2%} ({worst['layer']})")
+        if errors := result["kv_cache"]:
+            keys, values, output = (median(e[key] for e in errors) for key in ("keys", "values", "output"))
+            parts.append(f"cache: keys {keys:.2%}, values {values:.2%}, attention {output:.2%}")
         if "perplexity" in result:
             parts.append(f"perplexity {result['perplexity']:.4f}")
             parts += [f"{task} {share:.1%}" for task, share in result["accuracy"].items()]
@@ -126,17 +173,20 @@ def main() -> None:
     exact = load_model(args.model, "cpu")
     tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     formats: dict[str, Any] = {}
-    for name in tqdm(["bf16", *FORMATS], desc="formats"):
-        quantization = None if name == "bf16" else name
+    for weights in tqdm(["bf16", *FORMATS], desc="formats"):
+        quantization = None if weights == "bf16" else weights
         model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        formats[name] = result = {"weight_bytes": size, "layers": []}
-        if quantization is not None:
-            result["layers"] = layer_errors(exact, model, tokens)
-        if args.model == "tiny":
-            with Generator.from_pretrained("tiny", quantization=quantization, max_batch_size=8) as generator:
-                result |= {"perplexity": perplexity(model, args.examples // 10)}
-                result |= {"accuracy": accuracy(generator, args.examples)}
+        layers = layer_errors(exact, model, tokens) if quantization is not None else []
+        for name, cache_dtype in ((weights, "auto"), (f"{weights}-kv8", "int8")):
+            formats[name] = result = {"weight_bytes": model.num_bytes(), "layers": layers, "kv_cache": []}
+            if cache_dtype == "int8":
+                result |= {"layers": [], "kv_cache": cache_errors(model, tokens)}
+            if args.model == "tiny":
+                result["perplexity"] = perplexity(model, args.examples // 10, cache_dtype)
+                with Generator.from_pretrained(
+                    "tiny", quantization=quantization, max_batch_size=8, kv_cache_dtype=cache_dtype
+                ) as generator:
+                    result["accuracy"] = accuracy(generator, args.examples)
     record = {
         "run": describe_run("python tools/quantization_report.py"),
         "environment": describe_environment(torch.device("cpu")),

@@ -10,11 +10,17 @@ import torch
 from peers.protocol import Variant, run_adapter
 from qwen3fast import Generator, SamplingParams, load_model
 
-_ROUNDED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32", "kv_cache": "bf16"}
+_ROUNDED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32"}
+_INT8 = {"weights": "int8, a scale a row (8.03 bits a weight), all matrices", **_ROUNDED}
+_INT4 = {"weights": "int4, a scale for 32 weights (4.5 bits a weight), all matrices", **_ROUNDED}
+_PLAIN, _INT8_CACHE = {"kv_cache": "bf16"}, {"kv_cache": "int8, a scale for each key and value vector"}
+INT8_CACHE = "-kv8"  # ends the name of a variant with such a cache
 VARIANTS = (
-    Variant("bf16", "bf16", {"weights": "bf16", "activations": "bf16, sums in fp32", "kv_cache": "bf16"}),
-    Variant("int8", "int8", {"weights": "int8, a scale a row (8.03 bits a weight), all matrices", **_ROUNDED}),
-    Variant("int4", "int4", {"weights": "int4, a scale for 32 weights (4.5 bits a weight), all matrices", **_ROUNDED}),
+    Variant("bf16", "bf16", {"weights": "bf16", "activations": "bf16, sums in fp32", **_PLAIN}),
+    Variant("int8", "int8", {**_INT8, **_PLAIN}),
+    Variant("int8", "int8" + INT8_CACHE, {**_INT8, **_INT8_CACHE}, weights="int8"),
+    Variant("int4", "int4", {**_INT4, **_PLAIN}),
+    Variant("int4", "int4" + INT8_CACHE, {**_INT4, **_INT8_CACHE}, weights="int4"),
 )
 
 
@@ -22,7 +28,13 @@ class OurEngine:
     """A Generator with compiled steps."""
 
     def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
-        self.generator = Generator(load_model(model, "cpu"), max_seq_len=max_seq_len, compile=True, threads=threads)
+        self.generator = Generator(
+            load_model(model, "cpu"),
+            max_seq_len=max_seq_len,
+            kv_cache_dtype="int8" if variant.endswith(INT8_CACHE) else "auto",
+            compile=True,
+            threads=threads,
+        )
         self.generator.warmup()
         self.facts: dict[str, Any] = {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
 

@@ -49,6 +49,11 @@ class Variant:
     computes: dict[str, str]
     weights: str = ""
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder of its weights."""
+        return self.weights or self.name
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -74,7 +79,7 @@ class Peer:
 
     def model_path(self, variant: Variant) -> Path:
         """Where a variant's converted weights lie."""
-        return CACHE / self.name / (variant.weights or variant.name)
+        return CACHE / self.name / variant.folder
 
     def setup(self) -> None:
         """Make the environment, if it is not there yet (building may take minutes)."""

@@ -122,11 +122,14 @@ def _cpu_info(field: str) -> str | None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
 
 
 def _cpu_model() -> str:
-    return _cpu_info("model name") or platform.processor() or platform.machine()
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
+    family, model = _cpu_info("cpu family"), _cpu_info("model")
+    # Virtual machines may tell no more of the name than its brand.
+    return f"{name}, family {family} model {model}" if family and model else name
 
 
 def _cpu_flags() -> set[str]:
