@@ -29,28 +29,70 @@ README_COLUMNS = (
 )
 
 
+def roofline_table(record: dict) -> str:
+    """Of benchmarks/cpu_roofline.py: speed and share of the memory's speed."""
+    rows = [["format", "context", "batch", "decode tok/s", "GB/s", "of bandwidth", "prefill tok/s", "of GEMM rate"]]
+    for c in record["cases"]:
+        speed, share = f"{c['decode_tok_s']:.1f}", f"{c['share_of_bandwidth']:.0%}"
+        prefill = [f"{c['prefill_tok_s']:.0f}", f"{c['prefill_share_of_gemm']:.0%}"]
+        shape = [c["format"], f"{c['context']:,}", str(c["batch_size"])]
+        rows.append([*shape, speed, f"{c['gb_s']:.1f}", share, *prefill])
+    return as_markdown(rows, left=0)
+
+
+def startup_table(record: dict) -> str:
+    """Of benchmarks/startup.py: seconds since the start of the process."""
+    rows = [["format, compile", "caches", "first token", "full speed"]]
+    for r in record["results"]:
+        full = "not reached" if r["full_speed_s"] is None else f"{r['full_speed_s']:.1f} s"
+        rows.append([f"{r['format']}, {r['compile']}", r["caches"], f"{r['first_token_s']:.1f} s", full])
+    return as_markdown(rows, left=0)
+
+
+def peers_table(record: dict) -> str:
+    """Of benchmarks/compare_peers.py: tokens/s, decoding at each context and prefill."""
+    columns = sorted({(c["steps"] == 0, c["length"]) for c in record["cases"]})
+    speeds = {
+        (c["format"], c["engine"], c["steps"] == 0, c["length"]): c[
+            "prefill_tok_s" if c["steps"] == 0 else "decode_tok_s"
+        ]
+        for c in record["cases"]
+    }
+    heads = [f"{'prefill of' if is_prefill else 'decode at'} {length:,}" for is_prefill, length in columns]
+    rows = [["format, engine", *heads]]
+    for format, engine in dict.fromkeys((c["format"], c["engine"]) for c in record["cases"]):
+        cells = (f"{speeds[(format, engine, *column)]:.1f}" for column in columns)
+        rows.append([f"{format}, {engine}", *cells])
+    return as_markdown(rows, left=0)
+
+
+def transformers_table(record: dict) -> str:
+    """Of benchmarks/compare_transformers.py: tokens/s of each way, and ours over theirs."""
+    names = list(record["results"][0]["decode_tok_s"])
+    rows = [["context", *names, "compiled / transformers"]]
+    for result in record["results"]:
+        speeds = [f"{result['decode_tok_s'][name]:.1f} tok/s" for name in names]
+        rows.append([f"{result['length']:,}", *speeds, f"{result['compiled_over_transformers']:.2f}x"])
+    return as_markdown(rows, left=-1)
+
+
+def bench_table(record: dict) -> str:
+    """Of `python -m qwen3fast.bench`."""
+    rows = table_rows(record)
+    keep = [rows[0].index(name) for name in README_COLUMNS]
+    return as_markdown([[row[i] for i in keep] for row in rows], left=1)
+
+
+TABLES = {"cpu_roofline": roofline_table, "startup": startup_table, "compare_peers": peers_table}
+
+
 def render(record: dict) -> str:
-    """The table of a record: of `python -m qwen3fast.bench` or of a program in benchmarks/."""
-    if record.get("suite") == "cpu_roofline":
-        rows = [["format", "context", "batch", "decode tok/s", "GB/s", "of bandwidth", "prefill tok/s"]]
-        for c in record["cases"]:
-            speed, share = f"{c['decode_tok_s']:.1f}", f"{c['share_of_bandwidth']:.0%}"
-            shape = [c["format"], f"{c['context']:,}", str(c["batch_size"])]
-            rows.append([*shape, speed, f"{c['gb_s']:.1f}", share, f"{c['prefill_tok_s']:.0f}"])
-        text, memory = as_markdown(rows, left=0), record["bandwidth_gb_s"]
-    elif "cases" in record:
-        rows = table_rows(record)
-        keep = [rows[0].index(name) for name in README_COLUMNS]
-        text = as_markdown([[row[i] for i in keep] for row in rows], left=1)
-        memory = record["read_bandwidth"]["median_gb_s"]
-    else:
-        names = list(record["results"][0]["decode_tok_s"])
-        rows = [["context", *names, "compiled / transformers"]]
-        for result in record["results"]:
-            speeds = [f"{result['decode_tok_s'][name]:.1f} tok/s" for name in names]
-            rows.append([f"{result['length']:,}", *speeds, f"{result['compiled_over_transformers']:.2f}x"])
-        text = as_markdown(rows, left=-1)
-        memory = record["read_bandwidth_gb_s"]
+    """The table of a record, and where and when it was measured."""
+    other = bench_table if "cases" in record else transformers_table
+    text = TABLES.get(record.get("suite", ""), other)(record)
+    memory = (
+        record.get("bandwidth_gb_s") or record.get("read_bandwidth_gb_s") or record["read_bandwidth"]["median_gb_s"]
+    )
     where = record["environment"]
     cpu = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
     versions = f"torch {where['torch']}" + (
