@@ -1,0 +1,135 @@
+"""The decode step keeps the rules of CUDA-graph capture; the checker finds a planted fault of each kind."""
+
+import re
+
+import pytest
+import torch
+from conftest import randomised, small_config
+from cuda_static.capture_rules import capture_faults
+
+from qwen3fast.engine import Engine
+from qwen3fast.engine.decode import decode_step
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.sampling import SamplerKind
+
+CPU = torch.device("cpu")
+RESULTS = {"state.output_R", "state.input_R", "state.position_R", "state.step_R", "keys.0", "values.1"}
+
+
+def make_engine(rows=4, cache_dtype=torch.float32, **changes):
+    """An uncompiled engine with two rows in use."""
+    model = randomised(small_config(max_position_embeddings=1024, **changes))
+    engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
+    for row in range(min(rows, 2)):
+        engine.prefill(row, [5, 7, 11 + row])
+        engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
+    return engine
+
+
+def buffers_of(engine):
+    """All that a step may read or write: parameters, cache, rotary tables, state."""
+    cache = engine.cache
+    lists = {"keys": cache.keys, "values": cache.values, "key_scales": cache.key_scales}
+    lists["value_scales"] = cache.value_scales
+    return {
+        **dict(engine.model.named_parameters()),
+        **{f"{name}.{i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)},
+        **{f"state.{name}": tensor for name, tensor in vars(engine.state).items()},
+        "cos": engine.cos_SD,
+        "sin": engine.sin_SD,
+    }
+
+
+def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY):
+    decode_step(
+        engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state, rows, length, kind
+    )
+
+
+@pytest.mark.parametrize("kind", SamplerKind)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        {"cache_dtype": torch.int8},
+    ],
+    ids=["tied", "biases, untied", "one query a key", "int8 cache"],
+)
+def test_decode_step_can_be_captured(kind, rows, changes):
+    engine = make_engine(**changes)
+    assert capture_faults(lambda: run_step(engine, rows, 128, kind), lambda: buffers_of(engine), RESULTS) == []
+
+
+def test_replayed_positions_advance_on_the_device():
+    """What a graph cannot learn from the host: after three steps the rows in use stand three tokens further on."""
+    engine = make_engine()
+    for _ in range(3):
+        run_step(engine, rows=4)
+    assert engine.state.position_R.tolist() == [6, 6, 0, 0]
+
+
+def grow(engine):
+    engine.grown = torch.zeros(getattr(engine, "grown", torch.zeros(1)).shape[0] + 1)
+
+
+def move(engine):
+    object.__setattr__(engine.state, "temperature_R", engine.state.temperature_R.clone())
+
+
+def count(engine):
+    engine.counter = getattr(engine, "counter", 0) + 1
+    engine.state.step_R.add_(engine.counter)
+
+
+def use_the_outside(engine):
+    engine.outside = getattr(engine, "outside", None)
+    if engine.outside is None:
+        engine.outside = torch.ones(4, dtype=torch.int64)
+    engine.state.step_R.add_(engine.outside)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda e: e.state.output_R[0].item(), "_local_scalar_dense.default makes the host wait"),
+        (lambda e: e.state.output_R.tolist(), "tolist copies to the host"),
+        (lambda e: e.state.output_R.cpu(), "cpu copies to the host"),
+        (lambda e: e.state.output_R.to("cpu", torch.float32).sum(), "to copies to the host"),
+        (lambda e: e.state.step_R.add_(torch.ones(4, dtype=torch.int64)), "ones without device="),
+        (lambda e: e.state.output_R.nonzero().sum().zero_(), "nonzero.default makes the host wait"),
+        (lambda e: e.state.output_R[e.state.output_R > 0].zero_(), "with a boolean mask"),
+        (
+            lambda e: e.state.output_R.masked_select(e.state.output_R > 0).zero_(),
+            "masked_select.default makes",
+        ),
+        (lambda e: e.state.step_R.add_(torch.tensor([1, 0, 0, 0])), "a tensor made of host data"),
+        (lambda e: e.state.output_R.resize_(4), "resize_.default moves a buffer"),
+        (lambda e: e.state.output_R.clone(), r"a returned tensor \(4,\) is not in a static buffer"),
+        (grow, r"becomes .* in the next step"),
+        (move, "state.temperature_R has moved"),
+        (count, r"add_.Tensor.* becomes .* in the next step"),
+        (use_the_outside, r"add_.Tensor reads a tensor \(4,\) that is no static buffer"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) and value.__name__ != "<lambda>" else "",
+)
+def test_planted_faults_are_found(fault, message):
+    engine = make_engine()
+
+    def step():
+        run_step(engine)
+        return fault(engine)
+
+    faults = capture_faults(step, lambda: buffers_of(engine), RESULTS)
+    assert any(re.search(message, fault) for fault in faults), faults
+
+
+def test_a_result_that_is_not_written_is_found():
+    engine = make_engine()
+
+    def step():
+        engine.model(engine.state.input_R[:2, None])
+
+    assert "state.output_R is not written" in capture_faults(step, lambda: buffers_of(engine), RESULTS)
