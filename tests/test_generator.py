@@ -201,15 +201,15 @@ def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
 
 def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
     calls = []
-    decode = generator._engine.decode
+    launch = generator._engine.launch
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decode(*args)
+        return launch(*args)
 
-    monkeypatch.setattr(generator._engine, "decode", interrupted)
+    monkeypatch.setattr(generator._engine, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generator.generate(["a", "b", "c"], GREEDY)
     assert (generator.stats.slots_in_use, generator.stats.waiting) == (0, 0)

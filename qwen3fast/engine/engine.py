@@ -15,17 +15,22 @@ from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import DecodeState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import prefill
+from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.sampling import SamplerKind, SamplerRows
 
 MIN_UNCACHED_TOKENS = 16
+# Steps that are launched before the tokens of the one before them are looked at, on CUDA. Enough that launching hides
+# behind the device's work; what is computed after a stop token, so many steps at most, is thrown away.
+LOOKAHEAD = 4
 
 
 class Engine:
     """Everything that a forward pass needs, with fixed addresses.
 
     compile=False runs the same code eagerly; cuda_graphs=False launches each kernel of a step from the host.
+    lookahead: steps in flight beside the one waited for, see `launch`; by default LOOKAHEAD on CUDA, otherwise 0.
     """
 
     def __init__(
@@ -35,12 +40,15 @@ class Engine:
         device: torch.device,
         compile: CompileMode = True,
         cuda_graphs: bool = True,
+        lookahead: int | None = None,
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
         self.compiler = StepCompiler(compile, device)
         self.parts = Parts.build(self.compiler, model, cache)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
         self.graphs = GraphCache() if cuda_graphs and device.type == "cuda" else None
+        self.lookahead = lookahead if lookahead is not None else LOOKAHEAD if device.type == "cuda" else 0
+        self.ring = TokenRing(cache.max_batch_size, self.lookahead + 1, device)
         config = model.config
         self.cos_SD, self.sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
 
@@ -74,10 +82,11 @@ class Engine:
         self.state.advance_R[row] = self.state.input_R[row] = self.state.temperature_R[row] = 0
 
     @torch.no_grad()
-    def decode(self, num_rows: int, used_length: int, kind: SamplerKind) -> list[int]:
-        """One step for rows 0..num_rows-1 (rounded up to a bucket). Returns the new token of each of these rows.
+    def launch(self, num_rows: int, used_length: int, kind: SamplerKind) -> None:
+        """Start one step for rows 0..num_rows-1 (rounded up to a bucket); `collect` gives its tokens.
 
-        used_length: positions in use after this step by the longest row.
+        used_length: positions in use after this step by the longest row. The step feeds itself, so up to `lookahead`
+        more steps may be started before its tokens are collected.
         """
         bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
 
@@ -90,7 +99,16 @@ class Engine:
             self.graphs.run((bucket_rows, length, kind), step)
         else:
             step()
-        return self.state.output_R[:num_rows].tolist()
+        self.ring.push(self.state.output_R[:num_rows])
+
+    def collect(self) -> list[int]:
+        """The new tokens of the oldest step that was launched, one for each of its rows (and more, of no meaning)."""
+        return self.ring.pop()
+
+    def decode(self, num_rows: int, used_length: int, kind: SamplerKind) -> list[int]:
+        """One step at once: `launch` and `collect`. Returns the new token of each of these rows."""
+        self.launch(num_rows, used_length, kind)
+        return self.collect()[:num_rows]
 
     @torch.no_grad()
     def logits_uncached(self, token_ids: list[int]) -> Tensor:

@@ -34,6 +34,7 @@ class Request:
     finish_reason: str | None = None
     error: Exception | None = None
     row: int | None = None
+    launched: int = 0  # tokens that were started, the first one included; those not collected yet are in flight
     submitted_s: float = field(default_factory=time.perf_counter)
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
@@ -63,12 +64,21 @@ class Request:
 
 
 class Scheduler:
-    """Runs any number of requests through the rows of an engine. Not thread-safe: one caller at a time."""
+    """Runs any number of requests through the rows of an engine. Not thread-safe: one caller at a time.
+
+    Steps may run ahead (`Engine.lookahead`): a request's end by length is known beforehand, its end by a stop token is
+    noticed when the token is collected, and what was launched for it meanwhile is dropped.
+
+    Attributes:
+        dropped_tokens: computed after their request had ended, so far; at most `lookahead` for each request.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.waiting: deque[Request] = deque()
         self.active: dict[int, Request] = {}
+        self._in_flight: deque[dict[int, Request]] = deque()  # rows of each launched step, oldest first
+        self.dropped_tokens = 0
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -87,15 +97,30 @@ class Scheduler:
         if self.waiting and len(self.active) < self.engine.cache.max_batch_size:
             self._admit(self.waiting.popleft())
             return
-        if not self.active:
-            return
-        num_rows = max(self.active) + 1
+        rows = {row: request for row, request in self.active.items() if request.launched < request.max_tokens}
+        if rows:
+            self._launch(rows)
+        if self._in_flight and (not rows or len(self._in_flight) > self.engine.lookahead):
+            self._collect()
+
+    def _launch(self, rows: dict[int, Request]) -> None:
         # Of a row's tokens, all but the newest are in the cache already; this step writes the newest.
-        used = max(len(r.prompt_ids) + len(r.output_ids) for r in self.active.values())
-        kind = kind_for((r.temperature, r.top_k) for r in self.active.values())
-        tokens = self.engine.decode(num_rows, used, kind)
-        for row, request in self.active.items():
-            request.accept(tokens[row])
+        used = max(len(request.prompt_ids) + request.launched for request in rows.values())
+        kind = kind_for((request.temperature, request.top_k) for request in rows.values())
+        self.engine.launch(max(rows) + 1, used, kind)
+        self._in_flight.append(rows)
+        for row, request in rows.items():
+            request.launched += 1
+            if request.launched == request.max_tokens:
+                self.engine.clear_row(row)  # it must not go on while others do
+
+    def _collect(self) -> None:
+        tokens = self.engine.collect()
+        for row, request in self._in_flight.popleft().items():
+            if request.finish_reason is None:
+                request.accept(tokens[row])
+            else:
+                self.dropped_tokens += 1
         self._release_finished()
 
     def _admit(self, request: Request) -> None:
@@ -114,6 +139,7 @@ class Scheduler:
                 request.seed,
             )
             kind = kind_for([(request.temperature, request.top_k)])
+            request.launched = 1
             request.accept(self.engine.sample_first(row, logits_1V, kind))
         except BaseException:
             request.finish("cancelled")
@@ -125,3 +151,7 @@ class Scheduler:
         for row in [row for row, request in self.active.items() if request.finish_reason is not None]:
             del self.active[row]
             self.engine.clear_row(row)
+        if not self.active:  # nobody waits for what is in flight
+            self.dropped_tokens += sum(len(rows) for rows in self._in_flight)
+            self._in_flight.clear()
+            self.engine.ring.clear()

@@ -1,0 +1,63 @@
+"""TokenRing: sampled tokens on their way from the device to the host, which may be some steps behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Event(Protocol):
+    """What `torch.cuda.Event` does: marks a place in the device's work, and waits until it has been reached."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class TokenRing:
+    """Slots for the tokens of steps that were launched and not looked at yet, oldest first.
+
+    On CUDA, a slot is pinned memory, filled by a copy that is queued after its step: the host goes on launching, and
+    waits only when it wants to see a step's tokens, for that step alone. Elsewhere a copy is done when it returns.
+    """
+
+    def __init__(
+        self, rows: int, num_slots: int, device: torch.device, make_event: Callable[[], Event] | None = None
+    ) -> None:
+        """make_event: for tests; `torch.cuda.Event` on CUDA devices, nothing elsewhere."""
+        is_cuda = device.type == "cuda"
+        if make_event is None and is_cuda:
+            make_event = torch.cuda.Event
+        self._slots = torch.zeros(num_slots, rows, dtype=torch.int64, pin_memory=is_cuda)
+        self._events = [make_event() for _ in range(num_slots)] if make_event is not None else None
+        self._oldest = self._count = 0
+
+    def push(self, token_B: Tensor) -> None:
+        """Queue a copy of a step's tokens, (B,) int64 on the device, B up to `rows`."""
+        assert self._count < len(self._slots), "take the oldest tokens first"
+        slot = (self._oldest + self._count) % len(self._slots)
+        self._slots[slot, : len(token_B)].copy_(token_B, non_blocking=True)
+        if self._events is not None:
+            self._events[slot].record()
+        self._count += 1
+
+    def pop(self) -> list[int]:
+        """The oldest step's tokens, once they are there; rows that it did not run hold older numbers."""
+        assert self._count > 0, "no step is under way"
+        if self._events is not None:
+            self._events[self._oldest].synchronize()
+        tokens = self._slots[self._oldest].tolist()
+        self._oldest = (self._oldest + 1) % len(self._slots)
+        self._count -= 1
+        return tokens
+
+    def clear(self) -> None:
+        """Forget all tokens that were not taken, without waiting: a slot is filled anew only after its earlier copy."""
+        self._oldest = (self._oldest + self._count) % len(self._slots)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
