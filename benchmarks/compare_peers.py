@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from peers import llama_cpp, openvino_genai, ours
+from peers import llama_cpp, onnxruntime_genai, openvino_genai, ours
 from peers.checkpoint import SOURCE, write_checkpoint
 from peers.protocol import CACHE, FORMATS, Peer, Variant, Worker
 
@@ -35,7 +35,7 @@ from qwen3fast.bench.measure import check_tokens, make_prompts
 from qwen3fast.bench.record import write_json
 from qwen3fast.threads import use_threads
 
-PEERS = {module.PEER.name: module.PEER for module in (llama_cpp, openvino_genai)}
+PEERS = {module.PEER.name: module.PEER for module in (llama_cpp, openvino_genai, onnxruntime_genai)}
 OURS = "qwen3fast"
 CHECK_PROMPT, CHECK_STEPS = 40, 11
 IDLE_S = 1.0  # how long waiting workers are watched
@@ -66,7 +66,7 @@ def selected(peers: list[str], format: str) -> Iterator[tuple[str, Peer | None, 
     """All engines of a format, ours (without a Peer) first, and what each is called."""
     for variant in ours.VARIANTS:
         if variant.format == format:
-            yield OURS, None, variant
+            yield OURS + (" int8 cache" if variant.name.endswith(ours.INT8_CACHE) else ""), None, variant
     for peer in (PEERS[name] for name in peers):
         for variant in peer.variants:
             if variant.format == format:
@@ -92,7 +92,7 @@ def require_set_up(args: argparse.Namespace) -> None:
         f"{name} {format}"
         for format in args.formats
         for name, peer, variant in selected(args.peers, format)
-        if not (peer.is_ready(variant) if peer else (args.weights / variant.name / "config.json").is_file())
+        if not (peer.is_ready(variant) if peer else (args.weights / variant.folder / "config.json").is_file())
     ]
     if missing:
         command = f"python benchmarks/compare_peers.py --setup --peers {','.join(args.peers)}"
@@ -105,7 +105,7 @@ def start_workers(args: argparse.Namespace, format: str, stack: ExitStack) -> di
     workers = {}
     for name, peer, variant in tqdm(list(selected(args.peers, format)), desc=f"loading {format}", unit="engine"):
         python, module = (peer.python, peer.module) if peer else (Path(sys.executable), "ours")
-        model = peer.model_path(variant) if peer else args.weights / variant.name
+        model = peer.model_path(variant) if peer else args.weights / variant.folder
         worker = Worker(f"{name} {format}", python, module, variant.name, model, args.threads, max_seq_len)
         stack.callback(worker.close)
         for length in {*args.contexts, args.prefill}:
