@@ -35,7 +35,7 @@ def share_weights(model: Qwen3) -> transformers.Qwen3ForCausalLM:
     reference.load_state_dict(model.state_dict(), strict=False, assign=True)
     reference.tie_weights()
     # The rotary frequencies are a buffer that no checkpoint holds: build that module anew, off meta.
-    reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(config).to(model.lm_head.weight.device)
     return reference.eval()
 
 
@@ -43,7 +43,7 @@ def share_weights(model: Qwen3) -> transformers.Qwen3ForCausalLM:
 def run_transformers(reference: transformers.Qwen3ForCausalLM, prompt: list[int], new_tokens: int) -> Sample:
     """Greedy decode with `DynamicCache`, token by token through the model itself (no overhead of `generate`)."""
     cache = transformers.DynamicCache(config=reference.config)
-    ids, times, output = torch.tensor([prompt]), [], []
+    ids, times, output = torch.tensor([prompt], device=reference.device), [], []
     for _ in range(new_tokens):
         started = time.perf_counter()
         logits = reference(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

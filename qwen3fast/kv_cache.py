@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,9 @@ class StaticKVCache:
     0 * NaN is NaN). key_scales, value_scales: for int8, one (R, K, S) tensor a layer, see `CacheLayer`.
     S is max_seq_len rounded up to `granularity`, so that padded prefill chunks always fit, plus one: the positions read
     are then never *all* positions, a special case that would have to be compiled separately.
-    Attention reads the first `bucket(used)` positions only, so cost follows the used length.
+    Attention reads the first `bucket(used)` positions only, so cost follows the used length. `buckets` are all sizes
+    that this can be: multiples of `granularity`; on CUDA fewer (128, 256, 384, 512, 768, 1024, 1536, ...), since each
+    of them gets graphs of its own.
     Source of the fixed-address design: gpt-fast and transformers' StaticCache (CUDA graphs need constant addresses).
     """
 
@@ -108,6 +111,9 @@ class StaticKVCache:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_batch_size, self.max_seq_len, self.granularity = max_batch_size, max_seq_len, granularity
         self.allocated_len = -(-max_seq_len // granularity) * granularity
+        self.buckets = list(range(granularity, self.allocated_len + 1, granularity))
+        if device.type == "cuda":
+            self.buckets = [n for n in self.buckets if n == self.allocated_len or _is_round(n // granularity)]
         shape = (max_batch_size, config.num_key_value_heads, self.allocated_len + 1, config.head_dim)
         self.num_bytes = config.kv_bytes_per_token(dtype) * max_batch_size * (self.allocated_len + 1)
         factors = " + 4 bytes a vector" if dtype == torch.int8 else ""
@@ -139,13 +145,20 @@ class StaticKVCache:
         return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
 
     def bucket(self, used: int) -> int:
-        """Positions to read when `used` are in use: the next multiple of `granularity`.
+        """Positions to read when `used` are in use: the smallest of `buckets` that holds them.
 
         Raises: ValueError if `used` does not fit.
         """
         if not 1 <= used <= self.allocated_len:
             raise ValueError(f"{used} positions do not fit a KV cache of {self.allocated_len}")
-        return -(-used // self.granularity) * self.granularity
+        return self.buckets[bisect_left(self.buckets, used)]
+
+
+def _is_round(number: int) -> bool:
+    """Whether it is a power of two, or three times one."""
+    while number % 2 == 0:
+        number //= 2
+    return number in (1, 3)
 
 
 def free_bytes(device: torch.device) -> int | None:

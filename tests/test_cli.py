@@ -135,14 +135,14 @@ def test_bench_too_long_a_context_exits_2(capsys):
 def test_bench_fails_when_a_mode_gives_wrong_tokens(tmp_path, monkeypatch, capsys):
     import qwen3fast.bench.measure as measure
 
-    real = measure._run_cached
+    real = measure.run_cached
 
     def wrong(engine, prompts, new_tokens):
         sample = real(engine, prompts, new_tokens)
         sample.token_ids[0][0] = (sample.token_ids[0][0] + 7) % 900
         return sample
 
-    monkeypatch.setattr(measure, "_run_cached", wrong)
+    monkeypatch.setattr(measure, "run_cached", wrong)
     options = ["--model", "tiny", "--lengths", "16", "--new-tokens", "2", "--modes", "cached-eager"]
     assert bench_main([*options, "--output", str(tmp_path)]) == 1
     assert "WRONG" in capsys.readouterr().err

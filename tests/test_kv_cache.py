@@ -35,6 +35,16 @@ def test_bucket_covers_the_used_length(used, bucket):
     assert StaticKVCache(CONFIG, 1, 300, torch.float32, CPU).bucket(used) == bucket
 
 
+def test_buckets_on_cuda_are_fewer_and_cover_all(monkeypatch):
+    # Tensors on "meta" stand for those on CUDA, which this machine may not have.
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **rest: zeros(*shape, device="meta", **rest))
+    monkeypatch.setattr(qwen3fast.kv_cache, "free_bytes", lambda device: None)
+    cache = StaticKVCache(CONFIG, 1, 2400, torch.float32, torch.device("cuda"))
+    assert cache.buckets == [128, 256, 384, 512, 768, 1024, 1536, 2048, 2432]
+    assert [cache.bucket(n) for n in (1, 128, 129, 513, 2049, 2432)] == [128, 128, 256, 768, 2432, 2432]
+
+
 @pytest.mark.parametrize("used", [0, 385])
 def test_bucket_refuses_what_does_not_fit(used):
     with pytest.raises(ValueError, match=f"{used} positions do not fit"):

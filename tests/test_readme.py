@@ -16,6 +16,14 @@ def test_readme_tables_are_those_of_the_recorded_results():
     assert update_readme.update(TEXT) == TEXT
 
 
+def test_the_model_of_gpu_time_is_what_its_program_prints(capsys):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu_model
+
+    gpu_model.main()
+    assert (ROOT / "benchmarks" / "gpu_model.md").read_text(encoding="utf-8") == capsys.readouterr().out
+
+
 def test_readme_links_exist():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert links

@@ -74,7 +74,7 @@ class Workbench:
 
     def run(self, mode: str, prompts: list[list[int]], new_tokens: int) -> Sample:
         """Generate `new_tokens` greedily for each prompt and time every token."""
-        return (_run_cached if is_cached(mode) else _run_uncached)(self.engine(mode), prompts, new_tokens)
+        return (run_cached if is_cached(mode) else run_uncached_timed)(self.engine(mode), prompts, new_tokens)
 
     def check(self, sample: Sample, prompts: list[list[int]]) -> TokenCheck:
         """`check_tokens` of a sample."""
@@ -114,7 +114,8 @@ def make_prompts(vocab_size: int, length: int, batch_size: int, seed: int = 0) -
     return torch.randint(vocab_size, (batch_size, length), generator=rng).tolist()
 
 
-def _run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+    """Generate `new_tokens` greedily for each prompt, all rows together, and time every token."""
     scheduler = Scheduler(engine)
     times: list[list[float]] = [[] for _ in prompts]
     requests = [_timed_request(prompt, new_tokens, row_times) for prompt, row_times in zip(prompts, times, strict=True)]
@@ -128,7 +129,8 @@ def _run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sa
     return _sample(started, times[-1], requests)
 
 
-def _run_uncached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
+    """The same without a cache, row by row."""
     times: list[list[float]] = [[] for _ in prompts]
     started = time.perf_counter()
     requests = []

@@ -21,17 +21,16 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     weight anew would take several times longer and measure the same.
     """
     rng = torch.Generator().manual_seed(seed)
-    pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(dtype)
+    pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)
     model = build_on_meta(config)
     for name, parameter in list(model.named_parameters()):
         module_name, _, parameter_name = name.rpartition(".")
-        tensor = torch.empty(parameter.shape, dtype=dtype)
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.dim() == 2:
             _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
             tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)
-        tensor = tensor.to(device)
         model.get_submodule(module_name).register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     return model

@@ -145,17 +145,16 @@ class Engine:
         report: called with the name of each part before it is made.
         """
         self.compiler.close(wait=True)  # "auto" ends here
-        length = self.cache.allocated_len
         report("prefill")
         logits_1V = self.prefill(0, [0])
         for kind in SamplerKind:
             report(f"{kind.value} sampler")
             self.sample_first(0, logits_1V, kind)
         # The smallest cache bucket serves to compile; graphs are recorded for each one, largest first.
-        lengths = {self.cache.bucket(n) for n in range(1, length + 1)} if self.graphs is not None else {1}
+        lengths = self.cache.buckets if self.graphs is not None else [1]
         for num_rows in reversed(self.batch_buckets()):
             report(f"decode step, batch {num_rows}")
-            for used in sorted(lengths, reverse=True):
+            for used in reversed(lengths):
                 for kind in SamplerKind:
                     self.decode(num_rows, used, kind)
         self.clear_all()

@@ -1,0 +1,79 @@
+"""A model of how long a decode step takes on a GPU: bytes that must be read, and kernels that must be started.
+
+    python benchmarks/gpu_model.py > benchmarks/gpu_model.md
+
+Nothing here was measured on a GPU by this project. A step's time is modelled as
+
+    bytes / memory speed  +  kernels x (gap between two kernels of a graph)
+
+Bytes are exact: the weights of a step and the used keys and values. The other three numbers are assumptions, to be
+replaced by what tools/gpu_check.py measures: they stand below, with where they are from.
+"""
+
+from __future__ import annotations
+
+from qwen3fast.config import ModelConfig
+
+SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+CONTEXTS = (128, 1024, 8192)
+BANDWIDTH = 3.0e12  # bytes/s; an H100's measured copy speed (its data sheet says 3.35e12)
+# Kernels of one layer after fusion: norm; query/key/value products (3); QK-norm, rotation and cache (2); attention (2);
+# output product; norm; gate and up products (2); their product; down product. Beside the layers: embedding, norm,
+# output projection, sampler (2), state.
+KERNELS_A_LAYER, KERNELS_BESIDE = 14, 6
+GAP_S = 1.0e-6  # between the end of a kernel and the start of the next one in a graph
+TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}
+
+PUBLISHED = """\
+| what | tokens/s | source |
+| --- | ---: | --- |
+| 0.6B, eager PyTorch, no cache / with a cache, H100 | 51 / 48 | Raschka, reasoning-from-scratch, ch02/03_optimized-LLM |
+| 0.6B, compiled, no cache / with a cache, H100 | 164 / 141 | the same |
+| 0.6B, compiled, static cache, H100 | 177 | the same |
+| 0.6B, transformers / SGLang, H20 (4.0 TB/s), prompt of 1 token | 58.6 / 414 | Qwen3 documentation, speed benchmark |
+| 8B, transformers / SGLang, H20, prompt of 1 token | 45.3 / 81.7 | the same |"""
+
+
+def step_bytes(config: ModelConfig, context: int) -> int:
+    """What one step of one request must read, in bytes."""
+    return config.decode_parameters * config.dtype.itemsize + config.kv_bytes_per_token(config.dtype) * context
+
+
+def kernels(config: ModelConfig) -> int:
+    """Kernels of one step."""
+    return KERNELS_A_LAYER * config.num_hidden_layers + KERNELS_BESIDE
+
+
+def rows() -> list[str]:
+    """A line of the table for each size and context."""
+    lines = []
+    for size in SIZES:
+        config = ModelConfig.named(size)
+        for context in CONTEXTS:
+            size_bytes, count = step_bytes(config, context), kernels(config)
+            read_s, gaps_s = size_bytes / BANDWIDTH, count * GAP_S
+            share = read_s / (read_s + gaps_s)
+            cells = [size, f"{context:,}", f"{size_bytes / 1e9:.2f}", f"{1 / read_s:,.0f}", str(count)]
+            cells += [f"{1 / (read_s + gaps_s):,.0f}", f"{share:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Print the page."""
+    print("# What a decode step should take on a GPU\n")
+    print("Made by `python benchmarks/gpu_model.py`. A model, not a measurement: no GPU has run this code yet.\n")
+    print(f"One request, bfloat16, memory read at {BANDWIDTH / 1e12:.1f} TB/s (H100), one CUDA graph a step,")
+    print(f"{KERNELS_A_LAYER} kernels a layer and {KERNELS_BESIDE} beside them, {GAP_S * 1e6:.1f} us between kernels.\n")
+    print("| size | context | GB a step | limit, tokens/s | kernels | model, tokens/s | of the memory's speed |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(rows()))
+    print("\nLimit: reading alone. The smaller the model, the more of a step is the gaps between its kernels: 0.6B needs")
+    print("fewer and larger kernels, 8B and up are bound by memory. Targets: ", end="")
+    print("; ".join(f"{size}: {target}" for size, target in TARGETS.items()) + ".\n")
+    print("## Published figures for comparison\n")
+    print(PUBLISHED)
+
+
+if __name__ == "__main__":
+    main()

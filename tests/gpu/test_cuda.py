@@ -1,0 +1,112 @@
+"""On a GPU: the tokens of the CPU reference in float32, with and without graphs, in every bucket."""
+
+import pytest
+import torch
+from conftest import randomised, small_config
+
+from qwen3fast import Generator, SamplingParams
+from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.kv_cache import StaticKVCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+MAX_SEQ_LEN, ROWS = 600, 4
+MODES = {"eager": (False, False), "compiled": (True, False), "graphs": (True, True)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """float32 products in float32, not in TensorFloat-32: tokens are to be compared."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomised(small_config(head_dim=32, hidden_size=64, max_position_embeddings=1024, eos_token_ids=()), seed=3)
+
+
+@pytest.fixture(scope="module")
+def cpu_generator(model):
+    with Generator(model, max_seq_len=MAX_SEQ_LEN, max_batch_size=ROWS, compile=False) as generator:
+        yield generator
+
+
+@pytest.fixture(scope="module", params=MODES)
+def cuda_generator(request, model):
+    compile, graphs = MODES[request.param]
+    twin = randomised(model.config, seed=3).to("cuda")
+    sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": ROWS}
+    with Generator(twin, compile=compile, cuda_graphs=graphs, **sizes) as generator:
+        yield generator
+
+
+def prompts():
+    """Lengths on both sides of the chunks' and buckets' borders."""
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randint(97, (n,), generator=rng).tolist() for n in (1, 31, 33, 127, 130, 255, 300, 520)]
+
+
+SAMPLED = [SamplingParams(30.0, top_k, 0.9, seed=i, max_tokens=40) for i, top_k in enumerate((0, 20, 64, 65) * 2)]
+GREEDY = [SamplingParams(temperature=0, max_tokens=40)] * 8
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_tokens_equal_those_of_the_cpu(cpu_generator, cuda_generator, params):
+    expected = [r.token_ids for r in cpu_generator.generate(prompts(), params)]
+    assert [r.token_ids for r in cuda_generator.generate(prompts(), params)] == expected
+    alone = [cuda_generator.generate(p, s).token_ids for p, s in zip(prompts(), params, strict=True)]
+    assert alone == expected
+    assert cuda_generator.generate(prompts()[3], params[3], use_cache=False).token_ids == expected[3]
+
+
+def test_every_bucket_is_recorded_and_right(model, cpu_generator):
+    twin = randomised(model.config, seed=3).to("cuda")
+    params = SamplingParams(temperature=0, max_tokens=3)
+    with Generator(twin, max_seq_len=MAX_SEQ_LEN, max_batch_size=ROWS, compile=True) as generator:
+        generator.warmup()
+        engine = generator._engine
+        assert not engine.graphs.has_failed
+        assert generator.stats.cuda_graphs == len(engine.cache.buckets) * len(engine.batch_buckets()) * 3
+        compilations = generator.stats.compilations
+        for bucket in engine.cache.buckets:
+            for rows in range(1, ROWS + 1):
+                texts = [[(7 * i + row) % 97 for i in range(min(bucket, MAX_SEQ_LEN - 8) - 4)] for row in range(rows)]
+                expected = [r.token_ids for r in cpu_generator.generate(texts, params)]
+                assert [r.token_ids for r in generator.generate(texts, params)] == expected, (bucket, rows)
+        assert generator.stats.compilations == compilations
+
+
+def test_steps_run_ahead_and_stop_tokens_are_never_passed(model):
+    twin = randomised(model.config, seed=3).to("cuda")
+    cache = StaticKVCache(twin.config, 2, MAX_SEQ_LEN, torch.float32, torch.device("cuda"))
+    engine = Engine(twin, cache, torch.device("cuda"), compile=True)
+    scheduler = Scheduler(engine)
+
+    def run(stop_ids):
+        request = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 30, stop_ids)
+        scheduler.add(request)
+        while request.finish_reason is None:
+            scheduler.step()
+        return request.output_ids
+
+    reply = run(frozenset())
+    stop = reply[12]
+    assert run(frozenset([stop])) == reply[: reply.index(stop) + 1]
+    assert 0 < scheduler.dropped_tokens <= engine.lookahead
+
+
+def test_bfloat16_tokens_are_the_argmax_up_to_rounding():
+    from qwen3fast.bench.measure import check_tokens
+
+    config = small_config(head_dim=64, hidden_size=128, dtype=torch.bfloat16, eos_token_ids=())
+    model = randomised(config).bfloat16().to("cuda")
+    with Generator(model, max_seq_len=256, compile=True) as generator:
+        prompt = list(range(90))
+        reply = generator.generate(prompt, SamplingParams(temperature=0, max_tokens=40)).token_ids
+    assert check_tokens(model, [prompt], [reply]).passed

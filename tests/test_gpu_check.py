@@ -1,0 +1,75 @@
+"""tools/gpu_check.py on the CPU with a small model: the whole program, but for the GPU."""
+
+import json
+import sys
+
+import gpu_check
+import pytest
+from conftest import randomised, small_config
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the program with a small model and without the nested tests. Returns its exit status and record."""
+    loaded = []
+
+    def load(source, device):
+        loaded.append(source)
+        return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+
+    monkeypatch.setattr(gpu_check, "load_model", load)
+    tests = {"exit_status": 5, "summary": "none", "seconds": 0.0, "run": False}
+    monkeypatch.setattr(gpu_check, "run_tests", lambda device, log: tests)
+
+    def program(*arguments):
+        command = ["gpu_check.py", "--device", "cpu", "--quick", "--new-tokens", "2", "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        status = gpu_check.main()
+        return status, json.loads((tmp_path / "gpu-check-on-cpu.json").read_text()), loaded
+
+    return program
+
+
+def test_every_mode_is_measured_and_what_is_not_is_named(run, tmp_path, capsys):
+    status, record, loaded = run()
+    assert (status, loaded) == (0, ["random:0.6b"])
+    shapes = {(c["mode"], c["batch_size"], c["context"]) for c in record["cases"]}
+    cached = {(mode, *shape) for mode in ("eager", "compiled") for shape in ((1, 32), (1, 128), (2, 32))}
+    assert shapes == cached | {("uncached", 1, 64), ("transformers", 1, 32)}
+    assert all(c["decode_tok_s"] > 0 for c in record["cases"])
+    assert all(c["check"]["passed"] and c["launches"] is None for c in record["cases"] if "check" in c)
+    assert record["left_out"] == [f"0.6b, batch {n}, graphs: there are none on cpu" for n in (1, 2)]
+    assert record["tests"]["run"] is False
+    assert (tmp_path / "gpu-check-on-cpu.png").stat().st_size > 10_000
+    assert "left out: 0.6b, batch 1, graphs" in capsys.readouterr().out
+
+
+def test_sizes_for_which_no_time_is_left_are_named(run):
+    status, record, loaded = run("--minutes", "0.1", "--sizes", "0.6b,4b")
+    assert (status, loaded, record["cases"]) == (0, [], [])
+    assert record["left_out"] == ["0.6b: no time left", "4b: no time left"]
+
+
+def test_a_size_without_memory_does_not_stop_the_others(run, monkeypatch):
+    def load(source, device):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(gpu_check, "load_model", load)
+    status, record, _ = run("--sizes", "8b")
+    assert (status, record["left_out"]) == (0, ["8b: no room"])
+
+
+def test_wrong_tokens_give_exit_status_1(run, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.SizeRun, "measure_transformers", lambda self: None)
+    check = gpu_check.check_tokens
+    monkeypatch.setattr(gpu_check, "check_tokens", lambda m, p, ids: check(m, p, [[i ^ 1 for i in row] for row in ids]))
+    assert run()[0] == 1
+    assert "WRONG TOKENS: 0.6b eager, batch 1" in capsys.readouterr().err
+
+
+def test_no_cuda_device_is_said_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert "sees no CUDA device; --device cpu --quick" in capsys.readouterr().err
