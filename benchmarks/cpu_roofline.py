@@ -109,18 +109,24 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes = figure.add_axes((0.08, 0.14, 0.72, 0.68))
     singles = [case for case in record["cases"] if case["batch_size"] == 1]
     contexts = sorted({case["context"] for case in singles})
+    axes.set_yscale("log")
+    labels = []
     for name in dict.fromkeys(case["format"] for case in singles):
         points = sorted((c["context"], c["decode_tok_s"], c["limit_tok_s"]) for c in singles if c["format"] == name)
         x, speed, limit = zip(*points, strict=True)
         axes.plot(x, speed, color=COLORS[name], marker="o", linewidth=2)
         axes.plot(x, limit, color=COLORS[name], linestyle=(0, (4, 3)), linewidth=1.3)
         share = " ".join(f"{c['share_of_bandwidth']:.0%}" for c in singles if c["format"] == name)
+        labels.append((speed[-1], name, share))
+    low, high = axes.get_ylim()
+    previous = 0.0
+    for y, name, share in sorted(labels):  # not closer than their height
+        previous = max(y, previous * (high / low) ** 0.11)
         axes.annotate(
-            f"{name}\n{share}", (x[-1], speed[-1]), xytext=(10, 0), textcoords="offset points", va="center",
+            f"{name}\n{share}", (contexts[-1], previous), xytext=(10, 0), textcoords="offset points", va="center",
             color=COLORS[name], size=10,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

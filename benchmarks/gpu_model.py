@@ -27,7 +27,7 @@ TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}
 PUBLISHED = """\
 | what | tokens/s | source |
 | --- | ---: | --- |
-| 0.6B, eager PyTorch, no cache / with a cache, H100 | 51 / 48 | Raschka, reasoning-from-scratch, ch02/03_optimized-LLM |
+| 0.6B, eager PyTorch, no cache / with a cache, H100 | 51 / 48 | Raschka, reasoning-from-scratch, chapter 2 |
 | 0.6B, compiled, no cache / with a cache, H100 | 164 / 141 | the same |
 | 0.6B, compiled, static cache, H100 | 177 | the same |
 | 0.6B, transformers / SGLang, H20 (4.0 TB/s), prompt of 1 token | 58.6 / 414 | Qwen3 documentation, speed benchmark |
@@ -64,11 +64,15 @@ def main() -> None:
     print("# What a decode step should take on a GPU\n")
     print("Made by `python benchmarks/gpu_model.py`. A model, not a measurement: no GPU has run this code yet.\n")
     print(f"One request, bfloat16, memory read at {BANDWIDTH / 1e12:.1f} TB/s (H100), one CUDA graph a step,")
-    print(f"{KERNELS_A_LAYER} kernels a layer and {KERNELS_BESIDE} beside them, {GAP_S * 1e6:.1f} us between kernels.\n")
+    print(
+        f"{KERNELS_A_LAYER} kernels a layer and {KERNELS_BESIDE} beside them, {GAP_S * 1e6:.1f} us between kernels.\n"
+    )
     print("| size | context | GB a step | limit, tokens/s | kernels | model, tokens/s | of the memory's speed |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print("\n".join(rows()))
-    print("\nLimit: reading alone. The smaller the model, the more of a step is the gaps between its kernels: 0.6B needs")
+    print(
+        "\nLimit: reading alone. The smaller the model, the more of a step is the gaps between its kernels: 0.6B needs"
+    )
     print("fewer and larger kernels, 8B and up are bound by memory. Targets: ", end="")
     print("; ".join(f"{size}: {target}" for size, target in TARGETS.items()) + ".\n")
     print("## Published figures for comparison\n")
