@@ -7,20 +7,18 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "attend.h"
+#include "ops.h"
 
 namespace {
 
-using Factors = std::optional<at::Tensor>;
+using qwen3fast::Factors;
 
 void check_cache(const char* name, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Factors& k_scale,
                  const Factors& v_scale) {
@@ -67,15 +65,17 @@ void decode_heads(const at::BFloat16* q, const Cached<T>& cached, const int64_t*
   }
 }
 
+}  // namespace
+
 // q: (B, 1, H, D) bfloat16; k, v: (R, K, S, D) with R >= B; position: (B, 1) int64, the query's own place. Positions
 // 0..position are attended to. Returns (B, H, 1, D) bfloat16.
-at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
+at::Tensor qwen3fast::decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
                             const Factors& k_scale, const Factors& v_scale) {
   const int64_t B = q.size(0), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
   check_cache("decode_attention", q, k, v, k_scale, v_scale);
   TORCH_CHECK(D % kLanes == 0 && q.size(1) == 1 && B <= k.size(0), "decode_attention: q (B, 1, H, D), D a multiple of 16");
   const at::Tensor queries = q.contiguous(), places = position.contiguous();
-  at::Tensor y = at::empty({B, H, 1, D}, q.options());
+  at::Tensor y = q.new_empty({B, H, 1, D});
   const auto run = [&](const auto& cached) {
     decode_heads(queries.const_data_ptr<at::BFloat16>(), cached, places.const_data_ptr<int64_t>(), B, K, G, S, D,
                  y.mutable_data_ptr<at::BFloat16>());
@@ -85,6 +85,8 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
 }
 
 // ----------------------------------------------------------------------------------------------- prefill attention
+
+namespace {
 
 constexpr int64_t kQueries = 32;  // of a tile, each with the G heads of a group
 constexpr int64_t kKeys = 64;     // of a tile
@@ -209,16 +211,18 @@ void attend_tile(Tile& tile, const at::BFloat16* q, int64_t stride, const int64_
       store(y + r / G * stride + r % G * D + d, load(&tile.out[r * D + d]) / tile.total[r]);
 }
 
+}  // namespace
+
 // q: (B, T, H, D) bfloat16; k, v: (R, K, S, D); position: (B, T) int64; row: (B,) int64, the cache row of each batch row.
 // A query attends to positions 0..its own. Returns (B, T, H, D) bfloat16.
-at::Tensor prefill_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
+at::Tensor qwen3fast::prefill_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
                              const at::Tensor& row, const Factors& k_scale, const Factors& v_scale) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
   check_cache("prefill_attention", q, k, v, k_scale, v_scale);
   TORCH_CHECK(D % (2 * kLanes) == 0, "prefill_attention: D a multiple of 32");
   const at::Tensor q_contiguous = q.contiguous(), position_contiguous = position.contiguous();
   const at::Tensor row_contiguous = row.contiguous();
-  at::Tensor y = at::empty({B, T, H, D}, q.options());
+  at::Tensor y = q.new_empty({B, T, H, D});
   const auto* qs = q_contiguous.const_data_ptr<at::BFloat16>();
   const auto* at_position = position_contiguous.const_data_ptr<int64_t>();
   const auto* rows = row_contiguous.const_data_ptr<int64_t>();
@@ -238,20 +242,4 @@ at::Tensor prefill_attention(const at::Tensor& q, const at::Tensor& k, const at:
   };
   k_scale ? run(as_cached<int8_t>(k, v, k_scale, v_scale)) : run(as_cached<at::BFloat16>(k, v, k_scale, v_scale));
   return y;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
-  library.def(
-      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None) -> "
-      "Tensor");
-  library.def(
-      "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) {
-  library.impl("decode_attention", &decode_attention);
-  library.impl("prefill_attention", &prefill_attention);
 }

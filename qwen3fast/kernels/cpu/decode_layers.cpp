@@ -10,9 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/clone.h>
 #include <omp.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +20,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "ops.h"
 #include "products.h"
 
 namespace {
@@ -281,12 +280,14 @@ void check_sizes(const Layer& layer, int64_t E, int64_t H, int64_t K, int64_t D,
               "decode_layers: weights of alike layers, sizes multiples of 16 (packed: of 32)");
 }
 
+}  // namespace
+
 // x: (B, 1, E) bfloat16, B from 1 to 8; cos, sin: (positions, D) float32; position: (B, 1) int64; keys, values: a cache
 // (R, K, S, D) a layer, bfloat16 or int8, written at `position`; key_scales, value_scales: (R, K, S) float32 a layer for
 // int8, otherwise none; norms: 4 a layer (input, query, key, post-attention); weights: 7
 // a layer (query, key, value, output, gate, up, down), (N, K) bfloat16 or packed; scales: as many, empty for bfloat16.
 // Returns (B, 1, E).
-at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
+at::Tensor qwen3fast::decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
                          at::TensorList keys, at::TensorList values, at::TensorList key_scales,
                          at::TensorList value_scales, at::TensorList norms, at::TensorList weights,
                          at::TensorList scales, double eps) {
@@ -348,14 +349,3 @@ at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::T
   }
   return y;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
-  library.def(
-      "decode_layers(Tensor x, Tensor cos, Tensor sin, Tensor position, Tensor(a!)[] keys, Tensor(b!)[] values, "
-      "Tensor(c!)[] key_scales, Tensor(d!)[] value_scales, Tensor[] norms, Tensor[] weights, Tensor[] scales, float eps) "
-      "-> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("decode_layers", &decode_layers); }

@@ -4,25 +4,26 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "ops.h"
 #include "products.h"
 
 namespace {
 
+}  // namespace
+
 // x: (..., K), M rows in all; weight: (N, K) contiguous; both bfloat16. Returns (..., N).
-at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight) {
+at::Tensor qwen3fast::matvec(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t N = weight.size(0), K = weight.size(1), M = x.numel() / K;
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "matvec: bfloat16 only");
   TORCH_CHECK(weight.is_contiguous() && x.size(-1) == K, "matvec: weight (N, K) contiguous, x (..., K)");
   TORCH_CHECK(K % kLanes == 0 && M >= 1 && M <= 8, "matvec: K a multiple of 16, 1 to 8 rows");
   auto shape = x.sizes().vec();
   shape.back() = N;
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = x.new_empty(shape);
   const at::Tensor x_contiguous = x.contiguous();
   const auto* xp = x_contiguous.const_data_ptr<at::BFloat16>();
   const auto* w = weight.const_data_ptr<at::BFloat16>();
@@ -32,9 +33,3 @@ at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight) {
   });
   return y;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(qwen3fast, library) { library.def("matvec(Tensor x, Tensor weight) -> Tensor"); }
-
-TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("matvec", &matvec); }

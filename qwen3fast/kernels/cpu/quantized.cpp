@@ -17,13 +17,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "ops.h"
 #include "products.h"
 
 namespace {
@@ -56,9 +55,11 @@ void product(const at::BFloat16* x, int64_t M, const std::vector<Weight>& weight
   });
 }
 
+}  // namespace
+
 // x: (..., K) bfloat16; packed and scale of each weight as above, all in the same number of bits. Returns (..., N)
 // bfloat16, N the rows of all weights.
-at::Tensor quantized_linear(const at::Tensor& x, at::TensorList packed, at::TensorList scale) {
+at::Tensor qwen3fast::quantized_linear(const at::Tensor& x, at::TensorList packed, at::TensorList scale) {
   TORCH_CHECK(!packed.empty() && packed.size() == scale.size(), "quantized_linear: a scale for each weight");
   const bool is_8_bits = scale[0].dim() == 1;
   const int64_t K = x.size(-1);
@@ -78,7 +79,7 @@ at::Tensor quantized_linear(const at::Tensor& x, at::TensorList packed, at::Tens
   }
   auto shape = x.sizes().vec();
   shape.back() = N;
-  at::Tensor y = at::empty(shape, x.options());
+  at::Tensor y = x.new_empty(shape);
   std::vector<Weight> weights;
   auto* out = y.mutable_data_ptr<at::BFloat16>();
   for (size_t i = 0; i < packed.size(); i++) {
@@ -90,11 +91,3 @@ at::Tensor quantized_linear(const at::Tensor& x, at::TensorList packed, at::Tens
   (is_8_bits ? product<8> : product<4>)(x_contiguous.const_data_ptr<at::BFloat16>(), x.numel() / K, weights, N, K);
   return y;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
-  library.def("quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) { library.impl("quantized_linear", &quantized_linear); }
