@@ -19,7 +19,7 @@ CONTEXTS = (128, 1024, 8192)
 BANDWIDTH = 3.0e12  # bytes/s; an H100's measured copy speed (its data sheet says 3.35e12)
 # Kernels of one layer after fusion: norm; query/key/value products (3); QK-norm, rotation and cache (2); attention (2);
 # output product; norm; gate and up products (2); their product; down product. Beside the layers: embedding, norm,
-# output projection, sampler (2), state.
+# output projection, sampler (2), and the state's updates as one, which are several small kernels now.
 KERNELS_A_LAYER, KERNELS_BESIDE = 14, 6
 GAP_S = 1.0e-6  # between the end of a kernel and the start of the next one in a graph
 TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}

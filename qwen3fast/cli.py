@@ -71,7 +71,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help=MODEL_HELP + " [%(default)s]")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
     group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")

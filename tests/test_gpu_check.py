@@ -59,6 +59,16 @@ def test_a_size_without_memory_does_not_stop_the_others(run, monkeypatch):
     assert (status, record["left_out"]) == (0, ["8b: no room"])
 
 
+def test_a_size_that_breaks_is_reported_and_does_not_stop_the_others(run, monkeypatch):
+    def break_(self):
+        raise RuntimeError("a kernel does not compile")
+
+    monkeypatch.setattr(gpu_check.SizeRun, "measure_uncached", break_)
+    status, record, loaded = run("--sizes", "0.6b,1.7b")
+    assert (status, len(loaded)) == (1, 2)
+    assert record["errors"] == [f"{size}: RuntimeError: a kernel does not compile" for size in ("0.6b", "1.7b")]
+
+
 def test_wrong_tokens_give_exit_status_1(run, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check.SizeRun, "measure_transformers", lambda self: None)
     check = gpu_check.check_tokens

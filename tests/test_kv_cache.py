@@ -36,7 +36,7 @@ def test_bucket_covers_the_used_length(used, bucket):
 
 
 def test_buckets_on_cuda_are_fewer_and_cover_all(monkeypatch):
-    # Tensors on "meta" stand for those on CUDA, which this machine may not have.
+    # Tensors on "meta" stand for those on CUDA.
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **rest: zeros(*shape, device="meta", **rest))
     monkeypatch.setattr(qwen3fast.kv_cache, "free_bytes", lambda device: None)

@@ -96,6 +96,27 @@ def test_cancelling_drops_what_is_in_flight(model):
     assert scheduler.dropped_tokens == 4
 
 
+def test_a_request_that_raises_costs_the_others_nothing(model):
+    def fail_at_third(token, seen=[]):  # noqa: B006
+        seen.append(token)
+        if len(seen) == 3:
+            raise ValueError("no")
+        return False
+
+    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], 30.0, 0, 1.0, 0.0, 2, 30, frozenset())])
+    scheduler = make_scheduler(model, 2, rows=2)
+    failing, other = (Request([1, 2], 30.0, 0, 1.0, 0.0, seed, 30, frozenset()) for seed in (1, 2))
+    failing.on_token = fail_at_third
+    scheduler.add(failing)
+    scheduler.add(other)
+    with pytest.raises(ValueError, match="no"):
+        while other.finish_reason is None:
+            scheduler.step()
+    while other.finish_reason is None:
+        scheduler.step()
+    assert (other.output_ids, failing.finish_reason) == (alone, "cancelled")
+
+
 class FakeEvent:
     """Notes the order of what happens to it."""
 

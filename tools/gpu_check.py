@@ -6,8 +6,8 @@
 Needs no network: weights are random. Modes take turns on the same weights and prompts: "eager"; "compiled";
 "graphs" (compiled, each step one CUDA graph); "uncached" (eager, the whole sequence anew for each token); and
 transformers with its default cache. The record names whatever was left out, and why (no time left, no memory). Speed
-of a step is a median; its share of the memory's speed counts the bytes that it must read. Exit status 1 if tests fail
-or a mode gives wrong tokens.
+of a step is a median; its share of the memory's speed counts the bytes that it must read. The tests' output is kept in
+a .log file. Exit status 1 if tests fail, something breaks, or a mode gives wrong tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gc
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -41,10 +42,11 @@ from qwen3fast.sampling import SamplerKind
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("0.6b", "1.7b", "4b", "8b")
-# Batch sizes, and the contexts measured with each; the first ones are measured first, for all sizes.
+# Batch sizes, and the contexts measured with each, in this order.
 SHAPES = ((1, (128, 1024, 8192)), (16, (128, 1024)), (64, (128,)))
 QUICK_SHAPES = ((1, (32, 128)), (2, (32,)))
 MODES = ("eager", "compiled", "graphs")
+TESTS_S = 240  # the longest that the tests may take
 UNCACHED_LENGTH, UNCACHED_TOKENS = 1024, 3
 CHECK_PROMPT, CHECK_TOKENS = 40, 12
 COLORS = {"eager": "#9aa5b1", "compiled": "#0b6e99", "graphs": "#c2410c", "transformers": "#4d7c0f"}
@@ -65,7 +67,10 @@ def run_tests(device: torch.device, log: Path) -> dict[str, Any]:
     """pytest on the tests marked gpu, its output kept in `log`. On a machine without a GPU they are all skipped."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", str(ROOT / "tests" / "gpu")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_S)
+    except subprocess.TimeoutExpired:
+        return {"exit_status": 124, "summary": f"not done after {TESTS_S} s", "seconds": TESTS_S, "run": True}
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     summary = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
     result = {"exit_status": done.returncode, "summary": summary[0], "seconds": time.perf_counter() - started}
@@ -97,6 +102,7 @@ class SizeRun:
         self.load_s = time.perf_counter() - started
         self.cases: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+        self.errors: list[str] = []
         self._engines: dict[bool, Engine] = {}  # by whether they are compiled
         self._graphs: GraphCache | None = None
 
@@ -123,6 +129,8 @@ class SizeRun:
             started = time.perf_counter()
             self._run(mode, checked, 2)  # compiles, records
             first_s[mode] = time.perf_counter() - started
+            if mode == "graphs" and self._graphs is not None and self._graphs.failure:
+                self.errors.append(f"{self.name}, batch {batch_size}, graphs: {self._graphs.failure}")
             sample = self._run(mode, checked, CHECK_TOKENS)
             checks[mode] = check_tokens(self.model, checked, sample.token_ids)
         for context in contexts:
@@ -132,9 +140,14 @@ class SizeRun:
             for case in self._measure_case(batch_size, context, modes):
                 mode = case["mode"]
                 self.cases.append(case | {"first_run_s": first_s[mode], "check": check_as_dict(checks[mode])})
+        if self._graphs is not None and self._graphs.failure:  # what was measured as graphs had none
+            broken = [c for c in self.cases if c["mode"] == "graphs" and c["batch_size"] == batch_size]
+            self.cases = [c for c in self.cases if c not in broken]
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+        self._graphs = None
+        release_memory(self.device)
 
     def _engine(self, mode: str) -> Engine:
         """The engine of a mode; "compiled" and "graphs" share one."""
@@ -218,6 +231,13 @@ class SizeRun:
             )  # fmt: skip
 
 
+def release_memory(device: torch.device) -> None:
+    """Give what is no longer used back to the device, so that it counts as free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def check_as_dict(check: Any) -> dict[str, Any]:
     """A token check for the record."""
     return {**asdict(check), "passed": check.passed}
@@ -255,7 +275,8 @@ def as_text(record: dict[str, Any]) -> str:
         count = str(c.get("launches") or "-")
         shape = f"{c['size']:6}{c['mode']:14}{c['batch_size']:6}{c['context']:9,}"
         lines.append(f"{shape}{c['decode_tok_s']:14.1f}{share:>14}{count:>10}")
-    return "\n".join(lines + [f"left out: {what}" for what in record["left_out"]])
+    lines += [f"left out: {what}" for what in record["left_out"]]
+    return "\n".join(lines + [f"ERROR: {what}" for what in record["errors"]])
 
 
 def main() -> int:
@@ -287,7 +308,9 @@ def main() -> int:
         "tests": run_tests(device, stem.with_suffix(".log")),
         "cases": [],
         "left_out": [],
+        "errors": [],
     }
+    write_json(record, stem.with_suffix(".json"))
     print(f"tests: {record['tests']['summary']}", flush=True)
     probe = BandwidthProbe(device)
     for size in tqdm(sizes, desc="sizes"):
@@ -302,18 +325,20 @@ def main() -> int:
                     run.left_out.append(f"batch {batch_size}: no time left")
                 else:
                     run.measure(batch_size, contexts)
-                if batch_size == 1:
+                if batch_size == 1 and clock.left() > 0:
                     run.measure_uncached()
                     run.measure_transformers()
         except (MemoryError, torch.OutOfMemoryError) as err:
             record["left_out"].append(f"{size}: {str(err).splitlines()[0]}")
+        except Exception as err:  # a kernel that does not compile, say: the other sizes are worth having
+            traceback.print_exc()
+            record["errors"].append(f"{size}: {type(err).__name__}: {str(err)[:500]}")
         if run is not None:
             record["cases"] += run.cases
             record["left_out"] += [f"{size}, {what}" for what in run.left_out]
+            record["errors"] += run.errors
         del run
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(device)
         write_json(record, stem.with_suffix(".json"))  # nothing is lost if a later size fails
     record["seconds"] = 60 * args.minutes - clock.left()
     write_json(record, stem.with_suffix(".json"))
@@ -324,7 +349,9 @@ def main() -> int:
     wrong = [c for c in record["cases"] if "check" in c and not c["check"]["passed"]]
     for c in wrong:
         print(f"WRONG TOKENS: {c['size']} {c['mode']}, batch {c['batch_size']}: {c['check']}", file=sys.stderr)
-    return int(bool(wrong) or record["tests"]["exit_status"] not in (0, 5))  # 5: no test was selected
+    return int(
+        bool(wrong) or bool(record["errors"]) or record["tests"]["exit_status"] not in (0, 5)
+    )  # 5: no test was selected
 
 
 if __name__ == "__main__":

@@ -55,11 +55,42 @@ class StepCompiler:
         self.thread: ThreadPoolExecutor | None = None
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
-            self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=cpu.load)
+            self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
         elif self.enabled and device.type == "cpu":
             cpu.load()
         self.compilations = 0
         self.seconds = 0.0
+        self._is_at_work = False  # the thread
+        self._threads = torch.get_num_threads()
+
+    def share_processor(self) -> None:
+        """Leave one core to the thread of "auto" while it works; to be called before each step.
+
+        On as many threads as cores, each of a step's many short products would wait until the compiler lets go of one.
+        """
+        if self.thread is not None:
+            threads = max(1, self._threads - 1) if self._is_at_work else self._threads
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+    def _load_operations(self) -> None:
+        self._is_at_work = True
+        try:
+            cpu.load(jobs=max(1, self._threads - 1))
+        finally:
+            self._is_at_work = False
+
+    def _compile_at_work(self, *arguments: Any) -> CompiledFunction:
+        self._is_at_work = True
+        try:
+            return self.compile(*arguments)
+        finally:
+            self._is_at_work = False
+
+    def submit(self, *arguments: Any) -> Future[CompiledFunction]:
+        """`compile` in the thread of "auto"."""
+        assert self.thread is not None, "there is a thread in mode 'auto' only"
+        return self.thread.submit(self._compile_at_work, *arguments)
 
     def part(self, function: Function, dynamic: Dynamic = ()) -> Part:
         """The part of a step that a function of a module and of tensors computes."""
@@ -94,6 +125,8 @@ class StepCompiler:
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread = None
+            if torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
 
 
 class CompiledFunction:
@@ -170,7 +203,7 @@ class Part:
             elif time.perf_counter() < self.compiler.auto_from_s:
                 pass
             elif key not in self._jobs:
-                self._jobs[key] = self.compiler.thread.submit(self.compiler.compile, *arguments)
+                self._jobs[key] = self.compiler.submit(*arguments)
             elif self._jobs[key].done():
                 self._forms[key] = self._faster(self._jobs.pop(key), module, tensors, sizes)
         return self._forms.get(key)

@@ -2,7 +2,7 @@
 
 A step reads and writes buffers that never move (see decode.py), so a replay needs no arguments and gives no result. Its
 random numbers are a hash of numbers in these buffers (see sampling.py), so no generator's state has to be kept.
-Not yet run on a GPU: no machine with one was at hand. tests/cuda_static checks on the CPU what can be checked there.
+Not yet run on a GPU; tests/cuda_static checks on the CPU what can be checked there, on the uncompiled step.
 Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs.
 """
 
@@ -48,11 +48,17 @@ class CudaRecorder:
     def record(self, step: Step) -> Step:
         """Record into a new graph."""
         graph, operations = torch.cuda.CUDAGraph(), LastOperation()
+        stream = torch.cuda.current_stream()
         try:
             with operations, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as err:
-            raise RuntimeError(f"{operations.name}: {err}") from err
+            # Ending a capture that has failed raises as well; what went wrong is the error before that.
+            raise RuntimeError(f"{operations.name}: {err.__context__ or err}") from err
+        finally:
+            torch.cuda.set_stream(stream)
         return graph.replay
 
 
@@ -76,22 +82,24 @@ class GraphCache:
         """recorder: for tests; by default a `CudaRecorder`."""
         self._recorder = recorder or CudaRecorder()
         self._replays: dict[Hashable, Step] = {}
-        self.has_failed = False
+        self.failure = ""  # why a step could not be recorded
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run the step for this key, recording it if it is new."""
         replay = self._replays.get(key)
         if replay is not None:
             replay()
-        elif self.has_failed:
+        elif self.failure:
             step()
         else:
             # Compiled code must not be called for the first time while recording, and recording itself runs nothing.
             self._recorder.warm_up(step)
             try:
                 self._replays[key] = self._recorder.record(step)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as err:
-                self.has_failed = True
+                self.failure = str(err)
                 warnings.warn(
                     f"a decode step could not be recorded as a CUDA graph and runs without, slower; failed at {err}. "
                     "cuda_graphs=False silences this.",

@@ -55,6 +55,7 @@ class Engine:
     @torch.no_grad()
     def prefill(self, row: int, token_ids: list[int]) -> Tensor:
         """Fill row `row` of the cache with a prompt. Returns the logits after its last token, (1, V)."""
+        self.compiler.share_processor()
         return prefill(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row, token_ids)
 
     @torch.no_grad()
@@ -62,10 +63,10 @@ class Engine:
         self, row: int, length: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
     ) -> None:
         """Begin a request in a row whose cache holds `length` tokens."""
-        state = self.state
-        state.position_R[row], state.advance_R[row], state.step_R[row] = length, 1, 0
-        state.temperature_R[row], state.top_k_R[row] = temperature, top_k
-        state.top_p_R[row], state.min_p_R[row], state.seed_R[row] = top_p, min_p, seed
+        state, numbers = self.state, (length, 1, 0, temperature, top_k, top_p, min_p, seed)
+        names = ("position_R", "advance_R", "step_R", "temperature_R", "top_k_R", "top_p_R", "min_p_R", "seed_R")
+        for name, number in zip(names, numbers, strict=True):
+            getattr(state, name)[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
 
     @torch.no_grad()
     def sample_first(self, row: int, logits_1V: Tensor, kind: SamplerKind) -> int:
@@ -79,7 +80,8 @@ class Engine:
     @torch.no_grad()
     def clear_row(self, row: int) -> None:
         """Make a row empty: it may run along in a batch, but stays where it is."""
-        self.state.advance_R[row] = self.state.input_R[row] = self.state.temperature_R[row] = 0
+        for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R):
+            tensor[row : row + 1].zero_()
 
     @torch.no_grad()
     def launch(self, num_rows: int, used_length: int, kind: SamplerKind) -> None:
@@ -88,6 +90,7 @@ class Engine:
         used_length: positions in use after this step by the longest row. The step feeds itself, so up to `lookahead`
         more steps may be started before its tokens are collected.
         """
+        self.compiler.share_processor()
         bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
 
         def step() -> None:

@@ -14,8 +14,9 @@ from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)
-# What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32
-# and 512 tokens in a run of `python -m qwen3fast.bench` (86 and 642 ms) meets zero tokens at the cost of 42.
+# What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
+# tokens in runs of `python -m qwen3fast.bench` meets zero tokens at the cost of 42 on one machine (86 and 642 ms) and
+# of 20 on another (136 and 1,380 ms).
 CHUNK_COST = 40
 
 

@@ -115,13 +115,20 @@ class Scheduler:
                 self.engine.clear_row(row)  # it must not go on while others do
 
     def _collect(self) -> None:
-        tokens = self.engine.collect()
-        for row, request in self._in_flight.popleft().items():
-            if request.finish_reason is None:
-                request.accept(tokens[row])
-            else:
+        tokens, rows = self.engine.collect(), self._in_flight.popleft()
+        error: BaseException | None = None
+        for row, request in rows.items():
+            if request.finish_reason is not None:
                 self.dropped_tokens += 1
+                continue
+            try:
+                request.accept(tokens[row])
+            except BaseException as err:  # of one request; the others must not lose their token
+                request.finish("cancelled")
+                error = err
         self._release_finished()
+        if error is not None:
+            raise error
 
     def _admit(self, request: Request) -> None:
         row = next(r for r in range(self.engine.cache.max_batch_size) if r not in self.active)

@@ -5,7 +5,6 @@ They serve bfloat16 and quantised weights on CPUs. Where they cannot be built, c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -14,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,18 +40,35 @@ MAX_ROWS = 8
 LANES = 16  # channels are processed in vectors of this many
 
 
-@functools.cache
-def load() -> bool:
-    """Build (10 to 15 seconds on two cores, once per machine) and register the operations.
+_loading = threading.Lock()
+_is_loaded: bool | None = None  # None: not tried yet
 
+
+def load(jobs: int | None = None) -> bool:
+    """Build (once per machine: seconds, more than ten on two cores) and register the operations, once in a process.
+
+    jobs: compilers that run at the same time, all of them by default.
     Returns: whether they can be used; the reason is logged if not. Only GCC and Clang on Linux are tried.
     """
+    global _is_loaded
+    with _loading:
+        if _is_loaded is None:
+            _is_loaded = _load(jobs)
+        return _is_loaded
+
+
+def is_loaded() -> bool:
+    """Whether `load` has succeeded in this process."""
+    return _is_loaded is True
+
+
+def _load(jobs: int | None) -> bool:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or not compiler:
         logger.info("C++ operations not built: they need Linux with g++ or clang++")
         return False
     try:
-        torch.ops.load_library(_build(compiler))
+        torch.ops.load_library(_build(compiler, jobs))
     except (OSError, RuntimeError, subprocess.SubprocessError) as err:
         detail = getattr(err, "stderr", None) or str(err)
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail.strip()[-2000:])
@@ -61,11 +78,6 @@ def load() -> bool:
     torch.library.register_fake("qwen3fast::prefill_attention", _prefill_attention_shape)
     torch.library.register_fake("qwen3fast::quantized_linear", _quantized_linear_shape)
     return True
-
-
-def is_loaded() -> bool:
-    """Whether `load` has succeeded in this process."""
-    return load.cache_info().currsize > 0 and load()
 
 
 def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
@@ -106,7 +118,7 @@ def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     )
 
 
-def _build(compiler: str) -> str:
+def _build(compiler: str, jobs: int | None) -> str:
     """Path of the shared library, built if this source, compiler, PyTorch and processor have none yet."""
     flags = ["-O3", *TARGET_FLAGS, "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     flags += ["-std=c++20", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
@@ -129,7 +141,7 @@ def _build(compiler: str) -> str:
                 [compiler, *flags, *extra, *includes, "-c", str(FOLDER / name), "-o", objects[name]]
                 for name, extra in SOURCES.items()
             ]
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(_run, commands))
             _run([compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(built), *libraries])
             built.replace(library)  # another process may have done the same; either file will do

@@ -73,7 +73,8 @@ at::Tensor qwen3fast::decode_attention(const at::Tensor& q, const at::Tensor& k,
                             const Factors& k_scale, const Factors& v_scale) {
   const int64_t B = q.size(0), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
   check_cache("decode_attention", q, k, v, k_scale, v_scale);
-  TORCH_CHECK(D % kLanes == 0 && q.size(1) == 1 && B <= k.size(0), "decode_attention: q (B, 1, H, D), D a multiple of 16");
+  TORCH_CHECK(D % kLanes == 0 && q.size(1) == 1 && B <= k.size(0) && position.numel() == B,
+              "decode_attention: q (B, 1, H, D), D a multiple of 16, a position for each");
   const at::Tensor queries = q.contiguous(), places = position.contiguous();
   at::Tensor y = q.new_empty({B, H, 1, D});
   const auto run = [&](const auto& cached) {
@@ -219,7 +220,8 @@ at::Tensor qwen3fast::prefill_attention(const at::Tensor& q, const at::Tensor& k
                              const at::Tensor& row, const Factors& k_scale, const Factors& v_scale) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), D = q.size(3), K = k.size(1), S = k.size(2), G = H / K;
   check_cache("prefill_attention", q, k, v, k_scale, v_scale);
-  TORCH_CHECK(D % (2 * kLanes) == 0, "prefill_attention: D a multiple of 32");
+  TORCH_CHECK(D % (2 * kLanes) == 0 && position.numel() == B * T && row.numel() == B,
+              "prefill_attention: D a multiple of 32, a position for each query, a row for each batch row");
   const at::Tensor q_contiguous = q.contiguous(), position_contiguous = position.contiguous();
   const at::Tensor row_contiguous = row.contiguous();
   at::Tensor y = q.new_empty({B, T, H, D});

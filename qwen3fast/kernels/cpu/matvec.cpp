@@ -11,10 +11,6 @@
 #include "ops.h"
 #include "products.h"
 
-namespace {
-
-}  // namespace
-
 // x: (..., K), M rows in all; weight: (N, K) contiguous; both bfloat16. Returns (..., N).
 at::Tensor qwen3fast::matvec(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t N = weight.size(0), K = weight.size(1), M = x.numel() / K;
