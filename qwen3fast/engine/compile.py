@@ -33,6 +33,8 @@ CompileMode = bool | Literal["auto"]
 
 # "auto" leaves the processor to the first token, and short runs, alone for so long.
 AUTO_DELAY_S = 1.0
+# What takes longer than this has found no compiled code of earlier processes: a C++ compiler is at work.
+LONG_WORK_S = 2.0
 
 
 class StepCompiler:
@@ -60,32 +62,33 @@ class StepCompiler:
             cpu.load()
         self.compilations = 0
         self.seconds = 0.0
-        self._is_at_work = False  # the thread
+        self._at_work_since_s = float("inf")  # the thread; "inf" while it has nothing to do
         self._threads = torch.get_num_threads()
 
     def share_processor(self) -> None:
-        """Leave one core to the thread of "auto" while it works; to be called before each step.
+        """Leave one core to the thread of "auto" while it works long; to be called before each step.
 
         On as many threads as cores, each of a step's many short products would wait until the compiler lets go of one.
         """
         if self.thread is not None:
-            threads = max(1, self._threads - 1) if self._is_at_work else self._threads
+            is_long = time.perf_counter() - self._at_work_since_s > LONG_WORK_S
+            threads = max(1, self._threads - 1) if is_long else self._threads
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 
     def _load_operations(self) -> None:
-        self._is_at_work = True
+        self._at_work_since_s = time.perf_counter()
         try:
             cpu.load(jobs=max(1, self._threads - 1))
         finally:
-            self._is_at_work = False
+            self._at_work_since_s = float("inf")
 
     def _compile_at_work(self, *arguments: Any) -> CompiledFunction:
-        self._is_at_work = True
+        self._at_work_since_s = time.perf_counter()
         try:
             return self.compile(*arguments)
         finally:
-            self._is_at_work = False
+            self._at_work_since_s = float("inf")
 
     def submit(self, *arguments: Any) -> Future[CompiledFunction]:
         """`compile` in the thread of "auto"."""
