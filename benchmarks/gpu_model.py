@@ -6,8 +6,8 @@ Nothing here was measured on a GPU by this project. A step's time is modelled as
 
     bytes / memory speed  +  kernels x (gap between two kernels of a graph)
 
-Bytes are exact: the weights of a step and the used keys and values. The other three numbers are assumptions, to be
-replaced by what tools/gpu_check.py measures: they stand below, with where they are from.
+Bytes are those of a step's weights and used keys and values (attention reads on to the end of its bucket). The other
+three numbers are assumptions, to be replaced by what tools/gpu_check.py measures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen3fast.config import ModelConfig
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
 CONTEXTS = (128, 1024, 8192)
-BANDWIDTH = 3.0e12  # bytes/s; an H100's measured copy speed (its data sheet says 3.35e12)
+BANDWIDTH = 3.0e12  # bytes/s; assumed for an H100, whose data sheet says 3.35e12
 # Kernels of one layer after fusion: norm; query/key/value products (3); QK-norm, rotation and cache (2); attention (2);
 # output product; norm; gate and up products (2); their product; down product. Beside the layers: embedding, norm,
 # output projection, sampler (2), and the state's updates as one, which are several small kernels now.

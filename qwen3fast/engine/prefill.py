@@ -15,8 +15,8 @@ from qwen3fast.model import Qwen3
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 # What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
-# tokens in runs of `python -m qwen3fast.bench` meets zero tokens at the cost of 42 on one machine (86 and 642 ms) and
-# of 20 on another (136 and 1,380 ms).
+# tokens of a machine meets zero tokens there: at about 20 in benchmarks/results/cpu-0.6b.json; 40 was chosen by the
+# record of a faster machine that this one replaced (commit 32ad6ce).
 CHUNK_COST = 40
 
 
