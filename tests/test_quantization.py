@@ -401,3 +401,15 @@ def test_only_quantised_models_can_be_saved(tmp_path):
     ):
         generator.save_quantized(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+@needs_operation
+@formats
+def test_embedding_operation_gives_the_rows_of_the_plain_form(format):
+    packed = quantize(random_tensor(48, 96), format)
+    row_R = torch.tensor([0, 47, 15, 16, 31, 16])
+    expected = format.rows(packed, row_R).bfloat16()
+    assert torch.equal(torch.ops.qwen3fast.quantized_rows(*packed, row_R), expected)
+    for row in (-1, 48):
+        with pytest.raises(RuntimeError, match=f"row {row} of 48"):
+            torch.ops.qwen3fast.quantized_rows(*packed, torch.tensor([row]))

@@ -61,5 +61,9 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """token_BT: int64 ids. Returns (B, T, K) in `dtype`."""
-        rows = self.format.rows(Packed(self.weight_packed, self.weight_scale), token_BT.flatten())
+        packed = Packed(self.weight_packed, self.weight_scale)
+        if cpu.is_loaded() and self.dtype == torch.bfloat16:
+            rows = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
+        else:
+            rows = self.format.rows(packed, token_BT.flatten())
         return rows.to(self.dtype).view(*token_BT.shape, -1)

@@ -8,6 +8,7 @@
 TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
   library.def("matvec(Tensor x, Tensor weight) -> Tensor");
   library.def("quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale) -> Tensor");
+  library.def("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor");
   library.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None) -> "
       "Tensor");
@@ -23,6 +24,7 @@ TORCH_LIBRARY_FRAGMENT(qwen3fast, library) {
 TORCH_LIBRARY_IMPL(qwen3fast, CPU, library) {
   library.impl("matvec", &qwen3fast::matvec);
   library.impl("quantized_linear", &qwen3fast::quantized_linear);
+  library.impl("quantized_rows", &qwen3fast::quantized_rows);
   library.impl("decode_attention", &qwen3fast::decode_attention);
   library.impl("prefill_attention", &qwen3fast::prefill_attention);
   library.impl("decode_layers", &qwen3fast::decode_layers);

@@ -14,6 +14,8 @@
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does
 // not round the activations, is in quantization/linear.py.
+//
+// quantized_rows(packed, scale, row) -> y      y[r, k] = weight[row[r], k]: a token embedding in the same layout.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -56,6 +58,36 @@ void product(const at::BFloat16* x, int64_t M, const std::vector<Weight>& weight
 }
 
 }  // namespace
+
+// packed and scale of one weight, as above; row: (R,) int64. Returns (R, K) bfloat16.
+at::Tensor qwen3fast::quantized_rows(const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& row) {
+  const bool is_8_bits = scale.dim() == 1;
+  const at::Tensor numbers = row.contiguous();
+  TORCH_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.scalar_type() == at::kByte && scale.is_contiguous() &&
+                  scale.scalar_type() == (is_8_bits ? at::kFloat : at::kBFloat16) && row.scalar_type() == at::kLong,
+              "quantized_rows: packed and scale of one weight, row int64");
+  const int64_t R = row.numel(), N = packed.size(0) * kLanes, K = packed.size(1) * (is_8_bits ? 4 : 8);
+  at::Tensor y = scale.new_empty({R, K}, at::kBFloat16);
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  for (int64_t r = 0; r < R; r++) {
+    const int64_t n = numbers.const_data_ptr<int64_t>()[r];
+    TORCH_CHECK(n >= 0 && n < N, "quantized_rows: row ", n, " of ", N);
+    const int64_t block = n / kLanes, lane = n % kLanes;
+    const uint8_t* bytes = packed.const_data_ptr<uint8_t>() + (block * packed.size(1) * kLanes + lane) * 4;
+    for (int64_t k = 0; k < K; k++) {
+      float value;
+      if (is_8_bits) {
+        value = (bytes[k / 4 * kLanes * 4 + k % 4] - 128) * scale.const_data_ptr<float>()[n];
+      } else {
+        const uint8_t both = bytes[k / 8 * kLanes * 4 + k % 4];
+        const int64_t group = (block * (K / kGroup) + k / kGroup) * kLanes + lane;
+        value = ((k % 8 < 4 ? both & 15 : both >> 4) - 8) * float(scale.const_data_ptr<at::BFloat16>()[group]);
+      }
+      out[r * K + k] = static_cast<at::BFloat16>(value);
+    }
+  }
+  return y;
+}
 
 // x: (..., K) bfloat16; packed and scale of each weight as above, all in the same number of bits. Returns (..., N)
 // bfloat16, N the rows of all weights.
