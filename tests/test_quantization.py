@@ -25,9 +25,10 @@ from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
-INT8, INT4 = FORMATS["int8"], FORMATS["int4"]
+INT8, INT4, FP8 = FORMATS["int8"], FORMATS["int4"], FORMATS["fp8"]
 PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
 formats = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
+all_formats = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
 
@@ -63,7 +64,7 @@ def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed)
     assert INT4_RANGES[0] == 1.0
 
 
-@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084)], ids=["int8", "int4"])
+@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)
 def test_error_on_normal_weights(format, limit):
     # 4 bits: below the 0.086 that the plain rule (scale = largest / -8) has on the same numbers.
     weight = random_tensor(256, 1024)
@@ -79,7 +80,7 @@ def test_numbers_on_the_grid_come_back_exactly(format):
     assert_same(format.dequantize(quantize(weight, format)), weight)
 
 
-@formats
+@all_formats
 def test_zero_groups_stay_zero(format):
     weight = random_tensor(LANES, 2 * GROUP)
     weight[3] = 0
@@ -102,14 +103,14 @@ def test_layout_on_disk_is_the_described_one():
     assert (byte & 15) - 8 == pytest.approx(float(dense[row, 41]) / scale)
 
 
-@formats
+@all_formats
 def test_rows_are_those_of_the_whole(format):
     packed = quantize(random_tensor(3 * LANES, GROUP), format)
     ids = torch.tensor([47, 0, 16, 16])
     assert_same(format.rows(packed, ids), format.dequantize(packed)[ids])
 
 
-@formats
+@all_formats
 def test_large_weights_are_quantised_in_parts_without_a_difference(format, monkeypatch):
     weight = random_tensor(5 * LANES, GROUP)
     whole = quantize(weight, format)
@@ -313,7 +314,7 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_unknown_and_conflicting_formats_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, int4, or None"):
+    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, int4, fp8, or None"):
         load_model("no/such/folder/is/looked/for", quantization="int3")
     save_model(quantized_model(INT8), tmp_path)
     with pytest.raises(ValueError, match="is in int8 already; int4 needs the original weights"):
@@ -321,13 +322,15 @@ def test_unknown_and_conflicting_formats_are_refused(tmp_path):
     assert load_model(tmp_path, quantization="int8").config.quantization == "int8"
 
 
-def test_other_devices_are_refused_before_anything_is_read(tmp_path, monkeypatch):
-    save_model(quantized_model(INT8), tmp_path)
+def test_devices_without_kernels_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    save_model(quantized_model(FP8), tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    monkeypatch.setattr("qwen3fast.checkpoint.load._choose_device", lambda device: torch.device("cuda"))
-    for source, quantization in ((tmp_path, None), ("random:0.6b", "int8")):
-        with pytest.raises(ValueError, match="runs on the CPU only, not on cuda; use device='cpu'"):
+    for source, quantization in ((tmp_path, None), ("random:0.6b", "fp8")):
+        with pytest.raises(ValueError, match="'fp8' runs on cuda devices, not on cpu; there, use int8 or int4"):
             load_model(source, quantization=quantization)
+    monkeypatch.setattr("qwen3fast.checkpoint.load._choose_device", lambda device: torch.device("mps"))
+    with pytest.raises(ValueError, match="'int8' runs on cpu and cuda devices, not on mps; use device='cpu'"):
+        load_model("random:0.6b", quantization="int8")
 
 
 def test_info_states_the_bytes_of_a_quantised_checkpoint(tmp_path, capsys):

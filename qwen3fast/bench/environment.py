@@ -16,7 +16,8 @@ import torch
 
 from qwen3fast._version import __version__
 
-PROBE_BYTES = 2**29
+# Much more than caches hold; on a GPU so much that the launch and the wait are little beside it.
+PROBE_BYTES = {"cpu": 2**29, "cuda": 2**32}
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -58,7 +59,8 @@ class BandwidthProbe:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffer = torch.ones(PROBE_BYTES // 4, dtype=torch.float32, device=device)
+        num_bytes = PROBE_BYTES.get(device.type, PROBE_BYTES["cpu"])
+        self._buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
         self.samples: list[float] = []
 
     def measure(self, repetitions: int = 5) -> None:
@@ -68,7 +70,7 @@ class BandwidthProbe:
             started = time.perf_counter()
             self._buffer.sum()
             synchronize(self._device)
-            self.samples.append(PROBE_BYTES / (time.perf_counter() - started) / 1e9)
+            self.samples.append(self._buffer.nbytes / (time.perf_counter() - started) / 1e9)
 
     @property
     def gb_s(self) -> float:

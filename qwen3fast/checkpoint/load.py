@@ -24,8 +24,8 @@ def load_model(
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
-    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8" or "int4"
-    rounds the weights while loading; a checkpoint that is quantised already says so itself.
+    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
+    or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)

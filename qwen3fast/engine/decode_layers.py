@@ -74,5 +74,5 @@ def _is_served(linear: Linear | QuantizedLinear) -> bool:
     if linear.bias is not None:
         return False
     if isinstance(linear, QuantizedLinear):
-        return True
+        return "cpu" in linear.format.devices
     return linear.weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in linear.weight.shape)

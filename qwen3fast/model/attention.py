@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.config import ModelConfig
-from qwen3fast.kernels import cpu
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.linear import Linear, linears
 from qwen3fast.kv_cache import CacheLayer
 from qwen3fast.model.norm import RMSNorm
@@ -69,6 +69,8 @@ class Attention(nn.Module):
             k, v, row_B, *scales = cache
             if row_B is None and cpu.can_decode_attention(q_BTHD, k):
                 y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_BT, *scales)
+            elif row_B is None and cuda.can_split_attention(q_BTHD):
+                y_BHTD = torch.ops.qwen3fast.split_attention(q_BTHD, k, v, position_BT, *scales)
             elif row_B is not None and cpu.can_prefill_attention(q_BTHD, k):
                 y_BTHD = torch.ops.qwen3fast.prefill_attention(q_BTHD, k, v, position_BT, row_B, *scales)
                 y_BHTD = y_BTHD.transpose(1, 2)

@@ -17,7 +17,7 @@ from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
     """Replace the model's linear layers and token embedding by quantised ones, in place, one after the other.
 
-    name: "int8" or "int4". dtype: that of activations, which the embedding gives. On the `meta` device the
+    name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
     new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed stay as
     they are.
     Raises: ValueError for an unknown format.
@@ -37,12 +37,17 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
 def prepare_quantization(name: str, device: torch.device) -> None:
     """Check that a format can run on a device, before any weight is read, and build its operations.
 
-    Raises: ValueError for an unknown format, or a device other than the CPU.
+    Raises: ValueError for an unknown format, or a device that it has no kernels for.
     """
-    get_format(name)
-    if device.type != "cpu":
-        raise ValueError(f"quantization={name!r} runs on the CPU only, not on {device}; use device='cpu'")
-    cpu.load()
+    format = get_format(name)
+    if device.type not in format.devices:
+        others = [other.name for other in FORMATS.values() if device.type in other.devices]
+        raise ValueError(
+            f"quantization={name!r} runs on {' and '.join(format.devices)} devices, not on {device}; "
+            + (f"there, use {' or '.join(others)}" if others else "use device='cpu'")
+        )
+    if device.type == "cpu":
+        cpu.load()
 
 
 def get_format(name: str) -> Format:

@@ -1,8 +1,8 @@
 """Weights in 8 and 4 bits: how numbers are rounded, and the order in which the bytes lie in memory and on disk.
 
-Both formats are symmetric: weight = (byte - zero) * scale, zero 128 or 8. Rows lie in blocks of 16, side by side, and
-four neighbouring channels of a row side by side in 32 bits: a step then streams through memory once, in order, and one
-vector instruction takes 16 rows.
+All formats are symmetric: weight = (byte - zero) * scale with zero 128 or 8, or the byte's float8 number * scale. Rows
+lie in blocks of 16, side by side, and four neighbouring channels of a row side by side in 32 bits: a step then streams
+through memory once, in order, and one vector instruction takes 16 rows.
 
     N out_features   K in_features
 """
@@ -27,6 +27,7 @@ class Packed(NamedTuple):
     """A quantised (N, K) weight.
 
     int8: weight (N/16, K/4, 16, 4) uint8; scale (N,) float32, one a row.
+    fp8:  the same, the bytes of float8_e4m3fn numbers.
     int4: weight (N/16, K/8, 16, 4) uint8, channel 8j+i in the low half and 8j+4+i in the high half of byte i;
           scale (N/16, K/32, 16) bfloat16, one for 32 channels of a row.
     """
@@ -44,6 +45,7 @@ class Format:
     bits: int
     quantize: Callable[[Tensor], Packed]
     rows: Callable[[Packed, Tensor], Tensor]
+    devices: tuple[str, ...] = ("cpu", "cuda")  # what there are kernels for
 
     def dequantize(self, packed: Packed) -> Tensor:
         """The whole weight, (N, K) float32."""
@@ -68,14 +70,35 @@ def quantize_int8(weight_NK: Tensor) -> Packed:
     weight = weight_NK.float()
     scale_N = weight.abs().amax(dim=1) / 127
     byte_NK = torch.round(weight / scale_N.clamp(min=1e-30)[:, None]).clamp(-127, 127).add_(128).to(torch.uint8)
-    N, K = byte_NK.shape
-    return Packed(byte_NK.view(N // LANES, LANES, K // 4, 4).transpose(1, 2).contiguous(), scale_N)
+    return Packed(_side_by_side(byte_NK), scale_N)
 
 
 def rows_int8(packed: Packed, row_R: Tensor) -> Tensor:
     """Rows of the weight, (R, K) in float32."""
-    byte_RK = packed.weight[row_R // LANES, :, row_R % LANES].flatten(1)
-    return (byte_RK.float() - 128) * packed.scale[row_R, None]
+    return (_row_bytes(packed, row_R).float() - 128) * packed.scale[row_R, None]
+
+
+def quantize_fp8(weight_NK: Tensor) -> Packed:
+    """float8_e4m3fn, one scale a row: the row's largest weight becomes +-448, the format's largest number."""
+    weight = weight_NK.float()
+    scale_N = weight.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
+    number_NK = (weight / scale_N.clamp(min=1e-30)[:, None]).to(torch.float8_e4m3fn)
+    return Packed(_side_by_side(number_NK.view(torch.uint8)), scale_N)
+
+
+def rows_fp8(packed: Packed, row_R: Tensor) -> Tensor:
+    """Rows of the weight, (R, K) in float32."""
+    return _row_bytes(packed, row_R).contiguous().view(torch.float8_e4m3fn).float() * packed.scale[row_R, None]
+
+
+def _side_by_side(byte_NK: Tensor) -> Tensor:
+    """A byte for each weight, in the order of 8-bit formats."""
+    N, K = byte_NK.shape
+    return byte_NK.view(N // LANES, LANES, K // 4, 4).transpose(1, 2).contiguous()
+
+
+def _row_bytes(packed: Packed, row_R: Tensor) -> Tensor:
+    return packed.weight[row_R // LANES, :, row_R % LANES].flatten(1)
 
 
 def quantize_int4(weight_NK: Tensor) -> Packed:
@@ -114,6 +137,7 @@ def rows_int4(packed: Packed, row_R: Tensor) -> Tensor:
 FORMATS = {
     "int8": Format("int8", 8, quantize_int8, rows_int8),
     "int4": Format("int4", 4, quantize_int4, rows_int4),
+    "fp8": Format("fp8", 8, quantize_fp8, rows_fp8, devices=("cuda",)),
 }
 
 

@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels import cpu
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
 PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
+
+
+def can_use_operations(format: Format, x: Tensor) -> bool:
+    """Whether the C++ operations serve weights of this format, here and now."""
+    return x.device.type == "cpu" and "cpu" in format.devices and cpu.is_loaded()
 
 
 class QuantizedLinear(nn.Module):
@@ -28,8 +33,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N), same dtype.
 
-        The C++ operation rounds x to 8 bits, too, in groups of 32 channels. A row's result does not depend on the rows
-        beside it.
+        The C++ operation rounds x to 8 bits, too, in groups of 32 channels; the GPU's form does not. On the CPU, the
+        result of a row does not depend on the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
@@ -37,14 +42,21 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
         """What each layer gives for the same x, (..., K), in one call: one (..., N) a layer, same dtype."""
-        if cpu.is_loaded():
+        if can_use_operations(layers[0].format, x):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
             )
             parts = y.to(x.dtype).split([layer.weight_packed.shape[0] * LANES for layer in layers], dim=-1)
+        elif cuda.can_packed_matvec(x):
+            parts = [layer._few_rows(x) for layer in layers]
         else:
             parts = [F.linear(x, layer.dequantize().to(x.dtype)) for layer in layers]
         return [y if layer.bias is None else y + layer.bias for y, layer in zip(parts, layers, strict=True)]
+
+    def _few_rows(self, x: Tensor) -> Tensor:
+        x_MK, is_fp8 = x.reshape(-1, x.shape[-1]), self.format.name == "fp8"
+        y_CMN = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
+        return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
         """The weight that the bits stand for, (N, K) float32."""
@@ -62,7 +74,7 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, token_BT: Tensor) -> Tensor:
         """token_BT: int64 ids. Returns (B, T, K) in `dtype`."""
         packed = Packed(self.weight_packed, self.weight_scale)
-        if cpu.is_loaded() and self.dtype == torch.bfloat16:
+        if self.dtype == torch.bfloat16 and can_use_operations(self.format, token_BT):
             rows = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
         else:
             rows = self.format.rows(packed, token_BT.flatten())

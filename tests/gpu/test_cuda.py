@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import randomised, small_config
+from torch import nn
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS, quantize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,3 +118,36 @@ def test_bfloat16_tokens_are_the_argmax_up_to_rounding():
         prompt = list(range(90))
         reply = generator.generate(prompt, SamplingParams(temperature=0, max_tokens=40)).token_ids
     assert check_tokens(model, [prompt], [reply]).passed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_tokens_equal_those_of_the_rounded_weights(name):
+    config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, head_dim=32, eos_token_ids=())
+    rounded, quantised = randomised(config, seed=5), randomised(config, seed=5).to("cuda")
+    format = FORMATS[name]
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):  # a tied weight is on the grid already, the second time
+                module.weight.copy_(format.dequantize(quantize(module.weight, format)))
+    quantize_model(quantised, name, torch.float32)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    texts = [[1, 2, 3], list(range(70))]
+    with Generator(rounded, max_seq_len=128, max_batch_size=2, compile=False) as generator:
+        expected = [r.token_ids for r in generator.generate(texts, params)]
+    for compile, graphs in MODES.values():
+        with Generator(quantised, max_seq_len=128, max_batch_size=2, compile=compile, cuda_graphs=graphs) as generator:
+            assert [r.token_ids for r in generator.generate(texts, params)] == expected
+            assert not graphs or not generator._engine.graphs.failure
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_split_attention_gives_the_tokens_of_pytorchs(model, cache_dtype, monkeypatch):
+    twin = randomised(model.config, seed=3).to("cuda")
+    sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": ROWS, "kv_cache_dtype": cache_dtype}
+    replies = []
+    for use_split in (False, True):
+        monkeypatch.setattr(cuda, "use_split_attention", use_split)
+        with Generator(twin, compile=True, **sizes) as generator:
+            replies.append([r.token_ids for r in generator.generate(prompts(), GREEDY)])
+            assert not generator._engine.graphs.failure
+    assert replies[0] == replies[1]

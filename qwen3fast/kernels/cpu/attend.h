@@ -79,7 +79,7 @@ constexpr int64_t kRowsAhead = 24;
 template <typename T>
 inline void prefetch(const T* p, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof *p;
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
 }
 
 // out[g] += sum_t score[g][t] v[t] over kChunks * 16 channels of two query heads; all sums stay in registers.

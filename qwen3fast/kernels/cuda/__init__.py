@@ -1,0 +1,58 @@
+"""The Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`, for CUDA devices.
+
+Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+
+import torch
+from torch import Tensor
+
+# Whether decode steps use split_attention instead of PyTorch's attention over the whole bucket; read when an engine's
+# steps are compiled. Off until a GPU run has shown which is faster.
+use_split_attention = False
+MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic, and PyTorch's products serve them
+
+_loading = threading.Lock()
+_is_loaded = False
+
+
+def load() -> bool:
+    """Register the operations, once in a process. Returns: whether they can be used, that is, Triton is installed."""
+    global _is_loaded
+    with _loading:
+        if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
+            from qwen3fast.kernels.cuda.split_attention import split_attention
+
+            custom_op = torch.library.custom_op
+            custom_op("qwen3fast::packed_matvec", packed_matvec, mutates_args=(), device_types="cuda").register_fake(
+                _packed_matvec_shape
+            )
+            custom_op(
+                "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
+            ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
+            _is_loaded = True
+        return _is_loaded
+
+
+def can_split_attention(q_BTHD: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.split_attention` is to serve this query."""
+    head_dim = q_BTHD.shape[-1]
+    is_served = q_BTHD.shape[1] == 1 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return use_split_attention and is_served and q_BTHD.device.type == "cuda" and load()
+
+
+def can_packed_matvec(x: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.packed_matvec` serves this product."""
+    return x.device.type == "cuda" and x.numel() <= MAX_ROWS * x.shape[-1] and load()
+
+
+def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
+    from qwen3fast.kernels.cuda.packed_matvec import num_parts
+
+    blocks, words = packed.shape[:2]
+    return x.new_empty((num_parts(blocks, words), x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)

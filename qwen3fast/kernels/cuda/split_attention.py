@@ -1,0 +1,132 @@
+"""Attention of one query a row over the used part of a KV cache, on a GPU: many programs share out one row's positions.
+
+One query gives too little work for a GPU if each head is one program, so each head's positions are split: every split
+finds its own maximum, sum and weighted values, and a second kernel merges them. Lengths are read on the device: within
+one CUDA graph the cost follows what is used. Each key and value is read once for all query heads of its group.
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023); online softmax: arXiv:1805.02867. The plain form
+is `attend` in model/attention.py.
+
+Not yet run on a GPU; tests run it in Triton's interpreter.
+
+    B rows   H query heads   K key/value heads   G = H/K   S positions allocated   D head_dim   N splits
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # positions that a program takes at a time
+SMALLEST_DOT = 16  # rows that a matrix product of Triton needs at least
+PROGRAMS = 2 * 132  # to start: two for each multiprocessor of an H100
+MOST_SPLITS = 64
+
+
+def split_attention(
+    q_BTHD: Tensor,
+    k_RKSD: Tensor,
+    v_RKSD: Tensor,
+    position_B1: Tensor,
+    k_scale_RKS: Tensor | None = None,
+    v_scale_RKS: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over positions 0..position of rows 0..B-1 of the cache, T = 1. D a power of two.
+
+    k_RKSD, v_RKSD: contiguous, in q's dtype, or int8 with factors k_scale_RKS, v_scale_RKS (float32).
+    Returns: (B, H, 1, D) in q's dtype.
+    """
+    B, _, H, D = q_BTHD.shape
+    K, S = k_RKSD.shape[1:3]
+    G, N = H // K, num_splits(B * K, S)
+    q = q_BTHD.contiguous()
+    y = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
+    part = torch.empty(B * H, N, D, dtype=torch.float32, device=q.device)
+    maximum, total = torch.empty(2, B * H, N, dtype=torch.float32, device=q.device).unbind()
+    is_rounded = k_scale_RKS is not None
+    factors = (k_scale_RKS, v_scale_RKS) if is_rounded else (maximum, total)  # not read then
+    rows = max(SMALLEST_DOT, triton.next_power_of_2(G))
+    _attend_split[(B * K, N)](
+        q, k_RKSD, v_RKSD, *factors, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, BLOCK, is_rounded
+    )
+    _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
+    return y
+
+
+def num_splits(heads: int, positions: int) -> int:
+    """Into how many parts the positions of each of `heads` key/value heads go. It does not depend on what is used."""
+    return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MOST_SPLITS))
+
+
+@triton.jit
+def _attend_split(
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    position,
+    part,
+    maximum,
+    total,
+    num_positions,
+    scale,
+    num_heads: tl.constexpr,
+    group: tl.constexpr,
+    head_dim: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    is_rounded: tl.constexpr,
+):
+    """Program (i, n): split n of key/value head i % K in row i // K; `group` query heads, padded to `rows`."""
+    i, split, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    length = tl.load(position + i // num_heads) + 1
+    share = tl.cdiv(length, num_parts)
+    start = split * share
+    end = tl.minimum(start + share, length)
+    row, channel = tl.arange(0, rows), tl.arange(0, head_dim)
+    is_real = row < group
+    query = tl.load(q + (i * group + row[:, None]) * head_dim + channel[None, :], mask=is_real[:, None], other=0.0)
+    most = tl.full([rows], -1e30, tl.float32)
+    weight_sum = tl.zeros([rows], tl.float32)
+    values = tl.zeros([rows, head_dim], tl.float32)
+    for first in range(start, end, block):
+        at = first + tl.arange(0, block)
+        is_used = at < end
+        place = i.to(tl.int64) * num_positions + at
+        key = tl.load(k + place[None, :] * head_dim + channel[:, None], mask=is_used[None, :], other=0.0)
+        score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
+        if is_rounded:
+            score *= tl.load(k_scale + place, mask=is_used, other=0.0)[None, :]
+        score = tl.where(is_used[None, :], score, -1e30)
+        new_most = tl.maximum(most, tl.max(score, 1))
+        weight = tl.where(is_used[None, :], tl.exp(score - new_most[:, None]), 0.0)
+        shrink = tl.exp(most - new_most)
+        weight_sum = weight_sum * shrink + tl.sum(weight, 1)
+        if is_rounded:
+            weight *= tl.load(v_scale + place, mask=is_used, other=0.0)[None, :]
+        value = tl.load(v + place[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
+        product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
+        values = values * shrink[:, None] + product
+        most = new_most
+    out = (i * group + row) * num_parts + split
+    tl.store(maximum + out, most, mask=is_real)
+    tl.store(total + out, weight_sum, mask=is_real)
+    tl.store(part + out[:, None] * head_dim + channel[None, :], values, mask=is_real[:, None])
+
+
+@triton.jit
+def _merge_splits(part, maximum, total, y, num_parts, width: tl.constexpr, head_dim: tl.constexpr):
+    """Program h: all splits of query head h; `width` is num_parts rounded up to a power of two."""
+    h = tl.program_id(0)
+    split, channel = tl.arange(0, width), tl.arange(0, head_dim)
+    is_real = split < num_parts
+    most = tl.load(maximum + h * num_parts + split, mask=is_real, other=-1e30)
+    weight = tl.where(is_real, tl.exp(most - tl.max(most, 0)), 0.0)
+    weight_sum = tl.sum(weight * tl.load(total + h * num_parts + split, mask=is_real, other=0.0), 0)
+    values = tl.load(
+        part + (h * num_parts + split[:, None]) * head_dim + channel[None, :], mask=is_real[:, None], other=0.0
+    )
+    result = tl.sum(values * weight[:, None], 0) / weight_sum
+    tl.store(y + h * head_dim + channel, result.to(y.dtype.element_ty))

@@ -1,0 +1,22 @@
+"""Where the tests of Triton kernels run: on a GPU if there is one, otherwise in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before our kernels are imported
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+# The largest difference from the reference, as a share of the reference's largest number. In bfloat16 the interpreter's
+# matrix products are wrong, so only a GPU is tested in it.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3} | ({torch.bfloat16: 2e-2} if DEVICE == "cuda" else {})
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Within the tolerance of `dtype`; both in any dtype."""
+    expected = expected.float().cpu()
+    atol = TOLERANCES[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(actual.float().cpu(), expected, rtol=0, atol=atol)

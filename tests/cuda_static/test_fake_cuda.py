@@ -1,0 +1,121 @@
+"""The decode step, prefill and samplers on fake CUDA tensors in every published size: what a GPU would refuse."""
+
+import pytest
+import torch
+from cuda_static.capture_rules import HostWatch
+from cuda_static.fake_cuda import fake_cuda
+from torch import nn
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.engine import Engine
+from qwen3fast.engine.decode import decode_step
+from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization import quantize_model
+from qwen3fast.sampling import SamplerKind
+
+SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+ROWS, MAX_SEQ_LEN = 8, 8192
+
+
+def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16):
+    config = ModelConfig.named(size)
+    with torch.device(device):
+        model = Qwen3(config).to(config.dtype)
+    if quantization is not None:
+        quantize_model(model, quantization, config.dtype)
+    cache = StaticKVCache(config, ROWS, MAX_SEQ_LEN, cache_dtype, device)
+    return Engine(model, cache, device, compile=False, cuda_graphs=False, lookahead=0)
+
+
+def run_step(engine, rows, length, kind):
+    """The step, which is to be done without asking the host for anything."""
+    with HostWatch() as watch:
+        decode_step(
+            engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state, rows, length, kind
+        )
+    return watch.faults
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_decode_step_runs_on_cuda_tensors(size):
+    with fake_cuda() as device:
+        engine = make_engine(device, size)
+        devices = {t.device for t in (*engine.model.parameters(), *engine.cache.keys, *vars(engine.state).values())}
+        assert devices == {device}
+        for rows in engine.batch_buckets():
+            assert run_step(engine, rows, engine.cache.buckets[-1], SamplerKind.GREEDY) == []
+
+
+@pytest.mark.parametrize("kind", SamplerKind)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cache_dtype": torch.int8}, {"quantization": "int8"}, {"quantization": "int4"}, {"quantization": "fp8"}],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "bf16",
+)
+def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
+    with fake_cuda() as device:
+        engine = make_engine(device, "0.6b", **changes)
+        for length in engine.cache.buckets:
+            assert run_step(engine, 2, length, kind) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prefill_runs_on_cuda_tensors(size):
+    with fake_cuda() as device:
+        engine = make_engine(device, size)
+        row_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        for tokens in CHUNK_SIZES:
+            token_1T = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+            x_1TE = prefill_chunk(
+                engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, row_1, token_1T, 512
+            )
+            assert x_1TE.shape == (1, tokens, engine.model.config.hidden_size) and x_1TE.device == device
+
+
+# ---------------------------------------------------------------------------------------------------- planted faults
+
+
+class Planted(nn.Module):
+    """A final norm that does something else besides."""
+
+    def __init__(self, norm, fault):
+        super().__init__()
+        self.norm, self.fault = norm, fault
+
+    def forward(self, x):
+        return self.fault(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda x: x + torch.ones(x.shape[-1]), "found at least two devices"),
+        (lambda x: x * x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x if x.sum() > 0 else -x, "_local_scalar_dense|data-dependent"),
+        (lambda x: x + x.nonzero().sum(), "nonzero"),
+        (lambda x: x + x[x > 0].sum(), "nonzero|index"),
+    ],
+    ids=["tensor on the host", "item", "branch on data", "nonzero", "boolean mask"],
+)
+def test_planted_fault_is_refused(fault, message):
+    with fake_cuda() as device:
+        engine = make_engine(device, "0.6b")
+        head = engine.parts.head
+        head[0] = Planted(head[0], fault)
+        with pytest.raises(RuntimeError, match=message):
+            run_step(engine, 1, 128, SamplerKind.GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(lambda x: x + x.cpu().to(x.device), "cpu"), (lambda x: x + torch.zeros(()), "zeros without device")],
+    ids=["copy to the host", "scalar on the host"],
+)
+def test_planted_host_tensor_is_noticed(fault, name):
+    with fake_cuda() as device:
+        engine = make_engine(device, "0.6b")
+        head = engine.parts.head
+        head[0] = Planted(head[0], fault)
+        assert any(name in found for found in run_step(engine, 1, 128, SamplerKind.GREEDY))

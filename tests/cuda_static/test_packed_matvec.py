@@ -1,0 +1,44 @@
+"""The Triton kernel of quantised products against products with the dequantised weight."""
+
+import pytest
+import torch
+from conftest import random_tensor
+from cuda_static.kernel_device import DEVICE, TOLERANCES, assert_near
+
+from qwen3fast.kernels.cuda import packed_matvec as kernel
+from qwen3fast.quantization.formats import FORMATS, quantize
+
+
+def product(x_MK, packed, format):
+    arguments = (x.to(DEVICE) for x in (x_MK, packed.weight, packed.scale))
+    return kernel.packed_matvec(*arguments, format.name == "fp8")
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 16, 32), (2, 48, 96), (17, 32, 544), (5, 16, 2080)])
+def test_packed_matvec_equals_the_dequantised_product(format, dtype, shape):
+    rows, out_features, in_features = shape
+    packed = quantize(random_tensor(out_features, in_features), format)
+    x_MK = random_tensor(rows, in_features, seed=1).to(dtype)
+    y_CMN = product(x_MK, packed, format)
+    assert y_CMN.shape == (kernel.num_parts(*packed.weight.shape[:2]), rows, out_features)
+    assert_near(y_CMN.sum(0), x_MK.float() @ format.dequantize(packed).T, dtype)
+
+
+def test_fp8_numbers_are_read_exactly():
+    """Every finite number of the format, subnormal ones too."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    numbers = byte[(byte & 127) != 127].view(torch.float8_e4m3fn).float()
+    weight_NK = torch.zeros(256, 32)
+    weight_NK[: len(numbers), 0] = numbers
+    weight_NK[:, 1] = 448  # makes each row's scale 1
+    y_CMN = product(torch.eye(1, 32), quantize(weight_NK, FORMATS["fp8"]), FORMATS["fp8"])
+    assert torch.equal(y_CMN.sum(0)[0, : len(numbers)].cpu(), numbers)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words", "parts"), [(64, 256, 4), (64, 512, 5), (9496, 256, 1), (1, 8, 1), (1, 4096, 64)]
+)
+def test_num_parts_keeps_a_gpu_busy_with_whole_blocks_of_words(blocks, words, parts):
+    assert kernel.num_parts(blocks, words) == parts
