@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import kernel_device  # noqa: F401  before anything that imports Triton
 import pytest
 import torch
 import train_tiny

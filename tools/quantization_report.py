@@ -173,7 +173,8 @@ def main() -> None:
     exact = load_model(args.model, "cpu")
     tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     formats: dict[str, Any] = {}
-    for weights in tqdm(["bf16", *FORMATS], desc="formats"):
+    on_cpu = [format.name for format in FORMATS.values() if "cpu" in format.devices]
+    for weights in tqdm(["bf16", *on_cpu], desc="formats"):
         quantization = None if weights == "bf16" else weights
         model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
         layers = layer_errors(exact, model, tokens) if quantization is not None else []

@@ -33,12 +33,12 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product; with more
     than one row it would read the weight again for each.
     """
-    is_one_row = x.numel() == x.shape[-1]
-    if is_one_row and is_compiling() and x.device.type == "cpu":
-        return matvec_as_reduction(x, weight_NK, bias_N)
     if cpu.can_matvec(x, weight_NK):
         y = torch.ops.qwen3fast.matvec(x, weight_NK)
         return y if bias_N is None else y + bias_N
+    is_one_row = x.numel() == x.shape[-1]
+    if is_one_row and is_compiling() and x.device.type == "cpu":
+        return matvec_as_reduction(x, weight_NK, bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 

@@ -1,8 +1,8 @@
 """Tensors that say they are on a CUDA device, without memory: a step runs on them as on a GPU, in shapes alone.
 
 PyTorch's FakeTensorMode refuses what a GPU would: tensors of two devices in one operation, numbers and shapes that
-depend on data. A PyTorch without CUDA refuses one thing more, indexing with brackets (its C++ part asks for the CUDA
-runtime), so this is written out here in operations.
+depend on data. A PyTorch without CUDA refuses one thing more, indexing with brackets and `contiguous()` (their C++
+parts ask for the CUDA runtime), so these are written out here in operations.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.quantization import quantize_model
 
 aten = torch.ops.aten
 
@@ -29,14 +34,19 @@ class _Indexing(TorchFunctionMode):
                 return aten.index(view, indices) if indices else view
             if indices:
                 return aten.index_put_(view, indices, args[2])
-            return view.copy_(args[2]) if isinstance(args[2], Tensor) else view.fill_(args[2])
+            return (aten.copy_ if isinstance(args[2], Tensor) else aten.fill_)(view, args[2])
+        if function is Tensor.contiguous and args[0].device.type == "cuda":
+            return aten.clone(args[0], memory_format=torch.contiguous_format)
         return function(*args, **(kwargs or {}))
 
 
 def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
     """The view that numbers, slices and None of an index give, and the index tensors for its dimensions."""
+    parts = index if isinstance(index, tuple) else (index,)
+    rest = tensor.dim() - sum(part is not None and part is not ... for part in parts)  # what `...` stands for
+    parts = [p for part in parts for p in ([slice(None)] * rest if part is ... else [part])]
     dimension, indices = 0, []
-    for part in index if isinstance(index, tuple) else (index,):
+    for part in parts:
         if part is None:
             tensor = tensor.unsqueeze(dimension)
         elif isinstance(part, slice):
@@ -55,5 +65,25 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 @contextmanager
 def fake_cuda() -> Iterator[torch.device]:
     """What is made inside is fake; gives the CUDA device to make it on."""
-    with FakeTensorMode(), _Indexing(), torch.no_grad():
+    free_and_total = (80 << 30, 80 << 30)
+    with (
+        FakeTensorMode(),
+        _Indexing(),
+        torch.no_grad(),
+        patch.object(torch.cuda, "mem_get_info", lambda device: free_and_total),
+    ):
         yield torch.device("cuda", 0)
+
+
+def fake_model(config: ModelConfig, device: torch.device, quantization: str | None = None) -> Qwen3:
+    """A model without memory, in the config's dtype or a quantised format; to be called inside `fake_cuda`."""
+    with unset_fake_temporarily():
+        model = build_on_meta(config)
+        if quantization is not None:
+            quantize_model(model, quantization, config.dtype)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module._parameters[name] = made.setdefault(parameter, nn.Parameter(empty, requires_grad=False))
+    return model

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import random_tensor
-from cuda_static.kernel_device import DEVICE, TOLERANCES, assert_near
+from cuda_static.kernel_checks import TOLERANCES, assert_near
+from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import packed_matvec as kernel
 from qwen3fast.quantization.formats import FORMATS, quantize

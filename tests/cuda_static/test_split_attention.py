@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_tensor
-from cuda_static.kernel_device import DEVICE, TOLERANCES, assert_near
+from cuda_static.kernel_checks import TOLERANCES, assert_near
+from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import split_attention as kernel
 from qwen3fast.kv_cache import round_vectors

@@ -1,13 +1,9 @@
-"""Where the tests of Triton kernels run: on a GPU if there is one, otherwise in Triton's interpreter."""
-
-import os
+"""What tests of Triton kernels share; where they run is told in kernel_device.py."""
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before our kernels are imported
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 # The largest difference from the reference, as a share of the reference's largest number. In bfloat16 the interpreter's
