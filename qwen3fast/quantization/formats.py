@@ -143,11 +143,12 @@ FORMATS = {
 
 def quantize(weight_NK: Tensor, format: Format) -> Packed:
     """Quantise an (N, K) weight in any float dtype, some blocks of rows at a time; N a multiple of 16, K of 32."""
-    result = format.empty(*weight_NK.shape, weight_NK.device)
-    rows = max(1, WEIGHTS_AT_ONCE // weight_NK.shape[1] // LANES) * LANES
-    for start in range(0, weight_NK.shape[0], rows):
+    N, K = weight_NK.shape
+    result = format.empty(N, K, weight_NK.device)
+    rows = max(1, WEIGHTS_AT_ONCE // K // LANES) * LANES
+    for start in range(0, N, rows):
         part = format.quantize(weight_NK[start : start + rows])
         for whole, piece in zip(result, part, strict=True):
-            first = start * whole.shape[0] // weight_NK.shape[0]
+            first = start * whole.shape[0] // N
             whole[first : first + piece.shape[0]] = piece
     return result
