@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 from qwen3fast.bench.table import as_markdown, table_rows
 
@@ -66,6 +67,17 @@ def peers_table(record: dict) -> str:
     return as_markdown(rows, left=0)
 
 
+def operators_table(record: dict) -> str:
+    """Of benchmarks/cpu_operators.py: milliseconds."""
+    names = list(dict.fromkeys(name for c in record["cases"] for name in c["operators_ms"]))
+    rows = [["", "whole", *names, "other"]]
+    for c in record["cases"]:
+        cells = (f"{c['operators_ms'][name]:.2f}" if name in c["operators_ms"] else "" for name in names)
+        what = f"{c['phase']} {c['length']:,}, {c['format']}"
+        rows.append([what, f"{c['whole_ms']:.2f}", *cells, f"{c['other_ms']:.2f}"])
+    return as_markdown(rows, left=0)
+
+
 def transformers_table(record: dict) -> str:
     """Of benchmarks/compare_transformers.py: tokens/s of each way, and ours over theirs."""
     names = list(record["results"][0]["decode_tok_s"])
@@ -83,16 +95,24 @@ def bench_table(record: dict) -> str:
     return as_markdown([[row[i] for i in keep] for row in rows], left=1)
 
 
-TABLES = {"cpu_roofline": roofline_table, "startup": startup_table, "compare_peers": peers_table}
+TABLES = {
+    "cpu_roofline": roofline_table,
+    "cpu_operators": operators_table,
+    "startup": startup_table,
+    "compare_peers": peers_table,
+}
 
 
 def render(record: dict) -> str:
     """The table of a record, and where and when it was measured."""
     other = bench_table if "cases" in record else transformers_table
     text = TABLES.get(record.get("suite", ""), other)(record)
-    memory = (
-        record.get("bandwidth_gb_s") or record.get("read_bandwidth_gb_s") or record["read_bandwidth"]["median_gb_s"]
-    )
+    if record.get("suite") == "cpu_operators":
+        memory = median(case["bandwidth_gb_s"] for case in record["cases"])
+    else:
+        memory = (
+            record.get("bandwidth_gb_s") or record.get("read_bandwidth_gb_s") or record["read_bandwidth"]["median_gb_s"]
+        )
     where = record["environment"]
     cpu = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
     versions = f"torch {where['torch']}" + (

@@ -13,6 +13,7 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import rope_tables
 from qwen3fast.quantization.formats import FORMATS, quantize
@@ -62,6 +63,16 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
         engine = make_engine(device, "0.6b", **changes)
         for length in (engine.cache.buckets[0], engine.cache.buckets[-1]):
             assert run_step(engine, 2, length, kind) == []
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_split_attention_takes_the_place_of_pytorchs(cache_dtype, monkeypatch):
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    monkeypatch.setattr(cuda, "use_split_attention", True)
+    monkeypatch.setattr("qwen3fast.model.attention.attend", None)  # not to be called
+    with fake_cuda() as device:
+        engine = make_engine(device, "0.6b", cache_dtype=cache_dtype)
+        assert run_step(engine, 2, engine.cache.buckets[-1], SamplerKind.GREEDY) == []
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
