@@ -1,8 +1,8 @@
 """Products of a few rows with weights in 8 or 4 bits on a GPU, in the layout of quantization/formats.py.
 
 With few rows a product is bound by reading the weight. A program takes 16 rows of the weight side by side, 32 bits of
-each at a time (neighbouring programs' words lie side by side in memory), widens them in registers and multiplies on the
-tensor cores. A short weight has too few blocks for a GPU's multiprocessors, so its channels are split, too, and the
+each at a time (so that what its threads read lies side by side in memory), widens them in registers and multiplies on
+the tensor cores. A short weight has too few blocks for a GPU's multiprocessors, so its channels are split, too, and the
 parts added up afterwards: in a fixed order, unlike with atomic additions.
 
 Not yet run on a GPU; tests run it in Triton's interpreter.
