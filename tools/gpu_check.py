@@ -64,9 +64,13 @@ class Clock:
 
 
 def run_tests(device: torch.device, log: Path) -> dict[str, Any]:
-    """pytest on the tests marked gpu, its output kept in `log`. On a machine without a GPU they are all skipped."""
+    """pytest on the tests of CUDA and of Triton kernels, its output kept in `log`.
+
+    On a machine without a GPU, the former are skipped, the latter run in Triton's interpreter.
+    """
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", str(ROOT / "tests" / "gpu")]
+    folders = [str(ROOT / "tests" / name) for name in ("gpu", "cuda_static")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu or triton", "-rs", "--durations=5", *folders]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_S)
     except subprocess.TimeoutExpired:

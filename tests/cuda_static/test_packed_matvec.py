@@ -9,6 +9,8 @@ from kernel_device import DEVICE
 from qwen3fast.kernels.cuda import packed_matvec as kernel
 from qwen3fast.quantization.formats import FORMATS, quantize
 
+pytestmark = pytest.mark.triton
+
 
 def product(x_MK, packed, format):
     arguments = (x.to(DEVICE) for x in (x_MK, packed.weight, packed.scale))

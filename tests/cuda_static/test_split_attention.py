@@ -10,6 +10,8 @@ from kernel_device import DEVICE
 from qwen3fast.kernels.cuda import split_attention as kernel
 from qwen3fast.kv_cache import round_vectors
 
+pytestmark = pytest.mark.triton
+
 
 def on_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
