@@ -75,6 +75,7 @@ def measure(args: argparse.Namespace, benches: dict[str, Workbench]) -> list[dic
         probe.samples.clear()
         probe.measure(3)
         sample = benches[name].run(MODE, make_prompts(vocabulary, context, batch_size), args.new_tokens + 1)
+        probe.measure(3)
         case["bandwidth_gb_s"].append(probe.gb_s)
         case["gemm_flop_s"].append(gemm_rate(3))
         case["step_s"].append(median(sample.step_s))
@@ -85,7 +86,7 @@ def measure(args: argparse.Namespace, benches: dict[str, Workbench]) -> list[dic
 
 
 def with_metrics(case: dict[str, Any], bench: Workbench) -> dict[str, Any]:
-    """Medians over the rounds; shares are taken round by round, with the bandwidth measured just before."""
+    """Medians over the rounds; shares are taken round by round, with the bandwidth measured around each."""
     gb_s = [case["step_bytes"] / s / 1e9 for s in case["step_s"]]
     config, tokens = bench.model.config, case["context"] * case["batch_size"]
     # Two operations a weight and token; the output projection runs for one token only, attention is left out.

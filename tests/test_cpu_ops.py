@@ -53,7 +53,7 @@ def test_matvec_keeps_leading_dimensions_and_accepts_strides():
     ids=["odd width", "nine rows", "float32", "other width"],
 )
 def test_matvec_refuses_what_it_cannot_do(x, weight):
-    with pytest.raises(RuntimeError, match="matvec: "):
+    with pytest.raises(ValueError, match="matvec: "):
         torch.ops.qwen3fast.matvec(x, weight)
 
 
@@ -97,6 +97,19 @@ def test_decode_attention_survives_large_scores():
     assert torch.equal(
         torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 16), 2.0).bfloat16()
     )
+
+
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+def test_attention_passes_nan_on(spoiled):
+    tensors = {name: random_tensor(1, 2, 40, 32, seed=i).bfloat16() for i, name in enumerate("qkv")}
+    tensors["q"] = tensors["q"].transpose(1, 2).contiguous()  # (1, 40, 2, 32)
+    tensors[spoiled][0, 0, 0, 0] = float("nan")  # the first token's, or the first head's first position
+    position, row = torch.arange(40)[None], torch.tensor([0])
+    prefill = torch.ops.qwen3fast.prefill_attention(*tensors.values(), position, row)
+    assert prefill[0, 0, 0].isnan().any() and not prefill[0, :, 1].isnan().any()
+    q_B1HD = tensors.pop("q")[:, :1]
+    decode = torch.ops.qwen3fast.decode_attention(q_B1HD, *tensors.values(), position[:, -1:])
+    assert decode[0, 0].isnan().any() and not decode[0, 1].isnan().any()
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 700, 2000])
@@ -144,7 +157,7 @@ def test_prefill_attention_equals_sdpa(heads, kv_heads, head_dim, start, tokens,
     ids=["odd head size", "float32", "heads that do not divide"],
 )
 def test_prefill_attention_refuses_what_it_cannot_do(q, k):
-    with pytest.raises(RuntimeError, match="prefill_attention: "):
+    with pytest.raises(ValueError, match="prefill_attention: "):
         torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
 
 
@@ -170,6 +183,19 @@ def run_layers(model, cache, x_B1E, position_B1):
     layers = DecodeLayers(model, cache)
     assert layers.serves(len(x_B1E))
     return layers(x_B1E, cos_SD, sin_SD, position_B1)
+
+
+def layers_arguments(model, cache):
+    """What `cpu.DecodeLayers` is made of: lists of the model's and the cache's tensors."""
+    norms, weights, scales = [], [], []
+    for block in model.model.layers:
+        a, f = block.self_attn, block.mlp
+        norms += [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
+        for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj):
+            weights.append(getattr(linear, "weight", getattr(linear, "weight_packed", None)))
+            scales.append(getattr(linear, "weight_scale", None))
+    caches = {name: list(getattr(cache, name)) for name in ("keys", "values", "key_scales", "value_scales")}
+    return caches | {"norms": norms, "weights": weights, "scales": scales, "eps": 1e-6}
 
 
 def run_layers_plainly(model, cache, x_B1E, position_B1):
@@ -257,26 +283,40 @@ def test_decode_layers_leave_other_models_alone():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda a: a.update(position=torch.tensor([[1], [400]])), "position 400 is not in the cache"),
-        (lambda a: a.update(x=a["x"].float()), r"x \(1 to 8, 1, E\) bfloat16"),
         (lambda a: a["norms"].pop(), "four norms"),
-        (lambda a: a["keys"].reverse() or a["keys"].__setitem__(0, a["keys"][0][:, :, ::2]), "keys and values"),
+        (lambda a: a["norms"].insert(0, a["norms"].pop(1)), "norms must be bfloat16, of the size"),
+        (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "caches alike"),
+        (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
         (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
-        (lambda a: a.update(cos=a["cos"][:, :16]), "cos and sin"),
         (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "factors of keys and values"),
         (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "factors of keys and values"),
     ],
 )
-def test_decode_layers_refuse_what_they_cannot_do(spoil, message):
-    model, cache, x_B1E, position_B1 = layers_case(None, 2)
-    layers = DecodeLayers(model, cache)
-    cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
-    arguments = {"x": x_B1E, "cos": cos_SD, "sin": sin_SD, "position": position_B1, "keys": list(cache.keys)}
-    arguments |= {"values": cache.values, "key_scales": [], "value_scales": []}
-    arguments |= {"norms": layers._norms, "weights": layers._weights, "scales": layers._scales}
+def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message):
+    model, cache, *_ = layers_case(None, 2)
+    arguments = layers_arguments(model, cache)
     spoil(arguments)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.qwen3fast.decode_layers(**arguments, eps=1e-6)
+    with pytest.raises(ValueError, match=message):
+        cpu.DecodeLayers(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_B1": torch.tensor([[1], [400]])}, "position 400 is not in the cache"),
+        ({"position_B1": torch.tensor([[-1], [4]])}, "position -1 is not in the cache"),
+        ({"position_B1": torch.tensor([[1]])}, r"position \(B, 1\)"),
+        ({"x_B1E": torch.zeros(2, 1, 64)}, r"x must be \(1 to 8, 1, E\) bfloat16"),
+        ({"x_B1E": torch.zeros(4, 1, 64).bfloat16()}, r"x must be \(1 to 8, 1, E\) bfloat16"),
+        ({"cos_SD": torch.zeros(300, 16)}, "cos and sin"),
+    ],
+)
+def test_decode_layers_refuse_inputs_that_do_not_fit(changes, message):
+    model, cache, x_B1E, position_B1 = layers_case(None, 2)
+    cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
+    arguments = {"x_B1E": x_B1E, "cos_SD": cos_SD, "sin_SD": sin_SD, "position_B1": position_B1} | changes
+    with pytest.raises(ValueError, match=message):
+        DecodeLayers(model, cache)(**arguments)
 
 
 # Not optimised much: that takes over a minute.
@@ -284,13 +324,16 @@ CPU_FORMATS = [format for format in FORMATS.values() if "cpu" in format.devices]
 PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
-from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-cpu.TARGET_FLAGS = {flags}
+cpu.library.TARGET_FLAGS = {flags}
 assert cpu.load()
-for name, arguments, expected in torch.load({path!r}):
-    actual = getattr(torch.ops.qwen3fast, name)(*arguments)
+def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+operations, layers = torch.load({path!r})
+for name, arguments, expected in operations:
+    assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
+for arguments, inputs, expected in layers:
+    assert_near(cpu.DecodeLayers(**arguments)(cpu.functions(), *inputs), expected)
 """
 
 
@@ -313,14 +356,13 @@ def test_operations_for_other_processors(processor, tmp_path):
             ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
             for rows in (1, 4, 11)
         ]
+    operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
+    layers = []
     for format, cache_dtype in product((None, *(format.name for format in CPU_FORMATS)), (torch.bfloat16, torch.int8)):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
-        layers = DecodeLayers(model, cache)
-        cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
-        lists = (*layers._cache, layers._norms, layers._weights, layers._scales)
-        cases.append(("decode_layers", (x_B1E, cos_SD, sin_SD, position_B1, *lists, 1e-6)))
-    values = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
-    torch.save(values, tmp_path / "values.pt")
+        inputs = (x_B1E, *rope_tables(32, 1e4, cache.allocated_len, CPU), position_B1)
+        layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))
+    torch.save((operations, layers), tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -344,7 +386,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     prompts = [[5, 9, 2 + row] * (10 + 30 * row) for row in range(rows)]
     sequences = [list(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
-        first_1V = engine.prefill(row, prompt)
+        first_1V = engine.prefill_whole(row, prompt)
         engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
         sequences[row].append(engine.sample_first(row, first_1V, SamplerKind.GREEDY))
     for _ in range(5):
@@ -367,7 +409,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
         )
         logits.append([])
         for row, length in enumerate((30, 150)):
-            engine.prefill(row, list(range(length % 100)) + [5] * 70)
+            engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
             engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
@@ -380,10 +422,12 @@ def test_loading_the_operations_leaves_subnormal_numbers_alone():
     assert float(np.float32(1e-40) * np.float32(0.5)) > 0
 
 
-def test_broken_compiler_is_reported_and_not_fatal(monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("CXX", "false")
+@pytest.mark.parametrize("compiler", ["false", "/there/is/none"])
+def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_is_loaded", None)
+    monkeypatch.setattr(cpu, "_was_tried", False)
+    monkeypatch.setattr(cpu, "_functions", None)
     assert cpu.load() is False
     assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text
     assert not cpu.is_loaded()

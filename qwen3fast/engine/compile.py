@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qwen3fast.engine.record import Recording, record
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.compiling import operations
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ LONG_WORK_S = 2.0
 class StepCompiler:
     """Compiles functions with Inductor and counts what it did.
 
-    mode "auto" compiles in a thread of its own; until a part is ready it runs as it is, and if the compiled form turns
-    out slower, it goes on as it is. (`decode_layers` is not tried: it serves once the C++ operations are built.) On
-    CUDA devices "auto" is True: graphs can only be captured from compiled parts.
+    mode "auto" compiles in a thread of its own, the C++ operations first. Until a part is ready it runs as it is, with
+    the operations once they are built, and if the compiled form turns out slower, it goes on so. (`decode_layers` is
+    not tried: it serves once the operations are built.) On CUDA devices "auto" is True: graphs can only be captured
+    from compiled parts.
 
     Attributes:
         enabled: False if compilation was not asked for or cannot work here; parts then run as they are.
@@ -181,12 +183,12 @@ class Part:
         sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
         form = self._form(static, module, tensors, dynamic, sizes)
         if form is None:
-            return self.function  # this time
+            return self._uncompiled()[0]  # this time
         if isinstance(form, CompiledFunction) and not form.serves(sizes):
             # What was assumed of sizes in general does not hold for these: they get code of their own.
             form = self._form(shapes, module, tensors, [{} for _ in tensors], {})
             if form is None:
-                return self.function
+                return self._uncompiled()[0]
         self._choices[shapes] = form
         return form
 
@@ -211,6 +213,14 @@ class Part:
                 self._forms[key] = self._faster(self._jobs.pop(key), module, tensors, sizes)
         return self._forms.get(key)
 
+    def _uncompiled(self) -> list[Function]:
+        """The function with C++ operations, where there are any, and as it is."""
+        return [self._with_operations, self.function] if cpu.is_loaded() else [self.function]
+
+    def _with_operations(self, *arguments: Any) -> Tensor:
+        with operations():
+            return self.function(*arguments)
+
     def _faster(
         self,
         job: Future[CompiledFunction],
@@ -222,18 +232,18 @@ class Part:
         error = job.exception()
         if error is not None:
             warnings.warn(f"{self.function} could not be compiled and runs as it is, slower: {error}", stacklevel=2)
-            return self.function
+            return self._uncompiled()[0]
         compiled = job.result()
         if not compiled.serves(sizes):  # it must not be run on these tensors, so it cannot be tried
             return compiled
-        forms: list[Function] = [compiled, self.function]
+        forms: list[Function] = [compiled, *self._uncompiled()]
         best = [float("inf")] * len(forms)
         for _ in range(4):  # alternating; what is slow once only does not count
             for i, form in enumerate(forms):
                 started = time.perf_counter()
                 form(module, *tensors)
                 best[i] = min(best[i], time.perf_counter() - started)
-        logger.info("%s: compiled %.3f ms, as it is %.3f ms", self.function, best[0] * 1e3, best[1] * 1e3)
+        logger.info("%s: compiled and uncompiled took %s ms", self.function, [round(s * 1e3, 3) for s in best])
         return forms[best.index(min(best))]
 
 

@@ -1,4 +1,4 @@
-"""All blocks of a decode step in one C++ operation (kernels/cpu/decode_layers.cpp), for bfloat16 and quantised weights.
+"""All blocks of a decode step in one call of C++ (kernels/cpu/decode_layers.cpp), for bfloat16 and quantised weights.
 
 Block by block, each of a token's many short products costs a call from Python, waking threads, and waiting for them.
 """
@@ -20,43 +20,31 @@ class DecodeLayers:
 
     def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
         blocks = [block for block in model.model.layers if isinstance(block, Block)]
-        self._eps = model.config.rms_norm_eps
-        self._cache = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-        self._norms = [norm for block in blocks for norm in _norms(block)]
+        norms = [norm for block in blocks for norm in _norms(block)]
         linears = [linear for block in blocks for linear in _linears(block)]
         self._is_possible = (
             all(_is_served(linear) for linear in linears)
-            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in self._norms)
+            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
         if self._is_possible:
-            nothing = torch.empty(0, 0)
-            quantised = [isinstance(linear, QuantizedLinear) for linear in linears]
-            self._weights = [x.weight_packed if q else x.weight for x, q in zip(linears, quantised, strict=True)]
-            self._scales = [x.weight_scale if q else nothing for x, q in zip(linears, quantised, strict=True)]
+            weights = [x.weight_packed if isinstance(x, QuantizedLinear) else x.weight for x in linears]
+            scales = [x.weight_scale if isinstance(x, QuantizedLinear) else None for x in linears]
+            caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+            self._run = cpu.DecodeLayers(*caches, norms, weights, scales, model.config.rms_norm_eps)
 
     def serves(self, num_rows: int) -> bool:
-        """Whether the operation can do a step of so many rows, here and now."""
+        """Whether it can do a step of so many rows, here and now."""
         return self._is_possible and num_rows <= cpu.MAX_ROWS and cpu.is_loaded()
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, where keys and values are written at position_B1.
 
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
-        Returns: (B, 1, E) bfloat16. Raises: RuntimeError for a position outside of the cache.
+        Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        return torch.ops.qwen3fast.decode_layers(
-            x_B1E,
-            cos_SD,
-            sin_SD,
-            position_B1,
-            *self._cache,
-            self._norms,
-            self._weights,
-            self._scales,
-            self._eps,
-        )
+        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1)
 
 
 def _norms(block: Block) -> list[Tensor]:

@@ -49,15 +49,16 @@ def record(
     tensors: Sequence[Tensor | None],
     dynamic: Sequence[dict[int, int]],
 ) -> Recording:
-    """Record `function(module, *tensors)`; see `compile.Dynamic`."""
-    from torch._subclasses import FakeTensorMode
+    """Record `function(module, *tensors)`; see `compile.Dynamic`. Tensors may be without memory already, then all."""
+    from torch._subclasses import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     shapes = ShapeEnv()
-    mode = FakeTensorMode(shape_env=shapes)
     parameters = [] if module is None else list(module.parameters())
-    weights = [mode.from_tensor(parameter, static_shapes=True) for parameter in parameters]
+    modes = [t.fake_mode for t in (*parameters, *tensors) if isinstance(t, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(shape_env=shapes)
+    weights = [_without_memory(mode, "", parameter, {}) for parameter in parameters]
     # A module of its own: another thread may be using the given one.
     twin = copy.deepcopy(module, {id(p): weight for p, weight in zip(parameters, weights, strict=True)})
     fakes = [
@@ -95,7 +96,7 @@ def _without_memory(mode: Any, name: str, tensor: Tensor, dynamic: dict[int, int
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     if not dynamic:
-        return mode.from_tensor(tensor, static_shapes=True)
+        return tensor if getattr(tensor, "fake_mode", None) is mode else mode.from_tensor(tensor, static_shapes=True)
     example = tensor.new_empty([dynamic.get(i, size) for i, size in enumerate(tensor.shape)])
     # DUCK: equal sizes get the same symbol.
     kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]

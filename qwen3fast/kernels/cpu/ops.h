@@ -1,25 +1,62 @@
-// The operations of this folder; each is described where it is defined.
+// What Python calls (ops.py, decode_layers.py), by ctypes: nothing of PyTorch's C++ is needed, whose headers would take
+// longer to compile than all of this. Shapes, types and layouts are checked in Python; every array is contiguous.
+// `threads` is how many may be used.
+//
+//   B batch   T tokens   H query heads   K key/value heads   G = H/K   D head_dim   R cache rows   S cache positions
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstdint>
 
-#include <optional>
+#include "vec.h"
 
-namespace qwen3fast {
+#define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
-using Factors = std::optional<at::Tensor>;  // of an int8 cache
+// Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes.
+struct Linear {
+  const void *weight, *scale;
+  int64_t N, K, bits;
+};
 
-at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight);
-at::Tensor quantized_linear(const at::Tensor& x, at::TensorList packed, at::TensorList scale);
-at::Tensor quantized_rows(const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& row);
-at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
-                            const Factors& k_scale, const Factors& v_scale);
-at::Tensor prefill_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& position,
-                             const at::Tensor& row, const Factors& k_scale, const Factors& v_scale);
-at::Tensor decode_layers(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& position,
-                         at::TensorList keys, at::TensorList values, at::TensorList key_scales,
-                         at::TensorList value_scales, at::TensorList norms, at::TensorList weights,
-                         at::TensorList scales, double eps);
+// The cache of keys and values: (R, K, S, D) bfloat16, or int8 with factors (R, K, S) float32 (null for bfloat16).
+struct Cache {
+  void *keys, *values;
+  float *key_scale, *value_scale;
+};
 
-}  // namespace qwen3fast
+// One transformer block. Norms: bfloat16.
+struct Layer {
+  const BFloat16 *input_norm, *q_norm, *k_norm, *post_norm;
+  Linear q, k, v, o, gate, up, down;
+  Cache cache;
+};
+
+struct Sizes {
+  int64_t M, E, H, K, D, I, S;  // rows, hidden, query heads, key/value heads, head_dim, intermediate, positions
+  float eps;
+};
+
+// y[m, n] = sum_k x[m, k] weight[n, k]: x (M, K), weight (N, K), y (M, N), M from 1 to 8, K a multiple of 16.
+QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
+                                    int64_t K, int64_t threads);
+
+// The same for any M and packed weights of the same K and bits; y (M, N of all) holds their results side by side.
+QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
+                                              int64_t M, int64_t threads);
+
+// y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
+QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
+
+// q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 16.
+QWEN3FAST_API void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y,
+                                              int64_t B, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads);
+
+// q (B, T, H, D), position (B, T), row (B,), the cache row of each batch row -> y (B, T, H, D). D a multiple of 32.
+QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* cache, const int64_t* position,
+                                               const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H,
+                                               int64_t K, int64_t S, int64_t D, int64_t threads);
+
+// All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,). Sizes as in sizes, E and I
+// multiples of 16 (of 32 for packed weights), D of 32, M from 1 to 8.
+QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
+                                           const float* sin, const int64_t* position, BFloat16* x, int64_t threads);

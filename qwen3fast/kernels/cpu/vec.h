@@ -1,15 +1,28 @@
-// Vectors of sixteen numbers, written with the compilers' vector extensions, not with one processor's intrinsics: a Vec
-// is one AVX-512 register, two AVX2 or four NEON registers.
+// bfloat16, and vectors of sixteen numbers, written with the compilers' vector extensions, not with one processor's
+// intrinsics: a Vec is one AVX-512 register, two AVX2 or four NEON registers.
 
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+
+// The upper half of a float32, rounded to the nearest, halves to even. NaN stays NaN if it came from a bfloat16 or from
+// arithmetic: its lower half is zero then.
+struct BFloat16 {
+  uint16_t bits;
+
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    const uint32_t whole = std::bit_cast<uint32_t>(x);
+    bits = static_cast<uint16_t>((whole + 0x7fffu + (whole >> 16 & 1u)) >> 16);
+  }
+  operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
+};
 
 namespace {
 
@@ -30,7 +43,7 @@ inline V load_as(const T* p) {
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 
 // Sixteen bfloat16 numbers as float32: their bits are the upper halves.
-inline Vec load(const at::BFloat16* p) {
+inline Vec load(const BFloat16* p) {
   const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits) << 16;
   return load_as<Vec>(&bits);
 }
@@ -53,13 +66,13 @@ inline Vec load(const int8_t* p) {
 
 inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
 
-// The bits of the nearest bfloat16 numbers, halves to even, in the lower half of each lane. Not for NaN.
+// The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16.
 inline Bits as_bfloat16(Vec vec) {
   const Bits bits = load_as<Bits>(&vec);
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
-inline void store(at::BFloat16* p, Vec vec) {
+inline void store(BFloat16* p, Vec vec) {
   const Half half = __builtin_convertvector(as_bfloat16(vec), Half);
   std::memcpy(p, &half, sizeof half);
 }
@@ -92,5 +105,22 @@ inline float sum(Vec v) {
 }
 
 inline float largest(Vec v) { QWEN3FAST_FOLD(larger) }
+
+// exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
+// At least exp(-87); NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  const Vec y = (x < -87.f ? fill(-87.f) : x) * 1.44269504f;
+  const Ints n = __builtin_convertvector(y - 0.5f, Ints);  // rounds towards zero, so to the nearest for y <= 0
+  const Vec f = (y - __builtin_convertvector(n, Vec)) * 0.693147181f;
+  Vec series = fill(1.f / 720);
+  for (const float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * f + term;
+  const Ints power = (n + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return series * scale;
+}
+
+// The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
+inline Ints round_to_ints(Vec x) { return __builtin_convertvector(x + 12582912.f - 12582912.f, Ints); }
 
 }  // namespace

@@ -1,0 +1,128 @@
+"""`qwen3fast_decode_layers` of ops.h: all blocks of a decode step in one call; weights and cache must stay in place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.ops import MAX_ROWS
+from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes, cache, packed_linear, require
+
+
+class DecodeLayers:
+    """Runs the blocks; checks weights and cache, and notes their addresses, once."""
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        key_scales: Sequence[Tensor],
+        value_scales: Sequence[Tensor],
+        norms: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
+        eps: float,
+    ) -> None:
+        """One cache a layer (see `Cache` in ops.h; no factors for bfloat16), norms and weights in the order of `Layer`.
+
+        scales: of packed weights; None for bfloat16.
+        Raises: ValueError for tensors that it does not serve.
+        """
+        L = len(keys)
+        require(
+            L > 0 and len(values) == L and len(norms) == 4 * L and len(weights) == len(scales) == 7 * L,
+            "decode_layers: there must be keys, values, four norms, seven weights and seven scales a layer",
+        )
+        require(
+            len(key_scales) == len(value_scales) == (L if keys[0].dtype == torch.int8 else 0),
+            "decode_layers: factors of keys and values are for int8 only, and needed there",
+        )
+        self._tensors = (keys, values, key_scales, value_scales, norms, weights, scales)  # kept alive
+        self._layers = (Layer * L)()
+        self.R, K, S, D = keys[0].shape
+        for i, layer in enumerate(self._layers):
+            require(keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype, "decode_layers: caches alike")
+            factors = (key_scales[i], value_scales[i]) if key_scales else (None, None)
+            layer.cache = cache(keys[i], values[i], *factors)
+            for j, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
+                setattr(layer, name, _linear(weights[7 * i + j], scales[7 * i + j]))
+        first = self._layers[0]
+        self._sizes = Sizes(0, first.q.K, first.q.N // D, K, D, first.gate.N, S, eps)
+        for i, layer in enumerate(self._layers):
+            _require_sizes(layer, self._sizes)
+            for j, name in enumerate(("input_norm", "q_norm", "k_norm", "post_norm")):
+                setattr(layer, name, _vector(norms[4 * i + j], D if name in ("q_norm", "k_norm") else first.q.K))
+
+    def __call__(
+        self, functions: ctypes.CDLL, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor
+    ) -> Tensor:
+        """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64).
+
+        functions: of ops.h. x_B1E: bfloat16, up to 8 rows. cos_SD, sin_SD: float32, tables of all positions.
+        Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
+        """
+        B, sizes = len(x_B1E), self._sizes
+        require(
+            x_B1E.dtype == torch.bfloat16 and x_B1E.shape == (B, 1, sizes.E) and 1 <= B <= min(MAX_ROWS, self.R),
+            "decode_layers: x must be (1 to 8, 1, E) bfloat16",
+        )
+        for table in (cos_SD, sin_SD):
+            require(
+                table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (sizes.D,),
+                "decode_layers: cos and sin must be (positions, D) float32, contiguous",
+            )
+        position = position_B1.contiguous()
+        require(position.dtype == torch.int64 and position.numel() == B, "decode_layers: position (B, 1) int64")
+        end = min(sizes.S, len(cos_SD), len(sin_SD))
+        for place in position.flatten().tolist():
+            require(0 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
+        y_B1E = x_B1E.clone(memory_format=torch.contiguous_format)
+        functions.qwen3fast_decode_layers(
+            self._layers,
+            ctypes.c_int64(len(self._layers)),
+            byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.I, sizes.S, sizes.eps)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return y_B1E
+
+
+def _linear(weight: Tensor, scale: Tensor | None) -> Linear:
+    if scale is not None:
+        return packed_linear(weight, scale)
+    require(
+        weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu",
+        "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
+    )
+    return Linear(weight.data_ptr(), None, *weight.shape, 16)
+
+
+def _vector(vector: Tensor, size: int) -> int:
+    require(
+        vector.dtype == torch.bfloat16 and vector.is_contiguous() and vector.shape == (size,),
+        "decode_layers: norms must be bfloat16, of the size of what they scale",
+    )
+    return vector.data_ptr()
+
+
+def _require_sizes(layer: Layer, s: Sizes) -> None:
+    """Weights that fit each other; those with the same input must have the same bits, too."""
+    q, o, gate, down = layer.q, layer.o, layer.gate, layer.down
+    expected = [
+        *((w, n * s.D, s.E, q.bits) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
+        (o, s.E, s.H * s.D, o.bits),
+        *((w, s.I, s.E, gate.bits) for w in (gate, layer.up)),
+        (down, s.E, s.I, down.bits),
+    ]
+    fits = all(
+        (w.N, w.K, w.bits) == (N, K, bits) and N % LANES == 0 and K % (LANES if bits == 16 else GROUP) == 0
+        for w, N, K, bits in expected
+    )
+    require(
+        fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0,
+        "decode_layers: weights of alike layers, sizes multiples of 16 (packed: of 32), D of 32",
+    )

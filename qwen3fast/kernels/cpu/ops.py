@@ -1,0 +1,186 @@
+"""The functions of ops.h as operations, `torch.ops.qwen3fast.*`: arguments checked, results allocated.
+
+Each raises ValueError for arguments that it does not serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
+
+MAX_ROWS = 8
+
+_registered: torch.library.Library | None = None
+_functions: ctypes.CDLL
+
+
+def register(functions: ctypes.CDLL) -> None:
+    """Define the operations, once in a process; `functions` are those of ops.h."""
+    global _registered, _functions
+    _functions = functions
+    for name, pointers, integers in (
+        ("matvec", 3, 4),
+        ("decode_attention", 4, 6),
+        ("prefill_attention", 5, 7),
+    ):
+        function = getattr(functions, f"qwen3fast_{name}")
+        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
+        function.restype = None
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    functions.qwen3fast_quantized_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
+    functions.qwen3fast_quantized_linear.restype = None
+    functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
+    functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
+    if _registered is None:
+        _registered = torch.library.Library("qwen3fast", "FRAGMENT")
+        caches = "Tensor q, Tensor k, Tensor v, Tensor position"
+        factors = "Tensor? k_scale=None, Tensor? v_scale=None"
+        for schema, function, fake in (
+            ("matvec(Tensor x, Tensor weight) -> Tensor", matvec, _matvec_shape),
+            (
+                "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale) -> Tensor",
+                quantized_linear,
+                _quantized_linear_shape,
+            ),
+            ("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None),
+            (f"decode_attention({caches}, {factors}) -> Tensor", decode_attention, _decode_attention_shape),
+            (
+                f"prefill_attention({caches}, Tensor row, {factors}) -> Tensor",
+                prefill_attention,
+                _prefill_attention_shape,
+            ),
+        ):
+            _registered.define(schema)
+            name = schema.partition("(")[0]
+            _registered.impl(name, function, "CPU")
+            if fake is not None:
+                torch.library.register_fake(f"qwen3fast::{name}", fake, lib=_registered)
+
+
+def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T for few rows. x: (..., K) bfloat16, up to 8 rows. Returns (..., N)."""
+    N, K = weight_NK.shape
+    M = x.numel() // K
+    require(x.dtype == weight_NK.dtype == torch.bfloat16, "matvec: bfloat16 only")
+    require(weight_NK.is_contiguous() and x.shape[-1] == K, "matvec: weight (N, K) contiguous, x (..., K)")
+    require(K % LANES == 0 and 1 <= M <= MAX_ROWS, "matvec: K a multiple of 16, 1 to 8 rows")
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    _functions.qwen3fast_matvec(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), M, N, K, torch.get_num_threads())
+    return y
+
+
+def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
+    """x @ weight.T for packed weights of the same K and bits, results side by side. x: (..., K) bfloat16."""
+    K = x.shape[-1]
+    require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
+    require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
+    try:
+        linears = (Linear * len(packed))(*map(packed_linear, packed, scale))
+    except ValueError as err:
+        raise ValueError(f"quantized_linear: {err}") from None
+    for linear in linears:
+        require(linear.K == K, f"quantized_linear: x has {K} channels, a weight has {linear.K}")
+        require(linear.bits == linears[0].bits, "quantized_linear: all weights must have the same bits")
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
+    _functions.qwen3fast_quantized_linear(
+        x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, torch.get_num_threads()
+    )
+    return y
+
+
+def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
+
+
+def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
+    """Rows of a packed weight, (R, K) bfloat16; row_R: int64."""
+    linear = packed_linear(packed, scale)
+    require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
+    row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16)
+    if not _functions.qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
+        raise ValueError(f"quantized_rows: a row of {row_R.tolist()} is not one of the weight's {linear.N}")
+    return y_RK
+
+
+def decode_attention(
+    q_BTHD: Tensor,
+    k_RKSD: Tensor,
+    v_RKSD: Tensor,
+    position_B1: Tensor,
+    k_scale_RKS: Tensor | None = None,
+    v_scale_RKS: Tensor | None = None,
+) -> Tensor:
+    """One query a row, T = 1, over positions 0..position_B1 (int64) of rows 0..B-1. Returns (B, H, 1, D) bfloat16."""
+    (B, T, H, D), (R, K, S, _) = q_BTHD.shape, k_RKSD.shape
+    layer = _checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
+    require(D % LANES == 0 and T == 1 and B <= R, "decode_attention: q (B, 1, H, D), D a multiple of 16, B up to R")
+    q, position = q_BTHD.contiguous(), _checked_positions("decode_attention", position_B1, B)
+    y_BH1D = q.new_empty(B, H, 1, D)
+    _functions.qwen3fast_decode_attention(
+        q.data_ptr(), byref(layer), position.data_ptr(), y_BH1D.data_ptr(), B, H, K, S, D, torch.get_num_threads()
+    )
+    return y_BH1D
+
+
+def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
+
+
+def prefill_attention(
+    q_BTHD: Tensor,
+    k_RKSD: Tensor,
+    v_RKSD: Tensor,
+    position_BT: Tensor,
+    row_B: Tensor,
+    k_scale_RKS: Tensor | None = None,
+    v_scale_RKS: Tensor | None = None,
+) -> Tensor:
+    """Each query over positions 0..its own of cache row row_B (both int64). Returns (B, T, H, D) bfloat16."""
+    (B, T, H, D), (_, K, S, _) = q_BTHD.shape, k_RKSD.shape
+    layer = _checked_cache("prefill_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
+    require(D % (2 * LANES) == 0, "prefill_attention: D a multiple of 32")
+    q, position = q_BTHD.contiguous(), _checked_positions("prefill_attention", position_BT, B * T)
+    row, y_BTHD = row_B.contiguous(), q.new_empty(q.shape)
+    require(
+        row.dtype == torch.int64 and row.numel() == B and all(0 <= r < len(k_RKSD) for r in row.tolist()),
+        "prefill_attention: a row of the cache for each batch row, int64",
+    )
+    _functions.qwen3fast_prefill_attention(
+        q.data_ptr(),
+        byref(layer),
+        position.data_ptr(),
+        row.data_ptr(),
+        y_BTHD.data_ptr(),
+        *(B, T, H, K, S, D),
+        torch.get_num_threads(),
+    )
+    return y_BTHD
+
+
+def _prefill_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _checked_cache(
+    name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> ctypes.Structure:
+    require(q.dtype == torch.bfloat16, f"{name}: q must be bfloat16")
+    require(k.shape[3] == q.shape[3] and q.shape[2] % k.shape[1] == 0, f"{name}: q must fit the cache's heads")
+    try:
+        return cache(k, v, k_scale, v_scale)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from None
+
+
+def _checked_positions(name: str, position: Tensor, count: int) -> Tensor:
+    require(position.dtype == torch.int64 and position.numel() == count, f"{name}: an int64 position for each query")
+    return position.contiguous()

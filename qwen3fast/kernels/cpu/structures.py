@@ -1,0 +1,100 @@
+"""The structures of ops.h, made of tensors; whoever makes one must keep the tensors alive."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+LANES = 16  # channels are processed in vectors of this many
+GROUP = 32  # channels that share a scale
+
+
+class Linear(ctypes.Structure):
+    """`Linear` of ops.h."""
+
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("N", c_int64), ("K", c_int64), ("bits", c_int64)]
+
+
+class Cache(ctypes.Structure):
+    """`Cache` of ops.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")]
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of ops.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("cache", Cache),
+    ]
+
+
+class Sizes(ctypes.Structure):
+    """`Sizes` of ops.h."""
+
+    _fields_ = [*((name, c_int64) for name in "MEHKDIS"), ("eps", c_float)]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises: ValueError with this message if the condition does not hold."""
+    if not condition:
+        raise ValueError(message)
+
+
+def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
+    """Quantised weights as quantized.cpp describes them.
+
+    Raises: ValueError for tensors that are not.
+    """
+    require(
+        packed.dim() == 4
+        and packed.shape[2:] == (LANES, 4)
+        and packed.dtype == torch.uint8
+        and packed.device.type == "cpu"
+        and packed.is_contiguous(),
+        "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous",
+    )
+    bits = 8 if scale.dim() == 1 else 4
+    N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
+    require(
+        scale.numel() == (N if bits == 8 else N * K // GROUP)
+        and scale.dtype == (torch.float32 if bits == 8 else torch.bfloat16)
+        and scale.device.type == "cpu"
+        and scale.is_contiguous(),
+        "scale must be (N,) float32 for 8 bits, (N/16, K/32, 16) bfloat16 for 4",
+    )
+    require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
+    return Linear(packed.data_ptr(), scale.data_ptr(), N, K, bits)
+
+
+def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:
+    """Keys and values of one layer.
+
+    Raises: ValueError for tensors that are not as ops.h describes them.
+    """
+    is_rounded = k_RKSD.dtype == torch.int8
+    require(is_rounded or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
+    for tensor in (k_RKSD, v_RKSD):
+        require(
+            tensor.dim() == 4
+            and tensor.is_contiguous()
+            and tensor.shape == k_RKSD.shape
+            and tensor.dtype == k_RKSD.dtype
+            and tensor.device.type == "cpu",
+            "keys and values must be (R, K, S, D), alike, contiguous",
+        )
+    pointers = []
+    for scale in (k_scale_RKS, v_scale_RKS):
+        require((scale is not None) == is_rounded, "factors of keys and values are for int8 only, and needed there")
+        if scale is not None:
+            require(
+                scale.dtype == torch.float32 and scale.is_contiguous() and scale.shape == k_RKSD.shape[:3],
+                "factors of keys and values must be (R, K, S) float32, contiguous",
+            )
+        pointers.append(None if scale is None else scale.data_ptr())
+    return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)
