@@ -48,7 +48,7 @@ def random_prompts(model, lengths, seed=0):
 def test_prefill_logits_equal_the_plain_model(model, length):
     [prompt] = random_prompts(model, [length])
     expected_V = model(torch.tensor([prompt]))[0, -1]
-    torch.testing.assert_close(make_engine(model).prefill(1, prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make_engine(model).prefill_whole(1, prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 100])
@@ -62,7 +62,7 @@ def test_decode_addresses_never_change(model):
     engine = make_engine(model)
     tensors = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
     before = [t.data_ptr() for t in tensors]
-    engine.prefill(0, [1, 2, 3])
+    engine.prefill_whole(0, [1, 2, 3])
     engine.set_row(0, 3, 0.0, 0, 1.0, 0.0, 0)
     for used in range(4, 10):
         engine.decode(1, used, SamplerKind.GREEDY)
@@ -72,7 +72,7 @@ def test_decode_addresses_never_change(model):
 
 def test_decode_leaves_empty_rows_where_they_are(model):
     engine = make_engine(model)
-    engine.prefill(1, [1, 2, 3])
+    engine.prefill_whole(1, [1, 2, 3])
     engine.set_row(1, 3, 0.0, 0, 1.0, 0.0, 0)
     engine.decode(2, 4, SamplerKind.GREEDY)
     assert engine.state.position_R.tolist() == [0, 4, 0]

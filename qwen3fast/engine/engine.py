@@ -5,7 +5,7 @@ It knows tokens and rows; requests are the scheduler's, text is the Generator's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,10 +53,28 @@ class Engine:
         self.cos_SD, self.sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
 
     @torch.no_grad()
-    def prefill(self, row: int, token_ids: list[int]) -> Tensor:
-        """Fill row `row` of the cache with a prompt. Returns the logits after its last token, (1, V)."""
-        self.compiler.share_processor()
-        return prefill(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row, token_ids)
+    def prefill(self, row: int, token_ids: list[int]) -> Iterator[Tensor | None]:
+        """Fill row `row` of the cache with a prompt, a chunk at each step of the iterator; steps of other rows may run
+        between them.
+
+        Yields: None after each chunk; instead of it, after the last one, the logits after the last token, (1, V).
+        """
+        # A decode step writes keys and values in every row that it covers: in this one, where its own next ones go.
+        self.clear_row(row)
+        self.state.position_R[row : row + 1].fill_(len(token_ids))
+        chunks = prefill(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row, token_ids)
+        while True:
+            self.compiler.share_processor()
+            logits_1V = next(chunks)
+            yield logits_1V
+            if logits_1V is not None:
+                return
+
+    def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
+        """`prefill` at once. Returns the logits after the last token, (1, V)."""
+        *_, logits_1V = self.prefill(row, token_ids)
+        assert logits_1V is not None, "the last step gives them"
+        return logits_1V
 
     @torch.no_grad()
     def set_row(
@@ -149,7 +167,7 @@ class Engine:
         """
         self.compiler.close(wait=True)  # "auto" ends here
         report("prefill")
-        logits_1V = self.prefill(0, [0])
+        logits_1V = self.prefill_whole(0, [0])
         for kind in SamplerKind:
             report(f"{kind.value} sampler")
             self.sample_first(0, logits_1V, kind)

@@ -6,6 +6,8 @@ code and graphs that exist already.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -39,20 +41,24 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
 
 def prefill(
     model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, row: int, token_ids: list[int]
-) -> Tensor:
-    """Compute a whole prompt into row `row` of the cache, from position 0. Returns the last token's logits, (1, V)."""
+) -> Iterator[Tensor | None]:
+    """Compute a prompt into row `row` of the cache, from position 0, a chunk at each step of the iterator.
+
+    Yields: None after each chunk; instead of it, after the last one, the last token's logits, (1, V).
+    """
     device = cos_SD.device
     row_1 = torch.tensor([row], device=device)
-    start, x_1TE, last = 0, None, 0
+    start = 0
     for size in split_into_chunks(len(token_ids), cache.allocated_len):
         chunk = token_ids[start : start + size]
-        last = len(chunk) - 1
         padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
         x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
         start += size
-    assert x_1TE is not None, "prefill needs at least one token"
-    # Only the last position goes through the output projection.
-    return parts.logits(parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)).squeeze(1)
+        if start < len(token_ids):
+            yield None
+        else:  # only the last position goes through the output projection
+            x_11E = x_1TE[:, len(chunk) - 1 : len(chunk)].clone(memory_format=torch.contiguous_format)
+            yield parts.logits(parts.head, x_11E).squeeze(1)
 
 
 def prefill_chunk(
@@ -71,7 +77,7 @@ def prefill_chunk(
     """
     size = token_1T.shape[1]
     position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
-    mask_1TL = torch.arange(cache.bucket(start + size), device=token_1T.device) <= position_1T[..., None]
+    mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
     for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):

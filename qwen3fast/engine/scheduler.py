@@ -1,11 +1,17 @@
-"""Requests in and out of the rows of the cache: wait, prefill, decode together, leave at their own end."""
+"""Requests in and out of the rows of the cache: wait, prefill, decode together, leave at their own end.
+
+Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a reply
+that is running waits for one chunk of another's prompt at most, and a row is given on as soon as it is free.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from qwen3fast.engine.engine import Engine
 from qwen3fast.sampling import kind_for
@@ -35,6 +41,7 @@ class Request:
     error: Exception | None = None
     row: int | None = None
     launched: int = 0  # tokens that were started, the first one included; those not collected yet are in flight
+    prefilling: Iterator[Tensor | None] | None = None  # see Engine.prefill
     submitted_s: float = field(default_factory=time.perf_counter)
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
@@ -93,11 +100,11 @@ class Scheduler:
         self._release_finished()
 
     def step(self) -> None:
-        """Give a free row to a waiting request (prefill, first token) or run one decode step for all active ones."""
-        if self.waiting and len(self.active) < self.engine.cache.max_batch_size:
-            self._admit(self.waiting.popleft())
-            return
-        rows = {row: request for row, request in self.active.items() if request.launched < request.max_tokens}
+        """One chunk of a prompt, if there is one to compute, and one decode step for all requests that have begun."""
+        request = self._next_to_prefill()
+        if request is not None:
+            self._prefill(request)
+        rows = {row: r for row, r in self.active.items() if 0 < r.launched < r.max_tokens}
         if rows:
             self._launch(rows)
         if self._in_flight and (not rows or len(self._in_flight) > self.engine.lookahead):
@@ -130,24 +137,33 @@ class Scheduler:
         if error is not None:
             raise error
 
-    def _admit(self, request: Request) -> None:
-        row = next(r for r in range(self.engine.cache.max_batch_size) if r not in self.active)
-        request.row, request.prefill_started_s = row, time.perf_counter()
-        self.active[row] = request
+    def _next_to_prefill(self) -> Request | None:
+        """The request whose prompt is being computed, or the next one, in a row of its own now; None without any."""
+        for request in self.active.values():
+            if request.prefilling is not None:
+                return request
+        if not self.waiting or len(self.active) == self.engine.cache.max_batch_size:
+            return None
+        request = self.waiting.popleft()
+        request.row = next(r for r in range(self.engine.cache.max_batch_size) if r not in self.active)
+        request.prefill_started_s = time.perf_counter()
+        request.prefilling = self.engine.prefill(request.row, request.prompt_ids)
+        self.active[request.row] = request
+        return request
+
+    def _prefill(self, request: Request) -> None:
+        """One chunk; after the last one, the first token."""
+        assert request.prefilling is not None and request.row is not None, "it has been given a row"
+        row = request.row
         try:
-            logits_1V = self.engine.prefill(row, request.prompt_ids)
-            self.engine.set_row(
-                row,
-                len(request.prompt_ids),
-                request.temperature,
-                request.top_k,
-                request.top_p,
-                request.min_p,
-                request.seed,
-            )
-            kind = kind_for([(request.temperature, request.top_k)])
-            request.launched = 1
-            request.accept(self.engine.sample_first(row, logits_1V, kind))
+            logits_1V = next(request.prefilling)
+            if logits_1V is not None:
+                request.prefilling = None
+                sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
+                self.engine.set_row(row, len(request.prompt_ids), *sampling)
+                kind = kind_for([(request.temperature, request.top_k)])
+                request.launched = 1
+                request.accept(self.engine.sample_first(row, logits_1V, kind))
         except BaseException:
             request.finish("cancelled")
             raise
@@ -156,7 +172,7 @@ class Scheduler:
 
     def _release_finished(self) -> None:
         for row in [row for row, request in self.active.items() if request.finish_reason is not None]:
-            del self.active[row]
+            self.active.pop(row).prefilling = None
             self.engine.clear_row(row)
         if not self.active:  # nobody waits for what is in flight
             self.dropped_tokens += sum(len(rows) for rows in self._in_flight)

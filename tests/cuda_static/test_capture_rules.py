@@ -21,7 +21,7 @@ def make_engine(rows=4, cache_dtype=torch.float32, **changes):
     model = randomised(small_config(max_position_embeddings=1024, **changes))
     engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
     for row in range(min(rows, 2)):
-        engine.prefill(row, [5, 7, 11 + row])
+        engine.prefill_whole(row, [5, 7, 11 + row])
         engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
     return engine
 
