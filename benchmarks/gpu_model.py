@@ -6,21 +6,22 @@ Nothing here was measured on a GPU by this project. A step's time is modelled as
 
     bytes / memory speed  +  kernels x (gap between two kernels of a graph)
 
-Bytes are those of a step's weights and used keys and values (attention reads on to the end of its bucket). The other
-three numbers are assumptions, to be replaced by what tools/gpu_check.py measures.
+Bytes are those of a step's weights and used keys and values (attention reads on to the end of its bucket). Kernels are
+those that tools/compile_for_gpu.py found. The other two numbers are assumptions, to be replaced by what
+tools/gpu_check.py measures.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from qwen3fast.config import ModelConfig
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
 CONTEXTS = (128, 1024, 8192)
 BANDWIDTH = 3.0e12  # bytes/s; assumed for an H100, whose data sheet says 3.35e12
-# Kernels of one layer after fusion: norm; query/key/value products (3); QK-norm, rotation and cache (2); attention (2);
-# output product; norm; gate and up products (2); their product; down product. Beside the layers: embedding, norm,
-# output projection, sampler (2), and the state's updates as one, which are several small kernels now.
-KERNELS_A_LAYER, KERNELS_BESIDE = 14, 6
+COMPILED = Path(__file__).parent / "results" / "gpu-compile.json"
 GAP_S = 1.0e-6  # between the end of a kernel and the start of the next one in a graph
 TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}
 
@@ -39,18 +40,28 @@ def step_bytes(config: ModelConfig, context: int) -> int:
     return config.decode_parameters * config.dtype.itemsize + config.kv_bytes_per_token(config.dtype) * context
 
 
-def kernels(config: ModelConfig) -> int:
-    """Kernels of one step."""
-    return KERNELS_A_LAYER * config.num_hidden_layers + KERNELS_BESIDE
+def compiled_kernels() -> tuple[int, int]:
+    """Kernels of one layer, and those beside the layers: one request, bfloat16, H100. A library call counts as one."""
+    record = json.loads(COMPILED.read_text(encoding="utf-8"))
+    [case] = [
+        case
+        for case in record["steps"]
+        if (case["gpu"], case["model"], case["weights"], case["attention"]) == ("sm_90", "0.6b", "bf16", "sdpa")
+        and case["batch_size"] == 1
+    ]
+    parts = {name: part["launches"] + sum(part["calls"].values()) for name, part in case["parts"].items()}
+    layer = parts.pop("run_block")
+    return layer, sum(parts.values()) + sum(case["eager_calls"].values())
 
 
 def rows() -> list[str]:
     """A line of the table for each size and context."""
     lines = []
+    layer, beside = compiled_kernels()
     for size in SIZES:
         config = ModelConfig.named(size)
         for context in CONTEXTS:
-            size_bytes, count = step_bytes(config, context), kernels(config)
+            size_bytes, count = step_bytes(config, context), layer * config.num_hidden_layers + beside
             read_s, gaps_s = size_bytes / BANDWIDTH, count * GAP_S
             share = read_s / (read_s + gaps_s)
             cells = [size, f"{context:,}", f"{size_bytes / 1e9:.2f}", f"{1 / read_s:,.0f}", str(count)]
@@ -63,10 +74,12 @@ def main() -> None:
     """Print the page."""
     print("# What a decode step should take on a GPU\n")
     print("Made by `python benchmarks/gpu_model.py`. A model, not a measurement: no GPU has run this code yet.\n")
+    layer, beside = compiled_kernels()
     print(f"One request, bfloat16, memory read at {BANDWIDTH / 1e12:.1f} TB/s (H100), one CUDA graph a step,")
     print(
-        f"{KERNELS_A_LAYER} kernels a layer and {KERNELS_BESIDE} beside them, {GAP_S * 1e6:.1f} us between kernels.\n"
+        f"{layer} kernels a layer and {beside} beside them (found by tools/compile_for_gpu.py in the compiled step; a"
     )
+    print(f"product or an attention counts as one), {GAP_S * 1e6:.1f} us between kernels.\n")
     print("| size | context | GB a step | limit, tokens/s | kernels | model, tokens/s | of the memory's speed |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     print("\n".join(rows()))

@@ -5,9 +5,11 @@
 
 Needs no network: weights are random. Modes take turns on the same weights and prompts: "eager"; "compiled";
 "graphs" (compiled, each step one CUDA graph); "uncached" (eager, the whole sequence anew for each token); and
-transformers with its default cache. The record names whatever was left out, and why (no time left, no memory). Speed
-of a step is a median; its share of the memory's speed counts the bytes that it must read. The tests' output is kept in
-a .log file. Exit status 1 if tests fail, something breaks, or a mode gives wrong tokens.
+transformers with its default cache. Then each weight format, and attention over the used cache (FlexAttention; our
+Triton kernel) in the place of SDPA. Each has a fair share of the time. The record names whatever was left out, and why
+(no time left, no memory). Speed of a step is a median; its share of the memory's speed counts the bytes that it must
+read. The tests' output is kept in a .log file. Exit status 1 if tests fail, something breaks, or a mode gives wrong
+tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -36,8 +38,10 @@ from qwen3fast.bench.record import write_json
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import GraphCache
+from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache, free_bytes
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling import SamplerKind
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +49,9 @@ SIZES = ("0.6b", "1.7b", "4b", "8b")
 # Batch sizes, and the contexts measured with each, in this order.
 SHAPES = ((1, (128, 1024, 8192)), (16, (128, 1024)), (64, (128,)))
 QUICK_SHAPES = ((1, (32, 128)), (2, (32,)))
+# Of each weight format, and of attention by Triton, in the first and the last size.
+VARIANT_SHAPES = ((1, (1024, 8192)), (16, (1024,)))
+QUICK_VARIANT_SHAPES = ((1, (32,)),)
 MODES = ("eager", "compiled", "graphs")
 TESTS_S = 240  # the longest that the tests may take
 UNCACHED_LENGTH, UNCACHED_TOKENS = 1024, 3
@@ -95,14 +102,33 @@ def launches(engine: Engine, step: Callable[[], object]) -> int | None:
     return sum(event.count for event in profiler.key_averages() if event.key.startswith(counted))
 
 
-class SizeRun:
-    """All measurements of one model size."""
+@dataclass(frozen=True)
+class Variant:
+    """What is measured: a model size, its weights' format ("bf16" or a quantisation), whose attention decodes."""
 
-    def __init__(self, name: str, args: argparse.Namespace, clock: Clock, probe: BandwidthProbe) -> None:
-        self.name, self.args, self.clock, self.probe = name, args, clock, probe
+    size: str
+    weights: str = "bf16"
+    attention: Literal["sdpa", "flex", "split"] = "sdpa"  # see kernels/cuda
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the size as it is, to be measured in every mode."""
+        return self.weights == "bf16" and self.attention == "sdpa"
+
+    def __str__(self) -> str:
+        weights = [] if self.weights == "bf16" else [self.weights]
+        return ", ".join([self.size, *weights, *([] if self.attention == "sdpa" else [f"{self.attention} attention"])])
+
+
+class VariantRun:
+    """All measurements of one variant."""
+
+    def __init__(self, variant: Variant, args: argparse.Namespace, clock: Clock, probe: BandwidthProbe) -> None:
+        self.variant, self.args, self.clock, self.probe = variant, args, clock, probe
         self.device = torch.device(args.device)
         started = time.perf_counter()
-        self.model: Qwen3 = load_model(f"random:{name}", args.device)
+        quantization = None if variant.weights == "bf16" else variant.weights
+        self.model: Qwen3 = load_model(f"random:{variant.size}", args.device, quantization=quantization)
         self.load_s = time.perf_counter() - started
         self.cases: list[dict[str, Any]] = []
         self.left_out: list[str] = []
@@ -124,6 +150,8 @@ class SizeRun:
             self._engines[is_compiled] = Engine(self.model, cache, self.device, compile=is_compiled)
         self._graphs = self._engines[True].graphs
         modes = [mode for mode in MODES if mode != "graphs" or self._graphs is not None]
+        if not self.variant.is_plain:
+            modes = modes[-1:]  # the fastest alone
         if self._graphs is None:
             self.left_out.append(f"batch {batch_size}, graphs: there are none on {self.device}")
 
@@ -134,7 +162,7 @@ class SizeRun:
             self._run(mode, checked, 2)  # compiles, records
             first_s[mode] = time.perf_counter() - started
             if mode == "graphs" and self._graphs is not None and self._graphs.failure:
-                self.errors.append(f"{self.name}, batch {batch_size}, graphs: {self._graphs.failure}")
+                self.errors.append(f"{self.variant}, batch {batch_size}, graphs: {self._graphs.failure}")
             sample = self._run(mode, checked, CHECK_TOKENS)
             checks[mode] = check_tokens(self.model, checked, sample.token_ids)
         for context in contexts:
@@ -183,7 +211,7 @@ class SizeRun:
             step = partial(engine.decode, batch_size, context + new_tokens, SamplerKind.GREEDY)
             cases.append(
                 {
-                    "size": self.name, "mode": mode, "batch_size": batch_size, "context": context,
+                    **asdict(self.variant), "mode": mode, "batch_size": batch_size, "context": context,
                     "step_s": step_s, "ttft_s": [sample.ttft_s for sample in samples[mode]],
                     "bandwidth_gb_s": bandwidth, "step_bytes": step_bytes,
                     "decode_tok_s": batch_size / median(step_s),
@@ -204,7 +232,7 @@ class SizeRun:
         sample = run_uncached_timed(engine, prompts, UNCACHED_TOKENS + 1)
         self.cases.append(
             {
-                "size": self.name, "mode": "uncached", "batch_size": 1, "context": length, "step_s": sample.step_s,
+                **asdict(self.variant), "mode": "uncached", "batch_size": 1, "context": length, "step_s": sample.step_s,
                 "decode_tok_s": 1 / median(sample.step_s),
             }
         )  # fmt: skip
@@ -229,10 +257,27 @@ class SizeRun:
             ]
             self.cases.append(
                 {
-                    "size": self.name, "mode": "transformers", "batch_size": 1, "context": context, "step_s": steps,
-                    "decode_tok_s": 1 / median(steps), "transformers": transformers.__version__,
+                    **asdict(self.variant), "mode": "transformers", "batch_size": 1, "context": context,
+                    "step_s": steps, "decode_tok_s": 1 / median(steps), "transformers": transformers.__version__,
                 }
             )  # fmt: skip
+
+
+def variants(sizes: list[str], device: torch.device) -> list[Variant]:
+    """Every size as it is; then, in the first and the last of them, what else the device can run."""
+    formats = [name for name, format in FORMATS.items() if device.type in format.devices]
+    others = [Variant(size, weights=name) for size in dict.fromkeys((sizes[0], sizes[-1])) for name in formats]
+    if device.type == "cuda":
+        others += [Variant(size, attention="flex") for size in dict.fromkeys((sizes[0], sizes[-1]))]
+        others += [Variant(size, attention="split") for size in dict.fromkeys((sizes[0], sizes[-1]))]
+    return [Variant(size) for size in sizes] + others
+
+
+def shapes_of(variant: Variant, quick: bool) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Batch sizes, and the contexts to measure with each."""
+    if variant.is_plain:
+        return QUICK_SHAPES if quick else SHAPES
+    return QUICK_VARIANT_SHAPES if quick else VARIANT_SHAPES
 
 
 def release_memory(device: torch.device) -> None:
@@ -249,7 +294,8 @@ def check_as_dict(check: Any) -> dict[str, Any]:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Decode speed of one request in each mode, a group of bars for each size and context."""
-    singles = [c for c in record["cases"] if c["batch_size"] == 1 and c["mode"] in COLORS]
+    plain = [c for c in record["cases"] if (c["weights"], c["attention"]) == ("bf16", "sdpa")]
+    singles = [c for c in plain if c["batch_size"] == 1 and c["mode"] in COLORS]
     groups = list(dict.fromkeys((c["size"], c["context"]) for c in singles))
     figure = Figure(figsize=(max(7.0, 0.9 * len(groups) + 3), 5.0))
     axes = figure.add_axes((0.09, 0.16, 0.88, 0.66))
@@ -273,11 +319,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def as_text(record: dict[str, Any]) -> str:
     """A table of all cases and what was left out."""
-    lines = [f"{'size':6}{'mode':14}{'batch':>6}{'context':>9}{'decode tok/s':>14}{'of bandwidth':>14}{'launches':>10}"]
+    columns = f"{'size':6}{'weights':9}{'attention':11}{'mode':14}"
+    lines = [f"{columns}{'batch':>6}{'context':>9}{'decode tok/s':>14}{'of bandwidth':>14}{'launches':>10}"]
     for c in record["cases"]:
         share = f"{c['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in c else "-"
         count = str(c.get("launches") or "-")
-        shape = f"{c['size']:6}{c['mode']:14}{c['batch_size']:6}{c['context']:9,}"
+        shape = f"{c['size']:6}{c['weights']:9}{c['attention']:11}{c['mode']:14}{c['batch_size']:6}{c['context']:9,}"
         lines.append(f"{shape}{c['decode_tok_s']:14.1f}{share:>14}{count:>10}")
     lines += [f"left out: {what}" for what in record["left_out"]]
     return "\n".join(lines + [f"ERROR: {what}" for what in record["errors"]])
@@ -317,42 +364,46 @@ def main() -> int:
     write_json(record, stem.with_suffix(".json"))
     print(f"tests: {record['tests']['summary']}", flush=True)
     probe = BandwidthProbe(device)
-    for size in tqdm(sizes, desc="sizes"):
+    todo = variants(sizes, device)
+    for i, variant in enumerate(tqdm(todo, desc="variants")):
         if clock.left() < 20:
-            record["left_out"].append(f"{size}: no time left")
+            record["left_out"].append(f"{variant}: no time left")
             continue
-        run = None
+        share, run = Clock(clock.left() / (len(todo) - i)), None
+        cuda.decode_attention = variant.attention
         try:
-            run = SizeRun(size, args, clock, probe)
-            for batch_size, contexts in QUICK_SHAPES if args.quick else SHAPES:
-                if clock.left() < 0:
+            run = VariantRun(variant, args, share, probe)
+            for batch_size, contexts in shapes_of(variant, args.quick):
+                if share.left() < 0:
                     run.left_out.append(f"batch {batch_size}: no time left")
                 else:
                     run.measure(batch_size, contexts)
-                if batch_size == 1 and clock.left() > 0:
+                if batch_size == 1 and variant.is_plain and share.left() > 0:
                     run.measure_uncached()
                     run.measure_transformers()
         except (MemoryError, torch.OutOfMemoryError) as err:
-            record["left_out"].append(f"{size}: {str(err).splitlines()[0]}")
-        except Exception as err:  # a kernel that does not compile, say: the other sizes are worth having
+            record["left_out"].append(f"{variant}: {str(err).splitlines()[0]}")
+        except Exception as err:  # a kernel that does not compile, say: the others are worth having
             traceback.print_exc()
-            record["errors"].append(f"{size}: {type(err).__name__}: {str(err)[:500]}")
+            record["errors"].append(f"{variant}: {type(err).__name__}: {str(err)[:500]}")
         if run is not None:
             record["cases"] += run.cases
-            record["left_out"] += [f"{size}, {what}" for what in run.left_out]
+            record["left_out"] += [f"{variant}, {what}" for what in run.left_out]
             record["errors"] += run.errors
         del run
         release_memory(device)
-        write_json(record, stem.with_suffix(".json"))  # nothing is lost if a later size fails
+        write_json(record, stem.with_suffix(".json"))  # nothing is lost if a later one fails
+    cuda.decode_attention = "sdpa"
     record["seconds"] = 60 * args.minutes - clock.left()
     write_json(record, stem.with_suffix(".json"))
-    if record["cases"]:
+    if any(case["weights"] == "bf16" for case in record["cases"]):
         plot(record, stem.with_suffix(".png"))
     print(as_text(record))
     print(f"wrote {stem}.json, .png and .log")
     wrong = [c for c in record["cases"] if "check" in c and not c["check"]["passed"]]
     for c in wrong:
-        print(f"WRONG TOKENS: {c['size']} {c['mode']}, batch {c['batch_size']}: {c['check']}", file=sys.stderr)
+        variant = Variant(c["size"], c["weights"], c["attention"])
+        print(f"WRONG TOKENS: {variant}, {c['mode']}, batch {c['batch_size']}: {c['check']}", file=sys.stderr)
     return int(
         bool(wrong) or bool(record["errors"]) or record["tests"]["exit_status"] not in (0, 5)
     )  # 5: no test was selected

@@ -78,6 +78,27 @@ def operators_table(record: dict) -> str:
     return as_markdown(rows, left=0)
 
 
+def compiled_table(record: dict) -> str:
+    """Of tools/compile_for_gpu.py: what a token launches, on the newest of the GPUs."""
+    rows = [
+        [
+            "gpu, model, weights, attention",
+            "batch",
+            "Triton kernels",
+            "library calls",
+            "eager operations",
+            "most shared memory",
+        ]
+    ]
+    for c in [c for c in record["steps"] if c["gpu"] == max(record["gpus"])]:
+        kernels = [kernel for part in c["parts"].values() for kernel in part["kernels"]]
+        counts = [c["triton_launches"], sum(c["library_calls"].values()), sum(c["eager_calls"].values())]
+        most = max(kernel["shared_bytes"] for kernel in kernels)
+        what = f"{c['gpu']}, {c['model']}, {c['weights']}, {c['attention']}"
+        rows.append([what, str(c["batch_size"]), *map(str, counts), f"{most / 1024:.1f} KiB"])
+    return as_markdown(rows, left=0)
+
+
 def transformers_table(record: dict) -> str:
     """Of benchmarks/compare_transformers.py: tokens/s of each way, and ours over theirs."""
     names = list(record["results"][0]["decode_tok_s"])
@@ -105,6 +126,9 @@ TABLES = {
 
 def render(record: dict) -> str:
     """The table of a record, and where and when it was measured."""
+    if record.get("suite") == "compile_for_gpu":
+        versions = "; ".join(f"{name} {version}" for name, version in record["environment"].items())
+        return f"{compiled_table(record)}\n\nCompiled, not run; {versions}; {record['run']['utc'][:10]}."
     other = bench_table if "cases" in record else transformers_table
     text = TABLES.get(record.get("suite", ""), other)(record)
     if record.get("suite") == "cpu_operators":

@@ -51,7 +51,8 @@ class Attention(nn.Module):
 
         Without a cache: plain causal attention over the T tokens given.
         With a cache: keys and values are first written at position_BT (int64), then the first L positions of the cache
-        are read under mask_BTL (bool, True where query t may see position l); L is taken from the mask.
+        are read under mask_BTL (bool, True where query t may see position l); L is taken from the mask. With rows
+        (`cache.row_B`: prefill) the T tokens must be the last of these L.
         Returns: (B, T, E).
         """
         B, T, _ = x_BTE.shape
@@ -71,9 +72,13 @@ class Attention(nn.Module):
                 y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_BT, *scales)
             elif row_B is None and cuda.can_split_attention(q_BTHD):
                 y_BHTD = torch.ops.qwen3fast.split_attention(q_BTHD, k, v, position_BT, *scales)
+            elif row_B is None and cuda.can_flex_attention(q_BTHD):
+                y_BHTD = cuda.flex_decode(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype), position_BT)
             elif row_B is not None and cpu.can_prefill_attention(q_BTHD, k):
                 y_BTHD = torch.ops.qwen3fast.prefill_attention(q_BTHD, k, v, position_BT, row_B, *scales)
                 y_BHTD = y_BTHD.transpose(1, 2)
+            elif row_B is not None and cuda.can_flash_attention(q_BTHD):
+                y_BHTD = attend_last(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype))
             else:
                 y_BHTD = attend(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype), mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
@@ -89,3 +94,14 @@ def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> 
         return y_BKGD.reshape(B, H, 1, D)
     q_BHTD = q_BTHD.transpose(1, 2)
     return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None], enable_gqa=True)
+
+
+def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+    """`attend` where the T queries stand at the last of L positions, each seeing all up to its own: (B, H, T, D).
+
+    FlashAttention on CUDA devices: neither scores nor a mask are kept in memory. It is called by its own name because
+    `is_causal` of scaled_dot_product_attention means the first of L positions, not the last.
+    Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
+    """
+    q_BHTD = q_BTHD.transpose(1, 2)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]

@@ -50,7 +50,8 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
         if part is None:
             tensor = tensor.unsqueeze(dimension)
         elif isinstance(part, slice):
-            tensor = aten.slice(tensor, dimension, part.start, part.stop, part.step or 1)
+            if part != slice(None):  # of which PyTorch makes no view, so that compilers write into the tensor itself
+                tensor = aten.slice(tensor, dimension, part.start, part.stop, part.step or 1)
         elif isinstance(part, int):
             tensor = aten.select(tensor, dimension, part)
             continue
@@ -63,14 +64,16 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[torch.device]:
-    """What is made inside is fake; gives the CUDA device to make it on."""
+def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
+    """What is made inside is fake; gives the CUDA device to make it on. capability: of the GPU that it is to be."""
     free_and_total = (80 << 30, 80 << 30)
     with (
         FakeTensorMode(),
         _Indexing(),
         torch.no_grad(),
         patch.object(torch.cuda, "mem_get_info", lambda device: free_and_total),
+        patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True),
     ):
         yield torch.device("cuda", 0)
 

@@ -68,7 +68,7 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_split_attention_takes_the_place_of_pytorchs(cache_dtype, monkeypatch):
     pytest.importorskip("triton", reason="the triton package is not installed")
-    monkeypatch.setattr(cuda, "use_split_attention", True)
+    monkeypatch.setattr(cuda, "decode_attention", "split")
     monkeypatch.setattr("qwen3fast.model.attention.attend", None)  # not to be called
     with fake_cuda() as device:
         engine = make_engine(device, "0.6b", cache_dtype=cache_dtype)
@@ -83,7 +83,8 @@ def test_weights_are_quantised_on_their_device(format):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_prefill_runs_on_cuda_tensors(size):
+def test_prefill_runs_on_cuda_tensors_with_flash_attention(size, monkeypatch):
+    monkeypatch.setattr("qwen3fast.model.attention.attend", None)  # not to be called
     with fake_cuda() as device:
         engine = make_engine(device, size)
         row_1 = torch.zeros(1, dtype=torch.int64, device=device)

@@ -1,14 +1,17 @@
 """On a GPU: the tokens of the CPU reference in float32, with and without graphs, in every bucket."""
 
+import copy
+
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import assert_near, random_ids, random_tensor, randomised, small_config
 from torch import nn
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import Engine, Request, Scheduler
 from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model.attention import attend, attend_last
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 
@@ -141,13 +144,37 @@ def test_quantised_tokens_equal_those_of_the_rounded_weights(name):
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
-def test_split_attention_gives_the_tokens_of_pytorchs(model, cache_dtype, monkeypatch):
+@pytest.mark.parametrize("attention", ["flex", "split"])
+def test_other_attention_gives_the_tokens_of_pytorchs(model, attention, cache_dtype, monkeypatch):
     twin = randomised(model.config, seed=3).to("cuda")
     sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": ROWS, "kv_cache_dtype": cache_dtype}
     replies = []
-    for use_split in (False, True):
-        monkeypatch.setattr(cuda, "use_split_attention", use_split)
+    for decode_attention in ("sdpa", attention):
+        monkeypatch.setattr(cuda, "decode_attention", decode_attention)
         with Generator(twin, compile=True, **sizes) as generator:
             replies.append([r.token_ids for r in generator.generate(prompts(), GREEDY)])
             assert not generator._engine.graphs.failure
     assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (32, 32), (32, 96), (33, 1000), (512, 1536)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (16, 8), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attention_over_the_last_positions_equals_the_masked_form(tokens, length, heads, kv_heads, head_dim):
+    q_BTHD = random_tensor(1, tokens, heads, head_dim).bfloat16().to("cuda")
+    k, v = (random_tensor(1, kv_heads, length, head_dim, seed=s).bfloat16().to("cuda") for s in (1, 2))
+    assert cuda.can_flash_attention(q_BTHD)
+    mask_BTL = torch.arange(length) <= torch.arange(length - tokens, length)[None, :, None]
+    expected = attend(q_BTHD.float(), k.float(), v.float(), mask_BTL.to("cuda"))
+    assert_near(attend_last(q_BTHD, k, v), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_prefill_in_bfloat16_equals_the_plain_model(compile):
+    """In chunks, the later ones over what is in the cache already."""
+    sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 2048}
+    model = randomised(small_config(**sizes, dtype=torch.bfloat16), seed=3)
+    ids = random_ids(1, 1100)
+    with Generator(copy.deepcopy(model).bfloat16().to("cuda"), max_seq_len=1300, compile=compile) as generator:
+        logits_1V = generator._engine.prefill_whole(0, ids[0].tolist())
+    assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)

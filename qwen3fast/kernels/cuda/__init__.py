@@ -1,4 +1,4 @@
-"""The Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`, for CUDA devices.
+"""For CUDA devices: the Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`, and FlexAttention.
 
 Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Whether decode steps use split_attention instead of PyTorch's attention over the whole bucket; read when an engine's
-# steps are compiled. Off until a GPU run has shown which is faster.
-use_split_attention = False
+from qwen3fast.kernels.cuda.flex_decode import flex_decode as flex_decode
+
+# What decode steps attend with; read when an engine's steps are compiled. "sdpa": PyTorch's attention over the whole
+# bucket, until a GPU run has shown which is faster; over what is used of it: "flex", "split" (Triton).
+decode_attention: Literal["sdpa", "flex", "split"] = "sdpa"
 MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic, and PyTorch's products serve them
 
 _loading = threading.Lock()
@@ -43,7 +46,24 @@ def can_split_attention(q_BTHD: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.split_attention` is to serve this query."""
     head_dim = q_BTHD.shape[-1]
     is_served = q_BTHD.shape[1] == 1 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return use_split_attention and is_served and q_BTHD.device.type == "cuda" and load()
+    return decode_attention == "split" and is_served and q_BTHD.device.type == "cuda" and load()
+
+
+def can_flex_attention(q_BTHD: Tensor) -> bool:
+    """Whether `flex_decode` is to serve this query."""
+    return decode_attention == "flex" and q_BTHD.shape[1] == 1 and q_BTHD.device.type == "cuda"
+
+
+def can_flash_attention(q_BTHD: Tensor) -> bool:
+    """Whether PyTorch's FlashAttention serves these queries. Source: its checks in sdp_utils.cpp."""
+    return (
+        q_BTHD.device.type == "cuda"
+        and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+        and q_BTHD.shape[-1] % 8 == 0
+        and q_BTHD.shape[-1] <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q_BTHD.device) >= (8, 0)
+    )
 
 
 def can_packed_matvec(x: Tensor) -> bool:

@@ -1,0 +1,64 @@
+"""tools/compile_for_gpu.py as far as it goes with a PyTorch without CUDA: our Triton kernels as machine code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+import compile_for_gpu
+
+SOURCE = """
+def call(args):
+    buf0 = empty_strided_cuda((1, 4), (4, 1), torch.float32)
+    triton_poi_add_0.run(arg0, buf0, 4, stream=stream0)
+    buf1 = empty_strided_cuda((1, 4), (4, 1), torch.float32)
+    extern_kernels.mm(buf0, arg1, out=buf1)
+    extern_kernels.mm(buf1, arg1, out=buf0)
+    triton_poi_add_0.run(arg1, buf0, 4, stream=stream0)
+"""
+
+
+# In a process of its own: in this one, Triton's kernels are Python functions.
+COMPILE = """
+import json, compile_for_gpu
+kernels = {}
+for name, gpu in compile_for_gpu.GPUS.items():
+    with compile_for_gpu.pretended(gpu):
+        kernels[name] = compile_for_gpu.compile_own_kernels(gpu)
+print(json.dumps(kernels))
+"""
+
+
+def test_our_kernels_compile_and_fit_into_shared_memory():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(compile_for_gpu.__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert set(kernels) == {"sm_80", "sm_90"}
+    for name, own in kernels.items():
+        assert len({kernel["name"] for kernel in own}) == len(own) == 12
+        most = compile_for_gpu.GPUS[name].shared_bytes
+        assert all(kernel["cubin_bytes"] > 1000 and kernel["shared_bytes"] <= most for kernel in own)
+
+
+def test_launches_and_calls_are_counted():
+    kernel = SimpleNamespace(metadata=SimpleNamespace(shared=64), asm={"cubin": b"x" * 9})
+    tuner = SimpleNamespace(compile_results=[SimpleNamespace(kernel=kernel)], inductor_meta={"kernel_name": "add"})
+    part = compile_for_gpu.describe(SOURCE, [tuner])
+    assert (part.launches, part.calls, part.buffers) == (2, {"extern_kernels.mm": 2}, 2)
+    assert part.kernels == [{"name": "add", "shared_bytes": 64, "cubin_bytes": 9}]
+
+
+def test_a_pytorch_without_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compile_for_gpu.py"])
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(SystemExit, match="was built without CUDA"):
+        compile_for_gpu.main()
