@@ -24,7 +24,7 @@ from qwen3fast import load_model
 from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
 from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.record import write_json
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.kernels.linear import linears
 from qwen3fast.sampling import SamplerKind
@@ -63,7 +63,7 @@ def time_decode(engine: Engine, context: int) -> dict[str, float]:
     projection = watch.lap()
     parts.samplers[SamplerKind.GREEDY](None, logits_1V, *state.sampler_rows(rows))
     sampler = watch.lap()
-    engine.decode(1, context, SamplerKind.GREEDY)
+    engine.decode(1, context, StepKind())
     whole = watch.lap()
     parts.decode_layers(x_11E, engine.cos_SD, engine.sin_SD, first_11)
     blocks_alone = watch.lap()

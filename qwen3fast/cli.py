@@ -16,7 +16,7 @@ from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.model import build_on_meta
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.sampling import SamplingParams
+from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.tokenizer import Message
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}

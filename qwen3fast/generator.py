@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import threading
+import asyncio
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, overload
 
 import torch
@@ -15,14 +17,23 @@ from huggingface_hub.utils import tqdm
 from qwen3fast.checkpoint import load_model, resolve_source
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.config import as_id_tuple, read_json
-from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
+from qwen3fast.engine import (
+    Admission,
+    ClosedError,
+    Engine,
+    QueueFullError,
+    Runner,
+    Scheduler,
+    UncachedRun,
+)
 from qwen3fast.engine.compile import CompileMode
+from qwen3fast.handle import RequestHandle
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
-from qwen3fast.prompt import Overflow, Prompt, fit_context, prompt_to_ids
-from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk
-from qwen3fast.sampling import SamplingParams
-from qwen3fast.text_stream import TextStream
+from qwen3fast.prompt import Overflow, Prompt
+from qwen3fast.requests import RequestBuilder
+from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
+from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.threads import use_threads
 from qwen3fast.tokenizer import Message, Tokenizer
 
@@ -30,8 +41,10 @@ from qwen3fast.tokenizer import Message, Tokenizer
 class Generator:
     """Generates text with a Qwen3 model on a static KV cache.
 
-    Calls may come from several threads; they take turns, a step each. Use `close()` or a `with` statement to release
-    memory early.
+    All requests, of any method, thread or task, run together in one thread of the Generator's own: they wait for a free
+    row of the cache, are prefilled in chunks between the decode steps of others, and leave at their own end. Greedy
+    and seeded replies do not depend on what runs beside them (but for rounding where two logits nearly tie). Use
+    `close()` or a `with` statement to release memory early.
 
     Attributes:
         model: the Qwen3 module. config: its ModelConfig.
@@ -51,6 +64,8 @@ class Generator:
         kv_cache_dtype: str = "auto",
         compile: CompileMode = True,
         cuda_graphs: bool = True,
+        prefix_reuse: bool = True,
+        max_queue: int = 1024,
         threads: int | None = None,
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
@@ -70,17 +85,23 @@ class Generator:
         self.device, self.dtype = weight.device, weight.dtype
         self.max_seq_len = max_seq_len
         self._source_folder = source_folder
+        if max_queue < 1:
+            raise ValueError(f"max_queue must be at least 1, got {max_queue}")
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
-        self._eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
+        eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
         cache_dtype = parse_cache_dtype(kv_cache_dtype, self.dtype)
         cache = StaticKVCache(config, max_batch_size, max_seq_len, cache_dtype, self.device)
         if self.device.type == "cpu":
             use_threads(threads)
-        self._engine: Engine | None = Engine(model, cache, self.device, compile, cuda_graphs)
-        self._scheduler = Scheduler(self._engine)
-        self._lock = threading.RLock()
+        engine = Engine(model, cache, self.device, compile, cuda_graphs)
+        self._runner = Runner(Scheduler(engine, prefix_reuse))
+        self._admission = Admission(max_queue)
+        self._builder = RequestBuilder(
+            tokenizer, config.vocab_size, max_seq_len, eos_ids, self.default_params, self._runner
+        )
         self._has_warned_greedy_thinking = False
+        self._finalizer = weakref.finalize(self, _close, self._runner, self._admission)
 
     @classmethod
     def from_pretrained(
@@ -95,6 +116,8 @@ class Generator:
         kv_cache_dtype: str = "auto",
         compile: CompileMode = True,
         cuda_graphs: bool = True,
+        prefix_reuse: bool = True,
+        max_queue: int = 1024,
         threads: int | None = None,
         revision: str | None = None,
         progress: bool = False,
@@ -105,8 +128,11 @@ class Generator:
         tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto" keeps keys and values in
         the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True compiles before the first
         token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host.
-        Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). threads: of the CPU,
-        for the whole process; by default one a core. progress: show a bar while weights load.
+        Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). prefix_reuse: rows
+        keep what they computed, and a prompt that begins alike goes on from there (switch it off to change weights in
+        place). max_queue: requests that `submit`
+        and `astream` let wait. threads: of the CPU, for the whole process; by default one a core. progress: show a bar
+        while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises
@@ -127,6 +153,8 @@ class Generator:
             kv_cache_dtype=kv_cache_dtype,
             compile=compile,
             cuda_graphs=cuda_graphs,
+            prefix_reuse=prefix_reuse,
+            max_queue=max_queue,
             threads=threads,
         )
 
@@ -167,48 +195,109 @@ class Generator:
         computes the whole sequence for every token. on_overflow="cut" shortens what does not fit max_seq_len:
         max_tokens first, then the oldest tokens of the prompt; "error" refuses.
         Returns: one result, or a list of results in the order of the prompts. A batch gives each prompt what it gets
-        alone.
-        Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits.
+        alone. With n > 1, a result is the first of its `samples`; with a seed, sample i is that of seed + i.
+        Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
+        ImportError if structured output was asked for and its package is missing.
         """
         is_single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(x, int) for x in prompts))
         many = [prompts] if is_single else list(prompts)
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        streams = []
-        requests = []
-        for prompt, p in zip(many, each, strict=True):
-            request, stream = self._new_request(prompt, p, on_overflow)
-            requests.append(request)
-            streams.append(stream)
-        bar = tqdm(total=len(requests), desc="generating", unit="reply", disable=not progress)
+        groups = [self._builder.build(prompt, p, on_overflow) for prompt, p in zip(many, each, strict=True)]
+        handles = [handle for group in groups for handle in group]
+        bar = tqdm(total=len(handles), desc="generating", unit="reply", disable=not progress)
         try:
-            for request in requests:
-                if use_cache:
-                    with self._lock:
-                        self._scheduler.add(request)
-                else:
-                    with self._lock:
-                        run_uncached(self._open_engine(), request)
-                    bar.update()
-            while use_cache and any(r.finish_reason is None for r in requests):
-                self._step()
-                bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
+            self._run(handles, use_cache, bar)
+            results = [[handle.result() for handle in group] for group in groups]
         finally:
             bar.close()
-            self._cancel(requests)
-        results = [self._result(request, stream) for request, stream in zip(requests, streams, strict=True)]
-        return results[0] if is_single else results
+            for handle in handles:
+                handle.cancel()
+        merged = [replace(group[0], samples=group) if len(group) > 1 else group[0] for group in results]
+        return merged[0] if is_single else merged
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        timeout: float | None = None,
+    ) -> RequestHandle:
+        """Start a reply and return at once; see RequestHandle. Thread-safe.
+
+        timeout: seconds to wait while `max_queue` requests wait already; 0 does not wait, None waits for ever.
+        Raises: QueueFullError after that time; ValueError as `generate`, and for n > 1.
+        """
+        handle = self._builder.build_one(prompt, params, on_overflow)
+        place = self._admission.ask()
+        try:
+            place.result(timeout)
+        except TimeoutError:
+            self._admission.give_up(place)
+            raise QueueFullError(
+                f"{self._admission.places} requests wait already (max_queue); try again later, or wait longer"
+            ) from None
+        except BaseException:
+            self._admission.give_up(place)
+            raise
+        return self._start(handle)
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+    ) -> AsyncIterator[StreamChunk]:
+        """Continue one prompt piece by piece, in a task of asyncio: `async for chunk in generator.astream(...)`.
+
+        While `max_queue` requests wait already, this waits, too. A task that is cancelled frees its row, and so does
+        an iterator that is closed (`contextlib.aclosing` closes it at once where a loop is left early).
+        Raises: as `submit`, at the first chunk.
+        """
+        handle = self._builder.build_one(prompt, params, on_overflow)
+        place = self._admission.ask()
+        try:
+            await asyncio.wrap_future(place)
+        except BaseException:
+            self._admission.give_up(place)
+            raise
+        self._start(handle)
+        try:
+            async for chunk in handle:
+                yield chunk
+        finally:
+            handle.cancel()
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
     ) -> Iterator[StreamChunk]:
         """Continue one prompt piece by piece. Joined, the chunks' texts are `generate`'s text.
 
-        The prompt is checked at the call; the work is done while iterating. A stream that is dropped frees its row.
+        The prompt is checked at the call; it is queued at the first chunk. A stream that is dropped frees its row.
         """
-        request, stream = self._new_request(prompt, params, on_overflow)
-        return self._iterate(request, stream)
+        return self.run(self.build(prompt, params, on_overflow=on_overflow))
+
+    def build(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        continues: RequestHandle | None = None,
+        *,
+        on_overflow: Overflow = "error",
+    ) -> RequestHandle:
+        """A reply that is not started yet; `run` does that.
+
+        continues: an earlier reply that the prompt goes on from: its row of the cache is taken over, not copied.
+        Raises: as `submit`.
+        """
+        return self._builder.build_one(prompt, params, on_overflow, continues)
+
+    def run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
+        """Queue what `build` made at the first chunk, and give its chunks. Dropping the iterator frees the row."""
+        self._runner.add([handle.request])
+        try:
+            yield from handle
+        finally:
+            handle.cancel()
 
     def chat(
         self,
@@ -223,7 +312,7 @@ class Generator:
 
         Raises: ValueError without a chat template or for malformed messages, and as `generate`.
         """
-        prompt = self._render(messages, params, enable_thinking, tools)
+        prompt = self.render(messages, params, enable_thinking, tools)
         return self.generate(prompt, params, on_overflow=on_overflow)
 
     def stream_chat(
@@ -236,7 +325,7 @@ class Generator:
         on_overflow: Overflow = "error",
     ) -> Iterator[StreamChunk]:
         """Reply to a conversation piece by piece: `stream` on the rendered chat template."""
-        prompt = self._render(messages, params, enable_thinking, tools)
+        prompt = self.render(messages, params, enable_thinking, tools)
         return self.stream(prompt, params, on_overflow=on_overflow)
 
     def warmup(self, progress: bool = False) -> None:
@@ -244,118 +333,35 @@ class Generator:
 
         Raises: RuntimeError while requests are running.
         """
-        with self._lock:
-            engine = self._open_engine()
-            if self._scheduler.active:
+        engine = self._scheduler.engine
+        bar = tqdm(total=engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress)
+
+        def report(part: str) -> None:
+            bar.set_postfix_str(part)
+            bar.update()
+
+        def warm_up() -> None:
+            if not self._scheduler.is_idle:
                 raise RuntimeError("warmup() needs all slots empty; call it before the first request")
-            bar = tqdm(total=engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress)
-
-            def report(part: str) -> None:
-                bar.set_postfix_str(part)
-                bar.update()
-
+            self._scheduler.kept.forget_all()
             engine.warmup(report)
+
+        try:
+            self._runner.call(warm_up)
+        finally:
             bar.close()
 
-    @property
-    def stats(self) -> GeneratorStats:
-        """Compilations, memory and slots in use, now."""
-        engine = self._open_engine()
-        return GeneratorStats(
-            compilations=engine.compiler.compilations,
-            compile_s=engine.compiler.seconds,
-            cuda_graphs=len(engine.graphs) if engine.graphs is not None else 0,
-            kv_cache_bytes=engine.cache.num_bytes,
-            weight_bytes=self.model.num_bytes(),
-            slots_in_use=len(self._scheduler.active),
-            max_batch_size=engine.cache.max_batch_size,
-            waiting=len(self._scheduler.waiting),
-        )
-
-    def save_quantized(self, folder: str | Path) -> None:
-        """Write the quantised weights, with config and tokenizer, as a folder that `from_pretrained` loads at once.
-
-        Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
-        """
-        if self.config.quantization is None:
-            raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
-        save_model(self.model, Path(folder), self._source_folder)
-
-    def close(self) -> None:
-        """Release the KV cache and graphs; running streams end with an error. May be called twice."""
-        with self._lock:
-            if self._engine is not None:
-                self._cancel([*self._scheduler.waiting, *self._scheduler.active.values()])
-                self._engine.close()
-                self._engine = None
-                del self._scheduler.engine
-
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("this Generator is closed; build a new one")
-        return self._engine
-
-    def _step(self) -> None:
-        with self._lock:
-            self._open_engine()
-            self._scheduler.step()
-
-    def _cancel(self, requests: list[Request]) -> None:
-        with self._lock:
-            if self._engine is not None:
-                for request in requests:
-                    self._scheduler.cancel(request)
-
-    def _iterate(self, request: Request, stream: TextStream) -> Iterator[StreamChunk]:
-        with self._lock:
-            self._open_engine()
-            self._scheduler.add(request)
-        sent = 0
-        try:
-            while request.finish_reason is None:
-                self._step()
-                if request.finish_reason is None and len(request.output_ids) > sent:
-                    new, sent = request.output_ids[sent:], len(request.output_ids)
-                    yield StreamChunk(stream.take(), new)
-            result = self._result(request, stream)
-            yield StreamChunk(stream.take(), request.output_ids[sent:], result.finish_reason, result)
-        finally:
-            self._cancel([request])
-
-    def _new_request(
-        self, prompt: Any, params: SamplingParams | None, on_overflow: Overflow
-    ) -> tuple[Request, TextStream]:
-        self._open_engine()
-        if not isinstance(params, SamplingParams | None):
-            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        p = (params or SamplingParams()).with_defaults(self.default_params)
-        if p.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
-        ids = prompt_to_ids(prompt, self.tokenizer, self.config.vocab_size)
-        ids, max_tokens = fit_context(ids, p.max_tokens, self.max_seq_len, on_overflow)
-        stream = TextStream(self.tokenizer, tuple(p.stop))
-        request = Request(
-            prompt_ids=ids,
-            temperature=float(p.temperature or 0.0),
-            top_k=int(p.top_k or 0),
-            top_p=float(p.top_p or 1.0),
-            min_p=float(p.min_p or 0.0),
-            seed=p.seed if p.seed is not None else secrets.randbits(63),
-            max_tokens=max_tokens,
-            stop_ids=frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids),
-            on_token=stream.push,
-        )
-        return request, stream
-
-    def _render(
-        self, messages: list[Message], params: SamplingParams | None, enable_thinking: bool, tools: Any
+    def render(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        enable_thinking: bool = True,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
+        """The prompt of a conversation, as token ids, for any method that takes a prompt.
+
+        Warns once of thinking greedily. Raises: ValueError without a chat template or for malformed messages.
+        """
         if self.tokenizer is None:
             raise ValueError("random weights have no tokenizer, so they cannot chat")
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
@@ -371,18 +377,83 @@ class Generator:
         assert isinstance(ids, list), "tokenize=True gives ids"
         return ids
 
-    def _result(self, request: Request, stream: TextStream) -> GenerationResult:
-        if request.error is not None:
-            raise request.error
-        if request.finish_reason in (None, "cancelled"):
-            raise RuntimeError("the request was cancelled because its Generator was closed or failed")
-        stream.finish()
-        metrics = RequestMetrics(
-            prompt_tokens=len(request.prompt_ids),
-            new_tokens=len(request.output_ids),
-            queue_s=request.prefill_started_s - request.submitted_s,
-            time_to_first_token_s=request.first_token_s - request.submitted_s,
-            prefill_s=request.first_token_s - request.prefill_started_s,
-            decode_s=request.finished_s - request.first_token_s,
+    @property
+    def stats(self) -> GeneratorStats:
+        """Compilations, memory and slots in use, after the step that is running. Raises: RuntimeError if closed."""
+        return self._runner.call(self._stats)
+
+    def _stats(self) -> GeneratorStats:
+        scheduler = self._scheduler
+        engine = scheduler.engine
+        return GeneratorStats(
+            compilations=engine.compiler.compilations,
+            compile_s=engine.compiler.seconds,
+            cuda_graphs=len(engine.graphs) if engine.graphs is not None else 0,
+            kv_cache_bytes=engine.cache.num_bytes,
+            weight_bytes=self.model.num_bytes(),
+            slots_in_use=len(scheduler.active),
+            max_batch_size=engine.cache.max_batch_size,
+            waiting=len(scheduler.waiting),
+            prefilled_tokens=scheduler.prefilled_tokens,
+            reused_tokens=scheduler.reused_tokens,
         )
-        return GenerationResult(stream.text, request.output_ids, str(request.finish_reason), metrics)
+
+    def save_quantized(self, folder: str | Path) -> None:
+        """Write the quantised weights, with config and tokenizer, as a folder that `from_pretrained` loads at once.
+
+        Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
+        """
+        if self.config.quantization is None:
+            raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
+        save_model(self.model, Path(folder), self._source_folder)
+
+    def close(self) -> None:
+        """End all requests, which get a RuntimeError, and release the KV cache and graphs. May be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        return self._runner.scheduler
+
+    @property
+    def _engine(self) -> Engine:
+        return self._runner.scheduler.engine
+
+    def _run(self, handles: list[RequestHandle], use_cache: bool, bar: tqdm) -> None:
+        """Run requests to their ends."""
+        if not use_cache:
+            for handle in handles:
+                run = UncachedRun(self._engine, handle.request)
+                while not handle.is_done:
+                    self._runner.call(run.step)  # token by token: other requests run in between
+                bar.update()
+            return
+        ended: SimpleQueue[None] = SimpleQueue()
+        for handle in handles:
+            handle.when_done(lambda: ended.put(None))
+        self._runner.add([handle.request for handle in handles])
+        for _ in handles:
+            ended.get()
+            bar.update()
+
+    def _start(self, handle: RequestHandle) -> RequestHandle:
+        """Queue a request that was given a place."""
+        handle.request.on_leave_queue = self._admission.give_back
+        try:
+            self._runner.add([handle.request])
+        except ClosedError:
+            handle.request.leave_queue()
+            raise
+        return handle
+
+
+def _close(runner: Runner, admission: Admission) -> None:
+    """What a Generator leaves to do when it is closed, collected, or alive at the end of the program."""
+    admission.close(ClosedError("the Generator was closed while this request waited"))
+    runner.close()

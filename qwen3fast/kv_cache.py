@@ -144,6 +144,10 @@ class StaticKVCache:
         scales = (self.key_scales or none, self.value_scales or none)
         return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, each with rows first and positions third."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
     def bucket(self, used: int) -> int:
         """Positions to read when `used` are in use: the smallest of `buckets` that holds them.
 

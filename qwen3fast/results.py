@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qwen3fast.tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
 class RequestMetrics:
     """Figures of one request; times in seconds.
 
+    prompt_tokens: of which reused_tokens were in the KV cache already, from an earlier prompt that began alike.
     queue_s: from the call until the prompt's computation began. time_to_first_token_s: from the call. prefill_s:
-    computing the prompt and sampling the first token. decode_s: all later tokens.
+    computing the prompt and sampling the first token, steps of other requests in between included. decode_s: all later
+    tokens.
     """
 
     prompt_tokens: int
@@ -19,11 +23,17 @@ class RequestMetrics:
     time_to_first_token_s: float
     prefill_s: float
     decode_s: float
+    reused_tokens: int = 0
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of the prompt that were computed."""
+        return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_tok_s(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        """Computed prompt tokens a second."""
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def decode_tok_s(self) -> float:
@@ -32,33 +42,60 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one token of a reply, by the model's own logits, before any processor.
+
+    top: the likeliest tokens' ids and log-probabilities, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """A finished reply.
 
     text: without special tokens and without the stop string. token_ids: all sampled ids, a stop id included.
-    finish_reason: "stop" (a stop id or string) or "length" (max_tokens).
+    finish_reason: "stop" (a stop id or string), "length" (max_tokens) or "cancelled".
+    reasoning: the thought between `<think>` and `</think>`. answer: what follows it, without well-formed tool calls.
+    tool_calls: those. malformed_tool_calls: blocks that begin as tool calls and are none; they stay in the answer.
+    logprobs: of each token, if asked for. samples: all n replies if n > 1 was asked for; this is the first of them.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     metrics: RequestMetrics
+    reasoning: str = ""
+    answer: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    malformed_tool_calls: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    samples: list[GenerationResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """A piece of a reply. The last chunk, possibly without text, carries finish_reason and the whole result."""
+    """A piece of a reply; reasoning and answer are what of the text (tags left out) is thought and what is not.
+
+    A reader who is slow gets fewer and longer chunks. The last one, possibly without text, carries finish_reason and
+    the whole result. The answer's pieces hold tool calls as they were written; the result has them parsed.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
     result: GenerationResult | None = None
+    reasoning: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
 class GeneratorStats:
     """State of a Generator: graphs compiled and seconds spent on that, CUDA graphs, cache bytes, rows in use, requests
-    waiting."""
+    waiting; prompt tokens computed so far, and those taken over from earlier prompts that began alike."""
 
     compilations: int
     compile_s: float
@@ -68,3 +105,5 @@ class GeneratorStats:
     slots_in_use: int
     max_batch_size: int
     waiting: int
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0

@@ -1,4 +1,4 @@
-"""SamplingParams, and the samplers: pure tensor functions from logits to token ids, with no host synchronisation.
+"""The samplers: pure tensor functions from logits to token ids, with no host synchronisation.
 
 Every row has its own parameters, and its noise is a hash of (seed, step, vocabulary index): the same request draws the
 same tokens in any row, batch, cache bucket or device. Each truncation (top-k, top-p, min-p) is a threshold on the
@@ -12,77 +12,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WINDOW = 64  # a top_k up to this needs only the 64 largest scores
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next tokens of one request are chosen and when it ends. A field that is None takes the checkpoint's
-    preset (generation_config.json), else the value in brackets.
-
-    Attributes:
-        temperature: scores are divided by it; 0 is greedy. [0, or 1.0 where the preset says do_sample]
-        top_k: keep the k most likely tokens; 0 keeps all. [0]
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all. [1.0]
-        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all. [0.0]
-        max_tokens: new tokens at most; None fills the context (max_seq_len).
-        stop: strings that end the text; never part of it.
-        stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
-        ignore_eos: go on past end-of-sequence ids.
-        seed: any integer of 64 bits; None draws one.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    max_tokens: int | None = None
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises: ValueError naming the field, the value and the allowed range."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be a non-empty string or several of them, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        self._check("temperature", "a finite number >= 0", lambda x: 0 <= x < math.inf)
-        self._check("top_k", "an integer >= 0 (0 keeps all)", lambda x: x == int(x) and x >= 0)
-        self._check("top_p", "in (0, 1]", lambda x: 0 < x <= 1)
-        self._check("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check("max_tokens", "an integer >= 1", lambda x: x == int(x) and x >= 1)
-        self._check("seed", "an integer of 64 bits", lambda x: x == int(x) and -(2**63) <= x < 2**63)
-
-    @classmethod
-    def from_generation_config(cls, preset: dict[str, Any]) -> SamplingParams:
-        """Every sampling field set, from a generation_config.json; greedy unless it says do_sample, as transformers."""
-        return cls(
-            temperature=preset.get("temperature", 1.0) if preset.get("do_sample") else 0.0,
-            top_k=preset.get("top_k") or 0,
-            top_p=preset.get("top_p") or 1.0,
-            min_p=preset.get("min_p") or 0.0,
-        )
-
-    def with_defaults(self, default: SamplingParams) -> SamplingParams:
-        """These parameters, with the sampling fields that are None taken from `default`."""
-        unset = [name for name in ("temperature", "top_k", "top_p", "min_p") if getattr(self, name) is None]
-        return replace(self, **{name: getattr(default, name) for name in unset})
-
-    def _check(self, name: str, expected: str, is_valid) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float) or not is_valid(value):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 class SamplerKind(enum.Enum):

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, assert_near, assert_same, random_tensor, randomised, small_config
 
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kv_cache import StaticKVCache, round_vectors
 from qwen3fast.model import rope_tables
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
 
@@ -388,10 +387,10 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     for row, prompt in enumerate(prompts):
         first_1V = engine.prefill_whole(row, prompt)
         engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
-        sequences[row].append(engine.sample_first(row, first_1V, SamplerKind.GREEDY))
+        sequences[row].append(engine.sample_first(row, first_1V, StepKind()))
     for _ in range(5):
         logits.clear()
-        tokens = engine.decode(rows, max(len(s) for s in sequences), SamplerKind.GREEDY)
+        tokens = engine.decode(rows, max(len(s) for s in sequences), StepKind())
         for row, sequence in enumerate(sequences):
             assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
             sequence.append(tokens[row])
@@ -413,7 +412,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
             engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
-            engine.decode(2, 130, SamplerKind.GREEDY)
+            engine.decode(2, 130, StepKind())
     for compiled, eager in zip(*logits, strict=True):
         assert_near(compiled, eager, torch.bfloat16)
 

@@ -7,9 +7,8 @@ import torch
 from conftest import randomised, small_config
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.engine import Engine, Request, Scheduler, StepKind
 from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.sampling import SamplerKind
 
 MAX_SEQ_LEN = 300
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def test_decode_addresses_never_change(model):
     engine.prefill_whole(0, [1, 2, 3])
     engine.set_row(0, 3, 0.0, 0, 1.0, 0.0, 0)
     for used in range(4, 10):
-        engine.decode(1, used, SamplerKind.GREEDY)
+        engine.decode(1, used, StepKind())
     after = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
     assert [t.data_ptr() for t in after] == before
 
@@ -74,7 +73,7 @@ def test_decode_leaves_empty_rows_where_they_are(model):
     engine = make_engine(model)
     engine.prefill_whole(1, [1, 2, 3])
     engine.set_row(1, 3, 0.0, 0, 1.0, 0.0, 0)
-    engine.decode(2, 4, SamplerKind.GREEDY)
+    engine.decode(2, 4, StepKind())
     assert engine.state.position_R.tolist() == [0, 4, 0]
 
 

@@ -1,5 +1,6 @@
 """Generator on a small random model: arguments, errors, streams, and staying usable after trouble."""
 
+import signal
 import threading
 
 import pytest
@@ -189,7 +190,8 @@ def test_generate_may_be_called_from_threads(generator):
 def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
     config = small_config(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False, eos_token_ids=())
     model = randomised(config, seed=2)
-    with Generator(model, max_seq_len=64, max_batch_size=2, compile=False) as generator:
+    # Without reuse: what was computed with other weights must not be gone on from.
+    with Generator(model, max_seq_len=64, max_batch_size=2, compile=False, prefix_reuse=False) as generator:
         before = generator.generate([1, 2], GREEDY).token_ids
         good = model.lm_head.weight.clone()
         model.lm_head.weight[5] = float("nan")
@@ -206,7 +208,7 @@ def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return launch(*args)
 
     monkeypatch.setattr(generator._engine, "launch", interrupted)

@@ -36,13 +36,12 @@ from qwen3fast.bench.environment import BandwidthProbe, describe_environment, de
 from qwen3fast.bench.measure import Sample, check_tokens, make_prompts, run_cached, run_uncached_timed
 from qwen3fast.bench.record import write_json
 from qwen3fast.config import ModelConfig
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache, free_bytes
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.sampling import SamplerKind
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("0.6b", "1.7b", "4b", "8b")
@@ -208,7 +207,7 @@ class VariantRun:
         cases = []
         for mode in modes:
             engine, step_s = self._engine(mode), [median(sample.step_s) for sample in samples[mode]]
-            step = partial(engine.decode, batch_size, context + new_tokens, SamplerKind.GREEDY)
+            step = partial(engine.decode, batch_size, context + new_tokens, StepKind())
             cases.append(
                 {
                     **asdict(self.variant), "mode": mode, "batch_size": batch_size, "context": context,

@@ -173,13 +173,13 @@ class Part:
         """What to call for tensors of these shapes: looked up once, it may run any number of modules."""
         if not self.compiler.enabled:
             return self.function
-        shapes = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+        shapes = tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors)
         choice = self._choices.get(shapes)
         if choice is not None:
             return choice
         dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
         pairs = [(t, dims) for t, dims in zip(tensors, dynamic, strict=True) if t is not None]
-        static = tuple(tuple(None if i in dims else n for i, n in enumerate(t.shape)) for t, dims in pairs)
+        static = tuple((t.dtype, *(None if i in dims else n for i, n in enumerate(t.shape))) for t, dims in pairs)
         sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
         form = self._form(static, module, tensors, dynamic, sizes)
         if form is None:

@@ -5,25 +5,46 @@ It knows tokens and rows; requests are the scheduler's, text is the Generator's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import (
+    EMPTY,
+    DecodeState,
+    Hook,
+    Logprobs,
+    LogprobState,
+    ProcessorState,
+    StepKind,
+    choose_tokens,
+    decode_step,
+)
 from qwen3fast.engine.parts import Parts
-from qwen3fast.engine.prefill import prefill
+from qwen3fast.engine.prefill import Prefill, prefill_step
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.sampling import SamplerKind, SamplerRows
+from qwen3fast.processors import ProcessorRows
+from qwen3fast.sampling import SamplerKind
 
 MIN_UNCACHED_TOKENS = 16
 # Steps that are launched before the tokens of the one before them are looked at, on CUDA. Enough that launching hides
 # behind the device's work; what is computed after a stop token, so many steps at most, is thrown away.
 LOOKAHEAD = 4
+
+
+class StepResult(NamedTuple):
+    """Of each row of a step: its token, and what was asked for of log-probabilities (None if no row did)."""
+
+    tokens: list[int]
+    logprobs: list[Logprobs] | None
 
 
 class Engine:
@@ -46,90 +67,164 @@ class Engine:
         self.compiler = StepCompiler(compile, device)
         self.parts = Parts.build(self.compiler, model, cache)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
+        # Allocated when a request first needs them: a row of the vocabulary's size each. They stay where they are then.
+        self.processors: ProcessorState | None = None
+        self.logprobs: LogprobState | None = None
         self.graphs = GraphCache() if cuda_graphs and device.type == "cuda" else None
         self.lookahead = lookahead if lookahead is not None else LOOKAHEAD if device.type == "cuda" else 0
         self.ring = TokenRing(cache.max_batch_size, self.lookahead + 1, device)
+        self._logprob_rings: list[TokenRing] = []
+        self._kinds: deque[StepKind] = deque()  # of the steps in flight
         config = model.config
         self.cos_SD, self.sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
 
     @torch.no_grad()
-    def prefill(self, row: int, token_ids: list[int]) -> Iterator[Tensor | None]:
-        """Fill row `row` of the cache with a prompt, a chunk at each step of the iterator; steps of other rows may run
-        between them.
+    def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:
+        """Start to fill row `row` of the cache with a prompt; steps of other rows may run before and between chunks.
 
-        Yields: None after each chunk; instead of it, after the last one, the logits after the last token, (1, V).
+        reused: tokens at its beginning whose keys and values are in the row already; see `usable_prefix`.
         """
-        # A decode step writes keys and values in every row that it covers: in this one, where its own next ones go.
         self.clear_row(row)
-        self.state.position_R[row : row + 1].fill_(len(token_ids))
-        chunks = prefill(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, row, token_ids)
-        while True:
-            self.compiler.share_processor()
-            logits_1V = next(chunks)
-            yield logits_1V
-            if logits_1V is not None:
-                return
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len)
+
+    @torch.no_grad()
+    def prefill_step(self, prefill: Prefill) -> Tensor | None:
+        """Compute one chunk. Returns: the logits after the last token, (1, V), if that was the last one."""
+        self.compiler.share_processor()
+        return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill)
 
     def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
-        """`prefill` at once. Returns the logits after the last token, (1, V)."""
-        *_, logits_1V = self.prefill(row, token_ids)
-        assert logits_1V is not None, "the last step gives them"
+        """All chunks at once. Returns the logits after the last token, (1, V)."""
+        prefill, logits_1V = self.begin_prefill(row, token_ids), None
+        while logits_1V is None:
+            logits_1V = self.prefill_step(prefill)
         return logits_1V
+
+    @torch.no_grad()
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` positions from one row to another."""
+        for tensor in self.cache.tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    @torch.no_grad()
+    def swap_rows(self, row: int, other: int, length: int) -> None:
+        """Exchange two rows: the first `length` positions of the cache, and all that steps read and write of them."""
+        processors = self.processors.tensors if self.processors is not None else ()
+        pairs = [(t[row, :, :length], t[other, :, :length]) for t in self.cache.tensors()]
+        pairs += [(t[row : row + 1], t[other : other + 1]) for t in (*vars(self.state).values(), *processors)]
+        for mine, others in pairs:
+            kept = mine.clone()
+            mine.copy_(others)
+            others.copy_(kept)
 
     @torch.no_grad()
     def set_row(
         self, row: int, length: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
     ) -> None:
         """Begin a request in a row whose cache holds `length` tokens."""
-        state, numbers = self.state, (length, 1, 0, temperature, top_k, top_p, min_p, seed)
-        names = ("position_R", "advance_R", "step_R", "temperature_R", "top_k_R", "top_p_R", "min_p_R", "seed_R")
-        for name, number in zip(names, numbers, strict=True):
-            getattr(state, name)[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
+        self.state.begin(row, length, temperature, top_k, top_p, min_p, seed)
 
     @torch.no_grad()
-    def sample_first(self, row: int, logits_1V: Tensor, kind: SamplerKind) -> int:
+    def set_processors(self, row: int, *arguments: Any) -> None:
+        """What changes a row's logits until it is cleared, see `ProcessorState.begin`; its steps must be of a kind that
+        is processed."""
+        if self.processors is None:
+            vocab_size = self.model.config.vocab_size
+            self.processors = ProcessorState(self.cache.max_batch_size, vocab_size, self.device)
+        self.processors.begin(row, *arguments)
+
+    @torch.no_grad()
+    def set_allowed(self, row: int, words_W: np.ndarray) -> None:
+        """Which tokens a row may choose from now on: bit v % 32 of word v // 32, int32. After `set_processors`."""
+        assert self.processors is not None, "the row needs processors"
+        self.processors.allow(row, words_W)
+
+    @torch.no_grad()
+    def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
         """Sample a row's first token from prefill's logits and make it the row's next input; -1 if they are invalid."""
-        rows = self.state.sampler_rows(torch.tensor([row], device=self.device))
-        token_1 = self.parts.samplers[kind](None, logits_1V, *rows)
-        self.state.input_R[row : row + 1] = token_1.clamp(min=0)
+        rows, (processors, logprobs) = slice(row, row + 1), self._extras(kind)
+        token_1 = choose_tokens(self.parts, logits_1V, self.state, rows, kind.sampler, processors, logprobs, hook)
+        self.state.input_R[rows] = token_1.clamp(min=0)
         self.state.step_R[row] += 1
-        return int(token_1.item())
+        return StepResult([int(token_1.item())], [logprobs.read(row)] if logprobs is not None else None)
 
     @torch.no_grad()
     def clear_row(self, row: int) -> None:
-        """Make a row empty: it may run along in a batch, but stays where it is."""
+        """Make a row empty: it may run along in a batch, but leaves its part of the cache as it is."""
         for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R):
             tensor[row : row + 1].zero_()
+        self.state.position_R[row : row + 1].fill_(EMPTY)
 
     @torch.no_grad()
-    def launch(self, num_rows: int, used_length: int, kind: SamplerKind) -> None:
+    def erase_row(self, row: int) -> None:
+        """Zeros in a row's part of the cache: a NaN left there would reach later requests through 0 * NaN."""
+        for tensor in self.cache.tensors():
+            tensor[row].zero_()
+
+    @torch.no_grad()
+    def clear_processors(self, row: int) -> None:
+        """Let a row's logits be as they are again."""
+        if self.processors is not None:
+            self.processors.clear(row)
+
+    @torch.no_grad()
+    def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
         """Start one step for rows 0..num_rows-1 (rounded up to a bucket); `collect` gives its tokens.
 
         used_length: positions in use after this step by the longest row. The step feeds itself, so up to `lookahead`
-        more steps may be started before its tokens are collected.
+        more steps may be started before its tokens are collected. hook: see decode.py; such a step is in no graph.
         """
         self.compiler.share_processor()
         bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
+        extras = self._extras(kind)
+
+        fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
 
         def step() -> None:
-            decode_step(
-                self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state, bucket_rows, length, kind
-            )
+            decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
 
-        if self.graphs is not None:
+        if self.graphs is not None and hook is None:
             self.graphs.run((bucket_rows, length, kind), step)
         else:
             step()
         self.ring.push(self.state.output_R[:num_rows])
+        if kind.has_logprobs:
+            for ring, tensor in zip(self._logprob_rings, self._logprob_tensors(), strict=True):
+                ring.push(tensor[:num_rows])
+        self._kinds.append(kind)
 
-    def collect(self) -> list[int]:
-        """The new tokens of the oldest step that was launched, one for each of its rows (and more, of no meaning)."""
-        return self.ring.pop()
+    def collect(self) -> StepResult:
+        """What the oldest step that was launched gave, for each of its rows (and more, of no meaning)."""
+        tokens, kind = self.ring.pop(), self._kinds.popleft()
+        if not kind.has_logprobs:
+            return StepResult(tokens, None)
+        columns = [ring.pop() for ring in self._logprob_rings]
+        return StepResult(tokens, [Logprobs(*row) for row in zip(*columns, strict=True)])
 
-    def decode(self, num_rows: int, used_length: int, kind: SamplerKind) -> list[int]:
+    def forget(self) -> None:
+        """Drop what was launched and not collected."""
+        self._kinds.clear()
+        for ring in (self.ring, *self._logprob_rings):
+            ring.clear()
+
+    def decode(self, num_rows: int, used_length: int, kind: StepKind) -> list[int]:
         """One step at once: `launch` and `collect`. Returns the new token of each of these rows."""
         self.launch(num_rows, used_length, kind)
-        return self.collect()[:num_rows]
+        return self.collect().tokens[:num_rows]
+
+    def _extras(self, kind: StepKind) -> tuple[ProcessorState | None, LogprobState | None]:
+        if kind.has_logprobs and self.logprobs is None:
+            rows, slots = self.cache.max_batch_size, self.lookahead + 1
+            self.logprobs = LogprobState.allocate(rows, self.model.config.vocab_size, self.device)
+            self._logprob_rings = [
+                TokenRing(rows, slots, self.device, width=tuple(t.shape[1:]), dtype=t.dtype)
+                for t in self._logprob_tensors()
+            ]
+        return self.processors if kind.is_processed else None, self.logprobs if kind.has_logprobs else None
+
+    def _logprob_tensors(self) -> list[Tensor]:
+        assert self.logprobs is not None, "a step has asked for them"
+        return [self.logprobs.chosen_R, self.logprobs.id_RN, self.logprobs.value_RN]
 
     @torch.no_grad()
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
@@ -146,11 +241,6 @@ class Engine:
             self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
         ).squeeze(1)
 
-    @torch.no_grad()
-    def sample(self, logits_1V: Tensor, rows: SamplerRows, kind: SamplerKind) -> int:
-        """Sample with explicit parameters of one row; -1 if the logits are invalid."""
-        return int(self.parts.samplers[kind](None, logits_1V, *rows).item())
-
     def batch_bucket(self, num_rows: int) -> int:
         """Rows that a step for `num_rows` runs: the next power of two, at most max_batch_size."""
         return min(1 << (num_rows - 1).bit_length(), self.cache.max_batch_size)
@@ -163,21 +253,24 @@ class Engine:
     def warmup(self, report: Callable[[str], None] = lambda part: None) -> None:
         """Compile (and on CUDA capture) everything that a request can need. All rows must be empty.
 
+        Graphs with processors or log-probabilities are recorded when a request first asks for them.
         report: called with the name of each part before it is made.
         """
         self.compiler.close(wait=True)  # "auto" ends here
         report("prefill")
         logits_1V = self.prefill_whole(0, [0])
-        for kind in SamplerKind:
-            report(f"{kind.value} sampler")
-            self.sample_first(0, logits_1V, kind)
+        for sampler in SamplerKind:
+            report(f"{sampler.value} sampler")
+            self.sample_first(0, logits_1V, StepKind(sampler))
         # The smallest cache bucket serves to compile; graphs are recorded for each one, largest first.
         lengths = self.cache.buckets if self.graphs is not None else [1]
         for num_rows in reversed(self.batch_buckets()):
             report(f"decode step, batch {num_rows}")
             for used in reversed(lengths):
-                for kind in SamplerKind:
-                    self.decode(num_rows, used, kind)
+                for sampler in SamplerKind:
+                    self.decode(num_rows, used, StepKind(sampler))
+            neutral = ProcessorRows.neutral(num_rows, self.model.config.vocab_size, self.device)
+            self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
         self.clear_all()
 
     def clear_all(self) -> None:

@@ -12,6 +12,7 @@ from qwen3fast.engine.compile import Part, StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model import Block, Qwen3
+from qwen3fast.processors import ProcessorRows, process_logits
 from qwen3fast.sampling import SamplerKind, SamplerRows, sample
 
 # Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
@@ -37,8 +38,13 @@ def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Te
 
 
 def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
-    """Final norm and output projection, (B, 1, E) -> (B, 1, V)."""
-    return head(x_BTE)
+    """Final norm and output projection, (B, 1, E) -> (B, 1, V) float32."""
+    return head(x_BTE).float()
+
+
+def run_processors(_: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+    """Logits to sample from; `rows` are the fields of `ProcessorRows`."""
+    return process_logits(logits_BV, ProcessorRows(*rows))
 
 
 def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
@@ -59,6 +65,7 @@ class Parts:
     block_uncached: Part
     logits: Part
     head: nn.Sequential
+    processors: Part
     samplers: dict[SamplerKind, Part]
 
     @classmethod
@@ -72,5 +79,6 @@ class Parts:
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),
             logits=compiler.part(run_logits),
             head=nn.Sequential(model.model.norm, model.lm_head),
+            processors=compiler.part(run_processors),
             samplers={kind: compiler.part(partial(run_sampler, kind)) for kind in SamplerKind},
         )

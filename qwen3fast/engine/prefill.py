@@ -6,7 +6,7 @@ code and graphs that exist already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ CHUNK_COST = 40
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
     """Chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
 
-    The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size.
+    The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size,
+    or hold that much more than the tokens.
     """
-    assert num_tokens <= room and room % sizes[0] == 0, f"{num_tokens} tokens, room for {room}"
+    has_room = num_tokens + sizes[0] <= room or (num_tokens <= room and room % sizes[0] == 0)
+    assert num_tokens > 0 and has_room, f"{num_tokens} tokens, room for {room}"
     chunks = []
     while num_tokens > 0:
         covering = [size for size in sizes if num_tokens <= size <= min(num_tokens + CHUNK_COST, room)]
@@ -39,26 +41,49 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
     return chunks
 
 
-def prefill(
-    model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, row: int, token_ids: list[int]
-) -> Iterator[Tensor | None]:
-    """Compute a prompt into row `row` of the cache, from position 0, a chunk at each step of the iterator.
+def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
+    """How many of a prompt's first `shared` tokens need not be computed, if their keys and values are there.
 
-    Yields: None after each chunk; instead of it, after the last one, the last token's logits, (1, V).
+    The last token is always computed, for its logits. multiple: of what the number must be one.
     """
-    device = cos_SD.device
-    row_1 = torch.tensor([row], device=device)
-    start = 0
-    for size in split_into_chunks(len(token_ids), cache.allocated_len):
-        chunk = token_ids[start : start + size]
-        padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
-        x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
-        start += size
-        if start < len(token_ids):
-            yield None
-        else:  # only the last position goes through the output projection
-            x_11E = x_1TE[:, len(chunk) - 1 : len(chunk)].clone(memory_format=torch.contiguous_format)
-            yield parts.logits(parts.head, x_11E).squeeze(1)
+    if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end, padded chunks fit if they begin where others end
+        multiple = CHUNK_SIZES[0]
+    return min(shared, num_tokens - 1) // multiple * multiple
+
+
+@dataclass
+class Prefill:
+    """A prompt on its way into a row of the cache.
+
+    done: tokens whose keys and values are there. chunks: sizes to come.
+    """
+
+    row: int
+    token_ids: list[int]
+    done: int
+    chunks: list[int]
+
+    @classmethod
+    def begin(cls, row: int, token_ids: list[int], reused: int, allocated_len: int) -> Prefill:
+        """A prompt of which the first `reused` tokens are in the row already: as many as `usable_prefix` says."""
+        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused))
+
+
+def prefill_step(
+    model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, prefill: Prefill
+) -> Tensor | None:
+    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None."""
+    device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
+    chunk = prefill.token_ids[start : start + size]
+    row_1 = torch.tensor([prefill.row], device=device)
+    padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
+    x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
+    prefill.done += len(chunk)
+    if prefill.chunks:
+        return None
+    # Only the last position goes through the output projection.
+    x_11E = x_1TE[:, len(chunk) - 1 : len(chunk)].clone(memory_format=torch.contiguous_format)
+    return parts.logits(parts.head, x_11E).squeeze(1)
 
 
 def prefill_chunk(

@@ -25,18 +25,25 @@ class TokenRing:
     """
 
     def __init__(
-        self, rows: int, num_slots: int, device: torch.device, make_event: Callable[[], Event] | None = None
+        self,
+        rows: int,
+        num_slots: int,
+        device: torch.device,
+        make_event: Callable[[], Event] | None = None,
+        width: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.int64,
     ) -> None:
-        """make_event: for tests; `torch.cuda.Event` on CUDA devices, nothing elsewhere."""
+        """width, dtype: of a row's numbers; a token is one int64. make_event: for tests; `torch.cuda.Event` on CUDA
+        devices, nothing elsewhere."""
         is_cuda = device.type == "cuda"
         if make_event is None and is_cuda:
             make_event = torch.cuda.Event
-        self._slots = torch.zeros(num_slots, rows, dtype=torch.int64, pin_memory=is_cuda)
+        self._slots = torch.zeros(num_slots, rows, *width, dtype=dtype, pin_memory=is_cuda)
         self._events = [make_event() for _ in range(num_slots)] if make_event is not None else None
         self._oldest = self._count = 0
 
     def push(self, token_B: Tensor) -> None:
-        """Queue a copy of a step's tokens, (B,) int64 on the device, B up to `rows`."""
+        """Queue a copy of a step's tokens, (B, *width) on the device, B up to `rows`."""
         assert self._count < len(self._slots), "take the oldest tokens first"
         slot = (self._oldest + self._count) % len(self._slots)
         self._slots[slot, : len(token_B)].copy_(token_B, non_blocking=True)
@@ -44,7 +51,7 @@ class TokenRing:
             self._events[slot].record()
         self._count += 1
 
-    def pop(self) -> list[int]:
+    def pop(self) -> list:
         """The oldest step's tokens, once they are there; rows that it did not run hold older numbers."""
         assert self._count > 0, "no step is under way"
         if self._events is not None:

@@ -145,12 +145,15 @@ void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* pos
                   int64_t G, int64_t S, int64_t D, BFloat16* out, int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
-  const int64_t longest = std::min(*std::max_element(position, position + B) + 1, S);
+  // An empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
+  const auto length_of = [&](int64_t b) { return std::clamp<int64_t>(position[b] + 1, 1, S); };
+  int64_t longest = 1;
+  for (int64_t b = 0; b < B; b++) longest = std::max(longest, length_of(b));
   const int64_t splits = std::clamp<int64_t>(threads / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   std::vector<Part> parts(B * K * splits, Part(0, 0));
   parallel_for(B * K * splits, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t head = i / splits, split = i % splits, length = std::min(position[head / K] + 1, S);
+      const int64_t head = i / splits, split = i % splits, length = length_of(head / K);
       parts[i] = attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits,
                         length * (split + 1) / splits, scale);
     }

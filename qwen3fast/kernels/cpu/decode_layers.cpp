@@ -2,8 +2,10 @@
 // forward. Threads start once and meet at barriers, instead of being started for each product; that is what this
 // operation is for. Each thread computes norms and rounds activations for itself, so as not to wait for another.
 //
+// A row at position -1 is empty: its part of the cache is left alone, and its result has no meaning.
+//
 // Results are rounded to bfloat16 where the PyTorch form (model/block.py and what it is made of) rounds them. A row's
-// result does not depend on the rows beside it.
+// result does not depend on the rows beside it, unless there are more threads than key/value heads: then by rounding.
 
 #include <algorithm>
 #include <atomic>
@@ -166,13 +168,14 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     s.barrier.wait();
 
     for (int64_t i = heads.begin; i < heads.end; i++) {
-      const int64_t m = i / K, head = i % K, at = s.position[m];
+      const int64_t m = i / K, head = i % K, at = std::max<int64_t>(s.position[m], 0);
       BFloat16 *q = &s.qkv[m * width + head * G * D], *k = &s.qkv[m * width + (H + head) * D];
       for (int64_t g = 0; g <= G; g++) {
         BFloat16* vector = g < G ? q + g * D : k;
         rms_norm(vector, g < G ? layer.q_norm : layer.k_norm, D, eps, vector);
         rotate(vector, s.cos + at * D, s.sin + at * D, D);
       }
+      if (s.position[m] < 0) continue;
       const int64_t place = (m * K + head) * S + at;
       write_vector(k, D, keys + place * D, cache.key_scale + (cache.key_scale ? place : 0));
       write_vector(&s.qkv[m * width + (H + K + head) * D], D, values + place * D,
@@ -180,7 +183,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     }
     if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
     for (int64_t i = tasks.begin; i < tasks.end; i++) {
-      const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = s.position[m] + 1;
+      const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = std::max<int64_t>(s.position[m], 0) + 1;
       s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
                           length * (split + 1) / s.splits, scale);
     }
@@ -218,7 +221,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                              const int64_t* position, BFloat16* x, int64_t threads) {
   const auto& [M, E, H, K, D, I, S, eps] = *sizes;
-  const int64_t longest = *std::max_element(position, position + M) + 1;
+  const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
   Shared shared{*sizes, cos, sin, position, splits, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),

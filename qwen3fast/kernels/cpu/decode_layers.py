@@ -60,7 +60,7 @@ class DecodeLayers:
     def __call__(
         self, functions: ctypes.CDLL, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor
     ) -> Tensor:
-        """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64).
+        """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
         functions: of ops.h. x_B1E: bfloat16, up to 8 rows. cos_SD, sin_SD: float32, tables of all positions.
         Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
@@ -79,7 +79,7 @@ class DecodeLayers:
         require(position.dtype == torch.int64 and position.numel() == B, "decode_layers: position (B, 1) int64")
         end = min(sizes.S, len(cos_SD), len(sin_SD))
         for place in position.flatten().tolist():
-            require(0 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
+            require(-1 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
         y_B1E = x_B1E.clone(memory_format=torch.contiguous_format)
         functions.qwen3fast_decode_layers(
             self._layers,

@@ -56,7 +56,7 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H,
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
-// All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,). Sizes as in sizes, E and I
+// All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes as in sizes, E and I
 // multiples of 16 (of 32 for packed weights), D of 32, M from 1 to 8.
 QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                            const float* sin, const int64_t* position, BFloat16* x, int64_t threads);

@@ -25,10 +25,11 @@ KERNEL_OPTIONS = {
 
 
 def flex_decode(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_B1: Tensor) -> Tensor:
-    """One query a row, T = 1, over positions 0..position_B1 (int64). Returns (B, H, 1, D)."""
+    """One query a row, T = 1, over positions 0..position_B1 (int64; -1 as 0). Returns (B, H, 1, D)."""
     from torch._higher_order_ops.flex_attention import flex_attention  # slow to import
     from torch.nn.attention.flex_attention import BlockMask
 
+    position_B1 = position_B1.clamp(min=0)
     B, L, D = len(q_BTHD), k_BKLD.shape[2], q_BTHD.shape[3]
     blocks = torch.arange((L + BLOCK - 1) // BLOCK, dtype=torch.int32, device=q_BTHD.device)
     used_B11 = (position_B1[..., None] // BLOCK + 1).to(torch.int32)

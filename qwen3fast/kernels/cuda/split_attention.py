@@ -32,7 +32,8 @@ def split_attention(
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over positions 0..position of rows 0..B-1 of the cache, T = 1. D a power of two.
+    """softmax(q k^T / sqrt(D)) v over positions 0..position (-1 as 0) of rows 0..B-1 of the cache, T = 1. D a power of
+    two.
 
     k_RKSD, v_RKSD: contiguous, in q's dtype, or int8 with factors k_scale_RKS, v_scale_RKS (float32).
     Returns: (B, H, 1, D) in q's dtype.
@@ -81,7 +82,7 @@ def _attend_split(
 ):
     """Program (i, n): split n of key/value head i % K in row i // K; `group` query heads, padded to `rows`."""
     i, split, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    length = tl.load(position + i // num_heads) + 1
+    length = tl.maximum(tl.load(position + i // num_heads), 0) + 1
     share = tl.cdiv(length, num_parts)
     start = split * share
     end = tl.minimum(start + share, length)

@@ -1,0 +1,106 @@
+"""ChatSession: a conversation that is kept, so that each turn computes only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from qwen3fast.generator import Generator
+from qwen3fast.handle import RequestHandle
+from qwen3fast.results import GenerationResult, StreamChunk
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.tokenizer import Message
+
+END_OF_TURN = "<|im_end|>"
+
+
+class ChatSession:
+    """One conversation with a model; `send` a message, get the reply.
+
+    Keys and values of earlier turns stay in the Generator's cache (as long as there is room for them), and a turn goes
+    on from the longest prefix that it has in common with them; `result.metrics` says how many tokens were reused.
+
+    mode "exact" renders the whole conversation with the chat template at each turn, as every other engine would. But
+    Qwen3's template leaves out the thoughts of earlier turns, and adds an empty thought to the last one alone, so that
+    what was computed for a reply is lost from its first token on. mode "append" puts each new message behind what is
+    there, thoughts included: all of it is reused, the context grows faster, and the model sees its earlier thoughts.
+
+    Attributes:
+        messages: the conversation so far, replies included; a list that the caller may read.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        system: str | None = None,
+        enable_thinking: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        mode: Literal["exact", "append"] = "exact",
+    ) -> None:
+        """Nothing is computed before the first message.
+
+        Raises: ValueError for an unknown mode, or a Generator that cannot chat.
+        """
+        if mode not in ("exact", "append"):
+            raise ValueError(f"mode must be 'exact' or 'append', got {mode!r}")
+        if generator.tokenizer is None or generator.tokenizer.chat_template is None:
+            raise ValueError("this Generator has no chat template, so it cannot chat; use generate()")
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+        self._generator, self._tokenizer = generator, generator.tokenizer
+        self._enable_thinking, self._tools, self._mode = enable_thinking, tools, mode
+        self._last: RequestHandle | None = None  # the turn before
+        self._ids: list[int] = []  # of all turns so far, as the model saw and made them
+
+    def send(self, content: str | Message, params: SamplingParams | None = None) -> GenerationResult:
+        """Say something, wait for the reply. A turn that fails leaves the conversation as it was.
+
+        content: a user's text, or a whole message (of a tool, say).
+        Raises: as `Generator.generate`.
+        """
+        *_, last = self.stream(content, params)
+        assert last.result is not None, "the last chunk has it"
+        return last.result
+
+    def stream(self, content: str | Message, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """The same piece by piece. The turn counts once the reply has ended; one that is dropped is forgotten."""
+        message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
+        prompt = self._prompt(message, params)
+        handle = self._generator.build(prompt, params, self._last)
+        for chunk in self._generator.run(handle):
+            if chunk.result is not None:
+                self._note(message, prompt, handle, chunk.result)
+            yield chunk
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        self._last, self._ids = None, []
+
+    def _prompt(self, message: Message, params: SamplingParams | None) -> list[int]:
+        conversation = [*self.messages, message]
+        whole = self._generator.render(conversation, params, self._enable_thinking, self._tools)
+        if self._mode == "exact" or not self._ids:
+            return whole
+        # What the template puts behind the last reply: the end of its turn, unless the model wrote it, and the message.
+        end = self._tokenizer.encode(END_OF_TURN)
+        has_ended = self._ids[-len(end) :] == end
+        new = self._generator.render([message], params, self._enable_thinking, None)
+        if whole[-len(new) :] != new:
+            raise ValueError(
+                "this chat template does not render a message alone as it does behind others, so mode 'append' "
+                "cannot be used with it; use mode 'exact'"
+            )
+        return [*self._ids, *([] if has_ended else end), *self._tokenizer.encode("\n"), *new]
+
+    def _note(self, message: Message, prompt: list[int], handle: RequestHandle, result: GenerationResult) -> None:
+        reply: Message = {"role": "assistant", "content": result.answer}
+        if result.reasoning:
+            reply["reasoning_content"] = result.reasoning
+        if result.tool_calls:
+            reply["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in result.tool_calls
+            ]
+        self.messages += [message, reply]
+        self._last, self._ids = handle, [*prompt, *result.token_ids]
