@@ -90,7 +90,8 @@ def compiled_table(record: dict) -> str:
             "most shared memory",
         ]
     ]
-    for c in [c for c in record["steps"] if c["gpu"] == max(record["gpus"])]:
+    newest = record["steps"][-1]["gpu"]
+    for c in [c for c in record["steps"] if c["gpu"] == newest]:
         kernels = [kernel for part in c["parts"].values() for kernel in part["kernels"]]
         counts = [c["triton_launches"], sum(c["library_calls"].values()), sum(c["eager_calls"].values())]
         most = max(kernel["shared_bytes"] for kernel in kernels)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from qwen3fast.bench.environment import synchronize
-from qwen3fast.engine import Engine, Request, Scheduler, run_uncached
+from qwen3fast.engine import Engine, Request, StepKind, run_uncached
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
 
@@ -115,18 +115,30 @@ def make_prompts(vocab_size: int, length: int, batch_size: int, seed: int = 0) -
 
 
 def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
-    """Generate `new_tokens` greedily for each prompt, all rows together, and time every token."""
-    scheduler = Scheduler(engine)
-    times: list[list[float]] = [[] for _ in prompts]
-    requests = [_timed_request(prompt, new_tokens, row_times) for prompt, row_times in zip(prompts, times, strict=True)]
+    """Generate `new_tokens` greedily for each prompt and time every token: first all prompts, then all rows together.
+
+    Without a scheduler, which would run steps of some rows between the prompts of others.
+    """
+    rows, longest = range(len(prompts)), max(map(len, prompts))
     synchronize(engine.device)
     started = time.perf_counter()
-    for request in requests:
-        scheduler.add(request)
-    while any(request.finish_reason is None for request in requests):
-        scheduler.step()
-    # Rows are prefilled one after the other and decode together from then on: the last row's times are the steps'.
-    return _sample(started, times[-1], requests)
+    token_ids = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        logits_1V = engine.prefill_whole(row, prompt)
+        engine.set_row(row, len(prompt), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+        token_ids.append(engine.sample_first(row, logits_1V, StepKind()).tokens)
+    times = [time.perf_counter()]
+    launched = 1
+    while len(times) < new_tokens:
+        while launched < min(new_tokens, len(times) + engine.lookahead + 1):
+            engine.launch(len(prompts), longest + launched, StepKind())
+            launched += 1
+        for ids, token in zip(token_ids, engine.collect().tokens, strict=False):
+            ids.append(token)
+        times.append(time.perf_counter())
+    for row in rows:
+        engine.clear_row(row)
+    return _sample(started, times, token_ids)
 
 
 def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
@@ -140,7 +152,8 @@ def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int
         requests.append(_timed_request(prompt, new_tokens, row_times))
         run_uncached(engine, requests[-1])
         row_times[:] = [at - row_started for at in row_times]
-    return _sample(started, [started + sum(step) for step in zip(*times, strict=True)], requests)
+    ids = [request.output_ids for request in requests]
+    return _sample(started, [started + sum(step) for step in zip(*times, strict=True)], ids)
 
 
 def _timed_request(prompt: list[int], new_tokens: int, times: list[float]) -> Request:
@@ -153,6 +166,6 @@ def _timed_request(prompt: list[int], new_tokens: int, times: list[float]) -> Re
     return Request(prompt, 0.0, 0, 1.0, 0.0, 0, new_tokens, frozenset(), on_token)
 
 
-def _sample(started: float, token_times: list[float], requests: list[Request]) -> Sample:
+def _sample(started: float, token_times: list[float], token_ids: list[list[int]]) -> Sample:
     steps = [later - earlier for earlier, later in pairwise(token_times)]
-    return Sample(token_times[0] - started, steps, [request.output_ids for request in requests])
+    return Sample(token_times[0] - started, steps, token_ids)

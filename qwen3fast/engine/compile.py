@@ -41,10 +41,10 @@ LONG_WORK_S = 2.0
 class StepCompiler:
     """Compiles functions with Inductor and counts what it did.
 
-    mode "auto" compiles in a thread of its own, the C++ operations first. Until a part is ready it runs as it is, with
-    the operations once they are built, and if the compiled form turns out slower, it goes on so. (`decode_layers` is
-    not tried: it serves once the operations are built.) On CUDA devices "auto" is True: graphs can only be captured
-    from compiled parts.
+    mode "auto" compiles in a thread of its own, which builds the C++ operations with its first work. Until a part is
+    ready it runs as it is, with the operations once they are built, and if the compiled form turns out slower, it goes
+    on so. (`decode_layers` is not tried: it serves once the operations are built.) On CUDA devices "auto" is True:
+    graphs can only be captured from compiled parts.
 
     Attributes:
         enabled: False if compilation was not asked for or cannot work here; parts then run as they are.
@@ -125,8 +125,14 @@ class StepCompiler:
         self.seconds += time.perf_counter() - started
         return CompiledFunction(code, recording)
 
+    def end_auto(self) -> None:
+        """From now on, what is not compiled yet is compiled when it is needed."""
+        if self.thread is not None:
+            self.close(wait=True)
+            cpu.load()  # the thread does so with its first work, which it may not have had
+
     def close(self, wait: bool = False) -> None:
-        """End the thread of "auto": what is not compiled yet is compiled when it is needed. wait: for the thread."""
+        """End the thread of "auto". wait: for it."""
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread = None
@@ -156,7 +162,7 @@ class Part:
     """A function of a module and of tensors, compiled once for each combination of (static) shapes that it meets.
 
     All modules given to one part must be built alike; they may hold different weights, which must stay where they are.
-    A call may be repeated without effect: in "auto" mode, both forms are tried on the first call that could use either.
+    A call may be repeated without effect: in "auto" mode, all forms are tried on the first call that could use each.
     """
 
     def __init__(self, function: Function, compiler: StepCompiler, dynamic: Dynamic) -> None:

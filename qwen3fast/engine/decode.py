@@ -177,7 +177,7 @@ def decode_step(
     logprobs: LogprobState | None = None,
     hook: Hook | None = None,
 ) -> None:
-    """Run rows 0..num_rows-1 one token further; `length` must cover every row's position. Results are in `state`.
+    """Run rows 0..num_rows-1 one token further. `length` must cover the positions of rows in use; results: in `state`.
 
     processors, logprobs: given if a row needs them. hook: changes the logits before that; it is not for graphs.
     """

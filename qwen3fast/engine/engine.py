@@ -256,7 +256,7 @@ class Engine:
         Graphs with processors or log-probabilities are recorded when a request first asks for them.
         report: called with the name of each part before it is made.
         """
-        self.compiler.close(wait=True)  # "auto" ends here
+        self.compiler.end_auto()
         report("prefill")
         logits_1V = self.prefill_whole(0, [0])
         for sampler in SamplerKind:

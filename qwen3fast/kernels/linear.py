@@ -12,7 +12,7 @@ from qwen3fast.kernels.compiling import is_compiling
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that may run as a streamed mat-vec inside compiled code; weight (N, K), as in checkpoints."""
+    """`nn.Linear` that may run as a streamed mat-vec, compiled or in C++; weight (N, K), as in checkpoints."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N), same dtype."""
@@ -28,7 +28,7 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; the form is chosen from the number of rows, the device and whether we are compiled.
+    """x @ weight.T + bias; the form is chosen from the number of rows, the device and kernels/compiling.py.
 
     The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product; with more
     than one row it would read the weight again for each.

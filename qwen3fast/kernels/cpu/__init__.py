@@ -71,7 +71,7 @@ def _load(jobs: int | None) -> ctypes.CDLL | None:
     except library.NoCompilerError as err:
         logger.info("C++ operations not built: %s", err)
         return None
-    except (OSError, subprocess.SubprocessError) as err:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as err:  # RuntimeError: there is no home directory
         detail = getattr(err, "stderr", None) or str(err)
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail.strip()[-2000:])
         return None

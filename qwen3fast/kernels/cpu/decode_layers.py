@@ -41,7 +41,9 @@ class DecodeLayers:
             len(key_scales) == len(value_scales) == (L if keys[0].dtype == torch.int8 else 0),
             "decode_layers: factors of keys and values are for int8 only, and needed there",
         )
-        self._tensors = (keys, values, key_scales, value_scales, norms, weights, scales)  # kept alive
+        # Kept alive: the memory, whatever becomes of the parameters that it belongs to.
+        lists = (keys, values, key_scales, value_scales, norms, weights, scales)
+        self._tensors = [tensor.detach() for tensors in lists for tensor in tensors if tensor is not None]
         self._layers = (Layer * L)()
         self.R, K, S, D = keys[0].shape
         for i, layer in enumerate(self._layers):

@@ -122,7 +122,9 @@ def decode_attention(
     """One query a row, T = 1, over positions 0..position_B1 (int64) of rows 0..B-1. Returns (B, H, 1, D) bfloat16."""
     (B, T, H, D), (R, K, S, _) = q_BTHD.shape, k_RKSD.shape
     layer = _checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
-    require(D % LANES == 0 and T == 1 and B <= R, "decode_attention: q (B, 1, H, D), D a multiple of 16, B up to R")
+    require(
+        D % LANES == 0 and T == 1 and 1 <= B <= R, "decode_attention: q (B, 1, H, D), D a multiple of 16, B from 1 to R"
+    )
     q, position = q_BTHD.contiguous(), _checked_positions("decode_attention", position_B1, B)
     y_BH1D = q.new_empty(B, H, 1, D)
     _functions.qwen3fast_decode_attention(
