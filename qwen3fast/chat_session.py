@@ -63,14 +63,13 @@ class ChatSession:
         return last.result
 
     def stream(self, content: str | Message, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """The same piece by piece. The turn counts once the reply has ended; one that is dropped is forgotten."""
+        """The same piece by piece, begun at the first one. A turn counts once its reply has ended.
+
+        Raises: as `Generator.stream`, at once for what cannot be run.
+        """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params)
-        handle = self._generator.build(prompt, params, self._last)
-        for chunk in self._generator.run(handle):
-            if chunk.result is not None:
-                self._note(message, prompt, handle, chunk.result)
-            yield chunk
+        return self._turn(message, prompt, self._generator.build(prompt, params, self._last))
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -92,6 +91,12 @@ class ChatSession:
                 "cannot be used with it; use mode 'exact'"
             )
         return [*self._ids, *([] if has_ended else end), *self._tokenizer.encode("\n"), *new]
+
+    def _turn(self, message: Message, prompt: list[int], handle: RequestHandle) -> Iterator[StreamChunk]:
+        for chunk in self._generator.run(handle):
+            if chunk.result is not None:
+                self._note(message, prompt, handle, chunk.result)
+            yield chunk
 
     def _note(self, message: Message, prompt: list[int], handle: RequestHandle, result: GenerationResult) -> None:
         reply: Message = {"role": "assistant", "content": result.answer}

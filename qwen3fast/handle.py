@@ -52,7 +52,8 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """End the reply before the next step, and free its row. Without effect if it has ended."""
-        self._runner.cancel(self.request)
+        if not self.is_done:
+            self._runner.cancel(self.request)
 
     def __iter__(self) -> Iterator[StreamChunk]:
         """Chunks as they come; the last one has the result. Raises: as `result`."""

@@ -126,15 +126,18 @@ class Scheduler:
                 return request
         while self.waiting and len(self.active) < self.engine.cache.max_batch_size:
             request = self.waiting.popleft()
-            if request.finish_reason is None:
-                self._give_row(request)
-                return request
             request.leave_queue()
+            if request.finish_reason is None:
+                try:
+                    self._give_row(request)
+                except BaseException as err:  # it is in no list now, and must not be waited for
+                    request.fail(err)
+                    raise
+                return request
         return None
 
     def _give_row(self, request: Request) -> None:
         """A row for a request, with as much of its prompt in it as other rows hold."""
-        request.leave_queue()
         plan = self.kept.plan(request.prompt_ids, self.active, request.continues)
         source = plan.source
         if plan.given_up != plan.row:
@@ -197,7 +200,7 @@ class Scheduler:
             request = self.active.pop(row)
             self.kept.keep(row, request)
             self.engine.clear_row(row)
-            if request.error is not None:
+            if isinstance(request.error, FloatingPointError):
                 self.engine.erase_row(row)
             if request.is_processed:
                 self.engine.clear_processors(row)
@@ -208,7 +211,12 @@ class Scheduler:
         self._close_gaps()
 
     def _close_gaps(self) -> None:
-        """Move requests down to free rows where steps get smaller by it: a step runs all rows up to the last in use."""
+        """Move requests down to free rows where steps get smaller by it: a step runs all rows up to the last in use.
+
+        Not while others wait, who will fill the gaps.
+        """
+        if self.waiting:
+            return
         bucket = self.engine.batch_bucket
         while self.active and bucket(max(self.active) + 1) > bucket(len(self.active)):
             last, free = max(self.active), min(set(range(max(self.active))) - set(self.active))
