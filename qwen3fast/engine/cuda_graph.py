@@ -50,7 +50,9 @@ class CudaRecorder:
         graph, operations = torch.cuda.CUDAGraph(), LastOperation()
         stream = torch.cuda.current_stream()
         try:
-            with operations, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Other threads of the program may use the device meanwhile: this one alone is recorded.
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+            with operations, capture:
                 step()
         except torch.OutOfMemoryError:
             raise
