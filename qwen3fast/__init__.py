@@ -10,6 +10,7 @@ from qwen3fast._version import __version__
 from qwen3fast.chat_session import ChatSession
 from qwen3fast.checkpoint import load_model
 from qwen3fast.config import ModelConfig
+from qwen3fast.embedder import Embedder
 from qwen3fast.engine import QueueFullError
 from qwen3fast.generator import Generator
 from qwen3fast.handle import RequestHandle
@@ -19,6 +20,7 @@ from qwen3fast.tool_calls import ToolCall
 
 __all__ = [
     "ChatSession",
+    "Embedder",
     "GenerationResult",
     "Generator",
     "GeneratorStats",

@@ -32,6 +32,8 @@ ORDER = [
     "text_stream",
     "tool_calls",
     "results",
+    "last_token",
+    "embedder",
     "engine",
     "handle",
     "requests",

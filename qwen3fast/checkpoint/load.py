@@ -21,11 +21,13 @@ def load_model(
     revision: str | None = None,
     progress: bool = False,
     quantization: str | None = None,
+    output_projection: bool = True,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
+    output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
@@ -38,6 +40,8 @@ def load_model(
         config = ModelConfig.named(name)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
+        if not output_projection:
+            _leave_out_projection(model)
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
@@ -45,6 +49,8 @@ def load_model(
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
         model = build_on_meta(config)
+        if not output_projection:
+            _leave_out_projection(model)
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
@@ -52,6 +58,11 @@ def load_model(
     if quantization is not None and config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
     return model
+
+
+def _leave_out_projection(model: Qwen3) -> None:
+    if not model.config.tie_word_embeddings:
+        model.register_module("lm_head", None)
 
 
 def _choose_device(device: str | torch.device) -> torch.device:

@@ -21,8 +21,10 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
-    """Fill `model` (on meta) from the safetensors of `folder`; module and tensor names are the same, so nothing is
-    renamed.
+    """Fill `model` (on meta) from the safetensors of `folder`.
+
+    Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
+    out.
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
@@ -38,21 +40,26 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
             for name in names if names is not None else available:
                 if name == "lm_head.weight" and name not in expected:
                     continue  # tied: some files repeat the embedding under this name
+                if name.startswith("lm_head.") and model.lm_head is None:
+                    continue  # not wanted
+                place = f"model.{name}" if f"model.{name}" in expected else name
                 if name not in available:
                     problems.append(f"{name}: the index names {file.name}, which does not hold it")
-                elif name not in expected:
+                elif place not in expected:
                     problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
-                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[name]:
-                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[name]}")
+                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[place]:
+                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[place]}")
+                elif place in loaded:
+                    problems.append(f"{name} in {file.name}: {place} was there already")
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
-                    _assign(model, name, tensor)
-                    loaded.add(name)
+                    _assign(model, place, tensor)
+                    loaded.add(place)
                     bar.update()
     bar.close()
     reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
-    missing = [name for name in expected if name not in loaded and name not in reported]
+    missing = [n for n in expected if n not in loaded and not {n, n.removeprefix("model.")} & reported]
     problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
     if problems:
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
