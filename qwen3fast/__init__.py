@@ -14,6 +14,7 @@ from qwen3fast.embedder import Embedder
 from qwen3fast.engine import QueueFullError
 from qwen3fast.generator import Generator
 from qwen3fast.handle import RequestHandle
+from qwen3fast.reranker import Reranker
 from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.tool_calls import ToolCall
@@ -28,6 +29,7 @@ __all__ = [
     "QueueFullError",
     "RequestHandle",
     "RequestMetrics",
+    "Reranker",
     "SamplingParams",
     "StreamChunk",
     "TokenLogprobs",

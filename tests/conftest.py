@@ -116,6 +116,17 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(tokenizer_folder)
 
 
+@pytest.fixture(scope="session")
+def yes_no_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer with the tokens "yes" and "no", as Qwen3's has them; ids 1024 and 1025."""
+    folder = tmp_path_factory.mktemp("yes-no")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    base = Tokenizer.from_folder(folder).base
+    base.add_tokens(["yes", "no"])
+    base.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) -> Path:
     """A checkpoint with a tokenizer, as published: a tied output projection is left out."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

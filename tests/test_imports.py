@@ -34,6 +34,7 @@ ORDER = [
     "results",
     "last_token",
     "embedder",
+    "reranker",
     "engine",
     "handle",
     "requests",

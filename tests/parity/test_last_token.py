@@ -1,4 +1,4 @@
-"""Embedder against transformers, on checkpoints that transformers itself wrote."""
+"""Embedder and Reranker against transformers, on checkpoints that transformers itself wrote."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import fill_randomly, small_config
-from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from qwen3fast import Embedder
+from qwen3fast import Embedder, Reranker
 
 TEXTS = [
     "A cat sat.",
@@ -66,3 +66,38 @@ def test_embeddings_of_queries_equal_transformers(tmp_path, tokenizer_folder):
     ours = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS, instruction=instruction)
     texts = [f"Instruct: {instruction}\nQuery:{text}" for text in TEXTS]
     torch.testing.assert_close(ours, published_embeddings(folder, texts, torch.float32), rtol=0, atol=1e-5)
+
+
+def published_scores(folder, query, documents, dtype) -> list[float]:
+    """The model cards' way: prompt in three parts, padded on the left, softmax of the last logits of "no" and "yes"."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    task = "Given a web search query, retrieve relevant passages that answer the query"
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    pairs = [f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}" for document in documents]
+    ids = [[i for part in (prefix, pair, suffix) for i in tokenizer(part).input_ids] for pair in pairs]
+    longest = max(map(len, ids))
+    token_BT = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    with torch.no_grad():
+        logits_BV = model(input_ids=token_BT, attention_mask=mask_BT).logits[:, -1]
+    no_yes_B2 = logits_BV[:, [tokenizer.convert_tokens_to_ids("no"), tokenizer.convert_tokens_to_ids("yes")]]
+    return no_yes_B2.float().log_softmax(dim=1)[:, 1].exp().tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_scores_equal_transformers(tmp_path, yes_no_folder, changes, dtype, batch_size):
+    config = small_config(vocab_size=1026, max_position_embeddings=512, **changes)
+    model = Qwen3ForCausalLM(Qwen3Config(**config.to_dict()))
+    fill_randomly(model)
+    model.save_pretrained(tmp_path)
+    shutil.copytree(yes_no_folder, tmp_path, dirs_exist_ok=True)
+    ours = Reranker.from_pretrained(tmp_path, device="cpu", dtype=dtype).score("Why?", TEXTS, batch_size=batch_size)
+    theirs = published_scores(tmp_path, "Why?", TEXTS, dtype)
+    assert ours == pytest.approx(theirs, abs=1e-5 if dtype == torch.float32 else 0.05)
