@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
@@ -22,17 +23,21 @@ def load_model(
     progress: bool = False,
     quantization: str | None = None,
     output_projection: bool = True,
+    adapter: str | Path | None = None,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
+    adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
     if quantization is not None:
         prepare_quantization(quantization, chosen_device)
+    if adapter is not None:
+        LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
@@ -55,6 +60,8 @@ def load_model(
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
         load_weights(model, folder, chosen_device, chosen_dtype, progress)
+    if adapter is not None:
+        merge_lora(model, adapter)
     if quantization is not None and config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
     return model

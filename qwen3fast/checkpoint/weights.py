@@ -35,7 +35,7 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
     loaded: set[str] = set()
     bar = tqdm(total=len(expected), desc="loading weights", unit="tensor", disable=not progress)
     for file, names in files.items():
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             available = tensors.keys()
             for name in names if names is not None else available:
                 if name == "lm_head.weight" and name not in expected:
@@ -54,16 +54,14 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
-                    _assign(model, place, tensor)
+                    assign(model, place, tensor)
                     loaded.add(place)
                     bar.update()
     bar.close()
     reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
     missing = [n for n in expected if n not in loaded and not {n, n.removeprefix("model.")} & reported]
     problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
-    if problems:
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(problems[:8]) + more)
+    refuse(problems, f"the weights in {folder} do not fit its config.json")
     model.tie_weights()
 
 
@@ -89,15 +87,26 @@ def _tensors_by_file(folder: Path) -> dict[Path, list[str] | None]:
     raise FileNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
-def _open(file: Path):
+def refuse(problems: list[str], summary: str) -> None:
+    """Raises: ValueError with the summary and the first problems, if there are any."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{summary}:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+def open_tensors(file: Path):
+    """A safetensors file, memory-mapped.
+
+    Raises: ValueError if it is damaged.
+    """
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as err:
         raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a meta parameter."""
+def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter, on meta or not."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
