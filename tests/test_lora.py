@@ -24,6 +24,7 @@ from torch import Tensor
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint import merge_lora
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization import quantize_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -326,8 +327,6 @@ def test_merge_refuses_quantised_weights(tmp_path):
     config = small_config(hidden_size=64, intermediate_size=96)
     model = randomised(config)
     write_adapter(tmp_path / "adapter", model, modules_of(model, ["q_proj"]))
-    from qwen3fast.quantization import quantize_model
-
     quantize_model(model, "int8", torch.float32)
     with pytest.raises(ValueError, match="needs the original weights; these are in int8 already"):
         merge_lora(model, tmp_path / "adapter")
