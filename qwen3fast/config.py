@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model")  # Qwen3Model: without an output projection
 OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -121,22 +121,22 @@ class Generator:
         threads: int | None = None,
         revision: str | None = None,
         progress: bool = False,
+        adapter: str | Path | None = None,
     ) -> Generator:
         """Load a model and its tokenizer.
 
-        source, device, dtype, revision, quantization: as in `load_model`. max_seq_len: prompt and reply together, in
-        tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto" keeps keys and values in
-        the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True compiles before the first
-        token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the host.
-        Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). prefix_reuse: rows
-        keep what they computed, and a prompt that begins alike goes on from there (switch it off to change weights in
-        place). max_queue: requests that `submit`
-        and `astream` let wait. threads: of the CPU, for the whole process; by default one a core. progress: show a bar
-        while weights load.
+        source, device, dtype, revision, quantization, adapter: as in `load_model`. max_seq_len: prompt and reply
+        together, in tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto" keeps keys and
+        values in the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True compiles before the
+        first token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the
+        host. Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). prefix_reuse:
+        rows keep what they computed, and a prompt that begins alike goes on from there (switch it off to change weights
+        in place). max_queue: requests that `submit` and `astream` let wait. threads: of the CPU, for the whole process;
+        by default one a core. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises
-        model = load_model(source, device, dtype, revision, progress, quantization)
+        model = load_model(source, device, dtype, revision, progress, quantization, adapter=adapter)
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):
             folder = resolve_source(source, revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import train_tiny
 from hypothesis import settings
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast.config import ModelConfig
@@ -112,3 +114,26 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     """The tokenizer of `tokenizer_folder`."""
     return Tokenizer.from_folder(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def yes_no_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer with the tokens "yes" and "no", as Qwen3's has them; ids 1024 and 1025."""
+    folder = tmp_path_factory.mktemp("yes-no")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    base = Tokenizer.from_folder(folder).base
+    base.add_tokens(["yes", "no"])
+    base.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) -> Path:
+    """A checkpoint with a tokenizer, as published: a tied output projection is left out."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder

@@ -128,6 +128,10 @@ def test_config_accepts_a_model_type_without_architectures():
     assert ModelConfig.from_dict(raw_config(architectures=...)) == ModelConfig.from_dict(RAW)
 
 
+def test_config_accepts_a_model_without_output_projection():
+    assert ModelConfig.from_dict(raw_config(architectures=["Qwen3Model"])) == ModelConfig.from_dict(RAW)
+
+
 def test_config_accepts_layer_types_that_are_all_full_attention():
     assert ModelConfig.from_dict(raw_config(layer_types=["full_attention"] * 28)) == ModelConfig.from_dict(RAW)
 

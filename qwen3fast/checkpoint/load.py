@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
@@ -21,16 +22,22 @@ def load_model(
     revision: str | None = None,
     progress: bool = False,
     quantization: str | None = None,
+    output_projection: bool = True,
+    adapter: str | Path | None = None,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
+    output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
+    adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
     if quantization is not None:
         prepare_quantization(quantization, chosen_device)
+    if adapter is not None:
+        LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
@@ -38,6 +45,8 @@ def load_model(
         config = ModelConfig.named(name)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
+        if not output_projection:
+            _leave_out_projection(model)
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
@@ -45,13 +54,22 @@ def load_model(
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
         model = build_on_meta(config)
+        if not output_projection:
+            _leave_out_projection(model)
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
         load_weights(model, folder, chosen_device, chosen_dtype, progress)
+    if adapter is not None:
+        merge_lora(model, adapter)
     if quantization is not None and config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
     return model
+
+
+def _leave_out_projection(model: Qwen3) -> None:
+    if not model.config.tie_word_embeddings:
+        model.register_module("lm_head", None)
 
 
 def _choose_device(device: str | torch.device) -> torch.device:

@@ -21,8 +21,10 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
-    """Fill `model` (on meta) from the safetensors of `folder`; module and tensor names are the same, so nothing is
-    renamed.
+    """Fill `model` (on meta) from the safetensors of `folder`.
+
+    Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
+    out.
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
@@ -33,30 +35,33 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
     loaded: set[str] = set()
     bar = tqdm(total=len(expected), desc="loading weights", unit="tensor", disable=not progress)
     for file, names in files.items():
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             available = tensors.keys()
             for name in names if names is not None else available:
                 if name == "lm_head.weight" and name not in expected:
                     continue  # tied: some files repeat the embedding under this name
+                if name.startswith("lm_head.") and model.lm_head is None:
+                    continue  # not wanted
+                place = f"model.{name}" if f"model.{name}" in expected else name
                 if name not in available:
                     problems.append(f"{name}: the index names {file.name}, which does not hold it")
-                elif name not in expected:
+                elif place not in expected:
                     problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
-                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[name]:
-                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[name]}")
+                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[place]:
+                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[place]}")
+                elif place in loaded:
+                    problems.append(f"{name} in {file.name}: {place} was there already")
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
-                    _assign(model, name, tensor)
-                    loaded.add(name)
+                    assign(model, place, tensor)
+                    loaded.add(place)
                     bar.update()
     bar.close()
     reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
-    missing = [name for name in expected if name not in loaded and name not in reported]
+    missing = [n for n in expected if n not in loaded and not {n, n.removeprefix("model.")} & reported]
     problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
-    if problems:
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(problems[:8]) + more)
+    refuse(problems, f"the weights in {folder} do not fit its config.json")
     model.tie_weights()
 
 
@@ -82,15 +87,26 @@ def _tensors_by_file(folder: Path) -> dict[Path, list[str] | None]:
     raise FileNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
-def _open(file: Path):
+def refuse(problems: list[str], summary: str) -> None:
+    """Raises: ValueError with the summary and the first problems, if there are any."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{summary}:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+def open_tensors(file: Path):
+    """A safetensors file, memory-mapped.
+
+    Raises: ValueError if it is damaged.
+    """
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as err:
         raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a meta parameter."""
+def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter, on meta or not."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))

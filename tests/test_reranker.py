@@ -1,0 +1,114 @@
+"""Reranker: the prompt it reads, the probability it gives, the same in any batch, what is cut, its errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomised, small_config, write_text_checkpoint
+
+from qwen3fast import Reranker
+from qwen3fast.model import Qwen3
+from qwen3fast.reranker import INSTRUCTION, PREFIX, SUFFIX
+from qwen3fast.tokenizer import Tokenizer
+
+QUERY = "What is the capital of France?"
+DOCUMENTS = ["Paris.", "", "A cat sat on a mat, and a dog sat beside it. " * 2, "x", "yes no", "é"]
+CONFIG = small_config(vocab_size=1026, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def reranker(yes_no_folder) -> Reranker:
+    """A small random model behind a Reranker."""
+    return Reranker(randomised(CONFIG), Tokenizer.from_folder(yes_no_folder))
+
+
+def probability(model: Qwen3, tokenizer: Tokenizer, prompt: str) -> float:
+    """The definition: softmax over the logits of "no" and "yes" at the prompt's end."""
+    logits_V = model(torch.tensor([tokenizer.encode(prompt)]))[0, -1]
+    no_yes = logits_V[[tokenizer.base.token_to_id("no"), tokenizer.base.token_to_id("yes")]]
+    return torch.softmax(no_yes.double(), dim=0)[1].item()
+
+
+def prompt_of(query: str, document: str, instruction: str = INSTRUCTION) -> str:
+    """The published prompt."""
+    return f"{PREFIX}<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}{SUFFIX}"
+
+
+@pytest.mark.parametrize("instruction", [None, "Is it short?"])
+def test_score_is_the_probability_of_yes_after_the_published_prompt(reranker, instruction):
+    scores = reranker.score(QUERY, DOCUMENTS, instruction=instruction)
+    prompts = [prompt_of(QUERY, document, instruction or INSTRUCTION) for document in DOCUMENTS]
+    expected = [probability(reranker.model, reranker.tokenizer, prompt) for prompt in prompts]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert all(0 < score < 1 for score in scores)
+    assert len(set(scores)) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 6, 100])
+def test_score_does_not_depend_on_the_batch(reranker, batch_size):
+    alone = [reranker.score(QUERY, [document])[0] for document in DOCUMENTS]
+    assert reranker.score(QUERY, DOCUMENTS, batch_size=batch_size) == pytest.approx(alone, abs=1e-5)
+
+
+def test_score_of_no_documents_is_empty(reranker):
+    assert reranker.score(QUERY, []) == []
+
+
+def test_score_cuts_a_long_document_and_nothing_else(reranker):
+    tokenizer, document = reranker.tokenizer, "a long text without an end " * 50
+    around = len(tokenizer.encode(prompt_of(QUERY, "")))
+    short = Reranker(reranker.model, tokenizer, max_length=around + 9)
+    body = tokenizer.encode(f"<Instruct>: {INSTRUCTION}\n<Query>: {QUERY}\n<Document>: {document}")
+    kept = around + 9 - len(tokenizer.encode(PREFIX)) - len(tokenizer.encode(SUFFIX))
+    text = PREFIX + tokenizer.decode(body[:kept]) + SUFFIX
+    assert re.search(r"<Document>: a lo", text)
+    assert short.score(QUERY, [document]) == pytest.approx([probability(reranker.model, tokenizer, text)], abs=1e-5)
+
+
+def test_score_refuses_a_query_that_leaves_no_room(reranker):
+    with pytest.raises(ValueError, match=r"query and instruction take \d+ tokens .* max_length 512; shorten them"):
+        reranker.score("What? " * 200, ["Paris."])
+
+
+def test_score_of_a_document_that_fits_just(reranker):
+    around = len(reranker.tokenizer.encode(prompt_of(QUERY, "Paris.")))
+    just = Reranker(reranker.model, reranker.tokenizer, max_length=around)
+    assert just.score(QUERY, ["Paris."]) == pytest.approx(reranker.score(QUERY, ["Paris."]), abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, tied, quantization):
+    # 1,040 rows can be packed, so that the output projection is, too.
+    config = replace(CONFIG, vocab_size=1040, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
+    folder = write_text_checkpoint(tmp_path, randomised(config), yes_no_folder)
+    loaded = Reranker.from_pretrained(folder, device="cpu", quantization=quantization)
+    expected = [probability(loaded.model, loaded.tokenizer, prompt_of(QUERY, document)) for document in DOCUMENTS]
+    # The full projection rounds its input, too, when it is quantised; the two rows do not.
+    scores = loaded.score(QUERY, DOCUMENTS)
+    assert scores == pytest.approx(expected, abs=1e-5 if quantization is None else 0.05)
+
+
+def test_reranker_errors(reranker, tokenizer, yes_no_folder, tmp_path):
+    for documents in ("one text", ["a", None], None):
+        with pytest.raises(ValueError, match="documents must be a list of strings"):
+            reranker.score(QUERY, documents)
+    with pytest.raises(ValueError, match="query must be a string, got 5"):
+        reranker.score(5, DOCUMENTS)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        reranker.score(QUERY, DOCUMENTS, batch_size=0)
+    with pytest.raises(ValueError, match="max_length must be from 1 to"):
+        Reranker(reranker.model, reranker.tokenizer, max_length=513)
+    with pytest.raises(ValueError, match="tokenizer has no token 'no'"):
+        Reranker(reranker.model, tokenizer)
+    with pytest.raises(ValueError, match=r"has the id 1025, but the model's vocab_size is 97"):
+        Reranker(randomised(small_config()), reranker.tokenizer)
+    with pytest.raises(ValueError, match="has random weights and no tokenizer"):
+        Reranker.from_pretrained("random:0.6b")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json not found"):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()), encoding="utf-8")
+        Reranker.from_pretrained(tmp_path)
