@@ -100,7 +100,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace) -> Generator:
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
-        max_seq_len = min(4096, _config_of(args.model, args.revision).max_position_embeddings)
+        max_seq_len = min(4096, _config_of(args.model, args.revision).longest_context)
     generator = Generator.from_pretrained(
         args.model,
         revision=args.revision,
@@ -215,8 +215,8 @@ def _info(args: argparse.Namespace) -> int:
         "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}" + (" (embedding tied)" if config.tie_word_embeddings else ""),
-        "longest context": f"{config.max_position_embeddings:,}",
-        "RoPE theta": f"{config.rope_theta:g}",
+        "longest context": f"{config.longest_context:,}",
+        "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
     print(args.model)
     for name, value in rows.items():

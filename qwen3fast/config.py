@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qwen3fast.yarn import Yarn
+
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
 OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -24,7 +26,7 @@ class ModelConfig:
     `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
     `dtype` is the dtype that the checkpoint was saved in; `quantization` names the format of the linear layers and the
     embedding in a checkpoint that `Generator.save_quantized` wrote. `eos_token_ids` are the ids named by config.json
-    only; the Generator adds those of generation_config.json.
+    only; the Generator adds those of generation_config.json. `yarn` is the scaling of RoPE, if there is one.
     """
 
     vocab_size: int
@@ -42,6 +44,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None
+    yarn: Yarn | None = None
 
     def __post_init__(self) -> None:
         """Refuse shapes that no Qwen3 can have.
@@ -69,6 +72,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 with YaRN, got {self.rope_theta!r}")
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -100,6 +105,7 @@ class ModelConfig:
                 dtype=DTYPES[dtype_name],
                 eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
                 quantization=(raw.get("quantization_config") or {}).get("format"),
+                yarn=_yarn(given),
             )
         except (ValueError, TypeError) as err:
             raise ValueError(f"{where}: {err}") from err
@@ -135,6 +141,11 @@ class ModelConfig:
         )
 
     @property
+    def longest_context(self) -> int:
+        """Positions that the model can tell apart: max_position_embeddings, or more with YaRN."""
+        return max(self.max_position_embeddings, self.yarn.longest_context if self.yarn is not None else 0)
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the model; a tied output projection counts once."""
         per_layer = sum(p for p in self._layer_sizes())
@@ -157,11 +168,12 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same config as a Hugging Face `config.json` dictionary."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        eos, quantization = plain.pop("eos_token_ids"), plain.pop("quantization")
+        eos, quantization, yarn = plain.pop("eos_token_ids"), plain.pop("quantization"), plain.pop("yarn")
         quantized = {"quantization_config": {**OWN_QUANTIZATION, "format": quantization}} if quantization else {}
         return {
             **plain,
             **quantized,
+            **({"rope_scaling": yarn.to_dict()} if yarn is not None else {}),
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "hidden_act": "silu",
@@ -248,15 +260,30 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), dict | None):
             raise ValueError(f"{where}: {name} must be an object, got {raw[name]!r}")
-    rope = _rope_fields(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; only 'default' (no scaling) is")
+    kind = _rope_kind(raw)
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; 'yarn' and 'default' (no scaling) are")
+    rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if rotated not in (None, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
 
 
 def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings: older files have rope_theta and rope_scaling, newer ones rope_parameters holding both."""
     return {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+
+
+def _rope_kind(raw: dict[str, Any]) -> Any:
+    rope = _rope_fields(raw)
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _yarn(raw: dict[str, Any]) -> Yarn | None:
+    if _rope_kind(raw) != "yarn":
+        return None
+    original = raw.get("original_max_position_embeddings")
+    beside = {} if original is None else {"original_max_position_embeddings": original}
+    return Yarn.from_dict({**_rope_fields(raw), **beside}, raw.get("max_position_embeddings", 40_960))
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:

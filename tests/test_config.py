@@ -9,6 +9,7 @@ from conftest import small_config
 
 from qwen3fast.config import ModelConfig, read_json
 from qwen3fast.model import build_on_meta
+from qwen3fast.yarn import Yarn
 
 # Parameters of the published checkpoints, as their safetensors headers count them.
 PUBLISHED = {
@@ -46,6 +47,9 @@ RAW = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
 def raw_config(**changes) -> dict:
     """RAW with fields changed; `...` removes a field."""
     return {key: value for key, value in {**RAW, **changes}.items() if value is not ...}
@@ -71,6 +75,37 @@ def test_config_reads_rope_theta(changes):
 
 def test_config_rope_theta_defaults_to_a_million():
     assert ModelConfig.from_dict(raw_config(rope_theta=...)).rope_theta == 1_000_000.0
+
+
+def test_config_reads_the_2507_variants():
+    raw = raw_config(rope_theta=5_000_000, max_position_embeddings=262_144)
+    config = ModelConfig.from_dict(raw)
+    assert (config.rope_theta, config.longest_context, config.yarn) == (5_000_000.0, 262_144, None)
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_config_reads_yarn_in_every_spelling(place, kind):
+    raw = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = ModelConfig.from_dict(raw_config(**{place: raw}))
+    assert config.yarn == Yarn(4.0, 32768)
+    assert config.longest_context == 131_072
+
+
+def test_config_reads_all_fields_of_yarn():
+    every = {"attention_factor": 1.1, "beta_fast": 30, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.9}
+    config = ModelConfig.from_dict(raw_config(rope_scaling={**YARN, **every, "truncate": False}))
+    assert config.yarn == Yarn(4.0, 32768, 1.1, 30, 2, 0.7, 0.9, False)
+
+
+def test_config_original_length_of_yarn_defaults_to_the_models():
+    config = ModelConfig.from_dict(raw_config(rope_scaling={"type": "yarn", "factor": 2.0}))
+    assert config.yarn == Yarn(2.0, 40_960)
+
+
+def test_config_original_length_beside_the_scaling_wins():
+    config = ModelConfig.from_dict(raw_config(rope_scaling=YARN, original_max_position_embeddings=8192))
+    assert config.yarn == Yarn(4.0, 8192)
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
@@ -143,7 +178,22 @@ def test_config_accepts_layer_types_that_are_all_full_attention():
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*only 'full_attention' is"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8.* is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "YaRN: missing factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "YaRN: missing factor"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "YaRN: factor must be at least 1, got 0.5"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "YaRN: factor must be a positive number, got '4'"),
+        ({"rope_scaling": {**YARN, "factor": True}}, "YaRN: factor must be a positive number, got True"),
+        ({"rope_scaling": {**YARN, "factor": float("inf")}}, "YaRN: factor must be a positive number, got inf"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1.0}}, "YaRN: attention_factor must be a positive number"),
+        ({"rope_scaling": {**YARN, "beta_fast": 0}}, "YaRN: beta_fast must be a positive number, got 0"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, r"beta_fast \(1\) must not be below beta_slow"),
+        ({"rope_scaling": {**YARN, "mscale": "1"}}, "YaRN: mscale must be a positive number, got '1'"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "YaRN: truncate must be true or false, got 1"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings must"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta must be above 1 with YaRN"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling 'llama3' is not supported; 'yarn' and 'default'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic' is not supported"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported; supported: bfloat16"),
@@ -246,6 +296,8 @@ def test_kv_bytes_per_token_of_published_shapes(name, kib):
         small_config(eos_token_ids=()),
         small_config(eos_token_ids=(5, 6)),
         small_config(dtype=torch.float16),
+        small_config(num_hidden_layers=1, yarn=Yarn(4.0, 64)),
+        small_config(num_hidden_layers=3, yarn=Yarn(4.0, 64, 1.2, 30.0, 2.0, 0.7, 0.9, False)),
     ],
     ids=lambda config: f"{config.num_parameters}-{len(config.eos_token_ids)}",
 )

@@ -59,7 +59,7 @@ class Qwen3(nn.Module):
     def hidden(self, token_BT: Tensor) -> Tensor:
         """The last block's output, (B, T, E), computed without a cache; rows start at position 0."""
         _, T = token_BT.shape
-        cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device)
+        cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device, self.config.yarn)
         x_BTE = self.embed(token_BT)
         for block in self.model.layers:
             x_BTE = block(x_BTE, cos_TD[None], sin_TD[None])
