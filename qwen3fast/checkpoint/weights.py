@@ -1,7 +1,8 @@
 """Safetensors files -> the parameters of a model built on `meta`.
 
 Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
-nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor.
+nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor. Experts that
+are tensors of their own are copied into stacks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwen3fast.checkpoint.experts import ExpertStacks
 from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.linear import PARAMETER_NAMES
@@ -22,12 +24,14 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`; module and tensor names are the same, so nothing is
-    renamed.
+    renamed (but see experts.py).
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stacks = ExpertStacks(expected, device, dtype)
+    shapes = expected | {name: piece.shape for name, piece in stacks.pieces.items()}
     files = _tensors_by_file(folder)
     problems: list[str] = []
     loaded: set[str] = set()
@@ -40,10 +44,15 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                     continue  # tied: some files repeat the embedding under this name
                 if name not in available:
                     problems.append(f"{name}: the index names {file.name}, which does not hold it")
-                elif name not in expected:
+                elif name not in shapes:
                     problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
-                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[name]:
-                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[name]}")
+                elif (shape := tuple(tensors.get_slice(name).get_shape())) != shapes[name]:
+                    problems.append(f"{name} in {file.name}: shape {shape}, expected {shapes[name]}")
+                elif name in stacks.pieces:
+                    if (stacked := stacks.put(name, tensors.get_tensor(name))) is not None:
+                        _assign(model, *stacked)
+                        loaded.add(stacked[0])
+                        bar.update()
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
@@ -52,8 +61,10 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                     bar.update()
     bar.close()
     reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
-    missing = [name for name in expected if name not in loaded and name not in reported]
-    problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
+    unfinished = stacks.unfinished()
+    missing = [name for name in expected if name not in loaded and name not in unfinished]
+    missing += [name for names in unfinished.values() for name in names]
+    problems += [f"{name}: missing, expected shape {shapes[name]}" for name in missing if name not in reported]
     if problems:
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(problems[:8]) + more)
