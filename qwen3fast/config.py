@@ -239,8 +239,9 @@ _REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _REQUIRED_OF_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
 _OF_MOE = _REQUIRED_OF_MOE | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
 
-# layers, heads, kv heads, hidden_size, intermediate_size, tied; experts, of a token, moe_intermediate_size. Source: the published config.json files.
-_NAMED_SHAPES = {
+# layers, heads, kv heads, hidden_size, intermediate_size, tied; num_experts, num_experts_per_tok,
+# moe_intermediate_size. Source: the published config.json files.
+_NAMED_SHAPES: dict[str, tuple[Any, ...]] = {
     "0.6b": (28, 16, 8, 1024, 3072, True),
     "1.7b": (28, 16, 8, 2048, 6144, True),
     "4b": (36, 32, 8, 2560, 9728, True),
@@ -283,7 +284,7 @@ def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _architectures(raw: dict[str, Any]) -> list[Any]:
     """What the file names, or what its model_type stands for."""
-    by_type = {model_type: [name] for name, model_type in SUPPORTED_ARCHITECTURES.items()}
+    by_type: dict[Any, list[Any]] = {model_type: [name] for name, model_type in SUPPORTED_ARCHITECTURES.items()}
     kind = raw.get("model_type")
     return raw.get("architectures") or by_type.get(kind, [kind])
 

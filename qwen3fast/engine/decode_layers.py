@@ -56,6 +56,7 @@ def _norms(block: Block) -> list[Tensor]:
 
 def _linears(block: Block) -> list[Linear | QuantizedLinear]:
     a, f = block.self_attn, block.mlp
+    assert isinstance(f, FeedForward), "only dense blocks have a form in C++"
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
 
 

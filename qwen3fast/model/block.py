@@ -13,7 +13,10 @@ from qwen3fast.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; layer: which of the model's it is. Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388."""
+    """Pre-norm residual block; layer: which of the model's it is, counted from 0.
+
+    Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388.
+    """
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class Qwen3Body(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A Qwen3 language model, dense or with experts. `forward` is the plain reference: no cache, no compilation, every token computed.
+    """A Qwen3 language model. `forward` is the plain reference: no cache, no compilation, every token computed.
 
     The engine runs the same parts (`embed`, `model.layers`, `logits`) with a KV cache.
     Source: Qwen3 technical report, arXiv:2505.09388.
