@@ -218,6 +218,11 @@ def _info(args: argparse.Namespace) -> int:
         "longest context": f"{config.longest_context:,}",
         "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
+    if config.num_experts:
+        rows["parameters"] += f", of which a token runs {config.decode_parameters:,}"
+        rows["experts"] = (
+            f"{config.num_experts}, {config.num_experts_per_tok} a token, of {config.moe_intermediate_size}"
+        )
     print(args.model)
     for name, value in rows.items():
         print(f"  {name:27} {value}")
