@@ -83,8 +83,8 @@ def main() -> None:
             step_s[name].append(run(engine, STEPS, len(PROMPT) + 3 + i * STEPS))
     for name, config in shapes.items():
         print(
-            f"{name:8} {config.num_parameters / 1e6:6.1f} million parameters, {config.decode_parameters / 1e6:6.1f} read "
-            f"by a step: {median(step_s[name]) * 1e3:7.3f} ms"
+            f"{name:8} {config.num_parameters / 1e6:6.1f} million parameters, "
+            f"{config.decode_parameters / 1e6:6.1f} read by a step: {median(step_s[name]) * 1e3:7.3f} ms"
         )
     dense, experts = shapes["dense"].decode_parameters, shapes["experts"].decode_parameters
     ratio = median(step_s["dense"]) / median(step_s["experts"])

@@ -206,7 +206,7 @@ def _info(args: argparse.Namespace) -> int:
         quantize_model(model, config.quantization, config.dtype)
     stored = config.quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
-    rows = {
+    rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
         "weights": f"{model.num_bytes():,} bytes in {stored}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
@@ -219,7 +219,7 @@ def _info(args: argparse.Namespace) -> int:
         "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
     if config.num_experts:
-        rows["parameters"] += f", of which a token runs {config.decode_parameters:,}"
+        rows["parameters"] = f"{rows['parameters']}, of which a token runs {config.decode_parameters:,}"
         rows["experts"] = (
             f"{config.num_experts}, {config.num_experts_per_tok} a token, of {config.moe_intermediate_size}"
         )
