@@ -100,7 +100,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace) -> Generator:
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
-        max_seq_len = min(4096, _config_of(args.model, args.revision).max_position_embeddings)
+        max_seq_len = min(4096, _config_of(args.model, args.revision).longest_context)
     generator = Generator.from_pretrained(
         args.model,
         revision=args.revision,
@@ -206,7 +206,7 @@ def _info(args: argparse.Namespace) -> int:
         quantize_model(model, config.quantization, config.dtype)
     stored = config.quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
-    rows = {
+    rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
         "weights": f"{model.num_bytes():,} bytes in {stored}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
@@ -215,9 +215,14 @@ def _info(args: argparse.Namespace) -> int:
         "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}" + (" (embedding tied)" if config.tie_word_embeddings else ""),
-        "longest context": f"{config.max_position_embeddings:,}",
-        "RoPE theta": f"{config.rope_theta:g}",
+        "longest context": f"{config.longest_context:,}",
+        "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
+    if config.num_experts:
+        rows["parameters"] = f"{rows['parameters']}, of which a token runs {config.decode_parameters:,}"
+        rows["experts"] = (
+            f"{config.num_experts}, {config.num_experts_per_tok} a token, of {config.moe_intermediate_size}"
+        )
     print(args.model)
     for name, value in rows.items():
         print(f"  {name:27} {value}")

@@ -12,19 +12,25 @@ from typing import Any
 
 import torch
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model")  # Qwen3Model: without an output projection
+from qwen3fast.yarn import Yarn
+
+# And the model_type of each. Qwen3Model: without an output projection.
+SUPPORTED_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3Model": "qwen3"}
 OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that define a dense Qwen3.
+    """The numbers that define a Qwen3, dense or (num_experts > 0) with a mixture of experts.
 
     `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
     `dtype` is the dtype that the checkpoint was saved in; `quantization` names the format of the linear layers and the
     embedding in a checkpoint that `Generator.save_quantized` wrote. `eos_token_ids` are the ids named by config.json
-    only; the Generator adds those of generation_config.json.
+    only; the Generator adds those of generation_config.json. `yarn` is the scaling of RoPE, if there is one.
+
+    Of the layers that are not in `mlp_only_layers`, every `decoder_sparse_step`-th has experts (`is_sparse`), of which
+    a token runs `num_experts_per_tok`; `norm_topk_prob`: what these count sums to 1.
     """
 
     vocab_size: int
@@ -42,6 +48,13 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None
+    yarn: Yarn | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse shapes that no Qwen3 can have.
@@ -52,11 +65,17 @@ class ModelConfig:
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim max_position_embeddings"
         )
+        if self.num_experts != 0:
+            sizes += " num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step"
         for name in sizes.split():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("tie_word_embeddings", "attention_bias"):
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
+            )
+        for name in ("tie_word_embeddings", "attention_bias", "norm_topk_prob"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -69,6 +88,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 with YaRN, got {self.rope_theta!r}")
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -77,21 +98,30 @@ class ModelConfig:
         Raises: ValueError for an architecture, feature or value that is not supported, or a missing field.
         """
         _refuse_unsupported(raw, where)
-        needed = [f.name for f in fields(cls) if f.name in _REQUIRED]
-        missing = [name for name in needed if raw.get(name) is None]
-        if missing:
-            raise ValueError(f"{where}: missing {', '.join(missing)}; every Qwen3 config has these fields")
         # A field that is null counts as absent.
         given = {name: value for name, value in raw.items() if value is not None}
+        is_moe = _architectures(raw) == ["Qwen3MoeForCausalLM"]
+        if "num_local_experts" in given:  # as transformers 5 writes it
+            given["num_experts"] = given["num_local_experts"]
+        needed = [f.name for f in fields(cls) if f.name in _REQUIRED or (is_moe and f.name in _REQUIRED_OF_MOE)]
+        missing = [name for name in needed if name not in given]
+        if missing:
+            every = "every Qwen3 config with experts" if is_moe else "every Qwen3 config"
+            raise ValueError(f"{where}: missing {', '.join(missing)}; {every} has these fields")
+        if is_moe and given["num_experts"] == 0:
+            raise ValueError(f"{where}: num_experts must be a positive integer, got 0")
+        of_moe = ("norm_topk_prob", "decoder_sparse_step") if is_moe else ()
         dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if dtype_name not in DTYPES:
             raise ValueError(f"{where}: dtype {dtype_name!r} is not supported; supported: {', '.join(DTYPES)}")
         try:
             return cls(
-                **{name: raw[name] for name in needed},
+                **{name: given[name] for name in needed},
+                **{name: given[name] for name in of_moe if name in given},
+                mlp_only_layers=as_id_tuple(given.get("mlp_only_layers")) if is_moe else (),
                 num_key_value_heads=given.get("num_key_value_heads", raw["num_attention_heads"]),
-                # 128 is Qwen3's default when the field is absent; never hidden_size / num_attention_heads.
-                head_dim=given.get("head_dim", 128),
+                # 128 is Qwen3's default when the field is absent; only with experts transformers divides.
+                head_dim=given.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"] if is_moe else 128),
                 rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
                 rope_theta=_rope_theta(given),
                 max_position_embeddings=given.get("max_position_embeddings", 40_960),
@@ -100,6 +130,7 @@ class ModelConfig:
                 dtype=DTYPES[dtype_name],
                 eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
                 quantization=(raw.get("quantization_config") or {}).get("format"),
+                yarn=_yarn(given),
             )
         except (ValueError, TypeError) as err:
             raise ValueError(f"{where}: {err}") from err
@@ -114,14 +145,16 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
-        """The shape of a published dense Qwen3: "0.6b", "1.7b", "4b", "8b", "14b" or "32b" (case does not matter).
+        """The shape of a published Qwen3: "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with a mixture of experts
+        "30b-a3b" or "235b-a22b" (case does not matter).
 
         Raises: ValueError for any other name.
         """
         shape = _NAMED_SHAPES.get(name.lower())
         if shape is None:
             raise ValueError(f"unknown Qwen3 shape {name!r}; known shapes: {', '.join(_NAMED_SHAPES)}")
-        layers, heads, kv_heads, hidden, intermediate, tied = shape
+        layers, heads, kv_heads, hidden, intermediate, tied, *experts = shape
+        num_experts, per_token, moe_intermediate = experts or (0, 0, 0)
         return cls(
             vocab_size=151_936,
             hidden_size=hidden,
@@ -132,19 +165,34 @@ class ModelConfig:
             head_dim=128,
             tie_word_embeddings=tied,
             eos_token_ids=(151_645,),
+            num_experts=num_experts,
+            num_experts_per_tok=per_token,
+            moe_intermediate_size=moe_intermediate,
+            norm_topk_prob=num_experts > 0,
         )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward part of this layer, counted from 0, is a mixture of experts."""
+        is_chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and is_chosen
+
+    @property
+    def longest_context(self) -> int:
+        """Positions that the model can tell apart: max_position_embeddings, or more with YaRN."""
+        return max(self.max_position_embeddings, self.yarn.longest_context if self.yarn is not None else 0)
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the model; a tied output projection counts once."""
-        per_layer = sum(p for p in self._layer_sizes())
         outer = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
-        return self.num_hidden_layers * per_layer + outer
+        return outer + sum(self._layer_size(layer, self.num_experts) for layer in range(self.num_hidden_layers))
 
     @property
     def decode_parameters(self) -> int:
-        """Parameters that one decode step reads: all, but of an untied embedding only the looked-up row (left out)."""
-        return self.num_parameters - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
+        """Parameters that one decode step of one row reads: all, but of an untied embedding only the looked-up row
+        (left out), and of experts only those that the token runs."""
+        outer = self.vocab_size * self.hidden_size + self.hidden_size
+        return outer + sum(self._layer_size(layer, self.num_experts_per_tok) for layer in range(self.num_hidden_layers))
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one position takes in a KV cache of `dtype`, all layers, keys and values.
@@ -157,36 +205,52 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same config as a Hugging Face `config.json` dictionary."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        eos, quantization = plain.pop("eos_token_ids"), plain.pop("quantization")
+        eos, quantization, yarn = plain.pop("eos_token_ids"), plain.pop("quantization"), plain.pop("yarn")
+        architecture = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
+        if self.num_experts:
+            plain["mlp_only_layers"] = list(self.mlp_only_layers)
+        else:
+            plain = {name: value for name, value in plain.items() if name not in _OF_MOE}
         quantized = {"quantization_config": {**OWN_QUANTIZATION, "format": quantization}} if quantization else {}
         return {
             **plain,
             **quantized,
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            **({"rope_scaling": yarn.to_dict()} if yarn is not None else {}),
+            "architectures": [architecture],
+            "model_type": SUPPORTED_ARCHITECTURES[architecture],
             "hidden_act": "silu",
             "dtype": str(self.dtype).removeprefix("torch."),
             "torch_dtype": str(self.dtype).removeprefix("torch."),
             "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         }
 
-    def _layer_sizes(self) -> tuple[int, ...]:
+    def _layer_size(self, layer: int, experts: int) -> int:
+        """Parameters of a layer, of so many experts where it has any."""
         q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = (q_size + 2 * kv_size + self.hidden_size) if self.attention_bias else 0
         attention = self.hidden_size * (2 * q_size + 2 * kv_size) + 2 * self.head_dim + bias
-        return attention, 3 * self.hidden_size * self.intermediate_size, 2 * self.hidden_size
+        rows = self.intermediate_size
+        router = 0
+        if self.is_sparse(layer):
+            rows, router = experts * self.moe_intermediate_size, self.num_experts * self.hidden_size
+        return attention + router + 3 * self.hidden_size * rows + 2 * self.hidden_size
 
 
 _REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+_REQUIRED_OF_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
+_OF_MOE = _REQUIRED_OF_MOE | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
 
-# layers, heads, kv heads, hidden_size, intermediate_size, tied. Source: the published config.json files.
-_NAMED_SHAPES = {
+# layers, heads, kv heads, hidden_size, intermediate_size, tied; num_experts, num_experts_per_tok,
+# moe_intermediate_size. Source: the published config.json files.
+_NAMED_SHAPES: dict[str, tuple[Any, ...]] = {
     "0.6b": (28, 16, 8, 1024, 3072, True),
     "1.7b": (28, 16, 8, 2048, 6144, True),
     "4b": (36, 32, 8, 2560, 9728, True),
     "8b": (36, 32, 8, 4096, 12288, False),
     "14b": (40, 40, 8, 5120, 17408, False),
     "32b": (64, 64, 8, 5120, 25600, False),
+    "30b-a3b": (48, 32, 4, 2048, 6144, False, 128, 8, 768),
+    "235b-a22b": (94, 64, 4, 4096, 12288, False, 128, 8, 1536),
 }
 
 
@@ -219,9 +283,15 @@ def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _architectures(raw: dict[str, Any]) -> list[Any]:
+    """What the file names, or what its model_type stands for."""
+    by_type: dict[Any, list[Any]] = {"qwen3": ["Qwen3ForCausalLM"], "qwen3_moe": ["Qwen3MoeForCausalLM"]}
+    kind = raw.get("model_type")
+    return raw.get("architectures") or by_type.get(kind, [kind])
+
+
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    architectures = raw.get("architectures") or ([] if raw.get("model_type") == "qwen3" else [raw.get("model_type")])
-    for name in architectures:
+    for name in _architectures(raw):
         if name not in SUPPORTED_ARCHITECTURES:
             raise ValueError(
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
@@ -248,15 +318,30 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), dict | None):
             raise ValueError(f"{where}: {name} must be an object, got {raw[name]!r}")
-    rope = _rope_fields(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; only 'default' (no scaling) is")
+    kind = _rope_kind(raw)
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; 'yarn' and 'default' (no scaling) are")
+    rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if rotated not in (None, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
 
 
 def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings: older files have rope_theta and rope_scaling, newer ones rope_parameters holding both."""
     return {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+
+
+def _rope_kind(raw: dict[str, Any]) -> Any:
+    rope = _rope_fields(raw)
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _yarn(raw: dict[str, Any]) -> Yarn | None:
+    if _rope_kind(raw) != "yarn":
+        return None
+    original = raw.get("original_max_position_embeddings")
+    beside = {} if original is None else {"original_max_position_embeddings": original}
+    return Yarn.from_dict({**_rope_fields(raw), **beside}, raw.get("max_position_embeddings", 40_960))
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:

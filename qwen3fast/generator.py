@@ -75,10 +75,11 @@ class Generator:
         Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
         """
         config = model.config
-        if max_seq_len > config.max_position_embeddings:
+        if max_seq_len > config.longest_context:
+            stretched = " (stretched by YaRN)" if config.longest_context > config.max_position_embeddings else ""
             raise ValueError(
                 f"max_seq_len {max_seq_len} exceeds the model's max_position_embeddings "
-                f"{config.max_position_embeddings}; choose at most that"
+                f"{config.longest_context}{stretched}; choose at most that"
             )
         weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer

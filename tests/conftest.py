@@ -69,8 +69,8 @@ def fill_randomly(module: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=rng)
-            if parameter.dim() == 2:
-                parameter.copy_(noise if "embed" in name else noise * parameter.shape[1] ** -0.5)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise if "embed" in name else noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise)
     module.eval().requires_grad_(False)

@@ -71,6 +71,13 @@ def test_info_states_sizes(capsys):
     assert "596,049,920" in out and "112 KiB a token" in out
 
 
+def test_info_states_experts_without_making_them(capsys):
+    assert main(["info", "--model", "random:30b-a3b"]) == 0
+    out = capsys.readouterr().out
+    assert "30,532,122,624, of which a token runs 3,041,867,776" in out
+    assert "6.084 GB of weights" in out and "128, 8 a token, of 768" in out
+
+
 def test_bench_writes_json_and_picture(tmp_path, capsys):
     options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "4", "--repetitions", "2"]
     assert bench_main([*options, "--modes", "uncached-eager,cached-eager", "--output", str(tmp_path)]) == 0

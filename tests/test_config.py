@@ -9,6 +9,7 @@ from conftest import small_config
 
 from qwen3fast.config import ModelConfig, read_json
 from qwen3fast.model import build_on_meta
+from qwen3fast.yarn import Yarn
 
 # Parameters of the published checkpoints, as their safetensors headers count them.
 PUBLISHED = {
@@ -18,6 +19,8 @@ PUBLISHED = {
     "8b": 8_190_735_360,
     "14b": 14_768_307_200,
     "32b": 32_762_123_264,
+    "30b-a3b": 30_532_122_624,
+    "235b-a22b": 235_093_634_560,
 }
 
 # The fields of Qwen3-0.6B's published config.json that matter here.
@@ -46,6 +49,16 @@ RAW = {
 }
 
 
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
 def raw_config(**changes) -> dict:
     """RAW with fields changed; `...` removes a field."""
     return {key: value for key, value in {**RAW, **changes}.items() if value is not ...}
@@ -71,6 +84,71 @@ def test_config_reads_rope_theta(changes):
 
 def test_config_rope_theta_defaults_to_a_million():
     assert ModelConfig.from_dict(raw_config(rope_theta=...)).rope_theta == 1_000_000.0
+
+
+def test_config_reads_the_2507_variants():
+    raw = raw_config(rope_theta=5_000_000, max_position_embeddings=262_144)
+    config = ModelConfig.from_dict(raw)
+    assert (config.rope_theta, config.longest_context, config.yarn) == (5_000_000.0, 262_144, None)
+
+
+# The fields of Qwen3-30B-A3B's published config.json that differ.
+A3B = {
+    **EXPERTS,
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"architectures": ...}, {"num_experts": ..., "num_local_experts": 128}, {"mlp_only_layers": ...}],
+    ids=["published", "model_type", "as transformers 5 writes it", "no layers named"],
+)
+def test_config_reads_a_mixture_of_experts(changes):
+    assert ModelConfig.from_dict(raw_config(**{**A3B, **changes})) == ModelConfig.named("30b-a3b")
+
+
+def test_config_does_not_renormalise_unless_it_says_so():
+    assert not ModelConfig.from_dict(raw_config(**{**A3B, "norm_topk_prob": ...})).norm_topk_prob
+
+
+def test_config_of_a_dense_model_ignores_fields_of_experts():
+    assert ModelConfig.from_dict(raw_config(num_experts=128, decoder_sparse_step=2)) == ModelConfig.from_dict(RAW)
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_config_reads_yarn_in_every_spelling(place, kind):
+    raw = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = ModelConfig.from_dict(raw_config(**{place: raw}))
+    assert config.yarn == Yarn(4.0, 32768)
+    assert config.longest_context == 131_072
+
+
+def test_config_reads_all_fields_of_yarn():
+    every = {"attention_factor": 1.1, "beta_fast": 30, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.9}
+    config = ModelConfig.from_dict(raw_config(rope_scaling={**YARN, **every, "truncate": False}))
+    assert config.yarn == Yarn(4.0, 32768, 1.1, 30, 2, 0.7, 0.9, False)
+
+
+def test_config_original_length_of_yarn_defaults_to_the_models():
+    config = ModelConfig.from_dict(raw_config(rope_scaling={"type": "yarn", "factor": 2.0}))
+    assert config.yarn == Yarn(2.0, 40_960)
+
+
+def test_config_original_length_beside_the_scaling_wins():
+    config = ModelConfig.from_dict(raw_config(rope_scaling=YARN, original_max_position_embeddings=8192))
+    assert config.yarn == Yarn(4.0, 8192)
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
@@ -139,15 +217,39 @@ def test_config_accepts_layer_types_that_are_all_full_attention():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "'Qwen3MoeForCausalLM' is not supported"),
-        ({"architectures": ["LlamaForCausalLM"]}, "supported: Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "'Qwen3NextForCausalLM' is not supported"),
+        ({"architectures": ["LlamaForCausalLM"]}, "supported: Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
+        ({**EXPERTS, "num_experts": ...}, "missing num_experts; every Qwen3 config with experts"),
+        ({**EXPERTS, "moe_intermediate_size": None}, "missing moe_intermediate_size"),
+        ({**EXPERTS, "num_experts": 0}, "num_experts must be a positive integer, got 0"),
+        ({**EXPERTS, "num_experts": -1}, "num_experts must be a positive integer, got -1"),
+        ({**EXPERTS, "num_experts": 4}, r"num_experts_per_tok \(8\) exceeds num_experts \(4\)"),
+        ({**EXPERTS, "num_experts_per_tok": 0}, "num_experts_per_tok must be a positive integer, got 0"),
+        ({**EXPERTS, "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer, got 0"),
+        ({**EXPERTS, "norm_topk_prob": "yes"}, "norm_topk_prob must be true or false, got 'yes'"),
+        ({**EXPERTS, "mlp_only_layers": "0"}, "must be a number or a list of numbers"),
         ({"architectures": ..., "model_type": "qwen2"}, "'qwen2' is not supported"),
         ({"architectures": ..., "model_type": ...}, "None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu' is"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*only 'full_attention' is"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8.* is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "YaRN: missing factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "YaRN: missing factor"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "YaRN: factor must be at least 1, got 0.5"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "YaRN: factor must be a positive number, got '4'"),
+        ({"rope_scaling": {**YARN, "factor": True}}, "YaRN: factor must be a positive number, got True"),
+        ({"rope_scaling": {**YARN, "factor": float("inf")}}, "YaRN: factor must be a positive number, got inf"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1.0}}, "YaRN: attention_factor must be a positive number"),
+        ({"rope_scaling": {**YARN, "beta_fast": 0}}, "YaRN: beta_fast must be a positive number, got 0"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, r"beta_fast \(1\) must not be below beta_slow"),
+        ({"rope_scaling": {**YARN, "mscale": "1"}}, "YaRN: mscale must be a positive number, got '1'"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "YaRN: truncate must be true or false, got 1"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings must"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta must be above 1 with YaRN"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling 'llama3' is not supported; 'yarn' and 'default'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic' is not supported"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported; supported: bfloat16"),
@@ -233,6 +335,24 @@ def test_decode_parameters_leave_out_an_untied_embedding():
     assert config.num_parameters - config.decode_parameters == config.vocab_size * config.hidden_size
 
 
+@pytest.mark.parametrize(("name", "billions"), [("30b-a3b", 3.04), ("235b-a22b", 21.57)])
+def test_decode_parameters_count_active_experts_only(name, billions):
+    config = ModelConfig.named(name)
+    stacks = [p for n, p in build_on_meta(config).named_parameters() if ".experts." in n]
+    idle = sum(p[0].numel() * (config.num_experts - config.num_experts_per_tok) for p in stacks)
+    outer = config.vocab_size * config.hidden_size
+    assert config.decode_parameters == config.num_parameters - idle - outer
+    assert round(config.decode_parameters / 1e9, 2) == billions
+    assert build_on_meta(config).num_bytes(per_token=True) == config.decode_parameters * 2
+
+
+@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 2}, {"mlp_only_layers": (0, 3)}], ids=str)
+def test_num_parameters_counts_layers_with_and_without_experts(changes):
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 4}
+    config = small_config(**sizes, **changes)
+    assert config.num_parameters == sum(p.numel() for p in build_on_meta(config).parameters())
+
+
 def test_decode_parameters_of_a_tied_model_are_all():
     assert small_config().decode_parameters == small_config().num_parameters
 
@@ -250,6 +370,16 @@ def test_kv_bytes_per_token_of_published_shapes(name, kib):
         small_config(eos_token_ids=()),
         small_config(eos_token_ids=(5, 6)),
         small_config(dtype=torch.float16),
+        small_config(
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            decoder_sparse_step=2,
+            mlp_only_layers=(1,),
+        ),
+        small_config(num_hidden_layers=1, yarn=Yarn(4.0, 64)),
+        small_config(num_hidden_layers=3, yarn=Yarn(4.0, 64, 1.2, 30.0, 2.0, 0.7, 0.9, False)),
     ],
     ids=lambda config: f"{config.num_parameters}-{len(config.eos_token_ids)}",
 )

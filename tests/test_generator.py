@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import randomised, small_config
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.yarn import Yarn
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -104,6 +106,16 @@ def test_overflow_cut_keeps_the_newest_tokens_of_a_long_prompt(generator):
 def test_max_seq_len_beyond_the_model_is_refused(model):
     with pytest.raises(ValueError, match="max_seq_len 513 exceeds the model's max_position_embeddings 512"):
         Generator(model, max_seq_len=513)
+
+
+def test_max_seq_len_may_go_as_far_as_yarn_reaches(model):
+    stretched = randomised(replace(model.config, yarn=Yarn(2.0, 512)), seed=1)
+    with Generator(stretched, max_seq_len=1024, compile=False) as generator:
+        ids = [i % 90 for i in range(700)]
+        cached, plain = (generator.generate(ids, GREEDY, use_cache=use).token_ids for use in (True, False))
+    assert cached == plain
+    with pytest.raises(ValueError, match=r"exceeds .* 1024 \(stretched by YaRN\); choose at most that"):
+        Generator(stretched, max_seq_len=1025)
 
 
 def test_stop_token_ends_the_reply(generator):

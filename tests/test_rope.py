@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3fast.model import apply_rope, rope_tables
+from qwen3fast.yarn import Yarn
 
 CPU = torch.device("cpu")
 D = 16
@@ -111,3 +112,26 @@ def test_rope_tables_stay_exact_at_the_end_of_the_context():
 
 def test_rope_tables_are_float32():
     assert {table.dtype for table in rope_tables(D, THETA, 2, CPU)} == {torch.float32}
+
+
+def test_yarn_keeps_fast_channels_and_slows_slow_ones():
+    yarn = Yarn(4.0, 32_768)
+    plain = rope_tables(128, 1e6, 2, CPU)[1][1, :64].double().asin()
+    scaled = (rope_tables(128, 1e6, 2, CPU, yarn)[1][1, :64].double() / yarn.table_factor).asin()
+    ratio = scaled / plain
+    low, high = yarn.blend_range(128, 1e6)
+    assert (low, high) == (23, 40)
+    torch.testing.assert_close(ratio[: low + 1], torch.ones(low + 1).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ratio[high:], torch.full((64 - high,), 0.25).double(), rtol=0, atol=1e-6)
+    assert (ratio.diff() <= 1e-6).all()
+
+
+def test_yarn_multiplies_tables_by_the_factor_of_attention():
+    cos_SD, sin_SD = rope_tables(D, THETA, 9, CPU, Yarn(4.0, 64))
+    expected = torch.full((9, D), 0.1 * math.log(4) + 1)
+    torch.testing.assert_close((cos_SD.square() + sin_SD.square()).sqrt(), expected, rtol=0, atol=1e-6)
+
+
+def test_yarn_of_factor_one_changes_nothing():
+    for plain, scaled in zip(rope_tables(D, THETA, 9, CPU), rope_tables(D, THETA, 9, CPU, Yarn(1.0, 64)), strict=True):
+        assert_near(scaled, plain)

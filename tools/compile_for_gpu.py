@@ -304,7 +304,7 @@ def inspect_step(
         cache = StaticKVCache(config, batch_size, context, config.dtype, device)
         inspector = Inspector(device, eager)
         parts, state = Parts.build(inspector, model, cache), DecodeState.allocate(batch_size, device)
-        cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
+        cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
         eager.calls.clear()
         length = cache.bucket(context)
         decode_step(model, parts, cache, cos_SD, sin_SD, state, batch_size, length, SamplerKind.GREEDY)

@@ -76,7 +76,7 @@ def run_cached(model: Qwen3, ids: torch.Tensor, kv_cache_dtype: str) -> torch.Te
     length, cpu = ids.shape[1], torch.device("cpu")
     dtype = parse_cache_dtype(kv_cache_dtype, model.model.norm.weight.dtype)
     cache = StaticKVCache(model.config, 1, length, dtype, cpu)
-    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu)
+    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu, model.config.yarn)
     position_1T = torch.arange(length)[None]
     mask_1TL = torch.arange(length) <= position_1T[..., None]
     x_1TE = model.embed(ids)
@@ -89,7 +89,7 @@ def run_cached(model: Qwen3, ids: torch.Tensor, kv_cache_dtype: str) -> torch.Te
 def cache_errors(model: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
     """For each block the error of int8 keys and values, and of attention's output on them, from exact inputs."""
     length, cpu = tokens.shape[1], torch.device("cpu")
-    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu)
+    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu, model.config.yarn)
     position_1T = torch.arange(length)[None]
     mask_1TL = torch.arange(length) <= position_1T[..., None]
     arguments = (cos_TD[None], sin_TD[None], position_1T, mask_1TL)

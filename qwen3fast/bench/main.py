@@ -56,10 +56,10 @@ def run_bench(args: argparse.Namespace) -> int:
         print(f"loading {args.model} ...", file=sys.stderr)
     model = load_model(args.model, args.device, args.dtype, quantization=args.quantization)
     longest = max(*lengths, CHECK_LENGTH) + max(new_tokens, CHECK_TOKENS) + 1
-    if longest > model.config.max_position_embeddings:
+    if longest > model.config.longest_context:
         raise ValueError(
             f"length {max(lengths)} + {new_tokens} new tokens exceeds this model's "
-            f"{model.config.max_position_embeddings} positions; choose smaller --lengths"
+            f"{model.config.longest_context} positions; choose smaller --lengths"
         )
     bench = Workbench(model, args.modes, longest, max(args.batch_sizes), args.kv_cache_dtype)
     record = Record(

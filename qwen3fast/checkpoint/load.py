@@ -12,7 +12,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import prepare_quantization, quantize_model
+from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
 
 
 def load_model(
@@ -43,6 +43,7 @@ def load_model(
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
         config = ModelConfig.named(name)
+        refuse_experts(config, quantization)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
         if not output_projection:
@@ -50,6 +51,7 @@ def load_model(
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
+        refuse_experts(config, quantization or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)

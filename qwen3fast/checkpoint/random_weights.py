@@ -26,7 +26,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     for name, parameter in list(model.named_parameters()):
         module_name, _, parameter_name = name.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:
             _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))

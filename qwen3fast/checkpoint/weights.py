@@ -1,7 +1,8 @@
 """Safetensors files -> the parameters of a model built on `meta`.
 
 Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
-nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor.
+nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor. Experts that
+are tensors of their own are copied into stacks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwen3fast.checkpoint.experts import ExpertStacks
 from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.linear import PARAMETER_NAMES
@@ -24,12 +26,14 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
     """Fill `model` (on meta) from the safetensors of `folder`.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
-    out.
+    out, and that some hold each expert's tensors apart (see experts.py).
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stacks = ExpertStacks(expected, device, dtype)
+    shapes = expected | {name: piece.shape for name, piece in stacks.pieces.items()}
     files = _tensors_by_file(folder)
     problems: list[str] = []
     loaded: set[str] = set()
@@ -42,15 +46,20 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                     continue  # tied: some files repeat the embedding under this name
                 if name.startswith("lm_head.") and model.lm_head is None:
                     continue  # not wanted
-                place = f"model.{name}" if f"model.{name}" in expected else name
+                place = f"model.{name}" if f"model.{name}" in shapes else name
                 if name not in available:
                     problems.append(f"{name}: the index names {file.name}, which does not hold it")
-                elif place not in expected:
+                elif place not in shapes:
                     problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
-                elif (shape := tuple(tensors.get_slice(name).get_shape())) != expected[place]:
-                    problems.append(f"{name} in {file.name}: shape {shape}, expected {expected[place]}")
+                elif (shape := tuple(tensors.get_slice(name).get_shape())) != shapes[place]:
+                    problems.append(f"{name} in {file.name}: shape {shape}, expected {shapes[place]}")
                 elif place in loaded:
                     problems.append(f"{name} in {file.name}: {place} was there already")
+                elif place in stacks.pieces:
+                    if (stacked := stacks.put(place, tensors.get_tensor(name))) is not None:
+                        assign(model, *stacked)
+                        loaded.add(stacked[0])
+                        bar.update()
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
@@ -59,8 +68,11 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                     bar.update()
     bar.close()
     reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
-    missing = [n for n in expected if n not in loaded and not {n, n.removeprefix("model.")} & reported]
-    problems += [f"{name}: missing, expected shape {expected[name]}" for name in missing]
+    unfinished = stacks.unfinished()
+    missing = [name for name in expected if name not in loaded and name not in unfinished]
+    missing += [name for names in unfinished.values() for name in names]
+    missing = [name for name in missing if not {name, name.removeprefix("model.")} & reported]
+    problems += [f"{name}: missing, expected shape {shapes[name]}" for name in missing]
     refuse(problems, f"the weights in {folder} do not fit its config.json")
     model.tie_weights()
 

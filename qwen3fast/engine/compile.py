@@ -161,12 +161,15 @@ class CompiledFunction:
 class Part:
     """A function of a module and of tensors, compiled once for each combination of (static) shapes that it meets.
 
-    All modules given to one part must be built alike; they may hold different weights, which must stay where they are.
+    Modules whose parameters have the same names and shapes must be built alike, as they share a compiled form; they may
+    hold different weights, which must stay where they are.
     A call may be repeated without effect: in "auto" mode, all forms are tried on the first call that could use each.
     """
 
     def __init__(self, function: Function, compiler: StepCompiler, dynamic: Dynamic) -> None:
         self.function, self.compiler, self.dynamic = function, compiler, dynamic
+        self._kinds: dict[nn.Module | None, int] = {}  # a number for all modules that are built alike
+        self._parameters: dict[tuple[Any, ...], int] = {}  # the same number by names and shapes
         self._forms: dict[tuple[Any, ...], Function] = {}  # by static shapes
         self._choices: dict[tuple[Any, ...], Function] = {}  # by all shapes
         self._jobs: dict[tuple[Any, ...], Future[CompiledFunction]] = {}
@@ -179,13 +182,15 @@ class Part:
         """What to call for tensors of these shapes: looked up once, it may run any number of modules."""
         if not self.compiler.enabled:
             return self.function
-        shapes = tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors)
+        kind = self._kind(module)
+        shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
         if choice is not None:
             return choice
         dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
         pairs = [(t, dims) for t, dims in zip(tensors, dynamic, strict=True) if t is not None]
-        static = tuple((t.dtype, *(None if i in dims else n for i, n in enumerate(t.shape))) for t, dims in pairs)
+        fixed = ((t.dtype, *(None if i in dims else n for i, n in enumerate(t.shape))) for t, dims in pairs)
+        static = (kind, *fixed)
         sizes = {size: t.shape[i] for t, dims in pairs for i, size in dims.items()}
         form = self._form(static, module, tensors, dynamic, sizes)
         if form is None:
@@ -197,6 +202,14 @@ class Part:
                 return self._uncompiled()[0]
         self._choices[shapes] = form
         return form
+
+    def _kind(self, module: nn.Module | None) -> int:
+        kind = self._kinds.get(module)
+        if kind is None:
+            named = [] if module is None else module.named_parameters()
+            parameters = tuple((name, p.shape, p.dtype) for name, p in named)
+            kind = self._kinds[module] = self._parameters.setdefault(parameters, len(self._parameters))
+        return kind
 
     def _form(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3fast.engine.compile import Function
 from qwen3fast.engine.parts import Parts
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
@@ -235,7 +236,10 @@ def _run_blocks(
     mask_B1L = torch.arange(length, device=position_B1.device) <= read_B1[..., None]
     shared = (cos_SD[read_B1], sin_SD[read_B1], position_B1, mask_B1L)
     layers = cache.layers()
-    run_block = parts.decode_block.choose(model.model.layers[0], x_B1E, *shared, *layers[0])
+    forms: dict[type, Function] = {}  # with and without experts
     for block, layer in zip(model.model.layers, layers, strict=True):
-        x_B1E = run_block(block, x_B1E, *shared, *layer)
+        kind = type(block.mlp)
+        if kind not in forms:
+            forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer)
+        x_B1E = forms[kind](block, x_B1E, *shared, *layer)
     return x_B1E

@@ -11,19 +11,20 @@ from torch import Tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.model import Block, Qwen3
+from qwen3fast.model import Block, FeedForward, Qwen3
 from qwen3fast.quantization.linear import QuantizedLinear
 
 
 class DecodeLayers:
-    """The blocks of a model over a KV cache. `model/block.py` is the plain form of each."""
+    """The blocks of a dense model over a KV cache. `model/block.py` is the plain form of each."""
 
     def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
-        blocks = [block for block in model.model.layers if isinstance(block, Block)]
+        blocks = [b for b in model.model.layers if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
         norms = [norm for block in blocks for norm in _norms(block)]
         linears = [linear for block in blocks for linear in _linears(block)]
         self._is_possible = (
-            all(_is_served(linear) for linear in linears)
+            len(blocks) == len(model.model.layers)  # those with experts have no form in C++
+            and all(_is_served(linear) for linear in linears)
             and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
@@ -55,6 +56,7 @@ def _norms(block: Block) -> list[Tensor]:
 
 def _linears(block: Block) -> list[Linear | QuantizedLinear]:
     a, f = block.self_attn, block.mlp
+    assert isinstance(f, FeedForward), "only dense blocks have a form in C++"
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
 
 

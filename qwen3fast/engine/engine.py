@@ -76,7 +76,9 @@ class Engine:
         self._logprob_rings: list[TokenRing] = []
         self._kinds: deque[StepKind] = deque()  # of the steps in flight
         config = model.config
-        self.cos_SD, self.sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
+        self.cos_SD, self.sin_SD = rope_tables(
+            config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn
+        )
 
     @torch.no_grad()
     def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:

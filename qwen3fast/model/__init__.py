@@ -3,6 +3,7 @@
 from qwen3fast.model.attention import Attention
 from qwen3fast.model.block import Block
 from qwen3fast.model.feed_forward import FeedForward
+from qwen3fast.model.moe import MoE
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.qwen3 import Qwen3, build_on_meta
 from qwen3fast.model.rope import apply_rope, rope_tables
@@ -11,6 +12,7 @@ __all__ = [
     "Attention",
     "Block",
     "FeedForward",
+    "MoE",
     "Qwen3",
     "RMSNorm",
     "apply_rope",

@@ -8,18 +8,22 @@ from qwen3fast.config import ModelConfig
 from qwen3fast.kv_cache import CacheLayer
 from qwen3fast.model.attention import Attention
 from qwen3fast.model.feed_forward import FeedForward
+from qwen3fast.model.moe import MoE
 from qwen3fast.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388."""
+    """Pre-norm residual block; layer: which of the model's it is, counted from 0.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if config.is_sparse(layer) else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from qwen3fast.config import ModelConfig
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.block import Block
+from qwen3fast.model.moe import Experts
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import rope_tables
 
@@ -24,12 +25,12 @@ class Qwen3Body(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Qwen3(nn.Module):
-    """A dense Qwen3 language model. `forward` is the plain reference: no cache, no compilation, every token computed.
+    """A Qwen3 language model. `forward` is the plain reference: no cache, no compilation, every token computed.
 
     The engine runs the same parts (`embed`, `model.layers`, `logits`) with a KV cache.
     Source: Qwen3 technical report, arXiv:2505.09388.
@@ -59,7 +60,7 @@ class Qwen3(nn.Module):
     def hidden(self, token_BT: Tensor) -> Tensor:
         """The last block's output, (B, T, E), computed without a cache; rows start at position 0."""
         _, T = token_BT.shape
-        cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device)
+        cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device, self.config.yarn)
         x_BTE = self.embed(token_BT)
         for block in self.model.layers:
             x_BTE = block(x_BTE, cos_TD[None], sin_TD[None])
@@ -70,11 +71,15 @@ class Qwen3(nn.Module):
         return self.logits(self.hidden(token_BT))
 
     def num_bytes(self, per_token: bool = False) -> int:
-        """Bytes of all weights. per_token: only of those that a decode step reads whole: of an untied embedding it
-        reads one row."""
+        """Bytes of all weights. per_token: only of those that a decode step reads: of an untied embedding one row
+        (left out), of experts the chosen ones."""
         total = sum(p.numel() * p.element_size() for p in self.parameters())
         if per_token and not self.config.tie_word_embeddings:
             total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())
+        if per_token:
+            experts = [p for m in self.modules() if isinstance(m, Experts) for p in m.parameters()]
+            idle = self.config.num_experts - self.config.num_experts_per_tok
+            total -= sum(p[0].numel() * p.element_size() * idle for p in experts)
         return total
 
 

@@ -3,22 +3,36 @@
 T tokens   D head_dim   S positions   N heads
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+from qwen3fast.yarn import Yarn
 
-def rope_tables(head_dim: int, rope_theta: float, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+
+def rope_tables(
+    head_dim: int, rope_theta: float, num_positions: int, device: torch.device, yarn: Yarn | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all rotation angles, (S, D) in float32; angle [p, i] = p / rope_theta^(2i/D).
 
     Channel i and channel i + D/2 turn together, so the second half of each row repeats the first. Angles are computed
     in float32: bfloat16 cannot tell neighbouring positions apart beyond 256.
-    Source: RoFormer, arXiv:2104.09864, section 3.2.2.
+    yarn: slows the channels that turn seldom, and multiplies all cosines and sines by its factor of attention.
+    Source: RoFormer, arXiv:2104.09864, section 3.2.2; YaRN, arXiv:2309.00071, sections 3.2 and 3.4.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1.0 / rope_theta**exponents  # rounded like the reference implementation's
+    periods = rope_theta**exponents
+    frequencies = 1.0 / periods  # rounded like the reference implementation's
+    if yarn is not None:
+        low, high = yarn.blend_range(head_dim, rope_theta)
+        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+        kept = 1 - ((pair - low) / (high - low)).clamp(0, 1)
+        frequencies = 1.0 / (yarn.factor * periods) * (1 - kept) + frequencies * kept
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
     angles_SD = torch.cat([angles, angles], dim=-1)
-    return angles_SD.cos(), angles_SD.sin()
+    factor = 1.0 if yarn is None else yarn.table_factor
+    return angles_SD.cos() * factor, angles_SD.sin() * factor
 
 
 def apply_rope(x_BTND: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:

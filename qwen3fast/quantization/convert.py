@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
@@ -20,9 +21,10 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
     name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
     new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed stay as
     they are.
-    Raises: ValueError for an unknown format.
+    Raises: ValueError for an unknown format, or a model with experts.
     """
     format = get_format(name)
+    refuse_experts(model.config, name)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and fits(*m.weight.shape)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
         model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
@@ -48,6 +50,18 @@ def prepare_quantization(name: str, device: torch.device) -> None:
         )
     if device.type == "cpu":
         cpu.load()
+
+
+def refuse_experts(config: ModelConfig, name: str | None) -> None:
+    """Refuse a format for a model whose weights, experts', have no quantised form yet; None is no format.
+
+    Raises: ValueError.
+    """
+    if name is not None and config.num_experts:
+        raise ValueError(
+            f"quantization={name!r} is not supported for a mixture of experts ({config.num_experts} experts) yet; "
+            "use quantization=None"
+        )
 
 
 def get_format(name: str) -> Format:

@@ -13,6 +13,7 @@ from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 RESULTS = {"state.output_R", "state.input_R", "state.position_R", "state.step_R", "keys.0", "values.1"}
 
 
@@ -55,8 +56,10 @@ def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY):
         {"attention_bias": True, "tie_word_embeddings": False},
         {"num_key_value_heads": 4},
         {"cache_dtype": torch.int8},
+        EXPERTS,
+        EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": (0,)},
     ],
-    ids=["tied", "biases, untied", "one query a key", "int8 cache"],
+    ids=["tied", "biases, untied", "one query a key", "int8 cache", "experts", "experts in one layer"],
 )
 def test_decode_step_can_be_captured(kind, rows, changes):
     engine = make_engine(**changes)

@@ -19,7 +19,7 @@ from qwen3fast.model import rope_tables
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.sampling import SamplerKind
 
-SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b")
 ROWS, MAX_SEQ_LEN = 8, 8192
 
 

@@ -5,6 +5,8 @@ The parts are compared on the inputs that transformers itself gave them, so a fa
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import assert_near, random_ids, randomised, small_config
@@ -12,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, rope_tables
+from qwen3fast.yarn import Yarn
 
 SHAPES = {
     "tied": {},
@@ -116,6 +119,44 @@ def test_rope_tables_equal_transformers(head_dim, theta):
     ours = torch.stack(rope_tables(head_dim, theta, 500, torch.device("cpu")))
     theirs = torch.cat(reference_of(model).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
     assert_near(ours, theirs)
+
+
+YARNS = {
+    "as Qwen3 says": Yarn(4.0, 32768),
+    "short": Yarn(2.5, 64),
+    "attention_factor": Yarn(4.0, 512, attention_factor=1.3),
+    "betas": Yarn(8.0, 4096, beta_fast=16.0, beta_slow=2.0),
+    "mscale": Yarn(4.0, 1024, mscale=0.7, mscale_all_dim=0.9),
+    "mscale alone": Yarn(4.0, 1024, mscale=0.7),
+    "not truncated": Yarn(4.0, 2048, truncate=False),
+    "narrow": Yarn(4.0, 2048, beta_fast=1.0, beta_slow=1.0, truncate=False),
+    "factor 1": Yarn(1.0, 256),
+}
+
+
+@pytest.mark.parametrize("yarn", YARNS.values(), ids=YARNS)
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 10_000.0), (128, 1_000_000.0)])
+def test_yarn_tables_equal_transformers(head_dim, theta, yarn):
+    config = small_config(head_dim=head_dim, rope_theta=theta, yarn=yarn)
+    ours = torch.stack(rope_tables(head_dim, theta, 500, torch.device("cpu"), yarn))
+    theirs = torch.cat(reference_of(randomised(config)).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("yarn", YARNS.values(), ids=YARNS)
+def test_yarn_logits_equal_transformers_beyond_the_original_length(yarn):
+    yarn = replace(yarn, original_max_position_embeddings=32)
+    model, token_BT = randomised(small_config(yarn=yarn)), random_ids(2, 100)
+    expected = reference_of(model)(token_BT).logits
+    assert_near(model(token_BT), expected)
+    plain = randomised(replace(model.config, yarn=None))(token_BT)
+    assert yarn.factor == 1 or largest_error(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize("yarn", YARNS.values(), ids=YARNS)
+def test_yarn_that_transformers_writes_is_read_back(yarn):
+    config = small_config(yarn=yarn)
+    assert ModelConfig.from_dict(Qwen3Config(**config.to_dict()).to_dict()) == config
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,39 @@
+"""Linear layers of many experts at once: rows that are sorted by expert, each group times its own weight.
+
+An operation, `torch.ops.qwen3fast.grouped_linear`, so that compiled code can hold it: how many rows a group has is not
+known when that is made.
+
+P rows   X experts   N out_features   K in_features
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_linear(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
+    """x @ weight[e].T for the rows of each expert e. end_X: where an expert's rows end and the next one's begin, int64.
+
+    Returns: (P, N). An expert without rows has its weight not read. On CUDA devices in bfloat16 the host does not wait;
+    otherwise it reads `end_X` (on a CPU that costs nothing, and PyTorch's own grouped product does the same).
+    """
+    is_aligned = x_PK.shape[1] % 8 == 0 and weight_XNK.is_contiguous()
+    if x_PK.device.type == "cuda" and x_PK.dtype == torch.bfloat16 and is_aligned:
+        return torch._grouped_mm(x_PK, weight_XNK.transpose(1, 2), offs=end_X.int()).contiguous()
+    y_PN, start = x_PK.new_empty(x_PK.shape[0], weight_XNK.shape[1]), 0
+    for expert, end in enumerate(end_X.tolist()):
+        if end > start:
+            torch.mm(x_PK[start:end], weight_XNK[expert].T, out=y_PN[start:end])
+        start = end
+    return y_PN
+
+
+def _shape(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
+    return x_PK.new_empty(x_PK.shape[0], weight_XNK.shape[1])
+
+
+_library = torch.library.Library("qwen3fast", "FRAGMENT")
+_library.define("grouped_linear(Tensor x, Tensor weight, Tensor end) -> Tensor")
+_library.impl("grouped_linear", grouped_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("qwen3fast::grouped_linear", _shape, lib=_library)

@@ -1,0 +1,94 @@
+"""Mixture of experts: a feed-forward part of many small ones, of which each token runs the few that a router chooses.
+
+Few tokens (a decode step) read the weights of the chosen experts alone; many tokens (prefill) are sorted by expert, so
+that each expert's weights are read once. Rule of this file: no `.item()`, no shape that depends on data.
+
+B batch   T tokens   N = B*T tokens   X experts   C experts chosen for a token   P = N*C pairs of token and expert
+E hidden_size   I moe_intermediate_size   O out_features   K in_features
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.kernels import grouped as grouped  # defines torch.ops.qwen3fast.grouped_linear
+from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.linear import Linear
+
+
+class Experts(nn.Module):
+    """The weights of all experts, stacked; each expert is a SwiGLU as in feed_forward.py.
+
+    Names and layout are those of transformers 5; checkpoint/weights.py stacks the tensors of published checkpoints.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """What the chosen experts make of each token, (N, C, E); only their weights are read, once for each pair."""
+        N, C = expert_NC.shape
+        expert_P = expert_NC.flatten()
+        x_PE = x_NE[:, None].expand(N, C, -1).flatten(0, 1)
+        gate_PI, up_PI = chosen_linear(x_PE, self.gate_up_proj, expert_P).chunk(2, dim=-1)
+        return chosen_linear(F.silu(gate_PI) * up_PI, self.down_proj, expert_P).view(N, C, -1)
+
+    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """The same, each expert with all of its tokens at once."""
+        N, C = expert_NC.shape
+        expert_P, order_P = expert_NC.flatten().sort(stable=True)
+        end_X = torch.searchsorted(
+            expert_P, torch.arange(self.gate_up_proj.shape[0], device=expert_P.device), right=True
+        )
+        product = torch.ops.qwen3fast.grouped_linear
+        gate_PI, up_PI = product(x_NE[order_P // C], self.gate_up_proj, end_X).chunk(2, dim=-1)
+        y_PE = product(F.silu(gate_PI) * up_PI, self.down_proj, end_X)
+        return y_PE[order_P.argsort()].view(N, C, -1)
+
+
+class MoE(nn.Module):
+    """A router and its experts. Source: Shazeer et al., arXiv:1701.06538; Qwen3 report, arXiv:2505.09388, section 2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_chosen, self.is_renormalised = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+
+    def route(self, x_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts of each token and how much each counts: (N, C) float32, (N, C) int64.
+
+        Probabilities are over all experts, before the choice: chosen ones sum to 1 only if renormalised.
+        """
+        share_NC, expert_NC = self.gate(x_NE).softmax(dim=-1, dtype=torch.float32).topk(self.num_chosen)
+        if self.is_renormalised:
+            share_NC = share_NC / share_NC.sum(dim=-1, keepdim=True)
+        return share_NC, expert_NC
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """x_BTE: (batch, tokens, hidden_size). Returns the same shape."""
+        B, T, _ = x_BTE.shape
+        x_NE = x_BTE.flatten(0, 1)
+        share_NC, expert_NC = self.route(x_NE)
+        # Beyond so many rows the groups would read less; but a step on CUDA devices must not ask the host about them.
+        is_few = T == 1 and (x_NE.device.type == "cuda" or B * self.num_chosen <= self.gate.weight.shape[0])
+        y_NCE = self.experts.few(x_NE, expert_NC) if is_few else self.experts.many(x_NE, expert_NC)
+        y_NE = (y_NCE.float() * share_NC[..., None]).sum(dim=1)
+        return y_NE.to(x_BTE.dtype).view(x_BTE.shape)
+
+
+def chosen_linear(x_PK: Tensor, weight_XOK: Tensor, expert_P: Tensor) -> Tensor:
+    """x[p] @ weight[expert[p]].T for few rows, (P, O).
+
+    Compiled, it is a sum that reads the chosen weights where they are; eagerly, they are copied together first.
+    """
+    if is_compiling():
+        return (weight_XOK[expert_P].float() * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
+    return torch.bmm(weight_XOK.index_select(0, expert_P), x_PK[..., None]).squeeze(-1)

@@ -1,0 +1,101 @@
+"""YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, as config.json gives them.
+
+`model/rope.py` makes the tables. Source: YaRN, arXiv:2309.00071; field names and defaults: transformers 5.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """How the frequencies of RoPE are scaled (section 3.2 of the paper), and attention with them (section 3.4).
+
+    factor: how many times longer than original_max_position_embeddings a context may be. beta_fast, beta_slow: channels
+    that turn more often than beta_fast times in the original length stay as they are, those that turn less often than
+    beta_slow times are slowed by `factor`, and those between are blended; truncate: with whole channels for bounds.
+    attention_factor: of cosines and sines, computed from `factor` (and mscale, mscale_all_dim, if both are there)
+    unless it is given.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no scaling can have.
+
+        Raises: ValueError naming the field, its value and what was expected.
+        """
+        original = self.original_max_position_embeddings
+        if not isinstance(original, int) or isinstance(original, bool) or original < 1:
+            raise ValueError(f"YaRN: original_max_position_embeddings must be a positive integer, got {original!r}")
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"YaRN: {name} must be a positive number, got {value!r}")
+        if self.factor < 1:
+            raise ValueError(f"YaRN: factor must be at least 1, got {self.factor!r}")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"YaRN: beta_fast ({self.beta_fast}) must not be below beta_slow ({self.beta_slow})")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"YaRN: truncate must be true or false, got {self.truncate!r}")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], max_position_embeddings: Any) -> Yarn:
+        """Read `rope_scaling` or `rope_parameters`; a field that is null counts as absent.
+
+        max_position_embeddings: the model's, which is the original length if the object does not name one.
+        Raises: ValueError for a missing or bad field.
+        """
+        given = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        if "factor" not in given:
+            raise ValueError("YaRN: missing factor, how many times longer than the original a context may be")
+        given.setdefault("original_max_position_embeddings", max_position_embeddings)
+        return cls(**given)
+
+    @property
+    def table_factor(self) -> float:
+        """What cosines and sines are multiplied by: scores of attention grow by its square."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def longest_context(self) -> int:
+        """Positions that the stretched model reaches."""
+        return int(self.factor * self.original_max_position_embeddings)
+
+    def blend_range(self, head_dim: int, rope_theta: float) -> tuple[float, float]:
+        """The pairs of channels between which frequencies are blended: the first one changed, the first one slowed."""
+
+        def pair_of(turns: float) -> float:
+            # Pair i turns original_max_position_embeddings / (2 pi theta^(2i/D)) times in the original length.
+            length = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return head_dim * math.log(length) / (2 * math.log(rope_theta))
+
+        low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        return low, high if high != low else high + 0.001
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as `rope_scaling` of a config.json."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"rope_type": "yarn", **{name: value for name, value in given.items() if value is not None}}
+
+    def _magnitude(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0

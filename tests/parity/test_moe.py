@@ -1,0 +1,101 @@
+"""Mixture of experts against transformers' Qwen3Moe, from the same state dict; checkpoints that it writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_near, assert_same, random_ids, randomised, small_config
+from safetensors import safe_open
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from qwen3fast import load_model
+from qwen3fast.config import ModelConfig
+from qwen3fast.engine import Engine, StepKind
+from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3
+from qwen3fast.yarn import Yarn
+
+CONFIG = small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
+SHAPES = {
+    "plain": {},
+    "renormalised": {"norm_topk_prob": True},
+    "every second layer": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "dense layers": {"mlp_only_layers": (0, 2), "num_hidden_layers": 3, "norm_topk_prob": True},
+    "step and dense layers": {"mlp_only_layers": (1,), "decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "one expert a token": {"num_experts_per_tok": 1},
+    "all experts": {"num_experts_per_tok": 8, "norm_topk_prob": True},
+    "tied, bias": {"tie_word_embeddings": True, "attention_bias": True},
+    "yarn": {"yarn": Yarn(4.0, 16)},
+}
+
+
+def reference_of(model: Qwen3, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
+    """transformers' model with our config and weights, expert by expert, attention in plain products."""
+    settings = {**model.config.to_dict(), "attn_implementation": "eager", "experts_implementation": "eager"}
+    reference = Qwen3MoeForCausalLM._from_config(Qwen3MoeConfig(**settings), dtype=dtype)
+    reference.load_state_dict(model.state_dict(), strict=True)
+    return reference.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 21), (1, 1), (3, 1)])
+def test_logits_equal_transformers(shape, batch, tokens):
+    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    token_BT = random_ids(batch, tokens)
+    assert_near(model(token_BT), reference_of(model)(token_BT).logits)
+
+
+@pytest.mark.parametrize("shape", ["plain", "renormalised", "dense layers"])
+def test_prefill_and_decode_equal_transformers(shape):
+    """Two rows of different lengths, decoded together on tokens of their own."""
+    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    reference, prompts = reference_of(model), [random_ids(n, seed=n).tolist() for n in (37, 5)]
+    cpu = torch.device("cpu")
+    engine = Engine(model, StaticKVCache(model.config, 2, 128, torch.float32, cpu), cpu, compile=False)
+    for row, prompt in enumerate(prompts):
+        logits_V = engine.prefill_whole(row, prompt)[0]
+        assert_near(logits_V, reference(torch.tensor([prompt])).logits[0, -1])
+        prompt.append(int(logits_V.argmax()))
+        engine.set_row(row, len(prompt) - 1, 0.0, 0, 1.0, 0.0, 0)
+        engine.state.input_R[row] = prompt[-1]
+    for _ in range(6):
+        expected = [reference(torch.tensor([prompt])).logits[0, -1].argmax().item() for prompt in prompts]
+        engine.decode(2, 128, StepKind())
+        assert engine.state.output_R.tolist() == expected
+        for prompt, token in zip(prompts, expected, strict=True):
+            prompt.append(token)
+
+
+def test_bfloat16_is_within_rounding_of_transformers():
+    # All experts, so that rounding cannot change the choice.
+    model = randomised(replace(CONFIG, **SHAPES["all experts"])).bfloat16()
+    token_BT = random_ids(2, 21)
+    assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_dict_and_config_are_those_of_transformers(shape):
+    config = replace(CONFIG, **SHAPES[shape])
+    theirs = Qwen3MoeConfig(**config.to_dict())
+    ours = {name: tuple(tensor.shape) for name, tensor in Qwen3(config).state_dict().items()}
+    assert ours == {name: tuple(t.shape) for name, t in Qwen3MoeForCausalLM(theirs).state_dict().items()}
+    assert ModelConfig.from_dict({**theirs.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}) == config
+
+
+def test_head_dim_that_the_config_does_not_name_is_transformers():
+    raw = {name: value for name, value in CONFIG.to_dict().items() if name != "head_dim"}
+    reference = Qwen3MoeForCausalLM(Qwen3MoeConfig(**raw))
+    assert ModelConfig.from_dict(raw).head_dim == reference.model.layers[0].self_attn.head_dim
+
+
+@pytest.mark.parametrize("shape", ["renormalised", "dense layers"])
+def test_checkpoint_that_transformers_writes_is_read(tmp_path, shape):
+    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    reference_of(model).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
+        assert "model.layers.1.mlp.experts.7.gate_proj.weight" in tensors.keys()  # noqa: SIM118
+    loaded = load_model(tmp_path, device="cpu", dtype="float32")
+    for name, tensor in model.state_dict().items():
+        assert_same(loaded.state_dict()[name], tensor)
