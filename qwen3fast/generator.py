@@ -6,6 +6,7 @@ import asyncio
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -235,7 +236,7 @@ class Generator:
         place = self._admission.ask()
         try:
             place.result(timeout)
-        except TimeoutError:
+        except FutureTimeoutError:
             self._admission.give_up(place)
             raise QueueFullError(
                 f"{self._admission.places} requests wait already (max_queue); try again later, or wait longer"
@@ -254,7 +255,8 @@ class Generator:
         an iterator that is closed (`contextlib.aclosing` closes it at once where a loop is left early).
         Raises: as `submit`, at the first chunk.
         """
-        handle = self._builder.build_one(prompt, params, on_overflow)
+        # In another thread: encoding a long prompt or compiling a schema would keep the event loop from other tasks.
+        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow)
         place = self._admission.ask()
         try:
             await asyncio.wrap_future(place)
@@ -294,8 +296,8 @@ class Generator:
 
     def run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
         """Queue what `build` made at the first chunk, and give its chunks. Dropping the iterator frees the row."""
-        self._runner.add([handle.request])
         try:
+            self._runner.add([handle.request])
             yield from handle
         finally:
             handle.cancel()

@@ -119,7 +119,6 @@ class RequestHandle:
 
     def _result(self) -> GenerationResult:
         if self.request.error is not None:
-            self._is_over = True
             raise self.request.error
         assert self._finished is not None, "asked for when it is done"
         return self._finished

@@ -66,6 +66,7 @@ class RequestBuilder:
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # integers of 64 bits wrap around
         constraint = self._constraint_maker(p, ids)
+        ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
         handles = []
         for seed in seeds:
             stream = TextStream(self._tokenizer, tuple(p.stop), self._starts_in_thought(ids))
@@ -77,7 +78,7 @@ class RequestBuilder:
                 min_p=float(p.min_p or 0.0),
                 seed=seed,
                 max_tokens=max_tokens,
-                stop_ids=frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids),
+                stop_ids=frozenset(p.stop_token_ids) | (self._eos_ids if ends_at_eos else frozenset()),
                 on_token=stream.push,
                 repetition_penalty=float(p.repetition_penalty or 1.0),
                 presence_penalty=float(p.presence_penalty),

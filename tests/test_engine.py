@@ -74,7 +74,27 @@ def test_decode_leaves_empty_rows_where_they_are(model):
     engine.prefill_whole(1, [1, 2, 3])
     engine.set_row(1, 3, 0.0, 0, 1.0, 0.0, 0)
     engine.decode(2, 4, StepKind())
-    assert engine.state.position_R.tolist() == [0, 4, 0]
+    assert engine.state.position_R.tolist() == [-1, 4, -1]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+def test_empty_rows_leave_what_they_hold_as_it_is(model, cache_dtype, compile):
+    """They write to the last position, which nothing reads: one past those that a bucket can hold."""
+    cache = StaticKVCache(model.config, 3, 128, cache_dtype, CPU)
+    engine, rng = Engine(model, cache, CPU, compile), torch.Generator().manual_seed(0)
+    for tensor in cache.tensors():
+        tensor.copy_((100 * torch.randn(tensor.shape, generator=rng)).clamp(-127, 127))
+    before = [tensor.clone() for tensor in cache.tensors()]
+    engine.set_row(1, 120, 0.0, 0, 1.0, 0.0, 0)
+    for used in range(121, 129):  # to the end of the cache
+        engine.decode(3, used, StepKind())
+    is_new = torch.zeros(3, 129, dtype=torch.bool)
+    is_new[1, 120:128] = is_new[[0, 2], 128] = True
+    for tensor, old in zip(cache.tensors(), before, strict=True):
+        assert torch.equal(tensor.transpose(1, 2)[~is_new], old.transpose(1, 2)[~is_new])
+        assert (tensor.transpose(1, 2)[is_new] != old.transpose(1, 2)[is_new]).any(dim=1).all()
+    assert engine.state.position_R.tolist() == [-1, 128, -1]
 
 
 def test_reused_row_does_not_remember_the_request_before(model):

@@ -2,6 +2,7 @@
 feels the others."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import assert_near, assert_same, randomised, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.engine import Engine, Request, Runner, Scheduler
 from qwen3fast.engine.kept_rows import common_prefix
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.kv_cache import StaticKVCache
@@ -174,7 +175,7 @@ arrivals = st.lists(
 
 
 @settings(max_examples=30)
-@given(arrivals=arrivals, rows=st.integers(1, 3), lookahead=st.sampled_from([0, 2]))
+@given(arrivals=arrivals, rows=st.integers(1, 4), lookahead=st.sampled_from([0, 2]))
 def test_a_request_gets_what_it_gets_alone_whatever_runs_beside_it(arrivals, rows, lookahead):
     scheduler, requests, cancels, now = make_scheduler(rows, lookahead=lookahead), [], [], 0
     for i, (wait, length, tokens, greedy, cancel) in enumerate(arrivals):
@@ -403,7 +404,7 @@ def held_numbers(scheduler):
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lookahead", [0, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_a_row_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
     rng = random.Random(seed)
     scheduler = make_scheduler(4, lookahead=lookahead, cache_dtype=cache_dtype)
@@ -441,7 +442,7 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
     scheduler = make_scheduler(4, lookahead=lookahead)
     steps = calls_of(monkeypatch, scheduler.engine, "launch")
     others = [make_request(10 + i, 20 + 10 * i, seed=i) for i in range(3)]
-    long = make_request(40, 120, seed=5, **changes)
+    long = make_request(40, 80, seed=5, **changes)
     for request in (*others, long):
         scheduler.add(request)
     places = []
@@ -451,8 +452,8 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
     assert list(dict.fromkeys(places)) == [None, 3, 0]  # and request 2 from row 2 to 1, when two are left
     # Steps were of all rows, then of fewer and fewer, and at last of one.
     sizes = [scheduler.engine.batch_bucket(num_rows) for num_rows, *_ in steps]
-    assert sizes[3:] == sorted(sizes[3:], reverse=True) and sizes.count(1) > 60 and sizes.count(2) >= 5
-    alone = make_request(40, 120, seed=5, **changes)
+    assert sizes[3:] == sorted(sizes[3:], reverse=True) and sizes.count(1) >= 20 and sizes.count(2) >= 5
+    alone = make_request(40, 80, seed=5, **changes)
     assert [long.output_ids] == run(make_scheduler(1, lookahead=lookahead), alone)
     for request in others:
         expected = make_request(request.prompt_ids, request.max_tokens, request.seed)
@@ -477,6 +478,19 @@ def test_a_prompt_moves_down_while_it_is_computed(cache_dtype, lookahead, monkey
     alone = make_scheduler(1, 1300, cache_dtype=cache_dtype)
     finish(scheduler, [late])
     assert [late.output_ids] == run(alone, make_request(1100, 20, seed=1))
+
+
+def test_a_gap_stays_while_there_is_a_request_to_fill_it(monkeypatch):
+    scheduler = make_scheduler(2)
+    moves = calls_of(monkeypatch, scheduler.engine, "swap_rows")
+    short, long, next_one = make_request(10, 3), make_request(20, 40, seed=1), make_request(30, 10, seed=2)
+    for request in (short, long, next_one):
+        scheduler.add(request)
+    while not next_one.output_ids:
+        scheduler.step()
+    assert (short.finish_reason, long.row, next_one.row, moves) == ("length", 1, 0, [])
+    finish(scheduler, [next_one])
+    assert (long.row, len(moves)) == (0, 1)
 
 
 def test_processors_move_with_their_request():
@@ -519,3 +533,97 @@ def test_a_request_that_is_cancelled_or_fails_lets_others_move_down(lookahead):
     finish(scheduler, requests)
     for i in (1, 3):
         assert [requests[i].output_ids] == run(make_scheduler(1), make_request(10 + i, 40, seed=i))
+
+
+# ---------------------------------------------------------------------------------------- what breaks a whole step
+
+
+def step_as_the_runner_does(scheduler, times):
+    for _ in range(times):
+        try:
+            scheduler.step()
+        except MemoryError as err:
+            scheduler.fail_all(err)
+
+
+def refuse(*arguments):
+    raise MemoryError("no room")
+
+
+def test_a_request_for_which_no_row_can_be_made_ready_ends(monkeypatch):
+    """It is neither waiting nor active then, and must not be waited for."""
+    scheduler, prompt = make_scheduler(2), random_prompt(50)
+    running, late = make_request(prompt, 50), make_request(prompt, 5, seed=1)
+    scheduler.add(running)
+    scheduler.step()
+    monkeypatch.setattr(scheduler.engine, "copy_row", refuse)
+    scheduler.add(late)
+    step_as_the_runner_does(scheduler, 60)
+    assert running.finish_reason is not None
+    assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
+
+
+def test_a_request_that_cannot_be_moved_ends(monkeypatch):
+    scheduler = make_scheduler(2)
+    short, long = make_request(10, 4), make_request(20, 50, seed=1)
+    monkeypatch.setattr(scheduler.engine, "swap_rows", refuse)
+    scheduler.add(short)
+    scheduler.add(long)
+    step_as_the_runner_does(scheduler, 60)
+    assert (short.finish_reason, long.finish_reason) == ("length", "error")
+
+
+def wait_for(condition):
+    until = time.perf_counter() + 3
+    while not condition() and time.perf_counter() < until:
+        time.sleep(0.002)
+    return condition()
+
+
+def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch):
+    scheduler = make_scheduler(2)
+    runner, short, long = Runner(scheduler), make_request(10, 200), make_request(20, 200, seed=1)
+    runner.add([short, long])
+    assert wait_for(lambda: long.output_ids)
+    runner.call(monkeypatch.setattr, scheduler.engine, "swap_rows", refuse)
+    runner.cancel(short)  # the other moves to its row
+    assert wait_for(lambda: long.finish_reason is not None) and runner._thread.is_alive()
+
+
+def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
+    """After a CUDA error every call fails, those that clean up, too."""
+    scheduler = make_scheduler(1)
+    runner, running, waiting = Runner(scheduler), make_request(10, 200), make_request(20, 5, seed=1)
+    runner.add([running, waiting])
+    assert wait_for(lambda: running.output_ids)
+
+    def lose_device():
+        for name in ("launch", "begin_prefill", "clear_row", "erase_row"):
+            monkeypatch.setattr(scheduler.engine, name, refuse)
+
+    runner.call(lose_device)
+    assert wait_for(lambda: running.finish_reason == "error")
+    assert wait_for(lambda: waiting.finish_reason == "error")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed otherwise"])
+def test_numbers_that_a_request_left_do_not_spoil_the_next_one(how):
+    """FAILS: a row is erased only after a FloatingPointError (scheduler.py, `_release_finished`)."""
+    model = randomised(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+    model.model.embed_tokens.weight[96] = torch.nan  # as float16 overflows at some tokens
+    cache = StaticKVCache(model.config, 1, 1300, torch.float32, CPU)
+    scheduler = Scheduler(Engine(model, cache, CPU, compile=False))
+
+    def refuse_nan(logits_V, output_T):
+        assert not logits_V.isnan().any(), "no logits"
+        return logits_V
+
+    spoiling = make_request([5] * 100 + [96] * 1000, 3, logits_processor=refuse_nan)
+    scheduler.add(spoiling)
+    scheduler.step()
+    if how == "cancelled":
+        scheduler.cancel(spoiling)
+    finish(scheduler, [spoiling])
+    after = make_request([4, 5, 6], 20, logit_bias={96: -float("inf")})
+    run(scheduler, after)
+    assert (after.finish_reason, after.error) == ("length", None)

@@ -18,7 +18,7 @@ class Admission:
         self._free = places
         self.places = places
         self._asking: deque[Future[None]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # may be asked for again by a Generator that is collected meanwhile
 
     def ask(self) -> Future[None]:
         """A future that is done as soon as there is a place, which belongs to the asker then. Cancel it to give up."""

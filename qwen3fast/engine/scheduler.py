@@ -86,6 +86,16 @@ class Scheduler:
         self._in_flight.clear()
         self.engine.forget()
 
+    def end_all(self, error: BaseException) -> None:
+        """End every request there is, without touching the engine; nothing can be run afterwards."""
+        for request in [*self.waiting, *self.active.values()]:
+            request.leave_queue()
+            if request.finish_reason is None:
+                request.fail(error)
+        self.waiting.clear()
+        self.active.clear()
+        self._in_flight.clear()
+
     def _launch(self, rows: dict[int, Request]) -> None:
         for row, request in rows.items():
             self._restrict(row, request)
@@ -220,12 +230,12 @@ class Scheduler:
         bucket = self.engine.batch_bucket
         while self.active and bucket(max(self.active) + 1) > bucket(len(self.active)):
             last, free = max(self.active), min(set(range(max(self.active))) - set(self.active))
-            request = self.active.pop(last)
+            request = self.active[last]
             self._swap(last, free, request.positions)
+            self.active[free] = self.active.pop(last)
             request.row = free
             if request.prefill is not None:
                 request.prefill.row = free
-            self.active[free] = request
 
     def _swap(self, row: int, other: int, positions: int = 0) -> None:
         """Exchange two rows. positions: in use by the request in one of them."""

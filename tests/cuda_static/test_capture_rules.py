@@ -2,19 +2,23 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomised, small_config
 from cuda_static.capture_rules import capture_faults
+from test_scheduler import one_thread  # noqa: F401
 
 from qwen3fast.engine import Engine
-from qwen3fast.engine.decode import decode_step
+from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 RESULTS = {"state.output_R", "state.input_R", "state.position_R", "state.step_R", "keys.0", "values.1"}
+PROCESSOR_RESULTS = {"processors.count_BV"}
+LOGPROB_RESULTS = {"logprobs.chosen_R", "logprobs.id_RN", "logprobs.value_RN"}
 
 
 def make_engine(rows=4, cache_dtype=torch.float32, **changes):
@@ -27,8 +31,21 @@ def make_engine(rows=4, cache_dtype=torch.float32, **changes):
     return engine
 
 
-def buffers_of(engine):
-    """All that a step may read or write: parameters, cache, rotary tables, state."""
+def make_processors(engine):
+    """For two requests with all that can be asked for; the rows after them are neutral."""
+    processors = ProcessorState(engine.cache.max_batch_size, 97, CPU)
+    for row in range(min(engine.cache.max_batch_size, 2)):
+        processors.begin(row, [5, 7, 11 + row], 1.3, 0.5, 0.4 + row, {3: 5.0, 4: -torch.inf}, range(1, 80))
+        processors.allow(row, np.full(4, 0x55555555, dtype=np.int32))
+    return processors
+
+
+def make_logprobs(engine):
+    return LogprobState.allocate(engine.cache.max_batch_size, 97, CPU)
+
+
+def buffers_of(engine, processors=None, logprobs=None):
+    """All that a step may read or write: parameters, cache, rotary tables, state, and what requests asked for."""
     cache = engine.cache
     lists = {"keys": cache.keys, "values": cache.values, "key_scales": cache.key_scales}
     lists["value_scales"] = cache.value_scales
@@ -38,13 +55,14 @@ def buffers_of(engine):
         **{f"state.{name}": tensor for name, tensor in vars(engine.state).items()},
         "cos": engine.cos_SD,
         "sin": engine.sin_SD,
+        **({f"processors.{name}": t for name, t in processors.tensors._asdict().items()} if processors else {}),
+        **({f"logprobs.{name}": t for name, t in vars(logprobs).items()} if logprobs else {}),
     }
 
 
-def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY):
-    decode_step(
-        engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state, rows, length, kind
-    )
+def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY, *extras):
+    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
+    decode_step(*fixed, rows, length, kind, *extras)
 
 
 @pytest.mark.parametrize("kind", SamplerKind)
@@ -66,12 +84,38 @@ def test_decode_step_can_be_captured(kind, rows, changes):
     assert capture_faults(lambda: run_step(engine, rows, 128, kind), lambda: buffers_of(engine), RESULTS) == []
 
 
+@pytest.mark.parametrize("kind", SamplerKind)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("is_processed", "has_logprobs"), [(True, False), (False, True), (True, True)])
+def test_steps_with_processors_and_log_probabilities_can_be_captured(kind, rows, is_processed, has_logprobs):
+    engine = make_engine()
+    extras = (make_processors(engine) if is_processed else None, make_logprobs(engine) if has_logprobs else None)
+    results = RESULTS | (PROCESSOR_RESULTS if is_processed else set()) | (LOGPROB_RESULTS if has_logprobs else set())
+    faults = capture_faults(
+        lambda: run_step(engine, rows, 128, kind, *extras), lambda: buffers_of(engine, *extras), results
+    )
+    assert faults == []
+
+
+def test_replayed_steps_count_tokens_on_the_device():
+    """As positions, so penalties: the host takes no part, and rows without a request count nothing."""
+    engine = make_engine()
+    processors, tokens = make_processors(engine), []
+    for _ in range(3):
+        run_step(engine, 4, 128, SamplerKind.WINDOW, processors)
+        tokens.append(engine.state.output_R[:2].clone())
+    expected_RV = torch.zeros(4, 97, dtype=torch.int32)
+    for token_R in tokens:
+        expected_RV[[0, 1], token_R] += 1
+    assert torch.equal(processors.tensors.count_BV, expected_RV)
+
+
 def test_replayed_positions_advance_on_the_device():
     """What a graph cannot learn from the host: after three steps the rows in use stand three tokens further on."""
     engine = make_engine()
     for _ in range(3):
         run_step(engine, rows=4)
-    assert engine.state.position_R.tolist() == [6, 6, 0, 0]
+    assert engine.state.position_R.tolist() == [6, 6, -1, -1]
 
 
 def grow(engine):
@@ -127,6 +171,29 @@ def test_planted_faults_are_found(fault, message):
 
     faults = capture_faults(step, lambda: buffers_of(engine), RESULTS)
     assert any(re.search(message, fault) for fault in faults), faults
+
+
+def test_a_hook_is_not_for_graphs():
+    """So that the tests above could fail: what runs on the host, from Python, is found."""
+    engine = make_engine()
+    faults = capture_faults(
+        lambda: run_step(engine, 2, 128, SamplerKind.GREEDY, None, None, lambda x_BV: x_BV + torch.ones(97)),
+        lambda: buffers_of(engine),
+        RESULTS,
+    )
+    assert any("ones without device=" in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize("missing", ["processors", "logprobs"])
+def test_buffers_of_requests_that_could_move_are_found(missing):
+    engine = make_engine()
+    extras = {"processors": make_processors(engine), "logprobs": make_logprobs(engine)}
+
+    def step():
+        run_step(engine, 2, 128, SamplerKind.GREEDY, *extras.values())
+
+    faults = capture_faults(step, lambda: buffers_of(engine, **(extras | {missing: None})), RESULTS)
+    assert any("that is no static buffer" in fault for fault in faults), faults
 
 
 def test_a_result_that_is_not_written_is_found():

@@ -1,5 +1,6 @@
 """The decode step, prefill and samplers on fake CUDA tensors in every published size: what a GPU would refuse."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
 from qwen3fast.kernels import cuda
@@ -23,9 +24,9 @@ SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b")
 ROWS, MAX_SEQ_LEN = 8, 8192
 
 
-def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16):
+def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16, **changes):
     """What of an engine a step uses; the rest of it (pinned memory, events) wants a real GPU."""
-    config = ModelConfig.named(size)
+    config = replace(ModelConfig.named(size), **changes)
     model = fake_model(config, device, quantization)
     cache = StaticKVCache(config, ROWS, MAX_SEQ_LEN, cache_dtype, device)
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
@@ -33,12 +34,11 @@ def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16):
     return SimpleNamespace(model=model, parts=parts, cache=cache, state=state, cos_SD=cos_SD, sin_SD=sin_SD)
 
 
-def run_step(engine, rows, length, kind):
+def run_step(engine, rows, length, kind, *extras):
     """The step, which is to be done without asking the host for anything."""
+    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
     with HostWatch() as watch:
-        decode_step(
-            engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state, rows, length, kind
-        )
+        decode_step(*fixed, rows, length, kind, *extras)
     return watch.faults
 
 
@@ -63,6 +63,29 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
         engine = make_engine(device, "0.6b", **changes)
         for length in (engine.cache.buckets[0], engine.cache.buckets[-1]):
             assert run_step(engine, 2, length, kind) == []
+
+
+@pytest.mark.parametrize("kind", SamplerKind)
+@pytest.mark.parametrize("rows", [1, 2, ROWS])
+def test_processors_and_log_probabilities_run_on_cuda_tensors(rows, kind):
+    with fake_cuda() as device:
+        engine = make_engine(device, "0.6b", num_hidden_layers=1)
+        vocab_size = engine.model.config.vocab_size
+        extras = ProcessorState(ROWS, vocab_size, device), LogprobState.allocate(ROWS, vocab_size, device)
+        assert {t.device for t in (*extras[0].tensors, *vars(extras[1]).values())} == {device}
+        for some in (extras, (extras[0], None), (None, extras[1])):
+            assert run_step(engine, rows, engine.cache.buckets[0], kind, *some) == []
+
+
+def test_a_request_with_processors_begins_and_ends_on_cuda_tensors():
+    """Numbers of the host go to the device, and none come back."""
+    with fake_cuda() as device:
+        processors = ProcessorState(ROWS, 151_936, device)
+        with HostWatch() as watch:
+            processors.begin(1, [5, 7, 7], 1.3, 0.5, -0.4, {3: 5.0, 4: -torch.inf}, [1, 2, 3])
+            processors.begin(2, [5], logit_bias={3: 1.0})
+            processors.clear(1)
+        assert watch.faults == []
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])

@@ -1,16 +1,20 @@
 """The host's loop on graphs that are recorded and replayed, with a recorder that does so on the CPU."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import randomised, small_config
+from test_scheduler import one_thread  # noqa: F401
+from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine import Engine, Request, Scheduler
 from qwen3fast.engine.cuda_graph import GraphCache, LastOperation
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.processors import ProcessorRows
 
 CPU = torch.device("cpu")
 
@@ -31,7 +35,7 @@ class Tape(TorchDispatchMode):
 class CpuRecorder:
     """Records a step as CUDA does: numbers of the host and addresses stay as they were, the work is not done.
 
-    buffers: what a step writes to; put back after recording, which on a CPU has to run the step.
+    buffers: gives what a step writes to; put back after recording, which on a CPU has to run the step.
     """
 
     def __init__(self, buffers):
@@ -41,10 +45,11 @@ class CpuRecorder:
         step()
 
     def record(self, step):
-        before = [buffer.clone() for buffer in self.buffers]
+        buffers = self.buffers()
+        before = [buffer.clone() for buffer in buffers]
         with Tape() as tape:
             step()
-        for buffer, old in zip(self.buffers, before, strict=True):
+        for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
         self.recorded += 1
         return lambda: replay(tape.entries)
@@ -76,9 +81,15 @@ def make_engine(model, lookahead=0, recorder=None):
     if recorder is not None:
         engine.graphs = GraphCache(recorder)
     elif lookahead:
-        buffers = [*cache.keys, *cache.values, *vars(engine.state).values()]
-        engine.graphs = GraphCache(CpuRecorder(buffers))
+        engine.graphs = GraphCache(CpuRecorder(lambda: buffers_of(engine)))
     return engine
+
+
+def buffers_of(engine):
+    """What steps write to; some of it is allocated when a request first needs it."""
+    processors = engine.processors.tensors if engine.processors is not None else []
+    logprobs = vars(engine.logprobs).values() if engine.logprobs is not None else []
+    return [*engine.cache.tensors(), *vars(engine.state).values(), *processors, *logprobs]
 
 
 def requests():
@@ -92,8 +103,23 @@ def requests():
     ]
 
 
-def run(engine):
-    scheduler, running = Scheduler(engine), requests()
+def processed_requests():
+    """Beside plain ones: penalties, which count tokens; a bias; log-probabilities; a constraint on the host."""
+    plain = requests()
+    sampled = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.5}
+    return [
+        plain[1],
+        Request([4, 5, 6], 30.0, max_tokens=40, seed=4, **sampled, **penalties),
+        Request([9, 8], 0.0, max_tokens=30, seed=5, logprobs=3, logit_bias={5: 20.0, 6: -torch.inf}, **sampled),
+        plain[0],
+        Request([2, 2], 30.0, max_tokens=20, seed=6, logprobs=1, constraint=Remainder(), **sampled, **penalties),
+        plain[3],
+    ]
+
+
+def run(engine, running=None):
+    scheduler, running = Scheduler(engine), requests() if running is None else running
     for request in running:
         scheduler.add(request)
     while any(request.finish_reason is None for request in running):
@@ -114,6 +140,48 @@ def test_replayed_steps_give_the_same_tokens(model, lookahead):
     assert len(engine.graphs) == 0
 
 
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_replayed_steps_with_processors_give_the_same_tokens_and_log_probabilities(model, lookahead):
+    expected, reference = processed_requests(), make_engine(model)
+    run(reference, expected)
+    assert len({tuple(request.output_ids) for request in expected}) == len(expected)
+    engine = make_engine(model, lookahead)
+    for _ in range(2):  # recorded, then all replayed
+        actual = processed_requests()
+        assert run(engine, actual) == [(request.output_ids, request.finish_reason) for request in expected]
+        for request, other in zip(actual, expected, strict=True):
+            assert len(request.output_logprobs) == len(other.output_logprobs)
+            for at, there in zip(request.output_logprobs, other.output_logprobs, strict=True):
+                assert at.ids == there.ids
+                assert [at.chosen, *at.values] == pytest.approx([there.chosen, *there.values], abs=1e-4)
+        kinds = {kind for _, _, kind in engine.graphs._replays}
+        assert {(kind.is_processed, kind.has_logprobs) for kind in kinds} >= {
+            (False, False),
+            (True, False),
+            (True, True),
+        }
+        recorded = engine.graphs._recorder.recorded
+    assert recorded == len(engine.graphs)
+    assert run(engine) == run(reference)  # plain ones, on the same graphs, after all that
+    neutral = ProcessorRows.neutral(3, 97, CPU)
+    for name in ("repetition_penalty_B", "presence_penalty_B", "frequency_penalty_B", "bias_BV", "allowed_BW"):
+        assert torch.equal(getattr(engine.processors.tensors, name), getattr(neutral, name))
+
+
+def test_steps_with_a_hook_are_in_no_graph(model):
+    """It runs on the host, at every token anew; the others' tokens stay what they are in graphs."""
+    plain = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 40, frozenset())
+    hooked = Request(
+        [5, 6], 30.0, 0, 1.0, 0.0, 8, 10, frozenset(), logits_processor=lambda x_V, ids: x_V.roll(len(ids))
+    )
+    requests = [replace(request, output_ids=[]) for request in (plain, hooked)]
+    expected = run(make_engine(model), requests)
+    engine = make_engine(model, 2)
+    assert run(engine, [plain, hooked]) == expected
+    assert len(engine.graphs) == engine.graphs._recorder.recorded > 0
+    assert {rows for rows, _, _ in engine.graphs._replays} == {1}  # recorded before and after the two were together
+
+
 def test_the_recorder_of_this_test_freezes_what_the_host_decides(model):
     """So that the test above could fail: a number counted up on the host stays what it was."""
     counter, total = [0], torch.zeros(1)
@@ -122,7 +190,7 @@ def test_the_recorder_of_this_test_freezes_what_the_host_decides(model):
         counter[0] += 1
         total.add_(counter[0])
 
-    graphs = GraphCache(CpuRecorder([total]))
+    graphs = GraphCache(CpuRecorder(lambda: [total]))
     for _ in range(3):
         graphs.run("key", step)
     assert (counter, total.item()) == ([2], 5.0)  # 1 at warm-up, recorded with 2, replayed twice
