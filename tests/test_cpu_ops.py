@@ -290,7 +290,7 @@ def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("empty", [[0], [2], [3], [0, 1, 3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)
 def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(format, cache_dtype, empty):
     model, cache, x_B1E, position_B1 = layers_case(format, 4, cache_dtype=cache_dtype)
     other, in_use = copy.deepcopy(cache), [row for row in range(5) if row not in empty]

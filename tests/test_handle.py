@@ -956,7 +956,7 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
         def broken(*arguments, **options):
             raise RuntimeError("device gone")
 
-        for part in ("launch", "collect", "prefill_step", "clear_row", "erase_row", "set_row", "swap_rows"):
+        for part in ("launch", "collect", "prefill_step", "clear_row", "erase", "set_row", "swap_rows"):
             monkeypatch.setattr(generator._engine, part, broken)
         for handle in running:
             with pytest.raises(RuntimeError, match="device gone"):

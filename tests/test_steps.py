@@ -194,6 +194,24 @@ def test_a_constraint_sees_every_token_once_and_in_order(lookahead):
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize("is_always_active", [True, False])
+def test_a_constraint_holds_while_it_is_active_and_no_longer(is_always_active, lookahead):
+    """The same as a hook that forbids the same tokens."""
+
+    def forbid(logits_V, output_T):
+        i = len(output_T)
+        is_allowed_V = torch.arange(VOCABULARY) % 3 == i % 3
+        return logits_V.masked_fill(~is_allowed_V, -torch.inf) if is_always_active or i % 4 in (1, 2) else logits_V
+
+    constraint = Remainder(is_always_active)
+    request, hooked = make_request(9, 40, constraint=constraint), make_request(9, 40, logits_processor=forbid)
+    scheduler = Scheduler(make_engine(2, lookahead))
+    run(scheduler, make_request(20, 50, seed=1), request)
+    assert [request.output_ids] == run(Scheduler(make_engine(1)), hooked)
+    assert all(token % 3 == i % 3 for i, token in enumerate(request.output_ids)) == is_always_active
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
 def test_a_hook_sees_the_logits_of_its_own_request_at_each_token_once(lookahead):
     seen = []
 
@@ -316,7 +334,6 @@ def test_the_reference_fails_as_the_batch_does(what):
 
 
 def test_a_hook_is_not_called_again_because_another_failed():
-    """FAILS: the whole step is launched again, without the one that failed (scheduler.py, `_launch`)."""
     lengths = []
 
     def note(logits_V, output_T):

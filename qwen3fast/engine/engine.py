@@ -158,10 +158,10 @@ class Engine:
         self.state.position_R[row : row + 1].fill_(EMPTY)
 
     @torch.no_grad()
-    def erase_row(self, row: int) -> None:
-        """Zeros in a row's part of the cache: a NaN left there would reach later requests through 0 * NaN."""
+    def erase(self, row: int, start: int, end: int) -> None:
+        """Zeros at positions start..end-1 of a row: a NaN left there would reach later requests through 0 * NaN."""
         for tensor in self.cache.tensors():
-            tensor[row].zero_()
+            tensor[row, :, start:end].zero_()
 
     @torch.no_grad()
     def clear_processors(self, row: int) -> None:

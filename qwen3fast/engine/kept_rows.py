@@ -18,13 +18,17 @@ from qwen3fast.engine.request import Request
 
 @dataclass
 class Kept:
-    """One row without a request. prompt_ids, logits_1V: of its last request, if its prompt is here whole."""
+    """One row without a request. prompt_ids, logits_1V: of its last request, if its prompt is here whole.
+
+    unproven: so many of the tokens' keys and values may be NaN, as no token has come of them yet.
+    """
 
     tokens: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     logits_1V: Tensor | None = None
     owner: Request | None = None
     used_at: int = 0  # a count of requests
+    unproven: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,14 @@ class KeptRows:
         tokens = request.cached_ids if self._is_enabled and request.error is None else []
         is_whole = len(tokens) >= len(request.prompt_ids)
         logits_1V = request.prompt_logits_1V if is_whole else None
-        self._rows[row] = Kept(tokens, request.prompt_ids, logits_1V, request, self._clock)
+        unproven = len(tokens) if not request.proven_ids else 0
+        self._rows[row] = Kept(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
         request.prompt_logits_1V = request.prefill = request.continues = None  # nothing is held longer than needed
 
-    def take(self, row: int) -> None:
-        """A request has been given a row; what it held is the request's now, or gone."""
-        self._rows[row] = Kept()
+    def take(self, row: int) -> int:
+        """A request has been given a row; what it held is the request's now, or gone. Returns: `Kept.unproven`."""
+        kept, self._rows[row] = self._rows[row], Kept()
+        return kept.unproven
 
     def swap(self, row: int, other: int) -> None:
         """Two rows' contents have been exchanged."""

@@ -94,6 +94,11 @@ class Request:
             return self.prompt_ids[: self.prefill.done]
         return self.prompt_ids + self.output_ids[:-1] if self.launched else []
 
+    @property
+    def proven_ids(self) -> list[int]:
+        """Those of `cached_ids` whose keys and values are known to be numbers: a valid token has come of them."""
+        return self.prompt_ids + self.output_ids[:-1] if self.output_ids else []
+
     def leave_queue(self) -> None:
         """It waits no longer."""
         call, self.on_leave_queue = self.on_leave_queue, lambda: None

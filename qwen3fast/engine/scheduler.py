@@ -109,11 +109,7 @@ class Scheduler:
             any(request.is_processed for request in rows.values()),
             any(request.logprobs is not None for request in rows.values()),
         )
-        try:
-            self.engine.launch(max(rows) + 1, used, kind, _hook_for(rows))
-        except _HookError as err:  # nothing has been written: the others' step is launched without it
-            err.request.fail(err.cause)
-            return self._release_finished()
+        self.engine.launch(max(rows) + 1, used, kind, _hook_for(rows))
         self._in_flight.append(rows)
         for row, request in rows.items():
             request.launched += 1
@@ -160,7 +156,9 @@ class Scheduler:
         self.prefilled_tokens += len(request.prompt_ids) - plan.reused
         self.active[plan.row] = request
         request.begin_prompt(plan.logits_1V)
-        self.kept.take(plan.row)
+        unproven = self.kept.take(plan.row)
+        if unproven > plan.reused:
+            self._erase(plan.row, plan.reused, unproven)
         if plan.logits_1V is None:
             request.prefill = self.engine.begin_prefill(plan.row, request.prompt_ids, plan.reused)
 
@@ -174,8 +172,6 @@ class Scheduler:
             if logits_1V is not None:
                 request.prefill, request.prompt_logits_1V = None, logits_1V
                 self._sample_first(request.row, request, logits_1V)
-        except _HookError as err:
-            request.fail(err.cause)
         except Exception as err:
             request.fail(err)
         self._release_finished()
@@ -192,8 +188,9 @@ class Scheduler:
         kind = StepKind(
             kind_for([(request.temperature, request.top_k)]), request.is_processed, request.logprobs is not None
         )
-        hook = _hook_for({0: request})
-        result = self.engine.sample_first(row, logits_1V, kind, hook)
+        result = self.engine.sample_first(row, logits_1V, kind, _hook_for({0: request}))
+        if request.error is not None:
+            return
         request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
 
     def _restrict(self, row: int, request: Request) -> None:
@@ -210,8 +207,8 @@ class Scheduler:
             request = self.active.pop(row)
             self.kept.keep(row, request)
             self.engine.clear_row(row)
-            if isinstance(request.error, FloatingPointError):
-                self.engine.erase_row(row)
+            if request.error is not None or (request.finish_reason == "cancelled" and request.launched):
+                self._erase(row, len(request.proven_ids), request.positions)
             if request.is_processed:
                 self.engine.clear_processors(row)
         if not self.active:  # nobody waits for what is in flight
@@ -237,6 +234,10 @@ class Scheduler:
             if request.prefill is not None:
                 request.prefill.row = free
 
+    def _erase(self, row: int, start: int, end: int) -> None:
+        """Rid a row of what may be NaN: keys and values of tokens that led to no other token, and the last padding."""
+        self.engine.erase(row, start, end + CHUNK_SIZES[-1])
+
     def _swap(self, row: int, other: int, positions: int = 0) -> None:
         """Exchange two rows. positions: in use by the request in one of them."""
         length = max(positions, *(len(self.kept.tokens(r, self.active)) for r in (row, other)))
@@ -245,15 +246,9 @@ class Scheduler:
         self.kept.swap(row, other)
 
 
-class _HookError(Exception):
-    """A request's logits_processor failed, as `cause` says."""
-
-    def __init__(self, request: Request, cause: Exception) -> None:
-        self.request, self.cause = request, cause
-
-
 def _hook_for(rows: dict[int, Request]) -> Hook | None:
-    """What runs the logits_processor of each row that has one; None if none has."""
+    """What runs the logits_processor of each row that has one; None if none has. If one fails, so does its request,
+    and what the step samples for it is dropped."""
     hooked = {row: request for row, request in rows.items() if request.logits_processor is not None}
     if not hooked:
         return None
@@ -264,7 +259,7 @@ def _hook_for(rows: dict[int, Request]) -> Hook | None:
             try:
                 logits_BV[row] = request.process(logits_BV[row])
             except Exception as err:
-                raise _HookError(request, err) from err
+                request.fail(err)
         return logits_BV
 
     return hook
