@@ -23,6 +23,7 @@ import transformers
 from compare_transformers import share_weights
 from huggingface_hub.utils import tqdm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qwen3fast import Generator, RequestHandle, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
@@ -223,12 +224,17 @@ def plot(record: dict[str, Any], path: Path) -> None:
     ):
         axes.set_title(title, loc="left", size=11, color=INK)
         axes.set_xlabel(label, color=INK)
-        axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    middle.set_yscale("log")
-    right.set_yscale("log")
+    left.set_ylim(0, 1.3 * max(case["tok_s"] for case in record["offline"]))
+    for axes in (middle, right):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * 3)  # room for the legend
     environment = record["environment"]
     where = f"{record['model']}; {environment['cpu']}, {environment['threads']} threads; torch {environment['torch']}"
     figure.suptitle("Many requests at once", x=0.01, ha="left", size=14, weight="bold", color=INK)

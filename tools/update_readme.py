@@ -78,6 +78,22 @@ def operators_table(record: dict) -> str:
     return as_markdown(rows, left=0)
 
 
+def batching_table(record: dict) -> str:
+    """Of benchmarks/batching.py: throughput by batch size, then latency by offered load."""
+    sizes = sorted({case["batch_size"] for case in record["offline"]})
+    names = list(dict.fromkeys(case["engine"] for case in record["offline"]))
+    speeds = {(case["engine"], case["batch_size"]): case["tok_s"] for case in record["offline"]}
+    rows = [["tokens/s", *(f"batch {size}" for size in sizes)]]
+    for name in names:
+        label = name if "transformers" in name else f"qwen3fast, {name}"
+        rows.append([label, *(f"{speeds[name, n]:.1f}" if (name, n) in speeds else "" for n in sizes)])
+    latency = [["load", "requests/s", "first token p50, p99", "between tokens p50, p99"]]
+    for case in record["online"]:
+        times = [f"{case[f'{k}_p50_s'] * 1e3:.0f}, {case[f'{k}_p99_s'] * 1e3:.0f} ms" for k in ("ttft", "itl")]
+        latency.append([f"{case['engine']}, {case['load']:.0%}", f"{case['requests_s']:.2f}", *times])
+    return f"{as_markdown(rows, left=0)}\n\n{as_markdown(latency, left=0)}"
+
+
 def compiled_table(record: dict) -> str:
     """Of tools/compile_for_gpu.py: what a token launches, on the newest of the GPUs."""
     rows = [
@@ -122,6 +138,7 @@ TABLES = {
     "cpu_operators": operators_table,
     "startup": startup_table,
     "compare_peers": peers_table,
+    "batching": batching_table,
 }
 
 
@@ -132,9 +149,10 @@ def render(record: dict) -> str:
         return f"{compiled_table(record)}\n\nCompiled, not run; {versions}; {record['run']['utc'][:10]}."
     other = bench_table if "cases" in record else transformers_table
     text = TABLES.get(record.get("suite", ""), other)(record)
+    memory = None
     if record.get("suite") == "cpu_operators":
         memory = median(case["bandwidth_gb_s"] for case in record["cases"])
-    else:
+    elif record.get("suite") != "batching":
         memory = (
             record.get("bandwidth_gb_s") or record.get("read_bandwidth_gb_s") or record["read_bandwidth"]["median_gb_s"]
         )
@@ -143,9 +161,8 @@ def render(record: dict) -> str:
     versions = f"torch {where['torch']}" + (
         f", transformers {where['transformers']}" if "transformers" in where else ""
     )
-    return (
-        f"{text}\n\n{cpu}; memory reads at {memory:.0f} GB/s in the same run; {versions}; {record['run']['utc'][:10]}."
-    )
+    reads = f"memory reads at {memory:.0f} GB/s in the same run; " if memory is not None else ""
+    return f"{text}\n\n{cpu}; {reads}{versions}; {record['run']['utc'][:10]}."
 
 
 def update(text: str) -> str:
