@@ -97,7 +97,7 @@ class KeptRows:
         tokens = request.cached_ids if self._is_enabled and request.error is None else []
         is_whole = len(tokens) >= len(request.prompt_ids)
         logits_1V = request.prompt_logits_1V if is_whole else None
-        unproven = len(tokens) if not request.proven_ids else 0
+        unproven = len(request.cached_ids) if not request.proven_ids and request.error is None else 0
         self._rows[row] = Kept(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
         request.prompt_logits_1V = request.prefill = request.continues = None  # nothing is held longer than needed
 

@@ -207,7 +207,7 @@ class Scheduler:
             request = self.active.pop(row)
             self.kept.keep(row, request)
             self.engine.clear_row(row)
-            if request.error is not None or (request.finish_reason == "cancelled" and request.launched):
+            if request.error is not None or request.launched > len(request.output_ids):  # some are in flight
                 self._erase(row, len(request.proven_ids), request.positions)
             if request.is_processed:
                 self.engine.clear_processors(row)
