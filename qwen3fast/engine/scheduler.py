@@ -31,8 +31,8 @@ class Scheduler:
 
     Attributes:
         waiting: queued requests, oldest first. active: those that have a row, by row.
-        dropped_tokens: computed after their request had ended, so far; at most `lookahead` for each request, and one more
-            where its logits_processor failed.
+        dropped_tokens: computed after their request had ended, so far; at most `lookahead` for each request, and one
+            more where its logits_processor failed.
         reused_tokens, prefilled_tokens: of prompts, so far.
     """
 
