@@ -30,8 +30,9 @@ from peers.checkpoint import SOURCE, write_checkpoint
 from peers.protocol import CACHE, FORMATS, Peer, Variant, Worker
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.measure import check_tokens, make_prompts
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 from qwen3fast.threads import use_threads
 

@@ -19,8 +19,9 @@ import transformers
 from huggingface_hub.utils import tqdm
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.measure import Sample, Workbench, make_prompts
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 from qwen3fast.model import Qwen3
 

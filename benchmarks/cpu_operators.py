@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk

@@ -28,9 +28,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.plot import FAINT, INK
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 
 FORMATS = ("bf16", "int8", "int4", "int8-kv8", "int4-kv8")

@@ -24,7 +24,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.save import save_model
 

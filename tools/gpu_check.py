@@ -32,8 +32,9 @@ from huggingface_hub.utils import tqdm
 from matplotlib.figure import Figure
 
 from qwen3fast import load_model
-from qwen3fast.bench.environment import BandwidthProbe, describe_environment, describe_run
+from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.measure import Sample, check_tokens, make_prompts, run_cached, run_uncached_timed
+from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import write_json
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine, StepKind

@@ -1,4 +1,12 @@
-"""`python -m qwen3fast.bench`: measure tokens per second with the static KV cache against the no-cache baseline."""
+"""`python -m qwen3fast.bench`: measure tokens per second with and without the KV cache, and more (`--suite`).
+
+python -m qwen3fast.bench                          measure; see --help
+python -m qwen3fast.bench report RECORD... -o FILE one HTML page of records
+python -m qwen3fast.bench table RECORD...          Markdown or CSV of records
+python -m qwen3fast.bench compare OLD NEW          what changed beyond noise
+python -m qwen3fast.bench history RECORD... -o FILE a figure over commits
+python -m qwen3fast.bench self-test                the harness on fake work of known speed
+"""
 
 from __future__ import annotations
 
@@ -10,8 +18,10 @@ from qwen3fast.bench.main import add_bench_arguments, run_bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark. Returns the exit status: 0, 1 (modes disagree), 2 (bad options), 130 (Ctrl-C)."""
-    parser = argparse.ArgumentParser(prog="python -m qwen3fast.bench", description=__doc__)
+    """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options), 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen3fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_bench_arguments(parser)
     args = parser.parse_args(argv)
     try:

@@ -1,23 +1,24 @@
-"""What a measurement ran on: machine, versions, commit, and the memory's measured read bandwidth."""
+"""What a measurement ran on: machine, versions, commit."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from qwen3fast._version import __version__
 
-# Much more than caches hold; on a GPU so much that the launch and the wait are little beside it.
-PROBE_BYTES = {"cpu": 2**29, "cuda": 2**32}
+# Of the instruction sets, those that inference uses.
+NOTED_FLAGS = (
+    "avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8 "
+    "asimd asimddp i8mm bf16 sve sve2"
+).split()
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -26,6 +27,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
+        "cpu_affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpu_flags": [flag for flag in NOTED_FLAGS if flag in _cpu_flags()],
+        "cpu_caches": _cpu_caches(),
+        "memory_bytes": _memory_bytes(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_instructions": _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
@@ -37,6 +42,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         environment |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        environment["gpu_driver"] = _gpu_driver()
     return environment
 
 
@@ -52,62 +58,6 @@ def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
     }
-
-
-class BandwidthProbe:
-    """Measures how fast the device reads memory, by summing a buffer much larger than its caches."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        num_bytes = PROBE_BYTES.get(device.type, PROBE_BYTES["cpu"])
-        self._buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-        self.samples: list[float] = []
-
-    def measure(self, repetitions: int = 5) -> None:
-        """Add samples in GB/s."""
-        for _ in range(repetitions):
-            synchronize(self._device)
-            started = time.perf_counter()
-            self._buffer.sum()
-            synchronize(self._device)
-            self.samples.append(self._buffer.nbytes / (time.perf_counter() - started) / 1e9)
-
-    @property
-    def gb_s(self) -> float:
-        """Median of all samples, GB/s."""
-        return median(self.samples)
-
-
-class PeakMemory:
-    """Peak memory since the last reset: of the device on CUDA, of the process elsewhere (where the system tells)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def reset(self) -> None:
-        """Forget the peak so far."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            # Not Linux, or not allowed: the peak is then that of the whole run.
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def peak_bytes(self) -> int | None:
-        """Bytes; None where it cannot be told."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-        except (OSError, StopIteration):
-            return None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _git(*arguments: str) -> str | None:
@@ -136,3 +86,30 @@ def _cpu_model() -> str:
 
 def _cpu_flags() -> set[str]:
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
+
+
+def _cpu_caches() -> dict[str, str]:
+    """Sizes of the first processor's caches, as Linux writes them: {"L1d": "32K", "L2": "1024K"}; empty elsewhere."""
+    caches = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        caches[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return caches
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu_driver() -> str | None:
+    """What Linux says of NVIDIA's driver."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return None

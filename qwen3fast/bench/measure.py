@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from qwen3fast.bench.environment import synchronize
+from qwen3fast.bench.probes import synchronize
 from qwen3fast.engine import Engine, Request, StepKind, run_uncached
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3

@@ -1,7 +1,8 @@
-"""A record as a picture: tokens per second against sequence length, one line a mode, speed-up annotated."""
+"""What the pictures of all suites share: ink, title, where it was measured, and lines that are named at their ends."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,130 +10,96 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Colour says cached or not, line style eager or compiled; both pairs are told apart without colour too.
-STYLES = {
-    "cached-compiled": ("#0b6e99", "-", "o"),
-    "cached-eager": ("#0b6e99", "--", "s"),
-    "uncached-compiled": ("#c2410c", "-", "o"),
-    "uncached-eager": ("#c2410c", "--", "s"),
-}
-INK, FAINT = "#1f2933", "#7b8794"
+from qwen3fast.bench.record import Record
+
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+# Told apart in grey and by those who see few colours; in this order.
+PALETTE = ("#0b6e99", "#c2410c", "#4d7c0f", "#8d3f8d", "#b8860b", "#5a6b7b")
+FORMAT_COLORS = {"bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f", "int8-kv8": "#e8956d", "int4-kv8": "#97b86a"}
+
+Points = Sequence[tuple[float, float]]
 
 
-def plot_record(record: dict[str, Any], path: Path) -> None:
-    """Draw the record's JSON form as PNG, one panel for each batch size.
+def color_of(name: str, names: Sequence[str]) -> str:
+    """A format's own colour, or the palette's by place."""
+    return FORMAT_COLORS.get(name) or PALETTE[list(names).index(name) % len(PALETTE)]
 
-    Raises: ValueError if it holds no case.
-    """
-    batch_sizes = sorted({case["batch_size"] for case in record["cases"]})
-    if not batch_sizes:
-        raise ValueError("nothing was measured, so there is nothing to plot")
-    figure = Figure(figsize=(9.6, 6.0) if len(batch_sizes) == 1 else (7.0 * len(batch_sizes), 6.0), layout=None)
-    figure.subplots_adjust(left=0.09, right=0.80 if len(batch_sizes) == 1 else 0.88, top=0.82, bottom=0.15, wspace=0.5)
-    for i, batch_size in enumerate(batch_sizes):
-        axes = figure.add_subplot(1, len(batch_sizes), i + 1)
-        _draw_panel(axes, record, batch_size, len(batch_sizes) > 1)
-    model, environment = record["model"], record["environment"]
-    stored = model.get("quantization") or model["dtype"]
-    figure.text(0.09, 0.93, "What a KV cache is worth: Qwen3 decoding speed", size=15, weight="bold", color=INK)
-    figure.text(
-        0.09,
-        0.885,
-        f"{model['name']}, {stored}, new tokens per second after a prompt of the given length",
-        size=10.5,
-        color=FAINT,
-    )
-    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
-    figure.text(
-        0.09,
-        0.03,
-        f"{where}; memory reads at {record['read_bandwidth']['median_gb_s']:.0f} GB/s; torch {environment['torch']}; "
-        f"qwen3fast {environment['qwen3fast']}, {record['run']['utc'][:10]}",
-        size=8.5,
-        color=FAINT,
-    )
+
+def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, float] = (9.6, 6.0)) -> Figure:
+    """An empty figure with title, subtitle and, below, where and when it was measured."""
+    figure = Figure(figsize=size)
+    left = 0.075 if size[0] < 12 else 0.05
+    figure.text(left, 1 - 0.40 / size[1], title, size=15, weight="bold", color=INK)
+    figure.text(left, 1 - 0.68 / size[1], subtitle, size=10.5, color=FAINT)
+    figure.text(left, 0.14 / size[1], where_measured(record), size=8.5, color=FAINT)
+    return figure
+
+
+def where_measured(record: Record) -> str:
+    """Machine, versions, date, and a word on noise, in one line."""
+    e = record.environment
+    machine = e.get("gpu") or f"{e['cpu']}, {e['threads']} threads"
+    gb_s = sorted(record.conditions.get("bandwidth_gb_s", []))
+    reads = f"; memory reads at {gb_s[len(gb_s) // 2]:.0f} GB/s" if gb_s else ""
+    noise = "" if not record.noise else "; noisy run, see the record"
+    return f"{machine}{reads}; torch {e['torch']}; qwen3fast {e['qwen3fast']}, {record.run['utc'][:10]}{noise}"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write it as PNG or SVG, by the name's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, facecolor="white")
 
 
-def _draw_panel(axes: Axes, record: dict[str, Any], batch_size: int, with_title: bool) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for case in record["cases"]:
-        if case["batch_size"] == batch_size:
-            lines.setdefault(case["mode"], []).append((case["length"], case["metrics"]["decode_tok_s"]))
-    for points in lines.values():
-        points.sort()
+def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
+    """Labels, a light grid, no frame."""
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=INK, length=0)
+    if title:
+        axes.set_title(title, loc="left", size=11, color=INK)
+
+
+def log_x(axes: Axes, ticks: Iterable[float]) -> None:
+    """Powers of two, ticks at what was measured."""
+    ticks = sorted(set(ticks))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for mode, points in lines.items():
-        color, style, marker = STYLES[mode]
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=color, linestyle=style, marker=marker, markersize=5.5, linewidth=2)
-    lengths = sorted({x for points in lines.values() for x, _ in points})
-    speeds = [y for points in lines.values() for _, y in points]
-    axes.set_ylim(min(speeds) / 1.6, max(speeds) * 1.7)
-    _label_line_ends(axes, lines)
-    _annotate_speedup(axes, lines)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def log_y(axes: Axes) -> None:
+    """Decades with ticks at 1, 2 and 5."""
+    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
-    axes.set_xlabel("prompt length (tokens)", color=INK)
-    axes.set_ylabel("tokens per second", color=INK)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=INK, length=0)
-    if with_title:
-        axes.set_title(f"batch {batch_size}", loc="left", size=11, color=INK)
 
 
-def _label_line_ends(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Write each mode's name beside its last point, pushed apart where names would overlap."""
+def draw_line(axes: Axes, points: Points, color: str, label: str = "", **style: Any) -> None:
+    """Points joined by a line. A label is kept for the report's legend; `name_ends` writes it beside the last point."""
+    x, y = zip(*sorted(points), strict=True)
+    look: dict[str, Any] = {"marker": "o", "markersize": 5.5, "linewidth": 2} | style
+    axes.plot(x, y, color=color, label=label, **look)
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.055) -> None:
+    """Names beside the last points of lines: (x, y, text, colour) each, pushed apart where they would overlap.
+
+    gap: height of a line of text, as a share of the axis.
+    """
     low, high = axes.get_ylim()
-    smallest_ratio = (high / low) ** 0.055
-    previous = 0.0
-    for mode, points in sorted(lines.items(), key=lambda item: item[1][-1][1]):
-        x, y = points[-1]
-        at = max(y, previous * smallest_ratio)
-        previous = at
+    is_log = axes.get_yscale() == "log"
+    previous: float | None = None
+    for x, y, text, color in sorted(ends, key=lambda end: end[1]):
+        if previous is not None:
+            y = max(y, previous * (high / low) ** gap if is_log else previous + (high - low) * gap)
+        previous = y
         axes.annotate(
-            f"{mode.replace('-', ', ')}  {y:.3g}",
-            xy=(x, at),
-            xytext=(10, 0),
-            textcoords="offset points",
-            va="center",
-            size=9.5,
-            color=STYLES[mode][0],
+            text, xy=(x, y), xytext=(10, 0), textcoords="offset points", va="center", size=9.5, color=color,
             annotation_clip=False,
-        )
-
-
-def _annotate_speedup(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """An arrow from the uncached to the cached line at the last length they share, with the ratio."""
-    best = {}
-    for kind in ("cached", "uncached"):
-        for how in ("compiled", "eager"):
-            if f"{kind}-{how}" in lines:
-                best[kind] = dict(lines[f"{kind}-{how}"])
-                break
-    if len(best) < 2 or not (shared := sorted(best["cached"].keys() & best["uncached"].keys())):
-        return
-    x = shared[-1]
-    top, bottom = best["cached"][x], best["uncached"][x]
-    arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 6, "shrinkB": 6, "linewidth": 1.2}
-    axes.annotate("", xy=(x, top), xytext=(x, bottom), arrowprops=arrow)
-    axes.annotate(
-        f"{top / bottom:.0f}x",
-        xy=(x, (top * bottom) ** 0.5),
-        xytext=(-8, 0),
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        size=17,
-        weight="bold",
-        color=INK,
-    )
+        )  # fmt: skip

@@ -11,6 +11,8 @@ import ctypes
 import logging
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ __all__ = [
     "functions",
     "is_loaded",
     "load",
+    "switched_off",
 ]
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 _functions: ctypes.CDLL | None = None
 _was_tried = False
+_is_off = False
 
 
 def load(jobs: int | None = None) -> bool:
@@ -56,7 +60,18 @@ def load(jobs: int | None = None) -> bool:
 
 def is_loaded() -> bool:
     """Whether `load` has succeeded in this process."""
-    return _functions is not None
+    return _functions is not None and not _is_off
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Everything runs without the operations meanwhile, in all threads: for measurements of what they are worth."""
+    global _is_off
+    _is_off = True
+    try:
+        yield
+    finally:
+        _is_off = False
 
 
 def functions() -> ctypes.CDLL:

@@ -1,0 +1,150 @@
+"""From samples to figures: every derived number of a record, defined once.
+
+A sample is what one repetition gave, by a name that ends in its unit; a metric is an estimate over the repetitions. All
+metrics can be derived anew from a record's labels, facts and samples, so a record cannot claim what it did not measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from qwen3fast.bench.statistics import Estimate, estimate
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`."""
+
+    title: str
+    unit: str
+    is_higher_better: bool
+    format: str = "{:.3g}"
+    factor: float = 1.0
+
+    def text(self, value: float) -> str:
+        """The value in words of a table cell."""
+        return self.format.format(value * self.factor)
+
+
+METRICS = {
+    "decode_tok_s": Metric("decode tok/s", "tokens/s", True, "{:.4g}"),
+    "prefill_tok_s": Metric("prefill tok/s", "tokens/s", True, "{:.4g}"),
+    "tok_s": Metric("tok/s", "tokens/s", True, "{:.4g}"),
+    "ttft_s": Metric("first token", "s", False, "{:.3g} s"),
+    "step_ms": Metric("p50 ms", "ms", False, "{:.4g}"),
+    "step_p99_ms": Metric("p99 ms", "ms", False, "{:.4g}"),
+    "ttft_p99_s": Metric("first token p99", "s", False, "{:.3g} s"),
+    "itl_ms": Metric("between tokens", "ms", False, "{:.4g}"),
+    "itl_p99_ms": Metric("between tokens p99", "ms", False, "{:.4g}"),
+    "requests_s": Metric("requests/s", "1/s", True, "{:.2f}"),
+    "effective_gb_s": Metric("GB/s", "GB/s", True, "{:.1f}"),
+    "share_of_bandwidth": Metric("of bandwidth", "", True, "{:.0%}"),
+    "prefill_flop_s": Metric("prefill GFLOP/s", "GFLOP/s", True, "{:.0f}", 1e-9),
+    "prefill_share_of_gemm": Metric("of GEMM rate", "", True, "{:.0%}"),
+    "limit_tok_s": Metric("limit tok/s", "tokens/s", True, "{:.4g}"),
+    "peak_memory_bytes": Metric("peak memory", "bytes", False, "{:.2f} GB", 1e-9),
+    "energy_j_token": Metric("J/token", "J", False, "{:.3g}"),
+    "seconds": Metric("seconds", "s", False, "{:.3g} s"),
+    "import_s": Metric("import", "s", False, "{:.1f} s"),
+    "load_s": Metric("load", "s", False, "{:.1f} s"),
+    "first_token_s": Metric("first token", "s", False, "{:.1f} s"),
+    "full_speed_s": Metric("full speed", "s", False, "{:.1f} s"),
+    "whole_ms": Metric("whole ms", "ms", False, "{:.2f}"),
+    "weight_error": Metric("weight error", "", False, "{:.2%}"),
+    "output_error": Metric("output error", "", False, "{:.2%}"),
+    "logit_error": Metric("logit error", "", False, "{:.2%}"),
+    "perplexity": Metric("perplexity", "", False, "{:.4f}"),
+    "same_token": Metric("same likeliest token", "", True, "{:.1%}"),
+    "accuracy": Metric("accuracy", "", True, "{:.1%}"),
+}
+
+
+def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> dict[str, Estimate]:
+    """All metrics that the samples allow.
+
+    samples: name -> an entry a repetition; entries of "step_s", "ttfts_s" and "itl_s" are lists (each step, each
+    request, each gap). labels may give batch_size and context; facts: bytes_per_step (that a decode step must read),
+    flop_per_step (where it is bound by arithmetic), prefill_flop (of the whole prompt), tokens and requests (that
+    "seconds" were taken for), steps (that "energy_j" was taken for).
+    Speeds and shares are taken repetition by repetition, with the bandwidth measured beside that repetition.
+    Definitions: ttft_s is the call to the first token of all rows; decode_tok_s is batch_size / the repetition's median
+    step, so it never counts the prompt; p99 is over all steps of all repetitions.
+    """
+    values = {name: list(entries) for name, entries in samples.items() if name in METRICS}
+    values |= _of_steps(labels, facts, samples)
+    values |= _of_first_token(labels, facts, samples)
+    values |= _of_clients(samples)
+    if "seconds" in samples and "tokens" in facts:
+        values["tok_s"] = [facts["tokens"] / s for s in samples["seconds"]]
+    if "seconds" in samples and "requests" in facts:
+        values["requests_s"] = [facts["requests"] / s for s in samples["seconds"]]
+    if "energy_j" in samples and "steps" in facts:
+        values["energy_j_token"] = [j / facts["steps"] for j in samples["energy_j"]]
+    return {name: estimate(entries) for name, entries in values.items() if entries}
+
+
+def _of_steps(
+    labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    repetitions = [steps for steps in samples.get("step_s", []) if steps]
+    if not repetitions:
+        return {}
+    medians = [median(steps) for steps in repetitions]
+    everything = sorted(s for steps in repetitions for s in steps)
+    values = {
+        "step_ms": [s * 1e3 for s in medians],
+        "step_p99_ms": [percentile(everything, 0.99) * 1e3],
+        "decode_tok_s": [labels.get("batch_size", 1) / s for s in medians],
+    }
+    if "bytes_per_step" in facts:
+        gb_s = [facts["bytes_per_step"] / s / 1e9 for s in medians]
+        values["effective_gb_s"] = gb_s
+        if len(bandwidth := samples.get("bandwidth_gb_s", [])) == len(gb_s):
+            values["share_of_bandwidth"] = [a / b for a, b in zip(gb_s, bandwidth, strict=True)]
+            values["limit_tok_s"] = _limits(labels, facts, samples)
+    return values
+
+
+def _limits(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> list[float]:
+    """Tokens/s at which a step would read its bytes at the bandwidth and, where "flop_per_step" says that it computes
+    much, do its arithmetic at the rate of the matrix product; each repetition has its own."""
+    least_s = [facts["bytes_per_step"] / gb_s / 1e9 for gb_s in samples["bandwidth_gb_s"]]
+    if "flop_per_step" in facts and len(rates := samples.get("gemm_flop_s", [])) == len(least_s):
+        least_s = [max(s, facts["flop_per_step"] / rate) for s, rate in zip(least_s, rates, strict=True)]
+    return [labels.get("batch_size", 1) / s for s in least_s]
+
+
+def _of_first_token(
+    labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    ttft_s = samples.get("ttft_s", [])
+    if not ttft_s:
+        return {}
+    values = {"ttft_s": list(ttft_s)}
+    if "context" in labels:
+        values["prefill_tok_s"] = [labels["context"] * labels.get("batch_size", 1) / s for s in ttft_s]
+    if "prefill_flop" in facts:
+        values["prefill_flop_s"] = [facts["prefill_flop"] / s for s in ttft_s]
+        if len(rates := samples.get("gemm_flop_s", [])) == len(ttft_s):
+            values["prefill_share_of_gemm"] = [
+                facts["prefill_flop"] / s / rate for s, rate in zip(ttft_s, rates, strict=True)
+            ]
+    return values
+
+
+def _of_clients(samples: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Latency that clients saw: lists of all requests' first tokens and of all gaps between tokens, a repetition."""
+    values: dict[str, list[float]] = {}
+    if firsts := [sorted(entry) for entry in samples.get("ttfts_s", []) if entry]:
+        values |= {"ttft_s": [median(f) for f in firsts], "ttft_p99_s": [percentile(f, 0.99) for f in firsts]}
+    if gaps := [sorted(entry) for entry in samples.get("itl_s", []) if entry]:
+        values |= {"itl_ms": [median(g) * 1e3 for g in gaps], "itl_p99_ms": [percentile(g, 0.99) * 1e3 for g in gaps]}
+    return values
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """The value that `share` of the sorted values do not exceed (the nearest one above)."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

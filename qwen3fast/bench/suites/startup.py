@@ -1,0 +1,173 @@
+"""Time from the start of a process: to the imports, the loaded weights, the first token and full speed.
+
+The model is written to a folder first. Then each run is a process of its own that loads the folder and streams a reply.
+Warm runs find compiled code of earlier ones; cold runs get empty caches, so they build the C++ operations as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from qwen3fast.bench.harness import Sample, Task
+from qwen3fast.bench.options import split_format
+from qwen3fast.bench.plot import INK, PALETTE, new_figure, style_axes
+from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.session import Session
+from qwen3fast.bench.suites.suite import Suite
+from qwen3fast.bench.table import Columns
+from qwen3fast.checkpoint.save import save_model
+
+COMPILE = {"never": "False", "auto": "'auto'", "always": "True"}
+WINDOW = 10  # tokens in a row that must come at full speed
+WARM_S, COLD_S = 8.0, 28.0  # how long a reply is watched
+PHASES = ("import_s", "load_s", "first_token_s", "full_speed_s")
+PROGRAM = """
+import json, sys, time
+from qwen3fast import Generator, SamplingParams, load_model
+marks = [time.time()]
+model = load_model(sys.argv[1], device=sys.argv[2])
+marks.append(time.time())
+with Generator(model, max_seq_len=4096, compile={compile}) as generator:
+    times = []
+    for chunk in generator.stream(list(range(1, 33)), SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)):
+        times.append(time.time())
+        if times[-1] - times[0] > {seconds}:
+            break
+print(json.dumps(marks + times))
+"""
+
+
+def run_once(folder: Path, device: str, compile: str, seconds: float, caches: Path | None = None) -> list[float]:
+    """One process. Returns seconds since its start: imported, loaded, and each token.
+
+    Raises: RuntimeError with the end of its log if it fails.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if caches is not None:
+        environment |= {"XDG_CACHE_HOME": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    program = PROGRAM.format(compile=COMPILE[compile], seconds=seconds)
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), device], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"a run with compile={COMPILE[compile]} failed:\n{done.stderr[-3000:]}")
+    return [t - started for t in json.loads(done.stdout.splitlines()[-1])]
+
+
+def full_speed_s(times: list[float], step_s: float) -> float | None:
+    """When the first of WINDOW tokens came that took a fifth longer than step_s each, at most; None if none did."""
+    for first, last in zip(times, times[WINDOW:], strict=False):
+        if last - first <= 1.2 * WINDOW * step_s:
+            return first
+    return None
+
+
+def run(session: Session) -> None:
+    """Cold runs once, warm runs in turns; full speed is that of the warm runs that compiled first."""
+    o = session.options
+    for format in o.formats:
+        quantization, _ = split_format(format)
+        tokens: dict[str, list[list[float]]] = {}
+        with tempfile.TemporaryDirectory() as temporary:
+            save_model(session.model(quantization), Path(temporary))
+            cold, warm = (_tasks(session, Path(temporary), format, kind, tokens) for kind in ("cold", "warm"))
+            for mode in COMPILE:
+                run_once(Path(temporary), str(session.device), mode, WARM_S)  # fills the caches
+            session.harness.measure(warm, o.repetitions, f"warm, {format}")
+            session.harness.measure(cold, 1, f"cold, {format}")
+        step_s = median(b - a for times in tokens["warm always"] for a, b in pairwise(times))
+        for task in warm + cold:
+            labels = task.case.labels
+            reached = [full_speed_s(times, step_s) for times in tokens[f"{labels['caches']} {labels['compile']}"]]
+            if all(at is not None for at in reached):
+                task.case.samples["full_speed_s"] = reached
+
+
+def _tasks(session: Session, folder: Path, format: str, kind: str, tokens: dict[str, list[list[float]]]) -> list[Task]:
+    def once(mode: str) -> Sample:
+        if kind == "cold":
+            with tempfile.TemporaryDirectory() as caches:
+                imported, loaded, *times = run_once(folder, str(session.device), mode, COLD_S, Path(caches))
+        else:
+            imported, loaded, *times = run_once(folder, str(session.device), mode, WARM_S)
+        tokens.setdefault(f"{kind} {mode}", []).append(times)
+        return {"import_s": imported, "load_s": loaded, "first_token_s": times[0], "token_s": times}
+
+    def task(mode: str) -> Task:
+        labels: dict[str, Any] = {"format": session.label(format), "compile": mode, "caches": kind}
+        return Task(Case(labels), lambda: once(mode), warms_up=False)
+
+    return [task(mode) for mode in COMPILE]
+
+
+def draw(record: Record) -> Figure:
+    """A bar for each way to start, its phases side by side."""
+    cases = [case for case in record.cases if case.metrics]
+    figure = new_figure(
+        record, "From the start of a process to its tokens", f"{record.model['name']}, weights in a folder, batch 1",
+        (11.0, 1.9 + 0.42 * len(cases)),
+    )  # fmt: skip
+    height = figure.get_size_inches()[1]
+    axes = figure.add_axes((0.21, 0.75 / height, 0.72, (height - 1.95) / height))
+    titles = {"import_s": "imports", "load_s": "weights", "first_token_s": "first token", "full_speed_s": "full speed"}
+    for row, case in enumerate(cases):
+        start, metrics = 0.0, case.metrics
+        for phase, color in zip(PHASES, PALETTE, strict=False):
+            if phase in metrics:
+                end = metrics[phase].median
+                label = titles[phase] if row == 0 else None
+                axes.barh(row, max(0.0, end - start), left=start, height=0.62, color=color, label=label)
+                start = max(start, end)
+        words = f"  {metrics['first_token_s'].median:.1f} s"
+        full = metrics.get("full_speed_s")
+        words += f", full speed {full.median:.1f} s" if full else ", full speed not reached"
+        axes.text(start, row, words, va="center", size=9, color=INK)
+    names = [f"{c.labels['format']}, compile {c.labels['compile']}, {c.labels['caches']}" for c in cases]
+    axes.set_yticks(range(len(cases)), names)
+    axes.invert_yaxis()
+    style_axes(axes, "seconds since the process began", "")
+    axes.grid(axis="x", color="#e4e7eb")
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1)
+    return figure
+
+
+def summary(record: Record) -> list[str]:
+    """The first token and full speed of the default way."""
+    sentences = []
+    for case in record.cases:
+        if case.labels["compile"] == "auto" and "first_token_s" in case.metrics:
+            full = case.metrics.get("full_speed_s")
+            then = f"full speed after {full.median:.1f} s" if full else "full speed not reached while it was watched"
+            sentences.append(
+                f"{case.labels['format']}, {case.labels['caches']} caches, compile='auto': the first token after "
+                f"{case.metrics['first_token_s'].median:.1f} s, {then}."
+            )
+    return sentences
+
+
+SUITE = Suite(
+    name="startup",
+    title="Starting up",
+    run=run,
+    draw=draw,
+    columns=Columns(("format", "compile", "caches"), PHASES),
+    defaults={
+        "formats": ("plain", "int4"), "modes": (), "contexts": (32,), "batch_sizes": (1,), "new_tokens": 1,
+        "repetitions": 3,
+    },
+    quick={"formats": ("plain",), "repetitions": 1},
+    summary=summary,
+)  # fmt: skip
