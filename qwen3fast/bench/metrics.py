@@ -16,37 +16,43 @@ from qwen3fast.bench.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`."""
+    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`; ""
+    is `short`."""
 
     title: str
     unit: str
     is_higher_better: bool
-    format: str = "{:.3g}"
+    format: str = ""
     factor: float = 1.0
 
     def text(self, value: float) -> str:
         """The value in words of a table cell."""
-        return self.format.format(value * self.factor)
+        return self.format.format(value * self.factor) if self.format else short(value * self.factor)
+
+
+def short(value: float) -> str:
+    """Three digits or, of a larger number, all before the point: 2,034, 27.6, 0.43."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 METRICS = {
-    "decode_tok_s": Metric("decode tok/s", "tokens/s", True, "{:.4g}"),
-    "prefill_tok_s": Metric("prefill tok/s", "tokens/s", True, "{:.4g}"),
-    "tok_s": Metric("tok/s", "tokens/s", True, "{:.4g}"),
+    "decode_tok_s": Metric("decode tok/s", "tokens/s", True),
+    "prefill_tok_s": Metric("prefill tok/s", "tokens/s", True),
+    "tok_s": Metric("tok/s", "tokens/s", True),
     "ttft_s": Metric("first token", "s", False, "{:.3g} s"),
-    "step_ms": Metric("p50 ms", "ms", False, "{:.4g}"),
-    "step_p99_ms": Metric("p99 ms", "ms", False, "{:.4g}"),
+    "step_ms": Metric("p50 ms", "ms", False),
+    "step_p99_ms": Metric("p99 ms", "ms", False),
     "ttft_p99_s": Metric("first token p99", "s", False, "{:.3g} s"),
-    "itl_ms": Metric("between tokens", "ms", False, "{:.4g}"),
-    "itl_p99_ms": Metric("between tokens p99", "ms", False, "{:.4g}"),
+    "itl_ms": Metric("between tokens", "ms", False),
+    "itl_p99_ms": Metric("between tokens p99", "ms", False),
     "requests_s": Metric("requests/s", "1/s", True, "{:.2f}"),
     "effective_gb_s": Metric("GB/s", "GB/s", True, "{:.1f}"),
     "share_of_bandwidth": Metric("of bandwidth", "", True, "{:.0%}"),
     "prefill_flop_s": Metric("prefill GFLOP/s", "GFLOP/s", True, "{:.0f}", 1e-9),
     "prefill_share_of_gemm": Metric("of GEMM rate", "", True, "{:.0%}"),
-    "limit_tok_s": Metric("limit tok/s", "tokens/s", True, "{:.4g}"),
+    "limit_tok_s": Metric("limit tok/s", "tokens/s", True),
     "peak_memory_bytes": Metric("peak memory", "bytes", False, "{:.2f} GB", 1e-9),
-    "energy_j_token": Metric("J/token", "J", False, "{:.3g}"),
+    "energy_j_token": Metric("J/token", "J", False),
     "seconds": Metric("seconds", "s", False, "{:.3g} s"),
     "import_s": Metric("import", "s", False, "{:.1f} s"),
     "load_s": Metric("load", "s", False, "{:.1f} s"),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from qwen3fast.bench.harness import Sample, Task
 from qwen3fast.bench.measure import is_cached
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import FAINT, INK, PALETTE, new_figure, style_axes
 from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.session import Session
@@ -102,14 +103,14 @@ def draw(record: Record) -> Figure:
             axes.barh(row, speed - start, left=start, height=0.62, color=color if before else FAINT)
             if before:
                 axes.plot([before, before], [row - 0.69, row + 0.31], color=FAINT, linewidth=0.8)
-            gain = f"  {speed:.3g}" + (f"   {speed / before:.2g}x, in all {speed / first:.3g}x" if before else "")
+            gain = f"  {short(speed)}" + (f"   {speed / before:.2g}x, in all {speed / first:.3g}x" if before else "")
             axes.text(max(speed, start), row, gain, va="center", size=9, color=INK)
             before = speed
         axes.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
         axes.invert_yaxis()
         style_axes(axes, "tokens per second", "", f"after {context:,} tokens")
         axes.grid(visible=False)
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.32)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.45)
     return figure
 
 
@@ -124,7 +125,8 @@ def summary(record: Record) -> list[str]:
         ]
         gains = [f"{name.removeprefix('+ ')} {b / a:.2g}x" for (_, a), (name, b) in pairwise(speeds)]
         sentences.append(
-            f"After {context:,} tokens: from {speeds[0][1]:.3g} to {speeds[-1][1]:.4g} tokens/s; {', '.join(gains)}."
+            f"After {context:,} tokens: from {short(speeds[0][1])} to {short(speeds[-1][1])} tokens/s: "
+            f"{', '.join(gains)}."
         )
     return sentences
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import color_of, draw_line, log_x, log_y, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Session
@@ -54,7 +55,7 @@ def draw(record: Record) -> Figure:
             if axes is left and name in limits:
                 draw_line(axes, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
             x, y = max(line.items())
-            ends.append((x, y, f"{name}  {y:.3g}", color))
+            ends.append((x, y, f"{name}  {short(y)}", color))
         log_x(axes, [n for line in values.values() for n in line])
         if axes is right:
             axes.set_ylim(bottom=0)

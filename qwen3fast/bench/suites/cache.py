@@ -7,6 +7,7 @@ the cache is as large as the weights, up to the memory's bandwidth. Both limits 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.measure import MODES, is_cached
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import INK, draw_line, log_x, log_y, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Session
@@ -42,12 +44,12 @@ def run(session: Session) -> None:
                 session.prepare(bench, mode, format, batch_size)
             for length in options.contexts:
                 uncached = min(options.new_tokens, LONG_STEPS if length > LONG else UNCACHED_STEPS)
-                tasks = [
-                    session.task(
-                        bench, mode, format, length, batch_size, options.new_tokens if is_cached(mode) else uncached
-                    )
-                    for mode in options.modes
-                ]
+                tasks = []
+                for mode in options.modes:
+                    steps = options.new_tokens if is_cached(mode) else uncached
+                    task = session.task(bench, mode, format, length, batch_size, steps)
+                    # Long ones take a while each, and all were run once to check their tokens.
+                    tasks.append(replace(task, warms_up=length <= LONG))
                 session.harness.measure(tasks, options.repetitions, f"length {length}, batch {batch_size}")
 
 
@@ -88,7 +90,7 @@ def summary(record: Record) -> list[str]:
             continue
         first, last = shared[0], shared[-1]
         sentences.append(
-            f"{format}, batch {batch_size}: with the cache {cached[last]:.3g} tokens/s at {last:,} tokens, "
+            f"{format}, batch {batch_size}: with the cache {short(cached[last])} tokens/s at {last:,} tokens, "
             f"{cached[last] / uncached[last]:.0f} times as many as without; at {first:,} tokens "
             f"{cached[first] / uncached[first]:.1f} times."
         )
@@ -130,7 +132,7 @@ def _draw_panel(axes: Axes, record: Record, batch_size: int, format: str) -> Non
             continue
         draw_line(axes, list(measured.items()), color, mode.replace("-", ", "), linestyle=style, marker=marker)
         x, y = max(measured.items())
-        ends.append((x, y, f"{mode.replace('-', ', ')}  {y:.3g}", color))
+        ends.append((x, y, f"{mode.replace('-', ', ')}  {short(y)}", color))
         everything += measured.values()
     for cached in (True, False):
         best = next((m for m in BEST_FIRST[cached] if speeds(record, m, batch_size, format)), None)

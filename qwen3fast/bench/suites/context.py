@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import color_of, draw_line, log_x, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
-from qwen3fast.bench.session import Session
+from qwen3fast.bench.session import CHECK_TOKENS, Session
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
@@ -35,7 +36,7 @@ def run(session: Session) -> None:
     for format in o.formats:
         tasks = []
         for size in sizes:
-            bench = session.workbench(format, (MODE,), (size - o.new_tokens - 1,), 1, o.new_tokens)
+            bench = session.workbench(format, (MODE,), (size - max(o.new_tokens, CHECK_TOKENS) - 1,), 1, o.new_tokens)
             session.prepare(bench, MODE, format)
             tasks.append(
                 session.task(bench, MODE, format, context, 1, o.new_tokens, allocated=size, varies="allocated")
@@ -68,7 +69,7 @@ def draw(record: Record) -> Figure:
         for name, line in values.items():
             draw_line(axes, list(line.items()), color_of(name, list(used)), name)
             x, y = max(line.items())
-            ends.append((x, y, f"{name}  {y:.3g} ms", color_of(name, list(used))))
+            ends.append((x, y, f"{name}  {short(y)} ms", color_of(name, list(used))))
         log_x(axes, [n for line in values.values() for n in line])
         name_ends(axes, ends)
     style_axes(left, "tokens in the prompt", "milliseconds of a step", f"used length, in a cache of {size} positions")

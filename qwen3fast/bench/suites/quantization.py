@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from qwen3fast.bench.harness import Task
 from qwen3fast.bench.measure import make_prompts
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.options import split_format
 from qwen3fast.bench.plot import INK, color_of, new_figure, style_axes
 from qwen3fast.bench.record import Case, Record
@@ -85,16 +86,18 @@ def draw(record: Record) -> Figure:
     rows = list(formats(record))
     names = [name for name, *_ in rows]
     figure = new_figure(record, "What rounding buys and costs", f"{record.model['name']}, one request", (13.0, 5.4))
-    panels = (("tokens per second", 1, "{:.3g}"), ("GB of weights", 2, "{:.2f}"), ("error of the logits", 3, "{:.1%}"))
-    for i, (title, column, text) in enumerate(panels):
+    panels = (("tokens per second", 1, short), ("GB of weights", 2, short), ("error of the logits", 3, "{:.1%}".format))
+    for i, (title, column, as_text) in enumerate(panels):
         axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
         values = [float(row[column]) for row in rows]
         bars = axes.barh(range(len(rows)), values, height=0.62, color=[color_of(n, names) for n in names])
-        axes.bar_label(bars, [text.format(v) for v in values], padding=4, size=9.5, color=INK)
+        axes.bar_label(bars, [as_text(v) for v in values], padding=4, size=9.5, color=INK)
         axes.set_yticks(range(len(rows)), names if i == 0 else [""] * len(rows))
         axes.invert_yaxis()
         style_axes(axes, "", "", title)
         axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(visible=False)
         axes.set_xlim(0, max(max(values), 1e-9) * 1.25)
     return figure
 
@@ -103,8 +106,8 @@ def summary(record: Record) -> list[str]:
     """Speed and memory of each format beside the first."""
     rows = list(formats(record))
     return [
-        f"{name}: {speed / rows[0][1]:.1f} times the tokens/s of {rows[0][0]} with {size:.2f} GB of weights instead of "
-        f"{rows[0][2]:.2f}; logits differ by {error:.1%}."
+        f"{name}: {speed / rows[0][1]:.1f} times the tokens/s of {rows[0][0]} with {short(size)} GB of weights instead "
+        f"of {short(rows[0][2])}; logits differ by {error:.1%}."
         for name, speed, size, error in rows[1:]
     ]
 

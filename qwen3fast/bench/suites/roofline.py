@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import color_of, draw_line, log_x, log_y, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Session
@@ -60,7 +61,7 @@ def draw(record: Record) -> Figure:
             draw_line(left, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
         x, y = max(line.items())
         share = f", {shares[name][x]:.0%} of the limit" if x in shares.get(name, {}) else ""
-        ends.append((x, y, f"{name}  {y:.3g}{share}", color))
+        ends.append((x, y, f"{name}  {short(y)}{share}", color))
     log_x(left, [n for line in speeds.values() for n in line])
     style_axes(left, "tokens in the prompt", "tokens per second", f"decoding, batch {first}")
     name_ends(left, ends)
@@ -86,8 +87,8 @@ def summary(record: Record) -> list[str]:
     first = min(int(c.labels["batch_size"]) for c in record.cases)
     speeds, shares = (by_format(record, m, first) for m in ("decode_tok_s", "share_of_bandwidth"))
     return [
-        f"{name}: {line[min(line)]:.3g} tokens/s at {min(line):,} tokens of context, {shares[name][min(line)]:.0%} of "
-        f"what the memory allows; {line[max(line)]:.3g} at {max(line):,} ({shares[name][max(line)]:.0%})."
+        f"{name}: {short(line[min(line)])} tokens/s at {min(line):,} tokens of context, {shares[name][min(line)]:.0%} "
+        f"of what the memory allows; {short(line[max(line)])} at {max(line):,} ({shares[name][max(line)]:.0%})."
         for name, line in speeds.items()
         if name in shares
     ]
