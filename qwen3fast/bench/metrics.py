@@ -17,7 +17,7 @@ from qwen3fast.bench.statistics import Estimate, estimate
 @dataclass(frozen=True)
 class Metric:
     """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`; ""
-    is `short`."""
+    is `duration` for seconds, else `short`."""
 
     title: str
     unit: str
@@ -27,7 +27,16 @@ class Metric:
 
     def text(self, value: float) -> str:
         """The value in words of a table cell."""
-        return self.format.format(value * self.factor) if self.format else short(value * self.factor)
+        if self.format:
+            return self.format.format(value * self.factor)
+        return duration(value) if self.unit == "s" else short(value * self.factor)
+
+
+def duration(seconds: float) -> str:
+    """With its unit: 12.3 s, 1.25 s, 136 ms, 1.8 ms."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def short(value: float) -> str:
@@ -39,10 +48,10 @@ METRICS = {
     "decode_tok_s": Metric("decode tok/s", "tokens/s", True),
     "prefill_tok_s": Metric("prefill tok/s", "tokens/s", True),
     "tok_s": Metric("tok/s", "tokens/s", True),
-    "ttft_s": Metric("first token", "s", False, "{:.3g} s"),
+    "ttft_s": Metric("first token", "s", False),
     "step_ms": Metric("p50 ms", "ms", False),
     "step_p99_ms": Metric("p99 ms", "ms", False),
-    "ttft_p99_s": Metric("first token p99", "s", False, "{:.3g} s"),
+    "ttft_p99_s": Metric("first token p99", "s", False),
     "itl_ms": Metric("between tokens", "ms", False),
     "itl_p99_ms": Metric("between tokens p99", "ms", False),
     "requests_s": Metric("requests/s", "1/s", True, "{:.2f}"),
@@ -53,7 +62,7 @@ METRICS = {
     "limit_tok_s": Metric("limit tok/s", "tokens/s", True),
     "peak_memory_bytes": Metric("peak memory", "bytes", False, "{:.2f} GB", 1e-9),
     "energy_j_token": Metric("J/token", "J", False),
-    "seconds": Metric("seconds", "s", False, "{:.3g} s"),
+    "seconds": Metric("seconds", "s", False),
     "import_s": Metric("import", "s", False, "{:.1f} s"),
     "load_s": Metric("load", "s", False, "{:.1f} s"),
     "first_token_s": Metric("first token", "s", False, "{:.1f} s"),
