@@ -94,12 +94,15 @@ class Session:
     def task(
         self, bench: Workbench, mode: str, format: str, context: int, batch_size: int, steps: int, **labels: Label
     ) -> Task:
-        """Prefill of `batch_size` prompts of `context` tokens, and `steps` steps of decoding."""
+        """Prefill of `batch_size` prompts of `context` tokens, and `steps` steps of decoding.
+
+        Without a cache, steps may be 0: the first token is then the step, since each of them computes everything.
+        """
         prompts = make_prompts(self.config.vocab_size, context, batch_size)
         shape: dict[str, Label] = {"mode": mode, "format": self.label(format)}
         shape |= {"context": context, "batch_size": batch_size} | labels
         bytes_per_step = float(bench.model.num_bytes(per_token=True))
-        facts = {"prefill_flop": batch_size * forward_flop(self.config, context), "steps": float(steps)}
+        facts = {"prefill_flop": batch_size * forward_flop(self.config, context), "steps": float(max(1, steps))}
         if is_cached(mode):
             bytes_per_step += self.config.kv_bytes_per_token(bench.cache_dtype) * (context + steps / 2) * batch_size
         else:
@@ -111,8 +114,8 @@ class Session:
             self._energy.start()
             sample = bench.run(mode, prompts, steps + 1)
             joules, peak = self._energy.joules(), self._memory.peak_bytes()
-            taken = {"ttft_s": sample.ttft_s, "step_s": sample.step_s, "peak_memory_bytes": peak, "energy_j": joules}
-            return taken
+            step_s = sample.step_s if steps else [sample.ttft_s]
+            return {"ttft_s": sample.ttft_s, "step_s": step_s, "peak_memory_bytes": peak, "energy_j": joules}
 
         return Task(Case(shape, facts), run)
 

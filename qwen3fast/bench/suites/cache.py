@@ -29,7 +29,7 @@ STYLES = {
     "uncached-compiled": ("#c2410c", "-", "o"),
     "uncached-eager": ("#c2410c", "--", "s"),
 }
-UNCACHED_STEPS, LONG, LONG_STEPS = 3, 1024, 1  # a step without a cache takes as long as a prompt
+UNCACHED_STEPS, LONG, LONG_STEPS = 3, 512, 0  # beyond LONG the first token alone: each costs as much as the first
 BEST_FIRST = {True: ("cached-compiled", "cached-eager"), False: ("uncached-compiled", "uncached-eager")}
 
 
