@@ -21,7 +21,7 @@ from qwen3fast.bench.metrics import percentile
 from qwen3fast.bench.record import Case, Record
 
 STABLE = 0.05  # two warm-up runs in a row that differ by no more
-MOST_WARM_UPS, WARM_UP_S = 4, 8.0
+MOST_WARM_UPS, WARM_UP_S = 4, 3.0
 BANDWIDTH_SPREAD = 1.2  # 90th over 10th percentile of the probe's samples
 LEAST_SURE = 0.1  # half an interval's width, as a share of the median
 STEAL_SHARE = 0.02

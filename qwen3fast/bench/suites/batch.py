@@ -86,7 +86,7 @@ SUITE = Suite(
         baseline={"batch_size": 1},
     ),
     defaults={
-        "formats": ("plain", "int8", "int4"), "modes": (MODE,), "contexts": (128,),
+        "formats": ("plain", "int8", "int4"), "modes": (MODE,), "contexts": (32,),
         "batch_sizes": (1, 2, 4, 8, 16, 32), "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain",), "batch_sizes": (1, 4), "new_tokens": 8, "repetitions": 1},

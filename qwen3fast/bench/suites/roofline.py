@@ -104,7 +104,7 @@ SUITE = Suite(
         ("decode_tok_s", "effective_gb_s", "share_of_bandwidth", "prefill_tok_s", "prefill_share_of_gemm"),
     ),
     defaults={
-        "formats": ("plain", "plain-kv8", "int8", "int8-kv8", "int4", "int4-kv8"), "modes": (MODE,),
+        "formats": ("plain", "int8", "int4", "int8-kv8", "int4-kv8"), "modes": (MODE,),
         "contexts": (32, 256, 1024, 4000), "batch_sizes": (1,), "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain", "int4"), "contexts": (32, 256), "new_tokens": 8, "repetitions": 1},
