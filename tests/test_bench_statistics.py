@@ -53,7 +53,9 @@ def test_estimate_repeats_and_is_in_order(values):
 def test_estimate_scales_with_its_values(values, power):
     factor = 2.0**power
     e, scaled = estimate(values), estimate([v * factor for v in values])
-    assert (scaled.median, scaled.low, scaled.high) == pytest.approx((e.median * factor, e.low * factor, e.high * factor))
+    assert (scaled.median, scaled.low, scaled.high) == pytest.approx(
+        (e.median * factor, e.low * factor, e.high * factor)
+    )
 
 
 @pytest.mark.parametrize(("n", "least", "most"), [(3, 0.66, 0.84), (20, 0.9, 0.99)])

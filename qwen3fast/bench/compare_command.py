@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--metric", action="append", default=[], choices=list(METRICS), metavar="NAME",
                         help="judge this one only, such as decode_tok_s; may be given again")  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.03, help="a smaller change does not count [%(default)s]")
-    parser.add_argument("--all", action="store_true", help="show what has not changed, too")
+    parser.add_argument("--all", action="store_true", help="show what has not moved, too")
     parser.add_argument("--force", action="store_true", help="also if suites, machines or models differ")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
@@ -68,7 +68,7 @@ def as_words(comparison: Comparison, old: Record, new: Record, threshold: float,
         lines.append(f"{title}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
     if not comparison.machine:
         lines.append("the machine's own speed was not measured in both: changes are judged as measured only")
-    shown = [c for c in comparison.changes if with_same or c.verdict not in (SAME, UNCLEAR, UNJUDGED)]
+    shown = [c for c in comparison.changes if with_same or _is_striking(c, threshold)]
     if shown:
         rows, left = _rows(shown)
         lines += ["", as_text(rows, left)]
@@ -80,6 +80,12 @@ def as_words(comparison: Comparison, old: Record, new: Record, threshold: float,
     lines += [f"note: {note}" for note in comparison.notes]
     lines += [f"WRONG TOKENS in NEW: {name}" for name in comparison.failed_checks]
     return "\n".join([*lines, _conclusion(comparison)])
+
+
+def _is_striking(change: Change, threshold: float) -> bool:
+    if change.verdict in (UNCLEAR, UNJUDGED) and change.ratio is not None:
+        return not 1 / (1 + threshold) <= change.ratio.median <= 1 + threshold
+    return change.verdict != SAME
 
 
 def _describe(record: Record) -> str:

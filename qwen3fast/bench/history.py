@@ -80,17 +80,12 @@ def lines_of(points: Sequence[Point], metric: str, labels: dict[str, str]) -> di
         }
         words = "; ".join(f"{name}: {', '.join(values)}" for name, values in known.items())
         raise ValueError(f"no case with these labels has {metric}; there are {words}")
-    keys = list(dict.fromkeys(json.dumps(c.labels, sort_keys=True) for c in chosen))
     varying = {n for c in chosen for n, v in c.labels.items() if any(o.labels.get(n) != v for o in chosen)}
     lines: dict[str, list[Case | None]] = {}
-    for key in keys:
-        shown = {n: v for n, v in json.loads(key).items() if n in varying}
-        name = Case(shown).name or Case(json.loads(key)).name
+    for shape in {json.dumps(c.labels, sort_keys=True): c.labels for c in chosen}.values():
+        name = Case({n: v for n, v in shape.items() if n in varying}).name or Case(shape).name
         lines[name] = [
-            next(
-                (c for c in p.record.cases if json.dumps(c.labels, sort_keys=True) == key and metric in c.metrics), None
-            )
-            for p in points
+            next((c for c in p.record.cases if c.labels == shape and metric in c.metrics), None) for p in points
         ]
     return lines
 
