@@ -128,6 +128,13 @@ def test_startup_full_speed_is_reached_by_ten_tokens_in_a_row():
     assert startup.full_speed_s(slow + fast[:10], 0.1) is None
 
 
-def test_startup_tells_why_a_run_failed(tmp_path):
-    with pytest.raises(RuntimeError, match=r"a run with compile=False failed:[\s\S]*not a folder|Error"):
+def test_startup_tells_why_a_run_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "PROGRAM", "import sys; sys.exit('no such folder: ' + sys.argv[1])")
+    with pytest.raises(RuntimeError, match=r"a run with compile=False failed:\nno such folder: .*none"):
         startup.run_once(tmp_path / "none", "cpu", "never", 1.0)
+
+
+def test_startup_gives_seconds_since_the_process_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "PROGRAM", "import time; print('noise'); print([time.time() + {seconds}])")
+    [seconds] = startup.run_once(tmp_path, "cpu", "auto", 100.0, tmp_path)
+    assert 100 < seconds < 200

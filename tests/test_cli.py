@@ -87,9 +87,8 @@ def quick_probes(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_probes")
-@pytest.mark.parametrize("lengths", ["--contexts", "--lengths"])
-def test_bench_writes_json_and_picture(tmp_path, capsys, lengths):
-    options = ["--model", "tiny", lengths, "16,40", "--new-tokens", "4", "--repetitions", "2"]
+def test_bench_writes_json_and_picture(tmp_path, capsys):
+    options = ["--model", "tiny", "--contexts", "16,40", "--new-tokens", "4", "--repetitions", "2"]
     assert bench_main([*options, "--modes", "uncached-eager,cached-eager", "--output", str(tmp_path)]) == 0
     [json_file], [png_file] = tmp_path.glob("*.json"), tmp_path.glob("*.png")
     record = json.loads(json_file.read_text())
@@ -138,7 +137,7 @@ def test_bench_interrupted_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure.Workbench, "run", interrupted)
     monkeypatch.setattr(harness, "STABLE", 1e9)
-    options = ["--model", "tiny", "--contexts", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
+    options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
     assert bench_main([*options, "--repetitions", "2", "--output", str(tmp_path)]) == 130
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["interrupted"]

@@ -95,7 +95,7 @@ def _describe(record: Record) -> str:
 
 def _rows(changes: list[Change]) -> tuple[list[list[str]], int]:
     labels = list(dict.fromkeys(name for change in changes for name in change.labels))
-    rows = [[*labels, "metric", "old", "new", "new/old", "95% interval", "beside the machine", "verdict"]]
+    rows = [[*labels, "metric", "old", "new", "new/old", "95% interval", "relative to machine", "verdict"]]
     for c in changes:
         values = [METRICS[c.metric].text(value) for value in (c.old, c.new)]
         beside = [f"x{e.median:.3f} {_interval(e)}".strip() for e in c.relative.values()]

@@ -109,8 +109,8 @@ def draw(points: Sequence[Point], lines: dict[str, list[Case | None]], metric: s
     first = points[-1].record
     unit = METRICS[metric].unit or METRICS[metric].title
     subtitle = f"{first.model['name']}, suite {first.suite}; bars: 95% intervals; *: of a changed tree"
-    figure = new_figure(first, f"{METRICS[metric].title} over commits", subtitle, (10.4, 7.4))
-    top, bottom = figure.add_axes((0.075, 0.40, 0.71, 0.46)), figure.add_axes((0.075, 0.17, 0.71, 0.15))
+    figure = new_figure(first, f"{METRICS[metric].title} over commits", subtitle, (11.8, 7.2))
+    top, bottom = figure.add_axes((0.075, 0.40, 0.62, 0.46)), figure.add_axes((0.075, 0.15, 0.62, 0.16))
     ends = []
     for i, (name, cases) in enumerate(lines.items()):
         color, marker = PALETTE[i % len(PALETTE)], MARKERS[i // len(PALETTE) % len(MARKERS)]

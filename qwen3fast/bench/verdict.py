@@ -10,10 +10,10 @@ from qwen3fast.bench.statistics import Estimate
 BETTER, WORSE, SAME, UNCLEAR = "better", "worse", "same", "unclear"
 MACHINE, MASKED, UNJUDGED = "machine", "masked", "unjudged"
 MEANINGS = {
-    BETTER: "the whole interval lies beyond the threshold, also relative to the machine's own speed",
-    WORSE: "the same, for the worse",
+    BETTER: "better, as measured and relative to the machine's own speed, each with the whole interval",
+    WORSE: "worse, as measured and relative to the machine's own speed, each with the whole interval",
     SAME: "the whole interval lies within the threshold",
-    UNCLEAR: "the interval crosses the threshold",
+    UNCLEAR: "an interval, as measured or relative to the machine, crosses the threshold",
     MACHINE: "moved, but not against the machine's own speed, which moved as well: not counted",
     MASKED: "not moved for sure, but it is relative to the machine, whose own speed did: not counted, worth a look",
     UNJUDGED: "fewer than three repetitions, whose interval means nothing",
