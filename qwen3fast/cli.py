@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen3fast._version import __version__
-from qwen3fast.bench.main import add_bench_arguments, run_bench
+from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import CompileMode
@@ -56,9 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling_arguments(chat)
     chat.set_defaults(run=_chat)
 
-    bench = commands.add_parser("bench", help="tokens per second with and without the KV cache: table, JSON and plot")
-    add_bench_arguments(bench)
-    bench.set_defaults(run=run_bench)
+    # Its options are those of `python -m qwen3fast.bench`, which also answers --help: no word is an option here.
+    text = "tokens per second with and without the KV cache, and more: see bench --help"
+    bench = commands.add_parser("bench", help=text, add_help=False, prefix_chars="\0")
+    bench.add_argument("options", nargs="*")
+    bench.set_defaults(run=lambda args: bench_main(args.options))
 
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)

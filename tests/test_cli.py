@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from qwen3fast.bench import harness, measure, probes, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.cli import main
 
@@ -78,70 +79,98 @@ def test_info_states_experts_without_making_them(capsys):
     assert "6.084 GB of weights" in out and "128, 8 a token, of 768" in out
 
 
+@pytest.fixture
+def quick_probes(monkeypatch):
+    """Probes that tell a speed without taking the time to measure it well."""
+    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
+
+
+@pytest.mark.usefixtures("quick_probes")
 def test_bench_writes_json_and_picture(tmp_path, capsys):
-    options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "4", "--repetitions", "2"]
+    options = ["--model", "tiny", "--contexts", "16,40", "--new-tokens", "4", "--repetitions", "2"]
     assert bench_main([*options, "--modes", "uncached-eager,cached-eager", "--output", str(tmp_path)]) == 0
     [json_file], [png_file] = tmp_path.glob("*.json"), tmp_path.glob("*.png")
     record = json.loads(json_file.read_text())
-    assert [(c["mode"], c["length"]) for c in record["cases"]] == [
+    assert [(c["labels"]["mode"], c["labels"]["context"]) for c in record["cases"]] == [
         ("uncached-eager", 16),
         ("cached-eager", 16),
         ("uncached-eager", 40),
         ("cached-eager", 40),
     ]
-    assert all(len(c["samples"]) == 2 for c in record["cases"])
-    assert all(check["passed"] for check in record["checks"].values())
+    assert all(len(c["samples"]["step_s"]) == 2 for c in record["cases"])
+    assert len(record["checks"]) == 2 and all(check["passed"] for check in record["checks"].values())
     assert png_file.read_bytes().startswith(b"\x89PNG")
-    assert "cached-eager" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "cached-eager" in out and "with the cache" in out
+    assert "cached-eager, bf16, batch 1: 12 of 12 greedy tokens are the reference's argmax" in err
 
 
-@pytest.mark.parametrize("format", [None, "int4"])
-def test_bench_prints_json(tmp_path, capsys, format):
-    options = ["--model", "tiny", "--lengths", "16", "--new-tokens", "2", "--modes", "cached-eager", "--json"]
-    options += [] if format is None else ["--quantization", format]
-    assert bench_main([*options, "--output", str(tmp_path)]) == 0
+@pytest.mark.usefixtures("quick_probes")
+@pytest.mark.parametrize(("format", "label"), [("plain", "bf16"), ("int4", "int4")])
+def test_bench_prints_json(tmp_path, capsys, format, label):
+    options = ["--model", "tiny", "--contexts", "16", "--new-tokens", "2", "--modes", "cached-eager", "--json"]
+    assert bench_main([*options, "--formats", format, "--repetitions", "1", "--output", str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["schema_version"] == 1 and record["model"]["quantization"] == format
-    bytes_per_weight = record["model"]["weight_bytes"] / record["model"]["parameters"]
-    assert bytes_per_weight == 2 if format is None else 0.5 < bytes_per_weight < 0.7
+    [case] = record["cases"]
+    assert record["schema_version"] == 2 and case["labels"]["format"] == label
+    bytes_per_weight = case["facts"]["weight_bytes"] / record["model"]["parameters"]
+    assert bytes_per_weight == 2 if format == "plain" else 0.5 < bytes_per_weight < 0.7
 
 
+@pytest.mark.usefixtures("quick_probes")
+def test_bench_output_may_be_a_file(tmp_path):
+    options = ["--model", "tiny", "--contexts", "16", "--new-tokens", "2", "--modes", "cached-eager"]
+    assert bench_main([*options, "--quick", "--output", str(tmp_path / "mine.json")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "mine.png"]
+
+
+@pytest.mark.usefixtures("quick_probes")
 def test_bench_interrupted_keeps_what_was_measured(tmp_path, monkeypatch):
-    import qwen3fast.bench.main as bench
-
-    real, calls = bench.Workbench.run, []
+    real, calls = measure.Workbench.run, []
 
     def interrupted(self, mode, prompts, new_tokens):
-        calls.append(mode)
-        if len(calls) == 5:
+        calls.append(len(prompts[0]))
+        if calls.count(40) == 6:  # two runs compile and check, two warm up, two are measured
             raise KeyboardInterrupt
         return real(self, mode, prompts, new_tokens)
 
-    monkeypatch.setattr(bench.Workbench, "run", interrupted)
+    monkeypatch.setattr(measure.Workbench, "run", interrupted)
+    monkeypatch.setattr(harness, "STABLE", 1e9)
     options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
-    assert bench_main([*options, "--output", str(tmp_path)]) == 130
+    assert bench_main([*options, "--repetitions", "2", "--output", str(tmp_path)]) == 130
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert record["interrupted"] and len(record["cases"]) == 1
+    assert record["interrupted"]
+    assert [(c["labels"]["context"], len(c["samples"]["step_s"])) for c in record["cases"]] == [(16, 2), (40, 1)]
 
 
 @pytest.mark.parametrize(
     "options",
-    [["--modes", "cached-fast"], ["--lengths", "0"], ["--lengths", "1,x"], ["--dtype", "int3"], ["--threads", "-1"]],
+    [
+        ["--suite", "speed"],
+        ["--modes", "cached-fast"],
+        ["--formats", "int3"],
+        ["--contexts", "0"],
+        ["--contexts", "1,x"],
+        ["--dtype", "int3"],
+        ["--threads", "-1"],
+        ["measure"],
+    ],
 )
 def test_bench_bad_options_exit_2(options):
-    with pytest.raises(SystemExit) as exit_info:
-        bench_main(options)
-    assert exit_info.value.code == 2
+    for run in (bench_main, lambda options: main(["bench", *options])):
+        with pytest.raises(SystemExit) as exit_info:
+            run(options)
+        assert exit_info.value.code == 2
 
 
 def test_bench_too_long_a_context_exits_2(capsys):
-    assert bench_main(["--model", "tiny", "--lengths", "5000"]) == 2
-    assert "exceeds this model's 4096 positions" in capsys.readouterr().err
+    assert bench_main(["--model", "tiny", "--contexts", "5000"]) == 2
+    assert "exceeds this model's 4096 positions; choose smaller --contexts" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_bench_fails_when_a_mode_gives_wrong_tokens(tmp_path, monkeypatch, capsys):
-    import qwen3fast.bench.measure as measure
-
     real = measure.run_cached
 
     def wrong(engine, prompts, new_tokens):
@@ -150,6 +179,41 @@ def test_bench_fails_when_a_mode_gives_wrong_tokens(tmp_path, monkeypatch, capsy
         return sample
 
     monkeypatch.setattr(measure, "run_cached", wrong)
-    options = ["--model", "tiny", "--lengths", "16", "--new-tokens", "2", "--modes", "cached-eager"]
-    assert bench_main([*options, "--output", str(tmp_path)]) == 1
+    options = ["--model", "tiny", "--contexts", "16", "--new-tokens", "2", "--modes", "cached-eager"]
+    assert bench_main([*options, "--repetitions", "1", "--output", str(tmp_path)]) == 1
     assert "WRONG" in capsys.readouterr().err
+
+
+def test_bench_of_the_command_line_is_that_of_its_module(capsys):
+    for options in (["--help"], ["compare", "--help"], ["history", "--help"], ["self-test", "--help"]):
+        texts = []
+        for run in (bench_main, lambda options: main(["bench", *options])):
+            with pytest.raises(SystemExit, match="0"):
+                run(options)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] and texts[0].startswith("usage: python -m qwen3fast.bench")
+
+
+def test_bench_of_the_command_line_gives_the_status_of_a_command(capsys):
+    assert main(["bench", "compare", "none.json", "none.json"]) == 2
+    assert "qwen3fast.bench: error: none.json not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("is_right", "status"), [(True, 0), (False, 1)])
+def test_bench_self_test_prints_a_table(monkeypatch, capsys, is_right, status):
+    # Its real clock is left out: tests assert no times.
+    monkeypatch.setattr(self_test, "check_in_real_time", lambda: [self_test.Finding("speed", "1", "2", is_right)])
+    assert bench_main(["self-test"]) == status
+    out, err = capsys.readouterr()
+    assert "ABABABABAB" in out and ("WRONG" in out) != is_right
+    assert ("1 of 8 are wrong" in err) != is_right
+
+
+def test_bench_self_test_waits_as_long_as_it_says(monkeypatch):
+    clock = self_test.FakeClock()
+    monkeypatch.setattr(self_test.time, "perf_counter", clock)
+    monkeypatch.setattr(self_test.time, "sleep", clock.wait)
+    monkeypatch.setattr(self_test, "wait", clock.wait)
+    assert all(finding.is_right for finding in self_test.check_in_real_time())
+    monkeypatch.setattr(self_test, "wait", lambda seconds: clock.wait(0.01))
+    assert [finding.is_right for finding in self_test.check_in_real_time()] == [False, True, False]

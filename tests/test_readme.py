@@ -45,10 +45,20 @@ def test_readme_command_lines_parse():
     assert len(commands) >= 4
     import shlex
 
+    from qwen3fast.bench.__main__ import COMMANDS
+    from qwen3fast.bench.__main__ import build_parser as build_bench_parser
     from qwen3fast.cli import build_parser
 
     for command in commands:
-        build_parser().parse_args(shlex.split(command.partition("#")[0])[3:])
+        module, *words = shlex.split(command.partition("#")[0])[2:]
+        if module == "qwen3fast":
+            args = build_parser().parse_args(words)
+            if args.command != "bench":
+                continue
+            words = args.options
+        if words[:1] and words[0] in COMMANDS:
+            continue
+        build_bench_parser().parse_args(words)
 
 
 def test_module_runs_as_a_program():

@@ -14,21 +14,35 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from qwen3fast.bench import compare_command, history, self_test
 from qwen3fast.bench.main import add_bench_arguments, run_bench
+
+COMMANDS = {
+    "compare": compare_command.main,
+    "history": history.main,
+    "self-test": self_test.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options), 130 (Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return run_bench(build_parser().parse_args(argv))
+    except (ValueError, FileNotFoundError, MemoryError) as err:
+        print(f"qwen3fast.bench: error: {err}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of a measurement."""
     parser = argparse.ArgumentParser(
         prog="python -m qwen3fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_bench_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run_bench(args)
-    except (ValueError, FileNotFoundError, MemoryError) as err:
-        print(f"qwen3fast.bench: error: {err}", file=sys.stderr)
-        return 2
+    return parser
 
 
 if __name__ == "__main__":

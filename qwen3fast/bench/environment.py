@@ -51,17 +51,17 @@ def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
 
     program: how the command begins; its options are those of this process.
     """
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     return {
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join([program, *sys.argv[1:]]),
         "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "git_dirty": bool(git("status", "--porcelain")) if commit else None,
     }
 
 
-def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).parent
+def git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
+    """What git says in a folder; None if it fails, as outside of a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -88,10 +88,10 @@ def _cpu_flags() -> set[str]:
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
 
 
-def _cpu_caches() -> dict[str, str]:
+def _cpu_caches(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> dict[str, str]:
     """Sizes of the first processor's caches, as Linux writes them: {"L1d": "32K", "L2": "1024K"}; empty elsewhere."""
     caches = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+    for folder in sorted((cpu / "cache").glob("index*")):
         try:
             level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
         except OSError:

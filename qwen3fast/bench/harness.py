@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.bench.metrics import percentile
 from qwen3fast.bench.record import Case, Record
 
 STABLE = 0.05  # two warm-up runs in a row that differ by no more
@@ -56,7 +56,9 @@ class Harness:
     def measure(self, tasks: list[Task], repetitions: int, description: str = "measuring") -> None:
         """Warm each task up, then run them all in turns, `repetitions` times. Cases join the record at once, so that
         an interrupted run keeps what it has."""
-        self._record.cases += [task.case for task in tasks if task.case not in self._record.cases]
+        # By identity: a case of an earlier call may be equal, with nothing measured yet.
+        known = {id(case) for case in self._record.cases}
+        self._record.cases += [task.case for task in tasks if id(task.case) not in known]
         bar = tqdm(total=len(tasks) * (repetitions + 1), desc=description, unit="run", disable=not self._is_shown)
         try:
             for task in tasks:
@@ -103,9 +105,10 @@ class Harness:
 def noise_of(record: Record) -> list[str]:
     """What a record's own samples say against it: memory whose speed changed, and medians that are not well known."""
     reasons = []
-    gb_s = sorted(record.conditions.get("bandwidth_gb_s", []))
-    if gb_s and (high := percentile(gb_s, 0.9)) > BANDWIDTH_SPREAD * (low := percentile(gb_s, 0.1)):
-        reasons.append(f"the memory's read bandwidth moved between {low:.0f} and {high:.0f} GB/s during the run")
+    if gb_s := record.conditions.get("bandwidth_gb_s"):
+        low, high = np.percentile(gb_s, [10, 90])
+        if high > BANDWIDTH_SPREAD * low:
+            reasons.append(f"the memory's read bandwidth moved between {low:.3g} and {high:.3g} GB/s during the run")
     unsure = []
     for case in record.cases:
         name = next((name for name in MAIN_METRICS if name in case.metrics), None)

@@ -78,7 +78,14 @@ METRICS = {
 
 
 def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> dict[str, Estimate]:
-    """All metrics that the samples allow.
+    """An estimate of each metric that the samples allow, over its values of `per_repetition`."""
+    return {name: estimate(values) for name, values in per_repetition(labels, facts, samples).items()}
+
+
+def per_repetition(
+    labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """All metrics that the samples allow, a value for each repetition.
 
     samples: name -> an entry a repetition; entries of "step_s", "ttfts_s" and "itl_s" are lists (each step, each
     request, each gap). labels may give batch_size and context; facts: bytes_per_step (that a decode step must read),
@@ -86,7 +93,7 @@ def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mappi
     "seconds" were taken for), steps (that "energy_j" was taken for).
     Speeds and shares are taken repetition by repetition, with the bandwidth measured beside that repetition.
     Definitions: ttft_s is the call to the first token of all rows; decode_tok_s is batch_size / the repetition's median
-    step, so it never counts the prompt; p99 is over all steps of all repetitions.
+    step, so it never counts the prompt; step_p99_ms is over all steps of all repetitions, and so a single value.
     """
     values = {name: list(entries) for name, entries in samples.items() if name in METRICS}
     values |= _of_steps(labels, facts, samples)
@@ -98,7 +105,7 @@ def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mappi
         values["requests_s"] = [facts["requests"] / s for s in samples["seconds"]]
     if "energy_j" in samples and "steps" in facts:
         values["energy_j_token"] = [j / facts["steps"] for j in samples["energy_j"]]
-    return {name: estimate(entries) for name, entries in values.items() if entries}
+    return {name: entries for name, entries in values.items() if entries}
 
 
 def _of_steps(

@@ -68,7 +68,9 @@ class EnergyMeter:
 
     def __init__(self, folder: Path = Path("/sys/class/powercap")) -> None:
         self._zones = [
-            zone for zone in sorted(folder.glob("intel-rapl:?")) if self._read(zone, "energy_uj") is not None
+            zone
+            for zone in sorted(folder.glob("intel-rapl:?"))
+            if self._is_package(zone) and self._read(zone, "energy_uj") is not None
         ]
         self._started: list[int | None] = []
 
@@ -85,9 +87,20 @@ class EnergyMeter:
             now = self._read(zone, "energy_uj")
             if now is None or before is None:
                 return None
-            # The counter starts anew at the end of its range.
-            total += (now - before) if now >= before else now - before + (self._read(zone, "max_energy_range_uj") or 0)
+            if now < before:  # the counter started anew at the end of its range
+                if (whole := self._read(zone, "max_energy_range_uj")) is None:
+                    return None
+                now += whole
+            total += now - before
         return total / 1e6
+
+    @staticmethod
+    def _is_package(zone: Path) -> bool:
+        # The zone "psys", the whole platform, counts the packages again.
+        try:
+            return (zone / "name").read_text().startswith("package")
+        except OSError:
+            return False
 
     @staticmethod
     def _read(zone: Path, name: str) -> int | None:

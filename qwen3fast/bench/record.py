@@ -112,6 +112,9 @@ class Record:
         }
         kinds |= {"checks": dict, "notes": dict, "interrupted": bool, "cases": list}
         _expect(value, kinds, where)
+        _expect(value["run"], {"utc": str, "command": str}, f"{where}: run")
+        for name, check in value["checks"].items():
+            _expect(check, {"passed": bool}, f"{where}: checks[{name!r}]")
         cases = []
         for i, raw in enumerate(value["cases"]):
             _expect(raw, {"labels": dict, "facts": dict, "samples": dict, "metrics": dict}, f"{where}: cases[{i}]")
@@ -166,11 +169,12 @@ def _compare_metrics(case: Case, written: dict[str, Any], where: str) -> None:
     """Raises: ValueError if written medians are not those of the samples."""
     try:
         derived = case.metrics
-    except (TypeError, ValueError, ZeroDivisionError) as err:
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as err:
         raise ValueError(f"{where}: the samples are damaged: {err}") from err
     if derived.keys() != written.keys():
         raise ValueError(f"{where}: metrics {sorted(written)}, but the samples give {sorted(derived)}")
     for name, estimate in derived.items():
         median = written[name].get("median") if isinstance(written[name], dict) else None
-        if not isinstance(median, int | float) or abs(median - estimate.median) > 1e-6 * abs(estimate.median):
+        # Said so that nan, which JSON files can hold, is refused.
+        if not isinstance(median, int | float) or not abs(median - estimate.median) <= 1e-6 * abs(estimate.median):
             raise ValueError(f"{where}: {name} is {median!r}, but the samples give {estimate.median!r}")

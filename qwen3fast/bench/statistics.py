@@ -1,6 +1,8 @@
 """What repeated measurements say: a median, how far single ones lie from it, and how well it is known.
 
-Medians and the bootstrap take no notice of a few outliers, which a busy machine always makes.
+Medians and the bootstrap take no notice of a few outliers, which a busy machine always makes. Of few values the
+interval is that of the extremes, which is too narrow, and not rid of outliers: simulated with normal noise, it holds
+the true median in 76% of cases for three values, in 93% for five.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
 """
 

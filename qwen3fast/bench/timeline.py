@@ -1,0 +1,86 @@
+"""Records in the order of their commits, also all versions of one record that git has."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3fast.bench.compare import differences
+from qwen3fast.bench.environment import git
+from qwen3fast.bench.record import Record
+
+
+@dataclass(frozen=True)
+class Point:
+    """A record in time: seconds since 1970 of its commit (or else of the run), and a name for it; "*" if the tree was
+    changed."""
+
+    record: Record
+    time_s: float
+    name: str
+
+    @property
+    def date(self) -> str:
+        """Day of the commit, or else of the run."""
+        return time.strftime("%Y-%m-%d", time.gmtime(self.time_s))
+
+
+def versions_in_git(path: Path) -> tuple[list[Record], list[str]]:
+    """All versions of a file in git's history, across renames; and which were left out and why.
+
+    Raises: ValueError if git has none.
+    """
+    folder = path.parent if path.parent.is_dir() else Path()
+    log = git("log", "--follow", "--format=commit %H", "--name-only", "--", path.name, folder=folder)
+    top = git("rev-parse", "--show-toplevel", folder=folder)
+    if not log or top is None:
+        raise ValueError(f"git has no version of {path}; expected a file that was committed")
+    records, notes, commit = [], [], ""
+    for line in filter(None, log.splitlines()):
+        if line.startswith("commit "):
+            commit = line.removeprefix("commit ")
+            continue
+        text = git("show", f"{commit}:{line}", folder=Path(top))
+        where = f"{line} at {commit[:9]}"
+        try:
+            if text is None:
+                raise ValueError(f"{where} was deleted")
+            records.append(Record.from_dict(json.loads(text), where))
+        except ValueError as err:  # such as one of an earlier version of the format
+            notes.append(str(err))
+    return records, notes
+
+
+def in_order(records: Sequence[Record], force: bool = False) -> list[Point]:
+    """Oldest commit first; runs of one commit by their time.
+
+    Raises: ValueError for no records, for other suites, or for other machines or models (unless `force`).
+    """
+    if not records:
+        raise ValueError("no record of version 2 to show; give some, or --git PATH")
+    for other in records[1:]:
+        apart = differences(records[0], other)
+        if other.suite != records[0].suite or (apart and not force):
+            raise ValueError(
+                f"{records[0].run['utc']} and {other.run['utc']} do not belong together: {'; '.join(apart)}; --force "
+                "shows other machines and models beside each other"
+            )
+    points = [Point(record, _commit_time(record), _name(record)) for record in records]
+    return sorted(points, key=lambda point: (point.time_s, point.record.run["utc"]))
+
+
+def _commit_time(record: Record) -> float:
+    commit = record.run.get("git_commit")
+    shown = git("show", "-s", "--format=%ct", commit) if commit else None
+    if shown and shown.isdecimal():
+        return float(shown)
+    return float(calendar.timegm(time.strptime(record.run["utc"], "%Y-%m-%dT%H:%M:%SZ")))
+
+
+def _name(record: Record) -> str:
+    commit = record.run.get("git_commit")
+    return (commit[:7] if commit else "no commit") + ("*" if record.run.get("git_dirty") else "")

@@ -1,0 +1,40 @@
+"""Benchmark records made up for tests: no model, no clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3fast.bench.record import Case, Record
+
+ENVIRONMENT = {
+    "device": "cpu", "cpu": "Test CPU", "cpu_count": 2, "cpu_affinity": [0, 1], "cpu_flags": ["avx2"],
+    "cpu_caches": {"L2": "1024K"}, "threads": 2, "memory_bytes": 2**33, "platform": "Linux-test", "python": "3.11.1",
+    "torch": "2.9.0", "qwen3fast": "0.1.0",
+}  # fmt: skip
+MODEL = {"name": "random:test", "dtype": "bfloat16", "parameters": 1000, "weight_bytes": 2000}
+
+
+def make_case(tok_s: list[float], gb_s: list[float] | None = None, **labels: Any) -> Case:
+    """Decoding at these speeds, a repetition each, with the memory at gb_s (20 in all) beside them."""
+    shape = {"mode": "cached-eager", "format": "bf16", "context": 32, "batch_size": 1} | labels
+    samples = {
+        "step_s": [[1 / speed] * 3 for speed in tok_s],
+        "ttft_s": [0.5] * len(tok_s),
+        "bandwidth_gb_s": gb_s or [20.0] * len(tok_s),
+        "gemm_flop_s": [1e11] * len(tok_s),
+    }
+    return Case(shape, {"bytes_per_step": 1e8, "steps": 3.0, "prefill_flop": 1e9}, samples)
+
+
+def make_record(*cases: Case, utc: str = "2026-01-02T03:04:05Z", commit: str | None = None, **changes: Any) -> Record:
+    """A valid record of the suite "cache"."""
+    run = {"utc": utc, "command": "python -m qwen3fast.bench", "git_commit": commit, "git_dirty": False}
+    conditions = {
+        name: [value for case in cases for value in case.samples.get(name, [])]
+        for name in ("bandwidth_gb_s", "gemm_flop_s")
+    }
+    checks = {"cached-eager, bf16, batch 1": {"tokens": 12, "exact": 12, "worst_gap": 0.0, "tolerance": 0.03}}
+    checks["cached-eager, bf16, batch 1"]["passed"] = True
+    fields = {"suite": "cache", "run": run, "environment": dict(ENVIRONMENT), "model": dict(MODEL)}
+    fields |= {"cases": list(cases), "checks": checks, "conditions": conditions}
+    return Record(**fields | changes)

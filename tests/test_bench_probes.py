@@ -1,0 +1,148 @@
+"""What is read from the machine: an energy counter that starts anew, peak memory, sizes of caches."""
+
+import pytest
+import torch
+
+from qwen3fast.bench import environment, probes
+from qwen3fast.bench.probes import BandwidthProbe, EnergyMeter, GemmProbe, PeakMemory
+
+CPU = torch.device("cpu")
+
+
+def write_zone(folder, name, energy, most=1_000_000, kind="package-0"):
+    zone = folder / name
+    zone.mkdir(exist_ok=True)
+    (zone / "energy_uj").write_text(f"{energy}\n")
+    (zone / "max_energy_range_uj").write_text(f"{most}\n")
+    (zone / "name").write_text(f"{kind}\n")
+    return zone
+
+
+def test_energy_is_the_sum_of_all_packages(tmp_path):
+    write_zone(tmp_path, "intel-rapl:0", 1000)
+    write_zone(tmp_path, "intel-rapl:1", 5000, kind="package-1")
+    meter = EnergyMeter(tmp_path)
+    meter.start()
+    write_zone(tmp_path, "intel-rapl:0", 501_000)
+    write_zone(tmp_path, "intel-rapl:1", 255_000, kind="package-1")
+    assert meter.joules() == pytest.approx(0.75)
+
+
+def test_energy_counts_on_when_the_counter_starts_anew(tmp_path):
+    write_zone(tmp_path, "intel-rapl:0", 900_000)
+    meter = EnergyMeter(tmp_path)
+    meter.start()
+    write_zone(tmp_path, "intel-rapl:0", 100_000)
+    assert meter.joules() == pytest.approx(0.2)
+
+
+def test_energy_is_unknown_if_a_counter_of_unknown_range_starts_anew(tmp_path):
+    zone = write_zone(tmp_path, "intel-rapl:0", 900_000)
+    (zone / "max_energy_range_uj").unlink()
+    meter = EnergyMeter(tmp_path)
+    meter.start()
+    (zone / "energy_uj").write_text("100000")
+    assert meter.joules() is None
+
+
+def test_energy_counts_nothing_twice(tmp_path):
+    # Parts of a package lie beside it, and "psys" holds all packages.
+    for name, kind in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
+        write_zone(tmp_path, name, 0, kind=kind)
+    meter = EnergyMeter(tmp_path)
+    meter.start()
+    for name, kind in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
+        write_zone(tmp_path, name, 300_000, kind=kind)
+    assert meter.joules() == pytest.approx(0.3)
+
+
+def test_energy_is_unknown_without_a_counter(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        meter = EnergyMeter(folder)
+        meter.start()
+        assert meter.joules() is None
+
+
+def test_energy_is_unknown_if_a_counter_vanishes(tmp_path):
+    zone = write_zone(tmp_path, "intel-rapl:0", 0)
+    meter = EnergyMeter(tmp_path)
+    meter.start()
+    (zone / "energy_uj").unlink()
+    assert meter.joules() is None
+
+
+def test_energy_that_may_not_be_read_is_unknown(tmp_path):
+    (write_zone(tmp_path, "intel-rapl:0", 0) / "energy_uj").write_text("")
+    assert EnergyMeter(tmp_path).joules() is None
+
+
+def test_peak_memory_grows_with_what_is_held():
+    memory = PeakMemory(CPU)
+    memory.reset()
+    before = memory.peak_bytes()
+    if before is None:
+        pytest.skip("this system does not tell the peak memory of a process")
+    held = torch.ones(2**24, dtype=torch.float32)  # 64 MiB
+    assert memory.peak_bytes() - before >= 0.9 * held.nbytes
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    def unknown(self, *_):
+        raise OSError
+
+    monkeypatch.setattr(probes.Path, "write_text", unknown)
+    monkeypatch.setattr(probes.Path, "read_text", unknown)
+    memory = PeakMemory(CPU)
+    memory.reset()
+    assert memory.peak_bytes() is None
+
+
+def test_bandwidth_is_bytes_over_time(monkeypatch):
+    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 4 * 10**6)
+    times = iter([0.0, 0.001, 1.0, 1.004])
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: next(times))
+    probe = BandwidthProbe(CPU)
+    probe.measure(2)
+    assert probe.samples == pytest.approx([4.0, 1.0])
+    assert probe.gb_s == pytest.approx(2.5)
+
+
+def test_gemm_rate_is_two_for_each_weight_and_row(monkeypatch):
+    times = iter([0.0, 1.0])
+    probe = GemmProbe(CPU)
+    monkeypatch.setattr(probes.F, "linear", lambda x, weight: None)
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: next(times))
+    assert probe.measure(1) == 8 * 2 * 512 * 1024 * 3072
+
+
+def test_caches_are_those_of_the_first_processor(tmp_path):
+    for i, (level, kind, size) in enumerate([(1, "Data", "48K"), (1, "Instruction", "32K"), (3, "Unified", "36864K")]):
+        folder = tmp_path / "cache" / f"index{i}"
+        folder.mkdir(parents=True)
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{text}\n")
+    (tmp_path / "cache" / "index9").mkdir()  # one that tells nothing
+    assert environment._cpu_caches(tmp_path) == {"L1d": "48K", "L1i": "32K", "L3": "36864K"}
+    assert environment._cpu_caches(tmp_path / "none") == {}
+
+
+def test_environment_holds_what_the_schema_asks_for():
+    found = environment.describe_environment(CPU)
+    assert found["device"] == "cpu" and found["threads"] == torch.get_num_threads()
+    assert set("cpu cpu_count platform python torch qwen3fast cpu_caches".split()) <= found.keys()
+
+
+def test_run_outside_of_git_has_no_commit(monkeypatch):
+    monkeypatch.setattr(environment, "git", lambda *arguments: None)
+    run = environment.describe_run("program")
+    assert run["git_commit"] is None and run["git_dirty"] is None and run["command"].startswith("program")
+
+
+def test_run_of_a_changed_tree_is_dirty(monkeypatch):
+    answers = {"rev-parse": "abc", "status": " M file"}
+    monkeypatch.setattr(environment, "git", lambda *arguments: answers[arguments[0]])
+    assert (environment.describe_run()["git_commit"], environment.describe_run()["git_dirty"]) == ("abc", True)
+
+
+def test_git_outside_of_a_repository_says_nothing(tmp_path):
+    assert environment.git("rev-parse", "HEAD", folder=tmp_path) is None
