@@ -3,6 +3,7 @@
 python -m qwen3fast.bench                          measure; see --help
 python -m qwen3fast.bench report RECORD... -o FILE one HTML page of records
 python -m qwen3fast.bench table RECORD...          Markdown or CSV of records
+python -m qwen3fast.bench plot RECORD... -o FOLDER their pictures, drawn anew
 python -m qwen3fast.bench compare OLD NEW          what changed beyond noise
 python -m qwen3fast.bench history RECORD... -o FILE a figure over commits
 python -m qwen3fast.bench self-test                the harness on fake work of known speed
@@ -12,21 +13,32 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qwen3fast.bench.main import add_bench_arguments, run_bench
+from qwen3fast.bench.report.command import report_main
+from qwen3fast.bench.show import plot_main, table_main
+
+# First words that are commands of their own: each parses the rest.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "report": report_main,
+    "table": table_main,
+    "plot": plot_main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options), 130 (Ctrl-C)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qwen3fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_bench_arguments(parser)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_bench(args)
-    except (ValueError, FileNotFoundError, MemoryError) as err:
+        if words and words[0] in COMMANDS:
+            return COMMANDS[words[0]](words[1:])
+        parser = argparse.ArgumentParser(
+            prog="python -m qwen3fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_bench_arguments(parser)
+        return run_bench(parser.parse_args(words))
+    except (ValueError, OSError, MemoryError) as err:
         print(f"qwen3fast.bench: error: {err}", file=sys.stderr)
         return 2
 
