@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.metrics import METRICS
-from qwen3fast.bench.plot import FAINT, INK, PALETTE, color_of, draw_line, log_x, name_ends, new_figure, style_axes
+from qwen3fast.bench.plot import INK, color_of, draw_line, log_x, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.table import Columns
 
@@ -108,6 +108,14 @@ def _axis(cases: list[Case]) -> str | None:
     return best if best is not None and counts[best] > 1 else None
 
 
+def _title(panel: Panel) -> str:
+    metric = METRICS[panel.metric]
+    has_unit = (
+        not metric.unit or metric.title == "seconds" or metric.unit in metric.title.split() or "/" in metric.title
+    )
+    return metric.title if has_unit else f"{metric.title} ({metric.unit})"
+
+
 def _draw_lines(axes: Axes, panel: Panel, axis: str) -> None:
     metric = METRICS[panel.metric]
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -124,20 +132,24 @@ def _draw_lines(axes: Axes, panel: Panel, axis: str) -> None:
     if min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
         log_x(axes, ticks)
     name_ends(axes, ends)
-    style_axes(axes, axis.replace("_", " "), metric.title, panel.shared)
+    style_axes(axes, axis.replace("_", " "), _title(panel), panel.shared)
 
 
 def _draw_bars(axes: Axes, panel: Panel) -> None:
     metric = METRICS[panel.metric]
     cases = panel.cases[:MOST_BARS]
     values = [case.metrics[panel.metric].median * metric.factor for case in cases]
-    bars = axes.barh(range(len(cases)), values, height=0.62, color=PALETTE[0])
+    first = next((n for n in cases[0].labels if len({str(c.labels[n]) for c in cases}) > 1), None)
+    groups = [str(case.labels[first]) if first else "" for case in cases]
+    colors = [color_of(group, list(dict.fromkeys(groups))) for group in groups]
+    bars = axes.barh(range(len(cases)), values, height=0.62, color=colors)
     texts = [metric.text(case.metrics[panel.metric].median) for case in cases]
     axes.bar_label(bars, texts, padding=4, size=9, color=INK)
     axes.set_yticks(range(len(cases)), [panel.series_of(case) for case in cases])
-    axes.invert_yaxis()
-    left_out = f", the first {len(cases)} of {len(panel.cases)} cases" if len(cases) < len(panel.cases) else ""
-    style_axes(axes, metric.title + left_out, "", panel.shared)
+    left_out = f"the first {len(cases)} of {len(panel.cases)} cases" if len(cases) < len(panel.cases) else ""
+    style_axes(axes, "", "", "; ".join(part for part in (_title(panel), panel.shared, left_out) if part))
     axes.grid(visible=False)
-    axes.xaxis.label.set_color(FAINT)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(0, max(*values, 1e-12) * 1.2)

@@ -6,6 +6,7 @@ metrics can be derived anew from a record's labels, facts and samples, so a reco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -26,7 +27,10 @@ class Metric:
 
     def text(self, value: float) -> str:
         """The value in words of a table cell."""
-        return self.format.format(value * self.factor)
+        text = self.format.format(value * self.factor)
+        if "e+" in text:  # "g" writes 12345 as 1.234e+04
+            text = re.sub(r"\{:[^}]*\}", "{:,.0f}", self.format).format(value * self.factor)
+        return text
 
 
 METRICS = {

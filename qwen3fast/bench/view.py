@@ -41,6 +41,8 @@ def picture(record: Record) -> Figure:
 
     Raises: ValueError if the record lacks what the picture shows.
     """
+    if not any(case.metrics for case in record.cases):
+        raise ValueError(f"no picture: this {record.suite} record has no case with a metric")
     try:
         with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a record's text is no formula
             return view_of(record).draw(record)

@@ -6,7 +6,11 @@
   function setUpTheme() {
     const button = document.getElementById("theme");
     const isDark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-    const show = () => { button.textContent = isDark() ? "Light theme" : "Dark theme"; };
+    const show = () => { 
+      const other = isDark() ? "light" : "dark";
+      button.textContent = `\u25d0 ${other}`;
+      button.setAttribute("aria-label", `Use the ${other} theme`);
+ };
     button.hidden = false;
     button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; show(); });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
@@ -104,6 +108,10 @@
     setUpSeries(figure);
     setUpPoints(figure, tip);
   }
-  addEventListener("scroll", () => { tip.hidden = true; }, { capture: true, passive: true });
+  // Focus may scroll a point into view: its tip goes along.
+  addEventListener("scroll", () => {
+    if (document.activeElement.matches(".point") && !tip.hidden) showTip(tip, document.activeElement);
+    else tip.hidden = true;
+  }, { capture: true, passive: true });
   document.querySelectorAll("table").forEach(setUpTable);
 })();

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen3fast.bench.metrics import METRICS
-from qwen3fast.bench.record import Record
+from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.report.drawing import Drawing, draw_for_page
 from qwen3fast.bench.report.values import interval
 from qwen3fast.bench.statistics import Estimate
@@ -35,6 +35,7 @@ class Section:
     sentences: list[str]
     drawing: Drawing | None
     no_drawing: str
+    caption: str
     header: list[Cell]
     rows: list[list[Cell]]
     figures: list[list[Cell]]
@@ -55,12 +56,26 @@ def make_section(record: Record, name: str) -> Section:
         drawing = draw_for_page(picture(record), record, name)
     except ValueError as err:
         no_drawing = str(err)
-    header, rows = main_table(record, view.columns)
+    columns, shared = split_shared(record, view.columns)
+    header, rows = main_table(record, columns)
+    caption = f"{view.title}: medians and 95% intervals" + (f"; all cases: {shared}" if shared else "")
     text = json.dumps(record.to_dict(), indent=1) + "\n"
     return Section(
-        name, view.title, record, sentences(record), drawing, no_drawing, header, rows, all_figures(record),
+        name, view.title, record, sentences(record), drawing, no_drawing, caption, header, rows, all_figures(record),
         _data_url("application/json", text), _data_url("text/csv", as_csv([record])),
     )  # fmt: skip
+
+
+def split_shared(record: Record, columns: Columns) -> tuple[Columns, str]:
+    """Columns without the labels that all cases share, and those labels in words. The first label stays."""
+    cases = [case for case in record.cases if case.samples]
+    shared = {}
+    for name in columns.labels[1:]:
+        values = {str(case.labels.get(name)) for case in cases}
+        if len(cases) > 1 and len(values) == 1 and name in cases[0].labels and name not in columns.baseline:
+            shared[name] = cases[0].labels[name]
+    kept = tuple(name for name in columns.labels if name not in shared)
+    return replace(columns, labels=kept), Case(shared).name.replace("_", " ")
 
 
 def main_table(record: Record, columns: Columns) -> tuple[list[Cell], list[list[Cell]]]:

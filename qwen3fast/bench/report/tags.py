@@ -18,15 +18,16 @@ from qwen3fast.bench.record import Record
 from qwen3fast.bench.report.values import Values
 
 SERIES, BAR = "series", "bar"
+STYLES = {"-": "solid", ":": "dotted"}  # CSS's names; all others are dashed
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line's name, and how its button shows it. color: "#rrggbb"."""
+    """A line's name, and how its button shows it. color: "#rrggbb"; style: solid, dashed or dotted."""
 
     name: str
     color: str
-    is_dashed: bool
+    style: str
 
 
 def series_in(gid: str) -> str:
@@ -57,11 +58,11 @@ def tag(figure: Figure, record: Record) -> tuple[list[Series], dict[str, list[st
 
 def _tag_lines(axes: Axes, i: int, values: Values, series: dict[str, Series], tips: dict[str, list[str]]) -> None:
     """A line without a name, such as a limit, goes with the one before it if it has its colour."""
-    owner = Series("", "", False)
+    owner = Series("", "", "")
     for j, line in enumerate(axes.lines):
         label, color = str(line.get_label()), _hex(line)
         if label and not label.startswith("_"):
-            owner = Series(label, color, line.is_dashed())
+            owner = Series(label, color, STYLES.get(str(line.get_linestyle()), "dashed"))
             series.setdefault(label, owner)
         name = owner.name if color == owner.color else ""
         gid = f"{SERIES}:{i}.{j}:{name}" if name else f"line:{i}.{j}"

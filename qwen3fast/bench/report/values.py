@@ -39,7 +39,9 @@ def interval(name: str, estimate: Estimate) -> str:
     """The median's 95% interval as the metric is shown, "4.1 to 4.3"; empty of a single value."""
     if estimate.low is None or estimate.high is None:
         return ""
-    return f"{METRICS[name].text(estimate.low)} to {METRICS[name].text(estimate.high)}"
+    low, high = (METRICS[name].text(value) for value in (estimate.low, estimate.high))
+    unit = high[high.find(" ") :] if " " in high else ""
+    return f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
 
 
 def sure(name: str, estimate: Estimate) -> str:

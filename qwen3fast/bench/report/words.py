@@ -19,7 +19,7 @@ def environment_sentence(record: Record) -> str:
     e = record.environment
     machine = str(e["gpu"]) if e.get("gpu") else f"{e.get('cpu', 'an unknown processor')}"
     if not e.get("gpu") and e.get("threads") is not None:
-        machine += f" with {e['threads']} threads"
+        machine += f" with {e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     memory = e.get("memory_bytes")
     if isinstance(memory, int | float):
         machine += f" and {memory / 1e9:.0f} GB of memory"
@@ -43,12 +43,11 @@ def trouble(record: Record) -> list[str]:
 
 def noise_sentences(record: Record) -> list[str]:
     """How far the figures can be trusted."""
-    if record.noise:
-        return [f"Noisy: {reason}" for reason in record.noise]
+    sentences = [f"Noisy: {reason}" for reason in record.noise]
     counts = [e.n for case in record.cases for e in case.metrics.values()]
     if counts and max(counts) == 1:
-        return ["Each figure is of a single run: how much it would differ in another is not known"]
-    return []
+        sentences.append("Each figure is of a single run: how much it would differ in another is not known")
+    return sentences
 
 
 def is_passed(check: Any) -> bool:
