@@ -3,6 +3,7 @@
 python -m qwen3fast.bench                          measure; see --help
 python -m qwen3fast.bench report RECORD... -o FILE one HTML page of records
 python -m qwen3fast.bench table RECORD...          Markdown or CSV of records
+python -m qwen3fast.bench plot RECORD... -o FOLDER their pictures, drawn anew
 python -m qwen3fast.bench compare OLD NEW          what changed beyond noise
 python -m qwen3fast.bench history RECORD... -o FILE a figure over commits
 python -m qwen3fast.bench self-test                the harness on fake work of known speed
@@ -12,12 +13,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qwen3fast.bench import compare_command, history, self_test
 from qwen3fast.bench.main import add_bench_arguments, run_bench
+from qwen3fast.bench.report.command import report_main
+from qwen3fast.bench.show import plot_main, table_main
 
-COMMANDS = {
+# First words that are commands of their own: each parses the rest.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "report": report_main,
+    "table": table_main,
+    "plot": plot_main,
     "compare": compare_command.main,
     "history": history.main,
     "self-test": self_test.main,
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return run_bench(build_parser().parse_args(argv))
-    except (ValueError, FileNotFoundError, MemoryError) as err:
+    except (ValueError, OSError, MemoryError) as err:
         print(f"qwen3fast.bench: error: {err}", file=sys.stderr)
         return 2
 

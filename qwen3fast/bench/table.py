@@ -64,7 +64,7 @@ def as_text(rows: list[list[str]], left: int) -> str:
 
 def as_markdown(rows: list[list[str]], left: int) -> str:
     """A Markdown table; the first `left` columns are aligned to the left, the others to the right."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     divider = "|" + "|".join(" :--- " if i < left else " ---: " for i in range(len(rows[0]))) + "|"
     return "\n".join([lines[0], divider, *lines[1:]])
 

@@ -1,0 +1,141 @@
+"""A figure as SVG inside a page: colours by the page's theme, points and bars that tell their values, series by name.
+
+tags.py gives what is drawn ids, by which it is found again in the SVG.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from qwen3fast.bench.record import Record
+from qwen3fast.bench.report.colors import LIGHT
+from qwen3fast.bench.report.tags import Series, is_bar, series_in, tag
+from qwen3fast.bench.svg import svg_text
+
+COLOR = re.compile(r"#[0-9a-f]{6}\b", re.IGNORECASE)
+REFERENCE = re.compile(r"#([\w.-]+)")
+HIT_RADIUS = "9"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """svg: to be put into a page as it is. texts: the figure's own (title, subtitle, where measured), no longer in it.
+
+    colors: all that it uses, and whether for text; `variable` gives the CSS variables that the page must define.
+    """
+
+    svg: str
+    texts: list[str]
+    series: list[Series]
+    colors: set[tuple[str, bool]]
+
+
+def variable(color: str, is_text: bool) -> str:
+    """The CSS variable that stands for a figure's colour."""
+    return f"--{'text' if is_text else 'mark'}-{color[1:]}"
+
+
+def draw_for_page(figure: Figure, record: Record, prefix: str) -> Drawing:
+    """prefix: begins the ids, so that several fit one page. The figure is used up.
+
+    Raises: ValueError for text that XML cannot hold, such as control characters.
+    """
+    texts = [text.get_text() for text in figure.texts]
+    for text in list(figure.texts):
+        text.remove()
+    series, tips = tag(figure, record)
+    try:
+        root = ET.fromstring(svg_text(figure, facecolor="none", is_trimmed=True))
+    except ET.ParseError as err:
+        raise ValueError(f"no picture: the record's text is not fit for XML ({err})") from err
+    _drop_namespaces(root)
+    names = {s.name: str(i) for i, s in enumerate(series)}
+    for group in list(root.iter("g")):
+        name = series_in(group.get("id", ""))
+        if name in names:
+            group.set("data-series", names[name])
+        _add_tips(group, tips.get(group.get("id", ""), []))
+    colors = set(_theme(root))
+    _rename(root, prefix)
+    width = root.get("viewBox", "0 0 0 0").split()[2]
+    root.attrib = {"viewBox": root.get("viewBox", ""), "role": "group", "style": f"--natural: {float(width):.0f}px"}
+    root.set("aria-label", texts[0] if texts else record.suite)
+    return Drawing(ET.tostring(root, encoding="unicode"), texts, series, colors)
+
+
+def _drop_namespaces(root: ET.Element) -> None:
+    """HTML needs none. Matplotlib's metadata and its style for the whole page go, too."""
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name in list(element.attrib):
+            if name.startswith("{"):
+                element.set(name.rpartition("}")[2], element.attrib.pop(name))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in ("metadata", "style"):
+                parent.remove(child)
+
+
+def _add_tips(group: ET.Element, words: list[str]) -> None:
+    """Make each marker (or the one bar) of a group a point with a title. A point outside of the figure was not drawn:
+    then it is not known which are missing, and none gets words."""
+    if len(words) == 1 and is_bar(group.get("id", "")):
+        _make_point(group, words[0])
+        return
+    markers = [(parent, use) for parent in group.iter("g") for use in parent.findall("use")]
+    if len(markers) != len(words):
+        return
+    for (parent, use), text in zip(markers, words, strict=True):
+        point = ET.Element("g")
+        parent[list(parent).index(use)] = point
+        point.append(use)
+        circle = {"class": "hit", "cx": use.get("x", ""), "cy": use.get("y", ""), "r": HIT_RADIUS}
+        ET.SubElement(point, "circle", circle)
+        _make_point(point, text)
+
+
+def _make_point(group: ET.Element, text: str) -> None:
+    group.set("class", "point")
+    group.set("role", "img")
+    group.set("aria-label", text)
+    title = ET.Element("title")
+    title.text = text
+    group.insert(0, title)
+
+
+def _theme(root: ET.Element) -> Iterator[tuple[str, bool]]:
+    """Put variables in place of colours. Yields each colour, and whether it is of text."""
+    for element in root.iter():
+        style, is_text = element.get("style", ""), element.tag in ("text", "tspan")
+        for color in {match.lower() for match in COLOR.findall(style)}:
+            if is_text or color != LIGHT:
+                yield color, is_text
+        if style:
+            element.set("style", COLOR.sub(_text_variable if is_text else _mark_variable, style))
+
+
+def _text_variable(match: re.Match[str]) -> str:
+    return f"var({variable(match[0].lower(), True)})"
+
+
+def _mark_variable(match: re.Match[str]) -> str:
+    return "var(--surface)" if match[0].lower() == LIGHT else f"var({variable(match[0].lower(), False)})"
+
+
+def _rename(root: ET.Element, prefix: str) -> None:
+    """Number the ids that are referred to; drop the others."""
+    targets: dict[str, str] = {}
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            if name == "href" or value.startswith("url(#"):
+                target = REFERENCE.findall(value)[0]
+                new = targets.setdefault(target, f"{prefix}-{len(targets)}")
+                element.set(name, value.replace(f"#{target}", f"#{new}"))
+    for element in root.iter():
+        if (old := element.attrib.pop("id", None)) in targets:
+            element.set("id", targets[old])
