@@ -12,6 +12,8 @@ from tables import OURS, unique
 from qwen3fast.bench.plot import FAINT, PALETTE, color_of, draw_line, log_x, log_y, new_figure, style_axes
 from qwen3fast.bench.record import Record
 
+SIZE_COLORS = (*PALETTE[3:], *PALETTE[:3])  # not first those that formats have beside them
+
 
 def series(record: Record, x: str, metric: str, factor: float = 1.0, **wanted: Any) -> list[tuple[float, float]]:
     """(a label's value, a metric's median times a factor) of the cases with all of `wanted`."""
@@ -66,7 +68,7 @@ def _draw_latency(axes: Axes, record: Record, format: str, metrics: tuple[str, s
     """A line for each batch size: the median whole, the 99th percentile dashed."""
     log_y(axes)
     sizes = [size for (size,) in unique(record, "batch_size", what="online", format=format)]
-    for color, size in zip(PALETTE, sizes, strict=False):
+    for color, size in zip(SIZE_COLORS, sizes, strict=False):
         for metric, style, name in zip(metrics, ("-", "--"), ("p50", "p99"), strict=True):
             points = series(record, "load", metric, factor, what="online", format=format, batch_size=size)
             if points:

@@ -5,13 +5,14 @@ Each gives rows of cells, header first, for `qwen3fast.bench.table.as_text` and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.record import Case, Record
 
 OURS = "qwen3fast"
+PARAMETERS = ("parameters", "read_parameters")
 Rows = list[list[str]]
 
 
@@ -96,6 +97,25 @@ def online_rows(record: Record) -> Rows:
     return rows
 
 
+def moe_rows(record: Record) -> Rows:
+    """Of benchmarks/moe.py: milliseconds a step of a mixture of experts between two dense models; ratios of a round are
+    taken before their median."""
+    rows = [["format, experts", "parameters", "of them active", "mixture", "dense as active", "dense as all"]]
+    rows[0] += ["mixture / active", "all / mixture"]
+    for format, experts in unique(record, "format", "num_experts"):
+        names = ("experts", "dense_active", "dense_all")
+        cases = [find(record, format=format, num_experts=experts, model=name) for name in names]
+        facts = cases[0].facts if cases[0] else {}
+        sizes = [f"{facts[name] / 1e6:,.0f} million" if name in facts else "" for name in PARAMETERS]
+        mixture, active, whole = ([median(steps) for steps in c.samples["step_s"]] if c else [] for c in cases)
+        ratios = [
+            f"{median(x / y for x, y in zip(a, b, strict=False)):.2f}x" if a and b else ""
+            for a, b in ((mixture, active), (whole, mixture))
+        ]
+        rows.append([f"{format}, {experts}", *sizes, *(cell(case, "step_ms") for case in cases), *ratios])
+    return rows
+
+
 def quantization_rows(record: Record) -> Rows:
     """Of tools/quantization_report.py: medians over layers, the worst layer, perplexity and accuracy on each task."""
     tasks = [what for (what,) in unique(record, "what") if what not in ("layer", "cache", "model")]
@@ -105,16 +125,11 @@ def quantization_rows(record: Record) -> Rows:
         layers = [c for c in record.cases if c.labels["format"] == format and c.labels["what"] in ("layer", "cache")]
         size = f"{model.facts['weight_bytes'] / 1e6:.2f}" if model else ""
         errors = [[c.metrics[m].median for c in layers if m in c.metrics] for m in ("weight_error", "output_error")]
-        cells = [_percent(middle(values)) for values in errors] + [_percent(max(errors[1], default=None))]
+        cells = [_percent(median(values) if values else None) for values in errors]
+        cells.append(_percent(max(errors[1], default=None)))
         scores = (cell(find(record, format=format, what=task), "accuracy") for task in tasks)
         rows.append([format, size, *cells, cell(model, "perplexity"), *scores])
     return rows
-
-
-def middle(values: Iterable[float]) -> float | None:
-    """The median, the lower one of two; None of nothing."""
-    ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
 def _percent(value: float | None) -> str:

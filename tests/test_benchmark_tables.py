@@ -71,6 +71,26 @@ def quantization_record():
     return record("quantization-tiny", [*layers, case("model", perplexity=1.5), case("copying", accuracy=0.75)])
 
 
+def moe_record():
+    def case(model, *step_s):
+        labels = {"model": model, "format": "int4", "num_experts": 32, "context": 32, "batch_size": 1}
+        facts = {"parameters": 5e8, "read_parameters": 1.5e8, "bytes_per_step": 7e7}
+        return Case(labels, facts, {"step_s": [[s] for s in step_s]})
+
+    # One round is slow: a ratio of medians would mix it with the others.
+    rounds = (
+        case("experts", 0.02, 0.1, 0.03),
+        case("dense_active", 0.01, 0.05, 0.015),
+        case("dense_all", 0.04, 0.2, 0.06),
+    )
+    return record("moe", list(rounds))
+
+
+def test_a_mixture_stands_between_two_dense_models():
+    row = ["int4, 32", "500 million", "150 million", "30", "15", "60", "2.00x", "2.00x"]
+    assert tables.moe_rows(moe_record())[1:] == [row]
+
+
 def test_peers_are_a_row_each_with_how_many_times_as_fast_we_are():
     assert tables.peers_rows(peers_record(), ratios=True) == [
         ["format", "engine", "decode at 32", "decode at 1,000", "prefill of 512"],

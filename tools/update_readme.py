@@ -40,7 +40,6 @@ COLUMNS = {
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
     "gpu": Columns(("size", "weights", "attention", "mode", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "prefill_tok_s", "launches")),
-    "moe": Columns(("model", "parameters", "read by a step"), ("step_ms", "share_of_bandwidth")),
 }  # fmt: skip
 
 
@@ -88,6 +87,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "quantization": quantization_table,
     "peers": lambda record: as_markdown(tables.peers_rows(record), left=2),
     "batching": batching_table,
+    "moe": lambda record: as_markdown(tables.moe_rows(record), left=1),
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
     "quantization-tiny": lambda record: as_markdown(tables.quantization_rows(record), left=1),
 }

@@ -31,6 +31,7 @@ def draw(record: Record) -> Figure:
         axes.invert_yaxis()
         style_axes(axes, "", "", title)
         axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
         axes.set_xlim(0, 1.18 * max([*values, 1e-9]))
         if i == 0:
