@@ -1,37 +1,45 @@
 """Many requests at once: throughput by batch size beside transformers, and latency by offered load.
 
-    python benchmarks/batching.py --model random:0.6b --output benchmarks/results/cpu-batching.json
+    python benchmarks/batching.py --model random:0.6b --output benchmarks/results/batching-0.6b.json
 
 Offline: the same prompts, of many lengths, and replies of many lengths, all queued at once. qwen3fast runs them through
 1, 2, 4, ... rows; transformers pads them into batches that run until the longest reply of each is done (static), or
-runs them through its own continuous batching. Engines take turns. Online: requests arrive at random (Poisson) at
-shares of the throughput found before; time to the first token and between tokens, as a client sees them.
+runs them through its own continuous batching. Engines take turns. Online: requests arrive at random (Poisson), for each
+number of rows at shares of the throughput found with it before; time to the first token and between tokens, as a client
+sees them: from when a request was due, so waiting for a free row counts. Tokens are checked before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 import transformers
-from compare_transformers import share_weights
+from batching_picture import draw
 from huggingface_hub.utils import tqdm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from peers.shared import share_weights
+from tables import OURS, offline_rows, online_rows
 
-from qwen3fast import Generator, RequestHandle, SamplingParams, load_model
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.measure import check_tokens, make_prompts
+from qwen3fast.bench.plot import save
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import as_text
 from qwen3fast.model import Qwen3
+from qwen3fast.results import StreamChunk
 
-INK, FAINT = "#1f2933", "#7b8794"
-COLORS = ("#0b69a3", "#c65d21", "#5f7f3a", "#8d3f8d")
+STATIC, CONTINUOUS = "transformers, static", "transformers, continuous"
+FEWEST_REQUESTS = 4  # of an online run, however slow it is
+CHECK_PROMPT, CHECK_TOKENS = 40, 12
 Work = list[tuple[list[int], int]]  # prompts, and how many tokens to reply with
 
 
@@ -110,189 +118,199 @@ def _collect(manager: Any, count: int) -> list[Any]:
     return outputs
 
 
-def offline(args: argparse.Namespace, models: dict[str, Qwen3]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Throughput of every engine and batch size, taking turns; and why an engine is missing."""
-    plain = models.get("bf16")
+def check(record: Record, name: str, model: Qwen3, generator: Generator, size: int) -> None:
+    """Hold the tokens of `size` requests at once against the plain model's logits."""
+    prompts = make_prompts(model.config.vocab_size, CHECK_PROMPT, size, seed=1)
+    params = SamplingParams(temperature=0, max_tokens=CHECK_TOKENS, ignore_eos=True)
+    verdict = check_tokens(model, prompts, [result.token_ids for result in generator.generate(prompts, params)])
+    record.checks[f"{OURS}, {name}, batch {size}"] = vars(verdict) | {"passed": verdict.passed}
+
+
+def offline_case(engine: str, format: str, size: int, work: Work) -> Case:
+    """A case without samples."""
+    facts = {"tokens": float(sum(n for _, n in work)), "requests": float(len(work))}
+    return Case({"what": "offline", "engine": engine, "format": format, "batch_size": size}, facts)
+
+
+def offline_tasks(
+    args: argparse.Namespace, models: dict[str, Qwen3], generators: dict[tuple[str, int], Generator], record: Record
+) -> list[Task]:
+    """Throughput of every engine and batch size; the record's notes say why an engine is missing."""
     vocab_size = next(iter(models.values())).config.vocab_size
     work = make_work(vocab_size, args.requests, args.prompt_tokens, args.new_tokens)
-    tokens = sum(n for _, n in work)
+    tasks = []
+    for (name, size), generator in generators.items():
+        case = offline_case(OURS, name, size, work)
+        tasks.append(Task(case, lambda g=generator: {"seconds": run_ours(g, work)}, warms_up=False))
+    if "bf16" not in models or args.no_transformers:
+        return tasks
+    reference, largest = share_weights(models["bf16"]), max(args.batch_sizes)
+    # One by one it takes longest, and its speed does not depend on how many there are.
+    few = work[: max(FEWEST_REQUESTS, len(work) // 3)]
+    for size, some in ((1, few), (largest, work)):
+        case = offline_case(STATIC, "bf16", size, some)
+        tasks.append(Task(case, lambda w=some, n=size: {"seconds": run_static(reference, w, n)}, warms_up=False))
+    try:
+        run_continuous(reference, work[:2], largest)
+    except Exception as err:  # whatever it is, the others are worth measuring
+        record.notes["missing"] = {CONTINUOUS: f"{type(err).__name__}: {str(err)[:300]}"}
+    else:
+        case = offline_case(CONTINUOUS, "bf16", largest, work)
+        tasks.append(Task(case, lambda: {"seconds": run_continuous(reference, work, largest)}, warms_up=False))
+    return tasks
+
+
+class Client:
+    """Reads one reply and notes when each token came."""
+
+    def __init__(self, handle: Iterable[StreamChunk], due_s: float) -> None:
+        self.due_s = due_s
+        self.times: list[float] = []
+        self.thread = threading.Thread(target=self._read, args=(handle,))
+        self.thread.start()
+
+    def _read(self, handle: Iterable[StreamChunk]) -> None:
+        for chunk in handle:
+            self.times += [time.perf_counter()] * len(chunk.token_ids)
+
+
+def arrivals(count: int, rate: float, seed: int = 2) -> list[float]:
+    """Seconds from the start at which requests are due, `rate` a second on average (Poisson)."""
+    rng, due, times = random.Random(seed), 0.0, []
+    for _ in range(count):
+        due += rng.expovariate(rate)
+        times.append(due)
+    return times
+
+
+def run_online(generator: Any, work: Work, due: list[float]) -> Sample:
+    """Submit each request when it is due, and read all replies.
+
+    Returns: for each request seconds from when it was due to its first token, all gaps between tokens of a reply, and
+    the seconds of it all.
+    """
+    clients = []
+    started = time.perf_counter()
+    for (prompt, new), after in zip(work, due, strict=True):
+        time.sleep(max(0.0, started + after - time.perf_counter()))
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+        clients.append(Client(generator.submit(prompt, params), started + after))
+    for client in clients:
+        client.thread.join()
+    seconds = max(client.times[-1] for client in clients) - started
+    first = [client.times[0] - client.due_s for client in clients]
+    between = [b - a for client in clients for a, b in zip(client.times, client.times[1:], strict=False)]
+    return {"ttfts_s": first, "itl_s": between, "seconds": seconds}
+
+
+def online_work(args: argparse.Namespace, vocab_size: int, load: float, tok_s: float) -> tuple[Work, float]:
+    """The requests of an online run at a share of the throughput, and how many are to come a second.
+
+    As many as were asked for, or as come in the time that a run may take.
+    """
+    work = make_work(vocab_size, args.requests, args.prompt_tokens, args.new_tokens, seed=1)
+    rate = load * tok_s / (sum(n for _, n in work) / len(work))
+    return work[: max(FEWEST_REQUESTS, int(rate * args.most_online_s))], rate
+
+
+def online_tasks(
+    args: argparse.Namespace, models: dict[str, Qwen3], generators: dict[tuple[str, int], Generator], record: Record
+) -> list[Task]:
+    """Latency at each load of each batch size, formats taking turns."""
+    tok_s = {
+        (case.labels["format"], case.labels["batch_size"]): case.metrics["tok_s"].median
+        for case in record.cases
+        if case.labels["engine"] == OURS and "tok_s" in case.metrics
+    }
+    tasks = []
+    for size in args.batch_sizes:
+        for load in args.loads:
+            for name, model in models.items():
+                work, rate = online_work(args, model.config.vocab_size, load, tok_s[name, size])
+                labels = {"what": "online", "engine": OURS, "format": name, "batch_size": size, "load": load}
+                facts = {"tokens": sum(n for _, n in work), "requests": len(work), "offered_requests_s": rate}
+                due = arrivals(len(work), rate)
+                tasks.append(
+                    Task(
+                        Case(labels, {name: float(value) for name, value in facts.items()}),
+                        lambda g=generators[name, size], w=work, d=due: run_online(g, w, d),
+                        warms_up=False,
+                    )
+                )
+    return tasks
+
+
+def measure(args: argparse.Namespace, models: dict[str, Qwen3], harness: Harness, record: Record) -> None:
+    """Check, then the offline rounds, then the online runs."""
     generators = {
         (name, size): Generator(model, max_seq_len=args.max_seq_len, max_batch_size=size, prefix_reuse=False)
         for name, model in models.items()
         for size in args.batch_sizes
     }
-    runs: dict[tuple[str, int], Any] = {key: lambda g=g: run_ours(g, work) for key, g in generators.items()}
-    missing = {}
-    if plain is not None and not args.no_transformers:
-        reference, largest = share_weights(plain), max(args.batch_sizes)
-        runs["transformers, static", largest] = lambda: run_static(reference, work, largest)
-        runs["transformers, static", 1] = lambda: run_static(reference, work, 1)
-        try:
-            run_continuous(reference, work[:2], largest)
-            runs["transformers, continuous", largest] = lambda: run_continuous(reference, work, largest)
-        except Exception as err:
-            missing["transformers, continuous"] = f"{type(err).__name__}: {str(err)[:300]}"
-    for generator in tqdm(generators.values(), desc="compiling"):
-        generator.warmup()
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    bar = tqdm(total=args.rounds * len(runs), desc="offline", unit="run")
-    for _ in range(args.rounds):
-        for key, run in runs.items():
-            bar.set_postfix_str(f"{key[0]}, batch {key[1]}")
-            seconds[key].append(run())
-            bar.update()
-    bar.close()
-    for generator in generators.values():
-        generator.close()
-    cases = [
-        {"engine": name, "batch_size": size, "seconds": s, "tokens": tokens, "tok_s": tokens / median(s)}
-        for (name, size), s in seconds.items()
-    ]
-    return cases, missing
+    try:
+        for (name, size), generator in tqdm(generators.items(), desc="compiling"):
+            generator.warmup()
+            check(record, name, models[name], generator, size)
+        harness.measure(offline_tasks(args, models, generators, record), args.rounds, "offline")
+        harness.measure(online_tasks(args, models, generators, record), args.online_rounds, "online")
+    except KeyboardInterrupt:
+        record.interrupted = True
+        print("interrupted: writing what was measured", file=sys.stderr)
+    finally:
+        for generator in generators.values():
+            generator.close()
 
 
-class Client:
-    """Reads one reply and notes when each chunk came."""
-
-    def __init__(self, handle: RequestHandle, due_s: float) -> None:
-        self.due_s, self.times = due_s, []
-        self.thread = threading.Thread(target=self._read, args=(handle,))
-        self.thread.start()
-
-    def _read(self, handle: RequestHandle) -> None:
-        for chunk in handle:
-            self.times += [time.perf_counter()] * len(chunk.token_ids)
-
-
-def online(args: argparse.Namespace, name: str, model: Qwen3, tok_s: float) -> list[dict[str, Any]]:
-    """Latency at each offered load, as shares of an offline throughput of `tok_s`."""
-    size = max(args.batch_sizes)
-    cases = []
-    with Generator(model, max_seq_len=args.max_seq_len, max_batch_size=size, prefix_reuse=False) as generator:
-        generator.warmup()
-        for load in tqdm(args.loads, desc=f"online, {name}"):
-            work = make_work(model.config.vocab_size, args.requests, args.prompt_tokens, args.new_tokens, seed=1)
-            rate = load * tok_s / (sum(n for _, n in work) / len(work))  # requests a second
-            rng, clients = random.Random(2), []
-            started = due = time.perf_counter()
-            for prompt, new in work:
-                due += rng.expovariate(rate)
-                time.sleep(max(0.0, due - time.perf_counter()))
-                params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-                clients.append(Client(generator.submit(prompt, params), due))
-            for client in clients:
-                client.thread.join()
-            seconds = max(client.times[-1] for client in clients) - started
-            first = [client.times[0] - client.due_s for client in clients]
-            between = [b - a for client in clients for a, b in zip(client.times, client.times[1:], strict=False)]
-            cases.append(
-                {
-                    "engine": name, "batch_size": size, "load": load, "requests_s": rate,
-                    "tok_s": sum(n for _, n in work) / seconds, "ttft_s": first, "itl_s": between,
-                    "ttft_p50_s": median(first), "ttft_p99_s": quantiles(first, n=100)[98],
-                    "itl_p50_s": median(between), "itl_p99_s": quantiles(between, n=100)[98],
-                }
-            )  # fmt: skip
-    return cases
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Throughput by batch size; latency by load."""
-    figure = Figure(figsize=(11.0, 4.8))
-    left, middle, right = figure.subplots(1, 3)
-    names = list(dict.fromkeys(case["engine"] for case in record["offline"]))
-    for color, name in zip(COLORS, [n for n in names if "transformers" not in n], strict=False):
-        cases = [case for case in record["offline"] if case["engine"] == name]
-        sizes, speeds = [c["batch_size"] for c in cases], [c["tok_s"] for c in cases]
-        left.plot(sizes, speeds, "o-", color=color, label=f"qwen3fast, {name}")
-        online = [case for case in record["online"] if case["engine"] == name]
-        loads = [100 * case["load"] for case in online]
-        for axes, what in ((middle, "ttft"), (right, "itl")):
-            for quantile, style in (("p50", "o-"), ("p99", "o--")):
-                points = [1e3 * case[f"{what}_{quantile}_s"] for case in online]
-                axes.plot(loads, points, style, color=color, label=f"{name}, {quantile}")
-    for marker, name in zip("s^", [n for n in names if "transformers" in n], strict=False):
-        cases = [case for case in record["offline"] if case["engine"] == name]
-        left.plot([c["batch_size"] for c in cases], [c["tok_s"] for c in cases], marker, color=FAINT, label=name)
-    left.set_xscale("log", base=2)
-    sizes = sorted({case["batch_size"] for case in record["offline"]})
-    left.set_xticks(sizes, [str(n) for n in sizes])
-    for axes, title, label in (
-        (left, "tokens/s, all requests", "rows of the cache (batch size)"),
-        (middle, "time to first token, ms", "offered load, % of throughput"),
-        (right, "time between tokens, ms", "offered load, % of throughput"),
-    ):
-        axes.set_title(title, loc="left", size=11, color=INK)
-        axes.set_xlabel(label, color=INK)
-        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    left.set_ylim(0, 1.3 * max(case["tok_s"] for case in record["offline"]))
-    for axes in (middle, right):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * 3)  # room for the legend
-    environment = record["environment"]
-    where = f"{record['model']}; {environment['cpu']}, {environment['threads']} threads; torch {environment['torch']}"
-    figure.suptitle("Many requests at once", x=0.01, ha="left", size=14, weight="bold", color=INK)
-    figure.text(0.01, 0.01, where, size=8, color=FAINT)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
-    figure.savefig(path, dpi=150, facecolor="white")
-
-
-def as_text(record: dict[str, Any]) -> str:
-    """Both tables."""
-    lines = [f"{'engine':26}{'batch':>6}{'tok/s':>8}"]
-    lines += [f"{c['engine']:26}{c['batch_size']:6}{c['tok_s']:8.1f}" for c in record["offline"]]
-    lines += [f"missing: {name}: {why}" for name, why in record["missing"].items()]
-    lines.append(f"{'engine':8}{'load':>6}{'req/s':>7}{'tok/s':>8}{'TTFT p50, p99':>18}{'ITL p50, p99':>18}")
-    for c in record["online"]:
-        first, between = (f"{c[f'{k}_p50_s'] * 1e3:.0f}, {c[f'{k}_p99_s'] * 1e3:.0f} ms" for k in ("ttft", "itl"))
-        lines.append(f"{c['engine']:8}{c['load']:6.0%}{c['requests_s']:7.2f}{c['tok_s']:8.1f}{first:>18}{between:>18}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, print and write."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
     parser.add_argument("--formats", default="bf16,int4", help="bf16 or a quantisation, comma-separated [%(default)s]")
     parser.add_argument("--batch-sizes", default="1,2,4,8", help="rows of the cache [%(default)s]")
-    parser.add_argument("--loads", default="0.3,0.6,0.9", help="shares of the throughput, at the last batch size")
+    parser.add_argument("--loads", default="0.3,0.6,0.9", help="shares of each batch size's throughput [%(default)s]")
     parser.add_argument("--requests", type=int, default=32, help="in each run [%(default)s]")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="middling length [%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=32, help="middling length [%(default)s]")
     parser.add_argument("--rounds", type=int, default=2, help="of the offline part [%(default)s]")
+    parser.add_argument("--online-rounds", type=int, default=1, help="of the online part [%(default)s]")
+    parser.add_argument("--most-online-s", type=float, default=25.0, help="in which an online run's requests come, on "
+                        "average: of a slow one there are fewer [%(default)s]")  # fmt: skip
     parser.add_argument("--no-transformers", action="store_true", help="qwen3fast alone")
-    parser.add_argument("--output", type=Path, default=Path("bench_results/cpu-batching.json"), help="[%(default)s]")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("bench_results/batching.json"), help="[%(default)s]")
+    args = parser.parse_args(arguments)
     args.batch_sizes = [int(n) for n in args.batch_sizes.split(",")]
     args.loads = [float(n) for n in args.loads.split(",")]
-    args.max_seq_len = 2 * (args.prompt_tokens + args.new_tokens)
+    if min(args.loads) <= 0 or min(args.batch_sizes) < 1 or args.requests < 1:
+        parser.error("--loads, --batch-sizes and --requests must be positive")
+    args.max_seq_len = max(2 * (args.prompt_tokens + args.new_tokens), CHECK_PROMPT + CHECK_TOKENS)
+    return args
+
+
+def main() -> int:
+    """Measure, print and write. Returns the exit status."""
+    args = parse()
     models = {
         name: load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
         for name in args.formats.split(",")
     }
-    cases, missing = offline(args, models)
-    best = {case["engine"]: case["tok_s"] for case in cases if case["batch_size"] == max(args.batch_sizes)}
-    record = {
-        "suite": "batching",
-        "run": describe_run("python benchmarks/batching.py"),
-        "environment": describe_environment(torch.device("cpu")) | {"transformers": transformers.__version__},
-        "model": args.model,
-        "work": {"requests": args.requests, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens},
-        "offline": cases,
-        "missing": missing,
-        "online": [case for name, model in models.items() for case in online(args, name, model, best[name])],
-    }
-    print(as_text(record))
-    write_json(record, args.output)
-    plot(record, args.output.with_suffix(".png"))
+    environment = describe_environment(torch.device("cpu")) | {"transformers": transformers.__version__}
+    work = {"requests": args.requests, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    run = describe_run("python benchmarks/batching.py")
+    record = Record("batching", run, environment, {"name": args.model}, notes={"work": work})
+    # No probe: runs take so long that what memory did at their ends says little of them.
+    harness = Harness(record)
+    measure(args, models, harness, record)
+    harness.finish()
+    record.cases = [case for case in record.cases if case.samples]
+    write_json(record.to_dict(), args.output)
+    print(as_text(offline_rows(record), left=1), "", as_text(online_rows(record), left=1), sep="\n")
+    print("\n".join(f"missing: {name}: {why}" for name, why in record.notes.get("missing", {}).items()))
+    print("\n".join(f"noise: {reason}" for reason in record.noise), file=sys.stderr)
+    if record.cases:
+        save(draw(record), args.output.with_suffix(".png"))
     print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
+    return 130 if record.interrupted else int(not record.passed)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

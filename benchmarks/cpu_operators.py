@@ -1,30 +1,30 @@
 """Where a decode step's and a prefill's time goes on a CPU, operator by operator, for each weight format.
 
-    python benchmarks/cpu_operators.py --output benchmarks/results/cpu-operators.json
+    python benchmarks/cpu_operators.py --output benchmarks/results/operators-0.6b.json
 
 A decode step's operators run one after the other, as in a step; a prefill's each by itself for all blocks. The whole is
-timed beside them, formats take turns, medians are given. "Other" is the whole less its operators: for decode the step's
+timed beside them, formats take turns. "Other" is the whole less its operators, round by round: for decode the step's
 state and the token's way to the host, for prefill norms, rotation, activation functions, writing to the cache.
-Writes JSON and prints a table in milliseconds.
+Writes JSON and prints a table of medians in milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import defaultdict
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
+from tables import operators_rows
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import as_text
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.kernels.linear import linears
@@ -103,46 +103,37 @@ def time_prefill(engine: Engine, tokens: int) -> dict[str, float]:
     return {"embedding": embedding, "linear layers": products, "attention": attention_s, "whole": whole}
 
 
-def measure(engines: dict[str, Engine], contexts: list[int], prompts: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Seconds of each operator of each case, all samples kept."""
-    probe = BandwidthProbe(torch.device("cpu"))
-    shapes = [("decode", n) for n in contexts] + [("prefill", n) for n in prompts]
-    seconds: dict[tuple[str, int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    bandwidth: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    for number, (phase, length), (name, engine) in product(range(rounds + 1), shapes, engines.items()):
-        probe.samples.clear()
-        probe.measure(1)
-        for operator, sample in (time_decode if phase == "decode" else time_prefill)(engine, length).items():
-            if number > 0:  # the first round warms up
-                seconds[phase, length, name][operator].append(sample)
-        if number > 0:
-            bandwidth[phase, length, name].append(probe.gb_s)
-    cases = []
-    for key, operators in seconds.items():
-        medians = {name: median(samples) for name, samples in operators.items()}
-        whole = medians.pop("whole")
-        cases.append(
-            {
-                **dict(zip(("phase", "length", "format"), key, strict=True)),
-                "bandwidth_gb_s": median(bandwidth[key]),
-                "whole_ms": whole * 1e3,
-                "operators_ms": {name: s * 1e3 for name, s in medians.items()},
-                "other_ms": (whole - sum(medians.values())) * 1e3,
-                "samples_s": operators,
-            }
-        )
-    return cases
+def with_other(seconds: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of the whole, of its operators, and of what they leave of it."""
+    ms = {name: s * 1e3 for name, s in seconds.items()}
+    whole = ms.pop("whole")
+    return {"whole": whole, **ms, "other": whole - sum(ms.values())}
 
 
-def as_text(cases: list[dict[str, Any]]) -> str:
-    """Milliseconds and shares of the whole."""
-    lines = []
-    for case in cases:
-        whole = case["whole_ms"]
-        lines.append(f"{case['phase']} {case['length']:,}, {case['format']}: {whole:.2f} ms")
-        for name, ms in (*case["operators_ms"].items(), ("other", case["other_ms"])):
-            lines.append(f"    {name:26}{ms:9.2f}{ms / whole:8.1%}")
-    return "\n".join(lines)
+def make_task(record: Record, labels: dict[str, str | int], time_once: Callable[[], dict[str, float]]) -> Task:
+    """Times a step or a prefill once a round; each operator is a case of the record, made here in a warm-up round."""
+    cases = {name: Case({**labels, "operator": name}) for name in with_other(time_once())}
+    record.cases += cases.values()
+
+    def run() -> Sample:
+        ms = with_other(time_once())
+        for name, case in cases.items():
+            if name != "whole":
+                case.add({"operator_ms": ms[name]})
+        return {"operator_ms": ms["whole"]}
+
+    return Task(cases["whole"], run, warms_up=False)
+
+
+def make_tasks(record: Record, engines: dict[str, Engine], contexts: list[int], prompts: list[int]) -> list[Task]:
+    """Formats take turns at each shape."""
+    timers = [("decode", n, time_decode) for n in contexts] + [("prefill", n, time_prefill) for n in prompts]
+    tasks = []
+    for phase, length, timer in timers:
+        for name, engine in engines.items():
+            labels: dict[str, str | int] = {"phase": phase, "format": name, "context": length}
+            tasks.append(make_task(record, labels, lambda e=engine, n=length, t=timer: t(e, n)))
+    return tasks
 
 
 @torch.no_grad()
@@ -153,9 +144,20 @@ def main() -> None:
     parser.add_argument("--contexts", default="32,1024,4000", help="of decode steps [%(default)s]")
     parser.add_argument("--prompts", default="32,512", help="tokens of a prefill, of chunk sizes [%(default)s]")
     parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
-    parser.add_argument("--output", type=Path, default=Path("bench_results/cpu-operators.json"), help="[%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("bench_results/operators.json"), help="[%(default)s]")
     args = parser.parse_args()
     contexts, prompts = ([int(n) for n in text.split(",")] for text in (args.contexts, args.prompts))
+    cpu = torch.device("cpu")
+    run = describe_run("python benchmarks/cpu_operators.py")
+    record = Record("operators", run, describe_environment(cpu), {"name": args.model})
+    probe = BandwidthProbe(cpu)
+
+    def measure_bandwidth() -> Sample:
+        probe.samples.clear()
+        probe.measure(1)
+        return {"bandwidth_gb_s": probe.gb_s}
+
+    harness = Harness(record, [measure_bandwidth])
     engines = {}
     for name in FORMATS:
         model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
@@ -163,16 +165,14 @@ def main() -> None:
         engines[name] = bench.engine(MODE)
         engines[name].warmup()
         bench.run(MODE, make_prompts(model.config.vocab_size, max(contexts), 1), 1)  # fills the cache
-    cases = measure(engines, contexts, prompts, args.rounds)
-    record = {
-        "suite": "cpu_operators",
-        "run": describe_run("python benchmarks/cpu_operators.py"),
-        "environment": describe_environment(torch.device("cpu")),
-        "model": args.model,
-        "cases": cases,
-    }
-    print(as_text(cases))
-    write_json(record, args.output)
+    try:
+        harness.measure(make_tasks(record, engines, contexts, prompts), args.rounds)
+    except KeyboardInterrupt:
+        record.interrupted = True
+    harness.finish()
+    write_json(record.to_dict(), args.output)
+    print(as_text(operators_rows(record), left=1))
+    print("\n".join(f"noise: {reason}" for reason in record.noise))
     print(f"wrote {args.output}")
 
 

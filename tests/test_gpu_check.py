@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomised, small_config
 
+from qwen3fast.bench.record import Record
 from qwen3fast.quantization import quantize_model
 
 
@@ -40,19 +41,22 @@ def run(monkeypatch, tmp_path):
 def test_every_mode_is_measured_and_what_is_not_is_named(run, tmp_path, capsys):
     status, record, loaded = run()
     assert (status, loaded) == (0, [("random:0.6b", weights) for weights in (None, "int8", "int4")])
-    plain = [c for c in record["cases"] if c["weights"] == "bf16"]
+    assert Record.from_dict(record).suite == "gpu"
+    labels = [case["labels"] for case in record["cases"]]
+    plain = [c for c in labels if c["weights"] == "bf16"]
     shapes = {(c["mode"], c["batch_size"], c["context"]) for c in plain}
     cached = {(mode, *shape) for mode in ("eager", "compiled") for shape in ((1, 32), (1, 128), (2, 32))}
     assert shapes == cached | {("uncached", 1, 64), ("transformers", 1, 32)}
-    others = {(c["weights"], c["mode"], c["batch_size"], c["context"]) for c in record["cases"] if c not in plain}
+    others = {(c["weights"], c["mode"], c["batch_size"], c["context"]) for c in labels if c not in plain}
     assert others == {(weights, "compiled", 1, 32) for weights in ("int8", "int4")}
-    assert all(c["decode_tok_s"] > 0 for c in record["cases"])
-    assert all(c["check"]["passed"] and c["launches"] is None for c in record["cases"] if "check" in c)
-    assert record["left_out"] == [
+    assert all(c["metrics"]["decode_tok_s"]["median"] > 0 for c in record["cases"])
+    assert all("launches" not in c["metrics"] for c in record["cases"])
+    assert len(record["checks"]) == 6 and all(check["passed"] for check in record["checks"].values())
+    assert record["notes"]["left_out"] == [
         f"0.6b, {what}, graphs: there are none on cpu"
         for what in ("batch 1", "batch 2", "int8, batch 1", "int4, batch 1")
     ]
-    assert record["tests"]["run"] is False
+    assert record["notes"]["tests"]["run"] is False
     assert (tmp_path / "gpu-check-on-cpu.png").stat().st_size > 10_000
     assert "left out: 0.6b, batch 1, graphs" in capsys.readouterr().out
 
@@ -60,7 +64,7 @@ def test_every_mode_is_measured_and_what_is_not_is_named(run, tmp_path, capsys):
 def test_sizes_for_which_no_time_is_left_are_named(run):
     status, record, loaded = run("--minutes", "0.1", "--sizes", "0.6b,4b")
     assert (status, loaded, record["cases"]) == (0, [], [])
-    assert record["left_out"][:3] == [f"{what}: no time left" for what in ("0.6b", "4b", "0.6b, int8")]
+    assert record["notes"]["left_out"][:3] == [f"{what}: no time left" for what in ("0.6b", "4b", "0.6b, int8")]
 
 
 def test_a_size_without_memory_does_not_stop_the_others(run, monkeypatch):
@@ -69,7 +73,7 @@ def test_a_size_without_memory_does_not_stop_the_others(run, monkeypatch):
 
     monkeypatch.setattr(gpu_check, "load_model", load)
     status, record, _ = run("--sizes", "8b")
-    assert (status, record["left_out"]) == (0, ["8b: no room", "8b, int8: no room", "8b, int4: no room"])
+    assert (status, record["notes"]["left_out"]) == (0, ["8b: no room", "8b, int8: no room", "8b, int4: no room"])
 
 
 def test_a_size_that_breaks_is_reported_and_does_not_stop_the_others(run, monkeypatch):
@@ -79,7 +83,9 @@ def test_a_size_that_breaks_is_reported_and_does_not_stop_the_others(run, monkey
     monkeypatch.setattr(gpu_check.VariantRun, "measure_uncached", break_)
     status, record, loaded = run("--sizes", "0.6b,1.7b")
     assert status == 1 and {source for source, _ in loaded} == {"random:0.6b", "random:1.7b"}
-    assert record["errors"] == [f"{size}: RuntimeError: a kernel does not compile" for size in ("0.6b", "1.7b")]
+    assert record["notes"]["errors"] == [
+        f"{size}: RuntimeError: a kernel does not compile" for size in ("0.6b", "1.7b")
+    ]
 
 
 def test_wrong_tokens_give_exit_status_1(run, monkeypatch, capsys):

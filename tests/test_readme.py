@@ -17,7 +17,6 @@ def test_readme_tables_are_those_of_the_recorded_results():
 
 
 def test_the_model_of_gpu_time_is_what_its_program_prints(capsys):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_model
 
     gpu_model.main()

@@ -24,18 +24,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import tqdm
-from matplotlib.figure import Figure
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.harness import noise_of
 from qwen3fast.bench.measure import Sample, check_tokens, make_prompts, run_cached, run_uncached_timed
+from qwen3fast.bench.plot import new_figure, save, style_axes
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import Columns, as_text, table_rows
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.cuda_graph import GraphCache
@@ -58,6 +59,10 @@ TESTS_S = 240  # the longest that the tests may take
 UNCACHED_LENGTH, UNCACHED_TOKENS = 1024, 3
 CHECK_PROMPT, CHECK_TOKENS = 40, 12
 COLORS = {"eager": "#9aa5b1", "compiled": "#0b6e99", "graphs": "#c2410c", "transformers": "#4d7c0f"}
+COLUMNS = Columns(
+    ("size", "weights", "attention", "mode", "batch_size", "context"),
+    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s", "launches"),
+)
 
 
 class Clock:
@@ -131,11 +136,13 @@ class VariantRun:
         quantization = None if variant.weights == "bf16" else variant.weights
         self.model: Qwen3 = load_model(f"random:{variant.size}", args.device, quantization=quantization)
         self.load_s = time.perf_counter() - started
-        self.cases: list[dict[str, Any]] = []
+        self.cases: list[Case] = []
+        self.checks: dict[str, dict[str, Any]] = {}
         self.left_out: list[str] = []
         self.errors: list[str] = []
         self._engines: dict[bool, Engine] = {}  # by whether they are compiled
         self._graphs: GraphCache | None = None
+        self.transformers: str | None = None  # its version, once it was measured
 
     def measure(self, batch_size: int, contexts: tuple[int, ...]) -> None:
         """All modes at one batch size: tokens checked first, then timed in turns."""
@@ -157,7 +164,7 @@ class VariantRun:
             self.left_out.append(f"batch {batch_size}, graphs: there are none on {self.device}")
 
         checked = make_prompts(config.vocab_size, CHECK_PROMPT, batch_size, seed=1)
-        checks, first_s = {}, {}
+        first_s = {}
         for mode in modes:
             started = time.perf_counter()
             self._run(mode, checked, 2)  # compiles, records
@@ -165,17 +172,18 @@ class VariantRun:
             if mode == "graphs" and self._graphs is not None and self._graphs.failure:
                 self.errors.append(f"{self.variant}, batch {batch_size}, graphs: {self._graphs.failure}")
             sample = self._run(mode, checked, CHECK_TOKENS)
-            checks[mode] = check_tokens(self.model, checked, sample.token_ids)
+            check = check_tokens(self.model, checked, sample.token_ids)
+            self.checks[f"{self.variant}, {mode}, batch {batch_size}"] = asdict(check) | {"passed": check.passed}
         for context in contexts:
             if self.clock.left() < 0:
                 self.left_out.append(f"batch {batch_size}, context {context}: no time left")
                 continue
             for case in self._measure_case(batch_size, context, modes):
-                mode = case["mode"]
-                self.cases.append(case | {"first_run_s": first_s[mode], "check": check_as_dict(checks[mode])})
+                case.facts["first_run_s"] = first_s[str(case.labels["mode"])]
+                self.cases.append(case)
         if self._graphs is not None and self._graphs.failure:  # what was measured as graphs had none
-            broken = [c for c in self.cases if c["mode"] == "graphs" and c["batch_size"] == batch_size]
-            self.cases = [c for c in self.cases if c not in broken]
+            broken = {"mode": "graphs", "batch_size": batch_size}
+            self.cases = [case for case in self.cases if not broken.items() <= case.labels.items()]
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
@@ -191,37 +199,27 @@ class VariantRun:
     def _run(self, mode: str, prompts: list[list[int]], new_tokens: int) -> Sample:
         return run_cached(self._engine(mode), prompts, new_tokens)
 
-    def _measure_case(self, batch_size: int, context: int, modes: list[str]) -> list[dict[str, Any]]:
+    def _case(self, mode: str, batch_size: int, context: int) -> Case:
+        return Case({**asdict(self.variant), "mode": mode, "batch_size": batch_size, "context": context})
+
+    def _measure_case(self, batch_size: int, context: int, modes: list[str]) -> list[Case]:
         config, new_tokens = self.model.config, self.args.new_tokens
         prompts = make_prompts(config.vocab_size, context, batch_size)
-        samples: dict[str, list[Sample]] = {mode: [] for mode in modes}
-        bandwidth = []
+        cases = {mode: self._case(mode, batch_size, context) for mode in modes}
         for mode in modes:
             self._run(mode, prompts, 3)  # records what this context's bucket needs
         for _ in range(self.args.rounds):
             self.probe.samples.clear()
             self.probe.measure(3)
-            bandwidth.append(self.probe.gb_s)
-            for mode in modes:
-                samples[mode].append(self._run(mode, prompts, new_tokens + 1))
+            for mode, case in cases.items():
+                sample = self._run(mode, prompts, new_tokens + 1)
+                case.add({"ttft_s": sample.ttft_s, "step_s": sample.step_s, "bandwidth_gb_s": self.probe.gb_s})
         kv_bytes = config.kv_bytes_per_token(config.dtype) * (context + new_tokens // 2) * batch_size
-        step_bytes = self.model.num_bytes(per_token=True) + kv_bytes
-        cases = []
-        for mode in modes:
-            engine, step_s = self._engine(mode), [median(sample.step_s) for sample in samples[mode]]
-            step = partial(engine.decode, batch_size, context + new_tokens, StepKind())
-            cases.append(
-                {
-                    **asdict(self.variant), "mode": mode, "batch_size": batch_size, "context": context,
-                    "step_s": step_s, "ttft_s": [sample.ttft_s for sample in samples[mode]],
-                    "bandwidth_gb_s": bandwidth, "step_bytes": step_bytes,
-                    "decode_tok_s": batch_size / median(step_s),
-                    "share_of_bandwidth": step_bytes / median(step_s) / 1e9 / median(bandwidth),
-                    "prefill_tok_s": context * batch_size / median(sample.ttft_s for sample in samples[mode]),
-                    "launches": launches(engine, step),
-                }
-            )  # fmt: skip
-        return cases
+        for mode, case in cases.items():
+            step = partial(self._engine(mode).decode, batch_size, context + new_tokens, StepKind())
+            case.facts["bytes_per_step"] = float(self.model.num_bytes(per_token=True) + kv_bytes)
+            case.add({"launches": launches(self._engine(mode), step)})
+        return list(cases.values())
 
     def measure_uncached(self) -> None:
         """The reference without a cache, eager, one row."""
@@ -231,12 +229,8 @@ class VariantRun:
         prompts = make_prompts(self.model.config.vocab_size, length, 1)
         run_uncached_timed(engine, prompts, 2)
         sample = run_uncached_timed(engine, prompts, UNCACHED_TOKENS + 1)
-        self.cases.append(
-            {
-                **asdict(self.variant), "mode": "uncached", "batch_size": 1, "context": length, "step_s": sample.step_s,
-                "decode_tok_s": 1 / median(sample.step_s),
-            }
-        )  # fmt: skip
+        self.cases.append(self._case("uncached", 1, length))
+        self.cases[-1].add({"ttft_s": sample.ttft_s, "step_s": sample.step_s})
 
     def measure_transformers(self) -> None:
         """transformers on the same weights with its DynamicCache, one row, token by token."""
@@ -244,7 +238,7 @@ class VariantRun:
             import transformers
 
             sys.path.insert(0, str(ROOT / "benchmarks"))
-            from compare_transformers import run_transformers, share_weights
+            from peers.shared import run_transformers, share_weights
         except ImportError as err:
             self.left_out.append(f"transformers: {err}")
             return
@@ -252,16 +246,11 @@ class VariantRun:
         for context in (32,) if self.args.quick else (128, 1024):
             [prompt] = make_prompts(self.model.config.vocab_size, context, 1)
             run_transformers(reference, prompt, 3)
-            steps = [
-                median(run_transformers(reference, prompt, self.args.new_tokens + 1).step_s)
-                for _ in range(self.args.rounds)
-            ]
-            self.cases.append(
-                {
-                    **asdict(self.variant), "mode": "transformers", "batch_size": 1, "context": context,
-                    "step_s": steps, "decode_tok_s": 1 / median(steps), "transformers": transformers.__version__,
-                }
-            )  # fmt: skip
+            self.cases.append(self._case("transformers", 1, context))
+            for _ in range(self.args.rounds):
+                sample = run_transformers(reference, prompt, self.args.new_tokens + 1)
+                self.cases[-1].add({"ttft_s": sample.ttft_s, "step_s": sample.step_s})
+        self.transformers = transformers.__version__
 
 
 def variants(sizes: list[str], device: torch.device) -> list[Variant]:
@@ -288,47 +277,35 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def check_as_dict(check: Any) -> dict[str, Any]:
-    """A token check for the record."""
-    return {**asdict(check), "passed": check.passed}
-
-
-def plot(record: dict[str, Any], path: Path) -> None:
+def plot(record: Record, path: Path) -> None:
     """Decode speed of one request in each mode, a group of bars for each size and context."""
-    plain = [c for c in record["cases"] if (c["weights"], c["attention"]) == ("bf16", "sdpa")]
-    singles = [c for c in plain if c["batch_size"] == 1 and c["mode"] in COLORS]
-    groups = list(dict.fromkeys((c["size"], c["context"]) for c in singles))
-    figure = Figure(figsize=(max(7.0, 0.9 * len(groups) + 3), 5.0))
-    axes = figure.add_axes((0.09, 0.16, 0.88, 0.66))
-    modes = [mode for mode in COLORS if any(c["mode"] == mode for c in singles)]
+    speeds = {
+        (c.labels["size"], c.labels["context"], c.labels["mode"]): c.metrics["decode_tok_s"].median
+        for c in record.cases
+        if (c.labels["weights"], c.labels["attention"], c.labels["batch_size"]) == ("bf16", "sdpa", 1)
+        and c.labels["mode"] in COLORS
+    }
+    groups = list(dict.fromkeys((size, context) for size, context, _ in speeds))
+    modes = [mode for mode in COLORS if any(mode == other for *_, other in speeds)]
+    size = (max(9.0, 0.9 * len(groups) + 3), 5.4)
+    figure = new_figure(record, "Decoding, by model size and context", "one request, random weights", size)
+    axes = figure.add_axes((0.09, 0.16, 0.88, 0.62))
     for i, mode in enumerate(modes):
-        speeds = {(c["size"], c["context"]): c["decode_tok_s"] for c in singles if c["mode"] == mode}
         places = [g + (i - (len(modes) - 1) / 2) * 0.8 / len(modes) for g in range(len(groups))]
-        heights = [speeds.get(group, 0.0) for group in groups]
+        heights = [speeds.get((*group, mode), 0.0) for group in groups]
         bars = axes.bar(places, heights, 0.8 / len(modes), color=COLORS[mode], label=mode)
         axes.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], size=7, color="#3e4c59")
     axes.set_xticks(range(len(groups)), [f"{size}\n{context:,}" for size, context in groups])
-    axes.set_ylabel("tokens per second, one request")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.12))
-    environment = record["environment"]
-    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
-    figure.text(0.09, 0.94, "Decoding, by model size and context", size=14, weight="bold")
-    figure.text(0.09, 0.02, f"{where}; torch {environment['torch']}; random weights", size=8, color="#52606d")
-    figure.savefig(path, dpi=150, facecolor="white")
+    style_axes(axes, "", "tokens per second")
+    save(figure, path)
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """A table of all cases and what was left out."""
-    columns = f"{'size':6}{'weights':9}{'attention':11}{'mode':14}"
-    lines = [f"{columns}{'batch':>6}{'context':>9}{'decode tok/s':>14}{'of bandwidth':>14}{'launches':>10}"]
-    for c in record["cases"]:
-        share = f"{c['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in c else "-"
-        count = str(c.get("launches") or "-")
-        shape = f"{c['size']:6}{c['weights']:9}{c['attention']:11}{c['mode']:14}{c['batch_size']:6}{c['context']:9,}"
-        lines.append(f"{shape}{c['decode_tok_s']:14.1f}{share:>14}{count:>10}")
-    lines += [f"left out: {what}" for what in record["left_out"]]
-    return "\n".join(lines + [f"ERROR: {what}" for what in record["errors"]])
+def as_table(record: Record) -> str:
+    """A table of all cases, and what was left out."""
+    lines = [as_text(table_rows(record, COLUMNS), left=len(COLUMNS.labels))]
+    lines += [f"left out: {what}" for what in record.notes["left_out"]]
+    return "\n".join(lines + [f"ERROR: {what}" for what in record.notes["errors"]])
 
 
 def main() -> int:
@@ -353,22 +330,20 @@ def main() -> int:
     clock = Clock(60 * args.minutes)
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / ("gpu" if device.type == "cuda" else f"gpu-check-on-{device.type}")
-    record: dict[str, Any] = {
-        "suite": "gpu_check",
-        "run": describe_run("python tools/gpu_check.py"),
-        "environment": describe_environment(device),
-        "tests": run_tests(device, stem.with_suffix(".log")),
-        "cases": [],
-        "left_out": [],
-        "errors": [],
-    }
-    write_json(record, stem.with_suffix(".json"))
-    print(f"tests: {record['tests']['summary']}", flush=True)
+    run_of = describe_run("python tools/gpu_check.py")
+    names = ", ".join(f"random:{size}" for size in sizes)
+    record = Record("gpu", run_of, describe_environment(device), {"name": names})
+    tests = run_tests(device, stem.with_suffix(".log"))
+    left_out: list[str] = []
+    errors: list[str] = []
+    record.notes = {"tests": tests, "left_out": left_out, "errors": errors}
+    write_json(record.to_dict(), stem.with_suffix(".json"))
+    print(f"tests: {tests['summary']}", flush=True)
     probe = BandwidthProbe(device)
     todo = variants(sizes, device)
     for i, variant in enumerate(tqdm(todo, desc="variants")):
         if clock.left() < 20:
-            record["left_out"].append(f"{variant}: no time left")
+            left_out.append(f"{variant}: no time left")
             continue
         weights = [PLAIN_SHARE if other.is_plain else 1 for other in todo[i:]]
         share, run = Clock(clock.left() * weights[0] / sum(weights)), None
@@ -384,31 +359,33 @@ def main() -> int:
                     run.measure_uncached()
                     run.measure_transformers()
         except (MemoryError, torch.OutOfMemoryError) as err:
-            record["left_out"].append(f"{variant}: {str(err).splitlines()[0]}")
+            left_out.append(f"{variant}: {str(err).splitlines()[0]}")
         except Exception as err:  # a kernel that does not compile, say: the others are worth having
             traceback.print_exc()
-            record["errors"].append(f"{variant}: {type(err).__name__}: {str(err)[:500]}")
+            errors.append(f"{variant}: {type(err).__name__}: {str(err)[:500]}")
         if run is not None:
-            record["cases"] += run.cases
-            record["left_out"] += [f"{variant}, {what}" for what in run.left_out]
-            record["errors"] += run.errors
+            record.cases += run.cases
+            record.checks |= run.checks
+            left_out += [f"{variant}, {what}" for what in run.left_out]
+            errors += run.errors
+            if run.transformers is not None:
+                record.environment["transformers"] = run.transformers
         del run
         release_memory(device)
-        write_json(record, stem.with_suffix(".json"))  # nothing is lost if a later one fails
+        write_json(record.to_dict(), stem.with_suffix(".json"))  # nothing is lost if a later one fails
     cuda.decode_attention = "sdpa"
-    record["seconds"] = 60 * args.minutes - clock.left()
-    write_json(record, stem.with_suffix(".json"))
-    if any(case["weights"] == "bf16" for case in record["cases"]):
+    record.notes["seconds"] = 60 * args.minutes - clock.left()
+    record.conditions = {"bandwidth_gb_s": [gb for c in record.cases for gb in c.samples.get("bandwidth_gb_s", [])]}
+    record.noise = noise_of(record)
+    write_json(record.to_dict(), stem.with_suffix(".json"))
+    if any(case.labels["weights"] == "bf16" for case in record.cases):
         plot(record, stem.with_suffix(".png"))
-    print(as_text(record))
+    print(as_table(record))
     print(f"wrote {stem}.json, .png and .log")
-    wrong = [c for c in record["cases"] if "check" in c and not c["check"]["passed"]]
-    for c in wrong:
-        variant = Variant(c["size"], c["weights"], c["attention"])
-        print(f"WRONG TOKENS: {variant}, {c['mode']}, batch {c['batch_size']}: {c['check']}", file=sys.stderr)
-    return int(
-        bool(wrong) or bool(record["errors"]) or record["tests"]["exit_status"] not in (0, 5)
-    )  # 5: no test was selected
+    for name, check in record.checks.items():
+        if not check["passed"]:
+            print(f"WRONG TOKENS: {name}: {check}", file=sys.stderr)
+    return int(not record.passed or bool(errors) or tests["exit_status"] not in (0, 5))  # 5: no test was selected
 
 
 if __name__ == "__main__":

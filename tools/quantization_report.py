@@ -2,9 +2,10 @@
 
     python tools/quantization_report.py --output benchmarks/results/quantization-tiny.json
 
-Errors are relative: |rounded - exact| / |exact| over all elements. "weight" compares weights; "output" compares a
-layer's results on real inputs, activations rounded as the layer rounds them, too. A format's name that ends in "-kv8"
-has keys and values in 8 bits; "kv_cache" then compares, block by block, keys, values and what attention makes of them.
+Errors are relative: |rounded - exact| / |exact| over all elements. Of a layer, "weight_error" compares weights,
+"output_error" results on real inputs, activations rounded as the layer rounds them, too. A format's name that ends in
+"-kv8" has keys and values in 8 bits: then keys, values and what attention makes of them are compared, block by block.
+"logit_error" is of the whole model, over all positions of a random prompt.
 "int4-head8" has output projection and embedding in 8 bits, which the package does not offer: what it would buy.
 Perplexity and accuracy need a model that knows something: the tasks are those that tiny was trained on
 (tools/tiny_tasks.py), answered greedily by the Generator. Other models get the table of layers only.
@@ -15,8 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import tiny_tasks
@@ -28,14 +29,20 @@ from train_tiny import encode, pad
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.suites.quantization import logits_through_cache
+from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
-from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
+from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.tokenizer import Tokenizer as OurTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import tables
 
 TASKS = {
     "addition": lambda rng: tiny_tasks.addition(rng, held_out=True),
@@ -67,22 +74,10 @@ def layer_errors(exact: Qwen3, rounded: Qwen3, tokens: torch.Tensor) -> list[dic
     for name, layer in layers.items():
         weight, x = exact.get_submodule(name).weight, inputs[name]
         output = relative_error(layer(x), F.linear(x.float(), weight.float()))
-        errors.append({"layer": name, "weight": relative_error(layer.dequantize(), weight), "output": output})
+        errors.append(
+            {"layer": name, "weight_error": relative_error(layer.dequantize(), weight), "output_error": output}
+        )
     return errors
-
-
-def run_cached(model: Qwen3, ids: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
-    """Logits of all positions, (1, T, V), with keys and values read from a cache: `Qwen3.forward` with rounding."""
-    length, cpu = ids.shape[1], torch.device("cpu")
-    dtype = parse_cache_dtype(kv_cache_dtype, model.model.norm.weight.dtype)
-    cache = StaticKVCache(model.config, 1, length, dtype, cpu)
-    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu, model.config.yarn)
-    position_1T = torch.arange(length)[None]
-    mask_1TL = torch.arange(length) <= position_1T[..., None]
-    x_1TE = model.embed(ids)
-    for block, layer in zip(model.model.layers, cache.layers(), strict=True):
-        x_1TE = block(x_1TE, cos_TD[None], sin_TD[None], position_1T, mask_1TL, layer)
-    return model.logits(x_1TE)
 
 
 @torch.no_grad()
@@ -103,9 +98,9 @@ def cache_errors(model: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
         errors.append(
             {
                 "layer": f"layers.{len(errors)}",
-                "keys": relative_error(rounded_k, k),
-                "values": relative_error(rounded_v, v),
-                "output": relative_error(actual, expected),
+                "key_error": relative_error(rounded_k, k),
+                "value_error": relative_error(rounded_v, v),
+                "output_error": relative_error(actual, expected),
             }
         )
         x_1TE = block(x_1TE, *arguments, exact)
@@ -120,7 +115,7 @@ def perplexity(model: Qwen3, count: int, kv_cache_dtype: str) -> float:
     for make in TASKS.values():
         for _ in range(count):
             ids, labels = pad([encode(tokenizer, make(rng), thinking=False)])
-            logits = run_cached(model, ids, kv_cache_dtype)[0, :-1].float()
+            logits = logits_through_cache(model, ids[0], kv_cache_dtype)[:-1]
             chosen = labels[0, 1:] >= 0
             total += float(F.cross_entropy(logits[chosen], labels[0, 1:][chosen], reduction="sum"))
             tokens += int(chosen.sum())
@@ -153,24 +148,55 @@ def with_head_in_8_bits(model: Qwen3, exact: Qwen3) -> Qwen3:
     return model
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """Medians over the layers, the worst layer, and what the model still knows."""
-    lines = []
-    for name, result in record["formats"].items():
-        parts = [f"{name:8} {result['weight_bytes'] / 1e6:8.2f} MB"]
-        if errors := result["layers"]:
-            worst = max(errors, key=lambda e: e["output"])
-            parts.append(f"weight error {median(e['weight'] for e in errors):.2%}")
-            parts.append(f"output error {median(e['output'] for e in errors):.2%}")
-            parts.append(f"worst {worst['output']:.2%} ({worst['layer']})")
-        if errors := result["kv_cache"]:
-            keys, values, output = (median(e[key] for e in errors) for key in ("keys", "values", "output"))
-            parts.append(f"cache: keys {keys:.2%}, values {values:.2%}, attention {output:.2%}")
-        if "perplexity" in result:
-            parts.append(f"perplexity {result['perplexity']:.4f}")
-            parts += [f"{task} {share:.1%}" for task, share in result["accuracy"].items()]
-        lines.append("; ".join(parts))
-    return "\n".join(lines)
+def error_cases(format: str, what: str, errors: list[dict[str, Any]]) -> list[Case]:
+    """A case for each layer or block."""
+    return [
+        Case(
+            {"format": format, "what": what, "layer": error["layer"]},
+            samples={name: [value] for name, value in error.items() if name != "layer"},
+        )
+        for error in errors
+    ]
+
+
+def model_case(format: str, model: Qwen3, tokens: torch.Tensor, cache_dtype: str, exact: torch.Tensor) -> Case:
+    """Error of the logits, and how often the likeliest token is the same. exact: (T, V)."""
+    logits = logits_through_cache(model, tokens[0], cache_dtype)
+    same = float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
+    samples = {"logit_error": [relative_error(logits, exact)], "same_token": [same]}
+    return Case({"format": format, "what": "model"}, {"weight_bytes": float(model.num_bytes())}, samples)
+
+
+def task_cases(format: str, model: Qwen3, tokenizer: OurTokenizer, cache_dtype: str, examples: int) -> list[Case]:
+    """Accuracy on each task."""
+    with Generator(model, tokenizer, max_batch_size=8, kv_cache_dtype=cache_dtype) as generator:
+        shares = accuracy(generator, examples)
+    facts = {"examples": float(examples)}
+    return [Case({"format": format, "what": task}, facts, {"accuracy": [share]}) for task, share in shares.items()]
+
+
+def measure(args: argparse.Namespace, record: Record) -> None:
+    """All formats, each with both caches."""
+    exact = load_model(args.model, "cpu")
+    tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    exact_logits = logits_through_cache(exact, tokens[0], "auto")
+    tokenizer = None if args.model.startswith("random:") else OurTokenizer.from_folder(resolve_source(args.model))
+    on_cpu = [format.name for format in FORMATS.values() if "cpu" in format.devices]
+    for weights in tqdm(["bf16", *on_cpu, "int4-head8"], desc="formats"):
+        quantization = None if weights == "bf16" else weights.removesuffix("-head8")
+        model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
+        if weights.endswith("-head8"):
+            model = with_head_in_8_bits(model, exact)
+        if quantization is not None:
+            record.cases += error_cases(weights, "layer", layer_errors(exact, model, tokens))
+        for name, cache_dtype in ((weights, "auto"), (f"{weights}-kv8", "int8")):
+            if cache_dtype == "int8":
+                record.cases += error_cases(name, "cache", cache_errors(model, tokens))
+            case = model_case(name, model, tokens, cache_dtype, exact_logits)
+            record.cases.append(case)
+            if args.model == "tiny" and tokenizer is not None:
+                case.add({"perplexity": perplexity(model, args.examples // 10, cache_dtype)})
+                record.cases += task_cases(name, model, tokenizer, cache_dtype, args.examples)
 
 
 def main() -> None:
@@ -180,34 +206,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=200, help="of each task [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/quantization.json"), help="[%(default)s]")
     args = parser.parse_args()
-    exact = load_model(args.model, "cpu")
-    tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
-    tokenizer = None if args.model.startswith("random:") else OurTokenizer.from_folder(resolve_source(args.model))
-    formats: dict[str, Any] = {}
-    on_cpu = [format.name for format in FORMATS.values() if "cpu" in format.devices]
-    for weights in tqdm(["bf16", *on_cpu, "int4-head8"], desc="formats"):
-        quantization = None if weights == "bf16" else weights.removesuffix("-head8")
-        model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
-        if weights.endswith("-head8"):
-            model = with_head_in_8_bits(model, exact)
-        layers = layer_errors(exact, model, tokens) if quantization is not None else []
-        for name, cache_dtype in ((weights, "auto"), (f"{weights}-kv8", "int8")):
-            formats[name] = result = {"weight_bytes": model.num_bytes(), "layers": layers, "kv_cache": []}
-            if cache_dtype == "int8":
-                result |= {"layers": [], "kv_cache": cache_errors(model, tokens)}
-            if args.model == "tiny":
-                result["perplexity"] = perplexity(model, args.examples // 10, cache_dtype)
-                with Generator(model, tokenizer, max_batch_size=8, kv_cache_dtype=cache_dtype) as generator:
-                    result["accuracy"] = accuracy(generator, args.examples)
-    record = {
-        "run": describe_run("python tools/quantization_report.py"),
-        "environment": describe_environment(torch.device("cpu")),
-        "model": args.model,
-        "examples": args.examples,
-        "formats": formats,
-    }
-    print(as_text(record))
-    write_json(record, args.output)
+    if args.examples < 10:
+        parser.error("--examples must be at least 10, a tenth of which the perplexity is of")
+    run = describe_run("python tools/quantization_report.py")
+    environment = describe_environment(torch.device("cpu"))
+    record = Record("quantization-tiny", run, environment, {"name": args.model})
+    measure(args, record)
+    record.noise = noise_of(record)
+    write_json(record.to_dict(), args.output)
+    print(as_text(tables.quantization_rows(record), left=1))
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

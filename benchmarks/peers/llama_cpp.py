@@ -133,7 +133,7 @@ def gguf_name(name: str) -> str:
 class LlamaCppEngine:
     """A llama.cpp context with its defaults, but for flash attention where the variant says so."""
 
-    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         import llama_cpp
         import numpy as np
 

@@ -85,7 +85,7 @@ def matrix_products(model: Path) -> dict[str, int]:
 class OnnxRuntimeEngine:
     """A model on the CPU provider."""
 
-    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         import onnxruntime_genai
 
         self._genai = onnxruntime_genai

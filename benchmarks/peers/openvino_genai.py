@@ -57,7 +57,7 @@ def convert(variant: str, checkpoint: Path, target: Path) -> None:
 class OpenVinoEngine:
     """An LLMPipeline on the CPU."""
 
-    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         import numpy as np
         import openvino
         import openvino_genai

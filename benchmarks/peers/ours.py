@@ -27,9 +27,9 @@ VARIANTS = (
 class OurEngine:
     """A Generator with compiled steps."""
 
-    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int) -> None:
+    def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         self.generator = Generator(
-            load_model(model, "cpu"),
+            load_model(model, device),
             max_seq_len=max_seq_len,
             kv_cache_dtype="int8" if variant.endswith(INT8_CACHE) else "auto",
             compile=True,

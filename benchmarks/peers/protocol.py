@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 CACHE = Path.home() / ".cache" / "qwen3fast" / "peers"
 FORMATS = ("bf16", "int8", "int4")
+CHECKPOINT = "checkpoint"  # the name of weights that are the common checkpoint itself
 BENCHMARKS = Path(__file__).resolve().parent.parent
 
 
@@ -41,13 +42,15 @@ class Engine(Protocol):
 class Variant:
     """A way to run a peer. computes: weights, activations and kv_cache, in words, for the record.
 
-    weights: the converted weights it uses, where they are another variant's ("" means its own).
+    weights: the converted weights it uses, where they are another variant's ("" means its own). most_steps: timed in a
+    reply, where each takes so long that few must do.
     """
 
     format: str
     name: str
     computes: dict[str, str]
     weights: str = ""
+    most_steps: int | None = None
 
     @property
     def folder(self) -> str:
@@ -60,7 +63,7 @@ class Peer:
     """An engine with an environment of its own.
 
     module: the adapter. requirements: what pip installs; pip_environment, pip_options: how; pip_remove: what must go
-    again. packages: whose versions are recorded.
+    again. packages: whose versions are recorded. devices: where it runs, for this comparison.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Peer:
     pip_environment: dict[str, str] = field(default_factory=dict)
     pip_options: tuple[str, ...] = ()
     pip_remove: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def python(self) -> Path:
@@ -118,6 +122,12 @@ class Peer:
         return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant).is_dir()
 
 
+def link_checkpoint(variant: str, checkpoint: Path, target: Path) -> None:
+    """The conversion of peers that read the common checkpoint as it is: `target` points to its files."""
+    for file in checkpoint.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+
+
 def environment() -> dict[str, str]:
     """Of a peer's processes: adapters are found, and the folder of adapters, whose files are named as the packages they
     import, is not on the path itself."""
@@ -128,13 +138,21 @@ class Worker:
     """A running worker process."""
 
     def __init__(
-        self, name: str, python: Path, module: str, variant: str, model: Path, threads: int, max_seq_len: int
+        self,
+        name: str,
+        python: Path,
+        module: str,
+        variant: str,
+        model: Path,
+        threads: int,
+        max_seq_len: int,
+        device: str = "cpu",
     ) -> None:
         """Start it and wait until the model is loaded. Raises: RuntimeError with the end of its log if it ends."""
         self.name = name
         self._log = CACHE / "logs" / f"{name.replace(' ', '-')}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        options = ["--threads", str(threads), "--max-seq-len", str(max_seq_len)]
+        options = ["--threads", str(threads), "--max-seq-len", str(max_seq_len), "--device", device]
         # OpenMP's threads must agree with the engine's own option; waiting ones must sleep, not spin.
         variables = environment() | {"OMP_NUM_THREADS": str(threads)}
         with self._log.open("w") as log:
@@ -175,13 +193,13 @@ class Worker:
 
 def run_adapter(
     packages: tuple[str, ...],
-    load: Callable[[str, Path, int, int], Engine],
+    load: Callable[[str, Path, int, int, str], Engine],
     convert: Callable[[str, Path, Path], None] | None = None,
 ) -> None:
     """An adapter's command line: `convert WEIGHTS CHECKPOINT TARGET` and `serve VARIANT MODEL`.
 
-    load: (variant's name, model, threads, max_seq_len) to an engine. convert: (name of the weights, checkpoint, empty
-    folder).
+    load: (variant's name, model, threads, max_seq_len, device) to an engine. convert: (name of the weights, checkpoint,
+    empty folder).
     """
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
@@ -194,6 +212,7 @@ def run_adapter(
     serving.add_argument("model", type=Path)
     serving.add_argument("--threads", type=int, required=True)
     serving.add_argument("--max-seq-len", type=int, required=True)
+    serving.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.command == "convert":
         assert convert is not None, "this adapter has nothing to convert"
@@ -202,7 +221,7 @@ def run_adapter(
     # Native libraries print to standard output as they like: answers get a channel of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    engine = load(args.variant, args.model, args.threads, args.max_seq_len)
+    engine = load(args.variant, args.model, args.threads, args.max_seq_len, args.device)
     versions = {name: version(name) for name in packages}
     print(json.dumps({"facts": engine.facts, "versions": versions}), file=answers, flush=True)
     for line in sys.stdin:

@@ -1,0 +1,136 @@
+"""Tables of the records that are read best across two labels: engines by context, operators by phase, and so on.
+
+Each gives rows of cells, header first, for `qwen3fast.bench.table.as_text` and `as_markdown`.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from qwen3fast.bench.metrics import METRICS
+from qwen3fast.bench.record import Case, Record
+
+OURS = "qwen3fast"
+PARAMETERS = ("parameters", "read_parameters")
+Rows = list[list[str]]
+
+
+def unique(record: Record, *labels: str, **wanted: Any) -> list[tuple[Any, ...]]:
+    """The values of labels over the cases that have all of `wanted`, in order, none twice."""
+    cases = (c for c in record.cases if wanted.items() <= c.labels.items())
+    return list(dict.fromkeys(tuple(case.labels[name] for name in labels) for case in cases))
+
+
+def find(record: Record, **wanted: Any) -> Case | None:
+    """The first case with these labels."""
+    return next((case for case in record.cases if wanted.items() <= case.labels.items()), None)
+
+
+def cell(case: Case | None, *metrics: str) -> str:
+    """Medians, joined by a comma; empty if the case lacks one."""
+    derived = case.metrics if case else {}
+    if not all(name in derived for name in metrics):
+        return ""
+    return ", ".join(METRICS[name].text(derived[name].median) for name in metrics)
+
+
+def peers_columns(record: Record) -> dict[str, dict[tuple[str, str], float]]:
+    """Title of a column ("decode at 32", "prefill of 512") -> (format, engine) -> tokens/s."""
+    columns: dict[str, dict[tuple[str, str], float]] = {}
+    for what, context in sorted(unique(record, "what", "context")):
+        metric, title = ("decode_tok_s", "decode at") if what == "decode" else ("prefill_tok_s", "prefill of")
+        columns[f"{title} {context:,}"] = {
+            (str(c.labels["format"]), str(c.labels["engine"])): c.metrics[metric].median
+            for c in record.cases
+            if (c.labels["what"], c.labels["context"]) == (what, context) and metric in c.metrics
+        }
+    return columns
+
+
+def peers_rows(record: Record, ratios: bool = False) -> Rows:
+    """Of benchmarks/compare_peers.py: tokens/s; with ratios, how many times as fast we are is beside them."""
+    columns = peers_columns(record)
+    rows = [["format", "engine", *columns]]
+    for format, engine in unique(record, "format", "engine"):
+        cells = []
+        for speeds in columns.values():
+            speed, own = speeds.get((format, engine)), speeds.get((format, OURS))
+            ratio = f" ({own / speed:.2f}x)" if ratios and speed and own else ""
+            cells.append("" if speed is None else f"{speed:.1f}{ratio}")
+        rows.append([format, engine, *cells])
+    return rows
+
+
+def operators_rows(record: Record) -> Rows:
+    """Of benchmarks/cpu_operators.py: milliseconds of each operator, and of the whole."""
+    operators = [name for (name,) in unique(record, "operator")]
+    rows = [["", *operators]]
+    for phase, format, context in unique(record, "phase", "format", "context"):
+        shape = {"phase": phase, "format": format, "context": context}
+        rows.append([f"{phase} {context:,}, {format}", *(cell(find(record, **shape, operator=o), "operator_ms")
+                                                         for o in operators)])  # fmt: skip
+    return rows
+
+
+def offline_rows(record: Record) -> Rows:
+    """Of benchmarks/batching.py: throughput of each engine by batch size."""
+    sizes = sorted({size for (size,) in unique(record, "batch_size", what="offline")})
+    rows = [["tokens/s", *(f"batch {size}" for size in sizes)]]
+    for engine, format in unique(record, "engine", "format", what="offline"):
+        shape = {"engine": engine, "format": format, "what": "offline"}
+        cells = (cell(find(record, **shape, batch_size=size), "tok_s") for size in sizes)
+        rows.append([f"{engine}, {format}", *cells])
+    return rows
+
+
+def online_rows(record: Record) -> Rows:
+    """Of benchmarks/batching.py: latency by format, batch size and offered load."""
+    titles = ["first token p50, p99", "between tokens p50, p99 (ms)"]
+    rows = [["format", "batch", "load", "offered requests/s", "tok/s", *titles]]
+    for format, size, load in unique(record, "format", "batch_size", "load", what="online"):
+        case = find(record, what="online", format=format, batch_size=size, load=load)
+        assert case is not None, "it was found a moment ago"
+        times = [cell(case, f"{name}_{unit}", f"{name}_p99_{unit}") for name, unit in (("ttft", "s"), ("itl", "ms"))]
+        offered = f"{case.facts['offered_requests_s']:.2f}"
+        rows.append([format, str(size), f"{load:.0%}", offered, cell(case, "tok_s"), *times])
+    return rows
+
+
+def moe_rows(record: Record) -> Rows:
+    """Of benchmarks/moe.py: milliseconds a step of a mixture of experts between two dense models; ratios of a round are
+    taken before their median."""
+    rows = [["format, experts", "parameters", "of them active", "mixture", "dense as active", "dense as all"]]
+    rows[0] += ["mixture / active", "all / mixture"]
+    for format, experts in unique(record, "format", "num_experts"):
+        names = ("experts", "dense_active", "dense_all")
+        cases = [find(record, format=format, num_experts=experts, model=name) for name in names]
+        facts = cases[0].facts if cases[0] else {}
+        sizes = [f"{facts[name] / 1e6:,.0f} million" if name in facts else "" for name in PARAMETERS]
+        mixture, active, whole = ([median(steps) for steps in c.samples["step_s"]] if c else [] for c in cases)
+        ratios = [
+            f"{median(x / y for x, y in zip(a, b, strict=False)):.2f}x" if a and b else ""
+            for a, b in ((mixture, active), (whole, mixture))
+        ]
+        rows.append([f"{format}, {experts}", *sizes, *(cell(case, "step_ms") for case in cases), *ratios])
+    return rows
+
+
+def quantization_rows(record: Record) -> Rows:
+    """Of tools/quantization_report.py: medians over layers, the worst layer, perplexity and accuracy on each task."""
+    tasks = [what for (what,) in unique(record, "what") if what not in ("layer", "cache", "model")]
+    rows = [["format", "MB", "weight error", "output error", "worst output", "perplexity", *tasks]]
+    for (format,) in unique(record, "format"):
+        model = find(record, format=format, what="model")
+        layers = [c for c in record.cases if c.labels["format"] == format and c.labels["what"] in ("layer", "cache")]
+        size = f"{model.facts['weight_bytes'] / 1e6:.2f}" if model else ""
+        errors = [[c.metrics[m].median for c in layers if m in c.metrics] for m in ("weight_error", "output_error")]
+        cells = [_percent(median(values) if values else None) for values in errors]
+        cells.append(_percent(max(errors[1], default=None)))
+        scores = (cell(find(record, format=format, what=task), "accuracy") for task in tasks)
+        rows.append([format, size, *cells, cell(model, "perplexity"), *scores])
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

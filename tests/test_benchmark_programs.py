@@ -1,0 +1,258 @@
+"""The programs in benchmarks/ without their measurements: options, turns, the workers' protocol, clients."""
+
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import batching
+import compare_peers
+import cpu_operators
+import pytest
+import torch
+from peers import ctranslate2, protocol, sglang, transformers, vllm
+
+from qwen3fast.bench.environment import describe_environment
+from qwen3fast.bench.harness import Harness
+from qwen3fast.bench.record import Case, Record
+
+
+def new_record():
+    run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
+    return Record("x", run, describe_environment(torch.device("cpu")), {"name": "x"})
+
+
+class FakeWorker:
+    """Remembers its prompts."""
+
+    name = "fake"
+
+    def __init__(self):
+        self.prompts = []
+
+    def generate(self, prompt, steps):
+        self.prompts.append(tuple(prompt))
+        return {"prefill_s": 0.5, "decode_s": 0.25 * steps, "token_ids": [0] * (steps + 1)}
+
+
+def test_peers_options_are_checked(capsys):
+    for arguments, message in (
+        (["--peers", "llama-cpp,nobody"], "unknown in --peers: nobody; known: transformers, llama-cpp"),
+        (["--formats", "int3"], "unknown in --formats: int3; known: bf16, int8, int4"),
+        (["--contexts", "32,512"], "--prefill 512 is among --contexts"),
+        (["--contexts", "0"], "invalid counts value"),
+    ):
+        with pytest.raises(SystemExit):
+            compare_peers.parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_peers_for_gpus_are_left_out_on_a_cpu_with_a_reason():
+    args = compare_peers.parse(["--peers", "vllm,transformers,sglang"])
+    assert args.peers == ["transformers"]
+    why = "not run: needs cuda, this comparison is on cpu"
+    assert args.not_run == {"vllm": why, "sglang": why}
+    assert compare_peers.split_by_device(["llama-cpp", "vllm"], "cuda")[0] == ["vllm"]
+
+
+def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        compare_peers.parse(["--device", "cuda"])
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_what_is_not_set_up_is_named_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "CACHE", tmp_path)
+    args = compare_peers.parse(["--peers", "ctranslate2", "--formats", "int8", "--weights", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --peers"):
+        compare_peers.require_set_up(args)
+
+
+def test_every_peer_says_what_it_computes_in_and_names_are_told_apart():
+    names = [name for format in protocol.FORMATS for name, *_ in compare_peers.selected([*compare_peers.PEERS], format)]
+    assert names.count("qwen3fast") == 3 and len(names) - len(set(names)) == 3  # ours twice in each rounded format
+    for peer in compare_peers.PEERS.values():
+        for variant in peer.variants:
+            assert variant.format in protocol.FORMATS and set(variant.computes) == {
+                "weights",
+                "activations",
+                "kv_cache",
+            }
+        assert all("==" in requirement for requirement in peer.requirements)
+
+
+def test_engines_get_the_same_new_prompt_each_round_and_others_to_warm_up(monkeypatch):
+    monkeypatch.setattr(compare_peers, "PAUSE_S", 0.0)
+    args = SimpleNamespace(vocab_size=1000)
+    record, workers = new_record(), [FakeWorker(), FakeWorker()]
+    harness = Harness(record, is_shown=False)
+    tasks = []
+    for i, worker in enumerate(workers):
+        labels = {"engine": f"e{i}", "format": "bf16", "context": 8, "what": "decode", "batch_size": 1}
+        tasks.append(compare_peers.make_task(args, Case(labels), worker, steps=4))
+        compare_peers.warm_up(args, harness, tasks[-1], worker, steps=4)
+    warm = set(workers[0].prompts)
+    harness.measure(tasks, 3)
+    first, second = (worker.prompts[-3:] for worker in workers)
+    assert first == second and len({*first, *warm}) == 3 + len(warm) and len(warm) >= 2
+    assert [task.case.samples for task in tasks] == [{"ttft_s": [0.5] * 3, "step_s": [[0.25]] * 3}] * 2
+    assert tasks[0].case.metrics["decode_tok_s"].median == 4
+
+
+def test_an_engine_that_stops_early_is_refused(monkeypatch):
+    monkeypatch.setattr(compare_peers, "PAUSE_S", 0.0)
+    worker = FakeWorker()
+    worker.generate = lambda prompt, steps: {"prefill_s": 1, "decode_s": 1, "token_ids": [0]}
+    labels = {"engine": "e", "format": "bf16", "context": 8, "what": "decode", "batch_size": 1}
+    with pytest.raises(AssertionError, match="fake gave 1 tokens, not 3"):
+        compare_peers.make_task(SimpleNamespace(vocab_size=10), Case(labels), worker, 2).run()
+
+
+ADAPTER = """
+from pathlib import Path
+from peers.protocol import run_adapter
+class Engine:
+    def __init__(self, variant, model, threads, max_seq_len, device):
+        print("noise of a native library", flush=True)
+        self.facts = {"variant": variant, "model": str(model), "threads": threads, "room": max_seq_len, "on": device}
+    def generate(self, prompt, steps):
+        return 1.0, 2.0, [len(prompt)] * (steps + 1)
+run_adapter(("pytest",), Engine)
+"""
+
+
+def test_an_adapter_answers_on_a_channel_of_its_own():
+    command = [sys.executable, "-c", ADAPTER, "serve", "v", "m", "--threads", "2", "--max-seq-len", "64"]
+    request = json.dumps({"prompt": [1, 2, 3], "steps": 1})
+    done = subprocess.run(
+        command, input=request + "\n", capture_output=True, text=True, check=True, env=protocol.environment()
+    )
+    hello, answer = map(json.loads, done.stdout.splitlines())
+    assert hello["facts"] == {"variant": "v", "model": "m", "threads": 2, "room": 64, "on": "cpu"}
+    assert hello["versions"] == {"pytest": pytest.__version__}
+    assert answer == {"prefill_s": 1.0, "decode_s": 2.0, "token_ids": [3, 3]}
+    assert "noise of a native library" in done.stderr
+
+
+def test_peers_that_read_the_checkpoint_get_links_to_it(tmp_path):
+    checkpoint, target = tmp_path / "checkpoint", tmp_path / "target"
+    checkpoint.mkdir()
+    target.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    protocol.link_checkpoint("any", checkpoint, target)
+    assert (target / "config.json").is_symlink() and (target / "config.json").read_text() == "{}"
+    for module in (transformers, vllm, sglang):
+        assert {variant.folder for variant in module.PEER.variants} == {protocol.CHECKPOINT}
+
+
+def test_transformers_streamer_takes_the_prompt_first_and_then_a_token_a_call():
+    marks = transformers.Marks()
+    marks.put(torch.tensor([[5, 6, 7]]))
+    for token in (8, 9):
+        marks.put(torch.tensor([token]))
+    marks.end()
+    assert marks.ids == [8, 9] and len(marks.times) == 2 and marks.times[0] <= marks.times[1]
+
+
+def test_ctranslate2_gets_ids_as_tokens():
+    tokens = ctranslate2.IdsAsTokens(4, 3)
+    assert tokens.get_vocab() == {"0": 0, "1": 1, "2": 2, "3": 3} and tokens.eos_token == "3"
+
+
+def test_arrivals_come_at_the_rate_and_are_the_same_each_time():
+    due = batching.arrivals(2000, 4.0)
+    assert due == batching.arrivals(2000, 4.0) and due == sorted(due)
+    assert due[-1] / 2000 == pytest.approx(0.25, rel=0.1)
+
+
+class FakeGenerator:
+    """Each reply: its first token after `wait_s`, in a chunk of its own, then two at a time."""
+
+    def __init__(self, wait_s):
+        self.wait_s, self.submitted = wait_s, []
+
+    def submit(self, prompt, params):
+        self.submitted.append((prompt, params.max_tokens, time.perf_counter()))
+        return self._reply(params.max_tokens)
+
+    def _reply(self, count):
+        time.sleep(self.wait_s)
+        yield SimpleNamespace(token_ids=[1])
+        for _ in range(count // 2):
+            yield SimpleNamespace(token_ids=[2, 3])
+
+
+def test_online_requests_come_when_they_are_due_and_clients_time_every_token():
+    generator = FakeGenerator(wait_s=0.02)
+    work = [([1], 3), ([2], 5), ([3], 1)]
+    started = time.perf_counter()
+    sample = batching.run_online(generator, work, [0.0, 0.03, 0.05])
+    assert [(prompt, new) for prompt, new, _ in generator.submitted] == work
+    assert all(at - started >= due for (*_, at), due in zip(generator.submitted, [0.0, 0.03, 0.05], strict=True))
+    assert len(sample["ttfts_s"]) == 3 and min(sample["ttfts_s"]) >= 0.02
+    assert len(sample["itl_s"]) == 2 + 4 and min(sample["itl_s"]) == 0  # of one chunk
+    assert sample["seconds"] >= 0.05 + 0.02
+
+
+def test_waiting_to_be_submitted_counts_as_latency():
+    class Slow(FakeGenerator):
+        def submit(self, prompt, params):
+            time.sleep(0.03)
+            return super().submit(prompt, params)
+
+    sample = batching.run_online(Slow(wait_s=0.0), [([1], 1)] * 3, [0.0, 0.0, 0.0])
+    assert sorted(sample["ttfts_s"])[-1] >= 0.09
+
+
+def test_an_online_run_is_bounded_and_its_load_is_a_share_of_the_throughput():
+    args = batching.parse(["--requests", "100", "--most-online-s", "10"])
+    work, rate = batching.online_work(args, 50, 0.5, tok_s=100.0)
+    whole = batching.make_work(50, 100, args.prompt_tokens, args.new_tokens, seed=1)
+    assert rate * sum(n for _, n in whole) / 100 == pytest.approx(50.0)
+    assert len(work) == int(10 * rate) and work == whole[: len(work)]
+    assert len(batching.online_work(args, 50, 0.5, tok_s=1e6)[0]) == 100
+    assert len(batching.online_work(args, 50, 0.5, tok_s=1e-3)[0]) == batching.FEWEST_REQUESTS
+
+
+def test_online_runs_are_of_each_batch_size_and_load_with_the_throughput_of_that_batch_size():
+    args = batching.parse(["--batch-sizes", "1,4", "--loads", "0.5,1", "--requests", "4"])
+    record = new_record()
+    for size, seconds in ((1, 8.0), (4, 2.0)):
+        case = batching.offline_case(batching.OURS, "bf16", size, [([1], 40), ([2], 40)])
+        case.add({"seconds": seconds})
+        record.cases.append(case)
+    models = {"bf16": SimpleNamespace(config=SimpleNamespace(vocab_size=50))}
+    generators = {("bf16", size): None for size in (1, 4)}
+    tasks = batching.online_tasks(args, models, generators, record)
+    shapes = [(task.case.labels["batch_size"], task.case.labels["load"]) for task in tasks]
+    assert shapes == [(1, 0.5), (1, 1.0), (4, 0.5), (4, 1.0)]
+    slow, _, fast, _ = (task.case.facts["offered_requests_s"] for task in tasks)
+    assert fast == pytest.approx(4 * slow)
+
+
+def test_batching_options_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        batching.parse(["--loads", "0"])
+    assert "must be positive" in capsys.readouterr().err
+
+
+def test_operators_and_the_rest_make_up_the_whole():
+    ms = cpu_operators.with_other({"a": 0.001, "b": 0.002, "whole": 0.005})
+    assert ms == pytest.approx({"whole": 5.0, "a": 1.0, "b": 2.0, "other": 2.0})
+    assert list(ms) == ["whole", "a", "b", "other"]
+
+
+def test_each_operator_is_a_case_with_a_sample_a_round():
+    record, calls = new_record(), []
+
+    def time_once():
+        calls.append(None)
+        return {"a": 0.001 * len(calls), "whole": 0.01}
+
+    labels = {"phase": "decode", "format": "bf16", "context": 32}
+    task = cpu_operators.make_task(record, labels, time_once)
+    Harness(record, is_shown=False).measure([task], 2)
+    samples = {case.labels["operator"]: case.samples["operator_ms"] for case in record.cases}
+    assert samples == {"whole": [10.0, 10.0], "a": [2.0, 3.0], "other": [8.0, 7.0]}  # the first call warms up

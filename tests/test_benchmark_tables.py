@@ -1,0 +1,214 @@
+"""Tables and pictures of the benchmarks outside of the package, and the README's, on records made up here."""
+
+import json
+
+import batching_picture
+import pytest
+import tables
+import update_readme
+from peers import picture
+
+from qwen3fast.bench.record import Case, Record, write_json
+
+ENVIRONMENT = {"device": "cpu", "cpu": "a CPU", "cpu_count": 2, "threads": 2, "platform": "x", "python": "3"}
+ENVIRONMENT |= {"torch": "2", "qwen3fast": "1"}
+RUN = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
+
+
+def record(suite, cases, **more):
+    return Record(suite, RUN, ENVIRONMENT, {"name": "random:0.6b"}, cases, **more)
+
+
+def peers_record():
+    def case(engine, format, what, context, step_s, ttft_s):
+        samples = {"ttft_s": [ttft_s, ttft_s]} | ({"step_s": [[step_s], [step_s]]} if step_s else {})
+        labels = {"engine": engine, "format": format, "context": context, "what": what, "batch_size": 1}
+        return Case(labels, {}, samples)
+
+    return record(
+        "peers",
+        [
+            case("qwen3fast", "bf16", "decode", 32, 0.025, 0.1),
+            case("other bf16", "bf16", "decode", 32, 0.05, 0.1),
+            case("qwen3fast", "bf16", "decode", 1000, 0.04, 2.0),
+            case("qwen3fast", "bf16", "prefill", 512, None, 2.0),
+            case("other bf16", "bf16", "prefill", 512, None, 1.0),
+            case("qwen3fast", "int4", "decode", 32, 0.01, 0.1),
+        ],
+    )
+
+
+def batching_record():
+    def offline(engine, format, size, seconds):
+        labels = {"what": "offline", "engine": engine, "format": format, "batch_size": size}
+        return Case(labels, {"tokens": 100.0, "requests": 5.0}, {"seconds": [seconds]})
+
+    def online(size, load):
+        labels = {"what": "online", "engine": "qwen3fast", "format": "bf16", "batch_size": size, "load": load}
+        facts = {"tokens": 30.0, "requests": 3.0, "offered_requests_s": 1.5}
+        return Case(labels, facts, {"ttfts_s": [[0.3, 0.1, 0.2]], "itl_s": [[0.01, 0.02, 0.04]], "seconds": [3.0]})
+
+    cases = [offline("qwen3fast", "bf16", 1, 5.0), offline("qwen3fast", "bf16", 4, 2.0)]
+    cases += [offline("transformers, static", "bf16", 4, 4.0)]
+    return record("batching", cases + [online(size, load) for size in (1, 4) for load in (0.3, 0.9)])
+
+
+def operators_record():
+    def case(operator, *ms, phase="decode"):
+        labels = {"phase": phase, "format": "bf16", "context": 32, "operator": operator}
+        return Case(labels, {}, {"operator_ms": list(ms)})
+
+    return record("operators", [case("whole", 5.0, 7.0, 6.0), case("sampler", 1.0), case("whole", 9, phase="prefill")])
+
+
+def quantization_record():
+    def case(what, layer=None, **samples):
+        labels = {"format": "int4", "what": what} | ({"layer": layer} if layer else {})
+        facts = {"weight_bytes": 2.5e6} if what == "model" else {}
+        return Case(labels, facts, {name: [value] for name, value in samples.items()})
+
+    layers = [case("layer", f"l{i}", weight_error=0.1 * i, output_error=0.01 * i) for i in (1, 2, 3)]
+    return record("quantization-tiny", [*layers, case("model", perplexity=1.5), case("copying", accuracy=0.75)])
+
+
+def moe_record():
+    def case(model, *step_s):
+        labels = {"model": model, "format": "int4", "num_experts": 32, "context": 32, "batch_size": 1}
+        facts = {"parameters": 5e8, "read_parameters": 1.5e8, "bytes_per_step": 7e7}
+        return Case(labels, facts, {"step_s": [[s] for s in step_s]})
+
+    # One round is slow: a ratio of medians would mix it with the others.
+    rounds = (
+        case("experts", 0.02, 0.1, 0.03),
+        case("dense_active", 0.01, 0.05, 0.015),
+        case("dense_all", 0.04, 0.2, 0.06),
+    )
+    return record("moe", list(rounds))
+
+
+def test_a_mixture_stands_between_two_dense_models():
+    row = ["int4, 32", "500 million", "150 million", "30", "15", "60", "2.00x", "2.00x"]
+    assert tables.moe_rows(moe_record())[1:] == [row]
+
+
+def test_peers_are_a_row_each_with_how_many_times_as_fast_we_are():
+    assert tables.peers_rows(peers_record(), ratios=True) == [
+        ["format", "engine", "decode at 32", "decode at 1,000", "prefill of 512"],
+        ["bf16", "qwen3fast", "40.0 (1.00x)", "25.0 (1.00x)", "256.0 (1.00x)"],
+        ["bf16", "other bf16", "20.0 (2.00x)", "", "512.0 (0.50x)"],
+        ["int4", "qwen3fast", "100.0 (1.00x)", "", ""],
+    ]
+    assert tables.peers_rows(peers_record())[2] == ["bf16", "other bf16", "20.0", "", "512.0"]
+
+
+def test_batching_has_throughput_by_batch_size_and_latency_by_batch_size_and_load():
+    assert tables.offline_rows(batching_record()) == [
+        ["tokens/s", "batch 1", "batch 4"],
+        ["qwen3fast, bf16", "20", "50"],
+        ["transformers, static, bf16", "", "25"],
+    ]
+    rows = tables.online_rows(batching_record())
+    assert [row[:3] for row in rows[1:]] == [["bf16", size, load] for size in "14" for load in ("30%", "90%")]
+    assert rows[1][3:] == ["1.50", "10", "0.2 s, 0.3 s", "20, 40"]
+
+
+def test_operators_are_columns():
+    assert tables.operators_rows(operators_record()) == [
+        ["", "whole", "sampler"],
+        ["decode 32, bf16", "6.00", "1.00"],
+        ["prefill 32, bf16", "9.00", ""],
+    ]
+
+
+def test_quantisation_shows_the_middle_and_the_worst_layer():
+    assert tables.quantization_rows(quantization_record())[1:] == [
+        ["int4", "2.50", "20.00%", "2.00%", "3.00%", "1.5000", "75.0%"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("draw", "make", "panels"), [(picture.draw, peers_record, 3), (batching_picture.draw, batching_record, 3)]
+)
+def test_pictures_have_their_panels(draw, make, panels, tmp_path):
+    figure = draw(make())
+    assert len(figure.axes) == panels
+    figure.savefig(tmp_path / "picture.png")
+
+
+def test_a_picture_of_latency_has_two_lines_for_each_batch_size():
+    _, ttft, between = batching_picture.draw(batching_record()).axes
+    names = [f"batch {size}, {quantile}" for size in (1, 4) for quantile in ("p50", "p99")]
+    for axes, p50, p99 in ((ttft, 200, 300), (between, 20, 40)):
+        assert [line.get_label() for line in axes.lines] == names
+        assert [list(line.get_ydata()) for line in axes.lines[:2]] == [pytest.approx([p, p]) for p in (p50, p99)]
+
+
+def cache_record():
+    def case(mode, step_s):
+        labels = {"context": 32, "batch_size": 1, "mode": mode, "format": "bf16"}
+        return Case(labels, {}, {"ttft_s": [0.5], "step_s": [[step_s]]})
+
+    return record("cache", [case("uncached-eager", 0.1), case("cached-compiled", 0.025)])
+
+
+def rounding_record():
+    def speed(format, context, step_s):
+        labels = {"mode": "cached-compiled", "format": format, "context": context, "batch_size": 1, "what": "speed"}
+        return Case(labels, {}, {"step_s": [[step_s]]})
+
+    def error(format, value, size):
+        facts = {"weight_bytes": size}
+        samples = {"logit_error": [value], "same_token": [1 - value]}
+        return Case({"format": format, "what": "error"}, facts, samples)
+
+    speeds = [speed(f, n, s) for f, s in (("bf16", 0.05), ("int4", 0.01)) for n in (32, 1024)]
+    return record("quantization", [error("bf16", 0.0, 2e9), error("int4", 0.1, 5e8), *speeds])
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (cache_record, "| 32 | cached-compiled | 40 | 64 | 0.5 s | 25 | 4.0x |"),
+        (rounding_record, "| int4 | 0.50 | 100 | 100 | 10.00% | 90.0% |"),
+        (peers_record, "| bf16 | other bf16 | 20.0 |  | 512.0 |"),
+        (batching_record, "| bf16 | 4 | 90% | 1.50 | 10 | 0.2 s, 0.3 s | 20, 40 |"),
+        (operators_record, "| decode 32, bf16 | 6.00 | 1.00 |"),
+        (quantization_record, "| int4 | 2.50 | 20.00% | 2.00% | 3.00% | 1.5000 | 75.0% |"),
+    ],
+)
+def test_the_readme_gets_the_table_of_each_record_and_where_it_was_measured(make, line, tmp_path):
+    write_json(make().to_dict(), tmp_path / "r.json")
+    text = "Before.\n<!-- table: r.json -->\nold\n<!-- end -->\nAfter."
+    new = update_readme.update(text, tmp_path)
+    assert line in new.splitlines() and "old" not in new
+    assert new.startswith("Before.\n<!-- table: r.json -->\n| ") and new.endswith("\n<!-- end -->\nAfter.")
+    assert "\n\na CPU, 2 threads; torch 2; qwen3fast 1, 2026-01-02.\n" in new
+    assert update_readme.update(new, tmp_path) == new
+
+
+def test_the_version_of_transformers_and_noise_are_said(tmp_path):
+    noisy = peers_record()
+    noisy.environment = noisy.environment | {"transformers": "5"}
+    noisy.noise = ["something"]
+    write_json(noisy.to_dict(), tmp_path / "r.json")
+    assert update_readme.render(tmp_path / "r.json").endswith("; noisy run, see the record; transformers 5.")
+
+
+def test_readme_tables_refuse_unknown_suites_and_older_records(tmp_path):
+    path = tmp_path / "r.json"
+    write_json(record("unheard", []).to_dict(), path)
+    with pytest.raises(ValueError, match=r"no table for suite 'unheard'; known: .*peers.*cache"):
+        update_readme.render(path)
+    path.write_text(json.dumps({"suite": "peers", "schema_version": 1}))
+    with pytest.raises(ValueError, match=r"r\.json: expected schema_version 2, got 1"):
+        update_readme.render(path)
+
+
+def test_every_suite_of_the_package_has_a_readme_table_of_its_own_names():
+    known = {**update_readme.PIVOTS, **update_readme.COLUMNS}
+    assert update_readme.SUITES.keys() <= known.keys()
+    for name, suite in update_readme.SUITES.items():
+        if name in update_readme.COLUMNS:
+            columns = update_readme.COLUMNS[name]
+            assert set(columns.labels) <= set(suite.columns.labels)
+            assert set(columns.metrics) <= set(suite.columns.metrics)

@@ -1,0 +1,39 @@
+"""tools/quantization_report.py on a small model: what becomes a case of the record."""
+
+import quantization_report
+import tables
+import torch
+from conftest import randomised, small_config
+
+from qwen3fast.bench.record import Record
+from qwen3fast.bench.suites.quantization import logits_through_cache
+from qwen3fast.quantization import quantize_model
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
+
+
+def test_errors_of_layers_cache_and_model_are_cases_that_a_record_keeps():
+    exact, rounded = (randomised(small_config(**SIZES, eos_token_ids=()), seed=3) for _ in range(2))
+    quantize_model(rounded, "int8", torch.float32)
+    tokens = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(0))
+    logits = logits_through_cache(exact, tokens[0], "auto")
+    layers = quantization_report.layer_errors(exact, rounded, tokens)
+    blocks = quantization_report.cache_errors(exact, tokens)
+    cases = quantization_report.error_cases("int8", "layer", layers)
+    cases += quantization_report.error_cases("bf16-kv8", "cache", blocks)
+    cases += [
+        quantization_report.model_case("bf16", exact, tokens, "auto", logits),
+        quantization_report.model_case("int8", rounded, tokens, "auto", logits),
+        quantization_report.model_case("bf16-kv8", exact, tokens, "int8", logits),
+    ]
+    run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
+    record = Record.from_dict(Record("quantization-tiny", run, {}, {"name": "x"}, cases).to_dict())
+    assert len(layers) == 7 * exact.config.num_hidden_layers + 1 and len(blocks) == exact.config.num_hidden_layers
+    found = [case.metrics for case in record.cases]
+    assert all(0 < m["weight_error"].median < 0.02 for m in found if "weight_error" in m)
+    assert all(0 < m[name].median < 0.02 for m in found if "key_error" in m for name in ("key_error", "value_error"))
+    exactly, int8, kv8 = (m for m in found if "logit_error" in m)
+    assert exactly["logit_error"].median == 0 and exactly["same_token"].median == 1
+    assert all(0 < m["logit_error"].median < 0.2 for m in (int8, kv8))
+    rows = tables.quantization_rows(record)
+    assert [row[0] for row in rows[1:]] == ["int8", "bf16-kv8", "bf16"] and all(row[1] for row in rows[1:])
