@@ -1,4 +1,4 @@
-"""Bring the README's tables up to date with the recorded results, or check that they are.
+"""Bring the tables of the READMEs up to date with the recorded results, or check that they are.
 
     python tools/update_readme.py            # rewrite
     python tools/update_readme.py --check    # exit 1 if anything is out of date
@@ -21,17 +21,16 @@ from qwen3fast.bench.plot import where_measured
 from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.suites import SUITES
 from qwen3fast.bench.suites.quantization import formats
-from qwen3fast.bench.table import Columns, as_markdown, table_rows
+from qwen3fast.bench.table import Columns, as_markdown, speedup, table_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import tables
 
 ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"<!-- table: (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 # Of each suite, what a README has room for; baselines are the suites' own.
 COLUMNS = {
-    "cache": Columns(("context", "mode"), ("decode_tok_s", "prefill_tok_s", "ttft_s", "step_p99_ms",
-                                           "share_of_bandwidth")),
     "roofline": Columns(("format", "context"), ("decode_tok_s", "share_of_bandwidth", "prefill_tok_s",
                                                 "prefill_share_of_gemm")),
     "batch": Columns(("format", "batch_size"), ("decode_tok_s", "step_ms", "share_of_bandwidth")),
@@ -77,6 +76,21 @@ def quantization_table(record: Record) -> str:
     return as_markdown(rows, left=1)
 
 
+def cache_table(record: Record) -> str:
+    """Of the suite cache: a row for each length, tokens/s of every mode side by side; one batch size and format."""
+    modes = [mode for (mode,) in tables.unique(record, "mode")]
+    columns, last = SUITES["cache"].columns, modes[-1]
+    rows = [["context", *(mode.replace("-", ", ") for mode in modes), "speed-up", "first token", "of bandwidth"]]
+    for (context,) in tables.unique(record, "context"):
+        cases = {mode: tables.find(record, mode=mode, context=context) for mode in modes}
+        best = cases[last]
+        factor = speedup(record, best, columns) if best is not None else None
+        cells = [tables.cell(case, "decode_tok_s") for case in cases.values()]
+        cells += ["" if factor is None else f"{factor:.1f}x"]
+        rows.append([f"{context:,}", *cells, *(tables.cell(best, name) for name in ("ttft_s", "share_of_bandwidth"))])
+    return as_markdown(rows, left=0)
+
+
 def batching_table(record: Record) -> str:
     """Throughput by batch size, then latency by batch size and offered load."""
     offline, online = tables.offline_rows(record), tables.online_rows(record)
@@ -84,6 +98,7 @@ def batching_table(record: Record) -> str:
 
 
 PIVOTS: dict[str, Callable[[Record], str]] = {
+    "cache": cache_table,
     "quantization": quantization_table,
     "peers": lambda record: as_markdown(tables.peers_rows(record), left=2),
     "batching": batching_table,
@@ -122,7 +137,7 @@ def render(path: Path) -> str:
 
 
 def update(text: str, root: Path = ROOT) -> str:
-    """The README with every table made anew, from records by their path from `root`."""
+    """A README with every table made anew, from records by their path from `root`."""
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- table: {match['file']} -->\n{render(root / match['file'])}\n<!-- end -->"
@@ -135,13 +150,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = update(old)
-    if args.check:
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    is_old = False
+    for readme in READMES:
+        old = readme.read_text(encoding="utf-8")
+        new = update(old)
+        is_old = is_old or new != old
+        if not args.check:
+            readme.write_text(new, encoding="utf-8")
+    return int(args.check and is_old)
 
 
 if __name__ == "__main__":
