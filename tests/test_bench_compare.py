@@ -140,6 +140,24 @@ def test_compare_judges_what_matters_once():
     assert [c.metric for c in compare_records(record, record).changes] == ["decode_tok_s", "prefill_tok_s"]
 
 
+def test_compare_asks_for_more_where_a_record_is_noisy():
+    old, new = make_record(make_case(STEADY)), make_record(make_case(scaled(0.8)), noise=["loud"])
+    comparison = compare_records(old, new, ("decode_tok_s",), 0.03)
+    assert comparison.timed_threshold == pytest.approx(0.09) and comparison.of(WORSE)
+    new.conditions["bandwidth_gb_s"] = [20.0, 30.0] * 5  # half as fast again at times
+    comparison = compare_records(old, new, ("decode_tok_s",), 0.03)
+    assert comparison.timed_threshold == pytest.approx(0.5) and not comparison.of(WORSE)
+
+
+def test_compare_asks_no_more_of_what_is_not_timed_where_a_record_is_noisy():
+    def record(num_bytes, noise):
+        case = make_case(STEADY)
+        case.samples["peak_memory_bytes"] = [num_bytes] * 5
+        return make_record(case, noise=noise)
+
+    assert compare_records(record(100, []), record(105, ["loud"]), ("peak_memory_bytes",)).of(WORSE)
+
+
 def test_compare_matches_cases_by_labels_in_any_order():
     old, new = make_case(STEADY), make_case(STEADY)
     new.labels = dict(reversed(new.labels.items()))

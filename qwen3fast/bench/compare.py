@@ -9,6 +9,9 @@ figure that may be bound by either must hold against both.
 What intervals can say: where noise is larger than the threshold, chance alone makes a case look worse about once in 20
 times with three repetitions on each side, once in 50 with five (simulated, normal noise). Of fewer than three nothing
 is said. In a record of many cases, a single one that is worse may be chance: measure again.
+Repetitions of one run share its circumstances, which no interval within a run knows of. So where a record says that it
+is noisy, timed figures must change by more than thrice the threshold, and by more than the machine's own speed varied
+within a run (90th over 10th percentile of its samples).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import json
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from qwen3fast.bench.metrics import METRICS, per_repetition
 from qwen3fast.bench.record import Case, Label, Record
@@ -28,6 +33,8 @@ LIMIT = "limit_tok_s"
 YARDSTICK = {"decode_tok_s": LIMIT, "step_ms": LIMIT, "effective_gb_s": LIMIT, "prefill_tok_s": "gemm_flop_s"}
 YARDSTICK |= {"prefill_flop_s": "gemm_flop_s"}
 NO_YARDSTICK = EXACT | {"peak_memory_bytes", "energy_j_token", "share_of_bandwidth", "prefill_share_of_gemm", LIMIT}
+UNTIMED = EXACT | {"peak_memory_bytes"}
+NOISY_FACTOR = 3.0
 # Judged unless others are named: all but single values, shares, and what says the same as another metric of the case.
 NOT_BY_DEFAULT = {"share_of_bandwidth", "prefill_share_of_gemm", LIMIT, "step_p99_ms"}
 SAYS_THE_SAME = {"step_ms": "decode_tok_s", "effective_gb_s": "decode_tok_s", "ttft_s": "prefill_tok_s"}
@@ -51,12 +58,15 @@ class Change:
 
 @dataclass
 class Comparison:
-    """All changes, cases that only one record has, the machine's own change, and what else a reader should know."""
+    """All changes, cases that only one record has, the machine's own change, the thresholds that were used, and what
+    else a reader should know."""
 
     changes: list[Change] = field(default_factory=list)
     only_in_old: list[str] = field(default_factory=list)
     only_in_new: list[str] = field(default_factory=list)
     machine: dict[str, Estimate] = field(default_factory=dict)
+    threshold: float = 0.0
+    timed_threshold: float = 0.0  # a greater one if a record is noisy
     failed_checks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -95,7 +105,8 @@ def compare_records(
     if apart and not force:
         raise ValueError(f"these records cannot be compared: {'; '.join(apart)}; --force compares them anyway")
     before, after = _by_labels(old, "OLD"), _by_labels(new, "NEW")
-    comparison = Comparison(notes=[f"different {text}" for text in apart] + _notes(old, new))
+    comparison = Comparison(notes=[f"different {text}" for text in apart] + _notes(old, new), threshold=threshold)
+    comparison.timed_threshold = timed = _timed_threshold(old, new, threshold)
     comparison.only_in_old = [case.name for key, case in before.items() if key not in after]
     comparison.only_in_new = [case.name for key, case in after.items() if key not in before]
     comparison.failed_checks = [name for name, check in new.checks.items() if not check["passed"]]
@@ -104,7 +115,7 @@ def compare_records(
             comparison.machine[name] = ratio(new.conditions[name], old.conditions[name])
     shared = [(case, after[key]) for key, case in before.items() if key in after]
     for a, b in shared:
-        comparison.changes += _changes(a, b, metrics, threshold)
+        comparison.changes += _changes(a, b, metrics, threshold, timed)
         comparison.notes += _other_work(a, b)
     if not comparison.changes and not comparison.failed_checks:
         asked = ", ".join(metrics) or "no metric"
@@ -137,7 +148,15 @@ def _other_work(old: Case, new: Case) -> list[str]:
     return [f"{old.name}: {a:g} {name} before, {b:g} now" for name, a, b in pairs if a and b and a != b]
 
 
-def _changes(old: Case, new: Case, metrics: tuple[str, ...], threshold: float) -> list[Change]:
+def _timed_threshold(old: Record, new: Record, threshold: float) -> float:
+    """The threshold, or what noisy records leave of it."""
+    noisy = [record for record in (old, new) if record.noise]
+    samples = [record.conditions[c] for record in noisy for c in CONDITIONS if record.conditions.get(c)]
+    spreads = [float(high / low) - 1 for low, high in (np.percentile(values, [10, 90]) for values in samples)]
+    return max(threshold, NOISY_FACTOR * threshold, *spreads) if noisy else threshold
+
+
+def _changes(old: Case, new: Case, metrics: tuple[str, ...], threshold: float, timed: float) -> list[Change]:
     before, after = (per_repetition(case.labels, case.facts, case.samples) for case in (old, new))
     speeds = _machine_speeds(old, new)
     changes = []
@@ -153,7 +172,7 @@ def _changes(old: Case, new: Case, metrics: tuple[str, ...], threshold: float) -
             a, b = speeds[yardstick]
             if len(a) == len(before[name]) and len(b) == len(after[name]):
                 relative[yardstick] = ratio(_over(name, after[name], b), _over(name, before[name], a))
-        verdict = judge(name, change, relative.values(), threshold)
+        verdict = judge(name, change, relative.values(), threshold if name in UNTIMED else timed)
         changes.append(Change(old.labels, name, *medians, change, relative, verdict))
     order = list(METRICS)
     return sorted(changes, key=lambda change: order.index(change.metric))

@@ -45,21 +45,19 @@ def main(argv: Sequence[str]) -> int:
     old, new = load_record(args.old), load_record(args.new)
     comparison = compare_records(old, new, tuple(args.metric), args.threshold, args.force)
     if args.json:
-        text = json.dumps(as_json(comparison, old, new, args.threshold), indent=1)
+        text = json.dumps(as_json(comparison, old, new), indent=1)
     else:
-        text = as_words(comparison, old, new, args.threshold, args.all)
+        text = as_words(comparison, old, new, args.all)
     _print(text)
     return comparison.status
 
 
-def as_json(comparison: Comparison, old: Record, new: Record, threshold: float) -> dict[str, Any]:
+def as_json(comparison: Comparison, old: Record, new: Record) -> dict[str, Any]:
     """All of it; estimates as records write them."""
-    value = asdict(comparison)
-    head = {"suite": new.suite, "old": old.run, "new": new.run, "threshold": threshold, "status": comparison.status}
-    return head | value
+    return {"suite": new.suite, "old": old.run, "new": new.run, "status": comparison.status} | asdict(comparison)
 
 
-def as_words(comparison: Comparison, old: Record, new: Record, threshold: float, with_same: bool = False) -> str:
+def as_words(comparison: Comparison, old: Record, new: Record, with_same: bool = False) -> str:
     """For terminals and pipes: the machine, a table, what is in one record only, notes, and the verdict."""
     lines = [f"OLD {_describe(old)}", f"NEW {_describe(new)}"]
     for name, change in comparison.machine.items():
@@ -68,12 +66,15 @@ def as_words(comparison: Comparison, old: Record, new: Record, threshold: float,
         lines.append(f"{title}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
     if not comparison.machine:
         lines.append("the machine's own speed was not measured in both: changes are judged as measured only")
-    shown = [c for c in comparison.changes if with_same or _is_striking(c, threshold)]
+    shown = [c for c in comparison.changes if with_same or _is_striking(c, comparison.threshold)]
     if shown:
         rows, left = _rows(shown)
         lines += ["", as_text(rows, left)]
     counts = Counter(change.verdict for change in comparison.changes)
-    lines += ["", ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()) + f" (threshold {threshold:.0%})"]
+    used = f"threshold {comparison.threshold:.0%}"
+    if comparison.timed_threshold > comparison.threshold:
+        used += f", of timed figures {comparison.timed_threshold:.0%} since a record is noisy"
+    lines += ["", ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()) + f" ({used})"]
     lines += [f"  {verdict}: {meaning}" for verdict, meaning in MEANINGS.items() if verdict in counts]
     lines += [f"only in OLD: {name}" for name in comparison.only_in_old]
     lines += [f"only in NEW: {name}" for name in comparison.only_in_new]
