@@ -80,7 +80,7 @@ def test_harness_probes_before_and_after_each_run():
 def test_harness_keeps_ratios_where_the_machine_slows_down():
     # The machine halves its speed after each round: absolute figures mean nothing, the ratio is exact.
     clock, works, log = FakeClock(), [], []
-    for name, step_s in (("A", 0.1), ("B", 0.2)):
+    for name, step_s in (("A", 0.01), ("B", 0.02)):
         slow = {run: 2.0 ** (run - 2) for run in range(2, 2 + ROUNDS)}
         works.append(FakeWork(name, step_s, clock, clock.wait, log, slow))
     a, b = speeds(measure(works, clock))

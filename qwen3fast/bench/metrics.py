@@ -6,6 +6,7 @@ metrics can be derived anew from a record's labels, facts and samples, so a reco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -173,4 +174,4 @@ def _of_clients(samples: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def percentile(ordered: list[float], share: float) -> float:
     """The value that `share` of the sorted values do not exceed (the nearest one above)."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -17,8 +17,8 @@ from qwen3fast.model import Qwen3
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 # What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
-# tokens of a machine meets zero tokens there: at about 20 in benchmarks/results/cpu-0.6b.json; 40 was chosen by the
-# record of a faster machine that this one replaced (commit 32ad6ce).
+# tokens of a machine meets zero tokens there: at about 20 on the one of benchmarks/results; 40 was chosen by the record
+# of a faster machine that this one replaced (commit 32ad6ce).
 CHUNK_COST = 40
 
 
