@@ -63,8 +63,8 @@ def peers_rows(record: Record, ratios: bool = False) -> Rows:
 
 
 def operators_rows(record: Record) -> Rows:
-    """Of benchmarks/cpu_operators.py: milliseconds of each operator, and of the whole."""
-    operators = [name for (name,) in unique(record, "operator")]
+    """Of benchmarks/cpu_operators.py: milliseconds of the whole, of each operator, and what is left."""
+    operators = sorted((name for (name,) in unique(record, "operator")), key=lambda name: name == "other")
     rows = [["", *operators]]
     for phase, format, context in unique(record, "phase", "format", "context"):
         shape = {"phase": phase, "format": format, "context": context}

@@ -198,7 +198,7 @@ def test_report_points_tell_their_estimates():
     speeds = [case.metrics["decode_tok_s"] for case in record.cases]
     assert len(words) == len(speeds)
     for case, estimate in zip(record.cases, speeds, strict=True):
-        text = f"{case.name}: decode tok/s {estimate.median:.4g}; 95% interval {estimate.low:.4g} to "
+        text = f"{case.name.replace('_', ' ')}: decode tok/s {estimate.median:.4g}; 95% interval {estimate.low:.4g} to "
         assert any(word.startswith(text) for word in words)
 
 
@@ -241,8 +241,8 @@ def test_report_says_trouble_loudly():
     record = cache_record(repetitions=1, noise=["the wind blew"], interrupted=True)
     record.checks["cached-compiled"]["passed"] = False
     page = render([record])
-    assert page.count("WRONG TOKENS in 1 of 1 checks, so speeds mean nothing: cached-compiled.") == 2
-    assert page.count("The run was interrupted: cases are missing.") == 2
+    assert page.count("WRONG TOKENS in 1 of 1 checks, so speeds mean nothing: cached-compiled.") == 3
+    assert page.count("The run was interrupted: cases are missing.") == 3
     assert page.count("Noisy: the wind blew.") == 2
     assert "Each figure is of a single run" in page
     calm = render([cache_record()])

@@ -99,7 +99,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
         check_loading(browser, url, args.pictures)
-        page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light", reduced_motion="reduce")
         page.goto(url)
         check_keyboard(page)
         check_mouse(page)

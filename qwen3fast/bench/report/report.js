@@ -110,7 +110,8 @@
   }
   // Focus may scroll a point into view: its tip goes along.
   addEventListener("scroll", () => {
-    if (document.activeElement.matches(".point") && !tip.hidden) showTip(tip, document.activeElement);
+    const point = document.querySelector(".point:hover") ?? document.activeElement.closest(".point");
+    if (point && !tip.hidden) showTip(tip, point);
     else tip.hidden = true;
   }, { capture: true, passive: true });
   document.querySelectorAll("table").forEach(setUpTable);

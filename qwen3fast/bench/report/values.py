@@ -18,14 +18,18 @@ class Values:
     def words(self, series: str, where: float | None, *values: float) -> str | None:
         """The first of the values that is a median, with its case and interval; None if none is.
 
-        where: a number that one of the case's labels must have. series: of cases with equal medians, one whose name
-        has it is taken.
+        where: a number that one of the case's labels must have. series: of cases with equal medians, one that has it
+        as a label is taken.
         """
         for value in values:
             found = [entry for entry in self._entries if _shows(entry, where, value)]
             if found:
-                case, name, estimate = max(found, key=lambda entry: series.replace(", ", "-") in entry[0].name)
-                return f"{case.name}: {METRICS[name].title} {METRICS[name].text(estimate.median)}{sure(name, estimate)}"
+                names = {series, series.replace(", ", "-")}  # figures write "cached, eager" for "cached-eager"
+                case, name, estimate = max(
+                    found, key=lambda entry: not names.isdisjoint(map(str, entry[0].labels.values()))
+                )
+                label = case.name.replace("_", " ")
+                return f"{label}: {METRICS[name].title} {METRICS[name].text(estimate.median)}{sure(name, estimate)}"
         return None
 
 
@@ -47,4 +51,4 @@ def interval(name: str, estimate: Estimate) -> str:
 def sure(name: str, estimate: Estimate) -> str:
     """How well a median is known, in words."""
     between = interval(name, estimate)
-    return f"; 95% interval {between}, of {estimate.n}" if between else "; of a single run"
+    return f"; 95% interval {between}, of {estimate.n} runs" if between else "; of a single run"
