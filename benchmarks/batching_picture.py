@@ -73,7 +73,7 @@ def _draw_latency(axes: Axes, record: Record, format: str, metrics: tuple[str, s
             points = series(record, "load", metric, factor, what="online", format=format, batch_size=size)
             if points:
                 draw_line(axes, points, color, f"batch {size}, {name}", linestyle=style, markersize=4)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xticks([load for (load,) in unique(record, "load", what="online", format=format)])
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 4)  # room for the legend
