@@ -101,7 +101,8 @@ class PublishedFormat:
             return f"fp8, a scale for {BLOCK} x {BLOCK} weights"
         group = "all channels" if self.group_size == -1 else f"{self.group_size} channels"
         zeros = "" if self.is_symmetric else " and a zero point"
-        return f"{self.method}, {self.bits} bits, a scale{zeros} for {group}"
+        order = ", channels in another order" if self.has_act_order else ""
+        return f"{self.method}, {self.bits} bits, a scale{zeros} for {group}{order}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as `quantization_config`."""

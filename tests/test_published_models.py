@@ -61,12 +61,27 @@ def test_generation_takes_the_fast_path_and_follows_the_dequantised_model(tmp_pa
         assert_greedy(reference, [*prompt, *uncached.token_ids], len(prompt), tolerance=0.04)
 
 
-def test_cached_and_uncached_give_the_same_tokens_in_float32(tmp_path, tokenizer_folder):
-    publish(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder)
-    options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64, "compile": False}
-    with Generator.from_pretrained(tmp_path, **options) as generator:
-        cached = generator.generate(PROMPT, GREEDY).token_ids
-        assert cached == generator.generate(PROMPT, GREEDY, use_cache=False).token_ids
+@pytest.mark.parametrize("kept", ["lm_head", "layers.1.mlp.down_proj"])
+def test_compiled_cached_and_uncached_give_the_same_tokens(tmp_path, tokenizer_folder, kept, monkeypatch):
+    # Recorded and chosen as compiled code is, but run by PyTorch: which code runs which block is what is tested.
+    monkeypatch.setattr("torch._inductor.standalone_compile", lambda graph, inputs, options: graph)
+    publish(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
+    options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
+    with Generator.from_pretrained(tmp_path, compile=False, **options) as generator:
+        expected = generator.generate(PROMPT, GREEDY).token_ids
+        assert expected == generator.generate(PROMPT, GREEDY, use_cache=False).token_ids
+    with Generator.from_pretrained(tmp_path, compile=True, **options) as generator:
+        assert generator.generate(PROMPT, GREEDY).token_ids == expected
+        assert generator.stats.compilations > 0
+
+
+def test_float16_checkpoints_run(tmp_path, tokenizer_folder):
+    reference = publish(tmp_path, replace(CONFIG, dtype=torch.float16), AWQ, tokenizer_folder=tokenizer_folder)
+    with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
+        assert generator.model.model.norm.weight.dtype == torch.float16
+        prompt = generator.tokenizer.encode(PROMPT)
+        ids = [*prompt, *generator.generate(prompt, GREEDY).token_ids]
+        assert_greedy(reference, ids, len(prompt), tolerance=0.04)
 
 
 @needs_operation

@@ -56,6 +56,8 @@ def load_model(
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
+        if quantization == DEQUANTIZE and config.published is None:
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
         refuse_experts(config, rounded_to or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")

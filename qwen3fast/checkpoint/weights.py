@@ -103,7 +103,7 @@ class _Filler:
         elif shape != expected:
             self.problems.append(f"{name} in {file}: shape {shape}, expected {expected}")
         elif not place.endswith(PARAMETER_NAMES) and dtype not in (dtypes := part.dtypes if part else FLOATS):
-            self.problems.append(f"{name} in {file}: {dtype}, expected {' or '.join(dtypes)}")
+            self.problems.append(f"{name} in {file}: dtype {dtype}, expected {' or '.join(dtypes)}")
         elif place in self._loaded or (part is not None and not self._layers.awaits(place)):
             self.problems.append(f"{name} in {file}: {place} was there already")
         elif part is None:

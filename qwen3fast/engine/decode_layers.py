@@ -25,7 +25,7 @@ class DecodeLayers:
         self._is_possible = (
             len(blocks) == len(model.model.layers)  # those with experts have no form in C++
             and all(_is_served(linear) for linear in linears)
-            and all(_have_inputs_alike(block) for block in blocks)
+            and all(_has_alike_inputs(block) for block in blocks)
             and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
@@ -61,10 +61,10 @@ def _linears(block: Block) -> list[Linear | QuantizedLinear]:
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
 
 
-def _have_inputs_alike(block: Block) -> bool:
-    """Whether layers that share an input are all plain or all in one format, as C++ wants them."""
-    q, k, v, _, gate, up, _ = [getattr(linear, "format", None) for linear in _linears(block)]
-    return q == k == v and gate == up
+def _has_alike_inputs(block: Block) -> bool:
+    """Whether layers that read the same input have the same bits: it is rounded once for all of them."""
+    bits = [x.format.bits if isinstance(x, QuantizedLinear) else 16 for x in _linears(block)]
+    return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
 
 
 def _is_served(linear: Linear | QuantizedLinear) -> bool:
