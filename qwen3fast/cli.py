@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qwen3fast._version import __version__
 from qwen3fast.bench.__main__ import main as bench_main
@@ -14,7 +15,7 @@ from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.model import build_on_meta
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization import DEQUANTIZE, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.tokenizer import Message
@@ -75,7 +76,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
-    group.add_argument("--quantization", choices=list(FORMATS), help="round the weights while loading")
+    group.add_argument(
+        "--quantization",
+        choices=[*FORMATS, DEQUANTIZE],
+        help="round the weights while loading; dequantize: plain weights of a checkpoint that others quantised",
+    )
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
     group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
     group.add_argument("--threads", type=int, help="CPU threads [one a core]")
@@ -203,6 +208,10 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
 
 def _info(args: argparse.Namespace) -> int:
     config = _config_of(args.model, args.revision)
+    published = config.published
+    if published is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
+        kept = ("model.embed_tokens", "lm_head")
+        config = replace(config, published=None, quantization=published.loaded_as, modules_to_not_convert=kept)
     model = build_on_meta(config)
     if config.quantization is not None:
         quantize_model(model, config.quantization, config.dtype)
@@ -220,6 +229,8 @@ def _info(args: argparse.Namespace) -> int:
         "longest context": f"{config.longest_context:,}",
         "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
+    if published is not None:
+        rows["published in"] = published.describe()
     if config.num_experts:
         rows["parameters"] = f"{rows['parameters']}, of which a token runs {config.decode_parameters:,}"
         rows["experts"] = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qwen3fast.published import PublishedFormat
 from qwen3fast.yarn import Yarn
 
 # And the model_type of each. Qwen3Model: without an output projection.
@@ -26,7 +27,8 @@ class ModelConfig:
 
     `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
     `dtype` is the dtype that the checkpoint was saved in; `quantization` names the format of the linear layers and the
-    embedding in a checkpoint that `Generator.save_quantized` wrote. `eos_token_ids` are the ids named by config.json
+    embedding in a checkpoint that `Generator.save_quantized` wrote, but for `modules_to_not_convert`, which are in
+    `dtype`; `published` is how others stored a quantised checkpoint. `eos_token_ids` are the ids named by config.json
     only; the Generator adds those of generation_config.json. `yarn` is the scaling of RoPE, if there is one.
 
     Of the layers that are not in `mlp_only_layers`, every `decoder_sparse_step`-th has experts (`is_sparse`), of which
@@ -48,6 +50,8 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None
+    modules_to_not_convert: tuple[str, ...] = ()
+    published: PublishedFormat | None = None
     yarn: Yarn | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -98,6 +102,7 @@ class ModelConfig:
         Raises: ValueError for an architecture, feature or value that is not supported, or a missing field.
         """
         _refuse_unsupported(raw, where)
+        quantization = _quantization(raw, where)
         # A field that is null counts as absent.
         given = {name: value for name, value in raw.items() if value is not None}
         is_moe = _architectures(raw) == ["Qwen3MoeForCausalLM"]
@@ -129,7 +134,7 @@ class ModelConfig:
                 attention_bias=given.get("attention_bias", False),
                 dtype=DTYPES[dtype_name],
                 eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
-                quantization=(raw.get("quantization_config") or {}).get("format"),
+                **quantization,
                 yarn=_yarn(given),
             )
         except (ValueError, TypeError) as err:
@@ -205,16 +210,16 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same config as a Hugging Face `config.json` dictionary."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        eos, quantization, yarn = plain.pop("eos_token_ids"), plain.pop("quantization"), plain.pop("yarn")
+        eos, yarn = plain.pop("eos_token_ids"), plain.pop("yarn")
+        quantization = [plain.pop(name) for name in ("quantization", "modules_to_not_convert", "published")]
         architecture = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
         if self.num_experts:
             plain["mlp_only_layers"] = list(self.mlp_only_layers)
         else:
             plain = {name: value for name, value in plain.items() if name not in _OF_MOE}
-        quantized = {"quantization_config": {**OWN_QUANTIZATION, "format": quantization}} if quantization else {}
         return {
             **plain,
-            **quantized,
+            **_quantization_config(*quantization),
             **({"rope_scaling": yarn.to_dict()} if yarn is not None else {}),
             "architectures": [architecture],
             "model_type": SUPPORTED_ARCHITECTURES[architecture],
@@ -297,20 +302,10 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
     layer_types = raw.get("layer_types") or ["full_attention"]
-    quantization = raw.get("quantization_config")
-    is_own = (
-        isinstance(quantization, dict)
-        and isinstance(quantization.get("format"), str)
-        and all(quantization.get(name) == value for name, value in OWN_QUANTIZATION.items())
-    )
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
         "layer_types": (any(kind != "full_attention" for kind in layer_types), "only 'full_attention' is"),
-        "quantization_config": (
-            quantization is not None and not is_own,
-            "only unquantised checkpoints and those that save_quantized wrote are",
-        ),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:
@@ -324,6 +319,41 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if rotated not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
+
+
+def _quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of ModelConfig that `quantization_config` gives.
+
+    Raises: ValueError for what is not supported.
+    """
+    given = raw.get("quantization_config")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")
+    if given.get("quant_method") != OWN_QUANTIZATION["quant_method"]:
+        published = PublishedFormat.from_dict(given, where)
+        if published.method != "fp8" and _architectures(raw) == ["Qwen3MoeForCausalLM"]:
+            raise ValueError(
+                f"{where}: quant_method={published.method!r} is not supported for a mixture of experts; supported: "
+                "'fp8', and unquantised checkpoints"
+            )
+        return {"published": published}
+    kept = given.get("modules_to_not_convert", [])
+    is_known = all(given.get(name) == value for name, value in OWN_QUANTIZATION.items())
+    if not is_known or not isinstance(given.get("format"), str) or not isinstance(kept, list):
+        raise ValueError(f"{where}: quantization_config={given!r} is not supported by this version of qwen3fast")
+    return {"quantization": given["format"], "modules_to_not_convert": tuple(kept)}
+
+
+def _quantization_config(quantization: str | None, kept: tuple[str, ...], published: Any) -> dict[str, Any]:
+    """What `_quantization` reads."""
+    if published is not None:
+        return {"quantization_config": published.to_dict()}
+    if quantization is None:
+        return {}
+    beside = {"modules_to_not_convert": list(kept)} if kept else {}
+    return {"quantization_config": {**OWN_QUANTIZATION, "format": quantization, **beside}}
 
 
 def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:

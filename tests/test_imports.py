@@ -16,6 +16,7 @@ PACKAGE = Path(qwen3fast.__file__).parent
 ORDER = [
     "_version",
     "yarn",
+    "published",
     "config",
     "threads",
     "kernels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
+from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_model, refuse_experts
 
 
 def load_model(
@@ -29,13 +30,17 @@ def load_model(
 
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
+    Of checkpoints that others quantised (fp8, AWQ, GPTQ), None gives symmetric 4-bit GPTQ in int4 (the same levels,
+    scales rounded to bfloat16), other AWQ and GPTQ in int8 and fp8 in plain weights, embedding and output projection as
+    they are; "dequantize" gives plain weights of all; a format rounds what the published weights stand for.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
-    if quantization is not None:
-        prepare_quantization(quantization, chosen_device)
+    rounded_to = None if quantization == DEQUANTIZE else quantization
+    if rounded_to is not None:
+        prepare_quantization(rounded_to, chosen_device)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
@@ -43,7 +48,7 @@ def load_model(
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
         config = ModelConfig.named(name)
-        refuse_experts(config, quantization)
+        refuse_experts(config, rounded_to)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
         if not output_projection:
@@ -51,7 +56,9 @@ def load_model(
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
-        refuse_experts(config, quantization or config.quantization)
+        if quantization == DEQUANTIZE and config.published is None:
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
+        refuse_experts(config, rounded_to or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
@@ -61,12 +68,45 @@ def load_model(
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
-        load_weights(model, folder, chosen_device, chosen_dtype, progress)
+        _load(model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None)
     if adapter is not None:
         merge_lora(model, adapter)
-    if quantization is not None and config.quantization is None:
-        quantize_model(model, quantization, chosen_dtype, progress)
+    if rounded_to is not None and config.quantization is None:
+        quantize_model(model, rounded_to, chosen_dtype, progress)
     return model
+
+
+def _load(
+    model: Qwen3,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool,
+    quantization: str | None,
+    has_adapter: bool,
+) -> None:
+    """Fill the model; layers that others quantised get the weights that `load_model` promises.
+
+    Raises: ValueError for an adapter that would be merged into weights that stay rounded, and what `load_weights` does.
+    """
+    published = model.config.published
+    if published is None:
+        load_weights(model, folder, device, dtype, progress)
+        return
+    format = published.loaded_as if quantization is None else quantization
+    if has_adapter and quantization is None and format is not None:
+        raise ValueError(
+            f"an adapter needs the original weights; those of {folder} ({published.describe()}) would be loaded in "
+            f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and round afterwards"
+        )
+    if has_adapter or format == DEQUANTIZE:
+        format = None
+    if format is not None:
+        prepare_quantization(format, device)
+    load_weights(model, folder, device, dtype, progress, format)
+    kept = plain_modules(model) if format is not None and quantization is None else ()
+    in_format = format if quantization is None else None  # else the rest is to be quantised, too
+    model.config = replace(model.config, published=None, quantization=in_format, modules_to_not_convert=kept)
 
 
 def _leave_out_projection(model: Qwen3) -> None:

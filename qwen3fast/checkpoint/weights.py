@@ -8,6 +8,7 @@ are tensors of their own are copied into stacks.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -15,87 +16,161 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qwen3fast.checkpoint.experts import ExpertStacks
+from qwen3fast.checkpoint.published import FLOATS, PublishedLayer, PublishedLayers
 from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.linear import PARAMETER_NAMES
+from qwen3fast.quantization import get_format
+from qwen3fast.quantization.formats import fits
+from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
+def load_weights(
+    model: Qwen3,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = False,
+    quantization: str | None = None,
+) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
-    out, and that some hold each expert's tensors apart (see experts.py).
+    out, that some hold each expert's tensors apart (see experts.py), and that published quantised layers (of
+    `model.config.published`, see published/) have several tensors in place of a weight. Such layers get plain weights,
+    or those of a format, `quantization`.
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    stacks = ExpertStacks(expected, device, dtype)
-    shapes = expected | {name: piece.shape for name, piece in stacks.pieces.items()}
     files = _tensors_by_file(folder)
-    problems: list[str] = []
-    loaded: set[str] = set()
-    bar = tqdm(total=len(expected), desc="loading weights", unit="tensor", disable=not progress)
+    filler = _Filler(model, device, dtype, quantization, {name for names in files.values() for name in names}, progress)
     for file, names in files.items():
         with open_tensors(file) as tensors:
-            available = tensors.keys()
-            for name in names if names is not None else available:
-                if name == "lm_head.weight" and name not in expected:
-                    continue  # tied: some files repeat the embedding under this name
-                if name.startswith("lm_head.") and model.lm_head is None:
-                    continue  # not wanted
-                place = f"model.{name}" if f"model.{name}" in shapes else name
-                if name not in available:
-                    problems.append(f"{name}: the index names {file.name}, which does not hold it")
-                elif place not in shapes:
-                    problems.append(f"{name} in {file.name}: unexpected, this Qwen3 has no such tensor")
-                elif (shape := tuple(tensors.get_slice(name).get_shape())) != shapes[place]:
-                    problems.append(f"{name} in {file.name}: shape {shape}, expected {shapes[place]}")
-                elif place in loaded:
-                    problems.append(f"{name} in {file.name}: {place} was there already")
-                elif place in stacks.pieces:
-                    if (stacked := stacks.put(place, tensors.get_tensor(name))) is not None:
-                        assign(model, *stacked)
-                        loaded.add(stacked[0])
-                        bar.update()
+            available = set(tensors.keys())
+            for name in names:
+                if name in available:
+                    filler.put(name, file.name, tensors)
                 else:
-                    tensor = tensors.get_tensor(name)
-                    tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
-                    assign(model, place, tensor)
-                    loaded.add(place)
-                    bar.update()
-    bar.close()
-    reported = {problem.split(":")[0].split(" in ")[0] for problem in problems}
-    unfinished = stacks.unfinished()
-    missing = [name for name in expected if name not in loaded and name not in unfinished]
-    missing += [name for names in unfinished.values() for name in names]
-    missing = [name for name in missing if not {name, name.removeprefix("model.")} & reported]
-    problems += [f"{name}: missing, expected shape {shapes[name]}" for name in missing]
-    refuse(problems, f"the weights in {folder} do not fit its config.json")
+                    filler.problems.append(f"{name}: the index names {file.name}, which does not hold it")
+    filler.bar.close()
+    refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
     model.tie_weights()
 
 
-def _tensors_by_file(folder: Path) -> dict[Path, list[str] | None]:
-    """Which tensors to read from which file; None reads all of a single file."""
+class _Filler:
+    """Puts tensors of files in the places of a model's parameters, and notes what does not fit."""
+
+    def __init__(
+        self,
+        model: Qwen3,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None,
+        names: set[str],
+        progress: bool,
+    ) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
+        self._format = None if quantization is None else get_format(quantization)
+        self._expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._stacks = ExpertStacks(self._expected, device, dtype)
+        pieces = {name: piece.shape for name, piece in self._stacks.pieces.items()}
+        self._shapes = self._expected | pieces
+        linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        weights = {name: shape for name, shape in self._expected.items() if name in linears} | pieces
+        self._layers = PublishedLayers(model.config.published, weights, {self._place(name) for name in names}, device)
+        self._loaded: set[str] = set()
+        self.problems: list[str] = []
+        self.bar = tqdm(total=len(self._expected), desc="loading weights", unit="tensor", disable=not progress)
+
+    def _place(self, name: str) -> str:
+        """The name that a tensor has in a Qwen3ForCausalLM."""
+        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+    def put(self, name: str, file: str, tensors: Any) -> None:
+        """Put one tensor of an open file in its place, or note why it has none."""
+        if name == "lm_head.weight" and name not in self._expected:
+            return  # tied: some files repeat the embedding under this name
+        if name.startswith("lm_head.") and self._model.lm_head is None:
+            return  # not wanted
+        place, stored = self._place(name), tensors.get_slice(name)
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        part = self._layers.part(place, dtype)
+        expected = self._shapes.get(place) if part is None else part.shape
+        if expected is None:
+            self.problems.append(f"{name} in {file}: unexpected, this Qwen3 has no such tensor")
+        elif shape != expected:
+            self.problems.append(f"{name} in {file}: shape {shape}, expected {expected}")
+        elif not place.endswith(PARAMETER_NAMES) and dtype not in (dtypes := part.dtypes if part else FLOATS):
+            self.problems.append(f"{name} in {file}: dtype {dtype}, expected {' or '.join(dtypes)}")
+        elif place in self._loaded or (part is not None and not self._layers.awaits(place)):
+            self.problems.append(f"{name} in {file}: {place} was there already")
+        elif part is None:
+            self._put_plain(place, tensors.get_tensor(name))
+        elif (whole := self._layers.put(place, tensors.get_tensor(name))) is not None:
+            self._put_layer(*whole)
+
+    def _put_plain(self, place: str, tensor: torch.Tensor) -> None:
+        if place in self._stacks.pieces:
+            if (stacked := self._stacks.put(place, tensor)) is not None:
+                self._assign(*stacked)
+        elif place.endswith(PARAMETER_NAMES):
+            self._assign(place, tensor.to(self._device))
+        else:
+            self._assign(place, tensor.to(self._device, self._dtype))
+
+    def _put_layer(self, weight: str, layer: PublishedLayer) -> None:
+        try:
+            if self._format is None or weight in self._stacks.pieces or not fits(*layer.shape):
+                self._put_plain(weight, layer.plain(self._dtype))
+            else:
+                name = weight.removesuffix(".weight")
+                linear = self._model.get_submodule(name)
+                assert isinstance(linear, nn.Linear), "only linear layers are published so"
+                self._model.set_submodule(name, QuantizedLinear(layer.packed(self._format), self._format, linear.bias))
+                self._loaded.add(weight)
+                self.bar.update()
+        except ValueError as err:
+            self._loaded.add(weight)
+            self.problems.append(f"{weight}: {err}")
+
+    def _assign(self, place: str, tensor: torch.Tensor) -> None:
+        assign(self._model, place, tensor)
+        self._loaded.add(place)
+        self.bar.update()
+
+    def missing(self) -> list[str]:
+        """What has not come, unless something else was said of it already."""
+        reported = {self._place(problem.split(":")[0].split(" in ")[0]) for problem in self.problems}
+        pieces, parts = self._stacks.unfinished(), self._layers.unfinished()
+        begun = {*pieces, *parts, *(self._layers.weight_of(name) for name in reported)}
+        begun |= {self._stacks.pieces[weight].target for weight in begun if weight in self._stacks.pieces}
+        names = [name for name in self._expected if name not in self._loaded and name not in begun]
+        names += [name for names in pieces.values() for name in names if name not in parts]
+        texts = {name: f"shape {self._shapes[name]}" for name in names}
+        texts |= {name: self._layers.describe(name) for names in parts.values() for name in names}
+        return [f"{name}: missing, expected {text}" for name, text in texts.items() if name not in reported]
+
+
+def _tensors_by_file(folder: Path) -> dict[Path, list[str]]:
+    """Which tensors to read from which file."""
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_FILE} has no 'weight_map'")
-        by_file: dict[Path, list[str] | None] = {}
+        by_file: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file:
                 raise ValueError(f"{folder / INDEX_FILE}: {file!r} must be a file name without folders")
-            names = by_file.setdefault(folder / file, [])
-            assert names is not None, "an index lists names for every file"
-            names.append(name)
+            by_file.setdefault(folder / file, []).append(name)
         absent = [file.name for file in by_file if not file.is_file()]
         if absent:
             raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download it again")
         return by_file
     if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: None}
+        with open_tensors(folder / SINGLE_FILE) as tensors:
+            return {folder / SINGLE_FILE: list(tensors.keys())}
     raise FileNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
 
 

@@ -14,26 +14,36 @@ from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
+DEQUANTIZE = "dequantize"  # what users ask for to get plain weights of a checkpoint that others quantised
+
 
 def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
     """Replace the model's linear layers and token embedding by quantised ones, in place, one after the other.
 
     name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
-    new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed stay as
-    they are.
+    new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed, and
+    those of the config's `modules_to_not_convert`, stay as they are.
     Raises: ValueError for an unknown format, or a model with experts.
     """
     format = get_format(name)
     refuse_experts(model.config, name)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and fits(*m.weight.shape)]
+    kept = model.config.modules_to_not_convert
+    convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in kept}
+    layers = [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
         model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
     model.config = replace(model.config, quantization=name)
     embedding = model.model.embed_tokens
     if model.config.tie_word_embeddings and isinstance(model.lm_head, QuantizedLinear):
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(model.lm_head, dtype))
-    elif fits(*embedding.weight.shape):
+    elif "model.embed_tokens" in convertible:
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(_quantized(embedding.weight, format), dtype))
+
+
+def plain_modules(model: Qwen3) -> tuple[str, ...]:
+    """Names of the linear layers, and of the embedding, that could be quantised and are not."""
+    plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    return tuple(name for name, module in plain if fits(*module.weight.shape))
 
 
 def prepare_quantization(name: str, device: torch.device) -> None:
@@ -70,7 +80,10 @@ def get_format(name: str) -> Format:
     Raises: ValueError naming those there are.
     """
     if name not in FORMATS:
-        raise ValueError(f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None")
+        raise ValueError(
+            f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None; of checkpoints that "
+            f"others quantised also {DEQUANTIZE!r}"
+        )
     return FORMATS[name]
 
 

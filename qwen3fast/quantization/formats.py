@@ -9,7 +9,7 @@ through memory once, in order, and one vector instruction takes 16 rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,7 +70,12 @@ def quantize_int8(weight_NK: Tensor) -> Packed:
     weight = weight_NK.float()
     scale_N = weight.abs().amax(dim=1) / 127
     byte_NK = torch.round(weight / scale_N.clamp(min=1e-30)[:, None]).clamp(-127, 127).add_(128).to(torch.uint8)
-    return Packed(_side_by_side(byte_NK), scale_N)
+    return pack_int8(byte_NK, scale_N)
+
+
+def pack_int8(byte_NK: Tensor, scale_N: Tensor) -> Packed:
+    """8 bits from bytes (uint8; 128 stands for zero) and a scale for each row."""
+    return Packed(_side_by_side(byte_NK), scale_N.float())
 
 
 def rows_int8(packed: Packed, row_R: Tensor) -> Tensor:
@@ -120,9 +125,15 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
         best_level = torch.where(is_better, level.add_(8).to(torch.uint8), best_level)
+    return pack_int4(best_level.view(N, K), best_scale.view(N, K // GROUP))
+
+
+def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:
+    """4 bits from levels (uint8, 0 to 15; 8 stands for zero) and a scale for each 32 channels, rounded to bfloat16."""
+    N, K = level_NK.shape
     # (block, row, 8 channels, half, 4 channels): the second four channels go to the high halves.
-    low, high = best_level.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
-    scale = best_scale.view(N // LANES, LANES, K // GROUP).transpose(1, 2)
+    low, high = level_NK.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
+    scale = scale_NG.view(N // LANES, LANES, K // GROUP).transpose(1, 2)
     return Packed((low | high << 4).transpose(1, 2).contiguous(), scale.to(torch.bfloat16).contiguous())
 
 
@@ -144,11 +155,21 @@ FORMATS = {
 def quantize(weight_NK: Tensor, format: Format) -> Packed:
     """Quantise an (N, K) weight in any float dtype, some blocks of rows at a time; N a multiple of 16, K of 32."""
     N, K = weight_NK.shape
-    result = format.empty(N, K, weight_NK.device)
-    rows = max(1, WEIGHTS_AT_ONCE // K // LANES) * LANES
-    for start in range(0, N, rows):
-        part = format.quantize(weight_NK[start : start + rows])
-        for whole, piece in zip(result, part, strict=True):
-            first = start * whole.shape[0] // N
+    return pack_by_rows(N, K, format, weight_NK.device, lambda rows: format.quantize(weight_NK[rows]))
+
+
+def pack_by_rows(N: int, K: int, format: Format, device: torch.device, pack: Callable[[slice], Packed]) -> Packed:
+    """A whole packed weight from what `pack` gives for some rows (whole blocks) of it."""
+    result = format.empty(N, K, device)
+    for rows in row_slices(N, K):
+        for whole, piece in zip(result, pack(rows), strict=True):
+            first = rows.start * whole.shape[0] // N
             whole[first : first + piece.shape[0]] = piece
     return result
+
+
+def row_slices(N: int, K: int) -> Iterator[slice]:
+    """All rows of an (N, K) weight, some blocks at a time."""
+    rows = max(1, WEIGHTS_AT_ONCE // K // LANES) * LANES
+    for start in range(0, N, rows):
+        yield slice(start, min(start + rows, N))

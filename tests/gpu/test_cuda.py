@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from published_layouts import AWQ, FP8, GPTQ, publish
 from torch import nn
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.engine import Engine, Request, Scheduler
 from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache
@@ -178,3 +179,14 @@ def test_prefill_in_bfloat16_equals_the_plain_model(compile):
     with Generator(copy.deepcopy(model).bfloat16().to("cuda"), max_seq_len=1300, compile=compile) as generator:
         logits_1V = generator._engine.prefill_whole(0, ids[0].tolist())
     assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [FP8, AWQ, GPTQ], ids=lambda layout: layout["quant_method"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_published_weights_are_those_of_the_cpu(tmp_path, layout, quantization):
+    publish(tmp_path, small_config(vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32), layout)
+    loaded = {device: load_model(tmp_path, device, quantization=quantization) for device in ("cpu", "cuda")}
+    expected = dict(loaded["cpu"].named_parameters())
+    for name, parameter in loaded["cuda"].named_parameters():
+        assert parameter.device.type == "cuda"
+        assert_same(parameter.cpu(), expected[name])

@@ -1,0 +1,125 @@
+"""PublishedFormat: how others stored the linear layers of a checkpoint, as `quantization_config` of config.json says.
+
+What we cannot read is refused here, by name, before any weight is read; checkpoint/published/ reads the rest.
+Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ and GPTQModel (gptq).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BLOCK = 128  # fp8: a scale for so many rows and channels
+
+# The values that each field may have; None: the field may be missing.
+_READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fp8": {
+        "weight_block_size": ([BLOCK, BLOCK],),
+        "fmt": ("e4m3", None),
+        "activation_scheme": ("dynamic", None),
+        "scale_fmt": ("float", None),
+        "expert_dtype": ("fp8", None),
+        "modules_to_convert": ([], None),
+    },
+    "awq": {"bits": (4,), "group_size": (32, 64, 128), "zero_point": (True,), "version": ("gemm",)},
+    "gptq": {
+        "bits": (4, 8),
+        "group_size": (32, 64, 128, -1),
+        "sym": (True, False),
+        "desc_act": (True, False),
+        "checkpoint_format": ("gptq", "gptq_v2", None),
+        "pack_dtype": ("int32", None),
+    },
+}
+# Fields that have had other names.
+_OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format": ("format",)}
+
+
+@dataclass(frozen=True)
+class PublishedFormat:
+    """One way in which linear layers are stored; embedding, norms and mostly the output projection are not.
+
+    method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
+    scale and a zero point for `group_size` channels of a row; -1: for all). is_symmetric: all zero points are the
+    middle. has_act_order: the channels of a group are not neighbours. zeros_less_one: what is stored of zero points.
+    """
+
+    method: str
+    bits: int = 8
+    group_size: int = -1
+    is_symmetric: bool = True
+    has_act_order: bool = False
+    zeros_less_one: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str) -> PublishedFormat:
+        """Read `quantization_config`.
+
+        Raises: ValueError naming the field that is not supported, and the values that are.
+        """
+        method = raw.get("quant_method")
+        if method not in _READABLE:
+            raise ValueError(
+                f"{where}: quantization_config={raw!r:.300} is not supported; supported: quant_method "
+                f"{', '.join(map(repr, _READABLE))}, and what save_quantized wrote"
+            )
+        values = {name: _value(raw, name) for name in _READABLE[method]}
+        for name, readable in _READABLE[method].items():
+            if values[name] not in readable:
+                listed = ", ".join(repr(value) for value in readable if value is not None)
+                raise ValueError(
+                    f"{where}: quantization_config: {name}={values[name]!r} is not supported with "
+                    f"quant_method={method!r}; supported: {listed}"
+                )
+        changed = [rule for rule in raw.get("dynamic") or () if not str(rule).startswith("-:")]
+        if changed:  # rules with "-:" leave layers as they were, which their tensors tell
+            raise ValueError(f"{where}: quantization_config: dynamic={changed} is not supported; only '-:' rules are")
+        if method == "fp8":
+            return cls(method)
+        return cls(
+            method,
+            bits=values["bits"],
+            group_size=values["group_size"],
+            is_symmetric=values.get("sym", False),
+            has_act_order=values.get("desc_act", False),
+            zeros_less_one=method == "gptq" and values["checkpoint_format"] != "gptq_v2",
+        )
+
+    @property
+    def loaded_as(self) -> str | None:
+        """Which of our formats the weights are loaded in, unless another is asked for; None: the checkpoint's dtype.
+
+        "int4" takes the published levels over, "int8" rounds what they stand for.
+        """
+        if self.method == "fp8":
+            return None
+        return "int4" if self.bits == 4 and self.is_symmetric and not self.has_act_order else "int8"
+
+    def describe(self) -> str:
+        """In words, for people."""
+        if self.method == "fp8":
+            return f"fp8, a scale for {BLOCK} x {BLOCK} weights"
+        group = "all channels" if self.group_size == -1 else f"{self.group_size} channels"
+        zeros = "" if self.is_symmetric else " and a zero point"
+        order = ", channels in another order" if self.has_act_order else ""
+        return f"{self.method}, {self.bits} bits, a scale{zeros} for {group}{order}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as `quantization_config`."""
+        if self.method == "fp8":
+            return {"quant_method": "fp8", **{name: values[0] for name, values in list(_READABLE["fp8"].items())[:3]}}
+        plain = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
+        if self.method == "awq":
+            return {**plain, "zero_point": True, "version": "gemm"}
+        return {
+            **plain,
+            "sym": self.is_symmetric,
+            "desc_act": self.has_act_order,
+            "checkpoint_format": "gptq" if self.zeros_less_one else "gptq_v2",
+        }
+
+
+def _value(raw: dict[str, Any], name: str) -> Any:
+    """A field by any of its names; names of formats are in lower case."""
+    value = next((raw[n] for n in (name, *_OTHER_NAMES.get(name, ())) if raw.get(n) is not None), None)
+    return value.lower() if isinstance(value, str) else value
