@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ import torch
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import load_weights
+from qwen3fast.checkpoint.weights import OnAssigned, load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
+from qwen3fast.quantization import prepare_quantization, quantize_experts, quantize_model
 
 
 def load_model(
@@ -34,8 +35,10 @@ def load_model(
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
+    on_assigned: OnAssigned | None = None
     if quantization is not None:
         prepare_quantization(quantization, chosen_device)
+        on_assigned = partial(_round_experts, quantization)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
@@ -43,15 +46,13 @@ def load_model(
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
         config = ModelConfig.named(name)
-        refuse_experts(config, quantization)
         chosen_dtype = _choose_dtype(dtype, config)
-        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
+        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0), on_assigned)
         if not output_projection:
             _leave_out_projection(model)
     else:
         folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
-        refuse_experts(config, quantization or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
@@ -61,12 +62,16 @@ def load_model(
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
-        load_weights(model, folder, chosen_device, chosen_dtype, progress)
+        load_weights(model, folder, chosen_device, chosen_dtype, progress, on_assigned)
     if adapter is not None:
         merge_lora(model, adapter)
     if quantization is not None and config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
     return model
+
+
+def _round_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
+    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])
 
 
 def _leave_out_projection(model: Qwen3) -> None:

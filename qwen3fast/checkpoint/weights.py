@@ -7,6 +7,7 @@ are tensors of their own are copied into stacks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,18 @@ from qwen3fast.quantization.linear import PARAMETER_NAMES
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
+# Called with the model and the name of each parameter that has got its tensor; it may replace the parameter's module.
+OnAssigned = Callable[[Qwen3, str], None]
+
+
+def load_weights(
+    model: Qwen3,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = False,
+    on_assigned: OnAssigned | None = None,
+) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
@@ -57,13 +69,13 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                     problems.append(f"{name} in {file.name}: {place} was there already")
                 elif place in stacks.pieces:
                     if (stacked := stacks.put(place, tensors.get_tensor(name))) is not None:
-                        assign(model, *stacked)
+                        assign(model, *stacked, on_assigned)
                         loaded.add(stacked[0])
                         bar.update()
                 else:
                     tensor = tensors.get_tensor(name)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
-                    assign(model, place, tensor)
+                    assign(model, place, tensor, on_assigned)
                     loaded.add(place)
                     bar.update()
     bar.close()
@@ -117,8 +129,10 @@ def open_tensors(file: Path):
         raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
 
 
-def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign(model: Qwen3, name: str, tensor: torch.Tensor, on_assigned: OnAssigned | None = None) -> None:
     """Put a tensor in the place of a parameter, on meta or not."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
+    if on_assigned is not None:
+        on_assigned(model, name)
