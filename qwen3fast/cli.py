@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
     info.add_argument("--revision", help="branch, tag or commit of a hub id")
+    info.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were rounded while loading")
     info.set_defaults(run=_info)
     return parser
 
@@ -202,9 +203,10 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
 def _info(args: argparse.Namespace) -> int:
     config = _config_of(args.model, args.revision)
     model = build_on_meta(config)
-    if config.quantization is not None:
-        quantize_model(model, config.quantization, config.dtype)
-    stored = config.quantization or str(config.dtype).removeprefix("torch.")
+    quantization = config.quantization or args.quantization
+    if quantization is not None:
+        quantize_model(model, quantization, config.dtype)
+    stored = quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",

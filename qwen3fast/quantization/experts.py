@@ -81,8 +81,8 @@ class QuantizedExperts(nn.Module):
         rows, in_features = layer.out_features // self.num_experts, layer.in_features
         stack = torch.empty(self.num_experts, rows, in_features, dtype=dtype, device=layer.weight_packed.device)
         parts = (part.chunk(self.num_experts) for part in (layer.weight_packed, layer.weight_scale))
-        for weight, *packed in zip(stack, *parts, strict=True):
-            weight.copy_(self.format.dequantize(Packed(*packed)))
+        for expert, packed in enumerate(zip(*parts, strict=True)):
+            stack[expert] = self.format.dequantize(Packed(*packed))
         return stack
 
 
