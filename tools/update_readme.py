@@ -94,6 +94,19 @@ def batching_table(record: dict) -> str:
     return f"{as_markdown(rows, left=0)}\n\n{as_markdown(latency, left=0)}"
 
 
+def moe_table(record: dict) -> str:
+    """Of benchmarks/moe.py: milliseconds a step of a mixture of experts between two dense models."""
+    rows = [["format, experts", "parameters", "of them active", "mixture", "dense as active", "dense as all"]]
+    rows[0] += ["mixture / active", "all / mixture"]
+    for c in record["cases"]:
+        mixture = c["models"]["experts"]
+        sizes = [f"{mixture[name] / 1e6:,.0f} million" for name in ("parameters", "read_parameters")]
+        steps = [f"{c['models'][name]['step_ms']:.2f} ms" for name in ("experts", "dense_active", "dense_all")]
+        ratios = [f"{c[name]:.2f}x" for name in ("experts_over_dense_active", "dense_all_over_experts")]
+        rows.append([f"{c['format']}, {c['num_experts']}", *sizes, *steps, *ratios])
+    return as_markdown(rows, left=0)
+
+
 def compiled_table(record: dict) -> str:
     """Of tools/compile_for_gpu.py: what a token launches, on the newest of the GPUs."""
     rows = [
@@ -139,6 +152,7 @@ TABLES = {
     "startup": startup_table,
     "compare_peers": peers_table,
     "batching": batching_table,
+    "moe": moe_table,
 }
 
 
