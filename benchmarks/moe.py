@@ -1,94 +1,136 @@
 """Does a token of a mixture of experts cost what it runs, or what the model holds?
 
-    python benchmarks/moe.py
+    python benchmarks/moe.py --output benchmarks/results/moe.json
 
-A dense model beside one with experts, of the same number of parameters in all, in small shapes and random weights:
-milliseconds a decode step, taking turns, and their ratio beside that of the parameters that a step reads.
+Layers of the 30B-A3B model with more and more experts, of which a token always runs 8, beside two dense models: one
+with as many parameters as such a token runs, one with as many as the mixture has in all. Random weights, a small
+vocabulary; one request. A round is one reply of each of the three, the read bandwidth measured around each; rounds
+repeat, so that a machine that others slow down for a while slows down all three. First of all each model's tokens are
+held against the logits of the same (rounded) model, computed plainly without a cache; exit status 1 if they are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import replace
-from statistics import median
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
 
 import torch
+from tables import moe_rows
 
+from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.probes import BandwidthProbe
+from qwen3fast.bench.record import Case, Label, Record, write_json
+from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint import random_model
-from qwen3fast.config import DTYPES, ModelConfig
-from qwen3fast.engine import Engine, StepKind
-from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.config import ModelConfig
+from qwen3fast.quantization import quantize_experts, quantize_model
 
-PROMPT = list(range(1, 33))
-STEPS, CONTEXT = 20, 1024
+FORMATS = ("bf16", "int8", "int4")
+MODE = "cached-compiled"
+VOCABULARY, PROMPT_TOKENS, CHECKED_TOKENS = 4096, 32, 12
+MODELS = ("experts", "dense_active", "dense_all")  # the mixture; dense, as many parameters active; as many in all
 
 
-def configs(experts: int, per_token: int, layers: int, dtype: torch.dtype) -> dict[str, ModelConfig]:
-    """A dense model whose feed-forward parts are as large as all experts together, and one with experts."""
-    each = 256
-    dense = ModelConfig(
-        vocab_size=1024,
-        hidden_size=512,
-        intermediate_size=experts * each,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        dtype=dtype,
+def config_of(model: str, num_experts: int, layers: int) -> ModelConfig:
+    """The shape of one of MODELS."""
+    mixture = replace(
+        ModelConfig.named("30b-a3b"), vocab_size=VOCABULARY, num_hidden_layers=layers, num_experts=num_experts
     )
-    mixed = replace(dense, num_experts=experts, num_experts_per_tok=per_token, moe_intermediate_size=each)
-    return {"dense": dense, "experts": replace(mixed, norm_topk_prob=True)}
+    if model == "experts":
+        return mixture
+    experts = mixture.num_experts_per_tok if model == "dense_active" else num_experts
+    return replace(
+        mixture, intermediate_size=experts * mixture.moe_intermediate_size, num_experts=0, num_experts_per_tok=0
+    )
 
 
-def make_engine(config: ModelConfig, compile: bool) -> Engine:
-    """An engine with a prompt in row 0, which has decoded a few tokens."""
+def build(config: ModelConfig, format: str, longest: int) -> Workbench:
+    """A model of random weights in a format, and its engine."""
     cpu = torch.device("cpu")
-    engine = Engine(
-        random_model(config, cpu, config.dtype), StaticKVCache(config, 1, CONTEXT, config.dtype, cpu), cpu, compile
-    )
-    engine.prefill_whole(0, PROMPT)
-    engine.set_row(0, len(PROMPT), 0.0, 0, 1.0, 0.0, 0)
-    run(engine, 3, len(PROMPT))
-    return engine
+    if format == "bf16":
+        return Workbench(random_model(config, cpu, torch.bfloat16), (MODE,), longest, 1)
+
+    def round_experts(model, name):  # at once, so that not all layers are in memory as they were
+        quantize_experts(model, format, name.rpartition(".")[0])
+
+    model = random_model(config, cpu, torch.bfloat16, 0, round_experts)
+    quantize_model(model, format, torch.bfloat16)
+    return Workbench(model, (MODE,), longest, 1)
 
 
-def run(engine: Engine, steps: int, used: int) -> float:
-    """Seconds a step, the median of `steps`; `used` positions are in the cache before."""
-    times = []
-    for i in range(steps):
-        started = time.perf_counter()
-        engine.decode(1, used + i + 1, StepKind())
-        times.append(time.perf_counter() - started)
-    return median(times)
+def tasks_of(args: argparse.Namespace, format: str, num_experts: int, record: Record) -> list[Task]:
+    """The three models in one format, their tokens checked. Raises: SystemExit if they are wrong."""
+    longest = PROMPT_TOKENS + args.new_tokens + 1
+    prompts = make_prompts(VOCABULARY, PROMPT_TOKENS, 1)
+    tasks = []
+    for name in MODELS:
+        bench = build(config_of(name, num_experts, args.layers), format, longest)
+        check = bench.check(bench.run(MODE, prompts, CHECKED_TOKENS), prompts)  # compiles, too
+        labels: dict[str, Label] = {"model": name, "format": format, "num_experts": num_experts}
+        record.checks[", ".join(map(str, labels.values()))] = asdict(check) | {"passed": check.passed}
+        if not check.passed:
+            raise SystemExit(f"{format}, {num_experts} experts, {name}: wrong tokens, {check}")
+        config = bench.model.config
+        facts = {"parameters": config.num_parameters, "read_parameters": config.decode_parameters}
+        facts["bytes_per_step"] = bench.model.num_bytes(per_token=True)
+        tasks.append(Task(Case(labels, facts), partial(reply, bench, prompts, args.new_tokens)))
+    return tasks
+
+
+def reply(bench: Workbench, prompts: list[list[int]], new_tokens: int) -> Sample:
+    """One timed reply."""
+    return {"step_s": bench.run(MODE, prompts, new_tokens + 1).step_s}
+
+
+def counts(text: str) -> list[int]:
+    """An option's comma-separated positive numbers. Raises: ValueError, which argparse reports."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
 
 
 def main() -> None:
-    """Measure and print; nothing is recorded."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=64, help="[%(default)s]")
-    parser.add_argument("--experts-per-token", type=int, default=4, help="[%(default)s]")
-    parser.add_argument("--layers", type=int, default=4, help="[%(default)s]")
-    parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="[%(default)s]")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="[%(default)s]")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated [%(default)s]")
+    parser.add_argument("--experts", type=counts, default="32,64,128", help="in each layer [%(default)s]")
+    parser.add_argument("--layers", type=int, default=2, help="[%(default)s]")
+    parser.add_argument("--rounds", type=int, default=7, help="[%(default)s]")
+    parser.add_argument("--new-tokens", type=int, default=24, help="timed in each reply [%(default)s]")
+    parser.add_argument("--threads", type=int, help="CPU threads [PyTorch's choice]")
+    parser.add_argument("--output", type=Path, default=Path("bench_results/moe.json"), help="[%(default)s]")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    shapes = configs(args.experts, args.experts_per_token, args.layers, DTYPES[args.dtype])
-    engines = {name: make_engine(config, not args.eager) for name, config in shapes.items()}
-    step_s: dict[str, list[float]] = {name: [] for name in engines}
-    for i in range(args.rounds):
-        for name, engine in engines.items():
-            step_s[name].append(run(engine, STEPS, len(PROMPT) + 3 + i * STEPS))
-    for name, config in shapes.items():
-        print(
-            f"{name:8} {config.num_parameters / 1e6:6.1f} million parameters, "
-            f"{config.decode_parameters / 1e6:6.1f} read by a step: {median(step_s[name]) * 1e3:7.3f} ms"
-        )
-    dense, experts = shapes["dense"].decode_parameters, shapes["experts"].decode_parameters
-    ratio = median(step_s["dense"]) / median(step_s["experts"])
-    print(f"a step with experts reads {dense / experts:.1f} times less and takes {ratio:.1f} times less")
+    args.formats = args.formats.split(",")
+    if unknown := set(args.formats) - set(FORMATS):
+        parser.error(f"unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)}")
+    per_token = ModelConfig.named("30b-a3b").num_experts_per_tok
+    if min(args.experts) < per_token:
+        parser.error(f"a token runs {per_token} experts; there must be as many")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cpu = torch.device("cpu")
+    model = {"name": f"{args.layers} layers of random:30b-a3b, vocabulary {VOCABULARY}"}
+    record = Record("moe", describe_run("python benchmarks/moe.py"), describe_environment(cpu), model)
+    bandwidth = BandwidthProbe(cpu)
+
+    def probe() -> Sample:
+        bandwidth.samples.clear()
+        bandwidth.measure(2)
+        return {"bandwidth_gb_s": bandwidth.gb_s}
+
+    harness = Harness(record, [probe])
+    for format, num_experts in product(args.formats, args.experts):
+        harness.measure(tasks_of(args, format, num_experts, record), args.rounds, f"{format}, {num_experts} experts")
+    harness.finish()
+    print(as_text(moe_rows(record), left=1))
+    write_json(record.to_dict(), args.output)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

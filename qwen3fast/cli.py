@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
     info.add_argument("--revision", help="branch, tag or commit of a hub id")
+    info.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were rounded while loading")
     info.set_defaults(run=_info)
     return parser
 
@@ -213,9 +214,10 @@ def _info(args: argparse.Namespace) -> int:
         kept = ("model.embed_tokens", "lm_head")
         config = replace(config, published=None, quantization=published.loaded_as, modules_to_not_convert=kept)
     model = build_on_meta(config)
-    if config.quantization is not None:
-        quantize_model(model, config.quantization, config.dtype)
-    stored = config.quantization or str(config.dtype).removeprefix("torch.")
+    quantization = config.quantization or args.quantization
+    if quantization is not None:
+        quantize_model(model, quantization, config.dtype)
+    stored = quantization or str(config.dtype).removeprefix("torch.")
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",

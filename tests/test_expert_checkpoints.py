@@ -106,12 +106,3 @@ def test_random_experts_differ_from_each_other():
     stack = model.model.layers[0].mlp.experts.down_proj
     assert not torch.equal(stack[0], stack[1])
     assert abs(stack.std().item() - 0.02) < 2e-3
-
-
-@pytest.mark.parametrize("source", ["random:30b-a3b", "folder"])
-def test_quantisation_is_refused_before_any_weight_is_read(tmp_path, source):
-    if source == "folder":
-        write_checkpoint(tmp_path, CONFIG, {})
-        source = str(tmp_path)
-    with pytest.raises(ValueError, match=r"quantization='int4' is not supported for a mixture of experts"):
-        load_model(source, device="cpu", quantization="int4")

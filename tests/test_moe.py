@@ -1,4 +1,7 @@
-"""Mixture of experts: routing and both ways of computing it, on every path of the engine; what a decode step reads."""
+"""Mixture of experts: routing and both ways of computing it, on every path of the engine; what a decode step reads.
+
+test_quantized_experts.py has those in 8 and 4 bits.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.model import FeedForward, MoE
-from qwen3fast.quantization import quantize_model
+from qwen3fast.model import MoE
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
@@ -214,16 +216,3 @@ def test_reads_do_not_grow_with_the_number_of_experts():
     model = randomised(replace(CONFIG, num_experts=64))
     experts = model.model.layers[0].mlp.experts
     assert decode_reads(1).total() == 2 * 2 * (experts.gate_up_proj[0].numel() + experts.down_proj[0].numel())
-
-
-# ------------------------------------------------------------------------------------------------------- quantisation
-
-
-def test_quantisation_of_experts_is_refused():
-    model = randomised(replace(CONFIG, hidden_size=64))
-    with pytest.raises(
-        ValueError, match=r"quantization='int8' is not supported for a mixture of experts \(8 experts\)"
-    ):
-        quantize_model(model, "int8", torch.float32)
-    assert isinstance(model.model.layers[0].mlp, MoE)
-    assert not isinstance(model.model.layers[0].mlp, FeedForward)

@@ -22,7 +22,7 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -53,7 +53,7 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.kernels import cuda
-from qwen3fast.kernels.cuda import packed_matvec, split_attention
+from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import rope_tables
 from qwen3fast.sampling import SamplerKind
@@ -83,7 +83,11 @@ GPUS = {
 
 
 # Kernels that our operations launch; Inductor's source shows each as one call.
-OWN_LAUNCHES = {"torch.ops.qwen3fast.packed_matvec.default": 1, "torch.ops.qwen3fast.split_attention.default": 2}
+OWN_LAUNCHES = {
+    "torch.ops.qwen3fast.packed_matvec.default": 1,
+    "torch.ops.qwen3fast.packed_experts.default": 1,
+    "torch.ops.qwen3fast.split_attention.default": 2,
+}
 
 
 @dataclass
@@ -296,9 +300,12 @@ def describe(source: str, tuners: list[Any]) -> Compiled:
 def inspect_step(
     gpu: Gpu, size: str, batch_size: int, context: int, quantization: str | None, attention: str
 ) -> dict[str, Any]:
-    """One greedy decode step of a published size, with random nothing for weights."""
+    """One greedy decode step of a published size, or ("30b-a3b/2") of two of its layers, with nothing for weights."""
     cuda.decode_attention = attention
-    config = ModelConfig.named(size)
+    name, _, layers = size.partition("/")
+    config = ModelConfig.named(name)
+    if layers:
+        config = replace(config, num_hidden_layers=int(layers))
     with fake_cuda(gpu.capability) as device, GpuAttention(), EagerCalls() as eager:
         model = fake_model(config, device, quantization)
         cache = StaticKVCache(config, batch_size, context, config.dtype, device)
@@ -349,6 +356,9 @@ def compile_own_kernels(gpu: Gpu) -> list[dict[str, Any]]:
             kinds = [bf16, "*i32", scale, fp32, index, index, index]
             numbers = [channels, name == "fp8", rows, packed_matvec.LANES, packed_matvec.BLOCK_J, packed_matvec.GROUP]
             kernels.append((f"packed_matvec, {name}, {rows} rows", packed_matvec._multiply, kinds, numbers))
+        kinds = [bf16, "*i32", scale, "*i64", fp32, index, index]
+        numbers = [channels, name == "fp8", packed_experts.LANES, packed_experts.BLOCK_J, packed_experts.GROUP]
+        kernels.append((f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
     results = []
     for name, kernel, kinds, numbers in kernels:
         names = kernel.arg_names
@@ -363,13 +373,13 @@ def compile_own_kernels(gpu: Gpu) -> list[dict[str, Any]]:
 
 def as_text(record: dict[str, Any]) -> str:
     """A table of what a token launches, and the largest kernels."""
-    columns = f"{'gpu':7}{'model':8}{'weights':9}{'attention':11}{'batch':>6}"
+    columns = f"{'gpu':7}{'model':11}{'weights':9}{'attention':11}{'batch':>6}"
     lines = [f"{columns}{'Triton':>8}{'library':>9}{'eager':>7}{'kernels':>9}{'most shared':>13}"]
     for case in record["steps"]:
         kernels = [kernel for part in case["parts"].values() for kernel in part["kernels"]]
         most = max(kernel["shared_bytes"] for kernel in kernels)
         lines.append(
-            f"{case['gpu']:7}{case['model']:8}{case['weights']:9}{case['attention']:11}{case['batch_size']:6}{case['triton_launches']:8}"
+            f"{case['gpu']:7}{case['model']:11}{case['weights']:9}{case['attention']:11}{case['batch_size']:6}{case['triton_launches']:8}"
             f"{sum(case['library_calls'].values()):9}{sum(case['eager_calls'].values()):7}{len(kernels):9}{most:13,}"
         )
     for kernel in record["own_kernels"]:
@@ -380,7 +390,9 @@ def as_text(record: dict[str, Any]) -> str:
 def main() -> None:
     """Compile, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="0.6b,8b", help="[%(default)s]")
+    parser.add_argument(
+        "--models", default="0.6b,8b,30b-a3b/4", help="sizes; after a slash, how many layers [%(default)s]"
+    )
     parser.add_argument("--weights", default="bf16,int8,int4,fp8", help="bf16 or a quantisation [%(default)s]")
     parser.add_argument("--batch-sizes", default="1,16", help="[%(default)s]")
     parser.add_argument("--context", type=int, default=1024, help="positions of the KV cache [%(default)s]")

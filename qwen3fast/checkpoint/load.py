@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ import torch
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import load_weights
+from qwen3fast.checkpoint.weights import OnAssigned, load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_model, refuse_experts
+from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
 
 
 def load_model(
@@ -39,8 +40,10 @@ def load_model(
     """
     chosen_device = _choose_device(device)
     rounded_to = None if quantization == DEQUANTIZE else quantization
+    on_assigned: OnAssigned | None = None
     if rounded_to is not None:
         prepare_quantization(rounded_to, chosen_device)
+        on_assigned = partial(_round_experts, rounded_to)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
@@ -48,9 +51,8 @@ def load_model(
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
         config = ModelConfig.named(name)
-        refuse_experts(config, rounded_to)
         chosen_dtype = _choose_dtype(dtype, config)
-        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
+        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0), on_assigned)
         if not output_projection:
             _leave_out_projection(model)
     else:
@@ -58,7 +60,6 @@ def load_model(
         config = ModelConfig.from_folder(folder)
         if quantization == DEQUANTIZE and config.published is None:
             raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
-        refuse_experts(config, rounded_to or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
@@ -68,7 +69,7 @@ def load_model(
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
-        _load(model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None)
+        _load(model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None, on_assigned)
     if adapter is not None:
         merge_lora(model, adapter)
     if rounded_to is not None and config.quantization is None:
@@ -84,6 +85,7 @@ def _load(
     progress: bool,
     quantization: str | None,
     has_adapter: bool,
+    on_assigned: OnAssigned | None,
 ) -> None:
     """Fill the model; layers that others quantised get the weights that `load_model` promises.
 
@@ -91,7 +93,7 @@ def _load(
     """
     published = model.config.published
     if published is None:
-        load_weights(model, folder, device, dtype, progress)
+        load_weights(model, folder, device, dtype, progress, on_assigned=on_assigned)
         return
     format = published.loaded_as if quantization is None else quantization
     if has_adapter and quantization is None and format is not None:
@@ -103,10 +105,14 @@ def _load(
         format = None
     if format is not None:
         prepare_quantization(format, device)
-    load_weights(model, folder, device, dtype, progress, format)
+    load_weights(model, folder, device, dtype, progress, format, on_assigned)
     kept = plain_modules(model) if format is not None and quantization is None else ()
     in_format = format if quantization is None else None  # else the rest is to be quantised, too
     model.config = replace(model.config, published=None, quantization=in_format, modules_to_not_convert=kept)
+
+
+def _round_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
+    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])
 
 
 def _leave_out_projection(model: Qwen3) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from qwen3fast.checkpoint.weights import OnAssigned, assign
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 
@@ -14,7 +14,13 @@ QK_NORM_WEIGHT = 1.5
 POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Qwen3:
+def random_model(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    on_assigned: OnAssigned | None = None,
+) -> Qwen3:
     """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 1.5; biases 0).
 
     Values are read cyclically from a pool of 16.8 million normal numbers, each tensor from its own start: drawing every
@@ -24,14 +30,13 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)
     model = build_on_meta(config)
     for name, parameter in list(model.named_parameters()):
-        module_name, _, parameter_name = name.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.dim() >= 2:
             _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
             tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)
-        model.get_submodule(module_name).register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
+        assign(model, name, tensor, on_assigned)
     model.tie_weights()
     return model
 

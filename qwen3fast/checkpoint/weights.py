@@ -7,6 +7,7 @@ are tensors of their own are copied into stacks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
+# Called with the model and the name of each parameter that has got its tensor; it may replace the parameter's module.
+OnAssigned = Callable[[Qwen3, str], None]
+
+
 def load_weights(
     model: Qwen3,
     folder: Path,
@@ -33,6 +38,7 @@ def load_weights(
     dtype: torch.dtype,
     progress: bool = False,
     quantization: str | None = None,
+    on_assigned: OnAssigned | None = None,
 ) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
@@ -45,7 +51,8 @@ def load_weights(
     misshaped tensors and for damaged files. On an error the model must be discarded.
     """
     files = _tensors_by_file(folder)
-    filler = _Filler(model, device, dtype, quantization, {name for names in files.values() for name in names}, progress)
+    all_names = {name for names in files.values() for name in names}
+    filler = _Filler(model, device, dtype, quantization, on_assigned, all_names, progress)
     for file, names in files.items():
         with open_tensors(file) as tensors:
             available = set(tensors.keys())
@@ -68,9 +75,11 @@ class _Filler:
         device: torch.device,
         dtype: torch.dtype,
         quantization: str | None,
+        on_assigned: OnAssigned | None,
         names: set[str],
         progress: bool,
     ) -> None:
+        self._on_assigned = on_assigned
         self._model, self._device, self._dtype = model, device, dtype
         self._format = None if quantization is None else get_format(quantization)
         self._expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -136,7 +145,7 @@ class _Filler:
             self.problems.append(f"{weight}: {err}")
 
     def _assign(self, place: str, tensor: torch.Tensor) -> None:
-        assign(self._model, place, tensor)
+        assign(self._model, place, tensor, self._on_assigned)
         self._loaded.add(place)
         self.bar.update()
 
@@ -192,8 +201,10 @@ def open_tensors(file: Path):
         raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
 
 
-def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign(model: Qwen3, name: str, tensor: torch.Tensor, on_assigned: OnAssigned | None = None) -> None:
     """Put a tensor in the place of a parameter, on meta or not."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
+    if on_assigned is not None:
+        on_assigned(model, name)

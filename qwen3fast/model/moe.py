@@ -9,6 +9,9 @@ E hidden_size   I moe_intermediate_size   O out_features   K in_features
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ class Experts(nn.Module):
     """The weights of all experts, stacked; each expert is a SwiGLU as in feed_forward.py.
 
     Names and layout are those of transformers 5; checkpoint/weights.py stacks the tensors of published checkpoints.
+    quantization/experts.py holds the form with rounded weights.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -34,23 +38,36 @@ class Experts(nn.Module):
 
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """What the chosen experts make of each token, (N, C, E); only their weights are read, once for each pair."""
-        N, C = expert_NC.shape
-        expert_P = expert_NC.flatten()
-        x_PE = x_NE[:, None].expand(N, C, -1).flatten(0, 1)
-        gate_PI, up_PI = chosen_linear(x_PE, self.gate_up_proj, expert_P).chunk(2, dim=-1)
-        return chosen_linear(F.silu(gate_PI) * up_PI, self.down_proj, expert_P).view(N, C, -1)
+        gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
+        return run_few(x_NE, expert_NC, gate_up, down)
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """The same, each expert with all of its tokens at once."""
-        N, C = expert_NC.shape
-        expert_P, order_P = expert_NC.flatten().sort(stable=True)
-        end_X = torch.searchsorted(
-            expert_P, torch.arange(self.gate_up_proj.shape[0], device=expert_P.device), right=True
-        )
-        product = torch.ops.qwen3fast.grouped_linear
-        gate_PI, up_PI = product(x_NE[order_P // C], self.gate_up_proj, end_X).chunk(2, dim=-1)
-        y_PE = product(F.silu(gate_PI) * up_PI, self.down_proj, end_X)
-        return y_PE[order_P.argsort()].view(N, C, -1)
+        gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
+        return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
+
+
+# Rows (P, K) times weights (O, K), (P, O): of the expert (P,) of each row, or of sorted rows, which end at (X,).
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
+    """What the chosen experts make of each token, (N, C, E), by products that take the expert of each row."""
+    N, C = expert_NC.shape
+    expert_P = expert_NC.flatten()
+    x_PE = x_NE[:, None].expand(N, C, -1).flatten(0, 1)
+    gate_PI, up_PI = gate_up(x_PE, expert_P).chunk(2, dim=-1)
+    return down(F.silu(gate_PI) * up_PI, expert_P).view(N, C, -1)
+
+
+def run_many(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
+    """The same by products of rows that are sorted by expert; see kernels/grouped.py."""
+    N, C = expert_NC.shape
+    expert_P, order_P = expert_NC.flatten().sort(stable=True)
+    end_X = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True)
+    gate_PI, up_PI = gate_up(x_NE[order_P // C], end_X).chunk(2, dim=-1)
+    y_PE = down(F.silu(gate_PI) * up_PI, end_X)
+    return y_PE[order_P.argsort()].view(N, C, -1)
 
 
 class MoE(nn.Module):
@@ -84,7 +101,7 @@ class MoE(nn.Module):
         return y_NE.to(x_BTE.dtype).view(x_BTE.shape)
 
 
-def chosen_linear(x_PK: Tensor, weight_XOK: Tensor, expert_P: Tensor) -> Tensor:
+def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
     """x[p] @ weight[expert[p]].T for few rows, (P, O).
 
     Compiled, it is a sum that reads the chosen weights where they are; eagerly, they are copied together first.
@@ -92,3 +109,8 @@ def chosen_linear(x_PK: Tensor, weight_XOK: Tensor, expert_P: Tensor) -> Tensor:
     if is_compiling():
         return (weight_XOK[expert_P].float() * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
     return torch.bmm(weight_XOK.index_select(0, expert_P), x_PK[..., None]).squeeze(-1)
+
+
+def grouped_linear(weight_XOK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
+    """x @ weight[e].T for the rows of each expert e, which end at end_X[e], (P, O)."""
+    return torch.ops.qwen3fast.grouped_linear(x_PK, weight_XOK, end_X)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from qwen3fast.config import ModelConfig
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.block import Block
-from qwen3fast.model.moe import Experts
+from qwen3fast.model.moe import MoE
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import rope_tables
 
@@ -77,9 +77,9 @@ class Qwen3(nn.Module):
         if per_token and not self.config.tie_word_embeddings:
             total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())
         if per_token:
-            experts = [p for m in self.modules() if isinstance(m, Experts) for p in m.parameters()]
+            experts = [p for m in self.modules() if isinstance(m, MoE) for p in m.experts.parameters()]
             idle = self.config.num_experts - self.config.num_experts_per_tok
-            total -= sum(p[0].numel() * p.element_size() * idle for p in experts)
+            total -= sum(p.numel() // self.config.num_experts * p.element_size() * idle for p in experts)
         return total
 
 

@@ -1,12 +1,12 @@
-"""Weights in 8 and 4 bits. Read formats, linear, convert; the fast product is in kernels/cpu/quantized.cpp."""
+"""Weights in 8 and 4 bits. Read formats, linear, experts, convert; the fast product is in kernels/cpu/quantized.cpp."""
 
 from qwen3fast.quantization.convert import (
     DEQUANTIZE,
     get_format,
     plain_modules,
     prepare_quantization,
+    quantize_experts,
     quantize_model,
-    refuse_experts,
 )
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "get_format",
     "plain_modules",
     "prepare_quantization",
+    "quantize_experts",
     "quantize_model",
-    "refuse_experts",
 ]

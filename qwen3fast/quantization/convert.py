@@ -8,9 +8,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import cpu
-from qwen3fast.model import Qwen3
+from qwen3fast.model import MoE, Qwen3
+from qwen3fast.model.moe import Experts
+from qwen3fast.quantization.experts import QuantizedExperts, can_quantize
 from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
@@ -18,20 +19,24 @@ DEQUANTIZE = "dequantize"  # what users ask for to get plain weights of a checkp
 
 
 def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
-    """Replace the model's linear layers and token embedding by quantised ones, in place, one after the other.
+    """Replace the model's linear layers, experts and token embedding by quantised ones, in place, one after the other.
 
     name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
     new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed, and
-    those of the config's `modules_to_not_convert`, stay as they are.
-    Raises: ValueError for an unknown format, or a model with experts.
+    those of the config's `modules_to_not_convert`, stay as they are, and so do routers: they are small, and which
+    experts they choose matters.
+    Raises: ValueError for an unknown format.
     """
     format = get_format(name)
-    refuse_experts(model.config, name)
     kept = model.config.modules_to_not_convert
     convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in kept}
-    layers = [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
+    layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]
+    layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
-        model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
+        if isinstance(layer, Experts):
+            quantize_experts(model, name, layer_name)
+        else:
+            model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
     model.config = replace(model.config, quantization=name)
     embedding = model.model.embed_tokens
     if model.config.tie_word_embeddings and isinstance(model.lm_head, QuantizedLinear):
@@ -41,8 +46,9 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
 
 
 def plain_modules(model: Qwen3) -> tuple[str, ...]:
-    """Names of the linear layers, and of the embedding, that could be quantised and are not."""
-    plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    """Names of the linear layers, but for routers, and of the embedding, that could be quantised and are not."""
+    routers = {module.gate for module in model.modules() if isinstance(module, MoE)}
+    plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in routers]
     return tuple(name for name, module in plain if fits(*module.weight.shape))
 
 
@@ -62,16 +68,18 @@ def prepare_quantization(name: str, device: torch.device) -> None:
         cpu.load()
 
 
-def refuse_experts(config: ModelConfig, name: str | None) -> None:
-    """Refuse a format for a model whose weights, experts', have no quantised form yet; None is no format.
+def quantize_experts(model: Qwen3, name: str, module_name: str) -> None:
+    """Replace this module, if it is experts that are whole and can be packed, by quantised ones.
 
-    Raises: ValueError.
+    Loaders call it with each module that has got a weight, so that no more than a layer's experts are in memory in
+    their first form.
+    Raises: ValueError for an unknown format.
     """
-    if name is not None and config.num_experts:
-        raise ValueError(
-            f"quantization={name!r} is not supported for a mixture of experts ({config.num_experts} experts) yet; "
-            "use quantization=None"
-        )
+    experts = model.get_submodule(module_name)
+    if isinstance(experts, Experts) and can_quantize(experts):
+        num_empty = sum(weight.is_meta for weight in experts.parameters())
+        if num_empty in (0, 2):
+            model.set_submodule(module_name, QuantizedExperts.of(experts, get_format(name)))
 
 
 def get_format(name: str) -> Format:

@@ -30,6 +30,16 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(packed.scale, requires_grad=False)
         self.register_parameter("bias", bias)
 
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight_packed.shape[0] * LANES
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight_packed.shape[1] * 32 // self.format.bits
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N), same dtype.
 
@@ -46,7 +56,7 @@ class QuantizedLinear(nn.Module):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
             )
-            parts = y.to(x.dtype).split([layer.weight_packed.shape[0] * LANES for layer in layers], dim=-1)
+            parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
         elif cuda.can_packed_matvec(x):
             parts = [layer._few_rows(x) for layer in layers]
         else:

@@ -11,19 +11,26 @@ from test_scheduler import one_thread  # noqa: F401
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
+from qwen3fast.kernels import cpu
 from qwen3fast.kv_cache import StaticKVCache
+from qwen3fast.model import MoE
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PACKABLE_EXPERTS = EXPERTS | {"hidden_size": 64, "moe_intermediate_size": 32}
 RESULTS = {"state.output_R", "state.input_R", "state.position_R", "state.step_R", "keys.0", "values.1"}
 PROCESSOR_RESULTS = {"processors.count_BV"}
 LOGPROB_RESULTS = {"logprobs.chosen_R", "logprobs.id_RN", "logprobs.value_RN"}
 
 
-def make_engine(rows=4, cache_dtype=torch.float32, **changes):
+def make_engine(rows=4, cache_dtype=torch.float32, quantization=None, **changes):
     """An uncompiled engine with two rows in use."""
-    model = randomised(small_config(max_position_embeddings=1024, **changes))
+    model = randomised(small_config(max_position_embeddings=1024, **changes)).to(changes.get("dtype", torch.float32))
+    if quantization is not None:
+        quantize_model(model, quantization, model.config.dtype)
     engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
     for row in range(min(rows, 2)):
         engine.prefill_whole(row, [5, 7, 11 + row])
@@ -76,10 +83,18 @@ def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY, *extras):
         {"cache_dtype": torch.int8},
         EXPERTS,
         EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": (0,)},
+        EXPERTS | {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16},
+        PACKABLE_EXPERTS | {"quantization": "int8"},
+        PACKABLE_EXPERTS | {"quantization": "int4"},
+        PACKABLE_EXPERTS | {"quantization": "fp8", "mlp_only_layers": (0,)},
     ],
-    ids=["tied", "biases, untied", "one query a key", "int8 cache", "experts", "experts in one layer"],
+    ids=(
+        "tied|biases, untied|one query a key|int8 cache|experts|experts in one layer|bf16 experts|int8 experts|"
+        "int4 experts|fp8 experts in one layer"
+    ).split("|"),
 )
-def test_decode_step_can_be_captured(kind, rows, changes):
+def test_decode_step_can_be_captured(kind, rows, changes, monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # as on a CUDA device, which has no C++ operations
     engine = make_engine(**changes)
     assert capture_faults(lambda: run_step(engine, rows, 128, kind), lambda: buffers_of(engine), RESULTS) == []
 
@@ -171,6 +186,18 @@ def test_planted_faults_are_found(fault, message):
 
     faults = capture_faults(step, lambda: buffers_of(engine), RESULTS)
     assert any(re.search(message, fault) for fault in faults), faults
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_chosen_experts_change_from_replay_to_replay_without_the_host(quantization, monkeypatch):
+    """The operations of two steps are the same ones, though the experts that they read are not."""
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    engine, chosen = make_engine(**PACKABLE_EXPERTS, quantization=quantization, tie_word_embeddings=False), []
+    few = QuantizedExperts.few
+    monkeypatch.setattr(QuantizedExperts, "few", lambda self, x, e: (chosen.append(e.clone()), few(self, x, e))[1])
+    assert capture_faults(lambda: run_step(engine), lambda: buffers_of(engine), RESULTS) == []
+    layers = sum(isinstance(block.mlp, MoE) for block in engine.model.model.layers)
+    assert len(chosen) == 3 * layers and not torch.equal(chosen[layers], chosen[2 * layers])
 
 
 def test_a_hook_is_not_for_graphs():

@@ -17,6 +17,7 @@ from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
 from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import rope_tables
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.sampling import SamplerKind
 
@@ -63,6 +64,31 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
         engine = make_engine(device, "0.6b", **changes)
         for length in (engine.cache.buckets[0], engine.cache.buckets[-1]):
             assert run_step(engine, 2, length, kind) == []
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantised_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
+    if has_triton:
+        pytest.importorskip("triton", reason="the triton package is not installed")
+        monkeypatch.setattr(QuantizedExperts, "_chosen", None)  # not to be called
+    else:
+        monkeypatch.setattr(cuda, "load", lambda: False)
+    with fake_cuda() as device:
+        engine = make_engine(device, "30b-a3b", format, num_hidden_layers=2)
+        for rows in (1, ROWS):
+            assert run_step(engine, rows, engine.cache.buckets[0], SamplerKind.GREEDY) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_prefill_of_quantised_experts_runs_on_cuda_tensors(format):
+    with fake_cuda() as device:
+        engine = make_engine(device, "30b-a3b", format, num_hidden_layers=1)
+        row_1, token_1T = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((1,), (1, 64)))
+        fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
+        with HostWatch() as watch:
+            x_1TE = prefill_chunk(*fixed, row_1, token_1T, 512)
+        assert watch.faults == [] and x_1TE.shape == (1, 64, 2048) and x_1TE.device == device
 
 
 @pytest.mark.parametrize("kind", SamplerKind)

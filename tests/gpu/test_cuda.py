@@ -144,6 +144,25 @@ def test_quantised_tokens_equal_those_of_the_rounded_weights(name):
             assert not graphs or not generator._engine.graphs.failure
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_of_quantised_experts_equal_those_of_the_plain_form(name, monkeypatch):
+    monkeypatch.setattr("qwen3fast.kernels.cpu.is_loaded", lambda: False)  # on the CPU, the form in PyTorch
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "eos_token_ids": ()}
+    plain = randomised(
+        small_config(vocab_size=96, hidden_size=64, intermediate_size=96, head_dim=32, **experts), seed=5
+    )
+    quantize_model(plain, name, torch.float32)
+    quantised = copy.deepcopy(plain).to("cuda")
+    params = SamplingParams(temperature=0, max_tokens=30)
+    texts = [[1, 2, 3], list(range(70))]
+    with Generator(plain, max_seq_len=128, max_batch_size=2, compile=False) as generator:
+        expected = [r.token_ids for r in generator.generate(texts, params)]
+    for compile, graphs in MODES.values():
+        with Generator(quantised, max_seq_len=128, max_batch_size=2, compile=compile, cuda_graphs=graphs) as generator:
+            assert [r.token_ids for r in generator.generate(texts, params)] == expected
+            assert not graphs or not generator._engine.graphs.failure
+
+
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("attention", ["flex", "split"])
 def test_other_attention_gives_the_tokens_of_pytorchs(model, attention, cache_dtype, monkeypatch):

@@ -8,13 +8,18 @@ import pytest
 import torch
 from conftest import assert_near, assert_same, random_ids, randomised, small_config
 from safetensors import safe_open
+from test_quantization import relative_error
+from test_quantized_experts import with_dequantized_weights
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3fast import load_model
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine, StepKind
+from qwen3fast.kernels import cpu
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.yarn import Yarn
 
 CONFIG = small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
@@ -73,6 +78,34 @@ def test_bfloat16_is_within_rounding_of_transformers():
     model = randomised(replace(CONFIG, **SHAPES["all experts"])).bfloat16()
     token_BT = random_ids(2, 21)
     assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("shape", ["plain", "renormalised", "dense layers", "all experts"])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 21), (3, 1)])
+def test_rounded_experts_equal_transformers_with_the_same_numbers(format, shape, batch, tokens, monkeypatch):
+    """Weights in 8 and 4 bits, in the plain form, against transformers with what these bits stand for."""
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
+    config = replace(config, **SHAPES[shape])
+    model = randomised(config)
+    quantize_model(model, format.name, torch.float32)
+    token_BT = random_ids(batch, tokens, vocab_size=96)
+    reference = reference_of(with_dequantized_weights(model, config))
+    assert_near(model(token_BT), reference(token_BT).logits)
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+@pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"]], ids=lambda f: f.name)
+def test_rounded_experts_of_the_operation_are_near_transformers(format):
+    """The operation rounds activations, too. All experts, so that rounding cannot change the choice."""
+    config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
+    config = replace(config, **SHAPES["all experts"])
+    model = randomised(config)
+    quantize_model(model, format.name, torch.float32)
+    token_BT = random_ids(2, 21, vocab_size=96)
+    logits_BTV = reference_of(with_dequantized_weights(model, config))(token_BT).logits
+    assert relative_error(model(token_BT), logits_BTV) < 2e-2
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -95,16 +95,6 @@ void rotate(BFloat16* x, const float* cos, const float* sin, int64_t D) {
   }
 }
 
-// silu(gate) * up, in place of gate.
-void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec x = load(gate + i), exponential = exp_of_negative(x < 0 ? x : -x);  // exp(-|x|)
-    BFloat16 gated[kLanes];
-    store(gated, x * (x < 0 ? exponential : fill(1.f)) / (1.f + exponential));
-    store(gate + i, load(gated) * load(up + i));
-  }
-}
-
 // Puts one vector into the cache. Source of int8_t's form: round_vectors in kv_cache.py.
 void write_vector(const BFloat16* from, int64_t D, BFloat16* to, float*) { std::copy_n(from, D, to); }
 

@@ -17,7 +17,13 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("quantized.cpp", "decode_layers.cpp", "attention.cpp", "matvec.cpp")  # what takes longest first
+SOURCES = (
+    "quantized.cpp",
+    "decode_layers.cpp",
+    "attention.cpp",
+    "matvec.cpp",
+    "experts.cpp",
+)  # what takes longest first
 HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h")
 TARGET_FLAGS = ["-march=native"]
 

@@ -3,6 +3,7 @@
 // `threads` is how many may be used.
 //
 //   B batch   T tokens   H query heads   K key/value heads   G = H/K   D head_dim   R cache rows   S cache positions
+//   X experts   C experts chosen for a token
 
 #pragma once
 
@@ -46,6 +47,13 @@ QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* w
 
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
+
+// What experts make of their tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
+// X weights (2I, E) one below the other, gate before up; down X weights (E, I); both of the same bits, 8 or 4. Returns
+// false, with y unfinished, for an expert that there is not.
+QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,
+                                               const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
+                                               int64_t threads);
 
 // q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 16.
 QWEN3FAST_API void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y,

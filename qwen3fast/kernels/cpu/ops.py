@@ -11,6 +11,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu import experts
 from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
 
 MAX_ROWS = 8
@@ -36,7 +37,8 @@ def register(functions: ctypes.CDLL) -> None:
     functions.qwen3fast_quantized_linear.restype = None
     functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
     functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
-    if _registered is None:
+    is_first = _registered is None
+    if is_first:
         _registered = torch.library.Library("qwen3fast", "FRAGMENT")
         caches = "Tensor q, Tensor k, Tensor v, Tensor position"
         factors = "Tensor? k_scale=None, Tensor? v_scale=None"
@@ -60,6 +62,7 @@ def register(functions: ctypes.CDLL) -> None:
             _registered.impl(name, function, "CPU")
             if fake is not None:
                 torch.library.register_fake(f"qwen3fast::{name}", fake, lib=_registered)
+    experts.register(functions, _registered if is_first else None)
 
 
 def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:

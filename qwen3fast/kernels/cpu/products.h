@@ -1,5 +1,5 @@
 // Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp), 8 and 4 bits (quantized.cpp). Shared with
-// decode_layers.cpp.
+// decode_layers.cpp and experts.cpp.
 
 #pragma once
 
@@ -40,3 +40,17 @@ void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16*
 // Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Weight& weight, int64_t bits, int64_t begin, int64_t end,
                    int64_t width, int64_t K);
+
+namespace {
+
+// silu(gate) * up, in place of gate: what lies between the two products of a feed-forward part.
+inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec x = load(gate + i), exponential = exp_of_negative(x < 0 ? x : -x);  // exp(-|x|)
+    BFloat16 gated[kLanes];
+    store(gated, x * (x < 0 ? exponential : fill(1.f)) / (1.f + exponential));
+    store(gate + i, load(gated) * load(up + i));
+  }
+}
+
+}  // namespace

@@ -28,12 +28,16 @@ def load() -> bool:
     global _is_loaded
     with _loading:
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
             from qwen3fast.kernels.cuda.split_attention import split_attention
 
             custom_op = torch.library.custom_op
             custom_op("qwen3fast::packed_matvec", packed_matvec, mutates_args=(), device_types="cuda").register_fake(
                 _packed_matvec_shape
+            )
+            custom_op("qwen3fast::packed_experts", packed_experts, mutates_args=(), device_types="cuda").register_fake(
+                _packed_experts_shape
             )
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
@@ -71,8 +75,23 @@ def can_packed_matvec(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.numel() <= MAX_ROWS * x.shape[-1] and load()
 
 
+def can_packed_experts(x: Tensor) -> bool:
+    """Whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
+    return x.device.type == "cuda" and load()
+
+
 def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
     from qwen3fast.kernels.cuda.packed_matvec import num_parts
 
     blocks, words = packed.shape[:2]
     return x.new_empty((num_parts(blocks, words), x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)
+
+
+def _packed_experts_shape(
+    x: Tensor, packed: Tensor, scale: Tensor, expert: Tensor, num_experts: int, is_fp8: bool
+) -> Tensor:
+    from qwen3fast.kernels.cuda.packed_matvec import num_parts
+
+    blocks, words = packed.shape[0] // num_experts, packed.shape[1]
+    parts = num_parts(blocks * x.shape[0], words)
+    return x.new_empty((parts, x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)

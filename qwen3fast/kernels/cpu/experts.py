@@ -1,0 +1,67 @@
+"""The experts that a router chose as one operation, `torch.ops.qwen3fast.quantized_experts` (experts.cpp).
+
+The chosen numbers are read where they are, on the CPU: which experts they are need not be known when code is compiled.
+
+N tokens   C experts a token   E hidden_size
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.structures import packed_linear, require
+
+_functions: ctypes.CDLL
+
+
+def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> None:
+    """Use these functions; define the operation in `library`, if given: once in a process."""
+    global _functions
+    _functions = functions
+    functions.qwen3fast_quantized_experts.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    functions.qwen3fast_quantized_experts.restype = ctypes.c_bool
+    if library is not None:
+        library.define("quantized_experts(Tensor x, Tensor expert, Tensor[] gate_up, Tensor[] down) -> Tensor")
+        library.impl("quantized_experts", quantized_experts, "CPU")
+        torch.library.register_fake("qwen3fast::quantized_experts", _shape, lib=library)
+
+
+def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of the chosen experts, (N, C, E) bfloat16.
+
+    x_NE: bfloat16. expert_NC: int64. gate_up, down: packed bytes and scales of all experts' weights one below the
+    other, gate before up in each, as `Packed` in quantization/formats.py.
+    """
+    N, E = x_NE.shape
+    require(x_NE.dtype == torch.bfloat16, "quantized_experts: x must be bfloat16")
+    require(
+        expert_NC.dtype == torch.int64 and expert_NC.dim() == 2 and len(expert_NC) == N,
+        "quantized_experts: expert must be (N, C) int64",
+    )
+    try:
+        first, second = packed_linear(*gate_up), packed_linear(*down)
+    except ValueError as err:
+        raise ValueError(f"quantized_experts: {err}") from None
+    require(
+        first.bits == second.bits and first.K == E and second.N % E == 0,
+        f"quantized_experts: weights must have the same bits and fit x's {E} channels",
+    )
+    X = second.N // E
+    require(
+        first.N == 2 * X * second.K, f"quantized_experts: gate_up must have {2 * X * second.K} rows, it has {first.N}"
+    )
+    x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
+    y_NCE = x_NE.new_empty(*expert_NC.shape, E)
+    pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())
+    sizes = (N, expert_NC.shape[1], X, torch.get_num_threads())
+    if not _functions.qwen3fast_quantized_experts(*pointers, *sizes):
+        raise ValueError(f"quantized_experts: a number of {expert_NC.tolist()} is not one of the {X} experts'")
+    return y_NCE
+
+
+def _shape(x: Tensor, expert: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    return x.new_empty((*expert.shape, x.shape[-1]))

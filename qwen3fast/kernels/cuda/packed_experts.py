@@ -1,0 +1,87 @@
+"""Products of single rows with the weights, in 8 or 4 bits, of the expert that a router chose for each, on a GPU.
+
+All experts' weights lie one below the other in the layout of quantization/formats.py; a program finds those of its
+row's expert by the expert's number, which it reads itself: the host never knows it, and other experts' bytes are not
+read. As there is one row a program, its 16 sums run on the ordinary cores. See packed_matvec.py for the rest.
+
+Not yet run on a GPU; tests run it in Triton's interpreter.
+
+    P rows of x   X experts   N out_features of an expert   K in_features   J 32-bit words of a row
+    C parts of the channels
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, num_parts
+
+
+def packed_experts(
+    x_PK: Tensor, packed: Tensor, scale: Tensor, expert_P: Tensor, num_experts: int, is_fp8: bool
+) -> Tensor:
+    """The parts of x[p] @ weight[expert[p]].T, (C, P, N) float32, whose sum over C it is.
+
+    x_PK: any float dtype. packed, scale: as `Packed` in formats.py, of X * N rows. expert_P: int64, each below X.
+    """
+    P, K = x_PK.shape
+    blocks, J = packed.shape[0] // num_experts, packed.shape[1]
+    C = num_parts(blocks * P, J)
+    y_CPN = torch.empty(C, P, blocks * LANES, dtype=torch.float32, device=x_PK.device)
+    words = packed.view(torch.int32)  # (X * N/16, J, 16, 1)
+    _multiply_chosen[(blocks, C, P)](
+        x_PK.contiguous(), words, scale, expert_P, y_CPN, J, triton.cdiv(J, C), K // J, is_fp8, LANES, BLOCK_J, GROUP
+    )
+    return y_CPN
+
+
+@triton.jit
+def _multiply_chosen(
+    x,
+    words,
+    scale,
+    expert,
+    y,
+    num_words,
+    share,
+    channels: tl.constexpr,
+    is_fp8: tl.constexpr,
+    lanes: tl.constexpr,
+    block: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Program (b, c, p): part c of the channels of weight rows 16b..16b+15 of row p's expert."""
+    b, c, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    lane = tl.arange(0, lanes)
+    num_channels = num_words * channels
+    at = tl.load(expert + p) * tl.num_programs(0) + b  # int64: the block among those of all experts
+    total = tl.zeros([lanes], tl.float32)
+    end = tl.minimum(share * (c + 1), num_words)
+    for first in range(share * c, end, block):
+        j = first + tl.arange(0, block)
+        is_real = j < end
+        word = tl.load(words + (at * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0)
+        if channels == 8:
+            factor = tl.load(
+                scale + (at * (num_channels // group) + (j // (group // channels))[:, None]) * lanes + lane[None, :],
+                mask=is_real[:, None],
+                other=0.0,
+            ).to(tl.float32)
+        for part in tl.static_range(channels):
+            bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if channels == 4 else 15)
+            if is_fp8:
+                half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+                weight = half.to(tl.float32) * 256.0
+            elif channels == 4:
+                weight = (bits - 128).to(tl.float32)
+            else:
+                weight = (bits - 8).to(tl.float32) * factor
+            numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
+            total += tl.sum(weight * numbers[:, None], axis=0)
+    if channels == 4:
+        total *= tl.load(scale + at * lanes + lane)
+    to = (c * tl.num_programs(2) + p).to(tl.int64) * (tl.num_programs(0) * lanes) + b * lanes + lane
+    tl.store(y + to, total)

@@ -1,0 +1,98 @@
+"""Experts with their weights in 8 or 4 bits: they take the place of `Experts` of model/moe.py.
+
+On the CPU a C++ operation reads the chosen experts' bytes alone, however many rows there are, and rounds activations to
+8 bits as that of linear layers does. On CUDA devices a Triton kernel does so for few rows; many rows meet weights that
+are dequantised first. The plain form does both in PyTorch.
+
+N tokens   X experts   C experts chosen for a token   P = N*C pairs of token and expert
+E hidden_size   I moe_intermediate_size   N out_features of an expert, too   K in_features
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qwen3fast.kernels import cuda
+from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.model.moe import Experts, grouped_linear, run_few, run_many
+from qwen3fast.quantization.formats import Format, Packed, fits, quantize
+from qwen3fast.quantization.linear import QuantizedLinear, can_use_operations
+
+
+class QuantizedExperts(nn.Module):
+    """The weights of all experts: two tall ones, in which an expert's rows lie below those of the one before."""
+
+    def __init__(self, gate_up_proj: QuantizedLinear, down_proj: QuantizedLinear, num_experts: int) -> None:
+        super().__init__()
+        self.format, self.num_experts = gate_up_proj.format, num_experts
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # (X * 2I, E) and (X * E, I)
+
+    @classmethod
+    def of(cls, experts: Experts, format: Format) -> QuantizedExperts:
+        """Of weights at hand; of weights on `meta`, an empty form to be loaded."""
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        return cls(_tall(gate_up, format), _tall(down, format), num_experts=len(down))
+
+    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """What the chosen experts make of each token, (N, C, E); only their weights are read."""
+        if can_use_operations(self.format, x_NE):
+            return self._in_one_operation(x_NE, expert_NC)
+        product = self._chosen_by_kernel if cuda.can_packed_experts(x_NE) else self._chosen
+        return run_few(x_NE, expert_NC, *(partial(product, layer) for layer in (self.gate_up_proj, self.down_proj)))
+
+    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """The same for many tokens."""
+        if can_use_operations(self.format, x_NE):
+            return self._in_one_operation(x_NE, expert_NC)
+        gate_up, down = (partial(self._grouped, layer) for layer in (self.gate_up_proj, self.down_proj))
+        return run_many(x_NE, expert_NC, self.num_experts, gate_up, down)
+
+    def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        gate_up, down = ([layer.weight_packed, layer.weight_scale] for layer in (self.gate_up_proj, self.down_proj))
+        return torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down).to(x_NE.dtype)
+
+    def _chosen_by_kernel(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
+        packed, is_fp8 = (layer.weight_packed, layer.weight_scale), self.format.name == "fp8"
+        y_SPN = torch.ops.qwen3fast.packed_experts(x_PK, *packed, expert_P, self.num_experts, is_fp8)
+        return y_SPN.sum(0).to(x_PK.dtype)
+
+    def _chosen(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
+        rows = layer.out_features // self.num_experts
+        row_PN = expert_P[:, None] * rows + torch.arange(rows, device=x_PK.device)
+        weight = self.format.rows(Packed(layer.weight_packed, layer.weight_scale), row_PN.flatten())
+        weight_PNK = weight.view(*row_PN.shape, -1)
+        if is_compiling():
+            return (weight_PNK * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
+        return torch.bmm(weight_PNK.to(x_PK.dtype), x_PK[..., None]).squeeze(-1)
+
+    def _grouped(self, layer: QuantizedLinear, x_PK: Tensor, end_X: Tensor) -> Tensor:
+        return grouped_linear(self.dequantize(layer, x_PK.dtype), x_PK, end_X)
+
+    def dequantize(self, layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights that the bits of `gate_up_proj` or `down_proj` stand for, (X, N, K).
+
+        Compiled, it is one pass without intermediate results; eagerly, these are kept small by going through experts.
+        """
+        if is_compiling():
+            return layer.dequantize().to(dtype).unflatten(0, (self.num_experts, -1))
+        rows, in_features = layer.out_features // self.num_experts, layer.in_features
+        stack = torch.empty(self.num_experts, rows, in_features, dtype=dtype, device=layer.weight_packed.device)
+        parts = (part.chunk(self.num_experts) for part in (layer.weight_packed, layer.weight_scale))
+        for expert, packed in enumerate(zip(*parts, strict=True)):
+            stack[expert] = self.format.dequantize(Packed(*packed))
+        return stack
+
+
+def can_quantize(experts: Experts) -> bool:
+    """Whether the experts' shape can be packed; that of all published models can."""
+    return fits(*experts.gate_up_proj.shape[1:]) and fits(*experts.down_proj.shape[1:])
+
+
+def _tall(stack_XNK: Tensor, format: Format) -> QuantizedLinear:
+    X, N, K = stack_XNK.shape
+    if stack_XNK.is_meta:
+        return QuantizedLinear(format.empty(X * N, K, stack_XNK.device), format)
+    return QuantizedLinear(quantize(stack_XNK.view(X * N, K), format), format)

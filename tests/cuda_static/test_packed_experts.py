@@ -1,0 +1,45 @@
+"""The Triton kernel of chosen experts against products with the dequantised weights."""
+
+import pytest
+import torch
+from conftest import random_tensor
+from cuda_static.kernel_checks import TOLERANCES, assert_near
+from kernel_device import DEVICE
+
+from qwen3fast.kernels.cuda import packed_experts as kernel
+from qwen3fast.kernels.cuda.packed_matvec import num_parts
+from qwen3fast.quantization.formats import FORMATS, quantize
+
+pytestmark = pytest.mark.triton
+
+
+def product(x_PK, packed, expert_P, num_experts, format):
+    x_PK, weight, scale, expert_P = (t.to(DEVICE) for t in (x_PK, *packed, expert_P))
+    return kernel.packed_experts(x_PK, weight, scale, expert_P, num_experts, format.name == "fp8")
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 3, 16, 32), (4, 5, 48, 96), (3, 2, 16, 2080)])
+def test_packed_experts_equal_dequantised_products(format, dtype, shape):
+    rows, num_experts, out_features, in_features = shape
+    packed = quantize(random_tensor(num_experts * out_features, in_features), format)
+    x_PK = random_tensor(rows, in_features, seed=1).to(dtype)
+    expert_P = torch.arange(rows).mul(2) % num_experts
+    y_CPN = product(x_PK, packed, expert_P, num_experts, format)
+    blocks = out_features // 16
+    assert y_CPN.shape == (num_parts(blocks * rows, packed.weight.shape[1]), rows, out_features)
+    weight_XNK = format.dequantize(packed).view(num_experts, out_features, in_features)
+    assert_near(y_CPN.sum(0), torch.einsum("pk,pnk->pn", x_PK.float(), weight_XNK[expert_P]), dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+def test_experts_that_are_not_chosen_are_not_read(format):
+    packed = quantize(random_tensor(4 * 32, 64), format)
+    x_PK, expert_P = random_tensor(2, 64, seed=1), torch.tensor([2, 2])
+    expected = product(x_PK, packed, expert_P, 4, format)
+    for expert, scale in enumerate(packed.scale.chunk(4)):
+        if expert != 2:
+            scale.fill_(torch.nan)
+    assert torch.equal(product(x_PK, packed, expert_P, 4, format), expected)
+    assert product(x_PK, packed, expert_P + 1, 4, format).isnan().all()  # so that the test could fail
