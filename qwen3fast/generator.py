@@ -15,9 +15,9 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint import load_model, read_generation_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.save import save_model
-from qwen3fast.config import as_id_tuple, read_json
+from qwen3fast.config import as_id_tuple
 from qwen3fast.engine import (
     Admission,
     ClosedError,
@@ -71,7 +71,8 @@ class Generator:
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
 
-        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along.
+        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along; it may
+            be a GGUF file.
 
         Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
         """
@@ -142,9 +143,8 @@ class Generator:
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):
             folder = resolve_source(source, revision)
-            tokenizer = Tokenizer.from_folder(folder)
-            preset_file = folder / "generation_config.json"
-            generation_config = read_json(preset_file) if preset_file.is_file() else None
+            tokenizer = read_tokenizer(folder)
+            generation_config = read_generation_config(folder)
         return cls(
             model,
             tokenizer,

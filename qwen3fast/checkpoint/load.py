@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
+from qwen3fast.checkpoint.metadata import read_config
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
+from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization.formats import fits
+from qwen3fast.quantization.linear import QuantizedLinear
 
 
 def load_model(
@@ -25,16 +31,18 @@ def load_model(
     output_projection: bool = True,
     adapter: str | Path | None = None,
 ) -> Qwen3:
-    """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
+    """The bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
+    "random:0.6b" is a named shape with random weights; "random:0.6b:7" has seed 7.
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
+    Of GGUF files, None keeps Q4_0 in 4 bits and other quantised types in int8; "dequantize" makes plain weights of all.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
-    if quantization is not None:
+    if quantization not in (None, DEQUANTIZE):
         prepare_quantization(quantization, chosen_device)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
@@ -48,9 +56,17 @@ def load_model(
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
         if not output_projection:
             _leave_out_projection(model)
+    elif (folder := resolve_source(source, revision)).is_file():
+        config = read_config(folder)
+        chosen_dtype = _choose_dtype(dtype, config)
+        rounding = DEQUANTIZE if adapter is not None and quantization is not None else quantization
+        model = _load_gguf(folder, chosen_device, chosen_dtype, rounding, output_projection, progress)
+        if adapter is not None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise ValueError(f"an adapter needs plain weights, which {folder} has not; add quantization='dequantize'")
     else:
-        folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
+        if quantization == DEQUANTIZE:
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
         refuse_experts(config, quantization or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
@@ -64,8 +80,48 @@ def load_model(
         load_weights(model, folder, chosen_device, chosen_dtype, progress)
     if adapter is not None:
         merge_lora(model, adapter)
-    if quantization is not None and config.quantization is None:
+    if quantization not in (None, DEQUANTIZE) and model.config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
+    return model
+
+
+def empty_model(source: Path) -> Qwen3:
+    """The model on meta, its layers in the formats that `load_model` gives them; source: as `resolve_source` gives it.
+
+    Raises: FileNotFoundError or ValueError, as `load_model`.
+    """
+    config = read_config(source)
+    model = build_on_meta(config)
+    if source.is_file():
+        # Experts are loaded plain only.
+        rounding = DEQUANTIZE if config.num_experts else None
+        replace_layers(model, choose_formats(read_header(source), config, rounding), config.dtype)
+    elif config.quantization is not None:
+        quantize_model(model, config.quantization, config.dtype)
+    return model
+
+
+def _load_gguf(
+    file: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    output_projection: bool,
+    progress: bool,
+) -> Qwen3:
+    header = read_header(file)
+    config = config_of(header)
+    formats = choose_formats(header, config, quantization)
+    names = {format.name for format in formats.values()}
+    for name in names:
+        prepare_quantization(name, device)
+    model = build_on_meta(config)
+    if not output_projection:
+        _leave_out_projection(model)
+    load_gguf_weights(model, header, formats, device, dtype, progress)
+    packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
+    if len(names) == 1 and all(name in formats for name in packable):
+        model.config = replace(config, quantization=names.pop())  # as if we had rounded it
     return model
 
 

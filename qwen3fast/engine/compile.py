@@ -182,7 +182,7 @@ class Part:
         """What to call for tensors of these shapes: looked up once, it may run any number of modules."""
         if not self.compiler.enabled:
             return self.function
-        kind = self._kind(module)
+        kind = self.kind(module)
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
         if choice is not None:
@@ -203,7 +203,8 @@ class Part:
         self._choices[shapes] = form
         return form
 
-    def _kind(self, module: nn.Module | None) -> int:
+    def kind(self, module: nn.Module | None) -> int:
+        """A number that all modules have in common which share compiled forms."""
         kind = self._kinds.get(module)
         if kind is None:
             named = [] if module is None else module.named_parameters()

@@ -236,9 +236,9 @@ def _run_blocks(
     mask_B1L = torch.arange(length, device=position_B1.device) <= read_B1[..., None]
     shared = (cos_SD[read_B1], sin_SD[read_B1], position_B1, mask_B1L)
     layers = cache.layers()
-    forms: dict[type, Function] = {}  # with and without experts
+    forms: dict[int, Function] = {}  # with and without experts, in each mixture of formats
     for block, layer in zip(model.model.layers, layers, strict=True):
-        kind = type(block.mlp)
+        kind = parts.decode_block.kind(block)
         if kind not in forms:
             forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer)
         x_B1E = forms[kind](block, x_B1E, *shared, *layer)

@@ -25,6 +25,7 @@ class DecodeLayers:
         self._is_possible = (
             len(blocks) == len(model.model.layers)  # those with experts have no form in C++
             and all(_is_served(linear) for linear in linears)
+            and all(_has_alike_inputs(block) for block in blocks)
             and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
@@ -58,6 +59,12 @@ def _linears(block: Block) -> list[Linear | QuantizedLinear]:
     a, f = block.self_attn, block.mlp
     assert isinstance(f, FeedForward), "only dense blocks have a form in C++"
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
+
+
+def _has_alike_inputs(block: Block) -> bool:
+    """Whether layers that read the same input have the same bits: it is rounded once for all of them."""
+    bits = [x.format.bits if isinstance(x, QuantizedLinear) else 16 for x in _linears(block)]
+    return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
 
 
 def _is_served(linear: Linear | QuantizedLinear) -> bool:

@@ -14,6 +14,8 @@ from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
+DEQUANTIZE = "dequantize"  # what users ask for to get plain weights of a checkpoint that others quantised
+
 
 def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
     """Replace the model's linear layers and token embedding by quantised ones, in place, one after the other.
@@ -70,7 +72,10 @@ def get_format(name: str) -> Format:
     Raises: ValueError naming those there are.
     """
     if name not in FORMATS:
-        raise ValueError(f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None")
+        raise ValueError(
+            f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None; of checkpoints that "
+            f"others quantised also {DEQUANTIZE!r}"
+        )
     return FORMATS[name]
 
 

@@ -120,9 +120,15 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
         best_level = torch.where(is_better, level.add_(8).to(torch.uint8), best_level)
+    return pack_int4(best_level.view(N, K), best_scale.view(N, K // GROUP))
+
+
+def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:
+    """4 bits from levels (uint8, 0 to 15; 8 stands for zero) and a scale for each 32 channels, rounded to bfloat16."""
+    N, K = level_NK.shape
     # (block, row, 8 channels, half, 4 channels): the second four channels go to the high halves.
-    low, high = best_level.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
-    scale = best_scale.view(N // LANES, LANES, K // GROUP).transpose(1, 2)
+    low, high = level_NK.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
+    scale = scale_NG.view(N // LANES, LANES, K // GROUP).transpose(1, 2)
     return Packed((low | high << 4).transpose(1, 2).contiguous(), scale.to(torch.bfloat16).contiguous())
 
 
