@@ -206,9 +206,11 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
 
 
 def _info(args: argparse.Namespace) -> int:
-    config = _config_of(args.model, args.revision)
-    is_random = args.model.startswith("random:")
-    model = build_on_meta(config) if is_random else empty_model(resolve_source(args.model, args.revision))
+    if args.model.startswith("random:"):
+        model = build_on_meta(_config_of(args.model, args.revision))
+    else:
+        model = empty_model(resolve_source(args.model, args.revision))
+    config = model.config
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",

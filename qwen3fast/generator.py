@@ -32,6 +32,7 @@ from qwen3fast.handle import RequestHandle
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
 from qwen3fast.prompt import Overflow, Prompt
+from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.requests import RequestBuilder
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
@@ -406,6 +407,8 @@ class Generator:
 
         Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
         """
+        if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
+            raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self.config.quantization is None:
             raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
         save_model(self.model, Path(folder), self._source_folder)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
+from qwen3fast.checkpoint.gguf import Header, choose_formats, config_of, load_gguf_weights, read_header, replace_layers
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
-from qwen3fast.checkpoint.metadata import read_config
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
@@ -42,6 +41,8 @@ def load_model(
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
+    if quantization == DEQUANTIZE and str(source).startswith("random:"):
+        raise _nothing_to_dequantize(source)
     if quantization not in (None, DEQUANTIZE):
         prepare_quantization(quantization, chosen_device)
     if adapter is not None:
@@ -57,16 +58,16 @@ def load_model(
         if not output_projection:
             _leave_out_projection(model)
     elif (folder := resolve_source(source, revision)).is_file():
-        config = read_config(folder)
-        chosen_dtype = _choose_dtype(dtype, config)
+        header = read_header(folder)
+        chosen_dtype = _choose_dtype(dtype, config_of(header))
         rounding = DEQUANTIZE if adapter is not None and quantization is not None else quantization
-        model = _load_gguf(folder, chosen_device, chosen_dtype, rounding, output_projection, progress)
+        model = _load_gguf(header, chosen_device, chosen_dtype, rounding, output_projection, progress)
         if adapter is not None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
             raise ValueError(f"an adapter needs plain weights, which {folder} has not; add quantization='dequantize'")
     else:
         config = ModelConfig.from_folder(folder)
         if quantization == DEQUANTIZE:
-            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
+            raise _nothing_to_dequantize(folder)
         refuse_experts(config, quantization or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
@@ -85,31 +86,37 @@ def load_model(
     return model
 
 
+def _nothing_to_dequantize(source: str | Path) -> ValueError:
+    return ValueError(
+        f"quantization={DEQUANTIZE!r} is for checkpoints that others quantised, which {source} is not; use None"
+    )
+
+
 def empty_model(source: Path) -> Qwen3:
     """The model on meta, its layers in the formats that `load_model` gives them; source: as `resolve_source` gives it.
 
     Raises: FileNotFoundError or ValueError, as `load_model`.
     """
-    config = read_config(source)
-    model = build_on_meta(config)
     if source.is_file():
-        # Experts are loaded plain only.
-        rounding = DEQUANTIZE if config.num_experts else None
-        replace_layers(model, choose_formats(read_header(source), config, rounding), config.dtype)
-    elif config.quantization is not None:
-        quantize_model(model, config.quantization, config.dtype)
+        header = read_header(source)
+        model = build_on_meta(config_of(header))
+        rounding = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
+        replace_layers(model, choose_formats(header, model.config, rounding), model.config.dtype)
+        return model
+    model = build_on_meta(ModelConfig.from_folder(source))
+    if model.config.quantization is not None:
+        quantize_model(model, model.config.quantization, model.config.dtype)
     return model
 
 
 def _load_gguf(
-    file: Path,
+    header: Header,
     device: torch.device,
     dtype: torch.dtype,
     quantization: str | None,
     output_projection: bool,
     progress: bool,
 ) -> Qwen3:
-    header = read_header(file)
     config = config_of(header)
     formats = choose_formats(header, config, quantization)
     names = {format.name for format in formats.values()}

@@ -14,7 +14,7 @@ from qwen3fast.checkpoint.gguf.tokenizer import stop_ids
 from qwen3fast.config import ModelConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
-LARGEST = 2**20  # of a size: no Qwen3 comes near it, and products of a few of them are still numbers of 64 bits
+LARGEST = 2**18  # of a size: no Qwen3 comes near it, and products of a few of them are still numbers of 64 bits
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -44,23 +44,10 @@ def config_of(header: Header) -> ModelConfig:
         )
     if EMBEDDING not in header.tensors or len(header.tensors[EMBEDDING].shape) != 2:
         raise ValueError(f"{header.file}: {EMBEDDING} is missing, or no matrix")
-    layers = _size(header, f"{kind}.block_count")
-    if layers > len(header.tensors):
-        raise ValueError(f"{header.file}: {kind}.block_count is {layers}, but there are {len(header.tensors)} tensors")
-    head_dim = _size(header, f"{kind}.attention.key_length", 128)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if header.get(f"{kind}.{name}", int, head_dim) != head_dim:
-            raise ValueError(f"{header.file}: {kind}.{name} must be {kind}.attention.key_length, {head_dim}")
-    heads = _size(header, f"{kind}.attention.head_count")
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
-        "vocab_size": min(header.tensors[EMBEDDING].shape[0], LARGEST + 1),
-        "hidden_size": _size(header, f"{kind}.embedding_length"),
-        "intermediate_size": _size(header, f"{kind}.feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": _size(header, f"{kind}.attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        "vocab_size": header.tensors[EMBEDDING].shape[0],
+        **_sizes(header, kind),
         "rms_norm_eps": _number(header, f"{kind}.attention.layer_norm_rms_epsilon", 1e-6),
         "rope_theta": _number(header, f"{kind}.rope.freq_base", 1e6),
         "max_position_embeddings": header.get(f"{kind}.context_length", int, 40_960),
@@ -70,12 +57,7 @@ def config_of(header: Header) -> ModelConfig:
         "eos_token_id": list(stop_ids(header)),
     }
     if kind == "qwen3moe":
-        raw |= {
-            "num_experts": _size(header, f"{kind}.expert_count"),
-            "num_experts_per_tok": _size(header, f"{kind}.expert_used_count"),
-            "moe_intermediate_size": _size(header, f"{kind}.expert_feed_forward_length"),
-            "norm_topk_prob": True,  # llama.cpp's graph of qwen3moe always does
-        }
+        raw["norm_topk_prob"] = True  # llama.cpp's graph of qwen3moe always does
     return ModelConfig.from_dict(raw, str(header.file))
 
 
@@ -84,6 +66,30 @@ def generation_config_of(header: Header) -> dict[str, Any] | None:
     found = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING.items()}
     preset = {name: value for name, value in found.items() if value is not None}
     return {**preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
+
+
+def _sizes(header: Header, kind: str) -> dict[str, int]:
+    """All sizes but the vocabulary's, by their names in config.json."""
+    heads = _size(header, f"{kind}.attention.head_count")
+    sizes = {
+        "hidden_size": _size(header, f"{kind}.embedding_length"),
+        "intermediate_size": _size(header, f"{kind}.feed_forward_length"),
+        "num_hidden_layers": _size(header, f"{kind}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(header, f"{kind}.attention.head_count_kv", heads),
+        "head_dim": _size(header, f"{kind}.attention.key_length", 128),
+    }
+    if kind == "qwen3moe":
+        sizes["num_experts"] = _size(header, f"{kind}.expert_count")
+        sizes["num_experts_per_tok"] = _size(header, f"{kind}.expert_used_count")
+        sizes["moe_intermediate_size"] = _size(header, f"{kind}.expert_feed_forward_length")
+    layers, tensors, head_dim = sizes["num_hidden_layers"], len(header.tensors), sizes["head_dim"]
+    if layers > tensors:
+        raise ValueError(f"{header.file}: {kind}.block_count is {layers}, but there are {tensors} tensors")
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if header.get(f"{kind}.{name}", int, head_dim) != head_dim:
+            raise ValueError(f"{header.file}: {kind}.{name} must be {kind}.attention.key_length, {head_dim}")
+    return sizes
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:

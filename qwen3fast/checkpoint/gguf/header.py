@@ -82,7 +82,7 @@ def _read_one(file: Path) -> Header:
         # Private: what is written to a tensor stays in memory.
         data = np.memmap(file, mode="c") if file.stat().st_size else np.empty(0, np.uint8)
         return _Reader(file, data).header()
-    except (ValueError, struct.error) as err:
+    except ValueError as err:
         raise ValueError(f"{file} is not a GGUF file, or damaged or truncated: {err}") from err
 
 
@@ -170,8 +170,9 @@ class _Reader:
             raise ValueError(f"it states {count} strings, more than its size allows")
         view, offset, found = self.view, self.offset, []
         for _ in range(count):
-            [length] = struct.unpack_from("<Q", view, offset)
-            start, offset = offset + 8, offset + 8 + length
+            start = offset + 8
+            length = int.from_bytes(view[offset:start], "little")
+            offset = start + length
             if offset > len(view):
                 raise ValueError(f"it ends at byte {len(view)}, inside its header")
             found.append(str(view[start:offset], "utf-8"))

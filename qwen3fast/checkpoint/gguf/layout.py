@@ -83,7 +83,7 @@ def choose_formats(header: Header, config: ModelConfig, quantization: str | None
     for name, tensor in matrices.items():
         own = None if tensor.is_float else FORMATS["int4" if tensor.type == "Q4_0" else "int8"]
         chosen[name] = (own if quantization is None else FORMATS[quantization]) if fits(*tensor.shape) else None
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers if quantization is None else 0):
         for group in TOGETHER:
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
             widest = max((chosen[name] for name in names), key=_bits, default=None)

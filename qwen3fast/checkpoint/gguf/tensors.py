@@ -61,7 +61,7 @@ class StoredTensor:
         try:
             self._numbers(self._rows()[:1])
         except NotImplementedError:
-            return f"{self.name}: type {self.type} is not supported"
+            return f"{self.name} in {self.file}: type {self.type} is not supported"
         return None
 
     def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -76,7 +76,7 @@ class StoredTensor:
     def packed(self, format: Format, device: torch.device) -> Packed:
         """The (N, K) weight in one of our formats; N must be a multiple of 16, K of 32.
 
-        Q4_0 keeps its levels in int4, and only rounds scales from float16 to bfloat16 (by a share of 2^-9 at most);
+        Q4_0 keeps its levels in int4, and only rounds scales from float16 to bfloat16 (by a share of 2^-8 at most);
         anything else is rounded anew from its numbers.
         """
         N, K = self.shape

@@ -49,23 +49,26 @@ def tokenizer_of(header: Header) -> Tokenizer:
     if len(vocab) != len(types) - types.count(UNUSED):
         raise ValueError(f"{header.file}: some token of {PREFIX}tokens appears twice")
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _strings(header, "merges"))]
-    added = [AddedToken(t, normalized=False) for t, type in zip(tokens, types, strict=True) if type == USER_DEFINED]
-    control = [AddedToken(t, normalized=False) for t, type in zip(tokens, types, strict=True) if type == CONTROL]
     try:
         base = BaseTokenizer(models.BPE(vocab=vocab, merges=merges))
-        base.add_special_tokens(control)  # being in the vocabulary, they keep their ids
-        base.add_tokens(added)
     except Exception as err:  # tokenizers raises bare Exception
         raise ValueError(f"{header.file}: its tokenizer cannot be built: {err}") from err
+    _add_rules(base, pre, tokens, types)
+    ids = {ours: header.get(f"{PREFIX}{name}_token_id", int) for ours, name in SPECIAL.items()}
+    special = {name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    return Tokenizer(base, header.get("tokenizer.chat_template", str), special)
+
+
+def _add_rules(base: BaseTokenizer, pre: str, tokens: list[str], types: list[int]) -> None:
+    """Added tokens, which being in the vocabulary keep their ids, and how text becomes words and words bytes."""
+    for kind, add in ((CONTROL, base.add_special_tokens), (USER_DEFINED, base.add_tokens)):
+        add([AddedToken(token, normalized=False) for token, i in zip(tokens, types, strict=True) if i == kind])
     if pre in COMPOSED:
         base.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     base.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     base.decoder = decoders.ByteLevel()
-    ids = {ours: header.get(f"{PREFIX}{name}_token_id", int) for ours, name in SPECIAL.items()}
-    special = {name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
-    return Tokenizer(base, header.get("tokenizer.chat_template", str), special)
 
 
 def stop_ids(header: Header) -> tuple[int, ...]:
