@@ -16,7 +16,7 @@ from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.sampling_params import SamplingParams
@@ -26,7 +26,7 @@ COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never"
 MODEL_HELP = "hub id (Qwen/Qwen3-0.6B), local folder or .gguf file, 'tiny' (shipped), or 'random:0.6b' (random weights)"
 
 
-QUANTIZATION_HELP = "round the weights while loading; dequantize: plain weights of a quantised GGUF file"
+QUANTIZATION_HELP = "round the weights while loading; dequantize: plain weights of a checkpoint that others quantised"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
-from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_model, refuse_experts
 from qwen3fast.quantization.formats import fits
 from qwen3fast.quantization.linear import QuantizedLinear
 
@@ -41,18 +40,19 @@ def load_model(
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
-    if quantization == DEQUANTIZE and str(source).startswith("random:"):
-        raise _nothing_to_dequantize(source)
-    if quantization not in (None, DEQUANTIZE):
-        prepare_quantization(quantization, chosen_device)
+    rounded_to = None if quantization == DEQUANTIZE else quantization
+    if rounded_to is not None:
+        prepare_quantization(rounded_to, chosen_device)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     if str(source).startswith("random:"):
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+        if quantization == DEQUANTIZE:
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
         config = ModelConfig.named(name)
-        refuse_experts(config, quantization)
+        refuse_experts(config, rounded_to)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0))
         if not output_projection:
@@ -67,8 +67,8 @@ def load_model(
     else:
         config = ModelConfig.from_folder(folder)
         if quantization == DEQUANTIZE:
-            raise _nothing_to_dequantize(folder)
-        refuse_experts(config, quantization or config.quantization)
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
+        refuse_experts(config, rounded_to or config.quantization)
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
@@ -81,15 +81,9 @@ def load_model(
         load_weights(model, folder, chosen_device, chosen_dtype, progress)
     if adapter is not None:
         merge_lora(model, adapter)
-    if quantization not in (None, DEQUANTIZE) and model.config.quantization is None:
-        quantize_model(model, quantization, chosen_dtype, progress)
+    if rounded_to is not None and model.config.quantization is None:
+        quantize_model(model, rounded_to, chosen_dtype, progress)
     return model
-
-
-def _nothing_to_dequantize(source: str | Path) -> ValueError:
-    return ValueError(
-        f"quantization={DEQUANTIZE!r} is for checkpoints that others quantised, which {source} is not; use None"
-    )
 
 
 def empty_model(source: Path) -> Qwen3:
