@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+
+from torch import nn
 
 from qwen3fast._version import __version__
 from qwen3fast.bench.__main__ import main as bench_main
-from qwen3fast.checkpoint import resolve_source
+from qwen3fast.checkpoint import empty_model, read_config, resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.kv_cache import CACHE_DTYPES
-from qwen3fast.model import build_on_meta
+from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import DEQUANTIZE, quantize_model
 from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.tokenizer import Message
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
-MODEL_HELP = "hub id (Qwen/Qwen3-0.6B), local folder, 'tiny' (shipped), or 'random:0.6b' (random weights)"
+MODEL_HELP = "hub id (Qwen/Qwen3-0.6B), local folder or .gguf file, 'tiny' (shipped), or 'random:0.6b' (random weights)"
+
+
+QUANTIZATION_HELP = "round the weights while loading; dequantize: plain weights of a checkpoint that others quantised"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, MemoryError, FloatingPointError, RuntimeError) as err:
+    except (ValueError, FileNotFoundError, MemoryError, FloatingPointError, RuntimeError, ImportError) as err:
         print(f"qwen3fast: error: {err}", file=sys.stderr)
         return 2 if isinstance(err, ValueError | FileNotFoundError) else 1
     except KeyboardInterrupt:
@@ -77,11 +82,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
-    group.add_argument(
-        "--quantization",
-        choices=[*FORMATS, DEQUANTIZE],
-        help="round the weights while loading; dequantize: plain weights of a checkpoint that others quantised",
-    )
+    group.add_argument("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
     group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
     group.add_argument("--threads", type=int, help="CPU threads [one a core]")
@@ -129,7 +130,7 @@ def _open(args: argparse.Namespace) -> Generator:
 def _config_of(model: str, revision: str | None) -> ModelConfig:
     if model.startswith("random:"):
         return ModelConfig.named(model.removeprefix("random:").partition(":")[0])
-    return ModelConfig.from_folder(resolve_source(model, revision))
+    return read_config(resolve_source(model, revision))
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
@@ -210,18 +211,15 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
 def _info(args: argparse.Namespace) -> int:
     config = _config_of(args.model, args.revision)
     published = config.published
-    if published is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
-        kept = ("model.embed_tokens", "lm_head")
-        config = replace(config, published=None, quantization=published.loaded_as, modules_to_not_convert=kept)
-    model = build_on_meta(config)
-    quantization = config.quantization or args.quantization
-    if quantization is not None:
-        quantize_model(model, quantization, config.dtype)
-    stored = quantization or str(config.dtype).removeprefix("torch.")
+    is_random = args.model.startswith("random:")
+    model = build_on_meta(config) if is_random else empty_model(resolve_source(args.model, args.revision))
+    if args.quantization is not None and model.config.quantization is None:
+        quantize_model(model, args.quantization, config.dtype)
+    config = model.config
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{model.num_bytes():,} bytes in {stored}",
+        "weights": f"{model.num_bytes():,} bytes in {_formats(model)}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB a token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": config.num_hidden_layers,
@@ -242,3 +240,10 @@ def _info(args: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"  {name:27} {value}")
     return 0
+
+
+def _formats(model: Qwen3) -> str:
+    """Names of what the linear layers are stored in."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | QuantizedLinear)]
+    names = [x.format.name if isinstance(x, QuantizedLinear) else str(x.weight.dtype)[6:] for x in linears]
+    return ", ".join(sorted(set(names)))

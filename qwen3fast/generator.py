@@ -15,9 +15,9 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint import load_model, read_generation_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.save import save_model
-from qwen3fast.config import as_id_tuple, read_json
+from qwen3fast.config import as_id_tuple
 from qwen3fast.engine import (
     Admission,
     ClosedError,
@@ -32,6 +32,7 @@ from qwen3fast.handle import RequestHandle
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
 from qwen3fast.prompt import Overflow, Prompt
+from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.requests import RequestBuilder
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
@@ -71,7 +72,8 @@ class Generator:
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
 
-        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along.
+        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along; it may
+            be a GGUF file.
 
         Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
         """
@@ -142,9 +144,8 @@ class Generator:
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):
             folder = resolve_source(source, revision)
-            tokenizer = Tokenizer.from_folder(folder)
-            preset_file = folder / "generation_config.json"
-            generation_config = read_json(preset_file) if preset_file.is_file() else None
+            tokenizer = read_tokenizer(folder)
+            generation_config = read_generation_config(folder)
         return cls(
             model,
             tokenizer,
@@ -406,6 +407,8 @@ class Generator:
 
         Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
         """
+        if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
+            raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self.config.quantization is None:
             raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
         save_model(self.model, Path(folder), self._source_folder)

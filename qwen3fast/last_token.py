@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def load_model_and_tokenizer(
     if str(source).startswith("random:"):
         raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
     folder = resolve_source(source, revision)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = read_tokenizer(folder)
     model = load_model(folder, device, dtype, quantization=quantization, output_projection=output_projection)
     return model, tokenizer
 

@@ -31,7 +31,7 @@ class Tokenizer:
     def __init__(self, base: BaseTokenizer, chat_template: str | None = None, special: dict[str, str] | None = None):
         self.base = base
         self.chat_template = chat_template
-        self._special_tokens = special or {}
+        self.special_tokens = special or {}
         added = base.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._compiled: jinja2.Template | None = None
@@ -119,7 +119,7 @@ class Tokenizer:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=enable_thinking,
-                **self._special_tokens,
+                **self.special_tokens,
                 **variables,
             )
         except Exception as err:  # a template is a program of somebody else's and may fail in any way

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3fast.checkpoint.gguf import Header, choose_formats, config_of, load_gguf_weights, read_header, replace_layers
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
@@ -15,6 +16,8 @@ from qwen3fast.checkpoint.weights import OnAssigned, load_weights
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
+from qwen3fast.quantization.formats import fits
+from qwen3fast.quantization.linear import QuantizedLinear
 
 
 def load_model(
@@ -27,13 +30,15 @@ def load_model(
     output_projection: bool = True,
     adapter: str | Path | None = None,
 ) -> Qwen3:
-    """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
+    """The bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
+    "random:0.6b" is a named shape with random weights; "random:0.6b:7" has seed 7.
     device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
     Of checkpoints that others quantised (fp8, AWQ, GPTQ), None gives symmetric 4-bit GPTQ in int4 (the same levels,
     scales rounded to bfloat16), other AWQ and GPTQ in int8 and fp8 in plain weights, embedding and output projection as
     they are; "dequantize" gives plain weights of all; a format rounds what the published weights stand for.
+    Of GGUF files, None keeps Q4_0 in 4 bits and other quantised types in int8; "dequantize" makes plain weights of all.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
@@ -50,13 +55,21 @@ def load_model(
         name, _, seed = str(source).removeprefix("random:").partition(":")
         if seed and not seed.isdecimal():
             raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+        if quantization == DEQUANTIZE:
+            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
         config = ModelConfig.named(name)
         chosen_dtype = _choose_dtype(dtype, config)
         model = random_model(config, chosen_device, chosen_dtype, int(seed or 0), on_assigned)
         if not output_projection:
             _leave_out_projection(model)
+    elif (folder := resolve_source(source, revision)).is_file():
+        header = read_header(folder)
+        chosen_dtype = _choose_dtype(dtype, config_of(header))
+        rounding = DEQUANTIZE if adapter is not None and quantization is not None else quantization
+        model = _load_gguf(header, chosen_device, chosen_dtype, rounding, output_projection, progress)
+        if adapter is not None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise ValueError(f"an adapter needs plain weights, which {folder} has not; add quantization='dequantize'")
     else:
-        folder = resolve_source(source, revision)
         config = ModelConfig.from_folder(folder)
         if quantization == DEQUANTIZE and config.published is None:
             raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
@@ -72,8 +85,52 @@ def load_model(
         _load(model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None, on_assigned)
     if adapter is not None:
         merge_lora(model, adapter)
-    if rounded_to is not None and config.quantization is None:
+    if rounded_to is not None and model.config.quantization is None:
         quantize_model(model, rounded_to, chosen_dtype, progress)
+    return model
+
+
+def empty_model(source: Path) -> Qwen3:
+    """The model on meta, its layers in the formats that `load_model` gives them; source: as `resolve_source` gives it.
+
+    Raises: FileNotFoundError or ValueError, as `load_model`.
+    """
+    if source.is_file():
+        header = read_header(source)
+        model = build_on_meta(config_of(header))
+        rounding = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
+        replace_layers(model, choose_formats(header, model.config, rounding), model.config.dtype)
+        return model
+    config = ModelConfig.from_folder(source)
+    if config.published is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
+        kept = ("model.embed_tokens", "lm_head")
+        config = replace(config, published=None, quantization=config.published.loaded_as, modules_to_not_convert=kept)
+    model = build_on_meta(config)
+    if config.quantization is not None:
+        quantize_model(model, config.quantization, config.dtype)
+    return model
+
+
+def _load_gguf(
+    header: Header,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    output_projection: bool,
+    progress: bool,
+) -> Qwen3:
+    config = config_of(header)
+    formats = choose_formats(header, config, quantization)
+    names = {format.name for format in formats.values()}
+    for name in names:
+        prepare_quantization(name, device)
+    model = build_on_meta(config)
+    if not output_projection:
+        _leave_out_projection(model)
+    load_gguf_weights(model, header, formats, device, dtype, progress)
+    packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
+    if len(names) == 1 and all(name in formats for name in packable):
+        model.config = replace(config, quantization=names.pop())  # as if we had rounded it
     return model
 
 

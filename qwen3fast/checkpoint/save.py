@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.weights import SINGLE_FILE
 from qwen3fast.model import Qwen3
 
@@ -19,6 +20,7 @@ COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:
     """Write config.json, model.safetensors and the tokenizer's files of `companions_from` into `folder`.
 
+    companions_from: a folder, or a GGUF file, whose tokenizer is then written as such files.
     Everything is written beside the folder first and then moved in, config.json last, so that a failure (a full disk)
     leaves what was there.
     Raises: OSError if it cannot be written.
@@ -28,6 +30,8 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary)
         save_file(tensors, new / SINGLE_FILE, metadata={"format": "pt"})
+        if companions_from is not None and companions_from.is_file():
+            write_tokenizer_files(companions_from, new)
         for name in COMPANIONS:
             if companions_from is not None and (companions_from / name).is_file():
                 shutil.copyfile(companions_from / name, new / name)

@@ -52,6 +52,8 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
         """What each layer gives for the same x, (..., K), in one call: one (..., N) a layer, same dtype."""
+        if any(layer.format is not layers[0].format for layer in layers):
+            return [layer(x) for layer in layers]
         if can_use_operations(layers[0].format, x):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]

@@ -1,0 +1,121 @@
+"""Where the tensors of a GGUF file go in our model, and in which format each layer is kept.
+
+llama.cpp does not permute the rows of Qwen3's queries and keys (its RoPE pairs channels as ours does), so that only
+names differ. Source: tensor_mapping.py and constants.py of gguf-py in github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qwen3fast.checkpoint.gguf.header import Header
+from qwen3fast.config import ModelConfig
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.formats import FORMATS, Format, fits
+from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+OUTER = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
+IN_BLOCK = {
+    "attn_norm": "input_layernorm.weight",
+    "attn_q": "self_attn.q_proj.weight",
+    "attn_k": "self_attn.k_proj.weight",
+    "attn_v": "self_attn.v_proj.weight",
+    "attn_q_norm": "self_attn.q_norm.weight",
+    "attn_k_norm": "self_attn.k_norm.weight",
+    "attn_output": "self_attn.o_proj.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "ffn_gate": "mlp.gate_proj.weight",
+    "ffn_up": "mlp.up_proj.weight",
+    "ffn_down": "mlp.down_proj.weight",
+    "ffn_gate_inp": "mlp.gate.weight",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+HALVES = {"ffn_gate_exps": 0, "ffn_up_exps": 1}
+# Layers of a block that read the same input; they are kept in one format, as they run in one call.
+TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
+
+
+class Place(NamedTuple):
+    """A parameter of the model and the tensor's shape; half: which half of the rows of each expert it is, or None."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    half: int | None = None
+
+
+def places_of(model: Qwen3) -> dict[str, Place]:
+    """Where each tensor goes that a file must hold for this (plain) model, by name."""
+    outer = {place: name for name, place in OUTER.items()}
+    places: dict[str, Place] = {}
+    for parameter, tensor in model.named_parameters():
+        shape = tuple(tensor.shape)
+        block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", parameter)
+        if block is None:
+            places[outer[parameter]] = Place(parameter, shape)
+            continue
+        for kind in (kind for kind, place in IN_BLOCK.items() if place == block[2]):
+            half = HALVES.get(kind)
+            cut = shape if half is None else (shape[0], shape[1] // 2, shape[2])
+            places[f"blk.{block[1]}.{kind}.weight"] = Place(parameter, cut, half)
+    return places
+
+
+def choose_formats(header: Header, config: ModelConfig, quantization: str | None) -> dict[str, Format]:
+    """The format of each tensor that is to be packed; others become plain.
+
+    None: Q4_0 stays in 4 bits; every other quantised type becomes int8, which is finer than its own steps; floats stay
+    floats. Of layers that read the same input, the one with the most bits decides. "dequantize": none is packed.
+    Otherwise the name of a format, for all.
+    Raises: ValueError for experts that are quantised, or are to be.
+    """
+    if quantization == DEQUANTIZE:
+        return {}
+    matrices = {name: tensor for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+    chosen: dict[str, Format | None] = {}
+    for name, tensor in matrices.items():
+        own = None if tensor.is_float else FORMATS["int4" if tensor.type == "Q4_0" else "int8"]
+        chosen[name] = (own if quantization is None else FORMATS[quantization]) if fits(*tensor.shape) else None
+    for layer in range(config.num_hidden_layers if quantization is None else 0):
+        for group in TOGETHER:
+            names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
+            widest = max((chosen[name] for name in names), key=_bits, default=None)
+            chosen |= dict.fromkeys(names, widest)
+    formats = {name: format for name, format in chosen.items() if format is not None}
+    quantised = [tensor.name for tensor in header.tensors.values() if not tensor.is_float]
+    if config.num_experts and (formats or quantised):
+        raise ValueError(
+            f"{header.file}: experts have no quantised form here yet; quantization='dequantize' makes plain weights "
+            "of a quantised file"
+        )
+    return formats
+
+
+def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:
+    """Put empty quantised layers, on meta, in the places of a plain model's."""
+    places = places_of(model)
+    for name, format in formats.items():
+        if name not in places:  # of a projection that is left out
+            continue
+        layer_name = places[name].parameter.removesuffix(".weight")
+        layer: nn.Module = model.get_submodule(layer_name)
+        assert isinstance(layer.weight, torch.Tensor), "matrices belong to layers with a weight"
+        rows, columns = layer.weight.shape
+        quantized = QuantizedLinear(format.empty(rows, columns, "meta"), format)
+        if name != EMBEDDING:
+            model.set_submodule(layer_name, quantized)
+            continue
+        model.set_submodule(layer_name, QuantizedEmbedding(quantized, dtype))
+        if model.config.tie_word_embeddings:
+            model.set_submodule("lm_head", quantized)
+
+
+def _bits(format: Format | None) -> int:
+    return 16 if format is None else format.bits

@@ -1,0 +1,129 @@
+"""One tensor of a GGUF file, memory-mapped: as it lies in the file, its numbers, or packed as ours.
+
+N out_features   K in_features   G = K/32 groups
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NUMBERS_AT_ONCE = 2**22  # converted together, so that little more than the result is in memory
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. data: its bytes. shape: in PyTorch's order. type: by GGUF's name, such as "Q4_0"."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    data: np.ndarray
+
+    @classmethod
+    def of_file(
+        cls, file: str, name: str, shape: tuple[int, ...], type_number: int, data: np.ndarray, offset: int
+    ) -> StoredTensor:
+        """The tensor that a header describes; data: all bytes of the file; offset: where the tensor's begin.
+
+        Raises: ValueError for an unknown type, a shape that it cannot have, or bytes that are not there.
+        """
+        gguf = import_gguf()
+        try:
+            kind = gguf.GGMLQuantizationType(type_number)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as err:
+            raise ValueError(f"tensor {name!r} has the unknown type {type_number}") from err
+        if shape[-1] % block:
+            raise ValueError(f"tensor {name!r}: {kind.name} comes in blocks of {block}, but its rows have {shape[-1]}")
+        end = offset + math.prod(shape) // block * size
+        if end > len(data):
+            raise ValueError(f"tensor {name!r} ends at byte {end}, the file at {len(data)}")
+        return cls(file, name, shape, kind.name, data[offset:end])
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its numbers are floats rather than levels and scales."""
+        return self.type in FLOATS
+
+    def refusal(self) -> str | None:
+        """Why it cannot be read, if that is so."""
+        try:
+            self._numbers(self._rows()[:1])
+        except NotImplementedError:
+            return f"{self.name} in {self.file}: type {self.type} is not supported"
+        return None
+
+    def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The whole tensor. On the CPU, in the dtype of the file, it is the mapped pages."""
+        if self.is_float:
+            return torch.from_numpy(self.data).view(FLOATS[self.type]).view(self.shape).to(device, dtype)
+        result = torch.empty(math.prod(self.shape[:-1]), self.shape[-1], dtype=dtype, device=device)
+        for start, rows in self._parts():
+            result[start : start + len(rows)] = self._numbers(rows)
+        return result.view(self.shape)
+
+    def packed(self, format: Format, device: torch.device) -> Packed:
+        """The (N, K) weight in one of our formats; N must be a multiple of 16, K of 32.
+
+        Q4_0 keeps its levels in int4, and only rounds scales from float16 to bfloat16 (by a share of 2^-8 at most);
+        anything else is rounded anew from its numbers.
+        """
+        N, K = self.shape
+        result = format.empty(N, K)
+        for start, rows in self._parts():
+            keeps = self.type == "Q4_0" and format.name == "int4"
+            part = pack_int4(*levels_of_q4_0(rows)) if keeps else format.quantize(self._numbers(rows))
+            for whole, piece in zip(result, part, strict=True):
+                first = start * whole.shape[0] // N
+                whole[first : first + piece.shape[0]] = piece
+        return Packed(*(tensor.to(device) for tensor in result))
+
+    def _rows(self) -> np.ndarray:
+        """The bytes of each row, (rows, bytes of a row); dimensions but the last count as one."""
+        return self.data.reshape(math.prod(self.shape[:-1]), -1)
+
+    def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Some rows at a time: the number of the first one, their bytes (R, bytes of a row)."""
+        rows, step = self._rows(), max(1, NUMBERS_AT_ONCE // self.shape[-1] // LANES) * LANES
+        for start in range(0, len(rows), step):
+            yield start, np.ascontiguousarray(rows[start : start + step])
+
+    def _numbers(self, rows: np.ndarray) -> Tensor:
+        """The numbers of some rows, (R, K) float32."""
+        if self.type in FLOATS:
+            return torch.from_numpy(rows).view(FLOATS[self.type]).float()
+        gguf = import_gguf()
+        with np.errstate(all="ignore"):  # whatever a damaged scale gives
+            return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]))
+
+
+def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0, (R, bytes).
+
+    A block: the scale in float16, then 16 bytes: channels 0 to 15 in the low halves, 16 to 31 in the high ones.
+    Source: block_q4_0 of ggml-common.h in github.com/ggml-org/ggml.
+    """
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 2 + GROUP // 2)
+    scale_RG = block_RGB[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
+    byte = block_RGB[..., 2:]
+    return torch.cat([byte & 15, byte >> 4], dim=-1).flatten(1), scale_RG
+
+
+def import_gguf() -> Any:
+    """The optional package. Raises: ImportError saying what to install."""
+    try:
+        import gguf
+    except ImportError as err:
+        raise ImportError("GGUF files need the package gguf; run: pip install 'qwen3fast[gguf]'") from err
+    return gguf

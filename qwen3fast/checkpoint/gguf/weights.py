@@ -1,0 +1,64 @@
+"""Tensors of a GGUF file -> the parameters of a model built on `meta`, one tensor at a time."""
+
+from __future__ import annotations
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from qwen3fast.checkpoint.gguf.header import Header
+from qwen3fast.checkpoint.gguf.layout import OUTPUT, Place, places_of, replace_layers
+from qwen3fast.checkpoint.gguf.tensors import StoredTensor
+from qwen3fast.checkpoint.weights import assign, refuse
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization.formats import Format
+
+
+def load_gguf_weights(
+    model: Qwen3,
+    header: Header,
+    formats: dict[str, Format],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = False,
+) -> None:
+    """Fill a plain `model` (on meta), after putting quantised layers where `formats` says so.
+
+    On the CPU, floats in `dtype` are the mapped pages of the file.
+    Raises: ValueError naming all tensors that are missing, unexpected, misshaped or of a type that is not supported,
+    before anything is loaded.
+    """
+    tensors = {name: t for name, t in header.tensors.items() if name != OUTPUT or model.lm_head is not None}
+    places = places_of(model)
+    refuse(_problems(tensors, places), f"the tensors in {header.file} do not fit its metadata")
+    replace_layers(model, formats, dtype)
+    stacks: dict[str, Tensor] = {}
+    for name, tensor in tqdm(tensors.items(), desc="loading weights", unit="tensor", disable=not progress):
+        parameter, shape, half = places[name]
+        if name in formats:
+            packed = tensor.packed(formats[name], device)
+            assign(model, f"{parameter}_packed", packed.weight)
+            assign(model, f"{parameter}_scale", packed.scale)
+        elif half is None:
+            assign(model, parameter, tensor.plain(device, dtype))
+        else:
+            if parameter not in stacks:
+                experts, rows, columns = shape
+                stacks[parameter] = torch.empty(experts, 2 * rows, columns, dtype=dtype, device=device)
+                assign(model, parameter, stacks[parameter])
+            stacks[parameter].chunk(2, dim=1)[half].copy_(tensor.plain(device, dtype))
+    model.tie_weights()
+
+
+def _problems(tensors: dict[str, StoredTensor], places: dict[str, Place]) -> list[str]:
+    """What is wrong with the tensors, a line each."""
+    problems = []
+    for name, tensor in tensors.items():
+        if name not in places:
+            problems.append(f"{name} in {tensor.file}: unexpected, this Qwen3 has no such tensor")
+        elif tensor.shape != places[name].shape:
+            problems.append(f"{name} in {tensor.file}: shape {tensor.shape}, expected {places[name].shape}")
+        elif (refusal := tensor.refusal()) is not None:
+            problems.append(refusal)
+    missing = [name for name in places if name not in tensors]
+    return problems + [f"{name}: missing, expected shape {places[name].shape}" for name in missing]

@@ -1,0 +1,52 @@
+"""What a checkpoint says beside its weights, be it a folder in Hugging Face layout or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
+from qwen3fast.config import ModelConfig, read_json
+from qwen3fast.tokenizer import Tokenizer
+
+
+def read_config(source: Path) -> ModelConfig:
+    """The numbers of the model; source: as `resolve_source` gives it.
+
+    Raises: FileNotFoundError or ValueError, as `ModelConfig.from_folder`.
+    """
+    return config_of(read_header(source)) if source.is_file() else ModelConfig.from_folder(source)
+
+
+def read_tokenizer(source: Path) -> Tokenizer:
+    """The tokenizer with its chat template.
+
+    Raises: FileNotFoundError or ValueError, as `Tokenizer.from_folder`.
+    """
+    return tokenizer_of(read_header(source)) if source.is_file() else Tokenizer.from_folder(source)
+
+
+def read_generation_config(source: Path) -> dict[str, Any] | None:
+    """The preset for sampling, if there is one.
+
+    Raises: ValueError if it cannot be read.
+    """
+    if source.is_file():
+        return generation_config_of(read_header(source))
+    file = source / "generation_config.json"
+    return read_json(file) if file.is_file() else None
+
+
+def write_tokenizer_files(source: Path, folder: Path) -> None:
+    """Write what a GGUF file says of tokenizer and sampling as files of a folder in Hugging Face layout."""
+    tokenizer, preset = read_tokenizer(source), read_generation_config(source)
+    tokenizer.base.save(str(folder / "tokenizer.json"))
+    settings = {**tokenizer.special_tokens, "chat_template": tokenizer.chat_template}
+    _write_json(folder / "tokenizer_config.json", settings)
+    if preset is not None:
+        _write_json(folder / "generation_config.json", preset)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

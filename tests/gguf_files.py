@@ -1,0 +1,147 @@
+"""GGUF files for tests, written with the package gguf: names, sizes and layouts are llama.cpp's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3fast.model import Qwen3
+
+Kind = gguf.GGMLQuantizationType
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Where the scales in float16 stand in a block of those types that gguf cannot write; other bytes may be anything.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+
+
+def encode(weight: Tensor, kind: str, seed: int = 0) -> np.ndarray:
+    """A matrix in a type: rounded where gguf can do that, otherwise random numbers of that type and like size."""
+    if kind in SCALES:
+        block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+        rng = np.random.default_rng(seed)
+        rows = int(np.prod(weight.shape[:-1]))
+        bytes_RBS = rng.integers(0, 256, (rows, weight.shape[-1] // block, size), dtype=np.uint8)
+        for place in SCALES[kind]:
+            scale = rng.uniform(1e-4, 4e-4, bytes_RBS.shape[:2]).astype(np.float16)
+            bytes_RBS[..., place : place + 2] = scale[..., None].view(np.uint8)
+        return bytes_RBS.reshape(*weight.shape[:-1], -1)
+    return gguf.quants.quantize(weight.float().numpy(), Kind[kind])
+
+
+def decode(data: np.ndarray, kind: str) -> Tensor:
+    """What a tensor in a file stands for, in float32, as gguf says."""
+    return torch.from_numpy(np.array(gguf.quants.dequantize(data, Kind[kind]), np.float32))
+
+
+def gguf_tensors(model: Qwen3) -> dict[str, Tensor]:
+    """The tensors of a model under llama.cpp's names."""
+    arch = gguf.MODEL_ARCH.QWEN3MOE if model.config.num_experts else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        parts = {name: parameter.detach()}
+        if name.endswith("gate_up_proj"):
+            gate, up = parameter.detach().chunk(2, dim=1)
+            parts = {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+        for part, tensor in parts.items():
+            found = names.get_name(part.removesuffix(".weight"))
+            assert found is not None, part
+            tensors[f"{found}.weight"] = tensor.contiguous()
+    return tensors
+
+
+def add_config(writer: gguf.GGUFWriter, model: Qwen3) -> None:
+    """What convert_hf_to_gguf.py writes of a config."""
+    c = model.config
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if c.num_experts:
+        writer.add_expert_count(c.num_experts)
+        writer.add_expert_used_count(c.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int, pre: str) -> None:
+    """What convert_hf_to_gguf.py writes of a tokenizer; ids without a token are padding."""
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
+    for token, i in stored["model"]["vocab"].items():
+        tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
+    for added in stored["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])
+    writer.add_eos_token_id(tokens.index(settings["eos_token"]))
+    writer.add_pad_token_id(tokens.index(settings["pad_token"]))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(settings["chat_template"])
+
+
+def write_gguf(
+    file: Path,
+    model: Qwen3,
+    kind: str | Callable[[str], str] = "F32",
+    *,
+    tokenizer_folder: Path | None = None,
+    pre: str = "qwen3fast-tiny",
+    change: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
+    tensors: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, tuple[np.ndarray, str]]:
+    """Write a model; kind: the type of all matrices, or of each by name (vectors stay F32).
+
+    change: what to do to the writer before tensors come. tensors: those to write instead of the model's.
+    Returns: what was written under each name, and its type.
+    """
+    writer = gguf.GGUFWriter(file, "qwen3moe" if model.config.num_experts else "qwen3", **options)
+    add_config(writer, model)
+    if tokenizer_folder is not None:
+        add_tokenizer(writer, tokenizer_folder, model.config.vocab_size, pre)
+    change(writer)
+    written = {}
+    for i, (name, tensor) in enumerate((gguf_tensors(model) if tensors is None else tensors).items()):
+        chosen = "F32" if tensor.dim() < 2 else kind(name) if callable(kind) else kind
+        data = encode(tensor, chosen, i)
+        writer.add_tensor(name, data, raw_dtype=Kind[chosen])
+        written[name] = (data, chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+}
+
+
+def add_yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(YARN["factor"])
+    writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(YARN["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(YARN["beta_slow"])
