@@ -9,7 +9,7 @@ import torch
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import load_weights
+from qwen3fast.checkpoint.weights import load_weights, refuse_size
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import prepare_quantization, quantize_model, refuse_experts
@@ -24,6 +24,7 @@ def load_model(
     quantization: str | None = None,
     output_projection: bool = True,
     adapter: str | Path | None = None,
+    check_weights: bool = False,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder, "tiny", or "random:0.6b" (a named shape; "random:0.6b:7" has seed 7).
 
@@ -31,6 +32,8 @@ def load_model(
     or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
+    check_weights: refuse NaN and infinity in weights, which reads all of them once (mapped ones are otherwise read when
+    they are first used).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
@@ -55,15 +58,16 @@ def load_model(
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
+        refuse_size(config, folder)
         model = build_on_meta(config)
         if not output_projection:
             _leave_out_projection(model)
         if config.quantization is not None:
             prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
-        load_weights(model, folder, chosen_device, chosen_dtype, progress)
+        load_weights(model, folder, chosen_device, chosen_dtype, progress, check_weights)
     if adapter is not None:
-        merge_lora(model, adapter)
+        merge_lora(model, adapter, check_weights)
     if quantization is not None and config.quantization is None:
         quantize_model(model, quantization, chosen_dtype, progress)
     return model
