@@ -48,7 +48,7 @@ class Tokenizer:
         try:
             base = BaseTokenizer.from_file(str(file))
         except Exception as err:  # tokenizers raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer: {err}") from err
+            raise ValueError(f"{file} is not a tokenizer: {err}; if it was downloaded, download it again") from err
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         special = {}
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):

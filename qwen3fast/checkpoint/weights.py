@@ -155,7 +155,7 @@ def open_tensors(file: Path):
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if its bytes do not begin at a multiple of an element's size: some writers do not see to it."""
+    """The tensor, copied if its bytes do not begin at a multiple of its elements' size (some writers do so)."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
