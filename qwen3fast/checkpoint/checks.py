@@ -30,12 +30,13 @@ def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
 
 def non_finite(tensor: Tensor) -> str | None:
     """How many elements are NaN and how many infinite, in words; None if there are none, or these are no floats."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     nan = infinite = 0
     for part in tensor.flatten().split(CHECKED_AT_ONCE):
         part = part.float() if part.dtype.itemsize == 1 else part  # float8 lacks the functions
-        if not part.isfinite().all():
+        low, high = part.aminmax()  # NaN if there is one; one pass, which writes nothing
+        if not (low.isfinite() and high.isfinite()):
             nan, infinite = nan + int(part.isnan().sum()), infinite + int(part.isinf().sum())
     return f"{nan:,} NaN and {infinite:,} infinite of {tensor.numel():,}" if nan or infinite else None
 

@@ -26,8 +26,9 @@ HUB_PATTERNS = [
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: "tiny", an existing folder, or a hub id that is downloaded (or found cached).
 
-    Downloads show huggingface_hub's progress bars, resume when interrupted, and follow HF_TOKEN, HF_HOME and
-    HF_HUB_OFFLINE.
+    Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A connection that
+    breaks is taken up where it broke; after a download that failed, the next call keeps the files that were finished
+    (recent versions of huggingface_hub begin the unfinished one anew).
 
     Raises: FileNotFoundError if nothing of that name exists or the hub cannot be reached and holds no cached copy.
     """
