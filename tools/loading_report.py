@@ -49,7 +49,7 @@ PAGE_BYTES = 4096
 
 
 class MemoryPeak(threading.Thread):
-    """Samples this process's resident memory, every 5 ms, until `stop`."""
+    """Samples this process's resident memory, every 20 ms, until `stop`."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -58,7 +58,7 @@ class MemoryPeak(threading.Thread):
 
     def run(self) -> None:
         """The thread."""
-        while not self._ended.wait(0.005):
+        while not self._ended.wait(0.02):
             self._sample()
 
     def stop(self) -> dict[str, float]:
