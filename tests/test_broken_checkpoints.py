@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from conftest import randomised, small_config, write_text_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import EMBEDDING, INDEX, NORM, read_index, tensors_of, write_checkpoint, write_index
 from test_expert_checkpoints import CONFIG as EXPERTS_CONFIG
 from test_expert_checkpoints import published_tensors
 from test_imports import TREES
+from test_lora import modules_of, write_adapter
 from torch import Tensor
 
 from qwen3fast import Embedder, Generator, Reranker, load_model
@@ -419,6 +421,49 @@ def test_check_weights_reaches_the_loader(text_folder, yes_no_folder, kind):
     kind.from_pretrained(text_folder, device="cpu", **changes)
     with pytest.raises(ValueError, match=r"model\.norm\.weight in model\.safetensors: 1 NaN"):
         kind.from_pretrained(text_folder, device="cpu", check_weights=True, **changes)
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter that fits the small model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = randomised(small_config())
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 16}}
+    write_adapter(folder, model, modules_of(model, ["q_proj"]), **patterns)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("value", "check", "message"),
+    [
+        (torch.ones(4, 48, dtype=torch.int8), False, r"lora_A\.weight: dtype I8, expected one of F64"),
+        (torch.full((4, 48), torch.nan), True, r"lora_A\.weight: 192 NaN and 0 infinite of 192"),
+    ],
+)
+def test_load_refuses_an_adapter_of_bad_numbers(folder, adapter, tmp_path, value, check, message):
+    broken = copy_of(adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: value}, broken / "adapter_model.safetensors")
+    load_model(folder, device="cpu", adapter=adapter, check_weights=True)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, device="cpu", adapter=broken, check_weights=check)
+
+
+@given(data=st.data())
+def test_any_changed_adapter_loads_or_is_refused(good_folder, adapter, tmp_path_factory, data):
+    broken = copy_of(adapter, tmp_path_factory.getbasetemp() / "broken-adapter")
+    file = broken / data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = file.read_bytes()
+    header, body = split_file(content) if file.suffix == ".safetensors" else (json.loads(content), b"")
+    change_json(data, header)
+    text = json.dumps(header).encode()
+    file.write_bytes(join_file(text, body) if body else text)
+    with suppress(*REFUSALS):
+        load_model(good_folder, device="cpu", adapter=broken)
 
 
 # Whatever the damage.

@@ -58,12 +58,13 @@ def load_model(
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
+        if config.quantization is not None:
+            prepare_quantization(config.quantization, chosen_device)
         refuse_size(config, folder)
         model = build_on_meta(config)
         if not output_projection:
             _leave_out_projection(model)
         if config.quantization is not None:
-            prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
         load_weights(model, folder, chosen_device, chosen_dtype, progress, check_weights)
     if adapter is not None:
