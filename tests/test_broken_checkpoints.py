@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen3fast import Embedder, Generator, Reranker, load_model
 from qwen3fast.checkpoint.save import save_model
+from qwen3fast.cli import main
 from qwen3fast.config import ModelConfig
 from qwen3fast.quantization import quantize_model
 from qwen3fast.tokenizer import Tokenizer
@@ -421,6 +422,14 @@ def test_check_weights_reaches_the_loader(text_folder, yes_no_folder, kind):
     kind.from_pretrained(text_folder, device="cpu", **changes)
     with pytest.raises(ValueError, match=r"model\.norm\.weight in model\.safetensors: 1 NaN"):
         kind.from_pretrained(text_folder, device="cpu", check_weights=True, **changes)
+
+
+def test_check_weights_on_the_command_line(text_folder, capsys):
+    tensors = tensors_of(randomised(small_config(vocab_size=1100)))
+    tensors[NORM][0] = torch.nan
+    save_file(tensors, text_folder / SINGLE)
+    assert main(["generate", "x", "--model", str(text_folder), "--compile", "never", "--check-weights"]) == 2
+    assert "are not all finite in float32:\n  model.norm.weight in model.safetensors: 1 NaN" in capsys.readouterr().err
 
 
 # Adapters.
