@@ -249,6 +249,8 @@ def test_the_package_unpickles_nothing():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 found += [(module, name) for name in names if name.split(".")[0] in banned]
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                found += [(module, alias.name) for alias in node.names if alias.name in readers]
             if isinstance(node, ast.Attribute) and ast.unparse(node) in {f"torch.{name}" for name in readers}:
                 found.append((module, ast.unparse(node)))
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
