@@ -85,6 +85,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
     group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
     group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
+    group.add_argument("--check-weights", action="store_true", help="refuse NaN and infinity (reads all weights once)")
     group.add_argument("--threads", type=int, help="CPU threads [one a core]")
     group.add_argument(
         "--compile",
@@ -120,6 +121,7 @@ def _open(args: argparse.Namespace) -> Generator:
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],
         threads=args.threads,
+        check_weights=args.check_weights,
         progress=sys.stderr.isatty(),
     )
     if args.compile == "always":

@@ -6,6 +6,7 @@ Field names are Hugging Face's. What we cannot compute is refused here, by name,
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            most = _LARGEST.get(name, 10**9)
+            if value > most:
+                raise ValueError(f"{name} must be at most {most:,}, far beyond any Qwen3, got {value}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
@@ -83,7 +87,7 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -137,7 +141,7 @@ class ModelConfig:
                 **quantization,
                 yarn=_yarn(given),
             )
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, ArithmeticError) as err:
             raise ValueError(f"{where}: {err}") from err
 
     @classmethod
@@ -241,6 +245,8 @@ class ModelConfig:
         return attention + router + 3 * self.hidden_size * rows + 2 * self.hidden_size
 
 
+# A module is made for each of these, before any weight is read.
+_LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000}
 _REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 _REQUIRED_OF_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
 _OF_MOE = _REQUIRED_OF_MOE | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
@@ -268,8 +274,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} not found; expected a folder in Hugging Face layout")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path} is not valid JSON: {err}") from err
+    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number or nesting too long for Python
+        raise ValueError(f"{path} is not valid JSON: {err}; if it was downloaded, download it again") from err
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
@@ -290,14 +296,16 @@ def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _architectures(raw: dict[str, Any]) -> list[Any]:
     """What the file names, or what its model_type stands for."""
-    by_type: dict[Any, list[Any]] = {"qwen3": ["Qwen3ForCausalLM"], "qwen3_moe": ["Qwen3MoeForCausalLM"]}
-    kind = raw.get("model_type")
-    return raw.get("architectures") or by_type.get(kind, [kind])
+    by_type = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    named, kind = raw.get("architectures"), raw.get("model_type")
+    if named:
+        return named if isinstance(named, list) else [named]
+    return [by_type.get(kind, kind) if isinstance(kind, str) else kind]
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for name in _architectures(raw):
-        if name not in SUPPORTED_ARCHITECTURES:
+        if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
             raise ValueError(
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
@@ -305,7 +313,10 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
-        "layer_types": (any(kind != "full_attention" for kind in layer_types), "only 'full_attention' is"),
+        "layer_types": (
+            not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types),
+            "only 'full_attention' is",
+        ),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:

@@ -49,15 +49,16 @@ class Embedder:
         quantization: str | None = None,
         max_length: int | None = None,
         revision: str | None = None,
+        check_weights: bool = False,
     ) -> Embedder:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B".
 
-        source, device, dtype, quantization, revision: as in `load_model`. max_length: 8192 unless the model has fewer
-        positions.
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: 8192 unless the
+        model has fewer positions.
         Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
         """
         use_threads()
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, output_projection=False)
+        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights)
         return cls(*parts, max_length=max_length)
 
     def encode(

@@ -126,26 +126,29 @@ class Generator:
         revision: str | None = None,
         progress: bool = False,
         adapter: str | Path | None = None,
+        check_weights: bool = False,
     ) -> Generator:
         """Load a model and its tokenizer.
 
-        source, device, dtype, revision, quantization, adapter: as in `load_model`. max_seq_len: prompt and reply
-        together, in tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto" keeps keys and
-        values in the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True compiles before the
-        first token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches each kernel from the
-        host. Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly tie). prefix_reuse:
-        rows keep what they computed, and a prompt that begins alike goes on from there (switch it off to change weights
-        in place). max_queue: requests that `submit` and `astream` let wait. threads: of the CPU, for the whole process;
-        by default one a core. progress: show a bar while weights load.
+        source, device, dtype, revision, quantization, adapter, check_weights: as in `load_model`. max_seq_len: prompt
+        and reply together, in tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto"
+        keeps keys and values in the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True
+        compiles before the first token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches
+        each kernel from the host. Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly
+        tie). prefix_reuse: rows keep what they computed, and a prompt that begins alike goes on from there (switch it
+        off to change weights in place). max_queue: requests that `submit` and `astream` let wait. threads: of the CPU,
+        for the whole process; by default one a core. progress: show a bar while weights load.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises
-        model = load_model(source, device, dtype, revision, progress, quantization, adapter=adapter)
         tokenizer, generation_config, folder = None, None, None
-        if not str(source).startswith("random:"):
+        if not str(source).startswith("random:"):  # what is soon read and may be damaged comes before the weights
             folder = resolve_source(source, revision)
             tokenizer = read_tokenizer(folder)
-            generation_config = read_generation_config(folder)
+            generation_config = _checked_preset(read_generation_config(folder), folder)
+        model = load_model(
+            source, device, dtype, revision, progress, quantization, adapter=adapter, check_weights=check_weights
+        )
         return cls(
             model,
             tokenizer,
@@ -457,6 +460,23 @@ class Generator:
             handle.request.leave_queue()
             raise
         return handle
+
+
+def _checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:
+    """What a checkpoint presets for sampling, if anything.
+
+    Raises: ValueError naming the file if it sets what no request could.
+    """
+    if preset is None:
+        return None
+    try:
+        SamplingParams.from_generation_config(preset)
+        as_id_tuple(preset.get("eos_token_id"))
+    except ValueError as err:
+        if source.is_file():
+            raise ValueError(f"{source}: its settings of sampling are damaged: {err}") from err
+        raise ValueError(f"{source / 'generation_config.json'}: {err}; correct it, or delete the file") from err
+    return preset
 
 
 def _close(runner: Runner, admission: Admission) -> None:

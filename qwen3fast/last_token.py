@@ -26,6 +26,7 @@ def load_model_and_tokenizer(
     quantization: str | None,
     revision: str | None,
     output_projection: bool,
+    check_weights: bool = False,
 ) -> tuple[Qwen3, Tokenizer]:
     """A model as `load_model` gives it, and its tokenizer, which is looked for first.
 
@@ -35,7 +36,14 @@ def load_model_and_tokenizer(
         raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
     folder = resolve_source(source, revision)
     tokenizer = read_tokenizer(folder)
-    model = load_model(folder, device, dtype, quantization=quantization, output_projection=output_projection)
+    model = load_model(
+        folder,
+        device,
+        dtype,
+        quantization=quantization,
+        output_projection=output_projection,
+        check_weights=check_weights,
+    )
     return model, tokenizer
 
 

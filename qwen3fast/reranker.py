@@ -56,15 +56,16 @@ class Reranker:
         quantization: str | None = None,
         max_length: int | None = None,
         revision: str | None = None,
+        check_weights: bool = False,
     ) -> Reranker:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Reranker-0.6B".
 
-        source, device, dtype, quantization, revision: as in `load_model`. max_length: 8192 unless the model has fewer
-        positions.
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: 8192 unless the
+        model has fewer positions.
         Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
         """
         use_threads()
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, output_projection=True)
+        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, True, check_weights)
         return cls(*parts, max_length=max_length)
 
     def score(

@@ -48,19 +48,15 @@ class Tokenizer:
         try:
             base = BaseTokenizer.from_file(str(file))
         except Exception as err:  # tokenizers raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer: {err}") from err
+            raise ValueError(f"{file} is not a tokenizer: {err}; if it was downloaded, download it again") from err
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-            if (value := settings.get(name))
-        }
-        return cls(base, template, special)
+        special = {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            value = settings.get(name)
+            special[name] = value.get("content") if isinstance(value, dict) else value
+            if value and not isinstance(special[name], str):
+                raise ValueError(f"{folder / 'tokenizer_config.json'}: {name}={value!r:.200} names no token")
+        return cls(base, _chat_template(folder, settings), {name: token for name, token in special.items() if token})
 
     @property
     def vocab_size(self) -> int:
@@ -144,6 +140,22 @@ class IncrementalDecoder:
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole."""
         return self._utf8.decode(b"", final=True)
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as err:
+            raise ValueError(f"{file} is not text in UTF-8: {err}; download it again") from err
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text, got {template!r:.200}")
+    return template
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,10 +43,12 @@ class Yarn:
             value = getattr(self, name)
             if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
                 raise ValueError(f"YaRN: {name} must be a positive number, got {value!r}")
         if self.factor < 1:
             raise ValueError(f"YaRN: factor must be at least 1, got {self.factor!r}")
+        if self.factor > 10**6 or original > 10**9:
+            raise ValueError(f"YaRN: factor {self.factor} of {original} positions is far beyond any Qwen3")
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"YaRN: beta_fast ({self.beta_fast}) must not be below beta_slow ({self.beta_slow})")
         if not isinstance(self.truncate, bool):

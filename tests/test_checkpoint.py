@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from fnmatch import fnmatch
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_load_maps_the_files_instead_of_copying(tmp_path, config, tensors, files
     outside = [n for n, p in model.named_parameters() if not any(p.data_ptr() in pages for pages in mapped)]
     assert mapped
     assert outside == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+@pytest.mark.parametrize(("pages", "is_asked"), [(10**9, True), (2, False)])
+def test_load_has_the_system_read_ahead_what_fits_the_memory(monkeypatch, tmp_path, config, tensors, pages, is_asked):
+    write_checkpoint(tmp_path, config, tensors, files=3)
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, *what: asked.append((os.fstat(fd).st_ino, *what)))
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get)
+    load_model(tmp_path, device="cpu")
+    shards = sorted(tmp_path.glob("model-*"))
+    assert asked == [(file.stat().st_ino, 0, 0, os.POSIX_FADV_WILLNEED) for file in shards if is_asked]
+
+
+def test_load_does_without_reading_ahead(monkeypatch, tmp_path, config, tensors):
+    monkeypatch.delattr("os.posix_fadvise", raising=False)
+    write_checkpoint(tmp_path, config, tensors)
+    assert load_model(tmp_path, device="cpu").config == config
 
 
 def test_load_never_writes_to_the_files(tmp_path, config, tensors):

@@ -12,7 +12,7 @@ from qwen3fast.checkpoint.gguf import Header, choose_formats, config_of, load_gg
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import OnAssigned, load_weights
+from qwen3fast.checkpoint.weights import OnAssigned, load_weights, refuse_size
 from qwen3fast.config import DTYPES, ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
@@ -29,6 +29,7 @@ def load_model(
     quantization: str | None = None,
     output_projection: bool = True,
     adapter: str | Path | None = None,
+    check_weights: bool = False,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
@@ -41,6 +42,8 @@ def load_model(
     Of GGUF files, None keeps Q4_0 in 4 bits and other quantised types in int8; "dequantize" makes plain weights of all.
     output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
+    check_weights: refuse NaN and infinity in weights, which reads all of them once (mapped ones are otherwise read when
+    they are first used).
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = _choose_device(device)
@@ -76,15 +79,20 @@ def load_model(
         if quantization is not None and config.quantization not in (None, quantization):
             raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
         chosen_dtype = _choose_dtype(dtype, config)
+        if config.quantization is not None:
+            prepare_quantization(config.quantization, chosen_device)
+        refuse_size(config, folder)
         model = build_on_meta(config)
         if not output_projection:
             _leave_out_projection(model)
         if config.quantization is not None:
-            prepare_quantization(config.quantization, chosen_device)
             quantize_model(model, config.quantization, chosen_dtype)
-        _load(model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None, on_assigned)
+        _load(
+            model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None, on_assigned,
+            check_weights,
+        )  # fmt: skip
     if adapter is not None:
-        merge_lora(model, adapter)
+        merge_lora(model, adapter, check_weights)
     if rounded_to is not None and model.config.quantization is None:
         quantize_model(model, rounded_to, chosen_dtype, progress)
     return model
@@ -143,6 +151,7 @@ def _load(
     quantization: str | None,
     has_adapter: bool,
     on_assigned: OnAssigned | None,
+    check_weights: bool,
 ) -> None:
     """Fill the model; layers that others quantised get the weights that `load_model` promises.
 
@@ -150,7 +159,7 @@ def _load(
     """
     published = model.config.published
     if published is None:
-        load_weights(model, folder, device, dtype, progress, on_assigned=on_assigned)
+        load_weights(model, folder, device, dtype, progress, None, on_assigned, check_weights)
         return
     format = published.loaded_as if quantization is None else quantization
     if has_adapter and quantization is None and format is not None:
@@ -162,7 +171,7 @@ def _load(
         format = None
     if format is not None:
         prepare_quantization(format, device)
-    load_weights(model, folder, device, dtype, progress, format, on_assigned)
+    load_weights(model, folder, device, dtype, progress, format, on_assigned, check_weights)
     kept = plain_modules(model) if format is not None and quantization is None else ()
     in_format = format if quantization is None else None  # else the rest is to be quantised, too
     model.config = replace(model.config, published=None, quantization=in_format, modules_to_not_convert=kept)

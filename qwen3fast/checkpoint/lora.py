@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.checkpoint.checks import dtype_problem, non_finite
 from qwen3fast.checkpoint.weights import assign, open_tensors, refuse
 from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
@@ -100,12 +101,13 @@ class LoraConfig:
         return chosen is None or (number is not None and int(number[1]) in chosen)
 
 
-def merge_lora(model: Qwen3, folder: str | Path) -> None:
+def merge_lora(model: Qwen3, folder: str | Path, check_weights: bool = False) -> None:
     """Add a PEFT adapter's scale * B @ A to the weights of `model`, computed in float32 and rounded once.
 
     Changed weights are new tensors: those that are memory-mapped stay as they are on disk. Nothing changes on an error.
+    check_weights: refuse NaN and infinity in the adapter.
     Raises: FileNotFoundError for missing files; ValueError for a quantised model, what is not supported, and tensors
-    that are missing, unexpected or misshaped, all named in one message.
+    that are missing, unexpected, misshaped or of a wrong dtype, all named in one message.
     """
     folder = Path(folder).expanduser()
     if model.config.quantization is not None:
@@ -120,7 +122,15 @@ def merge_lora(model: Qwen3, folder: str | Path) -> None:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         if OUTPUT_COPY in shapes and _are_same(tensors.get_tensor(OUTPUT_COPY), layers.get("lm_head")):
             del shapes[OUTPUT_COPY]
-        for adapter in _match(config, layers, shapes):
+        adapters = _match(config, layers, shapes)
+        problems = [
+            f"{name}: {wrong}"
+            for name in shapes
+            if (wrong := dtype_problem(tensors.get_slice(name).get_dtype(), None)) is not None
+            or (check_weights and (wrong := non_finite(tensors.get_tensor(name))) is not None)
+        ]
+        refuse(problems, f"the numbers in {folder / WEIGHTS_FILE} cannot be used")
+        for adapter in adapters:
             weight = layers[adapter.module].weight
             a_RK, b_NR = (tensors.get_tensor(n).to(weight.device, torch.float32) for n in (adapter.a, adapter.b))
             assign(model, f"{adapter.module}.weight", merged(weight, a_RK, b_NR, adapter.scale))

@@ -30,8 +30,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
     A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors.
 
-    Downloads show huggingface_hub's progress bars, resume when interrupted, and follow HF_TOKEN, HF_HOME and
-    HF_HUB_OFFLINE.
+    Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A connection that
+    breaks is taken up where it broke; after a download that failed, the next call keeps the files that were finished
+    (recent versions of huggingface_hub begin the unfinished one anew).
 
     Raises: FileNotFoundError if nothing of that name exists or the hub cannot be reached and holds no cached copy;
     ValueError for a folder with several GGUF files.

@@ -7,7 +7,9 @@ are tensors of their own are copied into stacks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwen3fast.checkpoint.checks import dtype_problem, no_weights, non_finite
 from qwen3fast.checkpoint.experts import ExpertStacks
-from qwen3fast.checkpoint.published import FLOATS, PublishedLayer, PublishedLayers
-from qwen3fast.config import read_json
+from qwen3fast.checkpoint.published import PublishedLayer, PublishedLayers
+from qwen3fast.config import ModelConfig, read_json
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
@@ -39,8 +42,9 @@ def load_weights(
     progress: bool = False,
     quantization: str | None = None,
     on_assigned: OnAssigned | None = None,
+    check_weights: bool = False,
 ) -> None:
-    """Fill `model` (on meta) from the safetensors of `folder`.
+    """Fill `model` (on meta) from the safetensors of `folder`. check_weights: look for NaN and infinity, in `dtype`.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
     out, that some hold each expert's tensors apart (see experts.py), and that published quantised layers (of
@@ -48,21 +52,23 @@ def load_weights(
     or those of a format, `quantization`.
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
-    misshaped tensors and for damaged files. On an error the model must be discarded.
+    misshaped tensors, those of a wrong dtype, and for damaged files. On an error the model must be discarded.
     """
-    files = _tensors_by_file(folder)
+    files = tensors_by_file(folder)
+    _read_ahead(list(files))
     all_names = {name for names in files.values() for name in names}
-    filler = _Filler(model, device, dtype, quantization, on_assigned, all_names, progress)
+    filler = _Filler(model, device, dtype, quantization, on_assigned, check_weights, all_names, progress)
     for file, names in files.items():
         with open_tensors(file) as tensors:
-            available = set(tensors.keys())
-            for name in names:
-                if name in available:
-                    filler.put(name, file.name, tensors)
-                else:
+            available = dict.fromkeys(tensors.keys())
+            for name in dict.fromkeys([*names, *available]):
+                if name not in available:
                     filler.problems.append(f"{name}: the index names {file.name}, which does not hold it")
+                else:
+                    filler.put(name, file.name, tensors, is_named=name in all_names)
     filler.bar.close()
     refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
+    refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
 
 
@@ -76,10 +82,11 @@ class _Filler:
         dtype: torch.dtype,
         quantization: str | None,
         on_assigned: OnAssigned | None,
+        check_weights: bool,
         names: set[str],
         progress: bool,
     ) -> None:
-        self._on_assigned = on_assigned
+        self._on_assigned, self._check_weights = on_assigned, check_weights
         self._model, self._device, self._dtype = model, device, dtype
         self._format = None if quantization is None else get_format(quantization)
         self._expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -89,16 +96,19 @@ class _Filler:
         linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         weights = {name: shape for name, shape in self._expected.items() if name in linears} | pieces
         self._layers = PublishedLayers(model.config.published, weights, {self._place(name) for name in names}, device)
+        self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
         self._loaded: set[str] = set()
         self.problems: list[str] = []
+        self.bad_numbers: list[str] = []
         self.bar = tqdm(total=len(self._expected), desc="loading weights", unit="tensor", disable=not progress)
 
     def _place(self, name: str) -> str:
         """The name that a tensor has in a Qwen3ForCausalLM."""
         return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
-    def put(self, name: str, file: str, tensors: Any) -> None:
-        """Put one tensor of an open file in its place, or note why it has none."""
+    def put(self, name: str, file: str, tensors: Any, is_named: bool) -> None:
+        """Put one tensor of an open file in its place, or note why it has none. is_named: by the index, if there is
+        one."""
         if name == "lm_head.weight" and name not in self._expected:
             return  # tied: some files repeat the embedding under this name
         if name.startswith("lm_head.") and self._model.lm_head is None:
@@ -107,32 +117,42 @@ class _Filler:
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         part = self._layers.part(place, dtype)
         expected = self._shapes.get(place) if part is None else part.shape
-        if expected is None:
+        if not is_named:
+            self.problems.append(f"{name} in {file}: the index does not name it")
+        elif expected is None:
             self.problems.append(f"{name} in {file}: unexpected, this Qwen3 has no such tensor")
         elif shape != expected:
             self.problems.append(f"{name} in {file}: shape {shape}, expected {expected}")
-        elif not place.endswith(PARAMETER_NAMES) and dtype not in (dtypes := part.dtypes if part else FLOATS):
-            self.problems.append(f"{name} in {file}: dtype {dtype}, expected {' or '.join(dtypes)}")
-        elif place in self._loaded or (part is not None and not self._layers.awaits(place)):
+        elif part is None and (wrong := dtype_problem(dtype, self._packed.get(place))) is not None:
+            self.problems.append(f"{name} in {file}: {wrong}")
+        elif part is not None and dtype not in part.dtypes:
+            self.problems.append(f"{name} in {file}: dtype {dtype}, expected {' or '.join(part.dtypes)}")
+        elif self._is_loaded(place) or (part is not None and not self._layers.awaits(place)):
             self.problems.append(f"{name} in {file}: {place} was there already")
         elif part is None:
-            self._put_plain(place, tensors.get_tensor(name))
-        elif (whole := self._layers.put(place, tensors.get_tensor(name))) is not None:
+            self._put_plain(place, _aligned(tensors.get_tensor(name)), f"{name} in {file}")
+        elif (whole := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
             self._put_layer(*whole)
 
-    def _put_plain(self, place: str, tensor: torch.Tensor) -> None:
-        if place in self._stacks.pieces:
-            if (stacked := self._stacks.put(place, tensor)) is not None:
-                self._assign(*stacked)
-        elif place.endswith(PARAMETER_NAMES):
-            self._assign(place, tensor.to(self._device))
-        else:
-            self._assign(place, tensor.to(self._device, self._dtype))
+    def _is_loaded(self, place: str) -> bool:
+        pieces = self._stacks.pieces
+        return place in self._loaded or (place in pieces and pieces[place].target in self._loaded)
+
+    def _put_plain(self, place: str, tensor: torch.Tensor, where: str) -> None:
+        tensor = tensor.to(self._device) if place in self._packed else tensor.to(self._device, self._dtype)
+        if self._check_weights and (counts := non_finite(tensor)) is not None:
+            self.bad_numbers.append(f"{where}: {counts}")
+        self._loaded.add(place)
+        whole = self._stacks.put(place, tensor) if place in self._stacks.pieces else (place, tensor)
+        if whole is not None:
+            assign(self._model, *whole, self._on_assigned)
+            self._loaded.add(whole[0])
+            self.bar.update()
 
     def _put_layer(self, weight: str, layer: PublishedLayer) -> None:
         try:
             if self._format is None or weight in self._stacks.pieces or not fits(*layer.shape):
-                self._put_plain(weight, layer.plain(self._dtype))
+                self._put_plain(weight, layer.plain(self._dtype), weight)
             else:
                 name = weight.removesuffix(".weight")
                 linear = self._model.get_submodule(name)
@@ -143,11 +163,6 @@ class _Filler:
         except ValueError as err:
             self._loaded.add(weight)
             self.problems.append(f"{weight}: {err}")
-
-    def _assign(self, place: str, tensor: torch.Tensor) -> None:
-        assign(self._model, place, tensor, self._on_assigned)
-        self._loaded.add(place)
-        self.bar.update()
 
     def missing(self) -> list[str]:
         """What has not come, unless something else was said of it already."""
@@ -162,16 +177,21 @@ class _Filler:
         return [f"{name}: missing, expected {text}" for name, text in texts.items() if name not in reported]
 
 
-def _tensors_by_file(folder: Path) -> dict[Path, list[str]]:
-    """Which tensors to read from which file."""
+def tensors_by_file(folder: Path) -> dict[Path, list[str]]:
+    """Which tensors to read from which file.
+
+    Raises: FileNotFoundError for missing files; ValueError for an index that is damaged or leaves the folder.
+    """
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_FILE} has no 'weight_map'")
         by_file: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(f"{folder / INDEX_FILE}: {file!r} must be a file name without folders")
+            if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
+                raise ValueError(f"{folder / INDEX_FILE}: {file!r:.300} must be a file name without folders")
+            if not file.endswith(".safetensors"):
+                raise ValueError(f"{folder / INDEX_FILE}: {file!r} is not a safetensors file; no others are read")
             by_file.setdefault(folder / file, []).append(name)
         absent = [file.name for file in by_file if not file.is_file()]
         if absent:
@@ -180,7 +200,24 @@ def _tensors_by_file(folder: Path) -> dict[Path, list[str]]:
     if (folder / SINGLE_FILE).is_file():
         with open_tensors(folder / SINGLE_FILE) as tensors:
             return {folder / SINGLE_FILE: list(tensors.keys())}
-    raise FileNotFoundError(f"{folder} holds no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+    raise no_weights(folder, f"{SINGLE_FILE} or {INDEX_FILE}")
+
+
+def refuse_size(config: ModelConfig, folder: Path) -> None:
+    """Refuse a config.json of a model far larger than its files: the modules alone could fill the memory.
+
+    Raises: ValueError if there is less than a bit for each parameter, or a file is damaged.
+    """
+    files = tensors_by_file(folder)
+    num_bytes = sum(file.stat().st_size for file in files)
+    if config.num_parameters > 8 * num_bytes:
+        for file in files:
+            with open_tensors(file):
+                pass  # not truncated, or that is what is said
+        raise ValueError(
+            f"{folder}: config.json describes {config.num_parameters:,} parameters, but the weights are {num_bytes:,} "
+            "bytes; one of them is damaged or of another model: download both again"
+        )
 
 
 def refuse(problems: list[str], summary: str) -> None:
@@ -199,6 +236,24 @@ def open_tensors(file: Path):
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as err:
         raise ValueError(f"{file} is damaged or truncated ({err}); download it again") from err
+
+
+def _read_ahead(files: list[Path]) -> None:
+    """Ask the system to begin reading files, in order, and return at once: it reads while compilers are imported.
+
+    Mapped pages are else read when each is first touched: of a disk that others used, too, 1.2 GB then took 3 to 6 s,
+    and 1 to 1.4 s so. What would fill most of the memory is left alone, as its pages would push each other out.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # it is only advice, and not every system takes it
+        if sum(file.stat().st_size for file in files) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:
+            for file in files:
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if its bytes do not begin at a multiple of its elements' size (some writers do so)."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def assign(model: Qwen3, name: str, tensor: torch.Tensor, on_assigned: OnAssigned | None = None) -> None:

@@ -1,0 +1,52 @@
+"""What weights.py refuses in a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# As safetensors spells them. Others (integers, booleans, float8) stand for something that a conversion would not see.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PACKED = {"U8": torch.uint8, **FLOATS}
+CHECKED_AT_ONCE = 2**22  # elements: what the passes over them write stays small
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
+    """What is wrong with the dtype that a file gives a tensor; None if nothing is.
+
+    stored: as safetensors spells it. packed: what a quantised layer's tensor must be in; None for plain weights, which
+    may be in any float dtype of 16 bits or more.
+    """
+    if packed is None:
+        return None if stored in FLOATS else f"dtype {stored}, expected one of {', '.join(FLOATS)}"
+    if PACKED.get(stored) == packed:
+        return None
+    expected = next(spelling for spelling, dtype in PACKED.items() if dtype == packed)
+    return f"dtype {stored}, expected {expected}"
+
+
+def non_finite(tensor: Tensor) -> str | None:
+    """How many elements are NaN and how many infinite, in words; None if there are none, or these are no floats."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    nan = infinite = 0
+    for part in tensor.flatten().split(CHECKED_AT_ONCE):
+        part = part.float() if part.dtype.itemsize == 1 else part  # float8 lacks the functions
+        low, high = part.aminmax()  # NaN if there is one; one pass, which writes nothing
+        if not (low.isfinite() and high.isfinite()):
+            nan, infinite = nan + int(part.isnan().sum()), infinite + int(part.isinf().sum())
+    return f"{nan:,} NaN and {infinite:,} infinite of {tensor.numel():,}" if nan or infinite else None
+
+
+def no_weights(folder: Path, expected: str) -> FileNotFoundError:
+    """The error for a folder without safetensors; it names the pickles there are."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if not pickles:
+        return FileNotFoundError(f"{folder} holds no weights; expected {expected}")
+    return FileNotFoundError(
+        f"{folder} holds pickles only ({', '.join(pickles[:4])}), which are never read, as they can run any code; "
+        f"expected {expected}: take a revision that has them, or save the model with safe_serialization=True"
+    )
