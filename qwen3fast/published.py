@@ -41,7 +41,7 @@ class PublishedFormat:
 
     method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
     scale and a zero point for `group_size` channels of a row; -1: for all). is_symmetric: all zero points are the
-    middle. has_act_order: the channels of a group are not neighbours. zeros_less_one: what is stored of zero points.
+    middle. has_act_order: the channels of a group are not neighbours. zeros_less_one: zero points are stored less one.
     """
 
     method: str

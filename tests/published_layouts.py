@@ -15,12 +15,17 @@ import torch
 from conftest import randomised
 from safetensors.torch import save_file
 from test_checkpoint import tensors_of, write_index
+from test_expert_checkpoints import published_tensors
 from torch import Tensor, nn
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8_EXPERTS = {
+    **FP8,
+    "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 GPTQ = {
     "quant_method": "gptq",
@@ -150,6 +155,24 @@ def publish(
             if not any(f"{name.removesuffix('weight')}{end}" in tensors for end in ("qweight", "weight_scale_inv")):
                 parameter.copy_(parameter.to(config.dtype))
     return model
+
+
+def publish_fp8_experts(
+    folder: Path, config: ModelConfig, files: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write a checkpoint with experts, each with tensors of its own, as Qwen's FP8; routers are plain.
+
+    Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantised checkpoint.
+    """
+    rng = np.random.default_rng(0)
+    tensors = {name: tensor.bfloat16() for name, tensor in published_tensors(randomised(config)).items()}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        layer, weight = fp8_layer(rng, *tensors[name].shape, scale_dtype=torch.bfloat16)
+        tensors |= {name: layer["weight"], f"{name}_scale_inv": layer["weight_scale_inv"]}
+        expected[name] = weight.float().bfloat16()
+    write_tensors(folder, config, FP8_EXPERTS, tensors, files)
+    return tensors, expected
 
 
 def is_of_layer(name: str, tensor: Tensor) -> bool:

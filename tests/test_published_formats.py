@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_layouts import AWQ, FP8, GPTQ, drawn_layer, publish, write_tensors
+from published_layouts import AWQ, FP8, GPTQ, drawn_layer, publish, publish_fp8_experts, write_tensors
 from safetensors.torch import load_file, save_file
 from test_expert_checkpoints import published_tensors
 from torch import nn
@@ -257,25 +257,15 @@ def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
 @pytest.mark.parametrize("files", [1, 3])
 def test_fp8_experts_are_dequantised(tmp_path, files):
     config = replace(MOE, hidden_size=144, moe_intermediate_size=160, dtype=torch.bfloat16)
-    reference, rng = randomised(config), np.random.default_rng(0)
-    tensors = {n: t.bfloat16() for n, t in published_tensors(reference).items()}
-    expected = {n: t.clone() for n, t in tensors.items()}
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        layer, weight = drawn_layer(rng, *tensors[name].shape, FP8, scale_dtype=torch.bfloat16)
-        tensors |= {name: layer["weight"], f"{name}_scale_inv": layer["weight_scale_inv"]}
-        expected[name] = weight.float().bfloat16()
-    config_json = {**FP8, "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"]}
-    write_tensors(tmp_path, config, config_json, tensors, files)
+    tensors, expected = publish_fp8_experts(tmp_path, config, files)
     model = load_model(tmp_path, device="cpu")
     for name, tensor in published_tensors(model).items():
         assert_same(tensor, expected[name])
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
-    write_tensors(tmp_path, config, config_json, tensors, files)
-    with pytest.raises(
-        ValueError, match=r"experts\.2\.up_proj\.weight_scale_inv: missing, expected shape \(2, 2\)"
-    ) as e:
+    write_tensors(tmp_path, config, FP8, tensors, files)
+    with pytest.raises(ValueError, match=r"2\.up_proj\.weight_scale_inv: missing, expected shape \(2, 2\)") as error:
         load_model(tmp_path, device="cpu")
-    assert str(e.value).count("missing") == 1
+    assert str(error.value).count("missing") == 1
     with pytest.raises(ValueError, match="quantization='int8' is not supported for a mixture of experts"):
         load_model(tmp_path, device="cpu", quantization="int8")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import assert_near, assert_same, random_ids, small_config
-from published_layouts import FP8, publish
+from published_layouts import FP8, publish, publish_fp8_experts
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers import quantizer_finegrained_fp8
 
@@ -16,19 +18,37 @@ CONFIG = small_config(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_accelerate(monkeypatch):
+    """Transformers asks for accelerate, which loading to one device makes no use of."""
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
+
+
+def dequantised_by_transformers(folder):
+    options = {"dtype": torch.bfloat16, "quantization_config": FineGrainedFP8Config(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("files", [1, 3])
-def test_weights_and_logits_equal_those_of_transformers(tmp_path, monkeypatch, scale_dtype, files):
-    # It asks for accelerate, which loading to one device makes no use of.
-    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
+def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, files):
     publish(tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
-    )
+    theirs = dequantised_by_transformers(tmp_path)
     ours = load_model(tmp_path, device="cpu")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)
     with torch.no_grad():
         assert_near(ours(tokens), theirs(tokens).logits, torch.bfloat16)
+        assert_near(ours.float()(tokens), theirs.float()(tokens).logits)
+
+
+def test_experts_equal_those_of_transformers(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+    publish_fp8_experts(tmp_path, replace(CONFIG, **sizes))
+    theirs, ours = dequantised_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
+    for name, parameter in theirs.named_parameters():
+        assert_same(ours.get_parameter(name), parameter.detach())
+    tokens = random_ids(2, 9, vocab_size=96)
+    with torch.no_grad():
         assert_near(ours.float()(tokens), theirs.float()(tokens).logits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.published import awq, fp8, gptq
+from qwen3fast.checkpoint.published.levels import Levels
 from qwen3fast.checkpoint.published.part import Part
 from qwen3fast.published import PublishedFormat
 from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
@@ -50,7 +51,7 @@ class PublishedLayer:
     def _weight(self, rows: slice) -> Tensor:
         return fp8.weight(self.tensors, rows) if self.stored.method == "fp8" else self._levels(rows).weight()
 
-    def _levels(self, rows: slice):
+    def _levels(self, rows: slice) -> Levels:
         read = awq.levels if self.stored.method == "awq" else gptq.levels
         return read(self.stored, self.tensors, rows)
 
