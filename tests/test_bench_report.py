@@ -189,7 +189,8 @@ def test_report_shows_unknown_suites_with_all_labels_and_a_picture(page):
     ]  # fmt: skip
     assert len(section.rows) == 7
     assert section.drawing is not None and [s.name for s in section.drawing.series] == ["one", "another"]
-    assert section.sentences[0].startswith("tok/s: best 385 (another, rows 16)") or "best" in section.sentences[0]
+    assert [s.partition(":")[0] for s in section.sentences] == ["tok/s", "first token", "first token p99"]
+    assert "best" in section.sentences[0] and "rows 16), worst" in section.sentences[0]
 
 
 def test_report_points_tell_their_estimates():
