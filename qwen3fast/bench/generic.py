@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.plot import INK, color_of, draw_line, log_x, name_ends, new_figure, style_axes
-from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.table import Columns
 
+LATENCY = "ttft_p99_s"
 MOST_LINES, MOST_BARS = 10, 40
 WIDTH, TOP, BOTTOM, BETWEEN = 10.4, 0.95, 0.45, 0.95  # inches
 
@@ -28,13 +29,13 @@ class Panel:
     def series_of(self, case: Case) -> str:
         """Those labels that differ between the panel's cases, without the axis, as words."""
         names = [n for n in case.labels if n != self.axis and len({str(c.labels[n]) for c in self.cases}) > 1]
-        return Case({n: case.labels[n] for n in names}).name or METRICS[self.metric].title
+        return _words({n: case.labels[n] for n in names}) or METRICS[self.metric].title
 
     @property
     def shared(self) -> str:
         """The labels that are the same for all."""
         labels = self.cases[0].labels
-        return Case({n: v for n, v in labels.items() if all(c.labels[n] == v for c in self.cases)}).name
+        return _words({n: v for n, v in labels.items() if all(c.labels[n] == v for c in self.cases)})
 
 
 def all_columns(record: Record) -> Columns:
@@ -45,21 +46,27 @@ def all_columns(record: Record) -> Columns:
 
 
 def panels_of(record: Record) -> list[Panel]:
-    """One for each set of label names, showing the first metric of METRICS that one of its cases has."""
+    """For each set of label names one that shows the first metric of METRICS that its cases have, and one of the
+    latency that clients saw, if they did."""
     groups: dict[frozenset[str], list[Case]] = {}
     for case in record.cases:
         if case.metrics:
             groups.setdefault(frozenset(case.labels), []).append(case)
     panels = []
     for cases in groups.values():
-        metric = next(name for name in METRICS if any(name in case.metrics for case in cases))
-        shown = [case for case in cases if metric in case.metrics]
-        axis = _axis(shown)
-        panel = Panel(shown, metric, axis, 4.0)
-        if axis is None or len({panel.series_of(case) for case in shown}) > MOST_LINES:
-            panel = Panel(shown, metric, None, 0.5 + 0.3 * min(len(shown), MOST_BARS))
-        panels.append(panel)
+        present = {name for case in cases for name in case.metrics}
+        main = next(name for name in METRICS if name in present)
+        panels += [_panel(cases, name) for name in dict.fromkeys((main, LATENCY)) if name in present]
     return panels
+
+
+def _panel(cases: list[Case], metric: str) -> Panel:
+    """Lines, or bars where there is no axis or the lines would be too many."""
+    shown = [case for case in cases if metric in case.metrics]
+    panel = Panel(shown, metric, _axis(shown), 4.0)
+    if panel.axis is None or len({panel.series_of(case) for case in shown}) > MOST_LINES:
+        return Panel(shown, metric, None, 0.5 + 0.3 * min(len(shown), MOST_BARS))
+    return panel
 
 
 def draw_panels(record: Record) -> Figure:
@@ -97,6 +104,10 @@ def summarize(record: Record) -> list[str]:
     return lines
 
 
+def _words(labels: dict[str, Label]) -> str:
+    return Case(labels).name.replace("_", " ")
+
+
 def _axis(cases: list[Case]) -> str | None:
     """The numeric label with most values, the first of equals; None if all are constant."""
     counts = {
@@ -131,6 +142,8 @@ def _draw_lines(axes: Axes, panel: Panel, axis: str) -> None:
     ticks = {x for points in lines.values() for x, _ in points}
     if min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
         log_x(axes, ticks)
+    elif len(ticks) <= 8:
+        axes.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
     name_ends(axes, ends)
     style_axes(axes, axis.replace("_", " "), _title(panel), panel.shared)
 
