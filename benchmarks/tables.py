@@ -100,7 +100,7 @@ def online_rows(record: Record) -> Rows:
 def moe_rows(record: Record) -> Rows:
     """Of benchmarks/moe.py: milliseconds a step of a mixture of experts between two dense models; ratios of a round are
     taken before their median."""
-    rows = [["format, experts", "parameters", "of them active", "mixture", "dense as active", "dense as all"]]
+    rows = [["format, experts", "parameters", "of them active", "mixture ms", "dense as active ms", "dense as all ms"]]
     rows[0] += ["mixture / active", "all / mixture"]
     for format, experts in unique(record, "format", "num_experts"):
         names = ("experts", "dense_active", "dense_all")

@@ -287,14 +287,14 @@ def plot(record: Record, path: Path) -> None:
     }
     groups = list(dict.fromkeys((size, context) for size, context, _ in speeds))
     modes = [mode for mode in COLORS if any(mode == other for *_, other in speeds)]
-    size = (max(9.0, 0.9 * len(groups) + 3), 5.4)
+    size = (max(10.4, 0.9 * len(groups) + 3), 5.4)
     figure = new_figure(record, "Decoding, by model size and context", "one request, random weights", size)
     axes = figure.add_axes((0.09, 0.16, 0.88, 0.62))
     for i, mode in enumerate(modes):
         places = [g + (i - (len(modes) - 1) / 2) * 0.8 / len(modes) for g in range(len(groups))]
         heights = [speeds.get((*group, mode), 0.0) for group in groups]
         bars = axes.bar(places, heights, 0.8 / len(modes), color=COLORS[mode], label=mode)
-        axes.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], size=7, color="#3e4c59")
+        axes.bar_label(bars, [f"{h:.3g}" if h else "" for h in heights], size=7, color="#3e4c59")
     axes.set_xticks(range(len(groups)), [f"{size}\n{context:,}" for size, context in groups])
     axes.legend(frameon=False, ncols=len(modes), loc="upper left", bbox_to_anchor=(0, 1.12))
     style_axes(axes, "", "tokens per second")
