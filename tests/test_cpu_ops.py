@@ -398,6 +398,9 @@ def test_operations_for_other_processors(processor, tmp_path):
             ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
             for rows in (1, 4, 11)
         ]
+        gate_up, down = quantize(random_tensor(5 * 64, 64), format), quantize(random_tensor(5 * 64, 32), format)
+        expert_NC = torch.tensor([[3, 1], [3, 4]])
+        cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []
     for format, cache_dtype in product((None, *(format.name for format in CPU_FORMATS)), (torch.bfloat16, torch.int8)):
