@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="tokens per second with and without the KV cache: table, JSON and plot")
     add_bench_arguments(bench)
-    bench.set_defaults(run=run_bench)
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
@@ -111,11 +112,17 @@ def _open(args: argparse.Namespace) -> Generator:
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],
         threads=args.threads,
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty() and os.environ.get("RANK", "0") == "0",
+        tensor_parallel=_num_processes() > 1,
     )
     if args.compile == "always":
         generator.warmup(progress=sys.stderr.isatty())
     return generator
+
+
+def _num_processes() -> int:
+    """Those that torchrun has started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _config_of(model: str, revision: str | None) -> ModelConfig:
@@ -197,6 +204,12 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
     except ValueError as err:
         print(f"(cannot reply: {err})", file=sys.stderr)
     return None
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if _num_processes() > 1:
+        raise ValueError("bench measures one process; start it without torchrun")
+    return run_bench(args)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ ORDER = [
     "kv_cache",
     "model",
     "quantization",
+    "parallel",
     "processors",
     "sampling",
     "sampling_params",

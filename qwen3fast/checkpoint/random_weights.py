@@ -7,6 +7,7 @@ from torch import nn
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Split
 
 STANDARD_DEVIATION = 0.02
 # Sharper attention than 1 gives: replies then vary from token to token, so that comparing tokens means something.
@@ -14,16 +15,19 @@ QK_NORM_WEIGHT = 1.5
 POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Qwen3:
+def random_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0, split: Split | None = None
+) -> Qwen3:
     """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 1.5; biases 0).
 
     Values are read cyclically from a pool of 16.8 million normal numbers, each tensor from its own start: drawing every
-    weight anew would take several times longer and measure the same.
+    weight anew would take several times longer and measure the same. split: keep this part of each tensor.
     """
     rng = torch.Generator().manual_seed(seed)
     pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)
-    model = build_on_meta(config)
-    for name, parameter in list(model.named_parameters()):
+    whole = build_on_meta(config)
+    model = whole if split is None else split.build_on_meta()
+    for name, parameter in list(whole.named_parameters()):
         module_name, _, parameter_name = name.rpartition(".")
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.dim() >= 2:
@@ -31,6 +35,8 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
             tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)
+        if split is not None:
+            tensor = split.take(name, tensor).clone()  # not a view: the rest is to be freed
         model.get_submodule(module_name).register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     return model

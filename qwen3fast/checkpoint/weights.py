@@ -2,12 +2,13 @@
 
 Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
 nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor. Experts that
-are tensors of their own are copied into stacks.
+are tensors of their own are copied into stacks. Of a model over several processes, each reads its part.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -16,14 +17,22 @@ from torch import nn
 
 from qwen3fast.checkpoint.experts import ExpertStacks
 from qwen3fast.config import read_json
-from qwen3fast.model import Qwen3
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Split
 from qwen3fast.quantization.linear import PARAMETER_NAMES
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False) -> None:
-    """Fill `model` (on meta) from the safetensors of `folder`.
+def load_weights(
+    model: Qwen3,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = False,
+    split: Split | None = None,
+) -> None:
+    """Fill `model` (on meta) from the safetensors of `folder`. split: of which part of the weights it is a model.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
     out, and that some hold each expert's tensors apart (see experts.py).
@@ -31,9 +40,10 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors and for damaged files. On an error the model must be discarded.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = _shapes(model)
     stacks = ExpertStacks(expected, device, dtype)
-    shapes = expected | {name: piece.shape for name, piece in stacks.pieces.items()}
+    shapes = expected if split is None else _shapes(build_on_meta(split.config))
+    shapes |= {name: piece.shape for name, piece in ExpertStacks(shapes, device, dtype).pieces.items()}
     files = _tensors_by_file(folder)
     problems: list[str] = []
     loaded: set[str] = set()
@@ -56,12 +66,12 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
                 elif place in loaded:
                     problems.append(f"{name} in {file.name}: {place} was there already")
                 elif place in stacks.pieces:
-                    if (stacked := stacks.put(place, tensors.get_tensor(name))) is not None:
+                    if (stacked := stacks.put(place, _read(tensors, name, split))) is not None:
                         assign(model, *stacked)
                         loaded.add(stacked[0])
                         bar.update()
                 else:
-                    tensor = tensors.get_tensor(name)
+                    tensor = _read(tensors, name, split)
                     tensor = tensor.to(device) if name.endswith(PARAMETER_NAMES) else tensor.to(device, dtype)
                     assign(model, place, tensor)
                     loaded.add(place)
@@ -75,6 +85,15 @@ def load_weights(model: Qwen3, folder: Path, device: torch.device, dtype: torch.
     problems += [f"{name}: missing, expected shape {shapes[name]}" for name in missing]
     refuse(problems, f"the weights in {folder} do not fit its config.json")
     model.tie_weights()
+
+
+def _shapes(model: Qwen3) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _read(tensors: Any, name: str, split: Split | None) -> torch.Tensor:
+    """A tensor of an open file, or this process's part of it."""
+    return tensors.get_tensor(name) if split is None else split.take(name, tensors.get_slice(name))
 
 
 def _tensors_by_file(folder: Path) -> dict[Path, list[str] | None]:

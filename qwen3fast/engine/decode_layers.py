@@ -6,7 +6,7 @@ Block by block, each of a token's many short products costs a call from Python, 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
@@ -60,8 +60,8 @@ def _linears(block: Block) -> list[Linear | QuantizedLinear]:
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
 
 
-def _is_served(linear: Linear | QuantizedLinear) -> bool:
-    if linear.bias is not None:
+def _is_served(linear: nn.Module) -> bool:
+    if not isinstance(linear, Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
         return False
     if isinstance(linear, QuantizedLinear):
         return "cpu" in linear.format.devices
