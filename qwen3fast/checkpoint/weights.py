@@ -42,8 +42,8 @@ def load_weights(
     """
     expected = _shapes(model)
     stacks = ExpertStacks(expected, device, dtype)
-    shapes = expected if split is None else _shapes(build_on_meta(split.config))
-    shapes |= {name: piece.shape for name, piece in ExpertStacks(shapes, device, dtype).pieces.items()}
+    whole = expected if split is None else _shapes(build_on_meta(split.config))
+    shapes = whole | {name: piece.shape for name, piece in ExpertStacks(whole, device, dtype).pieces.items()}
     files = _tensors_by_file(folder)
     problems: list[str] = []
     loaded: set[str] = set()
