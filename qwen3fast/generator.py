@@ -50,7 +50,7 @@ class Generator:
     `close()` or a `with` statement to release memory early.
 
     Attributes:
-        model: the Qwen3 module. config: its ModelConfig.
+        model: the Qwen3 module, or this process's part of it. config: its ModelConfig.
         tokenizer: None for random weights, which have no text.
         default_params: the checkpoint's sampling preset, every field set.
     """

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 
 from qwen3fast import Generator, SamplingParams, cli
+from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine
+from qwen3fast.parallel import Ranks, Split
+from qwen3fast.parallel.split import SPLIT_DIM, split_dim
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 LONG = [(7 * i) % 1000 for i in range(70)]  # three chunks
@@ -113,6 +116,19 @@ def run(case: str, folder: str, tensor_parallel: bool) -> dict[str, Any]:
         return program(generator)
 
 
+def check_dtensor() -> dict[str, Any]:
+    """Raises: AssertionError unless this rank's parts are those that DTensor gives it."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    ranks = Ranks.start("cpu")
+    whole_OI = torch.arange(7.0 * 8).view(7, 8)
+    for name in (f"{module}.weight" for module in (*SPLIT_DIM, "norm")):
+        dim = split_dim(name)
+        theirs = distribute_tensor(whole_OI, ranks.mesh, [Replicate() if dim is None else Shard(dim)]).to_local()
+        assert Split(ModelConfig.named("0.6b"), ranks.rank, ranks.size).take(name, whole_OI).equal(theirs), name
+    return {}
+
+
 def run_command(*command: str) -> dict[str, Any]:
     """Exit status and output of a command line."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
@@ -128,7 +144,10 @@ def main(output: str, *cases: str) -> None:
         if case == "dying" and rank == "1":
             Engine.prefill_step = die  # type: ignore[method-assign, assignment]
         try:
-            results[case] = run(case, folder, tensor_parallel=True) if is_case else run_command(*text.split())
+            if case == "dtensor":
+                results[case] = check_dtensor()
+            else:
+                results[case] = run(case, folder, tensor_parallel=True) if is_case else run_command(*text.split())
         except SystemExit:  # a rank that follows: rank 0 has closed its Generator
             assert rank != "0", "rank 0 does not follow"
     if rank == "0":

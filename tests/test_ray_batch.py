@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,19 +91,22 @@ def test_bad_input_is_named(tmp_path, capsys):
     assert "--workers must be at least 1, got 0" in errors
 
 
-def test_two_workers_reply_in_order_and_go_on_where_they_stopped(tmp_path, capsys):
-    ray = pytest.importorskip("ray")
+def test_two_workers_reply_in_order_and_go_on_where_they_stopped(tmp_path):
+    pytest.importorskip("ray")
     sums = [{"messages": [{"role": "user", "content": f"What is {i} + 3?"}]} for i in range(20, 40)]
     prompts, replies = write_lines(tmp_path / "in", sums), tmp_path / "out"
-    options = "--workers 2 --rows 2 --temperature 0 --max-seq-len 99 --compile never"
-    command = [str(prompts), str(replies), *options.split()]
-    try:
-        assert ray_batch.main(command) == 0
-        once = read_lines(replies)
-        write_lines(replies, once[:5])
-        assert ray_batch.main(command) == 0
-    finally:
-        ray.shutdown()
-    assert read_lines(replies) == once
+    options = "--workers 2 --rows 2 --temperature 0 --max-seq-len 99 --max-tokens 8 --compile never"
+
+    def run() -> str:
+        command = [sys.executable, ray_batch.__file__, str(prompts), str(replies), *options.split()]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
+        return subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300
+        ).stdout
+
+    assert "20 replies, 0 of them errors; 0 were there already" in run()
+    once = read_lines(replies)
     assert [(row["id"], row["text"]) for row in once] == [(i + 1, str(23 + i)) for i in range(20)]
-    assert "15 replies, 0 of them errors; 5 were there already" in capsys.readouterr().out
+    write_lines(replies, once[:5])
+    assert "15 replies, 0 of them errors; 5 were there already" in run()
+    assert read_lines(replies) == once
