@@ -106,13 +106,15 @@ CASES: dict[str, tuple[Callable[[Generator], dict[str, Any]], dict[str, Any]]] =
     "compiled": (compiled, {"compile": "auto"}),
     "int8": (greedy, {"compile": False, "quantization": "int8", "kv_cache_dtype": "int8"}),
     "dying": (dying, {"compile": False}),
+    "cuda": (greedy, {"device": "cuda", "max_batch_size": 3}),
 }
 
 
 def run(case: str, folder: str, tensor_parallel: bool) -> dict[str, Any]:
     """A case in this process, or in all of them."""
     program, options = CASES[case]
-    with Generator.from_pretrained(folder, max_seq_len=200, tensor_parallel=tensor_parallel, **options) as generator:
+    options = {"device": "cpu", "max_seq_len": 200, **options}
+    with Generator.from_pretrained(folder, tensor_parallel=tensor_parallel, **options) as generator:
         return program(generator)
 
 

@@ -18,7 +18,7 @@ from conftest import assert_near, randomised, small_config, write_text_checkpoin
 from qwen3fast import cli
 
 TIMEOUT_S = 400
-COMMAND = "generate 17+25 --model tiny --compile never --temperature 0 --max-tokens 4"
+COMMAND = "generate 17+25 --model tiny --device cpu --compile never --temperature 0 --max-tokens 4"
 
 
 def run_processes(size: int, output: Path, *cases: str) -> tuple[dict[str, Any], list[int], list[str]]:
