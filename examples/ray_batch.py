@@ -117,7 +117,7 @@ def run(prompts: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str
     context.execution_options.preserve_order = True
     context.enable_progress_bars = sys.stderr.isatty()
     options = {"max_seq_len": args.max_seq_len, "max_batch_size": args.rows, "quantization": args.quantization}
-    options |= {"compile": COMPILE_MODES[args.compile]}
+    options |= {"compile": COMPILE_MODES[args.compile], "threads": max(1, int(args.cpus))}
     params = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
     batch_size = args.rows * 4  # so that a row that is free early finds another prompt
     texts = [{"json": json.dumps(row)} for row in prompts]

@@ -26,6 +26,7 @@ from qwen3fast.parallel.split import SPLIT_DIM, split_dim
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 LONG = [(7 * i) % 1000 for i in range(70)]  # three chunks
 PROMPTS = [LONG, "hello", [5, 6, 7], "the dog", [*LONG[:40], 1, 2], "zebra"]
+OPEN: list[Generator] = []  # not closed before the program ends
 
 
 def everything(generator: Generator) -> dict[str, Any]:
@@ -105,6 +106,7 @@ CASES: dict[str, tuple[Callable[[Generator], dict[str, Any]], dict[str, Any]]] =
     "experts": (greedy, {"compile": False}),
     "compiled": (compiled, {"compile": "auto"}),
     "int8": (greedy, {"compile": False, "quantization": "int8", "kv_cache_dtype": "int8"}),
+    "open": (greedy, {"compile": False}),
     "dying": (dying, {"compile": False}),
     "cuda": (greedy, {"device": "cuda", "max_batch_size": 3}),
 }
@@ -114,8 +116,14 @@ def run(case: str, folder: str, tensor_parallel: bool) -> dict[str, Any]:
     """A case in this process, or in all of them."""
     program, options = CASES[case]
     options = {"device": "cpu", "max_seq_len": 200, **options}
-    with Generator.from_pretrained(folder, tensor_parallel=tensor_parallel, **options) as generator:
+    generator = Generator.from_pretrained(folder, tensor_parallel=tensor_parallel, **options)
+    try:
         return program(generator)
+    finally:
+        if case == "open":
+            OPEN.append(generator)
+        else:
+            generator.close()
 
 
 def check_dtensor() -> dict[str, Any]:

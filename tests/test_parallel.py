@@ -142,8 +142,10 @@ def test_four_processes_give_the_same_tokens_as_one(checkpoint, tmp_path):
         "experts": checkpoint(tie_word_embeddings=False, **experts),
     }
     cases = (f"{case}={folder}" for case, folder in folders.items())
-    results, statuses, errors = run_processes(4, tmp_path / "four.json", "dtensor", *cases)
+    left_open = f"open={folders['greedy']}"
+    results, statuses, errors = run_processes(4, tmp_path / "four.json", "dtensor", *cases, left_open)
     assert statuses == [0] * 4, errors
+    assert results["open"] == results["greedy"]
     assert "dtensor" in results  # a rank's parts are those that DTensor gives it
     for case, folder in folders.items():
         one = parallel_worker.run(case, str(folder), tensor_parallel=False)

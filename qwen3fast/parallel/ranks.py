@@ -8,8 +8,8 @@ N rows   P part of the vocabulary   V vocabulary
 
 from __future__ import annotations
 
-import atexit
 import os
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -56,7 +56,7 @@ class Ranks:
             torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
-            atexit.register(_end)
+            weakref.finalize(cls, _end)  # when the program ends, after Generators that were not closed before
         return cls(device_type)
 
     @property
