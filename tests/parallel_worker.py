@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qwen3fast import Generator, SamplingParams, cli
+from qwen3fast import Generator, SamplingParams
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine
 from qwen3fast.parallel import Ranks, Split
@@ -141,6 +141,8 @@ def check_dtensor() -> dict[str, Any]:
 
 def run_command(*command: str) -> dict[str, Any]:
     """Exit status and output of a command line."""
+    from qwen3fast import cli  # brings matplotlib along, which other cases need not wait for
+
     with contextlib.redirect_stdout(io.StringIO()) as text:
         status = cli.main(command)
     return {"status": status, "text": text.getvalue()}
