@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "tokens per second with and without the KV cache, and more: see bench --help"
     bench = commands.add_parser("bench", help=text, add_help=False, prefix_chars="\0")
     bench.add_argument("options", nargs="*")
-    bench.set_defaults(run=lambda args: bench_main(args.options))
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
@@ -122,11 +123,17 @@ def _open(args: argparse.Namespace) -> Generator:
         compile=COMPILE_MODES[args.compile],
         threads=args.threads,
         check_weights=args.check_weights,
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty() and os.environ.get("RANK", "0") == "0",
+        tensor_parallel=_num_processes() > 1,
     )
     if args.compile == "always":
         generator.warmup(progress=sys.stderr.isatty())
     return generator
+
+
+def _num_processes() -> int:
+    """Those that torchrun has started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _config_of(model: str, revision: str | None) -> ModelConfig:
@@ -208,6 +215,12 @@ def _reply(generator: Generator, messages: list[Message], params: SamplingParams
     except ValueError as err:
         print(f"(cannot reply: {err})", file=sys.stderr)
     return None
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if _num_processes() > 1:
+        raise ValueError("bench measures one process; start it without torchrun")
+    return bench_main(args.options)
 
 
 def _info(args: argparse.Namespace) -> int:

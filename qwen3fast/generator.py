@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import load_model, read_generation_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.config import as_id_tuple
 from qwen3fast.engine import (
@@ -26,11 +26,13 @@ from qwen3fast.engine import (
     Runner,
     Scheduler,
     UncachedRun,
+    lead_or_follow,
 )
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.handle import RequestHandle
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
+from qwen3fast.parallel import Ranks
 from qwen3fast.prompt import Overflow, Prompt
 from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.requests import RequestBuilder
@@ -49,7 +51,7 @@ class Generator:
     `close()` or a `with` statement to release memory early.
 
     Attributes:
-        model: the Qwen3 module. config: its ModelConfig.
+        model: the Qwen3 module, or this process's part of it. config: its ModelConfig.
         tokenizer: None for random weights, which have no text.
         default_params: the checkpoint's sampling preset, every field set.
     """
@@ -69,11 +71,13 @@ class Generator:
         prefix_reuse: bool = True,
         max_queue: int = 1024,
         threads: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Wrap a loaded model; see `from_pretrained` for the parameters.
 
         source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along; it may
             be a GGUF file.
+        ranks: the processes that the model was split over.
 
         Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
         """
@@ -98,7 +102,12 @@ class Generator:
         cache = StaticKVCache(config, max_batch_size, max_seq_len, cache_dtype, self.device)
         if self.device.type == "cpu":
             use_threads(threads)
+        if ranks is not None and compile == "auto":
+            compile = True  # ranks that try a compiled form at different times would wait for each other for ever
         engine = Engine(model, cache, self.device, compile, cuda_graphs)
+        self._ranks = ranks
+        if ranks is not None:
+            engine = lead_or_follow(engine, ranks)
         self._runner = Runner(Scheduler(engine, prefix_reuse))
         self._admission = Admission(max_queue)
         self._builder = RequestBuilder(
@@ -127,6 +136,7 @@ class Generator:
         progress: bool = False,
         adapter: str | Path | None = None,
         check_weights: bool = False,
+        tensor_parallel: bool = False,
     ) -> Generator:
         """Load a model and its tokenizer.
 
@@ -138,9 +148,13 @@ class Generator:
         tie). prefix_reuse: rows keep what they computed, and a prompt that begins alike goes on from there (switch it
         off to change weights in place). max_queue: requests that `submit` and `astream` let wait. threads: of the CPU,
         for the whole process; by default one a core. progress: show a bar while weights load.
+        tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets a
+        Generator like any other. In the others this does not return: they do their part of its steps until it is
+        closed, and end then (SystemExit). compile="auto" is True there.
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
         use_threads(threads)  # loading quantises
+        ranks = Ranks.start(choose_device(device).type) if tensor_parallel else None
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):  # what is soon read and may be damaged comes before the weights
             folder = resolve_source(source, revision)
@@ -162,6 +176,7 @@ class Generator:
             prefix_reuse=prefix_reuse,
             max_queue=max_queue,
             threads=threads,
+            ranks=ranks,
         )
 
     @overload
@@ -408,10 +423,12 @@ class Generator:
     def save_quantized(self, folder: str | Path) -> None:
         """Write the quantised weights, with config and tokenizer, as a folder that `from_pretrained` loads at once.
 
-        Raises: ValueError for a model that is not quantised; OSError if the folder cannot be written.
+        Raises: ValueError for a model that is not quantised, or split; OSError if the folder cannot be written.
         """
         if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
             raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
+        if self._ranks is not None:
+            raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
         if self.config.quantization is None:
             raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
         save_model(self.model, Path(folder), self._source_folder)

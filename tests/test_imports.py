@@ -23,6 +23,7 @@ ORDER = [
     "kv_cache",
     "model",
     "quantization",
+    "parallel",
     "processors",
     "sampling",
     "sampling_params",

@@ -328,7 +328,7 @@ def test_devices_without_kernels_are_refused_before_anything_is_read(tmp_path, m
     for source, quantization in ((tmp_path, None), ("random:0.6b", "fp8")):
         with pytest.raises(ValueError, match="'fp8' runs on cuda devices, not on cpu; there, use int8 or int4"):
             load_model(source, quantization=quantization)
-    monkeypatch.setattr("qwen3fast.checkpoint.load._choose_device", lambda device: torch.device("mps"))
+    monkeypatch.setattr("qwen3fast.checkpoint.load.choose_device", lambda device: torch.device("mps"))
     with pytest.raises(ValueError, match="'int8' runs on cpu and cuda devices, not on mps; use device='cpu'"):
         load_model("random:0.6b", quantization="int8")
 

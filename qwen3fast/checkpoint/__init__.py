@@ -1,5 +1,6 @@
 """Where weights come from: a hub id, a folder, a GGUF file, the shipped tiny model or random numbers -> a module."""
 
+from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.load import empty_model, load_model
 from qwen3fast.checkpoint.lora import merge_lora
 from qwen3fast.checkpoint.metadata import read_config, read_generation_config, read_tokenizer
@@ -8,6 +9,7 @@ from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
 
 __all__ = [
+    "choose_device",
     "empty_model",
     "load_model",
     "load_weights",

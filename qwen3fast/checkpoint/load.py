@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from qwen3fast.checkpoint.gguf import Header, choose_formats, config_of, load_gguf_weights, read_header, replace_layers
+from qwen3fast.checkpoint.choices import choose_device, choose_dtype
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import OnAssigned, load_weights, refuse_size
-from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.checkpoint.weights import load_weights, refuse_size
+from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Ranks, Split, connect
 from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
 from qwen3fast.quantization.formats import fits
-from qwen3fast.quantization.linear import QuantizedLinear
 
 
 def load_model(
@@ -30,6 +31,7 @@ def load_model(
     output_projection: bool = True,
     adapter: str | Path | None = None,
     check_weights: bool = False,
+    ranks: Ranks | None = None,
 ) -> Qwen3:
     """The bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
@@ -44,57 +46,30 @@ def load_model(
     adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
     check_weights: refuse NaN and infinity in weights, which reads all of them once (mapped ones are otherwise read when
     they are first used).
+    ranks: the processes to split the model over; each reads, rounds and keeps its part.
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
-    chosen_device = _choose_device(device)
+    chosen_device = choose_device(device)
     rounded_to = None if quantization == DEQUANTIZE else quantization
-    on_assigned: OnAssigned | None = None
     if rounded_to is not None:
         prepare_quantization(rounded_to, chosen_device)
-        on_assigned = partial(_round_experts, rounded_to)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
+    options = _Options(
+        chosen_device, dtype, quantization, output_projection, adapter is not None, check_weights, ranks, progress
+    )
     if str(source).startswith("random:"):
-        name, _, seed = str(source).removeprefix("random:").partition(":")
-        if seed and not seed.isdecimal():
-            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
-        if quantization == DEQUANTIZE:
-            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
-        config = ModelConfig.named(name)
-        chosen_dtype = _choose_dtype(dtype, config)
-        model = random_model(config, chosen_device, chosen_dtype, int(seed or 0), on_assigned)
-        if not output_projection:
-            _leave_out_projection(model)
+        model, split = options.load_random(str(source))
     elif (folder := resolve_source(source, revision)).is_file():
-        header = read_header(folder)
-        chosen_dtype = _choose_dtype(dtype, config_of(header))
-        rounding = DEQUANTIZE if adapter is not None and quantization is not None else quantization
-        model = _load_gguf(header, chosen_device, chosen_dtype, rounding, output_projection, progress)
-        if adapter is not None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
-            raise ValueError(f"an adapter needs plain weights, which {folder} has not; add quantization='dequantize'")
+        model, split = options.load_gguf(folder), None
     else:
-        config = ModelConfig.from_folder(folder)
-        if quantization == DEQUANTIZE and config.published is None:
-            raise ValueError(f"quantization={quantization!r} is for checkpoints that others quantised; use None")
-        if quantization is not None and config.quantization not in (None, quantization):
-            raise ValueError(f"{folder} is in {config.quantization} already; {quantization} needs the original weights")
-        chosen_dtype = _choose_dtype(dtype, config)
-        if config.quantization is not None:
-            prepare_quantization(config.quantization, chosen_device)
-        refuse_size(config, folder)
-        model = build_on_meta(config)
-        if not output_projection:
-            _leave_out_projection(model)
-        if config.quantization is not None:
-            quantize_model(model, config.quantization, chosen_dtype)
-        _load(
-            model, folder, chosen_device, chosen_dtype, progress, quantization, adapter is not None, on_assigned,
-            check_weights,
-        )  # fmt: skip
+        model, split = options.load_folder(folder)
     if adapter is not None:
         merge_lora(model, adapter, check_weights)
     if rounded_to is not None and model.config.quantization is None:
-        quantize_model(model, rounded_to, chosen_dtype, progress)
+        quantize_model(model, rounded_to, choose_dtype(dtype, model.config), progress)
+    if split is not None and ranks is not None:
+        connect(model, split, ranks)
     return model
 
 
@@ -119,92 +94,128 @@ def empty_model(source: Path) -> Qwen3:
     return model
 
 
-def _load_gguf(
-    header: Header,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: str | None,
-    output_projection: bool,
-    progress: bool,
-) -> Qwen3:
-    config = config_of(header)
-    formats = choose_formats(header, config, quantization)
-    names = {format.name for format in formats.values()}
-    for name in names:
-        prepare_quantization(name, device)
-    model = build_on_meta(config)
-    if not output_projection:
-        _leave_out_projection(model)
-    load_gguf_weights(model, header, formats, device, dtype, progress)
-    packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
-    if len(names) == 1 and all(name in formats for name in packable):
-        model.config = replace(config, quantization=names.pop())  # as if we had rounded it
-    return model
+@dataclass(frozen=True)
+class _Options:
+    """What `load_model` was asked for, whatever the source. has_adapter: one is to be merged into the weights."""
 
+    device: torch.device
+    dtype: str | torch.dtype
+    quantization: str | None
+    output_projection: bool
+    has_adapter: bool
+    check_weights: bool
+    ranks: Ranks | None
+    progress: bool
 
-def _load(
-    model: Qwen3,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: bool,
-    quantization: str | None,
-    has_adapter: bool,
-    on_assigned: OnAssigned | None,
-    check_weights: bool,
-) -> None:
-    """Fill the model; layers that others quantised get the weights that `load_model` promises.
+    def load_random(self, source: str) -> tuple[Qwen3, Split | None]:
+        """Of "random:NAME" or "random:NAME:SEED"."""
+        name, _, seed = source.removeprefix("random:").partition(":")
+        if seed and not seed.isdecimal():
+            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+        config = ModelConfig.named(name)
+        self._refuse_dequantizing(config)
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        model = random_model(config, self.device, dtype, int(seed or 0), self._on_assigned, split)
+        self._leave_out_projection(model)
+        return model, split
 
-    Raises: ValueError for an adapter that would be merged into weights that stay rounded, and what `load_weights` does.
-    """
-    published = model.config.published
-    if published is None:
-        load_weights(model, folder, device, dtype, progress, None, on_assigned, check_weights)
-        return
-    format = published.loaded_as if quantization is None else quantization
-    if has_adapter and quantization is None and format is not None:
-        raise ValueError(
-            f"an adapter needs the original weights; those of {folder} ({published.describe()}) would be loaded in "
-            f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and round afterwards"
+    def load_folder(self, folder: Path) -> tuple[Qwen3, Split | None]:
+        """Of a folder with safetensors."""
+        config = ModelConfig.from_folder(folder)
+        self._refuse_dequantizing(config)
+        if self.quantization is not None and config.quantization not in (None, self.quantization):
+            raise ValueError(
+                f"{folder} is in {config.quantization} already; {self.quantization} needs the original weights"
+            )
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        if config.quantization is not None:
+            prepare_quantization(config.quantization, self.device)
+        refuse_size(config, folder)
+        model = build_on_meta(config) if split is None else split.build_on_meta()
+        self._leave_out_projection(model)
+        if config.quantization is not None:
+            quantize_model(model, config.quantization, dtype)
+        format = self._format_of_published(config, folder)
+        load_weights(
+            model, folder, self.device, dtype, self.progress, format, self._on_assigned, self.check_weights, split
         )
-    if has_adapter or format == DEQUANTIZE:
-        format = None
-    if format is not None:
-        prepare_quantization(format, device)
-    load_weights(model, folder, device, dtype, progress, format, on_assigned, check_weights)
-    kept = plain_modules(model) if format is not None and quantization is None else ()
-    in_format = format if quantization is None else None  # else the rest is to be quantised, too
-    model.config = replace(model.config, published=None, quantization=in_format, modules_to_not_convert=kept)
+        if config.published is not None:
+            kept = plain_modules(model) if format is not None and self.quantization is None else ()
+            in_format = format if self.quantization is None else None  # else the rest is to be quantised, too
+            model.config = replace(config, published=None, quantization=in_format, modules_to_not_convert=kept)
+        return model, split
+
+    def load_gguf(self, file: Path) -> Qwen3:
+        """Of a GGUF file."""
+        if self.ranks is not None:
+            raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
+        header = read_header(file)
+        config = config_of(header)
+        rounding = DEQUANTIZE if self.has_adapter and self.quantization is not None else self.quantization
+        formats = choose_formats(header, config, rounding)
+        names = {format.name for format in formats.values()}
+        if self.has_adapter and names:
+            raise ValueError(f"an adapter needs plain weights, which {file} has not; add quantization='dequantize'")
+        for name in names:
+            prepare_quantization(name, self.device)
+        model = build_on_meta(config)
+        self._leave_out_projection(model)
+        load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
+        packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
+        if len(names) == 1 and all(name in formats for name in packable):
+            model.config = replace(config, quantization=names.pop())  # as if we had rounded it
+        return model
+
+    @property
+    def _on_assigned(self) -> partial[None] | None:
+        """Experts are rounded as soon as a layer's are there."""
+        name = self.quantization
+        return None if name in (None, DEQUANTIZE) else partial(_round_experts, name)
+
+    def _refuse_dequantizing(self, config: ModelConfig) -> None:
+        if self.quantization == DEQUANTIZE and config.published is None:
+            raise ValueError(f"quantization={DEQUANTIZE!r} is for checkpoints that others quantised; use None")
+
+    def _leave_out_projection(self, model: Qwen3) -> None:
+        if not self.output_projection and not model.config.tie_word_embeddings:
+            model.register_module("lm_head", None)
+
+    def _format_of_published(self, config: ModelConfig, folder: Path) -> str | None:
+        """The format that layers which others quantised get; None for plain weights.
+
+        Raises: ValueError for an adapter that would be merged into weights that stay rounded.
+        """
+        if config.published is None:
+            return None
+        format = config.published.loaded_as if self.quantization is None else self.quantization
+        if self.has_adapter and self.quantization is None and format is not None:
+            raise ValueError(
+                f"an adapter needs the original weights; those of {folder} ({config.published.describe()}) would be "
+                f"loaded in {format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and round "
+                "afterwards"
+            )
+        if self.has_adapter or format in (None, DEQUANTIZE):
+            return None
+        prepare_quantization(format, self.device)
+        return format
+
+    def _split(self, config: ModelConfig) -> Split | None:
+        """This process's part of the model; None if it is not split.
+
+        Raises: ValueError for what cannot be split, or not yet.
+        """
+        if self.ranks is None:
+            return None
+        if self.has_adapter:
+            raise ValueError("adapter= is not supported with tensor parallelism yet; merge it into the weights first")
+        if config.quantization is not None or config.published is not None:
+            format = config.quantization or (config.published and config.published.loaded_as) or "int8"
+            raise ValueError(
+                f"a checkpoint that is in {config.quantization or 'a published format'} already cannot be split over "
+                f"processes yet; load the original weights with quantization={format!r}"
+            )
+        return Split(config, self.ranks.rank, self.ranks.size)
 
 
 def _round_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
     quantize_experts(model, quantization, parameter_name.rpartition(".")[0])
-
-
-def _leave_out_projection(model: Qwen3) -> None:
-    if not model.config.tie_word_embeddings:
-        model.register_module("lm_head", None)
-
-
-def _choose_device(device: str | torch.device) -> torch.device:
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
-    if chosen.type == "cuda" and chosen.index is not None and chosen.index != torch.cuda.current_device():
-        raise ValueError(
-            f"device {device!r} is not the current CUDA device; set CUDA_VISIBLE_DEVICES={chosen.index}, or call "
-            f"torch.cuda.set_device({chosen.index}), and use device='cuda'"
-        )
-    return chosen
-
-
-def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return config.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]

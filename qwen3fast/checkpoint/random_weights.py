@@ -7,6 +7,7 @@ import torch
 from qwen3fast.checkpoint.weights import OnAssigned, assign
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Split
 
 STANDARD_DEVIATION = 0.02
 # Sharper attention than 1 gives: replies then vary from token to token, so that comparing tokens means something.
@@ -20,22 +21,26 @@ def random_model(
     dtype: torch.dtype,
     seed: int = 0,
     on_assigned: OnAssigned | None = None,
+    split: Split | None = None,
 ) -> Qwen3:
     """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 1.5; biases 0).
 
     Values are read cyclically from a pool of 16.8 million normal numbers, each tensor from its own start: drawing every
-    weight anew would take several times longer and measure the same.
+    weight anew would take several times longer and measure the same. split: keep this part of each tensor.
     """
     rng = torch.Generator().manual_seed(seed)
     pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)
-    model = build_on_meta(config)
-    for name, parameter in list(model.named_parameters()):
+    whole = build_on_meta(config)
+    model = whole if split is None else split.build_on_meta()
+    for name, parameter in list(whole.named_parameters()):
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.dim() >= 2:
             _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
             tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)
+        if split is not None:
+            tensor = split.take(name, tensor).clone()  # not a view: the rest is to be freed
         assign(model, name, tensor, on_assigned)
     model.tie_weights()
     return model

@@ -2,7 +2,7 @@
 
 Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
 nothing. Otherwise one tensor at a time is converted or moved, so the peak is one model plus one tensor. Experts that
-are tensors of their own are copied into stacks.
+are tensors of their own are copied into stacks. Of a model over several processes, each reads its part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qwen3fast.checkpoint.checks import dtype_problem, no_weights, non_finite
 from qwen3fast.checkpoint.experts import ExpertStacks
 from qwen3fast.checkpoint.published import PublishedLayer, PublishedLayers
 from qwen3fast.config import ModelConfig, read_json
-from qwen3fast.model import Qwen3
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
 from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
@@ -43,8 +44,11 @@ def load_weights(
     quantization: str | None = None,
     on_assigned: OnAssigned | None = None,
     check_weights: bool = False,
+    split: Split | None = None,
 ) -> None:
-    """Fill `model` (on meta) from the safetensors of `folder`. check_weights: look for NaN and infinity, in `dtype`.
+    """Fill `model` (on meta) from the safetensors of `folder`.
+
+    check_weights: look for NaN and infinity, in `dtype`. split: of which part of the weights it is a model.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
     out, that some hold each expert's tensors apart (see experts.py), and that published quantised layers (of
@@ -57,7 +61,7 @@ def load_weights(
     files = tensors_by_file(folder)
     _read_ahead(list(files))
     all_names = {name for names in files.values() for name in names}
-    filler = _Filler(model, device, dtype, quantization, on_assigned, check_weights, all_names, progress)
+    filler = _Filler(model, device, dtype, quantization, on_assigned, check_weights, split, all_names, progress)
     for file, names in files.items():
         with open_tensors(file) as tensors:
             available = dict.fromkeys(tensors.keys())
@@ -83,16 +87,18 @@ class _Filler:
         quantization: str | None,
         on_assigned: OnAssigned | None,
         check_weights: bool,
+        split: Split | None,
         names: set[str],
         progress: bool,
     ) -> None:
-        self._on_assigned, self._check_weights = on_assigned, check_weights
+        self._on_assigned, self._check_weights, self._split = on_assigned, check_weights, split
         self._model, self._device, self._dtype = model, device, dtype
         self._format = None if quantization is None else get_format(quantization)
-        self._expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._expected = _shapes(model)
         self._stacks = ExpertStacks(self._expected, device, dtype)
-        pieces = {name: piece.shape for name, piece in self._stacks.pieces.items()}
-        self._shapes = self._expected | pieces
+        whole = self._expected if split is None else _shapes(build_on_meta(split.config))  # as files have them
+        pieces = {name: piece.shape for name, piece in ExpertStacks(whole, device, dtype).pieces.items()}
+        self._shapes = whole | pieces
         linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         weights = {name: shape for name, shape in self._expected.items() if name in linears} | pieces
         self._layers = PublishedLayers(model.config.published, weights, {self._place(name) for name in names}, device)
@@ -130,9 +136,10 @@ class _Filler:
         elif self._is_loaded(place) or (part is not None and not self._layers.awaits(place)):
             self.problems.append(f"{name} in {file}: {place} was there already")
         elif part is None:
-            self._put_plain(place, _aligned(tensors.get_tensor(name)), f"{name} in {file}")
-        elif (whole := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
-            self._put_layer(*whole)
+            tensor = tensors.get_tensor(name) if self._split is None else self._split.take(name, stored)
+            self._put_plain(place, _aligned(tensor), f"{name} in {file}")
+        elif (layer := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
+            self._put_layer(*layer)
 
     def _is_loaded(self, place: str) -> bool:
         pieces = self._stacks.pieces
@@ -175,6 +182,10 @@ class _Filler:
         texts = {name: f"shape {self._shapes[name]}" for name in names}
         texts |= {name: self._layers.describe(name) for names in parts.values() for name in names}
         return [f"{name}: missing, expected {text}" for name, text in texts.items() if name not in reported]
+
+
+def _shapes(model: Qwen3) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def tensors_by_file(folder: Path) -> dict[Path, list[str]]:
@@ -241,8 +252,8 @@ def open_tensors(file: Path):
 def _read_ahead(files: list[Path]) -> None:
     """Ask the system to begin reading files, in order, and return at once: it reads while compilers are imported.
 
-    Mapped pages are else read when each is first touched: of a disk that others used, too, 1.2 GB then took 3 to 6 s,
-    and 1 to 1.4 s so. What would fill most of the memory is left alone, as its pages would push each other out.
+    Mapped pages are else read when each is first touched, in small pieces. What would fill most of the memory is left
+    alone, as its pages would push each other out.
     """
     with suppress(OSError, ValueError, AttributeError):  # it is only advice, and not every system takes it
         if sum(file.stat().st_size for file in files) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:

@@ -1,9 +1,10 @@
-"""How steps run: compile.py, parts.py, prefill.py, decode.py, cuda_graph.py, token_ring.py, engine.py, request.py,
-kept_rows.py, scheduler.py, runner.py, admission.py, uncached.py, in this order."""
+"""How steps run: compile.py, parts.py, prefill.py, decode.py, cuda_graph.py, token_ring.py, engine.py, leading.py,
+request.py, kept_rows.py, scheduler.py, runner.py, admission.py, uncached.py, in this order."""
 
 from qwen3fast.engine.admission import Admission, QueueFullError
 from qwen3fast.engine.decode import StepKind
 from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.leading import lead_or_follow
 from qwen3fast.engine.request import Request
 from qwen3fast.engine.runner import ClosedError, Runner
 from qwen3fast.engine.scheduler import Scheduler
@@ -19,5 +20,6 @@ __all__ = [
     "Scheduler",
     "StepKind",
     "UncachedRun",
+    "lead_or_follow",
     "run_uncached",
 ]

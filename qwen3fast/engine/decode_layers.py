@@ -6,7 +6,7 @@ Block by block, each of a token's many short products costs a call from Python, 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
@@ -67,8 +67,8 @@ def _has_alike_inputs(block: Block) -> bool:
     return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
 
 
-def _is_served(linear: Linear | QuantizedLinear) -> bool:
-    if linear.bias is not None:
+def _is_served(linear: nn.Module) -> bool:
+    if not isinstance(linear, Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
         return False
     if isinstance(linear, QuantizedLinear):
         return "cpu" in linear.format.devices

@@ -1,0 +1,33 @@
+"""What "auto" and names mean: devices, dtypes."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3fast.config import DTYPES, ModelConfig
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that a name means; "auto" takes CUDA where there is one. Raises: ValueError if it is not there."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index != torch.cuda.current_device():
+        raise ValueError(
+            f"device {device!r} is not the current CUDA device; set CUDA_VISIBLE_DEVICES={chosen.index}, or call "
+            f"torch.cuda.set_device({chosen.index}), and use device='cuda'"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    """The dtype that a name means; "auto" takes the checkpoint's. Raises: ValueError for an unknown name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

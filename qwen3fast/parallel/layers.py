@@ -1,0 +1,68 @@
+"""Three wrappers that make a rank's smaller layers compute what the whole ones do.
+
+B batch   T tokens   E hidden_size   V vocabulary   P part of it
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qwen3fast.model import MoE, Qwen3
+from qwen3fast.parallel.ranks import Ranks
+from qwen3fast.parallel.split import Split
+
+
+class SumOverRanks(nn.Module):
+    """A layer that knows some of its inputs (or of its experts' neurons): ranks' outputs are added up."""
+
+    def __init__(self, layer: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.layer, self.ranks = layer, ranks
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """The whole layer's output, on every rank."""
+        return self.ranks.sum(self.layer(x_BTE))
+
+
+class EmbeddingOverRanks(nn.Module):
+    """Token embedding: the rank that holds a token's row gives it, the others give zeros."""
+
+    def __init__(self, embedding: nn.Module, vocabulary: slice, ranks: Ranks) -> None:
+        super().__init__()
+        self.embedding, self.vocabulary, self.ranks = embedding, vocabulary, ranks
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        """token_BT: int64 ids of the whole vocabulary. Returns (B, T, E)."""
+        first, end = self.vocabulary.start, self.vocabulary.stop
+        is_own_BT = (token_BT >= first) & (token_BT < end)
+        x_BTE = self.embedding(torch.where(is_own_BT, token_BT - first, 0))
+        return self.ranks.sum(torch.where(is_own_BT[..., None], x_BTE, 0))
+
+
+class LogitsOverRanks(nn.Module):
+    """Output projection: each rank computes the logits of its tokens, and gets the others'.
+
+    So all ranks see the same bits, and a sampler chooses the same tokens everywhere.
+    """
+
+    def __init__(self, projection: nn.Module, vocab_size: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.projection, self.vocab_size, self.ranks = projection, vocab_size, ranks
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, (B, T, V)."""
+        logits_BTP = self.projection(x_BTE)
+        logits_NV = self.ranks.gather(logits_BTP.flatten(0, 1), self.vocab_size)
+        return logits_NV.view(*x_BTE.shape[:2], self.vocab_size)
+
+
+def connect(model: Qwen3, split: Split, ranks: Ranks) -> None:
+    """Put the wrappers into this rank's part of a model, whose weights are there (and quantised, if they are to be)."""
+    for name, module in list(model.named_modules()):
+        if ranks.rank > 0 and name.endswith("o_proj") and module.bias is not None:
+            module.bias.zero_()  # it must be added once
+        if name.endswith((".self_attn.o_proj", ".mlp.down_proj")) or isinstance(module, MoE):
+            model.set_submodule(name, SumOverRanks(module, ranks))
+    model.set_submodule("model.embed_tokens", EmbeddingOverRanks(model.model.embed_tokens, split.vocabulary, ranks))
+    model.set_submodule("lm_head", LogitsOverRanks(model.lm_head, split.config.vocab_size, ranks))

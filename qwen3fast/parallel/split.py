@@ -1,0 +1,111 @@
+"""Split: which part of each weight a rank holds. Arithmetic alone; nothing here talks to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3fast.config import ModelConfig
+from qwen3fast.model import Qwen3, build_on_meta
+
+# The dimension that a layer's weight (out, in) is split along. Split by outputs ("column-wise"), each rank computes
+# some of them from all inputs: whole heads, or whole neurons. The layer after it, split by inputs ("row-wise"), takes
+# these where they are, and gives a sum that lacks the other ranks' share.
+SPLIT_DIM = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "o_proj": 1,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "down_proj": 1,
+    "embed_tokens": 0,
+    "lm_head": 0,
+}
+STACKED_SPLIT_DIM = {"gate_up_proj": 1, "down_proj": 2}  # of `Experts`, which come first
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension that a parameter or a checkpoint's tensor of this name is split along; None if ranks hold it whole.
+
+    That is DTensor's Shard(dim) or Replicate().
+    """
+    *_, module, parameter = name.split(".")
+    if module == "experts":
+        return STACKED_SPLIT_DIM[parameter]
+    dim = SPLIT_DIM.get(module)
+    return None if dim == 1 and parameter == "bias" else dim
+
+
+@dataclass(frozen=True)
+class Split:
+    """The part of rank `rank` of `size` of a model with this config.
+
+    Raises: ValueError, when built, if the model cannot be split in so many parts.
+    """
+
+    config: ModelConfig
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        c = self.config
+        names = ["num_key_value_heads", "intermediate_size", *(["moe_intermediate_size"] if c.num_experts else [])]
+        sizes = {name: getattr(c, name) for name in names}  # query heads are a multiple of key/value heads
+        for name, value in sizes.items():
+            if value % self.size:
+                possible = [n for n in range(1, c.num_key_value_heads + 1) if all(v % n == 0 for v in sizes.values())]
+                raise ValueError(
+                    f"{name} ({value}) cannot be split over {self.size} processes; this model can be split over "
+                    f"{', '.join(map(str, possible))}"
+                )
+        if self.vocabulary.start >= c.vocab_size:
+            raise ValueError(f"vocab_size {c.vocab_size} is too small to be split over {self.size} processes")
+
+    @property
+    def vocabulary(self) -> slice:
+        """The tokens whose rows of embedding and output projection this rank holds."""
+        return self._own(self.config.vocab_size)
+
+    @property
+    def local_config(self) -> ModelConfig:
+        """That of this rank's part; but its vocab_size is the whole one, as every rank gets all logits."""
+        c = self.config
+        return replace(
+            c,
+            num_attention_heads=c.num_attention_heads // self.size,
+            num_key_value_heads=c.num_key_value_heads // self.size,
+            intermediate_size=c.intermediate_size // self.size,
+            moe_intermediate_size=c.moe_intermediate_size // self.size,
+        )
+
+    def build_on_meta(self) -> Qwen3:
+        """This rank's part without memory. Each of its layers is an ordinary one, only smaller."""
+        rows = self.vocabulary.stop - self.vocabulary.start
+        model = build_on_meta(replace(self.local_config, vocab_size=rows))
+        model.config = self.local_config
+        return model
+
+    def take(self, name: str, whole: Any) -> Tensor:
+        """This rank's part of a tensor, contiguous. whole: a Tensor, or one in a file (safetensors' slice), of which
+        only that part is copied, or, where it lies in one piece, none: it is the mapped pages then."""
+        dim = split_dim(name)
+        if dim is None:
+            return whole[:]
+        shape = whole.shape if isinstance(whole, Tensor) else whole.get_shape()
+        rows = [self._own(shape[dim])]
+        if name.endswith("experts.gate_up_proj"):  # gate's, then up's
+            half = shape[dim] // 2
+            own = self._own(half)
+            rows = [own, slice(own.start + half, own.stop + half)]
+        every = (slice(None),) * dim
+        parts = [whole[every + (r,)] for r in rows]  # noqa: RUF005  the other way needs Python 3.11
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+    def _own(self, size: int) -> slice:
+        """As `torch.chunk` and DTensor's Shard: parts of the same size, but the last ones may be smaller."""
+        part = -(-size // self.size)
+        return slice(min(self.rank * part, size), min((self.rank + 1) * part, size))
