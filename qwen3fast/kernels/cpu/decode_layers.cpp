@@ -8,10 +8,8 @@
 // result does not depend on the rows beside it, unless there are more threads than key/value heads: then by rounding.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "attend.h"
@@ -20,28 +18,6 @@
 #include "products.h"
 
 namespace {
-
-// Where threads wait for each other.
-struct Barrier {
-  int threads = 1;
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int> round{0};
-
-  void wait() {
-    const int current = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(current + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
-#ifdef __x86_64__
-      __builtin_ia32_pause();
-#endif
-      if (spins > 20000) std::this_thread::yield();  // another program has the processor of a thread waited for
-    }
-  }
-};
 
 struct Range {
   int64_t begin, end;

@@ -5,14 +5,13 @@
 //
 //   N tokens   C experts a token   P = N * C pairs   X experts   E hidden size   I intermediate size
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "ops.h"
+#include "parallel.h"
 #include "products.h"
 
 namespace {
@@ -48,9 +47,10 @@ void share_pairs(std::vector<Group>& groups, int64_t P, int thread, int threads,
 }
 
 // Multiplies this thread's share of the blocks of all groups: y (P, N) = rows of the groups times their experts' weights,
-// (N, K) each.
+// (N, K) each. Calls done(group, first column, column after the last) for each part of the result.
+template <typename Done>
 void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, const Linear& all, int64_t X, BFloat16* y,
-                  int thread, int threads) {
+                  int thread, int threads, const Done& done) {
   const int64_t N = all.N / X, blocks = N / kLanes;
   const int64_t bytes = N * all.K * all.bits / 8, scales = all.bits == 8 ? N * 4 : N * all.K / kGroup * 2;  // an expert's
   int64_t total = 0, before = 0;
@@ -63,7 +63,10 @@ void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, co
     const int64_t begin = block(total * thread / threads), end = block(total * (thread + 1) / threads);
     const Weight weight{static_cast<const uint8_t*>(all.weight) + group.expert * bytes,
                         static_cast<const uint8_t*>(all.scale) + group.expert * scales, blocks, y + group.first * N};
-    if (begin < end) packed_blocks(group.*rows, group.count, weight, all.bits, begin, end, N, all.K);
+    if (begin < end) {
+      packed_blocks(group.*rows, group.count, weight, all.bits, begin, end, N, all.K);
+      done(group, begin * kLanes, end * kLanes);
+    }
     before += cost * blocks;
   }
 }
@@ -82,26 +85,29 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
   const auto inner = std::make_unique_for_overwrite<BFloat16[]>(P * 2 * I);  // gate, then up, of each pair
   const auto sorted = std::make_unique_for_overwrite<BFloat16[]>(P * E);
   threads = std::clamp<int64_t>(P * I * E / kGrain, 1, threads);
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num(), given = omp_get_num_threads();  // may be fewer than asked for
+#pragma omp single
+    barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
+    const int thread = omp_get_thread_num(), given = omp_get_num_threads();
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
       group.x.round_row(x + order[p] / C * E, row, E, bits);
     });
-#pragma omp barrier
-    share_blocks(groups, &Group::x, *gate_up, X, inner.get(), thread, given);
-#pragma omp barrier
+    barrier.wait();
+    share_blocks(groups, &Group::x, *gate_up, X, inner.get(), thread, given, [](const Group&, int64_t, int64_t) {});
+    barrier.wait();
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner.get() + p * 2 * I;
       gate_values(gate, gate + I, I);
       group.inner.round_row(gate, row, I, bits);
     });
-#pragma omp barrier
-    share_blocks(groups, &Group::inner, *down, X, sorted.get(), thread, given);
-#pragma omp barrier
-    share_pairs(groups, P, thread, given, [&](Group&, int64_t, int64_t p) {
-      std::copy_n(sorted.get() + p * E, E, y + order[p] * E);
-    });
+    barrier.wait();
+    share_blocks(groups, &Group::inner, *down, X, sorted.get(), thread, given,
+                 [&](const Group& group, int64_t begin, int64_t end) {
+                   for (int64_t p = group.first; p < group.first + group.count; p++)
+                     std::copy_n(sorted.get() + p * E + begin, end - begin, y + order[p] * E + begin);
+                 });
   }
   return true;
 }

@@ -5,7 +5,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <thread>
 
 // Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do.
 template <typename Work>
@@ -18,3 +20,25 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& wor
     work(count * thread / given, count * (thread + 1) / given);
   }
 }
+
+// Where threads wait for each other.
+struct Barrier {
+  int threads = 1;
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> round{0};
+
+  void wait() {
+    const int current = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(current + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+      if (spins > 20000) std::this_thread::yield();  // another program has the processor of a thread waited for
+    }
+  }
+};
