@@ -110,8 +110,10 @@ def run(prompts: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str
 
     Raises: ImportError without Ray.
     """
-    import ray  # an optional extra
-
+    try:
+        import ray
+    except ImportError as err:
+        raise ImportError("this program needs Ray: pip install -e '.[ray]'") from err
     ray.init(address=args.address, log_to_driver=args.verbose, ignore_reinit_error=True)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -168,11 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     todo = [row for row in prompts if row["id"] not in done]
     failed = 0
-    with args.replies.open("a", encoding="utf-8") as output:
-        for text in run(todo, args) if todo else ():
-            output.write(text + "\n")
-            output.flush()
-            failed += "error" in json.loads(text)
+    try:
+        with args.replies.open("a", encoding="utf-8") as output:
+            for text in run(todo, args) if todo else ():
+                output.write(text + "\n")
+                output.flush()
+                failed += "error" in json.loads(text)
+    except ImportError as err:
+        print(f"ray_batch: error: {err}", file=sys.stderr)
+        return 2
     print(f"{len(todo)} replies, {failed} of them errors; {len(prompts) - len(todo)} were there already")
     return 1 if failed else 0
 

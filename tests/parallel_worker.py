@@ -73,8 +73,8 @@ def logits(generator: Generator) -> list[list[float]]:
 
 
 def greedy(generator: Generator) -> dict[str, Any]:
-    """Greedy replies and logits."""
-    replies = [result.token_ids for result in generator.generate(PROMPTS, GREEDY)]
+    """Greedy replies to the first prompts, logits, and bytes of weights."""
+    replies = [result.token_ids for result in generator.generate(PROMPTS[:4], GREEDY)]
     return {"greedy": replies, "logits": logits(generator), "bytes": generator.stats.weight_bytes}
 
 
@@ -102,11 +102,11 @@ def die(self: Engine, *arguments: Any) -> None:
 # A program, and what its Generator is built with.
 CASES: dict[str, tuple[Callable[[Generator], dict[str, Any]], dict[str, Any]]] = {
     "everything": (everything, {"compile": False, "max_batch_size": 3}),
-    "greedy": (greedy, {"compile": False}),
-    "experts": (greedy, {"compile": False}),
+    "greedy": (greedy, {"compile": False, "max_batch_size": 3}),
+    "experts": (greedy, {"compile": False, "max_batch_size": 3}),
     "compiled": (compiled, {"compile": "auto"}),
     "int8": (greedy, {"compile": False, "quantization": "int8", "kv_cache_dtype": "int8"}),
-    "open": (greedy, {"compile": False}),
+    "open": (greedy, {"compile": False, "max_batch_size": 3}),
     "dying": (dying, {"compile": False}),
     "cuda": (greedy, {"device": "cuda", "max_batch_size": 3}),
 }

@@ -82,6 +82,13 @@ def test_nothing_to_do_needs_no_ray(tmp_path, capsys):
     assert capsys.readouterr().out == "0 replies, 0 of them errors; 1 were there already\n"
 
 
+def test_without_ray_the_error_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    prompts = write_lines(tmp_path / "in", [{"prompt": "a"}])
+    assert ray_batch.main([str(prompts), str(tmp_path / "out")]) == 2
+    assert "this program needs Ray: pip install -e '.[ray]'" in capsys.readouterr().err
+
+
 def test_bad_input_is_named(tmp_path, capsys):
     assert ray_batch.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
     prompts = write_lines(tmp_path / "in", [{"prompt": "a"}])
