@@ -234,7 +234,7 @@ def _info(args: argparse.Namespace) -> int:
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{model.num_bytes():,} bytes in {_formats(model)}",
+        "weights": f"{model.num_bytes():,} bytes in {config.quantization or _formats(model)}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB a token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": config.num_hidden_layers,

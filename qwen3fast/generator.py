@@ -161,8 +161,9 @@ class Generator:
             tokenizer = read_tokenizer(folder)
             generation_config = _checked_preset(read_generation_config(folder), folder)
         model = load_model(
-            source, device, dtype, revision, progress, quantization, adapter=adapter, check_weights=check_weights
-        )
+            source, device, dtype, revision, progress, quantization,
+            adapter=adapter, check_weights=check_weights, ranks=ranks,
+        )  # fmt: skip
         return cls(
             model,
             tokenizer,

@@ -508,7 +508,7 @@ def test_load_model_random_takes_shape_and_seed_from_the_name(monkeypatch, sourc
     seen = []
     monkeypatch.setitem(load_model.__globals__, "random_model", lambda *args: seen.append(args))
     load_model(source, device="cpu")
-    assert seen == [(ModelConfig.named("0.6b"), CPU, torch.bfloat16, seed, None)]
+    assert seen == [(ModelConfig.named("0.6b"), CPU, torch.bfloat16, seed, None, None)]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from update_readme import render
+
+from qwen3fast.bench.record import load_record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import moe as benchmark
@@ -22,14 +22,13 @@ def test_dense_models_are_as_large_as_what_they_stand_for(num_experts):
     assert whole.num_parameters == mixture.num_parameters - routers
 
 
-def test_a_record_becomes_a_table():
-    steps = {"experts": [0.002, 0.004], "dense_active": [0.002, 0.002], "dense_all": [0.02, 0.06]}
-    sizes = {"parameters": 2_000_000_000, "read_parameters": 300_000_000, "read_bytes": 10}
-    models = {name: {**sizes, "step_s": step_s} for name, step_s in steps.items()}
-    case = benchmark.with_ratios({"format": "int4", "num_experts": 64, "models": models})
-    environment = {"cpu": "a processor", "threads": 2, "torch": torch.__version__}
-    record = {"suite": "moe", "cases": [case], "environment": environment, "bandwidth_gb_s": 40}
-    table = render(record | {"run": {"utc": "2026-01-01T00:00:00Z"}})
-    assert "| int4, 64 |" in table.replace("  ", "") and "2,000 million" in table
-    assert "3.00 ms" in table and "1.50x" in table and "12.50x" in table
-    assert "memory reads at 40 GB/s" in table
+def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path):
+    output = tmp_path / "moe.json"
+    options = ["--formats", "bf16", "--experts", "8", "--layers", "1", "--rounds", "2", "--new-tokens", "2"]
+    monkeypatch.setattr(benchmark, "MODE", "cached-eager")
+    monkeypatch.setattr(sys, "argv", ["moe.py", *options, "--output", str(output)])
+    benchmark.main()
+    record = load_record(output)
+    assert [case.labels["model"] for case in record.cases] == list(benchmark.MODELS)
+    assert len(record.checks) == 3 and record.passed
+    assert all([len(steps) for steps in case.samples["step_s"]] == [2, 2] for case in record.cases)

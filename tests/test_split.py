@@ -57,7 +57,7 @@ def test_parts_that_are_loaded_make_the_whole(tmp_path, changes, layout, size):
 
 def test_parts_of_random_weights_make_the_whole():
     config = small_config(**{**vars(CONFIG), **EXPERTS})
-    parts = [random_model(config, CPU, torch.float32, 3, Split(config, rank, 2)) for rank in range(2)]
+    parts = [random_model(config, CPU, torch.float32, 3, split=Split(config, rank, 2)) for rank in range(2)]
     assert_parts_make(parts, random_model(config, CPU, torch.float32, 3))
 
 
@@ -84,7 +84,7 @@ def test_a_rank_reads_its_part_alone(tmp_path, monkeypatch):
             inner = self.file.get_slice(name)
 
             class Slice:
-                get_shape = inner.get_shape
+                get_shape, get_dtype = inner.get_shape, inner.get_dtype
 
                 def __getitem__(self, index):
                     read[name] = inner[index].numel()

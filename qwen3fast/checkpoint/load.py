@@ -130,12 +130,12 @@ class _Options:
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
         if config.quantization is not None:
             prepare_quantization(config.quantization, self.device)
+        format = self._format_of_published(config, folder)
         refuse_size(config, folder)
         model = build_on_meta(config) if split is None else split.build_on_meta()
         self._leave_out_projection(model)
         if config.quantization is not None:
             quantize_model(model, config.quantization, dtype)
-        format = self._format_of_published(config, folder)
         load_weights(
             model, folder, self.device, dtype, self.progress, format, self._on_assigned, self.check_weights, split
         )
