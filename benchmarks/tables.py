@@ -88,7 +88,7 @@ def online_rows(record: Record) -> Rows:
     """Of benchmarks/batching.py: latency by format, batch size and offered load."""
     titles = ["first token p50, p99", "between tokens p50, p99 (ms)"]
     rows = [["format", "batch", "load", "offered requests/s", "tok/s", *titles]]
-    for format, size, load in unique(record, "format", "batch_size", "load", what="online"):
+    for format, size, load in sorted(unique(record, "format", "batch_size", "load", what="online")):
         case = find(record, what="online", format=format, batch_size=size, load=load)
         assert case is not None, "it was found a moment ago"
         times = [cell(case, f"{name}_{unit}", f"{name}_p99_{unit}") for name, unit in (("ttft", "s"), ("itl", "ms"))]

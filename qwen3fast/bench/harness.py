@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub.utils import tqdm
 
+from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.record import Case, Record
 
 STABLE = 0.05  # two warm-up runs in a row that differ by no more
@@ -113,7 +114,7 @@ def noise_of(record: Record) -> list[str]:
     for case in record.cases:
         name = next((name for name in MAIN_METRICS if name in case.metrics), None)
         if name is not None and (spread := case.metrics[name].spread) > LEAST_SURE:
-            unsure.append((spread, f"{case.name}: {name} +-{spread:.0%}"))
+            unsure.append((spread, f"{case.name}: {METRICS[name].title} +-{spread:.0%}"))
     if unsure:
         unsure.sort(reverse=True)
         more = f" and {len(unsure) - 3} more" if len(unsure) > 3 else ""

@@ -36,7 +36,7 @@ class Metric:
 def duration(seconds: float) -> str:
     """With its unit: 12.3 s, 1.25 s, 136 ms, 1.8 ms."""
     if seconds >= 1:
-        return f"{seconds:.3g} s"
+        return f"{short(seconds)} s"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 

@@ -41,7 +41,8 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
 def where_measured(record: Record) -> str:
     """Machine, versions, date, and a word on noise, in one line."""
     e = record.environment
-    machine = e.get("gpu") or f"{e['cpu']}, {e['threads']} threads"
+    threads = f"{e['threads']} thread{'s' if e['threads'] != 1 else ''}"
+    machine = e.get("gpu") or f"{e['cpu']}, {threads}"
     gb_s = sorted(record.conditions.get("bandwidth_gb_s", []))
     reads = f"; memory reads at {gb_s[len(gb_s) // 2]:.0f} GB/s" if gb_s else ""
     noise = "" if not record.noise else "; noisy run, see the record"

@@ -80,14 +80,14 @@ def draw(record: Record) -> Figure:
     """A waterfall of tokens per second, in a panel for each context: a bar begins where the one before ends."""
     contexts = sorted({int(c.labels["context"]) for c in record.cases if c.metrics})
     names = list(dict.fromkeys(str(c.labels["stage"]) for c in record.cases))
-    height = 1.75 + 0.46 * len(names)
+    height = 1.95 + 0.46 * len(names)
     figure = new_figure(
         record, "What each step of the design bought", f"{record.model['name']}, one request: tokens per second",
         (5.6 * len(contexts) + 2.0, height),
     )  # fmt: skip
     width = figure.get_size_inches()[0]
     for i, context in enumerate(contexts):
-        axes = figure.add_axes(((2.0 + 5.5 * i) / width, 0.62 / height, 4.6 / width, (height - 1.75) / height))
+        axes = figure.add_axes(((2.0 + 5.5 * i) / width, 0.8 / height, 4.6 / width, (height - 1.95) / height))
         before = first = None
         for row, name in enumerate(names):
             speed = next(

@@ -49,7 +49,8 @@ def draw(record: Record) -> Figure:
     first = min(int(c.labels["batch_size"]) for c in record.cases)
     speeds, limits = (by_format(record, m, first) for m in ("decode_tok_s", "limit_tok_s"))
     shares, prefill = (by_format(record, m, first) for m in ("share_of_bandwidth", "prefill_flop_s"))
-    subtitle = f"{record.model['name']}; lines: measured, dots: read bandwidth / bytes that a token must read"
+    dots = "dots: read bandwidth / bytes that a token must read; in brackets: the share of it that was reached"
+    subtitle = f"{record.model['name']}; lines: measured; {dots}"
     figure = new_figure(record, "Decoding and prefill against the machine's limits", subtitle, (14.0, 6.0))
     left, right = figure.add_axes((0.05, 0.14, 0.36, 0.66)), figure.add_axes((0.58, 0.14, 0.31, 0.66))
     log_y(left)
@@ -60,7 +61,7 @@ def draw(record: Record) -> Figure:
         if name in limits:
             draw_line(left, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
         x, y = max(line.items())
-        share = f", {shares[name][x]:.0%} of the limit" if x in shares.get(name, {}) else ""
+        share = f" ({shares[name][x]:.0%})" if x in shares.get(name, {}) else ""
         ends.append((x, y, f"{name}  {short(y)}{share}", color))
     log_x(left, [n for line in speeds.values() for n in line])
     style_axes(left, "tokens in the prompt", "tokens per second", f"decoding, batch {first}")
@@ -71,11 +72,11 @@ def draw(record: Record) -> Figure:
         draw_line(right, [(n, flop / 1e9) for n, flop in line.items()], color, name)
         x, y = max(line.items())
         ends.append((x, y / 1e9, name, color))
-    right.set_ylim(bottom=0)
     if rates := sorted(record.conditions.get("gemm_flop_s", [])):
         rate = rates[len(rates) // 2] / 1e9
         right.axhline(rate, color="#7b8794", linestyle=":", linewidth=1.3)
         ends.append((max(n for line in prefill.values() for n in line), rate, "matrix product", "#7b8794"))
+    right.set_ylim(bottom=0)
     log_x(right, [n for line in prefill.values() for n in line])
     style_axes(right, "tokens in the prompt", "GFLOP/s", "prefill")
     name_ends(right, ends)
