@@ -133,9 +133,9 @@ def test_noise_names_the_three_least_known_medians():
     cases = [make_case([10.0, 10.0 + 2 * n, 10.0 + 5 * n], context=n) for n in range(1, 6)]
     [reason] = noise_of(make_record(*cases))
     assert reason.startswith(
-        "medians known to no better than 10%: cached-eager, bf16, context 5, batch_size 1: decode_tok_s"
+        "medians known to no better than 10%: cached-eager, bf16, context 5, batch_size 1: decode tok/s"
     )
-    assert reason.count("decode_tok_s") == 3 and reason.endswith(" and 2 more")
+    assert reason.count("decode tok/s") == 3 and reason.endswith(" and 2 more")
 
 
 @pytest.mark.parametrize(("load", "is_told"), [(0.2, False), (3.0, True)])

@@ -127,7 +127,7 @@ def draw(record: Record) -> Figure:
         for phase, color in zip(PHASES, PALETTE, strict=False):
             if phase in metrics:
                 end = metrics[phase].median
-                label = titles[phase] if row == 0 else None
+                label = titles.pop(phase, None)  # named once, where it comes first
                 axes.barh(row, max(0.0, end - start), left=start, height=0.62, color=color, label=label)
                 start = max(start, end)
         words = f"  {metrics['first_token_s'].median:.1f} s"
