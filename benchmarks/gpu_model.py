@@ -21,7 +21,7 @@ from qwen3fast.config import ModelConfig
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
 CONTEXTS = (128, 1024, 8192)
 BANDWIDTH = 3.0e12  # bytes/s; assumed for an H100, whose data sheet says 3.35e12
-COMPILED = Path(__file__).parent / "results" / "gpu-compile.json"
+COMPILED = Path(__file__).parent / "gpu-compile.json"
 GAP_S = 1.0e-6  # between the end of a kernel and the start of the next one in a graph
 TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}
 

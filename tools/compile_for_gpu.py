@@ -2,7 +2,7 @@
 
     python -m venv ~/gpu-env
     ~/gpu-env/bin/pip install torch==2.14.1 numpy safetensors tokenizers huggingface_hub matplotlib jinja2
-    PYTHONPATH=. ~/gpu-env/bin/python tools/compile_for_gpu.py --output benchmarks/results/gpu-compile.json
+    PYTHONPATH=. ~/gpu-env/bin/python tools/compile_for_gpu.py --output benchmarks/gpu-compile.json
 
 It needs a PyTorch that was built for CUDA (and the Triton that comes with it), therefore an environment of its own,
 several GB large; it needs no GPU and no driver. The parts of a step are recorded on tensors without memory, lowered by
