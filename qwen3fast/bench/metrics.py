@@ -68,7 +68,6 @@ METRICS = {
     "load_s": Metric("load", "s", False, "{:.1f} s"),
     "first_token_s": Metric("first token", "s", False, "{:.1f} s"),
     "full_speed_s": Metric("full speed", "s", False, "{:.1f} s"),
-    "whole_ms": Metric("whole ms", "ms", False, "{:.2f}"),
     "operator_ms": Metric("ms", "ms", False, "{:.2f}"),
     "launches": Metric("launches", "", False, "{:.0f}"),
     "key_error": Metric("key error", "", False, "{:.2%}"),
