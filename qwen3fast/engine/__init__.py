@@ -1,5 +1,6 @@
-"""How steps run: compile.py, parts.py, prefill.py, decode.py, cuda_graph.py, token_ring.py, engine.py, leading.py,
-request.py, kept_rows.py, scheduler.py, runner.py, admission.py, uncached.py, in this order."""
+"""How steps run: record.py, compile.py, parts.py, prefill.py, decode.py, decode_layers.py, cuda_graph.py,
+token_ring.py, engine.py, leading.py, request.py, kept_rows.py, scheduler.py, runner.py, admission.py, uncached.py, in
+this order."""
 
 from qwen3fast.engine.admission import Admission, QueueFullError
 from qwen3fast.engine.decode import StepKind

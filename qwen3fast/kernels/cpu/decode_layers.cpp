@@ -1,4 +1,4 @@
-// All transformer blocks of a decode step, for 1 to 8 rows: norm, query/key/value, rotation, cache, attention, feed
+// All transformer blocks of a decode step, for a few rows: norm, query/key/value, rotation, cache, attention, feed
 // forward. Threads start once and meet at barriers, instead of being started for each product; that is what this
 // operation is for. Each thread computes norms and rounds activations for itself, so as not to wait for another.
 //

@@ -1,5 +1,5 @@
-// Products of 1 to 8 rows with a bfloat16 weight: streams the weight once. Sums are in float32; the plain PyTorch form is
-// in kernels/linear.py.
+// Products of a few rows with a bfloat16 weight: streams the weight once. Sums are in float32, in the same order for any
+// number of rows; the plain PyTorch form is in kernels/linear.py.
 
 #include <algorithm>
 #include <cstdint>
@@ -10,43 +10,79 @@
 
 namespace {
 
-// Rows n0..n1 of the weight, one after another: each thread reads memory in one stream, which some processors need for
-// their full speed. Two sums for each result, so that additions overlap.
-template <int M>
-void matvec_rows(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N, int64_t K) {
-  for (int64_t n = n0; n < n1; n++) {
-    const BFloat16* w = weight + n * K;
-    Vec total[M][2] = {};
-    int64_t k = 0;
-    for (; k + 4 * kLanes <= K; k += 4 * kLanes) {
-      for (int half = 0; half < 2; half++) {
-        const int64_t i = k + half * 2 * kLanes;
-        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead, 0, kIntoL2);
-        const Bits ws = load_as<Bits>(w + i);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) total[m][half] = dot2(total[m][half], ws, load_as<Bits>(x + m * K + i));
+// What has registers for its sums: so many rows of x times so many of the weight. More than one row of x is bound by
+// arithmetic and by reading x, too, which several rows of the weight share.
+#ifdef __AVX512F__
+constexpr int64_t kTileRows = 4, kTileWeights = 3;
+#else
+constexpr int64_t kTileRows = 4, kTileWeights = 1;
+#endif
+
+// Rows n..n+kN-1 of the weight times kM rows of x. Two sums for each result, so that additions overlap. `next`: bytes
+// from what is read to what to ask memory for in advance; 0 for a weight that is in the cache.
+template <int kM, int kN>
+void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, int64_t next) {
+  const BFloat16* w = weight + n * K;
+  Vec total[kN][kM][2] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= K; k += 4 * kLanes) {
+    for (int half = 0; half < 2; half++) {
+      const int64_t i = k + half * 2 * kLanes;
+      Bits ws[kN];
+#pragma GCC unroll 3
+      for (int j = 0; j < kN; j++) {
+        if (next) __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + i) + next, 0, kIntoL2);
+        ws[j] = load_as<Bits>(w + j * K + i);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; m++) {
+        const Bits xs = load_as<Bits>(x + m * K + i);
+#pragma GCC unroll 3
+        for (int j = 0; j < kN; j++) total[j][m][half] = dot2(total[j][m][half], ws[j], xs);
       }
     }
-    for (; k < K; k += kLanes)
-      for (int m = 0; m < M; m++) total[m][0] += load(w + k) * load(x + m * K + k);
-    for (int m = 0; m < M; m++) y[m * N + n] = BFloat16(sum(total[m][0] + total[m][1]));
+  }
+  for (; k < K; k += kLanes)
+    for (int m = 0; m < kM; m++)
+      for (int j = 0; j < kN; j++) total[j][m][0] += load(w + j * K + k) * load(x + m * K + k);
+  for (int m = 0; m < kM; m++)
+    for (int j = 0; j < kN; j++) y[m * N + n + j] = BFloat16(sum(total[j][m][0] + total[j][m][1]));
+}
+
+// Up to kTileRows rows of x.
+template <int kN>
+void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
+              int64_t next) {
+  switch (M) {
+    case 1: return tile<1, kN>(x, weight, y, n, N, K, next);
+    case 2: return tile<2, kN>(x, weight, y, n, N, K, next);
+    case 3: return tile<3, kN>(x, weight, y, n, N, K, next);
+    case 4: return tile<4, kN>(x, weight, y, n, N, K, next);
+  }
+}
+
+// All rows of x, in parts of alike size; the weight's rows come from memory for the first part alone.
+template <int kN>
+void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
+              int64_t next) {
+  const int64_t parts = (M + kTileRows - 1) / kTileRows;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t m = M * part / parts, end = M * (part + 1) / parts;
+    few_rows<kN>(x + m * K, end - m, weight, y + m * N, n, N, K, part ? 0 : next);
   }
 }
 
 }  // namespace
 
+// With one row of x the weight's come one after another, so that each thread reads memory in one stream, which some
+// processors need for their full speed.
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
-  switch (M) {
-    case 1: return matvec_rows<1>(x, weight, y, n0, n1, N, K);
-    case 2: return matvec_rows<2>(x, weight, y, n0, n1, N, K);
-    case 3: return matvec_rows<3>(x, weight, y, n0, n1, N, K);
-    case 4: return matvec_rows<4>(x, weight, y, n0, n1, N, K);
-    case 5: return matvec_rows<5>(x, weight, y, n0, n1, N, K);
-    case 6: return matvec_rows<6>(x, weight, y, n0, n1, N, K);
-    case 7: return matvec_rows<7>(x, weight, y, n0, n1, N, K);
-    case 8: return matvec_rows<8>(x, weight, y, n0, n1, N, K);
-  }
+  int64_t n = n0;
+  if (M > 1)
+    for (; n + kTileWeights <= n1; n += kTileWeights)
+      all_rows<kTileWeights>(x, M, weight, y, n, N, K, kTileWeights * K * int64_t{sizeof(BFloat16)});
+  for (; n < n1; n++) all_rows<1>(x, M, weight, y, n, N, K, kAhead);
 }
 
 void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,

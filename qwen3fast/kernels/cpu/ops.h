@@ -37,7 +37,7 @@ struct Sizes {
   float eps;
 };
 
-// y[m, n] = sum_k x[m, k] weight[n, k]: x (M, K), weight (N, K), y (M, N), M from 1 to 8, K a multiple of 16.
+// y[m, n] = sum_k x[m, k] weight[n, k]: x (M, K), weight (N, K), y (M, N), K a multiple of 16.
 QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
@@ -64,7 +64,7 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H,
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
-// All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes as in sizes, E and I
-// multiples of 16 (of 32 for packed weights), D of 32, M from 1 to 8.
+// All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
+// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32.
 QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                            const float* sin, const int64_t* position, BFloat16* x, int64_t threads);

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3fast.kernels.cpu import experts
 from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
 
-MAX_ROWS = 8
+MAX_ROWS = 32  # of a product that streams its weight; more are bound by arithmetic, which PyTorch's does faster
 
 _registered: torch.library.Library | None = None
 _functions: ctypes.CDLL
@@ -66,12 +66,12 @@ def register(functions: ctypes.CDLL) -> None:
 
 
 def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ weight.T for few rows. x: (..., K) bfloat16, up to 8 rows. Returns (..., N)."""
+    """x @ weight.T for few rows. x: (..., K) bfloat16, up to MAX_ROWS rows. Returns (..., N)."""
     N, K = weight_NK.shape
     M = x.numel() // K
     require(x.dtype == weight_NK.dtype == torch.bfloat16, "matvec: bfloat16 only")
     require(weight_NK.is_contiguous() and x.shape[-1] == K, "matvec: weight (N, K) contiguous, x (..., K)")
-    require(K % LANES == 0 and 1 <= M <= MAX_ROWS, "matvec: K a multiple of 16, 1 to 8 rows")
+    require(K % LANES == 0 and 1 <= M <= MAX_ROWS, f"matvec: K a multiple of 16, 1 to {MAX_ROWS} rows")
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
     _functions.qwen3fast_matvec(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), M, N, K, torch.get_num_threads())
     return y

@@ -33,7 +33,7 @@ struct Weight {
   BFloat16* y;     // where its columns of the result begin
 };
 
-// Results n0..n1 of M rows of x, 1 to 8. y: (M, N).
+// Results n0..n1 of M rows of x. y: (M, N).
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K);
 
