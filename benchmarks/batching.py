@@ -31,6 +31,7 @@ from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import check_tokens, make_prompts
+from qwen3fast.bench.options import counts
 from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
@@ -266,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
     parser.add_argument("--formats", default="bf16,int4", help="bf16 or a quantisation, comma-separated [%(default)s]")
-    parser.add_argument("--batch-sizes", default="1,2,4,8", help="rows of the cache [%(default)s]")
+    parser.add_argument("--batch-sizes", type=counts, default="1,2,4,8", help="rows of the cache [%(default)s]")
     parser.add_argument("--loads", default="0.3,0.6,0.9", help="shares of each batch size's throughput [%(default)s]")
     parser.add_argument("--requests", type=int, default=32, help="in each run [%(default)s]")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="middling length [%(default)s]")
@@ -278,10 +279,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-transformers", action="store_true", help="qwen3fast alone")
     parser.add_argument("--output", type=Path, default=Path("bench_results/batching.json"), help="[%(default)s]")
     args = parser.parse_args(arguments)
-    args.batch_sizes = [int(n) for n in args.batch_sizes.split(",")]
     args.loads = [float(n) for n in args.loads.split(",")]
-    if min(args.loads) <= 0 or min(args.batch_sizes) < 1 or args.requests < 1:
-        parser.error("--loads, --batch-sizes and --requests must be positive")
+    if min(args.loads) <= 0 or args.requests < 1:
+        parser.error("--loads and --requests must be positive")
     args.max_seq_len = max(2 * (args.prompt_tokens + args.new_tokens), CHECK_PROMPT + CHECK_TOKENS)
     return args
 

@@ -34,6 +34,7 @@ from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import check_tokens, make_prompts
+from qwen3fast.bench.options import counts
 from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
@@ -189,14 +190,6 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(part for part in text.split(",") if part))
 
 
-def counts(text: str) -> list[int]:
-    """An option's comma-separated positive numbers. Raises: ValueError, which argparse reports."""
-    numbers = [int(part) for part in words(text)]
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, checked; `not_run` says which peers were asked for that do not run here, and why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,9 +238,7 @@ def main() -> int:
 
     def measure_bandwidth() -> Sample:
         time.sleep(PAUSE_S)
-        probe.samples.clear()
-        probe.measure(2)
-        return {"bandwidth_gb_s": probe.gb_s}
+        return {"bandwidth_gb_s": probe.measure()}
 
     harness = Harness(record, [measure_bandwidth])
     try:

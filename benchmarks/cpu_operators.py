@@ -5,14 +5,14 @@
 A decode step's operators run one after the other, as in a step; a prefill's each by itself for all blocks. The whole is
 timed beside them, formats take turns. "Other" is the whole less its operators, round by round: for decode the step's
 state and the token's way to the host, for prefill norms, rotation, activation functions, writing to the cache.
-Writes JSON and prints a table of medians in milliseconds.
+Writes JSON and a picture, and prints a table of medians in milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,12 @@ from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.options import counts
+from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
+from qwen3fast.bench.view import picture
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.kernels.linear import linears
@@ -125,7 +128,9 @@ def make_task(record: Record, labels: dict[str, str | int], time_once: Callable[
     return Task(cases["whole"], run, warms_up=False)
 
 
-def make_tasks(record: Record, engines: dict[str, Engine], contexts: list[int], prompts: list[int]) -> list[Task]:
+def make_tasks(
+    record: Record, engines: dict[str, Engine], contexts: Sequence[int], prompts: Sequence[int]
+) -> list[Task]:
     """Formats take turns at each shape."""
     timers = [("decode", n, time_decode) for n in contexts] + [("prefill", n, time_prefill) for n in prompts]
     tasks = []
@@ -141,23 +146,19 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
-    parser.add_argument("--contexts", default="32,1024,4000", help="of decode steps [%(default)s]")
-    parser.add_argument("--prompts", default="32,512", help="tokens of a prefill, of chunk sizes [%(default)s]")
+    parser.add_argument("--contexts", type=counts, default="32,1024,4000", help="of decode steps [%(default)s]")
+    parser.add_argument(
+        "--prompts", type=counts, default="32,512", help="tokens of a prefill, of chunk sizes [%(default)s]"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/operators.json"), help="[%(default)s]")
     args = parser.parse_args()
-    contexts, prompts = ([int(n) for n in text.split(",")] for text in (args.contexts, args.prompts))
+    contexts, prompts = args.contexts, args.prompts
     cpu = torch.device("cpu")
     run = describe_run("python benchmarks/cpu_operators.py")
     record = Record("operators", run, describe_environment(cpu), {"name": args.model})
     probe = BandwidthProbe(cpu)
-
-    def measure_bandwidth() -> Sample:
-        probe.samples.clear()
-        probe.measure(1)
-        return {"bandwidth_gb_s": probe.gb_s}
-
-    harness = Harness(record, [measure_bandwidth])
+    harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure(1)}])
     engines = {}
     for name in FORMATS:
         model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
@@ -173,7 +174,8 @@ def main() -> None:
     write_json(record.to_dict(), args.output)
     print(as_text(operators_rows(record), left=1))
     print("\n".join(f"noise: {reason}" for reason in record.noise))
-    print(f"wrote {args.output}")
+    save(picture(record), args.output.with_suffix(".png"))
+    print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ tools/gpu_check.py measures.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from qwen3fast.bench.record import load_record
 from qwen3fast.config import ModelConfig
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
 CONTEXTS = (128, 1024, 8192)
 BANDWIDTH = 3.0e12  # bytes/s; assumed for an H100, whose data sheet says 3.35e12
-COMPILED = Path(__file__).parent / "gpu-compile.json"
+COMPILED = Path(__file__).parent / "results" / "gpu-compile.json"
 GAP_S = 1.0e-6  # between the end of a kernel and the start of the next one in a graph
 TARGETS = {"0.6b": "1,200 tokens/s", "8b": "80% of the memory's speed"}
 
@@ -42,16 +42,13 @@ def step_bytes(config: ModelConfig, context: int) -> int:
 
 def compiled_kernels() -> tuple[int, int]:
     """Kernels of one layer, and those beside the layers: one request, bfloat16, H100. A library call counts as one."""
-    record = json.loads(COMPILED.read_text(encoding="utf-8"))
-    [case] = [
-        case
-        for case in record["steps"]
-        if (case["gpu"], case["model"], case["weights"], case["attention"]) == ("sm_90", "0.6b", "bf16", "sdpa")
-        and case["batch_size"] == 1
-    ]
-    parts = {name: part["launches"] + sum(part["calls"].values()) for name, part in case["parts"].items()}
+    record = load_record(COMPILED)
+    shape = {"gpu": "sm_90", "model": "0.6b", "weights": "bf16", "attention": "sdpa", "batch_size": 1}
+    [case] = [case for case in record.cases if case.labels == shape]
+    step = record.notes["steps"][case.name]
+    parts = {name: part["launches"] + sum(part["calls"].values()) for name, part in step["parts"].items()}
     layer = parts.pop("run_block")
-    return layer, sum(parts.values()) + sum(case["eager_calls"].values())
+    return layer, sum(parts.values()) + sum(step["eager_calls"].values())
 
 
 def rows() -> list[str]:

@@ -23,9 +23,12 @@ from tables import moe_rows
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.options import counts
+from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
+from qwen3fast.bench.view import picture
 from qwen3fast.checkpoint import random_model
 from qwen3fast.config import ModelConfig
 from qwen3fast.quantization import quantize_experts, quantize_model
@@ -87,14 +90,6 @@ def reply(bench: Workbench, prompts: list[list[int]], new_tokens: int) -> Sample
     return {"step_s": bench.run(MODE, prompts, new_tokens + 1).step_s}
 
 
-def counts(text: str) -> list[int]:
-    """An option's comma-separated positive numbers. Raises: ValueError, which argparse reports."""
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,20 +112,15 @@ def main() -> None:
     cpu = torch.device("cpu")
     model = {"name": f"{args.layers} layers of random:30b-a3b, vocabulary {VOCABULARY}"}
     record = Record("moe", describe_run("python benchmarks/moe.py"), describe_environment(cpu), model)
-    bandwidth = BandwidthProbe(cpu)
-
-    def probe() -> Sample:
-        bandwidth.samples.clear()
-        bandwidth.measure(2)
-        return {"bandwidth_gb_s": bandwidth.gb_s}
-
-    harness = Harness(record, [probe])
+    probe = BandwidthProbe(cpu)
+    harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure()}])
     for format, num_experts in product(args.formats, args.experts):
         harness.measure(tasks_of(args, format, num_experts, record), args.rounds, f"{format}, {num_experts} experts")
     harness.finish()
     print(as_text(moe_rows(record), left=1))
     write_json(record.to_dict(), args.output)
-    print(f"wrote {args.output}")
+    save(picture(record), args.output.with_suffix(".png"))
+    print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -352,7 +352,10 @@ class Generator:
         return self.stream(prompt, params, on_overflow=on_overflow)
 
     def warmup(self, progress: bool = False) -> None:
-        """Compile, and on CUDA capture, everything a request can need; afterwards no request compiles anything.
+        """Compile everything that requests with the cache need; afterwards none of them compiles anything.
+
+        On CUDA also capture the graphs of steps, but for those with processors or log-probabilities, which the first
+        request that asks for them captures.
 
         Raises: RuntimeError while requests are running.
         """

@@ -33,6 +33,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models as small as a test's, more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Every element within the tolerance of `dtype`, relative to the largest element of `expected`."""
     scale = expected.double().abs().max().item()

@@ -77,13 +77,15 @@ def test_clients_give_latencies_of_each_repetition():
     assert (found["itl_ms"], found["itl_p99_ms"]) == (pytest.approx([20.0, 50.0]), pytest.approx([30.0, 50.0]))
 
 
-def test_seconds_give_rates_of_tokens_and_requests():
-    found = values({"seconds": [2.0, 4.0]}, facts={"tokens": 100, "requests": 8})
+def test_seconds_give_rates_of_tokens_requests_and_bytes():
+    found = values({"seconds": [2.0, 4.0]}, facts={"tokens": 100, "requests": 8, "file_bytes": 8e9})
     assert (found["seconds"], found["tok_s"], found["requests_s"]) == ([2.0, 4.0], [50.0, 25.0], [4.0, 2.0])
+    assert found["file_gb_s"] == [4.0, 2.0]
 
 
-def test_energy_is_that_of_a_step():
+def test_energy_is_that_of_a_token():
     assert values({"energy_j": [32.0]}, facts={"steps": 16})["energy_j_token"] == [2.0]
+    assert values({"energy_j": [32.0]}, labels={"batch_size": 4}, facts={"steps": 16})["energy_j_token"] == [0.5]
     assert values({"energy_j": [32.0]}) == {}
 
 
@@ -102,7 +104,9 @@ def test_derive_estimates_each_of_the_values():
 def test_derive_knows_a_title_for_all_it_gives():
     samples = {"step_s": [[0.1]], "ttft_s": [1.0], "bandwidth_gb_s": [9.0], "gemm_flop_s": [9.0], "seconds": [1.0]}
     samples |= {"itl_s": [[0.1]], "ttfts_s": [[0.1]], "energy_j": [1.0]}
-    facts = dict.fromkeys(("bytes_per_step", "flop_per_step", "prefill_flop", "tokens", "requests", "steps"), 1.0)
+    facts = dict.fromkeys(
+        ("bytes_per_step", "flop_per_step", "prefill_flop", "tokens", "requests", "file_bytes", "steps"), 1.0
+    )
     assert derive({"context": 1}, facts, samples).keys() <= METRICS.keys()
 
 

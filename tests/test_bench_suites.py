@@ -9,7 +9,7 @@ from qwen3fast.bench.__main__ import main
 from qwen3fast.bench.record import SCHEMA_FILE, load_record
 from qwen3fast.bench.suites import SUITES, batch, context, quantization, roofline, startup
 
-SMALL = ["--model", "tiny", "--new-tokens", "3", "--repetitions", "2"]
+SMALL = ["--model", "tiny", "--repetitions", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,8 @@ def eager(monkeypatch):
 
 def run_suite(name, options, folder, capsys):
     """Its record, read back, after what every suite owes was looked at."""
-    assert main(["--suite", name, *SMALL, *options, "--output", str(folder)]) == 0
+    steps = ["--new-tokens", "3"] if "new_tokens" in SUITES[name].defaults else []
+    assert main(["--suite", name, *SMALL, *steps, *options, "--output", str(folder)]) == 0
     [json_file], [png_file] = folder.glob("*.json"), folder.glob("*.png")
     record = load_record(json_file)
     assert png_file.read_bytes().startswith(b"\x89PNG")
@@ -103,8 +104,9 @@ def test_suite_ablation(tmp_path, capsys):
 
 
 def test_suite_startup(tmp_path, capsys, monkeypatch):
-    def run_once(folder, device, compile, seconds, caches=None):
+    def run_once(folder, device, compile, seconds, caches=None, **options):
         assert (folder / "config.json").is_file()
+        assert options == {"kv_cache_dtype": "int8", "threads": 1}
         first = 3.0 if caches is None else 20.0
         # Slow at first, unless all was compiled before.
         slow = 0 if compile == "always" else 5
@@ -112,7 +114,7 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
         return [1.0, 2.0, *(first + sum(steps[:i]) for i in range(len(steps)))]
 
     monkeypatch.setattr(startup, "run_once", run_once)
-    record = run_suite("startup", ["--formats", "plain"], tmp_path, capsys)
+    record = run_suite("startup", ["--formats", "plain-kv8", "--threads", "1"], tmp_path, capsys)
     assert labels_of(record, "caches", "compile") == [
         (kind, mode) for kind in ("warm", "cold") for mode in ("never", "auto", "always")
     ]
@@ -120,6 +122,19 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
     found = {name: warm_auto[name].median for name in startup.PHASES}
     assert found == pytest.approx({"import_s": 1.0, "load_s": 2.0, "first_token_s": 3.0, "full_speed_s": 3.5})
     assert record.cases[3].metrics["first_token_s"].median == 20.0
+
+
+def test_options_that_a_suite_does_not_read_are_refused(capsys):
+    assert main(["--suite", "startup", "--model", "tiny", "--new-tokens", "3", "--modes", "cached-eager"]) == 2
+    message = "this suite does not read --modes, --new-tokens; it reads --formats, --repetitions"
+    assert message in capsys.readouterr().err
+
+
+def test_startup_passes_options_on_to_the_process(tmp_path, monkeypatch):
+    program = "import json, sys; print([len(sys.argv), json.loads(sys.argv[3])['threads']])  # {seconds}"
+    monkeypatch.setattr(startup, "PROGRAM", program)
+    monkeypatch.setattr(startup.time, "time", lambda: 1.0)
+    assert startup.run_once(tmp_path, "cpu", "auto", 1.0, threads=7) == [3.0, 6.0]
 
 
 def test_startup_full_speed_is_reached_by_ten_tokens_in_a_row():

@@ -41,7 +41,7 @@ def test_peers_options_are_checked(capsys):
         (["--peers", "llama-cpp,nobody"], "unknown in --peers: nobody; known: transformers, llama-cpp"),
         (["--formats", "int3"], "unknown in --formats: int3; known: bf16, int8, int4"),
         (["--contexts", "32,512"], "--prefill 512 is among --contexts"),
-        (["--contexts", "0"], "invalid counts value"),
+        (["--contexts", "0"], "'0' is not a positive whole number"),
     ):
         with pytest.raises(SystemExit):
             compare_peers.parse(arguments)

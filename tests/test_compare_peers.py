@@ -42,13 +42,11 @@ def run(monkeypatch, tmp_path):
             Worker.closed.append(self.name)
 
     class Probe:
-        gb_s = 20.0
-
         def __init__(self, device):
-            self.samples = []
-
-        def measure(self, repetitions):
             pass
+
+        def measure(self):
+            return 20.0
 
     for name, value in {"Worker": Worker, "BandwidthProbe": Probe, "PAUSE_S": 0.0, "IDLE_S": 1e-3}.items():
         monkeypatch.setattr(compare_peers, name, value)

@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 from conftest import randomised, small_config
-from test_scheduler import one_thread  # noqa: F401
 
 from qwen3fast.engine import Engine, Request, Scheduler
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.kv_cache import StaticKVCache
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

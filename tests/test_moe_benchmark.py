@@ -29,6 +29,7 @@ def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["moe.py", *options, "--output", str(output)])
     benchmark.main()
     record = load_record(output)
+    assert output.with_suffix(".png").is_file()
     assert [case.labels["model"] for case in record.cases] == list(benchmark.MODELS)
     assert len(record.checks) == 3 and record.passed
     assert all([len(steps) for steps in case.samples["step_s"]] == [2, 2] for case in record.cases)

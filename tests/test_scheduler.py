@@ -16,17 +16,11 @@ from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.kv_cache import StaticKVCache
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CACHE_DTYPES = [torch.float32, torch.int8]
 MODEL = randomised(small_config(max_position_embeddings=2048, eos_token_ids=()), seed=3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For models as small as this, more of them only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_scheduler(rows, positions=256, lookahead=0, reuse=True, cache_dtype=torch.float32):

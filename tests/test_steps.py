@@ -8,7 +8,7 @@ import torch
 from conftest import assert_same, randomised, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import finish, make_request, one_thread, run  # noqa: F401
+from test_scheduler import finish, make_request, run
 
 from qwen3fast.constraints import bits_of
 from qwen3fast.engine import Engine, Scheduler, run_uncached
@@ -16,6 +16,9 @@ from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.processors import process_logits
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 97
 # Softer than the other tests' weights, so that processors change tokens and log-probabilities are not all 0.
 MODEL = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)

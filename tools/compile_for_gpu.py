@@ -2,13 +2,15 @@
 
     python -m venv ~/gpu-env
     ~/gpu-env/bin/pip install torch==2.14.1 numpy safetensors tokenizers huggingface_hub matplotlib jinja2
-    PYTHONPATH=. ~/gpu-env/bin/python tools/compile_for_gpu.py --output benchmarks/gpu-compile.json
+    PYTHONPATH=. ~/gpu-env/bin/python tools/compile_for_gpu.py --output benchmarks/results/gpu-compile.json
 
 It needs a PyTorch that was built for CUDA (and the Triton that comes with it), therefore an environment of its own,
 several GB large; it needs no GPU and no driver. The parts of a step are recorded on tensors without memory, lowered by
 Inductor, and every Triton kernel, Inductor's and ours, is compiled to machine code by the assembler in Triton's
 package. What the kernels compute, and how fast, is not checked here. Sizes are fixed; in the engine, the number of
-positions is a symbol. Exit status 1 if a kernel needs more shared memory than the GPU has, or a part does not compile.
+positions is a symbol. A case of the record is a step: how many Triton kernels, products and attentions of libraries,
+and eager operations it launches, and the most shared memory that a kernel takes; its notes have every kernel of every
+part, and our own kernels. Exit status 1 if one needs more shared memory than the GPU has, or a part does not compile.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwen3fast.bench.environment import describe_run
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import as_text, table_rows
+from qwen3fast.bench.view import view_of
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, decode_step
@@ -371,20 +375,30 @@ def compile_own_kernels(gpu: Gpu) -> list[dict[str, Any]]:
     return results
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """A table of what a token launches, and the largest kernels."""
-    columns = f"{'gpu':7}{'model':11}{'weights':9}{'attention':11}{'batch':>6}"
-    lines = [f"{columns}{'Triton':>8}{'library':>9}{'eager':>7}{'kernels':>9}{'most shared':>13}"]
-    for case in record["steps"]:
-        kernels = [kernel for part in case["parts"].values() for kernel in part["kernels"]]
-        most = max(kernel["shared_bytes"] for kernel in kernels)
-        lines.append(
-            f"{case['gpu']:7}{case['model']:11}{case['weights']:9}{case['attention']:11}{case['batch_size']:6}{case['triton_launches']:8}"
-            f"{sum(case['library_calls'].values()):9}{sum(case['eager_calls'].values()):7}{len(kernels):9}{most:13,}"
-        )
-    for kernel in record["own_kernels"]:
-        lines.append(f"{kernel['gpu']:7}{kernel['name']:38}{kernel['shared_bytes']:9,} bytes shared")
-    return "\n".join(lines)
+def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
+    """Make a case of what `inspect_step` found, and note its parts under the case's name."""
+    labels = {"gpu": gpu_name, **{name: step[name] for name in ("model", "weights", "attention", "batch_size")}}
+    case = Case(labels, {"context": float(step["context"])})
+    kernels = [kernel for part in step["parts"].values() for kernel in part["kernels"]]
+    case.add(
+        {
+            "triton_kernels": step["triton_launches"],
+            "library_calls": sum(step["library_calls"].values()),
+            "eager_calls": sum(step["eager_calls"].values()),
+            "shared_bytes": max(kernel["shared_bytes"] for kernel in kernels),
+        }
+    )
+    record.cases.append(case)
+    record.notes["steps"][case.name] = {name: step[name] for name in ("library_calls", "eager_calls", "parts")}
+
+
+def too_large(record: Record) -> set[str]:
+    """The names of kernels that need more shared memory than their GPU has."""
+    compiled = [(kernel["gpu"], kernel) for kernel in record.notes["own_kernels"]]
+    for case in record.cases:
+        parts = record.notes["steps"][case.name]["parts"].values()
+        compiled += [(str(case.labels["gpu"]), kernel) for part in parts for kernel in part["kernels"]]
+    return {kernel["name"] for gpu, kernel in compiled if kernel["shared_bytes"] > GPUS[gpu].shared_bytes}
 
 
 def main() -> None:
@@ -403,10 +417,14 @@ def main() -> None:
         sys.exit(f"this PyTorch, {torch.__version__}, was built without CUDA; see --help for an environment with one")
     # It warns of each part that it cannot be saved for later.
     logging.getLogger("torch._inductor.standalone_compile").setLevel(logging.ERROR)
-    steps, own_kernels = [], []
+    environment = describe_environment(torch.device("cpu"))
+    environment |= {"cuda": torch.version.cuda, "triton": triton.__version__}
+    notes: dict[str, Any] = {"gpus": {name: asdict(gpu) for name, gpu in GPUS.items()}, "steps": {}, "own_kernels": []}
+    model = {"name": f"a greedy decode step over {args.context:,} positions"}
+    record = Record("compiled", describe_run("python tools/compile_for_gpu.py"), environment, model, notes=notes)
     for gpu_name in args.gpus.split(","):
         with pretended(GPUS[gpu_name]):
-            own_kernels += [{"gpu": gpu_name, **kernel} for kernel in compile_own_kernels(GPUS[gpu_name])]
+            notes["own_kernels"] += [{"gpu": gpu_name, **kernel} for kernel in compile_own_kernels(GPUS[gpu_name])]
             for size in args.models.split(","):
                 for weights in args.weights.split(","):
                     for batch_size in map(int, args.batch_sizes.split(",")):
@@ -414,24 +432,13 @@ def main() -> None:
                         quantization = None if weights == "bf16" else weights
                         for attention in ("sdpa", "flex", "split") if quantization is None else ("sdpa",):
                             shape = (size, batch_size, args.context)
-                            case = inspect_step(GPUS[gpu_name], *shape, quantization, attention)
-                            steps.append({"gpu": gpu_name, **case})
-    record = {
-        "suite": "compile_for_gpu",
-        "run": describe_run("python tools/compile_for_gpu.py"),
-        "environment": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-        "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
-        "steps": steps,
-        "own_kernels": own_kernels,
-    }
-    write_json(record, args.output)
-    print(as_text(record))
+                            add_step(record, gpu_name, inspect_step(GPUS[gpu_name], *shape, quantization, attention))
+    write_json(record.to_dict(), args.output)
+    print(as_text(table_rows(record, view_of(record).columns), left=4))
+    for kernel in notes["own_kernels"]:
+        print(f"{kernel['gpu']:7}{kernel['name']:38}{kernel['shared_bytes']:9,} bytes shared")
     print(f"wrote {args.output}")
-    compiled = [*own_kernels]
-    for case in steps:
-        compiled += [{"gpu": case["gpu"], **kernel} for part in case["parts"].values() for kernel in part["kernels"]]
-    too_big = {k["name"] for k in compiled if k["shared_bytes"] > GPUS[k["gpu"]].shared_bytes}
-    if too_big:
+    if too_big := too_large(record):
         sys.exit(f"more shared memory than there is: {', '.join(sorted(too_big))}")
 
 

@@ -209,11 +209,10 @@ class VariantRun:
         for mode in modes:
             self._run(mode, prompts, 3)  # records what this context's bucket needs
         for _ in range(self.args.rounds):
-            self.probe.samples.clear()
-            self.probe.measure(3)
+            gb_s = self.probe.measure(3)
             for mode, case in cases.items():
                 sample = self._run(mode, prompts, new_tokens + 1)
-                case.add({"ttft_s": sample.ttft_s, "step_s": sample.step_s, "bandwidth_gb_s": self.probe.gb_s})
+                case.add({"ttft_s": sample.ttft_s, "step_s": sample.step_s, "bandwidth_gb_s": gb_s})
         kv_bytes = config.kv_bytes_per_token(config.dtype) * (context + new_tokens // 2) * batch_size
         for mode, case in cases.items():
             step = partial(self._engine(mode).decode, batch_size, context + new_tokens, StepKind())

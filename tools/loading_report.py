@@ -1,15 +1,17 @@
 """How fast weights load, and what memory that takes: shards as large as a published model's are written and loaded.
 
-    python tools/loading_report.py --output bench_results/loading.json
+    python tools/loading_report.py --output benchmarks/results/loading-4b.json
 
-The shards hold random numbers and lie in a temporary folder (--folder says where), removed at the end. Each case runs
-in a process of its own. Seconds are those of `load_model` (mapped weights cost no more than their names then), and of
-reading each page of the model once afterwards, as the first tokens do. "warm": the files are in the page cache; "cold":
-they were dropped from it (where the system lets files be dropped; `dropped_gb` says how much was). Beside them, the
-same files read in order, cold, by plain reads: what the disk gives.
+The shards hold random numbers and lie in a temporary folder (--folder says where), removed at the end. Each run is a
+process of its own, timed after its imports. Its seconds are those of `load_model` (mapped weights cost no more than
+their names then), and of reading each page of the model once afterwards, as the first tokens do. "To the first token"
+they are those of `load_model`, a Generator, compilation (of code that earlier runs left in Inductor's cache) and a
+prompt of 32 tokens: cold, the files are read while that goes on. "warm": the files are in the page cache; "cold": they
+were dropped from it (where the system lets files be dropped; `dropped_bytes` says how much was). Beside them, the same
+files read in order, cold, by plain reads: what the disk gives.
 
-Memory is over what the process held before, at its peak: "anonymous" is the process's own; "file" are pages of the
-mapped shards, which the system may take back at any time, as they are on disk.
+Memory is over what the process held before, at its peak: "own" is the process's; "mapped" are pages of the shards,
+which the system may take back at any time, as they are on disk.
 """
 
 from __future__ import annotations
@@ -23,26 +25,43 @@ import struct
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast import load_model
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.record import write_json
+from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.plot import save
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import as_text, table_rows
+from qwen3fast.bench.view import picture, view_of
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import build_on_meta
 
-# What `load_model` is asked for.
-CASES: dict[str, dict[str, Any]] = {
-    "bfloat16": {},
-    "bfloat16, checked": {"check_weights": True},
-    "float32": {"dtype": "float32"},
-    "int8": {"quantization": "int8"},
-    "int4": {"quantization": "int4"},
+
+@dataclass(frozen=True)
+class Load:
+    """What `load_model` is asked for, and whether a Generator then runs to its first token, or all pages are read."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    to_first_token: bool = False
+
+
+CASES = {
+    "bfloat16": Load(),
+    "bfloat16, checked": Load({"check_weights": True}),
+    "float32": Load({"dtype": "float32"}),
+    "int8": Load({"quantization": "int8"}),
+    "int4": Load({"quantization": "int4"}),
+    "bfloat16 to the first token": Load(to_first_token=True),
+    "int4 to the first token": Load({"quantization": "int4"}, to_first_token=True),
 }
+PLAIN_READS = "plain reads"
 SHARD_BYTES = 4_000_000_000  # at most, as published
 BLOCK_BYTES = 2**26
 PAGE_BYTES = 4096
@@ -61,12 +80,12 @@ class MemoryPeak(threading.Thread):
         while not self._ended.wait(0.02):
             self._sample()
 
-    def stop(self) -> dict[str, float]:
-        """GB over the start, at the peak of each kind."""
+    def stop(self) -> dict[str, int]:
+        """Bytes over the start, at the peak of each kind."""
         self._ended.set()
         self.join()
         self._sample()
-        return {kind: (self.peak_bytes[kind] - self.start_bytes[kind]) / 1e9 for kind in self.peak_bytes}
+        return {kind: self.peak_bytes[kind] - self.start_bytes[kind] for kind in self.peak_bytes}
 
     def _sample(self) -> None:
         now = resident_bytes()
@@ -77,28 +96,26 @@ def resident_bytes() -> dict[str, int]:
     """Bytes of this process that are in memory: its own, and of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
-    return {"anonymous": found["RssAnon"], "file": found["RssFile"]}
+    return {"own_bytes": found["RssAnon"], "mapped_bytes": found["RssFile"]}
 
 
-def load_here(folder: Path, case: str) -> dict[str, Any]:
-    """Load in this process. Returns seconds and peaks of memory."""
+def load_here(folder: Path, load: Load) -> tuple[Sample, int]:
+    """Load in this process. Returns seconds and peaks of memory, and the model's bytes."""
     torch.empty(1).to(torch.bfloat16)  # what PyTorch sets up once is not the loader's
     memory = MemoryPeak()
     memory.start()
     started = time.perf_counter()
-    model = load_model(folder, device="cpu", **CASES[case])
+    model = load_model(folder, device="cpu", **load.options)
     loaded = time.perf_counter()
-    for parameter in model.parameters():
-        parameter.view(-1).view(torch.uint8)[::PAGE_BYTES].sum()
-    ended = time.perf_counter()
-    peak = memory.stop()
-    return {
-        "load_s": loaded - started,
-        "read_s": ended - loaded,
-        "result_gb": model.num_bytes() / 1e9,
-        "peak_anonymous_gb": peak["anonymous"],
-        "peak_file_gb": peak["file"],
-    }
+    if load.to_first_token:
+        with Generator(model, max_seq_len=64) as generator:
+            for _ in generator.stream(list(range(32)), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)):
+                ended = time.perf_counter()
+    else:
+        for parameter in model.parameters():
+            parameter.view(-1).view(torch.uint8)[::PAGE_BYTES].sum()
+        ended = time.perf_counter()
+    return {"seconds": ended - started, "load_s": loaded - started, **memory.stop()}, model.num_bytes()
 
 
 def write_shards(folder: Path, config: ModelConfig) -> None:
@@ -135,14 +152,14 @@ def write_shards(folder: Path, config: ModelConfig) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
-def drop_from_cache(folder: Path) -> float:
-    """Ask the system to forget the files' pages. Returns GB that its page cache lost meanwhile."""
+def drop_from_cache(folder: Path) -> int:
+    """Ask the system to forget the files' pages. Returns bytes that its page cache lost meanwhile."""
     before = _cached_bytes()
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return (before - _cached_bytes()) / 1e9
+    return before - _cached_bytes()
 
 
 def _cached_bytes() -> int:
@@ -161,34 +178,33 @@ def read_in_order(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def run_apart(case: str, folder: Path) -> dict[str, Any]:
+def run_apart(folder: Path, load: Load) -> tuple[Sample, int]:
     """`load_here` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(load_here, (folder, case))
+        return pool.apply(load_here, (folder, load))
 
 
-def measure(folder: Path, cases: list[str], rounds: int) -> list[dict[str, Any]]:
-    """All cases, taking turns, first warm and then cold; the disk alone in between."""
-    file_gb = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-    results = []
-    bar = tqdm(total=rounds * (2 * len(cases) + 1), desc="loading", unit="run")
-    for _ in range(rounds):
-        dropped = drop_from_cache(folder)
-        seconds = read_in_order(folder)
-        results.append({"case": "plain reads", "cache": "cold", "dropped_gb": dropped, "total_s": seconds})
-        bar.update()
-        for cache in ("warm", "cold"):
-            for case in cases:
-                bar.set_postfix_str(f"{case}, {cache}")
-                dropped = drop_from_cache(folder) if cache == "cold" else 0.0
-                sample = run_apart(case, folder)
-                total = sample["load_s"] + sample["read_s"]
-                results.append({"case": case, "cache": cache, "dropped_gb": dropped, "total_s": total, **sample})
-                if cache == "cold":
-                    read_in_order(folder)
-                bar.update()
-    bar.close()
-    return [{**result, "gb_s": file_gb / result["total_s"]} for result in results]
+def tasks_of(folder: Path, names: list[str]) -> list[Task]:
+    """Plain reads, then each case from warm files, then from cold ones."""
+    file_bytes = float(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+    def read_plainly() -> Sample:
+        return {"dropped_bytes": drop_from_cache(folder), "seconds": read_in_order(folder)}
+
+    def run(load: Load, case: Case, is_cold: bool) -> Sample:
+        if is_cold:
+            dropped = drop_from_cache(folder)
+        sample, case.facts["model_bytes"] = run_apart(folder, load)
+        read_in_order(folder)  # warm again, whatever was pushed out meanwhile
+        return sample | {"dropped_bytes": dropped} if is_cold else sample
+
+    tasks = [Task(Case({"case": PLAIN_READS, "cache": "cold"}, {"file_bytes": file_bytes}), read_plainly, False)]
+    for cache in ("warm", "cold"):
+        for name in names:
+            load = CASES[name]
+            case = Case({"case": name, "cache": cache}, {} if load.to_first_token else {"file_bytes": file_bytes})
+            tasks.append(Task(case, partial(run, load, case, cache == "cold"), False))
+    return tasks
 
 
 def check_space(config: ModelConfig, cases: list[str], folder: Path) -> None:
@@ -207,11 +223,11 @@ def check_space(config: ModelConfig, cases: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    """Write the shards, measure, and write the record."""
+    """Write the shards, measure, print, and write the record and its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="4b", help="a named shape [%(default)s]")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="[all]")
-    parser.add_argument("--rounds", type=int, default=2, help="[%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the shards [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/loading.json"), help="[%(default)s]")
     args = parser.parse_args()
@@ -219,19 +235,27 @@ def main() -> None:
         raise SystemExit("this tool reads /proc, which Linux has only")
     config = ModelConfig.named(args.model)
     check_space(config, args.cases, args.folder)
+    run, environment = describe_run("python tools/loading_report.py"), describe_environment(torch.device("cpu"))
+    record = Record("loading", run, environment, {"name": f"random:{args.model}", "parameters": config.num_parameters})
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="qwen3fast-loading-") as temporary:
         folder = Path(temporary)
         write_shards(folder, config)
-        results = measure(folder, args.cases, args.rounds)
-    for r in results:
-        line = f"{r['case']:>17} {r['cache']}: {r['total_s']:6.2f} s, {r['gb_s']:5.2f} GB/s"
-        if "load_s" in r:
-            line += f" ({r['load_s']:.2f} s in load_model); model {r['result_gb']:.2f} GB, "
-            line += f"peak {r['peak_anonymous_gb']:.2f} GB anonymous, {r['peak_file_gb']:.2f} GB of files"
-        print(line)
-    record = {"suite": "loading", "run": describe_run("tools/loading_report.py"), "model": args.model}
-    record |= {"environment": describe_environment(torch.device("cpu")), "results": results}
-    write_json(record, args.output)
+        for name in args.cases:
+            if CASES[name].to_first_token:
+                run_apart(folder, CASES[name])  # fills the caches of compiled code
+        harness = Harness(record)
+        try:
+            harness.measure(tasks_of(folder, args.cases), args.rounds, "loading")
+        except KeyboardInterrupt:
+            record.interrupted = True
+        harness.finish()
+    record.cases = [case for case in record.cases if case.samples]
+    if not record.cases:
+        raise SystemExit("interrupted before anything was measured")
+    write_json(record.to_dict(), args.output)
+    print(as_text(table_rows(record, view_of(record).columns), left=2))
+    save(picture(record), args.output.with_suffix(".png"))
+    print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

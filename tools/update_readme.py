@@ -9,13 +9,11 @@ A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made f
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qwen3fast.bench.plot import where_measured
 from qwen3fast.bench.record import Record, load_record
@@ -36,32 +34,20 @@ COLUMNS = {
     "batch": Columns(("format", "batch_size"), ("decode_tok_s", "step_ms", "share_of_bandwidth")),
     "context": Columns(("format", "context", "allocated"), ("step_ms", "decode_tok_s")),
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
+    "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
     "gpu": Columns(("size", "weights", "attention", "mode", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "prefill_tok_s", "launches")),
 }  # fmt: skip
 
 
-def compiled_table(record: dict[str, Any]) -> str:
-    """Of tools/compile_for_gpu.py, whose record has a form of its own: what a token launches, on the newest GPU."""
-    rows = [
-        [
-            "gpu, model, weights, attention",
-            "batch",
-            "Triton kernels",
-            "library calls",
-            "eager operations",
-            "most shared memory",
-        ]
-    ]
-    newest = record["steps"][-1]["gpu"]
-    for c in [c for c in record["steps"] if c["gpu"] == newest]:
-        kernels = [kernel for part in c["parts"].values() for kernel in part["kernels"]]
-        counts = [c["triton_launches"], sum(c["library_calls"].values()), sum(c["eager_calls"].values())]
-        most = max(kernel["shared_bytes"] for kernel in kernels)
-        what = f"{c['gpu']}, {c['model']}, {c['weights']}, {c['attention']}"
-        rows.append([what, str(c["batch_size"]), *map(str, counts), f"{most / 1024:.1f} KiB"])
-    return as_markdown(rows, left=1)
+def compiled_table(record: Record) -> str:
+    """Of tools/compile_for_gpu.py: what a token launches, on the newest of its GPUs."""
+    newest = record.cases[-1].labels["gpu"]
+    shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == newest])
+    labels = ("gpu", "model", "weights", "attention", "batch_size")
+    metrics = ("triton_kernels", "library_calls", "eager_calls", "shared_bytes")
+    return as_markdown(table_rows(shown, Columns(labels, metrics)), left=4)
 
 
 def quantization_table(record: Record) -> str:
@@ -100,6 +86,7 @@ def batching_table(record: Record) -> str:
 PIVOTS: dict[str, Callable[[Record], str]] = {
     "cache": cache_table,
     "quantization": quantization_table,
+    "compiled": compiled_table,
     "peers": lambda record: as_markdown(tables.peers_rows(record), left=2),
     "batching": batching_table,
     "moe": lambda record: as_markdown(tables.moe_rows(record), left=1),
@@ -127,11 +114,10 @@ def record_table(record: Record) -> str:
 
 def render(path: Path) -> str:
     """The table of a record's file, and where and when it was measured."""
-    if path.name == "gpu-compile.json":
-        value = json.loads(path.read_text(encoding="utf-8"))
-        versions = "; ".join(f"{name} {version}" for name, version in value["environment"].items())
-        return f"{compiled_table(value)}\n\nCompiled, not run; {versions}; {value['run']['utc'][:10]}."
     record = load_record(path)
+    if record.suite == "compiled":
+        versions = "; ".join(f"{name} {record.environment[name]}" for name in ("torch", "cuda", "triton"))
+        return f"{record_table(record)}\n\nCompiled, not run; {versions}; {record.run['utc'][:10]}."
     extra = record.environment.get("transformers")
     return f"{record_table(record)}\n\n{where_measured(record)}{f'; transformers {extra}' if extra else ''}."
 

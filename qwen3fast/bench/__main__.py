@@ -2,7 +2,7 @@
 
 python -m qwen3fast.bench                          measure; see --help
 python -m qwen3fast.bench report RECORD... -o FILE one HTML page of records
-python -m qwen3fast.bench table RECORD...          Markdown or CSV of records
+python -m qwen3fast.bench table RECORD...          Markdown, CSV or text of records
 python -m qwen3fast.bench plot RECORD... -o FOLDER their pictures, drawn anew
 python -m qwen3fast.bench compare OLD NEW          what changed beyond noise
 python -m qwen3fast.bench history RECORD... -o FILE a figure over commits
@@ -32,7 +32,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options), 130 (Ctrl-C)."""
+    """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options, or
+    nothing that compare could judge), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in COMMANDS:

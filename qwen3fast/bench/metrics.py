@@ -65,11 +65,18 @@ METRICS = {
     "energy_j_token": Metric("J/token", "J", False),
     "seconds": Metric("seconds", "s", False),
     "import_s": Metric("import", "s", False, "{:.1f} s"),
-    "load_s": Metric("load", "s", False, "{:.1f} s"),
+    "load_s": Metric("load", "s", False),
+    "file_gb_s": Metric("GB/s from files", "GB/s", True, "{:.2f}"),
+    "own_bytes": Metric("own memory", "bytes", False, "{:.2f} GB", 1e-9),
+    "mapped_bytes": Metric("mapped pages", "bytes", False, "{:.2f} GB", 1e-9),
     "first_token_s": Metric("first token", "s", False, "{:.1f} s"),
     "full_speed_s": Metric("full speed", "s", False, "{:.1f} s"),
     "operator_ms": Metric("ms", "ms", False, "{:.2f}"),
     "launches": Metric("launches", "", False, "{:.0f}"),
+    "triton_kernels": Metric("Triton kernels", "", False, "{:.0f}"),
+    "library_calls": Metric("library calls", "", False, "{:.0f}"),
+    "eager_calls": Metric("eager operations", "", False, "{:.0f}"),
+    "shared_bytes": Metric("most shared memory", "bytes", False, "{:.1f} KiB", 1 / 1024),
     "key_error": Metric("key error", "", False, "{:.2%}"),
     "value_error": Metric("value error", "", False, "{:.2%}"),
     "weight_error": Metric("weight error", "", False, "{:.2%}"),
@@ -93,11 +100,12 @@ def per_repetition(
 
     samples: name -> an entry a repetition; entries of "step_s", "ttfts_s" and "itl_s" are lists (each step, each
     request, each gap). labels may give batch_size and context; facts: bytes_per_step (that a decode step must read),
-    flop_per_step (where it is bound by arithmetic), prefill_flop (of the whole prompt), tokens and requests (that
-    "seconds" were taken for), steps (that "energy_j" was taken for).
+    flop_per_step (where it is bound by arithmetic), prefill_flop (of the whole prompt), tokens, requests and file_bytes
+    (that "seconds" were taken for), steps (that "energy_j" was taken for).
     Speeds and shares are taken repetition by repetition, with the bandwidth measured beside that repetition.
     Definitions: ttft_s is the call to the first token of all rows; decode_tok_s is batch_size / the repetition's median
-    step, so it never counts the prompt; step_p99_ms is over all steps of all repetitions, and so a single value.
+    step, so it never counts the prompt (but without a cache, where every token computes all, a step may be the first
+    token: Session.task); step_p99_ms is over all steps of all repetitions, and so a single value.
     """
     values = {name: list(entries) for name, entries in samples.items() if name in METRICS}
     values |= _of_steps(labels, facts, samples)
@@ -107,8 +115,11 @@ def per_repetition(
         values["tok_s"] = [facts["tokens"] / s for s in samples["seconds"]]
     if "seconds" in samples and "requests" in facts:
         values["requests_s"] = [facts["requests"] / s for s in samples["seconds"]]
+    if "seconds" in samples and "file_bytes" in facts:
+        values["file_gb_s"] = [facts["file_bytes"] / s / 1e9 for s in samples["seconds"]]
     if "energy_j" in samples and "steps" in facts:
-        values["energy_j_token"] = [j / facts["steps"] for j in samples["energy_j"]]
+        tokens = facts["steps"] * labels.get("batch_size", 1)
+        values["energy_j_token"] = [j / tokens for j in samples["energy_j"]]
     return {name: entries for name, entries in values.items() if entries}
 
 

@@ -1,4 +1,4 @@
-"""The options that all suites share, and how weight formats are named."""
+"""The options of suites, and how weight formats are named."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from qwen3fast.quantization.formats import FORMATS
 PLAIN = "plain"
 CACHE_SUFFIX = "-kv8"
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+MEASURED = ("formats", "modes", "contexts", "batch_sizes", "new_tokens", "repetitions")
 FORMAT_NAMES = tuple(f"{name}{suffix}" for name in (PLAIN, *FORMATS) for suffix in ("", CACHE_SUFFIX))
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure. formats: "plain" (the weights as they are) or a quantisation; "-kv8" behind it has keys and
-    values in 8 bits. contexts: tokens in the prompt. new_tokens: steps timed in a repetition."""
+    values in 8 bits. contexts: tokens in the prompt. new_tokens: steps timed in a repetition. Each suite reads some."""
 
     model: str
     formats: tuple[str, ...]
-    modes: tuple[str, ...]
-    contexts: tuple[int, ...]
-    batch_sizes: tuple[int, ...]
-    new_tokens: int
     repetitions: int
+    modes: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = (32,)
+    batch_sizes: tuple[int, ...] = (1,)
+    new_tokens: int = 1
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
@@ -39,11 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser; those not given are None, and each suite has its own defaults."""
     add = parser.add_argument
     add("--model", default="random:0.6b", help="hub id, folder, 'tiny' or 'random:SIZE' [%(default)s]")
-    add("--formats", type=_formats, help=f"comma-separated, of {', '.join(FORMAT_NAMES)} ('plain': as they are; "
-        "'-kv8': keys and values in 8 bits)")  # fmt: skip
+    add("--formats", type=_formats, help=f"comma-separated, of {', '.join(FORMAT_NAMES)} ('plain' or 'bf16': as "
+        "they are; '-kv8': keys and values in 8 bits)")  # fmt: skip
     add("--modes", type=_modes, help=f"comma-separated, of {', '.join(MODES)}")
-    add("--contexts", "--lengths", type=_counts, help="prompt lengths, comma-separated")
-    add("--batch-sizes", type=_counts, help="rows decoded together, comma-separated")
+    add("--contexts", "--lengths", type=counts, help="prompt lengths, comma-separated")
+    add("--batch-sizes", type=counts, help="rows decoded together, comma-separated")
     add("--new-tokens", type=_count, help="tokens to time after the first, in each repetition")
     add("--repetitions", type=_count, help="rounds over all cases, taking turns")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
@@ -56,7 +57,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace, defaults: dict[str, Any], quick: dict[str, Any]) -> Options:
-    """The options of a run: what was given, else the suite's defaults (of a quick look, if that was asked for)."""
+    """The options of a run: what was given, else the suite's defaults (of a quick look, if that was asked for).
+
+    Raises: ValueError for an option that has no default, which means that the suite does not read it.
+    """
+    ignored = [name for name in MEASURED if getattr(args, name) is not None and name not in defaults]
+    if ignored:
+        names = [f"--{name.replace('_', '-')}" for name in (*ignored, *defaults)]
+        unread, read = ", ".join(names[: len(ignored)]), ", ".join(names[len(ignored) :])
+        raise ValueError(f"this suite does not read {unread}; it reads {read}")
     chosen = defaults | (quick if args.quick else {})
     chosen |= {name: value for name in chosen if (value := getattr(args, name)) is not None}
     same = {name: getattr(args, name) for name in ("model", "device", "dtype", "threads")}
@@ -80,7 +89,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
+    """An option's comma-separated numbers, in order, none twice.
+
+    Raises: argparse.ArgumentTypeError if one is not a positive whole number.
+    """
     return tuple(sorted({_count(part) for part in text.split(",")}))
 
 

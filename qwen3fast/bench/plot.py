@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from qwen3fast.bench.record import Record
+from qwen3fast.bench.record import Label, Record
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # Told apart in grey and by those who see few colours; in this order.
@@ -21,6 +21,7 @@ FORMAT_COLORS = {
 }  # fmt: skip
 
 Points = Sequence[tuple[float, float]]
+End = tuple[float, float, str, str]  # of a line: x, y, text, colour
 
 
 def color_of(name: str, names: Sequence[str]) -> str:
@@ -91,8 +92,40 @@ def draw_line(axes: Axes, points: Points, color: str, label: str = "", **style: 
     axes.plot(x, y, color=color, label=label, **look)
 
 
-def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.055) -> None:
-    """Names beside the last points of lines: (x, y, text, colour) each, pushed apart where they would overlap.
+def medians(record: Record, metric: str, axis: str, **wanted: Label) -> dict[str, dict[int, float]]:
+    """Format -> value of the label `axis` -> a metric's median, of the cases with all of `wanted`."""
+    lines: dict[str, dict[int, float]] = {}
+    for case in record.cases:
+        if wanted.items() <= case.labels.items() and metric in case.metrics:
+            line = lines.setdefault(str(case.labels["format"]), {})
+            line[int(case.labels[axis])] = case.metrics[metric].median
+    return lines
+
+
+def draw_formats(
+    axes: Axes,
+    lines: dict[str, dict[int, float]],
+    text: Callable[[str, int, float], str],
+    limits: Mapping[str, dict[int, float]] | None = None,
+) -> list[End]:
+    """A line for each format, over values in powers of two; its limit, if it has one, in dots.
+
+    text: from name, x and y of a line's last point to what `name_ends` will write there; returns what that takes.
+    """
+    ends: list[End] = []
+    for name, line in lines.items():
+        color = color_of(name, list(lines))
+        draw_line(axes, list(line.items()), color, name)
+        if limits and name in limits:
+            draw_line(axes, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
+        x, y = max(line.items())
+        ends.append((x, y, text(name, x, y), color))
+    log_x(axes, [n for line in lines.values() for n in line])
+    return ends
+
+
+def name_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
+    """Names beside the last points of lines, pushed apart where they would overlap.
 
     gap: height of a line of text, as a share of the axis.
     """

@@ -21,21 +21,17 @@ class BandwidthProbe:
         self._device = device
         num_bytes = PROBE_BYTES.get(device.type, PROBE_BYTES["cpu"])
         self._buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-        self.samples: list[float] = []
 
-    def measure(self, repetitions: int = 5) -> None:
-        """Add samples in GB/s."""
+    def measure(self, repetitions: int = 2) -> float:
+        """GB/s, the median of some runs."""
+        rates = []
         for _ in range(repetitions):
             synchronize(self._device)
             started = time.perf_counter()
             self._buffer.sum()
             synchronize(self._device)
-            self.samples.append(self._buffer.nbytes / (time.perf_counter() - started) / 1e9)
-
-    @property
-    def gb_s(self) -> float:
-        """Median of all samples, GB/s."""
-        return median(self.samples)
+            rates.append(self._buffer.nbytes / (time.perf_counter() - started) / 1e9)
+        return median(rates)
 
 
 class GemmProbe:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import randomised, small_config
 from cuda_static.capture_rules import capture_faults
-from test_scheduler import one_thread  # noqa: F401
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
@@ -19,6 +18,9 @@ from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.sampling import SamplerKind
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 PACKABLE_EXPERTS = EXPERTS | {"hidden_size": 64, "moe_intermediate_size": 32}
 RESULTS = {"state.output_R", "state.input_R", "state.position_R", "state.step_R", "keys.0", "values.1"}

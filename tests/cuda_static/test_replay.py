@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomised, small_config
-from test_scheduler import one_thread  # noqa: F401
 from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,8 @@ from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.processors import ProcessorRows
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tape(TorchDispatchMode):

@@ -24,7 +24,8 @@ UNCACHED_STEPS = 2
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to run: everything before it and one thing more. fused: with hand-written operations, or CUDA graphs."""
+    """One way to run: everything before it and one thing more (int4 in place of int8). fused: with hand-written
+    operations, or CUDA graphs."""
 
     name: str
     mode: str
@@ -38,7 +39,7 @@ STAGES = (
     Stage("+ compiled", "cached-compiled", "plain", fused=False),
     Stage("+ fused operations", "cached-compiled", "plain"),
     Stage("+ int8 weights", "cached-compiled", "int8"),
-    Stage("+ int4 weights", "cached-compiled", "int4"),
+    Stage("int4 instead of int8", "cached-compiled", "int4"),
     Stage("+ int8 cache", "cached-compiled", "int4-kv8"),
 )
 
@@ -143,7 +144,7 @@ SUITE = Suite(
     ),
     defaults={
         "formats": ("plain", "int8", "int4", "int4-kv8"),
-        "modes": ("uncached-eager", "cached-eager", "cached-compiled"), "contexts": (32, 1024), "batch_sizes": (1,),
+        "modes": ("uncached-eager", "cached-eager", "cached-compiled"), "contexts": (32, 1024),
         "new_tokens": 16, "repetitions": 3,
     },
     quick={"contexts": (32,), "new_tokens": 8, "repetitions": 1},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.metrics import short
-from qwen3fast.bench.plot import color_of, draw_line, log_x, log_y, name_ends, new_figure, style_axes
+from qwen3fast.bench.plot import draw_formats, log_y, medians, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.roofline import MODE
@@ -28,13 +28,7 @@ def run(session: Session) -> None:
 
 def by_batch(record: Record, metric: str) -> dict[str, dict[int, float]]:
     """Format -> batch size -> a metric's median, at the shortest context."""
-    context = min(int(c.labels["context"]) for c in record.cases)
-    values: dict[str, dict[int, float]] = {}
-    for case in record.cases:
-        if case.labels["context"] == context and metric in case.metrics:
-            line = values.setdefault(str(case.labels["format"]), {})
-            line[int(case.labels["batch_size"])] = case.metrics[metric].median
-    return values
+    return medians(record, metric, "batch_size", context=min(int(c.labels["context"]) for c in record.cases))
 
 
 def draw(record: Record) -> Figure:
@@ -47,16 +41,8 @@ def draw(record: Record) -> Figure:
     figure = new_figure(record, "More rows in a decode step", subtitle, (14.0, 6.0))
     left, right = figure.add_axes((0.05, 0.14, 0.37, 0.66)), figure.add_axes((0.55, 0.14, 0.35, 0.66))
     log_y(left)
-    for axes, values in ((left, speeds), (right, steps)):
-        ends = []
-        for name, line in values.items():
-            color = color_of(name, list(values))
-            draw_line(axes, list(line.items()), color, name)
-            if axes is left and name in limits:
-                draw_line(axes, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
-            x, y = max(line.items())
-            ends.append((x, y, f"{name}  {short(y)}", color))
-        log_x(axes, [n for line in values.values() for n in line])
+    for axes, lines, marks in ((left, speeds, limits), (right, steps, None)):
+        ends = draw_formats(axes, lines, lambda name, _, y: f"{name}  {short(y)}", marks)
         if axes is right:
             axes.set_ylim(bottom=0)
         name_ends(axes, ends)
@@ -86,7 +72,7 @@ SUITE = Suite(
         baseline={"batch_size": 1},
     ),
     defaults={
-        "formats": ("plain", "int8", "int4"), "modes": (MODE,), "contexts": (32,),
+        "formats": ("plain", "int8", "int4"), "contexts": (32,),
         "batch_sizes": (1, 2, 4, 8, 16, 32), "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain",), "batch_sizes": (1, 4), "new_tokens": 8, "repetitions": 1},

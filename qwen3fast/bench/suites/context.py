@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.metrics import short
-from qwen3fast.bench.plot import color_of, draw_line, log_x, name_ends, new_figure, style_axes
+from qwen3fast.bench.plot import draw_formats, medians, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import CHECK_TOKENS, Session
 from qwen3fast.bench.suites.roofline import MODE
@@ -13,11 +15,13 @@ from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 
 ALLOCATED = (1024, 4096, 16384)  # positions, where the model has as many
+PARTS = (("used", "context"), ("allocated", "allocated"))  # what varies, and the label that says how far
 ROOM = 64  # positions beyond the longest context and its steps
 
 
 def run(session: Session) -> None:
-    """First the used length grows in one cache; then the cache grows around one context. Formats take turns."""
+    """First the used length grows in one cache; then the cache grows around one context. All that is
+    compared takes turns."""
     o = session.options
     longest = max(o.contexts)
     fixed = longest + o.new_tokens + ROOM
@@ -31,32 +35,19 @@ def run(session: Session) -> None:
         ]
         session.harness.measure(tasks, o.repetitions, f"context {context}")
     benches.clear()
+    tasks = []
     sizes = [n for n in ALLOCATED if n <= session.config.longest_context]
     context = min(o.contexts[len(o.contexts) // 2], sizes[0] // 2)
-    for format in o.formats:
-        tasks = []
-        for size in sizes:
-            bench = session.workbench(format, (MODE,), (size - max(o.new_tokens, CHECK_TOKENS) - 1,), 1, o.new_tokens)
-            session.prepare(bench, MODE, format)
-            tasks.append(
-                session.task(bench, MODE, format, context, 1, o.new_tokens, allocated=size, varies="allocated")
-            )
-        session.harness.measure(tasks, o.repetitions, f"allocated, {format}")
-
-
-def by_label(record: Record, varies: str, label: str) -> dict[str, dict[int, float]]:
-    """Format -> a label's value -> milliseconds of a step."""
-    values: dict[str, dict[int, float]] = {}
-    for case in record.cases:
-        if case.labels["varies"] == varies and "step_ms" in case.metrics:
-            line = values.setdefault(str(case.labels["format"]), {})
-            line[int(case.labels[label])] = case.metrics["step_ms"].median
-    return values
+    for format, size in product(o.formats, sizes):
+        bench = session.workbench(format, (MODE,), (size - max(o.new_tokens, CHECK_TOKENS) - 1,), 1, o.new_tokens)
+        session.prepare(bench, MODE, format)
+        tasks.append(session.task(bench, MODE, format, context, 1, o.new_tokens, allocated=size, varies="allocated"))
+    session.harness.measure(tasks, o.repetitions, "allocated")
 
 
 def draw(record: Record) -> Figure:
     """Two panels on one scale: used length, allocated length."""
-    used, allocated = by_label(record, "used", "context"), by_label(record, "allocated", "allocated")
+    used, allocated = (medians(record, "step_ms", axis, varies=varies) for varies, axis in PARTS)
     context = next((c.labels["context"] for c in record.cases if c.labels["varies"] == "allocated"), "")
     size = next((c.labels["allocated"] for c in record.cases if c.labels["varies"] == "used"), "")
     subtitle = f"{record.model['name']}, one request: milliseconds of a decode step"
@@ -64,14 +55,8 @@ def draw(record: Record) -> Figure:
     left, right = figure.add_axes((0.05, 0.14, 0.37, 0.66)), figure.add_axes((0.55, 0.14, 0.35, 0.66))
     top = 1.15 * max(y for values in (used, allocated) for line in values.values() for y in line.values())
     for axes, values in ((left, used), (right, allocated)):
-        ends = []
         axes.set_ylim(0, top)
-        for name, line in values.items():
-            draw_line(axes, list(line.items()), color_of(name, list(used)), name)
-            x, y = max(line.items())
-            ends.append((x, y, f"{name}  {short(y)} ms", color_of(name, list(used))))
-        log_x(axes, [n for line in values.values() for n in line])
-        name_ends(axes, ends)
+        name_ends(axes, draw_formats(axes, values, lambda name, x, y: f"{name}  {short(y)} ms"))
     style_axes(left, "tokens in the prompt", "milliseconds of a step", f"used length, in a cache of {size} positions")
     style_axes(right, "positions in the cache", "milliseconds of a step", f"allocated length, {context} tokens in use")
     return figure
@@ -80,12 +65,12 @@ def draw(record: Record) -> Figure:
 def summary(record: Record) -> list[str]:
     """How much a step gains in time from the shortest to the longest, used and allocated."""
     sentences = []
-    for varies, label, what in (("used", "context", "used"), ("allocated", "allocated", "allocated")):
-        for name, line in by_label(record, varies, label).items():
+    for varies, axis in PARTS:
+        for name, line in medians(record, "step_ms", axis, varies=varies).items():
             first, last = min(line), max(line)
             grows = line[last] / line[first]
             sentences.append(
-                f"{name}: from {first:,} to {last:,} {what} positions a step takes {grows:.2f} times as long."
+                f"{name}: from {first:,} to {last:,} {varies} positions a step takes {grows:.2f} times as long."
             )
     return sentences
 
@@ -99,8 +84,8 @@ SUITE = Suite(
         ("format", "varies", "context", "allocated"), ("step_ms", "step_p99_ms", "decode_tok_s", "share_of_bandwidth")
     ),
     defaults={
-        "formats": ("plain", "int4", "int4-kv8"), "modes": (MODE,), "contexts": (32, 128, 512, 1024, 2048, 4000),
-        "batch_sizes": (1,), "new_tokens": 16, "repetitions": 3,
+        "formats": ("plain", "int4", "int4-kv8"), "contexts": (32, 128, 512, 1024, 2048, 4000),
+        "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain",), "contexts": (32, 512), "new_tokens": 8, "repetitions": 1},
     summary=summary,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.metrics import short
-from qwen3fast.bench.plot import color_of, draw_line, log_x, log_y, name_ends, new_figure, style_axes
+from qwen3fast.bench.plot import draw_formats, log_y, medians, name_ends, new_figure, style_axes
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
@@ -34,50 +34,32 @@ def run(session: Session) -> None:
         session.harness.measure(tasks, o.repetitions, f"context {context}, batch {batch_size}")
 
 
-def by_format(record: Record, metric: str, first_batch: int) -> dict[str, dict[int, float]]:
-    """Format -> context -> a metric's median, at one batch size."""
-    values: dict[str, dict[int, float]] = {}
-    for case in record.cases:
-        if case.labels["batch_size"] == first_batch and metric in case.metrics:
-            line = values.setdefault(str(case.labels["format"]), {})
-            line[int(case.labels["context"])] = case.metrics[metric].median
-    return values
-
-
 def draw(record: Record) -> Figure:
     """Left: decoding and its limits (dots) by context. Right: prefill's share of the matrix product's rate."""
     first = min(int(c.labels["batch_size"]) for c in record.cases)
-    speeds, limits = (by_format(record, m, first) for m in ("decode_tok_s", "limit_tok_s"))
-    shares, prefill = (by_format(record, m, first) for m in ("share_of_bandwidth", "prefill_flop_s"))
+    speeds, limits = (medians(record, m, "context", batch_size=first) for m in ("decode_tok_s", "limit_tok_s"))
+    shares, prefill = (
+        medians(record, m, "context", batch_size=first) for m in ("share_of_bandwidth", "prefill_flop_s")
+    )
     dots = "dots: read bandwidth / bytes that a token must read; in brackets: the share of it that was reached"
     subtitle = f"{record.model['name']}; lines: measured; {dots}"
     figure = new_figure(record, "Decoding and prefill against the machine's limits", subtitle, (14.0, 6.0))
     left, right = figure.add_axes((0.05, 0.14, 0.36, 0.66)), figure.add_axes((0.58, 0.14, 0.31, 0.66))
     log_y(left)
-    ends = []
-    for name, line in speeds.items():
-        color = color_of(name, list(speeds))
-        draw_line(left, list(line.items()), color, name)
-        if name in limits:
-            draw_line(left, list(limits[name].items()), color, "", linestyle=":", marker="", linewidth=1.3)
-        x, y = max(line.items())
-        share = f" ({shares[name][x]:.0%})" if x in shares.get(name, {}) else ""
-        ends.append((x, y, f"{name}  {short(y)}{share}", color))
-    log_x(left, [n for line in speeds.values() for n in line])
+
+    def with_share(name: str, x: int, y: float) -> str:
+        return f"{name}  {short(y)}" + (f" ({shares[name][x]:.0%})" if x in shares.get(name, {}) else "")
+
+    ends = draw_formats(left, speeds, with_share, limits)
     style_axes(left, "tokens in the prompt", "tokens per second", f"decoding, batch {first}")
     name_ends(left, ends)
-    ends = []
-    for name, line in prefill.items():
-        color = color_of(name, list(prefill))
-        draw_line(right, [(n, flop / 1e9) for n, flop in line.items()], color, name)
-        x, y = max(line.items())
-        ends.append((x, y / 1e9, name, color))
+    gflop_s = {name: {n: flop / 1e9 for n, flop in line.items()} for name, line in prefill.items()}
+    ends = draw_formats(right, gflop_s, lambda name, x, y: name)
     if rates := sorted(record.conditions.get("gemm_flop_s", [])):
         rate = rates[len(rates) // 2] / 1e9
         right.axhline(rate, color="#7b8794", linestyle=":", linewidth=1.3)
         ends.append((max(n for line in prefill.values() for n in line), rate, "matrix product", "#7b8794"))
     right.set_ylim(bottom=0)
-    log_x(right, [n for line in prefill.values() for n in line])
     style_axes(right, "tokens in the prompt", "GFLOP/s", "prefill")
     name_ends(right, ends)
     return figure
@@ -86,7 +68,7 @@ def draw(record: Record) -> Figure:
 def summary(record: Record) -> list[str]:
     """Each format's speed at the shortest context, as a share of the limit."""
     first = min(int(c.labels["batch_size"]) for c in record.cases)
-    speeds, shares = (by_format(record, m, first) for m in ("decode_tok_s", "share_of_bandwidth"))
+    speeds, shares = (medians(record, m, "context", batch_size=first) for m in ("decode_tok_s", "share_of_bandwidth"))
     return [
         f"{name}: {short(line[min(line)])} tokens/s at {min(line):,} tokens of context, {shares[name][min(line)]:.0%} "
         f"of what the memory allows; {short(line[max(line)])} at {max(line):,} ({shares[name][max(line)]:.0%})."
@@ -105,7 +87,7 @@ SUITE = Suite(
         ("decode_tok_s", "effective_gb_s", "share_of_bandwidth", "prefill_tok_s", "prefill_share_of_gemm"),
     ),
     defaults={
-        "formats": ("plain", "int8", "int4", "int8-kv8", "int4-kv8"), "modes": (MODE,),
+        "formats": ("plain", "int8", "int4", "int8-kv8", "int4-kv8"),
         "contexts": (32, 256, 1024, 4000), "batch_sizes": (1,), "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain", "int4"), "contexts": (32, 256), "new_tokens": 8, "repetitions": 1},

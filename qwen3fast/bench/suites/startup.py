@@ -38,7 +38,7 @@ from qwen3fast import Generator, SamplingParams, load_model
 marks = [time.time()]
 model = load_model(sys.argv[1], device=sys.argv[2])
 marks.append(time.time())
-with Generator(model, max_seq_len=4096, compile={compile}) as generator:
+with Generator(model, max_seq_len=4096, compile={compile}, **json.loads(sys.argv[3])) as generator:
     times = []
     for chunk in generator.stream(list(range(1, 33)), SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)):
         times.append(time.time())
@@ -48,8 +48,10 @@ print(json.dumps(marks + times))
 """
 
 
-def run_once(folder: Path, device: str, compile: str, seconds: float, caches: Path | None = None) -> list[float]:
-    """One process. Returns seconds since its start: imported, loaded, and each token.
+def run_once(
+    folder: Path, device: str, compile: str, seconds: float, caches: Path | None = None, **options: Any
+) -> list[float]:
+    """One process. Returns seconds since its start: imported, loaded, and each token. options: of its Generator.
 
     Raises: RuntimeError with the end of its log if it fails.
     """
@@ -59,8 +61,9 @@ def run_once(folder: Path, device: str, compile: str, seconds: float, caches: Pa
     program = PROGRAM.format(compile=COMPILE[compile], seconds=seconds)
     started = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", program, str(folder), device], capture_output=True, text=True, env=environment
-    )
+        [sys.executable, "-c", program, str(folder), device, json.dumps(options)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"a run with compile={COMPILE[compile]} failed:\n{done.stderr[-3000:]}")
     return [t - started for t in json.loads(done.stdout.splitlines()[-1])]
@@ -78,13 +81,14 @@ def run(session: Session) -> None:
     """Cold runs once, warm runs in turns; full speed is that of the warm runs that compiled first."""
     o = session.options
     for format in o.formats:
-        quantization, _ = split_format(format)
+        quantization, kv_cache_dtype = split_format(format)
+        options: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype, "threads": o.threads}
         tokens: dict[str, list[list[float]]] = {}
         with tempfile.TemporaryDirectory() as temporary:
             save_model(session.model(quantization), Path(temporary))
-            cold, warm = (_tasks(session, Path(temporary), format, kind, tokens) for kind in ("cold", "warm"))
+            cold, warm = (_tasks(session, Path(temporary), format, kind, tokens, options) for kind in ("cold", "warm"))
             for mode in COMPILE:
-                run_once(Path(temporary), str(session.device), mode, WARM_S)  # fills the caches
+                run_once(Path(temporary), str(session.device), mode, WARM_S, **options)  # fills the caches
             session.harness.measure(warm, o.repetitions, f"warm, {format}")
             session.harness.measure(cold, 1, f"cold, {format}")
         step_s = median(b - a for times in tokens["warm always"] for a, b in pairwise(times))
@@ -95,13 +99,20 @@ def run(session: Session) -> None:
                 task.case.samples["full_speed_s"] = reached
 
 
-def _tasks(session: Session, folder: Path, format: str, kind: str, tokens: dict[str, list[list[float]]]) -> list[Task]:
+def _tasks(
+    session: Session,
+    folder: Path,
+    format: str,
+    kind: str,
+    tokens: dict[str, list[list[float]]],
+    options: dict[str, Any],
+) -> list[Task]:
     def once(mode: str) -> Sample:
         if kind == "cold":
             with tempfile.TemporaryDirectory() as caches:
-                imported, loaded, *times = run_once(folder, str(session.device), mode, COLD_S, Path(caches))
+                imported, loaded, *times = run_once(folder, str(session.device), mode, COLD_S, Path(caches), **options)
         else:
-            imported, loaded, *times = run_once(folder, str(session.device), mode, WARM_S)
+            imported, loaded, *times = run_once(folder, str(session.device), mode, WARM_S, **options)
         tokens.setdefault(f"{kind} {mode}", []).append(times)
         return {"import_s": imported, "load_s": loaded, "first_token_s": times[0], "token_s": times}
 
@@ -165,8 +176,7 @@ SUITE = Suite(
     draw=draw,
     columns=Columns(("format", "compile", "caches"), PHASES),
     defaults={
-        "formats": ("plain", "int4"), "modes": (), "contexts": (32,), "batch_sizes": (1,), "new_tokens": 1,
-        "repetitions": 3,
+        "formats": ("plain", "int4"), "repetitions": 3,
     },
     quick={"formats": ("plain",), "repetitions": 1},
     summary=summary,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, num_parts
+from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, group_factors, num_parts, unpack
 
 
 def packed_experts(
@@ -64,21 +64,11 @@ def _multiply_chosen(
         j = first + tl.arange(0, block)
         is_real = j < end
         word = tl.load(words + (at * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0)
+        factor = 1.0
         if channels == 8:
-            factor = tl.load(
-                scale + (at * (num_channels // group) + (j // (group // channels))[:, None]) * lanes + lane[None, :],
-                mask=is_real[:, None],
-                other=0.0,
-            ).to(tl.float32)
+            factor = group_factors(scale, at, j, is_real, lane, num_words, channels, lanes, group)
         for part in tl.static_range(channels):
-            bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if channels == 4 else 15)
-            if is_fp8:
-                half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-                weight = half.to(tl.float32) * 256.0
-            elif channels == 4:
-                weight = (bits - 128).to(tl.float32)
-            else:
-                weight = (bits - 8).to(tl.float32) * factor
+            weight = unpack(word, factor, part, channels, is_fp8)
             numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
             total += tl.sum(weight * numbers[:, None], axis=0)
     if channels == 4:

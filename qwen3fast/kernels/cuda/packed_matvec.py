@@ -46,6 +46,42 @@ def num_parts(blocks: int, words: int) -> int:
 
 
 @triton.jit
+def group_factors(
+    scale,
+    at,
+    j,
+    is_real,
+    lane,
+    num_words,
+    channels: tl.constexpr,
+    lanes: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Scales of 4 bits, (block, lanes) float32: those of the groups that words j of the weight's block `at` are in."""
+    groups = num_words * channels // group
+    place = (at * groups + (j // (group // channels))[:, None]) * lanes + lane[None, :]
+    return tl.load(scale + place, mask=is_real[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def unpack(word, factor, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.constexpr):
+    """Channel `part` of each word, in float32 (in 8 bits without the row's scale).
+
+    A word holds 4 channels, byte by byte, or 8 in 4 bits: first the four low halves of its bytes, then the high ones.
+    """
+    bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if channels == 4 else 15)
+    if is_fp8:
+        # float8_e4m3fn: sign, 4 bits of exponent, 3 of fraction; as float16's bits, 2^8 times too small.
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+        weight = half.to(tl.float32) * 256.0
+    elif channels == 4:
+        weight = (bits - 128).to(tl.float32)
+    else:
+        weight = (bits - 8).to(tl.float32) * factor
+    return weight
+
+
+@triton.jit
 def _multiply(
     x,
     words,
@@ -73,23 +109,11 @@ def _multiply(
         word = tl.load(
             words + (b.to(tl.int64) * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0
         )
+        factor = 1.0
         if channels == 8:
-            factor = tl.load(
-                scale + (b * (num_channels // group) + (j // (group // channels))[:, None]) * lanes + lane[None, :],
-                mask=is_real[:, None],
-                other=0.0,
-            ).to(tl.float32)
+            factor = group_factors(scale, b.to(tl.int64), j, is_real, lane, num_words, channels, lanes, group)
         for part in tl.static_range(channels):
-            # Channel of this part: byte by byte in 8 bits; in 4, the four low halves and then the four high halves.
-            bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if channels == 4 else 15)
-            if is_fp8:
-                # float8_e4m3fn: sign, 4 bits of exponent, 3 of fraction; as float16's bits, 2^8 times too small.
-                half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-                weight = half.to(tl.float32) * 256.0
-            elif channels == 4:
-                weight = (bits - 128).to(tl.float32)
-            else:
-                weight = (bits - 8).to(tl.float32) * factor
+            weight = unpack(word, factor, part, channels, is_fp8)
             numbers = tl.load(
                 x + row[:, None] * num_channels + (j * channels + part)[None, :],
                 mask=(row < num_rows)[:, None] & is_real[None, :],
