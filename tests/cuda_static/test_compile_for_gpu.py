@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 
 import compile_for_gpu
 
+from qwen3fast.bench.record import Record
+
 SOURCE = """
 def call(args):
     buf0 = empty_strided_cuda((1, 4), (4, 1), torch.float32)
@@ -55,6 +57,25 @@ def test_launches_and_calls_are_counted():
     part = compile_for_gpu.describe(SOURCE, [tuner])
     assert (part.launches, part.calls, part.buffers) == (2, {"extern_kernels.mm": 2}, 2)
     assert part.kernels == [{"name": "add", "shared_bytes": 64, "cubin_bytes": 9}]
+
+
+def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
+    most = compile_for_gpu.GPUS["sm_90"].shared_bytes
+    kernels = [{"name": "small", "shared_bytes": 8, "cubin_bytes": 9}]
+    part = {"launches": 2, "calls": {"extern_kernels.mm": 1}, "buffers": 1, "kernels": kernels, "runs": 3}
+    step = {"model": "0.6b", "weights": "bf16", "attention": "sdpa", "batch_size": 1, "context": 64}
+    step |= {"triton_launches": 6, "library_calls": {"extern_kernels.mm": 3}, "eager_calls": {"aten::copy_": 4}}
+    run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
+    record = Record("compiled", run, {}, {"name": "x"}, notes={"steps": {}, "own_kernels": []})
+    compile_for_gpu.add_step(record, "sm_90", step | {"parts": {"run_block": part}})
+    record = Record.from_dict(record.to_dict())
+    found = {name: estimate.median for name, estimate in record.cases[0].metrics.items()}
+    assert found == {"triton_kernels": 6, "library_calls": 3, "eager_calls": 4, "shared_bytes": 8}
+    assert record.notes["steps"][record.cases[0].name]["parts"]["run_block"] == part
+    assert compile_for_gpu.too_large(record) == set()
+    kernels.append({"name": "large", "shared_bytes": most + 1, "cubin_bytes": 9})
+    record.notes["own_kernels"].append({"gpu": "sm_80", "name": "own", "shared_bytes": most, "cubin_bytes": 9})
+    assert compile_for_gpu.too_large(record) == {"large", "own"}
 
 
 def test_a_pytorch_without_cuda_is_refused(monkeypatch):
