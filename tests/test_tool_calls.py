@@ -45,7 +45,9 @@ calls = st.builds(ToolCall, st.text(), st.dictionaries(st.text(), json_values, m
 whole = [CALL, '{"name": "a"}', *MALFORMED.values()]
 broken = ["<tool_call>", "</tool_call>", "<tool_call", '{"name": ', '"arguments": ', '"', "\\", "{", "}", "[" * 10_000]
 others = ["\n", " ", "text", "NaN", "<think>", "字", "\ud800"]
-shreds = st.lists(st.sampled_from([*whole, *broken, *others]), max_size=10).map("".join)
+pieces = st.sampled_from([*whole, *broken, *others])
+shreds = st.lists(pieces, max_size=10).map("".join)
+shreds_among_calls = st.lists(st.just(CALL) | pieces, max_size=10).map("".join)
 
 
 def block(call: ToolCall, ensure_ascii: bool = False) -> str:
@@ -160,7 +162,7 @@ def without_calls(answer: str) -> tuple[str, int]:
     return before + tag + rest, number
 
 
-@given(st.text() | shreds)
+@given(st.text() | shreds_among_calls)
 def test_tool_calls_of_any_text_lose_nothing_else(answer):
     parsed = parse_tool_calls(answer)
     rest, number = without_calls(answer)
