@@ -16,6 +16,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen3fast import Generator
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.tokenizer import Tokenizer
@@ -146,3 +147,16 @@ def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) ->
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
+    """What `Generator.from_pretrained` gives while the test runs."""
+    generators, real = [], Generator.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        generators.append(real(*arguments, **options))
+        return generators[-1]
+
+    monkeypatch.setattr(Generator, "from_pretrained", from_pretrained)
+    return generators

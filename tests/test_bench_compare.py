@@ -227,13 +227,23 @@ def test_compare_notes_what_else_a_reader_should_know():
     ]
 
 
-@given(st.lists(st.floats(1, 100), min_size=3, max_size=6), st.lists(st.floats(1, 100), min_size=3, max_size=6))
-def test_judge_sees_the_opposite_when_old_and_new_change_places(a, b):
-    opposite = {BETTER: WORSE, WORSE: BETTER}
-    verdicts = [judge("decode_tok_s", ratio(x, y), (), 0.03) for x, y in ((a, b), (b, a))]
-    # The resamples of both sides are other ones then, so what lies on the border may move.
-    if UNCLEAR not in verdicts:
-        assert verdicts[1] == opposite.get(verdicts[0], verdicts[0])
+def samples(low, high):
+    return st.lists(st.floats(low, high), min_size=3, max_size=6)
+
+
+def judge_both_ways(a, b):
+    return [judge("decode_tok_s", ratio(new, old), (), 0.03) for new, old in ((a, b), (b, a))]
+
+
+@given(samples(1, 100), samples(1.04, 3))
+def test_judge_sees_the_opposite_when_old_and_new_change_places(slow, factors):
+    fast = [max(slow) * factor for factor in factors]
+    assert judge_both_ways(fast, slow) == [BETTER, WORSE]
+
+
+@given(samples(100, 102.9), samples(100, 102.9))
+def test_judge_calls_what_lies_within_the_threshold_the_same_both_ways(a, b):
+    assert judge_both_ways(a, b) == [SAME, SAME]
 
 
 def test_judge_zero_of_equal_values_is_the_same():

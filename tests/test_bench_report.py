@@ -18,6 +18,7 @@ from qwen3fast.bench.record import Case, Record, load_record, write_json
 from qwen3fast.bench.report.colors import DARK, LIGHT, contrast, on_dark, on_light
 from qwen3fast.bench.report.page import FOLDER, render
 from qwen3fast.bench.report.section import make_section
+from qwen3fast.bench.report.values import interval
 from qwen3fast.bench.table import as_csv
 from qwen3fast.bench.view import picture
 
@@ -124,8 +125,11 @@ def test_report_has_every_figure_of_every_case_with_its_interval(page):
     for record in (cache_record(), other_record()):
         for case in record.cases:
             for name, estimate in case.metrics.items():
-                for value in (estimate.median, estimate.p10, estimate.p90, estimate.low):
-                    assert value is None or METRICS[name].text(value).partition(" ")[0] in page, (case.name, name)
+                for value in (estimate.median, estimate.p10, estimate.p90):
+                    assert METRICS[name].text(value).partition(" ")[0] in page, (case.name, name)
+                between = interval(name, estimate)
+                assert bool(between) == (estimate.n > 1), (case.name, name)
+                assert f">{between}<" in page, (case.name, name)
 
 
 def test_report_is_valid_html_and_all_its_links_lead_somewhere(page):

@@ -134,7 +134,9 @@ def test_from_pretrained_quantises(tmp_path, tokenizer_folder, quantization, tie
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
     folder = write_text_checkpoint(tmp_path, randomised(config), tokenizer_folder)
     exact = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)
-    rounded = Embedder.from_pretrained(folder, device="cpu", quantization=quantization).encode(TEXTS)
+    loaded = Embedder.from_pretrained(folder, device="cpu", quantization=quantization)
+    assert loaded.config.quantization == quantization
+    rounded = loaded.encode(TEXTS)
     assert (exact * rounded).sum(-1).min() > (0.99 if quantization == "int8" else 0.8)
 
 

@@ -126,15 +126,26 @@ def test_stop_token_ends_the_reply(generator):
     assert result.finish_reason == "stop"
 
 
-def test_every_eos_id_of_both_configs_stops(model, tokenizer):
-    plain = Generator(model, tokenizer, max_seq_len=64, compile=False).generate("hello", GREEDY).token_ids
-    preset = {"eos_token_id": [plain[3], plain[6]]}
-    with Generator(model, tokenizer, generation_config=preset, max_seq_len=64, compile=False) as generator:
-        result = generator.generate("hello", GREEDY)
-        assert result.token_ids[-1] in preset["eos_token_id"]
-        assert len(result.token_ids) < len(plain)
-        ignoring = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-        assert generator.generate("hello", ignoring).token_ids == plain
+@pytest.mark.parametrize(("number", "is_eos"), [(0, True), (1, True), (2, True), (3, True), (4, False)])
+def test_every_eos_id_of_both_configs_stops_and_no_other(model, tokenizer, generator, number, is_eos):
+    plain = generator.generate("hello", GREEDY).token_ids
+    unused = [token for token in range(tokenizer.vocab_size) if token not in plain]
+    of_config, of_preset, forced = tuple(unused[:2]), unused[2:4], unused[number]
+
+    def force(logits, output):
+        if len(output) == 3:
+            logits = torch.full_like(logits, -torch.inf)
+            logits[forced] = 0
+        return logits
+
+    ending = randomised(replace(model.config, eos_token_ids=of_config), seed=1)
+    preset = {"eos_token_id": of_preset}
+    with Generator(ending, tokenizer, generation_config=preset, max_seq_len=64, compile=False) as generator:
+        result = generator.generate("hello", replace(GREEDY, logits_processor=force))
+        ignoring = generator.generate("hello", replace(GREEDY, logits_processor=force, ignore_eos=True))
+    assert result.token_ids[:4] == ignoring.token_ids[:4] == [*plain[:3], forced]
+    assert (len(result.token_ids), result.finish_reason) == ((4, "stop") if is_eos else (12, "length"))
+    assert len(ignoring.token_ids) == 12
 
 
 def test_stop_string_is_cut_off(generator):

@@ -14,7 +14,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
-from itertools import pairwise
+from dataclasses import replace
 
 import pytest
 from conftest import randomised, small_config
@@ -190,14 +190,24 @@ def test_a_slow_reader_gets_fewer_chunks_and_loses_nothing(generator, alone):
     [chunk] = list(handle)
     expected = alone.generate("hello", GREEDY)
     assert (chunk.text, chunk.token_ids, chunk.finish_reason) == (expected.text, expected.token_ids, "length")
-    handle = generator.submit("hello", SamplingParams(temperature=0, max_tokens=200))
-    chunks = []
-    for chunk in handle:
-        chunks.append(chunk)
-        time.sleep(0.05)
-    assert len(chunks) < 100
-    assert [i for c in chunks for i in c.token_ids] == handle.result().token_ids
-    assert "".join(c.text for c in chunks) == handle.result().text
+
+
+def test_a_reader_that_comes_back_late_gets_all_that_it_missed_in_one_chunk(generator, alone):
+    may_go_on = threading.Event()
+
+    def wait(logits, output):
+        assert len(output) < 5 or may_go_on.wait(PATIENCE_S), "nobody has read a chunk"
+        return logits
+
+    handle = generator.submit("hello", replace(GREEDY, logits_processor=wait))
+    first = next(iter(handle))
+    may_go_on.set()
+    handle.result(PATIENCE_S)
+    [rest] = list(handle)
+    expected = alone.generate("hello", GREEDY)
+    assert first.token_ids and first.result is None
+    assert first.token_ids + rest.token_ids == expected.token_ids
+    assert first.text + rest.text == expected.text == rest.result.text
 
 
 def test_chunks_are_given_once(generator):
@@ -346,7 +356,7 @@ def test_cancel_from_another_thread_lets_one_step_run_at_most(generator, alone, 
     steps, launch = [], generator._engine.launch
     monkeypatch.setattr(generator._engine, "launch", lambda *arguments: (steps.append(0), launch(*arguments))[1])
     for _ in range(20):
-        handle = generator.submit("hello", SamplingParams(temperature=0, max_tokens=1500))
+        handle = generator.submit("hello", SLOW)
         next(iter(handle))
         handle.cancel()
         before = len(steps)
@@ -522,23 +532,25 @@ def test_astream_does_not_block_the_event_loop(generator):
     asyncio.run(main())
 
 
-def test_other_tasks_run_between_the_chunks_of_a_stream(generator):
+def test_other_tasks_run_while_a_stream_waits_for_each_of_its_tokens(generator):
+    ticks = 0
+
+    def wait(logits, output):
+        seen = ticks
+        wait_until(lambda: ticks > seen)
+        return logits
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+
     async def main():
-        ticks = 0
-
-        async def tick():
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0)
-
         ticking = asyncio.create_task(tick())
-        seen = []
-        params = SamplingParams(temperature=0, max_tokens=30, logits_processor=slowly)
-        async for chunk in generator.astream("hello", params):
-            seen += [ticks] if chunk.token_ids else []
+        params = SamplingParams(temperature=0, max_tokens=30, logits_processor=wait)
+        assert len(await read(generator, "hello", params)) == 30
         ticking.cancel()
-        assert sum(later > earlier for earlier, later in pairwise(seen)) >= len(seen) - 2
 
     asyncio.run(main())
 
@@ -860,7 +872,7 @@ def test_collecting_a_generator_while_its_lock_is_held_is_no_deadlock(model, tok
         runner._inbox = Inbox()
         thread = threading.Thread(target=handle.cancel, daemon=True)
         thread.start()
-        thread.join(3)
+        thread.join(PATIENCE_S)
     finally:
         gc.enable()
     assert not thread.is_alive()
@@ -926,7 +938,7 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
     monkeypatch.setattr(generator._engine, part, broken)
     generator._runner.add([request.request])
     with pytest.raises(MemoryError, match="broken"):
-        request.result(3)
+        request.result(PATIENCE_S)
     assert calls
     monkeypatch.undo()
     assert_unharmed(generator, alone)
@@ -935,16 +947,16 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
     """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
     with all_rows_busy(generator) as [first, second]:
-        monkeypatch.setattr(
-            generator._engine, "swap_rows", raising_once(MemoryError("broken"), generator._engine.swap_rows)
-        )
+        calls, swap_rows = [], raising_once(MemoryError("broken"), generator._engine.swap_rows)
+        monkeypatch.setattr(generator._engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
         lower, upper = sorted([first, second], key=lambda handle: handle.request.row)
         lower.cancel()
-        assert lower.result(3).finish_reason == "cancelled"
+        assert lower.result(PATIENCE_S).finish_reason == "cancelled"
         upper.cancel()
         with suppress(MemoryError):  # or it has not felt it
-            assert upper.result(3).finish_reason == "cancelled"
-        assert generator.submit("hello", GREEDY).result(3).finish_reason == "length"
+            assert upper.result(PATIENCE_S).finish_reason == "cancelled"
+        assert generator.submit("hello", GREEDY).result(PATIENCE_S).finish_reason == "length"
+        assert calls
     assert_unharmed(generator, alone)
 
 
@@ -960,11 +972,11 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
             monkeypatch.setattr(generator._engine, part, broken)
         for handle in running:
             with pytest.raises(RuntimeError, match="device gone"):
-                handle.result(3)
+                handle.result(PATIENCE_S)
         with pytest.raises(RuntimeError):
-            waiting.result(3)
+            waiting.result(PATIENCE_S)
         with pytest.raises(RuntimeError):
-            generator.submit("later", GREEDY, timeout=3).result(3)
+            generator.submit("later", GREEDY, timeout=PATIENCE_S).result(PATIENCE_S)
 
 
 # Ctrl-C

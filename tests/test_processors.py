@@ -143,7 +143,7 @@ def test_mask_keeps_the_allowed_tokens_alone(size, seed, share):
 
 
 @given(count=st.integers(1, 4), size=st.integers(1, 130), seed=st.integers(0, 2**31), scale=st.floats(0.1, 30))
-def test_all_processors_together_follow_the_order_of_transformers(count, size, seed, scale):
+def test_all_processors_together_follow_the_plain_loop(count, size, seed, scale):
     logits_BV = random_tensor(count, size, seed=seed) * scale
     rows = random_rows(count, size, seed)
     assert_processed(process_logits(logits_BV, rows), logits_BV, rows)

@@ -187,11 +187,12 @@ def test_reranker_reads_a_plain_and_a_quantised_output_projection(tmp_path, yes_
     assert reranker.score("Where?", ["Paris.", "x"]) == pytest.approx(expected, abs=0.05)
 
 
-def test_command_line_dequantises(tmp_path, tokenizer_folder, capsys):
+def test_command_line_dequantises(tmp_path, tokenizer_folder, capsys, opened):
     publish(tmp_path, CONFIG, AWQ, tokenizer_folder=tokenizer_folder)
     options = ["--quantization", "dequantize", "--temperature", "0", "--max-tokens", "3", "--compile", "never"]
     assert main(["generate", "Hello", "--raw", "--model", str(tmp_path), "--max-seq-len", "64", *options]) == 0
     assert capsys.readouterr().out.strip()
+    assert [generator.config.quantization for generator in opened] == [None]
 
 
 def test_loading_holds_some_rows_at_a_time_in_plain_numbers(tmp_path, monkeypatch):

@@ -341,9 +341,10 @@ def test_info_states_the_bytes_of_a_quantised_checkpoint(tmp_path, capsys):
     assert f"{size:,} bytes in int4" in capsys.readouterr().out
 
 
-def test_command_line_quantises(capsys):
+def test_command_line_quantises(capsys, opened):
     assert main(["generate", "What is 17 + 25?", "--quantization", "int8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == "42\n"
+    assert [generator.config.quantization for generator in opened] == ["int8"]
 
 
 def test_config_keeps_the_format():

@@ -1,10 +1,12 @@
 """The README tells the truth: its tables come from recorded results, its commands and links exist."""
 
+import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import update_readme
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,7 @@ def test_readme_five_lines_run(monkeypatch, capsys):
     assert "Paris" in capsys.readouterr().out
 
 
-def test_readme_command_lines_parse():
+def test_readme_command_lines_parse(monkeypatch):
     commands = re.findall(r"^python -m qwen3fast(?:\.bench)? .*$", TEXT, re.MULTILINE)
     assert len(commands) >= 4
     import shlex
@@ -47,6 +49,13 @@ def test_readme_command_lines_parse():
     from qwen3fast.bench.__main__ import COMMANDS
     from qwen3fast.bench.__main__ import build_parser as build_bench_parser
     from qwen3fast.cli import build_parser
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(*arguments):
+        """These commands parse and run in one function."""
+        parse_args(*arguments)
+        sys.exit(0)
 
     for command in commands:
         module, *words = shlex.split(command.partition("#")[0])[2:]
@@ -56,8 +65,12 @@ def test_readme_command_lines_parse():
                 continue
             words = args.options
         if words[:1] and words[0] in COMMANDS:
-            continue
-        build_bench_parser().parse_args(words)
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+                patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+                COMMANDS[words[0]](words[1:])
+            assert left.value.code == 0, command
+        else:
+            build_bench_parser().parse_args(words)
 
 
 def test_module_runs_as_a_program():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -189,10 +190,16 @@ def test_logprobs_of_a_vocabulary_smaller_than_the_list():
 
 
 def test_a_cancelled_reply_has_logprobs_for_what_there_is(generator):
-    handle = generator.submit(PROMPT, SamplingParams(temperature=0, max_tokens=400, logprobs=2, ignore_eos=True))
+    def slowly(logits, output):
+        time.sleep(0.002)
+        return logits
+
+    params = replace(GREEDY, max_tokens=400, logprobs=2, ignore_eos=True, logits_processor=slowly)
+    handle = generator.submit(PROMPT, params)
     next(iter(handle))
     handle.cancel()
     result = handle.result(20)
+    assert result.finish_reason == "cancelled"
     assert len(result.logprobs) == len(result.token_ids) > 0
 
 
@@ -646,12 +653,12 @@ def test_at_high_temperature_the_answer_follows_the_structure_behind_a_thought_o
         temperature=HOT, top_k=0, top_p=1.0, seed=seed, max_tokens=200, regex=DATE, thinking_budget=20
     )
     opened = []
-    for bias in (0.0, 1000.0):  # of <think>
+    for bias in (-float("inf"), 0.0, 1000.0):  # of <think>
         result = tiny.chat(QUESTION, replace(params, logit_bias={tags(tiny)[0]: bias}))
         assert result.finish_reason == "stop"
         assert re.fullmatch(DATE, result.answer), result.text
         opened.append(result.text.startswith("<think>"))
-    assert opened[1]
+    assert (opened[0], opened[2]) == (False, True)
 
 
 def test_without_thinking_structure_holds_from_the_first_token(tiny):

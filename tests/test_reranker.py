@@ -87,6 +87,7 @@ def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, t
     config = replace(CONFIG, vocab_size=1040, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
     folder = write_text_checkpoint(tmp_path, randomised(config), yes_no_folder)
     loaded = Reranker.from_pretrained(folder, device="cpu", quantization=quantization)
+    assert loaded.config.quantization == quantization
     expected = [probability(loaded.model, loaded.tokenizer, prompt_of(QUERY, document)) for document in DOCUMENTS]
     # The full projection rounds its input, too, when it is quantised; the two rows do not.
     scores = loaded.score(QUERY, DOCUMENTS)

@@ -1,6 +1,7 @@
 """parse_tool_calls: which blocks are calls, which are not, and what is left of the text."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -44,7 +45,9 @@ calls = st.builds(ToolCall, st.text(), st.dictionaries(st.text(), json_values, m
 whole = [CALL, '{"name": "a"}', *MALFORMED.values()]
 broken = ["<tool_call>", "</tool_call>", "<tool_call", '{"name": ', '"arguments": ', '"', "\\", "{", "}", "[" * 10_000]
 others = ["\n", " ", "text", "NaN", "<think>", "字", "\ud800"]
-shreds = st.lists(st.sampled_from([*whole, *broken, *others]), max_size=10).map("".join)
+pieces = st.sampled_from([*whole, *broken, *others])
+shreds = st.lists(pieces, max_size=10).map("".join)
+shreds_among_calls = st.lists(st.just(CALL) | pieces, max_size=10).map("".join)
 
 
 def block(call: ToolCall, ensure_ascii: bool = False) -> str:
@@ -137,10 +140,35 @@ def test_tool_calls_of_any_text_never_raise_and_malformed_stays_text(answer):
     assert all(block in parsed.content for block in parsed.malformed)
 
 
-@given(st.text() | shreds)
+def is_call(text: str) -> bool:
+    """Whether a text between two tags is a call."""
+    try:
+        value = json.loads(text.strip())
+        arguments = value.get("arguments", {})
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError, AttributeError):
+        return False
+    return isinstance(value.get("name"), str) and isinstance(arguments, dict)
+
+
+def without_calls(answer: str) -> tuple[str, int]:
+    """The answer without its calls, and how many there were: every pair of tags is tried, the nearest ones first."""
+    before, tag, after = answer.partition("<tool_call>")
+    for end in re.finditer("</tool_call>", after):
+        if is_call(after[: end.start()]):
+            rest, number = without_calls(after[end.end() :])
+            return before + rest, number + 1
+    rest, number = without_calls(after) if tag else ("", 0)
+    return before + tag + rest, number
+
+
+@given(st.text() | shreds_among_calls)
 def test_tool_calls_of_any_text_lose_nothing_else(answer):
     parsed = parse_tool_calls(answer)
-    assert parsed.tool_calls or parsed.content == answer
+    rest, number = without_calls(answer)
+    assert len(parsed.tool_calls) == number
+    assert "".join(parsed.content.split()) == "".join(rest.split())
+    assert number or parsed.content == answer
 
 
 @given(shreds)

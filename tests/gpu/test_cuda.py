@@ -166,6 +166,7 @@ def test_tokens_of_quantised_experts_equal_those_of_the_plain_form(name, monkeyp
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("attention", ["flex", "split"])
 def test_other_attention_gives_the_tokens_of_pytorchs(model, attention, cache_dtype, monkeypatch):
+    assert attention != "split" or cuda.load(), "without Triton, PyTorch's would be compared with itself"
     twin = randomised(model.config, seed=3).to("cuda")
     sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": ROWS, "kv_cache_dtype": cache_dtype}
     replies = []
