@@ -79,7 +79,8 @@ class Generator:
             be a GGUF file.
         ranks: the processes that the model was split over.
 
-        Raises: ValueError for sizes the model cannot have; MemoryError if the KV cache does not fit.
+        Raises: ValueError for sizes the model cannot have, a preset that no request could set, max_queue or threads
+        below 1, or an unknown kv_cache_dtype or compile; MemoryError if the KV cache does not fit.
         """
         config = model.config
         if max_seq_len > config.longest_context:
@@ -296,6 +297,8 @@ class Generator:
         """Continue one prompt piece by piece. Joined, the chunks' texts are `generate`'s text.
 
         The prompt is checked at the call; it is queued at the first chunk. A stream that is dropped frees its row.
+        Raises: ValueError at the call, as `generate`, and for n > 1; at a chunk, what ended the reply, as
+        `RequestHandle.result`.
         """
         return self.run(self.build(prompt, params, on_overflow=on_overflow))
 
@@ -347,7 +350,10 @@ class Generator:
         tools: list[dict[str, Any]] | None = None,
         on_overflow: Overflow = "error",
     ) -> Iterator[StreamChunk]:
-        """Reply to a conversation piece by piece: `stream` on the rendered chat template."""
+        """Reply to a conversation piece by piece: `stream` on the rendered chat template.
+
+        Raises: ValueError at the call without a chat template or for malformed messages, and as `stream`.
+        """
         prompt = self.render(messages, params, enable_thinking, tools)
         return self.stream(prompt, params, on_overflow=on_overflow)
 

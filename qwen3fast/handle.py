@@ -64,7 +64,7 @@ class RequestHandle:
             yield chunk
 
     async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        """Chunks as they come, without blocking the event loop."""
+        """Chunks as they come, without blocking the event loop; the last one has the result. Raises: as `result`."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def listener() -> None:

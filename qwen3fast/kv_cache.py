@@ -33,7 +33,10 @@ class CacheLayer(NamedTuple):
     v_scale_RKS: Tensor | None = None
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
-        """Store new keys and values in place."""
+        """Store new keys and values in place.
+
+        k_BTKD, v_BTKD: any float dtype; they are stored in the cache's. position_BT: int64, where to.
+        """
         row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
         # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly the (B, T, K, D) at hand.
         place = (row_B[:, None], slice(None), position_BT)

@@ -326,6 +326,14 @@ def test_load_refuses_a_device_that_is_not_there(tmp_path, config, tensors):
         load_model(tmp_path, device="cuda")
 
 
+def test_load_refuses_a_device_that_is_not_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    message = r"device 'cuda:1' is not the current CUDA device; set CUDA_VISIBLE_DEVICES=1, or call .*set_device\(1\)"
+    with pytest.raises(ValueError, match=message):
+        load_model("tiny", device="cuda:1")
+
+
 # Where a name leads.
 
 

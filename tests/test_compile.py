@@ -245,6 +245,33 @@ def test_auto_leaves_short_runs_alone():
     assert not part._jobs and compiler.compilations == 0
 
 
+def test_auto_leaves_a_core_to_long_work():
+    threads, compiler = torch.get_num_threads(), StepCompiler("auto", CPU)
+    compiler._threads = 3
+    try:
+        for since_s, expected in ((float("-inf"), 2), (float("inf"), 3), (float("-inf"), 2)):
+            compiler._at_work_since_s = since_s
+            compiler.share_processor()
+            assert torch.get_num_threads() == expected
+        compiler.close()
+        assert torch.get_num_threads() == 3
+        compiler.share_processor()  # nothing is at work any more
+        assert torch.get_num_threads() == 3
+    finally:
+        compiler.close()
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+def test_operations_switched_off_come_back():
+    with cpu.switched_off():
+        assert not cpu.is_loaded() and not cpu.load()
+    assert cpu.is_loaded()
+    with pytest.raises(KeyError), cpu.switched_off():
+        raise KeyError("what was measured failed")
+    assert cpu.is_loaded()
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'fast'"):
         StepCompiler("fast", CPU)

@@ -115,6 +115,14 @@ def test_batch_buckets_hold_every_batch(model, max_batch_size):
         assert engine.batch_bucket(num_rows) in engine.batch_buckets()
 
 
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_warmup_reports_as_often_as_it_says(model, max_batch_size):
+    engine, parts = make_engine(model, rows=max_batch_size), []
+    engine.warmup(parts.append)
+    assert len(parts) == len(set(parts)) == engine.num_warmup_parts()
+    assert f"decode step, batch {max_batch_size}" in parts
+
+
 def test_greedy_tokens_are_the_same_in_every_mode(model, eager, compiled):
     prompts = random_prompts(model, [1, 7, 40, 130, 200], seed=1)
     params = SamplingParams(temperature=0, max_tokens=40)

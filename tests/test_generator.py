@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomised, small_config
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, RequestMetrics, SamplingParams
 from qwen3fast.tokenizer import Tokenizer
 from qwen3fast.yarn import Yarn
 
@@ -60,7 +60,31 @@ def test_metrics_count_tokens_and_time(generator):
     metrics = generator.generate([1] * 30, GREEDY).metrics
     assert (metrics.prompt_tokens, metrics.new_tokens) == (30, 12)
     assert 0 < metrics.prefill_s <= metrics.time_to_first_token_s
+    assert metrics.prefill_s == pytest.approx(metrics.time_to_first_token_s - metrics.queue_s)
+    assert metrics.prefill_tok_s == pytest.approx(30 / metrics.prefill_s)
     assert metrics.decode_tok_s == pytest.approx(11 / metrics.decode_s)
+
+
+def test_prefill_tok_s_counts_computed_tokens_only():
+    times = {"queue_s": 1.0, "time_to_first_token_s": 1.5, "prefill_s": 0.5, "decode_s": 2.0}
+    metrics = RequestMetrics(prompt_tokens=30, new_tokens=4, reused_tokens=10, **times)
+    assert metrics.prefill_tok_s == 40
+    assert replace(metrics, prefill_s=0.0).prefill_tok_s == 0
+
+
+def test_queue_s_lasts_until_a_row_is_free(model):
+    second_waits = threading.Event()
+
+    def wait(logits_V, output_T):
+        assert second_waits.wait(60)
+        return logits_V
+
+    with Generator(model, max_seq_len=64, compile=False) as generator:
+        first = generator.submit([1, 2], replace(GREEDY, logits_processor=wait))
+        second = generator.submit([3], GREEDY)
+        second_waits.set()
+        waited_s = second.result().metrics.queue_s
+    assert waited_s >= first.request.finished_s - second.request.submitted_s > 0
 
 
 @pytest.mark.parametrize(
@@ -101,6 +125,19 @@ def test_overflow_cut_keeps_the_newest_tokens_of_a_long_prompt(generator):
     ids = [i % 90 for i in range(300)]
     cut = generator.generate(ids, SamplingParams(temperature=0, max_tokens=20), on_overflow="cut")
     assert cut.token_ids == generator.generate(ids[-180:], SamplingParams(temperature=0, max_tokens=20)).token_ids
+
+
+def test_overflow_cut_needs_room_for_a_reply(model):
+    with (
+        Generator(model, max_seq_len=1, compile=False) as generator,
+        pytest.raises(ValueError, match="max_seq_len 1 leaves no room for a reply"),
+    ):
+        generator.generate([1, 2], GREEDY, on_overflow="cut")
+
+
+def test_unknown_overflow_is_refused(generator):
+    with pytest.raises(ValueError, match="on_overflow must be 'error' or 'cut', got 'drop'"):
+        generator.generate([1], GREEDY, on_overflow="drop")
 
 
 def test_max_seq_len_beyond_the_model_is_refused(model):
@@ -263,6 +300,8 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
         generator.generate("hello")
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([1], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match="random weights have no tokenizer, so they cannot chat"):
+        generator.chat([{"role": "user", "content": "Hi"}])
 
 
 def test_greedy_thinking_warns_once(generator):

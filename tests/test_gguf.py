@@ -257,6 +257,16 @@ def test_sampling_defaults_are_the_preset(tmp_path):
     assert read_generation_config(file) is None
 
 
+def test_a_preset_that_no_request_could_set_is_refused(tmp_path, tokenizer_folder):
+    def add_sampling(writer):
+        writer.add_float32("general.sampling.temp", -1.0)
+
+    file, model = tmp_path / "model.gguf", randomised(small_config(vocab_size=1024))
+    write_gguf(file, model, tokenizer_folder=tokenizer_folder, change=add_sampling)
+    with pytest.raises(ValueError, match=r"model\.gguf: its settings of sampling are damaged: temperature must be"):
+        Generator.from_pretrained(file, device="cpu", compile=False)
+
+
 def moe_config(**changes) -> ModelConfig:
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     return small_config(**{"hidden_size": 64, **experts, **changes})

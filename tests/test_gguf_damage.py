@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import sys
 from pathlib import Path
 
@@ -142,6 +144,58 @@ def test_files_that_are_no_gguf_are_refused(tmp_path, content, message):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=f"is not a GGUF file, or damaged or truncated: {message}"):
         load_model(tmp_path / "model.gguf", "cpu")
+
+
+def text(value: str) -> bytes:
+    """A string as it is stored."""
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def entry(name: str, kind: int, value: bytes) -> bytes:
+    """A key and its value."""
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def tensor_info(shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
+    """What a header says of a tensor, "a"; shape: the fastest comes first. kind 0: F32."""
+    return text("a") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def file_bytes(entries: list[bytes], tensors: list[bytes]) -> bytes:
+    """A file with this header and 128 bytes of zeros after it."""
+    counts = struct.pack("<IQQ", 3, len(tensors), len(entries))
+    return b"GGUF" + counts + b"".join(entries + tensors) + bytes(128)
+
+
+@pytest.mark.parametrize(
+    ("entries", "tensors", "message"),
+    [
+        ([entry("a", 4, bytes(4))] * 2, [], "'a' appears twice"),
+        ([entry("a", 13, b"")], [], "metadata of the unknown type 13"),
+        ([entry("a", 9, struct.pack("<IQ", 9, 1))], [], "an array of the type 9, which is not supported"),
+        ([entry("a", 9, struct.pack("<IQ", 8, 100))], [], "it states 100 strings, more than its size allows"),
+        ([], [tensor_info(())], "tensor 'a' has 0 dimensions"),
+        ([], [tensor_info((1,) * 5)], "tensor 'a' has 5 dimensions"),
+        ([], [tensor_info((8, 0))], "tensor 'a' has shape (0, 8)"),
+        ([], [tensor_info()] * 2, "tensor 'a' appears twice"),
+        ([], [tensor_info(offset=8)], "tensor 'a' begins at 8, not a multiple of 32"),
+        ([], [tensor_info(kind=999)], "tensor 'a' has the unknown type 999"),
+        ([], [tensor_info(kind=2)], "tensor 'a': Q4_0 comes in blocks of 32, but its rows have 8"),
+        ([], [tensor_info((1000,))], "tensor 'a' ends at byte 4064, the file at 185"),
+    ],
+)
+def test_headers_that_contradict_themselves_are_refused(tmp_path, entries, tensors, message):
+    (tmp_path / "model.gguf").write_bytes(file_bytes(entries, tensors))
+    with pytest.raises(ValueError, match=re.escape(f"is not a GGUF file, or damaged or truncated: {message}")):
+        load_model(tmp_path / "model.gguf", "cpu")
+
+
+def test_a_tensor_in_two_parts_is_refused(tmp_path):
+    for part in ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"):
+        content = file_bytes([entry("split.count", 4, struct.pack("<I", 2))], [tensor_info()])
+        (tmp_path / part).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.gguf: a is in an earlier part, too"):
+        load_model(tmp_path, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,15 @@ def test_a_leader_whose_step_failed_refuses_all_later_calls(model, monkeypatch):
         engine.clear_row(0)
 
 
+def test_a_split_model_cannot_be_saved(model, tmp_path):
+    with (
+        Generator(model, max_seq_len=64, compile=False, ranks=Tape()) as generator,
+        pytest.raises(ValueError, match="split over processes cannot be saved; load it in one process for that"),
+    ):
+        generator.save_quantized(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
     class Gone(Tape):
         def tell(self, message: Any) -> None:

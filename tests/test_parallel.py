@@ -16,6 +16,7 @@ import torch
 from conftest import assert_near, randomised, small_config, write_text_checkpoint
 
 from qwen3fast import cli
+from qwen3fast.parallel import Ranks
 
 TIMEOUT_S = 400
 COMMAND = "generate 17+25 --model tiny --device cpu --compile never --temperature 0 --max-tokens 4"
@@ -163,3 +164,13 @@ def test_tensor_parallel_needs_processes(dense, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="start the program with torchrun --nproc-per-node N"):
         parallel_worker.run("greedy", str(dense), tensor_parallel=True)
+
+
+def test_tensor_parallel_needs_a_device_for_each_process(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+    for name, value in zip(names, ("2", "3", "127.0.0.1", "1", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = "process 2 of this machine has no CUDA device: there are 2; start as many processes as devices"
+    with pytest.raises(ValueError, match=message):
+        Ranks.start("cuda")

@@ -154,3 +154,6 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
         ValueError, match=r"in int8 already cannot be split .* original weights with quantization='int8'"
     ):
         load_model(tmp_path, "cpu", ranks=ranks)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"model\.gguf: GGUF files cannot be split .* yet; use safetensors"):
+        load_model(tmp_path / "model.gguf", "cpu", ranks=ranks)

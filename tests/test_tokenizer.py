@@ -244,6 +244,15 @@ def test_chat_template_leaves_out_thoughts_of_earlier_turns(tokenizer):
     assert "2 + 2 is 4." not in tokenizer.apply_chat_template([USER, THINKING_ANSWER, USER])
 
 
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_chat_template_reads_thoughts_under_other_names(tokenizer, name):
+    expected = tokenizer.apply_chat_template([USER, {**ANSWER, "reasoning_content": "2 + 2 is 4."}])
+    assert "2 + 2 is 4." in expected
+    assert tokenizer.apply_chat_template([USER, {**ANSWER, name: "2 + 2 is 4."}]) == expected
+    both = {**ANSWER, "reasoning_content": "2 + 2 is 4.", name: "I guess."}
+    assert tokenizer.apply_chat_template([USER, both]) == expected
+
+
 def test_chat_template_tokenize_gives_the_ids_of_the_text(tokenizer):
     text = tokenizer.apply_chat_template([SYSTEM, USER])
     assert tokenizer.apply_chat_template([SYSTEM, USER], tokenize=True) == tokenizer.encode(text)

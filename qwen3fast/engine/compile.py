@@ -53,6 +53,7 @@ class StepCompiler:
     """
 
     def __init__(self, mode: CompileMode, device: torch.device) -> None:
+        """Raises: ValueError for another mode than True, False and "auto"."""
         if mode not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
         self.enabled = bool(mode) and (device.type != "cpu" or _has_cpp_compiler())

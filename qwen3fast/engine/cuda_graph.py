@@ -46,7 +46,10 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, step: Step) -> Step:
-        """Record into a new graph."""
+        """Record into a new graph.
+
+        Raises: RuntimeError, naming the operation, if it cannot be recorded; OutOfMemoryError as it is.
+        """
         graph, operations = torch.cuda.CUDAGraph(), LastOperation()
         stream = torch.cuda.current_stream()
         try:

@@ -30,6 +30,8 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; the form is chosen from the number of rows, the device and kernels/compiling.py.
 
+    x: (..., K). Returns (..., N), same dtype.
+
     The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product; with more
     than one row it would read the weight again for each.
     """
@@ -43,7 +45,10 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 
 def matvec_as_reduction(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop."""
+    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop.
+
+    x: (..., K). Returns (..., N), same dtype.
+    """
     x_M1K = x.reshape(-1, 1, x.shape[-1])
     y_MN = (weight_NK.float() * x_M1K.float()).sum(dim=-1).to(x.dtype)
     y = y_MN.view(*x.shape[:-1], weight_NK.shape[0])

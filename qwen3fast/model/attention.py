@@ -85,7 +85,10 @@ class Attention(nn.Module):
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the positions that the mask allows. Returns (B, H, T, D)."""
+    """softmax(q k^T / sqrt(D)) v over the positions that the mask allows. Returns (B, H, T, D), same dtype.
+
+    mask_BTL: bool, True where query t may see position l.
+    """
     B, T, H, D = q_BTHD.shape
     if T == 1:
         # One query: the G heads of a group become the "tokens" of a smaller attention that reads each key once.

@@ -37,12 +37,15 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=0.02)
 
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """What the chosen experts make of each token, (N, C, E); only their weights are read, once for each pair."""
+        """What the chosen experts make of each token, (N, C, E), same dtype. expert_NC: their numbers, int64.
+
+        Only their weights are read, once for each pair.
+        """
         gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
         return run_few(x_NE, expert_NC, gate_up, down)
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """The same, each expert with all of its tokens at once."""
+        """The same of the same arguments, each expert with all of its tokens at once."""
         gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
         return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
 
@@ -52,7 +55,10 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
-    """What the chosen experts make of each token, (N, C, E), by products that take the expert of each row."""
+    """What the chosen experts make of each token, (N, C, E), by products that take the expert of each row.
+
+    expert_NC: the experts' numbers, int64.
+    """
     N, C = expert_NC.shape
     expert_P = expert_NC.flatten()
     x_PE = x_NE[:, None].expand(N, C, -1).flatten(0, 1)
@@ -61,7 +67,7 @@ def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) ->
 
 
 def run_many(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
-    """The same by products of rows that are sorted by expert; see kernels/grouped.py."""
+    """The same of the same arguments, by products of rows that are sorted by expert; see kernels/grouped.py."""
     N, C = expert_NC.shape
     expert_P, order_P = expert_NC.flatten().sort(stable=True)
     end_X = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True)
@@ -102,7 +108,7 @@ class MoE(nn.Module):
 
 
 def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
-    """x[p] @ weight[expert[p]].T for few rows, (P, O).
+    """x[p] @ weight[expert[p]].T for few rows, (P, O), same dtype. expert_P: int64.
 
     Compiled, it is a sum that reads the chosen weights where they are; eagerly, they are copied together first.
     """

@@ -58,7 +58,10 @@ class Qwen3(nn.Module):
         return self.lm_head(self.model.norm(x_BTE))
 
     def hidden(self, token_BT: Tensor) -> Tensor:
-        """The last block's output, (B, T, E), computed without a cache; rows start at position 0."""
+        """The last block's output, (B, T, E), computed without a cache; rows start at position 0.
+
+        token_BT: int64 ids.
+        """
         _, T = token_BT.shape
         cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device, self.config.yarn)
         x_BTE = self.embed(token_BT)
@@ -67,7 +70,7 @@ class Qwen3(nn.Module):
         return x_BTE
 
     def forward(self, token_BT: Tensor) -> Tensor:
-        """Logits of the next token at each position, (B, T, V), causal."""
+        """Logits of the next token at each position, (B, T, V), causal. token_BT: int64 ids."""
         return self.logits(self.hidden(token_BT))
 
     def num_bytes(self, per_token: bool = False) -> int:
