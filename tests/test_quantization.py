@@ -64,6 +64,53 @@ def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed)
     assert INT4_RANGES[0] == 1.0
 
 
+@needs_operation
+@pytest.mark.parametrize("threads", [1, 3])
+@formats
+@given(
+    rows=st.integers(1, 4), groups=st.integers(1, 5), exponent=st.sampled_from([-130, -126, -40, -7, 0, 9, 120]),
+    seed=st.integers(0, 999), kind=st.sampled_from(["normal", "few values", "mostly zero"]),
+)  # fmt: skip
+def test_the_operation_rounds_as_the_plain_form_does(format, threads, rows, groups, exponent, seed, kind):
+    weight = random_tensor(rows * LANES, groups * GROUP, seed=seed)
+    if kind == "few values":  # many of equal size, of both signs
+        weight = weight.mul(2).round().div(2)
+    elif kind == "mostly zero":
+        weight = weight * (weight > 1.5)
+    weight = torch.ldexp(weight, torch.tensor(exponent)).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    actual = quantize(weight, format)
+    torch.set_num_threads(before)
+    for result, expected in zip(actual, format.quantize(weight), strict=True):
+        assert_same(result, expected)
+        assert torch.equal(result.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))  # -0, too
+
+
+@needs_operation
+def test_the_operation_rounds_numbers_that_are_none_as_the_plain_form_does():
+    weight = random_tensor(2 * LANES, 2 * GROUP).bfloat16()
+    weight[3, 5], weight[20, 40] = torch.nan, torch.inf
+    for result, expected in zip(quantize(weight, INT4), INT4.quantize(weight), strict=True):
+        assert_same(result, expected)
+    rounded, plain = (INT8.dequantize(packed) for packed in (quantize(weight, INT8), INT8.quantize(weight)))
+    sound = [row for row in range(2 * LANES) if row not in (3, 20)]
+    assert_same(rounded[sound], plain[sound])
+    assert rounded[[3, 20]].isnan().all() and plain[3].isnan().all()
+
+
+@needs_operation
+def test_the_operation_refuses_what_it_cannot_round():
+    packed = INT8.empty(LANES, GROUP)
+    for weight in (
+        torch.zeros(LANES, GROUP),
+        torch.zeros(LANES, 2 * GROUP).bfloat16(),
+        torch.zeros(GROUP, LANES).bfloat16().T,
+    ):
+        with pytest.raises(ValueError, match=r"round_weight: weight must be \(16, 32\) bfloat16, contiguous"):
+            cpu.round_weight(weight, *packed)
+
+
 @pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)
 def test_error_on_normal_weights(format, limit):
     # 4 bits: below the 0.086 that the plain rule (scale = largest / -8) has on the same numbers.

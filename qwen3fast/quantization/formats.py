@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels import cpu
+
 LANES = 16  # rows in a block
 GROUP = 32  # channels that share a scale in 4 bits
 WEIGHTS_AT_ONCE = 2**18  # quantised together: what the passes over them write stays in the processor's cache
@@ -115,17 +117,24 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     N, K = weight_NK.shape
     group = weight_NK.float().view(N, K // GROUP, GROUP)
     largest = group.gather(2, group.abs().argmax(dim=2, keepdim=True))
-    best_scale, best_level = torch.zeros_like(largest), torch.zeros_like(group, dtype=torch.uint8)
+    best_scale, best_level = torch.zeros_like(largest), torch.full_like(group, 8, dtype=torch.uint8)
     best_error = torch.full_like(largest, torch.inf)
     for share in INT4_RANGES:
         scale = (largest * (-share / 8)).to(torch.bfloat16).float()
         level = torch.round(group / torch.where(scale == 0, 1.0, scale)).clamp_(-8, 7)
-        error = (level * scale - group).square_().sum(dim=2, keepdim=True)
+        error = _sum_of_halves((level * scale - group).square_())
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
         best_level = torch.where(is_better, level.add_(8).to(torch.uint8), best_level)
     return pack_int4(best_level.view(N, K), best_scale.view(N, K // GROUP))
+
+
+def _sum_of_halves(x: Tensor) -> Tensor:
+    """Sums over the last dimension, a power of two, kept: in an order that does not depend on the machine."""
+    while (half := x.shape[-1] // 2) > 0:
+        x = x[..., :half] + x[..., half:]
+    return x
 
 
 def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:
@@ -153,8 +162,16 @@ FORMATS = {
 
 
 def quantize(weight_NK: Tensor, format: Format) -> Packed:
-    """Quantise an (N, K) weight in any float dtype, some blocks of rows at a time; N a multiple of 16, K of 32."""
+    """Quantise an (N, K) weight in any float dtype, N a multiple of 16, K of 32.
+
+    With `format.quantize`, some blocks of rows at a time, or in C++, which gives the same numbers in a pass.
+    """
     N, K = weight_NK.shape
+    is_served = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and "cpu" in format.devices
+    if is_served and cpu.is_loaded():
+        packed = format.empty(N, K)
+        cpu.round_weight(weight_NK.contiguous(), *packed)
+        return packed
     return pack_by_rows(N, K, format, weight_NK.device, lambda rows: format.quantize(weight_NK[rows]))
 
 

@@ -23,9 +23,11 @@ SOURCES = (
     "attention.cpp",
     "matvec.cpp",
     "experts.cpp",
+    "rounding.cpp",
 )  # what takes longest first
 HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h")
 TARGET_FLAGS = ["-march=native"]
+EXTRA_FLAGS = {"rounding.cpp": ["-ffp-contract=off"]}
 
 
 class NoCompilerError(OSError):
@@ -60,7 +62,7 @@ def _build(compiler: str, jobs: int | None) -> str:
             built = Path(temporary) / library.name
             objects = [str(Path(temporary) / f"{name}.o") for name in SOURCES]
             commands = [
-                [compiler, *flags, "-c", str(FOLDER / name), "-o", file]
+                [compiler, *flags, *EXTRA_FLAGS.get(name, ()), "-c", str(FOLDER / name), "-o", file]
                 for name, file in zip(SOURCES, objects, strict=True)
             ]
             with ThreadPoolExecutor(jobs) as pool:

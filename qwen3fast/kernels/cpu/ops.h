@@ -48,6 +48,10 @@ QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* w
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
 
+// Rounds a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: packed and scale as quantized.cpp describes.
+QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
+                                          void* scale, int64_t threads);
+
 // What experts make of their tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
 // X weights (2I, E) one below the other, gate before up; down X weights (E, I); both of the same bits, 8 or 4. Returns
 // false, with y unfinished, for an expert that there is not.

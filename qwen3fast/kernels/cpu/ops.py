@@ -1,6 +1,6 @@
 """The functions of ops.h as operations, `torch.ops.qwen3fast.*`: arguments checked, results allocated.
 
-Each raises ValueError for arguments that it does not serve.
+Each raises ValueError for arguments that it does not serve. `round_weight` is a function only; no compiled code needs it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def register(functions: ctypes.CDLL) -> None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     functions.qwen3fast_quantized_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
     functions.qwen3fast_quantized_linear.restype = None
+    functions.qwen3fast_round_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
+    functions.qwen3fast_round_weight.restype = None
     functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
     functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
     is_first = _registered is None
@@ -102,6 +104,21 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Te
 
 def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
+
+
+def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
+    """Fill a packed weight, see `packed_linear`, from a bfloat16 one; scale's shape says in how many bits."""
+    linear = packed_linear(packed, scale)
+    require(
+        weight_NK.dtype == torch.bfloat16
+        and weight_NK.device.type == "cpu"
+        and weight_NK.is_contiguous()
+        and weight_NK.shape == (linear.N, linear.K),
+        f"round_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
+    )
+    pointers = (packed.data_ptr(), scale.data_ptr())
+    sizes = (linear.N, linear.K, linear.bits)
+    _functions.qwen3fast_round_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
 
 
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+// Weights to 8 and 4 bits, in the layout that quantized.cpp describes: the same bytes and scales, bit for bit, as the
+// plain PyTorch form in quantization/formats.py, which takes a pass over memory for each of many steps. So that sums are
+// the same, products and sums must not be contracted in this file (library.py has the flag).
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "ops.h"
+#include "parallel.h"
+#include "products.h"
+
+namespace {
+
+// Shares of the group's largest weight that the range of 4 bits may end at.
+constexpr double kRanges[] = {1.0, 0.95, 0.9, 0.85, 0.8, 0.75};
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+Vec size_of(Vec x) { return x < 0 ? -x : x; }
+
+// One row; lane: its place in the block.
+void round_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
+  Vec most = {}, poison = {};
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const Vec x = load(row + k);
+    most = larger(most, size_of(x));
+    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
+  }
+  const float unit = std::abs(largest(most)) / 127.f;  // no -0
+  *scale = sum(poison) == 0 ? unit : kNaN;
+  const Vec divisor = fill(std::max(unit, 1e-30f));
+  for (int64_t k = 0; k < K; k += kLanes) {
+    Ints byte = round_to_ints(load(row + k) / divisor);
+    byte = (byte > 127 ? 127 - Ints{} : byte < -127 ? -127 - Ints{} : byte) + 128;
+    uint8_t bytes[kLanes];
+    for (int64_t i = 0; i < kLanes; i++) bytes[i] = static_cast<uint8_t>(byte[i]);
+    for (int64_t i = 0; i < kLanes; i += 4) std::memcpy(packed + ((k + i) / 4 * kLanes + lane) * 4, bytes + i, 4);
+  }
+}
+
+Ints level_of(Vec x, Vec divisor) {
+  const Ints level = round_to_ints(x / divisor);
+  return level > 7 ? 7 - Ints{} : level < -8 ? -8 - Ints{} : level;
+}
+
+Vec squared_error(Ints level, Vec scale, Vec x) {
+  const Vec error = __builtin_convertvector(level, Vec) * scale - x;
+  return error * error;
+}
+
+// One group of 32 channels of a row: of all ranges, the first with the least squared error. Returns its scale.
+BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) {
+  const Vec low = load(group), high = load(group + kLanes);
+  const float most = largest(larger(size_of(low), size_of(high)));
+  float end = 0;  // the first of the largest weights, with its sign
+  for (int64_t i = 2 * kLanes - 1; i >= 0; i--)
+    if (const float x = group[i]; x == most || x == -most) end = x;
+  Ints best_low = {}, best_high = {};
+  float best_error = std::numeric_limits<float>::infinity();
+  BFloat16 best_scale(0.f);
+  for (const double range : kRanges) {
+    const BFloat16 scale(end * static_cast<float>(-range / 8));
+    const float factor = scale;
+    const Vec divisor = fill(factor == 0 ? 1.f : factor);
+    const Ints a = level_of(low, divisor), b = level_of(high, divisor);
+    const float error = sum(squared_error(a, fill(factor), low) + squared_error(b, fill(factor), high));
+    if (error < best_error) {  // never with NaN or infinity in the group: its weights become 0
+      best_error = error;
+      best_scale = scale;
+      best_low = a;
+      best_high = b;
+    }
+  }
+  uint8_t levels[2 * kLanes];
+  for (int64_t i = 0; i < kLanes; i++) {
+    levels[i] = static_cast<uint8_t>(best_low[i] + 8);
+    levels[kLanes + i] = static_cast<uint8_t>(best_high[i] + 8);
+  }
+  for (int64_t j = 0; j < kGroup / 8; j++)
+    for (int64_t i = 0; i < 4; i++)
+      packed[(j * kLanes + lane) * 4 + i] = static_cast<uint8_t>(levels[8 * j + i] | levels[8 * j + 4 + i] << 4);
+  return best_scale;
+}
+
+}  // namespace
+
+void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed, void* scale,
+                            int64_t threads) {
+  const int64_t block_bytes = kLanes * K * bits / 8, groups = K / kGroup;
+  parallel_for(N / kLanes, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kLanes; n < end * kLanes; n++) {
+      const int64_t block = n / kLanes, lane = n % kLanes;
+      const BFloat16* row = weight + n * K;
+      uint8_t* bytes = packed + block * block_bytes;
+      if (bits == 8) {
+        round_row_to_8(row, K, lane, bytes, static_cast<float*>(scale) + n);
+        continue;
+      }
+      for (int64_t g = 0; g < groups; g++)
+        static_cast<BFloat16*>(scale)[(block * groups + g) * kLanes + lane] =
+            round_group_to_4(row + g * kGroup, lane, bytes + g * kGroup * kLanes / 2);
+    }
+  });
+}
