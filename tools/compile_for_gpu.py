@@ -9,8 +9,9 @@ several GB large; it needs no GPU and no driver. The parts of a step are recorde
 Inductor, and every Triton kernel, Inductor's and ours, is compiled to machine code by the assembler in Triton's
 package. What the kernels compute, and how fast, is not checked here. Sizes are fixed; in the engine, the number of
 positions is a symbol. A case of the record is a step: how many Triton kernels, products and attentions of libraries,
-and eager operations it launches, and the most shared memory that a kernel takes; its notes have every kernel of every
-part, and our own kernels. Exit status 1 if one needs more shared memory than the GPU has, or a part does not compile.
+and eager operations it launches, and the most shared memory that a kernel takes; its notes have the shared memory of
+each part's kernels, and of our own. Exit status 1 if one needs more shared memory than the GPU has, or a part does not
+compile.
 """
 
 from __future__ import annotations
@@ -389,16 +390,19 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
         }
     )
     record.cases.append(case)
+    for part in step["parts"].values():  # of a kernel's forms, between which a device would choose, the largest
+        ordered = sorted(part["kernels"], key=lambda kernel: kernel["shared_bytes"])
+        part["kernels"] = {kernel["name"]: kernel["shared_bytes"] for kernel in ordered}
     record.notes["steps"][case.name] = {name: step[name] for name in ("library_calls", "eager_calls", "parts")}
 
 
 def too_large(record: Record) -> set[str]:
     """The names of kernels that need more shared memory than their GPU has."""
-    compiled = [(kernel["gpu"], kernel) for kernel in record.notes["own_kernels"]]
+    compiled = [(kernel["gpu"], kernel["name"], kernel["shared_bytes"]) for kernel in record.notes["own_kernels"]]
     for case in record.cases:
-        parts = record.notes["steps"][case.name]["parts"].values()
-        compiled += [(str(case.labels["gpu"]), kernel) for part in parts for kernel in part["kernels"]]
-    return {kernel["name"] for gpu, kernel in compiled if kernel["shared_bytes"] > GPUS[gpu].shared_bytes}
+        for part in record.notes["steps"][case.name]["parts"].values():
+            compiled += [(str(case.labels["gpu"]), *kernel) for kernel in part["kernels"].items()]
+    return {name for gpu, name, num_bytes in compiled if num_bytes > GPUS[gpu].shared_bytes}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def test_launches_and_calls_are_counted():
 
 def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     most = compile_for_gpu.GPUS["sm_90"].shared_bytes
-    kernels = [{"name": "small", "shared_bytes": 8, "cubin_bytes": 9}]
+    kernels = [{"name": "small", "shared_bytes": size, "cubin_bytes": 9} for size in (8, 4)]
     part = {"launches": 2, "calls": {"extern_kernels.mm": 1}, "buffers": 1, "kernels": kernels, "runs": 3}
     step = {"model": "0.6b", "weights": "bf16", "attention": "sdpa", "batch_size": 1, "context": 64}
     step |= {"triton_launches": 6, "library_calls": {"extern_kernels.mm": 3}, "eager_calls": {"aten::copy_": 4}}
@@ -71,9 +71,10 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     record = Record.from_dict(record.to_dict())
     found = {name: estimate.median for name, estimate in record.cases[0].metrics.items()}
     assert found == {"triton_kernels": 6, "library_calls": 3, "eager_calls": 4, "shared_bytes": 8}
-    assert record.notes["steps"][record.cases[0].name]["parts"]["run_block"] == part
+    noted = record.notes["steps"][record.cases[0].name]["parts"]["run_block"]
+    assert noted == part | {"kernels": {"small": 8}}
     assert compile_for_gpu.too_large(record) == set()
-    kernels.append({"name": "large", "shared_bytes": most + 1, "cubin_bytes": 9})
+    noted["kernels"]["large"] = most + 1
     record.notes["own_kernels"].append({"gpu": "sm_80", "name": "own", "shared_bytes": most, "cubin_bytes": 9})
     assert compile_for_gpu.too_large(record) == {"large", "own"}
 

@@ -1,6 +1,6 @@
 """The functions of ops.h as operations, `torch.ops.qwen3fast.*`: arguments checked, results allocated.
 
-Each raises ValueError for arguments that it does not serve. `round_weight` is a function only; no compiled code needs it.
+Each raises ValueError for arguments that it does not serve. `round_weight` is a plain function.
 """
 
 from __future__ import annotations
