@@ -38,7 +38,7 @@ class DecodeLayers:
 
     def serves(self, num_rows: int) -> bool:
         """Whether it can do a step of so many rows, here and now."""
-        return self._is_possible and num_rows <= cpu.MAX_ROWS and cpu.is_loaded()
+        return self._is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, where keys and values are written at position_B1.

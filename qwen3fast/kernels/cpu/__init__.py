@@ -19,12 +19,13 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
-from qwen3fast.kernels.cpu.decode_layers import DecodeLayers
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayers
 from qwen3fast.kernels.cpu.ops import MAX_ROWS, round_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
 __all__ = [
     "LANES",
+    "MAX_DECODE_ROWS",
     "MAX_ROWS",
     "DecodeLayers",
     "can_decode_attention",
@@ -97,12 +98,11 @@ def _load(jobs: int | None) -> ctypes.CDLL | None:
 
 def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.matvec` serves this product."""
-    rows = x.numel() // x.shape[-1]
     return (
         may_use_operations()
         and x.device.type == "cpu"
-        and rows <= MAX_ROWS
         and x.dtype == weight_NK.dtype == torch.bfloat16
+        and x.numel() // x.shape[-1] <= MAX_ROWS
         and x.shape[-1] % LANES == 0
         and is_loaded()
     )

@@ -9,8 +9,9 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.ops import MAX_ROWS
 from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes, cache, packed_linear, require
+
+MAX_DECODE_ROWS = 32
 
 
 class DecodeLayers:
@@ -64,13 +65,13 @@ class DecodeLayers:
     ) -> Tensor:
         """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
-        functions: of ops.h. x_B1E: bfloat16, up to MAX_ROWS rows. cos_SD, sin_SD: float32, tables of all positions.
+        functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
         Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
         B, sizes = len(x_B1E), self._sizes
         require(
-            x_B1E.dtype == torch.bfloat16 and x_B1E.shape == (B, 1, sizes.E) and 1 <= B <= min(MAX_ROWS, self.R),
-            f"decode_layers: x must be (1 to {MAX_ROWS}, 1, E) bfloat16",
+            x_B1E.dtype == torch.bfloat16 and x_B1E.shape == (B, 1, sizes.E) and 1 <= B <= min(MAX_DECODE_ROWS, self.R),
+            f"decode_layers: x must be (1 to {MAX_DECODE_ROWS}, 1, E) bfloat16",
         )
         for table in (cos_SD, sin_SD):
             require(

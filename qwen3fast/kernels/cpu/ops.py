@@ -14,7 +14,9 @@ from torch import Tensor
 from qwen3fast.kernels.cpu import experts
 from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
 
-MAX_ROWS = 32  # of a product that streams its weight; more are bound by arithmetic, which PyTorch's does faster
+# Of a product that streams its weight. More are bound by arithmetic, which PyTorch's product does as fast; and what is
+# compiled for a prompt's chunks, or without a cache, never has so few: it needs no second form.
+MAX_ROWS = 15
 
 _registered: torch.library.Library | None = None
 _functions: ctypes.CDLL
