@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import platform
 import re
 import struct
+import sys
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, random_ids, randomised, small_config
@@ -17,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import random_model, resolve_source
+from qwen3fast.checkpoint import random_model, resolve_source, weights
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
@@ -142,22 +148,45 @@ def test_load_maps_the_files_instead_of_copying(tmp_path, config, tensors, files
     assert outside == []
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
-@pytest.mark.parametrize(("pages", "is_asked"), [(10**9, True), (2, False)])
-def test_load_has_the_system_read_ahead_what_fits_the_memory(monkeypatch, tmp_path, config, tensors, pages, is_asked):
+@pytest.mark.parametrize(("pages", "is_read"), [(10**9, True), (2, False)])
+def test_load_has_files_read_ahead_that_fit_the_memory(monkeypatch, tmp_path, config, tensors, pages, is_read):
     write_checkpoint(tmp_path, config, tensors, files=3)
-    asked = []
-    monkeypatch.setattr("os.posix_fadvise", lambda fd, *what: asked.append((os.fstat(fd).st_ino, *what)))
-    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get)
+    read = []
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(weights, "_populate", lambda files: read.append((files, threading.current_thread())))
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get, raising=False)
     load_model(tmp_path, device="cpu")
-    shards = sorted(tmp_path.glob("model-*"))
-    assert asked == [(file.stat().st_ino, 0, 0, os.POSIX_FADV_WILLNEED) for file in shards if is_asked]
+    for thread in threading.enumerate():
+        if thread.name == "qwen3fast-read-ahead":
+            thread.join()
+    assert [files for files, _ in read] == ([sorted(tmp_path.glob("model-*.safetensors"))] if is_read else [])
+    assert all(thread is not threading.main_thread() for _, thread in read)
 
 
-def test_load_does_without_reading_ahead(monkeypatch, tmp_path, config, tensors):
-    monkeypatch.delattr("os.posix_fadvise", raising=False)
-    write_checkpoint(tmp_path, config, tensors)
-    assert load_model(tmp_path, device="cpu").config == config
+def resident_pages(file: Path) -> list[int]:
+    """For each page of a file whether it is in memory, asked of the system."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = np.frombuffer(mapped, np.uint8)
+        found = (ctypes.c_ubyte * -(-pages.size // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(pages.size), found) == 0
+        del pages
+    return [page & 1 for page in found]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reading ahead is for Linux")
+def test_reading_ahead_brings_all_pages_into_memory(tmp_path):
+    release = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
+    if release < (5, 14):
+        pytest.skip("needs Linux 5.14")
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 2**14)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if all(resident_pages(file)):
+        pytest.skip("this file system keeps its pages in memory")
+    weights._populate([file, tmp_path / "no such file"])
+    assert all(resident_pages(file))
 
 
 def test_load_never_writes_to_the_files(tmp_path, config, tensors):

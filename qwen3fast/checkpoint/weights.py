@@ -7,12 +7,17 @@ are tensors of their own are copied into stacks. Of a model over several process
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
@@ -28,6 +33,7 @@ from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
 from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
 
+MADV_POPULATE_READ = 22  # of Linux; Python has no name for it yet
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -250,16 +256,30 @@ def open_tensors(file: Path):
 
 
 def _read_ahead(files: list[Path]) -> None:
-    """Ask the system to begin reading files, in order, and return at once: it reads while compilers are imported.
+    """Have files read in order by a thread, while compilers are imported and compile.
 
     Mapped pages are else read when each is first touched, in small pieces. What would fill most of the memory is left
     alone, as its pages would push each other out.
     """
-    with suppress(OSError, ValueError, AttributeError):  # it is only advice, and not every system takes it
-        if sum(file.stat().st_size for file in files) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:
-            for file in files:
-                with file.open("rb") as opened:
-                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    if sys.platform != "linux":
+        return
+    if sum(file.stat().st_size for file in files) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:
+        threading.Thread(target=_populate, args=(files,), name="qwen3fast-read-ahead", daemon=True).start()
+
+
+def _populate(files: list[Path]) -> None:
+    """Map each file for a moment and have the system touch all of its pages, in one call that holds no lock of Python.
+
+    (POSIX_FADV_WILLNEED would read no more than the device's readahead at a time, and a loop over it would wait for
+    Python's lock each time.)
+    """
+    with suppress(OSError, ValueError, AttributeError):  # it is only advice; systems before Linux 5.14 do not take it
+        madvise = ctypes.CDLL(None).madvise
+        for file in files:
+            with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                pages = np.frombuffer(mapped, np.uint8)
+                madvise(ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(pages.size), MADV_POPULATE_READ)
+                del pages
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
