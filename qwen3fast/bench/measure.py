@@ -15,12 +15,16 @@ from qwen3fast.bench.probes import synchronize
 from qwen3fast.engine import Engine, Request, StepKind, run_uncached
 from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization.linear import QuantizedLinear
 
 MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
 
 # How far below the best logit a chosen one may lie, as a share of the largest logit, by dtype: kernels sum in different
 # orders. bfloat16 keeps 8 bits (2^-8 = 0.4%) and errors of 28 layers add up.
 TIE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+# In bfloat16, operations on quantised weights round activations to 8 bits, too, which the plain model does not.
+# Measured on random:0.6b, worst of 2,304 tokens: 2.7% with bfloat16 weights, 4.0% with int8, 4.1% with int4.
+ROUNDED_TOLERANCE = 0.05
 
 
 @dataclass
@@ -95,7 +99,8 @@ def check_tokens(model: Qwen3, prompts: list[list[int]], token_ids: list[list[in
         tokens += len(ids)
         exact += int((chosen_N == best_N).sum())
         worst = max(worst, float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max()))
-    return TokenCheck(tokens, exact, worst, TIE_TOLERANCE[weight.dtype])
+    is_rounded = weight.dtype == torch.bfloat16 and any(isinstance(m, QuantizedLinear) for m in model.modules())
+    return TokenCheck(tokens, exact, worst, ROUNDED_TOLERANCE if is_rounded else TIE_TOLERANCE[weight.dtype])
 
 
 def is_cached(mode: str) -> bool:
