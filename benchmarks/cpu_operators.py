@@ -16,18 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tables import operators_rows
+from matplotlib.figure import Figure
+from tables import find, operators_rows, unique
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Sample, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.options import counts
-from qwen3fast.bench.plot import save
+from qwen3fast.bench.plot import INK, PALETTE, new_figure, save, style_axes
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.bench.view import picture
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.kernels.linear import linears
@@ -35,6 +36,7 @@ from qwen3fast.sampling import SamplerKind
 
 FORMATS = ("bf16", "int8", "int4")
 MODE = "cached-compiled"
+REST = "#cbd2d9"  # the colour of what no operator took
 
 
 class Stopwatch:
@@ -141,6 +143,34 @@ def make_tasks(
     return tasks
 
 
+def draw(record: Record) -> Figure:
+    """A bar for each shape and format, its operators side by side; a panel for decoding, one for prefill."""
+    operators = [name for (name,) in unique(record, "operator") if name not in ("whole", "other")] + ["other"]
+    bars = {phase: unique(record, "context", "format", phase=phase) for (phase,) in unique(record, "phase")}
+    height = 2.3 + 0.32 * max(len(shapes) for shapes in bars.values())
+    subtitle = f"{record.model['name']}, one request: milliseconds of each operator"
+    figure = new_figure(record, "Where the time of a step and of a prefill goes", subtitle, (14.0, height))
+    for i, (phase, shapes) in enumerate(bars.items()):
+        axes = figure.add_axes((0.1 + 0.47 * i, 0.75 / height, 0.36, (height - 2.15) / height))
+        for row, (context, format) in enumerate(shapes):
+            start = 0.0
+            for name, color in zip(operators, (*PALETTE, REST), strict=False):
+                case = find(record, phase=phase, context=context, format=format, operator=name)
+                ms = max(0.0, case.metrics["operator_ms"].median) if case else 0.0  # what is left may be below nothing
+                axes.barh(row, ms, left=start, height=0.66, color=color, label=name if row == 0 and i == 0 else None)
+                start += ms
+            axes.text(start, row, f"  {short(start)}", va="center", size=9, color=INK)
+        axes.set_yticks(range(len(shapes)), [f"{context:,} tokens, {format}" for context, format in shapes])
+        axes.invert_yaxis()
+        style_axes(axes, "milliseconds", "", {"decode": "a step, by context"}.get(phase, "a prompt, by length"))
+        axes.grid(visible=False)
+        axes.set_xlim(right=1.12 * axes.get_xlim()[1])
+        if i == 0:
+            figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=len(operators), loc="upper left",
+                          bbox_to_anchor=(0.04, 1 - 0.8 / height), fontsize=9, handlelength=1)  # fmt: skip
+    return figure
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure, print and write."""
@@ -174,7 +204,7 @@ def main() -> None:
     write_json(record.to_dict(), args.output)
     print(as_text(operators_rows(record), left=1))
     print("\n".join(f"noise: {reason}" for reason in record.noise))
-    save(picture(record), args.output.with_suffix(".png"))
+    save(draw(record), args.output.with_suffix(".png"))
     print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
 
 

@@ -3,6 +3,7 @@
 import json
 
 import batching_picture
+import cpu_operators
 import pytest
 import tables
 import update_readme
@@ -119,6 +120,14 @@ def test_operators_are_columns():
         ["decode 32, bf16", "6.00", "1.00", "5.00"],
         ["prefill 32, bf16", "9.00", "", ""],
     ]
+
+
+def test_picture_of_operators_puts_them_side_by_side():
+    step, prompt = cpu_operators.draw(operators_record()).axes
+    widths = [bar.get_width() for bar in step.patches]
+    assert widths == [1.0, 5.0] and [bar.get_x() for bar in step.patches] == [0.0, 1.0]
+    assert [text.get_text().strip() for text in step.texts] == ["6"]
+    assert [bar.get_width() for bar in prompt.patches] == [0.0, 0.0]  # nothing of it but the whole was recorded
 
 
 def test_quantisation_shows_the_middle_and_the_worst_layer():

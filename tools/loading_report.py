@@ -198,11 +198,11 @@ def tasks_of(folder: Path, names: list[str]) -> list[Task]:
         read_in_order(folder)  # warm again, whatever was pushed out meanwhile
         return sample | {"dropped_bytes": dropped} if is_cold else sample
 
-    tasks = [Task(Case({"case": PLAIN_READS, "cache": "cold"}, {"file_bytes": file_bytes}), read_plainly, False)]
+    tasks = [Task(Case({"cache": "cold", "case": PLAIN_READS}, {"file_bytes": file_bytes}), read_plainly, False)]
     for cache in ("warm", "cold"):
         for name in names:
             load = CASES[name]
-            case = Case({"case": name, "cache": cache}, {} if load.to_first_token else {"file_bytes": file_bytes})
+            case = Case({"cache": cache, "case": name}, {} if load.to_first_token else {"file_bytes": file_bytes})
             tasks.append(Task(case, partial(run, load, case, cache == "cold"), False))
     return tasks
 
