@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     return {
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
         "git_commit": commit,
         "git_dirty": bool(git("status", "--porcelain")) if commit else None,
     }
