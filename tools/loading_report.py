@@ -25,10 +25,12 @@ import struct
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -40,16 +42,19 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
+from qwen3fast.checkpoint import weights
 from qwen3fast.config import ModelConfig
 from qwen3fast.model import build_on_meta
 
 
 @dataclass(frozen=True)
 class Load:
-    """What `load_model` is asked for, and whether a Generator then runs to its first token, or all pages are read."""
+    """What `load_model` is asked for, whether a Generator then runs to its first token, or all pages are read, and
+    whether the files are read ahead meanwhile."""
 
     options: dict[str, Any] = field(default_factory=dict)
     to_first_token: bool = False
+    reads_ahead: bool = True
 
 
 CASES = {
@@ -59,6 +64,7 @@ CASES = {
     "int8": Load({"quantization": "int8"}),
     "int4": Load({"quantization": "int4"}),
     "bfloat16 to the first token": Load(to_first_token=True),
+    "bfloat16 to the first token, not read ahead": Load(to_first_token=True, reads_ahead=False),
     "int4 to the first token": Load({"quantization": "int4"}, to_first_token=True),
 }
 PLAIN_READS = "plain reads"
@@ -105,7 +111,8 @@ def load_here(folder: Path, load: Load) -> tuple[Sample, int]:
     memory = MemoryPeak()
     memory.start()
     started = time.perf_counter()
-    model = load_model(folder, device="cpu", **load.options)
+    with nullcontext() if load.reads_ahead else patch.object(weights, "_populate"):
+        model = load_model(folder, device="cpu", **load.options)
     loaded = time.perf_counter()
     if load.to_first_token:
         with Generator(model, max_seq_len=64) as generator:

@@ -109,7 +109,10 @@ def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]
 
 
 def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
-    """Fill a packed weight, see `packed_linear`, from a bfloat16 one; scale's shape says in how many bits."""
+    """Round a weight, (N, K) bfloat16, into packed and scale, which say in how many bits; see `packed_linear`.
+
+    Raises: ValueError for another dtype, device, shape or layout.
+    """
     linear = packed_linear(packed, scale)
     require(
         weight_NK.dtype == torch.bfloat16
