@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qwen3fast import Generator, threads
+from qwen3fast import Generator
+from qwen3fast.engine import threads
 from qwen3fast.engine.threads import num_cores, use_threads
 
 
