@@ -39,7 +39,7 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.threads import use_threads
+from qwen3fast.engine.threads import use_threads
 
 MODULES = (transformers, llama_cpp, openvino_genai, onnxruntime_genai, ctranslate2, vllm, sglang)
 PEERS: dict[str, Peer] = {module.PEER.name: module.PEER for module in MODULES}

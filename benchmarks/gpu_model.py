@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen3fast.bench.record import load_record
-from qwen3fast.config import ModelConfig
+from qwen3fast.model.config import ModelConfig
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
 CONTEXTS = (128, 1024, 8192)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from qwen3fast.generator import Generator
-from qwen3fast.handle import RequestHandle
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.tokenizer import Message
+from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.text.tokenizer import Message
 
 END_OF_TURN = "<|im_end|>"
 

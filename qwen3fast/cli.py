@@ -12,16 +12,16 @@ from torch import nn
 from qwen3fast._version import __version__
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.checkpoint import empty_model, read_config, resolve_source
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
-from qwen3fast.kv_cache import CACHE_DTYPES
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import CACHE_DTYPES
 from qwen3fast.quantization import DEQUANTIZE, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.tokenizer import Message
+from qwen3fast.text.tokenizer import Message
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
 MODEL_HELP = "hub id (Qwen/Qwen3-0.6B), local folder or .gguf file, 'tiny' (shipped), or 'random:0.6b' (random weights)"

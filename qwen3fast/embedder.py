@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.last_token import check_texts, checked_max_length, last_states, load_model_and_tokenizer, token_id
+from qwen3fast.engine.last_token import check_texts, checked_max_length, last_states, load_model_and_tokenizer, token_id
+from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
-from qwen3fast.threads import use_threads
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 

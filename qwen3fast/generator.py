@@ -17,29 +17,21 @@ from huggingface_hub.utils import tqdm
 
 from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.save import save_model
-from qwen3fast.config import as_id_tuple
-from qwen3fast.engine import (
-    Admission,
-    ClosedError,
-    Engine,
-    QueueFullError,
-    Runner,
-    Scheduler,
-    UncachedRun,
-    lead_or_follow,
-)
+from qwen3fast.engine import Engine, lead_or_follow
 from qwen3fast.engine.compile import CompileMode
-from qwen3fast.handle import RequestHandle
-from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
+from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import as_id_tuple
+from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.parallel import Ranks
-from qwen3fast.prompt import Overflow, Prompt
 from qwen3fast.quantization.linear import QuantizedLinear
-from qwen3fast.requests import RequestBuilder
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.threads import use_threads
-from qwen3fast.tokenizer import Message, Tokenizer
+from qwen3fast.scheduling import Admission, ClosedError, QueueFullError, Runner, Scheduler, UncachedRun
+from qwen3fast.scheduling.builder import RequestBuilder
+from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.scheduling.prompt import Overflow, Prompt
+from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
 class Generator:

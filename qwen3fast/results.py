@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwen3fast.tool_calls import ToolCall
+from qwen3fast.text.tool_calls import ToolCall
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import Generator
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.text.tokenizer import Tokenizer
 
 # The largest difference allowed, as a share of the largest absolute value of the reference.
 TOLERANCES = {

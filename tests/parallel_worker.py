@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
 from qwen3fast.parallel.split import SPLIT_DIM, split_dim
 

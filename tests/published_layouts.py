@@ -18,8 +18,8 @@ from test_checkpoint import tensors_of, write_index
 from test_expert_checkpoints import published_tensors
 from torch import Tensor, nn
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 FP8_EXPERTS = {

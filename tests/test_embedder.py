@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3fast import Embedder, load_model
 from qwen3fast.embedder import with_instruction
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 TEXTS = [
     "A cat sat.",

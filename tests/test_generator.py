@@ -9,8 +9,8 @@ import torch
 from conftest import randomised, small_config
 
 from qwen3fast import Generator, RequestMetrics, SamplingParams
-from qwen3fast.tokenizer import Tokenizer
-from qwen3fast.yarn import Yarn
+from qwen3fast.model.yarn import Yarn
+from qwen3fast.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 

@@ -13,7 +13,7 @@ from conftest import randomised, small_config, write_text_checkpoint
 from qwen3fast import Reranker
 from qwen3fast.model import Qwen3
 from qwen3fast.reranker import INSTRUCTION, PREFIX, SUFFIX
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 QUERY = "What is the capital of France?"
 DOCUMENTS = ["Paris.", "", "A cat sat on a mat, and a dog sat beside it. " * 2, "x", "yes no", "é"]

@@ -53,15 +53,15 @@ from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import view_of
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import rope_tables
-from qwen3fast.sampling import SamplerKind
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.sampling.samplers import SamplerKind
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from cuda_static.fake_cuda import fake_cuda, fake_model

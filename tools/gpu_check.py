@@ -37,12 +37,12 @@ from qwen3fast.bench.plot import new_figure, save, style_axes
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import Columns, as_text, table_rows
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.kernels import cuda
-from qwen3fast.kv_cache import StaticKVCache, free_bytes
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache, free_bytes
 from qwen3fast.quantization.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent

@@ -43,8 +43,8 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
 from qwen3fast.checkpoint import weights
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import build_on_meta
+from qwen3fast.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

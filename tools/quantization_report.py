@@ -35,11 +35,11 @@ from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
-from qwen3fast.tokenizer import Tokenizer as OurTokenizer
+from qwen3fast.text.tokenizer import Tokenizer as OurTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import tables

@@ -26,8 +26,8 @@ from tiny_tasks import Example
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")

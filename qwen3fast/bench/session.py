@@ -15,9 +15,9 @@ from qwen3fast.bench.options import Options, label_of, split_format
 from qwen3fast.bench.probes import BandwidthProbe, EnergyMeter, GemmProbe, PeakMemory
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.checkpoint import load_model
-from qwen3fast.config import ModelConfig
+from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
-from qwen3fast.threads import use_threads
+from qwen3fast.model.config import ModelConfig
 
 CHECK_LENGTH, CHECK_TOKENS = 40, 12
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3fast.config import DTYPES, ModelConfig
+from qwen3fast.model.config import DTYPES, ModelConfig
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -14,8 +14,8 @@ from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights, refuse_size
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split, connect
 from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
 from qwen3fast.quantization.formats import fits

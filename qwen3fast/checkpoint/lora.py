@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qwen3fast.checkpoint.checks import dtype_problem, non_finite
 from qwen3fast.checkpoint.weights import assign, open_tensors, refuse
-from qwen3fast.config import read_json
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model

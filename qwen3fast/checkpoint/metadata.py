@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
-from qwen3fast.config import ModelConfig, read_json
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.model.config import ModelConfig, read_json
+from qwen3fast.text.tokenizer import Tokenizer
 
 
 def read_config(source: Path) -> ModelConfig:

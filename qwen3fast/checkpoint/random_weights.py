@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from qwen3fast.checkpoint.weights import OnAssigned, assign
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
 
 STANDARD_DEVIATION = 0.02

@@ -25,9 +25,9 @@ from torch import nn
 
 from qwen3fast.checkpoint.checks import dtype_problem, no_weights, non_finite
 from qwen3fast.checkpoint.experts import ExpertStacks
-from qwen3fast.checkpoint.published import PublishedLayer, PublishedLayers
-from qwen3fast.config import ModelConfig, read_json
+from qwen3fast.checkpoint.prequantized import PublishedLayer, PublishedLayers
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig, read_json
 from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits

@@ -1,7 +1,7 @@
 """CUDA graphs: a whole decode step recorded once and replayed with one launch. Used on CUDA devices only.
 
-A step reads and writes buffers that never move (see decode.py), so a replay needs no arguments and gives no result. Its
-random numbers are a hash of numbers in these buffers (see sampling.py), so no generator's state has to be kept.
+A step reads and writes buffers that never move (see decode.py), so a replay needs no arguments and gives no result.
+Its random numbers are a hash of numbers in these buffers (see sampling/samplers.py): no generator's state is kept.
 Not yet run on a GPU; tests/cuda_static checks on the CPU what can be checked there, on the uncompiled step.
 Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs.
 """

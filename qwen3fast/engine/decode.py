@@ -19,10 +19,10 @@ from torch import Tensor
 
 from qwen3fast.engine.compile import Function
 from qwen3fast.engine.parts import Parts
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
-from qwen3fast.processors import ProcessorRows, count_token, log_probabilities
-from qwen3fast.sampling import SamplerKind, SamplerRows
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.sampling.processors import ProcessorRows, count_token, log_probabilities
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
 EMPTY = -1  # the position of a row without a request: it runs along, reading little and writing nothing that is read
 MOST_LOGPROBS = 20  # likeliest tokens whose log-probabilities can be had

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Block, FeedForward, Qwen3
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.linear import QuantizedLinear
 
 

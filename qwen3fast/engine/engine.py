@@ -29,10 +29,10 @@ from qwen3fast.engine.decode import (
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step
 from qwen3fast.engine.token_ring import TokenRing
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.processors import ProcessorRows
-from qwen3fast.sampling import SamplerKind
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.sampling.processors import ProcessorRows
+from qwen3fast.sampling.samplers import SamplerKind
 
 MIN_UNCACHED_TOKENS = 16
 # Steps that are launched before the tokens of the one before them are looked at, on CUDA. Enough that launching hides

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Part, StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
-from qwen3fast.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model import Block, Qwen3
-from qwen3fast.processors import ProcessorRows, process_logits
-from qwen3fast.sampling import SamplerKind, SamplerRows, sample
+from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.sampling.processors import ProcessorRows, process_logits
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 # Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
 TOKENS, POSITIONS = 101, 67

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.parts import Parts
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
+from qwen3fast.model.kv_cache import StaticKVCache
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 # What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.linear import Linear, linears
-from qwen3fast.kv_cache import CacheLayer
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import CacheLayer
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import apply_rope
 

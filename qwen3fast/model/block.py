@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qwen3fast.config import ModelConfig
-from qwen3fast.kv_cache import CacheLayer
 from qwen3fast.model.attention import Attention
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.feed_forward import FeedForward
+from qwen3fast.model.kv_cache import CacheLayer
 from qwen3fast.model.moe import MoE
 from qwen3fast.model.norm import RMSNorm
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.kernels import grouped as grouped  # defines torch.ops.qwen3fast.grouped_linear
 from qwen3fast.kernels.compiling import is_compiling
 from qwen3fast.kernels.linear import Linear
+from qwen3fast.model.config import ModelConfig
 
 
 class Experts(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.block import Block
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import MoE
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import rope_tables

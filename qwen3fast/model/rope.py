@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.yarn import Yarn
+from qwen3fast.model.yarn import Yarn
 
 
 def rope_tables(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
 
 # The dimension that a layer's weight (out, in) is split along. Split by outputs ("column-wise"), each rank computes
 # some of them from all inputs: whole heads, or whole neurons. The layer after it, split by inputs ("row-wise"), takes

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import quantize_model
 
 aten = torch.ops.aten

@@ -11,11 +11,11 @@ from cuda_static.capture_rules import capture_faults
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
 from qwen3fast.kernels import cpu
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import MoE
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
-from qwen3fast.sampling import SamplerKind
+from qwen3fast.sampling.samplers import SamplerKind
 
 CPU = torch.device("cpu")
 

@@ -9,17 +9,17 @@ from cuda_static.capture_rules import HostWatch
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from torch import nn
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
 from qwen3fast.kernels import cuda
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import rope_tables
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.sampling import SamplerKind
+from qwen3fast.sampling.samplers import SamplerKind
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b")
 ROWS, MAX_SEQ_LEN = 8, 8192

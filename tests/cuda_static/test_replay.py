@@ -10,10 +10,11 @@ from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import GraphCache, LastOperation
-from qwen3fast.kv_cache import StaticKVCache
-from qwen3fast.processors import ProcessorRows
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.sampling.processors import ProcessorRows
+from qwen3fast.scheduling import Request, Scheduler
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from cuda_static.kernel_checks import TOLERANCES, assert_near
 from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import split_attention as kernel
-from qwen3fast.kv_cache import round_vectors
+from qwen3fast.model.kv_cache import round_vectors
 
 pytestmark = pytest.mark.triton
 

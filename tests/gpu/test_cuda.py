@@ -9,12 +9,13 @@ from published_layouts import AWQ, FP8, GPTQ, publish
 from torch import nn
 
 from qwen3fast import Generator, SamplingParams, load_model
-from qwen3fast.engine import Engine, Request, Scheduler
+from qwen3fast.engine import Engine
 from qwen3fast.kernels import cuda
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model.attention import attend, attend_last
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.scheduling import Request, Scheduler
 
 pytestmark = [
     pytest.mark.gpu,

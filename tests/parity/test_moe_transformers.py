@@ -13,14 +13,14 @@ from test_quantized_experts import with_dequantized_weights
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3fast import load_model
-from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.kernels import cpu
-from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.model.yarn import Yarn
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.yarn import Yarn
 
 CONFIG = small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
 SHAPES = {

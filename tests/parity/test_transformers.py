@@ -12,9 +12,9 @@ import torch
 from conftest import assert_near, random_ids, randomised, small_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.yarn import Yarn
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.yarn import Yarn
 
 SHAPES = {
     "tied": {},

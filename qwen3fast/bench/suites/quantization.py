@@ -21,8 +21,8 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
-from qwen3fast.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.model import Qwen3, rope_tables
+from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 
 ERROR_TOKENS = 128
 

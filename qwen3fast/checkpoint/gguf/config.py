@@ -11,7 +11,7 @@ from typing import Any
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.checkpoint.gguf.layout import EMBEDDING, OUTPUT
 from qwen3fast.checkpoint.gguf.tokenizer import stop_ids
-from qwen3fast.config import ModelConfig
+from qwen3fast.model.config import ModelConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
 LARGEST = 2**18  # of a size: no Qwen3 comes near it, and products of a few of them are still numbers of 64 bits

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from qwen3fast.checkpoint.gguf.header import Header
-from qwen3fast.config import ModelConfig
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS, Format, fits
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast.checkpoint.gguf.header import Header
-from qwen3fast.tokenizer import Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 EMBEDDING = "token_embd.weight"

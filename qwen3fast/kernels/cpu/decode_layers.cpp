@@ -71,7 +71,7 @@ void rotate(BFloat16* x, const float* cos, const float* sin, int64_t D) {
   }
 }
 
-// Puts one vector into the cache. Source of int8_t's form: round_vectors in kv_cache.py.
+// Puts one vector into the cache. Source of int8_t's form: round_vectors in model/kv_cache.py.
 void write_vector(const BFloat16* from, int64_t D, BFloat16* to, float*) { std::copy_n(from, D, to); }
 
 void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {

@@ -1,0 +1,44 @@
+"""AWQ checkpoints of version "gemm", 4 bits: words of eight rows in an order of their own, groups of neighbours.
+
+`qweight` (K, N/8) int32; `qzeros` (G, N/8) int32; `scales` (G, N). A word holds, from its lowest bits on, rows 0, 2, 4,
+6, 1, 3, 5 and 7 of its eight.
+Source: AWQ, arXiv:2306.00978; the layout is that of AutoAWQ.
+
+N out_features   K in_features   G groups   n some rows
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
+from qwen3fast.checkpoint.prequantized.part import FLOATS, Part
+from qwen3fast.model.published import PublishedFormat
+
+PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each row in its word
+
+
+def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
+    """The tensors of a layer by the ends of their names; none for a shape that cannot be stored so."""
+    if N % 8 or K % stored.group_size:
+        return {}
+    G = K // stored.group_size
+    return {
+        "qweight": Part((K, N // 8), ("I32",)),
+        "qzeros": Part((G, N // 8), ("I32",)),
+        "scales": Part((G, N), FLOATS),
+    }
+
+
+def levels(stored: PublishedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
+    """Some rows, from a multiple of 8 on."""
+    words = slice(rows.start // 8, rows.stop // 8)
+    level_nK, zero_nG = (_rows(tensors[name][:, words]) for name in ("qweight", "qzeros"))
+    group_K = torch.arange(level_nK.shape[1], device=level_nK.device) // stored.group_size
+    return Levels(level_nK, zero_nG, tensors["scales"][:, rows].float().T, group_K)
+
+
+def _rows(word: Tensor) -> Tensor:
+    """(X, n/8) words as (n, X) levels."""
+    return unpack(word, 4, dim=1).unflatten(1, (-1, 8))[..., PLACE].flatten(1).T.contiguous()

@@ -1,0 +1,63 @@
+"""The weight of one linear layer as it was published -> plain numbers, or one of our formats; some rows at a time.
+
+N out_features   K in_features   n some rows
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3fast.checkpoint.prequantized import awq, fp8, gptq
+from qwen3fast.checkpoint.prequantized.levels import Levels
+from qwen3fast.checkpoint.prequantized.part import Part
+from qwen3fast.model.published import PublishedFormat
+from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
+
+
+class PublishedLayer:
+    """The tensors of one layer, by the ends of their names, and what they stand for."""
+
+    def __init__(self, stored: PublishedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        self.stored, self.shape, self.tensors = stored, shape, tensors
+        self.device = next(iter(tensors.values())).device
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (N, K), computed in float32 and rounded once.
+
+        Raises: ValueError for contents that contradict each other.
+        """
+        result_NK = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for rows in row_slices(*self.shape):
+            result_NK[rows] = self._weight(rows)
+        return result_NK
+
+    def packed(self, format: Format) -> Packed:
+        """The weight in one of our formats: the published levels themselves where it has them, or else rounded.
+
+        Raises: ValueError for contents that contradict each other, or quantization_config.
+        """
+        return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format))
+
+    def _pack(self, rows: slice, format: Format) -> Packed:
+        if self.stored.method != "fp8":
+            levels = self._levels(rows)
+            if format.name == "int4" and self.stored.loaded_as == "int4":
+                return levels.as_int4()
+            if format.name == "int8" and self.stored.bits == 8 and levels.is_int8():
+                return levels.as_int8()
+        return format.quantize(self._weight(rows))
+
+    def _weight(self, rows: slice) -> Tensor:
+        return fp8.weight(self.tensors, rows) if self.stored.method == "fp8" else self._levels(rows).weight()
+
+    def _levels(self, rows: slice) -> Levels:
+        read = awq.levels if self.stored.method == "awq" else gptq.levels
+        return read(self.stored, self.tensors, rows)
+
+
+def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
+    """The tensors that a layer of this shape is stored in, by the ends of their names."""
+    if stored.method == "fp8":
+        return fp8.parts(N, K)
+    return (awq.parts if stored.method == "awq" else gptq.parts)(stored, N, K)

@@ -1,8 +1,0 @@
-"""Linear layers as others publish them quantised: fp8.py, awq.py and gptq.py say how the tensors of one layer are read,
-layer.py what becomes of them, collect.py finds those of a layer together."""
-
-from qwen3fast.checkpoint.published.collect import PublishedLayers
-from qwen3fast.checkpoint.published.layer import PublishedLayer
-from qwen3fast.checkpoint.published.part import FLOATS
-
-__all__ = ["FLOATS", "PublishedLayer", "PublishedLayers"]

@@ -1,0 +1,186 @@
+"""StaticKVCache: keys and values of every layer, preallocated once, written in place, never moved.
+
+B batch rows   T tokens in this call   R rows (one request each)   K key/value heads   S positions allocated
+L positions read   D head_dim
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from bisect import bisect_left
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3fast.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+class CacheLayer(NamedTuple):
+    """One layer's keys and values, (R, K, S, D) each, and which rows the batch at hand uses.
+
+    row_B: (B,) int64, the cache row of each batch row; None means rows 0..B-1 in order, which needs no gathering.
+    k_scale_RKS, v_scale_RKS: float32, one factor for each key and value vector where these are int8; otherwise None.
+    """
+
+    k_RKSD: Tensor
+    v_RKSD: Tensor
+    row_B: Tensor | None = None
+    k_scale_RKS: Tensor | None = None
+    v_scale_RKS: Tensor | None = None
+
+    def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
+        """Store new keys and values in place.
+
+        k_BTKD, v_BTKD: any float dtype; they are stored in the cache's. position_BT: int64, where to.
+        """
+        row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
+        # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly the (B, T, K, D) at hand.
+        place = (row_B[:, None], slice(None), position_BT)
+        for x_BTKD, x_RKSD, scale_RKS in (
+            (k_BTKD, self.k_RKSD, self.k_scale_RKS),
+            (v_BTKD, self.v_RKSD, self.v_scale_RKS),
+        ):
+            if scale_RKS is not None:
+                x_BTKD, scale_RKS[place] = round_vectors(x_BTKD)
+            x_RKSD[place] = x_BTKD.to(x_RKSD.dtype)
+
+    def read(self, num_rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows in use, first `length` positions: (B, K, L, D) each, as `dtype`."""
+        read = []
+        for x_RKSD, scale_RKS in ((self.k_RKSD, self.k_scale_RKS), (self.v_RKSD, self.v_scale_RKS)):
+            x_BKLD = self._rows(x_RKSD[:, :, :length], num_rows)
+            if scale_RKS is not None:
+                x_BKLD = x_BKLD * self._rows(scale_RKS[:, :, :length], num_rows)[..., None]
+            read.append(x_BKLD.to(dtype))
+        return read[0], read[1]
+
+    def _rows(self, x: Tensor, num_rows: int) -> Tensor:
+        return x[:num_rows] if self.row_B is None else x.index_select(0, self.row_B)
+
+
+def round_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors of the last dimension in 8 bits: int8 in -127..127 and float32 factors, one a vector.
+
+    NaN and infinity make the factor NaN or infinite, so that they are not lost.
+    """
+    x = x.float()
+    largest = x.abs().amax(dim=-1)
+    rounded = (x * torch.where(largest > 0, 127 / largest, 0.0)[..., None]).round()
+    return rounded.to(torch.int8), largest / 127
+
+
+CACHE_DTYPES = ("auto", "int8")
+
+
+def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of keys and values for a model of `dtype`. Raises: ValueError for a name not in CACHE_DTYPES."""
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {name!r}")
+    return torch.int8 if name == "int8" else dtype
+
+
+class StaticKVCache:
+    """Memory for `max_batch_size` requests of up to `max_seq_len` tokens.
+
+    keys, values: one contiguous (R, K, S, D) tensor a layer, zero at first (a masked slot must hold a finite number:
+    0 * NaN is NaN). key_scales, value_scales: for int8, one (R, K, S) tensor a layer, see `CacheLayer`.
+    S is max_seq_len rounded up to `granularity`, so that padded prefill chunks always fit, plus one: the positions read
+    are then never *all* positions, a special case that would have to be compiled separately.
+    Attention reads the first `bucket(used)` positions only, so cost follows the used length. `buckets` are all sizes
+    that this can be: multiples of `granularity`; on CUDA fewer (128, 256, 384, 512, 768, 1024, 1536, ...), since each
+    of them gets graphs of its own.
+    Source of the fixed-address design: gpt-fast and transformers' StaticCache (CUDA graphs need constant addresses).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        granularity: int = 128,
+    ) -> None:
+        """Allocate. dtype: of the keys and values; int8 rounds each vector to 8 bits with a factor of its own.
+
+        Raises: ValueError for sizes below 1; MemoryError, with the arithmetic, if the device cannot hold it.
+        """
+        for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.max_batch_size, self.max_seq_len, self.granularity = max_batch_size, max_seq_len, granularity
+        self.allocated_len = -(-max_seq_len // granularity) * granularity
+        self.buckets = list(range(granularity, self.allocated_len + 1, granularity))
+        if device.type == "cuda":
+            self.buckets = [n for n in self.buckets if n == self.allocated_len or _is_round(n // granularity)]
+        shape = (max_batch_size, config.num_key_value_heads, self.allocated_len + 1, config.head_dim)
+        self.num_bytes = config.kv_bytes_per_token(dtype) * max_batch_size * (self.allocated_len + 1)
+        factors = " + 4 bytes a vector" if dtype == torch.int8 else ""
+        arithmetic = (
+            f"2 (keys, values) x {config.num_hidden_layers} layers x {max_batch_size} rows x "
+            f"{config.num_key_value_heads} heads x {self.allocated_len + 1} positions x {config.head_dim} x "
+            f"{dtype.itemsize} bytes{factors} = {self.num_bytes / 1e9:.2f} GB"
+        )
+        free = free_bytes(device)
+        if free is not None and self.num_bytes > free:
+            raise MemoryError(
+                f"KV cache needs {arithmetic}, but {device} has {free / 1e9:.2f} GB free; "
+                "lower max_seq_len or max_batch_size"
+            )
+        logger.info("KV cache: %s", arithmetic)
+        layers = range(config.num_hidden_layers)
+        self.keys: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.key_scales: list[Tensor] = []
+        self.value_scales: list[Tensor] = []
+        if dtype == torch.int8:
+            self.key_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
+            self.value_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
+
+    def layers(self, row_B: Tensor | None = None) -> list[CacheLayer]:
+        """Each layer's keys and values, for a batch of the given rows (see `CacheLayer`)."""
+        none: list[Tensor | None] = [None] * len(self.keys)
+        scales = (self.key_scales or none, self.value_scales or none)
+        return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, each with rows first and positions third."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    def bucket(self, used: int) -> int:
+        """Positions to read when `used` are in use: the smallest of `buckets` that holds them.
+
+        Raises: ValueError if `used` does not fit.
+        """
+        if not 1 <= used <= self.allocated_len:
+            raise ValueError(f"{used} positions do not fit a KV cache of {self.allocated_len}")
+        return self.buckets[bisect_left(self.buckets, used)]
+
+
+def _is_round(number: int) -> bool:
+    """Whether it is a power of two, or three times one."""
+    while number % 2 == 0:
+        number //= 2
+    return number in (1, 3)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            available = next(line for line in meminfo if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,19 @@
+"""Who gets a slot: prompt.py, request.py, prefix_cache.py, scheduler.py, worker.py, admission.py, uncached.py,
+handle.py, builder.py, in this order."""
+
+from qwen3fast.scheduling.admission import Admission, QueueFullError
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
+from qwen3fast.scheduling.uncached import UncachedRun, run_uncached
+from qwen3fast.scheduling.worker import ClosedError, Runner
+
+__all__ = [
+    "Admission",
+    "ClosedError",
+    "QueueFullError",
+    "Request",
+    "Runner",
+    "Scheduler",
+    "UncachedRun",
+    "run_uncached",
+]

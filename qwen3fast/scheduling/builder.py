@@ -1,0 +1,163 @@
+"""From what an application asks for to requests that the engine runs: defaults filled in, everything checked."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import Any
+
+from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint
+from qwen3fast.sampling.grammar import GrammarCompiler
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.scheduling import Request, Runner
+from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
+from qwen3fast.text.stream import BEGIN_THOUGHT, END_THOUGHT, TextStream
+from qwen3fast.text.tokenizer import Tokenizer
+
+ASSISTANT = "<|im_start|>assistant\n"  # how a reply's turn begins in Qwen's templates
+AFTER_THOUGHT = "\n\n"  # what Qwen3 has learnt to write between thought and answer
+
+
+class RequestBuilder:
+    """Builds requests for one model. Thread-safe."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_seq_len: int,
+        eos_ids: frozenset[int],
+        default_params: SamplingParams,
+        runner: Runner,
+    ) -> None:
+        self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
+        self._eos_ids, self._default_params, self._runner = eos_ids, default_params, runner
+        self._compiler: GrammarCompiler | None = None
+        self._compiling = threading.Lock()
+
+    def build(
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        on_overflow: Overflow,
+        continues: RequestHandle | None = None,
+    ) -> list[RequestHandle]:
+        """A request for each of `params.n` replies, none of them started.
+
+        continues: an earlier reply that the prompt goes on from.
+        Raises: ValueError for whatever cannot be run, ImportError for a package that is missing; RuntimeError if the
+        Generator is closed.
+        """
+        self._runner.scheduler  # noqa: B018  raises if it is closed
+        if not isinstance(params, SamplingParams | None):
+            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
+        p = (params or SamplingParams()).with_defaults(self._default_params)
+        if p.stop and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
+        for name, ids in (("logit_bias", p.logit_bias or ()), ("allowed_token_ids", p.allowed_token_ids or ())):
+            outside = [i for i in ids if i >= self._vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
+                )
+        ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
+        ids, max_tokens = fit_context(ids, p.max_tokens, self._max_seq_len, on_overflow)
+        first_seed = p.seed if p.seed is not None else secrets.randbits(63)
+        seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # integers of 64 bits wrap around
+        constraint = self._constraint_maker(p, ids)
+        ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
+        handles = []
+        for seed in seeds:
+            stream = TextStream(self._tokenizer, tuple(p.stop), self._starts_in_thought(ids))
+            request = Request(
+                prompt_ids=ids,
+                temperature=float(p.temperature or 0.0),
+                top_k=int(p.top_k or 0),
+                top_p=float(p.top_p or 1.0),
+                min_p=float(p.min_p or 0.0),
+                seed=seed,
+                max_tokens=max_tokens,
+                stop_ids=frozenset(p.stop_token_ids) | (self._eos_ids if ends_at_eos else frozenset()),
+                on_token=stream.push,
+                repetition_penalty=float(p.repetition_penalty or 1.0),
+                presence_penalty=float(p.presence_penalty),
+                frequency_penalty=float(p.frequency_penalty),
+                logit_bias=p.logit_bias or None,
+                allowed_token_ids=frozenset(p.allowed_token_ids) if p.allowed_token_ids is not None else None,
+                constraint=constraint(),
+                logits_processor=p.logits_processor,
+                logprobs=p.logprobs,
+                continues=continues.request if continues is not None else None,
+            )
+            handles.append(RequestHandle(request, stream, self._runner))
+        return handles
+
+    def build_one(
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        on_overflow: Overflow,
+        continues: RequestHandle | None = None,
+    ) -> RequestHandle:
+        """The same for a single reply. Raises: as `build`; ValueError for n > 1."""
+        if params is not None and isinstance(params, SamplingParams) and params.n > 1:
+            raise ValueError(f"n is {params.n}, but a stream is one reply; use generate(), or start n of them")
+        return self.build(prompt, params, on_overflow, continues)[0]
+
+    def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:
+        """A function that gives each reply a constraint of its own, or None."""
+        grammar = None
+        if p.json_schema is not None or p.regex is not None:
+            compiler = self._grammar_compiler()
+            grammar = compiler.json_schema(p.json_schema) if p.json_schema is not None else compiler.regex(str(p.regex))
+        if grammar is None and p.thinking_budget is None:
+            return lambda: None
+        starts, tags = self._starts_in_thought(ids), self._tag_ids()
+        if p.thinking_budget is not None and tags is None:
+            raise ValueError(f"thinking_budget needs a tokenizer with the tokens {BEGIN_THOUGHT} and {END_THOUGHT}")
+        may_think = tags is not None and (starts or self._may_think(ids))
+
+        def make() -> TokenConstraint:
+            rules: list[TokenConstraint] = []
+            after = self._tokenizer.encode(AFTER_THOUGHT) if self._tokenizer is not None else []
+            if p.thinking_budget is not None and tags is not None:
+                close = [tags[1], *after]
+                rules.append(ThinkingBudget(p.thinking_budget, close, *tags, starts_in_thought=starts))
+            if grammar is not None:
+                rule = grammar.start()
+                if may_think and tags is not None:
+                    rule = AfterThought(rule, *tags, starts_in_thought=starts, separator_ids=after)
+                rules.append(rule)
+            return rules[0] if len(rules) == 1 else AllOf(rules)
+
+        return make
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        if self._tokenizer is None:
+            raise ValueError("json_schema and regex need a tokenizer, which random weights do not have")
+        with self._compiling:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_ids)
+            return self._compiler
+
+    def _tag_ids(self) -> tuple[int, int] | None:
+        if self._tokenizer is None:
+            return None
+        begin, end = (self._tokenizer.base.token_to_id(tag) for tag in (BEGIN_THOUGHT, END_THOUGHT))
+        return None if begin is None or end is None else (begin, end)
+
+    def _starts_in_thought(self, ids: list[int]) -> bool:
+        """Whether a prompt has opened a thought for the reply to go on with, as Thinking-2507's template does."""
+        tags = self._tag_ids()
+        if tags is None or self._tokenizer is None:
+            return False
+        last = next((i for i in reversed(ids[-3:]) if self._tokenizer.token_bytes(i).strip()), None)
+        return last == tags[0]
+
+    def _may_think(self, ids: list[int]) -> bool:
+        """Whether a prompt ends where a reply begins that may open with a thought."""
+        if self._tokenizer is None or "enable_thinking" not in (self._tokenizer.chat_template or ""):
+            return False
+        header = self._tokenizer.encode(ASSISTANT)
+        return ids[-len(header) :] == header

@@ -1,0 +1,156 @@
+"""RequestHandle: a reply on its way, to be waited for, read piece by piece, or cancelled, from any thread or task."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, TokenLogprobs
+from qwen3fast.scheduling import Request, Runner
+from qwen3fast.text.stream import TextStream
+from qwen3fast.text.tool_calls import parse_tool_calls
+
+
+class RequestHandle:
+    """One reply. Iterate over its chunks, with `for` or `async for`; or wait for `result()`.
+
+    Chunks are given once, to whoever asks first; joined, their texts are the result's text.
+    """
+
+    def __init__(self, request: Request, stream: TextStream, runner: Runner) -> None:
+        self.request, self._stream, self._runner = request, stream, runner
+        self._changed = threading.Condition()
+        self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
+        self._num_seen = self._num_given = 0  # tokens so far, and those given in chunks
+        self._is_over = False  # the last chunk has been given
+        self._listeners: list[Callable[[], None]] = []
+        self._finished: GenerationResult | None = None
+        self._at_end: Callable[[], None] = lambda: None
+        request.on_change = self._on_change
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the reply has ended, for whatever reason."""
+        return self._finished is not None or self.request.error is not None
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Wait for the end of the reply. A cancelled one gives what there was, with finish_reason "cancelled".
+
+        timeout: seconds; None waits for ever.
+        Raises: TimeoutError; or what ended the request: FloatingPointError for NaN logits, what a logits_processor
+        raised, RuntimeError if the Generator was closed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.is_done, timeout):
+                raise TimeoutError(f"the reply has not ended within {timeout} s; it goes on, cancel() would end it")
+        return self._result()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Have something called at the end, in the Generator's thread, so it must be quick; before the reply starts."""
+        self._at_end = call
+
+    def cancel(self) -> None:
+        """End the reply before the next step, and free its row. Without effect if it has ended."""
+        if not self.is_done:
+            self._runner.cancel(self.request)
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        """Chunks as they come; the last one has the result. Raises: as `result`."""
+        while not self._is_over:
+            with self._changed:
+                self._changed.wait_for(self._has_news)
+                chunk = self._take()
+            yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
+        """Chunks as they come, without blocking the event loop; the last one has the result. Raises: as `result`."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def listener() -> None:
+            try:
+                loop.call_soon_threadsafe(news.set)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self.cancel()
+
+        with self._changed:
+            self._listeners.append(listener)
+        try:
+            while not self._is_over:
+                with self._changed:
+                    chunk = self._take() if self._has_news() else None
+                if chunk is None:
+                    await news.wait()
+                    news.clear()
+                else:
+                    yield chunk
+        finally:
+            with self._changed:
+                self._listeners.remove(listener)
+
+    def _on_change(self) -> None:
+        """In the thread that steps: note what is new, and wake those that wait."""
+        request = self.request
+        with self._changed:
+            if request.finish_reason is not None:
+                self._stream.finish()
+            self._pieces.append(self._stream.take())
+            self._num_seen = len(request.output_ids)
+            if request.finish_reason is not None and request.error is None:
+                self._finished = self._make_result()
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+        if request.finish_reason is not None:
+            self._at_end()
+
+    def _has_news(self) -> bool:
+        return self.is_done or self._num_seen > self._num_given
+
+    def _take(self) -> StreamChunk:
+        pieces, self._pieces = self._pieces, []
+        text, reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True)) if pieces else ("", "", "")
+        new = self.request.output_ids[self._num_given : self._num_seen]
+        self._num_given = self._num_seen
+        result = self._result() if self.is_done else None
+        self._is_over = result is not None
+        return StreamChunk(text, new, result.finish_reason if result else None, result, reasoning, answer)
+
+    def _result(self) -> GenerationResult:
+        if self.request.error is not None:
+            raise self.request.error
+        assert self._finished is not None, "asked for when it is done"
+        return self._finished
+
+    def _make_result(self) -> GenerationResult:
+        request, stream = self.request, self._stream
+        first_s = request.first_token_s or request.finished_s  # cancelled before there was one
+        prefill_started_s = request.prefill_started_s or request.finished_s
+        metrics = RequestMetrics(
+            prompt_tokens=len(request.prompt_ids),
+            new_tokens=len(request.output_ids),
+            queue_s=prefill_started_s - request.submitted_s,
+            time_to_first_token_s=first_s - request.submitted_s,
+            prefill_s=first_s - prefill_started_s,
+            decode_s=request.finished_s - first_s,
+            reused_tokens=request.reused_tokens,
+        )
+        parsed = parse_tool_calls(stream.answer)
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = [
+                TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True)))
+                for token, at in zip(request.output_ids, request.output_logprobs, strict=True)
+            ]
+        return GenerationResult(
+            stream.text,
+            list(request.output_ids),
+            str(request.finish_reason),
+            metrics,
+            stream.reasoning,
+            parsed.content,
+            parsed.tool_calls,
+            parsed.malformed,
+            logprobs,
+        )

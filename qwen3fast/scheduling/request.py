@@ -1,0 +1,174 @@
+"""Request: one prompt on its way to a reply, in token ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3fast.engine.decode import Logprobs
+from qwen3fast.engine.prefill import Prefill
+from qwen3fast.sampling.constraints import TokenConstraint
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way to a result. The caller sets the first group of fields; the scheduler fills the rest.
+
+    on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
+    constraint: what may come next, asked before each token; logits_processor: see `SamplingParams`.
+    logprobs: None for none, else how many of the likeliest tokens to note beside the chosen one.
+    continues: an earlier request that this one goes on from; its row of the cache may be taken over, not copied.
+    on_change: called, in the thread that steps, after each new token and at the end. on_leave_queue: once.
+
+    finish_reason: "stop", "length", "cancelled" or "error"; None while running. error says what went wrong.
+    Times are those of time.perf_counter(), in seconds.
+    """
+
+    prompt_ids: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    on_token: Callable[[int], bool] = lambda token: False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: frozenset[int] | None = None
+    constraint: TokenConstraint | None = None
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
+    logprobs: int | None = None
+    continues: Request | None = None
+    on_change: Callable[[], None] = lambda: None
+    on_leave_queue: Callable[[], None] = lambda: None
+
+    output_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    row: int | None = None
+    launched: int = 0  # tokens that were started, the first one included; those not collected yet are in flight
+    prefill: Prefill | None = None
+    prompt_logits_1V: Tensor | None = None  # after the prompt's last token
+    reused_tokens: int = 0  # of the prompt, whose keys and values were in the cache already
+    is_restricted: bool = False  # whether the device was told that some tokens are forbidden
+    submitted_s: float = field(default_factory=time.perf_counter)
+    prefill_started_s: float = 0.0
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+
+    @property
+    def processor_arguments(self) -> tuple[Any, ...]:
+        """What `ProcessorState.begin` takes after the prompt."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return (*penalties, self.logit_bias, self.allowed_token_ids)
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether its logits are changed before a token is sampled (not counting logits_processor)."""
+        return self.processor_arguments != (1.0, 0.0, 0.0, None, None) or self.constraint is not None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the host must have seen a token before the next one can be started."""
+        return self.constraint is not None or self.logits_processor is not None
+
+    @property
+    def positions(self) -> int:
+        """Of the cache, in use after the next step: the prompt's, and one for each token that was started."""
+        return len(self.prompt_ids) + self.launched
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """Tokens whose keys and values are in its row, from position 0."""
+        if self.prefill is not None:
+            return self.prompt_ids[: self.prefill.done]
+        return self.prompt_ids + self.output_ids[:-1] if self.launched else []
+
+    @property
+    def proven_ids(self) -> list[int]:
+        """Those of `cached_ids` whose keys and values are known to be numbers: a valid token has come of them."""
+        return self.prompt_ids + self.output_ids[:-1] if self.output_ids else []
+
+    def leave_queue(self) -> None:
+        """It waits no longer."""
+        call, self.on_leave_queue = self.on_leave_queue, lambda: None
+        call()
+
+    def begin_prompt(self, logits_1V: Tensor | None) -> None:
+        """It has a row. logits_1V: those after its prompt, where they are known already."""
+        self.prefill_started_s, self.prompt_logits_1V = time.perf_counter(), logits_1V
+
+    def allowed_words(self, vocab_size: int) -> np.ndarray | None:
+        """Which tokens may come next, a bit each: see `TokenConstraint`; None if the device knows already.
+
+        Raises: what the constraint raises.
+        """
+        if self.constraint is None:
+            return None
+        was_restricted, self.is_restricted = self.is_restricted, self.constraint.is_active()
+        if not was_restricted and not self.is_restricted:
+            return None
+        words_W = np.full(-(-vocab_size // 32), -1, dtype=np.int32)
+        if self.is_restricted:
+            self.constraint.fill_mask(words_W)
+        return words_W
+
+    def process(self, logits_V: Tensor) -> Tensor:
+        """What logits_processor makes of logits. Raises: what it raises; ValueError for logits of another shape."""
+        assert self.logits_processor is not None, "asked for requests with one"
+        output_T = torch.tensor(self.output_ids, dtype=torch.int64, device=logits_V.device)
+        processed = self.logits_processor(logits_V, output_T)
+        if not isinstance(processed, Tensor) or processed.shape != logits_V.shape:
+            got = tuple(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+            raise ValueError(f"logits_processor must return logits of shape {tuple(logits_V.shape)}, got {got}")
+        return processed
+
+    def accept(self, token: int, logprobs: Logprobs | None = None) -> None:
+        """Take a sampled token and decide whether the request ends with it."""
+        try:
+            self._accept(token, logprobs)
+        except Exception as err:  # of what the request brought along; others must not feel it
+            self.fail(err)
+
+    def _accept(self, token: int, logprobs: Logprobs | None) -> None:
+        if not self.output_ids:
+            self.first_token_s = time.perf_counter()
+        if token < 0:
+            cause = "no token is allowed, or " if self.is_processed or self.logits_processor is not None else ""
+            raise FloatingPointError(
+                f"{cause}the model's logits are NaN or infinite at token {len(self.output_ids)} of the reply; the "
+                "weights or the dtype are unsuitable (float16 overflows where bfloat16 does not)"
+            )
+        self.output_ids.append(token)
+        if self.logprobs is not None and logprobs is not None:
+            n = self.logprobs
+            self.output_logprobs.append(Logprobs(logprobs.chosen, logprobs.ids[:n], logprobs.values[:n]))
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        if token in self.stop_ids or self.on_token(token):
+            self.finish("stop")
+        elif len(self.output_ids) >= self.max_tokens:
+            self.finish("length")
+        else:
+            self.on_change()
+
+    def fail(self, error: BaseException) -> None:
+        """End the request because something went wrong."""
+        self.error = error
+        self.finish("error")
+
+    def finish(self, reason: str) -> None:
+        """End the request."""
+        self.finish_reason = reason
+        self.finished_s = time.perf_counter()
+        self.on_change()

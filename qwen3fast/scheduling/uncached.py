@@ -1,0 +1,51 @@
+"""Generation without a cache: the slow reference that every fast path is compared with."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, choose_tokens
+from qwen3fast.engine.engine import Engine
+from qwen3fast.sampling.samplers import kind_for
+from qwen3fast.scheduling.request import Request
+
+
+class UncachedRun:
+    """One request, the whole sequence computed anew for each token; same sampling, same stop rules."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._vocab_size = engine.model.config.vocab_size
+        self._state = DecodeState.allocate(1, engine.device)
+        self._state.begin(0, 0, request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
+        self._processors = self._logprobs = None
+        if request.is_processed:
+            self._processors = ProcessorState(1, self._vocab_size, engine.device)
+            self._processors.begin(0, request.prompt_ids, *request.processor_arguments)
+        if request.logprobs is not None:
+            self._logprobs = LogprobState.allocate(1, self._vocab_size, engine.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token. Raises: what the constraint or the logits_processor raises."""
+        engine, request = self._engine, self._request
+        request.prefill_started_s = request.prefill_started_s or time.perf_counter()
+        logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
+        words_W = request.allowed_words(self._vocab_size)
+        if words_W is not None and self._processors is not None:
+            self._processors.allow(0, words_W)
+        hook = (lambda logits_1V: request.process(logits_1V[0])[None]) if request.logits_processor is not None else None
+        sampler = kind_for([(request.temperature, request.top_k)])
+        extras = (self._processors, self._logprobs, hook)
+        token_1 = choose_tokens(engine.parts, logits_1V, self._state, slice(1), sampler, *extras)
+        self._state.step_R.add_(1)
+        request.accept(int(token_1), self._logprobs.read(0) if self._logprobs is not None else None)
+
+
+def run_uncached(engine: Engine, request: Request) -> None:
+    """Run a request to its end."""
+    run = UncachedRun(engine, request)
+    while request.finish_reason is None:
+        run.step()

@@ -1,0 +1,461 @@
+"""Checkpoints that others quantised: each layout read, what becomes of the weights, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_near, assert_same, random_ids, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published_layouts import AWQ, FP8, GPTQ, drawn_layer, publish, publish_fp8_experts, write_tensors
+from safetensors.torch import load_file, save_file
+from test_expert_checkpoints import published_tensors
+from torch import nn
+
+from qwen3fast import load_model
+from qwen3fast.checkpoint.prequantized import PublishedLayer
+from qwen3fast.checkpoint.prequantized.layer import parts
+from qwen3fast.checkpoint.save import save_model
+from qwen3fast.cli import main
+from qwen3fast.kernels import cpu
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.published import PublishedFormat
+from qwen3fast.quantization.experts import QuantizedExperts
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+
+CONFIG = small_config(
+    vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=False, dtype=torch.bfloat16
+)
+# Sizes that are no multiples of a block: 160 and 224 of 128.
+CUT = replace(CONFIG, hidden_size=160, intermediate_size=224)
+LAYOUTS = {
+    "fp8": (CONFIG, FP8, {}),
+    "fp8, cut blocks": (CUT, FP8, {}),
+    "fp8, bfloat16 scales": (CUT, FP8, {"scale_dtype": torch.bfloat16}),
+    "awq": (CONFIG, AWQ, {}),
+    "awq, 64": (CONFIG, {**AWQ, "group_size": 64, "version": "GEMM", "modules_to_not_convert": None}, {}),
+    "awq, 32": (CUT, {**AWQ, "group_size": 32}, {}),
+    "gptq": (CONFIG, GPTQ, {}),
+    "gptq, 32, second format": (CUT, {**GPTQ, "group_size": 32, "checkpoint_format": "gptq_v2"}, {}),
+    "gptq, cut group": (CUT, GPTQ, {}),
+    "gptq without g_idx": (CONFIG, {**GPTQ, "group_size": 64}, {"with_g_idx": False}),
+    "gptq, a group a row": (CONFIG, {**GPTQ, "group_size": -1}, {}),
+    "gptq, zero points": (CONFIG, {**GPTQ, "sym": False}, {}),
+    "gptq, zero points, second format": (CONFIG, {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"}, {}),
+    "gptq, act order": (CONFIG, {**GPTQ, "desc_act": True, "group_size": 32}, {}),
+    "gptq, 8 bits": (CONFIG, {**GPTQ, "bits": 8}, {}),
+    "gptq, 8 bits, zero points, act order": (CONFIG, {**GPTQ, "bits": 8, "sym": False, "desc_act": True}, {}),
+    "gptq, 8 bits, a group a row": (CONFIG, {**GPTQ, "bits": 8, "group_size": -1}, {}),
+}
+TAKEN_OVER = [
+    "gptq",
+    "gptq, 32, second format",
+    "gptq, cut group",
+    "gptq without g_idx",
+    "gptq, a group a row",
+]
+ROUNDED = [name for name in LAYOUTS if name not in TAKEN_OVER and not name.startswith("fp8")]
+UP = "model.layers.1.mlp.up_proj"
+MOE = small_config(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
+
+
+def published(name: str, folder, **options):
+    """A checkpoint in a layout of LAYOUTS; the model that it stands for."""
+    config, quantization_config, more = LAYOUTS[name]
+    return publish(folder, config, quantization_config, **more, **options)
+
+
+def layers_of(model) -> dict[str, nn.Module]:
+    """The linear layers of a model's blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear) and n != "lm_head"}
+
+
+# ----------------------------------------------------------------------------------------------------- plain weights
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
+    reference = published(name, tmp_path, files=files)
+    model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
+    assert model.config == replace(reference.config, published=None)
+    assert dict(model.named_parameters()).keys() == dict(reference.named_parameters()).keys()
+    for parameter_name, expected in reference.named_parameters():
+        actual = model.get_parameter(parameter_name)
+        # In float64 the reference was not rounded; a product of float32 numbers is, once.
+        torch.testing.assert_close(actual, expected, rtol=2**-24, atol=0)
+    assert_near(model(random_ids(2, 9, vocab_size=96)), reference(random_ids(2, 9, vocab_size=96)))
+
+
+def test_dequantised_weights_are_rounded_once_to_the_dtype(tmp_path):
+    reference = published("fp8, cut blocks", tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    assert model.config.quantization is None
+    for name, parameter in model.named_parameters():
+        assert_same(parameter, reference.get_parameter(name).bfloat16())
+
+
+def test_the_layout_is_the_described_one():
+    # One layer of each kind, where the place of single numbers is known beforehand.
+    level = torch.arange(16)
+    awq = {
+        "qweight": torch.zeros(32, 1, dtype=torch.int32),
+        "qzeros": torch.zeros(1, 1, dtype=torch.int32),
+        "scales": torch.ones(1, 8, dtype=torch.float16),
+    }
+    awq["qweight"][5, 0] = 0x70005301  # half bytes from the lowest on: rows 0 2 4 6 1 3 5 7 are 1 0 3 5 0 0 0 7
+    stored = PublishedFormat.from_dict({**AWQ, "group_size": 32}, "")
+    assert PublishedLayer(stored, (8, 32), awq).plain(torch.float32)[:, 5].tolist() == [1, 0, 0, 0, 3, 0, 5, 7]
+    gptq = {
+        "qweight": torch.zeros(4, 8, dtype=torch.int32),
+        "qzeros": torch.full((1, 1), 0x77777777, dtype=torch.int32),
+        "scales": torch.ones(1, 8, dtype=torch.float16),
+    }
+    gptq["qweight"][1, 3] = -0x12345679  # 0xEDCBA987: channels 8 to 15 of row 3
+    stored = PublishedFormat.from_dict({**GPTQ, "group_size": 32}, "")
+    assert PublishedLayer(stored, (8, 32), gptq).plain(torch.float32)[3, 8:16].tolist() == (level[7:15] - 8).tolist()
+
+
+def test_a_zero_point_of_zero_is_read_as_it_was_subtracted_from_whole_words():
+    zero = 0x76543210  # zero points 0 to 7 of eight rows
+    tensors = {
+        "qweight": torch.zeros(4, 8, dtype=torch.int32),
+        "qzeros": torch.full((1, 1), zero - 0x11111111, dtype=torch.int32),
+        "scales": torch.ones(1, 8, dtype=torch.float16),
+    }
+    stored = PublishedFormat.from_dict({**GPTQ, "group_size": 32, "sym": False}, "")
+    assert PublishedLayer(stored, (8, 32), tensors).plain(torch.float32)[:, 0].tolist() == [-z for z in range(8)]
+
+
+@settings(max_examples=30)
+@given(
+    layout=st.sampled_from([FP8, AWQ, GPTQ, {**GPTQ, "bits": 8}, {**GPTQ, "sym": False, "desc_act": True}]),
+    group_size=st.sampled_from([32, 64, 128]),
+    rows=st.integers(1, 20),
+    groups=st.integers(1, 3),
+    at_once=st.sampled_from([1, 3000, 2**18]),
+    seed=st.integers(0, 99),
+)
+def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group_size, rows, groups, at_once, seed):
+    config = layout if layout is FP8 else {**layout, "group_size": group_size}
+    shape = (8 * rows, group_size * groups)
+    tensors, weight = drawn_layer(np.random.default_rng(seed), *shape, config)
+    stored = PublishedFormat.from_dict(config, "")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        n: p.shape for n, p in parts(stored, *shape).items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen3fast.quantization.formats.WEIGHTS_AT_ONCE", at_once)
+        assert_same(PublishedLayer(stored, shape, tensors).plain(torch.float32), weight.float())
+
+
+# ------------------------------------------------------------------------------------------------------- our formats
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization):
+    reference = published(name, tmp_path)
+    model = load_model(tmp_path, device="cpu", quantization=quantization)
+    assert model.config.quantization == "int4"
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer_name, layer in layers_of(model).items():
+        assert layer.format is FORMATS["int4"]
+        weight = reference.get_submodule(layer_name).weight
+        group = LAYOUTS[name][1]["group_size"]
+        group = weight.shape[1] if group == -1 else group
+        scale_NK = tensors[f"{layer_name}.scales"].T.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        level_NK = torch.round(weight / scale_NK)
+        assert_same(layer.dequantize(), level_NK * scale_NK.bfloat16().float())
+        assert ((layer.dequantize() - weight).abs() <= weight.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
+    reference = published(name, tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    assert model.config.quantization == "int8"
+    for layer_name, layer in layers_of(model).items():
+        weight = reference.get_submodule(layer_name).weight
+        if name == "gptq, 8 bits, a group a row":
+            assert_same(layer.dequantize(), weight)  # our own format, so the same numbers
+        step = weight.abs().amax(dim=1, keepdim=True) / 127
+        assert ((layer.dequantize() - weight).abs() <= step * 0.501).all()
+
+
+@pytest.mark.parametrize("name", ["fp8", "awq", "gptq", "gptq, act order"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, name, format):
+    published(name, tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
+    plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
+    assert model.config.quantization == format
+    assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+    assert isinstance(model.lm_head, QuantizedLinear)
+    for layer_name, layer in {**layers_of(model), "lm_head": model.lm_head}.items():
+        if (name, format) == ("gptq", "int4") and layer_name != "lm_head":
+            continue  # taken over
+        expected = FORMATS[format].quantize(plain.get_submodule(layer_name).weight)
+        assert_same(layer.weight_packed, expected.weight)
+        assert_same(layer.weight_scale, expected.scale)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
+    config, quantization_config, _ = LAYOUTS[name]
+    reference = publish(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
+    model = load_model(tmp_path, device="cpu")
+    assert_same(model.model.embed_tokens.weight, reference.model.embed_tokens.weight.bfloat16())
+    assert_same(model.lm_head.weight, reference.lm_head.weight.bfloat16())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert set(model.config.modules_to_not_convert) == {"lm_head", "model.embed_tokens"}
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq, act order"])
+def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
+    kept = ("lm_head", "o_proj", "layers.0.mlp.up_proj")
+    reference = published(name, tmp_path, kept=kept)
+    model = load_model(tmp_path, device="cpu", dtype="float32")
+    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert len(plain) == 4 and all(n.endswith(kept) for n in plain)
+    assert set(model.config.modules_to_not_convert) == {*plain, "model.embed_tokens"}
+    for layer_name in plain:
+        assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq, 8 bits", "gptq, act order"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
+    config, quantization_config, _ = LAYOUTS[name]
+    config = replace(config, attention_bias=bias)
+    reference = publish(tmp_path, config, quantization_config, files=2)
+    model = load_model(tmp_path, device="cpu", dtype="float32")
+    tokens = random_ids(2, 9, vocab_size=96)
+    error = (model(tokens) - reference(tokens)).abs().max() / reference(tokens).abs().max()
+    assert 0 < error < 0.02
+    for layer_name, layer in layers_of(model).items():
+        reference.get_submodule(layer_name).weight.copy_(layer.dequantize())
+    assert_near(model(tokens), reference(tokens))
+
+
+def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
+    reference = publish(tmp_path, replace(CUT, hidden_size=144), FP8)  # not a multiple of 32
+    model = load_model(tmp_path, device="cpu", quantization="int8")
+    assert_same(model.model.layers[0].mlp.up_proj.weight, reference.model.layers[0].mlp.up_proj.weight.bfloat16())
+    assert isinstance(model.model.layers[0].self_attn.o_proj, QuantizedLinear)  # 128 -> 144
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_fp8_experts_are_dequantised(tmp_path, files):
+    config = replace(MOE, hidden_size=160, moe_intermediate_size=160, dtype=torch.bfloat16)
+    tensors, expected = publish_fp8_experts(tmp_path, config, files)
+    model = load_model(tmp_path, device="cpu")
+    for name, tensor in published_tensors(model).items():
+        assert_same(tensor, expected[name])
+    rounded = load_model(tmp_path, device="cpu", quantization="int8").model.layers[1].mlp.experts
+    assert isinstance(rounded, QuantizedExperts)
+    exact = model.model.layers[1].mlp.experts.down_proj.float()
+    assert (rounded.dequantize(rounded.down_proj) - exact).norm() < 0.01 * exact.norm()
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
+    write_tensors(tmp_path, config, FP8, tensors, files)
+    with pytest.raises(ValueError, match=r"2\.up_proj\.weight_scale_inv: missing, expected shape \(2, 2\)") as error:
+        load_model(tmp_path, device="cpu")
+    assert str(error.value).count("missing") == 1
+
+
+@pytest.mark.parametrize("layout", [AWQ, GPTQ])
+def test_other_experts_are_refused_by_name(tmp_path, layout):
+    write_tensors(tmp_path, MOE, layout, {})
+    with pytest.raises(ValueError, match=f"quant_method='{layout['quant_method']}' is not supported for a mixture of"):
+        load_model(tmp_path, device="cpu", quantization="dequantize")
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        (FP8, {"weight_block_size": [64, 64]}, r"weight_block_size=\[64, 64\] .*'fp8'; supported: \[128, 128\]"),
+        (FP8, {"weight_block_size": None}, "weight_block_size=None is not supported"),
+        (FP8, {"activation_scheme": "static"}, "activation_scheme='static' is not supported.*supported: 'dynamic'"),
+        (FP8, {"fmt": "e5m2"}, "fmt='e5m2' is not supported.*supported: 'e4m3'"),
+        (FP8, {"scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+        (FP8, {"expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported"),
+        (FP8, {"modules_to_convert": ["model.embed_tokens"]}, "modules_to_convert=.*embed_tokens.* is not supported"),
+        (AWQ, {"bits": 8}, "bits=8 is not supported with quant_method='awq'; supported: 4"),
+        (AWQ, {"group_size": 16}, "group_size=16 is not supported.*supported: 32, 64, 128"),
+        (AWQ, {"group_size": -1}, "group_size=-1 is not supported"),
+        (AWQ, {"zero_point": False}, "zero_point=False is not supported.*supported: True"),
+        (AWQ, {"version": "gemv"}, "version='gemv' is not supported.*supported: 'gemm'"),
+        (AWQ, {"version": "marlin"}, "version='marlin' is not supported"),
+        (AWQ, {"version": None}, "version=None is not supported"),
+        (GPTQ, {"bits": 3}, "bits=3 is not supported with quant_method='gptq'; supported: 4, 8"),
+        (GPTQ, {"bits": 2}, "bits=2 is not supported"),
+        (GPTQ, {"group_size": 256}, "group_size=256 is not supported.*supported: 32, 64, 128, -1"),
+        (GPTQ, {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported.*'gptq', 'gptq_v2'"),
+        (GPTQ, {"sym": None}, "sym=None is not supported.*supported: True, False"),
+        (GPTQ, {"desc_act": "yes"}, "desc_act='yes' is not supported"),
+        (GPTQ, {"pack_dtype": "int16"}, "pack_dtype='int16' is not supported"),
+        (GPTQ, {"dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}}, r"dynamic=\['\+:\.\*down\.\*'\] is not"),
+        ({}, {"quant_method": "compressed-tensors"}, "compressed-tensors.* is not supported; .*'fp8', 'awq', 'gptq'"),
+        ({}, {"quant_method": "bitsandbytes"}, "bitsandbytes.* is not supported; supported: quant_method 'fp8'"),
+        ({}, {"bits": 4}, "={'bits': 4} is not supported; supported: quant_method"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name_before_any_weight_is(tmp_path, layout, changes, message):
+    write_tensors(tmp_path, CONFIG, {**layout, **changes}, {})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"config\.json: quantization_config.*{message}"):
+        load_model(tmp_path, device="cpu", quantization="dequantize")
+
+
+def test_rules_that_leave_layers_out_are_read(tmp_path):
+    dynamic = {"-:.*o_proj": {}}
+    reference = publish(tmp_path, CONFIG, {**GPTQ, "dynamic": dynamic}, kept=("lm_head", "o_proj"))
+    model = load_model(tmp_path, device="cpu", dtype="float32")
+    assert_same(model.model.layers[0].self_attn.o_proj.weight, reference.model.layers[0].self_attn.o_proj.weight)
+
+
+def rewrite(folder, change) -> None:
+    """Change the tensors of a checkpoint in one file."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "messages"),
+    [
+        (
+            "fp8",
+            lambda t: t.pop(f"{UP}.weight_scale_inv"),
+            [r"weight_scale_inv: missing, expected shape \(2, 1\), F16 or"],
+        ),
+        ("fp8", lambda t: t.pop(f"{UP}.weight"), [r"up_proj\.weight: missing, expected shape \(256, 128\), F8_E4M3"]),
+        (
+            "fp8",
+            lambda t: t.update({f"{UP}.weight_scale_inv": torch.ones(2, 2)}),
+            [r"up_proj\.weight_scale_inv in model\.safetensors: shape \(2, 2\), expected \(2, 1\)"],
+        ),
+        (
+            "fp8",
+            lambda t: t.update({"model.norm.weight": torch.ones(128).to(torch.float8_e4m3fn)}),
+            [r"model\.norm\.weight in model\.safetensors: dtype F8_E4M3, expected one of F64, F32, F16, BF16"],
+        ),
+        (
+            "fp8",
+            lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 1)}),  # of a plain weight
+            [r"lm_head\.weight: missing, expected shape \(96, 128\), F8_E4M3"],
+        ),
+        ("awq", lambda t: t.pop(f"{UP}.qzeros"), [r"up_proj\.qzeros: missing, expected shape \(1, 32\), I32"]),
+        (
+            "awq",
+            lambda t: [t.pop(f"{UP}.{end}") for end in ("qweight", "qzeros", "scales")],
+            [r"up_proj\.weight: missing, expected shape \(256, 128\)"],
+        ),
+        (
+            "awq",
+            lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()}),
+            [r"up_proj\.scales in model\.safetensors: dtype I32, expected F16 or BF16"],
+        ),
+        (
+            "gptq",
+            lambda t: (
+                t.pop(f"{UP}.scales"),
+                t.update({"surplus": torch.ones(1), f"{UP}.qzeros": torch.ones(2).int()}),
+            ),
+            [
+                r"surplus in model\.safetensors: unexpected",
+                r"up_proj\.qzeros in model\.safetensors: shape \(2,\), expected \(1, 32\)",
+                r"up_proj\.scales: missing, expected shape \(1, 256\)",
+            ],
+        ),
+        ("gptq, act order", lambda t: t.pop(f"{UP}.g_idx"), [r"up_proj\.g_idx: missing, expected shape \(128,\), I32"]),
+        (
+            "gptq, act order",
+            lambda t: t[f"{UP}.g_idx"].add_(1),
+            [r"up_proj\.weight: g_idx must be from 0 to 3, got 1 to 4"],
+        ),
+        (
+            "gptq",
+            lambda t: t.update({f"{UP}.weight": torch.ones(256, 128), f"{UP}.qweight": t[f"{UP}.qweight"]}),
+            [r"up_proj\.\w+ in model\.safetensors: .* was there already"],
+        ),
+        (
+            "gptq",
+            lambda t: t[f"{UP}.qzeros"].add_(0x11111111),
+            ["up_proj.weight: zero points other than 8, though 'sym' is true; use quantization='int8' or 'dequantize'"],
+        ),
+        (
+            "gptq without g_idx",
+            lambda t: t.update({f"{UP}.g_idx": torch.arange(128).int() % 2}),
+            ["up_proj.weight: g_idx mixes channels, though 'desc_act' is false; use quantization='int8'"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_in_one_message(tmp_path, name, change, messages):
+    published(name, tmp_path)
+    rewrite(tmp_path, change)
+    for message in messages:
+        with pytest.raises(ValueError, match=message) as error:
+            load_model(tmp_path, device="cpu")
+    assert len(str(error.value).splitlines()) == 1 + len(messages)
+
+
+def test_tensors_of_a_layout_that_the_config_does_not_name_are_refused(tmp_path):
+    publish(tmp_path, CONFIG, GPTQ)
+    raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del raw["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"down_proj\.qweight in model\.safetensors: unexpected"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("source", ["tiny", "ours"])
+def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
+    published("gptq", tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
+    with pytest.raises(
+        ValueError, match="quantization='dequantize' is for checkpoints that others quantised; use None"
+    ):
+        load_model("tiny" if source == "tiny" else tmp_path / "ours", device="cpu", quantization="dequantize")
+
+
+# ---------------------------------------------------------------------------------------------------- config and info
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_config_keeps_the_published_format(name):
+    config, quantization_config, _ = LAYOUTS[name]
+    read = ModelConfig.from_dict({**config.to_dict(), "quantization_config": quantization_config})
+    assert read.published == PublishedFormat.from_dict(quantization_config, "")
+    assert read.quantization is None
+    assert ModelConfig.from_dict(read.to_dict()) == read
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fp8", ["bytes in bfloat16", "fp8, a scale for 128 x 128 weights"]),
+        ("awq", ["bytes in int8", "awq, 4 bits, a scale and a zero point for 128 channels"]),
+        ("gptq", ["bytes in int4", "gptq, 4 bits, a scale for 128 channels"]),
+        ("gptq, a group a row", ["bytes in int4", "gptq, 4 bits, a scale for all channels"]),
+    ],
+)
+def test_info_states_what_is_loaded_and_how_it_is_stored(tmp_path, capsys, name, expected):
+    published(name, tmp_path)
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for part in [f"{load_model(tmp_path, device='cpu').num_bytes():,} {expected[0]}", expected[1]]:
+        assert part in text

@@ -1,0 +1,164 @@
+"""The host behind the device: steps launched ahead, tokens read late, nothing shown that should not be."""
+
+import random
+
+import pytest
+import torch
+from conftest import randomised, small_config
+
+from qwen3fast.engine import Engine
+from qwen3fast.engine.token_ring import TokenRing
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.scheduling import Request, Scheduler
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+
+
+def make_scheduler(model, lookahead, rows=3):
+    cache = StaticKVCache(model.config, rows, 256, torch.float32, CPU)
+    return Scheduler(Engine(model, cache, CPU, compile=False, lookahead=lookahead))
+
+
+def make_requests(seed=0, count=9):
+    """Sampled ones, of many lengths, some of which end with a stop token."""
+    rng = random.Random(seed)
+    return [
+        Request(
+            [rng.randrange(97) for _ in range(rng.randint(1, 60))],
+            temperature=30.0,  # these weights are sure of themselves
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            seed=i,
+            max_tokens=rng.choice([1, 2, 5, 40, 120]),
+            stop_ids=frozenset(rng.sample(range(97), rng.choice([0, 0, 6]))),
+        )
+        for i in range(count)
+    ]
+
+
+def run(scheduler, requests):
+    for request in requests:
+        scheduler.add(request)
+    while any(request.finish_reason is None for request in requests):
+        scheduler.step()
+    return [(request.output_ids, request.finish_reason) for request in requests]
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_running_ahead_changes_no_result(model, lookahead, seed):
+    expected = run(make_scheduler(model, 0), make_requests(seed))
+    scheduler = make_scheduler(model, lookahead)
+    requests = make_requests(seed)
+    assert run(scheduler, requests) == expected
+    stopped = sum(reason == "stop" for _, reason in expected)
+    assert 0 < stopped < len(expected)
+    assert scheduler.dropped_tokens <= lookahead * stopped
+    assert all(request.launched <= request.max_tokens for request in requests)
+    assert scheduler.engine.state.advance_R.tolist() == [0, 0, 0]
+    assert run(scheduler, make_requests(seed)) == expected  # nothing of the first run is left over
+
+
+def test_without_lookahead_nothing_is_dropped(model):
+    scheduler = make_scheduler(model, 0)
+    run(scheduler, make_requests())
+    assert scheduler.dropped_tokens == 0
+
+
+def test_a_stop_token_is_noticed_late_and_what_follows_is_dropped(model):
+    scheduler = make_scheduler(model, 3, rows=1)
+    [(reply, _)] = run(scheduler, [Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 20, frozenset())])
+    stop = reply[10]
+    first = reply.index(stop)
+    [(stopped, reason)] = run(scheduler, [Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 20, frozenset([stop]))])
+    assert (stopped, reason) == (reply[: first + 1], "stop")
+    assert scheduler.dropped_tokens == 3
+
+
+def test_cancelling_drops_what_is_in_flight(model):
+    scheduler = make_scheduler(model, 4, rows=2)
+    cancelled, other = (Request([1, 2], 30.0, 0, 1.0, 0.0, seed, 60, frozenset()) for seed in (1, 2))
+    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], 30.0, 0, 1.0, 0.0, 2, 60, frozenset())])
+    scheduler.add(cancelled)
+    scheduler.add(other)
+    for _ in range(10):
+        scheduler.step()
+    seen = len(cancelled.output_ids)
+    scheduler.cancel(cancelled)
+    while other.finish_reason is None:
+        scheduler.step()
+    assert (other.output_ids, len(cancelled.output_ids)) == (alone, seen)
+    assert scheduler.dropped_tokens == 4
+
+
+def test_a_request_that_raises_costs_the_others_nothing(model):
+    def fail_at_third(token, seen=[]):  # noqa: B006
+        seen.append(token)
+        if len(seen) == 3:
+            raise ValueError("no")
+        return False
+
+    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], 30.0, 0, 1.0, 0.0, 2, 30, frozenset())])
+    scheduler = make_scheduler(model, 2, rows=2)
+    failing, other = (Request([1, 2], 30.0, 0, 1.0, 0.0, seed, 30, frozenset()) for seed in (1, 2))
+    failing.on_token = fail_at_third
+    scheduler.add(failing)
+    scheduler.add(other)
+    while other.finish_reason is None:
+        scheduler.step()
+    assert (other.output_ids, failing.finish_reason, str(failing.error)) == (alone, "error", "no")
+
+
+class FakeEvent:
+    """Notes the order of what happens to it."""
+
+    def __init__(self, log):
+        self.log, self.number = log, len([entry for entry in log if entry[0] == "new"])
+        log.append(("new", self.number))
+
+    def record(self):
+        self.log.append(("record", self.number))
+
+    def synchronize(self):
+        self.log.append(("wait", self.number))
+
+
+def test_ring_waits_for_the_oldest_step_only():
+    log = []
+    ring = TokenRing(2, 3, CPU, make_event=lambda: FakeEvent(log))
+    del log[:]
+    for i in range(3):
+        ring.push(torch.tensor([i, 10 + i]))
+    assert [ring.pop(), ring.pop()] == [[0, 10], [1, 11]]
+    ring.push(torch.tensor([3, 13]))
+    assert [ring.pop(), ring.pop(), len(ring)] == [[2, 12], [3, 13], 0]
+    waits = [("wait", 0), ("wait", 1), ("record", 0), ("wait", 2), ("wait", 0)]
+    assert log == [("record", 0), ("record", 1), ("record", 2), *waits]
+
+
+def test_ring_forgets_without_waiting():
+    log = []
+    ring = TokenRing(1, 2, CPU, make_event=lambda: FakeEvent(log))
+    ring.push(torch.tensor([1]))
+    ring.push(torch.tensor([2]))
+    ring.clear()
+    assert len(ring) == 0 and "wait" not in [what for what, _ in log]
+    ring.push(torch.tensor([3]))
+    assert ring.pop() == [3]
+
+
+def test_ring_refuses_more_steps_than_slots_and_fewer_than_none():
+    ring = TokenRing(1, 1, CPU)
+    with pytest.raises(AssertionError, match="no step is under way"):
+        ring.pop()
+    ring.push(torch.tensor([1]))
+    with pytest.raises(AssertionError, match="take the oldest tokens first"):
+        ring.push(torch.tensor([2]))

@@ -1,0 +1,479 @@
+"""The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
+
+import copy
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOLERANCES, assert_near, assert_same, random_tensor, randomised, small_config
+
+from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kernels import cpu
+from qwen3fast.model import rope_tables
+from qwen3fast.model.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS, quantize
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+
+@pytest.mark.parametrize("rows", range(1, cpu.MAX_ROWS + 1))
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 16), (7, 48), (300, 1024), (1001, 80)])
+def test_matvec_equals_linear(rows, out_features, in_features):
+    x = random_tensor(rows, in_features).bfloat16()
+    weight = random_tensor(out_features, in_features, seed=1).bfloat16()
+    expected = F.linear(x.float(), weight.float())
+    assert_near(torch.ops.qwen3fast.matvec(x, weight), expected, torch.bfloat16)
+
+
+def test_matvec_keeps_leading_dimensions_and_accepts_strides():
+    x = random_tensor(32, 2, 3).bfloat16().permute(1, 2, 0)
+    weight = random_tensor(5, 32, seed=1).bfloat16()
+    y = torch.ops.qwen3fast.matvec(x, weight)
+    assert y.shape == (2, 3, 5)
+    assert_near(y, F.linear(x.float(), weight.float()), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.zeros(1, 20).bfloat16(), torch.zeros(4, 20).bfloat16()),
+        (torch.zeros(cpu.MAX_ROWS + 1, 16).bfloat16(), torch.zeros(4, 16).bfloat16()),
+        (torch.zeros(1, 16), torch.zeros(4, 16)),
+        (torch.zeros(1, 32).bfloat16(), torch.zeros(4, 16).bfloat16()),
+    ],
+    ids=["odd width", "too many rows", "float32", "other width"],
+)
+def test_matvec_refuses_what_it_cannot_do(x, weight):
+    with pytest.raises(ValueError, match="matvec: "):
+        torch.ops.qwen3fast.matvec(x, weight)
+
+
+def stored(x_RKSD, dtype):
+    """Keys or values as a cache of this dtype holds them, and their factors."""
+    return round_vectors(x_RKSD) if dtype == torch.int8 else (x_RKSD, None)
+
+
+def as_read(x_RKSD, scale_RKS):
+    return x_RKSD.float() if scale_RKS is None else x_RKSD.float() * scale_RKS[..., None]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 1)])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("lengths", [[1], [2, 127], [128, 129, 300]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths, dtype):
+    batch = len(lengths)
+    q_BTHD = random_tensor(batch, 1, heads, head_dim).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(batch + 1, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
+    position_B1 = torch.tensor(lengths)[:, None] - 1
+    for row, length in enumerate(lengths):  # what lies beyond the used length must not be read
+        k_RKSD[row, :, length:] = v_RKSD[row, :, length:] = 1e30
+    mask_BTL = torch.arange(301) <= position_B1[..., None]
+    (k_RKSD, k_scale), (v_RKSD, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    k, v = (
+        torch.where(mask_BTL.view(batch, 1, 301, 1), as_read(x, scale)[:batch], 0.0)
+        for x, scale in ((k_RKSD, k_scale), (v_RKSD, v_scale))
+    )
+    q = q_BTHD.transpose(1, 2).float()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTL[:, None], enable_gqa=True)
+    actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k_RKSD, v_RKSD, position_B1, k_scale, v_scale)
+    assert_near(actual, expected, torch.bfloat16)
+
+
+def test_decode_attention_survives_large_scores():
+    q = torch.full((1, 1, 1, 16), 100.0).bfloat16()
+    k = torch.zeros(1, 1, 4, 16).bfloat16()
+    k[0, 0, 2] = 100.0
+    v = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 16).bfloat16().contiguous()
+    assert torch.equal(
+        torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 16), 2.0).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+def test_attention_passes_nan_on(spoiled):
+    tensors = {name: random_tensor(1, 2, 40, 32, seed=i).bfloat16() for i, name in enumerate("qkv")}
+    tensors["q"] = tensors["q"].transpose(1, 2).contiguous()  # (1, 40, 2, 32)
+    tensors[spoiled][0, 0, 0, 0] = float("nan")  # the first token's, or the first head's first position
+    position, row = torch.arange(40)[None], torch.tensor([0])
+    prefill = torch.ops.qwen3fast.prefill_attention(*tensors.values(), position, row)
+    assert prefill[0, 0, 0].isnan().any() and not prefill[0, :, 1].isnan().any()
+    q_B1HD = tensors.pop("q")[:, :1]
+    decode = torch.ops.qwen3fast.decode_attention(q_B1HD, *tensors.values(), position[:, -1:])
+    assert decode[0, 0].isnan().any() and not decode[0, 1].isnan().any()
+
+
+@pytest.fixture
+def two_threads():
+    """With more of them than key/value heads, a row's result depends on the rows beside it, by rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_decode_attention_of_an_empty_row_leaves_the_others_as_they_are(row, dtype):
+    q_BTHD = random_tensor(3, 1, 4, 32).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(3, 2, 301, 32, seed=s).bfloat16() for s in (1, 2))
+    (k, k_scale), (v, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    position_B1 = torch.tensor([[40], [299], [130]])
+    expected = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_B1, k_scale, v_scale)
+    position_B1[row] = -1
+    actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_B1, k_scale, v_scale)
+    others = [b for b in range(3) if b != row]
+    assert_same(actual[others], expected[others])
+    assert actual[row].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 700, 2000])
+def test_decode_attention_split_over_threads_is_the_same(length):
+    q, k, v = (random_tensor(1, n, 2, 32, seed=n).bfloat16() for n in (1, 2001, 2002))
+    k, v = k[:, :2001].transpose(1, 2).contiguous(), v[:, :2001].transpose(1, 2).contiguous()
+    position, threads = torch.tensor([[length - 1]]), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 8):  # one part a head, then as many parts as threads
+            torch.set_num_threads(count)
+            results.append(torch.ops.qwen3fast.decode_attention(q, k, v, position))
+    finally:
+        torch.set_num_threads(threads)
+    assert_near(results[1].float(), results[0].float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1)])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 5), (0, 33), (7, 32), (100, 96), (250, 50)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_prefill_attention_equals_sdpa(heads, kv_heads, head_dim, start, tokens, dtype):
+    rows, used = torch.tensor([2, 0]), start + tokens
+    q_BTHD = random_tensor(2, tokens, heads, head_dim).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(3, kv_heads, 301, head_dim, seed=s).bfloat16() for s in (1, 2))
+    k_RKSD[:, :, used:] = v_RKSD[:, :, used:] = 1e30  # what lies beyond the used length must not be read
+    position_BT = torch.arange(start, used).expand(2, tokens)
+    mask_BTL = torch.arange(used) <= position_BT[..., None]
+    (k_RKSD, k_scale), (v_RKSD, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    k, v = (as_read(x, scale)[rows, :, :used] for x, scale in ((k_RKSD, k_scale), (v_RKSD, v_scale)))
+    expected = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2).float(), k, v, attn_mask=mask_BTL[:, None], enable_gqa=True
+    )
+    actual = torch.ops.qwen3fast.prefill_attention(q_BTHD, k_RKSD, v_RKSD, position_BT, rows, k_scale, v_scale)
+    assert_near(actual.transpose(1, 2), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (torch.zeros(1, 2, 2, 48).bfloat16(), torch.zeros(1, 1, 4, 48).bfloat16()),
+        (torch.zeros(1, 2, 2, 32), torch.zeros(1, 1, 4, 32)),
+        (torch.zeros(1, 2, 3, 32).bfloat16(), torch.zeros(1, 2, 4, 32).bfloat16()),
+    ],
+    ids=["odd head size", "float32", "heads that do not divide"],
+)
+def test_prefill_attention_refuses_what_it_cannot_do(q, k):
+    with pytest.raises(ValueError, match="prefill_attention: "):
+        torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
+
+
+def layers_case(format=None, rows=3, positions=300, cache_dtype=torch.bfloat16, **changes):
+    """A model of two blocks, a cache full of other numbers, and inputs for a decode step at various positions."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16} | changes
+    model = randomised(small_config(**sizes)).bfloat16()
+    if format is not None:
+        quantize_model(model, format, torch.bfloat16)
+    cache = StaticKVCache(model.config, rows + 1, positions, cache_dtype, CPU)
+    for i, layer in enumerate(cache.layers()):
+        for seed, tensor, scale in ((i, layer.k_RKSD, layer.k_scale_RKS), (-1 - i, layer.v_RKSD, layer.v_scale_RKS)):
+            numbers, factors = stored(random_tensor(*tensor.shape, seed=seed), cache_dtype)
+            tensor.copy_(numbers)
+            if scale is not None:
+                scale.copy_(factors)
+    places = [0, 130, positions - 1, 5, 64, 1, 17, 128, 3]
+    position_B1 = torch.tensor([[places[row % len(places)]] for row in range(rows)])
+    return model, cache, random_tensor(rows, 1, sizes["hidden_size"]).bfloat16(), position_B1
+
+
+def run_layers(model, cache, x_B1E, position_B1):
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    layers = DecodeLayers(model, cache)
+    assert layers.serves(len(x_B1E))
+    return layers(x_B1E, cos_SD, sin_SD, position_B1)
+
+
+def layers_arguments(model, cache):
+    """What `cpu.DecodeLayers` is made of: lists of the model's and the cache's tensors."""
+    norms, weights, scales = [], [], []
+    for block in model.model.layers:
+        a, f = block.self_attn, block.mlp
+        norms += [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
+        for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj):
+            weights.append(getattr(linear, "weight", getattr(linear, "weight_packed", None)))
+            scales.append(getattr(linear, "weight_scale", None))
+    caches = {name: list(getattr(cache, name)) for name in ("keys", "values", "key_scales", "value_scales")}
+    return caches | {"norms": norms, "weights": weights, "scales": scales, "eps": 1e-6}
+
+
+def run_layers_plainly(model, cache, x_B1E, position_B1):
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
+    for block, layer in zip(model.model.layers, cache.layers(), strict=True):
+        x_B1E = block(x_B1E, cos_SD[position_B1], sin_SD[position_B1], position_B1, mask_B1L, layer)
+    return x_B1E
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("rows", [*range(1, 10), 17, cpu.MAX_DECODE_ROWS])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
+    model, cache, x_B1E, position_B1 = layers_case(format, rows, cache_dtype=cache_dtype)
+    other = copy.deepcopy(cache)
+    expected = run_layers_plainly(model, other, x_B1E, position_B1)
+    assert_near(run_layers(model, cache, x_B1E, position_B1), expected, torch.bfloat16)
+    for layer, other_layer in zip(cache.layers(), other.layers(), strict=True):
+        is_new = torch.zeros(rows + 1, layer.k_RKSD.shape[2], dtype=torch.bool)
+        is_new[torch.arange(rows), position_B1[:, 0]] = True
+        for i, scale in ((0, 3), (1, 4)):
+            actual, expected = (as_read(x[i], x[scale]).transpose(1, 2) for x in (layer, other_layer))
+            # Numbers that differ by their rounding to bfloat16 may be a step of 1/127 apart in 8 bits.
+            step = 1 / 127 if cache_dtype == torch.int8 else 0.0
+            atol = (TOLERANCES[torch.bfloat16] + step) * expected[is_new].abs().max().item()
+            torch.testing.assert_close(actual[is_new], expected[is_new], rtol=0, atol=atol)
+            assert_same(actual[~is_new], expected[~is_new])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        {"num_attention_heads": 3, "num_key_value_heads": 3},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128},
+        {"hidden_size": 160, "intermediate_size": 32, "head_dim": 96},
+    ],
+    ids=["one key head", "as many key heads", "three queries a key", "odd sizes"],
+)
+@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
+    model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
+    position_B1[1] = 599  # long enough to be split where there are more threads than heads
+    expected = run_layers_plainly(model, copy.deepcopy(cache), x_B1E, position_B1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = run_layers(model, cache, x_B1E, position_B1)
+    finally:
+        torch.set_num_threads(before)
+    assert_near(actual, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_dtype):
+    model, cache, x_B1E, position_B1 = layers_case(format, 19, cache_dtype=cache_dtype)
+    together = run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)
+    for row in range(19):
+        alone = copy.deepcopy(cache)
+        for tensor in (*alone.keys, *alone.values, *alone.key_scales, *alone.value_scales):
+            tensor[0] = tensor[row]
+        assert_same(run_layers(model, alone, x_B1E[row : row + 1], position_B1[row : row + 1])[0], together[row])
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)
+def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(format, cache_dtype, empty):
+    model, cache, x_B1E, position_B1 = layers_case(format, 4, cache_dtype=cache_dtype)
+    other, in_use = copy.deepcopy(cache), [row for row in range(5) if row not in empty]
+    before = [tensor.clone() for tensor in cache.tensors()]
+    expected = run_layers(model, other, x_B1E, position_B1)
+    position_B1[empty] = -1
+    actual = run_layers(model, cache, x_B1E, position_B1)
+    assert_same(actual[in_use[:-1]], expected[in_use[:-1]])  # the last row of the cache takes no part
+    assert actual[empty].isfinite().all()
+    for tensor, alike, old in zip(cache.tensors(), other.tensors(), before, strict=True):
+        assert_same(tensor[in_use], alike[in_use])
+        assert_same(tensor[empty], old[empty])  # all of it, the last position too
+
+
+def test_decode_layers_pass_nan_on():
+    for format, cache_dtype in product((None, "int8", "int4"), (torch.bfloat16, torch.int8)):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
+        x_B1E[0, 0, 3] = float("nan")
+        y_B1E = run_layers(model, cache, x_B1E, position_B1)
+        assert y_B1E[0].isnan().any() and not y_B1E[1].isnan().any()
+
+
+def test_decode_layers_leave_other_models_alone():
+    for changes in ({"attention_bias": True}, {"head_dim": 16}, {"hidden_size": 72}):
+        model, cache, *_ = layers_case(**changes)
+        assert not DecodeLayers(model, cache).serves(1)
+    model, cache, *_ = layers_case()
+    assert not DecodeLayers(model, cache).serves(cpu.MAX_DECODE_ROWS + 1)
+    assert not DecodeLayers(model.float(), cache).serves(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a["norms"].pop(), "four norms"),
+        (lambda a: a["norms"].insert(0, a["norms"].pop(1)), "norms must be bfloat16, of the size"),
+        (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "caches alike"),
+        (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
+        (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
+        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "factors of keys and values"),
+        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "factors of keys and values"),
+    ],
+)
+def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message):
+    model, cache, *_ = layers_case(None, 2)
+    arguments = layers_arguments(model, cache)
+    spoil(arguments)
+    with pytest.raises(ValueError, match=message):
+        cpu.DecodeLayers(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_B1": torch.tensor([[1], [400]])}, "position 400 is not in the cache"),
+        ({"position_B1": torch.tensor([[-2], [4]])}, "position -2 is not in the cache"),
+        ({"position_B1": torch.tensor([[1]])}, r"position \(B, 1\)"),
+        ({"x_B1E": torch.zeros(2, 1, 64)}, r"x must be \(1 to \d+, 1, E\) bfloat16"),
+        ({"x_B1E": torch.zeros(4, 1, 64).bfloat16()}, r"x must be \(1 to \d+, 1, E\) bfloat16"),
+        ({"cos_SD": torch.zeros(300, 16)}, "cos and sin"),
+    ],
+)
+def test_decode_layers_refuse_inputs_that_do_not_fit(changes, message):
+    model, cache, x_B1E, position_B1 = layers_case(None, 2)
+    cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
+    arguments = {"x_B1E": x_B1E, "cos_SD": cos_SD, "sin_SD": sin_SD, "position_B1": position_B1} | changes
+    with pytest.raises(ValueError, match=message):
+        DecodeLayers(model, cache)(**arguments)
+
+
+# Not optimised much: that takes over a minute.
+CPU_FORMATS = [format for format in FORMATS.values() if "cpu" in format.devices]
+PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
+ON_ANOTHER_PROCESSOR = """
+import torch
+from qwen3fast.kernels import cpu
+cpu.library.TARGET_FLAGS = {flags}
+assert cpu.load()
+def assert_near(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+operations, layers = torch.load({path!r})
+for name, arguments, expected in operations:
+    assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
+for arguments, inputs, expected in layers:
+    assert_near(cpu.DecodeLayers(**arguments)(cpu.functions(), *inputs), expected)
+"""
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_operations_for_other_processors(processor, tmp_path):
+    """The forms that this machine's own instructions hide, built and run in a process of their own."""
+    k, v = (random_tensor(1, 2, 150, 64, seed=s).bfloat16() for s in (1, 2))
+    position = torch.arange(100, 140)[None]
+    cases = [
+        ("matvec", (random_tensor(3, 64).bfloat16(), random_tensor(20, 64).bfloat16())),
+        ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
+        ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
+    ]
+    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    rounded = (k, v, position, torch.tensor([0]), k_scale, v_scale)
+    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *rounded)))
+    for format in CPU_FORMATS:
+        packed = quantize(random_tensor(48, 96), format)
+        cases += [
+            ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
+            for rows in (1, 4, 11)
+        ]
+        gate_up, down = quantize(random_tensor(5 * 64, 64), format), quantize(random_tensor(5 * 64, 32), format)
+        expert_NC = torch.tensor([[3, 1], [3, 4]])
+        cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
+    operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
+    layers = []
+    for format, cache_dtype in product((None, *(format.name for format in CPU_FORMATS)), (torch.bfloat16, torch.int8)):
+        model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
+        inputs = (x_B1E, *rope_tables(32, 1e4, cache.allocated_len, CPU), position_B1)
+        layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))
+    torch.save((operations, layers), tmp_path / "values.pt")
+    program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
+    """Through the engine, so that the operations are really used: logits of the same forced ids."""
+    config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
+    model = randomised(config).bfloat16()
+    cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)
+    engine = Engine(model, cache, CPU, compile=True)
+    logits = []
+    run_logits = engine.parts.logits
+
+    def keep_logits(*arguments):
+        logits.append(run_logits(*arguments))
+        return logits[-1]
+
+    object.__setattr__(engine.parts, "logits", keep_logits)
+    prompts = [[5, 9, 2 + row] * (10 + 30 * row) for row in range(rows)]
+    sequences = [list(prompt) for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        first_1V = engine.prefill_whole(row, prompt)
+        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        sequences[row] += engine.sample_first(row, first_1V, StepKind()).tokens
+    for _ in range(5):
+        logits.clear()
+        tokens = engine.decode(rows, max(len(s) for s in sequences), StepKind())
+        for row, sequence in enumerate(sequences):
+            assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
+            sequence.append(tokens[row])
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {}], ids=["block by block", "all blocks at once"])
+def test_compiled_int8_cache_equals_the_eager_one(changes):
+    config = small_config(hidden_size=64, head_dim=32, vocab_size=128, dtype=torch.bfloat16, **changes)
+    model, logits = randomised(config).bfloat16(), []
+    for compile in (True, False):
+        engine = Engine(model, StaticKVCache(config, 2, 200, torch.int8, CPU), CPU, compile)
+        run_logits = engine.parts.logits
+        object.__setattr__(
+            engine.parts, "logits", lambda *a, run=run_logits: logits[-1].append(run(*a)) or logits[-1][-1]
+        )
+        logits.append([])
+        for row, length in enumerate((30, 150)):
+            engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
+            engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
+        for token in (3, 9, 4):
+            engine.state.input_R[:] = token
+            engine.decode(2, 130, StepKind())
+    for compiled, eager in zip(*logits, strict=True):
+        assert_near(compiled, eager, torch.bfloat16)
+
+
+def test_loading_the_operations_leaves_subnormal_numbers_alone():
+    assert float(np.float32(1e-40) * np.float32(0.5)) > 0
+
+
+@pytest.mark.parametrize("compiler", ["false", "/there/is/none"])
+def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_was_tried", False)
+    monkeypatch.setattr(cpu, "_functions", None)
+    assert cpu.load() is False
+    assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text
+    assert not cpu.is_loaded()

@@ -1,0 +1,43 @@
+"""tools/loading_report.py on a small model: what it writes loads, and what it measures becomes a record."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import loading_report
+import pytest
+import torch
+from conftest import small_config
+
+from qwen3fast.bench.record import load_record
+from qwen3fast.model.config import ModelConfig
+
+CONFIG = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")
+def test_every_case_is_loaded_warm_and_cold_beside_plain_reads(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ModelConfig, "named", staticmethod(lambda name: replace(CONFIG)))
+    monkeypatch.setattr(loading_report, "run_apart", loading_report.load_here)
+    monkeypatch.setattr(loading_report, "SHARD_BYTES", 20_000)
+    output = tmp_path / "loading.json"
+    options = ["--cases", "bfloat16", "float32", "--rounds", "2", "--folder", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["loading_report.py", *options])
+    loading_report.main()
+    record = load_record(output)
+    assert [(case.labels["cache"], case.labels["case"]) for case in record.cases] == [
+        ("cold", "plain reads"),
+        *((cache, case) for cache in ("warm", "cold") for case in ("bfloat16", "float32")),
+    ]
+    assert all(len(case.samples["seconds"]) == 2 and case.metrics["file_gb_s"].median > 0 for case in record.cases)
+    assert all("dropped_bytes" in case.samples for case in record.cases if case.labels["cache"] == "cold")
+    model_bytes = {case.labels["case"]: case.facts["model_bytes"] for case in record.cases[1:]}
+    assert model_bytes["float32"] == 2 * model_bytes["bfloat16"] == 4 * CONFIG.num_parameters
+    assert output.with_suffix(".png").is_file() and f"wrote {output}" in capsys.readouterr().out
+    assert not list(tmp_path.glob("qwen3fast-loading-*"))  # the shards are gone
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading_report.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    with pytest.raises(SystemExit, match=r"has 1\.0 GB free, the shards take 8\.0 GB"):
+        loading_report.check_space(ModelConfig.named("4b"), [], tmp_path)
