@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
+import qwen3fast
 from qwen3fast import Generator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
