@@ -3,8 +3,8 @@
     python tools/update_readme.py            # rewrite
     python tools/update_readme.py --check    # exit 1 if anything is out of date
 
-A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made from that JSON file; with a word after the
-name of the file, such as `best`, another table of the same record.
+A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made from that JSON file; with a word after
+the name of the file, such as `best`, another table of the same record.
 """
 
 from __future__ import annotations
