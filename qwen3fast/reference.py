@@ -90,7 +90,7 @@ def apply_rope(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 # --- The KV cache ----------------------------------------------------------------------------------------------------
 # A new token looks at the keys and values of all tokens before it, and those never change: a token sees only what came
-# earlier. So they are computed once and kept. The first call (prefill) stores those of the whole prompt; every later
+# earlier. So they are computed once and kept. The first call (prefill) stores them for the whole prompt; every later
 # call (a decode step) computes one token and reads the rest. Without the cache, each new token would cost a forward
 # pass over the whole text. In 0.6B, a token takes 2 x 28 layers x 8 heads x 128 channels x 2 bytes = 112 KiB.
 
@@ -105,7 +105,7 @@ class LayerCache:
         self.length = 0  # tokens stored so far
 
     def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values of the next T tokens. Returns those of all tokens so far, (B, K, S, D) each."""
+        """Store keys and values of the next T tokens. Returns all keys and all values so far, (B, K, S, D) each."""
         start, self.length = self.length, self.length + k_BKTD.shape[2]
         self.k_BKSD[:, :, start : self.length] = k_BKTD
         self.v_BKSD[:, :, start : self.length] = v_BKTD
@@ -201,7 +201,7 @@ class Body(nn.Module):
         """Return the final state of each token, (B, T, E)."""
         start = cache[0].length if cache is not None else 0
         seen_S = torch.arange(start + token_BT.shape[1], device=token_BT.device)  # positions of all tokens so far
-        position_T = seen_S[start:]  # those of this call
+        position_T = seen_S[start:]  # positions of the tokens of this call
         mask_TS = seen_S <= position_T[:, None]  # causal: no token sees a later one
         cos_TD, sin_TD = rope_tables(self.config, position_T)
         x_BTE = self.embed_tokens(token_BT)
