@@ -70,7 +70,7 @@ class Worker:
     """The Generator of one process. Ray calls it with batches of rows, here a single column of JSON texts."""
 
     def __init__(self, model: str, options: dict[str, Any], params: dict[str, Any], thinks: bool) -> None:
-        """Load the model. options: of `Generator.from_pretrained`. params: of `SamplingParams`. thinks: reason first."""
+        """Load the model. options: of `Generator.from_pretrained`. params: of `SamplingParams`. thinks: reason."""
         self.generator = Generator.from_pretrained(model, **options)
         self.params, self.thinks = SamplingParams(**params), thinks
 
