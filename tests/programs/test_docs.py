@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 REPOSITORY = "https://github.com/qwen3fast/qwen3fast"
 RAW = "https://raw.githubusercontent.com/qwen3fast/qwen3fast/main"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")] + PAGES
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "examples/README.md")
+] + PAGES
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!#)([^)\s]+)\)")
