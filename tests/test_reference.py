@@ -11,6 +11,7 @@ from conftest import assert_near, random_ids, randomised, small_config
 
 from qwen3fast import Generator, ModelConfig, SamplingParams, load_model, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["What is 17 + 25?", "Once upon a time", "a"]
 
 
