@@ -5,12 +5,15 @@ The unit is one transformer block: compiled once, it serves all layers, because 
 the compiled code. Each combination of static shapes is compiled by itself, into a form of its own; sizes that vary at
 run time are marked as dynamic, with the range in which they lie, and `torch.compile` refuses to assume more of them.
 
-Private parts of PyTorch used here: `torch._dynamo.mark_dynamic`, which its documentation of dynamic shapes names, and
-which has no other name.
+Private parts of PyTorch are used here alone:
+- `torch._dynamo.mark_dynamic`, which the documentation of dynamic shapes names, and which has no other name.
+- `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: after a capture whose end has failed, the allocator goes
+  on as if it were under way; nothing public ends that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -315,6 +318,18 @@ def _static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any
         return None
     shape = tuple(sizes.get(i, n) for i, n in enumerate(tensor.shape))
     return (tensor.dtype, shape, None if tensor.is_contiguous() else tensor.stride())
+
+
+def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """End what a failed CUDA graph capture has begun in PyTorch's allocator. pool: of the graph.
+
+    Otherwise memory that several streams use would never be freed again.
+    """
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # it has ended: the capture failed in another way
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+        logger.debug("ended the allocator's part of a broken capture on %s", device)
 
 
 def _has_cpp_compiler() -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen3fast.engine.compile import Function
 from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.staging import staged, to_device
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows, count_token, log_probabilities
@@ -106,17 +107,19 @@ class ProcessorState:
         own.repetition_penalty_B.fill_(repetition_penalty)
         own.presence_penalty_B.fill_(presence_penalty)
         own.frequency_penalty_B.fill_(frequency_penalty)
-        own.in_prompt_BV.index_fill_(1, torch.tensor(prompt_ids, device=device), True)
+        own.in_prompt_BV.index_fill_(1, to_device(prompt_ids, device), True)
         if allowed_token_ids is not None:
             own.bias_BV.fill_(-torch.inf)
-            own.bias_BV.index_fill_(1, torch.tensor(list(allowed_token_ids), device=device), 0.0)
+            own.bias_BV.index_fill_(1, to_device(list(allowed_token_ids), device), 0.0)
         if logit_bias:
-            biases = torch.tensor(list(logit_bias.values()), dtype=torch.float32, device=device)
-            own.bias_BV.index_add_(1, torch.tensor(list(logit_bias), device=device), biases[None])
+            biases = to_device([list(logit_bias.values())], device, torch.float32)
+            own.bias_BV.index_add_(1, to_device(list(logit_bias), device), biases)
 
     def allow(self, row: int, words_W: np.ndarray) -> None:
         """Forbid the tokens whose bits are 0 in words_W, int32: bit v % 32 of word v // 32."""
-        self.tensors.allowed_BW[row : row + 1].copy_(torch.from_numpy(words_W)[None])
+        allowed_BW = self.tensors.allowed_BW
+        words_1W = staged(torch.from_numpy(words_W)[None], allowed_BW.device)
+        allowed_BW[row : row + 1].copy_(words_1W, non_blocking=True)
 
     def clear(self, row: int) -> None:
         """Make a row neutral."""

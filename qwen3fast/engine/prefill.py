@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.parts import CHUNK_SIZES, Parts
+from qwen3fast.engine.staging import to_device
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
@@ -19,6 +21,8 @@ from qwen3fast.model.kv_cache import StaticKVCache
 # tokens of a machine meets zero tokens there: at about 20 on the one of benchmarks/results; 40 was chosen by the record
 # of a faster machine that this one replaced (commit 32ad6ce).
 CHUNK_COST = 40
+
+Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # what `prefill_chunk` takes first
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
@@ -69,20 +73,66 @@ class Prefill:
 
 
 def prefill_step(
-    model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, prefill: Prefill
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    prefill: Prefill,
+    captured: CapturedChunks | None = None,
 ) -> Tensor | None:
-    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None."""
+    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None.
+
+    captured: on CUDA, the graphs of first chunks.
+    """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
-    row_1 = torch.tensor([prefill.row], device=device)
-    padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
-    x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
+    row_1 = to_device([prefill.row], device)
+    token_1T = to_device([chunk + [0] * (size - len(chunk))], device)
+    fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
     prefill.done += len(chunk)
+    if captured is not None and start == 0:
+        logits_1V = captured.run(fixed, row_1, token_1T, last)
+        return None if prefill.chunks else logits_1V.clone()
+    x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
     if prefill.chunks:
         return None
     # Only the last position goes through the output projection.
-    x_11E = x_1TE[:, len(chunk) - 1 : len(chunk)].clone(memory_format=torch.contiguous_format)
+    x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
     return parts.logits(parts.head, x_11E).squeeze(1)
+
+
+class CapturedChunks:
+    """The first chunk of a prompt as a CUDA graph, one for each size.
+
+    It begins at position 0, so nothing varies but the numbers in these buffers: its tokens, its row, and where its last
+    token stands. Later chunks read more positions, and are launched kernel by kernel.
+    """
+
+    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device) -> None:
+        self._graphs = graphs
+        self._row_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._last_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._token_1T = torch.zeros(1, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
+        self._logits_1V = torch.zeros(1, vocab_size, device=device)
+
+    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, last: int) -> Tensor:
+        """Run the chunk, capturing its size if it is new.
+
+        Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
+        """
+        size, parts = token_1T.shape[1], fixed[1]
+        self._row_1.copy_(row_1)
+        self._token_1T[:, :size].copy_(token_1T)
+        self._last_1.fill_(last)
+
+        def step() -> None:
+            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], 0)
+            logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
+            self._logits_1V.copy_(logits_11V.squeeze(1))
+
+        self._graphs.run(("prefill", size), step)
+        return self._logits_1V
 
 
 def prefill_chunk(

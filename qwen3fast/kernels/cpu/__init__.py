@@ -1,8 +1,8 @@
 """C++ operations for bfloat16 and quantized weights on CPUs: read ops.h, then the .cpp file of interest.
 
-After `load()` there are `torch.ops.qwen3fast.*` (ops.py) and `DecodeLayersCall` (decode_layers.py). Where the C++ cannot
-be built, callers use their PyTorch forms. Models in bfloat16 also use these when they run eagerly, as the reference that
-other forms are compared with (see kernels/compiling.py).
+After `load()` there are `torch.ops.qwen3fast.*` (ops.py) and `DecodeLayersCall` (decode_layers.py). Where the C++
+cannot be built, callers use their PyTorch forms. Models in bfloat16 also use these when they run eagerly, as the
+reference that other forms are compared with (see kernels/compiling.py).
 """
 
 from __future__ import annotations
