@@ -474,6 +474,7 @@ def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_was_tried", False)
     monkeypatch.setattr(cpu, "_functions", None)
+    monkeypatch.setattr(cpu, "_is_ready", False)
     assert cpu.load() is False
     assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text
     assert not cpu.is_loaded()
