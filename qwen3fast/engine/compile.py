@@ -212,8 +212,7 @@ class StepPart:
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
         if choice is None:
-            dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
-            ranges = [_ranges(tensor, sizes) for tensor, sizes in zip(tensors, dynamic, strict=True)]
+            ranges = _ranges(tensors, [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])])
             key = (kind, *map(_static_shape, tensors, ranges))
             form = self._form(key, module, tensors, ranges)
             if form is None:
@@ -304,20 +303,37 @@ def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
     return example
 
 
-def _ranges(tensor: Tensor | None, sizes: Sizes) -> dict[int, Dynamic]:
-    """Return the range that holds each dynamic size; a size that is in none is static, with a form of its own."""
-    if tensor is None:
-        return {}
-    held = {i: [size for size in options if size.holds(tensor.shape[i])] for i, options in sizes.items()}
-    return {i: options[0] for i, options in held.items() if options}
+def _ranges(tensors: Sequence[Tensor | None], dynamic: Sequence[Sizes]) -> Ranges:
+    """Return the range that holds each dynamic size.
+
+    A size that is in none is static: it has a form of its own. So are all sizes where a tensor is not in order.
+    """
+    pairs = [(tensor, sizes if tensor is not None else {}) for tensor, sizes in zip(tensors, dynamic, strict=True)]
+    if not all(tensor is None or not sizes or _is_in_order(tensor) for tensor, sizes in pairs):
+        return [{} for _ in tensors]
+    ranges: list[dict[int, Dynamic]] = []
+    for tensor, sizes in pairs:
+        held = {i: [size for size in options if size.holds(tensor.shape[i])] for i, options in sizes.items()}  # type: ignore[union-attr]
+        ranges.append({i: options[0] for i, options in held.items() if options})
+    return ranges
 
 
 def _static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any, ...] | None:
-    """Return what a form depends on: dtype, sizes that are not dynamic, and strides unless memory is in order."""
+    """Return what a form depends on: dtype, sizes or their ranges, and strides unless the tensor is in order."""
     if tensor is None:
         return None
     shape = tuple(sizes.get(i, n) for i, n in enumerate(tensor.shape))
-    return (tensor.dtype, shape, None if tensor.is_contiguous() else tensor.stride())
+    return (tensor.dtype, shape, None if _is_in_order(tensor) else tensor.stride())
+
+
+def _is_in_order(tensor: Tensor) -> bool:
+    """Return whether each stride is what it is in a new tensor: `torch.compile` looks at those of single rows, too."""
+    stride = 1
+    for size, actual in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if actual != stride:
+            return False
+        stride *= max(size, 1)
+    return True
 
 
 def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:

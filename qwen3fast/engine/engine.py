@@ -262,7 +262,10 @@ class Engine:
         # Rows after the last token are ignored by causality; a minimum keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
-        cos_1TD, sin_1TD = self.cos_SD[None, : len(padded)].clone(), self.sin_SD[None, : len(padded)].clone()
+        cos_1TD, sin_1TD = (
+            table_SD[None, : len(padded)].clone(memory_format=torch.contiguous_format)
+            for table_SD in (self.cos_SD, self.sin_SD)
+        )
         x_1TE = self.model.embed(token_1T)
         for block in self.model.model.layers:
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
@@ -294,7 +297,7 @@ class Engine:
         for sampler in SamplerKind:
             report(f"{sampler.value} sampler")
             self.sample_first(0, logits_1V, StepKind(sampler))
-        # The smallest cache bucket serves to compile. Graphs that depend on the bucket are captured for each, largest first.
+        # The smallest cache bucket serves to compile. Graphs that depend on it are captured for each, largest first.
         lengths = self.cache.buckets if self.graphs is not None and self.parts.needs_mask else [1]
         for num_rows in reversed(self.batch_buckets()):
             report(f"decode step, batch {num_rows}")

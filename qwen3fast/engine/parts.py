@@ -32,8 +32,10 @@ POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
     """Return the ranges of a step's rows, 2 to max_rows, in which one form serves; a step of one row has its own."""
-    ends = {cuda.MAX_ROWS} if device.type == "cuda" else {cpu.MAX_ROWS}  # of products that stream their weight
-    if device.type != "cuda" and config.num_experts:
+    ends = (
+        {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {cpu.MAX_ROWS}
+    )  # of products that stream their weight
+    if device.type != cuda.DEVICE_TYPE and config.num_experts:
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
     ranges, least = [], 2
     for most in sorted({*(end for end in ends if 2 <= end < max_rows), max_rows}):
@@ -123,7 +125,7 @@ class Parts:
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call."""
         config, device = model.config, cache.keys[0].device
-        if device.type == "cuda":
+        if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # what forms there are is decided before anything is traced
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}
@@ -135,7 +137,7 @@ class Parts:
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
-            embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == "cuda"),
+            embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == cuda.DEVICE_TYPE),
             logits=compiler.part(run_logits, dynamic=(rows,)),
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=compiler.part(run_processors, dynamic=(rows, *all_rows)),
@@ -143,7 +145,7 @@ class Parts:
                 kind: compiler.part(partial(run_sampler, kind), dynamic=(rows, *all_rows[: len(SamplerRows._fields)]))
                 for kind in SamplerKind
             },
-            advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == "cuda"),
+            advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
 

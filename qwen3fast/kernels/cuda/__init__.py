@@ -16,6 +16,7 @@ from torch import Tensor
 # positions, whose number it reads on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
 # 598, in the first run of a prototype); "sdpa": PyTorch's attention over the whole bucket.
 decode_attention: Literal["sdpa", "split"] = "split"
+DEVICE_TYPE = "cuda"  # of tensors that the forms of this file serve; tests of what is traced put "meta" in its place
 MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic, and PyTorch's products serve them
 
 _loading = threading.Lock()
@@ -60,13 +61,13 @@ def can_split_attention(q_BTHD: Tensor) -> bool:
 def can_split(device: torch.device, head_dim: int) -> bool:
     """Return whether it serves queries of this size on this device; only after `load`."""
     is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return decode_attention == "split" and is_served and device.type == "cuda" and _is_loaded
+    return decode_attention == "split" and is_served and device.type == DEVICE_TYPE and _is_loaded
 
 
 def can_flash_attention(q_BTHD: Tensor) -> bool:
     """Return whether PyTorch's FlashAttention serves these queries. Source: its checks in sdp_utils.cpp."""
     is_half = q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    is_served = q_BTHD.device.type == "cuda" and q_BTHD.shape[-1] % 8 == 0 and q_BTHD.shape[-1] <= 256
+    is_served = q_BTHD.device.type == DEVICE_TYPE and q_BTHD.shape[-1] % 8 == 0 and q_BTHD.shape[-1] <= 256
     return _has_flash and is_half and is_served
 
 
@@ -76,12 +77,12 @@ def can_packed_matvec(x: Tensor) -> bool:
     Chunks of a prompt, which have more tokens, share one compiled form, which does not depend on their number.
     """
     is_step = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MAX_ROWS
-    return x.device.type == "cuda" and is_step and _is_loaded
+    return x.device.type == DEVICE_TYPE and is_step and _is_loaded
 
 
 def can_packed_experts(x: Tensor) -> bool:
     """Return whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
-    return x.device.type == "cuda" and _is_loaded
+    return x.device.type == DEVICE_TYPE and _is_loaded
 
 
 def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
