@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import assert_near, randomised, small_config
 from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine import Engine, cuda_graph
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
+from qwen3fast.kernels import attention
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
+from qwen3fast.sampling.samplers import SamplerKind
 from qwen3fast.scheduling import Request, Scheduler
 
 CPU = torch.device("cpu")
@@ -171,6 +173,50 @@ def test_replayed_steps_with_processors_give_the_same_tokens_and_log_probabiliti
     neutral = ProcessorRows.neutral(3, 97, CPU)
     for name in ("repetition_penalty_B", "presence_penalty_B", "frequency_penalty_B", "bias_BV", "allowed_BW"):
         assert torch.equal(getattr(engine.processors.tensors, name), getattr(neutral, name))
+
+
+@pytest.fixture
+def used_length(monkeypatch):
+    """Attention that stops at each query's position by itself, as the GPU's does, in PyTorch."""
+
+    def run(q_BTHD, cache, position_BT, mask_BTL):
+        k_BKSD, v_BKSD = cache.read(len(q_BTHD), cache.k_RKSD.shape[2], q_BTHD.dtype)
+        mask_BTS = torch.arange(k_BKSD.shape[2]) <= position_BT.clamp(min=0)[..., None]
+        return attention.attend(q_BTHD, k_BKSD, v_BKSD, mask_BTS)
+
+    form = attention.AttentionForm("used length", lambda q, cache: cache.row_B is None, run)
+    monkeypatch.setattr(attention, "FORMS", (form, *attention.FORMS))
+    monkeypatch.setattr("qwen3fast.engine.parts.finds_used_length", lambda *_: True)
+
+
+def test_where_attention_finds_the_used_length_warmup_captures_all_graphs(model, used_length):
+    """One for each chunk size that fits, and for each batch and sampler: none for each bucket, and none later."""
+    engine = make_engine(model, 2)
+    assert not engine.parts.needs_mask
+    engine.warmup()
+    batches = engine.batch_buckets()
+    assert len(engine.graphs) == engine.graphs._recorder.recorded == 4 + len(batches) * len(SamplerKind)
+    assert run(engine) == run(make_engine(model))  # requests of one bucket and of two
+    assert engine.graphs._recorder.recorded == len(engine.graphs) == 4 + len(batches) * len(SamplerKind)
+
+
+def test_first_chunks_are_replayed_with_their_own_tokens_row_and_end(model):
+    engine, plain = make_engine(model, 2), make_engine(model)
+    prompts = [[i % 97 for i in range(n)] for n in (3, 30, 32, 90, 20, 200)]  # chunks of 32, 128 and 256
+    for row, prompt in enumerate(prompts):
+        expected_1V = plain.prefill_whole(row % 3, prompt)
+        assert_near(engine.prefill_whole(row % 3, prompt), expected_1V)
+    assert {key for key in engine.graphs._replays} == {("prefill", 32), ("prefill", 128), ("prefill", 256)}
+    for ours, theirs in zip(engine.cache.tensors(), plain.cache.tensors(), strict=True):
+        assert_near(ours, theirs)
+
+
+def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
+    engine = make_engine(model, 2)
+    first_1V = engine.prefill_whole(0, [1, 2, 3])
+    kept_1V = first_1V.clone()
+    engine.prefill_whole(1, [4, 5])
+    assert torch.equal(first_1V, kept_1V)
 
 
 def test_steps_with_a_hook_are_in_no_graph(model):
