@@ -1,7 +1,6 @@
 """Ranks: the processes that share a model, and the few ways in which they talk.
 
 Tensors travel by NCCL between CUDA devices (not run yet) and by gloo between CPUs; what to do next travels by gloo.
-PyTorch's side of it is imported when it is used: that is slow.
 
 N rows   P part of the vocabulary   V vocabulary
 """
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 # How long a rank waits for the others in a step: first steps compile, and not all ranks are done at the same time.
@@ -26,12 +26,9 @@ IDLE_TIMEOUT = timedelta(days=365)
 class Ranks:
     """This process's place among the ranks, `rank` of `size`, and its connections. Rank 0 leads."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self) -> None:
         """Connect the processes of the default group, which must be there."""
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.mesh = init_device_mesh(device_type, (self.size,), mesh_dim_names=("tensor",))
         self._commands = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
 
     @classmethod
@@ -57,7 +54,7 @@ class Ranks:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
             weakref.finalize(cls, _end)  # when the program ends, after Generators that were not closed before
-        return cls(device_type)
+        return cls()
 
     @property
     def is_leader(self) -> bool:
@@ -65,19 +62,21 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, the same bits on each. A graph, compiled or captured, can hold it."""
-        # DTensor's Partial -> Replicate does the same; without its bookkeeping, this is shorter by a third (eagerly).
-        from torch.distributed._functional_collectives import all_reduce, wait_tensor
-
-        return wait_tensor(all_reduce(x, "sum", self.mesh))
+        """Return the sum of all ranks' tensors, the same bits on each. A graph, compiled or captured, can hold it."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     def gather(self, x_NP: Tensor, size: int) -> Tensor:
-        """All ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer columns than the others."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer columns than the first.
 
-        shape, stride = torch.Size((x_NP.shape[0], size)), (size, 1)
-        split = DTensor.from_local(x_NP, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-        return split.redistribute(placements=[Replicate()]).to_local()
+        A graph can hold it, too.
+        """
+        rows, columns = x_NP.shape[0], -(-size // self.size)
+        own_NP = F.pad(x_NP, (0, columns - x_NP.shape[1])).contiguous()
+        every = own_NP.new_empty(self.size * rows, columns)
+        dist.all_gather_into_tensor(every, own_NP)
+        return every.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)[:, :size].contiguous()
 
     def share(self, x: Tensor) -> Tensor:
         """Rank 0's tensor, on all ranks; the others give one of the same shape and dtype."""
