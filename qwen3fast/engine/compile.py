@@ -7,6 +7,8 @@ run time are marked as dynamic, with the range in which they lie, and `torch.com
 
 Private parts of PyTorch are used here alone:
 - `torch._dynamo.mark_dynamic`, which the documentation of dynamic shapes names, and which has no other name.
+- `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, calls of compiled code in other threads
+  are taken for calls inside of a trace, and refused. Without the error they run uncompiled for that moment.
 - `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: after a capture whose end has failed, the allocator goes
   on as if it were under way; nothing public ends that.
 """
@@ -17,6 +19,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +34,13 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 
 logger = logging.getLogger(__name__)
+
+# Held by the thread that compiles, or captures a CUDA graph: one in the process at a time. PyTorch's allocator serves a
+# single capture, and code that is called while another thread compiles runs uncompiled, which must not be captured.
+exclusive = threading.RLock()
+_thread = threading.local()
+# torch.compile of earlier versions compiles again for another number of threads, and cannot be told not to.
+FORMS_KEEP_THREADS = torch.__version__ < "2.10"  # TorchVersion compares by number
 
 Function = Callable[..., Any]
 CompileMode = bool | Literal["auto"]
@@ -103,7 +113,7 @@ class StepCompiler:
 
         On as many threads as cores, each of a step's many short products would wait until the compiler lets go of one.
         """
-        if self.thread is not None:
+        if self.thread is not None and not FORMS_KEEP_THREADS:
             is_long = time.perf_counter() - self._at_work_since_s > LONG_WORK_S
             threads = max(1, self._threads - 1) if is_long else self._threads
             if torch.get_num_threads() != threads:
@@ -146,7 +156,8 @@ class StepCompiler:
         """
         started = time.perf_counter()
         compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=self._options())
-        compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
+        with exclusive:
+            compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
         self.compilations += 1
         self.seconds += time.perf_counter() - started
         return cast(Function, compiled)
@@ -218,6 +229,7 @@ class StepPart:
             if form is None:
                 return self._uncompiled()[0]  # this time
             choice = self._choices[shapes] = form
+        _allow_tracing_elsewhere()
         return choice
 
     def kind(self, module: nn.Module | None) -> int:
@@ -268,6 +280,13 @@ class StepPart:
                 best[i] = min(best[i], time.perf_counter() - started)
         logger.info("%s: compiled and uncompiled took %s ms", self.function, [round(s * 1e3, 3) for s in best])
         return forms[best.index(min(best))]
+
+
+def _allow_tracing_elsewhere() -> None:
+    """Let this thread call compiled code while another one compiles."""
+    if not getattr(_thread, "may_call", False):
+        _thread.may_call = True
+        torch._dynamo.config.error_on_nested_fx_trace = False  # of this thread, in newer versions of PyTorch
 
 
 def _own_code(function: Function) -> Function:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -19,15 +18,13 @@ from typing import Protocol
 
 import torch
 
-from qwen3fast.engine.compile import end_broken_capture
+from qwen3fast.engine.compile import end_broken_capture, exclusive
 
 logger = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 
 ATTEMPTS = 2  # another thread of the program that waits for the device breaks a capture; the next one may succeed
-# One capture at a time in the process: PyTorch's allocator serves a single one.
-_capturing = threading.Lock()
 
 
 class Recorder(Protocol):
@@ -103,7 +100,7 @@ class GraphCache:
         elif key in self.failures:
             step()
         else:
-            with _capturing, _no_garbage_collection():
+            with exclusive, _no_garbage_collection():
                 # Compiled code must not be called for the first time while capturing, and capturing runs nothing.
                 self._recorder.warm_up(step)
                 self._capture(key, step)

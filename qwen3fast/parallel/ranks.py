@@ -68,7 +68,7 @@ class Ranks:
         return total
 
     def gather(self, x_NP: Tensor, size: int) -> Tensor:
-        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer columns than the first.
+        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer than the first.
 
         A graph can hold it, too.
         """

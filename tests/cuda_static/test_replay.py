@@ -12,7 +12,7 @@ from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen3fast.engine import Engine, cuda_graph
+from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
 from qwen3fast.kernels import attention
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -256,12 +256,12 @@ class RefusingRecorder:
         self.recorder = CpuRecorder(buffers)
 
     def warm_up(self, step):
-        assert not gc.isenabled() and cuda_graph._capturing.locked()
+        assert not gc.isenabled()
         step()
 
     def record(self, step):
         self.calls += 1
-        assert not gc.isenabled() and cuda_graph._capturing.locked()
+        assert not gc.isenabled()
         if self.refuses(self.calls):
             raise self.error("operation not permitted when stream is capturing")
         return self.recorder.record(step)
@@ -285,7 +285,7 @@ def test_steps_that_cannot_be_recorded_run_uncaptured_with_one_warning(model):
         assert run(engine) == expected
     assert len(engine.graphs) == 0 and engine.graphs._recorder.calls == calls
     assert engine.graphs.failure == "operation not permitted when stream is capturing"
-    assert gc.isenabled() and not cuda_graph._capturing.locked()
+    assert gc.isenabled()
 
 
 def test_a_capture_that_another_thread_breaks_is_tried_once_more(model):
