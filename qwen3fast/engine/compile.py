@@ -1,5 +1,4 @@
-"""Compilation of the parts of a step by `torch.compile`: what is compiled, when, how often, and what happens without a
-C++ compiler.
+"""Compilation of the parts of a step by `torch.compile`.
 
 The unit is one transformer block: compiled once, it serves all layers, because the parameters of a module are inputs of
 the compiled code. Each combination of static shapes is compiled by itself, into a form of its own; sizes that vary at
@@ -22,14 +21,15 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FunctionType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.engine.dynamic_sizes import Dynamic, Ranges, Sizes, find_ranges, static_shape
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 
@@ -45,36 +45,15 @@ FORMS_KEEP_THREADS = torch.__version__ < "2.10"  # TorchVersion compares by numb
 Function = Callable[..., Any]
 CompileMode = bool | Literal["auto"]
 
-# "auto" leaves the processor to the first token, and short runs, alone for so long.
+# "auto" begins to compile after this time: the first token, and short runs, have the processor to themselves.
 AUTO_DELAY_S = 1.0
-# What takes longer than this has found no compiled code of earlier processes: a C++ compiler is at work.
+# Compiling that takes longer has found nothing in Inductor's cache on disk: a C++ compiler is at work.
 LONG_WORK_S = 2.0
 
 # Read when a step is compiled for a CUDA device; switches for measuring what each is worth.
 # coordinate_descent_tuning: products of one row become fused reductions. triton.enable_pdl: a kernel is launched while
 # the one before it still runs (programmatic dependent launch, compute capability 9.0 and newer).
 CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
-
-
-class Dynamic(NamedTuple):
-    """A size that varies at run time, from least to most.
-
-    example: the size to compile with. Sizes that may differ in a call need different examples, because
-    `torch.compile` takes equal ones for the same size.
-    """
-
-    example: int
-    least: int = 2
-    most: int = 2**31 - 1
-
-    def holds(self, size: int) -> bool:
-        """Return whether a size lies in the range."""
-        return self.least <= size <= self.most
-
-
-# A tensor's dynamic dimensions, each with one range or several, of which each has a form of its own.
-Sizes = dict[int, tuple[Dynamic, ...]]
-Ranges = Sequence[dict[int, Dynamic]]  # of one form
 
 
 class StepCompiler:
@@ -109,9 +88,9 @@ class StepCompiler:
         self._threads = torch.get_num_threads()
 
     def share_processor(self) -> None:
-        """Leave one core to the thread of "auto" while it works long; to be called before each step.
+        """Leave one core to the thread of "auto" while it works for long. Call it before each step.
 
-        On as many threads as cores, each of a step's many short products would wait until the compiler lets go of one.
+        With as many threads as cores, each of a step's many short products would wait until the compiler yields one.
         """
         if self.thread is not None and not FORMS_KEEP_THREADS:
             is_long = time.perf_counter() - self._at_work_since_s > LONG_WORK_S
@@ -177,13 +156,13 @@ class StepCompiler:
         return options
 
     def end_auto(self) -> None:
-        """From now on, compile what is needed when it is needed."""
+        """End the mode "auto": compile parts when they are first called from now on."""
         if self.thread is not None:
             self.close(wait=True)
             cpu.load()  # the thread does so with its first work, which it may not have had
 
     def close(self, wait: bool = False) -> None:
-        """End the thread of "auto". wait: for it."""
+        """End the thread of "auto". wait: until it has finished its work."""
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread = None
@@ -223,8 +202,8 @@ class StepPart:
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
         if choice is None:
-            ranges = _ranges(tensors, [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])])
-            key = (kind, *map(_static_shape, tensors, ranges))
+            ranges = find_ranges(tensors, [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])])
+            key = (kind, *map(static_shape, tensors, ranges))
             form = self._form(key, module, tensors, ranges)
             if form is None:
                 return self._uncompiled()[0]  # this time
@@ -289,6 +268,20 @@ def _allow_tracing_elsewhere() -> None:
         torch._dynamo.config.error_on_nested_fx_trace = False  # of this thread, in newer versions of PyTorch
 
 
+@contextlib.contextmanager
+def only_compiled() -> Iterator[None]:
+    """Let calls of compiled code fail, inside, where they would run uncompiled: their kernels must not be captured.
+
+    Raises: RuntimeError from such a call, in this thread.
+    """
+    before = torch._dynamo.config.error_on_nested_fx_trace
+    torch._dynamo.config.error_on_nested_fx_trace = True
+    try:
+        yield
+    finally:
+        torch._dynamo.config.error_on_nested_fx_trace = before
+
+
 def _own_code(function: Function) -> Function:
     """Return the same function with a code object of its own: `torch.compile` keeps, and limits, forms by code."""
 
@@ -320,39 +313,6 @@ def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
     for i, size in sizes.items():
         torch._dynamo.mark_dynamic(example, i, min=size.least, max=size.most)
     return example
-
-
-def _ranges(tensors: Sequence[Tensor | None], dynamic: Sequence[Sizes]) -> Ranges:
-    """Return the range that holds each dynamic size.
-
-    A size that is in none is static: it has a form of its own. So are all sizes where a tensor is not in order.
-    """
-    pairs = [(tensor, sizes if tensor is not None else {}) for tensor, sizes in zip(tensors, dynamic, strict=True)]
-    if not all(tensor is None or not sizes or _is_in_order(tensor) for tensor, sizes in pairs):
-        return [{} for _ in tensors]
-    ranges: list[dict[int, Dynamic]] = []
-    for tensor, sizes in pairs:
-        held = {i: [size for size in options if size.holds(tensor.shape[i])] for i, options in sizes.items()}  # type: ignore[union-attr]
-        ranges.append({i: options[0] for i, options in held.items() if options})
-    return ranges
-
-
-def _static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any, ...] | None:
-    """Return what a form depends on: dtype, sizes or their ranges, and strides unless the tensor is in order."""
-    if tensor is None:
-        return None
-    shape = tuple(sizes.get(i, n) for i, n in enumerate(tensor.shape))
-    return (tensor.dtype, shape, None if _is_in_order(tensor) else tensor.stride())
-
-
-def _is_in_order(tensor: Tensor) -> bool:
-    """Return whether each stride is what it is in a new tensor: `torch.compile` looks at those of single rows, too."""
-    stride = 1
-    for size, actual in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if actual != stride:
-            return False
-        stride *= max(size, 1)
-    return True
 
 
 def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from qwen3fast.engine.compile import end_broken_capture, exclusive
+from qwen3fast.engine.compile import end_broken_capture, exclusive, only_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,10 @@ class CudaRecorder:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 # Other threads of the program may use the device meanwhile: this one alone is captured.
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                with (
+                    only_compiled(),
+                    torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                ):
                     step()
             except RuntimeError as err:
                 # Where the end of a capture fails, PyTorch leaves the stream and the allocator in the middle of it.

@@ -1,6 +1,6 @@
 """Engine: a model, its cache and its compiled parts, run row by row (prefill) and step by step (decode).
 
-It knows tokens and rows; requests are the scheduler's, text is the Generator's.
+It knows tokens and rows, no requests and no text.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-# Steps that are launched before the tokens of the one before them are looked at, on CUDA. Enough that launching hides
-# behind the device's work; what is computed after a stop token, so many steps at most, is thrown away.
+# Steps that are launched ahead of the oldest one whose tokens have not been read, on CUDA. They hide the time of
+# launching behind the device's work. The steps after a stop token, at most this many, are discarded.
 LOOKAHEAD = 4
 
 
 class StepResult(NamedTuple):
-    """Of each row of a step: its token, and what was asked for of log-probabilities (None if no row did)."""
+    """The token of each row of a step, and their log-probabilities, None unless the step was to compute them."""
 
     tokens: list[int]
     logprobs: list[Logprobs] | None
@@ -64,10 +64,11 @@ def _on_device(method: Method) -> Method:
 
 
 class Engine:
-    """Everything that a forward pass needs, with fixed addresses.
+    """A model with all buffers of its forward pass, which have fixed addresses.
 
     compile=False runs the same code eagerly; cuda_graphs=False launches each kernel of a step from the host.
-    lookahead: steps in flight beside the one waited for, see `launch`; by default LOOKAHEAD on CUDA, otherwise 0.
+    lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
+    CUDA, otherwise 0.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Engine:
         self.compiler = StepCompiler(compile, device)
         self.parts = Parts.build(self.compiler, model, cache)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
-        # Allocated when a request first needs them: a row of the vocabulary's size each. They stay where they are then.
+        # Allocated when a request first needs them, since rows are as long as the vocabulary; then they do not move.
         self.processors: ProcessorState | None = None
         self.logprobs: LogprobState | None = None
         self.graphs: GraphCache | None = None
@@ -107,21 +108,21 @@ class Engine:
 
     @_on_device
     def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:
-        """Start to fill row `row` of the cache with a prompt; steps of other rows may run before and between chunks.
+        """Begin to fill row `row` of the cache with a prompt; steps of other rows may run before and between chunks.
 
-        reused: tokens at its beginning whose keys and values are in the row already; see `usable_prefix`.
+        reused: number of its first tokens whose keys and values are in the row already; see `usable_prefix`.
         """
         self.clear_row(row)
         return Prefill.begin(row, token_ids, reused, self.cache.allocated_len)
 
     @_on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
-        """Compute one chunk. Returns: the logits after the last token, (1, V), if that was the last one."""
+        """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
         return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
     def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
-        """All chunks at once. Returns the logits after the last token, (1, V)."""
+        """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
         prefill, logits_1V = self.begin_prefill(row, token_ids), None
         while logits_1V is None:
             logits_1V = self.prefill_step(prefill)
@@ -135,7 +136,7 @@ class Engine:
 
     @_on_device
     def swap_rows(self, row: int, other: int, length: int) -> None:
-        """Exchange two rows: the first `length` positions of the cache, and all that steps read and write of them."""
+        """Exchange two rows: the first `length` positions of the cache, and all that steps read and write for them."""
         processors = self.processors.tensors if self.processors is not None else ()
         pairs = [(t[row, :, :length], t[other, :, :length]) for t in self.cache.tensors()]
         pairs += [(t[row : row + 1], t[other : other + 1]) for t in (*vars(self.state).values(), *processors)]
@@ -153,8 +154,10 @@ class Engine:
 
     @_on_device
     def set_processors(self, row: int, *arguments: Any) -> None:
-        """What changes a row's logits until it is cleared, see `ProcessorState.begin`; its steps must be of a kind that
-        is processed."""
+        """Set the logits processors of a row until it is cleared, see `ProcessorState.begin`.
+
+        Its steps must be of a kind with `is_processed`.
+        """
         if self.processors is None:
             vocab_size = self.model.config.vocab_size
             self.processors = ProcessorState(self.cache.max_batch_size, vocab_size, self.device)
@@ -162,13 +165,19 @@ class Engine:
 
     @_on_device
     def set_allowed(self, row: int, words_W: np.ndarray) -> None:
-        """Which tokens a row may choose from now on: bit v % 32 of word v // 32, int32. After `set_processors`."""
+        """Set which tokens a row may choose from now on: bit v % 32 of word v // 32, int32.
+
+        Call `set_processors` first.
+        """
         assert self.processors is not None, "the row needs processors"
         self.processors.allow(row, words_W)
 
     @_on_device
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
-        """Sample a row's first token from prefill's logits and make it the row's next input; -1 if they are invalid."""
+        """Sample a row's first token from the logits of its prompt, and feed it to the next step.
+
+        The token is -1 if the logits are invalid.
+        """
         rows, (processors, logprobs) = slice(row, row + 1), self._extras(kind)
         token_1 = choose_tokens(self.parts, logits_1V, self.state, rows, kind.sampler, processors, logprobs, hook)
         self.state.input_R[rows] = token_1.clamp(min=0)
@@ -177,29 +186,29 @@ class Engine:
 
     @_on_device
     def clear_row(self, row: int) -> None:
-        """Make a row empty: it may run along in a batch, but leaves its part of the cache as it is."""
+        """Make a row empty: it may take part in steps, and leaves its cache as it is."""
         for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R):
             tensor[row : row + 1].zero_()
         self.state.position_R[row : row + 1].fill_(EMPTY)
 
     @_on_device
     def erase(self, row: int, start: int, end: int) -> None:
-        """Zeros at positions start..end-1 of a row: a NaN left there would reach later requests through 0 * NaN."""
+        """Write zeros to positions start..end-1 of a row: a NaN there would reach later requests through 0 * NaN."""
         for tensor in self.cache.tensors():
             tensor[row, :, start:end].zero_()
 
     @_on_device
     def clear_processors(self, row: int) -> None:
-        """Let a row's logits be as they are again."""
+        """Remove the logits processors of a row."""
         if self.processors is not None:
             self.processors.clear(row)
 
     @_on_device
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
-        """Start one step for rows 0..num_rows-1 (rounded up to a bucket); `collect` gives its tokens.
+        """Launch one step for rows 0..num_rows-1 (rounded up to a bucket); `collect` returns its tokens.
 
-        used_length: positions in use after this step by the longest row. The step feeds itself, so up to `lookahead`
-        more steps may be started before its tokens are collected. hook: see decode.py; such a step is in no graph.
+        used_length: positions in use after this step by the longest row. The step feeds itself: up to `lookahead` more
+        steps may be launched before its tokens are collected. hook: see decode.py; a step with one is not captured.
         """
         self.compiler.share_processor()
         bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
@@ -224,7 +233,7 @@ class Engine:
 
     @_on_device
     def collect(self) -> StepResult:
-        """What the oldest step that was launched gave, for each of its rows (and more, of no meaning)."""
+        """Return the results of the oldest step that was launched; entries beyond its rows have no meaning."""
         tokens, kind = self.ring.pop(), self._kinds.popleft()
         if not kind.has_logprobs:
             return StepResult(tokens, None)
@@ -232,13 +241,13 @@ class Engine:
         return StepResult(tokens, [Logprobs(*row) for row in zip(*columns, strict=True)])
 
     def forget(self) -> None:
-        """Drop what was launched and not collected."""
+        """Discard the results of steps that were launched and not collected."""
         self._kinds.clear()
         for ring in (self.ring, *self._logprob_rings):
             ring.clear()
 
     def decode(self, num_rows: int, used_length: int, kind: StepKind) -> list[int]:
-        """One step at once: `launch` and `collect`. Returns the new token of each of these rows."""
+        """Launch one step and collect it. Returns: the new token of each row."""
         self.launch(num_rows, used_length, kind)
         return self.collect().tokens[:num_rows]
 
@@ -258,8 +267,8 @@ class Engine:
 
     @_on_device
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
-        """The reference without a cache: the whole sequence computed anew. Returns the last token's logits, (1, V)."""
-        # Rows after the last token are ignored by causality; a minimum keeps one compiled form for all lengths.
+        """Return the last token's logits, (1, V), computed without a cache: the reference of the cached steps."""
+        # Tokens after the last one change nothing, by causality. A minimum keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
         cos_1TD, sin_1TD = (
@@ -275,19 +284,19 @@ class Engine:
         ).squeeze(1)
 
     def batch_bucket(self, num_rows: int) -> int:
-        """Rows that a step for `num_rows` runs: the next power of two, at most max_batch_size."""
+        """Return the rows of a step for `num_rows`: the next power of two, at most max_batch_size."""
         return min(1 << (num_rows - 1).bit_length(), self.cache.max_batch_size)
 
     def batch_buckets(self) -> list[int]:
-        """All sizes that `batch_bucket` can give."""
+        """Return all sizes that `batch_bucket` can return."""
         return sorted({self.batch_bucket(n) for n in range(1, self.cache.max_batch_size + 1)})
 
     @_on_device
     def warmup(self, report: Callable[[str], None] = lambda part: None) -> None:
-        """Compile (and on CUDA capture) everything that a request can need. All rows must be empty.
+        """Compile, and on CUDA capture, everything that a request can need. All rows must be empty.
 
-        Graphs with processors or log-probabilities are recorded when a request first asks for them.
-        report: called with the name of each part before it is made.
+        Graphs with processors or log-probabilities are captured when a request first needs them.
+        report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
         report("prefill")
@@ -314,11 +323,11 @@ class Engine:
             self.clear_row(row)
 
     def num_warmup_parts(self) -> int:
-        """How often `warmup` reports."""
+        """Return how often `warmup` reports."""
         return 1 + len(SamplerKind) + len(self.batch_buckets())
 
     def close(self) -> None:
-        """Release recorded graphs; stop compiling."""
+        """Release captured graphs; stop compiling."""
         self.compiler.close()
         if self.graphs is not None:
             self.graphs.clear()

@@ -1,4 +1,4 @@
-"""The pieces of a forward pass as plain functions: what `StepCompiler` compiles, and what runs as it is without it."""
+"""The parts of a forward pass as plain functions, which `StepCompiler` compiles, or which run uncompiled."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.engine.compile import Dynamic, Sizes, StepCompiler, StepPart
+from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3

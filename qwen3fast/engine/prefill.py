@@ -1,5 +1,5 @@
-"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes, so that any length runs on
-code and graphs that exist already.
+"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes. Any length of prompt runs on code
+and graphs that exist already.
 
     T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
 """
@@ -17,16 +17,16 @@ from qwen3fast.engine.staging import to_device
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
-# What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
-# tokens of a machine meets zero tokens there: at about 20 on the one of benchmarks/results; 40 was chosen by the record
-# of a faster machine that this one replaced (commit 32ad6ce).
+# The fixed cost of a chunk, in tokens: weights are read once more. It is where a line through the times of 32 and 512
+# tokens meets zero tokens: about 20 on the machine of benchmarks/results; 40 comes from the record of a faster machine
+# (commit 32ad6ce).
 CHUNK_COST = 40
 
 Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # what `prefill_chunk` takes first
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
-    """Chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
+    """Return chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
 
     The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size,
     or hold that much more than the tokens.
@@ -45,9 +45,9 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
 
 
 def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
-    """How many of a prompt's first `shared` tokens need not be computed, if their keys and values are there.
+    """Return how many of a prompt's first `shared` tokens can be reused, if their keys and values are in the cache.
 
-    The last token is always computed, for its logits. multiple: of what the number must be one.
+    The last token is always computed, for its logits. multiple: a divisor that the number must have.
     """
     if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end, padded chunks fit if they begin where others end
         multiple = CHUNK_SIZES[0]
@@ -56,9 +56,9 @@ def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: in
 
 @dataclass
 class Prefill:
-    """A prompt on its way into a row of the cache.
+    """A prompt that is being written into a row of the cache.
 
-    done: tokens whose keys and values are there. chunks: sizes to come.
+    done: tokens whose keys and values are there. chunks: sizes of the chunks that are left.
     """
 
     row: int
@@ -68,7 +68,7 @@ class Prefill:
 
     @classmethod
     def begin(cls, row: int, token_ids: list[int], reused: int, allocated_len: int) -> Prefill:
-        """A prompt of which the first `reused` tokens are in the row already: as many as `usable_prefix` says."""
+        """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
         return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused))
 
 
@@ -145,7 +145,7 @@ def prefill_chunk(
     token_1T: Tensor,
     start: int,
 ) -> Tensor:
-    """One chunk at positions start.. of one row; earlier positions are in the cache. Returns (1, T, E).
+    """Run one chunk at positions start.. of one row; earlier positions are in the cache. Returns: (1, T, E).
 
     Padding at the end writes keys and values that no mask shows before a real token has overwritten them.
     """

@@ -1,4 +1,4 @@
-"""Whether the code that runs is being compiled, or is to run fast uncompiled: kernels choose their form by it."""
+"""Kernels choose their form by this: whether code is being compiled, or runs uncompiled with C++ operations."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from qwen3fast.model.rope import apply_rope
 class Attention(nn.Module):
     """Causal self-attention in which G query heads share one key/value head.
 
-    Queries and keys are RMS-normalised per head *before* RoPE; the order matters (getting it wrong changes
+    Queries and keys are RMS-normalized per head *before* RoPE; the order matters (getting it wrong changes
     logits by only 0.1%, so tests compare tightly).
     Source: grouped queries arXiv:2305.13245; QK-norm and shapes: Qwen3 technical report, arXiv:2505.09388, section 2.
     """

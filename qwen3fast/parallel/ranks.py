@@ -1,6 +1,6 @@
-"""Ranks: the processes that share a model, and the few ways in which they talk.
+"""Ranks: the processes that share a model, and how they communicate.
 
-Tensors travel by NCCL between CUDA devices (not run yet) and by gloo between CPUs; what to do next travels by gloo.
+Tensors travel by NCCL between CUDA devices and by gloo between CPUs; messages travel by gloo.
 
 N rows   P part of the vocabulary   V vocabulary
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# How long a rank waits for the others in a step: first steps compile, and not all ranks are done at the same time.
+# How long a rank waits for the others in a step: first steps compile, and not all ranks finish at the same time.
 STEP_TIMEOUT = timedelta(minutes=10)
 # Followers may have nothing to do for long. (If rank 0 ends, they notice at once.)
 IDLE_TIMEOUT = timedelta(days=365)
@@ -58,7 +58,7 @@ class Ranks:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this is the rank that takes requests."""
+        """Return whether this is the rank that takes requests."""
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
@@ -79,23 +79,23 @@ class Ranks:
         return every.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)[:, :size].contiguous()
 
     def share(self, x: Tensor) -> Tensor:
-        """Rank 0's tensor, on all ranks; the others give one of the same shape and dtype."""
+        """Broadcast rank 0's tensor and return it; the others pass one of the same shape and dtype."""
         x = x.contiguous()
         dist.broadcast(x, src=0)
         return x
 
     def tell(self, message: Any) -> None:
-        """Rank 0: send a message to all others."""
+        """Send a message from rank 0 to all others."""
         dist.broadcast_object_list([message], src=0, group=self._commands)
 
     def hear(self) -> Any:
-        """The others: wait for the next message. Raises: RuntimeError if rank 0 is gone."""
+        """Wait for rank 0's next message, on the others. Raises: RuntimeError if rank 0 is gone."""
         message: list[Any] = [None]
         dist.broadcast_object_list(message, src=0, group=self._commands)
         return message[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """Connections are not copied with a module that has them."""
+        """Return this object: connections are not copied with a module that has them."""
         return self
 
 

@@ -108,7 +108,7 @@ def test_a_leader_whose_step_failed_refuses_all_later_calls(model, monkeypatch):
     monkeypatch.setattr(Engine, "copy_row", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.copy_row(0, 1, 5)
-    with pytest.raises(RuntimeError, match="the ranks are out of step since an earlier error; start them anew"):
+    with pytest.raises(RuntimeError, match="the ranks are out of step since an earlier error; restart them"):
         engine.clear_row(0)
 
 

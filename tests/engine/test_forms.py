@@ -12,8 +12,9 @@ import torch
 from conftest import randomised, small_config
 
 from qwen3fast.engine import Engine, StepKind
-from qwen3fast.engine.compile import Dynamic, StepCompiler
+from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import Parts, row_ranges
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
 from qwen3fast.kernels import cpu, cuda

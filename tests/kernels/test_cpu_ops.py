@@ -331,8 +331,8 @@ def test_decode_layers_leave_other_models_alone():
         (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "caches alike"),
         (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
         (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
-        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "factors of keys and values"),
-        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "factors of keys and values"),
+        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "scales of keys and values"),
+        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "scales of keys and values"),
     ],
 )
 def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message):

@@ -63,13 +63,13 @@ def load(jobs: int | None = None) -> bool:
 
 
 def is_loaded() -> bool:
-    """Whether `load` has succeeded in this process."""
+    """Return whether `load` has succeeded in this process."""
     return _is_ready and not _is_off
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Everything runs without the operations meanwhile, in all threads: for measurements of what they are worth."""
+    """Run everything without the operations meanwhile, in all threads: for measurements of their worth."""
     global _is_off
     _is_off = True
     try:
@@ -79,7 +79,7 @@ def switched_off() -> Iterator[None]:
 
 
 def functions() -> ctypes.CDLL:
-    """The functions of ops.h; only after `load` has succeeded."""
+    """Return the functions of ops.h; only after `load` has succeeded."""
     assert _functions is not None, "load() must come first"
     return _functions
 
@@ -99,7 +99,7 @@ def _load(jobs: int | None) -> ctypes.CDLL | None:
 
 
 def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.matvec` serves this product."""
+    """Return whether `torch.ops.qwen3fast.matvec` serves this product."""
     return (
         may_use_operations()
         and x.device.type == "cpu"
@@ -111,7 +111,7 @@ def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
 
 
 def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.decode_attention` serves this query."""
+    """Return whether `torch.ops.qwen3fast.decode_attention` serves this query."""
     return (
         may_use_operations()
         and q_BTHD.device.type == "cpu"
@@ -124,7 +124,7 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
 
 
 def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.prefill_attention` serves these queries."""
+    """Return whether `torch.ops.qwen3fast.prefill_attention` serves these queries."""
     return (
         may_use_operations()
         and q_BTHD.device.type == "cpu"
