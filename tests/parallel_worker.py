@@ -21,7 +21,7 @@ from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import Engine
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
-from qwen3fast.parallel.split import SPLIT_DIM, split_dim
+from qwen3fast.parallel.shard import SPLIT_DIM, split_dim
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 LONG = [(7 * i) % 1000 for i in range(70)]  # three chunks

@@ -20,7 +20,7 @@ from qwen3fast.parallel import Ranks
 logger = logging.getLogger(__name__)
 
 # Methods that concern rank 0's host alone. All others are broadcast.
-NOT_TOLD = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
+NOT_BROADCAST = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
 CLOSE = "close"
 
 
@@ -49,19 +49,21 @@ class LeadingEngine:
     def __getattr__(self, name: str) -> Any:
         """Return the engine's attribute of this name; a method is broadcast when it is called."""
         attribute = getattr(self._engine, name)
-        if name in NOT_TOLD or not inspect.ismethod(attribute):
+        if name in NOT_BROADCAST or not inspect.ismethod(attribute):
             return attribute
         return lambda *arguments: self._lead(attribute, name, arguments)
 
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
         """Call `Engine.sample_first` on all ranks. The others get the logits, which may be of an earlier request."""
-        told = (row, logits_1V.cpu(), kind, hook is not None)
-        return self._lead(self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), told)
+        message = (row, logits_1V.cpu(), kind, hook is not None)
+        return self._lead(
+            self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), message
+        )
 
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
         """Call `Engine.launch` on all ranks."""
-        told = (num_rows, used_length, kind, hook is not None)
-        self._lead(self._engine.launch, "launch", (num_rows, used_length, kind, self._shared(hook)), told)
+        message = (num_rows, used_length, kind, hook is not None)
+        self._lead(self._engine.launch, "launch", (num_rows, used_length, kind, self._shared(hook)), message)
 
     def warmup(self, report: Callable[[str], None] = lambda part: None) -> None:
         """Call `Engine.warmup` on all ranks."""
@@ -70,7 +72,7 @@ class LeadingEngine:
     def close(self) -> None:
         """Call `Engine.close` on all ranks but those that are gone, or wait in a step that has failed."""
         try:
-            self._ranks.tell((CLOSE, ()))
+            self._ranks.broadcast((CLOSE, ()))
         except RuntimeError as err:
             logger.warning("the other ranks could not be told to end: %s", err)
         self._engine.close()
@@ -79,11 +81,11 @@ class LeadingEngine:
         """Return a hook that broadcasts its result: the other ranks do not have the function."""
         return None if hook is None else lambda logits_BV: self._ranks.share(hook(logits_BV))
 
-    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, told: tuple | None = None) -> Any:
+    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, message: tuple | None = None) -> Any:
         if self._error is not None:
             raise RuntimeError("the ranks are out of step since an earlier error; restart them") from self._error
         try:
-            self._ranks.tell((name, arguments if told is None else told))
+            self._ranks.broadcast((name, arguments if message is None else message))
             return method(*arguments)
         except BaseException as err:
             self._error = err
@@ -96,7 +98,7 @@ def follow(engine: Engine, ranks: Ranks) -> None:
     Raises: RuntimeError if rank 0 is gone; whatever a step raises.
     """
     while True:
-        name, arguments = ranks.hear()
+        name, arguments = ranks.receive()
         if name == "launch" and len(engine.ring) > engine.lookahead:
             engine.collect()  # nobody here waits for tokens, but a slot is needed
         if name in ("launch", "sample_first"):

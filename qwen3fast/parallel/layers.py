@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.model import MoE, Qwen3
-from qwen3fast.parallel.ranks import Ranks
-from qwen3fast.parallel.split import Split
+from qwen3fast.parallel.process_group import Ranks
+from qwen3fast.parallel.shard import Split
 
 
 class SumOverRanks(nn.Module):

@@ -84,11 +84,11 @@ class Ranks:
         dist.broadcast(x, src=0)
         return x
 
-    def tell(self, message: Any) -> None:
+    def broadcast(self, message: Any) -> None:
         """Send a message from rank 0 to all others."""
         dist.broadcast_object_list([message], src=0, group=self._commands)
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Wait for rank 0's next message, on the others. Raises: RuntimeError if rank 0 is gone."""
         message: list[Any] = [None]
         dist.broadcast_object_list(message, src=0, group=self._commands)
