@@ -21,7 +21,7 @@ from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import Engine
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
-from qwen3fast.parallel.split import SPLIT_DIM, split_dim
+from qwen3fast.parallel.shard import SPLIT_DIM, split_dim
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 LONG = [(7 * i) % 1000 for i in range(70)]  # three chunks
@@ -128,13 +128,15 @@ def run(case: str, folder: str, tensor_parallel: bool) -> dict[str, Any]:
 
 def check_dtensor() -> dict[str, Any]:
     """Raises: AssertionError unless this rank's parts are those that DTensor gives it."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     ranks = Ranks.start("cpu")
+    mesh = init_device_mesh("cpu", (ranks.size,))
     whole_OI = torch.arange(7.0 * 8).view(7, 8)
     for name in (f"{module}.weight" for module in (*SPLIT_DIM, "norm")):
         dim = split_dim(name)
-        theirs = distribute_tensor(whole_OI, ranks.mesh, [Replicate() if dim is None else Shard(dim)]).to_local()
+        theirs = distribute_tensor(whole_OI, mesh, [Replicate() if dim is None else Shard(dim)]).to_local()
         assert Split(ModelConfig.named("0.6b"), ranks.rank, ranks.size).take(name, whole_OI).equal(theirs), name
     return {}
 

@@ -1,6 +1,6 @@
-"""All blocks of a decode step in one call of C++ (kernels/cpu/decode_layers.cpp), for bfloat16 and quantised weights.
+"""All blocks of a decode step in one call of C++ (kernels/cpu/decode_layers.cpp), for bfloat16 and quantized weights.
 
-Block by block, each of a token's many short products costs a call from Python, waking threads, and waiting for them.
+Block by block, each of a token's many short products costs a call from Python, and starting and joining threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen3fast.quantization.linear import QuantizedLinear
 
 
 class DecodeLayers:
-    """The blocks of a dense model over a KV cache. `model/block.py` is the plain form of each."""
+    """The blocks of a dense model over a KV cache. The reference of each is `model/block.py`."""
 
     def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
         blocks = [b for b in model.model.layers if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
@@ -34,10 +34,10 @@ class DecodeLayers:
             weights = [x.weight_packed if isinstance(x, QuantizedLinear) else x.weight for x in linears]
             scales = [x.weight_scale if isinstance(x, QuantizedLinear) else None for x in linears]
             caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-            self._run = cpu.DecodeLayers(*caches, norms, weights, scales, model.config.rms_norm_eps)
+            self._run = cpu.DecodeLayersCall(*caches, norms, weights, scales, model.config.rms_norm_eps)
 
     def serves(self, num_rows: int) -> bool:
-        """Whether it can do a step of so many rows, here and now."""
+        """Return whether it can run a step of so many rows, here and now."""
         return self._is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _linears(block: Block) -> list[Linear | QuantizedLinear]:
 
 
 def _has_alike_inputs(block: Block) -> bool:
-    """Whether layers that read the same input have the same bits: it is rounded once for all of them."""
+    """Return whether layers that read the same input have the same bits: it is quantized once for all of them."""
     bits = [x.format.bits if isinstance(x, QuantizedLinear) else 16 for x in _linears(block)]
     return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
 

@@ -1,6 +1,6 @@
-"""One engine in each of several processes: rank 0's is called, and whatever it is asked for, the others' do as well.
+"""One engine in each of several processes: rank 0's engine broadcasts its calls, the others repeat them.
 
-Scheduling, text and constraints stay on rank 0; the other ranks know of no requests. Every rank's engine must make the
+Scheduling, text and constraints stay on rank 0; the other ranks know no requests. Every rank's engine must make the
 same calls in the same order, since steps wait for each other's tensors.
 """
 
@@ -19,15 +19,16 @@ from qwen3fast.parallel import Ranks
 
 logger = logging.getLogger(__name__)
 
-# Methods that concern rank 0's host alone. All others are told.
-NOT_TOLD = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
+# Methods that concern rank 0's host alone. All others are broadcast.
+NOT_BROADCAST = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
 CLOSE = "close"
 
 
 def lead_or_follow(engine: Engine, ranks: Ranks) -> Engine:
-    """On rank 0: an engine that tells the others what it does. On the others this follows until rank 0 closes its own.
+    """Return, on rank 0, an engine that broadcasts its calls; on the others, repeat them until rank 0 closes it.
 
-    Raises: SystemExit on the others then: the program is rank 0's to run. RuntimeError there if rank 0 is gone.
+    Raises: SystemExit on the other ranks at the end, because the program runs on rank 0; RuntimeError there if rank 0
+    is gone.
     """
     if ranks.is_leader:
         return cast(Engine, LeadingEngine(engine, ranks))
@@ -36,7 +37,7 @@ def lead_or_follow(engine: Engine, ranks: Ranks) -> Engine:
 
 
 class LeadingEngine:
-    """Rank 0's engine: the attributes of `Engine`, and its methods, which are told to the other ranks first.
+    """Rank 0's engine: the attributes of `Engine`, and its methods, which are broadcast to the other ranks first.
 
     An error in a method leaves the ranks out of step, possibly in the middle of a sum, so all later calls are refused.
     """
@@ -46,43 +47,45 @@ class LeadingEngine:
         self._error: BaseException | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """What `Engine` has under this name."""
+        """Return the engine's attribute of this name; a method is broadcast when it is called."""
         attribute = getattr(self._engine, name)
-        if name in NOT_TOLD or not inspect.ismethod(attribute):
+        if name in NOT_BROADCAST or not inspect.ismethod(attribute):
             return attribute
         return lambda *arguments: self._lead(attribute, name, arguments)
 
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
-        """See `Engine.sample_first`. The others get the logits: they may be those of an earlier request."""
-        told = (row, logits_1V.cpu(), kind, hook is not None)
-        return self._lead(self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), told)
+        """Call `Engine.sample_first` on all ranks. The others get the logits, which may be of an earlier request."""
+        message = (row, logits_1V.cpu(), kind, hook is not None)
+        return self._lead(
+            self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), message
+        )
 
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
-        """See `Engine.launch`."""
-        told = (num_rows, used_length, kind, hook is not None)
-        self._lead(self._engine.launch, "launch", (num_rows, used_length, kind, self._shared(hook)), told)
+        """Call `Engine.launch` on all ranks."""
+        message = (num_rows, used_length, kind, hook is not None)
+        self._lead(self._engine.launch, "launch", (num_rows, used_length, kind, self._shared(hook)), message)
 
     def warmup(self, report: Callable[[str], None] = lambda part: None) -> None:
-        """See `Engine.warmup`."""
+        """Call `Engine.warmup` on all ranks."""
         self._lead(self._engine.warmup, "warmup", (report,), ())
 
     def close(self) -> None:
-        """See `Engine.close`. The others stop to follow, unless they are gone, or wait in a step that has failed."""
+        """Call `Engine.close` on all ranks but those that are gone, or wait in a step that has failed."""
         try:
-            self._ranks.tell((CLOSE, ()))
+            self._ranks.broadcast((CLOSE, ()))
         except RuntimeError as err:
             logger.warning("the other ranks could not be told to end: %s", err)
         self._engine.close()
 
     def _shared(self, hook: Hook | None) -> Hook | None:
-        """Only rank 0 knows the function; the others get what it has made of the logits."""
+        """Return a hook that broadcasts its result: the other ranks do not have the function."""
         return None if hook is None else lambda logits_BV: self._ranks.share(hook(logits_BV))
 
-    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, told: tuple | None = None) -> Any:
+    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, message: tuple | None = None) -> Any:
         if self._error is not None:
-            raise RuntimeError("the ranks are out of step since an earlier error; start them anew") from self._error
+            raise RuntimeError("the ranks are out of step since an earlier error; restart them") from self._error
         try:
-            self._ranks.tell((name, arguments if told is None else told))
+            self._ranks.broadcast((name, arguments if message is None else message))
             return method(*arguments)
         except BaseException as err:
             self._error = err
@@ -90,12 +93,12 @@ class LeadingEngine:
 
 
 def follow(engine: Engine, ranks: Ranks) -> None:
-    """Do what rank 0's engine does, until it is closed.
+    """Repeat the calls of rank 0's engine until it is closed.
 
     Raises: RuntimeError if rank 0 is gone; whatever a step raises.
     """
     while True:
-        name, arguments = ranks.hear()
+        name, arguments = ranks.receive()
         if name == "launch" and len(engine.ring) > engine.lookahead:
             engine.collect()  # nobody here waits for tokens, but a slot is needed
         if name in ("launch", "sample_first"):

@@ -1,5 +1,5 @@
-"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes, so that any length runs on
-code and graphs that exist already.
+"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes. Any length of prompt runs on code
+and graphs that exist already.
 
     T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
 """
@@ -11,19 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.cuda_graph import GraphCache
+from qwen3fast.engine.parts import CHUNK_SIZES, Parts
+from qwen3fast.engine.staging import to_device
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
-CHUNK_SIZES = (32, 64, 128, 256, 512)
-# What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
-# tokens of a machine meets zero tokens there: at about 20 on the one of benchmarks/results; 40 was chosen by the record
-# of a faster machine that this one replaced (commit 32ad6ce).
+# The fixed cost of a chunk, in tokens: weights are read once more. It is where a line through the times of 32 and 512
+# tokens meets zero tokens: about 20 on the machine of benchmarks/results; 40 comes from the record of a faster machine
+# (commit 32ad6ce).
 CHUNK_COST = 40
+
+Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # what `prefill_chunk` takes first
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
-    """Chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
+    """Return chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
 
     The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size,
     or hold that much more than the tokens.
@@ -42,9 +45,9 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
 
 
 def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
-    """How many of a prompt's first `shared` tokens need not be computed, if their keys and values are there.
+    """Return how many of a prompt's first `shared` tokens can be reused, if their keys and values are in the cache.
 
-    The last token is always computed, for its logits. multiple: of what the number must be one.
+    The last token is always computed, for its logits. multiple: a divisor that the number must have.
     """
     if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end, padded chunks fit if they begin where others end
         multiple = CHUNK_SIZES[0]
@@ -53,9 +56,9 @@ def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: in
 
 @dataclass
 class Prefill:
-    """A prompt on its way into a row of the cache.
+    """A prompt that is being written into a row of the cache.
 
-    done: tokens whose keys and values are there. chunks: sizes to come.
+    done: tokens whose keys and values are there. chunks: sizes of the chunks that are left.
     """
 
     row: int
@@ -65,25 +68,71 @@ class Prefill:
 
     @classmethod
     def begin(cls, row: int, token_ids: list[int], reused: int, allocated_len: int) -> Prefill:
-        """A prompt of which the first `reused` tokens are in the row already: as many as `usable_prefix` says."""
+        """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
         return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused))
 
 
 def prefill_step(
-    model: Qwen3, parts: Parts, cache: StaticKVCache, cos_SD: Tensor, sin_SD: Tensor, prefill: Prefill
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    prefill: Prefill,
+    captured: CapturedChunks | None = None,
 ) -> Tensor | None:
-    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None."""
+    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None.
+
+    captured: on CUDA, the graphs of first chunks.
+    """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
-    row_1 = torch.tensor([prefill.row], device=device)
-    padded = torch.tensor([chunk + [0] * (size - len(chunk))], device=device)
-    x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, padded, start)
+    row_1 = to_device([prefill.row], device)
+    token_1T = to_device([chunk + [0] * (size - len(chunk))], device)
+    fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
     prefill.done += len(chunk)
+    if captured is not None and start == 0:
+        logits_1V = captured.run(fixed, row_1, token_1T, last)
+        return None if prefill.chunks else logits_1V.clone()
+    x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
     if prefill.chunks:
         return None
     # Only the last position goes through the output projection.
-    x_11E = x_1TE[:, len(chunk) - 1 : len(chunk)].clone(memory_format=torch.contiguous_format)
+    x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
     return parts.logits(parts.head, x_11E).squeeze(1)
+
+
+class CapturedChunks:
+    """The first chunk of a prompt as a CUDA graph, one for each size.
+
+    It begins at position 0, so nothing varies but the numbers in these buffers: its tokens, its row, and where its last
+    token stands. Later chunks read more positions, and are launched kernel by kernel.
+    """
+
+    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device) -> None:
+        self._graphs = graphs
+        self._row_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._last_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._token_1T = torch.zeros(1, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
+        self._logits_1V = torch.zeros(1, vocab_size, device=device)
+
+    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, last: int) -> Tensor:
+        """Run the chunk, capturing its size if it is new.
+
+        Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
+        """
+        size, parts = token_1T.shape[1], fixed[1]
+        self._row_1.copy_(row_1)
+        self._token_1T[:, :size].copy_(token_1T)
+        self._last_1.fill_(last)
+
+        def step() -> None:
+            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], 0)
+            logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
+            self._logits_1V.copy_(logits_11V.squeeze(1))
+
+        self._graphs.run(("prefill", size), step)
+        return self._logits_1V
 
 
 def prefill_chunk(
@@ -96,7 +145,7 @@ def prefill_chunk(
     token_1T: Tensor,
     start: int,
 ) -> Tensor:
-    """One chunk at positions start.. of one row; earlier positions are in the cache. Returns (1, T, E).
+    """Run one chunk at positions start.. of one row; earlier positions are in the cache. Returns: (1, T, E).
 
     Padding at the end writes keys and values that no mask shows before a real token has overwritten them.
     """

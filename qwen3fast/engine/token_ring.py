@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """What `torch.cuda.Event` does: marks a place in the device's work, and waits until it has been reached."""
+    """The interface of `torch.cuda.Event`: it marks a place in the device's work, and waits until that is reached."""
 
     def record(self) -> None: ...
 
@@ -18,10 +18,10 @@ class Event(Protocol):
 
 
 class TokenRing:
-    """Slots for the tokens of steps that were launched and not looked at yet, oldest first.
+    """A ring of buffers for the tokens of steps that were launched and not read yet, oldest first.
 
-    On CUDA, a slot is pinned memory, filled by a copy that is queued after its step: the host goes on launching, and
-    waits only when it wants to see a step's tokens, for that step alone. Elsewhere a copy is done when it returns.
+    On CUDA, a buffer is pinned memory, filled by a copy that is queued after its step: the host goes on launching, and
+    waits only when it reads a step's tokens, for that step alone. Elsewhere a copy is done when it returns.
     """
 
     def __init__(
@@ -33,8 +33,10 @@ class TokenRing:
         width: tuple[int, ...] = (),
         dtype: torch.dtype = torch.int64,
     ) -> None:
-        """width, dtype: of a row's numbers; a token is one int64. make_event: for tests; `torch.cuda.Event` on CUDA
-        devices, nothing elsewhere."""
+        """Allocate. width, dtype: of a row's numbers; a token is one int64.
+
+        make_event: by default `torch.cuda.Event` on CUDA devices, nothing elsewhere.
+        """
         is_cuda = device.type == "cuda"
         if make_event is None and is_cuda:
             make_event = torch.cuda.Event
@@ -52,7 +54,7 @@ class TokenRing:
         self._count += 1
 
     def pop(self) -> list:
-        """The oldest step's tokens, once they are there; rows that it did not run hold older numbers."""
+        """Wait for the oldest step's tokens and return them; rows that it did not run hold older numbers."""
         assert self._count > 0, "no step is under way"
         if self._events is not None:
             self._events[self._oldest].synchronize()
@@ -62,7 +64,7 @@ class TokenRing:
         return tokens
 
     def clear(self) -> None:
-        """Forget all tokens that were not taken, without waiting: a slot is filled anew only after its earlier copy."""
+        """Discard all tokens that were not read, without waiting: copies into a buffer are done in their order."""
         self._oldest = (self._oldest + self._count) % len(self._slots)
         self._count = 0
 

@@ -1,7 +1,7 @@
 """Linear layers of many experts at once: rows that are sorted by expert, each group times its own weight.
 
-An operation, `torch.ops.qwen3fast.grouped_linear`, so that compiled code can hold it: how many rows a group has is not
-known when that is made.
+It is an operation, `torch.ops.qwen3fast.grouped_linear`, because the number of rows of a group is not known when code
+is compiled.
 
 P rows   X experts   N out_features   K in_features
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def grouped_linear(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
-    """x @ weight[e].T for the rows of each expert e. end_X: where an expert's rows end and the next one's begin, int64.
+    """Return x @ weight[e].T for the rows of each expert e, (P, N). end_X: the end of each expert's rows, int64.
 
-    Returns: (P, N). An expert without rows has its weight not read. On CUDA devices in bfloat16 the host does not wait;
-    otherwise it reads `end_X` (on a CPU that costs nothing, and PyTorch's own grouped product does the same).
+    The weight of an expert without rows is not read. On CUDA devices in bfloat16 the host does not wait; otherwise it
+    reads `end_X` (on a CPU that costs nothing, and PyTorch's own grouped product does the same).
     """
     is_aligned = x_PK.shape[1] % 8 == 0 and weight_XNK.is_contiguous()
     if x_PK.device.type == "cuda" and x_PK.dtype == torch.bfloat16 and is_aligned:

@@ -20,7 +20,7 @@ class Linear(nn.Linear):
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each linear layer gives for the same x, (..., K): one (..., N) a layer. Quantised layers share one call."""
+    """Return the output (..., N) of each linear layer for the same x, (..., K). Quantized layers share one call."""
     kind = type(layers[0])
     if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
         return kind.forward_together(x, list(layers))
@@ -28,12 +28,10 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; the form is chosen from the number of rows, the device and kernels/compiling.py.
+    """Return x @ weight.T + bias, (..., N), same dtype. x: (..., K).
 
-    x: (..., K). Returns (..., N), same dtype.
-
-    The reduction form must only run compiled: eagerly it would materialise an (M, N, K) product; with more
-    than one row it would read the weight again for each.
+    The form depends on the number of rows, the device and kernels/compiling.py. The reduction must only run compiled:
+    eagerly it would materialize an (M, N, K) product; with more than one row it would read the weight again for each.
     """
     if cpu.can_matvec(x, weight_NK):
         y = torch.ops.qwen3fast.matvec(x, weight_NK)
@@ -45,7 +43,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 
 def matvec_as_reduction(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """The same product written as multiply-and-sum in float32, which Inductor turns into one vectorised C++ loop.
+    """Return the same product as multiply-and-sum in float32, which Inductor turns into one vectorized C++ loop.
 
     x: (..., K). Returns (..., N), same dtype.
     """

@@ -1,9 +1,9 @@
-"""Mixture of experts: a feed-forward part of many small ones, of which each token runs the few that a router chooses.
+"""Mixture of experts: a feed-forward part of many experts, of which a router chooses a few for each token.
 
-Few tokens (a decode step) read the weights of the chosen experts alone; many tokens (prefill) are sorted by expert, so
-that each expert's weights are read once. Rule of this file: no `.item()`, no shape that depends on data.
+Few tokens (a decode step) read the weights of the routed experts alone; many tokens (prefill) are sorted by expert, and
+each expert's weights are read once. Rule of this file: no `.item()`, no shape that depends on data.
 
-B batch   T tokens   N = B*T tokens   X experts   C experts chosen for a token   P = N*C pairs of token and expert
+B batch   T tokens   N = B*T tokens   X experts   C routed experts per token   P = N*C pairs of token and expert
 E hidden_size   I moe_intermediate_size   O out_features   K in_features
 """
 
@@ -25,8 +25,8 @@ from qwen3fast.model.config import ModelConfig
 class Experts(nn.Module):
     """The weights of all experts, stacked; each expert is a SwiGLU as in feed_forward.py.
 
-    Names and layout are those of transformers 5; checkpoint/weights.py stacks the tensors of published checkpoints.
-    quantization/experts.py holds the form with rounded weights.
+    Names and layout are those of transformers 5; loading stacks the tensors of published checkpoints. The quantized
+    form is in quantization/experts.py.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -37,15 +37,15 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=0.02)
 
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """What the chosen experts make of each token, (N, C, E), same dtype. expert_NC: their numbers, int64.
+        """Return the routed experts' outputs for each token, (N, C, E), same dtype. expert_NC: their numbers, int64.
 
-        Only their weights are read, once for each pair.
+        Only their weights are read, once per pair.
         """
         gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
         return run_few(x_NE, expert_NC, gate_up, down)
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """The same of the same arguments, each expert with all of its tokens at once."""
+        """Return the result of `few`, computed by one product per expert with all of its tokens."""
         gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
         return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
 
@@ -55,7 +55,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
-    """What the chosen experts make of each token, (N, C, E), by products that take the expert of each row.
+    """Return the routed experts' outputs for each token, (N, C, E), by products that take the expert of each row.
 
     expert_NC: the experts' numbers, int64.
     """
@@ -67,7 +67,7 @@ def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) ->
 
 
 def run_many(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
-    """The same of the same arguments, by products of rows that are sorted by expert; see kernels/grouped.py."""
+    """Return the result of `run_few` by products of rows that are sorted by expert; see kernels/grouped.py."""
     N, C = expert_NC.shape
     expert_P, order_P = expert_NC.flatten().sort(stable=True)
     end_X = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True)
@@ -86,9 +86,9 @@ class MoE(nn.Module):
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def route(self, x_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts of each token and how much each counts: (N, C) float32, (N, C) int64.
+        """Return the weights and numbers of each token's routed experts: (N, C) float32, (N, C) int64.
 
-        Probabilities are over all experts, before the choice: chosen ones sum to 1 only if renormalised.
+        Probabilities are over all experts: those of the routed ones sum to 1 only if they are renormalized.
         """
         share_NC, expert_NC = self.gate(x_NE).softmax(dim=-1, dtype=torch.float32).topk(self.num_chosen)
         if self.is_renormalised:
@@ -96,7 +96,7 @@ class MoE(nn.Module):
         return share_NC, expert_NC
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """x_BTE: (batch, tokens, hidden_size). Returns the same shape."""
+        """Return the layer's output. x_BTE: (batch, tokens, hidden_size), and the result as well."""
         B, T, _ = x_BTE.shape
         x_NE = x_BTE.flatten(0, 1)
         share_NC, expert_NC = self.route(x_NE)
@@ -108,9 +108,9 @@ class MoE(nn.Module):
 
 
 def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
-    """x[p] @ weight[expert[p]].T for few rows, (P, O), same dtype. expert_P: int64.
+    """Return x[p] @ weight[expert[p]].T for few rows, (P, O), same dtype. expert_P: int64.
 
-    Compiled, it is a sum that reads the chosen weights where they are; eagerly, they are copied together first.
+    Compiled, it is a sum that reads the weights in place; eagerly, they are gathered first.
     """
     if is_compiling():
         return (weight_XOK[expert_P].float() * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
@@ -118,5 +118,5 @@ def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
 
 
 def grouped_linear(weight_XOK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
-    """x @ weight[e].T for the rows of each expert e, which end at end_X[e], (P, O)."""
+    """Return x @ weight[e].T for the rows of each expert e, which end at end_X[e], (P, O)."""
     return torch.ops.qwen3fast.grouped_linear(x_PK, weight_XOK, end_X)

@@ -1,12 +1,12 @@
-"""One model over several processes (tensor parallelism): split.py, ranks.py, layers.py, in this order.
+"""One model over several processes (tensor parallelism): shard.py, process_group.py, layers.py, in this order.
 
 The model files know nothing of it: each rank builds a smaller Qwen3, with some of the heads, some rows of the
-feed-forward parts and some of the vocabulary, and three wrappers exchange what the parts compute.
+feed-forward parts and some of the vocabulary, and three wrappers exchange the results.
 Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
 
 from qwen3fast.parallel.layers import connect
-from qwen3fast.parallel.ranks import Ranks
-from qwen3fast.parallel.split import Split
+from qwen3fast.parallel.process_group import Ranks
+from qwen3fast.parallel.shard import Split
 
 __all__ = ["Ranks", "Split", "connect"]

@@ -1,4 +1,4 @@
-"""Three wrappers that make a rank's smaller layers compute what the whole ones do.
+"""Three wrappers with which a rank's smaller layers give the results of the whole ones.
 
 B batch   T tokens   E hidden_size   V vocabulary   P part of it
 """
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.model import MoE, Qwen3
-from qwen3fast.parallel.ranks import Ranks
-from qwen3fast.parallel.split import Split
+from qwen3fast.parallel.process_group import Ranks
+from qwen3fast.parallel.shard import Split
 
 
 class SumOverRanks(nn.Module):
-    """A layer that knows some of its inputs (or of its experts' neurons): ranks' outputs are added up."""
+    """A layer that holds some of its inputs (or of its experts' neurons): the ranks' outputs are added."""
 
     def __init__(self, layer: nn.Module, ranks: Ranks) -> None:
         super().__init__()
         self.layer, self.ranks = layer, ranks
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """The whole layer's output, on every rank."""
+        """Return the whole layer's output, on every rank."""
         return self.ranks.sum(self.layer(x_BTE))
 
 
 class EmbeddingOverRanks(nn.Module):
-    """Token embedding: the rank that holds a token's row gives it, the others give zeros."""
+    """A token embedding: the rank that holds a token's row contributes it, the others contribute zeros."""
 
     def __init__(self, embedding: nn.Module, vocabulary: slice, ranks: Ranks) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class EmbeddingOverRanks(nn.Module):
 
 
 class LogitsOverRanks(nn.Module):
-    """Output projection: each rank computes the logits of its tokens, and gets the others'.
+    """An output projection: each rank computes the logits of its tokens, and receives the others'.
 
-    So all ranks see the same bits, and a sampler chooses the same tokens everywhere.
+    All ranks see the same bits, and a sampler chooses the same tokens everywhere.
     """
 
     def __init__(self, projection: nn.Module, vocab_size: int, ranks: Ranks) -> None:
@@ -51,14 +51,14 @@ class LogitsOverRanks(nn.Module):
         self.projection, self.vocab_size, self.ranks = projection, vocab_size, ranks
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """Logits of the whole vocabulary, (B, T, V)."""
+        """Return the logits of the whole vocabulary, (B, T, V)."""
         logits_BTP = self.projection(x_BTE)
         logits_NV = self.ranks.gather(logits_BTP.flatten(0, 1), self.vocab_size)
         return logits_NV.view(*x_BTE.shape[:2], self.vocab_size)
 
 
 def connect(model: Qwen3, split: Split, ranks: Ranks) -> None:
-    """Put the wrappers into this rank's part of a model, whose weights are there (and quantised, if they are to be)."""
+    """Put the wrappers into this rank's shard of a model, after its weights are loaded (and quantized)."""
     for name, module in list(model.named_modules()):
         if ranks.rank > 0 and name.endswith("o_proj") and module.bias is not None:
             module.bias.zero_()  # it must be added once

@@ -1,19 +1,23 @@
 """The host's loop on graphs that are recorded and replayed, with a recorder that does so on the CPU."""
 
+import gc
+import threading
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import assert_near, randomised, small_config
 from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine import Engine
-from qwen3fast.engine.cuda_graph import GraphCache, LastOperation
+from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
+from qwen3fast.kernels import attention
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
+from qwen3fast.sampling.samplers import SamplerKind
 from qwen3fast.scheduling import Request, Scheduler
 
 CPU = torch.device("cpu")
@@ -81,9 +85,9 @@ def make_engine(model, lookahead=0, recorder=None):
     cache = StaticKVCache(model.config, 3, 256, torch.float32, CPU)
     engine = Engine(model, cache, CPU, compile=False, lookahead=lookahead)
     if recorder is not None:
-        engine.graphs = GraphCache(recorder)
+        engine._use_graphs(GraphCache(recorder))
     elif lookahead:
-        engine.graphs = GraphCache(CpuRecorder(lambda: buffers_of(engine)))
+        engine._use_graphs(GraphCache(CpuRecorder(lambda: buffers_of(engine))))
     return engine
 
 
@@ -91,7 +95,8 @@ def buffers_of(engine):
     """What steps write to; some of it is allocated when a request first needs it."""
     processors = engine.processors.tensors if engine.processors is not None else []
     logprobs = vars(engine.logprobs).values() if engine.logprobs is not None else []
-    return [*engine.cache.tensors(), *vars(engine.state).values(), *processors, *logprobs]
+    chunks = [engine.captured._logits_1V] if engine.captured is not None else []
+    return [*engine.cache.tensors(), *vars(engine.state).values(), *processors, *logprobs, *chunks]
 
 
 def requests():
@@ -156,7 +161,7 @@ def test_replayed_steps_with_processors_give_the_same_tokens_and_log_probabiliti
             for at, there in zip(request.output_logprobs, other.output_logprobs, strict=True):
                 assert at.ids == there.ids
                 assert [at.chosen, *at.values] == pytest.approx([there.chosen, *there.values], abs=1e-4)
-        kinds = {kind for _, _, kind in engine.graphs._replays}
+        kinds = {key[2] for key in engine.graphs._replays if key[0] != "prefill"}
         assert {(kind.is_processed, kind.has_logprobs) for kind in kinds} >= {
             (False, False),
             (True, False),
@@ -170,6 +175,50 @@ def test_replayed_steps_with_processors_give_the_same_tokens_and_log_probabiliti
         assert torch.equal(getattr(engine.processors.tensors, name), getattr(neutral, name))
 
 
+@pytest.fixture
+def used_length(monkeypatch):
+    """Attention that stops at each query's position by itself, as the GPU's does, in PyTorch."""
+
+    def run(q_BTHD, cache, position_BT, mask_BTL):
+        k_BKSD, v_BKSD = cache.read(len(q_BTHD), cache.k_RKSD.shape[2], q_BTHD.dtype)
+        mask_BTS = torch.arange(k_BKSD.shape[2]) <= position_BT.clamp(min=0)[..., None]
+        return attention.attend(q_BTHD, k_BKSD, v_BKSD, mask_BTS)
+
+    form = attention.AttentionForm("used length", lambda q, cache: cache.row_B is None, run)
+    monkeypatch.setattr(attention, "FORMS", (form, *attention.FORMS))
+    monkeypatch.setattr("qwen3fast.engine.parts.finds_used_length", lambda *_: True)
+
+
+def test_where_attention_finds_the_used_length_warmup_captures_all_graphs(model, used_length):
+    """One for each chunk size that fits, and for each batch and sampler: none for each bucket, and none later."""
+    engine = make_engine(model, 2)
+    assert not engine.parts.needs_mask
+    engine.warmup()
+    batches = engine.batch_buckets()
+    assert len(engine.graphs) == engine.graphs._recorder.recorded == 4 + len(batches) * len(SamplerKind)
+    assert run(engine) == run(make_engine(model))  # requests of one bucket and of two
+    assert engine.graphs._recorder.recorded == len(engine.graphs) == 4 + len(batches) * len(SamplerKind)
+
+
+def test_first_chunks_are_replayed_with_their_own_tokens_row_and_end(model):
+    engine, plain = make_engine(model, 2), make_engine(model)
+    prompts = [[i % 97 for i in range(n)] for n in (3, 30, 32, 90, 20, 230)]  # chunks of 32, 128 and 256
+    for row, prompt in enumerate(prompts):
+        expected_1V = plain.prefill_whole(row % 3, prompt)
+        assert_near(engine.prefill_whole(row % 3, prompt), expected_1V)
+    assert {key for key in engine.graphs._replays} == {("prefill", 32), ("prefill", 128), ("prefill", 256)}
+    for ours, theirs in zip(engine.cache.tensors(), plain.cache.tensors(), strict=True):
+        assert_near(ours, theirs)
+
+
+def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
+    engine = make_engine(model, 2)
+    first_1V = engine.prefill_whole(0, [1, 2, 3])
+    kept_1V = first_1V.clone()
+    engine.prefill_whole(1, [4, 5])
+    assert torch.equal(first_1V, kept_1V)
+
+
 def test_steps_with_a_hook_are_in_no_graph(model):
     """It runs on the host, at every token anew; the others' tokens stay what they are in graphs."""
     plain = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 40, frozenset())
@@ -181,7 +230,8 @@ def test_steps_with_a_hook_are_in_no_graph(model):
     engine = make_engine(model, 2)
     assert run(engine, [plain, hooked]) == expected
     assert len(engine.graphs) == engine.graphs._recorder.recorded > 0
-    assert {rows for rows, _, _ in engine.graphs._replays} == {1}  # recorded before and after the two were together
+    # Recorded before and after the two were together.
+    assert {key[0] for key in engine.graphs._replays} == {"prefill", 1}
 
 
 def test_the_recorder_of_this_test_freezes_what_the_host_decides(model):
@@ -199,25 +249,96 @@ def test_the_recorder_of_this_test_freezes_what_the_host_decides(model):
 
 
 class RefusingRecorder:
-    """A recorder for which every step fails."""
+    """A recorder for which some steps fail. refuses: tells by the number of a call whether it fails; error: how."""
+
+    def __init__(self, refuses=lambda number: True, error=RuntimeError, buffers=None):
+        self.refuses, self.error, self.calls = refuses, error, 0
+        self.recorder = CpuRecorder(buffers)
 
     def warm_up(self, step):
+        assert not gc.isenabled()
         step()
 
     def record(self, step):
-        with LastOperation() as operations:
-            torch.zeros(2).nonzero()
-        raise RuntimeError(f"{operations.name}: operation not permitted when stream is capturing")
+        self.calls += 1
+        assert not gc.isenabled()
+        if self.refuses(self.calls):
+            raise self.error("operation not permitted when stream is capturing")
+        return self.recorder.record(step)
 
 
-def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_one_warning(model):
+def refusing_engine(model, **options):
+    engine = make_engine(model)
+    engine._use_graphs(GraphCache(RefusingRecorder(buffers=lambda: buffers_of(engine), **options)))
+    return engine
+
+
+def test_steps_that_cannot_be_recorded_run_uncaptured_with_one_warning(model):
     expected = run(make_engine(model))
-    engine = make_engine(model, 2, RefusingRecorder())
-    with pytest.warns(
-        UserWarning, match=r"runs without, slower; failed at aten\.nonzero\.default: .*cuda_graphs=False"
-    ):
+    engine = refusing_engine(model)
+    with pytest.warns(UserWarning, match=r"runs without, slower: operation not permitted.*cuda_graphs=False"):
         assert run(engine) == expected
+    calls = engine.graphs._recorder.calls
+    assert calls == ATTEMPTS * len(engine.graphs.failures) > ATTEMPTS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(engine) == expected
-    assert len(engine.graphs) == 0
+    assert len(engine.graphs) == 0 and engine.graphs._recorder.calls == calls
+    assert engine.graphs.failure == "operation not permitted when stream is capturing"
+    assert gc.isenabled()
+
+
+def test_a_capture_that_another_thread_breaks_is_tried_once_more(model):
+    engine = refusing_engine(model, refuses=lambda number: number % 2 == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(engine) == run(make_engine(model))
+    assert len(engine.graphs) >= 3 and engine.graphs.failure == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_a_step_that_cannot_be_captured_costs_its_own_graph_alone(model, error):
+    """The request that ran into it, and all others, go on."""
+    engine = refusing_engine(model, refuses=lambda number: number <= 2, error=error)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        assert run(engine) == run(make_engine(model))
+    assert len(engine.graphs.failures) == (1 if error is RuntimeError else 2)
+    assert len(engine.graphs) >= 2
+    assert not set(engine.graphs.failures) & set(engine.graphs._replays)
+
+
+def test_captures_of_two_engines_wait_for_each_other():
+    started, go, order = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __init__(self, name):
+            self.name = name
+
+        def warm_up(self, step):
+            order.append(f"{self.name} begins")
+            started.set()
+            assert go.wait(30)
+
+        def record(self, step):
+            order.append(f"{self.name} ends")
+            return step
+
+    caches = [GraphCache(Slow(name)) for name in ("first", "second")]
+    threads = [threading.Thread(target=graphs.run, args=("key", lambda: None)) for graphs in caches]
+    threads[0].start()
+    assert started.wait(30)
+    threads[1].start()
+    threads[1].join(0.05)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_garbage_collection_that_was_off_stays_off():
+    gc.disable()
+    try:
+        GraphCache(CpuRecorder(list)).run("key", lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -14,22 +14,22 @@ from parallel_worker import everything
 
 from qwen3fast import Generator
 from qwen3fast.engine import Engine
-from qwen3fast.engine.distributed import NOT_TOLD, LeadingEngine, follow
+from qwen3fast.engine.distributed import NOT_BROADCAST, LeadingEngine, follow
 from qwen3fast.model.kv_cache import StaticKVCache
 
 CPU = torch.device("cpu")
 
 
 class Tape:
-    """Stands for `Ranks`: what rank 0 tells and shares is kept, and played to the other rank later."""
+    """Stands for `Ranks`: what rank 0 broadcasts and shares is kept, and played to the other rank later."""
 
     def __init__(self, is_leader: bool = True, messages: deque[Any] | None = None) -> None:
         self.is_leader, self.messages = is_leader, messages if messages is not None else deque()
 
-    def tell(self, message: Any) -> None:
+    def broadcast(self, message: Any) -> None:
         self.messages.append(pickle.dumps(message))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         return pickle.loads(self.messages.popleft())
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypa
         leader = generator._runner.scheduler.engine._engine
     follower = make_engine(model, lookahead)
     follow(follower, Tape(is_leader=False, messages=tape.messages))
-    assert not tape.messages, "it has heard all"
+    assert not tape.messages, "it has received all"
     for name, tensor in vars(leader.state).items():
         assert_same(getattr(follower.state, name), tensor)
     for ours, theirs in zip(follower.cache.tensors(), leader.cache.tensors(), strict=True):
@@ -69,33 +69,36 @@ def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypa
 
 
 METHODS = sorted(name for name, value in vars(Engine).items() if inspect.isfunction(value) and name[0] != "_")
-ARGUMENTS = {"sample_first": (0, torch.zeros(1, 3), None), "launch": (1, 1, None)}  # of those that are told otherwise
+ARGUMENTS = {
+    "sample_first": (0, torch.zeros(1, 3), None),
+    "launch": (1, 1, None),
+}  # of methods with messages of their own
 
 
-def test_methods_that_are_not_told_are_some_of_the_engines():
-    assert NOT_TOLD.issubset(METHODS)
+def test_methods_that_are_not_broadcast_are_some_of_the_engines():
+    assert NOT_BROADCAST.issubset(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_of_the_engine_is_told_or_named_as_not_told(model, monkeypatch, name):
+def test_every_method_of_the_engine_is_broadcast_or_named_as_not_broadcast(model, monkeypatch, name):
     tape, done = Tape(), []
     monkeypatch.setattr(Engine, name, lambda *arguments: done.append(arguments))
     getattr(LeadingEngine(make_engine(model), tape), name)(*ARGUMENTS.get(name, ()))
     assert len(done) == 1
-    assert [pickle.loads(message)[0] for message in tape.messages] == ([] if name in NOT_TOLD else [name])
+    assert [pickle.loads(message)[0] for message in tape.messages] == ([] if name in NOT_BROADCAST else [name])
 
 
-def test_methods_are_told_with_their_arguments_and_give_what_the_engine_gives(model):
+def test_methods_are_broadcast_with_their_arguments_and_give_what_the_engine_gives(model):
     tape = Tape()
     engine = LeadingEngine(make_engine(model), tape)
     engine.copy_row(0, 1, 5)
     assert_same(engine.prefill_whole(0, [1, 2, 3]), make_engine(model).prefill_whole(0, [1, 2, 3]))
     assert engine.batch_bucket(3) == 3
-    told = [pickle.loads(message) for message in tape.messages]
-    assert told == [("copy_row", (0, 1, 5)), ("prefill_whole", (0, [1, 2, 3]))]
+    sent = [pickle.loads(message) for message in tape.messages]
+    assert sent == [("copy_row", (0, 1, 5)), ("prefill_whole", (0, [1, 2, 3]))]
 
 
-def test_warmup_is_told_without_what_reports(model):
+def test_warmup_is_broadcast_without_what_reports(model):
     tape, parts = Tape(), []
     LeadingEngine(make_engine(model), tape).warmup(parts.append)
     assert parts[0] == "prefill"
@@ -108,7 +111,7 @@ def test_a_leader_whose_step_failed_refuses_all_later_calls(model, monkeypatch):
     monkeypatch.setattr(Engine, "copy_row", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.copy_row(0, 1, 5)
-    with pytest.raises(RuntimeError, match="the ranks are out of step since an earlier error; start them anew"):
+    with pytest.raises(RuntimeError, match="the ranks are out of step since an earlier error; restart them"):
         engine.clear_row(0)
 
 
@@ -123,7 +126,7 @@ def test_a_split_model_cannot_be_saved(model, tmp_path):
 
 def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
     class Gone(Tape):
-        def tell(self, message: Any) -> None:
+        def broadcast(self, message: Any) -> None:
             raise RuntimeError("connection closed by peer")
 
     LeadingEngine(make_engine(model), Gone()).close()

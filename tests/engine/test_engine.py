@@ -78,8 +78,7 @@ def test_decode_leaves_empty_rows_where_they_are(model):
     assert engine.state.position_R.tolist() == [-1, 4, -1]
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(("cache_dtype", "compile"), [(torch.float32, False), (torch.int8, False), (torch.int8, True)])
 def test_empty_rows_leave_what_they_hold_as_it_is(model, cache_dtype, compile):
     """They write to the last position, which nothing reads: one past those that a bucket can hold."""
     cache = StaticKVCache(model.config, 3, 128, cache_dtype, CPU)
@@ -177,7 +176,8 @@ def test_nothing_compiles_after_warmup(model, compiled):
             )
             for _ in prompts
         ]
-        compiled.generate(prompts, params)
+        with torch.compiler.set_stance("fail_on_recompile"):  # in all threads
+            compiled.generate(prompts, params)
     assert compiled.stats.compilations == compilations
 
 

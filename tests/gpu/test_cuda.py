@@ -11,7 +11,7 @@ from torch import nn
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.engine import Engine
 from qwen3fast.kernels import cuda
-from qwen3fast.model.attention import attend, attend_last
+from qwen3fast.kernels.attention import attend, attend_last
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize

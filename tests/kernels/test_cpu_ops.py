@@ -211,7 +211,7 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """What `cpu.DecodeLayers` is made of: lists of the model's and the cache's tensors."""
+    """What `cpu.DecodeLayersCall` is made of: lists of the model's and the cache's tensors."""
     norms, weights, scales = [], [], []
     for block in model.model.layers:
         a, f = block.self_attn, block.mlp
@@ -331,8 +331,8 @@ def test_decode_layers_leave_other_models_alone():
         (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "caches alike"),
         (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
         (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
-        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "factors of keys and values"),
-        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "factors of keys and values"),
+        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "scales of keys and values"),
+        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "scales of keys and values"),
     ],
 )
 def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message):
@@ -340,7 +340,7 @@ def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message)
     arguments = layers_arguments(model, cache)
     spoil(arguments)
     with pytest.raises(ValueError, match=message):
-        cpu.DecodeLayers(**arguments)
+        cpu.DecodeLayersCall(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ operations, layers = torch.load({path!r})
 for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
-    assert_near(cpu.DecodeLayers(**arguments)(cpu.functions(), *inputs), expected)
+    assert_near(cpu.DecodeLayersCall(**arguments)(cpu.functions(), *inputs), expected)
 """
 
 
@@ -474,6 +474,7 @@ def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_was_tried", False)
     monkeypatch.setattr(cpu, "_functions", None)
+    monkeypatch.setattr(cpu, "_is_ready", False)
     assert cpu.load() is False
     assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text
     assert not cpu.is_loaded()

@@ -1,8 +1,8 @@
-"""C++ operations for bfloat16 and quantised weights on CPUs: read ops.h, then the .cpp file of interest.
+"""C++ operations for bfloat16 and quantized weights on CPUs: read ops.h, then the .cpp file of interest.
 
-`torch.ops.qwen3fast.*` (ops.py) and `DecodeLayers` (decode_layers.py), after `load()`. Where the C++ cannot be built,
-callers use their PyTorch forms. bfloat16 models do so, too, when they run eagerly, as the plain form that others are
-compared with (see kernels/compiling.py).
+After `load()` there are `torch.ops.qwen3fast.*` (ops.py) and `DecodeLayersCall` (decode_layers.py). Where the C++
+cannot be built, callers use their PyTorch forms. Models in bfloat16 also use these when they run eagerly, as the
+reference that other forms are compared with (see kernels/compiling.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
-from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayers
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall
 from qwen3fast.kernels.cpu.ops import MAX_ROWS, round_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
@@ -27,7 +27,7 @@ __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
     "MAX_ROWS",
-    "DecodeLayers",
+    "DecodeLayersCall",
     "can_decode_attention",
     "can_matvec",
     "can_prefill_attention",
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 _functions: ctypes.CDLL | None = None
 _was_tried = False
+_is_ready = False  # `_functions` are there; a plain flag, which torch.compile can read
 _is_off = False
 
 
@@ -52,22 +53,23 @@ def load(jobs: int | None = None) -> bool:
     jobs: compilers that run at the same time, all of them by default.
     Returns: whether they can be used; the reason is logged if not. Only GCC and Clang on Linux are tried.
     """
-    global _functions, _was_tried
+    global _functions, _is_ready, _was_tried
     with _loading:
         if not _was_tried:
             _was_tried = True
             _functions = _load(jobs)
+            _is_ready = _functions is not None
         return is_loaded()
 
 
 def is_loaded() -> bool:
-    """Whether `load` has succeeded in this process."""
-    return _functions is not None and not _is_off
+    """Return whether `load` has succeeded in this process."""
+    return _is_ready and not _is_off
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Everything runs without the operations meanwhile, in all threads: for measurements of what they are worth."""
+    """Run everything without the operations meanwhile, in all threads: for measurements of their worth."""
     global _is_off
     _is_off = True
     try:
@@ -77,7 +79,7 @@ def switched_off() -> Iterator[None]:
 
 
 def functions() -> ctypes.CDLL:
-    """The functions of ops.h; only after `load` has succeeded."""
+    """Return the functions of ops.h; only after `load` has succeeded."""
     assert _functions is not None, "load() must come first"
     return _functions
 
@@ -97,7 +99,7 @@ def _load(jobs: int | None) -> ctypes.CDLL | None:
 
 
 def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.matvec` serves this product."""
+    """Return whether `torch.ops.qwen3fast.matvec` serves this product."""
     return (
         may_use_operations()
         and x.device.type == "cpu"
@@ -109,7 +111,7 @@ def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
 
 
 def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.decode_attention` serves this query."""
+    """Return whether `torch.ops.qwen3fast.decode_attention` serves this query."""
     return (
         may_use_operations()
         and q_BTHD.device.type == "cpu"
@@ -122,7 +124,7 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
 
 
 def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.prefill_attention` serves these queries."""
+    """Return whether `torch.ops.qwen3fast.prefill_attention` serves these queries."""
     return (
         may_use_operations()
         and q_BTHD.device.type == "cpu"

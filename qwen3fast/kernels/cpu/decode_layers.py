@@ -14,7 +14,7 @@ from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes,
 MAX_DECODE_ROWS = 32
 
 
-class DecodeLayers:
+class DecodeLayersCall:
     """Runs the blocks; checks weights and cache, and notes their addresses, once."""
 
     def __init__(
@@ -28,7 +28,7 @@ class DecodeLayers:
         scales: Sequence[Tensor | None],
         eps: float,
     ) -> None:
-        """One cache a layer (see `Cache` in ops.h; no factors for bfloat16), norms and weights in the order of `Layer`.
+        """Check and keep one cache per layer (see `Cache` in ops.h), norms and weights in the order of `Layer`.
 
         scales: of packed weights; None for bfloat16.
         Raises: ValueError for tensors that it does not serve.
@@ -36,11 +36,11 @@ class DecodeLayers:
         L = len(keys)
         require(
             L > 0 and len(values) == L and len(norms) == 4 * L and len(weights) == len(scales) == 7 * L,
-            "decode_layers: there must be keys, values, four norms, seven weights and seven scales a layer",
+            "decode_layers: there must be keys, values, four norms, seven weights and seven scales per layer",
         )
         require(
             len(key_scales) == len(value_scales) == (L if keys[0].dtype == torch.int8 else 0),
-            "decode_layers: factors of keys and values are for int8 only, and needed there",
+            "decode_layers: scales of keys and values are for int8 only, and needed there",
         )
         # Kept alive: the memory, whatever becomes of the parameters that it belongs to.
         lists = (keys, values, key_scales, value_scales, norms, weights, scales)
@@ -107,13 +107,13 @@ def _linear(weight: Tensor, scale: Tensor | None) -> Linear:
 def _vector(vector: Tensor, size: int) -> int:
     require(
         vector.dtype == torch.bfloat16 and vector.is_contiguous() and vector.shape == (size,),
-        "decode_layers: norms must be bfloat16, of the size of what they scale",
+        "decode_layers: norms must be bfloat16, of the size of their input",
     )
     return vector.data_ptr()
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
-    """Weights that fit each other; those with the same input must have the same bits, too."""
+    """Check that weights fit each other, and that weights with the same input have the same bits."""
     q, o, gate, down = layer.q, layer.o, layer.gate, layer.down
     expected = [
         *((w, n * s.D, s.E, q.bits) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
@@ -127,5 +127,5 @@ def _require_sizes(layer: Layer, s: Sizes) -> None:
     )
     require(
         fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0,
-        "decode_layers: weights of alike layers, sizes multiples of 16 (packed: of 32), D of 32",
+        "decode_layers: weights of equal layers, sizes multiples of 16 (packed: of 32), D of 32",
     )

@@ -1,8 +1,8 @@
-"""The experts that a router chose as one operation, `torch.ops.qwen3fast.quantized_experts` (experts.cpp).
+"""Routed experts as one operation, `torch.ops.qwen3fast.quantized_experts` (experts.cpp).
 
-The chosen numbers are read where they are, on the CPU: which experts they are need not be known when code is compiled.
+Their numbers are read when it runs, so compiled code does not depend on them.
 
-N tokens   C experts a token   E hidden_size
+N tokens   C experts per token   E hidden_size
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _functions: ctypes.CDLL
 
 
 def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> None:
-    """Use these functions; define the operation in `library`, if given: once in a process."""
+    """Use these functions; define the operation in `library`, if given (once per process)."""
     global _functions
     _functions = functions
     functions.qwen3fast_quantized_experts.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
@@ -31,7 +31,7 @@ def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> N
 
 
 def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of the chosen experts, (N, C, E) bfloat16.
+    """Return down(silu(gate(x)) * up(x)) of the routed experts, (N, C, E) bfloat16.
 
     x_NE: bfloat16. expert_NC: int64. gate_up, down: packed bytes and scales of all experts' weights one below the
     other, gate before up in each, as `Packed` in quantization/formats.py.

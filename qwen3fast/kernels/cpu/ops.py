@@ -14,8 +14,8 @@ from torch import Tensor
 from qwen3fast.kernels.cpu import experts
 from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
 
-# Of a product that streams its weight. More are bound by arithmetic, which PyTorch's product does as fast; and what is
-# compiled for a prompt's chunks, or without a cache, never has so few: it needs no second form.
+# Rows of a product that streams its weight. More rows are bound by arithmetic, where PyTorch's product is as fast.
+# Chunks of a prompt, and steps without a cache, always have more: they need no second form.
 MAX_ROWS = 15
 
 _registered: torch.library.Library | None = None
@@ -23,7 +23,7 @@ _functions: ctypes.CDLL
 
 
 def register(functions: ctypes.CDLL) -> None:
-    """Define the operations, once in a process; `functions` are those of ops.h."""
+    """Define the operations (once per process). functions: of ops.h."""
     global _registered, _functions
     _functions = functions
     for name, pointers, integers in (
@@ -70,7 +70,7 @@ def register(functions: ctypes.CDLL) -> None:
 
 
 def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ weight.T for few rows. x: (..., K) bfloat16, up to MAX_ROWS rows. Returns (..., N)."""
+    """Return x @ weight.T for few rows, (..., N). x: (..., K) bfloat16, up to MAX_ROWS rows."""
     N, K = weight_NK.shape
     M = x.numel() // K
     require(x.dtype == weight_NK.dtype == torch.bfloat16, "matvec: bfloat16 only")
@@ -86,7 +86,7 @@ def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
-    """x @ weight.T for packed weights of the same K and bits, results side by side. x: (..., K) bfloat16."""
+    """Return x @ weight.T for packed weights of the same K and bits, side by side. x: (..., K) bfloat16."""
     K = x.shape[-1]
     require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
     require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
@@ -109,7 +109,7 @@ def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]
 
 
 def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
-    """Round a weight, (N, K) bfloat16, into packed and scale, which say in how many bits; see `packed_linear`.
+    """Quantize a weight, (N, K) bfloat16, into packed and scale, whose shapes give the bits; see `packed_linear`.
 
     Raises: ValueError for another dtype, device, shape or layout.
     """
@@ -127,7 +127,7 @@ def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
 
 
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
-    """Rows of a packed weight, (R, K) bfloat16; row_R: int64."""
+    """Return rows of a packed weight, (R, K) bfloat16; row_R: int64."""
     linear = packed_linear(packed, scale)
     require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
     row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16)
@@ -144,7 +144,10 @@ def decode_attention(
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
 ) -> Tensor:
-    """One query a row, T = 1, over positions 0..position_B1 (int64) of rows 0..B-1. Returns (B, H, 1, D) bfloat16."""
+    """Return attention of one query per row, T = 1, over positions 0..position_B1 of rows 0..B-1: (B, H, 1, D).
+
+    q_BTHD: bfloat16. position_B1: int64.
+    """
     (B, T, H, D), (R, K, S, _) = q_BTHD.shape, k_RKSD.shape
     layer = _checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
     require(
@@ -171,7 +174,10 @@ def prefill_attention(
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
 ) -> Tensor:
-    """Each query over positions 0..its own of cache row row_B (both int64). Returns (B, T, H, D) bfloat16."""
+    """Return attention of each query over positions 0..its own of cache row row_B: (B, T, H, D) bfloat16.
+
+    position_BT, row_B: int64.
+    """
     (B, T, H, D), (_, K, S, _) = q_BTHD.shape, k_RKSD.shape
     layer = _checked_cache("prefill_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
     require(D % (2 * LANES) == 0, "prefill_attention: D a multiple of 32")

@@ -1,4 +1,4 @@
-"""The structures of ops.h, made of tensors; whoever makes one must keep the tensors alive."""
+"""The structures of ops.h, built from tensors. The caller keeps the tensors alive."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Sizes(ctypes.Structure):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises: ValueError with this message if the condition does not hold."""
+    """Check a condition. Raises: ValueError with this message if it does not hold."""
     if not condition:
         raise ValueError(message)
 
 
 def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
-    """Quantised weights as quantized.cpp describes them.
+    """Return quantized weights as quantized.cpp describes them.
 
     Raises: ValueError for tensors that are not.
     """
@@ -73,7 +73,7 @@ def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
 
 
 def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:
-    """Keys and values of one layer.
+    """Return keys and values of one layer.
 
     Raises: ValueError for tensors that are not as ops.h describes them.
     """
@@ -86,15 +86,15 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
             and tensor.shape == k_RKSD.shape
             and tensor.dtype == k_RKSD.dtype
             and tensor.device.type == "cpu",
-            "keys and values must be (R, K, S, D), alike, contiguous",
+            "keys and values must be (R, K, S, D), equal in shape and dtype, contiguous",
         )
     pointers = []
     for scale in (k_scale_RKS, v_scale_RKS):
-        require((scale is not None) == is_rounded, "factors of keys and values are for int8 only, and needed there")
+        require((scale is not None) == is_rounded, "scales of keys and values are for int8 only, and needed there")
         if scale is not None:
             require(
                 scale.dtype == torch.float32 and scale.is_contiguous() and scale.shape == k_RKSD.shape[:3],
-                "factors of keys and values must be (R, K, S) float32, contiguous",
+                "scales of keys and values must be (R, K, S) float32, contiguous",
             )
         pointers.append(None if scale is None else scale.data_ptr())
     return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)

@@ -18,7 +18,7 @@ from qwen3fast.checkpoint import load_weights, random_model, weights
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
-from qwen3fast.parallel.split import split_dim
+from qwen3fast.parallel.shard import split_dim
 
 CPU = torch.device("cpu")
 CONFIG = small_config(num_attention_heads=8, num_key_value_heads=4, attention_bias=True, tie_word_embeddings=False)

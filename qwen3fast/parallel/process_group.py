@@ -1,7 +1,6 @@
-"""Ranks: the processes that share a model, and the few ways in which they talk.
+"""Ranks: the processes that share a model, and how they communicate.
 
-Tensors travel by NCCL between CUDA devices (not run yet) and by gloo between CPUs; what to do next travels by gloo.
-PyTorch's side of it is imported when it is used: that is slow.
+Tensors travel by NCCL between CUDA devices and by gloo between CPUs; messages travel by gloo.
 
 N rows   P part of the vocabulary   V vocabulary
 """
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-# How long a rank waits for the others in a step: first steps compile, and not all ranks are done at the same time.
+# How long a rank waits for the others in a step: first steps compile, and not all ranks finish at the same time.
 STEP_TIMEOUT = timedelta(minutes=10)
 # Followers may have nothing to do for long. (If rank 0 ends, they notice at once.)
 IDLE_TIMEOUT = timedelta(days=365)
@@ -26,12 +26,9 @@ IDLE_TIMEOUT = timedelta(days=365)
 class Ranks:
     """This process's place among the ranks, `rank` of `size`, and its connections. Rank 0 leads."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self) -> None:
         """Connect the processes of the default group, which must be there."""
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.mesh = init_device_mesh(device_type, (self.size,), mesh_dim_names=("tensor",))
         self._commands = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
 
     @classmethod
@@ -57,46 +54,48 @@ class Ranks:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=STEP_TIMEOUT)
             weakref.finalize(cls, _end)  # when the program ends, after Generators that were not closed before
-        return cls(device_type)
+        return cls()
 
     @property
     def is_leader(self) -> bool:
-        """Whether this is the rank that takes requests."""
+        """Return whether this is the rank that takes requests."""
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, the same bits on each. A graph, compiled or captured, can hold it."""
-        # DTensor's Partial -> Replicate does the same; without its bookkeeping, this is shorter by a third (eagerly).
-        from torch.distributed._functional_collectives import all_reduce, wait_tensor
-
-        return wait_tensor(all_reduce(x, "sum", self.mesh))
+        """Return the sum of all ranks' tensors, the same bits on each. A graph, compiled or captured, can hold it."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     def gather(self, x_NP: Tensor, size: int) -> Tensor:
-        """All ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer columns than the others."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer than the first.
 
-        shape, stride = torch.Size((x_NP.shape[0], size)), (size, 1)
-        split = DTensor.from_local(x_NP, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
-        return split.redistribute(placements=[Replicate()]).to_local()
+        A graph can hold it, too.
+        """
+        rows, columns = x_NP.shape[0], -(-size // self.size)
+        own_NP = F.pad(x_NP, (0, columns - x_NP.shape[1])).contiguous()
+        every = own_NP.new_empty(self.size * rows, columns)
+        dist.all_gather_into_tensor(every, own_NP)
+        return every.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)[:, :size].contiguous()
 
     def share(self, x: Tensor) -> Tensor:
-        """Rank 0's tensor, on all ranks; the others give one of the same shape and dtype."""
+        """Broadcast rank 0's tensor and return it; the others pass one of the same shape and dtype."""
         x = x.contiguous()
         dist.broadcast(x, src=0)
         return x
 
-    def tell(self, message: Any) -> None:
-        """Rank 0: send a message to all others."""
+    def broadcast(self, message: Any) -> None:
+        """Send a message from rank 0 to all others."""
         dist.broadcast_object_list([message], src=0, group=self._commands)
 
-    def hear(self) -> Any:
-        """The others: wait for the next message. Raises: RuntimeError if rank 0 is gone."""
+    def receive(self) -> Any:
+        """Wait for rank 0's next message, on the others. Raises: RuntimeError if rank 0 is gone."""
         message: list[Any] = [None]
         dist.broadcast_object_list(message, src=0, group=self._commands)
         return message[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """Connections are not copied with a module that has them."""
+        """Return this object: connections are not copied with a module that has them."""
         return self
 
 

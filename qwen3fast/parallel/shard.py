@@ -1,4 +1,4 @@
-"""Split: which part of each weight a rank holds. Arithmetic alone; nothing here talks to other processes."""
+"""Split: the shard of each weight that a rank holds. Arithmetic alone; nothing here communicates."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ STACKED_SPLIT_DIM = {"gate_up_proj": 1, "down_proj": 2}  # of `Experts`, which c
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension that a parameter or a checkpoint's tensor of this name is split along; None if ranks hold it whole.
+    """Return the dimension that a tensor of this name is split along; None if every rank holds it whole.
 
-    That is DTensor's Shard(dim) or Replicate().
+    name: of a parameter or a checkpoint's tensor. The answers are DTensor's Shard(dim) and Replicate().
     """
     *_, module, parameter = name.split(".")
     if module == "experts":
@@ -42,9 +42,9 @@ def split_dim(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Split:
-    """The part of rank `rank` of `size` of a model with this config.
+    """The shard of rank `rank` of `size` of a model with this config.
 
-    Raises: ValueError, when built, if the model cannot be split in so many parts.
+    Raises: ValueError, when built, if the model cannot be split into so many shards.
     """
 
     config: ModelConfig
@@ -67,12 +67,12 @@ class Split:
 
     @property
     def vocabulary(self) -> slice:
-        """The tokens whose rows of embedding and output projection this rank holds."""
+        """Return the tokens whose rows of embedding and output projection this rank holds."""
         return self._own(self.config.vocab_size)
 
     @property
     def local_config(self) -> ModelConfig:
-        """That of this rank's part; but its vocab_size is the whole one, as every rank gets all logits."""
+        """Return the config of this rank's shard; its vocab_size is the whole one, since every rank gets all logits."""
         c = self.config
         return replace(
             c,
@@ -83,15 +83,18 @@ class Split:
         )
 
     def build_on_meta(self) -> Qwen3:
-        """This rank's part without memory. Each of its layers is an ordinary one, only smaller."""
+        """Build this rank's shard without memory. Each of its layers is an ordinary one, only smaller."""
         rows = self.vocabulary.stop - self.vocabulary.start
         model = build_on_meta(replace(self.local_config, vocab_size=rows))
         model.config = self.local_config
         return model
 
     def take(self, name: str, whole: Any) -> Tensor:
-        """This rank's part of a tensor, contiguous. whole: a Tensor, or one in a file (safetensors' slice), of which
-        only that part is copied, or, where it lies in one piece, none: it is the mapped pages then."""
+        """Return this rank's shard of a tensor, contiguous.
+
+        whole: a Tensor, or one in a file (safetensors' slice), of which only the shard is copied; a shard that lies in
+        one piece is not copied: it is the mapped pages.
+        """
         dim = split_dim(name)
         if dim is None:
             return whole[:]
@@ -106,6 +109,6 @@ class Split:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def _own(self, size: int) -> slice:
-        """As `torch.chunk` and DTensor's Shard: parts of the same size, but the last ones may be smaller."""
+        """Return the range of this rank, as `torch.chunk` and DTensor's Shard do: the last ones may be smaller."""
         part = -(-size // self.size)
         return slice(min(self.rank * part, size), min((self.rank + 1) * part, size))

@@ -1,0 +1,203 @@
+"""How many forms a step is compiled into, and that they serve every chunk, bucket and batch: with the code as
+`torch.compile` traces it, but run uncompiled, which takes no time.
+
+For CUDA devices tensors have no memory ("meta") and the sizes are those of published models.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import randomised, small_config
+
+from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.dynamic_sizes import Dynamic
+from qwen3fast.engine.parts import Parts, row_ranges
+from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.kernels import cpu, cuda
+from qwen3fast.model import build_on_meta, rope_tables
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
+from qwen3fast.sampling.processors import ProcessorRows
+from qwen3fast.sampling.samplers import SamplerKind
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ROWS = 6
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "hidden_size": 64}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that `torch.compile` made: one for each form, unless a form was compiled again."""
+    compile, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def traced(function, fullgraph, dynamic, options):
+        kept = {"guard_filter_fn": options["guard_filter_fn"]}
+        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=kept)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    return graphs
+
+
+def prefill(engine, size, start):
+    row_1, token_1T = (
+        torch.zeros(*shape, dtype=torch.int64, device=engine.cos_SD.device) for shape in ((1,), (1, size))
+    )
+    prefill_chunk(engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, row_1, token_1T, start)
+
+
+def decode(engine, rows, length, sampler=SamplerKind.GREEDY):
+    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
+    decode_step(*fixed, rows, length, sampler)
+
+
+def run_everything(engine):
+    """Every chunk size, also behind tokens that are there already; every batch, bucket and sampler; no cache."""
+    for size in CHUNK_SIZES:
+        for start in (0, 1, 37, engine.cache.allocated_len - size):
+            prefill(engine, size, start)
+    for rows in range(1, ROWS + 1):
+        for length in engine.cache.buckets[:: 3 if rows > 1 else 1]:
+            decode(engine, rows, length)
+        for sampler in SamplerKind:
+            decode(engine, rows, engine.cache.buckets[0], sampler)
+
+
+def on_meta(size, quantization, cache_dtype=torch.bfloat16):
+    """What of an engine a step on a CUDA device uses."""
+    config = replace(ModelConfig.named(size), num_hidden_layers=2)
+    model = build_on_meta(config)
+    if quantization is not None:
+        quantize_model(model, quantization, config.dtype)
+    cache = StaticKVCache(config, ROWS, 1024, cache_dtype, META)
+    compiler = StepCompiler(True, META)
+    cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, META)
+    parts, state = Parts.build(compiler, model, cache), DecodeState.allocate(ROWS, META)
+    return SimpleNamespace(
+        model=model, parts=parts, cache=cache, state=state, cos_SD=cos_SD, sin_SD=sin_SD, compiler=compiler
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "quantization", "cache_dtype"),
+    [
+        ("0.6b", None, torch.bfloat16),
+        ("0.6b", "fp8", torch.int8),
+        ("8b", "int4", torch.bfloat16),
+        ("30b-a3b", "int8", torch.bfloat16),
+    ],
+)
+def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantization, cache_dtype, graphs, monkeypatch):
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "meta")
+    monkeypatch.setattr(cuda, "_has_flash", True)
+    monkeypatch.setattr("qwen3fast.kernels.attention.attend", None)  # not to be called: it needs the length
+    with torch.no_grad():
+        engine = on_meta(size, quantization, cache_dtype)
+        assert not engine.parts.needs_mask
+        prefill(engine, 32, 0)
+        for rows in (1, 2):
+            for sampler in SamplerKind:
+                decode(engine, rows, 128, sampler)
+        # A block for prompts, and for steps of one row and of more: embedding, block, logits, the rest, three samplers.
+        assert engine.compiler.compilations == len(graphs) == 1 + 2 * (4 + len(SamplerKind))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run_everything(engine)
+    assert engine.compiler.compilations == len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "changes"),
+    [
+        (torch.float32, None, {}),
+        (torch.bfloat16, None, {"head_dim": 32}),
+        (torch.bfloat16, "int4", EXPERTS | {"head_dim": 32}),
+    ],
+    ids=["float32", "bfloat16", "int4 experts"],
+)
+def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, graphs, monkeypatch, one_thread):
+    monkeypatch.setattr("qwen3fast.engine.decode_layers.DecodeLayers.serves", lambda self, rows: False)
+    config = small_config(max_position_embeddings=1024, num_hidden_layers=3, dtype=dtype, **changes)
+    model = randomised(config).to(dtype)
+    if quantization is not None:
+        quantize_model(model, quantization, dtype)
+    engine = Engine(model, StaticKVCache(config, ROWS, 1024, dtype, CPU), CPU, True)
+    engine.warmup()
+    forms = engine.compiler.compilations
+    batches = 1 + len(row_ranges(config, CPU, ROWS))
+    # Block, logits, processors and three samplers for each range of batches, and a block for prompts.
+    assert forms == len(graphs) == 1 + batches * (3 + len(SamplerKind))
+    assert batches == (3 if config.num_experts else 2)
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        run_everything(engine)
+        for rows in range(1, ROWS + 1):
+            neutral = ProcessorRows.neutral(rows, config.vocab_size, CPU)
+            engine.parts.processors(None, torch.zeros(rows, config.vocab_size), *neutral)
+        for row in range(ROWS):  # a row's first token
+            engine.sample_first(row, torch.zeros(1, config.vocab_size), StepKind(SamplerKind.WINDOW))
+    assert engine.compiler.compilations == len(graphs) == forms
+
+
+def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
+    config = small_config(num_hidden_layers=3, max_position_embeddings=1024)
+    engine = Engine(randomised(config), StaticKVCache(config, 1, 1024, torch.float32, CPU), CPU, True)
+    engine.logits_uncached([1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (2, 16, 17, 96, 500, 1024):
+            engine.logits_uncached([1] * length)
+    assert len(graphs) == 2  # block, logits
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "experts", "expected"),
+    [
+        (1, {}, []),
+        (2, {}, []),
+        (3, {}, [(2, 3)]),
+        (15, {}, [(2, 15)]),
+        (16, {}, [(2, 15)]),
+        (40, {}, [(2, 15), (16, 40)]),
+        (40, EXPERTS | {"num_experts": 64, "num_experts_per_tok": 8}, [(2, 8), (9, 15), (16, 40)]),
+    ],
+)
+def test_ranges_of_rows_end_where_another_product_begins(max_rows, experts, expected):
+    assert cpu.MAX_ROWS == 15
+    ranges = row_ranges(small_config(**experts), CPU, max_rows)
+    assert [(size.least, size.most) for size in ranges] == expected
+    assert all(size.least < size.example <= size.most for size in ranges)
+
+
+@torch.no_grad()
+def test_strides_that_are_not_those_of_a_new_tensor_have_a_form_of_their_own(graphs):
+    """Even of single rows, where they tell nothing."""
+    compiler = StepCompiler(True, CPU)
+    part = compiler.part(lambda _, x: x * 2, dynamic=({1: (Dynamic(11),)},))
+    table = torch.ones(40, 3)
+    part(None, table[None, :5].clone(memory_format=torch.contiguous_format))
+    assert table[None, :7].stride() == (120, 3, 1) and table[None, :7].is_contiguous()
+    part(None, table[None, :7])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        part(None, table[None, :7])
+        part(None, torch.ones(1, 30, 3))
+    assert compiler.compilations == len(graphs) == 2
+
+
+@torch.no_grad()
+def test_a_form_that_is_compiled_again_is_noticed(graphs):
+    """So that the tests above could fail."""
+    factor = [2.0]
+    part = StepCompiler(True, CPU).part(lambda _, x: x * factor[0])
+    part(None, torch.ones(3))
+    factor[0] = 3.0
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+        part(None, torch.ones(3))
+    part(None, torch.ones(3))
+    assert len(graphs) > 1

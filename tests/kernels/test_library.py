@@ -1,0 +1,115 @@
+"""The shared library of C++ operations: only what was built is loaded, and nothing that others could have put there."""
+
+import _ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import library
+
+IS_LOADED = cpu.load()
+BUILT = next(library.cache_folder().glob(f"ops-{library._key()}-*.so"), Path())
+
+pytestmark = pytest.mark.skipif(not IS_LOADED, reason="no compiler for the C++ operations on this machine")
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """What was "built": by copying the library that the tests' process has built before."""
+    built, builds = BUILT, []
+
+    def build(compiler, folder, key, jobs):
+        builds.append(compiler)
+        return Path(shutil.copy(built, folder / built.name))
+
+    monkeypatch.setattr(library, "_build", build)
+    return builds
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path, builds):
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return library.cache_folder()
+
+
+def is_whole(opened):
+    return all(hasattr(opened, name) for name in library.FUNCTIONS)
+
+
+def test_a_library_is_built_once(folder, builds):
+    for _ in range(3):
+        assert is_whole(library.open_library())
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100), None], ids=["empty", "foreign", "truncated"])
+def test_a_library_that_is_not_what_was_built_is_built_again(folder, builds, content, caplog):
+    wrong = folder / BUILT.name
+    wrong.write_bytes(BUILT.read_bytes()[:50_000] if content is None else content)
+    assert is_whole(library.open_library())
+    assert len(builds) == 1 and "is not what was built" in caplog.text
+    assert wrong.read_bytes() == BUILT.read_bytes()
+
+
+def test_a_library_without_the_functions_is_built_again(folder, builds):
+    other = Path(_ctypes.__file__)
+    name = f"ops-{library._key()}-{library._digest(other.read_bytes())}.so"
+    shutil.copy(other, folder / name)
+    assert is_whole(library.open_library())
+    assert len(builds) == 1 and not (folder / name).exists()
+
+
+def test_without_a_compiler_a_library_that_is_built_is_used(folder, monkeypatch):
+    shutil.copy(BUILT, folder / BUILT.name)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    assert is_whole(library.open_library())
+    (folder / BUILT.name).unlink()
+    with pytest.raises(library.NoCompilerError, match=r"need Linux with g\+\+ or clang\+\+"):
+        library.open_library()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_what_lies_in_a_folder_that_others_could_write_to_is_not_loaded(folder, builds, mode, caplog):
+    planted = folder / BUILT.name
+    shutil.copy(BUILT, planted)
+    folder.chmod(mode)
+    library.open_library()
+    assert "others could write to" in caplog.text
+    assert len(builds) == 1 and folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_somebody_else_is_not_used(folder, monkeypatch, caplog):
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    if me == 0:  # root's folders are trusted: make it a third user's
+        os.chown(folder, 12345, 12345)
+    other = library.cache_folder()
+    assert other != folder and other.stat().st_mode & 0o777 == 0o700
+    assert "built for this process alone" in caplog.text
+
+
+def test_a_folder_below_one_that_others_can_write_to_is_not_used(folder):
+    folder.parent.chmod(0o777)
+    assert library.cache_folder() != folder
+    folder.parent.chmod(0o1777)  # as /tmp: others cannot rename it
+    assert library.cache_folder() == folder
+
+
+PROGRAM = "from qwen3fast.kernels import cpu; raise SystemExit(0 if cpu.load() else 3)"
+
+
+def test_a_truncated_library_does_not_end_the_process(folder):
+    """Loaded as it is, it would: SIGBUS where its pages are missing."""
+    shutil.copy(BUILT, folder / BUILT.name)
+    os.truncate(folder / BUILT.name, 20_000)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/nonexistent"}
+    environment.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr  # no compiler: PyTorch's forms
