@@ -1,0 +1,73 @@
+"""The part `tests`: pytest on the folders that concern CUDA, its output kept as it comes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from gpu_check.processes import environment_with_caches, python, run_limited
+from gpu_check.results import Results
+from gpu_check.runner import PartRun
+
+# Name -> arguments of pytest and the share of the time left that they may take.
+RUNS = {
+    "gpu": (["tests/gpu"], 0.75),
+    "triton": (["-m", "triton", "tests/cuda_static", "tests/kernels"], 1.0),
+}
+HANGING_S = 100  # after which pytest writes where a test hangs
+OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.MULTILINE)
+SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+,? ?)+in [\d.]+s.*?)=*$", re.MULTILINE)
+ENOUGH = (0, 5)  # exit statuses of pytest: all passed, or no test was selected
+
+
+def run_tests(run: PartRun, only: str = "", arguments: tuple[str, ...] = ()) -> None:
+    """Run pytest once for each folder and keep the outcomes; saves the part's record after each.
+
+    only: part of the names of the runs wanted. arguments: more for pytest.
+    """
+    run.work.mkdir(parents=True, exist_ok=True)
+    for name, (selection, share) in RUNS.items():
+        if only in name:
+            run.outcomes[name] = _run(run, name, [*selection, *arguments], share)
+            run.save()
+
+
+def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results:
+    if importlib.util.find_spec("pytest") is None:
+        return Results(left_out=["pytest is not installed"])
+    log, seconds = run.work / f"{name}.log", share * (run.clock.left() - 10)
+    print(f"{run.part}: {name}, at most {seconds:.0f} s", flush=True)
+    flags = ["-v", "-rs", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGING_S}"]
+    command = [python(), "-m", "pytest", *flags, *selection]
+    started = run.clock.spent()
+    status = run_limited(command, log, seconds, environment_with_caches(run.caches))
+    notes = read_log(log) | {"exit_status": status, "seconds": run.clock.spent() - started}
+    outcome = Results(notes=notes)
+    if status is None:
+        outcome.errors.append(f"not done after {seconds:.0f} s; last begun: {notes['last']}; see {log.name}")
+    elif status not in ENOUGH:
+        outcome.errors.append(f"exit status {status}: {notes['summary']}; see {log.name}")
+    return outcome
+
+
+def read_log(log: Path) -> dict[str, Any]:
+    """Return what the output of `pytest -v` tells, whole or cut off.
+
+    Returns: counts of `passed`, `failed` (errors included) and `skipped` tests, names of the `failures`, pytest's own
+    `summary` line ("" if it did not come to that), and the `last` test that was begun.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    outcomes = {test: outcome for test, outcome in OUTCOME.findall(text)}
+    counted = list(outcomes.values())
+    begun = re.findall(r"^(\S+\.py::\S+)", text, re.MULTILINE)
+    summaries = SUMMARY.findall(text)
+    return {
+        "passed": counted.count("PASSED"),
+        "failed": counted.count("FAILED") + counted.count("ERROR"),
+        "skipped": counted.count("SKIPPED"),
+        "failures": [test for test, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")],
+        "summary": summaries[-1].strip() if summaries else "",
+        "last": begun[-1] if begun else "",
+    }
