@@ -12,6 +12,7 @@ from gpu_check.budget import Clock
 from gpu_check.probes import CopyProbe
 from gpu_check.replay import step_profile
 from gpu_check.results import Results
+from gpu_check.settings import UnavailableError
 from gpu_check.tokens import check_against_float32
 from gpu_check.variants import Variant
 from qwen3fast import Generator, SamplingParams, load_model
@@ -20,6 +21,7 @@ from qwen3fast.bench.record import Case
 from qwen3fast.engine import Engine
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization.formats import FORMATS
 
 CHECK_PROMPT, CHECK_TOKENS = 40, 12
 CHECKED_ROWS = 4  # of a batch: first, last and some between
@@ -27,8 +29,13 @@ NEEDED_S = 8  # a context is begun with at least so much time left
 
 
 def load(variant: Variant, device: torch.device) -> Qwen3:
-    """Return the variant's model."""
+    """Return the variant's model.
+
+    Raises: UnavailableError if the device has no kernels for the format of the weights.
+    """
     weights = None if variant.weights == "bf16" else variant.weights
+    if weights is not None and device.type not in FORMATS[weights].devices:
+        raise UnavailableError(f"{weights} weights do not run on {device.type}")
     return load_model(variant.source, str(device), quantization=weights)
 
 
@@ -88,7 +95,7 @@ class CachedRun:
         sample = None
         for _ in range(variant.rounds):
             gb_s = self.probe.measure()
-            self.results.conditions.setdefault("bandwidth_gb_s", []).append(gb_s)
+            self.results.conditions.setdefault("copy_gb_s", []).append(gb_s)
             sample = run_cached(self.engine, prompts, variant.new_tokens + 1)
             steps = {"step_s": sample.step_s} if variant.new_tokens > 2 else {}
             case.add({"ttft_s": sample.ttft_s, "bandwidth_gb_s": gb_s, **steps})

@@ -9,7 +9,7 @@ import torch
 
 from qwen3fast.bench.probes import synchronize
 
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
 
 class CopyProbe:

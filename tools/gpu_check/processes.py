@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,11 +78,6 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
             child.wait(timeout=wait_s)
         except subprocess.TimeoutExpired:
             continue
-
-
-def python() -> str:
-    """Return this interpreter's path."""
-    return sys.executable
 
 
 def last_line(log: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_check.processes import environment_with_caches, python, run_limited
+from gpu_check.processes import environment_with_caches, run_limited
 from gpu_check.results import Results
 from gpu_check.runner import PartRun
 
@@ -16,6 +17,7 @@ RUNS = {
     "gpu": (["tests/gpu"], 0.75),
     "triton": (["-m", "triton", "tests/cuda_static", "tests/kernels"], 1.0),
 }
+SPARE_S = 10.0  # of the part, for ending processes and writing
 HANGING_S = 100  # after which pytest writes where a test hangs
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.MULTILINE)
 SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+,? ?)+in [\d.]+s.*?)=*$", re.MULTILINE)
@@ -37,10 +39,10 @@ def run_tests(run: PartRun, only: str = "", arguments: tuple[str, ...] = ()) -> 
 def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results:
     if importlib.util.find_spec("pytest") is None:
         return Results(left_out=["pytest is not installed"])
-    log, seconds = run.work / f"{name}.log", share * (run.clock.left() - 10)
+    log, seconds = run.work / f"{name}.log", share * (run.clock.left() - SPARE_S)
     print(f"{run.part}: {name}, at most {seconds:.0f} s", flush=True)
     flags = ["-v", "-rs", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGING_S}"]
-    command = [python(), "-m", "pytest", *flags, *selection]
+    command = [sys.executable, "-m", "pytest", *flags, *selection]
     started = run.clock.spent()
     status = run_limited(command, log, seconds, environment_with_caches(run.caches))
     notes = read_log(log) | {"exit_status": status, "seconds": run.clock.spent() - started}

@@ -27,7 +27,7 @@ def as_report(record: Record) -> str:
     """Return a table of all cases, kernels, tests, targets, and what was left out or broke."""
     lines = [as_text(table_rows(record, COLUMNS), left=len(COLUMNS.labels))] if record.cases else []
     for name, notes in record.notes["variants"].items():
-        if "step" in notes:
+        if notes.get("step", {}).get("kernels"):
             step = notes["step"]
             text = f"{step['kernels']:.0f} kernels a step, {step['kernel_us']:.0f} us, {step['launches']:.1f} launches"
             lines.append(f"{name}: {text}; eager: {', '.join(step['eager_kernels'])[:200] or 'none'}")

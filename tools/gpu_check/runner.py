@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from gpu_check.budget import Clock
-from gpu_check.processes import StoppedError, environment_with_caches, last_line, python, run_limited
+from gpu_check.processes import StoppedError, environment_with_caches, last_line, run_limited
 from gpu_check.results import Results
 from gpu_check.variants import Variant
 from qwen3fast.bench.environment import describe_environment, describe_run
@@ -20,17 +21,22 @@ from qwen3fast.bench.record import Record, write_json
 
 LARGEST_SHARE = 0.45  # of a part's time that one variant may take, so that one that hangs leaves time for others
 LEAST_S = 15.0  # a variant is begun with at least so much time left
+SPARE_S = 5.0  # between the end that a variant is told and its own end, and between that and the part's
 
 
 @dataclass
 class PartRun:
-    """A part in progress. folder: of all parts' records; this part's logs and results lie in a folder below it."""
+    """A part in progress. folder: of all parts' records; this part's logs and results lie in a folder below it.
+
+    child: the command of a variant's process; its arguments are those of child.py.
+    """
 
     part: str
     folder: Path
     device: str
     clock: Clock
     caches: Path
+    child: tuple[str, ...] = (sys.executable, "-m", "gpu_check.child")
     outcomes: dict[str, Results] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -58,17 +64,9 @@ class PartRun:
         described, found, log = (self.work / f"{variant.name}{end}" for end in (".variant.json", ".json", ".log"))
         found.unlink(missing_ok=True)  # of an earlier run
         write_json(variant.to_json(), described)
-        seconds = min(self.clock.left() - 5, max(LEAST_S, LARGEST_SHARE * self.clock.seconds))
+        seconds = min(self.clock.left() - SPARE_S, max(LEAST_S, LARGEST_SHARE * self.clock.seconds))
         print(f"{self.part}: {variant.name}, at most {seconds:.0f} s", flush=True)
-        command = [
-            python(),
-            "-m",
-            "gpu_check.child",
-            str(described),
-            str(found),
-            self.device,
-            str(time.time() + seconds - 5),
-        ]
+        command = [*self.child, str(described), str(found), self.device, str(time.time() + seconds - SPARE_S)]
 
         def take() -> None:
             outcome = Results.load(found)
