@@ -307,8 +307,11 @@ def test_the_output_of_tests_is_read_whole_or_cut_off(tmp_path):
     log.write_text(whole + "===== 1 failed, 1 passed in 3.21s =====\n")
     assert pytest_part.read_log(log) == {
         "passed": 1, "failed": 1, "skipped": 0, "failures": ["tests/gpu/a.py::two[x y]"],
-        "summary": "1 failed, 1 passed in 3.21s", "last": "tests/gpu/a.py::two[x",
+        "summary": "1 failed, 1 passed in 3.21s", "not_collected": {}, "last": "tests/gpu/a.py::two[x",
     }  # fmt: skip
+    missing = "____ ERROR collecting tests/gpu/b.py ____\ntests/b.py:3: in <module>\nE   ModuleNotFoundError: No module"
+    log.write_text(f"{missing}\n_____ ERROR collecting tests/c.py _____\nE   SyntaxError: invalid syntax\n{whole}")
+    assert pytest_part.read_log(log)["not_collected"] == {"tests/gpu/b.py": "ModuleNotFoundError: No module"}
     log.write_text(whole + "tests/gpu/a.py::three ")
     cut = pytest_part.read_log(log)
     assert (cut["passed"], cut["failed"], cut["summary"], cut["last"]) == (1, 1, "", "tests/gpu/a.py::three")
@@ -329,6 +332,18 @@ def test_tests_that_hang_are_ended_and_those_before_them_are_counted(tmp_path, m
     assert "test_it.py::test_three" in error and "not done after" in error
     assert "1 passed, 1 failed" in report.as_report(record)
     assert "test_one PASSED" in (tmp_path / "tests" / "gpu.log").read_text()
+
+
+def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("def test_one(): pass\n")
+    (tmp_path / "test_other.py").write_text("import no_such_package\ndef test_two(): pass\n")
+    monkeypatch.setattr(pytest_part, "RUNS", {"gpu": ([str(tmp_path)], 1.0)})
+    run = PartRun("tests", tmp_path, "cpu", Clock(60), tmp_path / "caches")
+    pytest_part.run_tests(run, arguments=("--rootdir", str(tmp_path), "-c", os.devnull))
+    notes = load_record(tmp_path / "tests.json").notes
+    assert notes["variants"]["gpu"]["passed"] == 1 and notes["errors"] == []
+    [left_out] = notes["left_out"]
+    assert "test_other.py: ModuleNotFoundError: No module named 'no_such_package'" in left_out
 
 
 def record_of(part, gpu="NVIDIA H200", **more):
