@@ -309,6 +309,9 @@ def test_the_output_of_tests_is_read_whole_or_cut_off(tmp_path):
         "passed": 1, "failed": 1, "skipped": 0, "failures": ["tests/gpu/a.py::two[x y]"],
         "summary": "1 failed, 1 passed in 3.21s", "not_collected": {}, "last": "tests/gpu/a.py::two[x",
     }  # fmt: skip
+    log.write_text("[gw0] [ 50%] PASSED tests/a.py::one \n[gw1] [100%] FAILED tests/a.py::two[x y] \n")
+    parallel = pytest_part.read_log(log)
+    assert (parallel["passed"], parallel["failures"]) == (1, ["tests/a.py::two[x y]"])
     missing = "____ ERROR collecting tests/gpu/b.py ____\ntests/b.py:3: in <module>\nE   ModuleNotFoundError: No module"
     log.write_text(f"{missing}\n_____ ERROR collecting tests/c.py _____\nE   SyntaxError: invalid syntax\n{whole}")
     assert pytest_part.read_log(log)["not_collected"] == {"tests/gpu/b.py": "ModuleNotFoundError: No module"}

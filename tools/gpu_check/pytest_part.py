@@ -20,6 +20,7 @@ RUNS = {
 SPARE_S = 10.0  # of the part, for ending processes and writing
 HANGING_S = 100  # after which pytest writes where a test hangs
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.MULTILINE)
+IN_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (.+?) *$", re.MULTILINE)
 SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+,? ?)+in [\d.]+s.*?)=*$", re.MULTILINE)
 # A file that could not be imported, and the last line of why.
 COLLECTION = re.compile(r"^_+ ERROR collecting (\S+) _+\n(?:.*\n)*?E   (.*)$", re.MULTILINE)
@@ -60,14 +61,14 @@ def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results
 
 
 def read_log(log: Path) -> dict[str, Any]:
-    """Return what the output of `pytest -v` tells, whole or cut off.
+    """Return what the output of `pytest -v` tells, whole or cut off, of one process or several (pytest-xdist).
 
     Returns: counts of `passed`, `failed` (errors included) and `skipped` tests, names of the `failures`, files
     `not_collected` because a package is missing, and why; pytest's own `summary` line ("" if it did not come to that);
     the `last` test that was begun.
     """
     text = log.read_text(encoding="utf-8", errors="replace")
-    outcomes = dict(OUTCOME.findall(text))
+    outcomes = dict(OUTCOME.findall(text)) | {test: outcome for outcome, test in IN_PARALLEL.findall(text)}
     counted = list(outcomes.values())
     begun = re.findall(r"^(\S+\.py::\S+)", text, re.MULTILINE)
     missing = {file: reason for file, reason in COLLECTION.findall(text) if "ModuleNotFoundError" in reason}
