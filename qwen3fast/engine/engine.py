@@ -26,7 +26,7 @@ from qwen3fast.engine.decode import (
     choose_tokens,
     decode_step,
 )
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import MIN_UNCACHED_TOKENS, Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.model import Qwen3, rope_tables
@@ -34,7 +34,6 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-MIN_UNCACHED_TOKENS = 16
 # Steps that are launched before the tokens of the one before them are looked at, on CUDA. Enough that launching hides
 # behind the device's work; what is computed after a stop token, so many steps at most, is thrown away.
 LOOKAHEAD = 4

@@ -8,15 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen3fast.engine.compile import Part, StepCompiler
+from qwen3fast.engine.compile import Dynamic, StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kernels import cuda
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
-# Sizes that vary from call to call, as they are compiled: any numbers but those of other dimensions.
-TOKENS, POSITIONS = 101, 67
+CHUNK_SIZES = (32, 64, 128, 256, 512)  # tokens of a prompt that are computed together
+MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
+
+# Sizes that vary from call to call.
+CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
+TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
+POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
 
 def run_block(
@@ -60,22 +66,24 @@ class Parts:
     """
 
     decode_layers: DecodeLayers | None
-    decode_block: Part
-    prefill_block: Part
-    block_uncached: Part
-    logits: Part
+    decode_block: StepPart
+    prefill_block: StepPart
+    block_uncached: StepPart
+    logits: StepPart
     head: nn.Sequential
-    processors: Part
-    samplers: dict[SamplerKind, Part]
+    processors: StepPart
+    samplers: dict[SamplerKind, StepPart]
 
     @classmethod
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call."""
-        tokens = {1: TOKENS}
+        if cache.keys[0].device.type == "cuda":
+            cuda.load(cache.keys[0].device)  # what forms there are is decided before anything is traced
+        chunk, tokens, positions = {1: CHUNK}, {1: TOKENS}, {2: POSITIONS._replace(most=cache.allocated_len)}
         return cls(
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
-            decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, {2: POSITIONS})),
-            prefill_block=compiler.part(run_block, dynamic=(tokens, tokens, tokens, tokens, tokens | {2: POSITIONS})),
+            decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, positions)),
+            prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | positions)),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),
             logits=compiler.part(run_logits),
             head=nn.Sequential(model.model.norm, model.lm_head),

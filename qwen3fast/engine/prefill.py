@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import CHUNK_SIZES, Parts
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
-CHUNK_SIZES = (32, 64, 128, 256, 512)
 # What a chunk costs beside its tokens, in tokens: weights are read once more. A line through the times of 32 and 512
 # tokens of a machine meets zero tokens there: at about 20 on the one of benchmarks/results; 40 was chosen by the record
 # of a faster machine that this one replaced (commit 32ad6ce).

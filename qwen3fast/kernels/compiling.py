@@ -1,4 +1,4 @@
-"""Whether the code that runs is being compiled, or is to run fast as it is: kernels choose their form by it."""
+"""Whether the code that runs is being compiled, or is to run fast uncompiled: kernels choose their form by it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
+from torch.compiler import is_compiling
 
-# A thread's own: while one thread compiles, another may run the same code eagerly.
-_is_compiling: ContextVar[bool] = ContextVar("is_compiling", default=False)
+__all__ = ["is_compiling", "may_use_operations", "operations"]
+
+# A thread's own: one thread may run with operations while another compares with the plain forms.
 _uses_operations: ContextVar[bool] = ContextVar("uses_operations", default=False)
 
 
-def is_compiling() -> bool:
-    """True while `engine/compile.py` records this thread's operations, and only then."""
-    return not torch.compiler.is_dynamo_compiling() and _is_compiling.get()
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """What runs inside is being compiled."""
-    token = _is_compiling.set(True)
-    try:
-        yield
-    finally:
-        _is_compiling.reset(token)
-
-
 def may_use_operations() -> bool:
-    """True where C++ operations may take the place of PyTorch's: in compiled code, and inside of `operations()`."""
+    """Return whether C++ operations may take the place of PyTorch's: in compiled code, and inside of `operations()`.
+
+    `torch.compile` knows the first answer, and does not look any further.
+    """
     return is_compiling() or _uses_operations.get()
 
 
 @contextmanager
 def operations() -> Iterator[None]:
-    """What runs inside is not compiled, but may use C++ operations all the same."""
+    """Let what runs inside, which is not compiled, use C++ operations all the same."""
     token = _uses_operations.set(True)
     try:
         yield

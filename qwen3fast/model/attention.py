@@ -6,11 +6,10 @@ H query heads   K key/value heads   G = H/K query heads a group   D head_dim   E
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels.attention import cached_attention
 from qwen3fast.kernels.linear import Linear, linears
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer
@@ -67,44 +66,5 @@ class Attention(nn.Module):
         else:
             assert position_BT is not None and mask_BTL is not None, "a cache needs positions and a mask"
             cache.write(k_BTKD, v_BTKD, position_BT)
-            k, v, row_B, *scales = cache
-            if row_B is None and cpu.can_decode_attention(q_BTHD, k):
-                y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, position_BT, *scales)
-            elif row_B is None and cuda.can_split_attention(q_BTHD):
-                y_BHTD = torch.ops.qwen3fast.split_attention(q_BTHD, k, v, position_BT, *scales)
-            elif row_B is None and cuda.can_flex_attention(q_BTHD):
-                y_BHTD = cuda.flex_decode(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype), position_BT)
-            elif row_B is not None and cpu.can_prefill_attention(q_BTHD, k):
-                y_BTHD = torch.ops.qwen3fast.prefill_attention(q_BTHD, k, v, position_BT, row_B, *scales)
-                y_BHTD = y_BTHD.transpose(1, 2)
-            elif row_B is not None and cuda.can_flash_attention(q_BTHD):
-                y_BHTD = attend_last(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype))
-            else:
-                y_BHTD = attend(q_BTHD, *cache.read(B, mask_BTL.shape[-1], q_BTHD.dtype), mask_BTL)
+            y_BHTD = cached_attention(q_BTHD, cache, position_BT, mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
-
-
-def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the positions that the mask allows. Returns (B, H, T, D), same dtype.
-
-    mask_BTL: bool, True where query t may see position l.
-    """
-    B, T, H, D = q_BTHD.shape
-    if T == 1:
-        # One query: the G heads of a group become the "tokens" of a smaller attention that reads each key once.
-        q_BKGD = q_BTHD.view(B, k_BKLD.shape[1], -1, D)
-        y_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None])
-        return y_BKGD.reshape(B, H, 1, D)
-    q_BHTD = q_BTHD.transpose(1, 2)
-    return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None], enable_gqa=True)
-
-
-def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
-    """`attend` where the T queries stand at the last of L positions, each seeing all up to its own: (B, H, T, D).
-
-    FlashAttention on CUDA devices: neither scores nor a mask are kept in memory. It is called by its own name because
-    `is_causal` of scaled_dot_product_attention means the first of L positions, not the last.
-    Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
-    """
-    q_BHTD = q_BTHD.transpose(1, 2)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]

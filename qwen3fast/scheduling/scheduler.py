@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3fast.engine.decode import Hook, StepKind
 from qwen3fast.engine.engine import Engine
-from qwen3fast.engine.prefill import CHUNK_SIZES
+from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.prefix_cache import KeptRows
 from qwen3fast.scheduling.request import Request

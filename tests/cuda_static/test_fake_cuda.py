@@ -118,7 +118,7 @@ def test_a_request_with_processors_begins_and_ends_on_cuda_tensors():
 def test_split_attention_takes_the_place_of_pytorchs(cache_dtype, monkeypatch):
     pytest.importorskip("triton", reason="the triton package is not installed")
     monkeypatch.setattr(cuda, "decode_attention", "split")
-    monkeypatch.setattr("qwen3fast.model.attention.attend", None)  # not to be called
+    monkeypatch.setattr("qwen3fast.kernels.attention.attend", None)  # not to be called
     with fake_cuda() as device:
         engine = make_engine(device, "0.6b", cache_dtype=cache_dtype)
         assert run_step(engine, 2, engine.cache.buckets[-1], SamplerKind.GREEDY) == []
@@ -133,7 +133,7 @@ def test_weights_are_quantised_on_their_device(format):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_prefill_runs_on_cuda_tensors_with_flash_attention(size, monkeypatch):
-    monkeypatch.setattr("qwen3fast.model.attention.attend", None)  # not to be called
+    monkeypatch.setattr("qwen3fast.kernels.attention.attend", None)  # not to be called
     with fake_cuda() as device:
         engine = make_engine(device, size)
         row_1 = torch.zeros(1, dtype=torch.int64, device=device)

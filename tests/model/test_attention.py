@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qwen3fast.kernels.attention import attend
 from qwen3fast.model import Attention, rope_tables
-from qwen3fast.model.attention import attend
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer
 

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 _functions: ctypes.CDLL | None = None
 _was_tried = False
+_is_ready = False  # `_functions` are there; a plain flag, which torch.compile can read
 _is_off = False
 
 
@@ -52,17 +53,18 @@ def load(jobs: int | None = None) -> bool:
     jobs: compilers that run at the same time, all of them by default.
     Returns: whether they can be used; the reason is logged if not. Only GCC and Clang on Linux are tried.
     """
-    global _functions, _was_tried
+    global _functions, _is_ready, _was_tried
     with _loading:
         if not _was_tried:
             _was_tried = True
             _functions = _load(jobs)
+            _is_ready = _functions is not None
         return is_loaded()
 
 
 def is_loaded() -> bool:
     """Whether `load` has succeeded in this process."""
-    return _functions is not None and not _is_off
+    return _is_ready and not _is_off
 
 
 @contextmanager

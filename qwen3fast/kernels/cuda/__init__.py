@@ -1,4 +1,4 @@
-"""For CUDA devices: the Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`, and FlexAttention.
+"""For CUDA devices: the Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`.
 
 Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
 """
@@ -12,21 +12,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.flex_decode import flex_decode as flex_decode
-
-# What decode steps attend with; read when an engine's steps are compiled. "sdpa": PyTorch's attention over the whole
-# bucket, until a GPU run has shown which is faster; over what is used of it: "flex", "split" (Triton).
-decode_attention: Literal["sdpa", "flex", "split"] = "sdpa"
+# What decode steps attend with; read when an engine's steps are compiled. "split": a Triton kernel over the used
+# positions, whose number it reads on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
+# 598, in the first run of a prototype); "sdpa": PyTorch's attention over the whole bucket.
+decode_attention: Literal["sdpa", "split"] = "split"
 MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic, and PyTorch's products serve them
 
 _loading = threading.Lock()
-_is_loaded = False
+_is_loaded = False  # plain flags, which torch.compile can read
+_has_flash = False
 
 
-def load() -> bool:
-    """Register the operations, once in a process. Returns: whether they can be used, that is, Triton is installed."""
-    global _is_loaded
+def load(device: torch.device | None = None) -> bool:
+    """Register the operations, once in a process; find out what a CUDA device can do, before steps are compiled.
+
+    Returns: whether the operations can be used, that is, Triton is installed.
+    """
+    global _has_flash, _is_loaded
     with _loading:
+        if device is not None and device.type == "cuda" and torch.cuda.is_available():
+            has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
+            _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
             from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
@@ -47,37 +53,27 @@ def load() -> bool:
 
 
 def can_split_attention(q_BTHD: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.split_attention` is to serve this query."""
+    """Return whether `torch.ops.qwen3fast.split_attention` serves this query."""
     head_dim = q_BTHD.shape[-1]
     is_served = q_BTHD.shape[1] == 1 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return decode_attention == "split" and is_served and q_BTHD.device.type == "cuda" and load()
-
-
-def can_flex_attention(q_BTHD: Tensor) -> bool:
-    """Whether `flex_decode` is to serve this query."""
-    return decode_attention == "flex" and q_BTHD.shape[1] == 1 and q_BTHD.device.type == "cuda"
+    return decode_attention == "split" and is_served and q_BTHD.device.type == "cuda" and _is_loaded
 
 
 def can_flash_attention(q_BTHD: Tensor) -> bool:
-    """Whether PyTorch's FlashAttention serves these queries. Source: its checks in sdp_utils.cpp."""
-    return (
-        q_BTHD.device.type == "cuda"
-        and q_BTHD.dtype in (torch.bfloat16, torch.float16)
-        and q_BTHD.shape[-1] % 8 == 0
-        and q_BTHD.shape[-1] <= 256
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(q_BTHD.device) >= (8, 0)
-    )
+    """Return whether PyTorch's FlashAttention serves these queries. Source: its checks in sdp_utils.cpp."""
+    is_half = q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    is_served = q_BTHD.device.type == "cuda" and q_BTHD.shape[-1] % 8 == 0 and q_BTHD.shape[-1] <= 256
+    return _has_flash and is_half and is_served
 
 
 def can_packed_matvec(x: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.packed_matvec` serves this product."""
-    return x.device.type == "cuda" and x.numel() <= MAX_ROWS * x.shape[-1] and load()
+    return x.device.type == "cuda" and x.numel() <= MAX_ROWS * x.shape[-1] and _is_loaded
 
 
 def can_packed_experts(x: Tensor) -> bool:
     """Whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
-    return x.device.type == "cuda" and load()
+    return x.device.type == "cuda" and _is_loaded
 
 
 def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:

@@ -4,7 +4,7 @@ One query gives too little work for a GPU if each head is one program, so each h
 finds its own maximum, sum and weighted values, and a second kernel merges them. Lengths are read on the device: within
 one CUDA graph the cost follows what is used. Each key and value is read once for all query heads of its group.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); online softmax: arXiv:1805.02867. The plain form
-is `attend` in model/attention.py.
+is `attend` in kernels/attention.py.
 
 Not yet run on a GPU; tests run it in Triton's interpreter.
 

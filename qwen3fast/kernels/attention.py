@@ -1,0 +1,115 @@
+"""Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
+
+A form serves some queries (its condition looks at dtypes, sizes and the device, nothing else), and gives what the plain
+form at the end of the table gives, up to rounding. The first form that serves is used; the choice is made while a step
+is compiled, so it costs nothing when the step runs.
+
+B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
+H query heads   K key/value heads   D head_dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3fast.kernels import cpu, cuda
+
+# One layer's KV cache, `model.kv_cache.CacheLayer`: the model imports this file, not the other way round.
+Cache = Any
+
+
+class AttentionForm(NamedTuple):
+    """A way to compute `cached_attention`. serves: whether it can, for this query and cache. run: as
+    `cached_attention`."""
+
+    name: str
+    serves: Callable[[Tensor, Cache], bool]
+    run: Callable[[Tensor, Cache, Tensor, Tensor], Tensor]
+
+
+def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v over what each query may see of the cache: (B, H, T, D), the query's dtype.
+
+    position_BT: int64, where the queries stand; their keys and values are in the cache already. mask_BTL: bool, True
+    where query t may see position l: up to its own. Without rows (`cache.row_B` is None: decode) batch row b is slot b;
+    with rows (prefill) the T queries stand at the last of the L positions.
+    """
+    for form in FORMS:
+        if form.serves(q_BTHD, cache):
+            return form.run(q_BTHD, cache, position_BT, mask_BTL)
+    raise AssertionError("the last form serves everything")
+
+
+def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v over the positions that the mask allows: (B, H, T, D), same dtype.
+
+    mask_BTL: bool, True where query t may see position l.
+    """
+    B, T, H, D = q_BTHD.shape
+    if T == 1:
+        # One query: the G heads of a group become the "tokens" of a smaller attention that reads each key once.
+        q_BKGD = q_BTHD.view(B, k_BKLD.shape[1], -1, D)
+        y_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None])
+        return y_BKGD.reshape(B, H, 1, D)
+    q_BHTD = q_BTHD.transpose(1, 2)
+    return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None], enable_gqa=True)
+
+
+def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+    """Return `attend` where the T queries stand at the last of L positions, each seeing all up to its own.
+
+    FlashAttention on CUDA devices: neither scores nor a mask are kept in memory. It is called by its own name because
+    `is_causal` of scaled_dot_product_attention means the first of L positions, not the last.
+    Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
+    """
+    q_BHTD = q_BTHD.transpose(1, 2)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
+
+
+def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    return attend(q_BTHD, *cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype), mask_BTL)
+
+
+def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    return attend_last(q_BTHD, *cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype))
+
+
+def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    return torch.ops.qwen3fast.split_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+
+
+def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    return torch.ops.qwen3fast.decode_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+
+
+def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+    y_BTHD = torch.ops.qwen3fast.prefill_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    return y_BTHD.transpose(1, 2)
+
+
+FORMS = (
+    AttentionForm(
+        "cpp_decode", lambda q, cache: cache.row_B is None and cpu.can_decode_attention(q, cache.k_RKSD), _cpp_decode
+    ),
+    AttentionForm(
+        "cpp_prefill",
+        lambda q, cache: cache.row_B is not None and cpu.can_prefill_attention(q, cache.k_RKSD),
+        _cpp_prefill,
+    ),
+    AttentionForm("split_decode", lambda q, cache: cache.row_B is None and cuda.can_split_attention(q), _split_decode),
+    AttentionForm(
+        "flash_prefill", lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q), _flash_prefill
+    ),
+    AttentionForm("plain", lambda q, cache: True, _plain),
+)
