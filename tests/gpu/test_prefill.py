@@ -9,7 +9,7 @@ from conftest import assert_near, random_ids, random_tensor, randomised, small_c
 from gpu.conftest import DEVICE
 from qwen3fast import Generator
 from qwen3fast.kernels import cuda
-from qwen3fast.model.attention import attend, attend_last
+from qwen3fast.kernels.attention import attend, attend_last
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="FlashAttention is on CUDA devices only")
@@ -19,6 +19,7 @@ from qwen3fast.model.attention import attend, attend_last
 def test_flash_attention_over_the_last_positions_equals_the_masked_form(tokens, length, heads, kv_heads, head_dim):
     q_BTHD = random_tensor(1, tokens, heads, head_dim).bfloat16().to(DEVICE)
     k, v = (random_tensor(1, kv_heads, length, head_dim, seed=s).bfloat16().to(DEVICE) for s in (1, 2))
+    cuda.load(DEVICE)
     assert cuda.can_flash_attention(q_BTHD)
     mask_BTL = torch.arange(length) <= torch.arange(length - tokens, length)[None, :, None]
     expected = attend(q_BTHD.float(), k.float(), v.float(), mask_BTL.to(DEVICE))

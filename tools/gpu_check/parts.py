@@ -28,9 +28,7 @@ def _decode() -> list[Variant]:
         variant(label="without fused kernels", switches={"fused": False}),
         variant(mode="compiled"),
         variant(mode="eager", rounds=2, new_tokens=40),
-        variant(label="split attention", switches={"attention": "split"}),
         variant(label="sdpa attention", switches={"attention": "sdpa"}),
-        variant(label="flex attention", switches={"attention": "flex"}, contexts=(32, 1000), profiled=False),
     ]
 
 
@@ -66,7 +64,6 @@ def _batches() -> list[Variant]:
         variant("0.6b", 16, rounds=2),
         variant("0.6b", 4, rounds=2),
         variant("0.6b", 64, rounds=2, label="sdpa attention", switches={"attention": "sdpa"}, profiled=False),
-        variant("0.6b", 64, rounds=2, label="split attention", switches={"attention": "split"}, profiled=False),
         variant("8b", 16, rounds=2, profiled=False),
         variant("8b", 64, rounds=2, profiled=False),
         variant("0.6b", 16, rounds=1, mode="eager", new_tokens=40, profiled=False),
