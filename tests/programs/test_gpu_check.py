@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,6 +300,27 @@ def test_a_step_is_the_difference_of_two_runs(monkeypatch):
         "by_name": {"triton_fused": [5, 10], eager: [1, 1]},
     }  # fmt: skip
     assert replay.eager_kernels(Counter({"pytorch_flash::flash_fwd_kernel": 1, "nvjet_tst_64x8": 1})) == []
+
+
+def test_a_profile_counts_kernels_and_launches_and_no_annotations(monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def key_averages(self):
+            cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+            rows = [("triton_", cuda, 3), ("## Call ##", cuda, 2), ("cudaGraphLaunch", cpu, 1), ("aten::mm", cpu, 9)]
+            return [SimpleNamespace(key=k, device_type=d, count=n, self_device_time_total=n) for k, d, n in rows]
+
+    monkeypatch.setattr(replay, "profile", Profiler)
+    found = replay.profile_run(lambda: None, CPU)
+    assert found == replay.Profile(Counter(triton_=3), Counter(triton_=3), Counter(cudaGraphLaunch=1))
 
 
 def test_the_output_of_tests_is_read_whole_or_cut_off(tmp_path):

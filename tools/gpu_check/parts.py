@@ -20,7 +20,6 @@ def _decode() -> list[Variant]:
 
     return [
         variant(),
-        variant(label="coordinate descent and pdl", options={COORDINATE: True, PDL: True}),
         variant(label="without pdl", options={PDL: False}),
         variant(label="without coordinate descent", options={COORDINATE: False}),
         variant(label="without both", options={COORDINATE: False, PDL: False}),

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 SHORT, LONG = 6, 16  # tokens of the two runs whose difference is that of LONG - SHORT steps
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+ANNOTATIONS = ("##", "Torch-Compiled Region", "ProfilerStep")  # ranges on the device's timeline, which are no kernels
 # What PyTorch launches for an operation that no compiler fused; attention kernels of PyTorch's own are not among them.
 EAGER = ("at::native::", "at_cuda_detail::")
 LIBRARIES = ("flash", "fmha", "cudnn", "cutlass", "cublas", "gemm", "gemv")
@@ -44,6 +45,8 @@ def profile_run(run: Callable[[], object], device: torch.device) -> Profile:
             torch.cuda.synchronize(device)
     result = Profile()
     for event in profiler.key_averages():
+        if getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS):
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             result.kernels[event.key] += event.count
             result.micros[event.key] += event.self_device_time_total
