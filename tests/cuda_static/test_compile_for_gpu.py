@@ -16,7 +16,10 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 from compile_for_gpu import binaries, inspector, main
 from compile_for_gpu.devices import GPUS
 
-from qwen3fast.bench.record import Record
+from qwen3fast.bench.record import Record, load_record
+
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-compile.json"
+MOST_LAUNCHES = 336  # of a token of 0.6B in bfloat16: those of the first run on a GPU
 
 SOURCE = """
 def call(args):
@@ -149,6 +152,18 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     assert main.faults_of(record) == [
         "more shared memory than there is: large", "do not wait for what they depend on: early"
     ]  # fmt: skip
+
+
+def test_the_recorded_step_launches_no_more_than_the_first_run_on_a_gpu():
+    record = load_record(RECORD)
+    cases = {
+        (c.labels["step"], c.labels["model"], c.labels["weights"], c.labels["batch_size"]): c for c in record.cases
+    }
+    case = cases["decode", "0.6b", "bf16", 1]
+    launches = sum(case.metrics[name].median for name in ("triton_kernels", "library_calls", "eager_calls"))
+    assert 28 < launches <= MOST_LAUNCHES
+    assert case.facts["spill_bytes"] == 0
+    assert not any(binaries.is_unsafe(kernel) for kernel in main.kernels_of(record))
 
 
 def test_a_step_that_does_not_compile_is_a_fault_and_no_case():

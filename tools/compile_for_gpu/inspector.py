@@ -95,11 +95,11 @@ class Inspector(StepCompiler):
         self.calls.clear()
         self.eager.calls.clear()
 
-    def compile(self, function: Any, module: Any, tensors: Any, dynamic: Any) -> Any:
+    def compile(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         """Compile as the engine does, sizes that vary included; return what runs the function uncompiled."""
         with captured() as (sources, tuners):
             try:
-                super().compile(function, module, tensors, dynamic)
+                super().compile(function, *arguments, **keywords)
                 raise AssertionError(f"{function} was not compiled: torch.compile ran it as it is")
             except CompiledError:
                 pass
