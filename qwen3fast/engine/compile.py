@@ -29,7 +29,7 @@ from qwen3fast.kernels.compiling import operations
 
 logger = logging.getLogger(__name__)
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
 CompileMode = bool | Literal["auto"]
 
 # "auto" leaves the processor to the first token, and short runs, alone for so long.
@@ -59,8 +59,9 @@ class Dynamic(NamedTuple):
         return self.least <= size <= self.most
 
 
-# For each tensor argument: its dynamic dimensions.
-DynamicSizes = Sequence[dict[int, Dynamic]]
+# A tensor's dynamic dimensions, each with one range or several, of which each has a form of its own.
+Sizes = dict[int, tuple[Dynamic, ...]]
+Ranges = Sequence[dict[int, Dynamic]]  # of one form
 
 
 class StepCompiler:
@@ -124,22 +125,25 @@ class StepCompiler:
         assert self.thread is not None, "there is a thread in mode 'auto' only"
         return self.thread.submit(self._compile_at_work, *arguments)
 
-    def part(self, function: Function, dynamic: DynamicSizes = ()) -> StepPart:
-        """Return the part of a step that a function of a module and of tensors computes."""
-        return StepPart(function, self, dynamic)
+    def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
+        """Return the part of a step that a function of a module and of tensors computes.
+
+        is_compiled: False for a part that runs uncompiled in every mode.
+        """
+        return StepPart(function, self, dynamic, is_compiled)
 
     @torch.no_grad()
     def compile(
-        self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: DynamicSizes
+        self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function:
-        """Compile `function(module, *tensors)`, which gives one tensor, for tensors like these and the module's like.
+        """Compile `function(module, *tensors)` for tensors like these, and modules built like this one.
 
         It is compiled by running it once on zeros: what it writes into its arguments goes nowhere.
         Raises: whatever `torch.compile` raises; nothing is kept then.
         """
         started = time.perf_counter()
         compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=self._options())
-        compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, dynamic, strict=True)])
+        compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
         self.compilations += 1
         self.seconds += time.perf_counter() - started
         return cast(Function, compiled)
@@ -178,34 +182,37 @@ class StepPart:
 
     Modules whose parameters have the same names and shapes must be built alike, as they share a compiled form; they may
     hold different weights.
-    A call may be repeated without effect: in "auto" mode, all forms are tried on the first call that could use each.
+    On CPUs a call may be repeated without effect: in "auto" mode, all forms are tried on the first call that could use
+    each.
     """
 
-    def __init__(self, function: Function, compiler: StepCompiler, dynamic: DynamicSizes) -> None:
+    def __init__(
+        self, function: Function, compiler: StepCompiler, dynamic: Sequence[Sizes] = (), is_compiled: bool = True
+    ) -> None:
         self.function, self.compiler, self.dynamic = function, compiler, dynamic
+        self._is_compiled = is_compiled and compiler.enabled
         self._kinds: dict[nn.Module | None, int] = {}  # a number for all modules that are built alike
         self._parameters: dict[tuple[Any, ...], int] = {}  # the same number by names and shapes
         self._forms: dict[tuple[Any, ...], Function] = {}  # by static shapes
         self._choices: dict[tuple[Any, ...], Function] = {}  # by all shapes
         self._jobs: dict[tuple[Any, ...], Future[Function]] = {}
 
-    def __call__(self, module: nn.Module | None, *tensors: Tensor | None) -> Tensor:
+    def __call__(self, module: nn.Module | None, *tensors: Tensor | None) -> Any:
         """Return the function's result. Each argument must be a tensor in all calls, or None in all calls."""
         return self.choose(module, *tensors)(module, *tensors)
 
     def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
         """Return what to call for tensors of these shapes: looked up once, it may run any number of modules."""
-        if not self.compiler.enabled:
+        if not self._is_compiled:
             return self.function
         kind = self.kind(module)
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
         if choice is None:
             dynamic = [*self.dynamic, *({} for _ in tensors[len(self.dynamic) :])]
-            if not all(size.holds(t.shape[i]) for t, sizes in _pairs(tensors, dynamic) for i, size in sizes.items()):
-                dynamic = [{} for _ in tensors]  # outside of the range: a form for these sizes alone
-            key = (kind, *map(_static_shape, tensors, dynamic))
-            form = self._form(key, module, tensors, dynamic)
+            ranges = [_ranges(tensor, sizes) for tensor, sizes in zip(tensors, dynamic, strict=True)]
+            key = (kind, *map(_static_shape, tensors, ranges))
+            form = self._form(key, module, tensors, ranges)
             if form is None:
                 return self._uncompiled()[0]  # this time
             choice = self._choices[shapes] = form
@@ -221,11 +228,11 @@ class StepPart:
         return kind
 
     def _form(
-        self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], dynamic: DynamicSizes
+        self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function | None:
         """Return the form for these shapes, compiled if there is none yet; None while a thread is compiling it."""
         if key not in self._forms:
-            arguments = (self.function, module, tensors, dynamic)
+            arguments = (self.function, module, tensors, ranges)
             if self.compiler.thread is None:
                 self._forms[key] = self.compiler.compile(*arguments)
             elif time.perf_counter() < self.compiler.auto_from_s:
@@ -240,7 +247,7 @@ class StepPart:
         """Return the function with C++ operations, where there are any, and without."""
         return [self._with_operations, self.function] if cpu.is_loaded() else [self.function]
 
-    def _with_operations(self, *arguments: Any) -> Tensor:
+    def _with_operations(self, *arguments: Any) -> Any:
         with operations():
             return self.function(*arguments)
 
@@ -264,7 +271,7 @@ class StepPart:
 def _own_code(function: Function) -> Function:
     """Return the same function with a code object of its own: `torch.compile` keeps, and limits, forms by code."""
 
-    def part_of_step(module: nn.Module | None, *tensors: Tensor | None) -> Tensor:
+    def part_of_step(module: nn.Module | None, *tensors: Tensor | None) -> Any:
         return function(module, *tensors)
 
     code = part_of_step.__code__.replace(co_name=getattr(function, "__name__", "part_of_step"))
@@ -294,15 +301,19 @@ def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
     return example
 
 
-def _pairs(tensors: Sequence[Tensor | None], dynamic: DynamicSizes) -> list[tuple[Tensor, dict[int, Dynamic]]]:
-    return [(tensor, sizes) for tensor, sizes in zip(tensors, dynamic, strict=True) if tensor is not None]
+def _ranges(tensor: Tensor | None, sizes: Sizes) -> dict[int, Dynamic]:
+    """Return the range that holds each dynamic size; a size that is in none is static, with a form of its own."""
+    if tensor is None:
+        return {}
+    held = {i: [size for size in options if size.holds(tensor.shape[i])] for i, options in sizes.items()}
+    return {i: options[0] for i, options in held.items() if options}
 
 
 def _static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any, ...] | None:
     """Return what a form depends on: dtype, sizes that are not dynamic, and strides unless memory is in order."""
     if tensor is None:
         return None
-    shape = tuple(None if i in sizes else n for i, n in enumerate(tensor.shape))
+    shape = tuple(sizes.get(i, n) for i, n in enumerate(tensor.shape))
     return (tensor.dtype, shape, None if tensor.is_contiguous() else tensor.stride())
 
 

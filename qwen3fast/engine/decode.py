@@ -183,19 +183,15 @@ def decode_step(
     processors, logprobs: given if a row needs them. hook: changes the logits before that; it is not for graphs.
     """
     rows = slice(num_rows)
-    position_B1 = state.position_R[rows, None]
-    x_B1E = model.embed(state.input_R[rows, None])
     if parts.decode_layers is not None and parts.decode_layers.serves(num_rows):
-        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, position_B1)
+        x_B1E = model.embed(state.input_R[rows, None])
+        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:
-        x_B1E = _run_blocks(model, parts, cache, x_B1E, cos_SD, sin_SD, position_B1, length)
+        x_B1E = _run_blocks(model, parts, cache, cos_SD, sin_SD, state, rows, length)
     logits_BV = parts.logits(parts.head, x_B1E).squeeze(1)
     token_B = choose_tokens(parts, logits_BV, state, rows, sampler, processors, logprobs, hook)
-    state.output_R[rows] = token_B
-    # An invalid token (-1) is the host's to notice; what is fed on must be an id.
-    state.input_R[rows] = token_B.clamp(min=0)
-    state.position_R[rows] += state.advance_R[rows]
-    state.step_R[rows] += state.advance_R[rows]
+    written = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
+    parts.advance(None, token_B, *(tensor[rows] for tensor in written))
 
 
 def choose_tokens(
@@ -225,19 +221,21 @@ def _run_blocks(
     model: Qwen3,
     parts: Parts,
     cache: StaticKVCache,
-    x_B1E: Tensor,
     cos_SD: Tensor,
     sin_SD: Tensor,
-    position_B1: Tensor,
+    state: DecodeState,
+    rows: slice,
     length: int,
 ) -> Tensor:
-    # An empty row reads one position, and writes, at -1, to the last one, which nothing reads (see StaticKVCache).
-    read_B1 = position_B1.clamp(min=0)
-    mask_B1L = torch.arange(length, device=position_B1.device) <= read_B1[..., None]
-    shared = (cos_SD[read_B1], sin_SD[read_B1], position_B1, mask_B1L)
-    layers = cache.layers()
+    position_B = state.position_R[rows]
+    x_B1E, cos_B1D, sin_B1D = parts.embed(model.model.embed_tokens, state.input_R[rows], position_B, cos_SD, sin_SD)
+    mask_B1L = None
+    if parts.needs_mask:
+        # An empty row reads one position, and writes, at -1, to the last one, which nothing reads (see StaticKVCache).
+        mask_B1L = torch.arange(length, device=position_B.device) <= position_B.clamp(min=0)[:, None, None]
+    shared = (cos_B1D, sin_B1D, position_B[:, None], mask_B1L)
     forms: dict[int, Function] = {}  # with and without experts, in each mixture of formats
-    for block, layer in zip(model.model.layers, layers, strict=True):
+    for block, layer in zip(model.model.layers, cache.layers(), strict=True):
         kind = parts.decode_block.kind(block)
         if kind not in forms:
             forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer)

@@ -34,7 +34,7 @@ class DecodeLayers:
             weights = [x.weight_packed if isinstance(x, QuantizedLinear) else x.weight for x in linears]
             scales = [x.weight_scale if isinstance(x, QuantizedLinear) else None for x in linears]
             caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-            self._run = cpu.DecodeLayers(*caches, norms, weights, scales, model.config.rms_norm_eps)
+            self._run = cpu.DecodeLayersCall(*caches, norms, weights, scales, model.config.rms_norm_eps)
 
     def serves(self, num_rows: int) -> bool:
         """Whether it can do a step of so many rows, here and now."""

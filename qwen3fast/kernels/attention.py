@@ -1,8 +1,8 @@
 """Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
 
-A form serves some queries (its condition looks at dtypes, sizes and the device, nothing else), and gives what the plain
-form at the end of the table gives, up to rounding. The first form that serves is used; the choice is made while a step
-is compiled, so it costs nothing when the step runs.
+A form serves some queries: its condition looks at dtypes, sizes and the device, nothing else. It gives what the plain
+form at the end of the table gives, up to rounding. The first form that serves is used. The choice is made while a step
+is compiled and costs nothing when it runs.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim
@@ -24,25 +24,30 @@ Cache = Any
 
 
 class AttentionForm(NamedTuple):
-    """A way to compute `cached_attention`. serves: whether it can, for this query and cache. run: as
-    `cached_attention`."""
+    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function."""
 
     name: str
     serves: Callable[[Tensor, Cache], bool]
-    run: Callable[[Tensor, Cache, Tensor, Tensor], Tensor]
+    run: Callable[[Tensor, Cache, Tensor, Tensor | None], Tensor]
 
 
-def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v over what each query may see of the cache: (B, H, T, D), the query's dtype.
 
-    position_BT: int64, where the queries stand; their keys and values are in the cache already. mask_BTL: bool, True
-    where query t may see position l: up to its own. Without rows (`cache.row_B` is None: decode) batch row b is slot b;
-    with rows (prefill) the T queries stand at the last of the L positions.
+    position_BT: int64, where the queries stand; their keys and values are in the cache already.
+    mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
+    It may be None where `finds_used_length`. Without rows (`cache.row_B` is None: decode) batch row b is slot b; with
+    rows (prefill) the T queries stand at the last of the L positions.
     """
     for form in FORMS:
         if form.serves(q_BTHD, cache):
             return form.run(q_BTHD, cache, position_BT, mask_BTL)
     raise AssertionError("the last form serves everything")
+
+
+def finds_used_length(device: torch.device, head_dim: int) -> bool:
+    """Return whether decode attention on this device stops at each query's position without a mask that says so."""
+    return cuda.can_split(device, head_dim)
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
@@ -71,27 +76,30 @@ def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
 
 
-def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
-    return attend(q_BTHD, *cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype), mask_BTL)
+def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    assert mask_BTL is not None, "this form needs a mask"
+    k_BKLD, v_BKLD = cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype)
+    return attend(q_BTHD, k_BKLD, v_BKLD, mask_BTL)
 
 
-def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    assert mask_BTL is not None, "the mask says how many positions are read"
     return attend_last(q_BTHD, *cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype))
 
 
-def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     return torch.ops.qwen3fast.split_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
 
 
-def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     return torch.ops.qwen3fast.decode_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
 
 
-def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor) -> Tensor:
+def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     y_BTHD = torch.ops.qwen3fast.prefill_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
     )

@@ -49,9 +49,8 @@ class Attention(nn.Module):
         """Mix each token with the tokens before it.
 
         Without a cache: plain causal attention over the T tokens given.
-        With a cache: keys and values are first written at position_BT (int64), then the first L positions of the cache
-        are read under mask_BTL (bool, True where query t may see position l); L is taken from the mask. With rows
-        (`cache.row_B`: prefill) the T tokens must be the last of these L.
+        With a cache: keys and values are first written at position_BT (int64), then the cache is read by
+        `cached_attention`, which describes mask_BTL.
         Returns: (B, T, E).
         """
         B, T, _ = x_BTE.shape
@@ -64,7 +63,7 @@ class Attention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            assert position_BT is not None and mask_BTL is not None, "a cache needs positions and a mask"
+            assert position_BT is not None, "a cache needs positions"
             cache.write(k_BTKD, v_BTKD, position_BT)
             y_BHTD = cached_attention(q_BTHD, cache, position_BT, mask_BTL)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))

@@ -1,8 +1,8 @@
 """Tensors that say they are on a CUDA device, without memory: a step runs on them as on a GPU, in shapes alone.
 
 PyTorch's FakeTensorMode refuses what a GPU would: tensors of two devices in one operation, numbers and shapes that
-depend on data. A PyTorch without CUDA refuses one thing more, indexing with brackets and `contiguous()` (their C++
-parts ask for the CUDA runtime), so these are written out here in operations.
+depend on data. A PyTorch without CUDA refuses one thing more, indexing with brackets, `contiguous()` and `copy_()`
+(their C++ parts ask for the CUDA runtime), so these are written out here in operations.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class _Indexing(TorchFunctionMode):
             return (aten.copy_ if isinstance(args[2], Tensor) else aten.fill_)(view, args[2])
         if function is Tensor.contiguous and args[0].device.type == "cuda":
             return aten.clone(args[0], memory_format=torch.contiguous_format)
+        if function is Tensor.copy_ and args[0].device.type == "cuda":
+            return aten.copy_(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 

@@ -27,7 +27,7 @@ ROWS, MAX_SEQ_LEN = 8, 8192
 
 def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16, **changes):
     """What of an engine a step uses; the rest of it (pinned memory, events) wants a real GPU."""
-    config = replace(ModelConfig.named(size), **changes)
+    config = replace(ModelConfig.named(size), **({"num_hidden_layers": 2} | changes))  # layers are alike
     model = fake_model(config, device, quantization)
     cache = StaticKVCache(config, ROWS, MAX_SEQ_LEN, cache_dtype, device)
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device)
@@ -73,7 +73,8 @@ def test_quantised_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
         pytest.importorskip("triton", reason="the triton package is not installed")
         monkeypatch.setattr(QuantizedExperts, "_chosen", None)  # not to be called
     else:
-        monkeypatch.setattr(cuda, "load", lambda: False)
+        monkeypatch.setattr(cuda, "load", lambda device: False)
+        monkeypatch.setattr(cuda, "_is_loaded", False)
     with fake_cuda() as device:
         engine = make_engine(device, "30b-a3b", format, num_hidden_layers=2)
         for rows in (1, ROWS):

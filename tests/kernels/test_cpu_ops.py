@@ -211,7 +211,7 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """What `cpu.DecodeLayers` is made of: lists of the model's and the cache's tensors."""
+    """What `cpu.DecodeLayersCall` is made of: lists of the model's and the cache's tensors."""
     norms, weights, scales = [], [], []
     for block in model.model.layers:
         a, f = block.self_attn, block.mlp
@@ -340,7 +340,7 @@ def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message)
     arguments = layers_arguments(model, cache)
     spoil(arguments)
     with pytest.raises(ValueError, match=message):
-        cpu.DecodeLayers(**arguments)
+        cpu.DecodeLayersCall(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ operations, layers = torch.load({path!r})
 for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
-    assert_near(cpu.DecodeLayers(**arguments)(cpu.functions(), *inputs), expected)
+    assert_near(cpu.DecodeLayersCall(**arguments)(cpu.functions(), *inputs), expected)
 """
 
 

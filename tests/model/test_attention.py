@@ -186,11 +186,16 @@ def test_cached_attention_does_not_depend_on_the_length_read():
     assert_near(outputs[2], outputs[0])
 
 
-def test_cached_attention_needs_positions_and_a_mask():
+@pytest.mark.parametrize(
+    ("position", "message"), [(None, "a cache needs positions"), (0, "this form needs a mask")], ids=str
+)
+def test_cached_attention_needs_positions_and_a_mask(position, message):
     attention, config = random_attention()
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, 1, torch.device("cpu"))
-    with pytest.raises(AssertionError, match="a cache needs positions and a mask"):
-        attention(random_tensor(1, 1, config.hidden_size), cos_SD[None], sin_SD[None], cache=noisy_cache(config, 1))
+    position_BT = None if position is None else torch.tensor([[position]])
+    inputs = random_tensor(1, 1, config.hidden_size), cos_SD[None], sin_SD[None], position_BT
+    with pytest.raises(AssertionError, match=message):
+        attention(*inputs, cache=noisy_cache(config, 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPINGS)

@@ -1,8 +1,8 @@
-"""C++ operations for bfloat16 and quantised weights on CPUs: read ops.h, then the .cpp file of interest.
+"""C++ operations for bfloat16 and quantized weights on CPUs: read ops.h, then the .cpp file of interest.
 
-`torch.ops.qwen3fast.*` (ops.py) and `DecodeLayers` (decode_layers.py), after `load()`. Where the C++ cannot be built,
-callers use their PyTorch forms. bfloat16 models do so, too, when they run eagerly, as the plain form that others are
-compared with (see kernels/compiling.py).
+After `load()` there are `torch.ops.qwen3fast.*` (ops.py) and `DecodeLayersCall` (decode_layers.py). Where the C++ cannot
+be built, callers use their PyTorch forms. Models in bfloat16 also use these when they run eagerly, as the reference that
+other forms are compared with (see kernels/compiling.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
-from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayers
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall
 from qwen3fast.kernels.cpu.ops import MAX_ROWS, round_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
@@ -27,7 +27,7 @@ __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
     "MAX_ROWS",
-    "DecodeLayers",
+    "DecodeLayersCall",
     "can_decode_attention",
     "can_matvec",
     "can_prefill_attention",

@@ -14,7 +14,7 @@ from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes,
 MAX_DECODE_ROWS = 32
 
 
-class DecodeLayers:
+class DecodeLayersCall:
     """Runs the blocks; checks weights and cache, and notes their addresses, once."""
 
     def __init__(

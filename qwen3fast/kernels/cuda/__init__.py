@@ -30,7 +30,7 @@ def load(device: torch.device | None = None) -> bool:
     """
     global _has_flash, _is_loaded
     with _loading:
-        if device is not None and device.type == "cuda" and torch.cuda.is_available():
+        if device is not None and device.type == "cuda":
             has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
             _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
@@ -54,9 +54,13 @@ def load(device: torch.device | None = None) -> bool:
 
 def can_split_attention(q_BTHD: Tensor) -> bool:
     """Return whether `torch.ops.qwen3fast.split_attention` serves this query."""
-    head_dim = q_BTHD.shape[-1]
-    is_served = q_BTHD.shape[1] == 1 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return decode_attention == "split" and is_served and q_BTHD.device.type == "cuda" and _is_loaded
+    return q_BTHD.shape[1] == 1 and can_split(q_BTHD.device, q_BTHD.shape[-1])
+
+
+def can_split(device: torch.device, head_dim: int) -> bool:
+    """Return whether it serves queries of this size on this device; only after `load`."""
+    is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return decode_attention == "split" and is_served and device.type == "cuda" and _is_loaded
 
 
 def can_flash_attention(q_BTHD: Tensor) -> bool:
@@ -67,12 +71,16 @@ def can_flash_attention(q_BTHD: Tensor) -> bool:
 
 
 def can_packed_matvec(x: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.packed_matvec` serves this product."""
-    return x.device.type == "cuda" and x.numel() <= MAX_ROWS * x.shape[-1] and _is_loaded
+    """Return whether `torch.ops.qwen3fast.packed_matvec` serves this product: of a decode step, x (B, 1, K).
+
+    Chunks of a prompt, which have more tokens, share one compiled form, which does not depend on their number.
+    """
+    is_step = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MAX_ROWS
+    return x.device.type == "cuda" and is_step and _is_loaded
 
 
 def can_packed_experts(x: Tensor) -> bool:
-    """Whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
+    """Return whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
     return x.device.type == "cuda" and _is_loaded
 
 
