@@ -199,6 +199,15 @@ def test_no_time_no_memory_and_faults_are_told_apart():
         assert (results.left_out, results.errors) == (left_out, errors)
 
 
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    results = Results()
+    child.run_variant(tiny(kind="transformers"), CPU, results, Clock(10))
+    assert results.errors == results.cases == []
+    [left_out] = results.left_out
+    assert left_out.startswith("transformers: ")
+
+
 def test_results_survive_their_file(tmp_path):
     results = Results(tmp_path / "found.json", [Case({"a": 1}, {"b": 2.0}, {"ttft_s": [3.0]})], left_out=["x"])
     results.notes["step"] = {"kernels": 3}
