@@ -21,7 +21,7 @@ from qwen3fast.bench.table import Columns, as_text, table_rows
 
 DESCRIPTION = """Compile decode steps and prompt chunks for NVIDIA GPUs on a machine that has none.
 
-Needs a PyTorch that was built for CUDA, and the Triton that comes with it: an environment of its own, several GB large,
+Needs a PyTorch from 2.11 that was built for CUDA, and the Triton that comes with it: an environment of several GB,
 but no GPU and no driver. Parts are compiled by torch.compile, as the engine does it and with the sizes that it lets
 vary, on tensors without memory; every Triton kernel, Inductor's and ours, becomes machine code by the assembler in
 Triton's package. What the kernels compute, and how fast, is not checked here. A case of the record is a step: how many
