@@ -37,18 +37,19 @@ COLUMNS = {
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
-    "gpu": Columns(("size", "weights", "attention", "mode", "batch_size", "context"),
-                   ("decode_tok_s", "share_of_bandwidth", "prefill_tok_s", "launches")),
+    "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
+                   ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip
 
 
 def compiled_table(record: Record) -> str:
-    """Return what one token launches on the newest GPU that tools/compile_for_gpu.py compiled for."""
-    newest = record.cases[-1].labels["gpu"]
-    shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == newest])
-    labels = ("gpu", "model", "weights", "attention", "batch_size")
+    """Return what one token, or one chunk of a prompt, launches on the GPU most cases were compiled for."""
+    names = [case.labels["gpu"] for case in record.cases]
+    most = max(dict.fromkeys(names), key=names.count)
+    shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == most])
+    labels = ("gpu", "step", "model", "weights", "batch_size")
     metrics = ("triton_kernels", "library_calls", "eager_calls", "shared_bytes")
-    return as_markdown(table_rows(shown, Columns(labels, metrics)), left=4)
+    return as_markdown(table_rows(shown, Columns(labels, metrics)), left=len(labels))
 
 
 def quantization_table(record: Record, with_errors: bool = True) -> str:

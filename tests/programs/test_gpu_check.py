@@ -1,104 +1,441 @@
-"""tools/gpu_check.py on the CPU with a small model: the whole program, but for the GPU."""
+"""tools/gpu_check.py on the CPU: every part with a tiny model; processes that crash or hang."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
-import gpu_check
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import assert_near, random_ids, randomised, small_config
+from gpu_check import child, main, parts, pytest_part, replay, report, runner, settings, targets, tokens
+from gpu_check.budget import Clock
+from gpu_check.merge import merge
+from gpu_check.processes import last_line
+from gpu_check.results import Results
+from gpu_check.runner import PartRun, make_record
+from gpu_check.variants import Variant
 
-from qwen3fast.bench.record import Record
+from qwen3fast.bench.record import Case, Record, load_record, write_json
 from qwen3fast.quantization import quantize_model
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(**fields):
+    """A variant that takes a fraction of a second."""
+    return replace(Variant("decode", "tiny", "tiny").dry(), **{"mode": "eager", "contexts": (8,), **fields})
+
+
+@pytest.mark.parametrize("part", parts.MEASURED)
+def test_a_dry_run_of_every_part_measures_every_variant(part, monkeypatch, one_thread):
+    monkeypatch.setattr(child, "apply_options", lambda options: None)  # of the compiler, for the whole process
+    monkeypatch.setattr(child, "apply_switches", lambda switches: None)
+    variants = parts.variants_of(part, "cpu")
+    assert len({variant.name for variant in variants}) == len(variants) > 1
+    # Compiled variants run eagerly here, each shape once: test_bench_measure.py has their modes.
+    eager = [replace(v, mode="static" if v.mode == "static" else "eager", label="default") for v in variants]
+    for variant in {variant.name: variant for variant in eager}.values():
+        results = Results()
+        child.run_variant(variant, CPU, results, Clock(100))
+        assert results.errors == []
+        if variant.weights == "fp8":
+            assert results.left_out == ["fp8 weights do not run on cpu"]
+            continue
+        assert results.left_out == []
+        mode = variant.labels["mode"]
+        assert [c.labels["context"] for c in results.cases if c.labels["mode"] == mode] == list(variant.contexts)
+        assert all(case.metrics["ttft_s"].median > 0 for case in results.cases)
+        assert results.checks and all(check["passed"] for check in results.checks.values())
+        assert results.notes["seconds"] > 0
+
+
+def test_variants_of_a_gpu_have_names_and_labels_of_their_own():
+    every = [variant for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
+    assert len({(variant.part, variant.name) for variant in every}) == len(every)
+    labels = [json.dumps(v.labels | {"context": n}, sort_keys=True) for v in every for n in v.contexts]
+    # A part may measure short and long batches of one model apart, never one shape twice.
+    assert [label for label, count in Counter(labels).items() if count > 1] == []
+    assert all(Variant.from_json(json.loads(json.dumps(variant.to_json()))) == variant for variant in every)
+    modes = {(variant.mode, variant.kind) for variant in every}
+    assert {("graphs", "cached"), ("compiled", "cached"), ("eager", "cached"), ("static", "transformers")} <= modes
+    assert {("eager", "uncached"), ("compiled", "uncached"), ("eager", "transformers")} <= modes
+
+
+def test_a_part_runs_as_a_program_and_its_record_is_whole(tmp_path):
+    command = [sys.executable, "tools/gpu_check.py", "--part", "uncached", "--only", "uncached-eager"]
+    command += ["--device", "cpu", "--output", str(tmp_path), "--caches", str(tmp_path / "caches")]
+    environment = os.environ | {"PYTHONPATH": "."}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uncached-eager" in done.stdout
+    record = load_record(tmp_path / "uncached.json")
+    assert [case.labels["context"] for case in record.cases] == [8, 24]
+    assert record.suite == "gpu" and not record.interrupted and record.passed
+    assert record.notes["seconds"] > 0
+    assert main.main(["--merge", "--output", str(tmp_path)]) == 0
+    merged = load_record(tmp_path / "gpu.json")
+    assert [case.name for case in merged.cases] == [case.name for case in record.cases]
+    assert "part tests was not run" in merged.notes["left_out"]
+
+
+# Stands in for child.py: does what the variant's label says, after it has saved a case.
+CHILD = """
+import json, os, sys, time
+variant, found, device, end = sys.argv[1:]
+label = json.load(open(variant))["label"]
+case = {"labels": {"label": label}, "facts": {}, "samples": {"ttft_s": [1.0]}}
+names = ("checks", "conditions", "environment", "notes")
+json.dump({name: {} for name in names} | {"left_out": [], "errors": [], "cases": [case]}, open(found, "w"))
+print("about to", label, flush=True)
+if label == "abort":
+    os.abort()
+if label == "hang":
+    time.sleep(100)
+sys.exit(3 if label == "fail" else 0)
+"""
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Runs the program with a small model and without the nested tests. Returns its exit status and record."""
-    loaded = []
+def part_run(tmp_path, monkeypatch):
+    """Makes a part whose variants do what their labels say."""
+    monkeypatch.setattr(runner, "LEAST_S", 0.1)
+    monkeypatch.setattr(runner, "SPARE_S", 0.2)
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
 
-    def load(source, device, quantization):
-        loaded.append((source, quantization))
-        sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
-        model = randomised(small_config(**sizes, eos_token_ids=()), seed=3)
-        if quantization is not None:
-            quantize_model(model, quantization, torch.float32)
-        return model
+    def make(seconds=100.0):
+        return PartRun("decode", tmp_path, "cpu", Clock(seconds), tmp_path / "caches", (sys.executable, str(script)))
 
-    monkeypatch.setattr(gpu_check, "load_model", load)
-    tests = {"exit_status": 5, "summary": "none", "seconds": 0.0, "run": False}
-    monkeypatch.setattr(gpu_check, "run_tests", lambda device, log: tests)
-
-    def program(*arguments):
-        command = ["gpu_check.py", "--device", "cpu", "--quick", "--new-tokens", "2", "--output", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [*command, *arguments])
-        status = gpu_check.main()
-        return status, json.loads((tmp_path / "gpu-check-on-cpu.json").read_text()), loaded
-
-    return program
+    return make
 
 
-def test_every_mode_is_measured_and_what_is_not_is_named(run, tmp_path, capsys):
-    status, record, loaded = run()
-    assert (status, loaded) == (0, [("random:0.6b", weights) for weights in (None, "int8", "int4")])
-    assert Record.from_dict(record).suite == "gpu"
-    labels = [case["labels"] for case in record["cases"]]
-    plain = [c for c in labels if c["weights"] == "bf16"]
-    shapes = {(c["mode"], c["batch_size"], c["context"]) for c in plain}
-    cached = {(mode, *shape) for mode in ("eager", "compiled") for shape in ((1, 32), (1, 128), (2, 32))}
-    assert shapes == cached | {("uncached", 1, 64), ("transformers", 1, 32)}
-    others = {(c["weights"], c["mode"], c["batch_size"], c["context"]) for c in labels if c not in plain}
-    assert others == {(weights, "compiled", 1, 32) for weights in ("int8", "int4")}
-    assert all(c["metrics"]["decode_tok_s"]["median"] > 0 for c in record["cases"])
-    assert all("launches" not in c["metrics"] for c in record["cases"])
-    assert len(record["checks"]) == 6 and all(check["passed"] for check in record["checks"].values())
-    assert record["notes"]["left_out"] == [
-        f"0.6b, {what}, graphs: there are none on cpu"
-        for what in ("batch 1", "batch 2", "int8, batch 1", "int4, batch 1")
+def test_a_variant_that_crashes_is_a_reason_and_the_rest_is_measured(part_run, tmp_path):
+    run = part_run()
+    run.run([tiny(label=label) for label in ("abort", "fail", "work")])
+    record = load_record(tmp_path / "decode.json")
+    assert [case.labels["label"] for case in record.cases] == ["abort", "fail", "work"]
+    assert [error.partition("batch1: ")[2] for error in record.notes["errors"]] == [
+        "ended by SIGABRT; last output: about to abort",
+        "exit status 3; last output: about to fail",
     ]
-    assert record["notes"]["tests"]["run"] is False
-    assert (tmp_path / "gpu-check-on-cpu.png").stat().st_size > 10_000
-    assert "left out: 0.6b, batch 1, graphs" in capsys.readouterr().out
+    assert not record.interrupted
 
 
-def test_sizes_for_which_no_time_is_left_are_named(run):
-    status, record, loaded = run("--minutes", "0.1", "--sizes", "0.6b,4b")
-    assert (status, loaded, record["cases"]) == (0, [], [])
-    assert record["notes"]["left_out"][:3] == [f"{what}: no time left" for what in ("0.6b", "4b", "0.6b, int8")]
+def test_a_variant_that_hangs_is_ended_and_the_part_ends_in_time(part_run, tmp_path):
+    run = part_run(seconds=4.0)
+    run.run([tiny(label=label) for label in ("hang", "work")])
+    record = load_record(tmp_path / "decode.json")
+    assert [case.labels["label"] for case in record.cases] == ["hang", "work"]
+    [error] = record.notes["errors"]
+    assert "not done after 2 s; last output: about to hang" in error
+    assert run.clock.left() > 0
 
 
-def test_a_size_without_memory_does_not_stop_the_others(run, monkeypatch):
-    def load(source, device, quantization):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(gpu_check, "load_model", load)
-    status, record, _ = run("--sizes", "8b")
-    assert (status, record["notes"]["left_out"]) == (0, ["8b: no room", "8b, int8: no room", "8b, int4: no room"])
+def test_variants_that_time_does_not_suffice_for_are_named(part_run, tmp_path):
+    part_run(seconds=0.0).run([tiny(label="work")])
+    record = load_record(tmp_path / "decode.json")
+    assert record.cases == []
+    assert record.notes["left_out"] == ["decode: tiny-bf16-cached-eager-work-batch1: no time left"]
 
 
-def test_a_size_that_breaks_is_reported_and_does_not_stop_the_others(run, monkeypatch):
-    def break_(self):
-        raise RuntimeError("a kernel does not compile")
-
-    monkeypatch.setattr(gpu_check.VariantRun, "measure_uncached", break_)
-    status, record, loaded = run("--sizes", "0.6b,1.7b")
-    assert status == 1 and {source for source, _ in loaded} == {"random:0.6b", "random:1.7b"}
-    assert record["notes"]["errors"] == [
-        f"{size}: RuntimeError: a kernel does not compile" for size in ("0.6b", "1.7b")
-    ]
-
-
-def test_wrong_tokens_give_exit_status_1(run, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check.VariantRun, "measure_transformers", lambda self: None)
-    check = gpu_check.check_tokens
-    monkeypatch.setattr(gpu_check, "check_tokens", lambda m, p, ids: check(m, p, [[i ^ 1 for i in row] for row in ids]))
-    assert run()[0] == 1
-    assert "WRONG TOKENS: 0.6b, eager, batch 1" in capsys.readouterr().err
+STOPPED = """
+import sys
+from pathlib import Path
+from test_gpu_check import tiny
+from gpu_check.budget import Clock
+from gpu_check.processes import raise_on_sigterm
+from gpu_check.runner import PartRun
+folder = Path(sys.argv[1])
+raise_on_sigterm()
+run = PartRun("decode", folder, "cpu", Clock(100), folder, (sys.executable, str(folder / "child.py")))
+run.run([tiny(label="hang"), tiny(label="work")])
+"""
 
 
-def test_no_cuda_device_is_said_at_once(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+def test_sigterm_ends_the_child_and_keeps_what_it_has_found(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], env=environment)
+    try:
+        while not (tmp_path / "decode.json").is_file():  # written once the child has found something
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    record = load_record(tmp_path / "decode.json")
+    assert record.interrupted
+    assert [case.labels["label"] for case in record.cases] == ["hang"]
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "child.py") not in processes
+
+
+def test_no_time_no_memory_and_faults_are_told_apart():
+    results = Results()
+    child.run_variant(tiny(contexts=(8, 16)), CPU, results, Clock(0))
+    assert results.left_out == ["context 8: no time left", "context 16: no time left"]
+    for error, left_out, errors in (
+        (MemoryError("no room\nat all"), ["no memory: no room"], []),
+        (settings.UnavailableError("no such option"), ["no such option"], []),
+        (RuntimeError("a kernel does not compile"), [], ["RuntimeError: a kernel does not compile"]),
+    ):
+
+        def fail(*arguments, error=error):
+            raise error
+
+        results = Results()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(child.MEASURES, "cached", fail)
+            child.run_variant(tiny(), CPU, results, Clock(10))
+        assert (results.left_out, results.errors) == (left_out, errors)
+
+
+def test_a_missing_package_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    results = Results()
+    child.run_variant(tiny(kind="transformers"), CPU, results, Clock(10))
+    assert results.errors == results.cases == []
+    [left_out] = results.left_out
+    assert left_out.startswith("transformers: ")
+
+
+def test_results_survive_their_file(tmp_path):
+    results = Results(tmp_path / "found.json", [Case({"a": 1}, {"b": 2.0}, {"ttft_s": [3.0]})], left_out=["x"])
+    results.notes["step"] = {"kernels": 3}
+    results.save()
+    assert replace(Results.load(tmp_path / "found.json"), path=results.path) == results
+    assert Results.load(tmp_path / "none.json") == Results()
+
+
+def test_options_are_set_over_those_of_the_caller(monkeypatch):
+    from torch._inductor import config
+
+    calls = []
+    before = config.coordinate_descent_tuning
+    monkeypatch.setattr(torch, "compile", lambda function, **keywords: calls.append(keywords))
+    try:
+        settings.apply_options({"coordinate_descent_tuning": not before})
+        assert config.coordinate_descent_tuning is not before
+    finally:
+        config.coordinate_descent_tuning = before
+    torch.compile(print, fullgraph=True, options={"coordinate_descent_tuning": before, "epilogue_fusion": True})
+    torch.compile(print, mode="max-autotune-no-cudagraphs")
+    assert calls[0] == {
+        "fullgraph": True, "options": {"coordinate_descent_tuning": not before, "epilogue_fusion": True}
+    }  # fmt: skip
+    assert "mode" not in calls[1]
+    assert calls[1]["options"] == {"max_autotune": True, "coordinate_descent_tuning": not before}
+    with pytest.raises(settings.UnavailableError, match="has no Inductor option no_such_option"):
+        settings.apply_options({"no_such_option": True})
+
+
+def test_switches_are_set_or_refused(monkeypatch):
+    from qwen3fast.kernels import cuda
+
+    monkeypatch.setattr(cuda, "decode_attention", "sdpa")
+    settings.apply_switches({"attention": "split"})
+    assert cuda.decode_attention == "split"
+    monkeypatch.setitem(settings.SWITCHES, "other", ("qwen3fast.kernels.cuda", "no_such_switch"))
+    with pytest.raises(settings.UnavailableError, match=r"no qwen3fast.kernels.cuda.no_such_switch"):
+        settings.apply_switches({"other": True})
+
+
+def test_float32_logits_are_those_of_the_model_in_float32():
+    model = randomised(small_config(head_dim=32), seed=3)
+    ids = random_ids(1, 20)
+    expected = model(ids)[0, -5:]
+    assert_near(tokens.float32_logits(model, ids[0].tolist(), 5), expected)
+    half = randomised(small_config(head_dim=32, dtype=torch.bfloat16), seed=3).bfloat16()
+    twin = randomised(small_config(head_dim=32), seed=3)
+    twin.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
+    assert_near(tokens.float32_logits(half, ids[0].tolist(), 5), twin(ids)[0, -5:])
+    assert half.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_quantized_weights_are_checked_against_what_their_bits_stand_for():
+    config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, head_dim=32)
+    model = randomised(config, seed=3)
+    quantize_model(model, "int8", torch.float32)
+    plain = randomised(config, seed=3)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "dequantize"):
+            plain.get_submodule(name).weight.data.copy_(layer.dequantize())
+    plain.model.embed_tokens.weight.data.copy_(plain.lm_head.weight)
+    ids = random_ids(1, 20, vocab_size=96)
+    assert_near(tokens.float32_logits(model, ids[0].tolist(), 20), plain(ids)[0])
+
+
+def test_wrong_tokens_are_found_and_give_exit_status_1():
+    model = randomised(small_config(eos_token_ids=()), seed=3)
+    prompt, ids = [1, 2, 3], []
+    for _ in range(5):
+        ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))
+    good = tokens.check_against_float32(model, [prompt], [ids])
+    assert good["passed"] and (good["tokens"], good["exact"]) == (5, 5)
+    bad = tokens.check_against_float32(model, [prompt], [[*ids[:-1], ids[-1] ^ 1]])
+    assert not bad["passed"] and (bad["tokens"], bad["exact"]) == (5, 4)
+    record = make_record("decode", "cpu", {"x": Results(checks={"a": good, "b": bad})})
+    assert main.status_of([record]) == 1
+    assert "WRONG TOKENS: b: " in report.as_report(record)
+    assert main.status_of([make_record("decode", "cpu", {"x": Results(checks={"a": good})})]) == 0
+    assert main.status_of([make_record("decode", "cpu", {"x": Results(errors=["broken"])})]) == 1
+
+
+def test_a_step_is_the_difference_of_two_runs(monkeypatch):
+    steps = replay.LONG - replay.SHORT
+    eager = "void at::native::vectorized_elementwise_kernel<4>"
+
+    def profiled(run, device):
+        tokens = run()
+        kernels = Counter({"prefill": 28, "triton_fused": 5 * tokens, "Memcpy DtoH": tokens, eager: tokens})
+        micros = Counter({"prefill": 99, "triton_fused": 10 * tokens, "Memcpy DtoH": 7 * tokens, eager: tokens})
+        return replay.Profile(kernels, micros, Counter({"cudaGraphLaunch": tokens, "cudaMemcpyAsync": tokens}))
+
+    monkeypatch.setattr(replay, "profile_run", profiled)
+    asked = []
+    step = replay.step_profile(lambda tokens: asked.append(tokens) or tokens, CPU)
+    assert asked == [replay.LONG, replay.SHORT, replay.LONG] and steps > 0
+    assert step == {
+        "kernels": 6, "kernel_us": 11, "graph_launches": 1, "launches": 2, "eager_kernels": [eager],
+        "by_name": {"triton_fused": [5, 10], eager: [1, 1]},
+    }  # fmt: skip
+    assert replay.eager_kernels(Counter({"pytorch_flash::flash_fwd_kernel": 1, "nvjet_tst_64x8": 1})) == []
+
+
+def test_a_profile_counts_kernels_and_launches_and_no_annotations(monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def key_averages(self):
+            cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+            rows = [("triton_", cuda, 3), ("## Call ##", cuda, 2), ("cudaGraphLaunch", cpu, 1), ("aten::mm", cpu, 9)]
+            return [SimpleNamespace(key=k, device_type=d, count=n, self_device_time_total=n) for k, d, n in rows]
+
+    monkeypatch.setattr(replay, "profile", Profiler)
+    found = replay.profile_run(lambda: None, CPU)
+    assert found == replay.Profile(Counter(triton_=3), Counter(triton_=3), Counter(cudaGraphLaunch=1))
+
+
+def test_the_output_of_tests_is_read_whole_or_cut_off(tmp_path):
+    log = tmp_path / "gpu.log"
+    whole = "tests/gpu/a.py::one PASSED [ 50%]\ntests/gpu/a.py::two[x y] FAILED [100%]\n"
+    log.write_text(whole + "===== 1 failed, 1 passed in 3.21s =====\n")
+    assert pytest_part.read_log(log) == {
+        "passed": 1, "failed": 1, "skipped": 0, "failures": ["tests/gpu/a.py::two[x y]"],
+        "summary": "1 failed, 1 passed in 3.21s", "not_collected": {}, "last": "tests/gpu/a.py::two[x",
+    }  # fmt: skip
+    log.write_text("[gw0] [ 50%] PASSED tests/a.py::one \n[gw1] [100%] FAILED tests/a.py::two[x y] \n")
+    parallel = pytest_part.read_log(log)
+    assert (parallel["passed"], parallel["failures"]) == (1, ["tests/a.py::two[x y]"])
+    missing = "____ ERROR collecting tests/gpu/b.py ____\ntests/b.py:3: in <module>\nE   ModuleNotFoundError: No module"
+    log.write_text(f"{missing}\n_____ ERROR collecting tests/c.py _____\nE   SyntaxError: invalid syntax\n{whole}")
+    assert pytest_part.read_log(log)["not_collected"] == {"tests/gpu/b.py": "ModuleNotFoundError: No module"}
+    log.write_text(whole + "tests/gpu/a.py::three ")
+    cut = pytest_part.read_log(log)
+    assert (cut["passed"], cut["failed"], cut["summary"], cut["last"]) == (1, 1, "", "tests/gpu/a.py::three")
+
+
+def test_tests_that_hang_are_ended_and_those_before_them_are_counted(tmp_path, monkeypatch):
+    file = tmp_path / "test_it.py"
+    file.write_text("import time\ndef test_one(): pass\ndef test_two(): assert 0\ndef test_three(): time.sleep(100)\n")
+    monkeypatch.setattr(pytest_part, "SPARE_S", 0.5)
+    monkeypatch.setattr(pytest_part, "RUNS", {"gpu": ([str(file)], 1.0)})
+    run = PartRun("tests", tmp_path, "cpu", Clock(5), tmp_path / "caches")
+    pytest_part.run_tests(run, arguments=("--rootdir", str(tmp_path), "-c", os.devnull))
+    record = load_record(tmp_path / "tests.json")
+    notes = record.notes["variants"]["gpu"]
+    assert (notes["passed"], notes["failed"], notes["exit_status"]) == (1, 1, None)
+    assert [name.rpartition("::")[2] for name in notes["failures"]] == ["test_two"]
+    [error] = record.notes["errors"]
+    assert "test_it.py::test_three" in error and "not done after" in error
+    assert "1 passed, 1 failed" in report.as_report(record)
+    assert "test_one PASSED" in (tmp_path / "tests" / "gpu.log").read_text()
+
+
+def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("def test_one(): pass\n")
+    (tmp_path / "test_other.py").write_text("import no_such_package\ndef test_two(): pass\n")
+    monkeypatch.setattr(pytest_part, "RUNS", {"gpu": ([str(tmp_path)], 1.0)})
+    run = PartRun("tests", tmp_path, "cpu", Clock(60), tmp_path / "caches")
+    pytest_part.run_tests(run, arguments=("--rootdir", str(tmp_path), "-c", os.devnull))
+    notes = load_record(tmp_path / "tests.json").notes
+    assert notes["variants"]["gpu"]["passed"] == 1 and notes["errors"] == []
+    [left_out] = notes["left_out"]
+    assert "test_other.py: ModuleNotFoundError: No module named 'no_such_package'" in left_out
+
+
+def record_of(part, gpu="NVIDIA H200", **more):
+    """A part's record with one case of a few fixed speeds."""
+    labels = {"part": part, "size": "0.6b", "weights": "bf16", "mode": "graphs", "options": "default"}
+    case = Case(labels | {"batch_size": 1, "context": 32} | more, {"bytes_per_step": 2e9})
+    case.samples = {"ttft_s": [0.02], "step_s": [[0.001] * 3], "bandwidth_gb_s": [4000.0]}
+    results = Results(
+        None, [case], environment={"device": "cuda", "gpu": gpu, "torch": "2.11.0", "qwen3fast": "1", "threads": 2}
+    )
+    results.notes["step"] = {"kernels": 170, "kernel_us": 9, "launches": 2, "graph_launches": 1, "eager_kernels": []}
+    return make_record(part, "cuda", {"0.6b-bf16-cached-graphs-default-batch1": results})
+
+
+def test_parts_are_merged_and_held_against_the_targets(tmp_path):
+    write_json(record_of("decode").to_dict(), tmp_path / "decode.json")
+    write_json(record_of("peers", mode="transformers-static").to_dict(), tmp_path / "peers.json")
+    merged = merge(tmp_path)
+    assert Record.from_dict(merged.to_dict()).suite == "gpu"
+    assert [case.labels["part"] for case in merged.cases] == ["decode", "peers"]
+    found = {row["what"]: row for row in merged.notes["targets"]}
+    speed = found["0.6B, one row, context 32"]
+    assert (speed["wanted"], speed["measured"], speed["reached"]) == (1700, pytest.approx(1000), False)
+    assert found["0.6B, over transformers, compiled"]["measured"] == pytest.approx(1)
+    assert found["0.6B, kernels a token"]["reached"] is True
+    assert "0.6B, one row, context 4,096" not in found
+    text = report.as_report(merged)
+    assert "1,700 wanted    1,000 measured tokens/s not reached" in text
+    assert "170 kernels a step" in text
+    assert report.draw(merged, tmp_path / "gpu.png") == "" and (tmp_path / "gpu.png").stat().st_size > 10_000
+    write_json(record_of("large", gpu="NVIDIA H100").to_dict(), tmp_path / "large.json")
+    with pytest.raises(ValueError, match="part large ran with gpu 'NVIDIA H100', others with 'NVIDIA H200'"):
+        merge(tmp_path)
+
+
+def test_a_target_of_less_is_reached_by_less():
+    few = targets.Target("x", "", {"": 175}, lambda record: 100.0, is_higher_better=False)
+    many = replace(few, find=lambda record: 200.0)
+    same = replace(few, find=lambda record: 175.0)
+    record = record_of("decode")
+    assert [t.line(record)["reached"] for t in (few, many, same)] == [True, False, True]
+
+
+def test_what_cannot_run_is_said_at_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu_check.main()
-    assert "sees no CUDA device; --device cpu --quick" in capsys.readouterr().err
+    for arguments, message in (
+        (["--part", "decode"], "sees no CUDA device; --device cpu shows"),
+        (["--part", "decode,none"], "unknown part 'none'; there are tests, decode"),
+        (["--merge", "--output", str(tmp_path)], "has no part's record"),
+    ):
+        with pytest.raises(SystemExit):
+            main.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_the_last_line_of_a_log_is_the_last_that_says_something(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("first\nlast \n\n  \n")
+    assert last_line(log) == "last"
+    log.write_text("")
+    assert last_line(log) == ""

@@ -1,0 +1,37 @@
+"""On a GPU: prompts in bfloat16, whole and in chunks."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+
+from gpu.conftest import DEVICE
+from qwen3fast import Generator
+from qwen3fast.kernels import cuda
+from qwen3fast.kernels.attention import attend, attend_last
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="FlashAttention is on CUDA devices only")
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (32, 32), (32, 96), (33, 1000), (512, 1536)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (16, 8), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_attention_over_the_last_positions_equals_the_masked_form(tokens, length, heads, kv_heads, head_dim):
+    q_BTHD = random_tensor(1, tokens, heads, head_dim).bfloat16().to(DEVICE)
+    k, v = (random_tensor(1, kv_heads, length, head_dim, seed=s).bfloat16().to(DEVICE) for s in (1, 2))
+    cuda.load(DEVICE)
+    assert cuda.can_flash_attention(q_BTHD)
+    mask_BTL = torch.arange(length) <= torch.arange(length - tokens, length)[None, :, None]
+    expected = attend(q_BTHD.float(), k.float(), v.float(), mask_BTL.to(DEVICE))
+    assert_near(attend_last(q_BTHD, k, v), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_prefill_in_bfloat16_equals_the_plain_model(compile):
+    """In chunks, the later ones over what is in the cache already."""
+    sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 2048}
+    model = randomised(small_config(**sizes, dtype=torch.bfloat16), seed=3)
+    ids = random_ids(1, 1100)
+    with Generator(copy.deepcopy(model).bfloat16().to(DEVICE), max_seq_len=1300, compile=compile) as generator:
+        logits_1V = generator._engine.prefill_whole(0, ids[0].tolist())
+    assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)

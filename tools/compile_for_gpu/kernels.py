@@ -1,0 +1,66 @@
+"""Our own Triton kernels as machine code, in the shapes of the published models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from triton.compiler import ASTSource
+
+from compile_for_gpu.binaries import describe_kernel
+from compile_for_gpu.devices import Gpu
+from qwen3fast.kernels import cuda
+from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
+
+
+class KernelCase(NamedTuple):
+    """A kernel to compile. kinds: types of its first arguments, as Triton writes them; constants: its last ones.
+
+    options: of Triton's compiler, such as num_warps and launch_pdl.
+    """
+
+    name: str
+    kernel: Any
+    kinds: list[str]
+    constants: list[Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  never changed
+
+
+def own_cases() -> list[KernelCase]:
+    """Return our kernels for bfloat16 in the shapes of the 0.6B and 8B models, and what the package names itself."""
+    bf16, fp32, index = "*bf16", "*fp32", "i32"
+    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    cases = []
+    for group in (2, 4):
+        numbers = [8, group, 128, 16, split_attention.BLOCK]
+        for name, kinds in (("bf16", split_types), ("int8", int8_types)):
+            title = f"attend_split, {name}, {group} heads a group"
+            cases.append(KernelCase(title, split_attention._attend_split, kinds, [*numbers, name == "int8"]))
+    for width in (32, 64):
+        merge = [fp32, fp32, fp32, bf16, index]
+        cases.append(KernelCase(f"merge_splits, {width}", split_attention._merge_splits, merge, [width, 128]))
+    for name, channels, scale in (("int8", 4, fp32), ("fp8", 4, fp32), ("int4", 8, bf16)):
+        for rows in (16, 64):
+            kinds = [bf16, "*i32", scale, fp32, index, index, index]
+            numbers = [channels, name == "fp8", rows, packed_matvec.LANES, packed_matvec.BLOCK_J, packed_matvec.GROUP]
+            cases.append(KernelCase(f"packed_matvec, {name}, {rows} rows", packed_matvec._multiply, kinds, numbers))
+        kinds = [bf16, "*i32", scale, "*i64", fp32, index, index]
+        numbers = [channels, name == "fp8", packed_experts.LANES, packed_experts.BLOCK_J, packed_experts.GROUP]
+        cases.append(KernelCase(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
+    compile_cases = getattr(cuda, "compile_cases", None)  # of the fused kernels
+    return cases + [KernelCase(*case) for case in (compile_cases() if compile_cases is not None else [])]
+
+
+def compile_own_kernels(gpu: Gpu, cases: list[KernelCase] | None = None) -> list[dict[str, Any]]:
+    """Compile kernels for a GPU. Returns what `describe_kernel` says of each. cases: by default `own_cases`."""
+    results = []
+    for case in cases if cases is not None else own_cases():
+        names, kinds = case.kernel.arg_names, case.kinds
+        signature = dict(zip(names, [*kinds, *["constexpr"] * len(case.constants)], strict=True))
+        constants = dict(zip(names[len(kinds) :], case.constants, strict=True))
+        attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind.startswith("*")}
+        source = ASTSource(case.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=gpu.target, options=dict(case.options) or None)
+        results.append(describe_kernel(case.name, compiled))
+    return results

@@ -1,0 +1,99 @@
+"""A decode step and a chunk of a prompt on tensors without memory: the parts as the engine calls them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from compile_for_gpu.inspector import Inspector
+from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.prefill import Prefill, prefill_step
+from qwen3fast.kernels import cuda
+from qwen3fast.model import Qwen3, build_on_meta, rope_tables
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
+from qwen3fast.sampling.samplers import SamplerKind
+
+CHUNK = 512  # tokens of the prompt that is inspected
+
+
+def config_of(size: str) -> ModelConfig:
+    """Return the config of a published size, or ("30b-a3b/4") of so many of its layers."""
+    name, _, layers = size.partition("/")
+    config = ModelConfig.named(name)
+    return replace(config, num_hidden_layers=int(layers)) if layers else config
+
+
+def model_without_memory(config: ModelConfig, device: torch.device, quantization: str | None) -> Qwen3:
+    """Return a model of fake tensors, in the config's dtype or a quantized format; inside of a FakeTensorMode."""
+    with unset_fake_temporarily():
+        model = build_on_meta(config)
+        if quantization is not None:
+            quantize_model(model, quantization, config.dtype)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module._parameters[name] = made.setdefault(parameter, nn.Parameter(empty, requires_grad=False))
+    return model
+
+
+@torch.no_grad()
+def inspect(size: str, batch_size: int, context: int, quantization: str | None) -> list[dict[str, Any]]:
+    """Return what a greedy decode step launches and, with one row, what a chunk of a prompt does; or an `error`.
+
+    To be called inside of `pretended`. context: positions of the KV cache.
+    """
+    config, device = config_of(size), torch.device("cuda", 0)
+    with patch.object(torch.cuda, "is_available", lambda: True):  # not in a FakeTensorMode, which would ask the device
+        cuda.load(device)
+    with FakeTensorMode():
+        model = model_without_memory(config, device, quantization)
+        cache = StaticKVCache(config, batch_size, context, config.dtype, device)
+        inspector = Inspector(device)
+        parts, state = Parts.build(inspector, model, cache), DecodeState.allocate(batch_size, device)
+        cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
+        fixed = (model, parts, cache, cos_SD, sin_SD)
+
+        def decode() -> None:
+            decode_step(*fixed, state, batch_size, cache.bucket(context), SamplerKind.GREEDY)
+
+        def prefill() -> None:
+            prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
+            prefill_step(*fixed, prompt)
+
+        steps = [("decode", decode)] + ([("prefill", prefill)] if batch_size == 1 else [])
+        labels = {"model": size, "weights": quantization or "bf16", "batch_size": batch_size, "context": context}
+        return [{"step": name, **labels, **_found(inspector, run)} for name, run in steps]
+
+
+def _found(inspector: Inspector, run: Callable[[], None]) -> dict[str, Any]:
+    try:
+        return _counted(inspector, run)
+    except Exception as err:  # of any compiler: a reason in the record, and the other steps are worth having
+        return {"error": f"{type(err).__name__}: {str(err)[:500]}"}
+
+
+def _counted(inspector: Inspector, run: Callable[[], None]) -> dict[str, Any]:
+    """Run a step twice: parts are compiled in the first run, what it launches is counted in the second."""
+    run()
+    inspector.clear()
+    with inspector.eager:
+        run()
+    launches, library = 0, Counter[str]()
+    for name, times in inspector.calls.items():
+        launches += inspector.parts[name].launches * times
+        for call, count in inspector.parts[name].calls.items():
+            library[call] += count * times
+    used = {name: asdict(inspector.parts[name]) | {"runs": times} for name, times in inspector.calls.items()}
+    counts = {"triton_launches": launches, "library_calls": dict(library)}
+    return counts | {"eager_calls": dict(inspector.eager.calls), "parts": used}

@@ -1,0 +1,62 @@
+"""What a variant asks for, as settings of this process: options of Inductor, switches of the package."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor
+
+# Switches of the package: the module and the attribute that hold each.
+SWITCHES = {
+    "attention": ("qwen3fast.kernels.cuda", "decode_attention"),
+    "fused": ("qwen3fast.kernels.cuda", "fused_kernels"),
+}
+
+
+class UnavailableError(Exception):
+    """Something that this machine, this PyTorch or this version of the package does not have; says what."""
+
+
+def apply_options(options: dict[str, Any]) -> None:
+    """Set options of Inductor for everything that this process compiles, over those that the package passes.
+
+    Raises: UnavailableError for an option that this PyTorch does not have.
+    """
+    if not options:
+        return
+    known = torch._inductor.list_options()
+    for name in options:
+        if name not in known:
+            raise UnavailableError(f"torch {torch.__version__} has no Inductor option {name}")
+    from torch._inductor import config
+
+    config.patch(dict(options)).__enter__()  # type: ignore[attr-defined]  # for the rest of the process
+    torch.compile = _with_options(torch.compile, options)  # type: ignore[assignment]
+
+
+def _with_options(compile: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return `torch.compile` with these options over those it is called with."""
+
+    def compile_with_options(*arguments: Any, **keywords: Any) -> Any:
+        mode = keywords.pop("mode", None)
+        given = torch._inductor.list_mode_options(mode) if mode is not None else {}
+        keywords["options"] = given | (keywords.get("options") or {}) | options
+        return compile(*arguments, **keywords)
+
+    return compile_with_options
+
+
+def apply_switches(switches: dict[str, Any]) -> None:
+    """Set switches of the package.
+
+    Raises: UnavailableError for one that this version of the package does not have.
+    """
+    for name, value in switches.items():
+        module_name, attribute = SWITCHES[name]
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            raise UnavailableError(f"this version of the package has no {module_name}.{attribute}")
+        setattr(module, attribute, value)
