@@ -28,6 +28,7 @@ def load() -> bool:
     global _is_loaded
     with _loading:
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.decode_step import ops as decode_step
             from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
             from qwen3fast.kernels.cuda.split_attention import split_attention
@@ -42,6 +43,7 @@ def load() -> bool:
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
             ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
+            decode_step.register()
             _is_loaded = True
         return _is_loaded
 

@@ -38,8 +38,22 @@ class Splits(NamedTuple):
     @classmethod
     def allocate(cls, B: int, H: int, K: int, S: int, D: int, device: torch.device) -> Splits:
         """Return the workspace for B rows of a cache of S positions."""
-        N = num_splits(B * K, S)
-        return cls(*(torch.empty(B * H, N, *last, dtype=torch.float32, device=device) for last in ((D,), (), ())))
+        return cls.allocate_all([B], H, K, S, D, device)[B]
+
+    @classmethod
+    def allocate_all(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
+        """Return the workspace for each number of rows, all in the same memory."""
+        shapes = {B: (B * H, num_splits(B * K, S)) for B in rows}
+        most = max(heads * N for heads, N in shapes.values())
+        values, maximum, total = (torch.empty(most * width, device=device) for width in (D, 1, 1))
+        return {
+            B: cls(
+                values[: heads * N * D].view(heads, N, D),
+                maximum[: heads * N].view(heads, N),
+                total[: heads * N].view(heads, N),
+            )
+            for B, (heads, N) in shapes.items()
+        }
 
 
 def num_splits(heads: int, positions: int) -> int:
@@ -160,7 +174,7 @@ def write_vector(x, cache, scale, at, D: tl.constexpr, IS_QUANTIZED: tl.constexp
     """Write a vector [1, D] as vector `at` of the cache. Returns: it as the cache holds it, float32."""
     place = at * D + tl.arange(0, D)[None, :]
     if IS_QUANTIZED:
-        largest = tl.max(tl.abs(x), 1)
+        largest = tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1)  # a maximum loses NaN
         # As `round` in PyTorch: halves to the even integer, which adding 1.5 * 2^23 does.
         level = x * tl.where(largest > 0, 127.0 / largest, 0.0)[:, None] + 12582912.0 - 12582912.0
         tl.store(cache + place, level.to(tl.int8))

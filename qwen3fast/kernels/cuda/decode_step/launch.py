@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def launch(
     """Start `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
-    kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
 
 
 @triton.jit

@@ -145,11 +145,11 @@ def linear_kernel(
         part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
     if P != 1:
         raw = load_weights(w, n0, 0, N, K, BN, BK, P, "evict_first")
-    sums = multiply(raw, part, scale, n0, 0, K, BN, BK, KIND, P)
+    sums = multiply(raw, part, scale, n0, 0, N, K, BN, BK, KIND, P)
     if USE == 2:
         if P != 1:
             up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P, "evict_first")
-        up_sums = multiply(up_raw, part, up_scale, n0, 0, K, BN, BK, KIND, P)
+        up_sums = multiply(up_raw, part, up_scale, n0, 0, N, K, BN, BK, KIND, P)
     if BK < K:
         for k0 in tl.range(BK, K, BK):
             part = load_channels(x, k0, R, ROWS, K, BK, P)
@@ -157,10 +157,10 @@ def linear_kernel(
                 norm_x = load_channels(norm, k0, 1, 1, K, BK, P)
                 part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
             raw = load_weights(w, n0, k0, N, K, BN, BK, P, "evict_first")
-            sums += multiply(raw, part, scale, n0, k0, K, BN, BK, KIND, P)
+            sums += multiply(raw, part, scale, n0, k0, N, K, BN, BK, KIND, P)
             if USE == 2:
                 up_raw = load_weights(up_w, n0, k0, N, K, BN, BK, P, "evict_first")
-                up_sums += multiply(up_raw, part, up_scale, n0, k0, K, BN, BK, KIND, P)
+                up_sums += multiply(up_raw, part, up_scale, n0, k0, N, K, BN, BK, KIND, P)
 
     r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
     mask = (r < R)[:, None] & (n < N)[None, :]

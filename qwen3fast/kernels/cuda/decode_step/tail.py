@@ -212,7 +212,7 @@ def vocabulary_kernel(
             part = load_channels(x, k0, R, ROWS, K, BK, P)
             part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, P), dtype, P)
             raw = load_weights(w, n0, k0, N, K, BN, BK, P, "evict_first")
-            sums += multiply(raw, part, scale, n0, k0, K, BN, BK, KIND, P)
+            sums += multiply(raw, part, scale, n0, k0, N, K, BN, BK, KIND, P)
         logit = rounded(sums, scale, n, N, dtype, KIND)
         if HAS_LOGITS:
             at = r.to(tl.int64)[:, None] * N + n[None, :]

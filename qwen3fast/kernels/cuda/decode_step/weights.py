@@ -115,17 +115,28 @@ def sum_channels(x, P: tl.constexpr):
 
 @triton.jit
 def multiply(
-    raw, x, scale, n0, k0, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr
+    raw,
+    x,
+    scale,
+    n0,
+    k0,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Multiply a tile with x: [ROWS, BN] float32, in 8 bits without the rows' scales."""
     if KIND == 0:
         return tl.sum(raw.to(tl.float32) * x, 2)
     sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
     if KIND == 3:
-        j = k0 // P + tl.arange(0, BK // P)
-        at = (j // (32 // P) * 16)[None, :, None] + (n0 % 16 + tl.arange(0, BN))[None, None, :]
+        j, n = k0 // P + tl.arange(0, BK // P), tl.arange(0, BN)
+        at = (j // (32 // P) * 16)[None, :, None] + (n0 % 16 + n)[None, None, :]
+        mask = (j < K // P)[None, :, None] & (n0 + n < N)[None, None, :]
         base = scale + (n0 // 16).to(tl.int64) * (K // 32 * 16)
-        sums *= tl.load(base + at, mask=(j < K // P)[None, :, None], other=0.0).to(tl.float32)
+        sums *= tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
     return tl.sum(sums, 1)
 
 
