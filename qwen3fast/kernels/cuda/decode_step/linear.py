@@ -127,9 +127,9 @@ def linear_kernel(
     up_w, up_scale = w + N * (K // P), scale + (N * (K // 32) if KIND == 3 else N)  # the second half of a gated weight
     # Weights do not depend on the previous kernel: they are on their way while it ends.
     if P == 1:
-        raw = load_weights(w, n0, 0, N, K, BN, BK, P, "evict_first")
+        raw = load_weights(w, n0, 0, N, K, BN, BK, P)
         if USE == 2:
-            up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P, "evict_first")
+            up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P)
     else:
         prefetch(w + (n0 // 16).to(tl.int64) * (K // P * 16), K // P * 64, DEPENDENT)
         if USE == 2:
@@ -143,24 +143,23 @@ def linear_kernel(
     if HAS_NORM:
         inverse = inverse_rms(x, part, eps, R, ROWS, K, BK, P)
         part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
-    if P != 1:
-        raw = load_weights(w, n0, 0, N, K, BN, BK, P, "evict_first")
-    sums = multiply(raw, part, scale, n0, 0, N, K, BN, BK, KIND, P)
-    if USE == 2:
-        if P != 1:
-            up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P, "evict_first")
-        up_sums = multiply(up_raw, part, up_scale, n0, 0, N, K, BN, BK, KIND, P)
+    if P == 1:
+        sums = tl.sum(raw.to(tl.float32) * part, 2)
+        if USE == 2:
+            up_sums = tl.sum(up_raw.to(tl.float32) * part, 2)
+    else:
+        sums = multiply(w, part, scale, n0, 0, N, K, BN, BK, KIND, P)
+        if USE == 2:
+            up_sums = multiply(up_w, part, up_scale, n0, 0, N, K, BN, BK, KIND, P)
     if BK < K:
         for k0 in tl.range(BK, K, BK):
             part = load_channels(x, k0, R, ROWS, K, BK, P)
             if HAS_NORM:
                 norm_x = load_channels(norm, k0, 1, 1, K, BK, P)
                 part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
-            raw = load_weights(w, n0, k0, N, K, BN, BK, P, "evict_first")
-            sums += multiply(raw, part, scale, n0, k0, N, K, BN, BK, KIND, P)
+            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
             if USE == 2:
-                up_raw = load_weights(up_w, n0, k0, N, K, BN, BK, P, "evict_first")
-                up_sums += multiply(up_raw, part, up_scale, n0, k0, N, K, BN, BK, KIND, P)
+                up_sums += multiply(up_w, part, up_scale, n0, k0, N, K, BN, BK, KIND, P)
 
     r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
     mask = (r < R)[:, None] & (n < N)[None, :]

@@ -27,7 +27,6 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
     CHANNELS,
     Weight,
     load_channels,
-    load_weights,
     multiply,
     tile_shape,
     unpack,
@@ -211,8 +210,7 @@ def vocabulary_kernel(
         for k0 in range(0, K, BK):
             part = load_channels(x, k0, R, ROWS, K, BK, P)
             part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, P), dtype, P)
-            raw = load_weights(w, n0, k0, N, K, BN, BK, P, "evict_first")
-            sums += multiply(raw, part, scale, n0, k0, N, K, BN, BK, KIND, P)
+            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
         logit = rounded(sums, scale, n, N, dtype, KIND)
         if HAS_LOGITS:
             at = r.to(tl.int64)[:, None] * N + n[None, :]

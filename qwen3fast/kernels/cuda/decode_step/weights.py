@@ -5,8 +5,8 @@ on ordinary cores in float32, and a row's result does not depend on how many row
 as [1, BN, BK]; packed ones (see quantization/formats.py) as words [1, words, BN] of P channels each, which lie side by
 side in memory in this order.
 
-Triton takes over the layout of the load that comes last: for packed weights this must be the words' load, otherwise the
-whole tile goes through shared memory to fit x.
+Triton takes over the layout of the load that comes last: for packed weights this must be the words' load, after those
+of x and of scales, otherwise the whole tile goes through shared memory to fit these.
 
     R rows of x   N out_features   K in_features   P channels in a 32-bit word
 """
@@ -68,9 +68,7 @@ def tile_shape(num_rows: int, in_features: int, kind: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_weights(
-    w, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr, EVICT: tl.constexpr
-):
+def load_weights(w, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
     """Load the tile at row n0 and channel k0: [1, BN, BK], or words [1, BK/P, BN]; 0 beyond the weight."""
     n = tl.arange(0, BN)
     if P == 1:
@@ -80,12 +78,14 @@ def load_weights(
         base = w + n0.to(tl.int64) * K
     else:
         j = k0 // P + tl.arange(0, BK // P)
-        at = (j * 16)[None, :, None] + (n0 % 16 + n)[None, None, :]
+        at = (j * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
         mask = (n0 + n < N)[None, None, :] & (j < K // P)[None, :, None]
         base = w + (n0 // 16).to(tl.int64) * (K // P * 16)
     if N % BN == 0 and K % BK == 0:
-        return tl.load(base + at, eviction_policy=EVICT)
-    return tl.load(base + at, mask=mask, other=0, eviction_policy=EVICT)
+        raw = tl.load(base + at, eviction_policy="evict_first")
+    else:
+        raw = tl.load(base + at, mask=mask, other=0, eviction_policy="evict_first")
+    return raw
 
 
 @triton.jit
@@ -101,21 +101,25 @@ def load_channels(x, k0, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, B
         at = (r * K)[:, None, None, None] + (j * P)[None, :, None, None] + p[None, None, None, :]
         mask = (r < R)[:, None, None, None] & (j < K // P)[None, :, None, None]
     if R == ROWS and K % BK == 0:
-        return tl.load(x + at).to(tl.float32)
-    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        part = tl.load(x + at)
+    else:
+        part = tl.load(x + at, mask=mask, other=0.0)
+    return part.to(tl.float32)
 
 
 @triton.jit
 def sum_channels(x, P: tl.constexpr):
     """Sum over the channels of what `load_channels` gives, times a tile or not: [ROWS, BN or 1]."""
     if P == 1:
-        return tl.sum(x, 2)
-    return tl.sum(tl.sum(x, 3), 1)
+        sums = tl.sum(x, 2)
+    else:
+        sums = tl.sum(tl.sum(x, 3), 1)
+    return sums
 
 
 @triton.jit
 def multiply(
-    raw,
+    w,
     x,
     scale,
     n0,
@@ -127,33 +131,47 @@ def multiply(
     KIND: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Multiply a tile with x: [ROWS, BN] float32, in 8 bits without the rows' scales."""
-    if KIND == 0:
-        return tl.sum(raw.to(tl.float32) * x, 2)
-    sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
+    """Load a tile and multiply it with x: [ROWS, BN] float32, in 8 bits without the rows' scales."""
     if KIND == 3:
-        j, n = k0 // P + tl.arange(0, BK // P), tl.arange(0, BN)
-        at = (j // (32 // P) * 16)[None, :, None] + (n0 % 16 + n)[None, None, :]
-        mask = (j < K // P)[None, :, None] & (n0 + n < N)[None, None, :]
-        base = scale + (n0 // 16).to(tl.int64) * (K // 32 * 16)
-        sums *= tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(sums, 1)
+        scales = group_scales(scale, n0, k0, N, K, BN, BK)
+    raw = load_weights(w, n0, k0, N, K, BN, BK, P)
+    if KIND == 0:
+        sums = tl.sum(raw.to(tl.float32) * x, 2)
+    else:
+        sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
+        if KIND == 3:
+            sums *= scales
+        sums = tl.sum(sums, 1)
+    return sums
+
+
+@triton.jit
+def group_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Load the scales of a tile in 4 bits, for each of its words: [1, BK/8, BN] float32."""
+    j, n = k0 // 8 + tl.arange(0, BK // 8), tl.arange(0, BN)
+    at = (j // 4 * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
+    mask = (j < K // 8)[None, :, None] & (n0 + n < N)[None, None, :]
+    base = scale + (n0 // 16).to(tl.int64) * (K // 32 * 16)
+    return tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def unpack(words, KIND: tl.constexpr):
     """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first)."""
+    # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
     if KIND == 3:
-        # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
         pairs = tl.join(
             tl.join(tl.join(_half(words, 0), _half(words, 4)), tl.join(_half(words, 16), _half(words, 20))),
             tl.join(tl.join(_half(words, 8), _half(words, 12)), tl.join(_half(words, 24), _half(words, 28))),
         )
-        return tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 8)
-    pairs = tl.join(
-        tl.join(_byte(words, 0, KIND), _byte(words, 16, KIND)), tl.join(_byte(words, 8, KIND), _byte(words, 24, KIND))
-    )
-    return tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 4)
+        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 8)
+    else:
+        pairs = tl.join(
+            tl.join(_byte(words, 0, KIND), _byte(words, 16, KIND)),
+            tl.join(_byte(words, 8, KIND), _byte(words, 24, KIND)),
+        )
+        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 4)
+    return channels
 
 
 @triton.jit
@@ -167,7 +185,9 @@ def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
     """Return 8 bits as float32: an integer, 128 standing for zero, or a float8_e4m3fn number."""
     bits = (words >> SHIFT) & 255
     if KIND == 1:
-        return (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
-    half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-    return half.to(tl.float32) * 256.0
+        number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+        number = half.to(tl.float32) * 256.0
+    return number
