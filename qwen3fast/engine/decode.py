@@ -183,19 +183,41 @@ def decode_step(
     processors, logprobs: given if a row needs them. hook: changes the logits before that; it is not for graphs.
     """
     rows = slice(num_rows)
-    position_B1 = state.position_R[rows, None]
-    x_B1E = model.embed(state.input_R[rows, None])
-    if parts.decode_layers is not None and parts.decode_layers.serves(num_rows):
-        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, position_B1)
+    if parts.fused_step is not None and parts.fused_step.serves(num_rows):
+        if sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None:
+            changed = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
+            parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *changed)
+            return
+        logits_BV = parts.fused_step.logits(state.input_R[rows], cos_SD, sin_SD, state.position_R[rows])
     else:
-        x_B1E = _run_blocks(model, parts, cache, x_B1E, cos_SD, sin_SD, position_B1, length)
-    logits_BV = parts.logits(parts.head, x_B1E).squeeze(1)
+        logits_BV = _logits(model, parts, cache, cos_SD, sin_SD, state, num_rows, length)
     token_B = choose_tokens(parts, logits_BV, state, rows, sampler, processors, logprobs, hook)
     state.output_R[rows] = token_B
     # An invalid token (-1) is the host's to notice; what is fed on must be an id.
     state.input_R[rows] = token_B.clamp(min=0)
     state.position_R[rows] += state.advance_R[rows]
     state.step_R[rows] += state.advance_R[rows]
+
+
+def _logits(
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    state: DecodeState,
+    num_rows: int,
+    length: int,
+) -> Tensor:
+    """Return the logits after the input tokens of rows 0..num_rows-1, (B, V) float32."""
+    rows = slice(num_rows)
+    position_B1 = state.position_R[rows, None]
+    x_B1E = model.embed(state.input_R[rows, None])
+    if parts.decode_layers is not None and parts.decode_layers.serves(num_rows):
+        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, position_B1)
+    else:
+        x_B1E = _run_blocks(model, parts, cache, x_B1E, cos_SD, sin_SD, position_B1, length)
+    return parts.logits(parts.head, x_B1E).squeeze(1)
 
 
 def choose_tokens(

@@ -177,7 +177,8 @@ class Engine:
         more steps may be started before its tokens are collected. hook: see decode.py; such a step is in no graph.
         """
         self.compiler.share_processor()
-        bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
+        bucket_rows = self.batch_bucket(num_rows)
+        length = self.read_length(bucket_rows, used_length)
         extras = self._extras(kind)
 
         fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
@@ -194,6 +195,13 @@ class Engine:
             for ring, tensor in zip(self._logprob_rings, self._logprob_tensors(), strict=True):
                 ring.push(tensor[:num_rows])
         self._kinds.append(kind)
+
+    def read_length(self, bucket_rows: int, used_length: int) -> int:
+        """Positions that a step of so many rows may read; a fused step finds out on the device how many it needs."""
+        fused = self.parts.fused_step
+        if fused is not None and fused.serves(bucket_rows):
+            return self.cache.allocated_len
+        return self.cache.bucket(used_length)
 
     def collect(self) -> StepResult:
         """What the oldest step that was launched gave, for each of its rows (and more, of no meaning)."""

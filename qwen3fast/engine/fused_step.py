@@ -121,7 +121,13 @@ class FusedDecodeStep:
         torch.ops.qwen3fast.step_choose(*work.best, advance_B, input_B, output_B, position_B, step_B)
 
     def _run_model(
-        self, work: Workspace, input_B: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B: Tensor, logits: Tensor | None
+        self,
+        work: Workspace,
+        input_B: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        position_B: Tensor,
+        logits: Tensor | None,
     ) -> None:
         torch.ops.qwen3fast.step_embed(input_B, *self._embedding, work.x)
         self._run_blocks(work, cos_SD, sin_SD, position_B)
@@ -211,6 +217,4 @@ def _workspaces(model: Qwen3, cache: StaticKVCache, rows: range) -> dict[int, Wo
     logits = torch.zeros(rows[-1], config.vocab_size, device=norm.device)
     positions = cache.keys[0].shape[2]
     splits = Splits.allocate_all(list(rows), H, K, positions, D, norm.device)
-    return {
-        B: Workspace(*(b[:B] for b in buffers), splits[B], Best(*(t[:B] for t in best)), logits[:B]) for B in rows
-    }
+    return {B: Workspace(*(b[:B] for b in buffers), splits[B], Best(*(t[:B] for t in best)), logits[:B]) for B in rows}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Part, StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kernels import cuda
 from qwen3fast.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.processors import ProcessorRows, process_logits
@@ -56,10 +57,12 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 class Parts:
     """The functions above, compiled or not, and one sampler for each kind. `head` is what `logits` runs.
 
-    decode_layers: all blocks of a decode step in one operation, where it can be used.
+    decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
+    a whole step in Triton kernels, on CUDA devices with Triton.
     """
 
     decode_layers: DecodeLayers | None
+    fused_step: Any
     decode_block: Part
     prefill_block: Part
     block_uncached: Part
@@ -74,6 +77,7 @@ class Parts:
         tokens = {1: TOKENS}
         return cls(
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
+            fused_step=_fused_step(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, {2: POSITIONS})),
             prefill_block=compiler.part(run_block, dynamic=(tokens, tokens, tokens, tokens, tokens | {2: POSITIONS})),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),
@@ -82,3 +86,12 @@ class Parts:
             processors=compiler.part(run_processors),
             samplers={kind: compiler.part(partial(run_sampler, kind)) for kind in SamplerKind},
         )
+
+
+def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
+    """Return the fused step if it serves this model on this device; building it stacks weights."""
+    if cache.keys[0].device.type != "cuda" or not cuda.use_fused_step() or not cuda.load():
+        return None
+    from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton
+
+    return FusedDecodeStep(model, cache)

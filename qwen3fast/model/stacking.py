@@ -42,11 +42,11 @@ def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     """Return the tensor whose parts these are, if they lie one after the other in the same memory."""
-    first, address = parts[0], parts[0].data_ptr()
+    first, offset = parts[0], parts[0].storage_offset()
     if any(part.untyped_storage()._cdata != first.untyped_storage()._cdata for part in parts):
         return None
     for part in parts:
-        if part.data_ptr() != address or not part.is_contiguous():
+        if part.storage_offset() != offset or not part.is_contiguous():
             return None
-        address += part.numel() * part.element_size()
+        offset += part.numel()
     return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())

@@ -5,20 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import fill_randomly, randomised, small_config
-from cuda_static.capture_rules import capture_faults
+from cuda_static.capture_rules import HostWatch, capture_faults
+from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.program_order import watch_programs
 from kernel_device import DEVICE
 from torch import nn
 
 from qwen3fast.config import ModelConfig
 from qwen3fast.engine import Engine
-from qwen3fast.engine.decode import StepKind
+from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.decode import DecodeState, StepKind, decode_step
 from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
+from qwen3fast.engine.parts import Parts
+from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.kv_cache import StaticKVCache
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.stacking import STACKS, can_stack, stack
 from qwen3fast.quantization import quantize_model
+from qwen3fast.sampling import SamplerKind
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 
@@ -103,6 +108,64 @@ def test_logits_and_blocks_equal_the_plain_ones():
         for actual in (logits[row : row + 1], engine.model.logits(x_B1E[row : row + 1])[:, 0]):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert logits.shape == (rows, engine.model.config.vocab_size)
+
+
+@pytest.mark.parametrize("kind", [StepKind(), StepKind(SamplerKind.FULL)], ids=["greedy", "sampled"])
+def test_an_engine_gives_the_same_tokens_with_it(kind):
+    temperature = 0.0 if kind == StepKind() else 0.8
+    tokens, lengths = [], []
+    for is_fused in (False, True):
+        engine = make_engine(make_model(num_hidden_layers=1))
+        for row, prompt in enumerate(PROMPTS):
+            engine.set_row(row, len(prompt), temperature, 0, 0.9, 0.0, row)
+        assert engine.parts.fused_step is None  # on the CPU nothing has changed
+        if is_fused:
+            engine.parts = replace(engine.parts, fused_step=FusedDecodeStep(engine.model, engine.cache))
+        lengths.append(engine.read_length(2, 80))
+        tokens.append([engine.decode(2, 80 + i, kind) for i in range(2)])
+        assert engine.state.step_R[:2].tolist() == [2, 2]
+    assert tokens[0] == tokens[1]
+    assert lengths == [128, 128]
+
+
+def test_the_graph_of_a_fused_step_serves_every_length():
+    engine = make_engine(make_model())
+    engine.cache.buckets = [32, 64, 128]
+    assert engine.read_length(2, 20) == 32
+    engine.parts = replace(engine.parts, fused_step=FusedDecodeStep(engine.model, engine.cache))
+    assert engine.read_length(2, 20) == engine.cache.allocated_len
+    assert engine.read_length(MAX_ROWS + 1, 20) == 32
+
+
+@pytest.mark.parametrize(("value", "is_on"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_switches_it_off(value, is_on, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("QWEN3FAST_FUSED_STEP", raising=False)
+    else:
+        monkeypatch.setenv("QWEN3FAST_FUSED_STEP", value)
+    assert cuda.use_fused_step() == is_on
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs no GPU")
+@pytest.mark.parametrize("is_on", [True, False])
+def test_engines_on_cuda_select_it(is_on, monkeypatch):
+    monkeypatch.setenv("QWEN3FAST_FUSED_STEP", str(int(is_on)))
+    with fake_cuda() as device:
+        config = replace(ModelConfig.named("0.6b"), num_hidden_layers=1)
+        model = fake_model(config, device)
+        cache = StaticKVCache(config, 16, 256, config.dtype, device)
+        parts = Parts.build(StepCompiler(True, device), model, cache)
+        assert Parts.build(StepCompiler(False, device), model, cache).fused_step is None
+        if not is_on:
+            assert parts.fused_step is None
+            return
+        assert [parts.fused_step.serves(rows) for rows in (1, 8, 16)] == [True, True, False]
+        state = DecodeState.allocate(16, device)
+        cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
+        with HostWatch() as watch:
+            decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.GREEDY)
+            logits = parts.fused_step.logits(state.input_R[:1], cos_SD, sin_SD, state.position_R[:1])
+        assert watch.faults == [] and logits.shape == (1, config.vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------- launches

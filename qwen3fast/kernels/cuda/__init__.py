@@ -6,6 +6,7 @@ Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from typing import Literal
 
@@ -46,6 +47,11 @@ def load() -> bool:
             decode_step.register()
             _is_loaded = True
         return _is_loaded
+
+
+def use_fused_step() -> bool:
+    """Return whether decode steps may run in the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
+    return os.environ.get("QWEN3FAST_FUSED_STEP", "1") != "0"
 
 
 def can_split_attention(q_BTHD: Tensor) -> bool:

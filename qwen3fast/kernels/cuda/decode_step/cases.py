@@ -60,9 +60,8 @@ def _cases(size: str, R: int) -> Iterator[Case]:
             ("gate_up", F, E, True, linear.GATE),
             ("down", E, F, False, linear.ADD),
         ):
-            constants = _constants(R, N, width, kind) | {"HAS_NORM": has_norm, "USE": use}
-            if use == linear.GATE and kind == PLAIN:
-                constants["BN"] = max(1, constants["BN"] // 2)
+            constants = _constants(R, N, width, kind, 2 if use == linear.GATE else 1)
+            constants |= {"HAS_NORM": has_norm, "USE": use}
             signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
             yield Case(f"{part}, {label}", linear.linear_kernel, signature, constants, {})
         signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
@@ -103,6 +102,6 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
             yield Case(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
 
 
-def _constants(R: int, N: int, K: int, kind: int) -> dict[str, Any]:
-    BN, BK = tile_shape(R, K, kind)
+def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
+    BN, BK = tile_shape(R, K, kind, num_tiles)
     return {"R": R, "ROWS": R, "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": CHANNELS[kind]}

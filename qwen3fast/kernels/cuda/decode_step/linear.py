@@ -21,8 +21,8 @@ from torch import Tensor
 from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.weights import (
     CHANNELS,
-    PLAIN,
     Weight,
+    finish,
     load_channels,
     load_weights,
     multiply,
@@ -76,9 +76,7 @@ def _product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_RN: Tensor, use: int) -> None:
     (R, K), N = x_RK.shape, y_RN.shape[1]
-    BN, BK = tile_shape(R, K, weight.kind)
-    if use == GATE and weight.kind == PLAIN:
-        BN = max(1, BN // 2)  # of each half
+    BN, BK = tile_shape(R, K, weight.kind, num_tiles=2 if use == GATE else 1)
     launch(
         linear_kernel,
         (triton.cdiv(N, BN),),
@@ -164,19 +162,17 @@ def linear_kernel(
     r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
     mask = (r < R)[:, None] & (n < N)[None, :]
     at = (r * N)[:, None] + n[None, :]
-    result = rounded(sums, scale, n, N, y.dtype.element_ty, KIND)
+    result = rounded(finish(sums, P), scale, n, N, y.dtype.element_ty, KIND)
     if USE == 1:
         result += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if USE == 2:
         gate = (result * tl.sigmoid(result)).to(y.dtype.element_ty).to(tl.float32)
-        result = gate * rounded(up_sums, up_scale, n, N, y.dtype.element_ty, KIND)
+        result = gate * rounded(finish(up_sums, P), up_scale, n, N, y.dtype.element_ty, KIND)
     tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def inverse_rms(
-    x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr
-):
+def inverse_rms(x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
     """Return 1 / sqrt(mean square + eps) of the rows of x, [ROWS, 1]; `first`: their first BK channels."""
     squares = sum_channels(first * first, P)
     if BK < K:
@@ -189,10 +185,7 @@ def inverse_rms(
 @triton.jit
 def normalized(part, inverse, norm, dtype: tl.constexpr, P: tl.constexpr):
     """Return channels normalized as `RMSNorm` does: rounded to the dtype before the weight is applied, and after."""
-    if P == 1:
-        scaled = part * inverse[:, :, None]
-    else:
-        scaled = part * inverse[:, :, None, None]
+    scaled = part * inverse[:, :, None] if P == 1 else part * inverse[:, :, None, None]
     return (scaled.to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
 
 

@@ -5,6 +5,7 @@ Weights come as the parameters of `Linear` (weight, no scale) or `QuantizedLinea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def step_choose(
     tail.choose(tail.Best(best_logit, best_token), advance, input, output, position, step)
 
 
-CHANGED = {  # what each operation writes
+CHANGED: dict[Callable[..., None], tuple[str, ...]] = {  # what each operation writes
     step_norm_linear: ("y",),
     step_norm_gated_linear: ("y",),
     step_linear_add: ("y",),

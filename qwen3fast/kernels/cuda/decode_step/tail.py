@@ -26,6 +26,7 @@ from qwen3fast.kernels.cuda.decode_step.linear import (
 from qwen3fast.kernels.cuda.decode_step.weights import (
     CHANNELS,
     Weight,
+    finish,
     load_channels,
     multiply,
     tile_shape,
@@ -206,12 +207,12 @@ def vocabulary_kernel(
     for tile in range(TILES):
         n0 = first_n + tile * BN
         n = n0 + tl.arange(0, BN)
-        sums = tl.zeros([ROWS, BN], tl.float32)
+        sums = tl.zeros([ROWS, BN], tl.float32) if P == 1 else tl.zeros([ROWS, BK // P, BN], tl.float32)
         for k0 in range(0, K, BK):
             part = load_channels(x, k0, R, ROWS, K, BK, P)
             part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, P), dtype, P)
             sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
-        logit = rounded(sums, scale, n, N, dtype, KIND)
+        logit = rounded(finish(sums, P), scale, n, N, dtype, KIND)
         if HAS_LOGITS:
             at = r.to(tl.int64)[:, None] * N + n[None, :]
             tl.store(logits + at, logit, mask=(r < R)[:, None] & (n < N)[None, :])

@@ -54,17 +54,20 @@ class Weight(NamedTuple):
         return self.tensor.shape[0] * LANES, self.tensor.shape[1] * CHANNELS[self.kind]
 
 
-def tile_shape(num_rows: int, in_features: int, kind: int) -> tuple[int, int]:
-    """Return (BN, BK): the channels at once if that wastes little of a tile, otherwise in even parts."""
+def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
+    """Return (BN, BK): all channels at once if that wastes little of a tile, otherwise even parts.
+
+    num_tiles: how many weights a program multiplies x with at the same time.
+    """
     rows = triton.next_power_of_2(num_rows)
-    size, largest = TILE[rows], LARGEST_BK[rows]
+    size, largest = TILE[rows] // num_tiles, LARGEST_BK[rows]
     BK = triton.next_power_of_2(in_features)
     if kind != PLAIN:
         BN = LANES // 2
         return BN, min(BK, size // BN)
     if largest < BK or 4 * in_features < 3 * BK:
         BK = next((part for part in (2048, 1024) if part <= largest and in_features % part == 0), SMALLEST_BK)
-    return max(1, size // BK // (2 if BK < SMALLEST_BK else 1)), BK
+    return max(1, size // BK), BK
 
 
 @triton.jit
@@ -100,20 +103,14 @@ def load_channels(x, k0, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, B
         j, p = k0 // P + tl.arange(0, BK // P), tl.arange(0, P)
         at = (r * K)[:, None, None, None] + (j * P)[None, :, None, None] + p[None, None, None, :]
         mask = (r < R)[:, None, None, None] & (j < K // P)[None, :, None, None]
-    if R == ROWS and K % BK == 0:
-        part = tl.load(x + at)
-    else:
-        part = tl.load(x + at, mask=mask, other=0.0)
+    part = tl.load(x + at) if R == ROWS and K % BK == 0 else tl.load(x + at, mask=mask, other=0.0)
     return part.to(tl.float32)
 
 
 @triton.jit
 def sum_channels(x, P: tl.constexpr):
     """Sum over the channels of what `load_channels` gives, times a tile or not: [ROWS, BN or 1]."""
-    if P == 1:
-        sums = tl.sum(x, 2)
-    else:
-        sums = tl.sum(tl.sum(x, 3), 1)
+    sums = tl.sum(x, 2) if P == 1 else tl.sum(tl.sum(x, 3), 1)
     return sums
 
 
@@ -131,7 +128,7 @@ def multiply(
     KIND: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Load a tile and multiply it with x: [ROWS, BN] float32, in 8 bits without the rows' scales."""
+    """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
     if KIND == 3:
         scales = group_scales(scale, n0, k0, N, K, BN, BK)
     raw = load_weights(w, n0, k0, N, K, BN, BK, P)
@@ -141,6 +138,13 @@ def multiply(
         sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
         if KIND == 3:
             sums *= scales
+    return sums
+
+
+@triton.jit
+def finish(sums, P: tl.constexpr):
+    """Return the sums of all tiles, [ROWS, BN]. Those of packed weights are kept apart by word until the end."""
+    if P != 1:
         sums = tl.sum(sums, 1)
     return sums
 
