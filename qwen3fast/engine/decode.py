@@ -188,15 +188,36 @@ def decode_step(
     cannot be captured.
     """
     rows = slice(num_rows)
-    if parts.decode_layers is not None and parts.decode_layers.serves(num_rows):
+    if parts.fused_step is not None and parts.fused_step.serves(num_rows):
+        if sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None:
+            changed = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
+            parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *changed)
+            return
+        logits_BV = parts.fused_step.logits(state.input_R[rows], cos_SD, sin_SD, state.position_R[rows])
+    else:
+        logits_BV = _logits(model, parts, cache, cos_SD, sin_SD, state, rows, length)
+    token_B = choose_tokens(parts, logits_BV, state, rows, sampler, processors, logprobs, hook)
+    written = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
+    parts.advance(None, token_B, *(tensor[rows] for tensor in written))
+
+
+def _logits(
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    state: DecodeState,
+    rows: slice,
+    length: int,
+) -> Tensor:
+    """Return the logits after the input tokens of rows 0.., (B, V) float32."""
+    if parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
         x_B1E = model.embed(state.input_R[rows, None])
         x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:
         x_B1E = _run_blocks(model, parts, cache, cos_SD, sin_SD, state, rows, length)
-    logits_BV = parts.logits(parts.head, x_B1E).squeeze(1)
-    token_B = choose_tokens(parts, logits_BV, state, rows, sampler, processors, logprobs, hook)
-    written = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
-    parts.advance(None, token_B, *(tensor[rows] for tensor in written))
+    return parts.logits(parts.head, x_B1E).squeeze(1)
 
 
 def choose_tokens(

@@ -211,9 +211,8 @@ class Engine:
         steps may be launched before its tokens are collected. hook: see decode.py; a step with one is not captured.
         """
         self.compiler.share_processor()
-        bucket_rows, length = self.batch_bucket(num_rows), self.cache.bucket(used_length)
-        if not self.parts.needs_mask:
-            length = self.cache.allocated_len  # one graph serves all lengths
+        bucket_rows = self.batch_bucket(num_rows)
+        length = self.read_length(bucket_rows, used_length)
         extras = self._extras(kind)
 
         fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
@@ -230,6 +229,16 @@ class Engine:
             for ring, tensor in zip(self._logprob_rings, self._logprob_tensors(), strict=True):
                 ring.push(tensor[:num_rows])
         self._kinds.append(kind)
+
+    def read_length(self, bucket_rows: int, used_length: int) -> int:
+        """Return the positions that a step of so many rows may read.
+
+        Where attention finds the used length on the device, all of them: one graph serves all lengths.
+        """
+        fused = self.parts.fused_step
+        if not self.parts.needs_mask or (fused is not None and fused.serves(bucket_rows)):
+            return self.cache.allocated_len
+        return self.cache.bucket(used_length)
 
     @_on_device
     def collect(self) -> StepResult:

@@ -105,12 +105,14 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 class Parts:
     """The functions above, compiled or not, and one sampler for each kind. head: the module that `logits` runs.
 
-    decode_layers: all blocks of a decode step in one operation, where it can be used.
+    decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
+    a whole step in Triton kernels, on CUDA devices with Triton.
     needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
     embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
     """
 
     decode_layers: DecodeLayers | None
+    fused_step: Any
     decode_block: StepPart
     prefill_block: StepPart
     block_uncached: StepPart
@@ -135,6 +137,7 @@ class Parts:
         all_rows = (rows,) * len(ProcessorRows._fields)
         return cls(
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
+            fused_step=_fused_step(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
@@ -154,3 +157,12 @@ class Parts:
 def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
     pairs = config.num_experts_per_tok if config.num_experts else 1
     return min(cache.allocated_len, MAX_SORTED_PAIRS // pairs)
+
+
+def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
+    """Return the fused step if it serves this model on this device; building it stacks weights."""
+    if cache.keys[0].device.type != cuda.DEVICE_TYPE or not cuda.use_fused_step() or not cuda.load():
+        return None
+    from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton
+
+    return FusedDecodeStep(model, cache)

@@ -69,10 +69,17 @@ def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
     return torch.where(torch.isfinite(best_B1.squeeze(-1)), token_B, -1)  # the largest of numbers and NaN is NaN
 
 
+_NOWHERE = 2**31 - 1
+
+
 def _first(is_it_BV: Tensor) -> Tensor:
-    """Index of the first True in each row, (B,) int64. An argmax in two steps, each of which Inductor vectorises."""
+    """Return the index of the first True in each row, (B,) int64: an argmax in two steps that Inductor vectorizes.
+
+    What stands for "nowhere" is a constant: the vocabulary's size, where it is dynamic, is an int64 to Inductor, and
+    a loop that carries int32 first and int64 then does not compile with Triton 3.6.
+    """
     index_V = torch.arange(is_it_BV.shape[-1], dtype=torch.int32, device=is_it_BV.device)
-    return torch.where(is_it_BV, index_V, is_it_BV.shape[-1]).amin(dim=-1).long()
+    return torch.where(is_it_BV, index_V, _NOWHERE).amin(dim=-1).long()
 
 
 def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:

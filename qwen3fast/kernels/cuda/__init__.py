@@ -6,6 +6,7 @@ Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from typing import Literal
 
@@ -35,6 +36,7 @@ def load(device: torch.device | None = None) -> bool:
             has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
             _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.decode_step import ops as decode_step
             from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
             from qwen3fast.kernels.cuda.split_attention import split_attention
@@ -49,8 +51,14 @@ def load(device: torch.device | None = None) -> bool:
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
             ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
+            decode_step.register()
             _is_loaded = True
         return _is_loaded
+
+
+def use_fused_step() -> bool:
+    """Return whether decode steps may run in the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
+    return os.environ.get("QWEN3FAST_FUSED_STEP", "1") != "0"
 
 
 def can_split_attention(q_BTHD: Tensor) -> bool:

@@ -1,0 +1,75 @@
+"""How the kernels of a decode step are started: one after the other, each overlapping the end of the one before it.
+
+Programmatic dependent launch (compute capability 9.0 on): a kernel may start while the one before it still runs. It
+then may load what no kernel writes (weights), must wait before it touches anything else, and tells as early as it can
+that its own successor may start. Every program of every kernel waits, therefore all earlier kernels have ended, too.
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+MIN_CAPABILITY = (9, 0)
+
+
+@functools.cache
+def uses_dependent_launch(device: torch.device) -> bool:
+    """Return whether kernels on this device overlap; the environment's QWEN3FAST_PDL=0 switches it off."""
+    return (
+        device.type == "cuda"
+        and os.environ.get("QWEN3FAST_PDL", "1") != "0"
+        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    )
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, num_warps: int = 4, **constants: Any
+) -> None:
+    """Start `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
+    is_dependent = uses_dependent_launch(device)
+    options = {"launch_pdl": True} if is_dependent else {}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
+
+
+@triton.jit
+def start_next(DEPENDENT: tl.constexpr):
+    """Let the next kernel start as soon as every program of this one has come here."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """Wait until the previous kernel has ended and its writes can be read."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointer, num_bytes, DEPENDENT: tl.constexpr):
+    """Bring contiguous constant memory (16-byte aligned, a multiple of 16 bytes) into the L2 cache; one thread asks."""
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            setp.eq.u32 p, t, 0;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [pointer, num_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

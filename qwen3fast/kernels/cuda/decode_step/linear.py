@@ -1,0 +1,197 @@
+"""Products of 1 to 8 rows with a weight, with what stands before and after them in a block: one kernel, three uses.
+
+    RMSNorm, then the stacked q, k and v projections
+    the output or down projection, added to the residual stream
+    RMSNorm, then the stacked gate and up projections, then silu(gate) * up
+
+A program takes BN rows of the weight. Every program normalizes x itself: that costs less than a kernel of its own.
+Numbers are rounded where the plain modules round them, so both choose the same tokens.
+
+    R rows of x   N out_features   K in_features
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
+from qwen3fast.kernels.cuda.decode_step.weights import (
+    CHANNELS,
+    Weight,
+    finish,
+    load_channels,
+    load_weights,
+    multiply,
+    sum_channels,
+    tile_shape,
+)
+
+STORE, ADD, GATE = 0, 1, 2  # what becomes of a product
+
+
+def norm_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight: Weight, y_RN: Tensor) -> None:
+    """Write RMSNorm(x) @ weight.T to y_RN; x, norm and y in one dtype, contiguous."""
+    _launch(x_RK, norm_K, eps, weight, y_RN, STORE)
+
+
+def norm_gated_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight: Weight, y_RN: Tensor) -> None:
+    """Write silu(gate) * up to y_RN; gate and up are the halves of RMSNorm(x) @ weight.T; weight: (2N, K)."""
+    _launch(x_RK, norm_K, eps, weight, y_RN, GATE)
+
+
+def linear_add(x_RK: Tensor, weight: Weight, y_RN: Tensor) -> None:
+    """Add x @ weight.T to y_RN, in place."""
+    _launch(x_RK, None, 0.0, weight, y_RN, ADD)
+
+
+def plain_norm_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight_NK: Tensor) -> Tensor:
+    """Return what `norm_linear` writes; weight_NK: in x's dtype, or float32 where it was quantized."""
+    return _product(plain_norm(x_RK, norm_K, eps), weight_NK)
+
+
+def plain_norm_gated_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight_2NK: Tensor) -> Tensor:
+    """Return what `norm_gated_linear` writes."""
+    gate, up = _product(plain_norm(x_RK, norm_K, eps), weight_2NK).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def plain_linear_add(x_RK: Tensor, weight_NK: Tensor, y_RN: Tensor) -> Tensor:
+    """Return what `linear_add` leaves in y_RN."""
+    return y_RN + _product(x_RK, weight_NK)
+
+
+def plain_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm(x) over the last dimension; see model/norm.py."""
+    x_float32 = x.float()
+    return (x_float32 * torch.rsqrt(x_float32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm
+
+
+def _product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    return F.linear(x_RK.float(), weight_NK.float()).to(x_RK.dtype)
+
+
+def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_RN: Tensor, use: int) -> None:
+    (R, K), N = x_RK.shape, y_RN.shape[1]
+    BN, BK = tile_shape(R, K, weight.kind, num_tiles=2 if use == GATE else 1)
+    launch(
+        linear_kernel,
+        (triton.cdiv(N, BN),),
+        x_RK,
+        x_RK if norm_K is None else norm_K,
+        weight.tensor,
+        weight.tensor if weight.scale is None else weight.scale,
+        y_RN,
+        eps,
+        device=x_RK.device,
+        R=R,
+        ROWS=triton.next_power_of_2(R),
+        N=N,
+        K=K,
+        BN=BN,
+        BK=BK,
+        KIND=weight.kind,
+        P=CHANNELS[weight.kind],
+        HAS_NORM=norm_K is not None,
+        USE=use,
+    )
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    norm,
+    w,
+    scale,
+    y,
+    eps,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    USE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Program i: columns i*BN.. of the result."""
+    n0 = tl.program_id(0) * BN
+    up_w, up_scale = w + N * (K // P), scale + (N * (K // 32) if KIND == 3 else N)  # the second half of a gated weight
+    # Weights do not depend on the previous kernel: they are on their way while it ends.
+    if P == 1:
+        raw = load_weights(w, n0, 0, N, K, BN, BK, P)
+        if USE == 2:
+            up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P)
+    else:
+        prefetch(w + (n0 // 16).to(tl.int64) * (K // P * 16), K // P * 64, DEPENDENT)
+        if USE == 2:
+            prefetch(up_w + (n0 // 16).to(tl.int64) * (K // P * 16), K // P * 64, DEPENDENT)
+    if HAS_NORM:
+        norm_x = load_channels(norm, 0, 1, 1, K, BK, P)
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+
+    part = load_channels(x, 0, R, ROWS, K, BK, P)
+    if HAS_NORM:
+        inverse = inverse_rms(x, part, eps, R, ROWS, K, BK, P)
+        part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
+    if P == 1:
+        sums = tl.sum(raw.to(tl.float32) * part, 2)
+        if USE == 2:
+            up_sums = tl.sum(up_raw.to(tl.float32) * part, 2)
+    else:
+        sums = multiply(w, part, scale, n0, 0, N, K, BN, BK, KIND, P)
+        if USE == 2:
+            up_sums = multiply(up_w, part, up_scale, n0, 0, N, K, BN, BK, KIND, P)
+    if BK < K:
+        for k0 in tl.range(BK, K, BK):
+            part = load_channels(x, k0, R, ROWS, K, BK, P)
+            if HAS_NORM:
+                norm_x = load_channels(norm, k0, 1, 1, K, BK, P)
+                part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
+            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
+            if USE == 2:
+                up_sums += multiply(up_w, part, up_scale, n0, k0, N, K, BN, BK, KIND, P)
+
+    r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
+    mask = (r < R)[:, None] & (n < N)[None, :]
+    at = (r * N)[:, None] + n[None, :]
+    result = rounded(finish(sums, P), scale, n, N, y.dtype.element_ty, KIND)
+    if USE == 1:
+        result += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+    if USE == 2:
+        gate = (result * tl.sigmoid(result)).to(y.dtype.element_ty).to(tl.float32)
+        result = gate * rounded(finish(up_sums, P), up_scale, n, N, y.dtype.element_ty, KIND)
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inverse_rms(x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    """Return 1 / sqrt(mean square + eps) of the rows of x, [ROWS, 1]; `first`: their first BK channels."""
+    squares = sum_channels(first * first, P)
+    if BK < K:
+        for k0 in tl.range(BK, K, BK):
+            part = load_channels(x, k0, R, ROWS, K, BK, P)
+            squares += sum_channels(part * part, P)
+    return 1.0 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def normalized(part, inverse, norm, dtype: tl.constexpr, P: tl.constexpr):
+    """Return channels normalized as `RMSNorm` does: rounded to the dtype before the weight is applied, and after."""
+    scaled = part * inverse[:, :, None] if P == 1 else part * inverse[:, :, None, None]
+    return (scaled.to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def rounded(sums, scale, n, N: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
+    """Return sums with the rows' scales of 8 bits, rounded to the dtype, as float32."""
+    if KIND == 1 or KIND == 2:
+        sums *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+    return sums.to(dtype).to(tl.float32)

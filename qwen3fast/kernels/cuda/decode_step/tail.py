@@ -1,0 +1,262 @@
+"""The ends of a decode step: the token's embedding before the blocks; the vocabulary and the greedy choice after them.
+
+The product with the vocabulary keeps each program's largest logit, so that a greedy step writes no logits at all; one
+more kernel takes the largest of these and writes the step's state.
+
+    R rows   V vocabulary   E hidden_size   C programs of the product
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
+from qwen3fast.kernels.cuda.decode_step.linear import (
+    _product,
+    inverse_rms,
+    normalized,
+    plain_norm,
+    rounded,
+)
+from qwen3fast.kernels.cuda.decode_step.weights import (
+    CHANNELS,
+    Weight,
+    finish,
+    load_channels,
+    multiply,
+    tile_shape,
+    unpack,
+)
+
+ROWS_OF_PROGRAM = 64  # of the vocabulary
+EMBEDDING_BLOCK = 256  # words of an embedding that a program takes
+
+
+class Best(NamedTuple):
+    """Workspace: the largest logit of each program, (R, C) float32, and its token, (R, C) int32."""
+
+    logit: Tensor
+    token: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, vocab_size: int, device: torch.device) -> Best:
+        """Return the workspace for steps of `rows` rows."""
+        shape = (rows, triton.cdiv(vocab_size, ROWS_OF_PROGRAM))
+        return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
+
+
+def embed(token_R: Tensor, weight: Weight, x_RE: Tensor) -> None:
+    """Write the embeddings of token_R (int64) to x_RE; weight: (V, E)."""
+    R, E = x_RE.shape
+    P = CHANNELS[weight.kind]
+    words = E // P
+    launch(
+        embed_kernel,
+        (R, triton.cdiv(words, EMBEDDING_BLOCK)),
+        *(token_R, weight.tensor, weight.tensor if weight.scale is None else weight.scale, x_RE),
+        device=x_RE.device,
+        E=E,
+        J=words,
+        KIND=weight.kind,
+        P=P,
+        BLOCK=min(EMBEDDING_BLOCK, triton.next_power_of_2(words)),
+    )
+
+
+def plain_embed(token_R: Tensor, weight_VE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `embed` writes; weight_VE: dequantized."""
+    return weight_VE[token_R].to(dtype)
+
+
+def vocabulary(
+    x_RE: Tensor, norm_E: Tensor, eps: float, weight: Weight, best: Best, logits_RV: Tensor | None = None
+) -> None:
+    """Write the largest logits of RMSNorm(x) @ weight.T to `best` and, if asked for, all of them in float32.
+
+    Logits are rounded to x's dtype, as the plain output projection gives them. In `best`, NaN counts as infinity.
+    """
+    (R, E), V = x_RE.shape, weight.shape[0]
+    BN, BK = tile_shape(R, E, weight.kind)
+    BN = min(BN, ROWS_OF_PROGRAM)
+    launch(
+        vocabulary_kernel,
+        (best.logit.shape[1],),
+        *(x_RE, norm_E, weight.tensor, weight.tensor if weight.scale is None else weight.scale),
+        *(*best, best.logit if logits_RV is None else logits_RV, eps),
+        device=x_RE.device,
+        R=R,
+        ROWS=triton.next_power_of_2(R),
+        N=V,
+        K=E,
+        BN=BN,
+        BK=BK,
+        TILES=ROWS_OF_PROGRAM // BN,
+        KIND=weight.kind,
+        P=CHANNELS[weight.kind],
+        HAS_LOGITS=logits_RV is not None,
+    )
+
+
+def plain_vocabulary(x_RE: Tensor, norm_E: Tensor, eps: float, weight_VE: Tensor) -> Tensor:
+    """Return the logits that `vocabulary` writes, (R, V) float32."""
+    return _product(plain_norm(x_RE, norm_E, eps), weight_VE).float()
+
+
+def choose(
+    best: Best, advance_R: Tensor, input_R: Tensor, output_R: Tensor, position_R: Tensor, step_R: Tensor
+) -> None:
+    """Write the token of the largest logit, and move rows on by advance_R; all int64, the fields of `DecodeState`.
+
+    output_R: -1 for logits that hold NaN or +inf, or nothing but -inf; what is fed on to input_R is an id then, too.
+    """
+    C = best.logit.shape[1]
+    launch(
+        choose_kernel,
+        (len(best.logit),),
+        *(*best, advance_R, input_R, output_R, position_R, step_R),
+        device=input_R.device,
+        C=C,
+        BLOCK=min(4096, triton.next_power_of_2(C)),
+        num_warps=8,
+    )
+
+
+def plain_choose(logits_RV: Tensor) -> Tensor:
+    """Return the tokens that `choose` writes to output_R, (R,) int64; among equal logits the first."""
+    largest = logits_RV.amax(-1)
+    return torch.where(largest.isfinite(), (logits_RV == largest[:, None]).int().argmax(-1), -1)
+
+
+@triton.jit
+def embed_kernel(
+    token,
+    w,
+    scale,
+    x,
+    E: tl.constexpr,
+    J: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Program (r, c): BLOCK words of row r."""
+    r = tl.program_id(0)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_real = j < J
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    row = tl.load(token + r)
+    dtype: tl.constexpr = x.dtype.element_ty
+    if P == 1:
+        tl.store(x + r * E + j, tl.load(w + row * E + j, mask=is_real, other=0.0).to(dtype), mask=is_real)
+    else:
+        block, lane, p = row // 16, row % 16, tl.arange(0, P)
+        words = tl.load(w + block * (J * 16) + j * 16 + lane, mask=is_real, other=0)
+        channels = tl.reshape(unpack(words[None, :, None], KIND), BLOCK, P)
+        if KIND == 3:
+            factor = tl.load(scale + block * (E // 32 * 16) + j // 4 * 16 + lane, mask=is_real, other=0.0)
+            channels *= factor.to(tl.float32)[:, None]
+        else:
+            channels *= tl.load(scale + row)
+        tl.store(x + r * E + j[:, None] * P + p[None, :], channels.to(dtype), mask=is_real[:, None])
+
+
+@triton.jit
+def vocabulary_kernel(
+    x,
+    norm,
+    w,
+    scale,
+    best_logit,
+    best_token,
+    logits,
+    eps,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TILES: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Program c: rows c*TILES*BN.. of the vocabulary, BN at a time."""
+    c = tl.program_id(0)
+    first_n = c * (TILES * BN)
+    if P == 1:
+        prefetch(w + first_n.to(tl.int64) * K, tl.minimum(TILES * BN, N - first_n) * (K * 2), DEPENDENT and K % 8 == 0)
+    else:
+        num_blocks = tl.minimum(TILES * BN, N - first_n) // 16
+        prefetch(w + (first_n // 16).to(tl.int64) * (K // P * 16), num_blocks * (K // P * 64), DEPENDENT)
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    r = tl.arange(0, ROWS)
+    dtype: tl.constexpr = x.dtype.element_ty
+    inverse = inverse_rms(x, load_channels(x, 0, R, ROWS, K, BK, P), eps, R, ROWS, K, BK, P)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    token = tl.zeros([ROWS], tl.int32)
+    for tile in range(TILES):
+        n0 = first_n + tile * BN
+        n = n0 + tl.arange(0, BN)
+        sums = tl.zeros([ROWS, BN], tl.float32) if P == 1 else tl.zeros([ROWS, BK // P, BN], tl.float32)
+        for k0 in range(0, K, BK):
+            part = load_channels(x, k0, R, ROWS, K, BK, P)
+            part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, P), dtype, P)
+            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
+        logit = rounded(finish(sums, P), scale, n, N, dtype, KIND)
+        if HAS_LOGITS:
+            at = r.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(logits + at, logit, mask=(r < R)[:, None] & (n < N)[None, :])
+        logit = tl.where(logit == logit, logit, float("inf"))
+        logit = tl.where((n < N)[None, :], logit, float("-inf"))
+        largest = tl.max(logit, 1)
+        first = tl.min(tl.where(logit == largest[:, None], n[None, :], N), 1)
+        token = tl.where(largest > most, first, token)
+        most = tl.maximum(largest, most)
+    at = r * tl.num_programs(0) + c
+    tl.store(best_logit + at, most, mask=r < R)
+    tl.store(best_token + at, token, mask=r < R)
+
+
+@triton.jit
+def choose_kernel(
+    best_logit,
+    best_token,
+    advance,
+    input,
+    output,
+    position,
+    step,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Program r: row r."""
+    r = tl.program_id(0)
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    token = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, C, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        logit = tl.load(best_logit + r * C + c, mask=c < C, other=float("-inf"))
+        candidate = tl.load(best_token + r * C + c, mask=c < C, other=0)
+        token = tl.where(logit > most, candidate, token)
+        most = tl.maximum(most, logit)
+    largest = tl.max(most, 0)
+    chosen = tl.min(tl.where(most == largest, token, 2147483647), 0)
+    is_valid = (largest > float("-inf")) & (largest < float("inf"))
+    moved = tl.load(advance + r)
+    tl.store(output + r, tl.where(is_valid, chosen, -1).to(tl.int64))
+    tl.store(input + r, tl.where(is_valid, chosen, 0).to(tl.int64))
+    tl.store(position + r, tl.load(position + r) + moved)
+    tl.store(step + r, tl.load(step + r) + moved)

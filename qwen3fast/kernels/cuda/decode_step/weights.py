@@ -1,0 +1,197 @@
+"""Tiles of weights: how each format is read and multiplied with up to 8 rows, in one form for all of them.
+
+A tile is BN rows of a weight by BK channels. With so few rows a product is bound by reading the weight, so the sums run
+on ordinary cores in float32, and a row's result does not depend on how many rows run beside it. Plain weights are taken
+as [1, BN, BK]; packed ones (see quantization/formats.py) as words [1, words, BN] of P channels each, which lie side by
+side in memory in this order.
+
+Triton takes over the layout of the load that comes last: for packed weights this must be the words' load, after those
+of x and of scales, otherwise the whole tile goes through shared memory to fit these.
+
+    R rows of x   N out_features   K in_features   P channels in a 32-bit word
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LANES = 16  # rows in a block of packed weights, as in quantization/formats.py
+GROUP = 32  # channels that share a scale in 4 bits
+PLAIN, INT8, FP8, INT4 = 0, 1, 2, 3  # how a weight is stored
+CHANNELS = {PLAIN: 1, INT8: 4, FP8: 4, INT4: 8}  # in a word
+# Weights in a tile; more would not fit into registers. Chosen by compiling: no kernel spills (tests hold this).
+TILE = {1: 8192, 2: 8192, 4: 4096, 8: 4096}
+LARGEST_BK = {1: 4096, 2: 4096, 4: 1024, 8: 1024}
+SMALLEST_BK = 1024
+
+
+class Weight(NamedTuple):
+    """A (N, K) weight as a kernel takes it. scale: None for PLAIN; tensors are those of `Packed` otherwise."""
+
+    tensor: Tensor
+    scale: Tensor | None
+    kind: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, scale: Tensor | None, is_fp8: bool) -> Weight:
+        """Return the weight with its kind, known from the shapes."""
+        if scale is None:
+            return cls(tensor, None, PLAIN)
+        if scale.dim() == 1:
+            return cls(tensor.view(torch.int32), scale, FP8 if is_fp8 else INT8)
+        return cls(tensor.view(torch.int32), scale, INT4)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        if self.kind == PLAIN:
+            return self.tensor.shape[0], self.tensor.shape[1]
+        return self.tensor.shape[0] * LANES, self.tensor.shape[1] * CHANNELS[self.kind]
+
+
+def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
+    """Return (BN, BK): all channels at once if that wastes little of a tile, otherwise even parts.
+
+    num_tiles: how many weights a program multiplies x with at the same time.
+    """
+    rows = triton.next_power_of_2(num_rows)
+    size, largest = TILE[rows] // num_tiles, LARGEST_BK[rows]
+    BK = triton.next_power_of_2(in_features)
+    if kind != PLAIN:
+        BN = LANES // 2
+        return BN, min(BK, size // BN)
+    if largest < BK or 4 * in_features < 3 * BK:
+        BK = next((part for part in (2048, 1024) if part <= largest and in_features % part == 0), SMALLEST_BK)
+    return max(1, size // BK), BK
+
+
+@triton.jit
+def load_weights(w, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    """Load the tile at row n0 and channel k0: [1, BN, BK], or words [1, BK/P, BN]; 0 beyond the weight."""
+    n = tl.arange(0, BN)
+    if P == 1:
+        k = k0 + tl.arange(0, BK)
+        at = (n * K)[None, :, None] + k[None, None, :]
+        mask = (n0 + n < N)[None, :, None] & (k < K)[None, None, :]
+        base = w + n0.to(tl.int64) * K
+    else:
+        j = k0 // P + tl.arange(0, BK // P)
+        at = (j * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
+        mask = (n0 + n < N)[None, None, :] & (j < K // P)[None, :, None]
+        base = w + (n0 // 16).to(tl.int64) * (K // P * 16)
+    if N % BN == 0 and K % BK == 0:
+        raw = tl.load(base + at, eviction_policy="evict_first")
+    else:
+        raw = tl.load(base + at, mask=mask, other=0, eviction_policy="evict_first")
+    return raw
+
+
+@triton.jit
+def load_channels(x, k0, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+    """Load channels k0.. of the first R (of ROWS) rows of x as float32 [ROWS, 1, BK], or [ROWS, BK/P, 1, P]."""
+    r = tl.arange(0, ROWS)
+    if P == 1:
+        k = k0 + tl.arange(0, BK)
+        at = (r * K)[:, None, None] + k[None, None, :]
+        mask = (r < R)[:, None, None] & (k < K)[None, None, :]
+    else:
+        j, p = k0 // P + tl.arange(0, BK // P), tl.arange(0, P)
+        at = (r * K)[:, None, None, None] + (j * P)[None, :, None, None] + p[None, None, None, :]
+        mask = (r < R)[:, None, None, None] & (j < K // P)[None, :, None, None]
+    part = tl.load(x + at) if R == ROWS and K % BK == 0 else tl.load(x + at, mask=mask, other=0.0)
+    return part.to(tl.float32)
+
+
+@triton.jit
+def sum_channels(x, P: tl.constexpr):
+    """Sum over the channels of what `load_channels` gives, times a tile or not: [ROWS, BN or 1]."""
+    sums = tl.sum(x, 2) if P == 1 else tl.sum(tl.sum(x, 3), 1)
+    return sums
+
+
+@triton.jit
+def multiply(
+    w,
+    x,
+    scale,
+    n0,
+    k0,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
+    if KIND == 3:
+        scales = group_scales(scale, n0, k0, N, K, BN, BK)
+    raw = load_weights(w, n0, k0, N, K, BN, BK, P)
+    if KIND == 0:
+        sums = tl.sum(raw.to(tl.float32) * x, 2)
+    else:
+        sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
+        if KIND == 3:
+            sums *= scales
+    return sums
+
+
+@triton.jit
+def finish(sums, P: tl.constexpr):
+    """Return the sums of all tiles, [ROWS, BN]. Those of packed weights are kept apart by word until the end."""
+    if P != 1:
+        sums = tl.sum(sums, 1)
+    return sums
+
+
+@triton.jit
+def group_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Load the scales of a tile in 4 bits, for each of its words: [1, BK/8, BN] float32."""
+    j, n = k0 // 8 + tl.arange(0, BK // 8), tl.arange(0, BN)
+    at = (j // 4 * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
+    mask = (j < K // 8)[None, :, None] & (n0 + n < N)[None, None, :]
+    base = scale + (n0 // 16).to(tl.int64) * (K // 32 * 16)
+    return tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def unpack(words, KIND: tl.constexpr):
+    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first)."""
+    # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
+    if KIND == 3:
+        pairs = tl.join(
+            tl.join(tl.join(_half(words, 0), _half(words, 4)), tl.join(_half(words, 16), _half(words, 20))),
+            tl.join(tl.join(_half(words, 8), _half(words, 12)), tl.join(_half(words, 24), _half(words, 28))),
+        )
+        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 8)
+    else:
+        pairs = tl.join(
+            tl.join(_byte(words, 0, KIND), _byte(words, 16, KIND)),
+            tl.join(_byte(words, 8, KIND), _byte(words, 24, KIND)),
+        )
+        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 4)
+    return channels
+
+
+@triton.jit
+def _half(words, SHIFT: tl.constexpr):
+    """Return 4 bits, 8 standing for zero, as float32. As low bits of 2^23 they need no slow conversion of integers."""
+    return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
+    """Return 8 bits as float32: an integer, 128 standing for zero, or a float8_e4m3fn number."""
+    bits = (words >> SHIFT) & 255
+    if KIND == 1:
+        number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+        number = half.to(tl.float32) * 256.0
+    return number

@@ -1,0 +1,52 @@
+"""Stacked weights: layers of a block that read the same input as one tall weight, for one product in place of several.
+
+The layers keep their names and parameters, which become views of the stacked ones: no weight is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Submodules of a block, and the layers in each that are stacked, from top to bottom.
+STACKS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+
+
+def can_stack(layers: Sequence[nn.Module]) -> bool:
+    """Return whether the layers are of one kind, without biases, and their parameters fit on top of each other."""
+    kinds = {
+        (type(layer), tuple((n, p.shape[1:], p.dtype, p.device) for n, p in layer.named_parameters()))
+        for layer in layers
+    }
+    return len(kinds) == 1 and all(getattr(layer, "bias", None) is None for layer in layers)
+
+
+def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the layers' parameters, each on top of those of the next layer, by name.
+
+    The layers' own become views of them. Layers that are stacked already are left as they are.
+    """
+    stacked = {}
+    for name, _ in layers[0].named_parameters():
+        parts = [layer.get_parameter(name) for layer in layers]
+        whole = _whole(parts)
+        if whole is None:
+            whole = torch.cat([part.detach() for part in parts])
+            for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+                setattr(layer, name, nn.Parameter(part, requires_grad=False))
+        stacked[name] = whole
+    return stacked
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor whose parts these are, if they lie one after the other in the same memory."""
+    first, offset = parts[0], parts[0].storage_offset()
+    if any(part.untyped_storage()._cdata != first.untyped_storage()._cdata for part in parts):
+        return None
+    for part in parts:
+        if part.storage_offset() != offset or not part.is_contiguous():
+            return None
+        offset += part.numel()
+    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())

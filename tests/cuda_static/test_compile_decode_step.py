@@ -1,0 +1,128 @@
+"""The kernels of the fused decode step as machine code: registers, shared memory, and what they do before they wait."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from cuda_static import kernel_checks  # noqa: F401  which skips without Triton
+
+from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, compile_cases
+
+pytestmark = pytest.mark.triton
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MAX_SPILLED_BYTES = 32  # per thread, in loops that run for microseconds
+
+# In a process of its own: in this one, Triton's kernels are Python functions.
+COMPILE = """
+import json, re, subprocess, sys, tempfile, triton
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from qwen3fast.kernels.cuda.decode_step.cases import compile_cases
+found = {}
+chosen = [
+    (capability, case)
+    for capability, names in json.loads(sys.argv[1])
+    for case in compile_cases((capability // 10, capability % 10))
+    if any(case.name.startswith(name) for name in names)
+]
+for capability, case in chosen:
+    kernel = triton.compile(case.source(), target=GPUTarget("cuda", capability, 32), options=case.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
+    found[f"{capability}: {case.name}"] = [int(registers), int(stack), kernel.metadata.shared, kernel.asm["ptx"]]
+print(json.dumps(found))
+"""
+
+
+CHOSEN = [
+    (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
+    (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4")]),
+    (90, ["gate_up, 8b, fp8, 8", "down, 8b, bf16, 8", "embed, 0.6b", "attention, 0.6b, bf16", "combine, 8b", "choose"]),
+    (100, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, bf16"]),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Registers, bytes of stack and of shared memory, and the PTX of some kernels, by "capability: name"."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps(CHOSEN)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all(any(n.startswith(f"{capability}: {start}") for n in found) for capability, s in CHOSEN for start in s)
+    return found
+
+
+def test_kernels_fit_into_registers_and_shared_memory(kernels):
+    for name, (registers, stack, shared, _) in kernels.items():
+        assert registers <= 255 and stack <= MAX_SPILLED_BYTES, name
+        assert shared <= SHARED_BYTES[int(name.split(":")[0])], name
+
+
+def test_kernels_touch_nothing_before_the_previous_kernel_has_ended(kernels):
+    for name, (*_, ptx) in kernels.items():
+        if name.startswith("80"):
+            assert "griddepcontrol" not in ptx, name
+            continue
+        assert ptx.count("griddepcontrol.wait") == 1, name
+        before, after = ptx.split("griddepcontrol.wait")
+        assert "griddepcontrol.launch_dependents" in before, name
+        assert not any(write in before for write in ("st.global", "atom.global", "red.global")), name
+        assert "ld.global" in after and "st.global" in after, name
+        sources = loaded_parameters(before)
+        if ", bf16," in name and any(part in name for part in ("qkv", "gate_up")):
+            assert sources == {"1", "2"}, name  # norm and w: weights are on their way while it waits
+        elif "linear" in ptx:
+            assert sources <= {"1", "2", "3"}, name
+        else:
+            assert sources == set(), name
+
+
+def loaded_parameters(ptx):
+    """Numbers of the kernel's parameters that addresses of global loads come from."""
+    sources, loaded = {}, set()
+    for line in ptx.splitlines():
+        operands = re.findall(r"%[a-z]+\d+", line)
+        if parameter := re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            sources[parameter[1]] = {parameter[2]}
+        elif "ld.global" in line:
+            [address] = re.findall(r"\[ ?(%\w+)", line)
+            loaded |= sources.get(address, set())
+        elif operands and "prefetch" not in line:
+            inherited = set().union(*(sources.get(register, set()) for register in operands[1:]))
+            sources[operands[0]] = inherited
+    return loaded
+
+
+def test_loads_are_traced_to_parameters():
+    ptx = """
+    ld.param.b64 \t%rd1, [kernel_param_0];
+    ld.param.b64 \t%rd2, [kernel_param_3];
+    mad.wide.s32 \t%rd4, %r1, 2, %rd2;
+    @%p1 ld.global.b32 { %r7 }, [ %rd4 + 0 ];
+    """
+    assert loaded_parameters(ptx) == {"3"}
+    assert loaded_parameters(ptx.replace("[ %rd4", "[ %rd1")) == {"0"}
+
+
+def test_every_step_of_every_format_is_a_case():
+    for capability, is_dependent in (((8, 0), False), ((9, 0), True)):
+        cases = compile_cases(capability)
+        names = [case.name for case in cases]
+        assert len(set(names)) == len(names)
+        for part in ("qkv", "output", "gate_up", "down", "vocabulary", "vocabulary and logits"):
+            assert {f"{part}, {s}, {f}, {r} rows" for s in ("0.6b", "8b") for f in FORMATS for r in (1, 8)} <= set(
+                names
+            )
+        assert all(case.constants["DEPENDENT"] == is_dependent for case in cases)
+        assert all(case.options.get("launch_pdl", False) == is_dependent for case in cases)
