@@ -30,7 +30,7 @@ from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import Admission, ClosedError, QueueFullError, Runner, Scheduler, UncachedRun
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt
+from qwen3fast.scheduling.prompt import Overflow, Prompt, read_prompts
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
@@ -214,8 +214,7 @@ class Generator:
         Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
         ImportError if structured output was asked for and its package is missing.
         """
-        is_single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(x, int) for x in prompts))
-        many = [prompts] if is_single else list(prompts)
+        many, is_single = read_prompts(prompts)
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")

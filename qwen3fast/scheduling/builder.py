@@ -52,7 +52,8 @@ class RequestBuilder:
         self._runner.scheduler  # noqa: B018  raises if it is closed
         if not isinstance(params, SamplingParams | None):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        p = (params or SamplingParams()).with_defaults(self._default_params)
+        asked = params or SamplingParams()
+        p = asked.with_defaults(self._default_params)
         if p.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
         for name, ids in (("logit_bias", p.logit_bias or ()), ("allowed_token_ids", p.allowed_token_ids or ())):
@@ -62,7 +63,8 @@ class RequestBuilder:
                     f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
                 )
         ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
-        ids, max_tokens = fit_context(ids, p.max_tokens, self._max_seq_len, on_overflow)
+        default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
+        ids, max_tokens = fit_context(ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # integers of 64 bits wrap around
         constraint = self._constraint_maker(p, ids)
