@@ -36,8 +36,8 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def checked_flag(name: str, value: Any) -> bool:
-    """Return a bool (of Python or NumPy).
+def checked_flag(name: str, value: Any, also: str = "") -> bool:
+    """Return a bool (of Python or NumPy). also: another value that the caller accepts, for the message.
 
     Raises: ValueError for anything else: "no" and [0] would silently count as true.
     """
@@ -45,7 +45,8 @@ def checked_flag(name: str, value: Any) -> bool:
         return value
     if str(getattr(value, "dtype", "")) == "bool" and getattr(value, "shape", None) == ():
         return bool(value)
-    raise ValueError(f"{name} must be True or False, got {value!r:.200}")
+    allowed = f"True, False or {also}" if also else "True or False"
+    raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
 
 
 def checked_timeout(name: str, value: Any) -> float | None:
@@ -78,7 +79,10 @@ def checked_text(name: str, text: Any) -> str:
 
 
 def checked_option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    """Return one of the allowed strings. Raises: ValueError naming them for anything else."""
+    """Return one of the allowed strings.
+
+    Raises: ValueError naming them for anything else.
+    """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r:.200}")
     return value

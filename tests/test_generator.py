@@ -296,7 +296,7 @@ def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
 
 def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
     calls = []
-    launch = generator._engine.launch
+    launch = generator.debug.engine.launch
 
     def interrupted(*args):
         calls.append(args)
@@ -304,7 +304,7 @@ def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return launch(*args)
 
-    monkeypatch.setattr(generator._engine, "launch", interrupted)
+    monkeypatch.setattr(generator.debug.engine, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generator.generate(["a", "b", "c"], GREEDY)
     assert (generator.stats.slots_in_use, generator.stats.waiting) == (0, 0)
@@ -333,13 +333,13 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
         generator.generate("hello")
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([1], SamplingParams(stop="x"))
-    with pytest.raises(ValueError, match="random weights have no tokenizer, so they cannot chat"):
+    with pytest.raises(ValueError, match="this model has no tokenizer, so it cannot chat"):
         generator.chat([{"role": "user", "content": "Hi"}])
 
 
 def test_greedy_thinking_warns_once(generator):
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.warns(UserWarning, match="greedy decoding .* while thinking"):
+    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning"):
         generator.chat(messages, GREEDY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))

@@ -9,9 +9,10 @@ from typing import Any
 from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.scheduling import Request, Runner
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import BEGIN_THOUGHT, END_THOUGHT, TextStream
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -29,10 +30,10 @@ class RequestBuilder:
         max_seq_len: int,
         eos_ids: frozenset[int],
         default_params: SamplingParams,
-        runner: Runner,
+        worker: EngineWorker,
     ) -> None:
         self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
-        self._eos_ids, self._default_params, self._runner = eos_ids, default_params, runner
+        self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
 
@@ -49,7 +50,7 @@ class RequestBuilder:
         Raises: ValueError for whatever cannot be run, ImportError for a package that is missing; RuntimeError if the
         Generator is closed.
         """
-        self._runner.scheduler  # noqa: B018  raises if it is closed
+        self._worker.check_caller()
         if not isinstance(params, SamplingParams | None):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
         asked = params or SamplingParams()
@@ -92,7 +93,7 @@ class RequestBuilder:
                 logprobs=p.logprobs,
                 continues=continues.request if continues is not None else None,
             )
-            handles.append(RequestHandle(request, stream, self._runner))
+            handles.append(RequestHandle(request, stream, self._worker))
         return handles
 
     def build_one(

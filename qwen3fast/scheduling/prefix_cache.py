@@ -1,4 +1,4 @@
-"""KeptRows: what each row of the cache still holds, so that a prompt that begins alike takes it over or copies it.
+"""PrefixCache: what each row of the cache still holds, so that a prompt that begins alike takes it over or copies it.
 
 Keys and values of a token depend on the tokens before it alone, so those of a common prefix are the same, computed by
 whichever request. (The same numbers up to rounding: chunks and steps of other sizes sum in other orders.)
@@ -44,7 +44,7 @@ class Plan:
     logits_1V: Tensor | None = None
 
 
-class KeptRows:
+class PrefixCache:
     """Bookkeeping alone: it says what to copy, and the scheduler has it copied."""
 
     def __init__(self, rows: int, allocated_len: int, multiple: int = 1, is_enabled: bool = True) -> None:

@@ -3,7 +3,7 @@
 Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a reply
 that is running waits for one chunk of another's prompt at most, and a row is given on as soon as it is free. What a
 row holds stays known after its request has ended, so that a prompt that begins alike need not be computed again
-(kept_rows.py).
+(prefix_cache.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen3fast.engine.decode import Hook, StepKind
 from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.prefill import CHUNK_SIZES
 from qwen3fast.sampling.samplers import kind_for
-from qwen3fast.scheduling.prefix_cache import KeptRows
+from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request
 
 
@@ -43,7 +43,7 @@ class Scheduler:
         # On CUDA, sums over positions are fastest, or possible at all, at round numbers of them.
         multiple = CHUNK_SIZES[0] if engine.device.type == "cuda" else 1
         cache = engine.cache
-        self.kept = KeptRows(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
+        self.prefixes = PrefixCache(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
         self._in_flight: deque[dict[int, Request]] = deque()  # rows of each launched step, oldest first
         self.dropped_tokens = self.reused_tokens = self.prefilled_tokens = 0
 
@@ -82,7 +82,7 @@ class Scheduler:
         for request in self.active.values():
             if request.finish_reason is None:
                 request.fail(error)
-        self.kept.forget_all()
+        self.prefixes.forget_all()
         self._release_finished()
         self._in_flight.clear()
         self.engine.forget()
@@ -145,7 +145,7 @@ class Scheduler:
 
     def _give_row(self, request: Request) -> None:
         """A row for a request, with as much of its prompt in it as other rows hold."""
-        plan = self.kept.plan(request.prompt_ids, self.active, request.continues)
+        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues)
         source = plan.source
         if plan.given_up != plan.row:
             self._swap(plan.row, plan.given_up)
@@ -157,7 +157,7 @@ class Scheduler:
         self.prefilled_tokens += len(request.prompt_ids) - plan.reused
         self.active[plan.row] = request
         request.begin_prompt(plan.logits_1V)
-        unproven = self.kept.take(plan.row)
+        unproven = self.prefixes.take(plan.row)
         if unproven > plan.reused:
             self._erase(plan.row, plan.reused, unproven)
         if plan.logits_1V is None:
@@ -206,7 +206,7 @@ class Scheduler:
     def _release_finished(self) -> None:
         for row in [row for row, request in self.active.items() if request.finish_reason is not None]:
             request = self.active.pop(row)
-            self.kept.keep(row, request)
+            self.prefixes.keep(row, request)
             self.engine.clear_row(row)
             if request.error is not None or request.launched > len(request.output_ids):  # some are in flight
                 self._erase(row, len(request.proven_ids), request.positions)
@@ -241,10 +241,10 @@ class Scheduler:
 
     def _swap(self, row: int, other: int, positions: int = 0) -> None:
         """Exchange two rows. positions: in use by the request in one of them."""
-        length = max(positions, *(len(self.kept.tokens(r, self.active)) for r in (row, other)))
+        length = max(positions, *(len(self.prefixes.tokens(r, self.active)) for r in (row, other)))
         if length:
             self.engine.swap_rows(row, other, length)
-        self.kept.swap(row, other)
+        self.prefixes.swap(row, other)
 
 
 def _hook_for(rows: dict[int, Request]) -> Hook | None:

@@ -53,7 +53,7 @@ def cuda_generator(request, model):
     sizes = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": ROWS}
     with Generator(twin, compile=compile, cuda_graphs=graphs, **sizes) as generator:
         yield generator
-        assert not graphs or not generator._engine.graphs.failure
+        assert not graphs or not generator.debug.engine.graphs.failure
 
 
 def prompts():
@@ -80,7 +80,7 @@ def test_every_bucket_is_recorded_and_right(model, cpu_generator):
     params = SamplingParams(temperature=0, max_tokens=3)
     with Generator(twin, max_seq_len=MAX_SEQ_LEN, max_batch_size=ROWS, compile=True) as generator:
         generator.warmup()
-        engine = generator._engine
+        engine = generator.debug.engine
         assert not engine.graphs.failure
         assert generator.stats.cuda_graphs == len(engine.cache.buckets) * len(engine.batch_buckets()) * 3
         compilations = generator.stats.compilations
@@ -142,7 +142,7 @@ def test_quantised_tokens_equal_those_of_the_rounded_weights(name):
     for compile, graphs in MODES.values():
         with Generator(quantised, max_seq_len=128, max_batch_size=2, compile=compile, cuda_graphs=graphs) as generator:
             assert [r.token_ids for r in generator.generate(texts, params)] == expected
-            assert not graphs or not generator._engine.graphs.failure
+            assert not graphs or not generator.debug.engine.graphs.failure
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -161,7 +161,7 @@ def test_tokens_of_quantised_experts_equal_those_of_the_plain_form(name, monkeyp
     for compile, graphs in MODES.values():
         with Generator(quantised, max_seq_len=128, max_batch_size=2, compile=compile, cuda_graphs=graphs) as generator:
             assert [r.token_ids for r in generator.generate(texts, params)] == expected
-            assert not graphs or not generator._engine.graphs.failure
+            assert not graphs or not generator.debug.engine.graphs.failure
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
@@ -175,7 +175,7 @@ def test_other_attention_gives_the_tokens_of_pytorchs(model, attention, cache_dt
         monkeypatch.setattr(cuda, "decode_attention", decode_attention)
         with Generator(twin, compile=True, **sizes) as generator:
             replies.append([r.token_ids for r in generator.generate(prompts(), GREEDY)])
-            assert not generator._engine.graphs.failure
+            assert not generator.debug.engine.graphs.failure
     assert replies[0] == replies[1]
 
 
@@ -198,7 +198,7 @@ def test_prefill_in_bfloat16_equals_the_plain_model(compile):
     model = randomised(small_config(**sizes, dtype=torch.bfloat16), seed=3)
     ids = random_ids(1, 1100)
     with Generator(copy.deepcopy(model).bfloat16().to("cuda"), max_seq_len=1300, compile=compile) as generator:
-        logits_1V = generator._engine.prefill_whole(0, ids[0].tolist())
+        logits_1V = generator.debug.engine.prefill_whole(0, ids[0].tolist())
     assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)
 
 

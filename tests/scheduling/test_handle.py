@@ -293,9 +293,9 @@ def test_a_reader_hears_of_an_error_that_another_has_seen(generator):
 
 
 def test_cancelled_before_the_start_it_never_gets_a_row(generator, alone):
-    handle = generator.build("hello", GREEDY)
+    handle = generator._build("hello", GREEDY)
     handle.cancel()
-    [chunk] = list(generator.run(handle))
+    [chunk] = list(generator._run(handle))
     assert (chunk.token_ids, chunk.finish_reason, chunk.result.text) == ([], "cancelled", "")
     assert generator.stats.prefilled_tokens == 0
     assert_unharmed(generator, alone)
@@ -312,8 +312,8 @@ def test_cancelled_while_waiting_it_ends_while_all_rows_are_busy(generator, alon
 
 def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, monkeypatch):
     ids = [i % 90 for i in range(1600)]
-    chunks, compute = [], generator._engine.prefill_step
-    handle = generator.build(ids, GREEDY)
+    chunks, compute = [], generator.debug.engine.prefill_step
+    handle = generator._build(ids, GREEDY)
 
     def cancelled_at_the_second_chunk(prefill):
         chunks.append(len(prefill.chunks))
@@ -321,8 +321,8 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
             handle.cancel()
         return compute(prefill)
 
-    monkeypatch.setattr(generator._engine, "prefill_step", cancelled_at_the_second_chunk)
-    [chunk] = list(generator.run(handle))
+    monkeypatch.setattr(generator.debug.engine, "prefill_step", cancelled_at_the_second_chunk)
+    [chunk] = list(generator._run(handle))
     assert (chunk.token_ids, chunk.finish_reason) == ([], "cancelled")
     assert len(chunks) == 2 < chunks[0]
     monkeypatch.undo()
@@ -334,8 +334,8 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator, alone, monkeypatch, number):
-    steps, launch = [], generator._engine.launch
-    handle = generator.build("hello", GREEDY)
+    steps, launch = [], generator.debug.engine.launch
+    handle = generator._build("hello", GREEDY)
 
     def cancelled_at(*arguments):
         steps.append(arguments)
@@ -343,8 +343,8 @@ def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator,
             handle.cancel()
         return launch(*arguments)
 
-    monkeypatch.setattr(generator._engine, "launch", cancelled_at)
-    *_, last = generator.run(handle)
+    monkeypatch.setattr(generator.debug.engine, "launch", cancelled_at)
+    *_, last = generator._run(handle)
     assert last.finish_reason == "cancelled"
     assert state(generator) == (0, 0)
     assert len(steps) == number  # none after the one that was under way
@@ -353,8 +353,8 @@ def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator,
 
 
 def test_cancel_from_another_thread_lets_one_step_run_at_most(generator, alone, monkeypatch):
-    steps, launch = [], generator._engine.launch
-    monkeypatch.setattr(generator._engine, "launch", lambda *arguments: (steps.append(0), launch(*arguments))[1])
+    steps, launch = [], generator.debug.engine.launch
+    monkeypatch.setattr(generator.debug.engine, "launch", lambda *arguments: (steps.append(0), launch(*arguments))[1])
     for _ in range(20):
         handle = generator.submit("hello", SLOW)
         next(iter(handle))
@@ -598,7 +598,7 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
         threads = [threading.Thread(target=submit, args=(number,)) for number in range(5)]
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda n=number: len(narrow._admission._asking) == n + 1)
+            wait_until(lambda n=number: len(narrow.debug.admission._asking) == n + 1)
         busy.cancel()
         for thread in threads:
             thread.join(PATIENCE_S)
@@ -639,10 +639,10 @@ def test_a_request_that_fails_or_ends_gives_its_place_back(narrow):
 
 
 def test_a_step_that_fails_loses_no_place(narrow, monkeypatch):
-    launch = narrow._engine.launch
+    launch = narrow.debug.engine.launch
     with all_rows_busy(narrow) as [busy]:
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
-        monkeypatch.setattr(narrow._engine, "launch", raising_once(MemoryError("no room"), launch))
+        monkeypatch.setattr(narrow.debug.engine, "launch", raising_once(MemoryError("no room"), launch))
         with pytest.raises(MemoryError):
             busy.result(PATIENCE_S)
         assert [handle.result(PATIENCE_S).finish_reason for handle in waiting] == ["length"] * 2
@@ -705,7 +705,7 @@ def test_an_interrupted_submit_loses_no_place(narrow):
 
 
 def test_max_queue_must_be_positive(model):
-    with pytest.raises(ValueError, match="max_queue must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_queue must be an integer from 1 to 1000000, got 0"):
         Generator(model, max_seq_len=64, max_queue=0, compile=False)
 
 
@@ -714,7 +714,7 @@ def test_max_queue_must_be_positive(model):
 
 def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer):
     generator = Generator(model, tokenizer, max_seq_len=2048, max_batch_size=2, max_queue=2, compile=False)
-    runner = generator._runner._thread
+    runner = generator.debug.worker.thread
     handles, ends, is_begun = [], [], threading.Event()
 
     def submit():
@@ -749,7 +749,7 @@ def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer
         thread.start()
     assert is_begun.wait(PATIENCE_S)
     time.sleep(0.2)
-    runner = generator._runner._thread
+    runner = generator.debug.worker.thread
     closing = [threading.Thread(target=generator.close) for _ in range(2)]
     for thread in closing:
         thread.start()
@@ -809,8 +809,8 @@ def test_close_from_a_callback_of_a_request_ends_it(model, tokenizer):
 
     with pytest.raises(RuntimeError, match="closed"):
         generator.generate("hello", SamplingParams(max_tokens=50, logits_processor=close))
-    generator._runner._thread.join(PATIENCE_S)
-    assert not generator._runner._thread.is_alive()
+    generator.debug.worker.thread.join(PATIENCE_S)
+    assert not generator.debug.worker.thread.is_alive()
 
 
 def test_cancel_after_close_is_harmless(model, tokenizer):
@@ -831,7 +831,7 @@ def test_a_generator_that_is_dropped_is_collected_and_its_thread_ends(model, tok
         handle.result(PATIENCE_S)
     if is_cyclic:
         generator.myself = generator
-    thread, gone = generator._runner._thread, weakref.ref(generator)
+    thread, gone = generator.debug.worker.thread, weakref.ref(generator)
     assert thread in threading.enumerate()
     del generator
     gc.collect()
@@ -855,7 +855,7 @@ def test_collecting_a_generator_while_its_lock_is_held_is_no_deadlock(model, tok
     """Garbage may be collected at any allocation, so also while a handle of the same Generator posts its cancel."""
     generator = Generator(model, tokenizer, max_seq_len=2048, compile=False)
     handle = generator.submit("hello", SLOW)
-    runner = generator._runner
+    runner = generator.debug.worker
     inbox = runner._inbox
 
     class Inbox:
@@ -899,7 +899,7 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
     expected = alone.generate("c", GREEDY).token_ids
     with all_rows_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
-        monkeypatch.setattr(generator._engine, "launch", raising_once(error("broken"), generator._engine.launch))
+        monkeypatch.setattr(generator.debug.engine, "launch", raising_once(error("broken"), generator.debug.engine.launch))
         for handle in running:
             with pytest.raises(error, match="broken"):
                 handle.result(PATIENCE_S)
@@ -913,7 +913,7 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
 )
 def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkeypatch, part, error):
     generator.generate("some more words to keep", GREEDY)
-    monkeypatch.setattr(generator._engine, part, raising_once(error("broken"), getattr(generator._engine, part)))
+    monkeypatch.setattr(generator.debug.engine, part, raising_once(error("broken"), getattr(generator.debug.engine, part)))
     with pytest.raises(error, match="broken"):
         generator.submit("some more words", GREEDY).result(PATIENCE_S)
     assert_unharmed(generator, alone, "some more words to keep")
@@ -925,18 +925,18 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
     text = "a prompt that is kept in a row"
     if part == "copy_row":
         generator.generate(text, GREEDY)  # kept in one row, of which another request takes over a part
-        request = generator.build(text[:12] + " and goes on otherwise", GREEDY)
+        request = generator._build(text[:12] + " and goes on otherwise", GREEDY)
     else:
         generator.generate("something else, at first", GREEDY)
-        request = generator.build(text, GREEDY)
+        request = generator._build(text, GREEDY)
     calls = []
 
     def broken(*arguments):
         calls.append(arguments)
         raise MemoryError("broken")
 
-    monkeypatch.setattr(generator._engine, part, broken)
-    generator._runner.add([request.request])
+    monkeypatch.setattr(generator.debug.engine, part, broken)
+    generator.debug.worker.add([request.request])
     with pytest.raises(MemoryError, match="broken"):
         request.result(PATIENCE_S)
     assert calls
@@ -947,8 +947,8 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
     """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
     with all_rows_busy(generator) as [first, second]:
-        calls, swap_rows = [], raising_once(MemoryError("broken"), generator._engine.swap_rows)
-        monkeypatch.setattr(generator._engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
+        calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
+        monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
         lower, upper = sorted([first, second], key=lambda handle: handle.request.row)
         lower.cancel()
         assert lower.result(PATIENCE_S).finish_reason == "cancelled"
@@ -969,7 +969,7 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
             raise RuntimeError("device gone")
 
         for part in ("launch", "collect", "prefill_step", "clear_row", "erase", "set_row", "swap_rows"):
-            monkeypatch.setattr(generator._engine, part, broken)
+            monkeypatch.setattr(generator.debug.engine, part, broken)
         for handle in running:
             with pytest.raises(RuntimeError, match="device gone"):
                 handle.result(PATIENCE_S)
@@ -985,7 +985,7 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
 @pytest.mark.parametrize("number", [1, 2, 6])
 @pytest.mark.parametrize("method", ["generate", "stream", "submit"])
 def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch, method, number):
-    calls, launch = [], generator._engine.launch
+    calls, launch = [], generator.debug.engine.launch
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -993,7 +993,7 @@ def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch,
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return launch(*arguments)
 
-    monkeypatch.setattr(generator._engine, "launch", interrupted)
+    monkeypatch.setattr(generator.debug.engine, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if method == "generate":
             generator.generate(["a", "b", "c"], SLOW)
@@ -1011,13 +1011,13 @@ def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch,
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_an_interrupt_just_after_queueing_leaves_no_row_in_use(generator, alone, monkeypatch, method):
-    add = generator._runner.add
+    add = generator.debug.worker.add
 
     def interrupted(requests):
         add(requests)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(generator._runner, "add", interrupted)
+    monkeypatch.setattr(generator.debug.worker, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if method == "generate":
             generator.generate(["a", "b"], SLOW)

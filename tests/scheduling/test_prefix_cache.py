@@ -1,4 +1,4 @@
-"""KeptRows on its own: the row that a prompt gets, what is given up for it, and how much of it need not be computed."""
+"""PrefixCache on its own: the row that a prompt gets, what is given up for it, and how much of it need not be computed."""
 
 from itertools import takewhile
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, split_into_chunks, usable_prefix
 from qwen3fast.scheduling import Request
-from qwen3fast.scheduling.prefix_cache import KeptRows, common_prefix
+from qwen3fast.scheduling.prefix_cache import PrefixCache, common_prefix
 
 POSITIONS = 256
 A, B, C, D = (list(range(start, start + 20)) for start in (0, 20, 40, 60))
@@ -33,7 +33,7 @@ def half_way(prompt_ids, done):
 
 def kept_rows(*contents, is_enabled=True, multiple=1):
     """Rows with these requests, which have ended in this order; None leaves a row as it was at first."""
-    kept = KeptRows(len(contents), POSITIONS, multiple, is_enabled)
+    kept = PrefixCache(len(contents), POSITIONS, multiple, is_enabled)
     for row, request in enumerate(contents):
         if request is not None:
             kept.keep(row, request)
@@ -267,7 +267,7 @@ contents = st.lists(
 
 @given(contents=contents, order=st.randoms(use_true_random=False), prompt=ids.filter(len), data=st.data())
 def test_plan_follows_a_plain_description(contents, order, prompt, data):
-    kept, active, requests, ages = KeptRows(len(contents), POSITIONS), {}, {}, {}
+    kept, active, requests, ages = PrefixCache(len(contents), POSITIONS), {}, {}, {}
     rows = list(range(len(contents)))
     order.shuffle(rows)
     for age, row in enumerate(rows):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3fast.engine import Engine
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.scheduling import Request, Runner, Scheduler
+from qwen3fast.scheduling import Request, EngineWorker, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
 
 CPU = torch.device("cpu")
@@ -332,7 +332,7 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(is_told, lookahead, cache_
     assert run(scheduler, second) == run(alone, make_request(prompt, 15))
     assert (second.reused_tokens, scheduler.reused_tokens) == (54, 54)
     assert copies == []  # its row is taken over
-    assert scheduler.kept.plan(other.prompt_ids, {}).reused == 20  # and nothing else is lost
+    assert scheduler.prefixes.plan(other.prompt_ids, {}).reused == 20  # and nothing else is lost
 
 
 def test_what_lies_in_the_row_that_a_prompt_gets_can_be_copied_from_where_it_is_moved(monkeypatch):
@@ -341,10 +341,10 @@ def test_what_lies_in_the_row_that_a_prompt_gets_can_be_copied_from_where_it_is_
     run(scheduler, make_request(50, 30), make_request(40, 5, seed=1))  # the first ends last
     copies = calls_of(monkeypatch, scheduler.engine, "copy_row")
     prompt = [*random_prompt(50)[:45], *random_prompt(8, 5)]
-    assert scheduler.kept.tokens(0, {})[:50] == random_prompt(50)
+    assert scheduler.prefixes.tokens(0, {})[:50] == random_prompt(50)
     assert run(scheduler, make_request(prompt, 9)) == run(make_scheduler(1, reuse=False), make_request(prompt, 9))
     assert copies == [(1, 0, 45)]
-    assert scheduler.kept.tokens(1, {})[:50] == random_prompt(50)
+    assert scheduler.prefixes.tokens(1, {})[:50] == random_prompt(50)
 
 
 def test_a_reply_that_is_regenerated_takes_its_row_over(monkeypatch):
@@ -403,7 +403,7 @@ def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahe
 
 def held_numbers(scheduler):
     """What rows without a request hold, by the tokens it was computed from."""
-    tensors, kept = scheduler.engine.cache.tensors(), scheduler.kept
+    tensors, kept = scheduler.engine.cache.tensors(), scheduler.prefixes
     rows = set(range(scheduler.engine.cache.max_batch_size)) - set(scheduler.active)
     held = {row: tuple(kept.tokens(row, scheduler.active)) for row in rows}
     return {ids: [t[row, :, : len(ids)].clone() for t in tensors] for row, ids in held.items() if ids}
@@ -425,7 +425,7 @@ def test_what_a_row_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(see
                 for now, then in zip(numbers, first_seen.setdefault(ids, numbers), strict=True):
                     assert_same(now, then)
             for row in range(4):
-                places.setdefault(tuple(scheduler.kept.tokens(row, scheduler.active)), set()).add(row)
+                places.setdefault(tuple(scheduler.prefixes.tokens(row, scheduler.active)), set()).add(row)
     assert len(first_seen) > 4
     assert any(len(rows) > 1 for ids, rows in places.items() if ids in first_seen)  # some were moved
     finish(scheduler, requests)
@@ -519,7 +519,7 @@ def test_what_a_row_held_that_a_request_moves_to_can_still_be_reused():
     other, long = make_request(30, 5), make_request(12, 30, seed=1)
     run(scheduler, other, long)
     again = make_request(30, 5)
-    assert scheduler.kept.tokens(1, {})[:30] == other.prompt_ids  # it was computed in row 0
+    assert scheduler.prefixes.tokens(1, {})[:30] == other.prompt_ids  # it was computed in row 0
     assert (run(scheduler, again), again.reused_tokens) == ([other.output_ids], 30)
 
 
@@ -611,7 +611,7 @@ def wait_for(condition):
 
 def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch):
     scheduler = make_scheduler(2, 1300)
-    runner = Runner(scheduler)
+    runner = EngineWorker(scheduler)
     short, long = (make_request(n, 1000, logits_processor=slowly) for n in (10, 20))
     runner.add([short, long])
     assert wait_for(lambda: long.output_ids)
@@ -626,7 +626,7 @@ def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
     """After a CUDA error every call fails, those that clean up, too."""
     scheduler = make_scheduler(1, 1300)
     running, waiting = make_request(10, 1000, logits_processor=slowly), make_request(20, 5, seed=1)
-    runner = Runner(scheduler)
+    runner = EngineWorker(scheduler)
     runner.add([running, waiting])
     assert wait_for(lambda: running.output_ids)
 
