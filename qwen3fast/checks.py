@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 import threading
+from numbers import Real
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -56,7 +56,8 @@ def checked_timeout(name: str, value: Any) -> float | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not value >= 0:  # NaN is not
         raise ValueError(f"{name} must be a number of seconds >= 0, or None, got {value!r:.200}")
     return float(value) if value < threading.TIMEOUT_MAX else None
 

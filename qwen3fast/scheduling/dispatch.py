@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -92,7 +92,7 @@ class Dispatcher:
         self._start(handle)
         return handle
 
-    async def astream(self, handle: RequestHandle) -> AsyncIterator[StreamChunk]:
+    async def astream(self, handle: RequestHandle) -> AsyncGenerator[StreamChunk, None]:
         """Queue a request as `submit` does and yield its chunks, without blocking the event loop."""
         place = self.admission.ask()
         try:

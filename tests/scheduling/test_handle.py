@@ -899,7 +899,9 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
     expected = alone.generate("c", GREEDY).token_ids
     with all_rows_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
-        monkeypatch.setattr(generator.debug.engine, "launch", raising_once(error("broken"), generator.debug.engine.launch))
+        monkeypatch.setattr(
+            generator.debug.engine, "launch", raising_once(error("broken"), generator.debug.engine.launch)
+        )
         for handle in running:
             with pytest.raises(error, match="broken"):
                 handle.result(PATIENCE_S)
@@ -913,7 +915,9 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
 )
 def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkeypatch, part, error):
     generator.generate("some more words to keep", GREEDY)
-    monkeypatch.setattr(generator.debug.engine, part, raising_once(error("broken"), getattr(generator.debug.engine, part)))
+    monkeypatch.setattr(
+        generator.debug.engine, part, raising_once(error("broken"), getattr(generator.debug.engine, part))
+    )
     with pytest.raises(error, match="broken"):
         generator.submit("some more words", GREEDY).result(PATIENCE_S)
     assert_unharmed(generator, alone, "some more words to keep")

@@ -1,4 +1,4 @@
-"""PrefixCache on its own: the row that a prompt gets, what is given up for it, and how much of it need not be computed."""
+"""PrefixCache alone: the slot that a prompt gets, what is evicted for it, and how much of it need not be computed."""
 
 from itertools import takewhile
 

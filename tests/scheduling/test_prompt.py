@@ -61,7 +61,9 @@ def test_an_array_of_texts_is_many_prompts():
     assert read_prompts(np.array(["a", "bc"])) == (["a", "bc"], False)
 
 
-@pytest.mark.parametrize("nothing", [[], (), iter(()), np.zeros(0, dtype=np.int64), torch.zeros(0, 5, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "nothing", [[], (), iter(()), np.zeros(0, dtype=np.int64), torch.zeros(0, 5, dtype=torch.int64)]
+)
 def test_nothing_is_no_prompts(nothing):
     assert read_prompts(nothing) == ([], False)
 

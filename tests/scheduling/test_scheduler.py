@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3fast.engine import Engine
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.scheduling import Request, EngineWorker, Scheduler
+from qwen3fast.scheduling import EngineWorker, Request, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
 
 CPU = torch.device("cpu")
