@@ -223,6 +223,6 @@ def test_scheduler_cancel_frees_the_row_at_once(model):
     scheduler.add(waiting)
     scheduler.step()
     scheduler.cancel(running)
-    assert (running.finish_reason, running.row in scheduler.active) == ("cancelled", False)
+    assert (running.finish_reason, running.slot in scheduler.active) == ("cancelled", False)
     scheduler.step()
     assert waiting.output_ids

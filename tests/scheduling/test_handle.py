@@ -953,7 +953,7 @@ def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypa
     with all_rows_busy(generator) as [first, second]:
         calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
         monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
-        lower, upper = sorted([first, second], key=lambda handle: handle.request.row)
+        lower, upper = sorted([first, second], key=lambda handle: handle.request.slot)
         lower.cancel()
         assert lower.result(PATIENCE_S).finish_reason == "cancelled"
         upper.cancel()

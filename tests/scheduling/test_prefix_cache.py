@@ -53,48 +53,48 @@ def test_a_row_keeps_all_but_the_last_token_of_the_reply():
 
 def test_the_first_prompt_gets_the_first_row():
     plan = kept_rows(None, None, None).plan(A, {})
-    assert (plan.row, plan.given_up, plan.reused, plan.logits_1V) == (0, 0, 0, None)
+    assert (plan.slot, plan.evicted, plan.reused, plan.logits_1V) == (0, 0, 0, None)
 
 
 def test_the_lowest_free_row_is_chosen_whatever_lies_there():
     kept = kept_rows(None, ended(A), ended(B), None)
     active = {0: ended(C)}
     plan = kept.plan(D, active)
-    assert (plan.row, plan.given_up) == (1, 3)  # A moves to row 3, which is empty
+    assert (plan.slot, plan.evicted) == (1, 3)  # A moves to row 3, which is empty
 
 
-def test_empty_rows_are_used_before_anything_is_given_up():
+def test_empty_rows_are_used_before_anything_is_evicted():
     kept = kept_rows(ended(A), ended(B), None)
-    assert kept.plan(D, {}).given_up == 2
+    assert kept.plan(D, {}).evicted == 2
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_the_least_recently_used_is_given_up_wherever_it_lies(order):
+def test_the_least_recently_used_is_evicted_wherever_it_lies(order):
     kept = kept_rows(None, None, None)
     for row in order:
         kept.keep(row, ended([A, B, C][row]))
     plan = kept.plan(D, {})
-    assert (plan.row, plan.given_up) == (0, order[0])
+    assert (plan.slot, plan.evicted) == (0, order[0])
 
 
 def test_what_is_kept_again_counts_as_used_again():
     kept = kept_rows(ended(A), ended(B), ended(C))
     kept.take(0)
     kept.keep(0, ended(A))
-    assert kept.plan(D, {}).given_up == 1
+    assert kept.plan(D, {}).evicted == 1
 
 
 def test_age_moves_with_the_contents():
     kept = kept_rows(ended(A), ended(B), ended(C))
     kept.swap(0, 2)
     assert [kept.tokens(row, {})[:20] for row in range(3)] == [C, B, A]
-    assert kept.plan(D, {}).given_up == 2
+    assert kept.plan(D, {}).evicted == 2
 
 
-def test_a_row_in_use_is_never_given_up():
+def test_a_row_in_use_is_never_evicted():
     kept = kept_rows(None, ended(B), ended(C))
     kept.keep(0, ended(A))  # the newest
-    assert kept.plan(D, {1: ended(B)}).given_up == 2
+    assert kept.plan(D, {1: ended(B)}).evicted == 2
 
 
 # ------------------------------------------------------------------------------------------------ what is taken over
@@ -103,38 +103,38 @@ def test_a_row_in_use_is_never_given_up():
 def test_what_a_prompt_would_lose_nothing_of_is_taken_over():
     kept = kept_rows(ended(A), ended(B, [7, 8, 9]), None)
     plan = kept.plan([*B, 7, 8, 9, 10], {})
-    assert (plan.row, plan.given_up, plan.source, plan.reused) == (0, 1, 1, 22)
+    assert (plan.slot, plan.evicted, plan.source, plan.reused) == (0, 1, 1, 22)
 
 
 def test_what_would_be_lost_is_copied():
     kept = kept_rows(ended(A), ended(B, [7, 8, 9]), None)
     plan = kept.plan([*B, 7, 1, 2], {})
-    assert (plan.row, plan.given_up, plan.source, plan.reused) == (0, 2, 1, 21)
+    assert (plan.slot, plan.evicted, plan.source, plan.reused) == (0, 2, 1, 21)
 
 
 def test_what_a_prompt_goes_on_from_is_taken_over_even_if_some_is_lost():
     earlier = ended(B, [7, 8, 9])
     kept = kept_rows(ended(A), earlier, None)
     plan = kept.plan([*B, 7, 1, 2], {}, continues=earlier)
-    assert (plan.row, plan.given_up, plan.source, plan.reused) == (0, 1, 1, 21)
+    assert (plan.slot, plan.evicted, plan.source, plan.reused) == (0, 1, 1, 21)
 
 
 def test_what_another_request_holds_is_copied_though_the_prompt_goes_on_from_something_else():
     earlier = ended(A)
     kept = kept_rows(earlier, ended(B, [7, 8, 9]), None)
     plan = kept.plan([*B, 7, 1, 2], {}, continues=earlier)
-    assert (plan.given_up, plan.source) == (2, 1)
+    assert (plan.evicted, plan.source) == (2, 1)
 
 
 def test_a_row_in_use_is_copied_though_nothing_would_be_lost():
     running = make_request(B, [7, 8, 9])
     plan = kept_rows(None, None).plan([*B, 7, 8, 9, 10], {0: running}, continues=running)
-    assert (plan.row, plan.given_up, plan.source, plan.reused) == (1, 1, 0, 22)
+    assert (plan.slot, plan.evicted, plan.source, plan.reused) == (1, 1, 0, 22)
 
 
 def test_a_prompt_that_shares_nothing_takes_nothing_over():
     earlier = ended(A)
-    assert kept_rows(earlier, None).plan(B, {}, continues=earlier).given_up == 1
+    assert kept_rows(earlier, None).plan(B, {}, continues=earlier).evicted == 1
 
 
 # -------------------------------------------------------------------------------------------------- how much is reused
@@ -151,7 +151,7 @@ def test_the_longest_prefix_is_found_in_any_row(row):
 def test_the_longest_prefix_is_found_in_rows_in_use():
     running = make_request(A, [7, 8, 9])
     plan = kept_rows(None, ended(A[:5]), None).plan([*A, 7, 8, 9], {0: running})
-    assert (plan.row, plan.source, plan.reused) == (1, 0, 22)
+    assert (plan.slot, plan.source, plan.reused) == (1, 0, 22)
 
 
 def test_of_a_prompt_on_its_way_what_is_done_can_be_reused():
@@ -179,7 +179,7 @@ def test_a_whole_prompt_that_was_there_gives_its_logits(is_active):
     kept = kept_rows(ended([*A, 5, 6]), None if is_active else request, None)
     plan = kept.plan(A, {1: request} if is_active else {})
     assert plan.logits_1V is logits_1V
-    assert (plan.source, plan.reused, plan.given_up) == (1, 20, 2)
+    assert (plan.source, plan.reused, plan.evicted) == (1, 20, 2)
 
 
 def test_a_running_request_whose_prompt_is_not_done_has_no_logits():
@@ -189,7 +189,7 @@ def test_a_running_request_whose_prompt_is_not_done_has_no_logits():
 
 def test_a_whole_prompt_of_which_nothing_would_be_lost_is_taken_over():
     plan = kept_rows(ended(B), ended(A, [7]), None).plan(A, {})
-    assert (plan.row, plan.given_up, plan.source, plan.reused) == (0, 1, 1, 20)
+    assert (plan.slot, plan.evicted, plan.source, plan.reused) == (0, 1, 1, 20)
 
 
 @pytest.mark.parametrize(("multiple", "reused"), [(1, 19), (8, 16), (32, 0)])
@@ -228,7 +228,7 @@ def test_disabled_it_never_reuses_anything():
     assert kept.tokens(0, {}) == []
     for active in ({}, {0: make_request(A, [7, 8])}):
         plan = kept.plan(A, active)
-        assert (plan.row, plan.reused, plan.logits_1V) == (len(active), 0, None)
+        assert (plan.slot, plan.reused, plan.logits_1V) == (len(active), 0, None)
 
 
 def test_a_request_that_failed_leaves_nothing():
@@ -237,7 +237,7 @@ def test_a_request_that_failed_leaves_nothing():
     kept = kept_rows(failed, ended(B))
     assert kept.tokens(0, {}) == []
     plan = kept.plan(A, {})
-    assert (plan.given_up, plan.reused, plan.logits_1V) == (0, 0, None)
+    assert (plan.evicted, plan.reused, plan.logits_1V) == (0, 0, None)
 
 
 def test_what_was_taken_and_what_cannot_be_trusted_is_forgotten():
@@ -292,16 +292,16 @@ def test_plan_follows_a_plain_description(contents, order, prompt, data):
             held[row] = prompt_ids + output_ids[:-1]
     shared = {row: sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(prompt, held[row]))) for row in held}  # noqa: B905
     is_whole = any(held[row] and contents[row][1] == prompt for row in held)
-    assert plan.row == free[0]
+    assert plan.slot == free[0]
     assert plan.reused == (len(prompt) if is_whole else min(max(shared.values()), len(prompt) - 1))
     assert held[plan.source][: plan.reused] == prompt[: plan.reused]
     assert (plan.logits_1V is not None) == is_whole
     is_owner = continued is not None and requests[plan.source] is continued
     if plan.reused and plan.source in free and (is_owner or plan.reused == len(held[plan.source])):
-        assert plan.given_up == plan.source
+        assert plan.evicted == plan.source
     else:
         oldest = min((bool(held[row]), ages.get(row, 0)) for row in free)
-        assert (bool(held[plan.given_up]), ages.get(plan.given_up, 0)) == oldest
+        assert (bool(held[plan.evicted]), ages.get(plan.evicted, 0)) == oldest
 
 
 @given(ids=st.lists(st.integers(0, 1), max_size=40), others=st.lists(st.integers(0, 1), max_size=40))

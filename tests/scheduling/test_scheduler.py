@@ -94,9 +94,9 @@ def test_a_row_is_given_on_as_soon_as_it_is_free():
     long, short, waiting = make_request(4, 30), make_request(5, 2), make_request(6, 4)
     for request in (long, short, waiting):
         scheduler.add(request)
-    while waiting.row is None:
+    while waiting.slot is None:
         scheduler.step()
-    assert short.finish_reason == "length" and waiting.row == short.row
+    assert short.finish_reason == "length" and waiting.slot == short.slot
     assert long.finish_reason is None and len(scheduler.active) == 2
     finish(scheduler, [long, waiting])
     assert not scheduler.active and not scheduler.waiting
@@ -117,10 +117,10 @@ def test_steps_of_others_leave_a_prompt_in_the_making_alone(row):
     undisturbed.add(alone)
     finish(scheduler, [late])
     finish(undisturbed, [alone])
-    assert late.row == row and late.output_ids == alone.output_ids
+    assert late.slot == row and late.output_ids == alone.output_ids
     ours, theirs = scheduler.engine.cache, undisturbed.engine.cache
     for tensor, expected in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
-        assert_near(tensor[row, :, :1100], expected[alone.row, :, :1100])
+        assert_near(tensor[row, :, :1100], expected[alone.slot, :, :1100])
 
 
 def test_a_request_cancelled_in_the_middle_of_its_prompt_frees_its_row():
@@ -392,7 +392,7 @@ def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahe
     requests = [make_request(length, 60, seed=9) for length in (5, 9, 1100)]
     for request in requests:
         scheduler.add(request)
-    while requests[2].row is None:
+    while requests[2].slot is None:
         scheduler.step()
     before = [tensor[3].clone() for tensor in tensors]
     finish(scheduler, requests)
@@ -455,7 +455,7 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
     places = []
     while long.finish_reason is None:
         scheduler.step()
-        places.append(long.row)
+        places.append(long.slot)
     assert list(dict.fromkeys(places)) == [None, 3, 0]  # and request 2 from row 2 to 1, when two are left
     # Steps were of all rows, then of fewer and fewer, and at last of one.
     sizes = [scheduler.engine.batch_bucket(num_rows) for num_rows, *_ in steps]
@@ -481,7 +481,7 @@ def test_a_prompt_moves_down_while_it_is_computed(cache_dtype, lookahead, monkey
     while not late.output_ids:
         scheduler.step()
         places += [late.prefill.row] if late.prefill is not None else []
-    assert (places[0], places[-1], late.row, len(moves)) == (1, 0, 0, 1)
+    assert (places[0], places[-1], late.slot, len(moves)) == (1, 0, 0, 1)
     alone = make_scheduler(1, 1300, cache_dtype=cache_dtype)
     finish(scheduler, [late])
     assert [late.output_ids] == run(alone, make_request(1100, 20, seed=1))
@@ -495,9 +495,9 @@ def test_a_gap_stays_while_there_is_a_request_to_fill_it(monkeypatch):
         scheduler.add(request)
     while not next_one.output_ids:
         scheduler.step()
-    assert (short.finish_reason, long.row, next_one.row, moves) == ("length", 1, 0, [])
+    assert (short.finish_reason, long.slot, next_one.slot, moves) == ("length", 1, 0, [])
     finish(scheduler, [next_one])
-    assert (long.row, len(moves)) == (0, 1)
+    assert (long.slot, len(moves)) == (0, 1)
 
 
 def test_processors_move_with_their_request():
@@ -505,10 +505,10 @@ def test_processors_move_with_their_request():
     other, long = make_request(10, 3), make_request(12, 30, seed=1, **PROCESSED)
     for request in (other, long):
         scheduler.add(request)
-    while other.finish_reason is None or long.row is None:
+    while other.finish_reason is None or long.slot is None:
         scheduler.step()
     state = scheduler.engine.processors.tensors
-    assert long.row == 0
+    assert long.slot == 0
     assert (state.presence_penalty_B.tolist(), state.bias_BV[:, 5].tolist()) == ([1.5, 0.0], [30.0, 0.0])
     assert state.in_prompt_BV[0].nonzero()[:, 0].tolist() == sorted(set(long.prompt_ids))
     assert state.count_BV[0].sum() == len(long.output_ids)
@@ -529,10 +529,10 @@ def test_a_request_that_is_cancelled_or_fails_lets_others_move_down(lookahead):
     requests = [make_request(10 + i, 40, seed=i) for i in range(4)]
     for request in requests:
         scheduler.add(request)
-    while requests[3].row is None:
+    while requests[3].slot is None:
         scheduler.step()
     scheduler.cancel(requests[0])
-    assert [request.row for request in requests[1:]] == [1, 2, 3]  # no smaller bucket holds three
+    assert [request.slot for request in requests[1:]] == [1, 2, 3]  # no smaller bucket holds three
     requests[2].on_token = lambda token: 1 / 0
     while requests[2].finish_reason is None:
         scheduler.step()
