@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 import threading
 from numbers import Real
@@ -77,6 +78,24 @@ def checked_text(name: str, text: Any) -> str:
             "; text.encode('utf-8', 'replace').decode() replaces such characters"
         )
     return text
+
+
+def checked_source(
+    source: Any, quantization: Any = None, revision: Any = None, adapter: Any = None, check_weights: Any = False
+) -> None:
+    """Check the types of what names a model and its form.
+
+    Raises: ValueError for a source or adapter that is no path, a quantization or revision that is no string, or a
+    check_weights that is no bool.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source must be a hub id or a path, got {type(source).__name__}")
+    if adapter is not None and not isinstance(adapter, str | os.PathLike):
+        raise ValueError(f"adapter must be a path, or None, got {type(adapter).__name__}")
+    for name, value in (("quantization", quantization), ("revision", revision)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, or None, got {value!r:.200}")
+    checked_flag("check_weights", check_weights)
 
 
 def checked_option(name: str, value: Any, allowed: tuple[str, ...]) -> str:

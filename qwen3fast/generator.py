@@ -181,6 +181,7 @@ class Generator:
         Generator's own thread, or in a process forked after its first use.
         """
         checked_flag("use_cache", use_cache)
+        checked_flag("progress", progress)
         many, is_single = read_prompts(prompts)
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
@@ -307,6 +308,7 @@ class Generator:
         request that asks for these captures them.
         Raises: RuntimeError while requests are running, after `close`, and as `generate`.
         """
+        checked_flag("progress", progress)
         parts = self.debug.engine.num_warmup_parts()
         with tqdm(total=parts, desc="warmup", unit="part", disable=not progress) as bar:
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
-from qwen3fast.checks import checked_flag
+from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import as_id_tuple
 from qwen3fast.parallel import Ranks
@@ -38,8 +38,8 @@ def load(
     tensor_parallel: bool,
 ) -> Loaded:
     """Load what a Generator needs; see `Generator.from_pretrained` for the arguments and errors."""
+    checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
-    checked_flag("check_weights", check_weights)
     ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):  # small files that may be damaged are read before the weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomised, small_config
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Embedder, Generator, Reranker, SamplingParams
 from qwen3fast.options import GeneratorOptions
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -58,6 +58,11 @@ def test_compile_and_cache_dtype_must_be_known():
         ({"dtype": []}, r"dtype \[\] is not supported"),
         ({"progress": "no"}, "progress must be True or False"),
         ({"check_weights": 1}, "check_weights must be True or False"),
+        ({"quantization": 5}, "quantization must be a string, or None, got 5"),
+        ({"quantization": []}, r"quantization must be a string, or None, got \[\]"),
+        ({"quantization": "int5"}, "quantization='int5' is not supported"),
+        ({"revision": 5}, "revision must be a string, or None, got 5"),
+        ({"adapter": 5}, "adapter must be a path, or None, got int"),
         ({"tensor_parallel": 2}, "tensor_parallel must be True or False"),
         ({"max_seq_len": 10**6}, "max_seq_len 1000000 exceeds the model's max_position_embeddings"),
     ],
@@ -65,6 +70,16 @@ def test_compile_and_cache_dtype_must_be_known():
 def test_bad_options_of_from_pretrained_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Generator.from_pretrained("tiny", **{"compile": False, **options})
+
+
+@pytest.mark.parametrize("kind", [Generator, Embedder, Reranker])
+def test_bad_sources_and_forms_are_named(kind):
+    for source in (None, 5, b"tiny", ["tiny"]):
+        with pytest.raises(ValueError, match="source must be a hub id or a path, got"):
+            kind.from_pretrained(source)
+    for options in ({"quantization": 8}, {"device": "tpu"}, {"dtype": 5}, {"check_weights": "no"}, {"threads": "2"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}.*{next(iter(options.values()))!r}"):
+            kind.from_pretrained("tiny", **options)
 
 
 def test_an_unknown_option_is_a_type_error(model):
@@ -103,6 +118,9 @@ def test_bad_arguments_cost_nobody_elses_request(model):
         for bad in ({"max_tokens": 2}, 5, "greedy"):
             with pytest.raises(ValueError, match="params must be a SamplingParams"):
                 generator.generate([1, 2], bad)
+        for call in (lambda: generator.generate([1], progress="no"), lambda: generator.warmup(progress=1)):
+            with pytest.raises(ValueError, match="progress must be True or False"):
+                call()
         handle = generator.submit([1, 2], GREEDY, timeout=10**400)
         assert handle.result(INFINITY).token_ids == expected
         with pytest.raises(ValueError, match="timeout must be a number of seconds"):

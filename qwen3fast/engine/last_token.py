@@ -15,7 +15,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
-from qwen3fast.checks import checked_flag, checked_integer, checked_text
+from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -39,7 +39,7 @@ def load_model_and_tokenizer(
 
     Raises: FileNotFoundError or ValueError, also for random weights, which have no tokenizer.
     """
-    checked_flag("check_weights", check_weights)
+    checked_source(source, quantization, revision, check_weights=check_weights)
     use_threads(threads)  # before loading, which quantizes
     if str(source).startswith("random:"):
         raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
