@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qwen3fast.checks import checked_flag, checked_integer, checked_text
 from qwen3fast.engine.last_token import (
-    ForkGuard,
     checked_max_length,
     checked_texts,
     last_states,
     load_model_and_tokenizer,
     token_id,
 )
+from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -47,7 +47,6 @@ class Embedder:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
         self._end_id = token_id(tokenizer, END_OF_TEXT)
-        self._fork_guard = ForkGuard("Embedder")
 
     @classmethod
     def from_pretrained(
@@ -92,10 +91,8 @@ class Embedder:
             normalize: scale each vector, after cutting it to `dimensions`, to length 1.
             progress: show a bar.
 
-        Raises: ValueError for anything but strings that UTF-8 can encode, and for numbers out of range; RuntimeError
-        in a process forked after the model was loaded.
+        Raises: ValueError for anything but strings that UTF-8 can encode, and for numbers out of range.
         """
-        self._fork_guard.check()
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
         checked_flag("normalize", normalize)
         size = self.config.hidden_size
@@ -103,6 +100,11 @@ class Embedder:
         if instruction is not None:
             texts = [with_instruction(checked_text("instruction", instruction), text) for text in texts]
         rows = [self._token_ids(text) for text in texts]
+        return on_live_threads(self._encode, rows, batch_size, progress, dimensions, normalize)
+
+    def _encode(
+        self, rows: list[list[int]], batch_size: int, progress: bool, dimensions: int, normalize: bool
+    ) -> Tensor:
         vectors_NE = last_states(self.model, rows, batch_size, progress)[:, :dimensions]
         return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
 

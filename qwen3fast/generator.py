@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checks import checked_flag, checked_timeout
 from qwen3fast.engine import Engine, lead_or_follow
-from qwen3fast.engine.threads import use_threads
+from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import as_id_tuple
@@ -43,7 +43,7 @@ class Generator:
     `close()` or a `with` statement to release memory early.
 
     Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies; nor must
-    a process forked after its first use. Both get a RuntimeError.
+    a process forked after its first use, which has to build a Generator of its own. Both get a RuntimeError.
 
     Attributes:
         model: the Qwen3 module, or this process's shard of it. config: its ModelConfig.
@@ -89,7 +89,8 @@ class Generator:
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
-        self._dispatcher = Dispatcher(self._make_engine(), self.options.max_queue, self.options.prefix_reuse)
+        engine = on_live_threads(self._make_engine)
+        self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         self._builder = RequestBuilder(
             tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, self._dispatcher.worker
         )
@@ -126,8 +127,8 @@ class Generator:
         """
         checked = GeneratorOptions(**options)
         use_threads(checked.threads)  # before loading, which quantizes
-        loaded = load(
-            source, device, dtype, quantization, revision, progress, adapter, check_weights, tensor_parallel
+        loaded = on_live_threads(
+            load, source, device, dtype, quantization, revision, progress, adapter, check_weights, tensor_parallel
         )  # fmt: skip
         return cls(**loaded._asdict(), **vars(checked))
 
@@ -339,7 +340,7 @@ class Generator:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
         if self.config.quantization is None:
             raise ValueError("this model is not quantized; load it with quantization='int8' or 'int4' first")
-        save_model(self.model, Path(folder), self._source_folder)
+        on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 
     def close(self) -> None:
         """End all requests, which get a RuntimeError, and release the KV cache and graphs. May be called twice."""

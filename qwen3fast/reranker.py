@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qwen3fast.checks import checked_text
 from qwen3fast.engine.last_token import (
-    ForkGuard,
     checked_max_length,
     checked_texts,
     last_states,
     load_model_and_tokenizer,
     token_id,
 )
+from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
@@ -52,8 +52,8 @@ class Reranker:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
         self._prefix, self._suffix = tokenizer.encode(PREFIX), tokenizer.encode(SUFFIX)
-        self._fork_guard = ForkGuard("Reranker")
-        self._no_yes_rows_2E = _output_rows(model, [token_id(tokenizer, "no"), token_id(tokenizer, "yes")])
+        no_yes = [token_id(tokenizer, "no"), token_id(tokenizer, "yes")]
+        self._no_yes_rows_2E = on_live_threads(_output_rows, model, no_yes)
 
     @classmethod
     def from_pretrained(
@@ -98,13 +98,15 @@ class Reranker:
             progress: show a bar.
 
         Raises: ValueError for anything but strings that UTF-8 can encode, for numbers out of range, or for a query that
-        leaves no room for a document; RuntimeError in a process forked after the model was loaded.
+        leaves no room for a document.
         """
-        self._fork_guard.check()
         query, documents = checked_text("query", query), checked_texts(documents, "documents")
         instruction = INSTRUCTION if instruction is None else checked_text("instruction", instruction)
         head = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
         rows = [self._token_ids(head, document) for document in documents]
+        return on_live_threads(self._score, rows, batch_size, progress)
+
+    def _score(self, rows: list[list[int]], batch_size: int, progress: bool) -> list[float]:
         states_NE = last_states(self.model, rows, batch_size, progress)
         no_yes_N2 = states_NE @ self._no_yes_rows_2E.T
         return torch.softmax(no_yes_N2, dim=-1)[:, 1].tolist()

@@ -5,8 +5,8 @@ B batch rows   T tokens of the longest row   E hidden_size   N texts
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
 from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
-from qwen3fast.engine.threads import use_threads
+from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
@@ -45,15 +45,10 @@ def load_model_and_tokenizer(
         raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
     folder = resolve_source(source, revision)
     tokenizer = read_tokenizer(folder)
-    model = load_model(
-        folder,
-        device,
-        dtype,
-        quantization=quantization,
-        output_projection=output_projection,
-        check_weights=check_weights,
+    load = partial(
+        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
     )
-    return model, tokenizer
+    return on_live_threads(load, folder, device, dtype), tokenizer
 
 
 def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
@@ -75,22 +70,6 @@ def checked_texts(texts: Any, name: str) -> list[str]:
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
         raise ValueError(f"{name} must be a list of strings, got {type(texts).__name__}")
     return [checked_text(f"{name}[{i}]", text) for i, text in enumerate(texts)]
-
-
-class ForkGuard:
-    """Refuses work in a process forked after a model was loaded: PyTorch's threads are missing there, and it hangs."""
-
-    def __init__(self, owner: str) -> None:
-        self._owner, self._process_id = owner, os.getpid()
-
-    def check(self) -> None:
-        """Raise RuntimeError in a forked process."""
-        if os.getpid() != self._process_id:
-            raise RuntimeError(
-                f"this {self._owner} was built before os.fork(), and PyTorch's threads do not exist in the child "
-                f"process; build the {self._owner} in the child (gunicorn: without --preload; multiprocessing: start "
-                "method 'spawn')"
-            )
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:

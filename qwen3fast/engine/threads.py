@@ -6,13 +6,18 @@ Two threads on one core share its arithmetic units and its bandwidth to memory, 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from qwen3fast.checks import checked_integer
 
+Result = TypeVar("Result")
 SYSTEM = Path("/sys")
+PROCESS_ID = os.getpid()  # of the process that imported PyTorch; another one is a fork of it
 
 
 def use_threads(threads: int | None = None) -> None:
@@ -26,6 +31,18 @@ def use_threads(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     elif torch.get_num_threads() == len(usable_cpus()) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_cores())
+
+
+def on_live_threads(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function where PyTorch's CPU threads work. Returns: its result.
+
+    OpenMP's threads do not survive os.fork(): in the child process, a thread that had used them waits for them for
+    ever. A new thread gets new ones, so that is where a forked process calls the function.
+    """
+    if os.getpid() == PROCESS_ID:
+        return function(*arguments)
+    with ThreadPoolExecutor(1, "qwen3fast-forked") as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def checked_threads(threads: int | None) -> int | None:

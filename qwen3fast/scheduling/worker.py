@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 CLOSED = "this Generator is closed; build a new one"
 FORKED = (
-    "this Generator was used before os.fork(), and its thread does not exist in the child process; build a Generator "
-    "in the child (gunicorn: without --preload; multiprocessing: start method 'spawn'), or fork before its first use"
+    "this Generator was used before os.fork(), and its thread does not exist in the child process; build another one "
+    "there, or fork before the first use (gunicorn: without --preload; multiprocessing: start method 'spawn')"
 )
 OWN_THREAD = (
     "this call would wait for itself: it comes from the Generator's own thread, out of a logits_processor or another "
