@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -152,6 +154,19 @@ def test_bench_refuses_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["bench"]) == 2
     assert "bench runs in one process; start it without torchrun" in capsys.readouterr().err
+
+
+def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, capsys):
+    module = ModuleType("loaded_command")
+    module.add_options = lambda parser: parser.add_argument("--port", type=int)
+    module.run_it = lambda args: args.port
+    monkeypatch.setitem(sys.modules, "loaded_command", module)
+    loaded = program.Loaded("serve it", "loaded_command", run="run_it", add_arguments="add_options")
+    monkeypatch.setitem(program.LOADED, "serve", loaded)
+    assert main(["serve", "--port", "5"]) == 5
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+    assert capsys.readouterr().out.startswith("usage: qwen3fast serve [-h] [--port PORT]\n\nserve it\n")
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, capsys):

@@ -21,12 +21,20 @@ INTERRUPTED = 130  # the same for SIGINT
 class Loaded(NamedTuple):
     """A command whose module is imported by name, when the command is used: it needs packages that others do not.
 
-    module: has `main(arguments)`, which parses them and returns the exit status. extra: what to install for it.
+    Attributes:
+        help: one line.
+        module: its dotted name.
+        extra: the extra of this package to install for it.
+        run: the module's function that runs the command and returns the exit status. It gets the arguments as they
+            are, or parsed, if there is add_arguments.
+        add_arguments: the module's function that adds the options to a parser.
     """
 
     help: str
     module: str
     extra: str = ""
+    run: str = "main"
+    add_arguments: str = ""
 
 
 LOADED = {
@@ -102,4 +110,9 @@ def _run_loaded(args: argparse.Namespace) -> int:
         if not loaded.extra:
             raise
         raise ImportError(f"{args.command} needs {err.name}; run: pip install 'qwen3fast[{loaded.extra}]'") from err
-    return module.main(args.options)
+    arguments = args.options
+    if loaded.add_arguments:
+        parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=loaded.help)
+        getattr(module, loaded.add_arguments)(parser)
+        arguments = parser.parse_args(arguments)
+    return getattr(module, loaded.run)(arguments)
