@@ -100,7 +100,7 @@ def test_prefill_tok_s_counts_computed_tokens_only():
     assert replace(metrics, prefill_s=0.0).prefill_tok_s == 0
 
 
-def test_queue_s_lasts_until_a_row_is_free(model):
+def test_queue_s_lasts_until_a_slot_is_free(model):
     second_waits = threading.Event()
 
     def wait(logits_V, output_T):

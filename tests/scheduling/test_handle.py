@@ -56,7 +56,7 @@ def generator(model, tokenizer):
 
 @pytest.fixture
 def narrow(model, tokenizer):
-    """One row, and two places to wait for it."""
+    """One slot, and two places to wait for it."""
     with Generator(model, tokenizer, max_seq_len=2048, max_queue=2, compile=False) as generator:
         yield generator
 
@@ -76,14 +76,14 @@ def wait_until(is_so):
 
 
 def state(generator):
-    """Rows in use and requests waiting."""
+    """Slots in use and requests waiting."""
     stats = generator.stats
     return stats.slots_in_use, stats.waiting
 
 
 @contextmanager
-def all_rows_busy(generator):
-    """Slow replies in all rows while the block runs."""
+def all_slots_busy(generator):
+    """Slow replies in all slots while the block runs."""
     rows = generator.stats.max_batch_size
     handles = [generator.submit("busy", SLOW) for _ in range(rows)]
     wait_until(lambda: generator.stats.slots_in_use == rows)
@@ -95,7 +95,7 @@ def all_rows_busy(generator):
 
 
 def places(generator):
-    """How many requests can wait before one is refused. All rows must be busy; the requests are cancelled."""
+    """How many requests can wait before one is refused. All slots must be busy; the requests are cancelled."""
     wait_until(lambda: state(generator)[1] == 0)  # a cancel counts from the next step on
     handles = []
     try:
@@ -109,7 +109,7 @@ def places(generator):
 
 
 def assert_unharmed(generator, alone, prompt="is it still right?"):
-    """No row in use, nobody waiting, and the next reply is right."""
+    """No slot in use, nobody waiting, and the next reply is right."""
     wait_until(lambda: state(generator) == (0, 0))
     assert generator.generate(prompt, GREEDY).token_ids == alone.generate(prompt, GREEDY).token_ids
 
@@ -152,7 +152,7 @@ def test_submit_refuses_bad_arguments_and_takes_no_place_for_them(narrow):
     for prompt, params in [("", GREEDY), ([10**6], GREEDY), ("a", SamplingParams(max_tokens=3000)), ("a", 5)]:
         with pytest.raises(ValueError):
             narrow.submit(prompt, params)
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
@@ -292,7 +292,7 @@ def test_a_reader_hears_of_an_error_that_another_has_seen(generator):
 # Cancelling
 
 
-def test_cancelled_before_the_start_it_never_gets_a_row(generator, alone):
+def test_cancelled_before_the_start_it_never_gets_a_slot(generator, alone):
     handle = generator._build("hello", GREEDY)
     handle.cancel()
     [chunk] = list(generator._run(handle))
@@ -301,8 +301,8 @@ def test_cancelled_before_the_start_it_never_gets_a_row(generator, alone):
     assert_unharmed(generator, alone)
 
 
-def test_cancelled_while_waiting_it_ends_while_all_rows_are_busy(generator, alone):
-    with all_rows_busy(generator):
+def test_cancelled_while_waiting_it_ends_while_all_slots_are_busy(generator, alone):
+    with all_slots_busy(generator):
         handle = generator.submit("hello", GREEDY)
         handle.cancel()
         assert handle.result(PATIENCE_S).finish_reason == "cancelled"
@@ -333,7 +333,7 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator, alone, monkeypatch, number):
+def test_cancelled_during_decode_its_slot_is_free_before_the_next_step(generator, alone, monkeypatch, number):
     steps, launch = [], generator.debug.engine.launch
     handle = generator._build("hello", GREEDY)
 
@@ -460,7 +460,7 @@ def test_a_handle_may_be_read_by_async_for(generator, alone):
     assert "".join(chunk.text for chunk in chunks) == chunks[-1].result.text == expected.text
 
 
-def test_a_cancelled_task_frees_its_row(generator, alone):
+def test_a_cancelled_task_frees_its_slot(generator, alone):
     async def main():
         task = asyncio.create_task(read(generator, "hello", SLOW))
         await until(lambda: state(generator) == (1, 0))
@@ -473,7 +473,7 @@ def test_a_cancelled_task_frees_its_row(generator, alone):
     assert_unharmed(generator, alone)
 
 
-def test_a_task_that_runs_out_of_time_frees_its_row(generator, alone):
+def test_a_task_that_runs_out_of_time_frees_its_slot(generator, alone):
     async def main():
         with pytest.raises(asyncio.TimeoutError):  # not TimeoutError before Python 3.11
             await asyncio.wait_for(read(generator, "hello", SLOW), 0.1)
@@ -483,7 +483,7 @@ def test_a_task_that_runs_out_of_time_frees_its_row(generator, alone):
     assert_unharmed(generator, alone)
 
 
-def test_a_loop_that_is_left_early_frees_its_row_at_once_with_aclosing(generator, alone):
+def test_a_loop_that_is_left_early_frees_its_slot_at_once_with_aclosing(generator, alone):
     async def main():
         async with aclosing(generator.astream("hello", SLOW)) as stream:
             async for chunk in stream:
@@ -495,7 +495,7 @@ def test_a_loop_that_is_left_early_frees_its_row_at_once_with_aclosing(generator
     assert_unharmed(generator, alone)
 
 
-def test_a_loop_that_is_left_early_frees_its_row_when_the_event_loop_ends(generator, alone):
+def test_a_loop_that_is_left_early_frees_its_slot_when_the_event_loop_ends(generator, alone):
     async def main():
         async for _ in generator.astream("hello", SLOW):
             break
@@ -559,7 +559,7 @@ def test_other_tasks_run_while_a_stream_waits_for_each_of_its_tokens(generator):
 
 
 def test_submit_without_patience_is_refused_when_the_queue_is_full(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         waiting = [narrow.submit("a", GREEDY, timeout=0) for _ in range(2)]
         with pytest.raises(QueueFullError, match=r"2 requests wait already \(max_queue\)"):
             narrow.submit("a", GREEDY, timeout=0)
@@ -573,7 +573,7 @@ def test_submit_without_patience_is_refused_when_the_queue_is_full(narrow):
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE_S])
 def test_submit_with_patience_waits_for_a_place(narrow, alone, timeout):
-    with all_rows_busy(narrow) as [busy], ThreadPoolExecutor(1) as pool:
+    with all_slots_busy(narrow) as [busy], ThreadPoolExecutor(1) as pool:
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         late = pool.submit(narrow.submit, "late", GREEDY, timeout=timeout)
         time.sleep(0.1)
@@ -592,7 +592,7 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
         narrow.submit([number], GREEDY)
         order.append(number)
 
-    with all_rows_busy(narrow) as [busy]:
+    with all_slots_busy(narrow) as [busy]:
         for _ in range(2):
             narrow.submit("a", GREEDY)
         threads = [threading.Thread(target=submit, args=(number,)) for number in range(5)]
@@ -607,7 +607,7 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
 
 def test_astream_waits_for_a_place_without_blocking_the_event_loop(narrow, alone):
     async def main():
-        with all_rows_busy(narrow) as [busy]:
+        with all_slots_busy(narrow) as [busy]:
             waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
             task = asyncio.create_task(read(narrow, "late", GREEDY))
             await asyncio.sleep(0.1)  # would never end if astream waited for its place in the loop's own thread
@@ -621,7 +621,7 @@ def test_astream_waits_for_a_place_without_blocking_the_event_loop(narrow, alone
 
 
 def test_a_waiting_request_that_is_cancelled_gives_its_place_back(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         handles = [narrow.submit("a", GREEDY) for _ in range(2)]
         for handle in handles:
             handle.cancel()
@@ -634,19 +634,19 @@ def test_a_request_that_fails_or_ends_gives_its_place_back(narrow):
         with pytest.raises(KeyError):
             narrow.submit("a", failing).result(PATIENCE_S)
         narrow.submit("a", GREEDY).result(PATIENCE_S)
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
 def test_a_step_that_fails_loses_no_place(narrow, monkeypatch):
     launch = narrow.debug.engine.launch
-    with all_rows_busy(narrow) as [busy]:
+    with all_slots_busy(narrow) as [busy]:
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         monkeypatch.setattr(narrow.debug.engine, "launch", raising_once(MemoryError("no room"), launch))
         with pytest.raises(MemoryError):
             busy.result(PATIENCE_S)
         assert [handle.result(PATIENCE_S).finish_reason for handle in waiting] == ["length"] * 2
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
@@ -655,7 +655,7 @@ def test_tasks_cancelled_while_they_wait_lose_no_place(narrow):
     rng = random.Random(0)
 
     async def main():
-        with all_rows_busy(narrow):
+        with all_slots_busy(narrow):
             for _ in range(60):
                 waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
                 tasks = [asyncio.create_task(read(narrow, "late", GREEDY)) for _ in range(2)]
@@ -686,7 +686,7 @@ def test_threads_that_run_out_of_time_lose_no_place(narrow):
             time.sleep(rng.choice([0, 0.002]))
             handle.cancel()
 
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, [rng.random() for _ in range(4)]))
         wait_until(lambda: state(narrow) == (1, 0))
@@ -694,7 +694,7 @@ def test_threads_that_run_out_of_time_lose_no_place(narrow):
 
 
 def test_an_interrupted_submit_loses_no_place(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -897,7 +897,7 @@ def raising_once(error, function):
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
 def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, monkeypatch, error):
     expected = alone.generate("c", GREEDY).token_ids
-    with all_rows_busy(generator) as running:
+    with all_slots_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
         monkeypatch.setattr(
             generator.debug.engine, "launch", raising_once(error("broken"), generator.debug.engine.launch)
@@ -924,7 +924,7 @@ def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkey
 
 
 @pytest.mark.parametrize("part", ["copy_row", "swap_rows"])
-def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
+def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
     """Both ask for memory on a GPU. The request must be neither lost nor left waiting for ever."""
     text = "a prompt that is kept in a row"
     if part == "copy_row":
@@ -950,7 +950,7 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
 
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
     """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
-    with all_rows_busy(generator) as [first, second]:
+    with all_slots_busy(generator) as [first, second]:
         calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
         monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
         lower, upper = sorted([first, second], key=lambda handle: handle.request.slot)
@@ -966,7 +966,7 @@ def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypa
 
 def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
     """As CUDA after an illegal address: every call raises from then on, those that clean up as well."""
-    with all_rows_busy(generator) as running:
+    with all_slots_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
 
         def broken(*arguments, **options):
@@ -988,7 +988,7 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2, 6])
 @pytest.mark.parametrize("method", ["generate", "stream", "submit"])
-def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch, method, number):
+def test_an_interrupted_call_leaves_no_slot_in_use(generator, alone, monkeypatch, method, number):
     calls, launch = [], generator.debug.engine.launch
 
     def interrupted(*arguments):
@@ -1014,7 +1014,7 @@ def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch,
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_an_interrupt_just_after_queueing_leaves_no_row_in_use(generator, alone, monkeypatch, method):
+def test_an_interrupt_just_after_queueing_leaves_no_slot_in_use(generator, alone, monkeypatch, method):
     add = generator.debug.worker.add
 
     def interrupted(requests):

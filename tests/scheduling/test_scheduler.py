@@ -89,7 +89,7 @@ def alone_in(positions, request):
     return request.output_ids
 
 
-def test_a_row_is_given_on_as_soon_as_it_is_free():
+def test_a_slot_is_given_on_as_soon_as_it_is_free():
     scheduler = make_scheduler(2)
     long, short, waiting = make_request(4, 30), make_request(5, 2), make_request(6, 4)
     for request in (long, short, waiting):
@@ -123,7 +123,7 @@ def test_steps_of_others_leave_a_prompt_in_the_making_alone(row):
         assert_near(tensor[row, :, :1100], expected[alone.slot, :, :1100])
 
 
-def test_a_request_cancelled_in_the_middle_of_its_prompt_frees_its_row():
+def test_a_request_cancelled_in_the_middle_of_its_prompt_frees_its_slot():
     scheduler = make_scheduler(1, 1300)
     request, after = make_request(1100, 3), make_request(40, 6, seed=2)
     scheduler.add(request)
@@ -276,7 +276,7 @@ def test_reuse_of_prefixes_changes_no_request(turns, rows, lookahead):
 
 @settings(max_examples=30)
 @given(turns=turns)
-def test_with_rows_for_all_the_longest_prefix_there_was_is_reused(turns):
+def test_with_slots_for_all_the_longest_prefix_there_was_is_reused(turns):
     scheduler, requests = make_scheduler(len(turns)), []
     for i, (kind, which, number, max_tokens, _, _) in enumerate(turns):
         earlier = requests[which % i] if i else None
@@ -335,7 +335,7 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(is_told, lookahead, cache_
     assert scheduler.prefixes.plan(other.prompt_ids, {}).reused == 20  # and nothing else is lost
 
 
-def test_what_lies_in_the_row_that_a_prompt_gets_can_be_copied_from_where_it_is_moved(monkeypatch):
+def test_what_lies_in_the_slot_that_a_prompt_gets_can_be_copied_from_where_it_is_moved(monkeypatch):
     """The lowest row holds what the prompt begins with, and another one is to be given up."""
     scheduler = make_scheduler(2)
     run(scheduler, make_request(50, 30), make_request(40, 5, seed=1))  # the first ends last
@@ -347,7 +347,7 @@ def test_what_lies_in_the_row_that_a_prompt_gets_can_be_copied_from_where_it_is_
     assert scheduler.prefixes.tokens(1, {})[:50] == random_prompt(50)
 
 
-def test_a_reply_that_is_regenerated_takes_its_row_over(monkeypatch):
+def test_a_reply_that_is_regenerated_takes_its_slot_over(monkeypatch):
     """As a chat does after `/retry`: the prompt of the turn before goes on differently."""
     scheduler = make_scheduler(2)
     copies = calls_of(monkeypatch, scheduler.engine, "copy_row")
@@ -383,7 +383,7 @@ def test_prompts_near_the_end_of_the_cache_are_right(length):
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lookahead", [0, 2])
-def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahead, cache_dtype, monkeypatch):
+def test_a_slot_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahead, cache_dtype, monkeypatch):
     """It runs along, and writes to the last position, which nothing reads."""
     scheduler = make_scheduler(4, 1300, lookahead, cache_dtype=cache_dtype)
     run(scheduler, *(make_request(30 + i, 20 - i, seed=i) for i in range(4)))
@@ -412,7 +412,7 @@ def held_numbers(scheduler):
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("seed", range(2))
-def test_what_a_row_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
+def test_what_a_slot_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
     rng = random.Random(seed)
     scheduler = make_scheduler(4, lookahead=lookahead, cache_dtype=cache_dtype)
     requests, first_seen, places = [], {}, {}
@@ -514,7 +514,7 @@ def test_processors_move_with_their_request():
     assert state.count_BV[0].sum() == len(long.output_ids)
 
 
-def test_what_a_row_held_that_a_request_moves_to_can_still_be_reused():
+def test_what_a_slot_held_that_a_request_moves_to_can_still_be_reused():
     scheduler = make_scheduler(2)
     other, long = make_request(30, 5), make_request(12, 30, seed=1)
     run(scheduler, other, long)
@@ -558,7 +558,7 @@ def test_a_reply_that_fills_the_cache_ends_there_while_others_run_on(lookahead):
 # ---------------------------------------------------------------------------------------- what breaks a whole step
 
 
-def step_as_the_runner_does(scheduler, times):
+def step_as_the_worker_does(scheduler, times):
     for _ in range(times):
         try:
             scheduler.step()
@@ -570,7 +570,7 @@ def refuse(*arguments):
     raise MemoryError("no room")
 
 
-def test_a_request_for_which_no_row_can_be_made_ready_ends(monkeypatch):
+def test_a_request_for_which_no_slot_can_be_made_ready_ends(monkeypatch):
     """It is neither waiting nor active then, and must not be waited for."""
     scheduler, prompt = make_scheduler(2), random_prompt(50)
     running, late = make_request(prompt, 50), make_request(prompt, 5, seed=1)
@@ -578,7 +578,7 @@ def test_a_request_for_which_no_row_can_be_made_ready_ends(monkeypatch):
     scheduler.step()
     monkeypatch.setattr(scheduler.engine, "copy_row", refuse)
     scheduler.add(late)
-    step_as_the_runner_does(scheduler, 60)
+    step_as_the_worker_does(scheduler, 60)
     assert running.finish_reason is not None
     assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
 
@@ -589,7 +589,7 @@ def test_a_request_that_cannot_be_moved_ends(monkeypatch):
     monkeypatch.setattr(scheduler.engine, "swap_rows", refuse)
     scheduler.add(short)
     scheduler.add(long)
-    step_as_the_runner_does(scheduler, 60)
+    step_as_the_worker_does(scheduler, 60)
     assert (short.finish_reason, long.finish_reason) == ("length", "error")
 
 
