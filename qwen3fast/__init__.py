@@ -6,34 +6,42 @@
 42
 """
 
-from qwen3fast._version import __version__
-from qwen3fast.chat_session import ChatSession
-from qwen3fast.checkpoint import load_model
-from qwen3fast.embedder import Embedder
-from qwen3fast.generator import Generator
-from qwen3fast.model.config import ModelConfig
-from qwen3fast.reranker import Reranker
-from qwen3fast.results import GenerationResult, GeneratorStats, RequestMetrics, StreamChunk, TokenLogprobs
-from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.scheduling import QueueFullError
-from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.text.tool_calls import ToolCall
+from importlib import import_module
 
-__all__ = [
-    "ChatSession",
-    "Embedder",
-    "GenerationResult",
-    "Generator",
-    "GeneratorStats",
-    "ModelConfig",
-    "QueueFullError",
-    "RequestHandle",
-    "RequestMetrics",
-    "Reranker",
-    "SamplingParams",
-    "StreamChunk",
-    "TokenLogprobs",
-    "ToolCall",
-    "__version__",
-    "load_model",
-]
+from qwen3fast._version import __version__
+
+# Public names and their modules, which are imported when a name is first used: importing PyTorch takes seconds, and
+# the command line answers Ctrl-C meanwhile. Type checkers read __init__.pyi.
+_MODULES = {
+    "ChatSession": "chat_session",
+    "Embedder": "embedder",
+    "GenerationResult": "results",
+    "Generator": "generator",
+    "GeneratorOptions": "options",
+    "GeneratorStats": "results",
+    "ModelConfig": "model.config",
+    "QueueFullError": "scheduling",
+    "RequestHandle": "scheduling.handle",
+    "RequestMetrics": "results",
+    "Reranker": "reranker",
+    "SamplingParams": "sampling_params",
+    "StreamChunk": "results",
+    "TokenLogprobs": "results",
+    "ToolCall": "text.tool_calls",
+    "load_model": "checkpoint",
+}
+
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names that `dir` shows, those not yet imported included."""
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,16 @@
-"""`python -m qwen3fast`."""
+"""`python -m qwen3fast`, and the command `qwen3fast`."""
 
-from qwen3fast.cli import main
+from importlib import import_module
+
+
+def main() -> int:
+    """Run the command line. Returns: the exit status."""
+    try:
+        cli = import_module("qwen3fast.cli")  # by name, in here: PyTorch takes seconds, and Ctrl-C may come meanwhile
+    except KeyboardInterrupt:
+        return 130
+    return cli.main()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

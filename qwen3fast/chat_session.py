@@ -69,7 +69,7 @@ class ChatSession:
         """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params)
-        return self._turn(message, prompt, self._generator.build(prompt, params, self._last))
+        return self._turn(message, prompt, self._generator._build(prompt, params, self._last))
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -93,7 +93,7 @@ class ChatSession:
         return [*self._ids, *([] if has_ended else end), *self._tokenizer.encode("\n"), *new]
 
     def _turn(self, message: Message, prompt: list[int], handle: RequestHandle) -> Iterator[StreamChunk]:
-        for chunk in self._generator.run(handle):
+        for chunk in self._generator._run(handle):
             if chunk.result is not None:
                 self._note(message, prompt, handle, chunk.result)
             yield chunk

@@ -1,6 +1,6 @@
-"""Embedder: texts become vectors whose dot product says how near they are in meaning (Qwen3-Embedding).
+"""Embedder: texts become vectors whose dot product tells how similar they are in meaning (Qwen3-Embedding).
 
-The vector of a text is the model's last state at an end-of-text token appended to it.
+The vector of a text is the model's last hidden state at an end-of-text token appended to it.
 Source: the model cards of Qwen3-Embedding-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
 N texts   E dimensions of a vector
@@ -8,14 +8,22 @@ N texts   E dimensions of a vector
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.engine.last_token import check_texts, checked_max_length, last_states, load_model_and_tokenizer, token_id
-from qwen3fast.engine.threads import use_threads
+from qwen3fast.checks import checked_flag, checked_integer, checked_text
+from qwen3fast.engine.last_token import (
+    checked_max_length,
+    checked_texts,
+    last_states,
+    load_model_and_tokenizer,
+    token_id,
+)
+from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -23,11 +31,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Embedder:
-    """Texts to vectors with a Qwen3-Embedding model, or any other dense Qwen3 with its tokenizer.
+    """Turns texts into vectors with a Qwen3-Embedding model, or any other dense Qwen3 with its tokenizer.
 
     Attributes:
-        model: the Qwen3 module; an untied output projection is left out. config: its ModelConfig. tokenizer.
-        max_length: tokens of one text, the end-of-text token included; longer texts are cut at their end.
+        model: the Qwen3 module; an untied output projection is left out. config: its ModelConfig.
+        tokenizer: the checkpoint's.
+        max_length: tokens per text, the end-of-text token included; longer texts are cut at their end.
     """
 
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
@@ -50,20 +59,21 @@ class Embedder:
         max_length: int | None = None,
         revision: str | None = None,
         check_weights: bool = False,
+        threads: int | None = None,
     ) -> Embedder:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B".
 
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: 8192 unless the
-        model has fewer positions.
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
+        or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
+        core.
         Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
         """
-        use_threads()
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights)
+        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights, threads)
         return cls(*parts, max_length=max_length)
 
     def encode(
         self,
-        texts: str | list[str],
+        texts: str | Iterable[str],
         *,
         instruction: str | None = None,
         dimensions: int | None = None,
@@ -71,19 +81,30 @@ class Embedder:
         normalize: bool = True,
         progress: bool = False,
     ) -> Tensor:
-        """A vector for each text, (N, E) float32, in the order of the texts; one text gives (1, E).
+        """Return a vector per text, (N, E) float32, in the order of the texts; one text gives (1, E).
 
-        instruction: what the texts are asked for, in a sentence; for queries only, documents have none. dimensions:
-        keep the first so many (the published models were trained for 32 and more). normalize: scale each vector, what
-        is left of it, to length 1. batch_size: texts computed at once; vectors do not depend on it (but for rounding).
-        Raises: ValueError for texts that are not strings, or numbers out of range.
+        Args:
+            texts: a string, or an iterable of strings.
+            instruction: the task in one sentence, for queries only; documents have none.
+            dimensions: keep the first so many of each vector (the published models were trained for 32 and more).
+            batch_size: texts computed at once; vectors do not depend on it (except by rounding).
+            normalize: scale each vector, after cutting it to `dimensions`, to length 1.
+            progress: show a bar.
+
+        Raises: ValueError for anything but strings that UTF-8 can encode, and for numbers out of range.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        check_texts(texts, "texts")
-        dimensions = self.config.hidden_size if dimensions is None else dimensions
-        if not 1 <= dimensions <= self.config.hidden_size:
-            raise ValueError(f"dimensions must be from 1 to {self.config.hidden_size}, got {dimensions}")
-        rows = [self._token_ids(text if instruction is None else with_instruction(instruction, text)) for text in texts]
+        texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
+        checked_flag("normalize", normalize)
+        size = self.config.hidden_size
+        dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)
+        if instruction is not None:
+            texts = [with_instruction(checked_text("instruction", instruction), text) for text in texts]
+        rows = [self._token_ids(text) for text in texts]
+        return on_live_threads(self._encode, rows, batch_size, progress, dimensions, normalize)
+
+    def _encode(
+        self, rows: list[list[int]], batch_size: int, progress: bool, dimensions: int, normalize: bool
+    ) -> Tensor:
         vectors_NE = last_states(self.model, rows, batch_size, progress)[:, :dimensions]
         return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
 
@@ -92,5 +113,5 @@ class Embedder:
 
 
 def with_instruction(instruction: str, query: str) -> str:
-    """A query as Qwen3-Embedding was trained to read it."""
+    """Return a query in the form that Qwen3-Embedding was trained on."""
     return f"Instruct: {instruction}\nQuery:{query}"

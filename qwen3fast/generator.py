@@ -1,53 +1,59 @@
-"""Generator: the one object that applications hold. Text in, text out; the engine below knows only tokens."""
+"""Generator: the object that applications hold. Text in, text out; the engine below it knows token ids only."""
 
 from __future__ import annotations
 
 import asyncio
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, overload
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.save import save_model
+from qwen3fast.checks import checked_flag, checked_timeout
 from qwen3fast.engine import Engine, lead_or_follow
-from qwen3fast.engine.compile import CompileMode
-from qwen3fast.engine.threads import use_threads
+from qwen3fast.engine.threads import on_live_threads, use_threads
+from qwen3fast.loading import load
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import as_id_tuple
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
+from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.scheduling import Admission, ClosedError, QueueFullError, Runner, Scheduler, UncachedRun
+from qwen3fast.scheduling import DebugView, Dispatcher
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt
+from qwen3fast.scheduling.prompt import Overflow, Prompt, read_prompts
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
 class Generator:
     """Generates text with a Qwen3 model on a static KV cache.
 
-    All requests, of any method, thread or task, run together in one thread of the Generator's own: they wait for a free
-    row of the cache, are prefilled in chunks between the decode steps of others, and leave at their own end. Greedy
-    and seeded replies do not depend on what runs beside them (but for rounding where two logits nearly tie). Use
+    Requests of all methods, threads and tasks run together, in one thread that the Generator owns: they wait for a
+    free slot of the cache, are prefilled in chunks between the decode steps of others, and leave when they end. Greedy
+    and seeded replies do not depend on what runs beside them (except by rounding, where two logits nearly tie). Use
     `close()` or a `with` statement to release memory early.
 
+    Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies; nor must
+    a process forked after its first use, which has to build a Generator of its own. Both get a RuntimeError.
+
     Attributes:
-        model: the Qwen3 module, or this process's part of it. config: its ModelConfig.
-        tokenizer: None for random weights, which have no text.
+        model: the Qwen3 module, or this process's shard of it. config: its ModelConfig.
+        tokenizer: None for random weights, which take and give token ids only.
         default_params: the checkpoint's sampling preset, every field set.
+        options: the GeneratorOptions. max_seq_len: prompt and reply together, in tokens.
+        device, dtype: of the model's weights.
     """
 
+    @takes_options
     def __init__(
         self,
         model: Qwen3,
@@ -55,61 +61,44 @@ class Generator:
         *,
         generation_config: dict[str, Any] | None = None,
         source_folder: Path | None = None,
-        max_seq_len: int = 4096,
-        max_batch_size: int = 1,
-        kv_cache_dtype: str = "auto",
-        compile: CompileMode = True,
-        cuda_graphs: bool = True,
-        prefix_reuse: bool = True,
-        max_queue: int = 1024,
-        threads: int | None = None,
         ranks: Ranks | None = None,
+        **options: Any,
     ) -> None:
-        """Wrap a loaded model; see `from_pretrained` for the parameters.
+        """Wrap a loaded model.
 
-        source_folder: where the model came from, so that `save_quantized` can take the tokenizer's files along; it may
-            be a GGUF file.
-        ranks: the processes that the model was split over.
+        Args:
+            model: the model, in evaluation mode.
+            tokenizer: its tokenizer, if prompts and replies are to be text.
+            generation_config: the checkpoint's sampling preset, as read from generation_config.json.
+            source_folder: the folder or GGUF file that the model came from; `save_quantized` copies the tokenizer's
+                files from it.
+            ranks: the processes that the model was split over.
+            options: the fields of GeneratorOptions.
 
-        Raises: ValueError for sizes the model cannot have, a preset that no request could set, max_queue or threads
-        below 1, or an unknown kv_cache_dtype or compile; MemoryError if the KV cache does not fit.
+        Raises: ValueError for an option out of its range, a size the model cannot have, or a preset that no request
+        could set; MemoryError if the KV cache does not fit.
         """
+        self.options = GeneratorOptions(**options)
         config = model.config
-        if max_seq_len > config.longest_context:
-            stretched = " (stretched by YaRN)" if config.longest_context > config.max_position_embeddings else ""
-            raise ValueError(
-                f"max_seq_len {max_seq_len} exceeds the model's max_position_embeddings "
-                f"{config.longest_context}{stretched}; choose at most that"
-            )
+        self.options.check_model(config)
         weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.device, self.dtype = weight.device, weight.dtype
-        self.max_seq_len = max_seq_len
-        self._source_folder = source_folder
-        if max_queue < 1:
-            raise ValueError(f"max_queue must be at least 1, got {max_queue}")
+        self.max_seq_len = self.options.max_seq_len
+        self._source_folder, self._ranks = source_folder, ranks
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
-        cache_dtype = parse_cache_dtype(kv_cache_dtype, self.dtype)
-        cache = StaticKVCache(config, max_batch_size, max_seq_len, cache_dtype, self.device)
-        if self.device.type == "cpu":
-            use_threads(threads)
-        if ranks is not None and compile == "auto":
-            compile = True  # ranks that try a compiled form at different times would wait for each other for ever
-        engine = Engine(model, cache, self.device, compile, cuda_graphs)
-        self._ranks = ranks
-        if ranks is not None:
-            engine = lead_or_follow(engine, ranks)
-        self._runner = Runner(Scheduler(engine, prefix_reuse))
-        self._admission = Admission(max_queue)
+        engine = on_live_threads(self._make_engine)
+        self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         self._builder = RequestBuilder(
-            tokenizer, config.vocab_size, max_seq_len, eos_ids, self.default_params, self._runner
+            tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, self._dispatcher.worker
         )
         self._has_warned_greedy_thinking = False
-        self._finalizer = weakref.finalize(self, _close, self._runner, self._admission)
+        self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
     @classmethod
+    @takes_options
     def from_pretrained(
         cls,
         source: str | Path,
@@ -117,64 +106,34 @@ class Generator:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
-        max_seq_len: int = 4096,
-        max_batch_size: int = 1,
-        kv_cache_dtype: str = "auto",
-        compile: CompileMode = True,
-        cuda_graphs: bool = True,
-        prefix_reuse: bool = True,
-        max_queue: int = 1024,
-        threads: int | None = None,
         revision: str | None = None,
         progress: bool = False,
         adapter: str | Path | None = None,
         check_weights: bool = False,
         tensor_parallel: bool = False,
+        **options: Any,
     ) -> Generator:
         """Load a model and its tokenizer.
 
-        source, device, dtype, revision, quantization, adapter, check_weights: as in `load_model`. max_seq_len: prompt
-        and reply together, in tokens. max_batch_size: requests that run at once; more wait. kv_cache_dtype: "auto"
-        keeps keys and values in the weights' dtype, "int8" rounds them to half of bfloat16's memory. compile: True
-        compiles before the first token, "auto" while tokens come (on CPUs), False never; cuda_graphs=False launches
-        each kernel from the host. Greedy tokens stay the same (in bfloat16 and quantised, but where two logits nearly
-        tie). prefix_reuse: rows keep what they computed, and a prompt that begins alike goes on from there (switch it
-        off to change weights in place). max_queue: requests that `submit` and `astream` let wait. threads: of the CPU,
-        for the whole process; by default one a core. progress: show a bar while weights load.
-        tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets a
-        Generator like any other. In the others this does not return: they do their part of its steps until it is
-        closed, and end then (SystemExit). compile="auto" is True there.
+        Args:
+            source, device, dtype, quantization, revision, adapter, check_weights: as in `load_model`.
+            progress: show a bar while weights load.
+            tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets a
+                Generator like any other. In the other processes this call does not return: they run their shards
+                until rank 0 closes its Generator, then end (SystemExit). compile="auto" is True there.
+            options: the fields of GeneratorOptions: max_seq_len, max_batch_size, compile and others.
+
         Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
         """
-        use_threads(threads)  # loading quantises
-        ranks = Ranks.start(choose_device(device).type) if tensor_parallel else None
-        tokenizer, generation_config, folder = None, None, None
-        if not str(source).startswith("random:"):  # what is soon read and may be damaged comes before the weights
-            folder = resolve_source(source, revision)
-            tokenizer = read_tokenizer(folder)
-            generation_config = _checked_preset(read_generation_config(folder), folder)
-        model = load_model(
-            source, device, dtype, revision, progress, quantization,
-            adapter=adapter, check_weights=check_weights, ranks=ranks,
+        checked = GeneratorOptions(**options)
+        use_threads(checked.threads)  # before loading, which quantizes
+        loaded = on_live_threads(
+            load, source, device, dtype, quantization, revision, progress, adapter, check_weights, tensor_parallel
         )  # fmt: skip
-        return cls(
-            model,
-            tokenizer,
-            generation_config=generation_config,
-            source_folder=folder,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            kv_cache_dtype=kv_cache_dtype,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
-            prefix_reuse=prefix_reuse,
-            max_queue=max_queue,
-            threads=threads,
-            ranks=ranks,
-        )
+        return cls(**loaded._asdict(), **vars(checked))
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str, too
         self,
         prompts: Prompt,
         params: SamplingParams | None = ...,
@@ -187,7 +146,7 @@ class Generator:
     @overload
     def generate(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: Iterable[Prompt],
         params: SamplingParams | list[SamplingParams] | None = ...,
         *,
         use_cache: bool = ...,
@@ -204,18 +163,27 @@ class Generator:
         on_overflow: Overflow = "error",
         progress: bool = False,
     ) -> GenerationResult | list[GenerationResult]:
-        """Continue one prompt (a text or a list of token ids) or a list of prompts.
+        """Continue one prompt, or each of several.
 
-        params: one SamplingParams for all, or a list with one for each. use_cache=False is the slow reference that
-        computes the whole sequence for every token. on_overflow="cut" shortens what does not fit max_seq_len:
-        max_tokens first, then the oldest tokens of the prompt; "error" refuses.
-        Returns: one result, or a list of results in the order of the prompts. A batch gives each prompt what it gets
-        alone. With n > 1, a result is the first of its `samples`; with a seed, sample i is that of seed + i.
+        Args:
+            prompts: one prompt: a string, or token ids as a list, another iterable, or an array or tensor of one
+                dimension. Or several: an iterable of prompts, or an array or tensor of two dimensions.
+            params: one SamplingParams for all prompts, or a list with one for each.
+            use_cache: False computes the whole sequence for every token: the slow reference.
+            on_overflow: "error" refuses a prompt that does not fit max_seq_len together with max_tokens. "cut"
+                shortens the reply, though not below a quarter of max_seq_len; what is still too long is taken from
+                the beginning of the prompt.
+            progress: show a bar that counts finished replies.
+
+        Returns: one result for one prompt, otherwise a list in the order of the prompts. A batch gives each prompt
+        the reply it gets alone. With n > 1, a result is the first of its `samples`; with a seed, sample i has seed + i.
         Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
-        ImportError if structured output was asked for and its package is missing.
+        ImportError if structured output was asked for and its package is missing; RuntimeError after `close`, in the
+        Generator's own thread, or in a process forked after its first use.
         """
-        is_single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(x, int) for x in prompts))
-        many = [prompts] if is_single else list(prompts)
+        checked_flag("use_cache", use_cache)
+        checked_flag("progress", progress)
+        many, is_single = read_prompts(prompts)
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
@@ -223,7 +191,7 @@ class Generator:
         handles = [handle for group in groups for handle in group]
         bar = tqdm(total=len(handles), desc="generating", unit="reply", disable=not progress)
         try:
-            self._run(handles, use_cache, bar)
+            self._dispatcher.run(handles, use_cache, bar.update)
             results = [[handle.result() for handle in group] for group in groups]
         finally:
             bar.close()
@@ -243,79 +211,37 @@ class Generator:
         """Start a reply and return at once; see RequestHandle. Thread-safe.
 
         timeout: seconds to wait while `max_queue` requests wait already; 0 does not wait, None waits for ever.
-        Raises: QueueFullError after that time; ValueError as `generate`, and for n > 1.
+        Raises: QueueFullError after that time; otherwise as `generate`, and ValueError for n > 1.
         """
-        handle = self._builder.build_one(prompt, params, on_overflow)
-        place = self._admission.ask()
-        try:
-            place.result(timeout)
-        except FutureTimeoutError:
-            self._admission.give_up(place)
-            raise QueueFullError(
-                f"{self._admission.places} requests wait already (max_queue); try again later, or wait longer"
-            ) from None
-        except BaseException:
-            self._admission.give_up(place)
-            raise
-        return self._start(handle)
+        timeout = checked_timeout("timeout", timeout)
+        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow), timeout)
 
     async def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
     ) -> AsyncIterator[StreamChunk]:
-        """Continue one prompt piece by piece, in a task of asyncio: `async for chunk in generator.astream(...)`.
+        """Continue one prompt chunk by chunk, in a task of asyncio: `async for chunk in generator.astream(...)`.
 
-        While `max_queue` requests wait already, this waits, too. A task that is cancelled frees its row, and so does
-        an iterator that is closed (`contextlib.aclosing` closes it at once where a loop is left early).
+        While `max_queue` requests wait already, this waits as well. Cancelling the task frees its slot; so does closing
+        the iterator (`contextlib.aclosing` closes it at once when a loop is left early).
         Raises: as `submit`, at the first chunk.
         """
-        # In another thread: encoding a long prompt or compiling a schema would keep the event loop from other tasks.
+        self._dispatcher.worker.check_caller()
+        # In another thread: encoding a long prompt or compiling a schema would block the event loop.
         handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow)
-        place = self._admission.ask()
-        try:
-            await asyncio.wrap_future(place)
-        except BaseException:
-            self._admission.give_up(place)
-            raise
-        self._start(handle)
-        try:
-            async for chunk in handle:
+        async with aclosing(self._dispatcher.astream(handle)) as chunks:  # closed with this iterator, not collected
+            async for chunk in chunks:
                 yield chunk
-        finally:
-            handle.cancel()
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
     ) -> Iterator[StreamChunk]:
-        """Continue one prompt piece by piece. Joined, the chunks' texts are `generate`'s text.
+        """Continue one prompt chunk by chunk. The chunks' texts, joined, are the text that `generate` gives.
 
-        The prompt is checked at the call; it is queued at the first chunk. A stream that is dropped frees its row.
-        Raises: ValueError at the call, as `generate`, and for n > 1; at a chunk, what ended the reply, as
+        The prompt is checked at the call and queued at the first chunk. Dropping the iterator frees its slot.
+        Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, what ended the reply, as
         `RequestHandle.result`.
         """
-        return self.run(self.build(prompt, params, on_overflow=on_overflow))
-
-    def build(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        continues: RequestHandle | None = None,
-        *,
-        on_overflow: Overflow = "error",
-    ) -> RequestHandle:
-        """A reply that is not started yet; `run` does that.
-
-        continues: an earlier reply that the prompt goes on from: its row of the cache is taken over, not copied.
-        Raises: as `submit`.
-        """
-        return self._builder.build_one(prompt, params, on_overflow, continues)
-
-    def run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue what `build` made at the first chunk, and give its chunks. Dropping the iterator frees the row."""
-        try:
-            self._runner.add([handle.request])
-            yield from handle
-        finally:
-            handle.cancel()
+        return self._run(self._build(prompt, params, on_overflow=on_overflow))
 
     def chat(
         self,
@@ -328,7 +254,7 @@ class Generator:
     ) -> GenerationResult:
         """Reply to a conversation: `generate` on the rendered chat template.
 
-        Raises: ValueError without a chat template or for malformed messages, and as `generate`.
+        Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools)
         return self.generate(prompt, params, on_overflow=on_overflow)
@@ -342,38 +268,12 @@ class Generator:
         tools: list[dict[str, Any]] | None = None,
         on_overflow: Overflow = "error",
     ) -> Iterator[StreamChunk]:
-        """Reply to a conversation piece by piece: `stream` on the rendered chat template.
+        """Reply to a conversation chunk by chunk: `stream` on the rendered chat template.
 
-        Raises: ValueError at the call without a chat template or for malformed messages, and as `stream`.
+        Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
         prompt = self.render(messages, params, enable_thinking, tools)
         return self.stream(prompt, params, on_overflow=on_overflow)
-
-    def warmup(self, progress: bool = False) -> None:
-        """Compile everything that requests with the cache need; afterwards none of them compiles anything.
-
-        On CUDA also capture the graphs of steps, but for those with processors or log-probabilities, which the first
-        request that asks for them captures.
-
-        Raises: RuntimeError while requests are running.
-        """
-        engine = self._scheduler.engine
-        bar = tqdm(total=engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress)
-
-        def report(part: str) -> None:
-            bar.set_postfix_str(part)
-            bar.update()
-
-        def warm_up() -> None:
-            if not self._scheduler.is_idle:
-                raise RuntimeError("warmup() needs all slots empty; call it before the first request")
-            self._scheduler.kept.forget_all()
-            engine.warmup(report)
-
-        try:
-            self._runner.call(warm_up)
-        finally:
-            bar.close()
 
     def render(
         self,
@@ -382,18 +282,19 @@ class Generator:
         enable_thinking: bool = True,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """The prompt of a conversation, as token ids, for any method that takes a prompt.
+        """Return the prompt of a conversation, as token ids, for any method that takes a prompt.
 
-        Warns once of thinking greedily. Raises: ValueError without a chat template or for malformed messages.
+        Warns once about greedy decoding with reasoning.
+        Raises: ValueError without a chat template or for malformed messages.
         """
         if self.tokenizer is None:
-            raise ValueError("random weights have no tokenizer, so they cannot chat")
+            raise ValueError("this model has no tokenizer, so it cannot chat")
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
         can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
         if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_thinking:
             self._has_warned_greedy_thinking = True
             warnings.warn(
-                "greedy decoding (temperature 0) while thinking can repeat endlessly; Qwen3's authors ask for "
+                "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
                 "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
                 stacklevel=3,
             )
@@ -401,39 +302,45 @@ class Generator:
         assert isinstance(ids, list), "tokenize=True gives ids"
         return ids
 
+    def warmup(self, progress: bool = False) -> None:
+        """Compile everything that requests with the cache need. Afterwards no request compiles anything.
+
+        On CUDA also capture the graphs of decode steps, except those with processors or log-probabilities: the first
+        request that asks for these captures them.
+        Raises: RuntimeError while requests are running, after `close`, and as `generate`.
+        """
+        checked_flag("progress", progress)
+        parts = self.debug.engine.num_warmup_parts()
+        with tqdm(total=parts, desc="warmup", unit="part", disable=not progress) as bar:
+
+            def report(part: str) -> None:
+                bar.set_postfix_str(part)
+                bar.update()
+
+            self._dispatcher.warmup(report)
+
     @property
     def stats(self) -> GeneratorStats:
         """Compilations, memory and slots in use, after the step that is running. Raises: RuntimeError if closed."""
-        return self._runner.call(self._stats)
+        return self._dispatcher.stats(self.model.num_bytes())
 
-    def _stats(self) -> GeneratorStats:
-        scheduler = self._scheduler
-        engine = scheduler.engine
-        return GeneratorStats(
-            compilations=engine.compiler.compilations,
-            compile_s=engine.compiler.seconds,
-            cuda_graphs=len(engine.graphs) if engine.graphs is not None else 0,
-            kv_cache_bytes=engine.cache.num_bytes,
-            weight_bytes=self.model.num_bytes(),
-            slots_in_use=len(scheduler.active),
-            max_batch_size=engine.cache.max_batch_size,
-            waiting=len(scheduler.waiting),
-            prefilled_tokens=scheduler.prefilled_tokens,
-            reused_tokens=scheduler.reused_tokens,
-        )
+    @property
+    def debug(self) -> DebugView:
+        """The engine, scheduler, worker and admission, for tests and diagnosis."""
+        return self._dispatcher.debug
 
     def save_quantized(self, folder: str | Path) -> None:
-        """Write the quantised weights, with config and tokenizer, as a folder that `from_pretrained` loads at once.
+        """Write the quantized weights, with config and tokenizer, as a folder that `from_pretrained` loads.
 
-        Raises: ValueError for a model that is not quantised, or split; OSError if the folder cannot be written.
+        Raises: ValueError for a model that is not quantized, or split; OSError if the folder cannot be written.
         """
         if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
             raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
         if self.config.quantization is None:
-            raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
-        save_model(self.model, Path(folder), self._source_folder)
+            raise ValueError("this model is not quantized; load it with quantization='int8' or 'int4' first")
+        on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 
     def close(self) -> None:
         """End all requests, which get a RuntimeError, and release the KV cache and graphs. May be called twice."""
@@ -445,60 +352,33 @@ class Generator:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def _scheduler(self) -> Scheduler:
-        return self._runner.scheduler
+    def _build(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        continues: RequestHandle | None = None,
+        *,
+        on_overflow: Overflow = "error",
+    ) -> RequestHandle:
+        """Return a reply that is not queued yet; `_run` queues it.
 
-    @property
-    def _engine(self) -> Engine:
-        return self._runner.scheduler.engine
+        continues: an earlier reply that the prompt continues: its slot of the cache is taken over instead of copied.
+        """
+        return self._builder.build_one(prompt, params, on_overflow, continues)
 
-    def _run(self, handles: list[RequestHandle], use_cache: bool, bar: tqdm) -> None:
-        """Run requests to their ends."""
-        if not use_cache:
-            for handle in handles:
-                run = UncachedRun(self._engine, handle.request)
-                while not handle.is_done:
-                    self._runner.call(run.step)  # token by token: other requests run in between
-                bar.update()
-            return
-        ended: SimpleQueue[None] = SimpleQueue()
-        for handle in handles:
-            handle.when_done(lambda: ended.put(None))
-        self._runner.add([handle.request for handle in handles])
-        for _ in handles:
-            ended.get()
-            bar.update()
+    def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
+        """Queue what `_build` made at the first chunk, and yield its chunks."""
+        return self._dispatcher.stream(handle)
 
-    def _start(self, handle: RequestHandle) -> RequestHandle:
-        """Queue a request that was given a place."""
-        handle.request.on_leave_queue = self._admission.give_back
-        try:
-            self._runner.add([handle.request])
-        except ClosedError:
-            handle.request.leave_queue()
-            raise
-        return handle
-
-
-def _checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:
-    """What a checkpoint presets for sampling, if anything.
-
-    Raises: ValueError naming the file if it sets what no request could.
-    """
-    if preset is None:
-        return None
-    try:
-        SamplingParams.from_generation_config(preset)
-        as_id_tuple(preset.get("eos_token_id"))
-    except ValueError as err:
-        if source.is_file():
-            raise ValueError(f"{source}: its settings of sampling are damaged: {err}") from err
-        raise ValueError(f"{source / 'generation_config.json'}: {err}; correct it, or delete the file") from err
-    return preset
-
-
-def _close(runner: Runner, admission: Admission) -> None:
-    """What a Generator leaves to do when it is closed, collected, or alive at the end of the program."""
-    admission.close(ClosedError("the Generator was closed while this request waited"))
-    runner.close()
+    def _make_engine(self) -> Engine:
+        """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""
+        options, ranks = self.options, self._ranks
+        cache_dtype = parse_cache_dtype(options.kv_cache_dtype, self.dtype)
+        cache = StaticKVCache(self.config, options.max_batch_size, options.max_seq_len, cache_dtype, self.device)
+        if self.device.type == "cpu":
+            use_threads(options.threads)
+        compile = options.compile
+        if ranks is not None and compile == "auto":
+            compile = True  # ranks that try a compiled form at different times would wait for each other for ever
+        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs)
+        return engine if ranks is None else lead_or_follow(engine, ranks)

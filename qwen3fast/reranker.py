@@ -1,7 +1,7 @@
-"""Reranker: how likely it is that a document answers a query (Qwen3-Reranker).
+"""Reranker: the probability that a document answers a query (Qwen3-Reranker).
 
-The model reads query and document together and is asked for "yes" or "no"; the score is the probability of "yes"
-against "no" as its next token. No text is generated, and of the output projection only these two rows are computed.
+The model reads query and document together and is asked for "yes" or "no"; the score is the probability of "yes",
+relative to "no", as its next token. Nothing is generated: of the output projection, these two rows are computed.
 Source: the model cards of Qwen3-Reranker-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
 N documents   E hidden_size
@@ -9,13 +9,21 @@ N documents   E hidden_size
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.last_token import check_texts, checked_max_length, last_states, load_model_and_tokenizer, token_id
-from qwen3fast.engine.threads import use_threads
+from qwen3fast.checks import checked_text
+from qwen3fast.engine.last_token import (
+    checked_max_length,
+    checked_texts,
+    last_states,
+    load_model_and_tokenizer,
+    token_id,
+)
+from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
@@ -25,15 +33,15 @@ PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # an empty thought: the answer comes at once
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # empty reasoning: the answer comes at once
 
 
 class Reranker:
     """Scores documents against a query with a Qwen3-Reranker model, or any other dense Qwen3 with its tokenizer.
 
     Attributes:
-        model: the Qwen3 module. config: its ModelConfig. tokenizer.
-        max_length: tokens of one prompt, query and document together; documents that are too long are cut.
+        model: the Qwen3 module. config: its ModelConfig. tokenizer: the checkpoint's.
+        max_length: tokens per prompt, query and document together; documents that are too long are cut.
     """
 
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
@@ -44,7 +52,8 @@ class Reranker:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
         self._prefix, self._suffix = tokenizer.encode(PREFIX), tokenizer.encode(SUFFIX)
-        self._no_yes_rows_2E = _output_rows(model, [token_id(tokenizer, "no"), token_id(tokenizer, "yes")])
+        no_yes = [token_id(tokenizer, "no"), token_id(tokenizer, "yes")]
+        self._no_yes_rows_2E = on_live_threads(_output_rows, model, no_yes)
 
     @classmethod
     def from_pretrained(
@@ -57,44 +66,53 @@ class Reranker:
         max_length: int | None = None,
         revision: str | None = None,
         check_weights: bool = False,
+        threads: int | None = None,
     ) -> Reranker:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Reranker-0.6B".
 
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: 8192 unless the
-        model has fewer positions.
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
+        or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
+        core.
         Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
         """
-        use_threads()
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, True, check_weights)
+        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, True, check_weights, threads)
         return cls(*parts, max_length=max_length)
 
     def score(
         self,
         query: str,
-        documents: list[str],
+        documents: Iterable[str],
         *,
         instruction: str | None = None,
         batch_size: int = 8,
         progress: bool = False,
     ) -> list[float]:
-        """The probability, from 0 to 1, that each document meets what the query asks for; in the documents' order.
+        """Return the probability, from 0 to 1, that each document answers the query, in the documents' order.
 
-        instruction: what counts as meeting it, in a sentence; by default that the document answers a web search.
-        batch_size: documents computed at once; scores do not depend on it (but for rounding). A document that is too
-        long for max_length is cut at its end; query and instruction never are.
-        Raises: ValueError for what is not text, or a query that leaves no room for a document.
+        Args:
+            query: what is searched for.
+            documents: strings, in any iterable. A document that is too long for max_length is cut at its end; query
+                and instruction never are.
+            instruction: the criterion, in one sentence; by default that the document answers a web search.
+            batch_size: documents computed at once; scores do not depend on it (except by rounding).
+            progress: show a bar.
+
+        Raises: ValueError for anything but strings that UTF-8 can encode, for numbers out of range, or for a query that
+        leaves no room for a document.
         """
-        if not isinstance(query, str):
-            raise ValueError(f"query must be a string, got {query!r:.200}")
-        check_texts(documents, "documents")
-        head = f"<Instruct>: {INSTRUCTION if instruction is None else instruction}\n<Query>: {query}\n<Document>:"
+        query, documents = checked_text("query", query), checked_texts(documents, "documents")
+        instruction = INSTRUCTION if instruction is None else checked_text("instruction", instruction)
+        head = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
         rows = [self._token_ids(head, document) for document in documents]
+        return on_live_threads(self._score, rows, batch_size, progress)
+
+    def _score(self, rows: list[list[int]], batch_size: int, progress: bool) -> list[float]:
         states_NE = last_states(self.model, rows, batch_size, progress)
         no_yes_N2 = states_NE @ self._no_yes_rows_2E.T
         return torch.softmax(no_yes_N2, dim=-1)[:, 1].tolist()
 
     def _token_ids(self, head: str, document: str) -> list[int]:
-        """The ids of a prompt; prefix and suffix are encoded apart, as published."""
+        """Return the ids of a prompt; prefix and suffix are encoded separately, as published."""
         room = self.max_length - len(self._prefix) - len(self._suffix)
         body = self.tokenizer.encode(f"{head} {document}")
         if len(body) > room:
@@ -110,7 +128,7 @@ class Reranker:
 
 @torch.no_grad()
 def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
-    """Some rows of the output projection, (len(ids), E) float32, whatever format they are in."""
+    """Return rows of the output projection, (len(ids), E) float32, dequantized if need be."""
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has the id {max(ids)}, but the model's vocab_size is {model.config.vocab_size}; "

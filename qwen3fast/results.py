@@ -1,4 +1,4 @@
-"""What a Generator gives back: results, stream chunks, and the figures measured on the way."""
+"""Results of a Generator: replies, stream chunks, and metrics of requests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from qwen3fast.text.tool_calls import ToolCall
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Figures of one request; times in seconds.
+    """Metrics of one request; times in seconds.
 
-    prompt_tokens: of which reused_tokens were in the KV cache already, from an earlier prompt that began alike.
-    queue_s: from the call until the prompt's computation began. time_to_first_token_s: from the call. prefill_s:
-    computing the prompt and sampling the first token, steps of other requests in between included. decode_s: all later
-    tokens.
+    Attributes:
+        prompt_tokens, new_tokens: the lengths of prompt and reply.
+        reused_tokens: prompt tokens found in the KV cache, computed for an earlier prompt with the same beginning.
+        queue_s: from the call until prefill began. time_to_first_token_s: from the call.
+        prefill_s: prefill and sampling the first token, including steps of other requests in between.
+        decode_s: all later tokens.
     """
 
     prompt_tokens: int
@@ -27,25 +29,25 @@ class RequestMetrics:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Tokens of the prompt that were computed."""
+        """Prompt tokens that were computed."""
         return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_tok_s(self) -> float:
-        """Computed prompt tokens a second."""
+        """Computed prompt tokens per second."""
         return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def decode_tok_s(self) -> float:
-        """New tokens after the first, a second; 0 if there is only one."""
+        """New tokens after the first per second; 0 if there is only one."""
         return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities at one token of a reply, by the model's own logits, before any processor.
+    """Log-probabilities (natural logarithms) at one token of a reply, from the model's logits before any processor.
 
-    top: the likeliest tokens' ids and log-probabilities, the likeliest first.
+    top: ids and log-probabilities of the most likely tokens, in descending order.
     """
 
     token_id: int
@@ -57,11 +59,17 @@ class TokenLogprobs:
 class GenerationResult:
     """A finished reply.
 
-    text: without special tokens and without the stop string. token_ids: all sampled ids, a stop id included.
-    finish_reason: "stop" (a stop id or string), "length" (max_tokens) or "cancelled".
-    reasoning: the thought between `<think>` and `</think>`. answer: what follows it, without well-formed tool calls.
-    tool_calls: those. malformed_tool_calls: blocks that begin as tool calls and are none; they stay in the answer.
-    logprobs: of each token, if asked for. samples: all n replies if n > 1 was asked for; this is the first of them.
+    Attributes:
+        text: the whole reply, without special tokens and without the stop string.
+        token_ids: all sampled ids, a stop id included.
+        finish_reason: "stop" (a stop id or string), "length" (max_tokens) or "cancelled".
+        metrics: lengths and times.
+        reasoning: the text between `<think>` and `</think>`.
+        answer: the text after the reasoning, without well-formed tool calls.
+        tool_calls: the well-formed tool calls.
+        malformed_tool_calls: blocks that begin as tool calls but cannot be parsed; they stay in the answer.
+        logprobs: of each token, if asked for.
+        samples: all n replies if n > 1 was asked for; this result is the first of them.
     """
 
     text: str
@@ -78,10 +86,14 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """A piece of a reply; reasoning and answer are what of the text (tags left out) is thought and what is not.
+    """A piece of a reply. Slow readers get fewer and longer chunks.
 
-    A reader who is slow gets fewer and longer chunks. The last one, possibly without text, carries finish_reason and
-    the whole result. The answer's pieces hold tool calls as they were written; the result has them parsed.
+    Attributes:
+        text, token_ids: the new part of the reply; text may lag behind the tokens by an unfinished character.
+        finish_reason, result: None but in the last chunk, which may have no text.
+        reasoning, answer: the parts of `text` inside and after the reasoning, without the tags. In `answer`, tool calls
+            stand as they were written; the result has them parsed.
+        logprobs: of the chunk's tokens, if asked for.
     """
 
     text: str
@@ -90,12 +102,19 @@ class StreamChunk:
     result: GenerationResult | None = None
     reasoning: str = ""
     answer: str = ""
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
 class GeneratorStats:
-    """State of a Generator: graphs compiled and seconds spent on that, CUDA graphs, cache bytes, rows in use, requests
-    waiting; prompt tokens computed so far, and those taken over from earlier prompts that began alike."""
+    """The state of a Generator.
+
+    Attributes:
+        compilations, compile_s: graphs compiled so far, and the seconds this took.
+        cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
+        slots_in_use, max_batch_size: requests that run, and that can run. waiting: requests without a slot.
+        prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
+    """
 
     compilations: int
     compile_s: float

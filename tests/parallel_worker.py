@@ -67,9 +67,9 @@ def everything(generator: Generator) -> dict[str, Any]:
 def logits(generator: Generator) -> list[list[float]]:
     """Those after a prompt of three chunks."""
     generator.generate("hello", GREEDY)
-    scheduler = generator._runner.scheduler
-    scheduler.kept.forget_all()  # the engine is used directly
-    return generator._runner.call(scheduler.engine.prefill_whole, 0, LONG).tolist()
+    scheduler = generator.debug.scheduler
+    scheduler.prefixes.forget_all()  # the engine is used directly
+    return generator.debug.worker.call(scheduler.engine.prefill_whole, 0, LONG).tolist()
 
 
 def greedy(generator: Generator) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 import io
 import json
+import re
+import sys
+from types import ModuleType
 
 import pytest
 
+from qwen3fast import Generator
 from qwen3fast.bench import harness, measure, probes, self_test
 from qwen3fast.bench.__main__ import main as bench_main
-from qwen3fast.cli import main
+from qwen3fast.checkpoint.source import TINY_FOLDER
+from qwen3fast.cli import main, program
 
 
 def test_generate_answers(capsys):
@@ -66,17 +71,121 @@ def test_chat_ends_with_its_input(monkeypatch, capsys):
     assert capsys.readouterr().out == "95\n"
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_chat_survives_a_line_that_is_no_text(monkeypatch, capsys, place):
+    lines = [b"/reset\nWhat is 38 + 57?\n", b"/reset\nWhat is 17 + 25?\n"]
+    lines.insert(place, b"bad \xff\xfe line \xed\xa0\xbd\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"".join(lines)), encoding="utf-8"))
+    assert main(["chat", "--temperature", "0", "--compile", "never"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and out[:place] + out[place + 1 :] == ["95", "42"]
+
+
+def test_chat_survives_a_lone_surrogate(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi \ud83d\n/reset\nWhat is 17 + 25?\n"))
+    assert main(["chat", "--temperature", "0", "--compile", "never"]) == 0
+    assert capsys.readouterr().out.endswith("42\n")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FloatingPointError, MemoryError])
+def test_chat_keeps_its_history_when_a_reply_fails(monkeypatch, capsys, error):
+    real, seen = Generator.stream_chat, []
+
+    def failing(self, messages, *arguments, **options):
+        seen.append([message["content"] for message in messages])
+        if messages[-1]["content"] == "fail":
+            raise error("broken")
+        return real(self, messages, *arguments, **options)
+
+    monkeypatch.setattr(Generator, "stream_chat", failing)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 38 + 57?\nfail\nand now?\n"))
+    assert main(["chat", "--temperature", "0", "--compile", "never"]) == 0
+    assert "(cannot reply: broken)" in capsys.readouterr().err
+    assert seen[2] == ["What is 38 + 57?", "95", "and now?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["generate", "hi \ud83d"], r"the prompt holds the lone surrogate '\\ud83d' at character 3"),
+        (["generate", "hi", "--stop", "a\udcff"], r"--stop holds the lone surrogate '\\udcff' at character 1"),
+        (["chat", "--system", "\udcff"], r"--system holds the lone surrogate '\\udcff' at character 0"),
+    ],
+)
+def test_arguments_that_are_no_text_are_refused_with_their_place(monkeypatch, capsys, arguments, place):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main([*arguments, "--compile", "never"]) == 2
+    assert re.search(place, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_generate_reads_standard_input(monkeypatch, capsys, end):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 17 + 25?" + end))
+    assert main(["generate", "-", "--temperature", "0", "--compile", "never"]) == 0
+    assert capsys.readouterr().out == "42\n"
+
+
+@pytest.mark.parametrize("stdin", [io.StringIO(""), io.StringIO("\n"), None])
+def test_generate_says_that_standard_input_is_empty(monkeypatch, capsys, stdin):
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["generate", "-"]) == 2
+    assert "standard input is empty" in capsys.readouterr().err
+
+
+def test_an_empty_model_is_the_current_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(TINY_FOLDER)
+    assert main(["info", "--model", ""]) == 0
+    assert capsys.readouterr().out.startswith(f"{TINY_FOLDER}\n  parameters ")
+    monkeypatch.chdir(tmp_path)
+    for command in (["info"], ["generate", "hi"], ["chat"]):
+        assert main([*command, "--model", ""]) == 2
+        assert f"{tmp_path}/config.json not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["many", "", "0", "-1", "1.5"])
+def test_a_bad_world_size_is_named(monkeypatch, capsys, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    for command in (["generate", "hi"], ["bench"]):
+        assert main(command) == 2
+        assert f"WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}" in capsys.readouterr().err
+
+
+def test_bench_refuses_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench"]) == 2
+    assert "bench runs in one process; start it without torchrun" in capsys.readouterr().err
+
+
+def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, capsys):
+    module = ModuleType("loaded_command")
+    module.add_options = lambda parser: parser.add_argument("--port", type=int)
+    module.run_it = lambda args: args.port
+    monkeypatch.setitem(sys.modules, "loaded_command", module)
+    loaded = program.Loaded("serve it", "loaded_command", run="run_it", add_arguments="add_options")
+    monkeypatch.setitem(program.LOADED, "serve", loaded)
+    assert main(["serve", "--port", "5"]) == 5
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+    assert capsys.readouterr().out.startswith("usage: qwen3fast serve [-h] [--port PORT]\n\nserve it\n")
+
+
+def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(program.LOADED, "bench", program.Loaded("", "no_such_package.main", "bench"))
+    assert main(["bench", "--anything"]) == 1
+    assert "bench needs no_such_package; run: pip install 'qwen3fast[bench]'" in capsys.readouterr().err
+
+
 def test_info_states_sizes(capsys):
     assert main(["info", "--model", "random:0.6b"]) == 0
     out = capsys.readouterr().out
-    assert "596,049,920" in out and "112 KiB a token" in out
+    assert "596,049,920" in out and "112 KiB per token" in out
 
 
 def test_info_states_experts_without_making_them(capsys):
     assert main(["info", "--model", "random:30b-a3b"]) == 0
     out = capsys.readouterr().out
-    assert "30,532,122,624, of which a token runs 3,041,867,776" in out
-    assert "6.084 GB of weights" in out and "128, 8 a token, of 768" in out
+    assert "30,532,122,624, 3,041,867,776 of them active per token" in out
+    assert "6.084 GB of weights" in out and "128, 8 per token, of 768" in out
 
 
 @pytest.fixture

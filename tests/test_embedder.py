@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, randomised, small_config, write_text_checkpoint
@@ -142,17 +143,24 @@ def test_from_pretrained_quantises(tmp_path, tokenizer_folder, quantization, tie
 
 def test_embedder_errors(embedder, tokenizer, tmp_path, tokenizer_folder):
     model = embedder.model
-    for texts in (["a", 3], None, 5, {"a": 1}):
+    for texts in (None, 5, {"a": 1}, {"a"}, b"a"):
         with pytest.raises(ValueError, match="texts must be a list of strings"):
             embedder.encode(texts)
-    for dimensions in (0, 49):
-        with pytest.raises(ValueError, match="dimensions must be from 1 to 48"):
+    for texts, got in ((["a", 3], "int"), ([None, "a"], "NoneType"), (["a", b"b"], "bytes; decode it first")):
+        with pytest.raises(ValueError, match=rf"texts\[.\] must be a string, got {got}"):
+            embedder.encode(texts)
+    for dimensions in (0, 49, 1.5, "3", True):
+        with pytest.raises(ValueError, match="dimensions must be an integer from 1 to 48"):
             embedder.encode("a", dimensions=dimensions)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        embedder.encode("a", batch_size=0)
-    for max_length in (0, 257):
-        with pytest.raises(ValueError, match=r"max_length must be from 1 to .* 256"):
+    for batch_size in (0, 10**9, 1.5, "8", None):
+        with pytest.raises(ValueError, match="batch_size must be an integer from 1 to 4096"):
+            embedder.encode("a", batch_size=batch_size)
+    for max_length in (0, 257, 2**70, 1.5, "9"):
+        with pytest.raises(ValueError, match=r"max_length must be an integer from 1 to 256 .the model's"):
             Embedder(model, tokenizer, max_length=max_length)
+    for flag in ("normalize", "progress"):
+        with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'"):
+            embedder.encode("a", **{flag: "no"})
     with pytest.raises(ValueError, match=r"gave the id .*vocab_size is 97; they are not of the same checkpoint"):
         Embedder(randomised(small_config()), tokenizer).encode("a")
     with pytest.raises(ValueError, match=r"'random:0\.6b' has random weights and no tokenizer"):
@@ -161,6 +169,30 @@ def test_embedder_errors(embedder, tokenizer, tmp_path, tokenizer_folder):
         folder = write_text_checkpoint(tmp_path / "a", model, tokenizer_folder)
         (folder / "tokenizer.json").unlink()
         Embedder.from_pretrained(folder)
+
+
+def test_embedder_refuses_lone_surrogates_by_place(embedder):
+    for texts, place in (
+        ("ab\udc80", r"texts\[0\] .* at character 2"),
+        (["a", "\ud83d"], r"texts\[1\] .* character 0"),
+    ):
+        with pytest.raises(ValueError, match=place):
+            embedder.encode(texts)
+    with pytest.raises(ValueError, match="instruction holds the lone surrogate"):
+        embedder.encode("a", instruction="\ud83d")
+
+
+def test_embedder_reads_any_iterable_once(embedder):
+    expected = embedder.encode(["a", "b c"])
+    for texts in (("a", "b c"), iter(["a", "b c"]), np.array(["a", "b c"])):
+        assert torch.equal(embedder.encode(texts, batch_size=np.int64(8)), expected)
+
+
+def test_embedder_takes_threads(tmp_path, embedder, tokenizer_folder):
+    folder = write_text_checkpoint(tmp_path, embedder.model, tokenizer_folder)
+    for threads in (0, 10**6, "2", 1.0):
+        with pytest.raises(ValueError, match="threads must be an integer from 1 to"):
+            Embedder.from_pretrained(folder, threads=threads)
 
 
 def test_embedder_refuses_a_tokenizer_without_the_end_token(embedder, tmp_path, tokenizer_folder):

@@ -4,6 +4,7 @@ import signal
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomised, small_config
@@ -41,6 +42,33 @@ def test_generate_of_no_prompts_is_no_results(generator):
     assert generator.generate([], GREEDY) == []
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [lambda: (p for p in ("a", "b")), lambda: np.array(["a", "b"]), lambda: ("a", "b"), lambda: iter(["a", "b"])],
+)
+def test_generate_reads_an_iterable_of_prompts_once(generator, prompts):
+    expected = [r.token_ids for r in generator.generate(["a", "b"], GREEDY)]
+    assert [r.token_ids for r in generator.generate(prompts(), GREEDY)] == expected
+
+
+@pytest.mark.parametrize("form", [iter, tuple, np.array, torch.tensor])
+def test_ids_of_any_form_are_the_same_prompt(generator, form):
+    expected = generator.generate([1, 2, 3], GREEDY).token_ids
+    assert generator.generate(form([1, 2, 3]), GREEDY).token_ids == expected
+    assert list(generator.stream(form([1, 2, 3]), GREEDY))[-1].result.token_ids == expected
+    assert generator.submit(form([1, 2, 3]), GREEDY).result().token_ids == expected
+    assert generator.generate([form([1, 2, 3]), "x"], GREEDY)[0].token_ids == expected
+
+
+def test_max_tokens_of_the_preset_is_a_default_that_refuses_nothing(model, generator, monkeypatch):
+    preset = replace(generator.default_params, max_tokens=7)
+    monkeypatch.setattr(SamplingParams, "from_generation_config", lambda config: preset)
+    with Generator(model, max_seq_len=200, compile=False) as generator:
+        assert len(generator.generate([5] * 10).token_ids) == 7
+        assert len(generator.generate([5] * 196).token_ids) == 4
+        assert len(generator.generate([5] * 10, SamplingParams(max_tokens=9)).token_ids) == 9
+
+
 def test_generate_takes_params_for_each_prompt(generator):
     results = generator.generate(["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=5)])
     assert [len(r.token_ids) for r in results] == [2, 5]
@@ -72,7 +100,7 @@ def test_prefill_tok_s_counts_computed_tokens_only():
     assert replace(metrics, prefill_s=0.0).prefill_tok_s == 0
 
 
-def test_queue_s_lasts_until_a_row_is_free(model):
+def test_queue_s_lasts_until_a_slot_is_free(model):
     second_waits = threading.Event()
 
     def wait(logits_V, output_T):
@@ -94,9 +122,12 @@ def test_queue_s_lasts_until_a_row_is_free(model):
         ([[]], "the prompt is empty"),
         ([[0, 10**6]], "token id 1000000 is outside the vocabulary"),
         ([[-1]], "token id -1 is outside the vocabulary"),
-        ([None], "must be a string or a list of token ids, got NoneType"),
-        ([["a", "b"]], "must be a string or a list of token ids, got a list holding str"),
-        ([[1.5]], "got a list holding float"),
+        ([None], r"a prompt must be a string or token ids .*, got prompts\[0\] of type NoneType"),
+        (None, "a prompt must be a string or token ids .*, got prompts of type NoneType"),
+        ([["a", "b"]], "a prompt must be a string or token ids .*, got str among its token ids"),
+        ([[1.5]], "got float among its token ids"),
+        ({"prompt": "x"}, "got prompts of type dict"),
+        ("hi \ud83d", "lone surrogate"),
     ],
 )
 def test_generate_refuses_bad_prompts(generator, prompt, message):
@@ -117,8 +148,10 @@ def test_overflow_is_refused_with_the_arithmetic(generator):
 
 
 def test_overflow_cut_shortens_the_reply_first(generator):
-    result = generator.generate([1] * 190, SamplingParams(max_tokens=20), on_overflow="cut")
-    assert (result.metrics.prompt_tokens, len(result.token_ids)) == (190, 10)
+    result = generator.generate([1] * 140, SamplingParams(max_tokens=90), on_overflow="cut")
+    assert (result.metrics.prompt_tokens, len(result.token_ids)) == (140, 60)
+    result = generator.generate([1] * 199, SamplingParams(max_tokens=90), on_overflow="cut")
+    assert (result.metrics.prompt_tokens, len(result.token_ids)) == (150, 50)
 
 
 def test_overflow_cut_keeps_the_newest_tokens_of_a_long_prompt(generator):
@@ -263,7 +296,7 @@ def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
 
 def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
     calls = []
-    launch = generator._engine.launch
+    launch = generator.debug.engine.launch
 
     def interrupted(*args):
         calls.append(args)
@@ -271,7 +304,7 @@ def test_interrupted_generate_frees_its_slots(generator, monkeypatch):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return launch(*args)
 
-    monkeypatch.setattr(generator._engine, "launch", interrupted)
+    monkeypatch.setattr(generator.debug.engine, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generator.generate(["a", "b", "c"], GREEDY)
     assert (generator.stats.slots_in_use, generator.stats.waiting) == (0, 0)
@@ -300,13 +333,13 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
         generator.generate("hello")
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generator.generate([1], SamplingParams(stop="x"))
-    with pytest.raises(ValueError, match="random weights have no tokenizer, so they cannot chat"):
+    with pytest.raises(ValueError, match="this model has no tokenizer, so it cannot chat"):
         generator.chat([{"role": "user", "content": "Hi"}])
 
 
 def test_greedy_thinking_warns_once(generator):
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.warns(UserWarning, match="greedy decoding .* while thinking"):
+    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning"):
         generator.chat(messages, GREEDY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))

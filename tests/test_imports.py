@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qwen3fast
+from qwen3fast.cli.program import LOADED
 
 PACKAGE = Path(qwen3fast.__file__).parent
 
@@ -16,6 +17,7 @@ PACKAGE = Path(qwen3fast.__file__).parent
 ORDER = [
     "_version",
     "reference",
+    "checks",
     "kernels",
     "model",
     "quantization",
@@ -26,9 +28,11 @@ ORDER = [
     "engine",
     "sampling_params",
     "results",
+    "options",
     "scheduling",
     "embedder",
     "reranker",
+    "loading",
     "generator",
     "chat_session",
     "qwen3fast",
@@ -128,6 +132,39 @@ def test_imports_of_our_own_stand_at_the_top_of_the_file():
         and (targets := own_imports(module, node) - optional)
     ]
     assert inside == []
+
+
+# Who imports modules by name, when they are needed, so that the checks above do not see it, and which ones.
+BY_NAME = {
+    "qwen3fast": {f"qwen3fast.{name}" for name in qwen3fast._MODULES.values()},
+    "qwen3fast.__main__": {"qwen3fast.cli"},
+    "qwen3fast.cli.program": {loaded.module for loaded in LOADED.values()},
+}
+
+
+def test_imports_by_name_are_the_stated_ones():
+    importers = {
+        module
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Name) and node.id in ("import_module", "__import__"))
+        or (isinstance(node, ast.Attribute) and node.attr == "import_module")
+    }
+    assert importers == set(BY_NAME)
+    assert {target for targets in BY_NAME.values() for target in targets} - set(MODULES) == set()
+    assert "importlib.import_module" not in "".join(ast.unparse(tree) for tree in TREES.values())
+
+
+def test_imports_by_name_have_stubs_with_the_same_names():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    names = {alias.asname: node.module for node in stub.body for alias in node.names}
+    expected = {name: f"qwen3fast.{module}" for name, module in qwen3fast._MODULES.items()}
+    assert names == {**expected, "__version__": "qwen3fast._version"}
+    assert sorted(qwen3fast.__all__) == sorted(names)
+    for name in qwen3fast.__all__:
+        assert getattr(qwen3fast, name) is not None and name in dir(qwen3fast)
+    with pytest.raises(AttributeError, match="has no attribute 'Generater'"):
+        qwen3fast.Generater  # noqa: B018
 
 
 def test_imports_name_what_they_import():

@@ -95,15 +95,19 @@ def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, t
 
 
 def test_reranker_errors(reranker, tokenizer, yes_no_folder, tmp_path):
-    for documents in ("one text", ["a", None], None):
+    for documents in ("one text", None, {"a": 1}):
         with pytest.raises(ValueError, match="documents must be a list of strings"):
             reranker.score(QUERY, documents)
-    with pytest.raises(ValueError, match="query must be a string, got 5"):
+    with pytest.raises(ValueError, match=r"documents\[1\] must be a string, got NoneType"):
+        reranker.score(QUERY, ["a", None])
+    with pytest.raises(ValueError, match="query must be a string, got int"):
         reranker.score(5, DOCUMENTS)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        reranker.score(QUERY, DOCUMENTS, batch_size=0)
-    with pytest.raises(ValueError, match="max_length must be from 1 to"):
-        Reranker(reranker.model, reranker.tokenizer, max_length=513)
+    for batch_size in (0, 10**9, 1.5, "8"):
+        with pytest.raises(ValueError, match="batch_size must be an integer from 1 to 4096"):
+            reranker.score(QUERY, DOCUMENTS, batch_size=batch_size)
+    for max_length in (0, 513, 1.5, "9"):
+        with pytest.raises(ValueError, match="max_length must be an integer from 1 to 512"):
+            Reranker(reranker.model, reranker.tokenizer, max_length=max_length)
     with pytest.raises(ValueError, match="tokenizer has no token 'no'"):
         Reranker(reranker.model, tokenizer)
     with pytest.raises(ValueError, match=r"has the id 1025, but the model's vocab_size is 97"):
@@ -113,3 +117,18 @@ def test_reranker_errors(reranker, tokenizer, yes_no_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json not found"):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()), encoding="utf-8")
         Reranker.from_pretrained(tmp_path)
+
+
+def test_reranker_refuses_lone_surrogates_by_place(reranker):
+    for query, documents, options, place in (
+        ("a\udc80", ["b"], {}, "query .* at character 1"),
+        ("a", ["b", "cd\ud83d"], {}, r"documents\[1\] .* at character 2"),
+        ("a", ["b"], {"instruction": "\ud83d"}, "instruction .* at character 0"),
+    ):
+        with pytest.raises(ValueError, match=place):
+            reranker.score(query, documents, **options)
+
+
+def test_reranker_reads_any_iterable_once(reranker):
+    expected = reranker.score(QUERY, DOCUMENTS)
+    assert reranker.score(QUERY, iter(DOCUMENTS)) == expected == reranker.score(QUERY, tuple(DOCUMENTS))

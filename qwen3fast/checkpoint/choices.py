@@ -11,7 +11,12 @@ def choose_device(device: str | torch.device) -> torch.device:
     """The device that a name means; "auto" takes CUDA where there is one. Raises: ValueError if it is not there."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as err:
+        raise ValueError(f"device {device!r:.200} is not supported; supported: auto, cpu, cuda") from err
+    if chosen.type not in ("cpu", "cuda", "mps", "meta"):
+        raise ValueError(f"device {device!r:.200} is not supported; supported: auto, cpu, cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
     if chosen.type == "cuda" and chosen.index is not None and chosen.index != torch.cuda.current_device():
@@ -24,10 +29,10 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     """The dtype that a name means; "auto" takes the checkpoint's. Raises: ValueError for an unknown name."""
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return config.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r:.200} is not supported; supported: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -1,22 +1,28 @@
-"""What Embedder and Reranker share: texts as token ids -> the state of each text's last token, many texts at a time.
+"""What Embedder and Reranker share: texts as token ids -> the state of each text's last token, a batch at a time.
 
 B batch rows   T tokens of the longest row   E hidden_size   N texts
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Set
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
+from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
-MAX_LENGTH = 8192  # tokens of one text, as in the published usage of both models
+MAX_LENGTH = 8192  # tokens per text, as in the published usage of both models
+MAX_BATCH_SIZE = 4096
 
 
 def load_model_and_tokenizer(
@@ -27,68 +33,63 @@ def load_model_and_tokenizer(
     revision: str | None,
     output_projection: bool,
     check_weights: bool = False,
+    threads: int | None = None,
 ) -> tuple[Qwen3, Tokenizer]:
-    """A model as `load_model` gives it, and its tokenizer, which is looked for first.
+    """Return a model as `load_model` gives it, and its tokenizer, which is read first.
 
     Raises: FileNotFoundError or ValueError, also for random weights, which have no tokenizer.
     """
+    checked_source(source, quantization, revision, check_weights=check_weights)
+    use_threads(threads)  # before loading, which quantizes
     if str(source).startswith("random:"):
         raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
     folder = resolve_source(source, revision)
     tokenizer = read_tokenizer(folder)
-    model = load_model(
-        folder,
-        device,
-        dtype,
-        quantization=quantization,
-        output_projection=output_projection,
-        check_weights=check_weights,
+    load = partial(
+        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
     )
-    return model, tokenizer
+    return on_live_threads(load, folder, device, dtype), tokenizer
 
 
 def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
-    """The tokens that one text may have; None takes the published 8192, or as many as the model has positions for.
+    """Return how many tokens one text may have; None takes the published 8192, or as many as the model has positions.
 
     Raises: ValueError for a number that the model cannot have.
     """
+    most = config.max_position_embeddings
     if max_length is None:
-        return min(MAX_LENGTH, config.max_position_embeddings)
-    if not 1 <= max_length <= config.max_position_embeddings:
-        raise ValueError(
-            f"max_length must be from 1 to the model's max_position_embeddings {config.max_position_embeddings}, "
-            f"got {max_length}"
-        )
-    return max_length
+        return min(MAX_LENGTH, most)
+    return checked_integer("max_length", max_length, 1, most, " (the model's max_position_embeddings)")
 
 
-def check_texts(texts: object, name: str) -> None:
-    """Raises: ValueError unless `texts` is a list (or tuple) of strings."""
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} must be a list of strings, got {texts!r:.200}")
+def checked_texts(texts: Any, name: str) -> list[str]:
+    """Return the strings of an iterable, read once.
+
+    Raises: ValueError for anything else, and for lone surrogates, naming the text and the character.
+    """
+    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name} must be a list of strings, got {type(texts).__name__}")
+    return [checked_text(f"{name}[{i}]", text) for i, text in enumerate(texts)]
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that must exist.
-
-    Raises: ValueError if it does not.
-    """
+    """Return the id of a token. Raises: ValueError if the tokenizer lacks it."""
     found = tokenizer.base.token_to_id(token)
     if found is None:
-        raise ValueError(f"this checkpoint's tokenizer has no token {token!r}; is it that of a Qwen3?")
+        raise ValueError(f"this checkpoint's tokenizer has no token {token!r}; is it a Qwen3's?")
     return found
 
 
 @torch.no_grad()
 def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False) -> Tensor:
-    """The final norm's output at the last token of each row of ids, (N, E) float32, in the order of the rows.
+    """Return the final norm's output at the last token of each row of ids, (N, E) float32, in the order of the rows.
 
-    Rows of like lengths share a batch, the longest first, and are padded on the right: attention is causal, so no
+    Rows of similar lengths share a batch, the longest first, and are padded on the right: attention is causal, so no
     token sees the padding after it, and positions start at 0 in every row.
-    Raises: ValueError for a batch_size below 1, or an id outside the model's vocabulary.
+    Raises: ValueError for a batch_size out of range, or an id outside the model's vocabulary.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = checked_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+    checked_flag("progress", progress)
     largest = max((max(row) for row in rows), default=0)
     if largest >= model.config.vocab_size:
         raise ValueError(

@@ -1,34 +1,66 @@
-"""How many CPU threads to use: one for each core, not for each hardware thread.
+"""The number of CPU threads: by default one per core, not one per hardware thread.
 
-Two threads on one core share its arithmetic units and its way to memory, which is all that products need.
+Two threads on one core share its arithmetic units and its bandwidth to memory, and matrix products need nothing else.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from qwen3fast.checks import checked_integer
+
+Result = TypeVar("Result")
 SYSTEM = Path("/sys")
+PROCESS_ID = os.getpid()  # of the process that imported PyTorch; another one is a fork of it
 
 
 def use_threads(threads: int | None = None) -> None:
     """Set PyTorch's number of CPU threads, which the whole process shares.
 
     threads: None takes the cores at hand, unless OMP_NUM_THREADS or `torch.set_num_threads` has chosen.
-    Raises: ValueError for a number below 1.
+    Raises: ValueError as `checked_threads`.
     """
+    threads = checked_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     elif torch.get_num_threads() == len(usable_cpus()) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_cores())
 
 
+def on_live_threads(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function where PyTorch's CPU threads work. Returns: its result.
+
+    OpenMP's threads do not survive os.fork(): in the child process, a thread that had used them waits for them for
+    ever. A new thread gets new ones, so that is where a forked process calls the function.
+    """
+    if os.getpid() == PROCESS_ID:
+        return function(*arguments)
+    with ThreadPoolExecutor(1, "qwen3fast-forked") as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """Return a number of threads, or None.
+
+    Raises: ValueError for anything but None and an integer from 1 to the larger of 64 and four per CPU: OpenMP ends
+    the process where the system refuses it a thread.
+    """
+    if threads is None:
+        return None
+    return checked_integer("threads", threads, 1, max(64, 4 * (os.cpu_count() or 1)))
+
+
 def num_cores(system: Path = SYSTEM) -> int:
-    """Cores that this process may use: its affinity and its container's quota count; at least 1."""
+    """Return the number of cores that this process may use, at least 1.
+
+    Its CPU affinity and its container's quota limit them. system: where the kernel's files are mounted.
+    """
     cores = set()
     for cpu in usable_cpus():
         try:
@@ -40,14 +72,14 @@ def num_cores(system: Path = SYSTEM) -> int:
 
 
 def usable_cpus() -> set[int]:
-    """Hardware threads that this process may run on."""
+    """Return the numbers of the hardware threads that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def _quota(system: Path) -> int | None:
-    """Processors that the container's time limit amounts to, rounded up; None without a limit (cgroup version 2)."""
+    """Return the CPUs that the container's quota of time amounts to, rounded up; None without one (cgroup v2)."""
     try:
         limit, period = (system / "fs/cgroup/cpu.max").read_text("ascii").split()
         return None if limit == "max" else -(-int(limit) // int(period))

@@ -1,19 +1,21 @@
 """Who gets a slot: prompt.py, request.py, prefix_cache.py, scheduler.py, worker.py, admission.py, uncached.py,
-handle.py, builder.py, in this order."""
+handle.py, dispatch.py, builder.py, in this order."""
 
 from qwen3fast.scheduling.admission import Admission, QueueFullError
+from qwen3fast.scheduling.dispatch import DebugView, Dispatcher
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.scheduler import Scheduler
-from qwen3fast.scheduling.uncached import UncachedRun, run_uncached
-from qwen3fast.scheduling.worker import ClosedError, Runner
+from qwen3fast.scheduling.uncached import run_uncached
+from qwen3fast.scheduling.worker import ClosedError, EngineWorker
 
 __all__ = [
     "Admission",
     "ClosedError",
+    "DebugView",
+    "Dispatcher",
+    "EngineWorker",
     "QueueFullError",
     "Request",
-    "Runner",
     "Scheduler",
-    "UncachedRun",
     "run_uncached",
 ]

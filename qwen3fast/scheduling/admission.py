@@ -1,4 +1,4 @@
-"""Admission: how many requests may wait for a row. Beyond that, whoever brings one waits, or is refused."""
+"""Admission: the number of requests that may wait for a slot. Beyond it, callers wait themselves, or are refused."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from concurrent.futures import Future
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may; try again later."""
+    """As many requests wait as `max_queue` allows; try again later."""
 
 
 class Admission:
-    """A bounded number of places, given out in the order in which they were asked for. Thread-safe."""
+    """A bounded number of places in the queue, given in the order in which they were asked for. Thread-safe."""
 
     def __init__(self, places: int) -> None:
         self._free = places
         self.places = places
         self._asking: deque[Future[None]] = deque()
-        self._lock = threading.RLock()  # may be asked for again by a Generator that is collected meanwhile
+        self._lock = threading.RLock()  # reentrant: a Generator may be garbage collected while it is held
 
     def ask(self) -> Future[None]:
-        """A future that is done as soon as there is a place, which belongs to the asker then. Cancel it to give up."""
+        """Return a future that is done when the caller has a place. `give_up` ends the waiting."""
         future: Future[None] = Future()
         with self._lock:
             if self._free > 0:
@@ -32,7 +32,7 @@ class Admission:
         return future
 
     def give_back(self) -> None:
-        """A place is free again."""
+        """Return a place."""
         with self._lock:
             while self._asking:
                 future = self._asking.popleft()
@@ -42,12 +42,12 @@ class Admission:
             self._free += 1
 
     def give_up(self, place: Future[None]) -> None:
-        """Ask no longer, or give back what was got."""
+        """Stop waiting for a place, or return it."""
         if not place.cancel() and place.exception() is None:
             self.give_back()
 
     def close(self, error: Exception) -> None:
-        """Refuse all that are still asking."""
+        """Refuse all callers that still wait for a place."""
         with self._lock:
             asking, self._asking = self._asking, deque()
         for future in asking:

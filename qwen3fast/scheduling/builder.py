@@ -1,4 +1,4 @@
-"""From what an application asks for to requests that the engine runs: defaults filled in, everything checked."""
+"""RequestBuilder: prompts and SamplingParams become requests, with defaults filled in and everything checked."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.scheduling import Request, Runner
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import BEGIN_THOUGHT, END_THOUGHT, TextStream
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -29,10 +30,10 @@ class RequestBuilder:
         max_seq_len: int,
         eos_ids: frozenset[int],
         default_params: SamplingParams,
-        runner: Runner,
+        worker: EngineWorker,
     ) -> None:
         self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
-        self._eos_ids, self._default_params, self._runner = eos_ids, default_params, runner
+        self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
 
@@ -43,18 +44,19 @@ class RequestBuilder:
         on_overflow: Overflow,
         continues: RequestHandle | None = None,
     ) -> list[RequestHandle]:
-        """A request for each of `params.n` replies, none of them started.
+        """Return a request for each of `params.n` replies, none of them started.
 
-        continues: an earlier reply that the prompt goes on from.
-        Raises: ValueError for whatever cannot be run, ImportError for a package that is missing; RuntimeError if the
-        Generator is closed.
+        continues: an earlier reply that the prompt continues.
+        Raises: ValueError for anything that cannot run, ImportError for a package that is missing; RuntimeError if the
+        Generator is closed, in its own thread, and in a forked process.
         """
-        self._runner.scheduler  # noqa: B018  raises if it is closed
+        self._worker.check_caller()
         if not isinstance(params, SamplingParams | None):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        p = (params or SamplingParams()).with_defaults(self._default_params)
+        asked = params or SamplingParams()
+        p = asked.with_defaults(self._default_params)
         if p.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, which random weights do not have; use stop_token_ids")
+            raise ValueError("stop strings need a tokenizer, which this model does not have; use stop_token_ids")
         for name, ids in (("logit_bias", p.logit_bias or ()), ("allowed_token_ids", p.allowed_token_ids or ())):
             outside = [i for i in ids if i >= self._vocab_size]
             if outside:
@@ -62,9 +64,10 @@ class RequestBuilder:
                     f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
                 )
         ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
-        ids, max_tokens = fit_context(ids, p.max_tokens, self._max_seq_len, on_overflow)
+        default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
+        ids, max_tokens = fit_context(ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
-        seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # integers of 64 bits wrap around
+        seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
         constraint = self._constraint_maker(p, ids)
         ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
         handles = []
@@ -90,7 +93,7 @@ class RequestBuilder:
                 logprobs=p.logprobs,
                 continues=continues.request if continues is not None else None,
             )
-            handles.append(RequestHandle(request, stream, self._runner))
+            handles.append(RequestHandle(request, stream, self._worker))
         return handles
 
     def build_one(
@@ -100,13 +103,13 @@ class RequestBuilder:
         on_overflow: Overflow,
         continues: RequestHandle | None = None,
     ) -> RequestHandle:
-        """The same for a single reply. Raises: as `build`; ValueError for n > 1."""
+        """Return the request of a single reply. Raises: as `build`; ValueError for n > 1."""
         if params is not None and isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n is {params.n}, but a stream is one reply; use generate(), or start n of them")
         return self.build(prompt, params, on_overflow, continues)[0]
 
     def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:
-        """A function that gives each reply a constraint of its own, or None."""
+        """Return a function that makes a constraint for each reply, or None."""
         grammar = None
         if p.json_schema is not None or p.regex is not None:
             compiler = self._grammar_compiler()
@@ -135,7 +138,7 @@ class RequestBuilder:
 
     def _grammar_compiler(self) -> GrammarCompiler:
         if self._tokenizer is None:
-            raise ValueError("json_schema and regex need a tokenizer, which random weights do not have")
+            raise ValueError("json_schema and regex need a tokenizer, which this model does not have")
         with self._compiling:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_ids)

@@ -1,7 +1,7 @@
-"""KeptRows: what each row of the cache still holds, so that a prompt that begins alike takes it over or copies it.
+"""PrefixCache: what each slot of the KV cache still holds, for prompts that begin with the same tokens.
 
-Keys and values of a token depend on the tokens before it alone, so those of a common prefix are the same, computed by
-whichever request. (The same numbers up to rounding: chunks and steps of other sizes sum in other orders.)
+Keys and values of a token depend on the tokens up to it alone, so a common prefix has the same ones in every request.
+(The same numbers up to rounding: chunks and steps of other sizes sum in other orders.)
 Source of the idea: prefix caching in vLLM and RadixAttention, arXiv:2312.07104.
 """
 
@@ -17,106 +17,115 @@ from qwen3fast.scheduling.request import Request
 
 
 @dataclass
-class Kept:
-    """One row without a request. prompt_ids, logits_1V: of its last request, if its prompt is here whole.
+class CachedPrefix:
+    """The contents of one slot without a request.
 
-    unproven: so many of the tokens' keys and values may be NaN, as no token has come of them yet.
+    prompt_ids, logits_1V: of its last request, if the slot holds its whole prompt. used_at: a count of requests.
+    unproven: how many tokens' keys and values may be NaN, because no valid token has come of them yet.
     """
 
     tokens: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     logits_1V: Tensor | None = None
     owner: Request | None = None
-    used_at: int = 0  # a count of requests
+    used_at: int = 0
     unproven: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a request goes: `row`, which is first to be exchanged with row `given_up`; then the first `reused` tokens
-    of its prompt are to come from row `source`. logits_1V: those after the prompt, if all of it is reused.
+    """Where a request goes: to `slot`, after its contents were swapped with those of slot `evicted`.
+
+    The first `reused` tokens of its prompt then come from slot `source` (numbered as before the swap). logits_1V: the
+    logits after the prompt, if all of it is reused.
     """
 
-    row: int
-    given_up: int
+    slot: int
+    evicted: int
     source: int
     reused: int
     logits_1V: Tensor | None = None
 
 
-class KeptRows:
-    """Bookkeeping alone: it says what to copy, and the scheduler has it copied."""
+class PrefixCache:
+    """Keeps the books: it plans what to copy and evict, and the scheduler does so."""
 
-    def __init__(self, rows: int, allocated_len: int, multiple: int = 1, is_enabled: bool = True) -> None:
-        """allocated_len: positions of a row. multiple: of what the reused tokens' number must be one. is_enabled: False
-        never reuses anything."""
-        self._rows = [Kept() for _ in range(rows)]
+    def __init__(self, slots: int, allocated_len: int, multiple: int = 1, is_enabled: bool = True) -> None:
+        """Begin with empty slots.
+
+        allocated_len: positions per slot. multiple: reuse multiples of this number of tokens only. is_enabled: False
+        never reuses anything.
+        """
+        self._slots = [CachedPrefix() for _ in range(slots)]
         self._allocated_len, self._multiple, self._is_enabled = allocated_len, multiple, is_enabled
         self._clock = 0
 
     def plan(self, prompt_ids: list[int], active: Mapping[int, Request], continues: Request | None = None) -> Plan:
-        """A free row for a prompt: the lowest one, since steps run all rows up to the last in use.
+        """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
 
-        What is given up for it is the least recently used of what free rows hold, wherever it lies. But what the prompt
-        goes on from, or would lose nothing of, it takes over.
+        The contents that were used least recently are evicted for it, whichever free slot holds them. But the prompt
+        takes over contents that it continues (`continues`), or that it contains completely.
         """
-        free = [row for row in range(len(self._rows)) if row not in active]
+        free = [slot for slot in range(len(self._slots)) if slot not in active]
         source, reused, logits_1V = self._longest(prompt_ids, active) if self._is_enabled else (free[0], 0, None)
-        given_up = min(free, key=lambda row: (bool(self._rows[row].tokens), self._rows[row].used_at))
+        evicted = min(free, key=lambda slot: (bool(self._slots[slot].tokens), self._slots[slot].used_at))
         if reused and source in free:
-            kept = self._rows[source]
-            if reused == len(kept.tokens) or (continues is not None and kept.owner is continues):
-                given_up = source
-        return Plan(free[0], given_up, source, reused, logits_1V)
+            cached = self._slots[source]
+            if reused == len(cached.tokens) or (continues is not None and cached.owner is continues):
+                evicted = source
+        return Plan(free[0], evicted, source, reused, logits_1V)
 
     def _longest(self, prompt_ids: list[int], active: Mapping[int, Request]) -> tuple[int, int, Tensor | None]:
-        """The row that shares most with a prompt, how many tokens of it can be reused, logits if that is all."""
+        """Return the slot with the longest common prefix, how many of its tokens to reuse, and logits if all are."""
         source, shared = 0, -1
-        for row in range(len(self._rows)):
-            length = common_prefix(prompt_ids, self.tokens(row, active))
+        for slot in range(len(self._slots)):
+            length = common_prefix(prompt_ids, self.tokens(slot, active))
             if length == len(prompt_ids):
-                logits_1V = self._logits(row, prompt_ids, active)
+                logits_1V = self._logits(slot, prompt_ids, active)
                 if logits_1V is not None:
-                    return row, length, logits_1V
+                    return slot, length, logits_1V
             if length > shared:
-                source, shared = row, length
+                source, shared = slot, length
         return source, usable_prefix(shared, len(prompt_ids), self._allocated_len, self._multiple), None
 
-    def _logits(self, row: int, prompt_ids: list[int], active: Mapping[int, Request]) -> Tensor | None:
-        if row in active:
-            return active[row].prompt_logits_1V if active[row].prompt_ids == prompt_ids else None
-        return self._rows[row].logits_1V if self._rows[row].prompt_ids == prompt_ids else None
+    def _logits(self, slot: int, prompt_ids: list[int], active: Mapping[int, Request]) -> Tensor | None:
+        if slot in active:
+            return active[slot].prompt_logits_1V if active[slot].prompt_ids == prompt_ids else None
+        return self._slots[slot].logits_1V if self._slots[slot].prompt_ids == prompt_ids else None
 
-    def tokens(self, row: int, active: Mapping[int, Request]) -> list[int]:
-        """Tokens whose keys and values a row holds, from position 0."""
-        return active[row].cached_ids if row in active else self._rows[row].tokens
+    def tokens(self, slot: int, active: Mapping[int, Request]) -> list[int]:
+        """Return the tokens whose keys and values a slot holds, from position 0."""
+        return active[slot].cached_ids if slot in active else self._slots[slot].tokens
 
-    def keep(self, row: int, request: Request) -> None:
-        """A request has left its row."""
+    def keep(self, slot: int, request: Request) -> None:
+        """Record what a request leaves in its slot."""
         self._clock += 1
         tokens = request.cached_ids if self._is_enabled and request.error is None else []
         is_whole = len(tokens) >= len(request.prompt_ids)
         logits_1V = request.prompt_logits_1V if is_whole else None
         unproven = len(request.cached_ids) if not request.proven_ids and request.error is None else 0
-        self._rows[row] = Kept(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
+        self._slots[slot] = CachedPrefix(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
         request.prompt_logits_1V = request.prefill = request.continues = None  # nothing is held longer than needed
 
-    def take(self, row: int) -> int:
-        """A request has been given a row; what it held is the request's now, or gone. Returns: `Kept.unproven`."""
-        kept, self._rows[row] = self._rows[row], Kept()
-        return kept.unproven
+    def take(self, slot: int) -> int:
+        """Record that a request was given a slot. Returns: `CachedPrefix.unproven` of its contents."""
+        cached, self._slots[slot] = self._slots[slot], CachedPrefix()
+        return cached.unproven
 
-    def swap(self, row: int, other: int) -> None:
-        """Two rows' contents have been exchanged."""
-        self._rows[row], self._rows[other] = self._rows[other], self._rows[row]
+    def swap(self, slot: int, other: int) -> None:
+        """Record that the contents of two slots were exchanged."""
+        self._slots[slot], self._slots[other] = self._slots[other], self._slots[slot]
 
     def forget_all(self) -> None:
-        """What rows hold cannot be trusted."""
-        self._rows = [Kept() for _ in self._rows]
+        """Record that no slot's contents can be trusted."""
+        self._slots = [CachedPrefix() for _ in self._slots]
 
 
 def common_prefix(ids: list[int], others: list[int]) -> int:
-    """How many tokens two lists begin with alike. By halves: slices are compared at the speed of C."""
+    """Return how many tokens two lists have in common at their beginning.
+
+    Bisection: slices are compared at the speed of C.
+    """
     low, high = 0, min(len(ids), len(others))
     while low < high:
         middle = (low + high + 1) // 2

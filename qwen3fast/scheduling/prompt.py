@@ -1,46 +1,72 @@
-"""From what an application passes as a prompt to token ids that fit the context, or a clear refusal."""
+"""From the prompts that an application passes to token ids that fit the context, or a clear refusal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
 
+from qwen3fast.checks import as_integer, checked_option, checked_text
 from qwen3fast.text.tokenizer import Tokenizer
 
-Prompt = str | list[int]
+Prompt = str | Iterable[int]
 Overflow = Literal["error", "cut"]
+ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or an array or tensor of one dimension)"
+# on_overflow="cut" shortens a reply to this share of max_seq_len, no further, before it cuts the prompt.
+REPLY_SHARE = 1 / 4
+
+
+def read_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
+    """Read what `generate` takes as prompts: one prompt, or any iterable of prompts. Iterables are read once.
+
+    Returns: the prompts, each a string or a list of what should be token ids, and whether it was one prompt. Nothing
+    is no prompts.
+    Raises: ValueError naming what is accepted.
+    """
+    if isinstance(prompts, str):
+        return [prompts], True
+    items = _items(prompts, "prompts")
+    if items and all(as_integer(item) is not None for item in items):
+        return [items], True
+    return [_read_prompt(item, f"prompts[{i}]") for i, item in enumerate(items)], False
 
 
 def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    """Token ids of a text or of a list that holds ids already.
+    """Return the token ids of one prompt: a text, or an iterable of ids, read once.
 
-    Raises: ValueError for anything else, an empty prompt, an id outside the vocabulary, or text without a tokenizer.
+    Raises: ValueError for anything else, an empty prompt, an id outside the vocabulary, a text with a lone surrogate,
+    or a text without a tokenizer.
     """
+    prompt = _read_prompt(prompt, "prompt")
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError("random weights have no tokenizer; pass the prompt as a list of token ids")
-        ids = tokenizer.encode(prompt)
-    elif isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
-        ids = list(prompt)
+            raise ValueError("this model has no tokenizer; pass the prompt as a list of token ids")
+        ids = tokenizer.encode(checked_text("prompt", prompt))
     else:
-        raise ValueError(f"a prompt must be a string or a list of token ids, got {_describe(prompt)}")
+        ids = [_token_id(item) for item in prompt]
     if not ids:
         raise ValueError("the prompt is empty; it needs at least one token")
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary (0 to {vocab_size - 1})")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token id {outside} is outside the vocabulary (0 to {vocab_size - 1})")
     return ids
 
 
 def fit_context(
-    ids: list[int], max_tokens: int | None, max_seq_len: int, on_overflow: Overflow
+    ids: list[int],
+    max_tokens: int | None,
+    max_seq_len: int,
+    on_overflow: Overflow,
+    default_max_tokens: int | None = None,
 ) -> tuple[list[int], int]:
-    """Prompt and number of new tokens that fit `max_seq_len` together; max_tokens None takes all the room there is.
+    """Return the prompt and the number of new tokens that fit `max_seq_len` together.
 
-    on_overflow "cut" shortens the reply first, then drops the oldest tokens of the prompt.
-    Raises: ValueError with the arithmetic if "error" was chosen and they do not fit, or if nothing can fit.
+    max_tokens: None takes `default_max_tokens` (the checkpoint's), but no more than there is room for; where that is
+    None too, all the room there is.
+    on_overflow: "cut" shortens what does not fit, in this order. The reply shrinks, but to no fewer tokens than
+    `min_reply` gives; then the prompt loses its oldest tokens. One more token of prompt changes either by at most one.
+    Raises: ValueError with the arithmetic if "error" was chosen and they do not fit, or if max_seq_len is 1.
     """
-    if on_overflow not in ("error", "cut"):
-        raise ValueError(f"on_overflow must be 'error' or 'cut', got {on_overflow!r}")
+    checked_option("on_overflow", on_overflow, ("error", "cut"))
     room = max_seq_len - len(ids)
     if on_overflow == "error" and (max_tokens or 1) > room:
         wanted = len(ids) + (max_tokens or 1)
@@ -48,15 +74,45 @@ def fit_context(
             f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
             f"{max_seq_len}; shorten one, pass on_overflow='cut', or build Generator(max_seq_len={wanted})"
         )
-    if room < 1:
-        ids = ids[-max(1, max_seq_len - (max_tokens or 1)) :]
-        room = max_seq_len - len(ids)
-    if room < 1:
+    if max_seq_len < 2:
         raise ValueError(f"max_seq_len {max_seq_len} leaves no room for a reply")
-    return ids, min(max_tokens or room, room)
+    wanted = max_tokens or default_max_tokens or max_seq_len
+    new_tokens = min(wanted, max(room, min_reply(wanted, max_seq_len) if on_overflow == "cut" else 1))
+    return ids[-(max_seq_len - new_tokens) :], new_tokens
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, list) and value:
-        return f"a list holding {next((type(x).__name__ for x in value if not isinstance(x, int)), 'bool')}"
-    return type(value).__name__
+def min_reply(max_tokens: int, max_seq_len: int) -> int:
+    """Return how many new tokens on_overflow="cut" leaves a reply before it cuts the prompt.
+
+    All of max_tokens, if these are no more than a quarter of max_seq_len (REPLY_SHARE); else this quarter.
+    """
+    return min(max_tokens, max(1, int(max_seq_len * REPLY_SHARE)))
+
+
+def _read_prompt(prompt: Any, name: str) -> str | list[Any]:
+    return prompt if isinstance(prompt, str) else _items(prompt, name)
+
+
+def _items(values: Any, name: str) -> list[Any]:
+    """Read an iterable once. Refuse those whose elements or order would not be what was meant."""
+    dtype = getattr(values, "dtype", None)
+    if isinstance(values, Mapping) or hasattr(values, "input_ids"):
+        raise ValueError(f"{ACCEPTED}, got {name} of type {type(values).__name__}; pass its 'input_ids'")
+    if isinstance(values, bytes | bytearray | memoryview):
+        raise ValueError(f"{ACCEPTED}, got {name} of type {type(values).__name__}; decode it first")
+    if isinstance(values, Set) or not isinstance(values, Iterable):
+        raise ValueError(f"{ACCEPTED}, got {name} of type {type(values).__name__}")
+    if dtype is not None and hasattr(values, "tolist"):
+        if getattr(values, "ndim", 1) == 0:
+            raise ValueError(f"{ACCEPTED}, got {name} without a dimension ({values!r:.80})")
+        if any(kind in str(dtype) for kind in ("float", "bool", "complex")):
+            raise ValueError(f"{ACCEPTED}, got {name} of dtype {dtype}; token ids are integers")
+        return list(values.tolist())
+    return list(values)
+
+
+def _token_id(item: Any) -> int:
+    number = as_integer(item)
+    if number is None:
+        raise ValueError(f"{ACCEPTED}, got {type(item).__name__} among its token ids ({item!r:.80})")
+    return number

@@ -1,4 +1,4 @@
-"""Request: one prompt on its way to a reply, in token ids."""
+"""Request: one prompt and the state of its reply, in token ids."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from qwen3fast.sampling.constraints import TokenConstraint
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way to a result. The caller sets the first group of fields; the scheduler fills the rest.
+    """One prompt and the state of its reply. The caller sets the first group of fields; the scheduler fills the rest.
 
-    on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
-    constraint: what may come next, asked before each token; logits_processor: see `SamplingParams`.
-    logprobs: None for none, else how many of the likeliest tokens to note beside the chosen one.
-    continues: an earlier request that this one goes on from; its row of the cache may be taken over, not copied.
-    on_change: called, in the thread that steps, after each new token and at the end. on_leave_queue: once.
-
-    finish_reason: "stop", "length", "cancelled" or "error"; None while running. error says what went wrong.
-    Times are those of time.perf_counter(), in seconds.
+    Attributes:
+        on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
+        constraint: asked before each token which tokens may come next. logits_processor: see `SamplingParams`.
+        logprobs: None for none, else how many of the most likely tokens to record beside the chosen one.
+        continues: an earlier request that this one continues; its slot of the cache may be taken over, not copied.
+        on_change: called, in the worker's thread, after each new token and at the end.
+        on_leave_queue: called once, when the request waits no longer.
+        finish_reason: "stop", "length", "cancelled" or "error"; None while running. error: what went wrong.
+        slot: of the cache; None while waiting. launched: tokens that were started, the first one included; those not
+            collected yet are in flight.
+        reused_tokens: tokens of the prompt whose keys and values were in the cache already.
+        submitted_s, ..., finished_s: times of time.perf_counter(), in seconds.
     """
 
     prompt_ids: list[int]
@@ -55,12 +59,12 @@ class Request:
     output_logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: BaseException | None = None
-    row: int | None = None
-    launched: int = 0  # tokens that were started, the first one included; those not collected yet are in flight
+    slot: int | None = None
+    launched: int = 0
     prefill: Prefill | None = None
     prompt_logits_1V: Tensor | None = None  # after the prompt's last token
-    reused_tokens: int = 0  # of the prompt, whose keys and values were in the cache already
-    is_restricted: bool = False  # whether the device was told that some tokens are forbidden
+    reused_tokens: int = 0
+    is_restricted: bool = False  # whether the device knows of forbidden tokens
     submitted_s: float = field(default_factory=time.perf_counter)
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
@@ -68,13 +72,13 @@ class Request:
 
     @property
     def processor_arguments(self) -> tuple[Any, ...]:
-        """What `ProcessorState.begin` takes after the prompt."""
+        """The arguments of `ProcessorState.begin` after the prompt."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return (*penalties, self.logit_bias, self.allowed_token_ids)
 
     @property
     def is_processed(self) -> bool:
-        """Whether its logits are changed before a token is sampled (not counting logits_processor)."""
+        """Whether its logits are changed on the device before a token is sampled (logits_processor: on the host)."""
         return self.processor_arguments != (1.0, 0.0, 0.0, None, None) or self.constraint is not None
 
     @property
@@ -84,34 +88,34 @@ class Request:
 
     @property
     def positions(self) -> int:
-        """Of the cache, in use after the next step: the prompt's, and one for each token that was started."""
+        """The number of cache positions in use after the next step: the prompt's, and one per token started."""
         return len(self.prompt_ids) + self.launched
 
     @property
     def cached_ids(self) -> list[int]:
-        """Tokens whose keys and values are in its row, from position 0."""
+        """The tokens whose keys and values are in its slot, from position 0."""
         if self.prefill is not None:
             return self.prompt_ids[: self.prefill.done]
         return self.prompt_ids + self.output_ids[:-1] if self.launched else []
 
     @property
     def proven_ids(self) -> list[int]:
-        """Those of `cached_ids` whose keys and values are known to be numbers: a valid token has come of them."""
+        """The tokens of `cached_ids` whose keys and values are finite, because a valid token has come of them."""
         return self.prompt_ids + self.output_ids[:-1] if self.output_ids else []
 
     def leave_queue(self) -> None:
-        """It waits no longer."""
+        """Call `on_leave_queue`, the first time."""
         call, self.on_leave_queue = self.on_leave_queue, lambda: None
         call()
 
     def begin_prompt(self, logits_1V: Tensor | None) -> None:
-        """It has a row. logits_1V: those after its prompt, where they are known already."""
+        """Record that it has a slot. logits_1V: the logits after its prompt, if they are known already."""
         self.prefill_started_s, self.prompt_logits_1V = time.perf_counter(), logits_1V
 
     def allowed_words(self, vocab_size: int) -> np.ndarray | None:
-        """Which tokens may come next, a bit each: see `TokenConstraint`; None if the device knows already.
+        """Return which tokens may come next, one bit per token: see `TokenConstraint`; None if the device knows.
 
-        Raises: what the constraint raises.
+        Raises: the constraint's errors.
         """
         if self.constraint is None:
             return None
@@ -124,7 +128,7 @@ class Request:
         return words_W
 
     def process(self, logits_V: Tensor) -> Tensor:
-        """What logits_processor makes of logits. Raises: what it raises; ValueError for logits of another shape."""
+        """Return the logits that logits_processor gives. Raises: its errors; ValueError for logits of another shape."""
         assert self.logits_processor is not None, "asked for requests with one"
         output_T = torch.tensor(self.output_ids, dtype=torch.int64, device=logits_V.device)
         processed = self.logits_processor(logits_V, output_T)
@@ -137,7 +141,7 @@ class Request:
         """Take a sampled token and decide whether the request ends with it."""
         try:
             self._accept(token, logprobs)
-        except Exception as err:  # of what the request brought along; others must not feel it
+        except Exception as err:  # of the request's own callbacks; other requests go on
             self.fail(err)
 
     def _accept(self, token: int, logprobs: Logprobs | None) -> None:
@@ -163,12 +167,12 @@ class Request:
             self.on_change()
 
     def fail(self, error: BaseException) -> None:
-        """End the request because something went wrong."""
+        """End the request with an error."""
         self.error = error
         self.finish("error")
 
     def finish(self, reason: str) -> None:
-        """End the request."""
+        """End the request for a reason: see `finish_reason`."""
         self.finish_reason = reason
         self.finished_s = time.perf_counter()
         self.on_change()

@@ -1,9 +1,9 @@
-"""Requests in and out of the rows of the cache: wait, prefill, decode together, leave at their own end.
+"""Scheduler: requests wait for a slot of the cache, are prefilled, decode together, and leave when they end.
 
-Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a reply
-that is running waits for one chunk of another's prompt at most, and a row is given on as soon as it is free. What a
-row holds stays known after its request has ended, so that a prompt that begins alike need not be computed again
-(kept_rows.py).
+Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a
+running reply waits for one chunk of another prompt at most, and a free slot is given to the next request at once. The
+contents of a slot stay known after its request has ended, and a prompt with the same beginning reuses them
+(prefix_cache.py).
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from qwen3fast.engine.decode import Hook, StepKind
 from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.sampling.samplers import kind_for
-from qwen3fast.scheduling.prefix_cache import KeptRows
+from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request
 
 
 class Scheduler:
-    """Runs any number of requests through the rows of an engine. Not thread-safe: one caller at a time.
+    """Runs any number of requests through the slots of an engine. Not thread-safe: one caller at a time.
 
-    Steps may run ahead (`Engine.lookahead`): a request's end by length is known beforehand, its end by a stop token is
-    noticed when the token is collected, and what was launched for it meanwhile is dropped. Requests whose next token
-    depends on what the host makes of the last one (constraints, hooks) are never run ahead of.
+    Steps may run ahead (`Engine.lookahead`). The end of a request by length is known beforehand; its end by a stop
+    token is noticed when the token is collected, and tokens launched for it meanwhile are dropped. No step runs ahead
+    of a request whose next token depends on the host (constraints, hooks).
 
-    A request that fails, fails alone: its `error` says why. What breaks a whole step ends all requests in it.
+    A request fails alone: its `error` says why. An error of a whole step ends all requests in it.
 
     Attributes:
-        waiting: queued requests, oldest first. active: those that have a row, by row.
-        dropped_tokens: computed after their request had ended, so far; at most `lookahead` for each request, and one
-            more where its logits_processor failed.
-        reused_tokens, prefilled_tokens: of prompts, so far.
+        waiting: queued requests, oldest first. active: those that have a slot, by slot.
+        prefixes: what the slots hold.
+        dropped_tokens: tokens computed after their request had ended, so far; at most `lookahead` per request, and one
+            more if its logits_processor failed.
+        reused_tokens, prefilled_tokens: prompt tokens found in the cache, and computed, so far.
     """
 
     def __init__(self, engine: Engine, reuse_prefixes: bool = True) -> None:
@@ -43,8 +44,8 @@ class Scheduler:
         # On CUDA, sums over positions are fastest, or possible at all, at round numbers of them.
         multiple = CHUNK_SIZES[0] if engine.device.type == "cuda" else 1
         cache = engine.cache
-        self.kept = KeptRows(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
-        self._in_flight: deque[dict[int, Request]] = deque()  # rows of each launched step, oldest first
+        self.prefixes = PrefixCache(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
+        self._in_flight: deque[dict[int, Request]] = deque()  # slots of each launched step, oldest first
         self.dropped_tokens = self.reused_tokens = self.prefilled_tokens = 0
 
     def add(self, request: Request) -> None:
@@ -52,7 +53,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Take a request out, wherever it is; its row is free at once."""
+        """Take a request out, wherever it is; its slot is free at once."""
         if request.finish_reason is None:
             request.finish("cancelled")
         if request in self.waiting:
@@ -66,29 +67,29 @@ class Scheduler:
         return not self.waiting and not self.active
 
     def step(self) -> None:
-        """One chunk of a prompt, if there is one to compute, and one decode step for all requests that have begun."""
+        """Compute one chunk of a prompt, if any waits, and one decode step for all requests that have begun."""
         request = self._next_to_prefill()
         if request is not None:
             self._prefill(request)
-        rows = {row: r for row, r in self.active.items() if 0 < r.launched < r.max_tokens}
-        if rows:
-            self._launch(rows)
-        most = 0 if not rows or any(r.is_watched for r in rows.values()) else self.engine.lookahead
+        slots = {slot: r for slot, r in self.active.items() if 0 < r.launched < r.max_tokens}
+        if slots:
+            self._launch(slots)
+        most = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
         while len(self._in_flight) > most:
             self._collect()
 
     def fail_all(self, error: BaseException) -> None:
-        """End every request that has a row: a step broke, and what they have computed cannot be trusted."""
+        """End every request that has a slot: a step failed, and its results cannot be trusted."""
         for request in self.active.values():
             if request.finish_reason is None:
                 request.fail(error)
-        self.kept.forget_all()
+        self.prefixes.forget_all()
         self._release_finished()
         self._in_flight.clear()
         self.engine.forget()
 
     def end_all(self, error: BaseException) -> None:
-        """End every request there is, without touching the engine; nothing can be run afterwards."""
+        """End every request, without touching the engine; nothing can run afterwards."""
         for request in [*self.waiting, *self.active.values()]:
             request.leave_queue()
             if request.finish_reason is None:
@@ -97,37 +98,37 @@ class Scheduler:
         self.active.clear()
         self._in_flight.clear()
 
-    def _launch(self, rows: dict[int, Request]) -> None:
-        for row, request in rows.items():
-            self._restrict(row, request)
-        rows = {row: request for row, request in rows.items() if request.error is None}
-        if not rows:
+    def _launch(self, slots: dict[int, Request]) -> None:
+        for slot, request in slots.items():
+            self._restrict(slot, request)
+        slots = {slot: request for slot, request in slots.items() if request.error is None}
+        if not slots:
             return self._release_finished()
-        # Of a row's tokens, all but the newest are in the cache already; this step writes the newest.
-        used = max(request.positions for request in rows.values())
+        # Of a slot's tokens, all but the newest are in the cache already; this step writes the newest.
+        used = max(request.positions for request in slots.values())
         kind = StepKind(
-            kind_for((request.temperature, request.top_k) for request in rows.values()),
-            any(request.is_processed for request in rows.values()),
-            any(request.logprobs is not None for request in rows.values()),
+            kind_for((request.temperature, request.top_k) for request in slots.values()),
+            any(request.is_processed for request in slots.values()),
+            any(request.logprobs is not None for request in slots.values()),
         )
-        self.engine.launch(max(rows) + 1, used, kind, _hook_for(rows))
-        self._in_flight.append(rows)
-        for row, request in rows.items():
+        self.engine.launch(max(slots) + 1, used, kind, _hook_for(slots))
+        self._in_flight.append(slots)
+        for slot, request in slots.items():
             request.launched += 1
             if request.launched == request.max_tokens:
-                self.engine.clear_row(row)  # it must not go on while others do
+                self.engine.clear_row(slot)  # it must not go on while others do
 
     def _collect(self) -> None:
-        result, rows = self.engine.collect(), self._in_flight.popleft()
-        for row, request in rows.items():
+        result, slots = self.engine.collect(), self._in_flight.popleft()
+        for slot, request in slots.items():
             if request.finish_reason is not None:
                 self.dropped_tokens += 1
                 continue
-            request.accept(result.tokens[row], result.logprobs[row] if result.logprobs else None)
+            request.accept(result.tokens[slot], result.logprobs[slot] if result.logprobs else None)
         self._release_finished()
 
     def _next_to_prefill(self) -> Request | None:
-        """The request whose prompt is being computed, or the next one, in a row of its own now; None without any."""
+        """Return the request whose prompt is being computed, or admit the next one; None without any."""
         for request in self.active.values():
             if request.prefill is not None:
                 return request
@@ -136,92 +137,92 @@ class Scheduler:
             request.leave_queue()
             if request.finish_reason is None:
                 try:
-                    self._give_row(request)
-                except BaseException as err:  # it is in no list now, and must not be waited for
+                    self._admit(request)
+                except BaseException as err:  # it is in no list now, and nobody may wait for it
                     request.fail(err)
                     raise
                 return request
         return None
 
-    def _give_row(self, request: Request) -> None:
-        """A row for a request, with as much of its prompt in it as other rows hold."""
-        plan = self.kept.plan(request.prompt_ids, self.active, request.continues)
+    def _admit(self, request: Request) -> None:
+        """Give a request a slot, and copy as much of its prompt there as another slot holds."""
+        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues)
         source = plan.source
-        if plan.given_up != plan.row:
-            self._swap(plan.row, plan.given_up)
-            source = {plan.row: plan.given_up, plan.given_up: plan.row}.get(source, source)
-        if plan.reused and source != plan.row:
-            self.engine.copy_row(source, plan.row, plan.reused)
-        request.row, request.reused_tokens = plan.row, plan.reused
+        if plan.evicted != plan.slot:
+            self._swap(plan.slot, plan.evicted)
+            source = {plan.slot: plan.evicted, plan.evicted: plan.slot}.get(source, source)
+        if plan.reused and source != plan.slot:
+            self.engine.copy_row(source, plan.slot, plan.reused)
+        request.slot, request.reused_tokens = plan.slot, plan.reused
         self.reused_tokens += plan.reused
         self.prefilled_tokens += len(request.prompt_ids) - plan.reused
-        self.active[plan.row] = request
+        self.active[plan.slot] = request
         request.begin_prompt(plan.logits_1V)
-        unproven = self.kept.take(plan.row)
+        unproven = self.prefixes.take(plan.slot)
         if unproven > plan.reused:
-            self._erase(plan.row, plan.reused, unproven)
+            self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
-            request.prefill = self.engine.begin_prefill(plan.row, request.prompt_ids, plan.reused)
+            request.prefill = self.engine.begin_prefill(plan.slot, request.prompt_ids, plan.reused)
 
     def _prefill(self, request: Request) -> None:
-        """One chunk; after the last one, the first token. (Nothing to compute where the whole prompt was there.)"""
-        assert request.row is not None, "it has been given a row"
+        """Compute one chunk; after the last one, sample the first token. A prompt that was all reused has no chunk."""
+        assert request.slot is not None, "it was admitted"
         try:
             logits_1V = request.prompt_logits_1V
             if request.prefill is not None:
                 logits_1V = self.engine.prefill_step(request.prefill)
             if logits_1V is not None:
                 request.prefill, request.prompt_logits_1V = None, logits_1V
-                self._sample_first(request.row, request, logits_1V)
+                self._sample_first(request.slot, request, logits_1V)
         except Exception as err:
             request.fail(err)
         self._release_finished()
 
-    def _sample_first(self, row: int, request: Request, logits_1V: Tensor) -> None:
+    def _sample_first(self, slot: int, request: Request, logits_1V: Tensor) -> None:
         sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
-        self.engine.set_row(row, len(request.prompt_ids), *sampling)
+        self.engine.set_row(slot, len(request.prompt_ids), *sampling)
         if request.is_processed:
-            self.engine.set_processors(row, request.prompt_ids, *request.processor_arguments)
-        self._restrict(row, request)
+            self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
+        self._restrict(slot, request)
         if request.error is not None:
             return
         request.launched = 1
         kind = StepKind(
             kind_for([(request.temperature, request.top_k)]), request.is_processed, request.logprobs is not None
         )
-        result = self.engine.sample_first(row, logits_1V, kind, _hook_for({0: request}))
+        result = self.engine.sample_first(slot, logits_1V, kind, _hook_for({0: request}))
         if request.error is not None:
             return
         request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
 
-    def _restrict(self, row: int, request: Request) -> None:
-        """Tell the device what a request's constraint allows next. If the constraint fails, so does the request."""
+    def _restrict(self, slot: int, request: Request) -> None:
+        """Send the tokens that a constraint allows next to the device. If the constraint fails, so does its request."""
         try:
             words_W = request.allowed_words(self.engine.model.config.vocab_size)
         except Exception as err:
             return request.fail(err)
         if words_W is not None:
-            self.engine.set_allowed(row, words_W)
+            self.engine.set_allowed(slot, words_W)
 
     def _release_finished(self) -> None:
-        for row in [row for row, request in self.active.items() if request.finish_reason is not None]:
-            request = self.active.pop(row)
-            self.kept.keep(row, request)
-            self.engine.clear_row(row)
+        for slot in [slot for slot, request in self.active.items() if request.finish_reason is not None]:
+            request = self.active.pop(slot)
+            self.prefixes.keep(slot, request)
+            self.engine.clear_row(slot)
             if request.error is not None or request.launched > len(request.output_ids):  # some are in flight
-                self._erase(row, len(request.proven_ids), request.positions)
+                self._erase(slot, len(request.proven_ids), request.positions)
             if request.is_processed:
-                self.engine.clear_processors(row)
-        if not self.active:  # nobody waits for what is in flight
-            self.dropped_tokens += sum(len(rows) for rows in self._in_flight)
+                self.engine.clear_processors(slot)
+        if not self.active:  # nobody waits for the tokens in flight
+            self.dropped_tokens += sum(len(slots) for slots in self._in_flight)
             self._in_flight.clear()
             self.engine.forget()
         self._close_gaps()
 
     def _close_gaps(self) -> None:
-        """Move requests down to free rows where steps get smaller by it: a step runs all rows up to the last in use.
+        """Move requests down to free slots where that makes steps smaller: a step runs all slots up to the last in use.
 
-        Not while others wait, who will fill the gaps.
+        Not while requests wait: they will fill the gaps.
         """
         if self.waiting:
             return
@@ -231,34 +232,36 @@ class Scheduler:
             request = self.active[last]
             self._swap(last, free, request.positions)
             self.active[free] = self.active.pop(last)
-            request.row = free
+            request.slot = free
             if request.prefill is not None:
                 request.prefill.row = free
 
-    def _erase(self, row: int, start: int, end: int) -> None:
-        """Rid a row of what may be NaN: keys and values of tokens that led to no other token, and the last padding."""
-        self.engine.erase(row, start, end + CHUNK_SIZES[-1])
+    def _erase(self, slot: int, start: int, end: int) -> None:
+        """Zero what may be NaN in a slot: keys and values of tokens without a successor, and the last padding."""
+        self.engine.erase(slot, start, end + CHUNK_SIZES[-1])
 
-    def _swap(self, row: int, other: int, positions: int = 0) -> None:
-        """Exchange two rows. positions: in use by the request in one of them."""
-        length = max(positions, *(len(self.kept.tokens(r, self.active)) for r in (row, other)))
+    def _swap(self, slot: int, other: int, positions: int = 0) -> None:
+        """Exchange two slots. positions: in use by the request in one of them."""
+        length = max(positions, *(len(self.prefixes.tokens(s, self.active)) for s in (slot, other)))
         if length:
-            self.engine.swap_rows(row, other, length)
-        self.kept.swap(row, other)
+            self.engine.swap_rows(slot, other, length)
+        self.prefixes.swap(slot, other)
 
 
-def _hook_for(rows: dict[int, Request]) -> Hook | None:
-    """What runs the logits_processor of each row that has one; None if none has. If one fails, so does its request,
-    and what the step samples for it is dropped."""
-    hooked = {row: request for row, request in rows.items() if request.logits_processor is not None}
+def _hook_for(slots: dict[int, Request]) -> Hook | None:
+    """Return a hook that runs the logits_processor of each slot that has one; None if none has.
+
+    If a processor fails, its request ends, and the token that the step samples for it is dropped.
+    """
+    hooked = {slot: request for slot, request in slots.items() if request.logits_processor is not None}
     if not hooked:
         return None
 
     def hook(logits_BV: Tensor) -> Tensor:
         logits_BV = logits_BV.clone()
-        for row, request in hooked.items():
+        for slot, request in hooked.items():
             try:
-                logits_BV[row] = request.process(logits_BV[row])
+                logits_BV[slot] = request.process(logits_BV[slot])
             except Exception as err:
                 request.fail(err)
         return logits_BV

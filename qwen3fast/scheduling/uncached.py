@@ -1,4 +1,4 @@
-"""Generation without a cache: the slow reference that every fast path is compared with."""
+"""Generation without a cache: the slow reference for every fast path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3fast.scheduling.request import Request
 
 
 class UncachedRun:
-    """One request, the whole sequence computed anew for each token; same sampling, same stop rules."""
+    """One request that computes its whole sequence for each token, with the same sampling and stop rules."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self._request = engine, request
@@ -29,7 +29,7 @@ class UncachedRun:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One token. Raises: what the constraint or the logits_processor raises."""
+        """Compute one token. Raises: errors of the constraint or the logits_processor."""
         engine, request = self._engine, self._request
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
         logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)

@@ -102,7 +102,7 @@ def test_reused_row_does_not_remember_the_request_before(model):
     generator = Generator(model, max_seq_len=MAX_SEQ_LEN, compile=False)
     fresh = generator.generate(short, SamplingParams(max_tokens=30)).token_ids
     generator.generate(long, SamplingParams(max_tokens=30))
-    for tensor in (*generator._engine.cache.keys, *generator._engine.cache.values):
+    for tensor in (*generator.debug.engine.cache.keys, *generator.debug.engine.cache.values):
         tensor += 100 * torch.randn_like(tensor)  # whatever is left over must not be seen
     assert generator.generate(short, SamplingParams(max_tokens=30)).token_ids == fresh
 
@@ -223,6 +223,6 @@ def test_scheduler_cancel_frees_the_row_at_once(model):
     scheduler.add(waiting)
     scheduler.step()
     scheduler.cancel(running)
-    assert (running.finish_reason, running.row in scheduler.active) == ("cancelled", False)
+    assert (running.finish_reason, running.slot in scheduler.active) == ("cancelled", False)
     scheduler.step()
     assert waiting.output_ids

@@ -317,7 +317,7 @@ def test_what_fails_of_a_request_fails_that_request_alone(place, what, call, loo
     for arguments, request in others.items():
         assert_alike(request, uncached(*arguments))
     assert_clean(scheduler)
-    held = [scheduler.kept.tokens(row, {}) for row in range(3)]
+    held = [scheduler.prefixes.tokens(row, {}) for row in range(3)]
     assert failing.prompt_ids not in [ids[:9] for ids in held] and [] in held
     for arguments in (("plain", 9, 10, 7, 3.0), ("everything", 9, 10, 7, 3.0)):  # the prompt of the one that failed
         again = featured(*arguments)
@@ -411,7 +411,7 @@ def test_a_step_that_breaks_ends_all_requests_in_it_and_nothing_is_kept():
     scheduler.add(waiting)
     scheduler.fail_all(error)
     assert all(request.error is error for request in running) and waiting.finish_reason is None
-    assert [scheduler.kept.tokens(row, {}) for row in range(3)] == [[], [], []]
+    assert [scheduler.prefixes.tokens(row, {}) for row in range(3)] == [[], [], []]
     finish(scheduler, [waiting])
     assert_alike(waiting, uncached("bias", 9, 10, 3, 3.0))
     assert_clean(scheduler)

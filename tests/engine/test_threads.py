@@ -74,5 +74,8 @@ def test_default_respects_a_choice(monkeypatch, chosen):
 def test_generator_takes_threads():
     with Generator.from_pretrained("tiny", compile=False, max_seq_len=128, threads=1):
         assert torch.get_num_threads() == 1
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        Generator.from_pretrained("tiny", threads=0)
+    before = torch.get_num_threads()
+    for bad in (0, -1, 10**6, 2**70, "2", 1.0, True, [1], float("nan")):
+        with pytest.raises(ValueError, match="threads must be an integer from 1 to"):
+            Generator.from_pretrained("tiny", threads=bad)
+    assert torch.get_num_threads() == before

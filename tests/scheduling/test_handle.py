@@ -56,7 +56,7 @@ def generator(model, tokenizer):
 
 @pytest.fixture
 def narrow(model, tokenizer):
-    """One row, and two places to wait for it."""
+    """One slot, and two places to wait for it."""
     with Generator(model, tokenizer, max_seq_len=2048, max_queue=2, compile=False) as generator:
         yield generator
 
@@ -76,14 +76,14 @@ def wait_until(is_so):
 
 
 def state(generator):
-    """Rows in use and requests waiting."""
+    """Slots in use and requests waiting."""
     stats = generator.stats
     return stats.slots_in_use, stats.waiting
 
 
 @contextmanager
-def all_rows_busy(generator):
-    """Slow replies in all rows while the block runs."""
+def all_slots_busy(generator):
+    """Slow replies in all slots while the block runs."""
     rows = generator.stats.max_batch_size
     handles = [generator.submit("busy", SLOW) for _ in range(rows)]
     wait_until(lambda: generator.stats.slots_in_use == rows)
@@ -95,7 +95,7 @@ def all_rows_busy(generator):
 
 
 def places(generator):
-    """How many requests can wait before one is refused. All rows must be busy; the requests are cancelled."""
+    """How many requests can wait before one is refused. All slots must be busy; the requests are cancelled."""
     wait_until(lambda: state(generator)[1] == 0)  # a cancel counts from the next step on
     handles = []
     try:
@@ -109,7 +109,7 @@ def places(generator):
 
 
 def assert_unharmed(generator, alone, prompt="is it still right?"):
-    """No row in use, nobody waiting, and the next reply is right."""
+    """No slot in use, nobody waiting, and the next reply is right."""
     wait_until(lambda: state(generator) == (0, 0))
     assert generator.generate(prompt, GREEDY).token_ids == alone.generate(prompt, GREEDY).token_ids
 
@@ -152,7 +152,7 @@ def test_submit_refuses_bad_arguments_and_takes_no_place_for_them(narrow):
     for prompt, params in [("", GREEDY), ([10**6], GREEDY), ("a", SamplingParams(max_tokens=3000)), ("a", 5)]:
         with pytest.raises(ValueError):
             narrow.submit(prompt, params)
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
@@ -292,17 +292,17 @@ def test_a_reader_hears_of_an_error_that_another_has_seen(generator):
 # Cancelling
 
 
-def test_cancelled_before_the_start_it_never_gets_a_row(generator, alone):
-    handle = generator.build("hello", GREEDY)
+def test_cancelled_before_the_start_it_never_gets_a_slot(generator, alone):
+    handle = generator._build("hello", GREEDY)
     handle.cancel()
-    [chunk] = list(generator.run(handle))
+    [chunk] = list(generator._run(handle))
     assert (chunk.token_ids, chunk.finish_reason, chunk.result.text) == ([], "cancelled", "")
     assert generator.stats.prefilled_tokens == 0
     assert_unharmed(generator, alone)
 
 
-def test_cancelled_while_waiting_it_ends_while_all_rows_are_busy(generator, alone):
-    with all_rows_busy(generator):
+def test_cancelled_while_waiting_it_ends_while_all_slots_are_busy(generator, alone):
+    with all_slots_busy(generator):
         handle = generator.submit("hello", GREEDY)
         handle.cancel()
         assert handle.result(PATIENCE_S).finish_reason == "cancelled"
@@ -312,8 +312,8 @@ def test_cancelled_while_waiting_it_ends_while_all_rows_are_busy(generator, alon
 
 def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, monkeypatch):
     ids = [i % 90 for i in range(1600)]
-    chunks, compute = [], generator._engine.prefill_step
-    handle = generator.build(ids, GREEDY)
+    chunks, compute = [], generator.debug.engine.prefill_step
+    handle = generator._build(ids, GREEDY)
 
     def cancelled_at_the_second_chunk(prefill):
         chunks.append(len(prefill.chunks))
@@ -321,8 +321,8 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
             handle.cancel()
         return compute(prefill)
 
-    monkeypatch.setattr(generator._engine, "prefill_step", cancelled_at_the_second_chunk)
-    [chunk] = list(generator.run(handle))
+    monkeypatch.setattr(generator.debug.engine, "prefill_step", cancelled_at_the_second_chunk)
+    [chunk] = list(generator._run(handle))
     assert (chunk.token_ids, chunk.finish_reason) == ([], "cancelled")
     assert len(chunks) == 2 < chunks[0]
     monkeypatch.undo()
@@ -333,9 +333,9 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator, alone, monkeypatch, number):
-    steps, launch = [], generator._engine.launch
-    handle = generator.build("hello", GREEDY)
+def test_cancelled_during_decode_its_slot_is_free_before_the_next_step(generator, alone, monkeypatch, number):
+    steps, launch = [], generator.debug.engine.launch
+    handle = generator._build("hello", GREEDY)
 
     def cancelled_at(*arguments):
         steps.append(arguments)
@@ -343,8 +343,8 @@ def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator,
             handle.cancel()
         return launch(*arguments)
 
-    monkeypatch.setattr(generator._engine, "launch", cancelled_at)
-    *_, last = generator.run(handle)
+    monkeypatch.setattr(generator.debug.engine, "launch", cancelled_at)
+    *_, last = generator._run(handle)
     assert last.finish_reason == "cancelled"
     assert state(generator) == (0, 0)
     assert len(steps) == number  # none after the one that was under way
@@ -353,8 +353,8 @@ def test_cancelled_during_decode_its_row_is_free_before_the_next_step(generator,
 
 
 def test_cancel_from_another_thread_lets_one_step_run_at_most(generator, alone, monkeypatch):
-    steps, launch = [], generator._engine.launch
-    monkeypatch.setattr(generator._engine, "launch", lambda *arguments: (steps.append(0), launch(*arguments))[1])
+    steps, launch = [], generator.debug.engine.launch
+    monkeypatch.setattr(generator.debug.engine, "launch", lambda *arguments: (steps.append(0), launch(*arguments))[1])
     for _ in range(20):
         handle = generator.submit("hello", SLOW)
         next(iter(handle))
@@ -460,7 +460,7 @@ def test_a_handle_may_be_read_by_async_for(generator, alone):
     assert "".join(chunk.text for chunk in chunks) == chunks[-1].result.text == expected.text
 
 
-def test_a_cancelled_task_frees_its_row(generator, alone):
+def test_a_cancelled_task_frees_its_slot(generator, alone):
     async def main():
         task = asyncio.create_task(read(generator, "hello", SLOW))
         await until(lambda: state(generator) == (1, 0))
@@ -473,7 +473,7 @@ def test_a_cancelled_task_frees_its_row(generator, alone):
     assert_unharmed(generator, alone)
 
 
-def test_a_task_that_runs_out_of_time_frees_its_row(generator, alone):
+def test_a_task_that_runs_out_of_time_frees_its_slot(generator, alone):
     async def main():
         with pytest.raises(asyncio.TimeoutError):  # not TimeoutError before Python 3.11
             await asyncio.wait_for(read(generator, "hello", SLOW), 0.1)
@@ -483,7 +483,7 @@ def test_a_task_that_runs_out_of_time_frees_its_row(generator, alone):
     assert_unharmed(generator, alone)
 
 
-def test_a_loop_that_is_left_early_frees_its_row_at_once_with_aclosing(generator, alone):
+def test_a_loop_that_is_left_early_frees_its_slot_at_once_with_aclosing(generator, alone):
     async def main():
         async with aclosing(generator.astream("hello", SLOW)) as stream:
             async for chunk in stream:
@@ -495,7 +495,7 @@ def test_a_loop_that_is_left_early_frees_its_row_at_once_with_aclosing(generator
     assert_unharmed(generator, alone)
 
 
-def test_a_loop_that_is_left_early_frees_its_row_when_the_event_loop_ends(generator, alone):
+def test_a_loop_that_is_left_early_frees_its_slot_when_the_event_loop_ends(generator, alone):
     async def main():
         async for _ in generator.astream("hello", SLOW):
             break
@@ -559,7 +559,7 @@ def test_other_tasks_run_while_a_stream_waits_for_each_of_its_tokens(generator):
 
 
 def test_submit_without_patience_is_refused_when_the_queue_is_full(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         waiting = [narrow.submit("a", GREEDY, timeout=0) for _ in range(2)]
         with pytest.raises(QueueFullError, match=r"2 requests wait already \(max_queue\)"):
             narrow.submit("a", GREEDY, timeout=0)
@@ -573,7 +573,7 @@ def test_submit_without_patience_is_refused_when_the_queue_is_full(narrow):
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE_S])
 def test_submit_with_patience_waits_for_a_place(narrow, alone, timeout):
-    with all_rows_busy(narrow) as [busy], ThreadPoolExecutor(1) as pool:
+    with all_slots_busy(narrow) as [busy], ThreadPoolExecutor(1) as pool:
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         late = pool.submit(narrow.submit, "late", GREEDY, timeout=timeout)
         time.sleep(0.1)
@@ -592,13 +592,13 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
         narrow.submit([number], GREEDY)
         order.append(number)
 
-    with all_rows_busy(narrow) as [busy]:
+    with all_slots_busy(narrow) as [busy]:
         for _ in range(2):
             narrow.submit("a", GREEDY)
         threads = [threading.Thread(target=submit, args=(number,)) for number in range(5)]
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda n=number: len(narrow._admission._asking) == n + 1)
+            wait_until(lambda n=number: len(narrow.debug.admission._asking) == n + 1)
         busy.cancel()
         for thread in threads:
             thread.join(PATIENCE_S)
@@ -607,7 +607,7 @@ def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
 
 def test_astream_waits_for_a_place_without_blocking_the_event_loop(narrow, alone):
     async def main():
-        with all_rows_busy(narrow) as [busy]:
+        with all_slots_busy(narrow) as [busy]:
             waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
             task = asyncio.create_task(read(narrow, "late", GREEDY))
             await asyncio.sleep(0.1)  # would never end if astream waited for its place in the loop's own thread
@@ -621,7 +621,7 @@ def test_astream_waits_for_a_place_without_blocking_the_event_loop(narrow, alone
 
 
 def test_a_waiting_request_that_is_cancelled_gives_its_place_back(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         handles = [narrow.submit("a", GREEDY) for _ in range(2)]
         for handle in handles:
             handle.cancel()
@@ -634,19 +634,19 @@ def test_a_request_that_fails_or_ends_gives_its_place_back(narrow):
         with pytest.raises(KeyError):
             narrow.submit("a", failing).result(PATIENCE_S)
         narrow.submit("a", GREEDY).result(PATIENCE_S)
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
 def test_a_step_that_fails_loses_no_place(narrow, monkeypatch):
-    launch = narrow._engine.launch
-    with all_rows_busy(narrow) as [busy]:
+    launch = narrow.debug.engine.launch
+    with all_slots_busy(narrow) as [busy]:
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
-        monkeypatch.setattr(narrow._engine, "launch", raising_once(MemoryError("no room"), launch))
+        monkeypatch.setattr(narrow.debug.engine, "launch", raising_once(MemoryError("no room"), launch))
         with pytest.raises(MemoryError):
             busy.result(PATIENCE_S)
         assert [handle.result(PATIENCE_S).finish_reason for handle in waiting] == ["length"] * 2
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         assert places(narrow) == 2
 
 
@@ -655,7 +655,7 @@ def test_tasks_cancelled_while_they_wait_lose_no_place(narrow):
     rng = random.Random(0)
 
     async def main():
-        with all_rows_busy(narrow):
+        with all_slots_busy(narrow):
             for _ in range(60):
                 waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
                 tasks = [asyncio.create_task(read(narrow, "late", GREEDY)) for _ in range(2)]
@@ -686,7 +686,7 @@ def test_threads_that_run_out_of_time_lose_no_place(narrow):
             time.sleep(rng.choice([0, 0.002]))
             handle.cancel()
 
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, [rng.random() for _ in range(4)]))
         wait_until(lambda: state(narrow) == (1, 0))
@@ -694,7 +694,7 @@ def test_threads_that_run_out_of_time_lose_no_place(narrow):
 
 
 def test_an_interrupted_submit_loses_no_place(narrow):
-    with all_rows_busy(narrow):
+    with all_slots_busy(narrow):
         waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -705,7 +705,7 @@ def test_an_interrupted_submit_loses_no_place(narrow):
 
 
 def test_max_queue_must_be_positive(model):
-    with pytest.raises(ValueError, match="max_queue must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_queue must be an integer from 1 to 1000000, got 0"):
         Generator(model, max_seq_len=64, max_queue=0, compile=False)
 
 
@@ -714,7 +714,7 @@ def test_max_queue_must_be_positive(model):
 
 def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer):
     generator = Generator(model, tokenizer, max_seq_len=2048, max_batch_size=2, max_queue=2, compile=False)
-    runner = generator._runner._thread
+    runner = generator.debug.worker.thread
     handles, ends, is_begun = [], [], threading.Event()
 
     def submit():
@@ -749,7 +749,7 @@ def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer
         thread.start()
     assert is_begun.wait(PATIENCE_S)
     time.sleep(0.2)
-    runner = generator._runner._thread
+    runner = generator.debug.worker.thread
     closing = [threading.Thread(target=generator.close) for _ in range(2)]
     for thread in closing:
         thread.start()
@@ -809,8 +809,8 @@ def test_close_from_a_callback_of_a_request_ends_it(model, tokenizer):
 
     with pytest.raises(RuntimeError, match="closed"):
         generator.generate("hello", SamplingParams(max_tokens=50, logits_processor=close))
-    generator._runner._thread.join(PATIENCE_S)
-    assert not generator._runner._thread.is_alive()
+    generator.debug.worker.thread.join(PATIENCE_S)
+    assert not generator.debug.worker.thread.is_alive()
 
 
 def test_cancel_after_close_is_harmless(model, tokenizer):
@@ -831,7 +831,7 @@ def test_a_generator_that_is_dropped_is_collected_and_its_thread_ends(model, tok
         handle.result(PATIENCE_S)
     if is_cyclic:
         generator.myself = generator
-    thread, gone = generator._runner._thread, weakref.ref(generator)
+    thread, gone = generator.debug.worker.thread, weakref.ref(generator)
     assert thread in threading.enumerate()
     del generator
     gc.collect()
@@ -855,7 +855,7 @@ def test_collecting_a_generator_while_its_lock_is_held_is_no_deadlock(model, tok
     """Garbage may be collected at any allocation, so also while a handle of the same Generator posts its cancel."""
     generator = Generator(model, tokenizer, max_seq_len=2048, compile=False)
     handle = generator.submit("hello", SLOW)
-    runner = generator._runner
+    runner = generator.debug.worker
     inbox = runner._inbox
 
     class Inbox:
@@ -897,9 +897,11 @@ def raising_once(error, function):
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
 def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, monkeypatch, error):
     expected = alone.generate("c", GREEDY).token_ids
-    with all_rows_busy(generator) as running:
+    with all_slots_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
-        monkeypatch.setattr(generator._engine, "launch", raising_once(error("broken"), generator._engine.launch))
+        monkeypatch.setattr(
+            generator.debug.engine, "launch", raising_once(error("broken"), generator.debug.engine.launch)
+        )
         for handle in running:
             with pytest.raises(error, match="broken"):
                 handle.result(PATIENCE_S)
@@ -913,30 +915,32 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
 )
 def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkeypatch, part, error):
     generator.generate("some more words to keep", GREEDY)
-    monkeypatch.setattr(generator._engine, part, raising_once(error("broken"), getattr(generator._engine, part)))
+    monkeypatch.setattr(
+        generator.debug.engine, part, raising_once(error("broken"), getattr(generator.debug.engine, part))
+    )
     with pytest.raises(error, match="broken"):
         generator.submit("some more words", GREEDY).result(PATIENCE_S)
     assert_unharmed(generator, alone, "some more words to keep")
 
 
 @pytest.mark.parametrize("part", ["copy_row", "swap_rows"])
-def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
+def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
     """Both ask for memory on a GPU. The request must be neither lost nor left waiting for ever."""
     text = "a prompt that is kept in a row"
     if part == "copy_row":
         generator.generate(text, GREEDY)  # kept in one row, of which another request takes over a part
-        request = generator.build(text[:12] + " and goes on otherwise", GREEDY)
+        request = generator._build(text[:12] + " and goes on otherwise", GREEDY)
     else:
         generator.generate("something else, at first", GREEDY)
-        request = generator.build(text, GREEDY)
+        request = generator._build(text, GREEDY)
     calls = []
 
     def broken(*arguments):
         calls.append(arguments)
         raise MemoryError("broken")
 
-    monkeypatch.setattr(generator._engine, part, broken)
-    generator._runner.add([request.request])
+    monkeypatch.setattr(generator.debug.engine, part, broken)
+    generator.debug.worker.add([request.request])
     with pytest.raises(MemoryError, match="broken"):
         request.result(PATIENCE_S)
     assert calls
@@ -946,10 +950,10 @@ def test_a_request_whose_row_cannot_be_made_ready_ends_with_the_error(generator,
 
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
     """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
-    with all_rows_busy(generator) as [first, second]:
-        calls, swap_rows = [], raising_once(MemoryError("broken"), generator._engine.swap_rows)
-        monkeypatch.setattr(generator._engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
-        lower, upper = sorted([first, second], key=lambda handle: handle.request.row)
+    with all_slots_busy(generator) as [first, second]:
+        calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
+        monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
+        lower, upper = sorted([first, second], key=lambda handle: handle.request.slot)
         lower.cancel()
         assert lower.result(PATIENCE_S).finish_reason == "cancelled"
         upper.cancel()
@@ -962,14 +966,14 @@ def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypa
 
 def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
     """As CUDA after an illegal address: every call raises from then on, those that clean up as well."""
-    with all_rows_busy(generator) as running:
+    with all_slots_busy(generator) as running:
         waiting = generator.submit("c", GREEDY)
 
         def broken(*arguments, **options):
             raise RuntimeError("device gone")
 
         for part in ("launch", "collect", "prefill_step", "clear_row", "erase", "set_row", "swap_rows"):
-            monkeypatch.setattr(generator._engine, part, broken)
+            monkeypatch.setattr(generator.debug.engine, part, broken)
         for handle in running:
             with pytest.raises(RuntimeError, match="device gone"):
                 handle.result(PATIENCE_S)
@@ -984,8 +988,8 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2, 6])
 @pytest.mark.parametrize("method", ["generate", "stream", "submit"])
-def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch, method, number):
-    calls, launch = [], generator._engine.launch
+def test_an_interrupted_call_leaves_no_slot_in_use(generator, alone, monkeypatch, method, number):
+    calls, launch = [], generator.debug.engine.launch
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -993,7 +997,7 @@ def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch,
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return launch(*arguments)
 
-    monkeypatch.setattr(generator._engine, "launch", interrupted)
+    monkeypatch.setattr(generator.debug.engine, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if method == "generate":
             generator.generate(["a", "b", "c"], SLOW)
@@ -1010,14 +1014,14 @@ def test_an_interrupted_call_leaves_no_row_in_use(generator, alone, monkeypatch,
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_an_interrupt_just_after_queueing_leaves_no_row_in_use(generator, alone, monkeypatch, method):
-    add = generator._runner.add
+def test_an_interrupt_just_after_queueing_leaves_no_slot_in_use(generator, alone, monkeypatch, method):
+    add = generator.debug.worker.add
 
     def interrupted(requests):
         add(requests)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(generator._runner, "add", interrupted)
+    monkeypatch.setattr(generator.debug.worker, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if method == "generate":
             generator.generate(["a", "b"], SLOW)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3fast.engine import Engine
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.scheduling import Request, Runner, Scheduler
+from qwen3fast.scheduling import EngineWorker, Request, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
 
 CPU = torch.device("cpu")
@@ -89,14 +89,14 @@ def alone_in(positions, request):
     return request.output_ids
 
 
-def test_a_row_is_given_on_as_soon_as_it_is_free():
+def test_a_slot_is_given_on_as_soon_as_it_is_free():
     scheduler = make_scheduler(2)
     long, short, waiting = make_request(4, 30), make_request(5, 2), make_request(6, 4)
     for request in (long, short, waiting):
         scheduler.add(request)
-    while waiting.row is None:
+    while waiting.slot is None:
         scheduler.step()
-    assert short.finish_reason == "length" and waiting.row == short.row
+    assert short.finish_reason == "length" and waiting.slot == short.slot
     assert long.finish_reason is None and len(scheduler.active) == 2
     finish(scheduler, [long, waiting])
     assert not scheduler.active and not scheduler.waiting
@@ -117,13 +117,13 @@ def test_steps_of_others_leave_a_prompt_in_the_making_alone(row):
     undisturbed.add(alone)
     finish(scheduler, [late])
     finish(undisturbed, [alone])
-    assert late.row == row and late.output_ids == alone.output_ids
+    assert late.slot == row and late.output_ids == alone.output_ids
     ours, theirs = scheduler.engine.cache, undisturbed.engine.cache
     for tensor, expected in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
-        assert_near(tensor[row, :, :1100], expected[alone.row, :, :1100])
+        assert_near(tensor[row, :, :1100], expected[alone.slot, :, :1100])
 
 
-def test_a_request_cancelled_in_the_middle_of_its_prompt_frees_its_row():
+def test_a_request_cancelled_in_the_middle_of_its_prompt_frees_its_slot():
     scheduler = make_scheduler(1, 1300)
     request, after = make_request(1100, 3), make_request(40, 6, seed=2)
     scheduler.add(request)
@@ -276,7 +276,7 @@ def test_reuse_of_prefixes_changes_no_request(turns, rows, lookahead):
 
 @settings(max_examples=30)
 @given(turns=turns)
-def test_with_rows_for_all_the_longest_prefix_there_was_is_reused(turns):
+def test_with_slots_for_all_the_longest_prefix_there_was_is_reused(turns):
     scheduler, requests = make_scheduler(len(turns)), []
     for i, (kind, which, number, max_tokens, _, _) in enumerate(turns):
         earlier = requests[which % i] if i else None
@@ -332,22 +332,22 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(is_told, lookahead, cache_
     assert run(scheduler, second) == run(alone, make_request(prompt, 15))
     assert (second.reused_tokens, scheduler.reused_tokens) == (54, 54)
     assert copies == []  # its row is taken over
-    assert scheduler.kept.plan(other.prompt_ids, {}).reused == 20  # and nothing else is lost
+    assert scheduler.prefixes.plan(other.prompt_ids, {}).reused == 20  # and nothing else is lost
 
 
-def test_what_lies_in_the_row_that_a_prompt_gets_can_be_copied_from_where_it_is_moved(monkeypatch):
+def test_what_lies_in_the_slot_that_a_prompt_gets_can_be_copied_from_where_it_is_moved(monkeypatch):
     """The lowest row holds what the prompt begins with, and another one is to be given up."""
     scheduler = make_scheduler(2)
     run(scheduler, make_request(50, 30), make_request(40, 5, seed=1))  # the first ends last
     copies = calls_of(monkeypatch, scheduler.engine, "copy_row")
     prompt = [*random_prompt(50)[:45], *random_prompt(8, 5)]
-    assert scheduler.kept.tokens(0, {})[:50] == random_prompt(50)
+    assert scheduler.prefixes.tokens(0, {})[:50] == random_prompt(50)
     assert run(scheduler, make_request(prompt, 9)) == run(make_scheduler(1, reuse=False), make_request(prompt, 9))
     assert copies == [(1, 0, 45)]
-    assert scheduler.kept.tokens(1, {})[:50] == random_prompt(50)
+    assert scheduler.prefixes.tokens(1, {})[:50] == random_prompt(50)
 
 
-def test_a_reply_that_is_regenerated_takes_its_row_over(monkeypatch):
+def test_a_reply_that_is_regenerated_takes_its_slot_over(monkeypatch):
     """As a chat does after `/retry`: the prompt of the turn before goes on differently."""
     scheduler = make_scheduler(2)
     copies = calls_of(monkeypatch, scheduler.engine, "copy_row")
@@ -383,7 +383,7 @@ def test_prompts_near_the_end_of_the_cache_are_right(length):
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lookahead", [0, 2])
-def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahead, cache_dtype, monkeypatch):
+def test_a_slot_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahead, cache_dtype, monkeypatch):
     """It runs along, and writes to the last position, which nothing reads."""
     scheduler = make_scheduler(4, 1300, lookahead, cache_dtype=cache_dtype)
     run(scheduler, *(make_request(30 + i, 20 - i, seed=i) for i in range(4)))
@@ -392,7 +392,7 @@ def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahe
     requests = [make_request(length, 60, seed=9) for length in (5, 9, 1100)]
     for request in requests:
         scheduler.add(request)
-    while requests[2].row is None:
+    while requests[2].slot is None:
         scheduler.step()
     before = [tensor[3].clone() for tensor in tensors]
     finish(scheduler, requests)
@@ -403,7 +403,7 @@ def test_a_row_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookahe
 
 def held_numbers(scheduler):
     """What rows without a request hold, by the tokens it was computed from."""
-    tensors, kept = scheduler.engine.cache.tensors(), scheduler.kept
+    tensors, kept = scheduler.engine.cache.tensors(), scheduler.prefixes
     rows = set(range(scheduler.engine.cache.max_batch_size)) - set(scheduler.active)
     held = {row: tuple(kept.tokens(row, scheduler.active)) for row in rows}
     return {ids: [t[row, :, : len(ids)].clone() for t in tensors] for row, ids in held.items() if ids}
@@ -412,7 +412,7 @@ def held_numbers(scheduler):
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("seed", range(2))
-def test_what_a_row_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
+def test_what_a_slot_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
     rng = random.Random(seed)
     scheduler = make_scheduler(4, lookahead=lookahead, cache_dtype=cache_dtype)
     requests, first_seen, places = [], {}, {}
@@ -425,7 +425,7 @@ def test_what_a_row_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(see
                 for now, then in zip(numbers, first_seen.setdefault(ids, numbers), strict=True):
                     assert_same(now, then)
             for row in range(4):
-                places.setdefault(tuple(scheduler.kept.tokens(row, scheduler.active)), set()).add(row)
+                places.setdefault(tuple(scheduler.prefixes.tokens(row, scheduler.active)), set()).add(row)
     assert len(first_seen) > 4
     assert any(len(rows) > 1 for ids, rows in places.items() if ids in first_seen)  # some were moved
     finish(scheduler, requests)
@@ -455,7 +455,7 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
     places = []
     while long.finish_reason is None:
         scheduler.step()
-        places.append(long.row)
+        places.append(long.slot)
     assert list(dict.fromkeys(places)) == [None, 3, 0]  # and request 2 from row 2 to 1, when two are left
     # Steps were of all rows, then of fewer and fewer, and at last of one.
     sizes = [scheduler.engine.batch_bucket(num_rows) for num_rows, *_ in steps]
@@ -481,7 +481,7 @@ def test_a_prompt_moves_down_while_it_is_computed(cache_dtype, lookahead, monkey
     while not late.output_ids:
         scheduler.step()
         places += [late.prefill.row] if late.prefill is not None else []
-    assert (places[0], places[-1], late.row, len(moves)) == (1, 0, 0, 1)
+    assert (places[0], places[-1], late.slot, len(moves)) == (1, 0, 0, 1)
     alone = make_scheduler(1, 1300, cache_dtype=cache_dtype)
     finish(scheduler, [late])
     assert [late.output_ids] == run(alone, make_request(1100, 20, seed=1))
@@ -495,9 +495,9 @@ def test_a_gap_stays_while_there_is_a_request_to_fill_it(monkeypatch):
         scheduler.add(request)
     while not next_one.output_ids:
         scheduler.step()
-    assert (short.finish_reason, long.row, next_one.row, moves) == ("length", 1, 0, [])
+    assert (short.finish_reason, long.slot, next_one.slot, moves) == ("length", 1, 0, [])
     finish(scheduler, [next_one])
-    assert (long.row, len(moves)) == (0, 1)
+    assert (long.slot, len(moves)) == (0, 1)
 
 
 def test_processors_move_with_their_request():
@@ -505,21 +505,21 @@ def test_processors_move_with_their_request():
     other, long = make_request(10, 3), make_request(12, 30, seed=1, **PROCESSED)
     for request in (other, long):
         scheduler.add(request)
-    while other.finish_reason is None or long.row is None:
+    while other.finish_reason is None or long.slot is None:
         scheduler.step()
     state = scheduler.engine.processors.tensors
-    assert long.row == 0
+    assert long.slot == 0
     assert (state.presence_penalty_B.tolist(), state.bias_BV[:, 5].tolist()) == ([1.5, 0.0], [30.0, 0.0])
     assert state.in_prompt_BV[0].nonzero()[:, 0].tolist() == sorted(set(long.prompt_ids))
     assert state.count_BV[0].sum() == len(long.output_ids)
 
 
-def test_what_a_row_held_that_a_request_moves_to_can_still_be_reused():
+def test_what_a_slot_held_that_a_request_moves_to_can_still_be_reused():
     scheduler = make_scheduler(2)
     other, long = make_request(30, 5), make_request(12, 30, seed=1)
     run(scheduler, other, long)
     again = make_request(30, 5)
-    assert scheduler.kept.tokens(1, {})[:30] == other.prompt_ids  # it was computed in row 0
+    assert scheduler.prefixes.tokens(1, {})[:30] == other.prompt_ids  # it was computed in row 0
     assert (run(scheduler, again), again.reused_tokens) == ([other.output_ids], 30)
 
 
@@ -529,10 +529,10 @@ def test_a_request_that_is_cancelled_or_fails_lets_others_move_down(lookahead):
     requests = [make_request(10 + i, 40, seed=i) for i in range(4)]
     for request in requests:
         scheduler.add(request)
-    while requests[3].row is None:
+    while requests[3].slot is None:
         scheduler.step()
     scheduler.cancel(requests[0])
-    assert [request.row for request in requests[1:]] == [1, 2, 3]  # no smaller bucket holds three
+    assert [request.slot for request in requests[1:]] == [1, 2, 3]  # no smaller bucket holds three
     requests[2].on_token = lambda token: 1 / 0
     while requests[2].finish_reason is None:
         scheduler.step()
@@ -558,7 +558,7 @@ def test_a_reply_that_fills_the_cache_ends_there_while_others_run_on(lookahead):
 # ---------------------------------------------------------------------------------------- what breaks a whole step
 
 
-def step_as_the_runner_does(scheduler, times):
+def step_as_the_worker_does(scheduler, times):
     for _ in range(times):
         try:
             scheduler.step()
@@ -570,7 +570,7 @@ def refuse(*arguments):
     raise MemoryError("no room")
 
 
-def test_a_request_for_which_no_row_can_be_made_ready_ends(monkeypatch):
+def test_a_request_for_which_no_slot_can_be_made_ready_ends(monkeypatch):
     """It is neither waiting nor active then, and must not be waited for."""
     scheduler, prompt = make_scheduler(2), random_prompt(50)
     running, late = make_request(prompt, 50), make_request(prompt, 5, seed=1)
@@ -578,7 +578,7 @@ def test_a_request_for_which_no_row_can_be_made_ready_ends(monkeypatch):
     scheduler.step()
     monkeypatch.setattr(scheduler.engine, "copy_row", refuse)
     scheduler.add(late)
-    step_as_the_runner_does(scheduler, 60)
+    step_as_the_worker_does(scheduler, 60)
     assert running.finish_reason is not None
     assert late.finish_reason == "error" and isinstance(late.error, MemoryError)
 
@@ -589,7 +589,7 @@ def test_a_request_that_cannot_be_moved_ends(monkeypatch):
     monkeypatch.setattr(scheduler.engine, "swap_rows", refuse)
     scheduler.add(short)
     scheduler.add(long)
-    step_as_the_runner_does(scheduler, 60)
+    step_as_the_worker_does(scheduler, 60)
     assert (short.finish_reason, long.finish_reason) == ("length", "error")
 
 
@@ -611,7 +611,7 @@ def wait_for(condition):
 
 def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch):
     scheduler = make_scheduler(2, 1300)
-    runner = Runner(scheduler)
+    runner = EngineWorker(scheduler)
     short, long = (make_request(n, 1000, logits_processor=slowly) for n in (10, 20))
     runner.add([short, long])
     assert wait_for(lambda: long.output_ids)
@@ -626,7 +626,7 @@ def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
     """After a CUDA error every call fails, those that clean up, too."""
     scheduler = make_scheduler(1, 1300)
     running, waiting = make_request(10, 1000, logits_processor=slowly), make_request(20, 5, seed=1)
-    runner = Runner(scheduler)
+    runner = EngineWorker(scheduler)
     runner.add([running, waiting])
     assert wait_for(lambda: running.output_ids)
 

@@ -1,0 +1,17 @@
+from qwen3fast._version import __version__ as __version__
+from qwen3fast.chat_session import ChatSession as ChatSession
+from qwen3fast.checkpoint import load_model as load_model
+from qwen3fast.embedder import Embedder as Embedder
+from qwen3fast.generator import Generator as Generator
+from qwen3fast.model.config import ModelConfig as ModelConfig
+from qwen3fast.options import GeneratorOptions as GeneratorOptions
+from qwen3fast.reranker import Reranker as Reranker
+from qwen3fast.results import GenerationResult as GenerationResult
+from qwen3fast.results import GeneratorStats as GeneratorStats
+from qwen3fast.results import RequestMetrics as RequestMetrics
+from qwen3fast.results import StreamChunk as StreamChunk
+from qwen3fast.results import TokenLogprobs as TokenLogprobs
+from qwen3fast.sampling_params import SamplingParams as SamplingParams
+from qwen3fast.scheduling import QueueFullError as QueueFullError
+from qwen3fast.scheduling.handle import RequestHandle as RequestHandle
+from qwen3fast.text.tool_calls import ToolCall as ToolCall

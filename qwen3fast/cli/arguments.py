@@ -1,0 +1,123 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from qwen3fast.checkpoint import read_config, resolve_source
+from qwen3fast.checks import checked_text
+from qwen3fast.engine.compile import CompileMode
+from qwen3fast.generator import Generator
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import CACHE_DTYPES
+from qwen3fast.options import GeneratorOptions
+from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.sampling_params import SamplingParams
+
+COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
+MODEL_HELP = (
+    "hub id (Qwen/Qwen3-0.6B), local folder ('' is the current one) or .gguf file, 'tiny' (shipped), or 'random:0.6b' "
+    "(random weights) [%(default)s]"
+)
+QUANTIZATION_HELP = "quantize the weights while loading; dequantize: plain weights of a prequantized checkpoint"
+
+
+def add_source_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options that name a model."""
+    group.add_argument("--model", type=_model, default="tiny", help=MODEL_HELP)
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `open_generator`."""
+    group = parser.add_argument_group("model")
+    add_source_arguments(group)
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
+    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
+    group.add_argument("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
+    group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
+    group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
+    group.add_argument("--check-weights", action="store_true", help="refuse NaN and infinity (reads all weights once)")
+    group.add_argument("--threads", type=int, help="CPU threads [one per core]")
+    group.add_argument(
+        "--compile",
+        choices=list(COMPILE_MODES),
+        default="auto",
+        help="auto: while it answers; always: first; never [%(default)s]",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sampling_params`."""
+    group = parser.add_argument_group("sampling (unset values come from the checkpoint)")
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-k", type=int, help="keep the k most likely tokens; 0 keeps all")
+    group.add_argument("--top-p", type=float, help="keep the smallest set of tokens with this probability")
+    group.add_argument("--min-p", type=float, help="keep tokens with this probability, relative to the most likely")
+    group.add_argument("--max-tokens", type=int, help="new tokens at most [what fits the context]")
+    group.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
+    group.add_argument("--seed", type=int, help="same seed, same reply")
+    group.add_argument("--think", action="store_true", help="let the model reason before it answers")
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Return the SamplingParams of the options. Raises: ValueError for values out of range."""
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        max_tokens=args.max_tokens,
+        stop=tuple(checked_text("--stop", text) for text in args.stop),
+        seed=args.seed,
+    )
+
+
+def open_generator(args: argparse.Namespace) -> Generator:
+    """Return the Generator of the options, warmed up if they ask for that. Raises: as `from_pretrained`."""
+    max_seq_len = args.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(GeneratorOptions.max_seq_len, config_of(args.model, args.revision).longest_context)
+    has_terminal = sys.stderr is not None and sys.stderr.isatty()
+    generator = Generator.from_pretrained(
+        args.model,
+        revision=args.revision,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_seq_len=max_seq_len,
+        kv_cache_dtype=args.kv_cache_dtype,
+        compile=COMPILE_MODES[args.compile],
+        threads=args.threads,
+        check_weights=args.check_weights,
+        progress=has_terminal and os.environ.get("RANK", "0") == "0",
+        tensor_parallel=num_processes() > 1,
+    )
+    if args.compile == "always":
+        generator.warmup(progress=has_terminal)
+    return generator
+
+
+def num_processes() -> int:
+    """Return the number of processes that torchrun has started, or 1. Raises: ValueError for a bad WORLD_SIZE."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(
+            f"the environment's WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}"
+        )
+    return int(size)
+
+
+def config_of(model: str, revision: str | None) -> ModelConfig:
+    """Return the config of a model without its weights. Raises: FileNotFoundError or ValueError."""
+    if model.startswith("random:"):
+        return ModelConfig.named(model.removeprefix("random:").partition(":")[0])
+    return read_config(resolve_source(model, revision))
+
+
+def _model(text: str) -> str:
+    return text or str(Path.cwd())

@@ -1,0 +1,62 @@
+"""`qwen3fast chat`: a conversation, line by line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qwen3fast.checks import checked_text
+from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
+from qwen3fast.cli.console import read_line, replace_surrogates
+from qwen3fast.generator import Generator
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.text.tokenizer import Message
+
+HELP = "talk to a model; /reset forgets the conversation, /exit leaves"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--system", help="system message at the start of the conversation")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reply to each line of standard input until it ends. Returns: the exit status."""
+    params = sampling_params(args)
+    system = checked_text("--system", args.system) if args.system else None
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    with open_generator(args) as generator:
+        print(f"{replace_surrogates(args.model)}: /reset forgets the conversation, /exit leaves", file=sys.stderr)
+        while (line := read_line()) is not None:
+            line = line.strip()
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages = list(start)
+                print("(conversation forgotten)", file=sys.stderr)
+            elif line.startswith("/"):
+                print("commands: /reset, /exit", file=sys.stderr)
+            elif line:
+                reply = _reply(generator, [*messages, {"role": "user", "content": line}], params, args.think)
+                if reply is not None:
+                    messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+    return 0
+
+
+def _reply(generator: Generator, messages: list[Message], params: SamplingParams, think: bool) -> str | None:
+    """Stream one reply. Returns: its text, or None if it failed or was interrupted (the turn is then forgotten)."""
+    text = ""
+    try:
+        for chunk in generator.stream_chat(messages, params, enable_thinking=think):
+            print(chunk.text, end="", flush=True)
+            text += chunk.text
+        print(flush=True)
+        return text
+    except KeyboardInterrupt:
+        print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, FloatingPointError, MemoryError) as err:
+        print(f"(cannot reply: {err})", file=sys.stderr)
+    return None

@@ -1,0 +1,49 @@
+"""Standard input and output that never end a program in a traceback, whatever their encoding or their other end."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+
+STRICT = ("strict", "surrogateescape")  # how Python handles what an encoding lacks, unless PYTHONIOENCODING says more
+
+
+def prepare_streams() -> None:
+    """Replace characters that standard output cannot show, and bytes of standard input that are no text."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT:
+            stream.reconfigure(errors="replace")
+
+
+def flush_output() -> None:
+    """Write what standard output still holds. Raises: OSError if that fails; BrokenPipeError if nobody reads it."""
+    if sys.stdout is not None:  # it is None where the shell has closed it
+        sys.stdout.flush()
+
+
+def abandon_output() -> None:
+    """Let nothing be written to standard output any more, not even when Python ends: its reader is gone."""
+    with suppress(OSError, ValueError, AttributeError):  # not a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def read_input() -> str:
+    """Return all of standard input, without the line break at its end."""
+    return "" if sys.stdin is None else sys.stdin.read().removesuffix("\n").removesuffix("\r")
+
+
+def read_line() -> str | None:
+    """Return one line of standard input, characters that UTF-8 cannot encode replaced; None at its end."""
+    try:
+        return replace_surrogates(input("> " if sys.stdin is not None and sys.stdin.isatty() else ""))
+    except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
+        return None
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can encode."""
+    return text.encode("utf-8", "replace").decode("utf-8")

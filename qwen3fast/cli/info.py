@@ -1,0 +1,71 @@
+"""`qwen3fast info`: what a model is, without reading its weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from torch import nn
+
+from qwen3fast.checkpoint import empty_model, resolve_source
+from qwen3fast.cli.arguments import add_source_arguments, config_of
+from qwen3fast.cli.console import replace_surrogates
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.linear import QuantizedLinear
+
+HELP = "what a model is: sizes, memory for weights and KV cache"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    add_source_arguments(parser)
+    parser.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were quantized while loading")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table. Returns: the exit status."""
+    config = config_of(args.model, args.revision)
+    published = config.published
+    is_random = args.model.startswith("random:")
+    model = build_on_meta(config) if is_random else empty_model(resolve_source(args.model, args.revision))
+    if args.quantization is not None and model.config.quantization is None:
+        quantize_model(model, args.quantization, config.dtype)
+    lines = _describe(model, model.config)
+    if published is not None:
+        lines["published in"] = published.describe()
+    print(replace_surrogates(args.model))
+    for name, value in lines.items():
+        print(f"  {name:27} {value}")
+    return 0
+
+
+def _describe(model: Qwen3, config: ModelConfig) -> dict[str, str]:
+    """Return the lines of the table, by name."""
+    kv_bytes = config.kv_bytes_per_token(config.dtype)
+    lines = {
+        "parameters": f"{config.num_parameters:,}",
+        "weights": f"{model.num_bytes():,} bytes in {config.quantization or _formats(model)}",
+        "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
+        "KV cache": f"{kv_bytes / 1024:g} KiB per token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
+        "layers": f"{config.num_hidden_layers}",
+        "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",
+        "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}" + (" (embedding tied)" if config.tie_word_embeddings else ""),
+        "longest context": f"{config.longest_context:,}",
+        "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
+    }
+    if config.num_experts:
+        lines["parameters"] += f", {config.decode_parameters:,} of them active per token"
+        lines["experts"] = (
+            f"{config.num_experts}, {config.num_experts_per_tok} per token, of {config.moe_intermediate_size}"
+        )
+    return lines
+
+
+def _formats(model: Qwen3) -> str:
+    """Return the names of the formats that the linear layers are stored in."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | QuantizedLinear)]
+    names = [x.format.name if isinstance(x, QuantizedLinear) else str(x.weight.dtype)[6:] for x in linears]
+    return ", ".join(sorted(set(names)))

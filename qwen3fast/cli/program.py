@@ -1,0 +1,118 @@
+"""`qwen3fast COMMAND`: parse the arguments, run the command, and turn errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from qwen3fast._version import __version__
+from qwen3fast.cli import chat, generate, info
+from qwen3fast.cli.arguments import num_processes
+from qwen3fast.cli.console import abandon_output, flush_output, prepare_streams
+
+COMMANDS = {"generate": generate, "chat": chat, "info": info}
+BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE has ended
+INTERRUPTED = 130  # the same for SIGINT
+
+
+class Loaded(NamedTuple):
+    """A command whose module is imported by name, when the command is used: it needs packages that others do not.
+
+    Attributes:
+        help: one line.
+        module: its dotted name.
+        extra: the extra of this package to install for it.
+        run: the module's function that runs the command and returns the exit status. It gets the arguments as they
+            are, or parsed, if there is add_arguments.
+        add_arguments: the module's function that adds the options to a parser.
+    """
+
+    help: str
+    module: str
+    extra: str = ""
+    run: str = "main"
+    add_arguments: str = ""
+
+
+LOADED = {
+    "bench": Loaded(
+        "tokens per second with and without the KV cache, and more: bench --help", "qwen3fast.bench.__main__"
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns: the exit status: 0, 1 (failed, with a message), 2 (bad options), 130 (Ctrl-C), 141 (nobody reads the
+    output any more, as in `| head`).
+    """
+    prepare_streams()
+    status = 0
+    try:
+        try:
+            status = _run(argv)
+        finally:
+            flush_output()  # here, where an error can still be handled, not when Python ends
+        return status
+    except BrokenPipeError:
+        abandon_output()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as err:  # of the flush
+        abandon_output()
+        return status or _fail(err)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each sets `run`."""
+    parser = argparse.ArgumentParser(prog="qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"qwen3fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*COMMANDS, *LOADED]))
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    for name, loaded in LOADED.items():
+        # Its own parser reads the options, --help included: no prefix makes an option here.
+        command = commands.add_parser(name, help=loaded.help, add_help=False, prefix_chars="\0")
+        command.add_argument("options", nargs="*")
+        command.set_defaults(run=_run_loaded)
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, MemoryError, FloatingPointError, RuntimeError, ImportError) as err:
+        return _fail(err)
+
+
+def _fail(error: Exception) -> int:
+    print(f"qwen3fast: error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+
+
+def _run_loaded(args: argparse.Namespace) -> int:
+    loaded = LOADED[args.command]
+    if num_processes() > 1:
+        raise ValueError(f"{args.command} runs in one process; start it without torchrun")
+    try:
+        module = import_module(loaded.module)
+    except ModuleNotFoundError as err:
+        if not loaded.extra:
+            raise
+        raise ImportError(f"{args.command} needs {err.name}; run: pip install 'qwen3fast[{loaded.extra}]'") from err
+    arguments = args.options
+    if loaded.add_arguments:
+        parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=loaded.help)
+        getattr(module, loaded.add_arguments)(parser)
+        arguments = parser.parse_args(arguments)
+    return getattr(module, loaded.run)(arguments)

@@ -1,0 +1,70 @@
+"""What `Generator.from_pretrained` loads: model, tokenizer and sampling preset, the small files first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
+from qwen3fast.checks import checked_flag, checked_source
+from qwen3fast.model import Qwen3
+from qwen3fast.model.config import as_id_tuple
+from qwen3fast.parallel import Ranks
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.text.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+    """The first arguments of `Generator`, by name."""
+
+    model: Qwen3
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any] | None
+    source_folder: Path | None
+    ranks: Ranks | None
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    quantization: str | None,
+    revision: str | None,
+    progress: bool,
+    adapter: str | Path | None,
+    check_weights: bool,
+    tensor_parallel: bool,
+) -> Loaded:
+    """Load what a Generator needs; see `Generator.from_pretrained` for the arguments and errors."""
+    checked_source(source, quantization, revision, adapter, check_weights)
+    checked_flag("progress", progress)
+    ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
+    tokenizer, generation_config, folder = None, None, None
+    if not str(source).startswith("random:"):  # small files that may be damaged are read before the weights
+        folder = resolve_source(source, revision)
+        tokenizer = read_tokenizer(folder)
+        generation_config = checked_preset(read_generation_config(folder), folder)
+    model = load_model(
+        source, device, dtype, revision, progress, quantization,
+        adapter=adapter, check_weights=check_weights, ranks=ranks,
+    )  # fmt: skip
+    return Loaded(model, tokenizer, generation_config, folder, ranks)
+
+
+def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's sampling preset, if it has one.
+
+    Raises: ValueError naming the file if it sets what no request could.
+    """
+    if preset is None:
+        return None
+    try:
+        SamplingParams.from_generation_config(preset)
+        as_id_tuple(preset.get("eos_token_id"))
+    except ValueError as err:
+        if source.is_file():
+            raise ValueError(f"{source}: its settings of sampling are damaged: {err}") from err
+        raise ValueError(f"{source / 'generation_config.json'}: {err}; correct it, or delete the file") from err
+    return preset

@@ -1,0 +1,82 @@
+"""GeneratorOptions: how a Generator runs its model. Checked when built, before any weights are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from qwen3fast.checks import checked_flag, checked_integer, checked_option
+from qwen3fast.engine.compile import CompileMode
+from qwen3fast.engine.threads import checked_threads
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import CACHE_DTYPES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_SEQ_LEN = 2**31 - 1
+MAX_BATCH_SIZE = 4096
+MAX_QUEUE = 10**6
+
+
+@dataclass(frozen=True)
+class GeneratorOptions:
+    """The options of `Generator` and `Generator.from_pretrained`, each a keyword argument of both.
+
+    Attributes:
+        max_seq_len: prompt and reply together, in tokens; the KV cache is allocated for it.
+        max_batch_size: requests that run at once; more wait. Each has a slot of the cache.
+        kv_cache_dtype: "auto" keeps keys and values in the weights' dtype; "int8" quantizes them, with one scale per
+            vector, which takes half of bfloat16's memory.
+        compile: True compiles before the first token, "auto" while tokens come (on CPUs; on CUDA it is True), False
+            never.
+        cuda_graphs: replay decode steps as CUDA graphs; False launches each kernel from the host.
+        prefix_reuse: keep keys and values of earlier requests, and start a prompt behind the longest prefix that it
+            shares with one of them. Switch it off to change weights in place.
+        max_queue: requests that `submit` and `astream` let wait.
+        threads: CPU threads, for the whole process; None takes one per core.
+    """
+
+    max_seq_len: int = 4096
+    max_batch_size: int = 1
+    kv_cache_dtype: str = "auto"
+    compile: CompileMode = True
+    cuda_graphs: bool = True
+    prefix_reuse: bool = True
+    max_queue: int = 1024
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check each option. Raises: ValueError naming the option, what is allowed, and the value."""
+        for name, most in (("max_seq_len", MAX_SEQ_LEN), ("max_batch_size", MAX_BATCH_SIZE), ("max_queue", MAX_QUEUE)):
+            self._set(name, checked_integer(name, getattr(self, name), 1, most))
+        for name in ("cuda_graphs", "prefix_reuse"):
+            self._set(name, checked_flag(name, getattr(self, name)))
+        checked_option("kv_cache_dtype", self.kv_cache_dtype, tuple(CACHE_DTYPES))
+        if not (isinstance(self.compile, str) and self.compile == "auto"):
+            self._set("compile", checked_flag("compile", self.compile, also="'auto'"))
+        self._set("threads", checked_threads(self.threads))
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Check the options that depend on the model. Raises: ValueError for a max_seq_len beyond its positions."""
+        if self.max_seq_len > config.longest_context:
+            stretched = " (stretched by YaRN)" if config.longest_context > config.max_position_embeddings else ""
+            raise ValueError(
+                f"max_seq_len {self.max_seq_len} exceeds the model's max_position_embeddings "
+                f"{config.longest_context}{stretched}; choose at most that"
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def takes_options(function: Function) -> Function:
+    """Let `help` and `inspect` show the fields of GeneratorOptions in place of a function's `**options`."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(GeneratorOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return function
