@@ -1,12 +1,11 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
-import json
 
 import pytest
 
 from qwen3fast.bench import probes
 from qwen3fast.bench.__main__ import main
-from qwen3fast.bench.record import SCHEMA_FILE, load_record
+from qwen3fast.bench.record import load_record
 from qwen3fast.bench.suites import SUITES, batch, context, quantization, roofline, startup
 
 SMALL = ["--model", "tiny", "--repetitions", "2"]
@@ -39,11 +38,6 @@ def run_suite(name, options, folder, capsys):
     assert len(out.splitlines()) > len(record.cases) and f"wrote {json_file} and {png_file}" in err
     assert main(["compare", str(json_file), str(json_file)]) in (0, 2)  # 2: nothing could be judged, or an error
     assert "error" not in capsys.readouterr().err
-    try:
-        import jsonschema
-    except ImportError:
-        return record
-    jsonschema.validate(json.loads(json_file.read_text()), json.loads(SCHEMA_FILE.read_text()))
     return record
 
 
