@@ -29,7 +29,7 @@ from tables import OURS, offline_rows, online_rows
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.measure import check_tokens, make_prompts
 from qwen3fast.bench.options import counts
 from qwen3fast.bench.plot import save
@@ -184,7 +184,7 @@ def arrivals(count: int, rate: float, seed: int = 2) -> list[float]:
     return times
 
 
-def run_online(generator: Any, work: Work, due: list[float]) -> Sample:
+def run_online(generator: Any, work: Work, due: list[float]) -> Measurement:
     """Submit each request when it is due, and read all replies.
 
     Returns: for each request seconds from when it was due to its first token, all gaps between tokens of a reply, and

@@ -32,7 +32,7 @@ from tables import OURS, peers_rows
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.measure import check_tokens, make_prompts
 from qwen3fast.bench.options import counts
 from qwen3fast.bench.plot import save
@@ -146,7 +146,7 @@ def make_task(args: argparse.Namespace, case: Case, worker: Any, steps: int) -> 
     """One reply of a case's context. Warm-up runs, before the case has a sample, come from `warm_up`."""
     context = int(case.labels["context"])
 
-    def run() -> Sample:
+    def run() -> Measurement:
         # The same prompt for all engines in a round, and never one that an engine has seen.
         round_number = len(case.samples.get("ttft_s", ()))
         return _reply(args.vocab_size, worker, context, steps, seed=1_000 * (round_number + 1) + context)
@@ -160,7 +160,7 @@ def warm_up(args: argparse.Namespace, harness: Harness, task: Task, worker: Any,
     harness.warm_up(Task(task.case, lambda: _reply(args.vocab_size, worker, context, steps, seed=next(seeds))))
 
 
-def _reply(vocab_size: int, worker: Any, context: int, steps: int, seed: int) -> Sample:
+def _reply(vocab_size: int, worker: Any, context: int, steps: int, seed: int) -> Measurement:
     [prompt] = make_prompts(vocab_size, context, 1, seed=seed)
     time.sleep(PAUSE_S)
     reply = worker.generate(prompt, steps)
@@ -236,7 +236,7 @@ def main() -> int:
     record = Record("peers", run, describe_environment(device), model, notes={"engines": [], "not_run": args.not_run})
     probe = BandwidthProbe(device)
 
-    def measure_bandwidth() -> Sample:
+    def measure_bandwidth() -> Measurement:
         time.sleep(PAUSE_S)
         return {"bandwidth_gb_s": probe.measure()}
 

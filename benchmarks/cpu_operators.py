@@ -21,7 +21,7 @@ from tables import find, operators_rows, unique
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.metrics import short
 from qwen3fast.bench.options import counts
@@ -120,7 +120,7 @@ def make_task(record: Record, labels: dict[str, str | int], time_once: Callable[
     cases = {name: Case({**labels, "operator": name}) for name in with_other(time_once())}
     record.cases += cases.values()
 
-    def run() -> Sample:
+    def run() -> Measurement:
         ms = with_other(time_once())
         for name, case in cases.items():
             if name != "whole":

@@ -21,7 +21,7 @@ import torch
 from tables import moe_rows
 
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.measure import Workbench, make_prompts
 from qwen3fast.bench.options import counts
 from qwen3fast.bench.plot import save
@@ -85,7 +85,7 @@ def tasks_of(args: argparse.Namespace, format: str, num_experts: int, record: Re
     return tasks
 
 
-def reply(bench: Workbench, prompts: list[list[int]], new_tokens: int) -> Sample:
+def reply(bench: Workbench, prompts: list[list[int]], new_tokens: int) -> Measurement:
     """One timed reply."""
     return {"step_s": bench.run(MODE, prompts, new_tokens + 1).step_s}
 

@@ -37,7 +37,7 @@ from huggingface_hub.utils import tqdm
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
@@ -105,7 +105,7 @@ def resident_bytes() -> dict[str, int]:
     return {"own_bytes": found["RssAnon"], "mapped_bytes": found["RssFile"]}
 
 
-def load_here(folder: Path, load: Load) -> tuple[Sample, int]:
+def load_here(folder: Path, load: Load) -> tuple[Measurement, int]:
     """Load in this process. Returns seconds and peaks of memory, and the model's bytes."""
     torch.empty(1).to(torch.bfloat16)  # what PyTorch sets up once is not the loader's
     memory = MemoryPeak()
@@ -185,7 +185,7 @@ def read_in_order(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def run_apart(folder: Path, load: Load) -> tuple[Sample, int]:
+def run_apart(folder: Path, load: Load) -> tuple[Measurement, int]:
     """`load_here` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(load_here, (folder, load))
@@ -195,10 +195,10 @@ def tasks_of(folder: Path, names: list[str]) -> list[Task]:
     """Plain reads, then each case from warm files, then from cold ones."""
     file_bytes = float(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
-    def read_plainly() -> Sample:
+    def read_plainly() -> Measurement:
         return {"dropped_bytes": drop_from_cache(folder), "seconds": read_in_order(folder)}
 
-    def run(load: Load, case: Case, is_cold: bool) -> Sample:
+    def run(load: Load, case: Case, is_cold: bool) -> Measurement:
         if is_cold:
             dropped = drop_from_cache(folder)
         sample, case.facts["model_bytes"] = run_apart(folder, load)

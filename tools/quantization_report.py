@@ -29,7 +29,7 @@ from train_tiny import encode, pad
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text

@@ -17,20 +17,20 @@ from qwen3fast.bench.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`; ""
+    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `scale`; ""
     is `duration` for seconds, else `short`."""
 
     title: str
     unit: str
     is_higher_better: bool
     format: str = ""
-    factor: float = 1.0
+    scale: float = 1.0
 
     def text(self, value: float) -> str:
         """The value in words of a table cell."""
         if self.format:
-            return self.format.format(value * self.factor)
-        return duration(value) if self.unit == "s" else short(value * self.factor)
+            return self.format.format(value * self.scale)
+        return duration(value) if self.unit == "s" else short(value * self.scale)
 
 
 def duration(seconds: float) -> str:

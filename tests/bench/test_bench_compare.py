@@ -319,7 +319,7 @@ def test_compare_command_keeps_its_status_when_the_reader_leaves(files):
     names = files(make_record(make_case(STEADY)), make_record(make_case(scaled(0.5))))
     reader, writer = os.pipe()
     os.close(reader)
-    code = "import sys; from qwen3fast.bench.compare_command import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from qwen3fast.bench.__main__ import main; sys.exit(main(['compare', *sys.argv[1:]]))"
     done = subprocess.run([sys.executable, "-c", code, *names], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

@@ -7,7 +7,8 @@ from bench_fakes import MODEL, make_case, make_record
 
 from qwen3fast.bench import timeline
 from qwen3fast.bench.__main__ import main
-from qwen3fast.bench.history import draw, lines_of, parse_labels, table
+from qwen3fast.bench.history import lines_of, parse_labels, table
+from qwen3fast.bench.pictures.history import draw
 from qwen3fast.bench.record import write_json, write_text
 from qwen3fast.bench.timeline import in_order, versions_in_git
 
@@ -43,7 +44,7 @@ def test_order_refuses_what_does_not_belong_together():
     with pytest.raises(ValueError, match="model name 'random:test' and 'tiny'; --force"):
         in_order([one, other])
     assert len(in_order([one, other], force=True)) == 2
-    with pytest.raises(ValueError, match="no record of version 2 to show; give some, or --git PATH"):
+    with pytest.raises(ValueError, match="no record to show; name some, or use --git PATH"):
         in_order([])
 
 

@@ -1,6 +1,5 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
-
 import pytest
 
 from qwen3fast.bench import probes

@@ -95,8 +95,8 @@ def main_table(record: Record, columns: Columns) -> tuple[list[Cell], list[list[
             between = interval(name, found) if found else ""
             row.append(_number(METRICS[name].text(found.median), found.median, between) if found else Cell(""))
         if columns.baseline:
-            factor = speedup(record, case, columns)
-            row.append(_number(f"{factor:.1f}x", factor) if factor is not None else Cell(""))
+            gain = speedup(record, case, columns)
+            row.append(_number(f"{gain:.1f}x", gain) if gain is not None else Cell(""))
         rows.append(row)
     return header, rows
 

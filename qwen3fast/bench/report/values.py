@@ -10,7 +10,7 @@ from qwen3fast.bench.statistics import Estimate
 
 
 class Values:
-    """Finds a record's estimates by their medians, as figures draw them (times the metric's factor or not)."""
+    """Finds a record's estimates by their medians, as figures draw them (times the metric's scale or not)."""
 
     def __init__(self, record: Record) -> None:
         self._entries = [(case, name, e) for case in record.cases for name, e in case.metrics.items()]
@@ -35,7 +35,7 @@ class Values:
 
 def _shows(entry: tuple[Case, str, Estimate], where: float | None, value: float) -> bool:
     case, name, estimate = entry
-    is_value = any(isclose(value, estimate.median * factor, rel_tol=1e-9) for factor in (1.0, METRICS[name].factor))
+    is_value = any(isclose(value, estimate.median * scale, rel_tol=1e-9) for scale in (1.0, METRICS[name].scale))
     return is_value and (where is None or any(label == where for label in case.labels.values()))
 
 

@@ -70,8 +70,8 @@ def condition_rows(record: Record) -> list[tuple[str, str]]:
     for name, values in record.conditions.items():
         numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list) else []
         if numbers:
-            title, unit, factor = CONDITIONS.get(name, (name.replace("_", " "), "", 1.0))
-            middle, low, high = (f"{v * factor:,.3g}" for v in (median(numbers), min(numbers), max(numbers)))
+            title, unit, scale = CONDITIONS.get(name, (name.replace("_", " "), "", 1.0))
+            middle, low, high = (f"{v * scale:,.3g}" for v in (median(numbers), min(numbers), max(numbers)))
             times = "once" if len(numbers) == 1 else f"{len(numbers)} times, between {low} and {high}"
             rows.append((title, f"{middle} {unit}".strip() + f" (measured {times})"))
     return rows
