@@ -23,7 +23,7 @@ PEER = Peer(
         Variant("bf16", "eager", {**_BF16, "kv_cache": "bf16, grows by concatenation (DynamicCache)"}, CHECKPOINT),
         Variant("bf16", "static-compiled", {**_BF16, "kv_cache": "bf16, static; its whole length is read"}, CHECKPOINT),
         # Each token takes as long as a prompt: a few say it.
-        Variant("bf16", "no-cache", {**_BF16, "kv_cache": "none"}, CHECKPOINT, most_steps=2),
+        Variant("bf16", "no-cache", {**_BF16, "kv_cache": "none"}, CHECKPOINT, max_steps=2),
     ),
     devices=("cpu", "cuda"),
 )

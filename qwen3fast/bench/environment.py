@@ -29,12 +29,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "cpu_affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "cpu_flags": [flag for flag in NOTED_FLAGS if flag in _cpu_flags()],
+        "cpu_flags": [flag for flag in NOTED_FLAGS if flag in cpu_flags()],
         "cpu_caches": _cpu_caches(),
         "memory_bytes": _memory_bytes(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_instructions": _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
+        "bfloat16_instructions": cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -85,7 +85,8 @@ def _cpu_model() -> str:
     return f"{name}, family {family} model {model}" if family and model else name
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Return the instruction sets of the processor, in Linux's names; empty elsewhere."""
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
 
 

@@ -29,11 +29,12 @@ Measurement = dict[str, Any]
 class Task:
     """A case and how to measure it once: `run` returns each sample's value by name, None for an unavailable one.
 
+    run: returns None if there is nothing to measure any more, such as an engine that has crashed.
     expected_s: a guess of how long a run takes, for the progress bar and for runs with a time limit.
     """
 
     case: Case
-    run: Callable[[], Measurement]
+    run: Callable[[], Measurement | None]
     warms_up: bool = True
     expected_s: float = 1.0
 
@@ -161,8 +162,9 @@ class Harness:
             self.progress.show(f"{title}: {task.case.name}")
             before = self._probe()
             sample = task.run()
-            after = self._probe()
-            task.case.add(sample | {name: (before[name] + after[name]) / 2 for name in before})
+            if sample is not None:
+                after = self._probe()
+                task.case.add(sample | {name: (before[name] + after[name]) / 2 for name in before})
             self.progress.done += task.expected_s if counts else 0.0
 
     def _limit_progress(self, work: float, end: float) -> None:
@@ -197,8 +199,10 @@ def interruptible(record: Record) -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _duration(sample: Measurement) -> float:
+def _duration(sample: Measurement | None) -> float:
     """Return what warm-up runs are compared by: the median step, or else the time of the whole run."""
+    if sample is None:
+        return 0.0
     if sample.get("step_s"):
         return median(sample["step_s"])
     return next((float(sample[name]) for name in ("seconds", "ttft_s") if sample.get(name) is not None), 0.0)
