@@ -1,6 +1,7 @@
 """The programs in benchmarks/ without their measurements: options, turns, the workers' protocol, clients."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import compare_peers
 import cpu_operators
 import pytest
 import torch
-from peers import ctranslate2, protocol, sglang, transformers, vllm
+from peers import ctranslate2, protocol, registry, sglang, transformers, vllm
 
 from qwen3fast.bench.environment import describe_environment
 from qwen3fast.bench.harness import Harness
@@ -53,7 +54,32 @@ def test_peers_for_gpus_are_left_out_on_a_cpu_with_a_reason():
     assert args.peers == ["transformers"]
     why = "not run: needs cuda, this comparison is on cpu"
     assert args.not_run == {"vllm": why, "sglang": why}
-    assert compare_peers.split_by_device(["llama-cpp", "vllm"], "cuda")[0] == ["vllm"]
+    assert registry.split_by_device(["llama-cpp", "vllm"], "cuda")[0] == ["vllm"]
+
+
+def test_llama_cpp_without_amx_runs_where_there_is_amx_only(monkeypatch):
+    for flags, expected in ((set(), {}), ({"amx_tile"}, {"llama-cpp-no-amx"})):
+        monkeypatch.setattr(registry, "cpu_flags", lambda flags=flags: flags)
+        able, reasons = registry.split_by_device(["llama-cpp", "llama-cpp-no-amx"], "cpu")
+        assert set(able) == {"llama-cpp", *expected} and len(able) + len(reasons) == 2
+    peer = registry.PEERS["llama-cpp-no-amx"]
+    assert "AMX" not in peer.pip_environment["CMAKE_ARGS"] and "GGML_NATIVE=OFF" in peer.pip_environment["CMAKE_ARGS"]
+
+
+def test_set_up_goes_on_when_a_peer_fails(monkeypatch, capsys):
+    tried = []
+
+    def set_up(peer):
+        tried.append(peer.name)
+        if peer.name == "llama-cpp":
+            raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(registry, "write_checkpoint", lambda *_: None)
+    monkeypatch.setattr(protocol.Peer, "setup", set_up)
+    monkeypatch.setattr(protocol.Peer, "convert", lambda *_: None)
+    args = compare_peers.parse(["--peers", "llama-cpp,ctranslate2"])
+    assert registry.set_up(args) == 1 and tried == ["llama-cpp", "ctranslate2"]
+    assert "FAILED: llama-cpp" in capsys.readouterr().err
 
 
 def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
@@ -67,13 +93,13 @@ def test_what_is_not_set_up_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "CACHE", tmp_path)
     args = compare_peers.parse(["--peers", "ctranslate2", "--formats", "int8", "--weights", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --peers"):
-        compare_peers.require_set_up(args)
+        registry.require_set_up(args)
 
 
 def test_every_peer_says_what_it_computes_in_and_names_are_told_apart():
-    names = [name for format in protocol.FORMATS for name, *_ in compare_peers.selected([*compare_peers.PEERS], format)]
+    names = [name for format in protocol.FORMATS for name, *_ in registry.selected([*registry.PEERS], format)]
     assert names.count("qwen3fast") == 3 and len(names) - len(set(names)) == 3  # ours twice in each rounded format
-    for peer in compare_peers.PEERS.values():
+    for peer in registry.PEERS.values():
         for variant in peer.variants:
             assert variant.format in protocol.FORMATS and set(variant.computes) == {
                 "weights",
@@ -134,6 +160,38 @@ def test_an_adapter_answers_on_a_channel_of_its_own():
     assert hello["versions"] == {"pytest": pytest.__version__}
     assert answer == {"prefill_s": 1.0, "decode_s": 2.0, "token_ids": [3, 3]}
     assert "noise of a native library" in done.stderr
+
+
+CRASH = """
+import os, signal, sys, time
+print("illegal\\x1b instruction", file=sys.stderr)
+sys.argv[1:2] == ["silent"] and time.sleep(60)
+os.kill(os.getpid(), signal.SIGILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("crash", "ended by SIGILL; the end of its log:\nillegal"),
+        ("silent", "no answer in 1 s; the end of its log:\nillegal"),
+    ],
+)
+def test_a_worker_that_ends_or_keeps_silent_is_told_with_its_log(variant, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "CACHE", tmp_path)
+    monkeypatch.setattr(protocol, "LOAD_S", 1.0 if variant == "silent" else 60.0)
+    python = tmp_path / "python"
+    (tmp_path / "crash.py").write_text(CRASH)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path / 'crash.py'} {variant}\n")
+    python.chmod(0o755)
+    with pytest.raises(protocol.WorkerError, match=re.escape(message)):
+        protocol.Worker("x", python, "ours", variant, tmp_path, 1, 64)
+
+
+def test_ends_of_processes_have_words():
+    assert [protocol.how_it_ended(code) for code in (0, 3, -9, -99)] == [
+        "ended with status 0", "ended with status 3", "ended by SIGKILL", "ended by signal 99"
+    ]  # fmt: skip
 
 
 def test_peers_that_read_the_checkpoint_get_links_to_it(tmp_path):
