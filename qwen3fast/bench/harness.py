@@ -113,22 +113,21 @@ class Harness:
                     break
                 rest = sum(costs[n] for n in costs if n >= number) + (repetitions - i - 1) * sum(costs.values())
                 self._limit_progress(rest, end)
-                self._round(groups[number], f"{groups[number].description}, round {i + 1} of {repetitions}", False)
-                self.progress.done += cost
+                self._round(groups[number], f"{groups[number].description}, round {i + 1} of {repetitions}", True)
         self.progress.close()
         return left
 
     def _first_round(self, group: Group, title: str) -> float:
         """Warm up and measure once. Returns: seconds of the round, without the warm-up."""
         self._add_cases([group])
-        started = self._clock()
         for task in group.tasks:
             if task.warms_up:
                 self.progress.show(f"{title}, warm-up: {task.case.name}")
+                started = self._clock()
                 task.run()
+                self.progress.done += self._clock() - started
         warm = self._clock()
-        self._round(group, f"{title}, round 1", False)
-        self.progress.done += self._clock() - started
+        self._round(group, f"{title}, round 1", True)
         return self._clock() - warm
 
     def warm_up(self, task: Task) -> int:
@@ -154,18 +153,19 @@ class Harness:
         cases = [task.case for group in groups for task in group.tasks]
         self._record.cases += [case for case in cases if id(case) not in known]
 
-    def _round(self, group: Group, title: str, counts: bool = True) -> None:
+    def _round(self, group: Group, title: str, counts_seconds: bool = False) -> None:
+        """Run each task once. counts_seconds: progress counts the time it took instead of the expected one."""
         tasks = list(group.tasks)
         if self._rng is not None:
             self._rng.shuffle(tasks)
         for task in tasks:
             self.progress.show(f"{title}: {task.case.name}")
-            before = self._probe()
+            started, before = self._clock(), self._probe()
             sample = task.run()
             if sample is not None:
                 after = self._probe()
                 task.case.add(sample | {name: (before[name] + after[name]) / 2 for name in before})
-            self.progress.done += task.expected_s if counts else 0.0
+            self.progress.done += self._clock() - started if counts_seconds else task.expected_s
 
     def _limit_progress(self, work: float, end: float) -> None:
         self.progress.total = self.progress.done + max(0.0, min(work, end - self._clock()))

@@ -6,7 +6,7 @@ import pytest
 from bench_fakes import make_case, make_record
 
 from qwen3fast.bench import noise as noise_module
-from qwen3fast.bench.harness import MAX_WARM_UPS, Group, Harness, Task, interruptible
+from qwen3fast.bench.harness import MAX_WARM_UPS, Harness, Task
 from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case
 from qwen3fast.bench.self_test import ROUNDS, FakeClock, FakeWork, check_on_fake_clock, measure, new_record, speeds
