@@ -14,7 +14,7 @@ from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
 from qwen3fast.bench.suites import SUITES, batch, cache, context, quantization, roofline, startup
 
-SMALL = ["--model", "tiny", "--repetitions", "2"]
+SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,9 @@ def quick_probes(monkeypatch):
     """Probes that tell a speed without taking the time to measure it well."""
     monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
     monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_every_mode_of_a_gpu_is_measured_with_its_graphs_switched(monkeypatch):
 def test_default_run_says_how_long_it_takes_and_leaves_out_what_does_not_fit(tmp_path, capsys, monkeypatch):
     suite = replace(SUITES["cache"], limit_s=0.0, defaults=SUITES["cache"].defaults | {"modes": ("cached-eager",)})
     monkeypatch.setitem(SUITES, "cache", suite)
-    assert main(["--model", "tiny", "--output", str(tmp_path)]) == 0
+    assert main(["--model", "tiny", "--threads", "1", "--output", str(tmp_path)]) == 0
     err = capsys.readouterr().err
     begin, *_ = err.splitlines()
     assert begin == "suite cache: at most 25 s; --full takes longer and measures more"
@@ -205,7 +208,7 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
         return [1.0, 2.0, *(first + sum(steps[:i]) for i in range(len(steps)))]
 
     monkeypatch.setattr(startup, "run_once", run_once)
-    record = run_suite("startup", ["--formats", "plain-kv8", "--threads", "1"], tmp_path, capsys)
+    record = run_suite("startup", ["--formats", "plain-kv8"], tmp_path, capsys)
     assert labels_of(record, "caches", "compile") == [
         (kind, mode) for kind in ("warm", "cold") for mode in ("never", "auto", "always")
     ]
