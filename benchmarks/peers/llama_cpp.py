@@ -22,9 +22,9 @@ FILE = "model.gguf"
 _INT8 = {"activations": "fp32; int8 in groups of 32 for products", "kv_cache": "fp16"}
 _BF16 = {"weights": "bf16", "activations": "fp32; bf16 for products", "kv_cache": "fp16"}
 _F16 = {"weights": "fp16", "activations": "fp32; fp16 for products", "kv_cache": "fp16"}
-_Q8_0 = {"weights": "int8, an fp16 scale for 32 weights (8.5 bits per weight), all matrices", **_INT8}
-_Q4_0 = {"weights": "int4, an fp16 scale for 32 weights (4.5 bits per weight), all matrices (--pure)", **_INT8}
-_Q4_0_Q6_K = {"weights": "as Q4_0, but embedding and output projection in 6.6 bits, the default", **_INT8}
+_Q8_0 = {"weights": "int8, an fp16 scale per 32 weights (8.5 bits per weight), all matrices", **_INT8}
+_Q4_0 = {"weights": "int4, an fp16 scale per 32 weights (4.5 bits per weight), all matrices (--pure)", **_INT8}
+_Q4_0_Q6_K = {"weights": "as Q4_0, with embedding and output projection in 6.6 bits, the default", **_INT8}
 # Flash attention, "auto" by default, is on for this shape. Neither setting is always faster: both are measured.
 NO_FLASH = "-no-flash"
 PEER = Peer(

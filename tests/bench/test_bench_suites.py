@@ -18,13 +18,10 @@ SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def quick_probes(monkeypatch):
+def quick_probes(monkeypatch, one_thread):
     """Probes that tell a speed without taking the time to measure it well."""
     monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
     monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -265,13 +265,13 @@ def test_waiting_to_be_submitted_counts_as_latency():
 
 
 def test_an_online_run_is_bounded_and_its_load_is_a_share_of_the_throughput():
-    args = batching.parse(["--requests", "100", "--most-online-s", "10"])
+    args = batching.parse(["--requests", "100", "--max-online-s", "10"])
     work, rate = batching.online_work(args, 50, 0.5, tok_s=100.0)
     whole = batching.make_work(50, 100, args.prompt_tokens, args.new_tokens, seed=1)
     assert rate * sum(n for _, n in whole) / 100 == pytest.approx(50.0)
     assert len(work) == int(10 * rate) and work == whole[: len(work)]
     assert len(batching.online_work(args, 50, 0.5, tok_s=1e6)[0]) == 100
-    assert len(batching.online_work(args, 50, 0.5, tok_s=1e-3)[0]) == batching.FEWEST_REQUESTS
+    assert len(batching.online_work(args, 50, 0.5, tok_s=1e-3)[0]) == batching.MIN_REQUESTS
 
 
 def test_online_runs_are_of_each_batch_size_and_load_with_the_throughput_of_that_batch_size():
@@ -288,6 +288,20 @@ def test_online_runs_are_of_each_batch_size_and_load_with_the_throughput_of_that
     assert shapes == [(1, 0.5), (1, 1.0), (4, 0.5), (4, 1.0)]
     slow, _, fast, _ = (task.case.facts["offered_requests_s"] for task in tasks)
     assert fast == pytest.approx(4 * slow)
+
+
+def test_an_engine_that_fails_is_missing_with_its_reason_and_asked_no_more():
+    record, calls = new_record(), []
+
+    def fail():
+        calls.append(None)
+        raise RuntimeError("out of pages")
+
+    good = batching.peer_task(record, Case({"engine": "good"}), lambda: 2.0)
+    bad = batching.peer_task(record, Case({"engine": "bad"}), fail)
+    Harness(record, is_shown=False).measure([bad, good], 2)
+    assert (good.case.samples, bad.case.samples, len(calls)) == ({"seconds": [2.0, 2.0]}, {}, 1)
+    assert record.notes["missing"] == {"bad": "RuntimeError: out of pages"}
 
 
 def test_batching_options_are_checked(capsys):

@@ -16,7 +16,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_posi
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path, one_thread):
     """Run the program on a small model. Returns its exit status and record.
 
     flaw: the engine whose tokens are wrong. crash: (engine, number of the reply at which it ends; 0: while loading).
@@ -119,7 +119,7 @@ def test_wrong_tokens_in_bf16_give_exit_status_1_and_of_rounded_weights_are_note
 LAST = 2 + 3 * 2 + 3  # one more than the replies of an engine before the last shape's rounds
 
 
-@pytest.mark.parametrize("reply", [0, 1, 2, 3, 5, LAST], ids=lambda n: f"reply {n}")
+@pytest.mark.parametrize("reply", [0, 2, 5, LAST], ids=lambda n: f"reply {n}")
 def test_an_engine_that_crashes_is_left_out_with_its_reason_and_the_rest_is_kept(run, reply, capsys):
     status, record = run(crash=("transformers eager bf16", reply))
     assert status == 0 and record.passed and not record.interrupted

@@ -22,7 +22,7 @@ def test_dense_models_are_as_large_as_what_they_stand_for(num_experts):
     assert whole.num_parameters == mixture.num_parameters - routers
 
 
-def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path):
+def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path, one_thread):
     output = tmp_path / "moe.json"
     options = ["--formats", "bf16", "--experts", "8", "--layers", "1", "--rounds", "2", "--new-tokens", "2"]
     monkeypatch.setattr(benchmark, "MODE", "cached-eager")
