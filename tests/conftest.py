@@ -160,12 +160,3 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
 
     monkeypatch.setattr(Generator, "from_pretrained", from_pretrained)
     return generators
-
-
-@pytest.fixture
-def one_thread():
-    """PyTorch on one thread: several wait for each other, for long where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
