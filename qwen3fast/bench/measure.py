@@ -66,12 +66,7 @@ class Workbench:
     """
 
     def __init__(
-        self,
-        model: Qwen3,
-        modes: tuple[str, ...],
-        max_seq_len: int,
-        max_batch_size: int,
-        kv_cache_dtype: str = "auto",
+        self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int, kv_cache_dtype: str = "auto"
     ) -> None:
         self.model = model
         weight = model.model.norm.weight

@@ -20,10 +20,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        is_shown: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, is_shown: bool = True, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.done = self.total = 0.0
         self._is_shown, self._stream, self._clock = is_shown, stream, clock

@@ -73,8 +73,7 @@ def test_from_dict_refuses_other_versions(broken):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["suite", "run", "environment", "model", "conditions", "noise", "checks", "notes", "interrupted", "cases"],
+    "name", ["suite", "run", "environment", "model", "conditions", "noise", "checks", "notes", "interrupted", "cases"]
 )
 def test_from_dict_refuses_what_is_missing_or_of_another_kind(value, name):
     with pytest.raises(ValueError, match=f"x: {name} must be of type"):

@@ -8,10 +8,7 @@ from typing import Any
 
 from qwen3fast.bench.record import Record
 
-CONDITIONS = {
-    "bandwidth_gb_s": ("Memory reads", "GB/s", 1.0),
-    "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9),
-}
+CONDITIONS = {"bandwidth_gb_s": ("Memory reads", "GB/s", 1.0), "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9)}
 
 
 def environment_sentence(record: Record) -> str:
