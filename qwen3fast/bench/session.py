@@ -12,7 +12,7 @@ from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Group, Harness, Measurement, Task
 from qwen3fast.bench.measure import Workbench, is_cached, is_compiled, make_prompts
 from qwen3fast.bench.options import Options, label_of, split_format
-from qwen3fast.bench.probes import BandwidthProbe, EnergyMeter, GemmProbe, PeakMemory
+from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 from qwen3fast.bench.progress import in_words
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.text import visible
@@ -52,7 +52,7 @@ class Session:
         self.dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
         self.record = Record(suite, describe_run(), describe_environment(self.device), self._describe_model())
         self._bandwidth, self._gemm = BandwidthProbe(self.device), GemmProbe(self.device)
-        self._memory, self._energy = PeakMemory(self.device), EnergyMeter()
+        self._memory = PeakMemory(self.device)
         self._speed = self._probe()
         self.harness = Harness(self.record, [self._probe], is_shown=options.is_shown)
 
@@ -148,11 +148,9 @@ class Session:
 
         def run() -> Measurement:
             self._memory.reset()
-            self._energy.start()
             sample = bench.run(mode, prompts, steps + 1)
-            joules, peak = self._energy.joules(), self._memory.peak_bytes()
             step_s = sample.step_s if steps else [sample.ttft_s]
-            return {"ttft_s": sample.ttft_s, "step_s": step_s, "peak_memory_bytes": peak, "energy_j": joules}
+            return {"ttft_s": sample.ttft_s, "step_s": step_s, "peak_memory_bytes": self._memory.peak_bytes()}
 
         return Task(Case(shape, facts), run, expected_s=self._expected_s(mode, facts, steps))
 

@@ -1,15 +1,13 @@
-"""A record made ready for the page: its tables as cells, its picture, its words."""
+"""A record as a section of the report: its tables as cells, its picture, its sentences."""
 
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass, replace
 
 from qwen3fast.bench.metrics import METRICS
-from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.record import Case, Record, json_text
 from qwen3fast.bench.report.drawing import Drawing, draw_for_page
-from qwen3fast.bench.report.values import interval
 from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.table import SPEEDUP, TITLES, Columns, as_csv, speedup
 from qwen3fast.bench.view import picture, sentences, view_of
@@ -17,7 +15,7 @@ from qwen3fast.bench.view import picture, sentences, view_of
 
 @dataclass(frozen=True)
 class Cell:
-    """text: what is shown; secondary: smaller, below it. order: what the column is sorted by."""
+    """A table cell. secondary: smaller text below. order: the key by which the column is sorted."""
 
     text: str
     secondary: str = ""
@@ -27,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """trouble with the picture is in `no_drawing`. name: of its downloads and its anchor."""
+    """A section. name: of its anchor and downloads. no_drawing: the reason if there is no picture."""
 
     name: str
     title: str
@@ -44,12 +42,12 @@ class Section:
 
     @property
     def model(self) -> str:
-        """Its name."""
-        return str(self.record.model.get("name", "unnamed model"))
+        """The model's name."""
+        return self.record.model_name
 
 
 def make_section(record: Record, name: str) -> Section:
-    """name: told from other sections' names, of letters, digits and "-"."""
+    """Return a record's section. name: unique on the page, of letters, digits and "-"."""
     view = view_of(record)
     drawing, no_drawing = None, ""
     try:
@@ -59,15 +57,14 @@ def make_section(record: Record, name: str) -> Section:
     columns, shared = split_shared(record, view.columns)
     header, rows = main_table(record, columns)
     caption = f"{view.title}: medians and 95% intervals" + (f"; all cases: {shared}" if shared else "")
-    text = json.dumps(record.to_dict(), indent=1) + "\n"
     return Section(
         name, view.title, record, sentences(record), drawing, no_drawing, caption, header, rows, all_figures(record),
-        _data_url("application/json", text), _data_url("text/csv", as_csv([record])),
+        _data_url("application/json", json_text(record.to_dict())), _data_url("text/csv", as_csv([record])),
     )  # fmt: skip
 
 
 def split_shared(record: Record, columns: Columns) -> tuple[Columns, str]:
-    """Columns without the labels that all cases share, and those labels in words. The first label stays."""
+    """Return the columns without labels that all cases share, and those labels as text. The first label stays."""
     cases = [case for case in record.cases if case.samples]
     shared = {}
     for name in columns.labels[1:]:
@@ -79,7 +76,7 @@ def split_shared(record: Record, columns: Columns) -> tuple[Columns, str]:
 
 
 def main_table(record: Record, columns: Columns) -> tuple[list[Cell], list[list[Cell]]]:
-    """The suite's table: header and a row a case, medians with their intervals."""
+    """Return the suite's table: a header, and a row per case with medians and intervals."""
     metrics = [name for name in columns.metrics if any(name in case.metrics for case in record.cases)]
     header = [Cell(TITLES.get(name, name.replace("_", " "))) for name in columns.labels]
     header += [Cell(METRICS[name].title, is_number=True) for name in metrics]
@@ -102,7 +99,7 @@ def main_table(record: Record, columns: Columns) -> tuple[list[Cell], list[list[
 
 
 def all_figures(record: Record) -> list[list[Cell]]:
-    """A row for each metric of each case: case, metric, median, 95% interval, p10, p90, how many repetitions."""
+    """Return a row per metric of each case: case, metric, median, 95% interval, p10, p90, repetitions."""
     rows = []
     for case in record.cases:
         for name, e in case.metrics.items():
@@ -131,3 +128,12 @@ def _label_cell(value: object) -> Cell:
 
 def _data_url(kind: str, text: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def interval(name: str, estimate: Estimate) -> str:
+    """Return the median's 95% interval, "4.1 to 4.3"; empty for a single value."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    low, high = (METRICS[name].text(value) for value in (estimate.low, estimate.high))
+    unit = high[high.find(" ") :] if " " in high else ""
+    return f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"

@@ -108,7 +108,7 @@ SUITE = Suite(
     run=run,
     columns=Columns(
         ("stage", "context"),
-        ("decode_tok_s", "step_ms", "prefill_tok_s", "peak_memory_bytes", "energy_j_token"),
+        ("decode_tok_s", "step_ms", "prefill_tok_s", "peak_memory_bytes"),
         baseline={"stage": STAGES[0].name},
     ),
     defaults={

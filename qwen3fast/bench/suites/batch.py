@@ -48,7 +48,7 @@ SUITE = Suite(
     run=run,
     columns=Columns(
         ("format", "context", "batch_size"),
-        ("decode_tok_s", "step_ms", "step_p99_ms", "share_of_bandwidth", "peak_memory_bytes", "energy_j_token"),
+        ("decode_tok_s", "step_ms", "step_p99_ms", "share_of_bandwidth", "peak_memory_bytes"),
         baseline={"batch_size": 1},
     ),
     defaults={

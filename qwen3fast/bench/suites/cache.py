@@ -143,8 +143,8 @@ SUITE = Suite(
     run=run,
     columns=Columns(
         ("context", "batch_size", "mode", "format"),
-        ("decode_tok_s", "prefill_tok_s", "ttft_s", "step_ms", "step_p99_ms", "share_of_bandwidth", "peak_memory_bytes",
-         "energy_j_token"),
+        ("decode_tok_s", "prefill_tok_s", "ttft_s", "step_ms", "step_p99_ms", "share_of_bandwidth",
+         "peak_memory_bytes"),
         baseline={"mode": "uncached-eager"},
     ),
     defaults={

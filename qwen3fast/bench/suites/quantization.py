@@ -95,7 +95,7 @@ SUITE = Suite(
     run=run,
     columns=Columns(
         ("format", "context"),
-        ("decode_tok_s", "prefill_tok_s", "peak_memory_bytes", "logit_error", "same_token", "energy_j_token"),
+        ("decode_tok_s", "prefill_tok_s", "peak_memory_bytes", "logit_error", "same_token"),
     ),
     defaults={
         "formats": ("plain", "plain-kv8", "int8", "int8-kv8", "int4", "int4-kv8"),
