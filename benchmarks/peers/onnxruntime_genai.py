@@ -70,7 +70,7 @@ def convert(variant: str, checkpoint: Path, target: Path) -> None:
 
 
 def matrix_products(model: Path) -> dict[str, int]:
-    """How often the graph has each kind of product, with the settings that decide on its arithmetic."""
+    """Count the graph's products by kind and by the settings that decide their arithmetic."""
     import onnx
 
     kinds: Counter[str] = Counter()

@@ -23,12 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen3fast.bench.metrics import METRICS, per_repetition
+from qwen3fast.bench.metrics import CONDITIONS, METRICS, per_repetition
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.statistics import Estimate, ratio
 from qwen3fast.bench.verdict import EXACT, UNJUDGED, WORSE, judge, judge_zero
 
-CONDITIONS = ("bandwidth_gb_s", "gemm_flop_s")
 LIMIT = "limit_tok_s"
 YARDSTICK = {"decode_tok_s": LIMIT, "step_ms": LIMIT, "effective_gb_s": LIMIT, "prefill_tok_s": "gemm_flop_s"}
 YARDSTICK |= {"prefill_flop_s": "gemm_flop_s"}

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast.bench.compare import Change, Comparison, compare_records
-from qwen3fast.bench.metrics import METRICS
+from qwen3fast.bench.metrics import CONDITIONS, METRICS
 from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.table import as_text
 from qwen3fast.bench.text import visible
 from qwen3fast.bench.verdict import BETTER, MASKED, MEANINGS, SAME, UNCLEAR, UNJUDGED, WORSE
 
-MACHINE_TITLES = {"bandwidth_gb_s": ("memory", "GB/s", 1.0), "gemm_flop_s": ("matrix product", "GFLOP/s", 1e-9)}
 EPILOG = "verdicts: " + "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items()) + "."
 
 
@@ -61,9 +60,9 @@ def as_words(comparison: Comparison, old: Record, new: Record, with_same: bool =
     """Return the machine's change, a table, cases of one record only, notes, and the verdict as text."""
     lines = [f"OLD {_describe(old)}", f"NEW {_describe(new)}"]
     for name, change in comparison.machine.items():
-        title, unit, scale = MACHINE_TITLES[name]
+        title, unit, scale = CONDITIONS[name]
         a, b = (sorted(r.conditions[name])[len(r.conditions[name]) // 2] * scale for r in (old, new))
-        lines.append(f"{title}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
+        lines.append(f"{title.lower()}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
     if not comparison.machine:
         lines.append("the machine's own speed was not measured in both: changes are judged as measured only")
     shown = [c for c in comparison.changes if with_same or _is_striking(c, comparison.threshold)]

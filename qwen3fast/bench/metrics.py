@@ -88,6 +88,9 @@ METRICS = {
     "accuracy": Metric("accuracy", "", True, "{:.1%}"),
 }
 
+# Title, unit and scale of the machine's own speeds.
+CONDITIONS = {"bandwidth_gb_s": ("Memory reads", "GB/s", 1.0), "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9)}
+
 
 def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> dict[str, Estimate]:
     """Return an estimate of each metric that the samples allow, over its values of `per_repetition`."""

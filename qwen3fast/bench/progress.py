@@ -1,4 +1,4 @@
-"""One progress bar for a whole run: percentage, time left, and what is being measured."""
+"""One progress bar for a whole run: percentage, time left, and the current measurement."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Progress:
         self._started, self._told, self._is_open = clock(), float("-inf"), False
 
     def expect(self, work: float) -> None:
-        """Make sure that the total includes this much work beyond what is done."""
+        """Raise the total to include this much work beyond the work done."""
         self.total = max(self.total, self.done + work)
 
     def show(self, text: str, work: float = 0.0) -> None:
@@ -51,7 +51,7 @@ class Progress:
             self._is_open = False
 
     def left_s(self) -> float:
-        """Seconds until all work is done."""
+        """Return the seconds until all work is done."""
         pace = (self._clock() - self._started) / self.done if self.done else 1.0
         return max(0.0, self.total - self.done) * pace
 

@@ -1,7 +1,7 @@
 """Records of benchmarks, version 2: labels, samples and the metrics derived from them, with machine and commit.
 
 All suites and programs share this format; validate.py defines it. Labels tell a case from others. metrics.py names the
-samples and defines what is derived from them.
+samples and defines the metrics.
 """
 
 from __future__ import annotations
@@ -196,6 +196,6 @@ def _compare_metrics(case: Case, written: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: metrics {sorted(written)}, but the samples give {sorted(derived)}")
     for name, estimate in derived.items():
         median = written[name].get("median") if isinstance(written[name], dict) else None
-        # The comparison is negated to refuse NaN, too.
+        # The comparison is negated to also refuse NaN.
         if not isinstance(median, int | float) or not abs(median - estimate.median) <= 1e-6 * abs(estimate.median):
             raise ValueError(f"{where}: {name} is {median!r}, but the samples give {estimate.median!r}")

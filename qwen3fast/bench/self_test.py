@@ -119,7 +119,7 @@ def check_on_fake_clock() -> list[Finding]:
         _equal("order of rounds", "AB" * ROUNDS, order[settled + 2 :]),
     ]
     for name, case in zip("AB", record.cases, strict=True):
-        findings.append(_near(f"{name}, ms a step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, 1e-9))
+        findings.append(_near(f"{name}, ms per step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, 1e-9))
     findings.append(_near("A, slowest ms", 50.0, case_p99(record), 1e-9))
     findings.append(_ratio_is_two(record, 1e-9))
     told = any("bandwidth moved between 10 and 20 GB/s" in reason for reason in record.noise)
@@ -132,7 +132,7 @@ def check_in_real_time() -> list[Finding]:
     works = [FakeWork(name, step_s, time.perf_counter, wait) for name, step_s in STEP_S.items()]
     record = measure(works, time.perf_counter)
     findings = [
-        _near(f"{name}, ms a step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, REAL_TOLERANCE)
+        _near(f"{name}, ms per step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, REAL_TOLERANCE)
         for name, case in zip("AB", record.cases, strict=True)
     ]
     return [*findings, _ratio_is_two(record, 0.01)]

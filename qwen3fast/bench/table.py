@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.record import Case, Label, Record
+from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.text import csv_cell, markdown, visible
 
 SPEEDUP = "speed-up"
@@ -29,22 +30,52 @@ class Columns:
     speed: str = "decode_tok_s"
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A table cell. secondary: smaller text below. order: the key by which its column is sorted."""
+
+    text: str
+    secondary: str = ""
+    order: float | str = ""
+    is_number: bool = False
+
+
 def table_rows(record: Record, columns: Columns) -> list[list[str]]:
-    """Return a row of cells per case that has one of the metrics, after the header. Missing values are empty."""
+    """Return the texts of `table_cells`."""
+    return [[cell.text for cell in row] for row in table_cells(record, columns)]
+
+
+def table_cells(record: Record, columns: Columns) -> list[list[Cell]]:
+    """Return a header, and a row per case that has one of the metrics. Missing values are empty."""
     metrics = [name for name in columns.metrics if any(name in case.metrics for case in record.cases)]
-    with_speedup = [SPEEDUP] if columns.baseline else []
-    rows = [[*(TITLES.get(n, n.replace("_", " ")) for n in columns.labels), *_titles(metrics), *with_speedup]]
+    titles = [METRICS[name].title for name in metrics] + ([SPEEDUP] if columns.baseline else [])
+    rows = [[Cell(TITLES.get(name, name.replace("_", " "))) for name in columns.labels]]
+    rows[0] += [Cell(title, is_number=True) for title in titles]
     for case in record.cases:
         derived = case.metrics
         if not derived.keys() & set(metrics):
             continue
-        cells = [_label_text(case.labels.get(name)) for name in columns.labels]
-        cells += [METRICS[name].text(derived[name].median) if name in derived else "" for name in metrics]
+        row = [_label_cell(case.labels.get(name)) for name in columns.labels]
+        row += [estimate_cell(name, derived[name]) if name in derived else Cell("") for name in metrics]
         if columns.baseline:
             gain = speedup(record, case, columns)
-            cells.append(f"{gain:.1f}x" if gain is not None else "")
-        rows.append(cells)
+            row.append(Cell("") if gain is None else Cell(f"{gain:.1f}x", "", gain, is_number=True))
+        rows.append(row)
     return rows
+
+
+def estimate_cell(name: str, estimate: Estimate) -> Cell:
+    """Return a metric's median with its interval below."""
+    return Cell(METRICS[name].text(estimate.median), interval(name, estimate), estimate.median, is_number=True)
+
+
+def interval(name: str, estimate: Estimate) -> str:
+    """Return the median's 95% interval, "4.1 to 4.3"; empty for a single value."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    low, high = (METRICS[name].text(value) for value in (estimate.low, estimate.high))
+    unit = high[high.find(" ") :] if " " in high else ""
+    return f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
 
 
 def speedup(record: Record, case: Case, columns: Columns) -> float | None:
@@ -114,11 +145,8 @@ def where_measured(record: Record) -> str:
     return f"{machine}{reads}; {versions}, {record.run['utc'][:10]}{noise}"
 
 
-def _titles(metrics: list[str]) -> list[str]:
-    return [METRICS[name].title for name in metrics]
-
-
-def _label_text(value: Label | None) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "" if value is None else str(value)
+def _label_cell(value: Label | None) -> Cell:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(f"{value:,}", "", value, is_number=True)
+    text = "" if value is None else str(value)
+    return Cell(text, order=text)

@@ -28,7 +28,7 @@ MAX_FILE_BYTES = 2**26
 MAX_DEPTH = 20
 MAX_REPETITIONS = 10_000
 MAX_LABEL_CHARACTERS = 300
-MAX_NUMBER, MIN_NUMBER = 1e30, 1e-30  # of numbers other than 0: what is derived from them is finite, too
+MAX_NUMBER, MIN_NUMBER = 1e30, 1e-30  # of numbers other than 0, whose metrics are then finite
 UTC = "%Y-%m-%dT%H:%M:%SZ"
 KINDS: dict[str, type] = {
     "suite": str, "run": dict, "environment": dict, "model": dict, "conditions": dict, "noise": list, "checks": dict,

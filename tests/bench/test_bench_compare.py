@@ -266,7 +266,7 @@ def test_compare_command_gives_a_status_for_scripts(files, capsys, factor, statu
     assert main(["compare", *names]) == status
     out = capsys.readouterr().out
     assert ("WORSE: 1 changes" in out) == (status == 1)
-    assert ("x0.500" in out) == (status == 1) and "memory: 20 GB/s before, 20 now (x1.00)" in out
+    assert ("x0.500" in out) == (status == 1) and "memory reads: 20 GB/s before, 20 now (x1.00)" in out
 
 
 def test_compare_command_fails_for_wrong_tokens(files, capsys):

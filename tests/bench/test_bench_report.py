@@ -15,8 +15,8 @@ from qwen3fast.bench.__main__ import main
 from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.record import Case, Record, load_record, write_json
 from qwen3fast.bench.report.page import render
-from qwen3fast.bench.report.section import interval, make_section
-from qwen3fast.bench.table import as_csv
+from qwen3fast.bench.report.section import make_section
+from qwen3fast.bench.table import as_csv, interval
 from qwen3fast.bench.view import picture
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.report import words
-from qwen3fast.bench.report.section import Cell, make_section
+from qwen3fast.bench.report.section import make_section
+from qwen3fast.bench.table import Cell
 
 FOLDER = Path(__file__).parent
 FIGURE_HEADER = (

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
+from qwen3fast.bench.metrics import CONDITIONS
 from qwen3fast.bench.record import Record
-
-CONDITIONS = {"bandwidth_gb_s": ("Memory reads", "GB/s", 1.0), "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9)}
 
 
 def environment_sentence(record: Record) -> str:

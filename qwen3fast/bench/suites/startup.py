@@ -1,7 +1,7 @@
 """Time from the start of a process to its imports, loaded weights, first token and full speed.
 
 The model is written to a folder first. Each run is a process of its own that loads the folder and streams a reply. Warm
-runs find the compiled code of earlier ones; cold runs get empty caches and build the C++ operations, too.
+runs find the compiled code of earlier ones; cold runs get empty caches and also build the C++ operations.
 """
 
 from __future__ import annotations
