@@ -23,6 +23,7 @@ class Progress:
         self, is_shown: bool = True, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.done = self.total = 0.0
+        self.end: float | None = None  # on the clock: when the run ends at the latest
         self._is_shown, self._stream, self._clock = is_shown, stream, clock
         self._started, self._told, self._is_open = clock(), float("-inf"), False
 
@@ -53,7 +54,8 @@ class Progress:
     def left_s(self) -> float:
         """Return the seconds until all work is done."""
         pace = (self._clock() - self._started) / self.done if self.done else 1.0
-        return max(0.0, self.total - self.done) * pace
+        left = max(0.0, self.total - self.done) * pace
+        return left if self.end is None else max(0.0, min(left, self.end - self._clock()))
 
     def _bar(self) -> str:
         share = min(1.0, self.done / self.total) if self.total else 0.0

@@ -54,6 +54,18 @@ def test_progress_writes_lines_now_and_then_where_there_is_no_terminal():
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
+def test_progress_never_shows_more_than_the_time_until_its_end():
+    clock = FakeClock()
+    progress = Progress(False, clock=clock)
+    progress.expect(100)
+    progress.end = 60.0
+    clock.wait(50)
+    progress.show("slow", 1)
+    assert progress.left_s() == 10.0
+    clock.wait(20)
+    assert progress.left_s() == 0.0
+
+
 def test_progress_that_is_not_shown_writes_nothing(capsys):
     progress = Progress(False)
     progress.show("a", 1)

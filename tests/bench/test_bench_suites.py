@@ -1,5 +1,6 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from bench_fakes import make_case, make_record
 
 from qwen3fast import load_model
-from qwen3fast.bench import measure, probes
+from qwen3fast.bench import measure, probes, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
@@ -96,10 +97,29 @@ def test_default_run_says_how_long_it_takes_and_leaves_out_what_does_not_fit(tmp
     begin, *_ = err.splitlines()
     assert begin == "suite cache: at most 25 s; --full takes longer and measures more"
     assert "\n5 cases, 3 rounds, about" in err
-    assert "no time for 128 tokens, 512 tokens, 1,024 tokens, 2,048 tokens; --full measures everything" in err
+    assert "no time for 128 tokens; 512 tokens; 1,024 tokens; 2,048 tokens. --full measures everything" in err
     [record] = map(load_record, tmp_path.glob("*.json"))
     assert labels_of(record, "context") == [(32,)]
     assert record.notes["left_out"] == ["128 tokens", "512 tokens", "1,024 tokens", "2,048 tokens"]
+
+
+def test_a_machine_that_compiles_too_slowly_leaves_modes_out(tmp_path, monkeypatch):
+    waited, prepare, perf_counter = self_test.FakeClock(), session.Session.prepare, time.perf_counter
+
+    def prepare_slowly(self, *arguments):
+        waited.wait(40.0)
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(session.Session, "prepare", prepare_slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + waited.now)
+    modes = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
+    monkeypatch.setattr(measure, "is_compiled", lambda mode: False)  # takes no time to compile
+    defaults = SUITES["cache"].defaults | {"modes": modes, "contexts": (16, 32)}
+    monkeypatch.setitem(SUITES, "cache", replace(SUITES["cache"], defaults=defaults))
+    assert main(["--model", "tiny", "--threads", "1", "--output", str(tmp_path)]) == 0
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    assert record.notes["left_out"] == ["uncached-compiled", "cached-eager"]
+    assert {mode for (mode,) in labels_of(record, "mode")} == {"uncached-eager", "cached-compiled"}
 
 
 def cache_record(cached, uncached, context=512):

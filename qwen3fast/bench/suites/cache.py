@@ -89,8 +89,8 @@ def summary(record: Record) -> list[str]:
         first, last = shared[0], shared[-1]
         sentences.append(
             f"{format}, batch {batch_size}: with the cache {short(cached[last])} tokens/s at {last:,} tokens, "
-            f"{cached[last] / uncached[last]:.0f} times as many as without; at {first:,} tokens "
-            f"{cached[first] / uncached[first]:.1f} times."
+            f"{cached[last] / uncached[last]:.3g} times as many as without"
+            + (f"; at {first:,} tokens {cached[first] / uncached[first]:.3g} times." if first < last else ".")
         )
         meet = crossover(record, batch_size, format)
         if meet is not None:
