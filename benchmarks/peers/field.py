@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from peers.protocol import Worker, WorkerError
 from peers.registry import selected, tell
+from peers.worker import Worker, WorkerError
 from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.record import Record
 

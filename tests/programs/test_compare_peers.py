@@ -7,7 +7,7 @@ import compare_peers
 import pytest
 import torch
 from conftest import randomised, small_config
-from peers import field, protocol
+from peers import field, worker
 
 from qwen3fast.bench.record import load_record
 from qwen3fast.checkpoint.save import save_model
@@ -34,7 +34,7 @@ def run(monkeypatch, tmp_path, one_thread):
 
         def count(self):
             if Worker.crash == (self.name, self.replies):
-                raise protocol.WorkerError("ended by SIGILL; its log is empty")
+                raise worker.WorkerError("ended by SIGILL; its log is empty")
             self.replies += 1
 
         @torch.no_grad()
