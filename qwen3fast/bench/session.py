@@ -27,6 +27,7 @@ CHECK_LENGTH, CHECK_TOKENS = 40, 12
 GEMM_SHARE, BANDWIDTH_SHARE, EAGER_STEP_S = 0.5, 0.6, 0.03
 PREPARE_S, COMPILE_S = 2.0, 15.0
 # The order of modes under a time limit: the first two, with and without the cache, are always measured.
+MEASURING_SHARE = 0.4  # of a time limit, kept free of compilation if the measurements need it
 MAIN_MODES, MIN_MODES = ("cached-graphs", "uncached-eager", "cached-compiled", "uncached-compiled", "cached-eager"), 2
 
 
@@ -112,7 +113,8 @@ class Session:
             harness.run(groups, o.repetitions)
             return
         end = harness.progress.end = self._started + o.limit_s
-        modes = self._prepare_all(sorted(preparations, key=lambda item: MAIN_MODES.index(item.mode)), end)
+        reserve = min(sum(group.first_s for group in groups), MEASURING_SHARE * o.limit_s)
+        modes = self._prepare_all(sorted(preparations, key=lambda item: MAIN_MODES.index(item.mode)), end - reserve)
         skipped = [item.mode for item in preparations if item.mode not in modes]
         groups = [Group(g.description, [t for t in g.tasks if t.case.labels["mode"] in modes]) for g in groups]
         left = harness.run_until(groups, o.repetitions, end)
@@ -120,16 +122,19 @@ class Session:
             self.record.notes["left_out"] = left_out
             self.tell(f"no time for {'; '.join(left_out)}. --full measures everything")
 
-    def _prepare_all(self, preparations: Sequence[Preparation], end: float | None = None) -> set[str]:
-        """Prepare modes. Returns: those prepared; with an end, the last ones only if half of the time is left."""
-        modes, started = set[str](), self._started
+    def _prepare_all(self, preparations: Sequence[Preparation], end: float = float("inf")) -> set[str]:
+        """Prepare modes, two at least, and others that fit before `end`. Returns: the prepared ones."""
+        modes, took = set[str](), dict[bool, float]()
         for number, item in enumerate(preparations, 1):
-            if end is not None and len(modes) >= MIN_MODES and time.perf_counter() > (started + end) / 2:
+            started = time.perf_counter()
+            expected = took.get(is_compiled(item.mode), item.expected_s)
+            if len(modes) >= MIN_MODES and started + expected > end:
                 break
             self.harness.progress.show(f"compiling and checking {item.mode} ({number} of {len(preparations)})")
             self.prepare(*item)
             self.harness.progress.done += item.expected_s
             modes.add(item.mode)
+            took[is_compiled(item.mode)] = time.perf_counter() - started
         return modes
 
     def prepare(self, bench: Workbench, mode: str, format: str, batch_size: int = 1) -> None:
