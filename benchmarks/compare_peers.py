@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from peers.checkpoint import SOURCE
-from peers.field import Field
+from peers.field import CHECK_PROMPT, CHECK_STEPS, Field
 from peers.picture import draw
 from peers.protocol import CACHE, FORMATS
 from peers.registry import PEERS, require_set_up, selected, set_up, split_by_device, tell
@@ -43,7 +43,6 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, where_measured
 from qwen3fast.engine.threads import use_threads
 
-CHECK_PROMPT, CHECK_STEPS = 40, 11
 PAUSE_S = 0.05  # before each reply and probe: threads of the work before may spin for a moment
 FIRST_WARM_UP_SEED = 1_000_000  # beyond the seeds of all rounds
 ORDER_SEED = 0

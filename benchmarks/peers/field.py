@@ -16,7 +16,7 @@ from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.record import Record
 
 IDLE_S = 1.0  # for which waiting workers are watched
-START_PROMPT = 40  # tokens of a worker's first prompt
+CHECK_PROMPT, CHECK_STEPS = 40, 11  # tokens of the prompts before the rounds
 Result = TypeVar("Result")
 
 
@@ -27,8 +27,8 @@ class Field:
         self.format, self.workers = format, dict[str, Worker]()
         self._record = record
         engines = list(selected(args.peers, format))
-        max_seq_len = max(*args.contexts, args.prefill) + args.new_tokens + 1
-        prompt = make_prompts(args.vocab_size, START_PROMPT, 1, seed=2)[0]
+        max_seq_len = max(*args.contexts, args.prefill, CHECK_PROMPT) + max(args.new_tokens, CHECK_STEPS) + 1
+        prompt = make_prompts(args.vocab_size, CHECK_PROMPT, 1, seed=2)[0]
         for number, (name, peer, variant) in enumerate(engines, 1):
             tell(f"{format}: loading {name} ({number} of {len(engines)})")
             python, module = (peer.python, peer.module) if peer else (Path(sys.executable), "ours")

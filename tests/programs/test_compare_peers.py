@@ -29,6 +29,7 @@ def run(monkeypatch, tmp_path, one_thread):
         flaw = None
 
         def __init__(self, name, python, module, variant, path, threads, max_seq_len, device):
+            assert max_seq_len >= field.CHECK_PROMPT + field.CHECK_STEPS + 1  # not only the lengths that are measured
             self.name, self.facts, self.versions, self.replies = name, {"variant": variant}, {"x": "1"}, 0
             self.count()
 
