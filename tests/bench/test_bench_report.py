@@ -233,6 +233,13 @@ def test_report_says_trouble_loudly():
     assert not re.search("WRONG TOKENS|interrupted|Noisy|of a single run", calm.partition("<script>")[0])
 
 
+def test_report_marks_a_cache_that_is_slower_than_none():
+    record = cache_record()
+    record.cases[0].samples["ttft_s"] = [9.0, 9.1, 9.2]
+    [words] = re.findall(r'<li class="trouble">(FAULT [^<]*)</li>', render([record]))
+    assert words.startswith("FAULT at 32 tokens (bf16, batch 1): the first token takes 9.1 s with the cache")
+
+
 def test_report_says_what_the_machine_could_do(page):
     assert "31 GB/s (measured 3 times, between 30 and 32)" in page
     assert "Measured on Some CPU with 2 threads and 16 GB of memory; torch 2.12.0, qwen3fast 0.1.0." in page
