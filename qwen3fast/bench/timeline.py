@@ -40,14 +40,15 @@ def versions_in_git(path: Path) -> tuple[list[Record], list[str]]:
     Raises: ValueError if git has none.
     """
     folder = path.parent if path.parent.is_dir() else Path()
-    log = git("log", "--follow", "--format=commit %H", "--name-only", "--", path.name, folder=folder)
+    names = ("-c", "core.quotePath=off", "log", "--follow", "--format=%x00%H", "--name-only")
+    log = git(*names, "--", path.name, folder=folder)
     top = git("rev-parse", "--show-toplevel", folder=folder)
     if not log or top is None:
         raise ValueError(f"git has no version of {path}; expected a file that was committed")
     records, notes, commit = [], [], ""
     for line in filter(None, log.splitlines()):
-        if line.startswith("commit "):
-            commit = line.removeprefix("commit ")
+        if line.startswith("\0"):  # which no file name has
+            commit = line[1:]
             continue
         text = git("show", "--end-of-options", f"{commit}:{line}", folder=Path(top))
         where = f"{line} at {commit[:9]}"

@@ -119,6 +119,15 @@ def test_git_gives_all_versions_across_renames(repository):
     assert note.startswith("results/old.json at ") and "expected schema_version 2, got 1" in note
 
 
+def test_git_gives_versions_of_a_file_with_an_unusual_name(repository):
+    name = "commit größer --output=x.json"
+    (repository / "results" / "new.json").rename(repository / "results" / name)
+    for command in (["add", "-A"], ["-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-qm", "rename"]):
+        subprocess.run(["git", *command], cwd=repository, check=True)
+    records, _ = versions_in_git(repository / "results" / name)
+    assert [r.run["utc"][:10] for r in records] == ["2026-01-02", "2026-01-02", "2026-01-01", "2026-01-01"]
+
+
 def test_git_has_nothing_of_an_unknown_file(repository, tmp_path_factory):
     with pytest.raises(ValueError, match=r"git has no version of .*none\.json; expected a file that was committed"):
         versions_in_git(repository / "none.json")
