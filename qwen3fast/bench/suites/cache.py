@@ -155,5 +155,5 @@ SUITE = Suite(
     full={"contexts": (4, 16, 32, 128, 512, 1024, 2048, 4096), "new_tokens": 24},
     on_cuda={"contexts": (32, 512, 2048, 4096, 8192), "new_tokens": 64},
     summary=summary,
-    limit_s=155.0,
+    limit_s=145.0,
 )  # fmt: skip
