@@ -12,39 +12,39 @@ from tables import OURS, unique
 from qwen3fast.bench.plot import FAINT, PALETTE, color_of, draw_line, log_x, log_y, new_figure, style_axes
 from qwen3fast.bench.record import Record
 
-SIZE_COLORS = (*PALETTE[3:], *PALETTE[:3])  # not first those that formats have beside them
+SIZE_COLORS = (*PALETTE[3:], *PALETTE[:3])  # not first the colors of formats in the panel beside
 
 
-def series(record: Record, x: str, metric: str, factor: float = 1.0, **wanted: Any) -> list[tuple[float, float]]:
-    """(a label's value, a metric's median times a factor) of the cases with all of `wanted`."""
+def series(record: Record, x: str, metric: str, scale: float = 1.0, **wanted: Any) -> list[tuple[float, float]]:
+    """Return (a label's value, a metric's median times a scale) of the cases with all of `wanted`."""
     return [
-        (float(case.labels[x]), case.metrics[metric].median * factor)
+        (float(case.labels[x]), case.metrics[metric].median * scale)
         for case in record.cases
         if wanted.items() <= case.labels.items() and metric in case.metrics
     ]
 
 
 def draw(record: Record) -> Figure:
-    """Left: tokens per second. Then, a row for each format: time to the first token, time between tokens."""
+    """Draw tokens per second (left), and a row per format of time to the first token and time between tokens."""
     formats = [name for (name,) in unique(record, "format", what="online")]
     rows = max(1, len(formats))
     height = 1.6 + 3.1 * rows
     work = record.notes.get("work", {})
     subtitle = (
-        f"{record.model['name']}, prompts and replies of many lengths, {work.get('requests', '?')} requests a run"
+        f"{record.model['name']}, prompts and replies of many lengths, {work.get('requests', '?')} requests per run"
     )
     figure = new_figure(record, "Many requests at once", subtitle, (14.0, height))
     left = figure.add_axes((0.05, 0.85 / height, 0.25, (height - 2.15) / height))
     _draw_throughput(left, record)
     for row, format in enumerate(formats):
         bottom = (0.85 + 3.1 * (rows - 1 - row)) / height
-        for column, (metric, factor, title) in enumerate(
+        for column, (metric, scale, title) in enumerate(
             (("ttft", 1e3, "time to first token, ms"), ("itl", 1.0, "time between tokens, ms"))
         ):
             axes = figure.add_axes((0.365 + 0.33 * column, bottom, 0.26, 2.15 / height))
             unit = "s" if metric == "ttft" else "ms"
-            _draw_latency(axes, record, format, (f"{metric}_{unit}", f"{metric}_p99_{unit}"), factor)
-            style_axes(axes, "offered load, share of the throughput with as many rows", "", f"{format}: {title}")
+            _draw_latency(axes, record, format, (f"{metric}_{unit}", f"{metric}_p99_{unit}"), scale)
+            style_axes(axes, "offered load, share of the throughput with as many slots", "", f"{format}: {title}")
     return figure
 
 
@@ -61,16 +61,16 @@ def _draw_throughput(axes: Axes, record: Record) -> None:
     log_x(axes, [size for (size,) in unique(record, "batch_size", what="offline")])
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    style_axes(axes, "rows of the cache (batch size)", "", "tokens per second, all requests")
+    style_axes(axes, "slots of the cache (batch size)", "", "tokens per second, all requests")
 
 
-def _draw_latency(axes: Axes, record: Record, format: str, metrics: tuple[str, str], factor: float) -> None:
-    """A line for each batch size: the median whole, the 99th percentile dashed."""
+def _draw_latency(axes: Axes, record: Record, format: str, metrics: tuple[str, str], scale: float) -> None:
+    """Draw lines per batch size: the median solid, the 99th percentile dashed."""
     log_y(axes)
     sizes = [size for (size,) in unique(record, "batch_size", what="online", format=format)]
     for color, size in zip(SIZE_COLORS, sizes, strict=False):
         for metric, style, name in zip(metrics, ("-", "--"), ("p50", "p99"), strict=True):
-            points = series(record, "load", metric, factor, what="online", format=format, batch_size=size)
+            points = series(record, "load", metric, scale, what="online", format=format, batch_size=size)
             if points:
                 draw_line(axes, points, color, f"batch {size}, {name}", linestyle=style, markersize=4)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

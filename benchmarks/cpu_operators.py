@@ -1,10 +1,10 @@
-"""Where a decode step's and a prefill's time goes on a CPU, operator by operator, for each weight format.
+"""Time of a decode step and of a prefill on a CPU by operator, for each weight format.
 
     python benchmarks/cpu_operators.py --output benchmarks/results/operators-0.6b.json
 
-A decode step's operators run one after the other, as in a step; a prefill's each by itself for all blocks. The whole is
-timed beside them, formats take turns. "Other" is the whole less its operators, round by round: for decode the step's
-state and the token's way to the host, for prefill norms, rotation, activation functions, writing to the cache.
+A decode step's operators run one after the other, as in a step; a prefill's run one at a time for all blocks. The whole
+is timed beside them; formats take turns. "Other" is the whole minus its operators, per round: for decode the step's
+state and copying the token to the host, for prefill norms, rotation, activation functions, writing to the cache.
 Writes JSON and a picture, and prints a table of medians in milliseconds.
 """
 
@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from tables import find, operators_rows, unique
+from operators_picture import draw
+from tables import operators_rows
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import Workbench, make_prompts
-from qwen3fast.bench.metrics import short
 from qwen3fast.bench.options import counts
-from qwen3fast.bench.plot import INK, PALETTE, new_figure, save, style_axes
+from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
@@ -36,25 +35,25 @@ from qwen3fast.sampling.samplers import SamplerKind
 
 FORMATS = ("bf16", "int8", "int4")
 MODE = "cached-compiled"
-REST = "#cbd2d9"  # the colour of what no operator took
 
 
 class Stopwatch:
-    """Seconds since the last look."""
+    """A clock of laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
+        """Return the seconds since the last lap."""
         now = time.perf_counter()
         self._last, seconds = now, now - self._last
         return seconds
 
 
 def time_decode(engine: Engine, context: int) -> dict[str, float]:
-    """Seconds of the operators of one decode step over `context` positions, run one after the other, and of a step.
+    """Return the seconds of a decode step over `context` positions, and of its operators run one after the other.
 
-    Attention is what the blocks take longer than over one position.
+    Attention is the time of the blocks minus their time over one position.
     """
     model, parts, state, rows = engine.model, engine.parts, engine.state, slice(1)
     assert parts.decode_layers is not None and parts.decode_layers.serves(1), "the C++ operations are not there"
@@ -75,7 +74,7 @@ def time_decode(engine: Engine, context: int) -> dict[str, float]:
     blocks_alone = watch.lap()
     return {
         "embedding": embedding,
-        "blocks but for attention": blocks_alone,
+        "blocks without attention": blocks_alone,
         "attention": blocks - blocks_alone,
         "norm, output projection": projection,
         "sampler": sampler,
@@ -84,7 +83,7 @@ def time_decode(engine: Engine, context: int) -> dict[str, float]:
 
 
 def time_prefill(engine: Engine, tokens: int) -> dict[str, float]:
-    """Seconds of the operators of one chunk of a prompt, each run by itself for all blocks, and of the whole chunk."""
+    """Return the seconds of a chunk of a prompt, and of its operators, each run by itself for all blocks."""
     model, cache, config = engine.model, engine.cache, engine.model.config
     token_1T, position_1T = torch.tensor(make_prompts(config.vocab_size, tokens, 1)), torch.arange(tokens)[None]
     q_1THD = torch.randn(1, tokens, config.num_attention_heads, config.head_dim).to(cache.layers()[0].k_RKSD.dtype)
@@ -109,18 +108,18 @@ def time_prefill(engine: Engine, tokens: int) -> dict[str, float]:
 
 
 def with_other(seconds: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of the whole, of its operators, and of what they leave of it."""
+    """Return the milliseconds of the whole, of its operators, and of the rest."""
     ms = {name: s * 1e3 for name, s in seconds.items()}
     whole = ms.pop("whole")
     return {"whole": whole, **ms, "other": whole - sum(ms.values())}
 
 
 def make_task(record: Record, labels: dict[str, str | int], time_once: Callable[[], dict[str, float]]) -> Task:
-    """Times a step or a prefill once a round; each operator is a case of the record, made here in a warm-up round."""
+    """Return a task that times a step or a prefill; each operator is a case, made here in a warm-up round."""
     cases = {name: Case({**labels, "operator": name}) for name in with_other(time_once())}
     record.cases += cases.values()
 
-    def run() -> Sample:
+    def run() -> Measurement:
         ms = with_other(time_once())
         for name, case in cases.items():
             if name != "whole":
@@ -133,7 +132,7 @@ def make_task(record: Record, labels: dict[str, str | int], time_once: Callable[
 def make_tasks(
     record: Record, engines: dict[str, Engine], contexts: Sequence[int], prompts: Sequence[int]
 ) -> list[Task]:
-    """Formats take turns at each shape."""
+    """Return a task per shape and format; formats take turns at each shape."""
     timers = [("decode", n, time_decode) for n in contexts] + [("prefill", n, time_prefill) for n in prompts]
     tasks = []
     for phase, length, timer in timers:
@@ -143,70 +142,45 @@ def make_tasks(
     return tasks
 
 
-def draw(record: Record) -> Figure:
-    """A bar for each shape and format, its operators side by side; a panel for decoding, one for prefill."""
-    operators = [name for (name,) in unique(record, "operator") if name not in ("whole", "other")] + ["other"]
-    bars = {phase: unique(record, "context", "format", phase=phase) for (phase,) in unique(record, "phase")}
-    height = 2.3 + 0.32 * max(len(shapes) for shapes in bars.values())
-    subtitle = f"{record.model['name']}, one request: milliseconds of each operator"
-    figure = new_figure(record, "Where the time of a step and of a prefill goes", subtitle, (14.0, height))
-    for i, (phase, shapes) in enumerate(bars.items()):
-        axes = figure.add_axes((0.1 + 0.47 * i, 0.75 / height, 0.36, (height - 2.15) / height))
-        for row, (context, format) in enumerate(shapes):
-            start = 0.0
-            for name, color in zip(operators, (*PALETTE, REST), strict=False):
-                case = find(record, phase=phase, context=context, format=format, operator=name)
-                ms = max(0.0, case.metrics["operator_ms"].median) if case else 0.0  # what is left may be below nothing
-                axes.barh(row, ms, left=start, height=0.66, color=color, label=name if row == 0 and i == 0 else None)
-                start += ms
-            axes.text(start, row, f"  {short(start)}", va="center", size=9, color=INK)
-        axes.set_yticks(range(len(shapes)), [f"{context:,} tokens, {format}" for context, format in shapes])
-        axes.invert_yaxis()
-        style_axes(axes, "milliseconds", "", {"decode": "a step, by context"}.get(phase, "a prompt, by length"))
-        axes.grid(visible=False)
-        axes.set_xlim(right=1.12 * axes.get_xlim()[1])
-        if i == 0:
-            figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=len(operators), loc="upper left",
-                          bbox_to_anchor=(0.04, 1 - 0.8 / height), fontsize=9, handlelength=1)  # fmt: skip
-    return figure
-
-
-@torch.no_grad()
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
-    parser.add_argument("--contexts", type=counts, default="32,1024,4000", help="of decode steps [%(default)s]")
-    parser.add_argument(
-        "--prompts", type=counts, default="32,512", help="tokens of a prefill, of chunk sizes [%(default)s]"
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
-    parser.add_argument("--output", type=Path, default=Path("bench_results/operators.json"), help="[%(default)s]")
-    args = parser.parse_args()
-    contexts, prompts = args.contexts, args.prompts
+def measure(args: argparse.Namespace) -> Record:
+    """Measure all formats in turns. Returns: the record."""
     cpu = torch.device("cpu")
     run = describe_run("python benchmarks/cpu_operators.py")
     record = Record("operators", run, describe_environment(cpu), {"name": args.model})
     probe = BandwidthProbe(cpu)
     harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure(1)}])
     engines = {}
-    for name in FORMATS:
-        model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
-        bench = Workbench(model, (MODE,), max(*contexts, *prompts) + 1, 1)
-        engines[name] = bench.engine(MODE)
-        engines[name].warmup()
-        bench.run(MODE, make_prompts(model.config.vocab_size, max(contexts), 1), 1)  # fills the cache
-    try:
-        harness.measure(make_tasks(record, engines, contexts, prompts), args.rounds)
-    except KeyboardInterrupt:
-        record.interrupted = True
+    with interruptible(record):
+        for name in FORMATS:
+            model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
+            bench = Workbench(model, (MODE,), max(*args.contexts, *args.prompts) + 1, 1)
+            engines[name] = bench.engine(MODE)
+            engines[name].warmup()
+            bench.run(MODE, make_prompts(model.config.vocab_size, max(args.contexts), 1), 1)  # fills the cache
+        harness.measure(make_tasks(record, engines, args.contexts, args.prompts), args.rounds)
     harness.finish()
+    return record
+
+
+@torch.no_grad()
+def main() -> int:
+    """Measure, print and write. Returns: the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
+    parser.add_argument("--contexts", type=counts, default="32,1024,4000", help="of decode steps [%(default)s]")
+    parser.add_argument("--prompts", type=counts, default="32,512", help="prefill lengths: chunk sizes [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("bench_results/operators.json"), help="[%(default)s]")
+    args = parser.parse_args()
+    record = measure(args)
     write_json(record.to_dict(), args.output)
     print(as_text(operators_rows(record), left=1))
     print("\n".join(f"noise: {reason}" for reason in record.noise))
-    save(draw(record), args.output.with_suffix(".png"))
-    print(f"wrote {args.output} and {args.output.with_suffix('.png')}")
+    if any(case.samples for case in record.cases):
+        save(draw(record), args.output.with_suffix(".png"))
+    print(f"wrote {args.output}")
+    return 130 if record.interrupted else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
-"""Tables of the records that are read best across two labels: engines by context, operators by phase, and so on.
+"""Tables of records that are best read across two labels: engines by context, operators by phase, and so on.
 
-Each gives rows of cells, header first, for `qwen3fast.bench.table.as_text` and `as_markdown`.
+Each returns rows of cells after a header, for `qwen3fast.bench.table.as_text` and `as_markdown`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ Rows = list[list[str]]
 
 
 def unique(record: Record, *labels: str, **wanted: Any) -> list[tuple[Any, ...]]:
-    """The values of labels over the cases that have all of `wanted`, in order, none twice."""
+    """Return the distinct values of labels over the cases with all of `wanted`, in order."""
     cases = (c for c in record.cases if wanted.items() <= c.labels.items())
     return list(dict.fromkeys(tuple(case.labels[name] for name in labels) for case in cases))
 
 
 def find(record: Record, **wanted: Any) -> Case | None:
-    """The first case with these labels."""
+    """Return the first case with these labels."""
     return next((case for case in record.cases if wanted.items() <= case.labels.items()), None)
 
 
 def cell(case: Case | None, *metrics: str) -> str:
-    """Medians, joined by a comma; empty if the case lacks one."""
+    """Return medians joined by a comma; empty if the case lacks one."""
     derived = case.metrics if case else {}
     if not all(name in derived for name in metrics):
         return ""
@@ -36,7 +36,7 @@ def cell(case: Case | None, *metrics: str) -> str:
 
 
 def peers_columns(record: Record) -> dict[str, dict[tuple[str, str], float]]:
-    """Title of a column ("decode at 32", "prefill of 512") -> (format, engine) -> tokens/s."""
+    """Return title of a column ("decode at 32", "prefill of 512") -> (format, engine) -> tokens/s."""
     columns: dict[str, dict[tuple[str, str], float]] = {}
     for what, context in sorted(unique(record, "what", "context")):
         metric, title = ("decode_tok_s", "decode at") if what == "decode" else ("prefill_tok_s", "prefill of")
@@ -49,7 +49,7 @@ def peers_columns(record: Record) -> dict[str, dict[tuple[str, str], float]]:
 
 
 def peers_rows(record: Record, ratios: bool = False) -> Rows:
-    """Of benchmarks/compare_peers.py: tokens/s; with ratios, how many times as fast we are is beside them."""
+    """Return the table of benchmarks/compare_peers.py: tokens/s; with ratios, our speed over each engine's."""
     columns = peers_columns(record)
     rows = [["format", "engine", *columns]]
     for format, engine in unique(record, "format", "engine"):
@@ -63,7 +63,7 @@ def peers_rows(record: Record, ratios: bool = False) -> Rows:
 
 
 def operators_rows(record: Record) -> Rows:
-    """Of benchmarks/cpu_operators.py: milliseconds of the whole, of each operator, and what is left."""
+    """Return the table of benchmarks/cpu_operators.py: milliseconds of the whole, of each operator, and of the rest."""
     operators = sorted((name for (name,) in unique(record, "operator")), key=lambda name: name == "other")
     rows = [["", *operators]]
     for phase, format, context in unique(record, "phase", "format", "context"):
@@ -74,7 +74,7 @@ def operators_rows(record: Record) -> Rows:
 
 
 def offline_rows(record: Record) -> Rows:
-    """Of benchmarks/batching.py: throughput of each engine by batch size."""
+    """Return the table of benchmarks/batching.py: throughput of each engine by batch size."""
     sizes = sorted({size for (size,) in unique(record, "batch_size", what="offline")})
     rows = [["tokens/s", *(f"batch {size}" for size in sizes)]]
     for engine, format in unique(record, "engine", "format", what="offline"):
@@ -85,7 +85,7 @@ def offline_rows(record: Record) -> Rows:
 
 
 def online_rows(record: Record) -> Rows:
-    """Of benchmarks/batching.py: latency by format, batch size and offered load."""
+    """Return the table of benchmarks/batching.py: latency by format, batch size and offered load."""
     titles = ["first token p50, p99", "between tokens p50, p99 (ms)"]
     rows = [["format", "batch", "load", "offered requests/s", "tok/s", *titles]]
     for format, size, load in sorted(unique(record, "format", "batch_size", "load", what="online")):
@@ -98,8 +98,9 @@ def online_rows(record: Record) -> Rows:
 
 
 def moe_rows(record: Record) -> Rows:
-    """Of benchmarks/moe.py: milliseconds a step of a mixture of experts between two dense models; ratios of a round are
-    taken before their median."""
+    """Return the table of benchmarks/moe.py: milliseconds per step of a mixture of experts between two dense models.
+
+    Ratios are medians of the rounds' ratios."""
     rows = [["format, experts", "parameters", "of them active", "mixture ms", "dense as active ms", "dense as all ms"]]
     rows[0] += ["mixture / active", "all / mixture"]
     for format, experts in unique(record, "format", "num_experts"):
@@ -117,7 +118,7 @@ def moe_rows(record: Record) -> Rows:
 
 
 def quantization_rows(record: Record) -> Rows:
-    """Of tools/quantization_report.py: medians over layers, the worst layer, perplexity and accuracy on each task."""
+    """Return the table of tools/quantization_report.py: medians over layers, the worst layer, perplexity, accuracy."""
     tasks = [what for (what,) in unique(record, "what") if what not in ("layer", "cache", "model")]
     rows = [["format", "MB", "weight error", "output error", "worst output", "perplexity", *tasks]]
     for (format,) in unique(record, "format"):

@@ -15,7 +15,7 @@ MODEL = {"name": "random:test", "dtype": "bfloat16", "parameters": 1000, "weight
 
 
 def make_case(tok_s: list[float], gb_s: list[float] | None = None, **labels: Any) -> Case:
-    """Decoding at these speeds, a repetition each, with the memory at gb_s (20 in all) beside them."""
+    """Return a case of decoding at these speeds, one per repetition, with the memory at gb_s (default: 20)."""
     shape = {"mode": "cached-eager", "format": "bf16", "context": 32, "batch_size": 1} | labels
     samples = {
         "step_s": [[1 / speed] * 3 for speed in tok_s],
@@ -27,7 +27,7 @@ def make_case(tok_s: list[float], gb_s: list[float] | None = None, **labels: Any
 
 
 def make_record(*cases: Case, utc: str = "2026-01-02T03:04:05Z", commit: str | None = None, **changes: Any) -> Record:
-    """A valid record of the suite "cache"."""
+    """Return a valid record of the suite "cache"."""
     run = {"utc": utc, "command": "python -m qwen3fast.bench", "git_commit": commit, "git_dirty": False}
     conditions = {
         name: [value for case in cases for value in case.samples.get(name, [])]

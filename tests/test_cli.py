@@ -189,7 +189,7 @@ def test_info_states_experts_without_making_them(capsys):
 
 
 @pytest.fixture
-def quick_probes(monkeypatch):
+def quick_probes(monkeypatch, one_thread):
     """Probes that tell a speed without taking the time to measure it well."""
     monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
     monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)

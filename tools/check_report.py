@@ -1,8 +1,8 @@
-"""Try a report of `python -m qwen3fast.bench report` in a real browser: by keyboard, by mouse, in both themes.
+"""Check a report of `python -m qwen3fast.bench report` in a real browser: by keyboard, by mouse, in both themes.
 
 python tools/check_report.py report.html --browser /usr/bin/chromium --pictures FOLDER
 
-Needs `pip install playwright` and a Chromium. Prints what it tried; the exit status is 1 at the first thing that fails.
+Needs `pip install playwright` and a Chromium. Prints each check; the exit status is 1 at the first that fails.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SIZES = {"desktop": (1400, 900), "phone": (390, 844)}
 
 
 def expect(is_so: bool, what: str) -> None:
-    """Raises: SystemExit if it is not so."""
+    """Print a check's outcome. Raises: SystemExit if it failed."""
     print(f"{'ok' if is_so else 'FAILED'}: {what}")
     if not is_so:
         raise SystemExit(1)
 
 
 def check_loading(browser: Browser, url: str, pictures: Path | None) -> None:
-    """No errors, nothing loaded from elsewhere, no sideways scrolling of the page, both themes."""
+    """Check that the page loads without errors and other requests, and does not scroll sideways, in both themes."""
     for name, (width, height) in SIZES.items():
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
@@ -43,7 +43,7 @@ def check_loading(browser: Browser, url: str, pictures: Path | None) -> None:
 
 
 def check_keyboard(page: Page) -> None:
-    """Tab reaches links, buttons and points; arrow keys walk points; Enter sorts; Space hides a series."""
+    """Check that Tab reaches links and points, arrow keys move between points, Enter sorts, Space hides a series."""
     seen = []
     for _ in range(400):
         page.keyboard.press("Tab")
@@ -80,7 +80,7 @@ def check_keyboard(page: Page) -> None:
 
 
 def check_mouse(page: Page) -> None:
-    """Hovering shows a value; the theme can be changed."""
+    """Check that hovering shows a value, and that the theme can be changed."""
     page.locator(".point").first.hover()
     expect(page.locator("#tip").is_visible(), "hovering over a point shows its value")
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")

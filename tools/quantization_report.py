@@ -1,14 +1,14 @@
-"""What rounding a model's weights costs: error of each layer, perplexity, and accuracy on tasks, for each format.
+"""The cost of quantization: error of each layer, perplexity, and accuracy on tasks, for each format.
 
     python tools/quantization_report.py --output benchmarks/results/quantization-tiny.json
 
-Errors are relative: |rounded - exact| / |exact| over all elements. Of a layer, "weight_error" compares weights,
-"output_error" results on real inputs, activations rounded as the layer rounds them, too. A format's name that ends in
-"-kv8" has keys and values in 8 bits: then keys, values and what attention makes of them are compared, block by block.
-"logit_error" is of the whole model, over all positions of a random prompt.
-"int4-head8" has output projection and embedding in 8 bits, which the package does not offer: what it would buy.
-Perplexity and accuracy need a model that knows something: the tasks are those that tiny was trained on
-(tools/tiny_tasks.py), answered greedily by the Generator. Other models get the table of layers only.
+Errors are relative: |quantized - exact| / |exact| over all elements. "weight_error" compares a layer's weights,
+"output_error" its output on real inputs, with activations quantized as the layer does it. Formats that end in "-kv8"
+have int8 keys and values: keys, values and attention's output are compared, block by block. "logit_error" compares the
+whole model's logits over all positions of a random prompt.
+"int4-head8" has output projection and embedding in int8, which the package does not offer.
+Perplexity and accuracy need a trained model: the tasks are the ones that tiny was trained on (tools/tiny_tasks.py),
+answered greedily by the Generator. Other models get the table of layers only.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import math
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import tiny_tasks
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import tqdm
+from quantization_errors import cache_errors, error_cases, layer_errors, model_case
 from tokenizers import Tokenizer
+from tqdm import tqdm
 from train_tiny import encode, pad
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.harness import interruptible
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
-from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer as OurTokenizer
@@ -53,63 +53,9 @@ TASKS = {
 }
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """|actual - expected| / |expected|, in float64."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
-
-
-@torch.no_grad()
-def layer_errors(exact: Qwen3, rounded: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
-    """For each quantised layer the error of its weight and of its output, on the inputs it has in the exact model."""
-    inputs: dict[str, torch.Tensor] = {}
-    layers = {name: layer for name, layer in rounded.named_modules() if isinstance(layer, QuantizedLinear)}
-    hooks = [
-        exact.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-        for name in layers
-    ]
-    exact(tokens)
-    for hook in hooks:
-        hook.remove()
-    errors = []
-    for name, layer in layers.items():
-        weight, x = exact.get_submodule(name).weight, inputs[name]
-        output = relative_error(layer(x), F.linear(x.float(), weight.float()))
-        errors.append(
-            {"layer": name, "weight_error": relative_error(layer.dequantize(), weight), "output_error": output}
-        )
-    return errors
-
-
-@torch.no_grad()
-def cache_errors(model: Qwen3, tokens: torch.Tensor) -> list[dict[str, Any]]:
-    """For each block the error of int8 keys and values, and of attention's output on them, from exact inputs."""
-    length, cpu = tokens.shape[1], torch.device("cpu")
-    cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, cpu, model.config.yarn)
-    position_1T = torch.arange(length)[None]
-    mask_1TL = torch.arange(length) <= position_1T[..., None]
-    arguments = (cos_TD[None], sin_TD[None], position_1T, mask_1TL)
-    dtype = model.model.norm.weight.dtype
-    caches = [StaticKVCache(model.config, 1, length, stored, cpu) for stored in (dtype, torch.int8)]
-    x_1TE, errors = model.embed(tokens), []
-    for block, exact, rounded in zip(model.model.layers, *(cache.layers() for cache in caches), strict=True):
-        normed = block.input_layernorm(x_1TE)
-        expected, actual = (block.self_attn(normed, *arguments, layer) for layer in (exact, rounded))
-        (k, v), (rounded_k, rounded_v) = (layer.read(1, length, torch.float32) for layer in (exact, rounded))
-        errors.append(
-            {
-                "layer": f"layers.{len(errors)}",
-                "key_error": relative_error(rounded_k, k),
-                "value_error": relative_error(rounded_v, v),
-                "output_error": relative_error(actual, expected),
-            }
-        )
-        x_1TE = block(x_1TE, *arguments, exact)
-    return errors
-
-
 @torch.no_grad()
 def perplexity(model: Qwen3, count: int, kv_cache_dtype: str) -> float:
-    """exp of the mean cross-entropy of the answers' tokens, over `count` examples of each task."""
+    """Return exp of the mean cross-entropy of the answers' tokens, over `count` examples of each task."""
     rng, tokenizer = random.Random(2), Tokenizer.from_file(str(TINY_FOLDER / "tokenizer.json"))
     total, tokens = 0.0, 0
     for make in TASKS.values():
@@ -123,7 +69,7 @@ def perplexity(model: Qwen3, count: int, kv_cache_dtype: str) -> float:
 
 
 def accuracy(generator: Generator, count: int) -> dict[str, float]:
-    """Share of examples that greedy decoding answers exactly."""
+    """Return the share of examples that greedy decoding answers exactly."""
     results = {}
     for name, make in TASKS.items():
         rng = random.Random(1)
@@ -141,34 +87,15 @@ def accuracy(generator: Generator, count: int) -> dict[str, float]:
 
 
 def with_head_in_8_bits(model: Qwen3, exact: Qwen3) -> Qwen3:
-    """The same quantised model with output projection and embedding in int8."""
+    """Return the same quantized model with output projection and embedding in int8."""
     format = FORMATS["int8"]
     model.lm_head = QuantizedLinear(quantize(exact.lm_head.weight, format), format)
     model.model.embed_tokens = QuantizedEmbedding(model.lm_head, exact.config.dtype)
     return model
 
 
-def error_cases(format: str, what: str, errors: list[dict[str, Any]]) -> list[Case]:
-    """A case for each layer or block."""
-    return [
-        Case(
-            {"format": format, "what": what, "layer": error["layer"]},
-            samples={name: [value] for name, value in error.items() if name != "layer"},
-        )
-        for error in errors
-    ]
-
-
-def model_case(format: str, model: Qwen3, tokens: torch.Tensor, cache_dtype: str, exact: torch.Tensor) -> Case:
-    """Error of the logits, and how often the likeliest token is the same. exact: (T, V)."""
-    logits = logits_through_cache(model, tokens[0], cache_dtype)
-    same = float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
-    samples = {"logit_error": [relative_error(logits, exact)], "same_token": [same]}
-    return Case({"format": format, "what": "model"}, {"weight_bytes": float(model.num_bytes())}, samples)
-
-
 def task_cases(format: str, model: Qwen3, tokenizer: OurTokenizer, cache_dtype: str, examples: int) -> list[Case]:
-    """Accuracy on each task."""
+    """Return a case per task, with the accuracy."""
     with Generator(model, tokenizer, max_batch_size=8, kv_cache_dtype=cache_dtype) as generator:
         shares = accuracy(generator, examples)
     facts = {"examples": float(examples)}
@@ -176,7 +103,7 @@ def task_cases(format: str, model: Qwen3, tokenizer: OurTokenizer, cache_dtype: 
 
 
 def measure(args: argparse.Namespace, record: Record) -> None:
-    """All formats, each with both caches."""
+    """Measure all formats, each with both caches."""
     exact = load_model(args.model, "cpu")
     tokens = torch.randint(exact.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     exact_logits = logits_through_cache(exact, tokens[0], "auto")
@@ -199,24 +126,26 @@ def measure(args: argparse.Namespace, record: Record) -> None:
                 record.cases += task_cases(name, model, tokenizer, cache_dtype, args.examples)
 
 
-def main() -> None:
-    """Measure, print and write."""
+def main() -> int:
+    """Measure, print and write. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="[%(default)s]")
     parser.add_argument("--examples", type=int, default=200, help="of each task [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/quantization.json"), help="[%(default)s]")
     args = parser.parse_args()
     if args.examples < 10:
-        parser.error("--examples must be at least 10, a tenth of which the perplexity is of")
+        parser.error("--examples must be at least 10: perplexity takes a tenth of them")
     run = describe_run("python tools/quantization_report.py")
     environment = describe_environment(torch.device("cpu"))
     record = Record("quantization-tiny", run, environment, {"name": args.model})
-    measure(args, record)
+    with interruptible(record):
+        measure(args, record)
     record.noise = noise_of(record)
     write_json(record.to_dict(), args.output)
     print(as_text(tables.quantization_rows(record), left=1))
     print(f"wrote {args.output}")
+    return 130 if record.interrupted else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

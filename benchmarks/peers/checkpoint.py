@@ -1,4 +1,4 @@
-"""The weights that all engines share: random ones in Qwen3-0.6B's shape, in bfloat16 and in qwen3fast's own formats."""
+"""The weights of all engines: random, in Qwen3-0.6B's shape, in bfloat16 and in qwen3fast's own formats."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SOURCE = "random:0.6b"
 
 
 def write_checkpoint(folder: Path, formats: tuple[str, ...]) -> None:
-    """Write `folder`/bf16, a checkpoint as transformers reads it (the tied output projection is not stored), and
-    int8, int4 as qwen3fast saves them; what is there already stays."""
+    """Write `folder`/bf16, a checkpoint for transformers (without the tied output projection), and int8, int4 as
+    qwen3fast saves them. Existing folders are kept."""
     for name in dict.fromkeys(("bf16", *formats)):
         # config.json is written last: with it, a folder is complete.
         if not (folder / name / "config.json").is_file():

@@ -1,6 +1,6 @@
 """CTranslate2 in int8, on a model that its own converter for transformers writes.
 
-The converter wants a tokenizer; it gets one whose tokens are the ids as text, so ids go in and out. There is no bf16
+The converter needs a tokenizer; it gets one whose tokens are the ids as text: ids go in and out. There is no bf16
 variant: on a CPU it computes in fp32 or with int8 weights only (`ctranslate2.get_supported_compute_types("cpu")`), and
 4-bit weights (AWQ) are for GPUs.
 """
@@ -24,8 +24,8 @@ PEER = Peer(
             "int8",
             "int8",
             {
-                "weights": "int8, an fp32 scale a row, all matrices",
-                "activations": "fp32; int8 with a scale a row for products",
+                "weights": "int8, an fp32 scale per row, all matrices",
+                "activations": "fp32; int8 with a scale per row for products",
                 "kv_cache": "fp32",
             },
         ),
@@ -34,19 +34,19 @@ PEER = Peer(
 
 
 class IdsAsTokens:
-    """What the converter asks of a tokenizer: each id is a token by its number."""
+    """A tokenizer for the converter: each token is the text of its id."""
 
     def __init__(self, vocab_size: int, eos_token_id: int) -> None:
         self._vocab_size = vocab_size
         self.bos_token = self.eos_token = self.pad_token = self.unk_token = str(eos_token_id)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id."""
+        """Return token -> id."""
         return {str(i): i for i in range(self._vocab_size)}
 
 
 def convert(variant: str, checkpoint: Path, target: Path) -> None:
-    """Convert into `target`."""
+    """Convert the checkpoint into `target`."""
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):
@@ -67,7 +67,7 @@ class CTranslate2Engine:
         self.facts: dict[str, Any] = {"compute_type": self._generator.compute_type}
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`. `min_length` keeps the end token from ending a reply."""
+        """Return one reply, see `protocol.Engine`. `min_length` keeps the end token from ending a reply."""
         times, ids, started = [], [], time.perf_counter()
         exactly = {"max_length": steps + 1, "min_length": steps + 1}
         for token in self._generator.generate_tokens([str(i) for i in prompt], sampling_topk=1, **exactly):

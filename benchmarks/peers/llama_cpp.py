@@ -1,7 +1,7 @@
 """llama.cpp: built from llama-cpp-python's sources for this machine, driven through the C interface that it wraps.
 
-The GGUF file is written from the checkpoint directly; the other formats are made of it by llama.cpp's own quantiser.
-A step is `llama_decode` of one token and an argmax, which is what llama-bench times, plus the argmax.
+The GGUF file is written from the checkpoint; llama.cpp's own quantizer makes the other formats of it. A step is
+`llama_decode` of one token, as llama-bench times it, and an argmax.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import ctypes
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peers.protocol import Peer, Variant, run_adapter
 
-BATCH = 2048  # llama.cpp's default: tokens of a prompt handed over at once; computed 512 at a time, its default, too
+BATCH = 2048  # llama.cpp's default: tokens of a prompt per call; it computes 512 at a time, also its default
 FILE = "model.gguf"
 
 _INT8 = {"activations": "fp32; int8 in groups of 32 for products", "kv_cache": "fp16"}
 _BF16 = {"weights": "bf16", "activations": "fp32; bf16 for products", "kv_cache": "fp16"}
 _F16 = {"weights": "fp16", "activations": "fp32; fp16 for products", "kv_cache": "fp16"}
-_Q8_0 = {"weights": "int8, an fp16 scale for 32 weights (8.5 bits a weight), all matrices", **_INT8}
-_Q4_0 = {"weights": "int4, an fp16 scale for 32 weights (4.5 bits a weight), all matrices (--pure)", **_INT8}
-_Q4_0_Q6_K = {"weights": "as Q4_0, but embedding and output projection in 6.6 bits, the default", **_INT8}
-# Flash attention, "auto" by default, is on for this shape. Neither setting is always the faster one: both are measured.
+_Q8_0 = {"weights": "int8, an fp16 scale per 32 weights (8.5 bits per weight), all matrices", **_INT8}
+_Q4_0 = {"weights": "int4, an fp16 scale per 32 weights (4.5 bits per weight), all matrices (--pure)", **_INT8}
+_Q4_0_Q6_K = {"weights": "as Q4_0, with embedding and output projection in 6.6 bits, the default", **_INT8}
+# Flash attention, "auto" by default, is on for this shape. Neither setting is always faster: both are measured.
 NO_FLASH = "-no-flash"
 PEER = Peer(
     name="llama-cpp",
@@ -44,6 +45,18 @@ PEER = Peer(
     pip_environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     # A wheel in the cache may have been built with other options.
     pip_options=("--no-cache-dir", "--no-binary", "llama-cpp-python"),
+)
+
+# On processors with AMX, llama.cpp's AMX kernels have crashed: without them it is a peer of its own there.
+X86_FLAGS = ("AVX", "AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16")
+PEER_WITHOUT_AMX = replace(
+    PEER,
+    name="llama-cpp-no-amx",
+    variants=tuple(v for v in PEER.variants if v.name in ("BF16", "Q8_0", "Q4_0")),
+    pip_environment={
+        "CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF", *(f"-DGGML_{flag}=ON" for flag in X86_FLAGS)])
+    },
+    cpu_flag="amx_tile",
 )
 
 # transformers' names, without "model." and ".weight", to GGUF's.
@@ -72,15 +85,15 @@ def convert(variant: str, checkpoint: Path, target: Path) -> None:
         return
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix('-Q6_K')}")
-    # Otherwise the embedding, which is the output projection, too, is kept in 6 bits.
+    # Otherwise the embedding, which is also the output projection, is kept in 6 bits.
     params.pure = variant == "Q4_0"
     source = PEER.model_path(PEER.variants[0]) / FILE
     if llama_cpp.llama_model_quantize(bytes(source), bytes(target / FILE), ctypes.byref(params)):
-        raise RuntimeError(f"llama.cpp could not quantise {source} to {variant}")
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {variant}")
 
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
-    """The bfloat16 checkpoint as GGUF without a tokenizer: matrices in bfloat16, norm weights in fp32."""
+    """Write the bfloat16 checkpoint as GGUF without a tokenizer: matrices in bfloat16, norm weights in fp32."""
     import gguf
     import numpy as np
 
@@ -122,7 +135,7 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """GGUF's name of a tensor of transformers' Qwen3."""
+    """Return GGUF's name of a tensor of transformers' Qwen3."""
     short = name.removeprefix("model.").removesuffix(".weight")
     if not short.startswith("layers."):
         return f"{OUTSIDE[short]}.weight"
@@ -131,7 +144,7 @@ def gguf_name(name: str) -> str:
 
 
 class LlamaCppEngine:
-    """A llama.cpp context with its defaults, but for flash attention where the variant says so."""
+    """A llama.cpp context with its defaults; a variant may switch flash attention off."""
 
     def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         import llama_cpp
@@ -158,7 +171,7 @@ class LlamaCppEngine:
         }
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`."""
+        """Return one reply, see `protocol.Engine`."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         started = time.perf_counter()
         for first in range(0, len(prompt), BATCH):

@@ -1,6 +1,6 @@
 """ONNX Runtime GenAI: its Generator on models that its own model builder writes, on the CPU.
 
-The generator gets token ids, so no tokenizer is needed, but the builder wants one: it gets an empty one. There is no
+The generator gets token ids and needs no tokenizer, but the builder does: it gets an empty one. There is no
 bf16 variant, as the builder offers bfloat16 for GPUs only; on CPUs its models have fp32 activations and cache.
 """
 
@@ -34,9 +34,9 @@ PEER = Peer(
         Variant(
             "int8",
             "int8",
-            {"weights": "int8, an fp32 scale for 32 weights (9 bits), all matrices; fp32 for lookups", **_COMPUTES},
+            {"weights": "int8, an fp32 scale per 32 weights (9 bits), all matrices; fp32 for lookups", **_COMPUTES},
         ),
-        Variant("int4", "int4", {"weights": "int4, an fp32 scale for 32 weights (5 bits), all matrices", **_COMPUTES}),
+        Variant("int4", "int4", {"weights": "int4, an fp32 scale per 32 weights (5 bits), all matrices", **_COMPUTES}),
     ),
 )
 BUILD = {
@@ -44,12 +44,12 @@ BUILD = {
     # The embedding is looked up in the output projection's int4 weights; there is no such lookup of int8.
     "int4": ["op_types_to_quantize=MatMul/Gather", "shared_embeddings=true"],
 }
-# By default the builder's models compute every prompt token's logits. What else stands here are its defaults.
+# By default the builder's models compute every prompt token's logits. The other values are its defaults.
 ALWAYS = ["prune_lm_head=true", "block_size=32", "is_symmetric=true", "accuracy_level=4"]
 
 
 def convert(variant: str, checkpoint: Path, target: Path) -> None:
-    """Build into `target`."""
+    """Build the model into `target`."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -70,7 +70,7 @@ def convert(variant: str, checkpoint: Path, target: Path) -> None:
 
 
 def matrix_products(model: Path) -> dict[str, int]:
-    """How often the graph has each kind of product, with the settings that decide on its arithmetic."""
+    """Count the graph's products by kind and by the settings that decide their arithmetic."""
     import onnx
 
     kinds: Counter[str] = Counter()
@@ -100,7 +100,7 @@ class OnnxRuntimeEngine:
         }
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`. Making the generator, which reserves the cache, is not timed."""
+        """Return one reply, see `protocol.Engine`. Making the generator, which reserves the cache, is not timed."""
         params = self._genai.GeneratorParams(self._model)
         params.set_search_options(do_sample=False, max_length=len(prompt) + steps + 1)
         generator = self._genai.Generator(self._model, params)

@@ -13,9 +13,9 @@ from typing import Any
 
 from peers.protocol import Peer, Variant, run_adapter
 
-# What CPUs with bfloat16 instructions get; `facts` in the record holds what the plugin says on this machine.
+# Precisions on CPUs with bfloat16 instructions; `facts` in the record has the plugin's choice on the machine.
 _DEFAULTS = {
-    "activations": "the plugin's default, see INFERENCE_PRECISION_HINT in facts; int8 in groups for rounded weights",
+    "activations": "the plugin's default, see INFERENCE_PRECISION_HINT in facts; int8 in groups for quantized weights",
     "kv_cache": "the plugin's default, see KV_CACHE_PRECISION in facts",
 }
 PEER = Peer(
@@ -31,12 +31,12 @@ PEER = Peer(
     packages=("openvino", "openvino-genai", "optimum-intel", "nncf"),
     variants=(
         Variant("bf16", "bf16", {"weights": "fp16 on disk, computed in bf16 where the plugin does", **_DEFAULTS}),
-        Variant("int8", "int8", {"weights": "int8, a scale and a zero point a row, all matrices", **_DEFAULTS}),
+        Variant("int8", "int8", {"weights": "int8, a scale and a zero point per row, all matrices", **_DEFAULTS}),
         Variant(
-            "int4", "int4", {"weights": "int4, an fp16 scale for 32 weights (4.5 bits), all matrices", **_DEFAULTS}
+            "int4", "int4", {"weights": "int4, an fp16 scale per 32 weights (4.5 bits), all matrices", **_DEFAULTS}
         ),
     ),
-    # It comes along unasked, and one built for another torch than the CPU's makes transformers fail to import.
+    # A dependency that is not needed: built for another torch than the CPU's, it makes the import of transformers fail.
     pip_remove=("torchvision",),
 )
 EXPORT = {
@@ -71,7 +71,7 @@ class OpenVinoEngine:
         self._pipeline = openvino_genai.LLMPipeline(model, "CPU", **options)
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`. The pipeline may keep a prompt's keys and values for a later, equal beginning."""
+        """Return one reply, see `protocol.Engine`. The pipeline may reuse the keys and values of an earlier prompt."""
         config = self._genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = steps + 1, True, False
         ids = self._np.array([prompt], dtype=self._np.int64)

@@ -10,10 +10,10 @@ import torch
 from peers.protocol import Variant, run_adapter
 from qwen3fast import Generator, SamplingParams, load_model
 
-_ROUNDED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32"}
-_INT8 = {"weights": "int8, a scale a row (8.03 bits a weight), all matrices", **_ROUNDED}
-_INT4 = {"weights": "int4, a scale for 32 weights (4.5 bits a weight), all matrices", **_ROUNDED}
-_PLAIN, _INT8_CACHE = {"kv_cache": "bf16"}, {"kv_cache": "int8, a scale for each key and value vector"}
+_QUANTIZED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32"}
+_INT8 = {"weights": "int8, a scale per row (8.03 bits per weight), all matrices", **_QUANTIZED}
+_INT4 = {"weights": "int4, a scale per 32 weights (4.5 bits per weight), all matrices", **_QUANTIZED}
+_PLAIN, _INT8_CACHE = {"kv_cache": "bf16"}, {"kv_cache": "int8, a scale per key and value vector"}
 INT8_CACHE = "-kv8"  # ends the name of a variant with such a cache
 VARIANTS = (
     Variant("bf16", "bf16", {"weights": "bf16", "activations": "bf16, sums in fp32", **_PLAIN}),
@@ -39,7 +39,7 @@ class OurEngine:
         self.facts: dict[str, Any] = {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`."""
+        """Return one reply, see `protocol.Engine`."""
         result = self.generator.generate(prompt, SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps + 1))
         return result.metrics.prefill_s, result.metrics.decode_s, result.token_ids
 

@@ -1,16 +1,15 @@
-"""What all adapters share: how a peer is described and set up, and how its worker process is talked to.
+"""The description and setup of a peer, and the protocol of its worker process, shared by all adapters.
 
-A worker holds one loaded model. It reads a JSON object a line, {"prompt": ids, "steps": n}: compute the prompt, choose
-the first token greedily, then n more, each from the one before. It answers {"prefill_s", "decode_s", "token_ids"};
-prefill_s ends with the first token, decode_s covers the n steps. Times are taken inside the worker.
+A worker holds one loaded model. It reads one JSON object per line, {"prompt": ids, "steps": n}: compute the prompt,
+choose the first token greedily, then n more, each from the one before. It answers {"prefill_s", "decode_s",
+"token_ids"}: prefill_s ends with the first token, decode_s covers the n steps. The worker takes the times itself.
 
-Adapters run in their peer's own environment, too, so this file needs nothing but the standard library.
+Adapters also run in their peer's own environment, so this file imports only the standard library.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -30,31 +29,32 @@ BENCHMARKS = Path(__file__).resolve().parent.parent
 
 
 class Engine(Protocol):
-    """A loaded model of some peer."""
+    """A loaded model of a peer."""
 
-    facts: dict[str, Any]  # what the engine says of itself: instructions in use, precisions
+    facts: dict[str, Any]  # instructions in use, precisions, and the like
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """(prefill_s, decode_s, steps + 1 greedy token ids); nothing of an earlier call may be reused."""
+        """Return (prefill_s, decode_s, steps + 1 greedy token ids). Nothing of an earlier call may be reused."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a peer. computes: weights, activations and kv_cache, in words, for the record.
+    """A way to run a peer.
 
-    weights: the converted weights it uses, where they are another variant's ("" means its own). most_steps: timed in a
-    reply, where each takes so long that few must do.
+    computes: precision of weights, activations and kv_cache, in words, for the record.
+    weights: name of the variant whose converted weights it uses; "" for its own. max_steps: timed steps per reply, for
+    variants whose steps take seconds.
     """
 
     format: str
     name: str
     computes: dict[str, str]
     weights: str = ""
-    most_steps: int | None = None
+    max_steps: int | None = None
 
     @property
     def folder(self) -> str:
-        """The name of the folder of its weights."""
+        """The folder of its weights."""
         return self.weights or self.name
 
 
@@ -62,8 +62,9 @@ class Variant:
 class Peer:
     """An engine with an environment of its own.
 
-    module: the adapter. requirements: what pip installs; pip_environment, pip_options: how; pip_remove: what must go
-    again. packages: whose versions are recorded. devices: where it runs, for this comparison.
+    module: the adapter. requirements: for pip, with pip_environment and pip_options; pip_remove: packages to uninstall
+    again. packages: whose versions are recorded. devices: on which it takes part. cpu_flag: an instruction set without
+    which there is no reason to run it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Peer:
     pip_options: tuple[str, ...] = ()
     pip_remove: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
+    cpu_flag: str = ""
 
     @property
     def python(self) -> Path:
@@ -82,11 +84,11 @@ class Peer:
         return CACHE / self.name / "env" / "bin" / "python"
 
     def model_path(self, variant: Variant) -> Path:
-        """Where a variant's converted weights lie."""
+        """Return the folder of a variant's converted weights."""
         return CACHE / self.name / variant.folder
 
     def setup(self) -> None:
-        """Make the environment, if it is not there yet (building may take minutes)."""
+        """Create the environment if it is missing. Building may take minutes."""
         done = CACHE / self.name / "env" / "installed"
         if done.is_file() and done.read_text() == repr(self.requirements):
             return
@@ -98,7 +100,7 @@ class Peer:
         done.write_text(repr(self.requirements))
 
     def convert(self, variant: Variant, checkpoint: Path) -> None:
-        """Write the variant's weights, if they are not there yet; a broken-off conversion leaves nothing behind."""
+        """Write the variant's weights if they are missing. An interrupted conversion leaves nothing behind."""
         target = self.model_path(variant)
         if target.is_dir():
             return
@@ -118,77 +120,23 @@ class Peer:
         unfinished.rename(target)
 
     def is_ready(self, variant: Variant) -> bool:
-        """Whether environment and weights are there."""
+        """Return True if environment and weights exist."""
         return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant).is_dir()
 
 
 def link_checkpoint(variant: str, checkpoint: Path, target: Path) -> None:
-    """The conversion of peers that read the common checkpoint as it is: `target` points to its files."""
+    """Link the common checkpoint into `target`, for peers that read it directly."""
     for file in checkpoint.iterdir():
         (target / file.name).symlink_to(file.resolve())
 
 
 def environment() -> dict[str, str]:
-    """Of a peer's processes: adapters are found, and the folder of adapters, whose files are named as the packages they
-    import, is not on the path itself."""
+    """Return the environment variables of a peer's processes.
+
+    Adapters are importable as `peers.NAME`; their folder is not on the path, since they are named like the packages
+    they import.
+    """
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
-
-
-class Worker:
-    """A running worker process."""
-
-    def __init__(
-        self,
-        name: str,
-        python: Path,
-        module: str,
-        variant: str,
-        model: Path,
-        threads: int,
-        max_seq_len: int,
-        device: str = "cpu",
-    ) -> None:
-        """Start it and wait until the model is loaded. Raises: RuntimeError with the end of its log if it ends."""
-        self.name = name
-        self._log = CACHE / "logs" / f"{name.replace(' ', '-')}.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        options = ["--threads", str(threads), "--max-seq-len", str(max_seq_len), "--device", device]
-        # OpenMP's threads must agree with the engine's own option; waiting ones must sleep, not spin.
-        variables = environment() | {"OMP_NUM_THREADS": str(threads)}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [python, "-m", f"peers.{module}", "serve", variant, model, *options],
-                env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        hello = self._answer()
-        self.facts: dict[str, Any] = hello["facts"]
-        self.versions: dict[str, str] = hello["versions"]
-
-    def generate(self, prompt: list[int], steps: int) -> dict[str, Any]:
-        """One reply. Raises: RuntimeError with the end of its log if the worker ended."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reported with the log below
-            self._process.stdin.write(json.dumps({"prompt": prompt, "steps": steps}) + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def cpu_s(self) -> float:
-        """Processor seconds that all its threads have used (Linux)."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            raise RuntimeError(f"the worker of {self.name} ended; its log says:\n{self._log.read_text()[-2000:]}")
-        return json.loads(line)
 
 
 def run_adapter(
@@ -196,10 +144,10 @@ def run_adapter(
     load: Callable[[str, Path, int, int, str], Engine],
     convert: Callable[[str, Path, Path], None] | None = None,
 ) -> None:
-    """An adapter's command line: `convert WEIGHTS CHECKPOINT TARGET` and `serve VARIANT MODEL`.
+    """Run an adapter's command line: `convert WEIGHTS CHECKPOINT TARGET` or `serve VARIANT MODEL`.
 
-    load: (variant's name, model, threads, max_seq_len, device) to an engine. convert: (name of the weights, checkpoint,
-    empty folder).
+    load: takes a variant's name, model folder, threads, max_seq_len and device; returns an engine. convert: takes the
+    name of the weights, the checkpoint, and an empty folder to write to.
     """
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
@@ -218,7 +166,7 @@ def run_adapter(
         assert convert is not None, "this adapter has nothing to convert"
         convert(args.variant, args.checkpoint, args.target)
         return
-    # Native libraries print to standard output as they like: answers get a channel of their own.
+    # Native libraries may print to standard output: answers get a channel of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = load(args.variant, args.model, args.threads, args.max_seq_len, args.device)

@@ -1,6 +1,6 @@
-"""SGLang, which needs a GPU: NOT RUN so far, for want of one; written after its documentation.
+"""SGLang, which needs a GPU. NOT RUN so far; written after its documentation.
 
-One request at a time through its offline engine's stream, prompts by ids, no prefix cache; the rest are its defaults.
+One request at a time through its offline engine's stream, prompts as ids, no prefix cache, its defaults otherwise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SglangEngine:
         self.facts: dict[str, Any] = {}
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`."""
+        """Return one reply, see `protocol.Engine`."""
         exactly = {"temperature": 0, "max_new_tokens": steps + 1, "ignore_eos": True}
         times, ids, started = [], [], time.perf_counter()
         for chunk in self._engine.generate(input_ids=prompt, sampling_params=exactly, stream=True):

@@ -1,4 +1,4 @@
-"""transformers in this process on the very tensors of our model, for programs that need no process of its own."""
+"""transformers in this process on the same tensors as our model, for programs without worker processes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qwen3fast.model import Qwen3
 
 
 def share_weights(model: Qwen3) -> transformers.Qwen3ForCausalLM:
-    """transformers' model on the very tensors of ours: no second copy, no difference in values."""
+    """Return transformers' model on the same tensors as ours: no second copy, no difference in values."""
     config = transformers.Qwen3Config(**model.config.to_dict())
     with torch.device("meta"):
         reference = transformers.Qwen3ForCausalLM(config)
     reference.load_state_dict(model.state_dict(), strict=False, assign=True)
     reference.tie_weights()
-    # The rotary frequencies are a buffer that no checkpoint holds: build that module anew, off meta.
+    # The rotary frequencies are a buffer that no checkpoint has: build that module again, not on meta.
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config).to(model.lm_head.weight.device)
     return reference.eval()
 
 
 @torch.no_grad()
 def run_transformers(reference: transformers.Qwen3ForCausalLM, prompt: list[int], new_tokens: int) -> Sample:
-    """Greedy decode with `DynamicCache`, token by token through the model itself (no overhead of `generate`)."""
+    """Decode greedily with `DynamicCache`, token by token through the model, without the overhead of `generate`."""
     cache = transformers.DynamicCache(config=reference.config)
     ids, times, output = torch.tensor([prompt], device=reference.device), [], []
     for _ in range(new_tokens):

@@ -1,8 +1,8 @@
 """transformers: eager with its default cache, compiled with a static one, and without a cache.
 
 "eager" and "no-cache" call the model itself, token by token, which leaves out what `generate` adds; "static-compiled"
-is `generate` with `cache_implementation="static"`, which compiles decode steps (asked to, on a CPU), times taken where
-it hands each token to a streamer. All read the common checkpoint as it is.
+is `generate` with `cache_implementation="static"`, which compiles decode steps (on CPUs on request), timed where it
+hands each token to a streamer. All read the common checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from peers.protocol import CHECKPOINT, Peer, Variant, link_checkpoint, run_adapter
 
-_BF16 = {"weights": "bf16", "activations": "bf16, sums as PyTorch's products have them"}
+_BF16 = {"weights": "bf16", "activations": "bf16, sums as in PyTorch's products"}
 PEER = Peer(
     name="transformers",
     module="transformers",
@@ -22,15 +22,15 @@ PEER = Peer(
     variants=(
         Variant("bf16", "eager", {**_BF16, "kv_cache": "bf16, grows by concatenation (DynamicCache)"}, CHECKPOINT),
         Variant("bf16", "static-compiled", {**_BF16, "kv_cache": "bf16, static; its whole length is read"}, CHECKPOINT),
-        # Each token takes as long as a prompt: a few say it.
-        Variant("bf16", "no-cache", {**_BF16, "kv_cache": "none"}, CHECKPOINT, most_steps=2),
+        # Each token takes as long as a prompt.
+        Variant("bf16", "no-cache", {**_BF16, "kv_cache": "none"}, CHECKPOINT, max_steps=2),
     ),
     devices=("cpu", "cuda"),
 )
 
 
 class Marks:
-    """A streamer for `generate` that notes when each token came, and which. The first call brings the prompt."""
+    """A streamer for `generate` that notes each token and its time. The first call brings the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -38,14 +38,14 @@ class Marks:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Take the prompt, then one token a call."""
+        """Take the prompt, then one token per call."""
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
             self.times.append(time.perf_counter())
         self._has_prompt = True
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 class TransformersEngine:
@@ -67,7 +67,7 @@ class TransformersEngine:
             self.facts["compiled"] = hasattr(self._model, "_compiled_call")
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`."""
+        """Return one reply, see `protocol.Engine`."""
         with self._torch.no_grad():
             reply = self._by_generate if self._variant == "static-compiled" else self._by_model
             started, times, ids = reply(prompt, steps)

@@ -1,7 +1,7 @@
-"""vLLM, which needs a GPU: NOT RUN so far, for want of one; written after its documentation.
+"""vLLM, which needs a GPU. NOT RUN so far; written after its documentation.
 
-One request at a time through the engine's own steps, prompts by ids, no prefix cache; the rest are its defaults (CUDA
-graphs, its choice of attention). A step's time ends where the engine hands the token over.
+One request at a time through the engine's own steps, prompts as ids, no prefix cache, its defaults otherwise (CUDA
+graphs, its choice of attention). The time of a step ends when the engine returns the token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PEER = Peer(
 
 
 class VllmEngine:
-    """An LLM whose engine is stepped by hand."""
+    """An LLM whose engine is stepped one token at a time."""
 
     def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         import vllm
@@ -39,7 +39,7 @@ class VllmEngine:
         self.facts: dict[str, Any] = {}
 
     def generate(self, prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        """As `protocol.Engine`."""
+        """Return one reply, see `protocol.Engine`."""
         params = self._vllm.SamplingParams(temperature=0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
         times, ids, started = [], [], time.perf_counter()
         self._engine.add_request(str(next(self._numbers)), {"prompt_token_ids": prompt}, params)

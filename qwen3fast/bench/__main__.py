@@ -1,12 +1,6 @@
 """`python -m qwen3fast.bench`: measure tokens per second with and without the KV cache, and more (`--suite`).
 
-python -m qwen3fast.bench                          measure; see --help
-python -m qwen3fast.bench report RECORD... -o FILE one HTML page of records
-python -m qwen3fast.bench table RECORD...          Markdown, CSV or text of records
-python -m qwen3fast.bench plot RECORD... -o FOLDER their pictures, drawn anew
-python -m qwen3fast.bench compare OLD NEW          what changed beyond noise
-python -m qwen3fast.bench history RECORD... -o FILE a figure over commits
-python -m qwen3fast.bench self-test                the harness on fake work of known speed
+Without a command, a suite is measured; commands show, compare or test.
 """
 
 from __future__ import annotations
@@ -14,42 +8,68 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from qwen3fast.bench import compare_command, history, self_test
+from qwen3fast.bench import commands, compare_command, history, self_test
 from qwen3fast.bench.main import add_bench_arguments, run_bench
-from qwen3fast.bench.report.command import report_main
-from qwen3fast.bench.show import plot_main, table_main
+from qwen3fast.bench.text import visible
 
-# First words that are commands of their own: each parses the rest.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "report": report_main,
-    "table": table_main,
-    "plot": plot_main,
-    "compare": compare_command.main,
-    "history": history.main,
-    "self-test": self_test.main,
+
+class Command(NamedTuple):
+    """A subcommand. run: returns the exit status."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    epilog: str = ""
+
+
+COMMANDS = {
+    "report": Command("records as one HTML page that needs no network", commands.add_report, commands.run_report),
+    "table": Command("records as Markdown, CSV or text", commands.add_table, commands.run_table),
+    "plot": Command("draw the pictures of records again", commands.add_plot, commands.run_plot),
+    "compare": Command(
+        "what changed between two records beyond noise",
+        compare_command.add_arguments,
+        compare_command.run,
+        compare_command.EPILOG,
+    ),
+    "history": Command("a metric over commits: a table and a picture", history.add_arguments, history.run),
+    "self-test": Command("the harness on fake work of known speed; 3 seconds", lambda _: None, self_test.run),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 (wrong tokens, a loss found by compare), 2 (bad options, or
-    nothing that compare could judge), 130 (Ctrl-C)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Parse and run.
+
+    Returns: the exit status: 0, 1 (wrong tokens, or a loss found by compare), 2 (bad options, or nothing that compare
+    could judge), 130 (Ctrl-C).
+    """
+    args = build_parser().parse_args(argv)
     try:
-        if argv and argv[0] in COMMANDS:
-            return COMMANDS[argv[0]](argv[1:])
-        return run_bench(build_parser().parse_args(argv))
+        return COMMANDS[args.command].run(args) if args.command else run_bench(args)
     except (ValueError, OSError, MemoryError) as err:
-        print(f"qwen3fast.bench: error: {err}", file=sys.stderr)
+        print(f"qwen3fast.bench: error: {visible(err, keep=chr(10))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted before anything was measured", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of a measurement."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qwen3fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return the parser of a measurement and of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m qwen3fast.bench", description=__doc__)
     add_bench_arguments(parser)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        added = subparsers.add_parser(
+            name,
+            prog=f"{parser.prog} {name}",
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=command.epilog,
+        )
+        command.add_arguments(added)
     return parser
 
 

@@ -1,17 +1,17 @@
-"""What changed between two records beyond noise.
+"""Comparison of two records: changes beyond noise.
 
 A change counts only if it holds twice, each time with its whole 95% interval beyond the threshold: as measured, and
-relative to the machine's own speed, which a record samples beside each repetition. So "decode fell by 20%, but the
-memory's bandwidth fell by 22%" is no loss. The yardstick of decoding is the limit of a step (`limit_tok_s`, by OLD's
-bytes, so that a step which must read less still counts as faster), that of prefill the rate of the matrix product. A
-figure that may be bound by either must hold against both.
+relative to the machine's own speed, which a record samples beside each repetition. If decoding is 20% slower and the
+memory's bandwidth fell by 22%, that is no loss. The yardstick of decoding is the limit of a step (`limit_tok_s`, by
+OLD's bytes: a step that reads less still counts as faster); of prefill, the rate of the matrix product. A metric that
+either may limit must hold against both.
 
-What intervals can say: where noise is larger than the threshold, chance alone makes a case look worse about once in 20
-times with three repetitions on each side, once in 50 with five (simulated, normal noise). Of fewer than three nothing
-is said. In a record of many cases, a single one that is worse may be chance: measure again.
-Repetitions of one run share its circumstances, which no interval within a run knows of. So where a record says that it
-is noisy, timed figures must change by more than thrice the threshold, and by more than the machine's own speed varied
-within a run (90th over 10th percentile of its samples).
+Where noise is larger than the threshold, chance alone makes a case look worse about once in 20 times with three
+repetitions on each side, once in 50 with five (simulated, normal noise). Fewer than three are not judged. In a record
+of many cases, a single worse one may be chance: measure again.
+Repetitions of one run share circumstances that no interval within a run shows. If a record says that it is noisy, timed
+metrics must change by more than three times the threshold, and by more than the machine's own speed varied within a run
+(90th over 10th percentile of its samples).
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from typing import Any
 
 import numpy as np
 
-from qwen3fast.bench.metrics import METRICS, per_repetition
+from qwen3fast.bench.metrics import CONDITIONS, METRICS, per_repetition
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.statistics import Estimate, ratio
 from qwen3fast.bench.verdict import EXACT, UNJUDGED, WORSE, judge, judge_zero
 
-CONDITIONS = ("bandwidth_gb_s", "gemm_flop_s")
 LIMIT = "limit_tok_s"
 YARDSTICK = {"decode_tok_s": LIMIT, "step_ms": LIMIT, "effective_gb_s": LIMIT, "prefill_tok_s": "gemm_flop_s"}
 YARDSTICK |= {"prefill_flop_s": "gemm_flop_s"}
-NO_YARDSTICK = EXACT | {"peak_memory_bytes", "energy_j_token", "share_of_bandwidth", "prefill_share_of_gemm", LIMIT}
+NO_YARDSTICK = EXACT | {"peak_memory_bytes", "share_of_bandwidth", "prefill_share_of_gemm", LIMIT}
 UNTIMED = EXACT | {"peak_memory_bytes"}
-NOISY_FACTOR = 3.0
-# Judged unless others are named: all but single values, shares, and what says the same as another metric of the case.
+NOISY_THRESHOLDS = 3.0
+# By default, single values, shares, and metrics that equal another metric of the case are not judged.
 NOT_BY_DEFAULT = {"share_of_bandwidth", "prefill_share_of_gemm", LIMIT, "step_p99_ms"}
 SAYS_THE_SAME = {"step_ms": "decode_tok_s", "effective_gb_s": "decode_tok_s", "ttft_s": "prefill_tok_s"}
 SAYS_THE_SAME |= {"prefill_flop_s": "prefill_tok_s", "seconds": "tok_s"}
-WORK = ("steps", "tokens", "requests")  # facts that say how much was done in a repetition
+WORK = ("steps", "tokens", "requests")  # facts on how much was done in a repetition
 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one case. ratio: new over old (None where one is 0). relative: the same over the machine's own
-    change, by what that was measured with."""
+    """The change of one metric of one case.
+
+    ratio: new over old (None if one is 0). relative: the same over the machine's own change, by yardstick.
+    """
 
     labels: dict[str, Label]
     metric: str
@@ -58,8 +59,7 @@ class Change:
 
 @dataclass
 class Comparison:
-    """All changes, cases that only one record has, the machine's own change, the thresholds that were used, and what
-    else a reader should know."""
+    """All changes, cases of only one record, the machine's own change, the thresholds, and notes."""
 
     changes: list[Change] = field(default_factory=list)
     only_in_old: list[str] = field(default_factory=list)
@@ -71,19 +71,19 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def of(self, *verdicts: str) -> list[Change]:
-        """The changes with one of these verdicts."""
+        """Return the changes with one of these verdicts."""
         return [change for change in self.changes if change.verdict in verdicts]
 
     @property
     def status(self) -> int:
-        """Exit status: 0, 1 (something is worse, or NEW has wrong tokens), 2 (nothing could be judged)."""
+        """The exit status: 0, 1 (something is worse, or NEW has wrong tokens), 2 (nothing could be judged)."""
         if self.of(WORSE) or self.failed_checks:
             return 1
         return 0 if len(self.of(UNJUDGED)) < len(self.changes) else 2
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """What makes two records incomparable: other suites, machines or models; in words, empty if nothing does."""
+    """Return the reasons why two records cannot be compared: other suites, machines or models."""
     pairs: list[tuple[str, Any, Any]] = [("suite", old.suite, new.suite)]
     for name in ("device", "gpu", "cpu", "cpu_count", "threads"):
         pairs.append((name, old.environment.get(name), new.environment.get(name)))
@@ -95,7 +95,7 @@ def differences(old: Record, new: Record) -> list[str]:
 def compare_records(
     old: Record, new: Record, metrics: tuple[str, ...] = (), threshold: float = 0.03, force: bool = False
 ) -> Comparison:
-    """Judge every case that both have. metrics: those to judge, or else the ones that matter for each case.
+    """Judge every case that both have. metrics: to judge; by default the main ones of each case.
 
     Raises: ValueError for a bad threshold, for records that cannot be compared (unless `force`) or share nothing.
     """
@@ -139,7 +139,7 @@ def _notes(old: Record, new: Record) -> list[str]:
         if record.interrupted:
             notes.append(f"{which} was interrupted")
         if record.run.get("git_dirty"):
-            notes.append(f"{which} is of a changed tree, not of its commit alone")
+            notes.append(f"{which} was measured with uncommitted changes")
     return notes
 
 
@@ -149,11 +149,11 @@ def _other_work(old: Case, new: Case) -> list[str]:
 
 
 def _timed_threshold(old: Record, new: Record, threshold: float) -> float:
-    """The threshold, or what noisy records leave of it."""
+    """Return the threshold, or a greater one if a record is noisy."""
     noisy = [record for record in (old, new) if record.noise]
     samples = [record.conditions[c] for record in noisy for c in CONDITIONS if record.conditions.get(c)]
     spreads = [float(high / low) - 1 for low, high in (np.percentile(values, [10, 90]) for values in samples)]
-    return max(threshold, NOISY_FACTOR * threshold, *spreads) if noisy else threshold
+    return max(threshold, NOISY_THRESHOLDS * threshold, *spreads) if noisy else threshold
 
 
 def _changes(old: Case, new: Case, metrics: tuple[str, ...], threshold: float, timed: float) -> list[Change]:
@@ -183,7 +183,7 @@ def _matters(name: str, values: dict[str, list[float]]) -> bool:
 
 
 def _machine_speeds(old: Case, new: Case) -> dict[str, tuple[list[float], list[float]]]:
-    """The machine's own speed beside each repetition, before and now; the limit of a step is that of OLD's step."""
+    """Return the machine's own speed beside each repetition, old and new; the limit is always of OLD's step."""
     pairs = {name: (old.samples.get(name, []), new.samples.get(name, [])) for name in CONDITIONS}
     before, after = (per_repetition(old.labels, old.facts, case.samples) for case in (old, new))
     pairs[LIMIT] = (before.get(LIMIT, []), after.get(LIMIT, []))
@@ -199,6 +199,6 @@ def _yardsticks(name: str, speeds: dict[str, tuple[list[float], list[float]]]) -
 
 
 def _over(name: str, values: list[float], speeds: list[float]) -> list[float]:
-    """Values as they would be on a machine of speed 1: a rate grows with the speed, a time shrinks."""
+    """Return values as on a machine of speed 1: a rate grows with the speed, a time shrinks."""
     pairs = zip(values, speeds, strict=True)
     return [v / s if METRICS[name].is_higher_better else v * s for v, s in pairs]

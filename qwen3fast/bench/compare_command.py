@@ -1,4 +1,4 @@
-"""`python -m qwen3fast.bench compare OLD NEW`: what changed beyond noise, as a table or JSON, with a status for CI."""
+"""The `compare` command: what changed between two records, as a table or JSON, with an exit status for CI."""
 
 from __future__ import annotations
 
@@ -7,63 +7,62 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qwen3fast.bench.compare import Change, Comparison, compare_records
-from qwen3fast.bench.metrics import METRICS
+from qwen3fast.bench.metrics import CONDITIONS, METRICS
 from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.table import as_text
+from qwen3fast.bench.text import visible
 from qwen3fast.bench.verdict import BETTER, MASKED, MEANINGS, SAME, UNCLEAR, UNJUDGED, WORSE
 
-MACHINE_TITLES = {"bandwidth_gb_s": ("memory", "GB/s", 1.0), "gemm_flop_s": ("matrix product", "GFLOP/s", 1e-9)}
 EPILOG = "verdicts: " + "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items()) + "."
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0 (nothing got worse), 1 (something did, or NEW has wrong tokens), 2 (nothing could be
-    judged).
-
-    Raises: FileNotFoundError, ValueError for records that are not there, not valid, or not comparable.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m qwen3fast.bench compare", description="What changed between two records beyond noise.",
-        epilog=EPILOG,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
     parser.add_argument("old", type=Path, metavar="OLD.json")
     parser.add_argument("new", type=Path, metavar="NEW.json")
     parser.add_argument("--metric", action="append", default=[], choices=list(METRICS), metavar="NAME",
-                        help="judge this one only, such as decode_tok_s; may be given again")  # fmt: skip
+                        help="judge only this metric, such as decode_tok_s; may be repeated")  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.03, help="a smaller change does not count [%(default)s]")
-    parser.add_argument("--all", action="store_true", help="show what has not moved, too")
+    parser.add_argument("--all", action="store_true", help="also show what has not changed")
     parser.add_argument("--force", action="store_true", help="also if suites, machines or models differ")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison.
+
+    Returns: the exit status: 0 (nothing got worse), 1 (something did, or NEW has wrong tokens), 2 (nothing could be
+    judged).
+    Raises: FileNotFoundError, ValueError for records that are missing, invalid, or not comparable.
+    """
     old, new = load_record(args.old), load_record(args.new)
     comparison = compare_records(old, new, tuple(args.metric), args.threshold, args.force)
     if args.json:
         text = json.dumps(as_json(comparison, old, new), indent=1)
     else:
-        text = as_words(comparison, old, new, args.all)
+        text = visible(as_words(comparison, old, new, args.all), keep="\n")
     _print(text)
     return comparison.status
 
 
 def as_json(comparison: Comparison, old: Record, new: Record) -> dict[str, Any]:
-    """All of it; estimates as records write them."""
+    """Return everything, with estimates as records write them."""
     return {"suite": new.suite, "old": old.run, "new": new.run, "status": comparison.status} | asdict(comparison)
 
 
 def as_words(comparison: Comparison, old: Record, new: Record, with_same: bool = False) -> str:
-    """For terminals and pipes: the machine, a table, what is in one record only, notes, and the verdict."""
+    """Return the machine's change, a table, cases of one record only, notes, and the verdict as text."""
     lines = [f"OLD {_describe(old)}", f"NEW {_describe(new)}"]
     for name, change in comparison.machine.items():
-        title, unit, factor = MACHINE_TITLES[name]
-        a, b = (sorted(r.conditions[name])[len(r.conditions[name]) // 2] * factor for r in (old, new))
-        lines.append(f"{title}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
+        title, unit, scale = CONDITIONS[name]
+        a, b = (sorted(r.conditions[name])[len(r.conditions[name]) // 2] * scale for r in (old, new))
+        lines.append(f"{title.lower()}: {a:.3g} {unit} before, {b:.3g} now (x{change.median:.2f})")
     if not comparison.machine:
         lines.append("the machine's own speed was not measured in both: changes are judged as measured only")
     shown = [c for c in comparison.changes if with_same or _is_striking(c, comparison.threshold)]
@@ -73,7 +72,7 @@ def as_words(comparison: Comparison, old: Record, new: Record, with_same: bool =
     counts = Counter(change.verdict for change in comparison.changes)
     used = f"threshold {comparison.threshold:.0%}"
     if comparison.timed_threshold > comparison.threshold:
-        used += f", of timed figures {comparison.timed_threshold:.0%} since a record is noisy"
+        used += f", for timed figures {comparison.timed_threshold:.0%} since a record is noisy"
     lines += ["", ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()) + f" ({used})"]
     lines += [f"  {verdict}: {meaning}" for verdict, meaning in MEANINGS.items() if verdict in counts]
     lines += [f"only in OLD: {name}" for name in comparison.only_in_old]
@@ -91,7 +90,7 @@ def _is_striking(change: Change, threshold: float) -> bool:
 
 def _describe(record: Record) -> str:
     commit = (record.run.get("git_commit") or "no commit")[:9] + ("*" if record.run.get("git_dirty") else "")
-    return f"{record.suite}, {record.model.get('name')}, {commit}, {record.run['utc']}"
+    return f"{record.suite}, {record.model_name}, {commit}, {record.run['utc']}"
 
 
 def _rows(changes: list[Change]) -> tuple[list[list[str]], int]:
@@ -121,7 +120,7 @@ def _conclusion(comparison: Comparison) -> str:
 
 
 def _print(text: str) -> None:
-    """Print; a reader that closed the pipe early (head) is no error, and the status stays that of the verdict."""
+    """Print. A reader that closes the pipe early, such as head, does not change the exit status."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

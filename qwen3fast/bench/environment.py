@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, versions, commit."""
+"""The machine, the versions and the commit of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from qwen3fast._version import __version__
 
-# Of the instruction sets, those that inference uses.
+# Instruction sets that inference uses.
 NOTED_FLAGS = (
     "avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8 "
     "asimd asimddp i8mm bf16 sve sve2"
@@ -23,18 +23,18 @@ NOTED_FLAGS = (
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Machine and versions, for the record of a run."""
+    """Return machine and versions, for the record of a run."""
     environment: dict[str, Any] = {
         "device": str(device),
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "cpu_affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "cpu_flags": [flag for flag in NOTED_FLAGS if flag in _cpu_flags()],
+        "cpu_flags": [flag for flag in NOTED_FLAGS if flag in cpu_flags()],
         "cpu_caches": _cpu_caches(),
         "memory_bytes": _memory_bytes(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_instructions": _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
+        "bfloat16_instructions": cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,9 +48,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
-    """When and from which commit: UTC time, command, git commit and whether the tree was changed (None outside git).
+    """Return UTC time, command, git commit and whether there were uncommitted changes (None outside of git).
 
-    program: how the command begins; its options are those of this process.
+    program: the beginning of the command, to which this process's arguments are added.
     """
     commit = git("rev-parse", "HEAD")
     return {
@@ -62,7 +62,7 @@ def describe_run(program: str = "python -m qwen3fast.bench") -> dict[str, Any]:
 
 
 def git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
-    """What git says in a folder; None if it fails, as outside of a repository."""
+    """Return git's output in a folder; None if it fails, as outside of a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -81,16 +81,17 @@ def _cpu_info(field: str) -> str | None:
 def _cpu_model() -> str:
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     family, model = _cpu_info("cpu family"), _cpu_info("model")
-    # Virtual machines may tell no more of the name than its brand.
+    # The name may be no more than a brand in virtual machines.
     return f"{name}, family {family} model {model}" if family and model else name
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Return the instruction sets of the processor, in Linux's names; empty elsewhere."""
     return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
 
 
 def _cpu_caches(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> dict[str, str]:
-    """Sizes of the first processor's caches, as Linux writes them: {"L1d": "32K", "L2": "1024K"}; empty elsewhere."""
+    """Return the sizes of the first processor's caches on Linux: {"L1d": "32K", "L2": "1024K"}; empty elsewhere."""
     caches = {}
     for folder in sorted((cpu / "cache").glob("index*")):
         try:
@@ -109,7 +110,7 @@ def _memory_bytes() -> int | None:
 
 
 def _gpu_driver() -> str | None:
-    """What Linux says of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver on Linux."""
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
     except (OSError, IndexError):

@@ -1,101 +1,177 @@
 """The order of measurements: warm-up until stable, then all tasks in turns (A B A B), the machine's speed in between.
 
-A busy machine slows down all tasks of a round alike, so ratios within a record hold where absolute figures do not; and
-what the machine did meanwhile is told in words. The clock is an argument, so that the harness can be tested on fake
-work of known speed.
+A busy machine slows down all tasks of a round, so ratios within a record hold where absolute figures do not. The clock
+is an argument: the harness is tested on fake work of known speed.
 """
 
 from __future__ import annotations
 
-import os
+import random
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-from huggingface_hub.utils import tqdm
-
-from qwen3fast.bench.metrics import METRICS
+from qwen3fast.bench.noise import NoiseWatch, noise_of
+from qwen3fast.bench.progress import Progress
 from qwen3fast.bench.record import Case, Record
 
-STABLE = 0.05  # two warm-up runs in a row that differ by no more
-MOST_WARM_UPS, WARM_UP_S = 4, 3.0
-BANDWIDTH_SPREAD = 1.2  # 90th over 10th percentile of the probe's samples
-LEAST_SURE = 0.1  # half an interval's width, as a share of the median
-STEAL_SHARE = 0.02
-MAIN_METRICS = ("decode_tok_s", "tok_s", "seconds", "ttft_s")  # the first that a case has is the one judged
+STABLE = 0.05  # largest difference of two consecutive warm-up runs that counts as stable
+MAX_WARM_UPS, WARM_UP_S = 4, 3.0
 
-Sample = dict[str, Any]
+Measurement = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A case and how to measure it once: `run` gives each sample's value by name, None for what it could not take."""
+    """A case and how to measure it once: `run` returns each sample's value by name, None for an unavailable one.
+
+    run: returns None if there is nothing to measure any more, such as an engine that has crashed.
+    expected_s: a guess of how long a run takes, for the progress bar and for runs with a time limit.
+    """
 
     case: Case
-    run: Callable[[], Sample]
+    run: Callable[[], Measurement | None]
     warms_up: bool = True
+    expected_s: float = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tasks that take turns."""
+
+    description: str
+    tasks: Sequence[Task]
+
+    @property
+    def round_s(self) -> float:
+        """Expected seconds of one round."""
+        return sum(task.expected_s for task in self.tasks)
+
+    @property
+    def first_s(self) -> float:
+        """Expected seconds of the first round, with a warm-up run of each task that has one."""
+        return self.round_s + sum(task.expected_s for task in self.tasks if task.warms_up)
 
 
 class Harness:
-    """Measures tasks into a record. probes: called before and after each task of each round; a sample gets the mean of
-    each figure, the record's conditions get all."""
+    """Measures tasks into a record.
+
+    probes: called before and after each run; a sample gets the mean of each figure, the record's conditions get all.
+    rng: shuffles the tasks of every round; None keeps their order.
+    """
 
     def __init__(
         self,
         record: Record,
-        probes: Iterable[Callable[[], Sample]] = (),
+        probes: Iterable[Callable[[], Measurement]] = (),
         clock: Callable[[], float] = time.perf_counter,
         is_shown: bool = True,
+        rng: random.Random | None = None,
     ) -> None:
-        self._record, self._probes, self._clock, self._is_shown = record, tuple(probes), clock, is_shown
-        self._load, self._cpu_ticks = _load_average(), _cpu_ticks()
+        self.progress = Progress(is_shown, clock=clock)
+        self._record, self._probes, self._clock, self._rng = record, tuple(probes), clock, rng
+        self._noise = NoiseWatch()
 
-    def measure(self, tasks: list[Task], repetitions: int, description: str = "measuring") -> None:
-        """Warm each task up, then run them all in turns, `repetitions` times. Cases join the record at once, so that
-        an interrupted run keeps what it has."""
-        # By identity: a case of an earlier call may be equal, with nothing measured yet.
-        known = {id(case) for case in self._record.cases}
-        self._record.cases += [task.case for task in tasks if id(task.case) not in known]
-        bar = tqdm(total=len(tasks) * (repetitions + 1), desc=description, unit="run", disable=not self._is_shown)
-        try:
-            for task in tasks:
-                bar.set_postfix_str(f"warm-up: {task.case.name}")
+    def measure(self, tasks: Sequence[Task], repetitions: int, description: str = "measuring") -> None:
+        """Warm each task up, then run them all in turns, `repetitions` times."""
+        self.run([Group(description, tasks)], repetitions)
+
+    def run(self, groups: Sequence[Group], repetitions: int) -> None:
+        """Measure one group after the other. Cases join the record at once: an interrupted run keeps its samples."""
+        self._add_cases(groups)
+        self.progress.expect(sum(g.first_s + (repetitions - 1) * g.round_s for g in groups))
+        for number, group in enumerate(groups, 1):
+            title = f"{group.description} ({number} of {len(groups)})" if len(groups) > 1 else group.description
+            for task in group.tasks:
                 if task.warms_up:
+                    self.progress.show(f"{title}, warm-up: {task.case.name}")
                     self.warm_up(task)
-                bar.update()
-            for _ in range(repetitions):
-                for task in tasks:
-                    bar.set_postfix_str(task.case.name)
-                    before = self._probe()
-                    sample = task.run()
-                    after = self._probe()
-                    task.case.add(sample | {name: (before[name] + after[name]) / 2 for name in before})
-                    bar.update()
-        finally:
-            bar.close()
+                    self.progress.done += task.expected_s
+            for i in range(repetitions):
+                self._round(group, f"{title}, round {i + 1} of {repetitions}")
+        self.progress.close()
+
+    def run_until(self, groups: Sequence[Group], repetitions: int, end: float) -> list[Group]:
+        """Measure rounds over all groups, the cheapest first, as far as they fit before `end` on the clock.
+
+        Every task is warmed up by one run. Returns: the groups for which there was no time.
+        """
+        left, costs, pace = list(groups), dict[int, float](), 1.0
+        while left and (not costs or self._clock() + pace * left[0].first_s <= end):
+            further = (repetitions - 1) * (sum(costs.values()) + pace * sum(g.round_s for g in left))
+            self._limit_progress(pace * sum(g.first_s for g in left) + further, end)
+            started, group = self._clock(), left.pop(0)
+            costs[len(costs)] = self._first_round(group, f"{group.description} ({len(costs) + 1} of {len(groups)})")
+            pace = (self._clock() - started) / max(1e-9, group.first_s)
+        for i in range(1, repetitions):
+            for number, cost in costs.items():
+                if self._clock() + cost > end:
+                    break
+                rest = sum(costs[n] for n in costs if n >= number) + (repetitions - i - 1) * sum(costs.values())
+                self._limit_progress(rest, end)
+                self._round(groups[number], f"{groups[number].description}, round {i + 1} of {repetitions}", True)
+        self.progress.close()
+        return left
+
+    def _first_round(self, group: Group, title: str) -> float:
+        """Warm up and measure once. Returns: seconds of the round, without the warm-up."""
+        self._add_cases([group])
+        for task in group.tasks:
+            if task.warms_up:
+                self.progress.show(f"{title}, warm-up: {task.case.name}")
+                started = self._clock()
+                task.run()
+                self.progress.done += self._clock() - started
+        warm = self._clock()
+        self._round(group, f"{title}, round 1", True)
+        return self._clock() - warm
 
     def warm_up(self, task: Task) -> int:
-        """Run until two runs in a row take about as long, or for long enough. Returns: how many runs it took."""
+        """Run until two consecutive runs take about as long, or for long enough. Returns: the number of runs."""
         started, previous = self._clock(), None
-        for count in range(1, MOST_WARM_UPS + 1):
+        for count in range(1, MAX_WARM_UPS + 1):
             seconds = _duration(task.run())
             if previous is not None and abs(seconds - previous) <= STABLE * previous:
                 return count
             previous = seconds
             if self._clock() - started > WARM_UP_S:
                 return count
-        return MOST_WARM_UPS
+        return MAX_WARM_UPS
 
     def finish(self) -> None:
-        """Say in the record what made the figures unsure, if anything did."""
-        self._record.noise = [*_outside_noise(self._load, self._cpu_ticks), *noise_of(self._record)]
+        """End the progress bar, and note in the record what makes its figures unsure."""
+        self.progress.close()
+        self._record.noise = [*self._noise.reasons(), *noise_of(self._record)]
 
-    def _probe(self) -> Sample:
-        conditions: Sample = {}
+    def _add_cases(self, groups: Iterable[Group]) -> None:
+        # By identity: a case of an earlier call may be equal, with nothing measured yet.
+        known = {id(case) for case in self._record.cases}
+        cases = [task.case for group in groups for task in group.tasks]
+        self._record.cases += [case for case in cases if id(case) not in known]
+
+    def _round(self, group: Group, title: str, counts_seconds: bool = False) -> None:
+        """Run each task once. counts_seconds: progress counts the time it took instead of the expected one."""
+        tasks = list(group.tasks)
+        if self._rng is not None:
+            self._rng.shuffle(tasks)
+        for task in tasks:
+            self.progress.show(f"{title}: {task.case.name}")
+            started, before = self._clock(), self._probe()
+            sample = task.run()
+            if sample is not None:
+                after = self._probe()
+                task.case.add(sample | {name: (before[name] + after[name]) / 2 for name in before})
+            self.progress.done += self._clock() - started if counts_seconds else task.expected_s
+
+    def _limit_progress(self, work: float, end: float) -> None:
+        self.progress.total = self.progress.done + max(0.0, min(work, end - self._clock()))
+
+    def _probe(self) -> Measurement:
+        conditions: Measurement = {}
         for probe in self._probes:
             conditions |= probe()
         for name, value in conditions.items():
@@ -103,55 +179,30 @@ class Harness:
         return conditions
 
 
-def noise_of(record: Record) -> list[str]:
-    """What a record's own samples say against it: memory whose speed changed, and medians that are not well known."""
-    reasons = []
-    if gb_s := record.conditions.get("bandwidth_gb_s"):
-        low, high = np.percentile(gb_s, [10, 90])
-        if high > BANDWIDTH_SPREAD * low:
-            reasons.append(f"the memory's read bandwidth moved between {low:.3g} and {high:.3g} GB/s during the run")
-    unsure = []
-    for case in record.cases:
-        name = next((name for name in MAIN_METRICS if name in case.metrics), None)
-        if name is not None and (spread := case.metrics[name].spread) > LEAST_SURE:
-            unsure.append((spread, f"{case.name}: {METRICS[name].title} +-{spread:.0%}"))
-    if unsure:
-        unsure.sort(reverse=True)
-        more = f" and {len(unsure) - 3} more" if len(unsure) > 3 else ""
-        reasons.append(f"medians known to no better than {LEAST_SURE:.0%}: {'; '.join(t for _, t in unsure[:3])}{more}")
-    return reasons
+@contextmanager
+def interruptible(record: Record) -> Iterator[None]:
+    """Keep what was measured when the run is ended by Ctrl-C or SIGTERM: the block ends, the record says so."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        previous = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        record.interrupted = True
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
-def _duration(sample: Sample) -> float:
-    """What of a sample is compared between warm-up runs: its median step, or else how long it took."""
+def _duration(sample: Measurement | None) -> float:
+    """Return what warm-up runs are compared by: the median step, or else the time of the whole run."""
+    if sample is None:
+        return 0.0
     if sample.get("step_s"):
         return median(sample["step_s"])
     return next((float(sample[name]) for name in ("seconds", "ttft_s") if sample.get(name) is not None), 0.0)
-
-
-def _load_average() -> float | None:
-    try:
-        return os.getloadavg()[0]
-    except OSError:
-        return None
-
-
-def _cpu_ticks() -> tuple[int, int] | None:
-    """Processor time of the whole machine so far, and how much of it was taken away by others (steal)."""
-    try:
-        fields = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    except (OSError, ValueError, IndexError):
-        return None
-    return (sum(fields[:8]), fields[7]) if len(fields) > 7 else None
-
-
-def _outside_noise(load: float | None, ticks: tuple[int, int] | None) -> list[str]:
-    reasons = []
-    if load is not None and load > 0.5 * (os.cpu_count() or 1):
-        reasons.append(f"other programs were running when it began (load average {load:.1f})")
-    now = _cpu_ticks()
-    if ticks is not None and now is not None and now[0] > ticks[0]:
-        share = (now[1] - ticks[1]) / (now[0] - ticks[0])
-        if share > STEAL_SHARE:
-            reasons.append(f"{share:.0%} of the processors' time was taken by other virtual machines")
-    return reasons

@@ -1,4 +1,4 @@
-"""`python -m qwen3fast.bench`: measure a suite, print its table, write its record (JSON) and its picture (PNG)."""
+"""The measurement command: measure a suite, print its table, write its record (JSON) and its picture (PNG)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ import sys
 import time
 from pathlib import Path
 
-from qwen3fast.bench.options import add_options, read_options
-from qwen3fast.bench.plot import save
+from qwen3fast.bench.harness import interruptible
+from qwen3fast.bench.options import add_options
 from qwen3fast.bench.record import Record, write_json
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites import SUITES, Suite
 from qwen3fast.bench.table import as_text, table_rows
+from qwen3fast.bench.view import drawing, picture, sentences
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a measurement to a parser."""
-    names = "; ".join(f"{name}: {suite.title.lower()}" for name, suite in SUITES.items())
+    names = "; ".join(f"{name}: {suite.title[0].lower()}{suite.title[1:]}" for name, suite in SUITES.items())
     parser.add_argument("--suite", choices=list(SUITES), default="cache", help=f"{names} [%(default)s]")
     add_options(parser)
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Measure, print, and write. Returns the exit status: 0, 1 if tokens are wrong, 130 after Ctrl-C."""
+    """Measure, print and write. Returns: the exit status 0, 1 if tokens are wrong, 130 after Ctrl-C or SIGTERM."""
     suite = SUITES[args.suite]
-    session = Session(suite.name, read_options(args, suite.defaults, suite.quick))
+    session = Session(suite.name, suite.options(args))
     if args.contexts is None:
         session.fit_contexts()
-    record = session.record
-    try:
+    with interruptible(session.record):
         suite.run(session)
-    except KeyboardInterrupt:
-        record.interrupted = True
-        print("\ninterrupted; keeping what was measured", file=sys.stderr)
     session.harness.finish()
-    return finish(record, suite, output_paths(args.output, f"{suite.name}-{Path(args.model).name}"), args.json)
+    if session.record.interrupted:
+        print("interrupted; keeping what was measured", file=sys.stderr)
+    return finish(session.record, suite, output_paths(args.output, f"{suite.name}-{Path(args.model).name}"), args.json)
 
 
 def output_paths(output: Path, stem: str) -> tuple[Path, Path]:
-    """Where the record and its picture go. output: a folder, or the name of a .json file."""
+    """Return the paths of the record and its picture. output: a folder, or the name of a .json file."""
     if output.suffix == ".json":
         return output, output.with_suffix(".png")
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem.replace(':', '-')}"
@@ -48,29 +47,27 @@ def output_paths(output: Path, stem: str) -> tuple[Path, Path]:
 
 
 def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool = False) -> int:
-    """Write the files, print table, checks and noise, and give the exit status."""
-    json_path, png_path = paths
+    """Write the files, print table, checks and noise. Returns: the exit status."""
     record.cases = [case for case in record.cases if case.samples]
     value = record.to_dict()
-    write_json(value, json_path)
+    write_json(value, paths[0])
     if as_json:
         print(json.dumps(value))
     elif record.cases:
         print(as_text(table_rows(record, suite.columns), left=len(suite.columns.labels)))
-        print("\n".join(["", *suite.summary(record)]))
+        print("\n".join(["", *sentences(record)]))
     for name, check in record.checks.items():
         exact = f"{check['exact']} of {check['tokens']} greedy tokens are the reference's argmax"
         verdict = "ok" if check["passed"] else "WRONG: this speed means nothing"
         print(f"{name}: {exact}, worst gap {check['worst_gap']:.2%} of the largest logit: {verdict}", file=sys.stderr)
     for reason in record.noise:
         print(f"noise: {reason}", file=sys.stderr)
+    written = [paths[0]]
     if record.cases:
         try:
-            save(suite.draw(record), png_path)
-        except (ValueError, KeyError, IndexError) as err:  # the record is written; an interrupted one may lack a panel
-            print(f"no picture: {err}", file=sys.stderr)
-            png_path = json_path
-    print(
-        f"wrote {json_path}" + (f" and {png_path}" if record.cases and png_path != json_path else ""), file=sys.stderr
-    )
-    return 130 if record.interrupted else (0 if record.passed else 1)
+            drawing("plot").save(picture(record), paths[1])
+            written.append(paths[1])
+        except ValueError as err:  # the record is written; an interrupted one may lack a panel
+            print(err, file=sys.stderr)
+    print("wrote " + " and ".join(map(str, written)), file=sys.stderr)
+    return 130 if record.interrupted else int(not record.passed)

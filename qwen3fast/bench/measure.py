@@ -1,6 +1,8 @@
-"""Running one case (mode, length, batch size): times of every token, and whether the tokens are right.
+"""One run of a case (mode, length, batch size): the time of every token, and a check of the tokens.
 
-Modes differ in two ways only: with the KV cache or computing the whole sequence for each token; eager or compiled.
+Modes: with the KV cache, or computing the whole sequence for each token; eager, compiled, or compiled and replayed as
+CUDA graphs, which only the cached decode step has: a graph is captured for one shape, and a sequence without a cache
+has another shape at each token.
 """
 
 from __future__ import annotations
@@ -18,19 +20,21 @@ from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.scheduling import Request, run_uncached
 
-MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
+MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled", "cached-graphs")
 
-# How far below the best logit a chosen one may lie, as a share of the largest logit, by dtype: kernels sum in different
-# orders. bfloat16 keeps 8 bits (2^-8 = 0.4%) and errors of 28 layers add up.
+GRAPHS = "-graphs"  # ends the name of a mode that replays CUDA graphs
+
+# Largest gap between the best logit and the chosen one, as a share of the largest logit, by dtype: kernels sum in
+# different orders. bfloat16 keeps 8 bits (2^-8 = 0.4%) and errors of 28 layers add up.
 TIE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
-# In bfloat16, operations on quantised weights round activations to 8 bits, too, which the plain model does not. The
+# In bfloat16, operations on quantized weights also quantize activations to int8, which the reference does not. The
 # worst gaps by batch size are in benchmarks/results/batch-0.6b.json: they grow with the number of tokens.
-ROUNDED_TOLERANCE = 0.05
+QUANTIZED_TOLERANCE = 0.05
 
 
 @dataclass
 class Sample:
-    """One repetition: seconds to the first token of all rows, then seconds of each later step; ids of each row."""
+    """One repetition: seconds to the first token of all batch rows, seconds of each later step, ids of each row."""
 
     ttft_s: float
     step_s: list[float] = field(default_factory=list)
@@ -39,8 +43,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """Tokens of a mode against the reference logits for the same tokens: how many are the exact argmax, and the worst
-    gap below it as a share of the largest logit."""
+    """Tokens of a mode against the reference logits for the same sequence.
+
+    exact: tokens that are the argmax. worst_gap: largest distance below it, as a share of the largest logit.
+    """
 
     tokens: int
     exact: int
@@ -49,20 +55,18 @@ class TokenCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every token is the argmax up to the dtype's rounding."""
+        """True if every token is the argmax, up to the dtype's rounding."""
         return self.worst_gap <= self.tolerance
 
 
 class Workbench:
-    """The model with an eager and, where a mode needs it, a compiled engine on the same weights."""
+    """The model with an eager and, if a mode needs it, a compiled engine on the same weights.
+
+    Raises: ValueError for CUDA graphs on another device.
+    """
 
     def __init__(
-        self,
-        model: Qwen3,
-        modes: tuple[str, ...],
-        max_seq_len: int,
-        max_batch_size: int,
-        kv_cache_dtype: str = "auto",
+        self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int, kv_cache_dtype: str = "auto"
     ) -> None:
         self.model = model
         weight = model.model.norm.weight
@@ -72,17 +76,22 @@ class Workbench:
         for compiled in sorted({is_compiled(mode) for mode in modes}):
             cache = StaticKVCache(model.config, max_batch_size, max_seq_len, self.cache_dtype, self.device)
             self._engines[compiled] = Engine(model, cache, self.device, compiled, cuda_graphs=compiled)
+        self._graphs = self._engines[True].graphs if True in self._engines else None
+        if self._graphs is None and any(mode.endswith(GRAPHS) for mode in modes):
+            raise ValueError(f"CUDA graphs need a CUDA device, this is {self.device}; choose other --modes")
 
     def engine(self, mode: str) -> Engine:
-        """The engine that runs a mode."""
-        return self._engines[is_compiled(mode)]
+        """Return the engine that runs a mode; the modes with and without CUDA graphs share the compiled one."""
+        engine = self._engines[is_compiled(mode)]
+        engine.graphs = self._graphs if mode.endswith(GRAPHS) else None
+        return engine
 
     def run(self, mode: str, prompts: list[list[int]], new_tokens: int) -> Sample:
         """Generate `new_tokens` greedily for each prompt and time every token."""
         return (run_cached if is_cached(mode) else run_uncached_timed)(self.engine(mode), prompts, new_tokens)
 
     def check(self, sample: Sample, prompts: list[list[int]]) -> TokenCheck:
-        """`check_tokens` of a sample."""
+        """Return `check_tokens` of a sample."""
         return check_tokens(self.model, prompts, sample.token_ids)
 
 
@@ -100,30 +109,35 @@ def check_tokens(model: Qwen3, prompts: list[list[int]], token_ids: list[list[in
         tokens += len(ids)
         exact += int((chosen_N == best_N).sum())
         worst = max(worst, float(((best_N - chosen_N) / logits_NV.abs().amax(dim=-1)).max()))
-    is_rounded = weight.dtype == torch.bfloat16 and any(isinstance(m, QuantizedLinear) for m in model.modules())
-    return TokenCheck(tokens, exact, worst, ROUNDED_TOLERANCE if is_rounded else TIE_TOLERANCE[weight.dtype])
+    is_quantized = weight.dtype == torch.bfloat16 and any(isinstance(m, QuantizedLinear) for m in model.modules())
+    return TokenCheck(tokens, exact, worst, QUANTIZED_TOLERANCE if is_quantized else TIE_TOLERANCE[weight.dtype])
 
 
 def is_cached(mode: str) -> bool:
-    """Whether a mode uses the KV cache."""
+    """Return True if a mode uses the KV cache."""
     return mode.startswith("cached")
 
 
 def is_compiled(mode: str) -> bool:
-    """Whether a mode runs compiled code."""
-    return mode.endswith("compiled")
+    """Return True if a mode runs compiled code."""
+    return not mode.endswith("eager")
+
+
+def with_graphs(mode: str, device: torch.device) -> str:
+    """Return the mode, with CUDA graphs where a compiled, cached mode can have them."""
+    return mode.removesuffix("-compiled") + GRAPHS if mode == "cached-compiled" and device.type == "cuda" else mode
 
 
 def make_prompts(vocab_size: int, length: int, batch_size: int, seed: int = 0) -> list[list[int]]:
-    """Random prompts; the same arguments give the same ids."""
+    """Return random prompts; the same arguments give the same ids."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (batch_size, length), generator=rng).tolist()
 
 
 def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
-    """Generate `new_tokens` greedily for each prompt and time every token: first all prompts, then all rows together.
+    """Generate `new_tokens` greedily for each prompt and time every token: all prompts, then all batch rows together.
 
-    Without a scheduler, which would run steps of some rows between the prompts of others.
+    No scheduler takes part: it would run steps of some rows between the prompts of others.
     """
     rows, longest = range(len(prompts)), max(map(len, prompts))
     synchronize(engine.device)
@@ -148,12 +162,11 @@ def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sam
 
 
 def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:
-    """The same without a cache, row by row."""
+    """Do the same without a cache, prompt by prompt: a step takes the sum of all rows' times."""
     times: list[list[float]] = [[] for _ in prompts]
     started = time.perf_counter()
     requests = []
     for prompt, row_times in zip(prompts, times, strict=True):
-        # There is no batched form without a cache: rows run one after the other, a step takes all of them.
         row_started = time.perf_counter()
         requests.append(_timed_request(prompt, new_tokens, row_times))
         run_uncached(engine, requests[-1])
@@ -163,7 +176,7 @@ def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int
 
 
 def _timed_request(prompt: list[int], new_tokens: int, times: list[float]) -> Request:
-    """A greedy request that never stops early and notes when each token came."""
+    """Return a greedy request that never stops early and appends the time of each token to `times`."""
 
     def on_token(token: int) -> bool:
         times.append(time.perf_counter())

@@ -1,7 +1,7 @@
-"""From samples to figures: every derived number of a record, defined once.
+"""Metrics: every number derived from a record's samples, defined once.
 
-A sample is what one repetition gave, by a name that ends in its unit; a metric is an estimate over the repetitions. All
-metrics can be derived anew from a record's labels, facts and samples, so a record cannot claim what it did not measure.
+A sample is one repetition's measurement; its name ends in its unit. A metric is an estimate over the repetitions. All
+metrics follow from a record's labels, facts and samples: a record cannot claim what it did not measure.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from qwen3fast.bench.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown, and whether more of it is better. format: `str.format`'s, for the value times `factor`; ""
-    is `duration` for seconds, else `short`."""
+    """The name and format of a metric.
+
+    format: of `str.format`, for the value times `scale`; "" is `duration` for seconds, otherwise `short`.
+    """
 
     title: str
     unit: str
     is_higher_better: bool
     format: str = ""
-    factor: float = 1.0
+    scale: float = 1.0
 
     def text(self, value: float) -> str:
-        """The value in words of a table cell."""
+        """Return the value as the text of a table cell."""
         if self.format:
-            return self.format.format(value * self.factor)
-        return duration(value) if self.unit == "s" else short(value * self.factor)
+            return self.format.format(value * self.scale)
+        return duration(value) if self.unit == "s" else short(value * self.scale)
 
 
 def duration(seconds: float) -> str:
-    """With its unit: 12.3 s, 1.25 s, 136 ms, 1.8 ms."""
+    """Return seconds with a unit: 12.3 s, 1.25 s, 136 ms, 1.8 ms."""
     if seconds >= 1:
         return f"{short(seconds)} s"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def short(value: float) -> str:
-    """Three digits or, of a larger number, all before the point: 2,034, 27.6, 0.43."""
+    """Return three digits, or all before the point of a larger number: 2,034, 27.6, 0.43."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -62,7 +64,6 @@ METRICS = {
     "prefill_share_of_gemm": Metric("of GEMM rate", "", True, "{:.0%}"),
     "limit_tok_s": Metric("limit tok/s", "tokens/s", True),
     "peak_memory_bytes": Metric("peak memory", "bytes", False, "{:.2f} GB", 1e-9),
-    "energy_j_token": Metric("J/token", "J", False),
     "seconds": Metric("seconds", "s", False),
     "import_s": Metric("import", "s", False, "{:.1f} s"),
     "load_s": Metric("load", "s", False),
@@ -83,29 +84,32 @@ METRICS = {
     "output_error": Metric("output error", "", False, "{:.2%}"),
     "logit_error": Metric("logit error", "", False, "{:.2%}"),
     "perplexity": Metric("perplexity", "", False, "{:.4f}"),
-    "same_token": Metric("same likeliest token", "", True, "{:.1%}"),
+    "same_token": Metric("same most likely token", "", True, "{:.1%}"),
     "accuracy": Metric("accuracy", "", True, "{:.1%}"),
 }
 
+# Title, unit and scale of the machine's own speeds.
+CONDITIONS = {"bandwidth_gb_s": ("Memory reads", "GB/s", 1.0), "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9)}
+
 
 def derive(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> dict[str, Estimate]:
-    """An estimate of each metric that the samples allow, over its values of `per_repetition`."""
+    """Return an estimate of each metric that the samples allow, over its values of `per_repetition`."""
     return {name: estimate(values) for name, values in per_repetition(labels, facts, samples).items()}
 
 
 def per_repetition(
     labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]
 ) -> dict[str, list[float]]:
-    """All metrics that the samples allow, a value for each repetition.
+    """Return all metrics that the samples allow, one value per repetition.
 
-    samples: name -> an entry a repetition; entries of "step_s", "ttfts_s" and "itl_s" are lists (each step, each
-    request, each gap). labels may give batch_size and context; facts: bytes_per_step (that a decode step must read),
-    flop_per_step (where it is bound by arithmetic), prefill_flop (of the whole prompt), tokens, requests and file_bytes
-    (that "seconds" were taken for), steps (that "energy_j" was taken for).
-    Speeds and shares are taken repetition by repetition, with the bandwidth measured beside that repetition.
-    Definitions: ttft_s is the call to the first token of all rows; decode_tok_s is batch_size / the repetition's median
-    step, so it never counts the prompt (but without a cache, where every token computes all, a step may be the first
-    token: Session.task); step_p99_ms is over all steps of all repetitions, and so a single value.
+    samples: name -> list with one entry per repetition, which is itself a list for "step_s" (each step), "ttfts_s"
+    (each request) and "itl_s" (each gap). labels: batch_size and context are read, if given. facts: bytes_per_step of a
+    decode step, flop_per_step if arithmetic may limit it, prefill_flop of the whole prompt; tokens, requests and
+    file_bytes of the work that "seconds" measures.
+    Speeds and shares use the bandwidth measured beside the same repetition.
+    Definitions: ttft_s is from the call to the first token of all batch rows. decode_tok_s is batch_size / the
+    repetition's median step: it never counts the prompt, except without a cache, where each token computes everything
+    and the first token may be the step (Session.task). step_p99_ms is over all steps of all repetitions: one value.
     """
     values = {name: list(entries) for name, entries in samples.items() if name in METRICS}
     values |= _of_steps(labels, facts, samples)
@@ -117,9 +121,6 @@ def per_repetition(
         values["requests_s"] = [facts["requests"] / s for s in samples["seconds"]]
     if "seconds" in samples and "file_bytes" in facts:
         values["file_gb_s"] = [facts["file_bytes"] / s / 1e9 for s in samples["seconds"]]
-    if "energy_j" in samples and "steps" in facts:
-        tokens = facts["steps"] * labels.get("batch_size", 1)
-        values["energy_j_token"] = [j / tokens for j in samples["energy_j"]]
     return {name: entries for name, entries in values.items() if entries}
 
 
@@ -146,8 +147,8 @@ def _of_steps(
 
 
 def _limits(labels: Mapping[str, Any], facts: Mapping[str, float], samples: Mapping[str, Any]) -> list[float]:
-    """Tokens/s at which a step would read its bytes at the bandwidth and, where "flop_per_step" says that it computes
-    much, do its arithmetic at the rate of the matrix product; each repetition has its own."""
+    """Return the tokens/s of a step that reads its bytes at the measured bandwidth and, if it has "flop_per_step", does
+    its arithmetic at the measured rate of the matrix product, per repetition."""
     least_s = [facts["bytes_per_step"] / gb_s / 1e9 for gb_s in samples["bandwidth_gb_s"]]
     if "flop_per_step" in facts and len(rates := samples.get("gemm_flop_s", [])) == len(least_s):
         least_s = [max(s, facts["flop_per_step"] / rate) for s, rate in zip(least_s, rates, strict=True)]
@@ -173,7 +174,7 @@ def _of_first_token(
 
 
 def _of_clients(samples: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Latency that clients saw: lists of all requests' first tokens and of all gaps between tokens, a repetition."""
+    """Return the latency that clients saw, from each repetition's first tokens and gaps between tokens."""
     values: dict[str, list[float]] = {}
     if firsts := [sorted(entry) for entry in samples.get("ttfts_s", []) if entry]:
         values |= {"ttft_s": [median(f) for f in firsts], "ttft_p99_s": [percentile(f, 0.99) for f in firsts]}
@@ -183,5 +184,5 @@ def _of_clients(samples: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """The value that `share` of the sorted values do not exceed (the nearest one above)."""
+    """Return the smallest of the sorted values that at least `share` of them do not exceed."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

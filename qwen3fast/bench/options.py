@@ -1,11 +1,10 @@
-"""The options of suites, and how weight formats are named."""
+"""Options of suites, and the names of weight formats."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwen3fast.bench.measure import MODES
 from qwen3fast.model.config import DTYPES
@@ -20,8 +19,12 @@ FORMAT_NAMES = tuple(f"{name}{suffix}" for name in (PLAIN, *FORMATS) for suffix 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. formats: "plain" (the weights as they are) or a quantisation; "-kv8" behind it has keys and
-    values in 8 bits. contexts: tokens in the prompt. new_tokens: steps timed in a repetition. Each suite reads some."""
+    """Options of a run, of which each suite reads some.
+
+    formats: "plain" (the weights' own dtype) or a quantization; with "-kv8", keys and values are int8.
+    contexts: tokens in the prompt. new_tokens: steps timed per repetition. limit_s: the run's seconds, None for as many
+    as it takes.
+    """
 
     model: str
     formats: tuple[str, ...]
@@ -34,63 +37,50 @@ class Options:
     dtype: str = "auto"
     threads: int | None = None
     is_shown: bool = True
+    limit_s: float | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add them to a parser; those not given are None, and each suite has its own defaults."""
+    """Add the options to a parser. An option that is not given is None: each suite has its own defaults."""
     add = parser.add_argument
     add("--model", default="random:0.6b", help="hub id, folder, 'tiny' or 'random:SIZE' [%(default)s]")
-    add("--formats", type=_formats, help=f"comma-separated, of {', '.join(FORMAT_NAMES)} ('plain' or 'bf16': as "
-        "they are; '-kv8': keys and values in 8 bits)")  # fmt: skip
+    add("--formats", type=_formats, help=f"comma-separated, of {', '.join(FORMAT_NAMES)} ('plain' or 'bf16': the "
+        "weights' own dtype; '-kv8': int8 keys and values)")  # fmt: skip
     add("--modes", type=_modes, help=f"comma-separated, of {', '.join(MODES)}")
     add("--contexts", "--lengths", type=counts, help="prompt lengths, comma-separated")
-    add("--batch-sizes", type=counts, help="rows decoded together, comma-separated")
-    add("--new-tokens", type=_count, help="tokens to time after the first, in each repetition")
+    add("--batch-sizes", type=counts, help="requests decoded together, comma-separated")
+    add("--new-tokens", type=_count, help="tokens to time after the first, per repetition")
     add("--repetitions", type=_count, help="rounds over all cases, taking turns")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
-    add("--threads", type=_count, help="CPU threads [one a core]")
+    add("--threads", type=_count, help="CPU threads [one per core]")
     add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")
-    add("--quick", action="store_true", help="a look in about a minute: fewer cases, one repetition")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="about a minute: fewer cases, one repetition")
+    extent.add_argument("--full", action="store_true", help="every case and repetition, without a time limit")
     add("--output", type=Path, default=Path("bench_results"), help="folder for the JSON and the PNG, or the JSON's "
         "name [%(default)s]")  # fmt: skip
     add("--json", action="store_true", help="print the record as JSON instead of the table")
 
 
-def read_options(args: argparse.Namespace, defaults: dict[str, Any], quick: dict[str, Any]) -> Options:
-    """The options of a run: what was given, else the suite's defaults (of a quick look, if that was asked for).
-
-    Raises: ValueError for an option that has no default, which means that the suite does not read it.
-    """
-    ignored = [name for name in MEASURED if getattr(args, name) is not None and name not in defaults]
-    if ignored:
-        names = [f"--{name.replace('_', '-')}" for name in (*ignored, *defaults)]
-        unread, read = ", ".join(names[: len(ignored)]), ", ".join(names[len(ignored) :])
-        raise ValueError(f"this suite does not read {unread}; it reads {read}")
-    chosen = defaults | (quick if args.quick else {})
-    chosen |= {name: value for name in chosen if (value := getattr(args, name)) is not None}
-    same = {name: getattr(args, name) for name in ("model", "device", "dtype", "threads")}
-    return Options(**chosen, **same, is_shown=not args.json)
-
-
 def split_format(name: str) -> tuple[str | None, str]:
-    """The `quantization` and `kv_cache_dtype` of a format's name."""
+    """Return the `quantization` and `kv_cache_dtype` of a format's name."""
     weights = name.removesuffix(CACHE_SUFFIX)
     return (None if weights == PLAIN else weights), ("int8" if name.endswith(CACHE_SUFFIX) else "auto")
 
 
 def label_of(format: str, dtype: str) -> str:
-    """A format as tables name it: "plain" by the weights' dtype, such as bf16."""
+    """Return a format's name in tables, in which "plain" is the weights' dtype, such as bf16."""
     return format.replace(PLAIN, SHORT_DTYPES.get(dtype, dtype))
 
 
 def _count(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
+    if not text.strip().isdecimal() or not 1 <= len(text.strip()) <= 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def counts(text: str) -> tuple[int, ...]:
-    """An option's comma-separated numbers, in order, none twice.
+    """Return an option's comma-separated numbers, sorted, without duplicates.
 
     Raises: argparse.ArgumentTypeError if one is not a positive whole number.
     """
@@ -106,7 +96,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def _names(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    """Names in the order of `known`."""
+    """Return names in the order of `known`."""
     chosen = {part.strip() for part in text.split(",")}
     for name in chosen:
         if name not in known:

@@ -1,4 +1,7 @@
-"""What the pictures of all suites share: ink, title, where it was measured, and lines that are named at their ends."""
+"""Drawing shared by all pictures: colors, titles, axes, bars, and lines with their names at the ends.
+
+This module and those that import it load matplotlib; only `view.picture` and programs that draw import them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from qwen3fast.bench.record import Label, Record
+from qwen3fast.bench.record import Record
+from qwen3fast.bench.table import where_measured
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-# Told apart in grey and by those who see few colours; in this order.
+# In an order that stays distinct in gray and for color-blind readers.
 PALETTE = ("#0b6e99", "#c2410c", "#4d7c0f", "#8d3f8d", "#b8860b", "#5a6b7b")
 FORMAT_COLORS = {
     "bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f",
@@ -21,16 +25,16 @@ FORMAT_COLORS = {
 }  # fmt: skip
 
 Points = Sequence[tuple[float, float]]
-End = tuple[float, float, str, str]  # of a line: x, y, text, colour
+End = tuple[float, float, str, str]  # of a line: x, y, text, color
 
 
 def color_of(name: str, names: Sequence[str]) -> str:
-    """A format's own colour, or the palette's by place."""
+    """Return a format's own color, or the palette's by position."""
     return FORMAT_COLORS.get(name) or PALETTE[list(names).index(name) % len(PALETTE)]
 
 
 def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, float] = (9.6, 6.0)) -> Figure:
-    """An empty figure with title, subtitle and, below, where and when it was measured."""
+    """Return an empty figure with title, subtitle and, below, where and when it was measured."""
     figure = Figure(figsize=size)
     left = 0.075 if size[0] < 12 else 0.05
     figure.text(left, 1 - 0.40 / size[1], title, size=15, weight="bold", color=INK)
@@ -39,25 +43,14 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
     return figure
 
 
-def where_measured(record: Record) -> str:
-    """Machine, versions, date, and a word on noise, in one line."""
-    e = record.environment
-    threads = f"{e['threads']} thread{'s' if e['threads'] != 1 else ''}"
-    machine = e.get("gpu") or f"{e['cpu']}, {threads}"
-    gb_s = sorted(record.conditions.get("bandwidth_gb_s", []))
-    reads = f"; memory reads at {gb_s[len(gb_s) // 2]:.0f} GB/s" if gb_s else ""
-    noise = "" if not record.noise else "; noisy run, see the record"
-    return f"{machine}{reads}; torch {e['torch']}; qwen3fast {e['qwen3fast']}, {record.run['utc'][:10]}{noise}"
-
-
 def save(figure: Figure, path: Path) -> None:
-    """Write it as PNG or SVG, by the name's ending."""
+    """Write a figure as PNG or SVG, by the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, facecolor="white")
 
 
 def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
-    """Labels, a light grid, no frame."""
+    """Set labels, a light grid and no frame."""
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -69,7 +62,7 @@ def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:
 
 
 def log_x(axes: Axes, ticks: Iterable[float]) -> None:
-    """Powers of two, ticks at what was measured."""
+    """Scale x by powers of two, with ticks at the measured values."""
     ticks = sorted(set(ticks))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,.0f}" for n in ticks])
@@ -77,7 +70,7 @@ def log_x(axes: Axes, ticks: Iterable[float]) -> None:
 
 
 def log_y(axes: Axes) -> None:
-    """Decades with ticks at 1, 2 and 5."""
+    """Scale y by decades, with ticks at 1, 2 and 5."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -86,20 +79,10 @@ def log_y(axes: Axes) -> None:
 
 
 def draw_line(axes: Axes, points: Points, color: str, label: str = "", **style: Any) -> None:
-    """Points joined by a line. A label is kept for the report's legend; `name_ends` writes it beside the last point."""
+    """Draw points joined by a line. The report's legend uses the label; `name_ends` writes it beside the last point."""
     x, y = zip(*sorted(points), strict=True)
     look: dict[str, Any] = {"marker": "o", "markersize": 5.5, "linewidth": 2} | style
     axes.plot(x, y, color=color, label=label, **look)
-
-
-def medians(record: Record, metric: str, axis: str, **wanted: Label) -> dict[str, dict[int, float]]:
-    """Format -> value of the label `axis` -> a metric's median, of the cases with all of `wanted`."""
-    lines: dict[str, dict[int, float]] = {}
-    for case in record.cases:
-        if wanted.items() <= case.labels.items() and metric in case.metrics:
-            line = lines.setdefault(str(case.labels["format"]), {})
-            line[int(case.labels[axis])] = case.metrics[metric].median
-    return lines
 
 
 def draw_formats(
@@ -108,9 +91,9 @@ def draw_formats(
     text: Callable[[str, int, float], str],
     limits: Mapping[str, dict[int, float]] | None = None,
 ) -> list[End]:
-    """A line for each format, over values in powers of two; its limit, if it has one, in dots.
+    """Draw a line per format over powers of two, and its limit, if it has one, dotted.
 
-    text: from name, x and y of a line's last point to what `name_ends` will write there; returns what that takes.
+    text: maps name, x and y of a line's last point to the text there. Returns: the ends, for `name_ends`.
     """
     ends: list[End] = []
     for name, line in lines.items():
@@ -125,7 +108,7 @@ def draw_formats(
 
 
 def name_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
-    """Names beside the last points of lines, pushed apart where they would overlap.
+    """Write names beside the last points of lines, moved apart where they would overlap.
 
     gap: height of a line of text, as a share of the axis.
     """
@@ -140,3 +123,19 @@ def name_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
             text, xy=(x, y), xytext=(10, 0), textcoords="offset points", va="center", size=9.5, color=color,
             annotation_clip=False,
         )  # fmt: skip
+
+
+def draw_bars(
+    axes: Axes, values: Sequence[float], texts: Sequence[str], colors: Sequence[str], names: Sequence[str], title: str,
+    places: Sequence[float] | None = None,
+) -> None:  # fmt: skip
+    """Draw horizontal bars from top to bottom, each with its text behind it; no scale. places: their heights."""
+    places = places or range(len(values))
+    axes.bar_label(axes.barh(places, values, height=0.66, color=colors), texts, padding=4, size=9, color=INK)
+    axes.set_yticks(places, names)
+    style_axes(axes, "", "", title)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    axes.set_ylim(max(places) + 0.5, min(places) - 0.5)
+    axes.set_xlim(0, max(*values, 1e-12) * 1.25)

@@ -1,12 +1,13 @@
-"""The record of a run, version 2: what was measured, on what, every sample, and the figures derived from the samples.
+"""Records of benchmarks, version 2: labels, samples and the metrics derived from them, with machine and commit.
 
-One format for all suites; `record.schema.json` describes it for other programs. A case is told from others by its
-labels, and holds its samples by name; see metrics.py for their names and what is derived from them.
+All suites and programs share this format; validate.py defines it. Labels tell a case from others. metrics.py names the
+samples and defines the metrics.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -15,17 +16,20 @@ from typing import Any
 
 from qwen3fast.bench.metrics import derive
 from qwen3fast.bench.statistics import Estimate
+from qwen3fast.bench.validate import KINDS, MAX_FILE_BYTES, check_record, parse_json
 
 SCHEMA_VERSION = 2
-SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
+LINE = 240  # characters: JSON values up to this length share a line
+DIGITS = 7  # of a written metric
 Label = str | int | float | bool
 
 
 @dataclass
 class Case:
-    """One thing that was measured. labels: what tells it from others, such as mode, format, context, batch_size.
+    """A measured configuration.
 
-    facts: numbers known without measuring, such as bytes_per_step. samples: name -> an entry a repetition.
+    labels: identify it, such as mode, format, context, batch_size. facts: numbers known without measuring, such as
+    bytes_per_step. samples: name -> list with one entry per repetition.
     """
 
     labels: dict[str, Label]
@@ -33,30 +37,31 @@ class Case:
     samples: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, sample: dict[str, Any]) -> None:
-        """Keep one repetition's measurements; those that are None could not be taken."""
+        """Keep one repetition's measurements; a value of None was not available."""
         for name, value in sample.items():
             if value is not None:
                 self.samples.setdefault(name, []).append(value)
 
     @property
     def metrics(self) -> dict[str, Estimate]:
-        """Derived from the samples."""
+        """Estimates derived from the samples."""
         return derive(self.labels, self.facts, self.samples)
 
     @property
     def name(self) -> str:
-        """The labels as words: "cached-compiled, context 32, batch_size 1"."""
+        """The labels as text: "cached-compiled, context 32, batch_size 1"."""
         return ", ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in self.labels.items())
 
 
 @dataclass
 class Record:
-    """A whole run of one suite; `cases` may be incomplete if `interrupted`.
+    """A run of one suite.
 
-    conditions: samples of the machine's own speed ("read_bandwidth_gb_s", "gemm_flop_s") over the whole run.
-    noise: why the figures may be off, in words; a stable run has none.
-    checks: tokens against the reference, by what was checked; each says whether it `passed`.
-    notes: what belongs to the results and fits nowhere else, such as peers that are missing and why.
+    conditions: samples of the machine's own speed ("bandwidth_gb_s", "gemm_flop_s") over the whole run.
+    noise: reasons to doubt the figures; empty for a stable run.
+    checks: tokens against the reference, by configuration; each says whether it `passed`.
+    notes: other results, such as peers that are missing and why.
+    interrupted: cases may be missing.
     """
 
     suite: str
@@ -72,79 +77,64 @@ class Record:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks did."""
+        """True if all checks passed."""
         return all(check["passed"] for check in self.checks.values())
 
+    @property
+    def model_name(self) -> str:
+        """The model's name, or a placeholder."""
+        return str(self.model.get("name", "unnamed model"))
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form. Cases without a sample are left out."""
-        cases = [case for case in self.cases if case.samples]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "suite": self.suite,
-            "run": self.run,
-            "environment": self.environment,
-            "model": self.model,
-            "conditions": self.conditions,
-            "stable": not self.noise,
-            "noise": self.noise,
-            "checks": self.checks,
-            "notes": self.notes,
-            "interrupted": self.interrupted,
-            "cases": [asdict(case) | {"metrics": {k: asdict(v) for k, v in case.metrics.items()}} for case in cases],
-        }
+        """Return the JSON form, without cases that have no sample."""
+        head = {name: getattr(self, name) for name in KINDS if name != "cases"}
+        cases = [_case_to_dict(case) for case in self.cases if case.samples]
+        return {"schema_version": SCHEMA_VERSION, **head, "stable": not self.noise, "cases": cases}
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "the record") -> Record:
-        """Read the JSON form; metrics are derived anew.
+        """Build a record from its JSON form, deriving the metrics again.
 
         Raises: ValueError naming what is missing, of a wrong kind or version, or a metric that its samples do not give.
         """
-        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
-            version = value.get("schema_version") if isinstance(value, dict) else None
-            raise ValueError(f"{where}: expected schema_version {SCHEMA_VERSION}, got {version!r}; measure again")
-        kinds: dict[str, type] = {
-            "suite": str,
-            "run": dict,
-            "environment": dict,
-            "model": dict,
-            "conditions": dict,
-            "noise": list,
-        }
-        kinds |= {"checks": dict, "notes": dict, "interrupted": bool, "cases": list}
-        _expect(value, kinds, where)
-        _expect(value["run"], {"utc": str, "command": str}, f"{where}: run")
-        for name, check in value["checks"].items():
-            _expect(check, {"passed": bool}, f"{where}: checks[{name!r}]")
-        cases = []
-        for i, raw in enumerate(value["cases"]):
-            _expect(raw, {"labels": dict, "facts": dict, "samples": dict, "metrics": dict}, f"{where}: cases[{i}]")
-            cases.append(Case(raw["labels"], raw["facts"], raw["samples"]))
-            _compare_metrics(cases[-1], raw["metrics"], f"{where}: cases[{i}] ({cases[-1].name})")
-        return cls(**{name: value[name] for name in kinds} | {"cases": cases})
+        check_record(value, SCHEMA_VERSION, where)
+        cases = [Case(raw["labels"], raw["facts"], raw["samples"]) for raw in value["cases"]]
+        for i, (case, raw) in enumerate(zip(cases, value["cases"], strict=True)):
+            _compare_metrics(case, raw["metrics"], f"{where}: cases[{i}] ({case.name})")
+        return cls(**{name: value[name] for name in KINDS} | {"cases": cases})
 
 
 def load_record(path: Path) -> Record:
     """Read a record's file.
 
-    Raises: FileNotFoundError; ValueError naming the file if it is no valid record.
+    Raises: FileNotFoundError; ValueError naming the file if it is not a valid record.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; expected a record that a benchmark wrote")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; expected a record that a benchmark wrote")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
         raise ValueError(f"{path} is not valid JSON: {err}") from err
-    return Record.from_dict(value, str(path))
+    return Record.from_dict(parse_json(text, str(path)), str(path))
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write a whole file or none: into a temporary file beside it, then renamed."""
-    text = json.dumps(value, indent=1) + "\n"
-    write_text(text, path)
+    """Write JSON compactly, the whole file or nothing: short values and lists of numbers on one line.
+
+    Numbers that are not finite, which JSON does not have, become null.
+    """
+    write_text(json_text(value), path)
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """Return the text that `write_json` writes."""
+    return "\n".join(_json_lines(_finite(value), "")) + "\n"
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a whole file or none, readable for all, in a folder that is made if needed."""
+    """Write the whole file or nothing, readable for all users; makes missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -157,24 +147,55 @@ def write_text(text: str, path: Path) -> None:
         raise
 
 
-def _expect(value: Any, kinds: dict[str, type], where: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
-    for name, kind in kinds.items():
-        if not isinstance(value.get(name), kind):
-            raise ValueError(f"{where}: {name} must be of type {kind.__name__}, got {value.get(name)!r:.80}")
+def _json_lines(value: Any, indent: str) -> list[str]:
+    flat = json.dumps(value, allow_nan=False)
+    # Lists of numbers (or of lists of them) and objects without other objects inside stay on one line.
+    kinds = str | dict if isinstance(value, list) else list | dict
+    items = value.values() if isinstance(value, dict) else value
+    if (
+        len(indent) + len(flat) <= LINE
+        or not isinstance(value, dict | list)
+        or not any(isinstance(item, kinds) for item in items)
+    ):
+        return [flat]
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    lines = [begin]
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        first, *rest = _json_lines(item, indent + " ")
+        lines += [f"{indent} {json.dumps(name)}: {first}" if isinstance(value, dict) else f"{indent} {first}", *rest]
+        lines[-1] += ","
+    lines[-1] = lines[-1].removesuffix(",")
+    return [*lines, indent + end]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _case_to_dict(case: Case) -> dict[str, Any]:
+    metrics = {
+        name: {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in asdict(e).items()}
+        for name, e in case.metrics.items()
+    }
+    return asdict(case) | {"metrics": metrics}
 
 
 def _compare_metrics(case: Case, written: dict[str, Any], where: str) -> None:
-    """Raises: ValueError if written medians are not those of the samples."""
+    """Raise ValueError if the written medians do not follow from the samples."""
     try:
         derived = case.metrics
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as err:
+        if not all(math.isfinite(e.median) for e in derived.values()):
+            raise ValueError("they give numbers that are not finite")
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as err:
         raise ValueError(f"{where}: the samples are damaged: {err}") from err
     if derived.keys() != written.keys():
         raise ValueError(f"{where}: metrics {sorted(written)}, but the samples give {sorted(derived)}")
     for name, estimate in derived.items():
         median = written[name].get("median") if isinstance(written[name], dict) else None
-        # Said so that nan, which JSON files can hold, is refused.
+        # The comparison is negated to also refuse NaN.
         if not isinstance(median, int | float) or not abs(median - estimate.median) <= 1e-6 * abs(estimate.median):
             raise ValueError(f"{where}: {name} is {median!r}, but the samples give {estimate.median!r}")

@@ -1,7 +1,7 @@
-"""The harness on fake work of known speed: is what it reports what was done?
+"""The `self-test` command: the harness on fake work of known speed.
 
-First on a fake clock, where every figure is exact: the order of runs, when warming up ends, medians that an outlier
-does not move, memory that slows down. Then in real time, waiting, where figures must be right within a few percent.
+First on a fake clock, where every figure is exact: the order of runs, the end of the warm-up, medians despite an
+outlier, memory that slows down. Then in real time, by waiting, where figures must be right within a few percent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qwen3fast.bench.environment import describe_run
-from qwen3fast.bench.harness import Harness, Sample, Task
+from qwen3fast.bench.harness import Harness, Measurement, Task
 from qwen3fast.bench.metrics import per_repetition
 from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.statistics import ratio
@@ -26,23 +26,26 @@ REAL_TOLERANCE = 0.05  # a busy machine takes the processor away in the middle o
 
 @dataclass
 class FakeClock:
-    """A clock that moves only when told."""
+    """A clock that moves only when `wait` is called."""
 
     now: float = 0.0
 
     def __call__(self) -> float:
-        """The time, seconds."""
+        """Return the time in seconds."""
         return self.now
 
     def wait(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.now += seconds
 
 
 @dataclass
 class FakeWork:
-    """Decoding whose steps take `step_s`. slow_runs: how many times as long each of the first runs takes, as when
-    something compiles; log: gets the name at each run."""
+    """Decoding whose steps take `step_s`.
+
+    slow_runs: run number -> how many times as long its steps take, as when code is compiled. log: gets the name of each
+    run.
+    """
 
     name: str
     step_s: float
@@ -52,26 +55,26 @@ class FakeWork:
     slow_runs: dict[int, float] = field(default_factory=dict)
     runs: int = 0
 
-    def run(self) -> Sample:
-        """STEPS steps, each measured with the clock."""
+    def run(self) -> Measurement:
+        """Wait for STEPS steps, each measured with the clock."""
         self.log.append(self.name)
-        factor = self.slow_runs.get(self.runs, 1.0)
+        slowness = self.slow_runs.get(self.runs, 1.0)
         self.runs += 1
         step_s = []
         for _ in range(STEPS):
             started = self.clock()
-            self.wait(self.step_s * factor)
+            self.wait(self.step_s * slowness)
             step_s.append(self.clock() - started)
         return {"step_s": step_s}
 
     def task(self) -> Task:
-        """A task of the harness."""
+        """Return a task for the harness."""
         return Task(Case({"work": self.name, "batch_size": 1}), self.run)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was expected, what came, and whether that is right."""
+    """An expected and a found value."""
 
     what: str
     expected: str
@@ -80,12 +83,12 @@ class Finding:
 
 
 def new_record() -> Record:
-    """A record with nothing in it."""
+    """Return an empty record."""
     return Record("self-test", describe_run(), {}, {"name": "none"})
 
 
 def measure(works: Sequence[FakeWork], clock: Callable[[], float], gb_s: Sequence[float] = ()) -> Record:
-    """Run the harness on them. gb_s: what a probe of the memory shall say, call by call; its last value stays."""
+    """Run the harness on fake work. gb_s: the readings of a memory probe, call by call; the last is repeated."""
     left = list(gb_s)
     probes = [lambda: {"bandwidth_gb_s": left.pop(0) if len(left) > 1 else left[0]}] if left else []
     record = new_record()
@@ -96,12 +99,12 @@ def measure(works: Sequence[FakeWork], clock: Callable[[], float], gb_s: Sequenc
 
 
 def speeds(record: Record) -> list[list[float]]:
-    """Tokens/s of each repetition, of each case."""
+    """Return the tokens/s of each repetition, per case."""
     return [per_repetition(c.labels, c.facts, c.samples)["decode_tok_s"] for c in record.cases]
 
 
 def check_on_fake_clock() -> list[Finding]:
-    """Exact: any deviation is a fault of the harness."""
+    """Check exact figures: any deviation is a fault of the harness."""
     clock = FakeClock()
     log: list[str] = []
     # A's first run takes four times as long and its second twice; in a later round something else takes the processor.
@@ -116,7 +119,7 @@ def check_on_fake_clock() -> list[Finding]:
         _equal("order of rounds", "AB" * ROUNDS, order[settled + 2 :]),
     ]
     for name, case in zip("AB", record.cases, strict=True):
-        findings.append(_near(f"{name}, ms a step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, 1e-9))
+        findings.append(_near(f"{name}, ms per step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, 1e-9))
     findings.append(_near("A, slowest ms", 50.0, case_p99(record), 1e-9))
     findings.append(_ratio_is_two(record, 1e-9))
     told = any("bandwidth moved between 10 and 20 GB/s" in reason for reason in record.noise)
@@ -125,36 +128,32 @@ def check_on_fake_clock() -> list[Finding]:
 
 
 def check_in_real_time() -> list[Finding]:
-    """Within REAL_TOLERANCE, and the ratio within a hundredth."""
+    """Check figures within REAL_TOLERANCE, and their ratio within one percent."""
     works = [FakeWork(name, step_s, time.perf_counter, wait) for name, step_s in STEP_S.items()]
     record = measure(works, time.perf_counter)
     findings = [
-        _near(f"{name}, ms a step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, REAL_TOLERANCE)
+        _near(f"{name}, ms per step", STEP_S[name] * 1e3, case.metrics["step_ms"].median, REAL_TOLERANCE)
         for name, case in zip("AB", record.cases, strict=True)
     ]
     return [*findings, _ratio_is_two(record, 0.01)]
 
 
 def case_p99(record: Record) -> float:
-    """The 99th percentile of the first case's steps, ms."""
+    """Return the 99th percentile of the first case's steps in ms."""
     return record.cases[0].metrics["step_p99_ms"].median
 
 
 def wait(seconds: float) -> None:
-    """Wait for just this long: asleep at first, so that a busy machine gives the processor when it is due; awake for
-    the last millisecond, since sleep ends when the system likes."""
+    """Wait exactly this long: asleep first, which a busy machine rewards with the processor in time, awake for the last
+    millisecond, since a sleep's end is not exact."""
     until = time.perf_counter() + seconds
     time.sleep(max(0.0, seconds - 0.001))
     while time.perf_counter() < until:
         pass
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 1 if a figure is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qwen3fast.bench self-test", description="The harness on fake work of known speed; 3 seconds."
-    )
-    parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Print all findings. Returns: the exit status, 1 if a figure is wrong."""
     findings = [("fake clock", f) for f in check_on_fake_clock()] + [("real time", f) for f in check_in_real_time()]
     rows = [["clock", "what", "expected", "found", "verdict"]]
     rows += [[clock, f.what, f.expected, f.found, "ok" if f.is_right else "WRONG"] for clock, f in findings]
@@ -174,7 +173,7 @@ def _near(what: str, expected: float, found: float, tolerance: float) -> Finding
 
 
 def _ratio_is_two(record: Record, tolerance: float) -> Finding:
-    """Whether the interval of A's speed over B's, widened by the tolerance, holds 2."""
+    """Check that the interval of A's speed over B's, widened by the tolerance, contains 2."""
     a, b = speeds(record)
     e = ratio(a, b)
     low, high = (e.median if bound is None else bound for bound in (e.low, e.high))

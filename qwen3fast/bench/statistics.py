@@ -1,8 +1,8 @@
-"""What repeated measurements say: a median, how far single ones lie from it, and how well it is known.
+"""Estimates from repeated measurements: the median, the spread of single values, and the median's interval.
 
-Medians and the bootstrap take no notice of a few outliers, which a busy machine always makes. Of few values the
-interval is that of the extremes, which is too narrow, and not rid of outliers: simulated with normal noise, it holds
-the true median in 76% of cases for three values, in 93% for five.
+Medians and the bootstrap are robust against the few outliers that a busy machine always makes. With few values the
+interval spans the extremes, which is too narrow: simulated with normal noise, it contains the true median in 76% of
+cases for three values, in 93% for five.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
 """
 
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of `n` values: median, 10th and 90th percentile, and the median's 95% interval (None of a single value)."""
+    """Median, 10th and 90th percentile of `n` values, and the median's 95% interval (None for a single value)."""
 
     median: float
     p10: float
@@ -30,14 +30,14 @@ class Estimate:
 
     @property
     def spread(self) -> float:
-        """Half the interval's width as a share of the median; 0 of a single value or of a median of 0."""
+        """Half the interval's width as a share of the median; 0 for a single value or a median of 0."""
         if self.low is None or self.high is None or self.median == 0:
             return 0.0
         return (self.high - self.low) / 2 / abs(self.median)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The same values give the same estimate: the bootstrap's random numbers are seeded.
+    """Estimate the median of values. The same values give the same estimate: the bootstrap is seeded.
 
     Raises: ValueError for no values.
     """
@@ -52,7 +52,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
-    """Median of `new` over median of `old`, and its interval: both are resampled. p10 and p90 are of the resamples.
+    """Return the median of `new` over the median of `old`; both are resampled. p10 and p90 are of the resamples.
 
     Raises: ValueError for no values, or values that are not positive.
     """
@@ -67,7 +67,7 @@ def ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
 
 
 def _resamples(array: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES, n) of the values, drawn with replacement."""
+    """Return (RESAMPLES, n) values, drawn with replacement."""
     return np.random.default_rng(seed).choice(array, (RESAMPLES, len(array)))
 
 

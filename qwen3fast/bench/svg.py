@@ -1,4 +1,4 @@
-"""A figure as SVG: its text stays text, and the same figure gives the same bytes."""
+"""Figures as SVG: text stays text, and the same figure gives the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def svg_text(figure: Figure, *, facecolor: str = "white", is_trimmed: bool = False) -> str:
-    """The whole SVG. facecolor: behind the axes, or "none". is_trimmed: cut off empty margins."""
+    """Return a figure as SVG. facecolor: behind the axes, or "none". is_trimmed: cut off empty margins."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen3fast"}):
         figure.savefig(

@@ -1,4 +1,4 @@
-"""What a change of a metric is worth: a verdict from its interval, and from how the machine's own speed changed."""
+"""Verdicts on a metric's change, from its interval and from the change of the machine's own speed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MEANINGS = {
     WORSE: "worse, as measured and relative to the machine's own speed, each with the whole interval",
     SAME: "the whole interval lies within the threshold",
     UNCLEAR: "an interval, as measured or relative to the machine, crosses the threshold",
-    MACHINE: "moved, but not against the machine's own speed, which moved as well: not counted",
-    MASKED: "not moved for sure, but it is relative to the machine, whose own speed did: not counted, worth a look",
-    UNJUDGED: "fewer than three repetitions, whose interval means nothing",
+    MACHINE: "changed, but not relative to the machine's own speed, which changed as well: not counted",
+    MASKED: "no sure change as measured, but one relative to the machine, whose speed changed: worth a look",
+    UNJUDGED: "fewer than three repetitions: their interval means nothing",
 }
 
-LEAST_REPETITIONS = 3  # by chance alone, one of two repetitions on each side lies apart in 3 of 10 cases
+MIN_REPETITIONS = 3  # by chance alone, one of two repetitions on each side lies apart in 3 of 10 cases
 
 # Computed, not timed: the same code gives the same value, so a single one can be judged.
 EXACT = {"weight_error", "output_error", "logit_error", "perplexity", "same_token", "accuracy"}
 
 
 def judge(metric: str, change: Estimate, relative: Collection[Estimate], threshold: float) -> str:
-    """The verdict. change: new over old; relative: the same over the machine's change, by one or more yardsticks; a
-    change must hold against all of them."""
+    """Return the verdict. change: new over old. relative: the same over the machine's change, by each yardstick; a
+    change must hold against all."""
     measured = _place(metric, change, threshold)
     against = {_place(metric, estimate, threshold) for estimate in relative} - {UNJUDGED}
     if measured in (BETTER, WORSE):
@@ -38,8 +38,8 @@ def judge(metric: str, change: Estimate, relative: Collection[Estimate], thresho
 
 
 def judge_zero(metric: str, old: float, new: float) -> str:
-    """The verdict where a value is 0 (the error of exact weights), so that there is no ratio: only computed values that
-    differ are a change."""
+    """Return the verdict for a value of 0 (the error of exact weights), which has no ratio: only computed values that
+    differ count."""
     if old == new:
         return SAME
     if metric not in EXACT:
@@ -48,9 +48,9 @@ def judge_zero(metric: str, old: float, new: float) -> str:
 
 
 def _place(metric: str, change: Estimate, threshold: float) -> str:
-    """Where the whole interval lies: below 1 / (1 + threshold), above 1 + threshold, between, or on the border."""
+    """Return the place of the interval: below 1 / (1 + threshold), above 1 + threshold, between, or across."""
     low, high = (change.median, change.median) if metric in EXACT else (change.low, change.high)
-    if low is None or high is None or (change.n < LEAST_REPETITIONS and metric not in EXACT):
+    if low is None or high is None or (change.n < MIN_REPETITIONS and metric not in EXACT):
         return UNJUDGED
     top, bottom = 1 + threshold, 1 / (1 + threshold)
     if low > top:

@@ -5,8 +5,9 @@ import os
 import pytest
 from bench_fakes import make_case, make_record
 
-from qwen3fast.bench import harness as harness_module
-from qwen3fast.bench.harness import MOST_WARM_UPS, Harness, Task, noise_of
+from qwen3fast.bench import noise as noise_module
+from qwen3fast.bench.harness import MAX_WARM_UPS, Harness, Task
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case
 from qwen3fast.bench.self_test import ROUNDS, FakeClock, FakeWork, check_on_fake_clock, measure, new_record, speeds
 
@@ -52,7 +53,7 @@ def test_harness_skips_the_warm_up_of_a_task_that_needs_none():
 
 @pytest.mark.parametrize(
     ("durations", "runs"),
-    [([1.0], 2), ([2.0, 1.0], 3), ([1.0, 1.04], 2), ([1.0, 1.06], 3), ([8.0, 4.0, 2.0, 1.0], MOST_WARM_UPS)],
+    [([1.0], 2), ([2.0, 1.0], 3), ([1.0, 1.04], 2), ([1.0, 1.06], 3), ([8.0, 4.0, 2.0, 1.0], MAX_WARM_UPS)],
 )
 def test_warm_up_stops_when_two_runs_agree(durations, runs):
     assert quiet_harness().warm_up(task_of(durations)) == runs
@@ -142,7 +143,7 @@ def test_noise_names_the_three_least_known_medians():
 def test_finish_tells_of_a_busy_machine(monkeypatch, load, is_told):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(harness_module, "_cpu_ticks", lambda: None)
+    monkeypatch.setattr(noise_module, "_cpu_ticks", lambda: None)
     record = new_record()
     quiet_harness(record).finish()
     assert record.noise == (["other programs were running when it began (load average 3.0)"] if is_told else [])
@@ -153,8 +154,8 @@ def test_finish_tells_of_a_busy_machine(monkeypatch, load, is_told):
 )
 def test_finish_tells_of_time_that_was_stolen(monkeypatch, stolen, noise):
     ticks = iter([(5000, 100), (6000, 100 + stolen)])
-    monkeypatch.setattr(harness_module, "_load_average", lambda: None)
-    monkeypatch.setattr(harness_module, "_cpu_ticks", lambda: next(ticks))
+    monkeypatch.setattr(noise_module, "_load_average", lambda: None)
+    monkeypatch.setattr(noise_module, "_cpu_ticks", lambda: next(ticks))
     record = new_record()
     quiet_harness(record).finish()
     assert record.noise == noise
@@ -165,7 +166,7 @@ def test_finish_copes_with_a_system_that_does_not_tell(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(os, "getloadavg", unknown)
-    monkeypatch.setattr(harness_module, "_cpu_ticks", lambda: None)
+    monkeypatch.setattr(noise_module, "_cpu_ticks", lambda: None)
     record = new_record()
     quiet_harness(record).finish()
     assert record.noise == []
@@ -173,5 +174,5 @@ def test_finish_copes_with_a_system_that_does_not_tell(monkeypatch):
 
 def test_cpu_ticks_are_those_of_the_first_line(monkeypatch):
     text = "cpu  10 0 5 80 1 0 1 3 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
-    monkeypatch.setattr(harness_module.Path, "read_text", lambda self: text)
-    assert harness_module._cpu_ticks() == (100, 3)  # guests are counted in the first fields already
+    monkeypatch.setattr(noise_module.Path, "read_text", lambda self: text)
+    assert noise_module._cpu_ticks() == (100, 3)  # guests are counted in the first fields already

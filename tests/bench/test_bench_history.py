@@ -7,7 +7,8 @@ from bench_fakes import MODEL, make_case, make_record
 
 from qwen3fast.bench import timeline
 from qwen3fast.bench.__main__ import main
-from qwen3fast.bench.history import draw, lines_of, parse_labels, table
+from qwen3fast.bench.history import lines_of, parse_labels, table
+from qwen3fast.bench.pictures.history import draw
 from qwen3fast.bench.record import write_json, write_text
 from qwen3fast.bench.timeline import in_order, versions_in_git
 
@@ -43,7 +44,7 @@ def test_order_refuses_what_does_not_belong_together():
     with pytest.raises(ValueError, match="model name 'random:test' and 'tiny'; --force"):
         in_order([one, other])
     assert len(in_order([one, other], force=True)) == 2
-    with pytest.raises(ValueError, match="no record of version 2 to show; give some, or --git PATH"):
+    with pytest.raises(ValueError, match="no record to show; name some, or use --git PATH"):
         in_order([])
 
 
@@ -116,6 +117,15 @@ def test_git_gives_all_versions_across_renames(repository):
     assert [r.run["utc"][:10] for r in records] == ["2026-01-02", "2026-01-01", "2026-01-01"]
     [note] = notes
     assert note.startswith("results/old.json at ") and "expected schema_version 2, got 1" in note
+
+
+def test_git_gives_versions_of_a_file_with_an_unusual_name(repository):
+    name = "commit größer --output=x.json"
+    (repository / "results" / "new.json").rename(repository / "results" / name)
+    for command in (["add", "-A"], ["-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-qm", "rename"]):
+        subprocess.run(["git", *command], cwd=repository, check=True)
+    records, _ = versions_in_git(repository / "results" / name)
+    assert [r.run["utc"][:10] for r in records] == ["2026-01-02", "2026-01-02", "2026-01-01", "2026-01-01"]
 
 
 def test_git_has_nothing_of_an_unknown_file(repository, tmp_path_factory):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_ids, randomised, small_config
 
-from qwen3fast.bench.measure import ROUNDED_TOLERANCE, TIE_TOLERANCE, check_tokens
+from qwen3fast.bench.measure import QUANTIZED_TOLERANCE, TIE_TOLERANCE, check_tokens
 from qwen3fast.quantization import quantize_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
@@ -37,7 +37,7 @@ def test_tokens_of_the_plain_model_are_exact_and_others_are_not():
         (torch.float32, None, TIE_TOLERANCE[torch.float32]),
         (torch.float32, "int8", TIE_TOLERANCE[torch.float32]),
         (torch.bfloat16, None, TIE_TOLERANCE[torch.bfloat16]),
-        (torch.bfloat16, "int4", ROUNDED_TOLERANCE),
+        (torch.bfloat16, "int4", QUANTIZED_TOLERANCE),
     ],
     ids=str,
 )

@@ -83,12 +83,6 @@ def test_seconds_give_rates_of_tokens_requests_and_bytes():
     assert found["file_gb_s"] == [4.0, 2.0]
 
 
-def test_energy_is_that_of_a_token():
-    assert values({"energy_j": [32.0]}, facts={"steps": 16})["energy_j_token"] == [2.0]
-    assert values({"energy_j": [32.0]}, labels={"batch_size": 4}, facts={"steps": 16})["energy_j_token"] == [0.5]
-    assert values({"energy_j": [32.0]}) == {}
-
-
 def test_samples_named_as_a_metric_are_taken_as_they_are():
     found = values({"peak_memory_bytes": [5, 6], "logit_error": [0.1], "token_s": [[1.0, 2.0]]})
     assert found == {"peak_memory_bytes": [5, 6], "logit_error": [0.1]}
@@ -103,7 +97,7 @@ def test_derive_estimates_each_of_the_values():
 
 def test_derive_knows_a_title_for_all_it_gives():
     samples = {"step_s": [[0.1]], "ttft_s": [1.0], "bandwidth_gb_s": [9.0], "gemm_flop_s": [9.0], "seconds": [1.0]}
-    samples |= {"itl_s": [[0.1]], "ttfts_s": [[0.1]], "energy_j": [1.0]}
+    samples |= {"itl_s": [[0.1]], "ttfts_s": [[0.1]]}
     facts = dict.fromkeys(
         ("bytes_per_step", "flop_per_step", "prefill_flop", "tokens", "requests", "file_bytes", "steps"), 1.0
     )

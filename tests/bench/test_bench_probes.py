@@ -1,79 +1,12 @@
-"""What is read from the machine: an energy counter that starts anew, peak memory, sizes of caches."""
+"""Probes of the machine and its description."""
 
 import pytest
 import torch
 
 from qwen3fast.bench import environment, probes
-from qwen3fast.bench.probes import BandwidthProbe, EnergyMeter, GemmProbe, PeakMemory
+from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 
 CPU = torch.device("cpu")
-
-
-def write_zone(folder, name, energy, most=1_000_000, kind="package-0"):
-    zone = folder / name
-    zone.mkdir(exist_ok=True)
-    (zone / "energy_uj").write_text(f"{energy}\n")
-    (zone / "max_energy_range_uj").write_text(f"{most}\n")
-    (zone / "name").write_text(f"{kind}\n")
-    return zone
-
-
-def test_energy_is_the_sum_of_all_packages(tmp_path):
-    write_zone(tmp_path, "intel-rapl:0", 1000)
-    write_zone(tmp_path, "intel-rapl:1", 5000, kind="package-1")
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    write_zone(tmp_path, "intel-rapl:0", 501_000)
-    write_zone(tmp_path, "intel-rapl:1", 255_000, kind="package-1")
-    assert meter.joules() == pytest.approx(0.75)
-
-
-def test_energy_counts_on_when_the_counter_starts_anew(tmp_path):
-    write_zone(tmp_path, "intel-rapl:0", 900_000)
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    write_zone(tmp_path, "intel-rapl:0", 100_000)
-    assert meter.joules() == pytest.approx(0.2)
-
-
-def test_energy_is_unknown_if_a_counter_of_unknown_range_starts_anew(tmp_path):
-    zone = write_zone(tmp_path, "intel-rapl:0", 900_000)
-    (zone / "max_energy_range_uj").unlink()
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    (zone / "energy_uj").write_text("100000")
-    assert meter.joules() is None
-
-
-def test_energy_counts_nothing_twice(tmp_path):
-    # Parts of a package lie beside it, and "psys" holds all packages.
-    for name, kind in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
-        write_zone(tmp_path, name, 0, kind=kind)
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    for name, kind in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
-        write_zone(tmp_path, name, 300_000, kind=kind)
-    assert meter.joules() == pytest.approx(0.3)
-
-
-def test_energy_is_unknown_without_a_counter(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
-        meter = EnergyMeter(folder)
-        meter.start()
-        assert meter.joules() is None
-
-
-def test_energy_is_unknown_if_a_counter_vanishes(tmp_path):
-    zone = write_zone(tmp_path, "intel-rapl:0", 0)
-    meter = EnergyMeter(tmp_path)
-    meter.start()
-    (zone / "energy_uj").unlink()
-    assert meter.joules() is None
-
-
-def test_energy_that_may_not_be_read_is_unknown(tmp_path):
-    (write_zone(tmp_path, "intel-rapl:0", 0) / "energy_uj").write_text("")
-    assert EnergyMeter(tmp_path).joules() is None
 
 
 def test_peak_memory_grows_with_what_is_held():
@@ -123,7 +56,7 @@ def test_caches_are_those_of_the_first_processor(tmp_path):
     assert environment._cpu_caches(tmp_path / "none") == {}
 
 
-def test_environment_holds_what_the_schema_asks_for():
+def test_environment_names_the_processor_and_the_versions():
     found = environment.describe_environment(CPU)
     assert found["device"] == "cpu" and found["threads"] == torch.get_num_threads()
     assert set("cpu cpu_count platform python torch qwen3fast cpu_caches".split()) <= found.keys()

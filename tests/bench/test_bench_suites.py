@@ -1,19 +1,25 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
-import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from bench_fakes import make_case, make_record
 
-from qwen3fast.bench import probes
-from qwen3fast.bench.__main__ import main
-from qwen3fast.bench.record import SCHEMA_FILE, load_record
-from qwen3fast.bench.suites import SUITES, batch, context, quantization, roofline, startup
+from qwen3fast import load_model
+from qwen3fast.bench import measure, probes, self_test, session
+from qwen3fast.bench.__main__ import build_parser, main
+from qwen3fast.bench.measure import MODES
+from qwen3fast.bench.record import load_record
+from qwen3fast.bench.suites import SUITES, batch, cache, context, quantization, roofline, startup
 
-SMALL = ["--model", "tiny", "--repetitions", "2"]
+SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def quick_probes(monkeypatch):
+def quick_probes(monkeypatch, one_thread):
     """Probes that tell a speed without taking the time to measure it well."""
     monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
     monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
@@ -39,12 +45,119 @@ def run_suite(name, options, folder, capsys):
     assert len(out.splitlines()) > len(record.cases) and f"wrote {json_file} and {png_file}" in err
     assert main(["compare", str(json_file), str(json_file)]) in (0, 2)  # 2: nothing could be judged, or an error
     assert "error" not in capsys.readouterr().err
-    try:
-        import jsonschema
-    except ImportError:
-        return record
-    jsonschema.validate(json.loads(json_file.read_text()), json.loads(SCHEMA_FILE.read_text()))
     return record
+
+
+def options_of(suite, *arguments):
+    return SUITES[suite].options(build_parser().parse_args(["--suite", suite, *arguments]))
+
+
+def test_defaults_of_the_cache_suite_have_a_time_limit_and_full_has_none():
+    short, full, quick = (options_of("cache", *extent) for extent in ([], ["--full"], ["--quick"]))
+    assert short.limit_s is not None and short.limit_s <= 160 and full.limit_s is None and quick.limit_s is None
+    assert set(short.contexts) < set(full.contexts) and len(quick.contexts) < len(short.contexts)
+    assert options_of("cache", "--contexts", "9000").limit_s is None  # what is asked for is measured
+    assert options_of("cache", "--threads", "1").limit_s == short.limit_s
+
+
+def test_defaults_on_cuda_have_every_mode_and_longer_prompts(monkeypatch):
+    on_cpu = options_of("cache")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    on_cuda = options_of("cache")
+    assert on_cuda.device == "cuda" and on_cuda.limit_s == on_cpu.limit_s
+    assert on_cuda.modes == MODES and set(on_cuda.modes) - set(on_cpu.modes) == {"cached-graphs"}
+    assert max(on_cuda.contexts) > max(on_cpu.contexts)
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(capsys):
+    assert main(["--model", "tiny", "--device", "cpu", "--modes", "cached-graphs", "--contexts", "16"]) == 2
+    assert "CUDA graphs need a CUDA device, this is cpu; choose other --modes" in capsys.readouterr().err
+
+
+def test_every_mode_of_a_gpu_is_measured_with_its_graphs_switched(monkeypatch):
+    """On the CPU: graphs are an object that the engine of the other modes must not have."""
+    graphs = object()
+    model = load_model("tiny", "cpu")
+    monkeypatch.setattr(measure, "Engine", lambda *_, **__: SimpleNamespace(graphs=graphs))
+    bench = measure.Workbench(model, MODES, 64, 1)
+    assert {mode: bench.engine(mode).graphs is graphs for mode in MODES} == {
+        mode: mode == "cached-graphs" for mode in MODES
+    }
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert measure.with_graphs("cached-compiled", cuda) == "cached-graphs"
+    assert measure.with_graphs("cached-compiled", cpu) == "cached-compiled"
+    assert measure.with_graphs("cached-eager", cuda) == "cached-eager"
+
+
+def test_default_run_says_how_long_it_takes_and_leaves_out_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    suite = replace(SUITES["cache"], limit_s=0.0, defaults=SUITES["cache"].defaults | {"modes": ("cached-eager",)})
+    monkeypatch.setitem(SUITES, "cache", suite)
+    assert main(["--model", "tiny", "--threads", "1", "--output", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    begin, *_ = err.splitlines()
+    assert begin == "suite cache: at most 25 s; --full takes longer and measures more"
+    assert "\n5 cases, 3 rounds, about" in err
+    assert "no time for 128 tokens; 512 tokens; 1,024 tokens; 2,048 tokens. --full measures everything" in err
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    assert labels_of(record, "context") == [(32,)]
+    assert record.notes["left_out"] == ["128 tokens", "512 tokens", "1,024 tokens", "2,048 tokens"]
+
+
+@pytest.mark.parametrize(
+    ("prepare_s", "left_out"), [(30.0, []), (40.0, ["cached-eager"]), (60.0, ["uncached-compiled", "cached-eager"])]
+)
+def test_a_machine_that_compiles_too_slowly_leaves_modes_out(tmp_path, monkeypatch, prepare_s, left_out):
+    waited, prepare, perf_counter = self_test.FakeClock(), session.Session.prepare, time.perf_counter
+
+    def prepare_slowly(self, *arguments):
+        waited.wait(prepare_s)
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(session.Session, "prepare", prepare_slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + waited.now)
+    modes = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled")
+    monkeypatch.setattr(measure, "is_compiled", lambda mode: False)  # takes no time to compile
+    defaults = SUITES["cache"].defaults | {"modes": modes, "contexts": (16, 32)}
+    monkeypatch.setitem(SUITES, "cache", replace(SUITES["cache"], defaults=defaults))
+    assert main(["--model", "tiny", "--threads", "1", "--output", str(tmp_path)]) == 0
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    assert record.notes.get("left_out", []) == left_out
+    assert {mode for (mode,) in labels_of(record, "mode")} == set(modes) - set(left_out)
+
+
+def cache_record(cached, uncached, context=512):
+    """First tokens of both ways, in seconds."""
+    record = make_record()
+    for mode, seconds in (("cached-compiled", cached), ("cached-eager", [9.0] * 3), ("uncached-compiled", uncached)):
+        case = make_case([10.0] * len(seconds), mode=mode, context=context)
+        case.samples["ttft_s"] = seconds
+        record.cases.append(case)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("cached", "uncached", "is_fault"),
+    [
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], True),
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], False),
+        ([1.02, 1.03, 1.04], [1.0, 1.01, 1.02], False),  # noise
+        ([1.0, 1.4, 9.0], [1.1, 1.2, 1.3], False),  # not for sure
+        ([1.2], [1.0], True),
+        ([1.04], [1.0], False),
+    ],
+)
+def test_a_first_token_that_comes_later_with_the_cache_is_a_fault(cached, uncached, is_fault):
+    found = cache.faults(cache_record(cached, uncached))
+    assert len(found) == is_fault
+    if is_fault:
+        assert found[0].startswith("FAULT at 512 tokens (bf16, batch 1): the first token takes ")
+        assert found[0] in cache.summary(cache_record(cached, uncached))
+
+
+def test_faults_of_other_lengths_are_not_compared():
+    record = cache_record([2.0] * 3, [1.0] * 3)
+    record.cases[-1].labels["context"] = 1024
+    assert cache.faults(record) == []
 
 
 def labels_of(record, *names):
@@ -115,7 +228,7 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
         return [1.0, 2.0, *(first + sum(steps[:i]) for i in range(len(steps)))]
 
     monkeypatch.setattr(startup, "run_once", run_once)
-    record = run_suite("startup", ["--formats", "plain-kv8", "--threads", "1"], tmp_path, capsys)
+    record = run_suite("startup", ["--formats", "plain-kv8"], tmp_path, capsys)
     assert labels_of(record, "caches", "compile") == [
         (kind, mode) for kind in ("warm", "cold") for mode in ("never", "auto", "always")
     ]

@@ -1,17 +1,12 @@
-"""The programs in benchmarks/ without their measurements: options, turns, the workers' protocol, clients."""
+"""The programs in benchmarks/ without their measurements: options, clients, operators."""
 
-import json
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import batching
-import compare_peers
 import cpu_operators
 import pytest
 import torch
-from peers import ctranslate2, protocol, sglang, transformers, vllm
 
 from qwen3fast.bench.environment import describe_environment
 from qwen3fast.bench.harness import Harness
@@ -21,144 +16,6 @@ from qwen3fast.bench.record import Case, Record
 def new_record():
     run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
     return Record("x", run, describe_environment(torch.device("cpu")), {"name": "x"})
-
-
-class FakeWorker:
-    """Remembers its prompts."""
-
-    name = "fake"
-
-    def __init__(self):
-        self.prompts = []
-
-    def generate(self, prompt, steps):
-        self.prompts.append(tuple(prompt))
-        return {"prefill_s": 0.5, "decode_s": 0.25 * steps, "token_ids": [0] * (steps + 1)}
-
-
-def test_peers_options_are_checked(capsys):
-    for arguments, message in (
-        (["--peers", "llama-cpp,nobody"], "unknown in --peers: nobody; known: transformers, llama-cpp"),
-        (["--formats", "int3"], "unknown in --formats: int3; known: bf16, int8, int4"),
-        (["--contexts", "32,512"], "--prefill 512 is among --contexts"),
-        (["--contexts", "0"], "'0' is not a positive whole number"),
-    ):
-        with pytest.raises(SystemExit):
-            compare_peers.parse(arguments)
-        assert message in capsys.readouterr().err
-
-
-def test_peers_for_gpus_are_left_out_on_a_cpu_with_a_reason():
-    args = compare_peers.parse(["--peers", "vllm,transformers,sglang"])
-    assert args.peers == ["transformers"]
-    why = "not run: needs cuda, this comparison is on cpu"
-    assert args.not_run == {"vllm": why, "sglang": why}
-    assert compare_peers.split_by_device(["llama-cpp", "vllm"], "cuda")[0] == ["vllm"]
-
-
-def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        compare_peers.parse(["--device", "cuda"])
-    assert "sees no CUDA device" in capsys.readouterr().err
-
-
-def test_what_is_not_set_up_is_named_with_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "CACHE", tmp_path)
-    args = compare_peers.parse(["--peers", "ctranslate2", "--formats", "int8", "--weights", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --peers"):
-        compare_peers.require_set_up(args)
-
-
-def test_every_peer_says_what_it_computes_in_and_names_are_told_apart():
-    names = [name for format in protocol.FORMATS for name, *_ in compare_peers.selected([*compare_peers.PEERS], format)]
-    assert names.count("qwen3fast") == 3 and len(names) - len(set(names)) == 3  # ours twice in each rounded format
-    for peer in compare_peers.PEERS.values():
-        for variant in peer.variants:
-            assert variant.format in protocol.FORMATS and set(variant.computes) == {
-                "weights",
-                "activations",
-                "kv_cache",
-            }
-        assert all("==" in requirement for requirement in peer.requirements)
-
-
-def test_engines_get_the_same_new_prompt_each_round_and_others_to_warm_up(monkeypatch):
-    monkeypatch.setattr(compare_peers, "PAUSE_S", 0.0)
-    args = SimpleNamespace(vocab_size=1000)
-    record, workers = new_record(), [FakeWorker(), FakeWorker()]
-    harness = Harness(record, is_shown=False)
-    tasks = []
-    for i, worker in enumerate(workers):
-        labels = {"engine": f"e{i}", "format": "bf16", "context": 8, "what": "decode", "batch_size": 1}
-        tasks.append(compare_peers.make_task(args, Case(labels), worker, steps=4))
-        compare_peers.warm_up(args, harness, tasks[-1], worker, steps=4)
-    warm = set(workers[0].prompts)
-    harness.measure(tasks, 3)
-    first, second = (worker.prompts[-3:] for worker in workers)
-    assert first == second and len({*first, *warm}) == 3 + len(warm) and len(warm) >= 2
-    assert [task.case.samples for task in tasks] == [{"ttft_s": [0.5] * 3, "step_s": [[0.25]] * 3}] * 2
-    assert tasks[0].case.metrics["decode_tok_s"].median == 4
-
-
-def test_an_engine_that_stops_early_is_refused(monkeypatch):
-    monkeypatch.setattr(compare_peers, "PAUSE_S", 0.0)
-    worker = FakeWorker()
-    worker.generate = lambda prompt, steps: {"prefill_s": 1, "decode_s": 1, "token_ids": [0]}
-    labels = {"engine": "e", "format": "bf16", "context": 8, "what": "decode", "batch_size": 1}
-    with pytest.raises(AssertionError, match="fake gave 1 tokens, not 3"):
-        compare_peers.make_task(SimpleNamespace(vocab_size=10), Case(labels), worker, 2).run()
-
-
-ADAPTER = """
-from pathlib import Path
-from peers.protocol import run_adapter
-class Engine:
-    def __init__(self, variant, model, threads, max_seq_len, device):
-        print("noise of a native library", flush=True)
-        self.facts = {"variant": variant, "model": str(model), "threads": threads, "room": max_seq_len, "on": device}
-    def generate(self, prompt, steps):
-        return 1.0, 2.0, [len(prompt)] * (steps + 1)
-run_adapter(("pytest",), Engine)
-"""
-
-
-def test_an_adapter_answers_on_a_channel_of_its_own():
-    command = [sys.executable, "-c", ADAPTER, "serve", "v", "m", "--threads", "2", "--max-seq-len", "64"]
-    request = json.dumps({"prompt": [1, 2, 3], "steps": 1})
-    done = subprocess.run(
-        command, input=request + "\n", capture_output=True, text=True, check=True, env=protocol.environment()
-    )
-    hello, answer = map(json.loads, done.stdout.splitlines())
-    assert hello["facts"] == {"variant": "v", "model": "m", "threads": 2, "room": 64, "on": "cpu"}
-    assert hello["versions"] == {"pytest": pytest.__version__}
-    assert answer == {"prefill_s": 1.0, "decode_s": 2.0, "token_ids": [3, 3]}
-    assert "noise of a native library" in done.stderr
-
-
-def test_peers_that_read_the_checkpoint_get_links_to_it(tmp_path):
-    checkpoint, target = tmp_path / "checkpoint", tmp_path / "target"
-    checkpoint.mkdir()
-    target.mkdir()
-    (checkpoint / "config.json").write_text("{}")
-    protocol.link_checkpoint("any", checkpoint, target)
-    assert (target / "config.json").is_symlink() and (target / "config.json").read_text() == "{}"
-    for module in (transformers, vllm, sglang):
-        assert {variant.folder for variant in module.PEER.variants} == {protocol.CHECKPOINT}
-
-
-def test_transformers_streamer_takes_the_prompt_first_and_then_a_token_a_call():
-    marks = transformers.Marks()
-    marks.put(torch.tensor([[5, 6, 7]]))
-    for token in (8, 9):
-        marks.put(torch.tensor([token]))
-    marks.end()
-    assert marks.ids == [8, 9] and len(marks.times) == 2 and marks.times[0] <= marks.times[1]
-
-
-def test_ctranslate2_gets_ids_as_tokens():
-    tokens = ctranslate2.IdsAsTokens(4, 3)
-    assert tokens.get_vocab() == {"0": 0, "1": 1, "2": 2, "3": 3} and tokens.eos_token == "3"
 
 
 def test_arrivals_come_at_the_rate_and_are_the_same_each_time():
@@ -207,13 +64,13 @@ def test_waiting_to_be_submitted_counts_as_latency():
 
 
 def test_an_online_run_is_bounded_and_its_load_is_a_share_of_the_throughput():
-    args = batching.parse(["--requests", "100", "--most-online-s", "10"])
+    args = batching.parse(["--requests", "100", "--max-online-s", "10"])
     work, rate = batching.online_work(args, 50, 0.5, tok_s=100.0)
     whole = batching.make_work(50, 100, args.prompt_tokens, args.new_tokens, seed=1)
     assert rate * sum(n for _, n in whole) / 100 == pytest.approx(50.0)
     assert len(work) == int(10 * rate) and work == whole[: len(work)]
     assert len(batching.online_work(args, 50, 0.5, tok_s=1e6)[0]) == 100
-    assert len(batching.online_work(args, 50, 0.5, tok_s=1e-3)[0]) == batching.FEWEST_REQUESTS
+    assert len(batching.online_work(args, 50, 0.5, tok_s=1e-3)[0]) == batching.MIN_REQUESTS
 
 
 def test_online_runs_are_of_each_batch_size_and_load_with_the_throughput_of_that_batch_size():
@@ -230,6 +87,20 @@ def test_online_runs_are_of_each_batch_size_and_load_with_the_throughput_of_that
     assert shapes == [(1, 0.5), (1, 1.0), (4, 0.5), (4, 1.0)]
     slow, _, fast, _ = (task.case.facts["offered_requests_s"] for task in tasks)
     assert fast == pytest.approx(4 * slow)
+
+
+def test_an_engine_that_fails_is_missing_with_its_reason_and_asked_no_more():
+    record, calls = new_record(), []
+
+    def fail():
+        calls.append(None)
+        raise RuntimeError("out of pages")
+
+    good = batching.peer_task(record, Case({"engine": "good"}), lambda: 2.0)
+    bad = batching.peer_task(record, Case({"engine": "bad"}), fail)
+    Harness(record, is_shown=False).measure([bad, good], 2)
+    assert (good.case.samples, bad.case.samples, len(calls)) == ({"seconds": [2.0, 2.0]}, {}, 1)
+    assert record.notes["missing"] == {"bad": "RuntimeError: out of pages"}
 
 
 def test_batching_options_are_checked(capsys):

@@ -3,7 +3,7 @@
 import json
 
 import batching_picture
-import cpu_operators
+import operators_picture
 import pytest
 import tables
 import update_readme
@@ -123,7 +123,7 @@ def test_operators_are_columns():
 
 
 def test_picture_of_operators_puts_them_side_by_side():
-    step, prompt = cpu_operators.draw(operators_record()).axes
+    step, prompt = operators_picture.draw(operators_record()).axes
     widths = [bar.get_width() for bar in step.patches]
     assert widths == [1.0, 5.0] and [bar.get_x() for bar in step.patches] == [0.0, 1.0]
     assert [text.get_text().strip() for text in step.texts] == ["6"]

@@ -2,8 +2,10 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import loading_files
 import loading_report
 import pytest
 import torch
@@ -19,7 +21,7 @@ CONFIG = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, dtype
 def test_every_case_is_loaded_warm_and_cold_beside_plain_reads(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ModelConfig, "named", staticmethod(lambda name: replace(CONFIG)))
     monkeypatch.setattr(loading_report, "run_apart", loading_report.load_here)
-    monkeypatch.setattr(loading_report, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(loading_report, "write_shards", partial(loading_files.write_shards, shard_bytes=20_000))
     output = tmp_path / "loading.json"
     options = ["--cases", "bfloat16", "float32", "--rounds", "2", "--folder", str(tmp_path), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["loading_report.py", *options])
@@ -38,6 +40,6 @@ def test_every_case_is_loaded_warm_and_cold_beside_plain_reads(monkeypatch, tmp_
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading_report.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(loading_files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
     with pytest.raises(SystemExit, match=r"has 1\.0 GB free, the shards take 8\.0 GB"):
-        loading_report.check_space(ModelConfig.named("4b"), [], tmp_path)
+        loading_files.check_space(ModelConfig.named("4b"), [], tmp_path)

@@ -1,11 +1,13 @@
 """benchmarks/moe.py compares what it says it does, and its table is made from its record."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen3fast.bench.record import load_record
+from qwen3fast.model.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import moe as benchmark
@@ -22,9 +24,12 @@ def test_dense_models_are_as_large_as_what_they_stand_for(num_experts):
     assert whole.num_parameters == mixture.num_parameters - routers
 
 
-def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path):
+def test_every_model_is_checked_and_timed_in_turns(monkeypatch, tmp_path, one_thread):
     output = tmp_path / "moe.json"
     options = ["--formats", "bf16", "--experts", "8", "--layers", "1", "--rounds", "2", "--new-tokens", "2"]
+    small = replace(ModelConfig.named("30b-a3b"), hidden_size=64, moe_intermediate_size=32, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=32)  # fmt: skip
+    monkeypatch.setattr(ModelConfig, "named", staticmethod(lambda name: small))
     monkeypatch.setattr(benchmark, "MODE", "cached-eager")
     monkeypatch.setattr(sys, "argv", ["moe.py", *options, "--output", str(output)])
     benchmark.main()

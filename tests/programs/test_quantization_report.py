@@ -1,6 +1,6 @@
 """tools/quantization_report.py on a small model: what becomes a case of the record."""
 
-import quantization_report
+import quantization_errors
 import tables
 import torch
 from conftest import randomised, small_config
@@ -17,14 +17,14 @@ def test_errors_of_layers_cache_and_model_are_cases_that_a_record_keeps():
     quantize_model(rounded, "int8", torch.float32)
     tokens = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(0))
     logits = logits_through_cache(exact, tokens[0], "auto")
-    layers = quantization_report.layer_errors(exact, rounded, tokens)
-    blocks = quantization_report.cache_errors(exact, tokens)
-    cases = quantization_report.error_cases("int8", "layer", layers)
-    cases += quantization_report.error_cases("bf16-kv8", "cache", blocks)
+    layers = quantization_errors.layer_errors(exact, rounded, tokens)
+    blocks = quantization_errors.cache_errors(exact, tokens)
+    cases = quantization_errors.error_cases("int8", "layer", layers)
+    cases += quantization_errors.error_cases("bf16-kv8", "cache", blocks)
     cases += [
-        quantization_report.model_case("bf16", exact, tokens, "auto", logits),
-        quantization_report.model_case("int8", rounded, tokens, "auto", logits),
-        quantization_report.model_case("bf16-kv8", exact, tokens, "int8", logits),
+        quantization_errors.model_case("bf16", exact, tokens, "auto", logits),
+        quantization_errors.model_case("int8", rounded, tokens, "auto", logits),
+        quantization_errors.model_case("bf16-kv8", exact, tokens, "int8", logits),
     ]
     run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
     record = Record.from_dict(Record("quantization-tiny", run, {}, {"name": "x"}, cases).to_dict())

@@ -24,9 +24,9 @@ def few_workers(monkeypatch):
         monkeypatch.setattr(soak, workers, number)
 
 
-def test_soak_finds_nothing_wrong_in_five_seconds(monkeypatch, capsys):
+def test_soak_finds_nothing_wrong_in_three_seconds(monkeypatch, capsys, one_thread):
     # Memory is not judged here: the tests before this one may have left some to grow into.
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.083", "--seed", "1", "--max-growth-mb", "10000")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.05", "--seed", "1", "--max-growth-mb", "10000")
     assert status == 0, printed
     table = dict(re.findall(r"^(\w[a-z ]*?) +(\d+)$", printed, re.MULTILINE))
     assert list(table) == list(soak.ROWS)
@@ -54,7 +54,7 @@ def test_soak_notices_what_is_left_behind(monkeypatch, capsys):
     few_workers(monkeypatch)
     status, printed = run(monkeypatch, capsys, "--minutes", "0.01")
     assert status == 1
-    assert "rows in use, waiting, places to wait: (0, 0, 1), not (0, 0, 2)" in printed
+    assert "slots in use, waiting, places in the queue: (0, 0, 1), not (0, 0, 2)" in printed
 
 
 def test_soak_notices_memory_that_grows(monkeypatch, capsys):

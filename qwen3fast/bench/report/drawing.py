@@ -1,54 +1,42 @@
-"""A figure as SVG inside a page: colours by the page's theme, points and bars that tell their values, series by name.
+"""A figure as SVG inside a page: points and bars with their values, series by name.
 
-tags.py gives what is drawn ids, by which it is found again in the SVG.
+tags.py gives ids to lines and bars, by which this module finds them in the SVG.
 """
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from qwen3fast.bench.record import Record
-from qwen3fast.bench.report.colors import LIGHT
 from qwen3fast.bench.report.tags import Series, is_bar, series_in, tag
 from qwen3fast.bench.svg import svg_text
 
-COLOR = re.compile(r"#[0-9a-f]{6}\b", re.IGNORECASE)
 REFERENCE = re.compile(r"#([\w.-]+)")
 HIT_RADIUS = "9"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """svg: to be put into a page as it is. texts: the figure's own (title, subtitle, where measured), no longer in it.
-
-    colors: all that it uses, and whether for text; `variable` gives the CSS variables that the page must define.
-    """
+    """An SVG for a page. texts: title, subtitle and place of the measurement, which are no longer in it."""
 
     svg: str
     texts: list[str]
     series: list[Series]
-    colors: set[tuple[str, bool]]
-
-
-def variable(color: str, is_text: bool) -> str:
-    """The CSS variable that stands for a figure's colour."""
-    return f"--{'text' if is_text else 'mark'}-{color[1:]}"
 
 
 def draw_for_page(figure: Figure, record: Record, prefix: str) -> Drawing:
-    """prefix: begins the ids, so that several fit one page. The figure is used up.
+    """Draw a figure as SVG, which consumes it. prefix: of the ids, which must differ within a page.
 
-    Raises: ValueError for text that XML cannot hold, such as control characters.
+    Raises: ValueError for text that XML does not allow, such as control characters.
     """
     texts = [text.get_text() for text in figure.texts]
     for text in list(figure.texts):
         text.remove()
-    series, tips = tag(figure, record)
+    series, tips = tag(figure)
     try:
         root = ET.fromstring(svg_text(figure, facecolor="none", is_trimmed=True))
     except ET.ParseError as err:
@@ -60,16 +48,15 @@ def draw_for_page(figure: Figure, record: Record, prefix: str) -> Drawing:
         if name in names:
             group.set("data-series", names[name])
         _add_tips(group, tips.get(group.get("id", ""), []))
-    colors = set(_theme(root))
     _rename(root, prefix)
     width = root.get("viewBox", "0 0 0 0").split()[2]
     root.attrib = {"viewBox": root.get("viewBox", ""), "role": "group", "style": f"--natural: {float(width):.0f}px"}
     root.set("aria-label", texts[0] if texts else record.suite)
-    return Drawing(ET.tostring(root, encoding="unicode"), texts, series, colors)
+    return Drawing(ET.tostring(root, encoding="unicode"), texts, series)
 
 
 def _drop_namespaces(root: ET.Element) -> None:
-    """HTML needs none. Matplotlib's metadata and its style for the whole page go, too."""
+    """Remove namespaces, which HTML does not need, and Matplotlib's metadata and page style."""
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         for name in list(element.attrib):
@@ -82,8 +69,10 @@ def _drop_namespaces(root: ET.Element) -> None:
 
 
 def _add_tips(group: ET.Element, words: list[str]) -> None:
-    """Make each marker (or the one bar) of a group a point with a title. A point outside of the figure was not drawn:
-    then it is not known which are missing, and none gets words."""
+    """Make each marker (or the one bar) of a group a point with a title.
+
+    Points outside of the axes are not drawn. It is then unknown which are missing, and none gets a title.
+    """
     if len(words) == 1 and is_bar(group.get("id", "")):
         _make_point(group, words[0])
         return
@@ -108,27 +97,8 @@ def _make_point(group: ET.Element, text: str) -> None:
     group.insert(0, title)
 
 
-def _theme(root: ET.Element) -> Iterator[tuple[str, bool]]:
-    """Put variables in place of colours. Yields each colour, and whether it is of text."""
-    for element in root.iter():
-        style, is_text = element.get("style", ""), element.tag in ("text", "tspan")
-        for color in {match.lower() for match in COLOR.findall(style)}:
-            if is_text or color != LIGHT:
-                yield color, is_text
-        if style:
-            element.set("style", COLOR.sub(_text_variable if is_text else _mark_variable, style))
-
-
-def _text_variable(match: re.Match[str]) -> str:
-    return f"var({variable(match[0].lower(), True)})"
-
-
-def _mark_variable(match: re.Match[str]) -> str:
-    return "var(--surface)" if match[0].lower() == LIGHT else f"var({variable(match[0].lower(), False)})"
-
-
 def _rename(root: ET.Element, prefix: str) -> None:
-    """Number the ids that are referred to; drop the others."""
+    """Number the ids that are referred to; remove the others."""
     targets: dict[str, str] = {}
     for element in root.iter():
         for name, value in element.attrib.items():

@@ -1,4 +1,4 @@
-"""The page: sections of records put into report.html, with style and script inside, and nothing from elsewhere."""
+"""The report: records as one HTML page with its own style and script, which loads nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from markupsafe import Markup
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.report import words
-from qwen3fast.bench.report.colors import on_dark, on_light
-from qwen3fast.bench.report.drawing import variable
-from qwen3fast.bench.report.section import Cell, Section, make_section
+from qwen3fast.bench.report.section import make_section
+from qwen3fast.bench.table import Cell
 
 FOLDER = Path(__file__).parent
 FIGURE_HEADER = (
@@ -25,7 +24,7 @@ FIGURE_HEADER = (
 
 
 def render(records: Sequence[Record], title: str = "qwen3fast benchmarks") -> str:
-    """One HTML page; the same records give the same page."""
+    """Return one HTML page; the same records give the same page."""
     names = _names(records)
     sections = [make_section(record, name) for record, name in zip(records, names, strict=True)]
     environments = {words.environment_sentence(record) for record in records}
@@ -41,17 +40,16 @@ def render(records: Sequence[Record], title: str = "qwen3fast benchmarks") -> st
         environment=environments.pop() if len(environments) == 1 else "",
         figure_header=FIGURE_HEADER,
         words=words,
-        # These three are our own, not a record's; a record's words inside an SVG were escaped when it was written.
-        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8") + _color_rules(sections)),
+        # Not from records; the text of records inside an SVG was escaped when it was written.
+        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         markup=Markup,
         script_hash=f"sha256-{digest}",
-        variable=variable,
     )
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """Names for anchors and downloads: suite and model, numbered if they come again."""
+    """Return names for anchors and downloads: suite and model, numbered if they repeat."""
     names: list[str] = []
     for record in records:
         model = str(record.model.get("name", "")).rstrip("/").rpartition("/")[2]
@@ -61,11 +59,3 @@ def _names(records: Sequence[Record]) -> list[str]:
             count += 1
         names.append(numbered)
     return names
-
-
-def _color_rules(sections: Sequence[Section]) -> str:
-    """Each colour of the figures as a variable, for text and for marks, by theme."""
-    used = {color for section in sections if section.drawing for color in section.drawing.colors}
-    used |= {(s.color, False) for section in sections if section.drawing for s in section.drawing.series}
-    rules = [f"  {variable(*c)}: light-dark({on_light(*c)}, {on_dark(*c)});\n" for c in sorted(used)]
-    return "\n:root {\n" + "".join(rules) + "}\n"

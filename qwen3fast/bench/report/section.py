@@ -1,33 +1,20 @@
-"""A record made ready for the page: its tables as cells, its picture, its words."""
+"""A record as a section of the report: its tables as cells, its picture, its sentences."""
 
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass, replace
 
 from qwen3fast.bench.metrics import METRICS
-from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.record import Case, Record, json_text
 from qwen3fast.bench.report.drawing import Drawing, draw_for_page
-from qwen3fast.bench.report.values import interval
-from qwen3fast.bench.statistics import Estimate
-from qwen3fast.bench.table import SPEEDUP, TITLES, Columns, as_csv, speedup
+from qwen3fast.bench.table import Cell, Columns, as_csv, interval, table_cells
 from qwen3fast.bench.view import picture, sentences, view_of
 
 
 @dataclass(frozen=True)
-class Cell:
-    """text: what is shown; secondary: smaller, below it. order: what the column is sorted by."""
-
-    text: str
-    secondary: str = ""
-    order: float | str = ""
-    is_number: bool = False
-
-
-@dataclass(frozen=True)
 class Section:
-    """trouble with the picture is in `no_drawing`. name: of its downloads and its anchor."""
+    """A section. name: of its anchor and downloads. no_drawing: the reason if there is no picture."""
 
     name: str
     title: str
@@ -44,12 +31,12 @@ class Section:
 
     @property
     def model(self) -> str:
-        """Its name."""
-        return str(self.record.model.get("name", "unnamed model"))
+        """The model's name."""
+        return self.record.model_name
 
 
 def make_section(record: Record, name: str) -> Section:
-    """name: told from other sections' names, of letters, digits and "-"."""
+    """Return a record's section. name: unique on the page, of letters, digits and "-"."""
     view = view_of(record)
     drawing, no_drawing = None, ""
     try:
@@ -57,17 +44,16 @@ def make_section(record: Record, name: str) -> Section:
     except ValueError as err:
         no_drawing = str(err)
     columns, shared = split_shared(record, view.columns)
-    header, rows = main_table(record, columns)
+    header, *rows = table_cells(record, columns)
     caption = f"{view.title}: medians and 95% intervals" + (f"; all cases: {shared}" if shared else "")
-    text = json.dumps(record.to_dict(), indent=1) + "\n"
     return Section(
         name, view.title, record, sentences(record), drawing, no_drawing, caption, header, rows, all_figures(record),
-        _data_url("application/json", text), _data_url("text/csv", as_csv([record])),
+        _data_url("application/json", json_text(record.to_dict())), _data_url("text/csv", as_csv([record])),
     )  # fmt: skip
 
 
 def split_shared(record: Record, columns: Columns) -> tuple[Columns, str]:
-    """Columns without the labels that all cases share, and those labels in words. The first label stays."""
+    """Return the columns without labels that all cases share, and those labels as text. The first label stays."""
     cases = [case for case in record.cases if case.samples]
     shared = {}
     for name in columns.labels[1:]:
@@ -78,55 +64,22 @@ def split_shared(record: Record, columns: Columns) -> tuple[Columns, str]:
     return replace(columns, labels=kept), Case(shared).name.replace("_", " ")
 
 
-def main_table(record: Record, columns: Columns) -> tuple[list[Cell], list[list[Cell]]]:
-    """The suite's table: header and a row a case, medians with their intervals."""
-    metrics = [name for name in columns.metrics if any(name in case.metrics for case in record.cases)]
-    header = [Cell(TITLES.get(name, name.replace("_", " "))) for name in columns.labels]
-    header += [Cell(METRICS[name].title, is_number=True) for name in metrics]
-    header += [Cell(SPEEDUP, is_number=True)] if columns.baseline else []
-    rows = []
-    for case in record.cases:
-        derived = case.metrics
-        if not derived.keys() & set(metrics):
-            continue
-        row = [_label_cell(case.labels.get(name)) for name in columns.labels]
-        for name in metrics:
-            found = derived.get(name)
-            between = interval(name, found) if found else ""
-            row.append(_number(METRICS[name].text(found.median), found.median, between) if found else Cell(""))
-        if columns.baseline:
-            factor = speedup(record, case, columns)
-            row.append(_number(f"{factor:.1f}x", factor) if factor is not None else Cell(""))
-        rows.append(row)
-    return header, rows
-
-
 def all_figures(record: Record) -> list[list[Cell]]:
-    """A row for each metric of each case: case, metric, median, 95% interval, p10, p90, how many repetitions."""
+    """Return a row per metric of each case: case, metric, median, 95% interval, p10, p90, repetitions."""
     rows = []
     for case in record.cases:
         for name, e in case.metrics.items():
             metric = METRICS[name]
-            row = [Cell(case.name, order=case.name), Cell(metric.title, order=metric.title)]
-            row += [_number(metric.text(e.median), e.median), _interval_cell(name, e)]
-            row += [_number(metric.text(v), v) for v in (e.p10, e.p90)]
-            rows.append([*row, _number(str(e.n), e.n)])
+            low = "" if e.low is None else e.low
+            rows.append([
+                Cell(case.name, order=case.name),
+                Cell(metric.title, order=metric.title),
+                Cell(metric.text(e.median), "", e.median, is_number=True),
+                Cell(interval(name, e), "", low, is_number=True),
+                *(Cell(metric.text(v), "", v, is_number=True) for v in (e.p10, e.p90)),
+                Cell(str(e.n), "", e.n, is_number=True),
+            ])  # fmt: skip
     return rows
-
-
-def _number(text: str, value: float, secondary: str = "") -> Cell:
-    return Cell(text, secondary, value, is_number=True)
-
-
-def _interval_cell(name: str, estimate: Estimate) -> Cell:
-    return Cell(interval(name, estimate), order="" if estimate.low is None else estimate.low, is_number=True)
-
-
-def _label_cell(value: object) -> Cell:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _number(f"{value:,}", value)
-    text = "" if value is None else str(value)
-    return Cell(text, order=text)
 
 
 def _data_url(kind: str, text: str) -> str:

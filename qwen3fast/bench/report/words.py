@@ -1,4 +1,4 @@
-"""A record's environment, conditions and trouble in plain words."""
+"""Sentences on a record's environment, conditions and faults."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
+from qwen3fast.bench.metrics import CONDITIONS
 from qwen3fast.bench.record import Record
-
-CONDITIONS = {
-    "bandwidth_gb_s": ("Memory reads", "GB/s", 1.0),
-    "gemm_flop_s": ("Matrix product", "GFLOP/s", 1e-9),
-}
 
 
 def environment_sentence(record: Record) -> str:
-    """On what, with which versions."""
+    """Return the machine and the versions."""
     e = record.environment
     machine = str(e["gpu"]) if e.get("gpu") else f"{e.get('cpu', 'an unknown processor')}"
     if not e.get("gpu") and e.get("threads") is not None:
@@ -28,7 +24,7 @@ def environment_sentence(record: Record) -> str:
 
 
 def trouble(record: Record) -> list[str]:
-    """What makes the figures wrong: failed checks, in words; and that the run was cut short."""
+    """Return what makes the figures wrong or incomplete: failed checks, an interruption."""
     failed = [name for name, check in record.checks.items() if not is_passed(check)]
     sentences = []
     if failed:
@@ -42,21 +38,21 @@ def trouble(record: Record) -> list[str]:
 
 
 def noise_sentences(record: Record) -> list[str]:
-    """How far the figures can be trusted."""
+    """Return the reasons to doubt the figures."""
     sentences = [f"Noisy: {reason}" for reason in record.noise]
     counts = [e.n for case in record.cases for e in case.metrics.values()]
     if counts and max(counts) == 1:
-        sentences.append("Each figure is of a single run: how much it would differ in another is not known")
+        sentences.append("Each figure is of a single run: how much it would differ in another is unknown")
     return sentences
 
 
 def is_passed(check: Any) -> bool:
-    """Whether a check says so itself."""
+    """Return True if a check passed."""
     return isinstance(check, Mapping) and check.get("passed") is True
 
 
 def check_rows(record: Record) -> list[tuple[str, bool, str]]:
-    """(name, passed, what else it says) of each check."""
+    """Return (name, passed, its other values) of each check."""
     rows = []
     for name, check in record.checks.items():
         rest = {k: v for k, v in check.items() if k != "passed"} if isinstance(check, Mapping) else check
@@ -65,20 +61,20 @@ def check_rows(record: Record) -> list[tuple[str, bool, str]]:
 
 
 def condition_rows(record: Record) -> list[tuple[str, str]]:
-    """The machine's own speeds: median and range."""
+    """Return the machine's own speeds: median and range."""
     rows = []
     for name, values in record.conditions.items():
         numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list) else []
         if numbers:
-            title, unit, factor = CONDITIONS.get(name, (name.replace("_", " "), "", 1.0))
-            middle, low, high = (f"{v * factor:,.3g}" for v in (median(numbers), min(numbers), max(numbers)))
+            title, unit, scale = CONDITIONS.get(name, (name.replace("_", " "), "", 1.0))
+            middle, low, high = (f"{v * scale:,.3g}" for v in (median(numbers), min(numbers), max(numbers)))
             times = "once" if len(numbers) == 1 else f"{len(numbers)} times, between {low} and {high}"
             rows.append((title, f"{middle} {unit}".strip() + f" (measured {times})"))
     return rows
 
 
 def pairs(value: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of a definition list."""
+    """Return the names and values of a definition list."""
     rows = []
     for name, item in value.items():
         if name.endswith("_bytes") and isinstance(item, int | float):
@@ -89,7 +85,7 @@ def pairs(value: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def words(value: Any) -> str:
-    """Any JSON value as a line of text."""
+    """Return any JSON value as a line of text."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name.replace('_', ' ')} {words(item)}" for name, item in value.items()) or "none"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What each step of the design bought: from computing everything anew, eagerly, to the quantised fused step."""
+"""Speed after each part of the design: from computing the whole sequence eagerly to the quantized, fused step."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
-from matplotlib.figure import Figure
-
-from qwen3fast.bench.harness import Sample, Task
-from qwen3fast.bench.measure import is_cached
+from qwen3fast.bench.harness import Group, Task
+from qwen3fast.bench.measure import is_cached, with_graphs
 from qwen3fast.bench.metrics import short
-from qwen3fast.bench.plot import FAINT, INK, PALETTE, new_figure, style_axes
 from qwen3fast.bench.record import Case, Record
-from qwen3fast.bench.session import Session
+from qwen3fast.bench.session import Preparation, Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 from qwen3fast.kernels import cpu
 
-UNCACHED_STEPS = 2
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to run: everything before it and one thing more (int4 in place of int8). fused: with hand-written
-    operations, or CUDA graphs."""
+    """One way to run: everything of the stage before it and one thing more (or int4 instead of int8).
+
+    fused: with the fused C++ operations on CPUs, with CUDA graphs on CUDA devices.
+    """
 
     name: str
     mode: str
@@ -45,85 +45,55 @@ STAGES = (
 
 
 def run(session: Session) -> None:
-    """All stages at one context after the other, taking turns."""
+    """Measure all stages at one context after the other, taking turns."""
     o = session.options
-    stages = [s for s in STAGES if s.format in o.formats and s.mode in o.modes]
-    benches = {}
-    for stage in stages:
-        with _circumstances(session, stage):
-            benches[stage] = bench = session.workbench(stage.format, (stage.mode,), o.contexts, 1, o.new_tokens)
-            if not stage.fused:
-                bench.engine(stage.mode).graphs = None
-            session.prepare(bench, stage.mode, f"{stage.format} {'' if stage.fused else 'unfused'}".strip())
+    benches, preparations = {}, []
+    for stage in (s for s in STAGES if s.format in o.formats and s.mode in o.modes):
+        mode = with_graphs(stage.mode, session.device) if stage.fused else stage.mode
+        build = _as_in(session, stage, session.workbench)
+        benches[stage] = bench = build(stage.format, (mode,), o.contexts, 1, o.new_tokens)
+        if stage.fused:
+            preparations.append(Preparation(bench, mode, stage.format))
+        else:
+            _as_in(session, stage, session.prepare)(bench, mode, f"{stage.format} unfused")
+    groups = []
     for context in o.contexts:
         tasks = []
         for stage, bench in benches.items():
-            steps = o.new_tokens if is_cached(stage.mode) else min(o.new_tokens, UNCACHED_STEPS)
-            task = session.task(bench, stage.mode, stage.format, context, 1, steps)
+            mode = with_graphs(stage.mode, session.device) if stage.fused else stage.mode
+            task = session.task(bench, mode, stage.format, context, 1, o.new_tokens if is_cached(mode) else 0)
             case = Case({"stage": stage.name, "context": context, "batch_size": 1}, task.case.facts)
-            tasks.append(Task(case, _inside(session, stage, task)))
-        session.harness.measure(tasks, o.repetitions, f"context {context}")
+            tasks.append(Task(case, _as_in(session, stage, task.run), expected_s=task.expected_s))
+        groups.append(Group(f"{context:,} tokens", tasks))
+    session.execute(preparations, groups)
 
 
-def _circumstances(session: Session, stage: Stage) -> AbstractContextManager[None]:
-    return cpu.switched_off() if not stage.fused and session.device.type == "cpu" else nullcontext()
+def _as_in(session: Session, stage: Stage, call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return the call made under a stage's circumstances: without the fused operations if it has none."""
+    switched_off = not stage.fused and session.device.type == "cpu"
+
+    def wrapped(*arguments: object) -> Result:
+        circumstances: AbstractContextManager[None] = cpu.switched_off() if switched_off else nullcontext()
+        with circumstances:
+            return call(*arguments)
+
+    return wrapped
 
 
-def _inside(session: Session, stage: Stage, task: Task) -> Callable[[], Sample]:
-    def run_once() -> Sample:
-        with _circumstances(session, stage):
-            return task.run()
-
-    return run_once
-
-
-def draw(record: Record) -> Figure:
-    """A waterfall of tokens per second, in a panel for each context: a bar begins where the one before ends."""
-    contexts = sorted({int(c.labels["context"]) for c in record.cases if c.metrics})
-    names = list(dict.fromkeys(str(c.labels["stage"]) for c in record.cases))
-    height = 1.95 + 0.46 * len(names)
-    figure = new_figure(
-        record, "What each step of the design bought", f"{record.model['name']}, one request: tokens per second",
-        (5.6 * len(contexts) + 2.0, height),
-    )  # fmt: skip
-    width = figure.get_size_inches()[0]
-    for i, context in enumerate(contexts):
-        axes = figure.add_axes(((2.0 + 5.5 * i) / width, 0.8 / height, 4.6 / width, (height - 1.95) / height))
-        before = first = None
-        for row, name in enumerate(names):
-            speed = next(
-                (c.metrics["decode_tok_s"].median for c in record.cases
-                 if (c.labels["stage"], c.labels["context"]) == (name, context) and "decode_tok_s" in c.metrics),
-                None,
-            )  # fmt: skip
-            if speed is None:
-                continue
-            first = first or speed
-            start = before or 0.0
-            color = PALETTE[0] if speed >= start else PALETTE[1]
-            axes.barh(row, speed - start, left=start, height=0.62, color=color if before else FAINT)
-            if before:
-                axes.plot([before, before], [row - 0.69, row + 0.31], color=FAINT, linewidth=0.8)
-            gain = f"  {short(speed)}" + (f"   {speed / before:.2g}x, in all {speed / first:.3g}x" if before else "")
-            axes.text(max(speed, start), row, gain, va="center", size=9, color=INK)
-            before = speed
-        axes.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
-        axes.invert_yaxis()
-        style_axes(axes, "tokens per second", "", f"after {context:,} tokens")
-        axes.grid(visible=False)
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.45)
-    return figure
+def speeds_at(record: Record, context: int) -> list[tuple[str, float]]:
+    """Return (stage, tokens/s) at a context, in the order of the stages."""
+    return [
+        (str(c.labels["stage"]), c.metrics["decode_tok_s"].median)
+        for c in record.cases
+        if c.labels["context"] == context and "decode_tok_s" in c.metrics
+    ]
 
 
 def summary(record: Record) -> list[str]:
-    """First and last stage at each context."""
+    """Return a sentence per context: the first and the last stage, and each gain between."""
     sentences = []
     for context in sorted({int(c.labels["context"]) for c in record.cases if c.metrics}):
-        speeds = [
-            (str(c.labels["stage"]), c.metrics["decode_tok_s"].median)
-            for c in record.cases
-            if c.labels["context"] == context and "decode_tok_s" in c.metrics
-        ]
+        speeds = speeds_at(record, context)
         gains = [f"{name.removeprefix('+ ')} {b / a:.2g}x" for (_, a), (name, b) in pairwise(speeds)]
         sentences.append(
             f"After {context:,} tokens: from {short(speeds[0][1])} to {short(speeds[-1][1])} tokens/s: "
@@ -134,12 +104,11 @@ def summary(record: Record) -> list[str]:
 
 SUITE = Suite(
     name="ablation",
-    title="What each step of the design bought",
+    title="What each part of the design is worth",
     run=run,
-    draw=draw,
     columns=Columns(
         ("stage", "context"),
-        ("decode_tok_s", "step_ms", "prefill_tok_s", "peak_memory_bytes", "energy_j_token"),
+        ("decode_tok_s", "step_ms", "prefill_tok_s", "peak_memory_bytes"),
         baseline={"stage": STAGES[0].name},
     ),
     defaults={

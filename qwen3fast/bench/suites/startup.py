@@ -1,7 +1,7 @@
-"""Time from the start of a process: to the imports, the loaded weights, the first token and full speed.
+"""Time from the start of a process to its imports, loaded weights, first token and full speed.
 
-The model is written to a folder first. Then each run is a process of its own that loads the folder and streams a reply.
-Warm runs find compiled code of earlier ones; cold runs get empty caches, so they build the C++ operations as well.
+The model is written to a folder first. Each run is a process of its own that loads the folder and streams a reply. Warm
+runs find the compiled code of earlier ones; cold runs get empty caches and also build the C++ operations.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from qwen3fast.bench.harness import Sample, Task
+from qwen3fast.bench.harness import Measurement, Task
 from qwen3fast.bench.options import split_format
-from qwen3fast.bench.plot import INK, PALETTE, new_figure, style_axes
+from qwen3fast.bench.progress import in_words
 from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
@@ -51,8 +49,9 @@ print(json.dumps(marks + times))
 def run_once(
     folder: Path, device: str, compile: str, seconds: float, caches: Path | None = None, **options: Any
 ) -> list[float]:
-    """One process. Returns seconds since its start: imported, loaded, and each token. options: of its Generator.
+    """Run one process. Returns: seconds from its start to its imports, to the loaded weights, to each token.
 
+    options: of its Generator.
     Raises: RuntimeError with the end of its log if it fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -70,7 +69,7 @@ def run_once(
 
 
 def full_speed_s(times: list[float], step_s: float) -> float | None:
-    """When the first of WINDOW tokens came that took a fifth longer than step_s each, at most; None if none did."""
+    """Return the time of the first of WINDOW tokens that took at most 1.2 step_s each; None if there are none."""
     for first, last in zip(times, times[WINDOW:], strict=False):
         if last - first <= 1.2 * WINDOW * step_s:
             return first
@@ -78,8 +77,12 @@ def full_speed_s(times: list[float], step_s: float) -> float | None:
 
 
 def run(session: Session) -> None:
-    """Cold runs once, warm runs in turns; full speed is that of the warm runs that compiled first."""
+    """Measure warm runs in turns, cold runs once; full speed is the median step of warm runs that compile first."""
     o = session.options
+    runs = len(o.formats) * len(COMPILE)
+    seconds = runs * ((1 + o.repetitions) * WARM_S + COLD_S)
+    session.tell(f"{2 * runs} cases, about {in_words(1.5 * seconds)}")
+    session.harness.progress.expect(seconds)
     for format in o.formats:
         quantization, kv_cache_dtype = split_format(format)
         options: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype, "threads": o.threads}
@@ -88,7 +91,8 @@ def run(session: Session) -> None:
             save_model(session.model(quantization), Path(temporary))
             cold, warm = (_tasks(session, Path(temporary), format, kind, tokens, options) for kind in ("cold", "warm"))
             for mode in COMPILE:
-                run_once(Path(temporary), str(session.device), mode, WARM_S, **options)  # fills the caches
+                session.harness.progress.show(f"filling the caches, {format}, compile {mode}", WARM_S)
+                run_once(Path(temporary), str(session.device), mode, WARM_S, **options)
             session.harness.measure(warm, o.repetitions, f"warm, {format}")
             session.harness.measure(cold, 1, f"cold, {format}")
         step_s = median(b - a for times in tokens["warm always"] for a, b in pairwise(times))
@@ -107,61 +111,29 @@ def _tasks(
     tokens: dict[str, list[list[float]]],
     options: dict[str, Any],
 ) -> list[Task]:
-    def once(mode: str) -> Sample:
+    def once(mode: str) -> Measurement:
         if kind == "cold":
             with tempfile.TemporaryDirectory() as caches:
                 imported, loaded, *times = run_once(folder, str(session.device), mode, COLD_S, Path(caches), **options)
         else:
             imported, loaded, *times = run_once(folder, str(session.device), mode, WARM_S, **options)
         tokens.setdefault(f"{kind} {mode}", []).append(times)
-        return {"import_s": imported, "load_s": loaded, "first_token_s": times[0], "token_s": times}
+        return {"import_s": imported, "load_s": loaded, "first_token_s": times[0]}
 
     def task(mode: str) -> Task:
         labels: dict[str, Any] = {"format": session.label(format), "compile": mode, "caches": kind}
-        return Task(Case(labels), lambda: once(mode), warms_up=False)
+        return Task(Case(labels), lambda: once(mode), False, WARM_S if kind == "warm" else COLD_S)
 
     return [task(mode) for mode in COMPILE]
 
 
-def draw(record: Record) -> Figure:
-    """A bar for each way to start, its phases side by side."""
-    cases = [case for case in record.cases if case.metrics]
-    figure = new_figure(
-        record, "From the start of a process to its tokens", f"{record.model['name']}, weights in a folder, batch 1",
-        (11.0, 1.9 + 0.42 * len(cases)),
-    )  # fmt: skip
-    height = figure.get_size_inches()[1]
-    axes = figure.add_axes((0.21, 0.75 / height, 0.72, (height - 1.95) / height))
-    titles = {"import_s": "imports", "load_s": "weights", "first_token_s": "first token", "full_speed_s": "full speed"}
-    for row, case in enumerate(cases):
-        start, metrics = 0.0, case.metrics
-        for phase, color in zip(PHASES, PALETTE, strict=False):
-            if phase in metrics:
-                end = metrics[phase].median
-                label = titles.pop(phase, None)  # named once, where it comes first
-                axes.barh(row, max(0.0, end - start), left=start, height=0.62, color=color, label=label)
-                start = max(start, end)
-        words = f"  {metrics['first_token_s'].median:.1f} s"
-        full = metrics.get("full_speed_s")
-        words += f", full speed {full.median:.1f} s" if full else ", full speed not reached"
-        axes.text(start, row, words, va="center", size=9, color=INK)
-    names = [f"{c.labels['format']}, compile {c.labels['compile']}, {c.labels['caches']}" for c in cases]
-    axes.set_yticks(range(len(cases)), names)
-    axes.invert_yaxis()
-    style_axes(axes, "seconds since the process began", "")
-    axes.grid(axis="x", color="#e4e7eb")
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)
-    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1)
-    return figure
-
-
 def summary(record: Record) -> list[str]:
-    """The first token and full speed of the default way."""
+    """Return a sentence per format on the first token and full speed with the default compilation."""
     sentences = []
     for case in record.cases:
         if case.labels["compile"] == "auto" and "first_token_s" in case.metrics:
             full = case.metrics.get("full_speed_s")
-            then = f"full speed after {full.median:.1f} s" if full else "full speed not reached while it was watched"
+            then = f"full speed after {full.median:.1f} s" if full else "full speed not reached during the run"
             sentences.append(
                 f"{case.labels['format']}, {case.labels['caches']} caches, compile='auto': the first token after "
                 f"{case.metrics['first_token_s'].median:.1f} s, {then}."
@@ -173,7 +145,6 @@ SUITE = Suite(
     name="startup",
     title="Starting up",
     run=run,
-    draw=draw,
     columns=Columns(("format", "compile", "caches"), PHASES),
     defaults={
         "formats": ("plain", "int4"), "repetitions": 3,

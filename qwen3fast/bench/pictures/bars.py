@@ -1,0 +1,92 @@
+"""Pictures of suites that draw bars: ablation, startup, quantization."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qwen3fast.bench.metrics import short
+from qwen3fast.bench.plot import FAINT, GRID, INK, PALETTE, color_of, draw_bars, new_figure, style_axes
+from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.suites.ablation import speeds_at
+from qwen3fast.bench.suites.quantization import formats
+from qwen3fast.bench.suites.startup import PHASES
+
+
+def draw_ablation(record: Record) -> Figure:
+    """Draw a waterfall of tokens per second per context: a bar begins where the one before ends."""
+    contexts = sorted({int(c.labels["context"]) for c in record.cases if c.metrics})
+    names = list(dict.fromkeys(str(c.labels["stage"]) for c in record.cases))
+    height, width = 1.95 + 0.46 * len(names), 5.6 * len(contexts) + 2.0
+    subtitle = f"{record.model['name']}, one request: tokens per second"
+    figure = new_figure(record, "What each part of the design is worth", subtitle, (width, height))
+    for i, context in enumerate(contexts):
+        axes = figure.add_axes(((2.0 + 5.5 * i) / width, 0.8 / height, 4.6 / width, (height - 1.95) / height))
+        before = first = None
+        for name, speed in speeds_at(record, context):
+            row, start, first = names.index(name), before or 0.0, first or speed
+            color = PALETTE[0] if speed >= start else PALETTE[1]
+            axes.barh(row, speed - start, left=start, height=0.62, color=color if before else FAINT)
+            text = f"  {short(speed)}"
+            if before:
+                axes.plot([before, before], [row - 0.69, row + 0.31], color=FAINT, linewidth=0.8)
+                text += f"   {speed / before:.2g}x, in all {speed / first:.3g}x"
+            axes.text(max(speed, start), row, text, va="center", size=9, color=INK)
+            before = speed
+        axes.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
+        axes.invert_yaxis()
+        style_axes(axes, "tokens per second", "", f"after {context:,} tokens")
+        axes.grid(visible=False)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.45)
+    return figure
+
+
+def draw_startup(record: Record) -> Figure:
+    """Draw a bar for each way to start, its phases side by side."""
+    cases = [case for case in record.cases if case.metrics]
+    figure = new_figure(
+        record, "From the start of a process to its tokens", f"{record.model['name']}, weights in a folder, batch 1",
+        (11.0, 1.9 + 0.42 * len(cases)),
+    )  # fmt: skip
+    height = figure.get_size_inches()[1]
+    axes = figure.add_axes((0.21, 0.75 / height, 0.72, (height - 1.95) / height))
+    titles = {"import_s": "imports", "load_s": "weights", "first_token_s": "first token", "full_speed_s": "full speed"}
+    for row, case in enumerate(cases):
+        _draw_phases(axes, row, case, titles)
+    names = [f"{c.labels['format']}, compile {c.labels['compile']}, {c.labels['caches']}" for c in cases]
+    axes.set_yticks(range(len(cases)), names)
+    axes.invert_yaxis()
+    style_axes(axes, "seconds since the process began", "")
+    axes.grid(axis="x", color=GRID)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1)
+    return figure
+
+
+def _draw_phases(axes: Axes, row: int, case: Case, titles: dict[str, str]) -> None:
+    """Draw one bar. titles: of phases that have no label yet; used ones are removed."""
+    start, metrics = 0.0, case.metrics
+    for phase, color in zip(PHASES, PALETTE, strict=False):
+        if phase in metrics:
+            end = metrics[phase].median
+            label = titles.pop(phase, None)
+            axes.barh(row, max(0.0, end - start), left=start, height=0.62, color=color, label=label)
+            start = max(start, end)
+    full = metrics.get("full_speed_s")
+    text = f", full speed {full.median:.1f} s" if full else ", full speed not reached"
+    axes.text(start, row, f"  {metrics['first_token_s'].median:.1f} s{text}", va="center", size=9, color=INK)
+
+
+def draw_quantization(record: Record) -> Figure:
+    """Draw bars of speed, memory and error, the formats in the same order in each panel."""
+    rows = list(formats(record))
+    names = [name for name, *_ in rows]
+    colors = [color_of(name, names) for name in names]
+    title = "Speed, memory and error of quantized weights"
+    figure = new_figure(record, title, f"{record.model['name']}, one request", (13.0, 5.4))
+    panels = (("tokens per second", 1, short), ("GB of weights", 2, short), ("error of the logits", 3, "{:.1%}".format))
+    for i, (name, column, as_text) in enumerate(panels):
+        axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
+        values = [float(row[column]) for row in rows]
+        draw_bars(axes, values, [as_text(v) for v in values], colors, names if i == 0 else [""] * len(rows), name)
+    return figure
