@@ -69,6 +69,16 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs="*")
     bench.set_defaults(run=_bench)
 
+    serve = commands.add_parser("serve", help="serve OpenAI's API over HTTP; needs pip install 'qwen3fast[server]'")
+    try:
+        from qwen3fast.server.command import add_serve_arguments, run_serve
+    except ImportError as err:
+        message = f"the server needs {err.name}; run: pip install 'qwen3fast[server]'"
+        serve.set_defaults(run=lambda args: _fail(message))
+    else:
+        add_serve_arguments(serve)
+        serve.set_defaults(run=run_serve)
+
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
     info.add_argument("--revision", help="branch, tag or commit of a hub id")

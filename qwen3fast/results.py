@@ -82,6 +82,7 @@ class StreamChunk:
 
     A reader who is slow gets fewer and longer chunks. The last one, possibly without text, carries finish_reason and
     the whole result. The answer's pieces hold tool calls as they were written; the result has them parsed.
+    logprobs: of the chunk's tokens, if they were asked for.
     """
 
     text: str
@@ -90,6 +91,7 @@ class StreamChunk:
     result: GenerationResult | None = None
     reasoning: str = ""
     answer: str = ""
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)

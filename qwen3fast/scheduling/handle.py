@@ -112,10 +112,11 @@ class RequestHandle:
         pieces, self._pieces = self._pieces, []
         text, reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True)) if pieces else ("", "", "")
         new = self.request.output_ids[self._num_given : self._num_seen]
+        logprobs = self._logprobs(self._num_given, self._num_seen)
         self._num_given = self._num_seen
         result = self._result() if self.is_done else None
         self._is_over = result is not None
-        return StreamChunk(text, new, result.finish_reason if result else None, result, reasoning, answer)
+        return StreamChunk(text, new, result.finish_reason if result else None, result, reasoning, answer, logprobs)
 
     def _result(self) -> GenerationResult:
         if self.request.error is not None:
@@ -137,12 +138,7 @@ class RequestHandle:
             reused_tokens=request.reused_tokens,
         )
         parsed = parse_tool_calls(stream.answer)
-        logprobs = None
-        if request.logprobs is not None:
-            logprobs = [
-                TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True)))
-                for token, at in zip(request.output_ids, request.output_logprobs, strict=True)
-            ]
+        logprobs = self._logprobs(0, len(request.output_ids))
         return GenerationResult(
             stream.text,
             list(request.output_ids),
@@ -154,3 +150,11 @@ class RequestHandle:
             parsed.malformed,
             logprobs,
         )
+
+    def _logprobs(self, begin: int, end: int) -> list[TokenLogprobs] | None:
+        """Return the log-probabilities of tokens begin..end - 1, if they were asked for."""
+        request = self.request
+        if request.logprobs is None:
+            return None
+        pairs = zip(request.output_ids[begin:end], request.output_logprobs[begin:end], strict=True)
+        return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]

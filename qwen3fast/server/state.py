@@ -1,0 +1,93 @@
+"""ServerState: what all endpoints of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from qwen3fast.results import GenerationResult
+from qwen3fast.server.errors import ApiError, to_api_error
+from qwen3fast.server.metrics import Metrics
+from qwen3fast.server.models import Models, ServedModel
+from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.stream import EventStream, event
+
+logger = logging.getLogger("qwen3fast.server")
+T = TypeVar("T")
+
+
+class ServerState:
+    """The models, options and metrics of a server.
+
+    Attributes:
+        is_draining: no new request is taken; those that run go on to their ends.
+        in_flight: requests that are being answered.
+    """
+
+    def __init__(self, models: Models, options: ServerOptions) -> None:
+        self.models, self.options = models, options
+        self.metrics = Metrics(models)
+        self.is_draining = False
+        self.in_flight = 0
+
+    def in_time(self, work: Awaitable[T]) -> Awaitable[T]:
+        """Wait for work at most as long as a request may take. Raises: TimeoutError, and what the work raises."""
+        return asyncio.wait_for(work, self.options.request_timeout_s)
+
+    def note(self, request: Request, served: ServedModel, prompt: Any) -> None:
+        """Remember whom a request asks, for the log; write its prompt only where that was asked for."""
+        request.state.model = served.name
+        if self.options.log_prompts:
+            logger.info("%s prompt: %s", request.state.id, json.dumps(prompt, default=str))
+
+    def count(self, request: Request, served: ServedModel, finished: list[GenerationResult]) -> None:
+        """Count finished replies in the metrics; write them to the log only where that was asked for."""
+        for result in finished:
+            self.metrics.observe(served.name, result)
+            if self.options.log_prompts:
+                logger.info("%s reply: %s", request.state.id, json.dumps(result.text))
+
+    def event_stream(
+        self, request: Request, first: bytes, events: AsyncIterator[bytes], headers: dict[str, str]
+    ) -> EventStream:
+        """Return the response that sends these events, and an error event if they end in an exception."""
+        options = self.options
+        whole = self._with_error_event(request, first, events)
+        return EventStream(whole, options.heartbeat_s, options.send_timeout_s, headers)
+
+    async def _with_error_event(
+        self, request: Request, first: bytes, events: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
+        async with aclosing(events) as source:  # type: ignore[type-var]
+            try:
+                async with asyncio.timeout(self.options.request_timeout_s):
+                    yield first
+                    async for each in source:
+                        yield each
+            except Exception as err:
+                error = to_api_error(err)
+                if error.status >= 500:
+                    logger.error("%s failed while streaming", request.state.id, exc_info=err)
+                if request.url.path == "/v1/messages":
+                    yield event(error.to_anthropic(), "error")
+                else:
+                    yield event(error.to_openai())
+
+
+def state_of(request: Request) -> ServerState:
+    """Return the server's state."""
+    state = request.app.state.server
+    assert isinstance(state, ServerState), "create_app sets it"
+    return state
+
+
+def refuse_while_draining(state: ServerState) -> None:
+    """Raises: ApiError (503) if the server is shutting down."""
+    if state.is_draining:
+        raise ApiError(503, "the server is shutting down", code="shutting_down")
