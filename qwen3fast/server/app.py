@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,8 +17,10 @@ from qwen3fast.server.chat import chat_completions
 from qwen3fast.server.completions import completions
 from qwen3fast.server.errors import ApiError, answer_error
 from qwen3fast.server.limits import Limits
+from qwen3fast.server.messages import messages
 from qwen3fast.server.models import AnyModel, Models
 from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.responses import create_response, delete_response, get_response
 from qwen3fast.server.state import ServerState
 from qwen3fast.server.status import health, metrics, model, models, openapi, ready
 from qwen3fast.server.tokens import detokenize, tokenize
@@ -28,6 +31,10 @@ ROUTES = [
     Route("/v1/models/{name:path}", model),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/{id}", get_response),
+    Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
+    Route("/v1/messages", messages, methods=["POST"]),
     Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/rerank", rerank, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
@@ -63,7 +70,8 @@ def create_app(models: dict[str, AnyModel], options: ServerOptions | None = None
 
 
 # Exceptions that are answers; all others are faults of the server, which Starlette also writes to the log.
-_HANDLED = {kind: answer_error for kind in (ApiError, ValueError, RuntimeError, TimeoutError, ImportError)}
+_KINDS = (ApiError, ValueError, RuntimeError, TimeoutError, asyncio.TimeoutError, ImportError)
+_HANDLED = dict.fromkeys(_KINDS, answer_error)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

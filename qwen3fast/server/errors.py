@@ -5,6 +5,7 @@ Source: OpenAI API reference, "Error codes"; Anthropic API reference, "Errors" (
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -72,7 +73,7 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error), code="queue_full")
     if isinstance(error, ClosedError):
         return ApiError(503, "the server is shutting down", code="shutting_down")
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes before Python 3.11
         return ApiError(504, "the reply took longer than the server's request timeout", code="timeout")
     if isinstance(error, ValueError):
         return ApiError(400, str(error), code="invalid_value")

@@ -12,6 +12,9 @@ ENDPOINTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "/v1/models/{name}": ("get", "Describe one model", ()),
     "/v1/chat/completions": ("post", "Reply to a conversation", ("messages",)),
     "/v1/completions": ("post", "Continue a text or token ids", ("prompt",)),
+    "/v1/responses": ("post", "Reply to a conversation (Responses API)", ("input",)),
+    "/v1/responses/{id}": ("get", "A stored response", ()),
+    "/v1/messages": ("post", "Reply to a conversation (Anthropic's form)", ("messages", "max_tokens")),
     "/v1/embeddings": ("post", "Turn texts into vectors", ("input",)),
     "/v1/rerank": ("post", "Order documents by a query", ("query", "documents")),
     "/tokenize": ("post", "Token ids of a text or a conversation", ()),
@@ -27,7 +30,7 @@ def description() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "qwen3fast", "version": __version__},
-        "paths": {path: {method: _operation(*rest)} for path, (method, *rest) in ENDPOINTS.items()},
+        "paths": {path: {each[0]: _operation(*each[1:])} for path, each in ENDPOINTS.items()},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ def now() -> int:
 
 @asynccontextmanager
 async def started(
-    generator: Generator, jobs: list[tuple[Prompt, SamplingParams]], compile_timeout_s: float
+    generator: Generator, jobs: Sequence[tuple[Prompt, SamplingParams]], compile_timeout_s: float
 ) -> AsyncIterator[list[RequestHandle]]:
     """Start one reply per job, and cancel those that have not ended when the block is left.
 
@@ -70,7 +70,7 @@ async def started(
 async def _in_time(work: Any, timeout_s: float) -> None:
     try:
         await asyncio.wait_for(work, timeout_s)
-    except TimeoutError as err:
+    except asyncio.TimeoutError as err:
         raise ValueError(f"this schema or regular expression takes more than {timeout_s} s to compile") from err
 
 

@@ -12,6 +12,8 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
+# llguidance's options for a forced tool call: written as the examples in Qwen3's template are, without line breaks.
+AS_IN_TEMPLATE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_STOP_STRINGS = 16
 # Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
 REASONING_BUDGETS: dict[str, int | None] = {
@@ -191,4 +193,5 @@ def schema_of_calls(tools: list[dict[str, Any]], name: str | None = None) -> str
         }
         for function in functions
     ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({**schema, "x-guidance": AS_IN_TEMPLATE})

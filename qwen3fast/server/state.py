@@ -16,6 +16,7 @@ from qwen3fast.server.errors import ApiError, to_api_error
 from qwen3fast.server.metrics import Metrics
 from qwen3fast.server.models import Models, ServedModel
 from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.store import ResponseStore
 from qwen3fast.server.stream import EventStream, event
 
 logger = logging.getLogger("qwen3fast.server")
@@ -26,6 +27,7 @@ class ServerState:
     """The models, options and metrics of a server.
 
     Attributes:
+        responses: the latest responses of `/v1/responses`.
         is_draining: no new request is taken; those that run go on to their ends.
         in_flight: requests that are being answered.
     """
@@ -33,6 +35,7 @@ class ServerState:
     def __init__(self, models: Models, options: ServerOptions) -> None:
         self.models, self.options = models, options
         self.metrics = Metrics(models)
+        self.responses = ResponseStore()
         self.is_draining = False
         self.in_flight = 0
 
@@ -65,11 +68,15 @@ class ServerState:
         self, request: Request, first: bytes, events: AsyncIterator[bytes]
     ) -> AsyncIterator[bytes]:
         async with aclosing(events) as source:  # type: ignore[type-var]
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + self.options.request_timeout_s
             try:
-                async with asyncio.timeout(self.options.request_timeout_s):
-                    yield first
-                    async for each in source:
-                        yield each
+                yield first
+                while True:
+                    try:
+                        yield await asyncio.wait_for(anext(source), deadline - loop.time())
+                    except StopAsyncIteration:
+                        return
             except Exception as err:
                 error = to_api_error(err)
                 if error.status >= 500:

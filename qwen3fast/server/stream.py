@@ -50,7 +50,7 @@ class EventStream(StreamingResponse):
         async def send_in_time(message: Any) -> None:
             try:
                 await asyncio.wait_for(send(message), self._send_timeout_s)
-            except TimeoutError as err:
+            except asyncio.TimeoutError as err:
                 raise OSError(f"the client took nothing for {self._send_timeout_s} s") from err
 
         with suppress(OSError):  # the client is gone; `with_heartbeats` has closed what fed it

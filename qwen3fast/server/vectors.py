@@ -84,7 +84,7 @@ async def rerank(request: Request) -> Response:
 def _documents(fields: Fields) -> list[str]:
     """Return the texts of `documents`: strings or objects with "text"."""
     given = fields.required("documents", fields.items("documents"))
-    texts = [d.get("text") if isinstance(d, dict) else d for d in given]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    texts = [text for d in given if isinstance(text := d.get("text") if isinstance(d, dict) else d, str)]
+    if not texts or len(texts) < len(given):
         raise ApiError(400, f"must be a non-empty list of texts, got {describe(given)}", fields.name("documents"))
     return texts
