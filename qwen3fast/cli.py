@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         from qwen3fast.server.command import add_serve_arguments, run_serve
     except ImportError as err:
         message = f"the server needs {err.name}; run: pip install 'qwen3fast[server]'"
-        serve.set_defaults(run=lambda args: _fail(message))
+        serve.set_defaults(run=partial(_refuse, message))
     else:
         add_serve_arguments(serve)
         serve.set_defaults(run=run_serve)
@@ -85,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were rounded while loading")
     info.set_defaults(run=_info)
     return parser
+
+
+def _refuse(message: str, args: argparse.Namespace) -> int:
+    raise ImportError(message)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,39 +23,55 @@ class AnswerPiece:
 class AnswerStream:
     """Takes an answer piece by piece.
 
-    What a later piece could change is held back: whitespace at the end (a tool call takes it away) and everything from
-    a `<tool_call>` on, or the beginning of one, until its block is closed.
+    What a later piece could change is held back: whitespace at the end (a tool call takes it away), the beginning of a
+    `<tool_call>`, and everything from one on until its block is closed and well formed. A malformed block is held back
+    to the end of the reply: its closing tag may turn out to stand inside a string.
     """
 
     def __init__(self) -> None:
         self._answer = self._shown = ""
         self._num_calls = 0
+        self._read = 0  # up to here, every tool call is closed and well formed
+        self._tried = 0  # up to here, closing tags did not end a well-formed block that begins after `_read`
 
     def push(self, text: str) -> AnswerPiece:
         """Add a piece of the answer. Returns what is certain now."""
         self._answer += text
-        return self._news(self._answer[: self._certain_end()]) if text else AnswerPiece("", [])
+        certain = self._answer[: self._certain_end()].rstrip()
+        if BEGIN not in certain:
+            return self._news(certain, [])
+        parsed = parse_tool_calls(certain)
+        return self._news(parsed.content, parsed.tool_calls)
 
     def finish(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
         """Return what is left to say of the whole reply, whose content and tool calls are given."""
         assert content.startswith(self._shown), "what was shown is how the content begins"
-        news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls :])
-        self._shown, self._num_calls = content, len(tool_calls)
-        return news
+        return self._news(content, tool_calls)
 
     def _certain_end(self) -> int:
-        begin = self._answer.rfind(BEGIN)
-        is_open = begin >= 0 and self._answer.find(END, begin) < 0
-        if begin >= 0 and not is_open:  # a string among the arguments may hold a tag: only the parser knows
-            is_open = bool(parse_tool_calls(self._answer).malformed)
-            begin = self._answer.find(BEGIN)
-        end = begin if is_open else len(self._answer) - _length_of_partial_tag(self._answer)
-        return len(self._answer[:end].rstrip())
+        """Return the length of the part of the answer that no later piece changes."""
+        while (begin := self._answer.find(BEGIN, self._read)) >= 0:
+            end = self._end_of_call(begin)
+            if end is None:
+                return begin
+            self._read = self._tried = end
+        return len(self._answer) - _length_of_partial_tag(self._answer)
 
-    def _news(self, certain: str) -> AnswerPiece:
-        parsed = parse_tool_calls(certain) if BEGIN in certain else None
-        content, calls = (parsed.content, parsed.tool_calls) if parsed is not None else (certain, [])
-        return self.finish(content, calls) if content.startswith(self._shown) else AnswerPiece("", [])
+    def _end_of_call(self, begin: int) -> int | None:
+        """Return where the well-formed block that begins there ends, if it has ended."""
+        at = max(begin, self._tried)
+        while (at := self._answer.find(END, at)) >= 0:
+            at += len(END)
+            parsed = parse_tool_calls(self._answer[begin:at])
+            if parsed.tool_calls and not parsed.malformed and not parsed.content:
+                return at
+            self._tried = at
+        return None
+
+    def _news(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
+        news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls :])
+        self._shown, self._num_calls = max(self._shown, content, key=len), max(self._num_calls, len(tool_calls))
+        return news
 
 
 def _length_of_partial_tag(text: str) -> int:

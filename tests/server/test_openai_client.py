@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import Literal
 
+import numpy as np
 import pytest
 from serving import address, models, tiny_generator  # noqa: F401  fixtures
 
-openai = pytest.importorskip("openai")
-
-from pydantic import BaseModel
-
 from qwen3fast import Generator, SamplingParams
 
+openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")  # comes with openai
+
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}
 GREEDY = {"temperature": 0, "seed": 1}
 WEATHER = {
     "type": "function",
@@ -83,7 +85,7 @@ def test_chat_without_reasoning_and_with_a_limit(client):
 def test_chat_parses_into_a_pydantic_model(client):
     pytest.importorskip("llguidance")
 
-    class Sum(BaseModel):
+    class Sum(pydantic.BaseModel):
         value: Literal[42, 43]
         is_even: bool
 
@@ -99,7 +101,7 @@ def test_chat_calls_a_tool_when_it_must(client, choice):
     message = client.chat.completions.create(**options).choices[0].message
     (call,) = message.tool_calls
     arguments = json.loads(call.function.arguments)
-    assert call.function.name == "weather" and arguments["city"] in ("Paris", "Rome") and 1 <= arguments["days"] <= 9
+    assert call.function.name == "weather" and arguments["city"] in ("Paris", "Rome") and arguments["days"] in (1, 2, 3)
     assert message.content is None
     with client.chat.completions.stream(**options) as stream:
         streamed = stream.get_final_completion().choices[0]
@@ -187,10 +189,8 @@ def test_embeddings_are_the_embedders(client, models, form):  # noqa: F811
     texts = ["a cat", "a dog"]
     reply = client.embeddings.create(model="vectors", input=texts, dimensions=16, encoding_format=form)
     expected = models["vectors"].encode(texts, dimensions=16)
-    import numpy as np
-
     values = [e.embedding for e in reply.data]
-    vectors = [np.frombuffer(__import__("base64").b64decode(v), "f4") if isinstance(v, str) else v for v in values]
+    vectors = [np.frombuffer(base64.b64decode(v), "f4") if isinstance(v, str) else v for v in values]
     assert np.allclose(vectors, expected.numpy(), atol=1e-6)
 
 
@@ -208,7 +208,7 @@ def test_models_are_listed(client):
         ({"top_p": 0}, "BadRequestError", "top_p"),
         ({"messages": []}, "BadRequestError", "messages"),
         ({"messages": [{"role": "cat", "content": "x"}]}, "BadRequestError", "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "BadRequestError", "messages[0].content[0].type"),
+        ({"messages": [IMAGE]}, "BadRequestError", "messages[0].content[0].type"),
         ({"n": 0}, "BadRequestError", "n"),
         ({"logit_bias": {"a": 1}}, "BadRequestError", "logit_bias"),
         ({"top_logprobs": 3}, "BadRequestError", "top_logprobs"),
