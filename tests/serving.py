@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 from conftest import randomised, small_config
+from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
 from qwen3fast.server.app import create_app
@@ -24,9 +25,11 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 
 @contextmanager
-def running(models: dict[str, AnyModel], options: ServerOptions | None = None) -> Iterator[str]:
+def running(
+    models: dict[str, AnyModel], options: ServerOptions | None = None, app: Starlette | None = None
+) -> Iterator[str]:
     """Serve on a free port of 127.0.0.1. Yields the address; the models stay open."""
-    app = create_app(models, options)
+    app = app or create_app(models, options)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

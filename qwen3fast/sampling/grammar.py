@@ -21,6 +21,10 @@ from qwen3fast.text.tokenizer import Tokenizer
 JSON_WHITESPACE = r"[ \n\r\t]{1,40}"
 
 
+class GrammarError(RuntimeError):
+    """A grammar that cannot be followed any further, such as one beyond llguidance's limits."""
+
+
 class GrammarCompiler:
     """Compiles schemas and patterns for one vocabulary. Building it takes about a second for 151 thousand tokens.
 
@@ -91,7 +95,7 @@ class Grammar:
 
         Where the grammar leaves no choice of text, the tokenizer's own tokens for it are forced, since a model has
         seldom seen others. Once the reply is complete, only an end of sequence is allowed.
-        Its methods raise RuntimeError if llguidance gives up (its limits) or was given a forbidden token.
+        Its methods raise GrammarError if llguidance gives up (its limits) or was given a forbidden token.
         """
         return _GrammarConstraint(self._matcher.deep_copy(), self._eos_ids, self._eos_W)
 
@@ -125,7 +129,7 @@ class _GrammarConstraint:
     def _raise_on_error(self) -> None:
         # Also after a mask: in its state of error llguidance writes one that allows the end of sequence.
         if self._matcher.is_error():
-            raise RuntimeError(f"the reply cannot follow its grammar: {_error_of(self._matcher)}")
+            raise GrammarError(f"the reply cannot follow its grammar: {_error_of(self._matcher)}")
 
 
 class _Vocabulary:

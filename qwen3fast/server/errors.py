@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from qwen3fast.sampling.grammar import GrammarError
 from qwen3fast.scheduling import ClosedError, QueueFullError
 
 RETRY_AFTER_S = 1
@@ -75,7 +76,7 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the server is shutting down", code="shutting_down")
     if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes before Python 3.11
         return ApiError(504, "the reply took longer than the server's request timeout", code="timeout")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | GrammarError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, ImportError):
         return ApiError(400, f"not available on this server: {error}", code="unsupported")
