@@ -20,6 +20,7 @@ from qwen3fast.server.limits import Limits
 from qwen3fast.server.messages import messages
 from qwen3fast.server.models import AnyModel, Models
 from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.page import index
 from qwen3fast.server.responses import create_response, delete_response, get_response
 from qwen3fast.server.state import ServerState
 from qwen3fast.server.status import health, metrics, model, models, openapi, ready
@@ -27,6 +28,7 @@ from qwen3fast.server.tokens import detokenize, tokenize
 from qwen3fast.server.vectors import embeddings, rerank
 
 ROUTES = [
+    Route("/", index),
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", model),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
