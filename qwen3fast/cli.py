@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -70,15 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs="*")
     bench.set_defaults(run=_bench)
 
-    serve = commands.add_parser("serve", help="serve OpenAI's API over HTTP; needs pip install 'qwen3fast[server]'")
-    try:
-        from qwen3fast.server.command import add_serve_arguments, run_serve
-    except ImportError as err:
-        message = f"the server needs {err.name}; run: pip install 'qwen3fast[server]'"
-        serve.set_defaults(run=partial(_refuse, message))
-    else:
-        add_serve_arguments(serve)
-        serve.set_defaults(run=run_serve)
+    _add_server_commands(commands)
 
     info = commands.add_parser("info", help="what a model is: sizes, memory for weights and KV cache")
     info.add_argument("--model", default="tiny", help=MODEL_HELP)
@@ -86,6 +79,23 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were rounded while loading")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_server_commands(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="serve OpenAI's API over HTTP (extra 'server')")
+    batch = commands.add_parser("batch", help="answer a file of requests (extra 'server')")
+    try:
+        from qwen3fast.server.batch import add_batch_arguments, run_batch
+        from qwen3fast.server.command import add_serve_arguments, run_serve
+    except ImportError as err:
+        for command in (serve, batch):
+            command.set_defaults(run=partial(_refuse, f"this needs {err.name}; run: pip install 'qwen3fast[server]'"))
+            command.add_argument("options", nargs="*")
+    else:
+        add_serve_arguments(serve)
+        serve.set_defaults(run=run_serve)
+        add_batch_arguments(batch)
+        batch.set_defaults(run=run_batch)
 
 
 def _refuse(message: str, args: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 from types import FrameType
 
 import uvicorn
@@ -41,22 +40,29 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `serve` to a parser."""
-    parser.add_argument("--model", action="append", metavar="[NAME=]SOURCE", help="served model; may be repeated")
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_models` to a parser."""
+    parser.add_argument(
+        "--model", action="append", metavar="[NAME=]SOURCE", help="served model; may be repeated [tiny]"
+    )
     parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
     parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
-    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
-    parser.add_argument("--api-key", action="append", default=[], help="required from clients; may be repeated")
     parser.add_argument("--max-batch-size", type=int, default=8, help="requests decoded together [%(default)s]")
     parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
-    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more get 429 [%(default)s]")
+    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait [%(default)s]")
     parser.add_argument("--quantization", help="int8, int4, ... [none]")
     parser.add_argument("--device", default="auto", help="[%(default)s]")
     parser.add_argument("--dtype", default="auto", help="[%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
-    parser.add_argument("--no-warmup", action="store_true", help="listen at once, compile while answering")
+    parser.add_argument("--no-warmup", action="store_true", help="begin at once, compile while answering")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `serve` to a parser."""
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
+    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
+    parser.add_argument("--api-key", action="append", default=[], help="required from clients; may be repeated")
     parser.add_argument("--strict", action="store_true", help="refuse requests with unknown fields")
     defaults = ServerOptions()
     parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
@@ -114,14 +120,18 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
 
 
 def serve(app: Starlette, host: str, port: int) -> int:
-    """Listen until a signal. Returns the exit status: 0, or 1 if the address cannot be had."""
+    """Listen until a signal. Returns the exit status 0.
+
+    Raises: OSError if the address cannot be had.
+    """
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5
     )
-    server = DrainingServer(config)
-    logger.info("listening on http://%s:%d", host, port)
+    listening = config.bind_socket()  # here, to name the port that 0 has taken
+    names = ", ".join(served.name for served in app.state.server.models.served)
+    logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])
     try:
-        asyncio.run(server.serve())
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0 if server.started else 1
+        asyncio.run(DrainingServer(config).serve(sockets=[listening]))
+    except KeyboardInterrupt:  # uvicorn raises the signals that it caught again, once it has ended
+        return 0
+    return 0

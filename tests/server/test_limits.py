@@ -133,6 +133,7 @@ def test_a_stream_that_waits_sends_heartbeats(small):
 def test_a_client_that_goes_away_frees_its_slot(small):
     generator, client = small
     for stream in (True, False):
+        wait_until(lambda: is_idle(generator))
         body = json.dumps({**ENDLESS, "stream": stream}).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -172,23 +173,26 @@ def test_metrics_count_what_was_served(small):
 
 def test_a_draining_server_finishes_what_runs_and_refuses_the_rest(tiny_generator):  # noqa: F811
     app = create_app({"tiny": tiny_generator})
-    with running({"tiny": tiny_generator}, app=app) as url, httpx.Client(base_url=url, timeout=30) as client:
-        with client.stream(
-            "POST", "/v1/chat/completions", json={**ENDLESS, "max_tokens": 200, "stream": True}
-        ) as reply:
-            lines = reply.iter_lines()
-            next(lines)
-            app.state.server.is_draining = True
-            assert client.get("/ready").status_code == 503
-            refused = client.post("/v1/chat/completions", json=CHAT)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+    body = {**ENDLESS, "max_tokens": 200, "stream": True}
+    with (
+        running({"tiny": tiny_generator}, app=app) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        lines = reply.iter_lines()
+        next(lines)
+        app.state.server.is_draining = True
+        assert client.get("/ready").status_code == 503
+        refused = client.post("/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
 def test_the_log_holds_no_prompts_unless_asked(small, caplog):
     caplog.set_level("INFO", "qwen3fast.server")
     small[1].post("/v1/chat/completions", json=CHAT)
-    assert "/v1/chat/completions tiny 200" in caplog.text and "17 + 25" not in caplog.text
+    wait_until(lambda: "/v1/chat/completions tiny 200" in caplog.text)  # written once the response is sent
+    assert "17 + 25" not in caplog.text
 
 
 def test_the_description_names_every_route():
