@@ -82,16 +82,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_server_commands(commands: Any) -> None:
-    serve = commands.add_parser("serve", help="serve OpenAI's API over HTTP (extra 'server')")
-    batch = commands.add_parser("batch", help="answer a file of requests (extra 'server')")
+    texts = {
+        "serve": "serve OpenAI's API over HTTP (extra 'server')",
+        "batch": "answer a file of requests (extra 'server')",
+    }
     try:
         from qwen3fast.server.batch import add_batch_arguments, run_batch
         from qwen3fast.server.command import add_serve_arguments, run_serve
     except ImportError as err:
-        for command in (serve, batch):
-            command.set_defaults(run=partial(_refuse, f"this needs {err.name}; run: pip install 'qwen3fast[server]'"))
+        message = f"this needs {err.name}; run: pip install 'qwen3fast[server]'"
+        for name, text in texts.items():
+            command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # whatever follows
             command.add_argument("options", nargs="*")
+            command.set_defaults(run=partial(_refuse, message))
     else:
+        serve, batch = (commands.add_parser(name, help=text) for name, text in texts.items())
         add_serve_arguments(serve)
         serve.set_defaults(run=run_serve)
         add_batch_arguments(batch)

@@ -25,7 +25,7 @@ from qwen3fast.server.responses import create_response, delete_response, get_res
 from qwen3fast.server.state import ServerState
 from qwen3fast.server.status import health, metrics, model, models, openapi, ready
 from qwen3fast.server.tokens import detokenize, tokenize
-from qwen3fast.server.vectors import embeddings, rerank
+from qwen3fast.server.vectors import embeddings, rerank, score
 
 ROUTES = [
     Route("/", index),
@@ -39,6 +39,8 @@ ROUTES = [
     Route("/v1/messages", messages, methods=["POST"]),
     Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/rerank", rerank, methods=["POST"]),
+    Route("/v2/rerank", rerank, methods=["POST"]),
+    Route("/v1/score", score, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/health", health),

@@ -67,7 +67,7 @@ async def chat_completions(request: Request) -> Response:
     state = state_of(request)
     fields = await read_fields(request)
     chat = read_chat(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     state.note(request, chat.conversation.served, chat.conversation.messages)
     if chat.stream:
         events = _events(request, chat)
@@ -90,8 +90,7 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     stream = fields.flag("stream")
     stream_options = fields.object("stream_options")
     include_usage = stream_options is not None and stream_options.flag("include_usage")
-    for name in WITHOUT_EFFECT:
-        fields.raw(name)
+    fields.take(*WITHOUT_EFFECT)
     conversation = Conversation(served, read_messages(fields), sampling, tools, choice is not None)
     return ChatRequest(conversation, stream, include_usage)
 

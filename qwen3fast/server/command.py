@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -43,7 +45,10 @@ class DrainingServer(uvicorn.Server):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `load_models` to a parser."""
     parser.add_argument(
-        "--model", action="append", metavar="[NAME=]SOURCE", help="served model; may be repeated [tiny]"
+        "--model",
+        action="append",
+        metavar="[NAME=]SOURCE",
+        help="model, or folder of a LoRA adapter; repeatable [tiny]",
     )
     parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
     parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
@@ -95,6 +100,9 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             raise ValueError(f"two models are named {name!r}; write NAME=SOURCE")
         logger.info("loading %s", name)
         common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        base = _base_of_adapter(source)
+        if base is not None:
+            source, common["adapter"] = base, source
         models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
 
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
@@ -117,6 +125,20 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     for spec in args.reranker:
         add(spec, Reranker)
     return models
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """Return the model that a folder with a LoRA adapter, as PEFT writes it, belongs to; None for other sources.
+
+    Raises: ValueError if the adapter does not name it.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{config} names no base_model_name_or_path")
+    return base
 
 
 def serve(app: Starlette, host: str, port: int) -> int:

@@ -57,7 +57,7 @@ async def completions(request: Request) -> Response:
     state = state_of(request)
     fields = await read_fields(request)
     wanted = read_completion(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.served, wanted.prompts)
     if wanted.stream:
         events = _events(request, wanted)
@@ -75,7 +75,7 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     for name in ("best_of", "suffix"):
         if fields.raw(name) not in (None, 1, ""):
             raise ApiError(400, "is not supported", fields.name(name), "unsupported")
-    fields.raw("user")
+    fields.take("user")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), logprobs, DEFAULT_MAX_TOKENS)
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if echo and logprobs is not None:

@@ -117,41 +117,40 @@ def content_and_calls(must_call: bool, result: GenerationResult) -> tuple[str, l
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
     """Return the conversation as the chat template reads it. Raises: ApiError (400) naming the message and field."""
-    given = fields.required("messages", fields.items("messages"))
-    if not given:
+    if not fields.required("messages", fields.items("messages")):
         raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
-    return [_message(Fields(value, f"{fields.name('messages')}[{i}]")) for i, value in enumerate(given)]
+    return [_message(message) for message in fields.objects("messages")]
 
 
 def _message(fields: Fields) -> dict[str, Any]:
     role = fields.required("role", fields.text("role", choices=ROLES))
     content = fields.raw("content")
-    calls = fields.items("tool_calls")
+    calls = fields.objects("tool_calls")
+    fields.take("tool_call_id", "refusal", "annotations")  # results stand in the order of their calls
     if content is None and not (role == "assistant" and calls):
         raise ApiError(400, "this field is required", fields.name("content"), "missing_required_parameter")
     message: dict[str, Any] = {
         "role": "system" if role == "developer" else role,
-        "content": text_of(content, fields.name("content")),
+        "content": text_of(fields, "content"),
     }
     reasoning = fields.text("reasoning_content") or fields.text("reasoning")
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
-        where = fields.name("tool_calls")
-        message["tool_calls"] = [_call(Fields(value, f"{where}[{i}]")) for i, value in enumerate(calls)]
+        message["tool_calls"] = [_call(call) for call in calls]
     return message
 
 
-def text_of(content: Any, path: str) -> str:
-    if content is None:
-        return ""
+def text_of(fields: Fields, key: str) -> str:
+    """Return the text of a field: a string or a list of text parts, "" if it is absent. Raises: ApiError (400)."""
+    content = fields.raw(key, "")
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"must be a string or a list of text parts, got {describe(content)}", path)
+        raise ApiError(400, f"must be a string or a list of text parts, got {describe(content)}", fields.name(key))
     texts = []
-    for i, value in enumerate(content):
-        part = Fields(value, f"{path}[{i}]")
+    for part in fields.objects(key):
+        part.take("annotations", "logprobs", "prompt_cache_breakpoint")
         kind = part.required("type", part.text("type"))
         if kind not in ("text", "input_text", "output_text"):
             raise ApiError(400, f"{kind!r} parts are not supported: this server's models read text", part.name("type"))
@@ -160,6 +159,7 @@ def text_of(content: Any, path: str) -> str:
 
 
 def _call(fields: Fields) -> dict[str, Any]:
+    fields.take("id", "type", "index")
     return read_call(fields.required("function", fields.object("function")))
 
 
@@ -184,10 +184,7 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]
 
     Raises: ApiError (400) naming the field.
     """
-    given = fields.items("tools")
-    tools = None
-    if given:
-        tools = [_tool(Fields(value, f"{fields.name('tools')}[{i}]"), value) for i, value in enumerate(given)]
+    tools = [_tool(tool) for tool in fields.objects("tools")] or None
     choice = fields.raw("tool_choice", "auto" if tools else "none")
     if choice == "none":
         return None, None
@@ -196,9 +193,8 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]
         if not tools:
             raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
         return tools, "" if choice == "required" else None
-    named = Fields(choice, path) if isinstance(choice, dict) else None
-    function = named.object("function") if named is not None else None
-    name = function.text("name") if function is not None else None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
     if name is None:
         expected = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
         raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
@@ -207,11 +203,19 @@ def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]
     return tools, name
 
 
-def _tool(fields: Fields, value: dict[str, Any]) -> dict[str, Any]:
+def _tool(fields: Fields) -> dict[str, Any]:
     if fields.text("type", "function") != "function":
         raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
     function = fields.required("function", fields.object("function"))
-    function.required("name", function.text("name"))
-    function.text("description")
-    function.object("parameters")
-    return {"type": "function", "function": value["function"]}
+    function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
+    return {"type": "function", "function": read_function(function)}
+
+
+def read_function(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
+    """Return a function as the chat template reads it. parameters: the field of its JSON schema.
+
+    Raises: ApiError (400) naming the field.
+    """
+    function: dict[str, Any] = {"name": fields.required("name", fields.text("name"))}
+    optional = {"description": fields.text("description"), "parameters": fields.mapping(parameters)}
+    return function | {key: value for key, value in optional.items() if value is not None}

@@ -1,4 +1,7 @@
-"""Fields: a request's JSON object read field by field, each checked for its type, none ignored silently."""
+"""Fields: a request's JSON object read field by field, each checked for its type, none ignored silently.
+
+Objects inside it are Fields as well, and know their place: what nothing has read is named by its path.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class Fields:
         self._values: dict[str, Any] = value
         self._path = path
         self._taken: set[str] = set()
+        self._children: list[Fields] = []
 
     def name(self, key: str) -> str:
         """Return the field's path from the body's root."""
@@ -82,7 +86,24 @@ class Fields:
     def object(self, key: str) -> Fields | None:
         """Return an object's fields or None. Raises: ApiError (400)."""
         value = self.raw(key)
-        return None if value is None else Fields(value, self.name(key))
+        return None if value is None else self._child(value, self.name(key))
+
+    def mapping(self, key: str) -> dict[str, Any] | None:
+        """Return an object whose own fields are not looked at, such as a JSON schema. Raises: ApiError (400)."""
+        value: dict[str, Any] | None = self._typed(key, None, lambda v: isinstance(v, dict), "a JSON object")
+        return value
+
+    def objects(self, key: str) -> list[Fields]:
+        """Return the fields of each object of a list, which is empty if it is absent. Raises: ApiError (400)."""
+        return [self._child(value, f"{self.name(key)}[{i}]") for i, value in enumerate(self.items(key) or [])]
+
+    def take(self, *keys: str) -> None:
+        """Accept fields that do not change a reply."""
+        self._taken.update(keys)
+
+    def _child(self, value: Any, path: str) -> Fields:
+        self._children.append(Fields(value, path))
+        return self._children[-1]
 
     def required(self, key: str, value: T | None) -> T:
         """Return the value that was read. Raises: ApiError (400) if it was absent."""
@@ -91,8 +112,9 @@ class Fields:
         return value
 
     def unknown(self) -> list[str]:
-        """Return the paths of fields that nothing has read."""
-        return [self.name(key) for key in self._values if key not in self._taken]
+        """Return the paths of fields that nothing has read, those of objects inside this one included."""
+        own = [self.name(key) for key, value in self._values.items() if value is not None and key not in self._taken]
+        return own + [name for child in self._children for name in child.unknown()]
 
 
 async def read_fields(request: Request) -> Fields:
@@ -103,9 +125,9 @@ async def read_fields(request: Request) -> Fields:
         raise ApiError(400, f"the body is not valid JSON: {err or 'nested too deeply'}", code="invalid_json") from err
 
 
-def refuse_or_name(fields: list[Fields], strict: bool) -> dict[str, str]:
+def refuse_or_name(fields: Fields, strict: bool) -> dict[str, str]:
     """Return a header that names the fields which were ignored, if any. Raises: ApiError (400) for them if strict."""
-    names = [name for each in fields for name in each.unknown()]
+    names = fields.unknown()
     if not names:
         return {}
     if strict:

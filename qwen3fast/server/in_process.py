@@ -1,4 +1,4 @@
-"""Requests to the application without a socket, for `batch`. Source: ASGI specification 3.0."""
+"""Requests to the application without a socket, for `batch` and for tests. Source: ASGI specification 3.0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from starlette.types import Message
 
 
 async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Post a JSON object to a path. Returns status and body. Cancelling it is a client that goes away."""
+    """Post a JSON object to a path. Returns status and JSON body. Cancelling it is a client that goes away."""
+    status, content = await post(app, path, body)
+    return status, json.loads(content)
+
+
+async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    """Post a JSON object to a path. Returns status and body, of a stream all its events."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -43,4 +49,4 @@ async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, di
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status, json.loads(b"".join(parts))
+    return status, b"".join(parts)

@@ -5,6 +5,7 @@ Source: ASGI specification 3.0.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -87,14 +88,20 @@ class Limits:
         return any(matches)
 
     def _limited(self, request: Request, receive: Receive) -> Callable[[], Any]:
-        """Return `receive` with the body counted, for bodies that do not tell their length."""
-        size = 0
+        """Return `receive` with the body counted, as it may not tell its length, and waited for a limited time."""
+        size, is_whole, timeout_s = 0, False, self._state.options.receive_timeout_s
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_whole
+            if is_whole:  # all that can come is a disconnection
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), timeout_s)
+            except asyncio.TimeoutError as err:
+                raise ApiError(408, f"nothing of the body came for {timeout_s} s", code="request_timeout") from err
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
                 if size > self._state.options.max_body_bytes:
                     raise self._too_large()
             return message

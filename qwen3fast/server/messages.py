@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen3fast.results import GenerationResult
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, complete, content_and_calls, deltas, forced
+from qwen3fast.server.conversation import Conversation, complete, content_and_calls, deltas, forced, read_function
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of
@@ -50,7 +50,7 @@ async def messages(request: Request) -> Response:
     state = state_of(request)
     fields = await read_fields(request)
     wanted = read_message_request(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.conversation.served, wanted.conversation.messages)
     if wanted.stream:
         events = _events(request, wanted)
@@ -65,8 +65,7 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
     tools, choice = _read_tools(fields)
     sampling = forced(_read_sampling(fields), tools, choice)
     stream = fields.flag("stream")
-    for name in ("metadata", "service_tier"):
-        fields.raw(name)
+    fields.take("metadata", "service_tier")
     conversation = Conversation(served, _read_messages(fields), sampling, tools, choice is not None)
     return MessagesRequest(conversation, stream)
 
@@ -98,21 +97,17 @@ def _read_sampling(fields: Fields) -> Sampling:
 def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
     """Return the functions that the model may call, and which it must: None, a name, or "" for any of them."""
     tools: list[dict[str, Any]] = []
-    for i, value in enumerate(fields.items("tools") or []):
-        tool = Fields(value, f"{fields.name('tools')}[{i}]")
+    for tool in fields.objects("tools"):
         if tool.text("type", "custom") != "custom":
             raise ApiError(400, "only custom tools are supported", tool.name("type"), "unsupported")
-        function: dict[str, Any] = {"name": tool.required("name", tool.text("name"))}
-        description = tool.text("description")
-        if description is not None:
-            function["description"] = description
-        tool.required("input_schema", tool.object("input_schema"))
-        tools.append({"type": "function", "function": {**function, "parameters": value["input_schema"]}})
+        tool.required("input_schema", tool.raw("input_schema"))
+        tool.take("cache_control")  # prefixes are found in the cache without being marked
+        tools.append({"type": "function", "function": read_function(tool, "input_schema")})
     choice = fields.object("tool_choice")
     if choice is None:
         return tools or None, None
     kind = choice.required("type", choice.text("type", choices=("auto", "any", "tool", "none")))
-    choice.raw("disable_parallel_tool_use")
+    choice.take("disable_parallel_tool_use")
     if kind == "none":
         return None, None
     if not tools:
@@ -130,60 +125,63 @@ def _read_messages(fields: Fields) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     system = fields.raw("system")
     if system is not None:
-        found.append({"role": "system", "content": "\n".join(_texts(system, fields.name("system")))})
-    given = fields.required("messages", fields.items("messages"))
-    if not given:
+        found.append({"role": "system", "content": "\n".join(_texts(fields, "system"))})
+    if not fields.required("messages", fields.items("messages")):
         raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
-    for i, value in enumerate(given):
-        message = Fields(value, f"{fields.name('messages')}[{i}]")
+    for message in fields.objects("messages"):
         role = message.required("role", message.text("role", choices=("user", "assistant")))
         content = message.required("content", message.raw("content"))
-        path = message.name("content")
         if isinstance(content, str):
             found.append({"role": role, "content": content})
         else:
-            found.extend(_assistant(content, path) if role == "assistant" else _user(content, path))
+            found.extend(_assistant(message) if role == "assistant" else _user(message))
     return found
 
 
-def _blocks(content: Any, path: str, kinds: tuple[str, ...]) -> list[Fields]:
+def _blocks(fields: Fields, key: str, kinds: tuple[str, ...]) -> list[Fields]:
+    content = fields.raw(key)
     if not isinstance(content, list):
-        raise ApiError(400, f"must be a string or a list of content blocks, got {describe(content)}", path)
-    blocks = [Fields(value, f"{path}[{i}]") for i, value in enumerate(content)]
+        message = f"must be a string or a list of content blocks, got {describe(content)}"
+        raise ApiError(400, message, fields.name(key))
+    blocks = fields.objects(key)
     for block in blocks:
+        block.take("cache_control", "citations")
         kind = block.required("type", block.text("type"))
         if kind not in kinds:
             raise ApiError(400, f"{kind!r} blocks are not supported here", block.name("type"), "unsupported")
     return blocks
 
 
-def _texts(content: Any, path: str) -> list[str]:
+def _texts(fields: Fields, key: str) -> list[str]:
+    content = fields.raw(key, "")
     if isinstance(content, str):
         return [content]
-    return [block.required("text", block.text("text")) for block in _blocks(content, path, ("text",))]
+    return [block.required("text", block.text("text")) for block in _blocks(fields, key, ("text",))]
 
 
-def _assistant(content: Any, path: str) -> list[dict[str, Any]]:
+def _assistant(fields: Fields) -> list[dict[str, Any]]:
     message: dict[str, Any] = {"role": "assistant", "content": ""}
-    for block in _blocks(content, path, ("text", "thinking", "redacted_thinking", "tool_use")):
+    for block in _blocks(fields, "content", ("text", "thinking", "redacted_thinking", "tool_use")):
         kind = block.text("type")
+        block.take("signature", "data", "id")
         if kind == "text":
             message["content"] += block.required("text", block.text("text"))
         elif kind == "thinking":
             message["reasoning_content"] = block.required("thinking", block.text("thinking"))
         elif kind == "tool_use":
             name = block.required("name", block.text("name"))
-            arguments = block.raw("input", {})
+            arguments = block.mapping("input") or {}
             calls = message.setdefault("tool_calls", [])
             calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
     return [message]
 
 
-def _user(content: Any, path: str) -> list[dict[str, Any]]:
+def _user(fields: Fields) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for block in _blocks(content, path, ("text", "tool_result")):
+    for block in _blocks(fields, "content", ("text", "tool_result")):
         if block.text("type") == "tool_result":
-            text = "\n".join(_texts(block.raw("content", ""), block.name("content")))
+            block.take("tool_use_id", "is_error")
+            text = "\n".join(_texts(block, "content"))
             found.append({"role": "tool", "content": text})
         elif found and found[-1]["role"] == "user":
             found[-1]["content"] += block.required("text", block.text("text"))

@@ -17,6 +17,8 @@ ENDPOINTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "/v1/messages": ("post", "Reply to a conversation (Anthropic's form)", ("messages", "max_tokens")),
     "/v1/embeddings": ("post", "Turn texts into vectors", ("input",)),
     "/v1/rerank": ("post", "Order documents by a query", ("query", "documents")),
+    "/v2/rerank": ("post", "Order documents by a query (Cohere's form)", ("query", "documents")),
+    "/v1/score": ("post", "Score texts against a query", ("text_1", "text_2")),
     "/tokenize": ("post", "Token ids of a text or a conversation", ()),
     "/detokenize": ("post", "Text of token ids", ("tokens",)),
     "/health": ("get", "Whether the process is alive", ()),

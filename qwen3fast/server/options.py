@@ -14,6 +14,7 @@ class ServerOptions:
         strict: refuse unknown fields with status 400 instead of naming them in the header `X-Ignored-Fields`.
         max_body_bytes: larger request bodies get status 413.
         request_timeout_s: a reply that takes longer ends with status 504 (in a stream, with an error event).
+        receive_timeout_s: a client that sends nothing of its body for so long gets status 408.
         send_timeout_s: a streaming client that takes nothing for so long is disconnected.
         heartbeat_s: a stream without news sends a comment so often.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
@@ -24,6 +25,7 @@ class ServerOptions:
     strict: bool = False
     max_body_bytes: int = 8 * 2**20
     request_timeout_s: float = 600.0
+    receive_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     heartbeat_s: float = 10.0
     compile_timeout_s: float = 1.0
@@ -31,8 +33,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the option and its value."""
-        for name in ("max_body_bytes", "request_timeout_s", "send_timeout_s", "heartbeat_s", "compile_timeout_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            if name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ValueError("an API key must be a non-empty ASCII string")

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
 END_OF_REASONING = "</think>"
+# Threads of their own: schemas that take long to compile, which no thread can give up, hold up one another alone.
+_COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ async def started(
 
     has_grammar = any(params.json_schema is not None or params.regex is not None for _, params in jobs)
     try:
-        work = asyncio.to_thread(start_all)
-        await (_in_time(work, compile_timeout_s) if has_grammar else work)
+        if has_grammar:
+            work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
+            await _in_time(work, compile_timeout_s)
+        else:
+            await asyncio.to_thread(start_all)
         yield handles
     finally:
         is_wanted = False

@@ -19,6 +19,7 @@ from qwen3fast.server.conversation import (
     deltas,
     forced,
     read_call,
+    read_function,
     text_of,
 )
 from qwen3fast.server.errors import ApiError, to_api_error
@@ -66,7 +67,7 @@ async def create_response(request: Request) -> Response:
     state = state_of(request)
     fields = await read_fields(request)
     wanted = read_response_request(fields, state.models.choose(fields, "generate"), state.responses)
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.conversation.served, wanted.conversation.messages)
     if wanted.stream:
         events = _events(request, wanted)
@@ -94,8 +95,7 @@ def read_response_request(fields: Fields, served: ServedModel, store: ResponseSt
     instructions, previous = fields.text("instructions"), fields.text("previous_response_id")
     history = list(store.get(previous).messages) if previous is not None else []
     messages = [*history, *_read_input(fields)]
-    for name in WITHOUT_EFFECT:
-        fields.raw(name)
+    fields.take(*WITHOUT_EFFECT)
     if fields.flag("background"):
         raise ApiError(400, "responses in the background are not supported", "background", "unsupported")
     prompt = [{"role": "system", "content": instructions}, *messages] if instructions else messages
@@ -123,6 +123,7 @@ def _read_sampling(fields: Fields) -> Sampling:
     form = text.object("format") if text is not None else None
     if form is not None:
         kind = form.text("type", choices=("text", "json_object", "json_schema"))
+        form.take("name", "description", "strict")  # a schema is always followed strictly
         if kind == "json_schema":
             schema = form.required("schema", form.raw("schema"))
         elif kind == "json_object":
@@ -146,13 +147,11 @@ def _read_sampling(fields: Fields) -> Sampling:
 def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
     """Return the functions that the model may call, and which it must: None, a name, or "" for any of them."""
     tools: list[dict[str, Any]] = []
-    for i, value in enumerate(fields.items("tools") or []):
-        tool = Fields(value, f"{fields.name('tools')}[{i}]")
+    for tool in fields.objects("tools"):
         if tool.text("type") != "function":
             raise ApiError(400, "only tools of type 'function' are supported", tool.name("type"), "unsupported")
-        tool.required("name", tool.text("name"))
-        tool.object("parameters")
-        tools.append({"type": "function", "function": {k: v for k, v in value.items() if k not in ("type", "strict")}})
+        tool.take("strict")
+        tools.append({"type": "function", "function": read_function(tool)})
     choice = fields.raw("tool_choice", "auto")
     if choice == "none":
         return None, None
@@ -174,23 +173,23 @@ def _read_input(fields: Fields) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise ApiError(400, f"must be a string or a list of items, got {describe(given)}", fields.name("input"))
     found: list[dict[str, Any]] = []
-    for i, value in enumerate(given):
-        item = Fields(value, f"{fields.name('input')}[{i}]")
+    for item in fields.objects("input"):
         _add_item(item, item.text("type", "message") or "message", found)
     return found
 
 
 def _add_item(item: Fields, kind: str, found: list[dict[str, Any]]) -> None:
     """Add one item of the input to the messages; reasoning and calls belong to one message of the assistant."""
+    item.take("id", "status", "call_id", "summary", "encrypted_content", "phase", "caller", "namespace")
     if kind == "message":
         role = item.required("role", item.text("role", choices=("system", "developer", "user", "assistant")))
-        content = text_of(item.required("content", item.raw("content")), item.name("content"))
+        content = _required_text(item, "content")
         if role == "assistant" and found and "content" not in found[-1]:  # its reasoning went before
             found[-1]["content"] = content
         else:
             found.append({"role": "system" if role == "developer" else role, "content": content})
     elif kind == "function_call_output":
-        output = text_of(item.required("output", item.raw("output")), item.name("output"))
+        output = _required_text(item, "output")
         found.append({"role": "tool", "content": output})
     elif kind == "function_call":
         call = read_call(item)
@@ -199,12 +198,16 @@ def _add_item(item: Fields, kind: str, found: list[dict[str, Any]]) -> None:
         found[-1].setdefault("content", "")
         found[-1].setdefault("tool_calls", []).append(call)
     elif kind == "reasoning":
-        parts = [Fields(part, item.name("content")) for part in item.items("content") or []]
-        texts = [part.text("text") or "" for part in parts]
+        texts = [part.text("text") or "" for part in item.objects("content")]
         if any(texts):
             found.append({"role": "assistant", "reasoning_content": "".join(texts)})
     else:
         raise ApiError(400, f"items of type {kind!r} are not supported", item.name("type"), "unsupported")
+
+
+def _required_text(item: Fields, key: str) -> str:
+    item.required(key, item.raw(key))
+    return text_of(item, key)
 
 
 def to_output(wanted: ResponseRequest, result: GenerationResult) -> list[dict[str, Any]]:

@@ -120,25 +120,39 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
 
 
 def _structure(fields: Fields) -> dict[str, Any]:
-    """Return json_schema or regex, from `response_format` or vLLM's `guided_*`."""
-    given: dict[str, Any] = {}
-    schema = fields.raw("guided_json")
-    if schema is not None:
-        given["guided_json"] = ("json_schema", schema)
-    regex = fields.text("guided_regex")
-    if regex is not None:
-        given["guided_regex"] = ("regex", regex)
-    choices = fields.items("guided_choice")
-    if choices is not None:
-        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
-            raise ApiError(400, "must be a list of non-empty strings", fields.name("guided_choice"))
-        given["guided_choice"] = ("regex", "|".join(re.escape(choice) for choice in choices))
+    """Return json_schema or regex, from `response_format`, or vLLM's `structured_outputs` or older `guided_*`."""
+    given = _guides(fields, "guided_")
+    outputs = fields.object("structured_outputs")
+    if outputs is not None:
+        given |= _guides(outputs, "")
+        if outputs.flag("json_object"):
+            given[outputs.name("json_object")] = ("json_schema", {"type": "object"})
     response_format = _response_format(fields)
     if response_format is not None:
         given["response_format"] = ("json_schema", response_format)
     if len(given) > 1:
         raise ApiError(400, f"only one of {', '.join(given)} can shape a reply", list(given)[1])
     return dict(given.values())
+
+
+def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
+    """Return what shapes a reply, by the path of its field: the name of a sampling parameter and its value."""
+    given: dict[str, tuple[str, Any]] = {}
+    for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
+        if fields.raw(key) is not None:
+            raise ApiError(400, "is not supported; use a JSON schema or a regular expression", fields.name(key))
+    schema = fields.raw(f"{prefix}json")
+    if schema is not None:
+        given[fields.name(f"{prefix}json")] = ("json_schema", schema)
+    regex = fields.text(f"{prefix}regex")
+    if regex is not None:
+        given[fields.name(f"{prefix}regex")] = ("regex", regex)
+    choices = fields.items(f"{prefix}choice")
+    if choices is not None:
+        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+            raise ApiError(400, "must be a list of non-empty strings", fields.name(f"{prefix}choice"))
+        given[fields.name(f"{prefix}choice")] = ("regex", "|".join(re.escape(choice) for choice in choices))
+    return given
 
 
 def _response_format(fields: Fields) -> dict[str, Any] | None:
@@ -150,10 +164,8 @@ def _response_format(fields: Fields) -> dict[str, Any] | None:
         return None
     if kind == "json_object":
         return {"type": "object"}
-    described = form.object("json_schema")
-    described = form.required("json_schema", described)
-    for name in ("name", "description", "strict"):  # a schema is always followed strictly
-        described.raw(name)
+    described = form.required("json_schema", form.object("json_schema"))
+    described.take("name", "description", "strict")  # a schema is always followed strictly
     schema = described.raw("schema", {"type": "object"})
     if not isinstance(schema, dict):
         raise ApiError(400, f"must be a JSON schema, got {describe(schema)}", described.name("schema"))

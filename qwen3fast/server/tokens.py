@@ -32,7 +32,7 @@ async def tokenize(request: Request) -> Response:
         rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add, tokenize=True)
         ids = list(rendered)  # type: ignore[arg-type]
     with_texts = fields.flag("return_token_strs")
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}
     if with_texts:
         body["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
@@ -48,5 +48,5 @@ async def detokenize(request: Request) -> Response:
     ids = fields.required("tokens", fields.items("tokens"))
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ApiError(400, f"must be a list of token ids, got {describe(ids)}", "tokens", "invalid_type")
-    headers = refuse_or_name([fields], state.options.strict)
+    headers = refuse_or_name(fields, state.options.strict)
     return JSONResponse({"prompt": tokenizer_of(served).decode(ids)}, headers=headers)

@@ -6,15 +6,24 @@ import asyncio
 from typing import Literal
 
 import pytest
-from serving import address, models, tiny_generator  # noqa: F401  fixtures
+from serving import running, tiny_generator  # noqa: F401  fixtures
+
+from qwen3fast.server.options import ServerOptions
 
 agents = pytest.importorskip("agents")
 openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 
 
+@pytest.fixture
+def strict_address(tiny_generator):  # noqa: F811
+    """Where a server listens that refuses unknown fields, those of items that clients send back included."""
+    with running({"tiny": tiny_generator}, ServerOptions(strict=True)) as url:
+        yield url
+
+
 @pytest.mark.parametrize("api", ["chat", "responses"])
-def test_an_agent_calls_its_tool_and_answers(address, api):  # noqa: F811
+def test_an_agent_calls_its_tool_and_answers(strict_address, api):
     called = []
 
     @agents.function_tool
@@ -24,7 +33,7 @@ def test_an_agent_calls_its_tool_and_answers(address, api):  # noqa: F811
         return "sunny"
 
     async def run() -> str:
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(base_url=f"{strict_address}/v1", api_key="none") as client:
             kinds = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}
             settings = agents.ModelSettings(
                 tool_choice="required", temperature=0, max_tokens=60, reasoning={"effort": "none"}
