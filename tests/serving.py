@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,29 +21,49 @@ from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
 from qwen3fast.server.app import create_app
+from qwen3fast.server.command import bind
 from qwen3fast.server.models import AnyModel
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
 
 
+def wait_until(condition) -> None:
+    """Wait for something that happens soon."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not happen")
+
+
 @contextmanager
 def running(
-    models: dict[str, AnyModel], options: ServerOptions | None = None, app: Starlette | None = None
+    models: dict[str, AnyModel],
+    options: ServerOptions | None = None,
+    app: Starlette | None = None,
+    send_buffer: int | None = None,
 ) -> Iterator[str]:
-    """Serve on a free port of 127.0.0.1. Yields the address; the models stay open."""
+    """Serve on a free port of 127.0.0.1. Yields the address; the models stay open.
+
+    send_buffer: bytes that the system takes from the server before the client reads.
+    """
     app = app or create_app(models, options)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    server, listening = uvicorn.Server(config), bind(config, app.state.server.options.send_timeout_s)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     while not server.started:
         thread.join(0.01)
         assert thread.is_alive(), "the server ended before it listened"
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = listening.getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(10)
+        listening.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import socket
 from pathlib import Path
 from types import FrameType
 
@@ -141,6 +142,18 @@ def _base_of_adapter(source: str) -> str | None:
     return base
 
 
+def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
+    """Return a socket that listens. Connections whose clients read nothing are cut, after twice send_timeout_s.
+
+    The application only stops writing to them; what it has written would otherwise be kept as long as they live.
+    Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
+    """
+    listening = config.bind_socket()
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * send_timeout_s))
+    return listening
+
+
 def serve(app: Starlette, host: str, port: int) -> int:
     """Listen until a signal. Returns the exit status 0.
 
@@ -149,7 +162,7 @@ def serve(app: Starlette, host: str, port: int) -> int:
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5
     )
-    listening = config.bind_socket()  # here, to name the port that 0 has taken
+    listening = bind(config, app.state.server.options.send_timeout_s)  # here, to name the port that 0 has taken
     names = ", ".join(served.name for served in app.state.server.models.served)
     logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])
     try:

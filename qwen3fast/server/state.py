@@ -79,7 +79,7 @@ class ServerState:
                         return
             except Exception as err:
                 error = to_api_error(err)
-                if error.status >= 500:
+                if error.status == 500:
                     logger.error("%s failed while streaming", request.state.id, exc_info=err)
                 if request.url.path == "/v1/messages":
                     yield event(error.to_anthropic(), "error")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 
 import pytest
-from serving import running, tiny_generator  # noqa: F401  fixtures
+from serving import running, tiny_generator, wait_until  # noqa: F401  fixtures
 
 from qwen3fast import Generator
 from qwen3fast.server.app import ROUTES, create_app
@@ -19,15 +18,6 @@ httpx = pytest.importorskip("httpx")
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0}
 ENDLESS = {**CHAT, "max_tokens": 450, "ignore_eos": True}
-
-
-def wait_until(condition) -> None:
-    """Wait for something that happens soon."""
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it did not happen")
 
 
 def is_idle(generator: Generator) -> bool:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serving import tiny_generator  # noqa: F401  fixtures
 
@@ -145,11 +145,15 @@ def joined(deltas: list[dict[str, Any]], key: str) -> str:
 
 
 MESSAGES = [{"role": "user", "content": "a"}]
-SETTINGS = settings(deadline=None, max_examples=60)
+HARD = (f"<think>EN é 👩‍👩‍👧</think> Let me see. \n\n{CALL}\n {CALL}👩‍👩‍👧 <tool_call> b", [1, 2, 1, 1, 1], [1, 3, 1])
 
 
-@SETTINGS
-@given(scripts())
+def each_script(test: Any) -> Any:
+    """Run a test on many scripts."""
+    return settings(deadline=None, max_examples=50)(given(scripts())(example(HARD)(test)))
+
+
+@each_script
 def test_chat(scripted, script):
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "stop": "END"}
     body["stream_options"] = {"include_usage": True}
@@ -168,8 +172,7 @@ def test_chat(scripted, script):
     assert events[-1]["usage"] == whole["usage"]
 
 
-@SETTINGS
-@given(scripts())
+@each_script
 def test_completions(scripted, script):
     body = {"prompt": ["a", "b"], "logprobs": 2, "echo": False, "stop": ["END"]}
     whole, events = both(scripted, script, "/v1/completions", body)
@@ -183,8 +186,7 @@ def test_completions(scripted, script):
         assert choices[-1]["finish_reason"] == expected["finish_reason"]
 
 
-@SETTINGS
-@given(scripts())
+@each_script
 def test_responses(scripted, script):
     whole, events = both(scripted, script, "/v1/responses", {"input": "a"})
     last = events[-1]["response"]
@@ -208,8 +210,7 @@ def test_responses(scripted, script):
     assert [event["item"] for event in ended] == last["output"]
 
 
-@SETTINGS
-@given(scripts())
+@each_script
 def test_messages(scripted, script):
     body = {"messages": MESSAGES, "max_tokens": 9, "stop_sequences": ["END"]}
     whole, events = both(scripted, script, "/v1/messages", body)
