@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,9 +70,7 @@ async def chat_completions(request: Request) -> Response:
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, chat.conversation.served, chat.conversation.messages)
     if chat.stream:
-        events = _events(request, chat)
-        first = await anext(events)  # errors before the first token still get a status code of their own
-        return state.event_stream(request, first, events, headers)
+        return await state.event_stream(request, _events(request, chat), headers)
     finished = await unless_disconnected(request, state.in_time(complete(request, chat.conversation)))
     return JSONResponse(to_completion(chat, finished), headers=headers)
 
@@ -140,7 +138,7 @@ def finish_reason(result: GenerationResult, has_calls: bool) -> str:
     return "tool_calls" if has_calls and result.finish_reason == "stop" else result.finish_reason
 
 
-async def _events(request: Request, chat: ChatRequest) -> AsyncIterator[bytes]:
+async def _events(request: Request, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed completion."""
     num_replies = chat.conversation.sampling.n
     calls, finished = [0] * num_replies, dict[int, GenerationResult]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +60,7 @@ async def completions(request: Request) -> Response:
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.served, wanted.prompts)
     if wanted.stream:
-        events = _events(request, wanted)
-        return state.event_stream(request, await anext(events), events, headers)
+        return await state.event_stream(request, _events(request, wanted), headers)
     finished = await unless_disconnected(request, state.in_time(_complete(request, wanted)))
     tokenizer = wanted.served.model.tokenizer
     choices = [_choice(wanted, i, result, tokenizer) for i, result in enumerate(finished)]
@@ -133,7 +132,7 @@ def to_logprobs(ats: list[TokenLogprobs], tokenizer: Tokenizer, offset: int) -> 
     }
 
 
-async def _events(request: Request, wanted: CompletionRequest) -> AsyncIterator[bytes]:
+async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed completion."""
     state, tokenizer = state_of(request), wanted.served.model.tokenizer
     num_replies = len(wanted.prompts) * wanted.sampling.n

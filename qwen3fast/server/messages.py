@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +53,7 @@ async def messages(request: Request) -> Response:
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.conversation.served, wanted.conversation.messages)
     if wanted.stream:
-        events = _events(request, wanted)
-        return state.event_stream(request, await anext(events), events, headers)
+        return await state.event_stream(request, _events(request, wanted), headers)
     finished = await unless_disconnected(request, state.in_time(complete(request, wanted.conversation)))
     return JSONResponse(to_message(wanted, finished[0]), headers=headers)
 
@@ -269,7 +268,7 @@ def _event(data: dict[str, Any]) -> bytes:
     return event(data, data["type"])
 
 
-async def _events(request: Request, wanted: MessagesRequest) -> AsyncIterator[bytes]:
+async def _events(request: Request, wanted: MessagesRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed message."""
     blocks, has_calls = _Blocks(), False
     no_usage = {"input_tokens": 0, "output_tokens": 0}

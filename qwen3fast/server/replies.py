@@ -95,6 +95,10 @@ async def _result(handle: RequestHandle) -> GenerationResult:
 
 async def pieces(handles: list[RequestHandle]) -> AsyncIterator[Piece]:
     """Yield news of all replies as they come. Raises: what ended one of them."""
+    if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
+        async for chunk in handles[0]:
+            yield Piece(0, chunk)
+        return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
 
     async def read(index: int, handle: RequestHandle) -> None:

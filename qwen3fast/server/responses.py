@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,7 @@ async def create_response(request: Request) -> Response:
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, wanted.conversation.served, wanted.conversation.messages)
     if wanted.stream:
-        events = _events(request, wanted)
-        return state.event_stream(request, await anext(events), events, headers)
+        return await state.event_stream(request, _events(request, wanted), headers)
     finished = await unless_disconnected(request, state.in_time(complete(request, wanted.conversation)))
     return JSONResponse(_finish(request, wanted, finished[0], to_output(wanted, finished[0])), headers=headers)
 
@@ -351,7 +350,7 @@ class _Items:
         return {"logprobs": []} if self._kind == "message" else {}
 
 
-async def _events(request: Request, wanted: ResponseRequest) -> AsyncIterator[bytes]:
+async def _events(request: Request, wanted: ResponseRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed response, numbered."""
     number = 0
     async for data in _response_events(request, wanted):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from qwen3fast.results import GenerationResult
-from qwen3fast.server.errors import ApiError, to_api_error
+from qwen3fast.server.errors import to_api_error
 from qwen3fast.server.metrics import Metrics
 from qwen3fast.server.models import Models, ServedModel
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.store import ResponseStore
-from qwen3fast.server.stream import EventStream, event
+from qwen3fast.server.stream import EventStream, StreamTimes, event
 
 logger = logging.getLogger("qwen3fast.server")
 T = TypeVar("T")
@@ -56,35 +56,32 @@ class ServerState:
             if self.options.log_prompts:
                 logger.info("%s reply: %s", request.state.id, json.dumps(result.text))
 
-    def event_stream(
-        self, request: Request, first: bytes, events: AsyncIterator[bytes], headers: dict[str, str]
+    async def event_stream(
+        self, request: Request, events: AsyncGenerator[bytes, None], headers: dict[str, str]
     ) -> EventStream:
-        """Return the response that sends these events, and an error event if they end in an exception."""
-        options = self.options
-        whole = self._with_error_event(request, first, events)
-        return EventStream(whole, options.heartbeat_s, options.send_timeout_s, headers)
+        """Return the response that sends these events, and an error event if they end in an exception.
 
-    async def _with_error_event(
-        self, request: Request, first: bytes, events: AsyncIterator[bytes]
-    ) -> AsyncIterator[bytes]:
-        async with aclosing(events) as source:  # type: ignore[type-var]
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + self.options.request_timeout_s
-            try:
+        Raises: what happens before the first event, which still gets a status code of its own.
+        """
+        first = await anext(events)
+
+        async def whole() -> AsyncGenerator[bytes, None]:
+            async with aclosing(events):
                 yield first
-                while True:
-                    try:
-                        yield await asyncio.wait_for(anext(source), deadline - loop.time())
-                    except StopAsyncIteration:
-                        return
-            except Exception as err:
-                error = to_api_error(err)
-                if error.status == 500:
-                    logger.error("%s failed while streaming", request.state.id, exc_info=err)
-                if request.url.path == "/v1/messages":
-                    yield event(error.to_anthropic(), "error")
-                else:
-                    yield event(error.to_openai())
+                async for each in events:
+                    yield each
+
+        def error_event(err: Exception) -> bytes:
+            error = to_api_error(err)
+            if error.status == 500:
+                logger.error("%s failed while streaming", request.state.id, exc_info=err)
+            if request.url.path == "/v1/messages":
+                return event(error.to_anthropic(), "error")
+            return event(error.to_openai())
+
+        options = self.options
+        times = StreamTimes(options.heartbeat_s, options.send_timeout_s, options.request_timeout_s)
+        return EventStream(whole(), times, error_event, headers)
 
 
 def state_of(request: Request) -> ServerState:
@@ -92,9 +89,3 @@ def state_of(request: Request) -> ServerState:
     state = request.app.state.server
     assert isinstance(state, ServerState), "create_app sets it"
     return state
-
-
-def refuse_while_draining(state: ServerState) -> None:
-    """Raises: ApiError (503) if the server is shutting down."""
-    if state.is_draining:
-        raise ApiError(503, "the server is shutting down", code="shutting_down")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from qwen3fast.server.errors import ApiError
 
@@ -28,57 +29,104 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     return (f"event: {name}\n{line}" if name else line).encode("utf-8", "replace")
 
 
-class EventStream(StreamingResponse):
+@dataclass(frozen=True)
+class StreamTimes:
+    """Seconds of a stream.
+
+    heartbeat_s: without news, until a comment is sent. send_timeout_s: until a client that takes nothing is dropped.
+    limit_s: for the whole stream, until it ends with an error event.
+    """
+
+    heartbeat_s: float
+    send_timeout_s: float
+    limit_s: float
+
+
+class EventStream(Response):
     """A streamed response of events.
 
-    A client that takes nothing for send_timeout_s is disconnected: uvicorn buffers little (64 KiB), then `send` waits,
-    and nothing more is taken from the engine, which holds at most the reply's own text.
+    The server buffers little of it (uvicorn 64 KiB), then `send` waits, and nothing more is taken from the events; the
+    engine holds at most the reply's own text. Events are sent in one task and watched from another: a token costs no
+    task and no timer.
     """
+
+    media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
-        heartbeat_s: float,
-        send_timeout_s: float,
+        events: AsyncGenerator[bytes, None],
+        times: StreamTimes,
+        error_event: Callable[[Exception], bytes],
         headers: dict[str, str] | None = None,
     ) -> None:
-        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
-        super().__init__(with_heartbeats(events, heartbeat_s), media_type="text/event-stream", headers=own)
-        self._send_timeout_s = send_timeout_s
+        """error_event: makes the last event of a stream that ends in an exception."""
+        self.status_code, self.background, self.body = 200, None, b""
+        self._events, self._times, self._error_event = events, times, error_event
+        self._sending_since: float | None = None
+        self._last = 0.0  # when the latest event was sent
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Any) -> None:
-            try:
-                await asyncio.wait_for(send(message), self._send_timeout_s)
-            except asyncio.TimeoutError as err:
-                raise OSError(f"the client took nothing for {self._send_timeout_s} s") from err
-
-        with suppress(OSError):  # the client is gone; `with_heartbeats` has closed what fed it
-            await super().__call__(scope, receive, send_in_time)
-
-
-async def with_heartbeats(events: AsyncIterator[bytes], heartbeat_s: float) -> AsyncIterator[bytes]:
-    """Yield events, and a comment whenever none has come for heartbeat_s. Closes the source when it is closed."""
-    # aclosing: the source cancels its request in `finally`, which must run now and not when it is collected.
-    async with aclosing(events) as source:  # type: ignore[type-var]
-        waiting: asyncio.Future[bytes] | None = None
+        """Send all events; end early when the client goes away or takes nothing, and close what makes the events."""
+        self._last = asyncio.get_running_loop().time()
+        sending = asyncio.create_task(self._send_all(send))
+        gone = asyncio.create_task(_disconnection(receive))
         try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(anext(source))
-                done, _ = await asyncio.wait((waiting,), timeout=heartbeat_s)
-                if not done:
-                    yield HEARTBEAT
-                    continue
-                finished, waiting = waiting, None
-                try:
-                    yield finished.result()
-                except StopAsyncIteration:
-                    return
+            await self._watch(sending, gone, send)
+        except OSError:  # the client is gone
+            pass
         finally:
-            if waiting is not None:
-                waiting.cancel()
-                with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                    await waiting
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            await self._events.aclose()  # cancels the request now, not when it is collected
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
+        try:
+            async for data in self._events:
+                await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+        except OSError:
+            raise
+        except Exception as err:
+            await self._send_last(send, self._error_event(err))
+        else:
+            await self._send_last(send, b"")
+
+    async def _watch(self, sending: asyncio.Task[None], gone: asyncio.Task[None], send: Send) -> None:
+        """Return when the events are sent, or the client is not worth waiting for."""
+        now, times = asyncio.get_running_loop().time, self._times
+        deadline = now() + times.limit_s
+        tick_s = min(times.heartbeat_s, times.send_timeout_s) / 4
+        while True:
+            wait_s = max(0.0, min(tick_s, deadline - now()))
+            await asyncio.wait((sending, gone), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                return sending.result()
+            if gone.done():
+                return
+            if self._sending_since is not None:
+                if now() - self._sending_since >= times.send_timeout_s:
+                    return
+            elif now() >= deadline:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                end = self._send_last(send, self._error_event(TimeoutError()))
+                return await asyncio.wait_for(end, times.send_timeout_s)
+            elif now() - self._last >= times.heartbeat_s:
+                beat = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
+                await asyncio.wait_for(self._send(send, beat), times.send_timeout_s)
+
+    async def _send_last(self, send: Send, data: bytes) -> None:
+        await self._send(send, {"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        now = asyncio.get_running_loop().time
+        self._sending_since = now()
+        await send(message)
+        self._sending_since, self._last = None, now()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -86,7 +134,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
     Raises: ApiError (499, which nobody receives) after a disconnection; what the work raises.
     """
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnection(request))
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnection(request.receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -100,6 +148,6 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
                     await future
 
 
-async def _disconnection(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -13,7 +13,7 @@ from serving import running, wait_until
 
 from qwen3fast import Generator
 from qwen3fast.server.options import ServerOptions
-from qwen3fast.server.stream import EventStream
+from qwen3fast.server.stream import EventStream, StreamTimes
 
 httpx = pytest.importorskip("httpx")
 
@@ -93,10 +93,14 @@ def test_an_event_stream_ends_when_nothing_is_taken():
     async def silent():
         await asyncio.Event().wait()
 
-    stream = EventStream(events(), heartbeat_s=9, send_timeout_s=0.01)
-    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(asyncio.wait_for(stream(scope, silent, stuck), 10))
-    assert closed in ([True], [])  # it may not even have begun
+    async def run() -> None:
+        source = events()
+        await anext(source)
+        stream = EventStream(source, StreamTimes(9, 0.01, 9), lambda err: b"")
+        await asyncio.wait_for(stream({"type": "http"}, silent, stuck), 10)
+
+    asyncio.run(run())
+    assert closed == [True]
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"prompt": "a", '])
