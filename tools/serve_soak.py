@@ -3,8 +3,8 @@
     python tools/serve_soak.py --minutes 2 --seed 1
 
 Clients ask over real sockets, streamed or not, with random sampling; some leave at a random point, some send bad or
-huge requests, some never read, some come in floods. Every complete reply is compared with the engine's own, alone and with
-the same seed. At the end all slots are free, the server still answers, and resident memory has not grown.
+huge requests, some never read, some come in floods. Every complete reply is compared with the engine's own, alone and
+with the same seed. At the end all slots are free, the server still answers, and resident memory has not grown.
 Exit status: 0, or 1 with what was wrong.
 """
 

@@ -259,7 +259,7 @@ async function reply() {
 function showSpeed(begun, first, tokens) {
   if (!first) return;
   const seconds = (performance.now() - first) / 1000;
-  const rate = tokens > 1 && seconds > 0 ? `${((tokens - 1) / seconds).toFixed(1)} tokens/s, ` : "";
+  const rate = tokens > 1 && seconds > 0 ? `${((tokens - 1) / seconds).toPrecision(3)} tokens/s, ` : "";
   $("speed").textContent = `${rate}first after ${((first - begun) / 1000).toFixed(2)} s`;
 }
 
