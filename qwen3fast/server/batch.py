@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,105 +22,11 @@ from starlette.applications import Starlette
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import add_model_arguments, load_models
 from qwen3fast.server.in_process import call
+from qwen3fast.server.jobs import Job, read_jobs
 from qwen3fast.server.options import ServerOptions
-from qwen3fast.server.replies import new_id
+from qwen3fast.server.ray_batch import add_ray_arguments, answers
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
-A_DAY_S = 86_400.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request of the input. key: what tells it from the others in the output. line: counted from 1."""
-
-    line: int
-    key: str
-    url: str
-    body: dict[str, Any]
-    is_openai: bool
-
-    def answer(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the output line for a response."""
-        if self.is_openai:
-            response = {"status_code": status, "request_id": new_id("req"), "body": body}
-            return {"id": new_id("batch_req"), "custom_id": self.key, "response": response, "error": None}
-        given: dict[str, Any] = {name: self.body[name] for name in ("prompt", "messages") if name in self.body}
-        if status != 200:
-            return {"key": self.key, **given, "error": body["error"]}
-        choice = body["choices"][0]
-        reply = {"text": choice["text"]} if "text" in choice else {"message": choice["message"]}
-        return {"key": self.key, **given, **reply, "finish_reason": choice["finish_reason"], "usage": body["usage"]}
-
-
-class BadLineError(ValueError):
-    """A line of the input that is no request."""
-
-
-def read_jobs(path: Path) -> Iterator[Job | tuple[int, str]]:
-    """Yield the jobs of a file, or for a bad line its number and what is wrong with it.
-
-    Raises: FileNotFoundError; ImportError for Parquet without pyarrow.
-    """
-    keys: set[str] = set()
-    for line, raw in _rows(path):
-        try:
-            job = _job(line, raw() if callable(raw) else raw)
-            if job.key in keys:
-                raise BadLineError(f"custom_id {job.key!r} is there twice")
-            keys.add(job.key)
-            yield job
-        except (ValueError, RecursionError) as err:
-            yield line, str(err) or "nested too deeply"
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as err:
-            raise ImportError("Parquet files need pyarrow; run: pip install pyarrow") from err
-        line = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, {name: value for name, value in row.items() if value is not None}
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in enumerate(csv.DictReader(file), 2):
-                yield line, {name: _csv_value(name, text) for name, text in row.items() if name and text}
-    else:
-        with path.open("rb") as file:
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    yield line, lambda text=text: json.loads(text)
-
-
-def _csv_value(name: str, text: str) -> Any:
-    """Return a cell's value: `prompt` is text, other columns are JSON where they can be."""
-    if name == "prompt":
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _job(line: int, row: Any) -> Job:
-    if not isinstance(row, dict):
-        raise BadLineError(f"expected a JSON object, got {type(row).__name__}")
-    if "custom_id" in row and "body" in row:
-        key, url, body = row["custom_id"], row.get("url"), row["body"]
-        if not isinstance(key, str) or not key:
-            raise BadLineError("custom_id must be a non-empty string")
-        if row.get("method", "POST") != "POST" or url not in URLS:
-            raise BadLineError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
-        if not isinstance(body, dict):
-            raise BadLineError("body must be an object")
-        return Job(line, key, url, {**body, "stream": False}, True)
-    if ("prompt" in row) == ("messages" in row):
-        raise BadLineError("needs either prompt or messages (or custom_id, method, url and body)")
-    return Job(line, str(line), COMPLETIONS if "prompt" in row else CHAT, {**row, "stream": False}, False)
+OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
 
 
 class Output:
@@ -192,6 +95,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="requests: .jsonl, .csv or .parquet")
     parser.add_argument("-o", "--output", type=Path, required=True, help=".jsonl; results that it holds are kept")
     add_model_arguments(parser)
+    add_ray_arguments(parser)
 
 
 def run_batch(args: argparse.Namespace) -> int:
@@ -214,13 +118,10 @@ def run_batch(args: argparse.Namespace) -> int:
         print(f"{len(jobs) - len(rest)} of {len(jobs)} results are there already", file=sys.stderr)
     failed = 0
     if rest:
-        models = load_models(args)
-        app = create_app(models, ServerOptions(request_timeout_s=A_DAY_S, compile_timeout_s=60))
-        at_once = min(2 * args.max_batch_size, args.max_queue)  # the next ones are ready when a slot is free
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(rest), desc="batch", unit="request")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            failed = asyncio.run(run_jobs(app, rest, output, at_once, bar))
+            failed = (_run_on_ray if args.ray else _run_here)(args, rest, output, bar)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
@@ -228,6 +129,25 @@ def run_batch(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGTERM, before)
             bar.close()
             output.close()
-            app.state.server.models.close()
     print(f"{len(rest) - failed} answered, {failed} failed, {bad} bad lines", file=sys.stderr)
     return 1 if failed or bad else 0
+
+
+def _run_here(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+    """Answer the jobs in this process. Returns how many failed."""
+    app = create_app(load_models(args), OPTIONS)
+    at_once = min(2 * args.max_batch_size, args.max_queue)  # the next ones are ready when a slot is free
+    try:
+        return asyncio.run(run_jobs(app, jobs, output, at_once, bar))
+    finally:
+        app.state.server.models.close()
+
+
+def _run_on_ray(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+    """Answer the jobs on a cluster. Returns how many failed."""
+    failed = 0
+    for row in answers(jobs, args, OPTIONS):
+        output.write(row)
+        failed += row.get("response", {"status_code": 400 if "error" in row else 200})["status_code"] != 200
+        bar.update()
+    return failed

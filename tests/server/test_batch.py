@@ -15,7 +15,8 @@ from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import SamplingParams
 from qwen3fast.cli import main
-from qwen3fast.server.batch import Job, Output, read_jobs
+from qwen3fast.server.batch import Output
+from qwen3fast.server.jobs import Job, read_jobs
 
 OPTIONS = ["--max-batch-size", "4", "--max-seq-len", "256", "--no-warmup"]
 
