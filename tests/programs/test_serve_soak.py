@@ -21,8 +21,8 @@ def run(monkeypatch, capsys, minutes: str):
     return status, dict(re.findall(r"^(\w+) +(\d+)$", printed.out, re.MULTILINE)), printed.err
 
 
-def test_serve_soak_finds_nothing_wrong_in_four_seconds(monkeypatch, capsys):
-    status, table, errors = run(monkeypatch, capsys, "0.06")
+def test_serve_soak_finds_nothing_wrong_in_two_seconds(monkeypatch, capsys):
+    status, table, errors = run(monkeypatch, capsys, "0.03")
     assert status == 0, errors
     assert list(table) == list(serve_soak.ROWS)
     assert int(table["streams"]) > 0 and int(table["wrong"]) == 0
