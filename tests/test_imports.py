@@ -36,6 +36,7 @@ ORDER = [
     "generator",
     "chat_session",
     "qwen3fast",
+    "server",
     "bench",
     "cli",
     "__main__",
@@ -83,6 +84,18 @@ def imported_packages(tree: ast.Module) -> set[str]:
     return {alias.name.split(".")[0] for node in imports for alias in node.names}
 
 
+def top_level(tree: ast.Module) -> ast.Module:
+    """Return a module of the import statements that run when it is imported."""
+    return ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+
+
+def names_imported(node: ast.AST) -> list[str]:
+    """Return the modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
 IMPORTS = {name: own_imports(name, tree) for name, tree in TREES.items()}
 
 
@@ -122,8 +135,11 @@ def test_imports_of_the_bench_come_from_itself_and_the_command_line():
 
 
 def test_imports_of_our_own_stand_at_the_top_of_the_file():
-    # But for modules that need a package which may be missing.
-    optional = {m for m, tree in TREES.items() if "triton" in imported_packages(tree)}
+    # Except modules that need a package which may be missing: an optional extra, or Triton.
+    optional = {m for m, tree in TREES.items() if "triton" in imported_packages(tree) or part_of(m) == "server"}
+    optional |= {m for m in TREES if m.startswith("qwen3fast.kernels.cuda.decode_step")} | {
+        "qwen3fast.engine.fused_step"
+    }
     inside = [
         f"{module}.{node.name} imports {', '.join(sorted(targets))}"
         for module, tree in TREES.items()
@@ -165,6 +181,25 @@ def test_imports_by_name_have_stubs_with_the_same_names():
         assert getattr(qwen3fast, name) is not None and name in dir(qwen3fast)
     with pytest.raises(AttributeError, match="has no attribute 'Generater'"):
         qwen3fast.Generater  # noqa: B018
+
+
+def test_imports_of_the_server_come_from_itself_and_optional_extras():
+    importers = {m for m, targets in IMPORTS.items() if any(part_of(t) == "server" for t in targets)}
+    outside = {m for m in importers if part_of(m) != "server"}
+    assert outside <= {"qwen3fast.bench.suites.serve"}
+    at_the_top = [m for m in outside if any(part_of(t) == "server" for t in own_imports(m, top_level(TREES[m])))]
+    assert at_the_top == []  # the command line works without the extra
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
+def test_imports_of_web_packages_stay_in_the_server(package):
+    importers = {
+        part_of(m)
+        for m, tree in TREES.items()
+        for node in ast.walk(tree)
+        if package in {name.split(".")[0] for name in names_imported(node)}
+    }
+    assert importers == {"server"}
 
 
 def test_imports_name_what_they_import():

@@ -40,7 +40,13 @@ class Loaded(NamedTuple):
 LOADED = {
     "bench": Loaded(
         "tokens per second with and without the KV cache, and more: bench --help", "qwen3fast.bench.__main__"
-    )
+    ),
+    "serve": Loaded(
+        "serve OpenAI's API over HTTP", "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments"
+    ),
+    "batch": Loaded(
+        "answer a file of requests", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
+    ),
 }
 
 

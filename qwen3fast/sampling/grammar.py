@@ -21,6 +21,10 @@ from qwen3fast.text.tokenizer import Tokenizer
 JSON_WHITESPACE = r"[ \n\r\t]{1,40}"
 
 
+class GrammarError(RuntimeError):
+    """A grammar that cannot be followed any further, such as one beyond llguidance's limits."""
+
+
 class GrammarCompiler:
     """Compiles schemas and patterns for one vocabulary. Building it takes about a second for 151 thousand tokens.
 
@@ -51,7 +55,8 @@ class GrammarCompiler:
             raise ValueError(f"this JSON schema cannot be used: {err}") from err
         if not isinstance(parsed, dict):
             raise ValueError(f"a JSON schema must be an object such as {{'type': 'object'}}, got {text[:100]}")
-        options = {"whitespace_pattern": JSON_WHITESPACE}
+        # A schema may carry llguidance's own options under "x-guidance", as the one of forced tool calls does.
+        options = None if "x-guidance" in parsed else {"whitespace_pattern": JSON_WHITESPACE}
         definition = self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
         return self._compile(definition, "JSON schema")
 
@@ -90,7 +95,7 @@ class Grammar:
 
         Where the grammar leaves no choice of text, the tokenizer's own tokens for it are forced, since a model has
         seldom seen others. Once the reply is complete, only an end of sequence is allowed.
-        Its methods raise RuntimeError if llguidance gives up (its limits) or was given a forbidden token.
+        Its methods raise GrammarError if llguidance gives up (its limits) or was given a forbidden token.
         """
         return _GrammarConstraint(self._matcher.deep_copy(), self._eos_ids, self._eos_W)
 
@@ -124,7 +129,7 @@ class _GrammarConstraint:
     def _raise_on_error(self) -> None:
         # Also after a mask: in its state of error llguidance writes one that allows the end of sequence.
         if self._matcher.is_error():
-            raise RuntimeError(f"the reply cannot follow its grammar: {_error_of(self._matcher)}")
+            raise GrammarError(f"the reply cannot follow its grammar: {_error_of(self._matcher)}")
 
 
 class _Vocabulary:

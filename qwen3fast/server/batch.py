@@ -1,0 +1,153 @@
+"""`python -m qwen3fast batch`: a file of requests, answered together, resumed after any interruption.
+
+Input: JSON lines in OpenAI's batch form (custom_id, method, url, body), or plain ones: {"prompt": ...} or
+{"messages": ...} beside any field of /v1/completions or /v1/chat/completions. CSV and Parquet have a column for each of
+these. Output: a JSON line per request, in the order in which they end, each written whole.
+Source: OpenAI API reference, "Batch".
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+from starlette.applications import Starlette
+
+from qwen3fast.server.app import create_app
+from qwen3fast.server.command import add_model_arguments, load_models
+from qwen3fast.server.in_process import call
+from qwen3fast.server.jobs import Job, read_jobs
+from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.ray_batch import add_ray_arguments, answers
+
+OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
+
+
+class Output:
+    """The output file: lines that are there already, and new ones, each on the disk before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; half a line at the end, of a run that was killed, is cut off."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        good = 0
+        for raw in self._file:
+            try:
+                row = json.loads(raw) if raw.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                break
+            good += len(raw)
+            self.done.add(str(row.get("custom_id", row.get("key"))))
+        rest = self._file.seek(0, 2) - good
+        if rest and b"\n" in self._tail(good):
+            raise ValueError(f"{path} holds lines that are no results; name another output file")
+        self._file.truncate(good)
+
+    def _tail(self, begin: int) -> bytes:
+        self._file.seek(begin)
+        return self._file.read()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+async def run_jobs(app: Starlette, jobs: list[Job], output: Output, at_once: int, bar: Any) -> int:
+    """Answer all jobs, at most so many at once. Returns how many failed."""
+    waiting = iter(jobs)
+    failed = 0
+
+    async def work() -> None:
+        nonlocal failed
+        for job in waiting:
+            status, body = await call(app, job.url, job.body)
+            output.write(job.answer(status, body))
+            failed += status != 200
+            bar.update()
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return failed
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `batch` to a parser."""
+    parser.add_argument("input", type=Path, help="requests: .jsonl, .csv or .parquet")
+    parser.add_argument("-o", "--output", type=Path, required=True, help=".jsonl; results that it holds are kept")
+    add_model_arguments(parser)
+    add_ray_arguments(parser)
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    """Answer a file. Returns the exit status: 0, 1 if a line was bad or failed, 130 after Ctrl-C or SIGTERM.
+
+    Raises: ValueError, FileNotFoundError, ImportError.
+    """
+    if not args.input.is_file():
+        raise FileNotFoundError(f"{args.input} is no file")
+    output = Output(args.output)
+    jobs, bad = [], 0
+    for found in read_jobs(args.input):
+        if isinstance(found, Job):
+            jobs.append(found)
+        else:
+            bad += 1
+            print(f"{args.input}:{found[0]}: {found[1]}", file=sys.stderr)
+    rest = [job for job in jobs if job.key not in output.done]
+    if len(rest) < len(jobs):
+        print(f"{len(jobs) - len(rest)} of {len(jobs)} results are there already", file=sys.stderr)
+    failed = 0
+    if rest:
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(rest), desc="batch", unit="request")
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            failed = (_run_on_ray if args.ray else _run_here)(args, rest, output, bar)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            bar.close()
+            output.close()
+    print(f"{len(rest) - failed} answered, {failed} failed, {bad} bad lines", file=sys.stderr)
+    return 1 if failed or bad else 0
+
+
+def _run_here(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+    """Answer the jobs in this process. Returns how many failed."""
+    app = create_app(load_models(args), OPTIONS)
+    at_once = min(2 * args.max_batch_size, args.max_queue)  # the next ones are ready when a slot is free
+    try:
+        return asyncio.run(run_jobs(app, jobs, output, at_once, bar))
+    finally:
+        app.state.server.models.close()
+
+
+def _run_on_ray(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+    """Answer the jobs on a cluster. Returns how many failed."""
+    failed = 0
+    for row in answers(jobs, args, OPTIONS):
+        output.write(row)
+        failed += row.get("response", {"status_code": 400 if "error" in row else 200})["status_code"] != 200
+        bar.update()
+    return failed

@@ -1,0 +1,172 @@
+"""`python -m qwen3fast serve`: load the models, listen, drain at SIGTERM or Ctrl-C, end at once at the second."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from qwen3fast.embedder import Embedder
+from qwen3fast.generator import Generator
+from qwen3fast.reranker import Reranker
+from qwen3fast.server.app import create_app
+from qwen3fast.server.models import AnyModel
+from qwen3fast.server.options import ServerOptions
+
+logger = logging.getLogger("qwen3fast.server")
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn that answers `/ready` with 503 and goes on until all requests have ended, then stops listening."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal; end at once at the second."""
+        state = self.config.app.state.server  # type: ignore[union-attr]
+        if state.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        state.is_draining = True
+        logger.warning("draining: %d requests go on; signal again to end now", state.in_flight)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop; called by uvicorn ten times a second."""
+        state = self.config.app.state.server  # type: ignore[union-attr]
+        if state.is_draining and state.in_flight == 0:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_models` to a parser."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]SOURCE",
+        help="model, or folder of a LoRA adapter; repeatable [tiny]",
+    )
+    parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
+    parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
+    parser.add_argument("--max-batch-size", type=int, default=8, help="requests decoded together [%(default)s]")
+    parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
+    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait [%(default)s]")
+    parser.add_argument("--quantization", help="int8, int4, ... [none]")
+    parser.add_argument("--device", default="auto", help="[%(default)s]")
+    parser.add_argument("--dtype", default="auto", help="[%(default)s]")
+    parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
+    parser.add_argument("--no-warmup", action="store_true", help="begin at once, compile while answering")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `serve` to a parser."""
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
+    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
+    parser.add_argument("--api-key", action="append", default=[], help="required from clients; may be repeated")
+    parser.add_argument("--strict", action="store_true", help="refuse requests with unknown fields")
+    defaults = ServerOptions()
+    parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
+    parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="s [%(default)s]")
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it. Returns the exit status. Raises: ValueError, FileNotFoundError, ImportError."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    options = ServerOptions(
+        api_keys=tuple(args.api_key),
+        strict=args.strict,
+        max_body_bytes=args.max_body_bytes,
+        request_timeout_s=args.request_timeout,
+        log_prompts=args.log_prompts,
+    )
+    app = create_app(load_models(args), options)
+    return serve(app, args.host, args.port)
+
+
+def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
+    """Load what the options name. Raises: ValueError for a name given twice, and as `Generator.from_pretrained`."""
+    models: dict[str, AnyModel] = {}
+
+    def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
+        name, _, source = spec.rpartition("=")
+        name = name or source
+        if name in models:
+            raise ValueError(f"two models are named {name!r}; write NAME=SOURCE")
+        logger.info("loading %s", name)
+        common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        base = _base_of_adapter(source)
+        if base is not None:
+            source, common["adapter"] = base, source
+        models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
+
+    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
+    for spec in generators:
+        add(
+            spec,
+            Generator,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=args.max_seq_len,
+            max_queue=args.max_queue,
+            threads=args.threads,
+            compile="auto" if args.no_warmup else True,
+        )
+        if not args.no_warmup:
+            model = list(models.values())[-1]
+            assert isinstance(model, Generator), "just added"
+            model.warmup()
+    for spec in args.embedder:
+        add(spec, Embedder)
+    for spec in args.reranker:
+        add(spec, Reranker)
+    return models
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """Return the model that a folder with a LoRA adapter, as PEFT writes it, belongs to; None for other sources.
+
+    Raises: ValueError if the adapter does not name it.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{config} names no base_model_name_or_path")
+    return base
+
+
+def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
+    """Return a socket that listens. Connections whose clients read nothing are cut, after twice send_timeout_s.
+
+    The application only stops writing to them; what it has written would otherwise be kept as long as they live.
+    Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
+    """
+    listening = config.bind_socket()
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * send_timeout_s))
+    return listening
+
+
+def serve(app: Starlette, host: str, port: int) -> int:
+    """Listen until a signal. Returns the exit status 0.
+
+    Raises: OSError if the address cannot be had.
+    """
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5
+    )
+    listening = bind(config, app.state.server.options.send_timeout_s)  # here, to name the port that 0 has taken
+    names = ", ".join(served.name for served in app.state.server.models.served)
+    logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])
+    try:
+        asyncio.run(DrainingServer(config).serve(sockets=[listening]))
+    except KeyboardInterrupt:  # uvicorn raises the signals that it caught again, once it has ended
+        return 0
+    return 0

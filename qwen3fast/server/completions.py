@@ -1,0 +1,165 @@
+"""`POST /v1/completions`: texts or token ids continued as they are. Source: OpenAI API reference, "Completions"."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qwen3fast.results import GenerationResult, TokenLogprobs
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
+from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
+from qwen3fast.server.replies import Prompt, new_id, now, pieces, results, started, usage
+from qwen3fast.server.sampling import Sampling, read_sampling
+from qwen3fast.server.state import state_of
+from qwen3fast.server.stream import DONE, event, unless_disconnected
+from qwen3fast.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 2048
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A completion that was asked for. echo: the prompt is part of the text."""
+
+    served: ServedModel
+    prompts: list[Prompt]
+    sampling: Sampling
+    echo: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: new_id("cmpl"))
+    created: int = field(default_factory=now)
+
+    def envelope(self) -> dict[str, Any]:
+        """Return the fields that every object of this completion has."""
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
+
+    def jobs(self) -> list[Any]:
+        """Return prompt and parameters of each reply, those to one prompt together."""
+        return [(prompt, params) for prompt in self.prompts for params in self.sampling.each()]
+
+    def echoed(self, index: int) -> str:
+        """Return what stands before reply `index`: its prompt, or nothing."""
+        if not self.echo:
+            return ""
+        prompt = self.prompts[index // self.sampling.n]
+        return prompt if isinstance(prompt, str) else tokenizer_of(self.served).decode(prompt)
+
+
+async def completions(request: Request) -> Response:
+    """Continue one or several prompts, at once or as a stream."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    wanted = read_completion(fields, state.models.choose(fields, "generate"))
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, wanted.served, wanted.prompts)
+    if wanted.stream:
+        return await state.event_stream(request, _events(request, wanted), headers)
+    finished = await unless_disconnected(request, state.in_time(_complete(request, wanted)))
+    tokenizer = wanted.served.model.tokenizer
+    choices = [_choice(wanted, i, result, tokenizer) for i, result in enumerate(finished)]
+    count = usage(finished, len(wanted.prompts), tokenizer)
+    return JSONResponse({**wanted.envelope(), "choices": choices, "usage": count}, headers=headers)
+
+
+def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
+    """Read the fields of a completion. Raises: ApiError (400) naming the field."""
+    logprobs = fields.integer("logprobs", 0, 20)
+    for name in ("best_of", "suffix"):
+        if fields.raw(name) not in (None, 1, ""):
+            raise ApiError(400, "is not supported", fields.name(name), "unsupported")
+    fields.take("user")
+    sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), logprobs, DEFAULT_MAX_TOKENS)
+    stream, echo = fields.flag("stream"), fields.flag("echo")
+    if echo and logprobs is not None:
+        raise ApiError(400, "log-probabilities of the prompt are not supported", "echo", "unsupported")
+    stream_options = fields.object("stream_options")
+    include_usage = stream_options is not None and stream_options.flag("include_usage")
+    return CompletionRequest(served, read_prompts(fields, "prompt"), sampling, echo, stream, bool(include_usage))
+
+
+def read_prompts(fields: Fields, key: str) -> list[Prompt]:
+    """Return the prompts of a field: a text, token ids, or a list of either. Raises: ApiError (400)."""
+    value = fields.required(key, fields.raw(key))
+    path = fields.name(key)
+    if isinstance(value, str) or _is_ids(value):
+        return [value]
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) or _is_ids(v) for v in value):
+        expected = "a string, a list of token ids, or a non-empty list of either"
+        raise ApiError(400, f"must be {expected}, got {describe(value)}", path, "invalid_type")
+    if len(value) > MAX_PROMPTS:
+        raise ApiError(400, f"at most {MAX_PROMPTS} prompts, got {len(value)}", path, "invalid_value")
+    return value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+async def _complete(request: Request, wanted: CompletionRequest) -> list[GenerationResult]:
+    state = state_of(request)
+    async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
+        finished = await results(handles)
+    state.count(request, wanted.served, finished)
+    return finished
+
+
+def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tokenizer: Any) -> dict[str, Any]:
+    logprobs = to_logprobs(result.logprobs, tokenizer, 0) if result.logprobs is not None and tokenizer else None
+    text = wanted.echoed(index) + result.text
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
+
+
+def to_logprobs(ats: list[TokenLogprobs], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+    """Return the `logprobs` object of the older API. offset: characters of the text before these tokens."""
+
+    def text_of(token_id: int) -> str:
+        return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    tokens = [text_of(at.token_id) for at in ats]
+    offsets = [offset + sum(len(token) for token in tokens[:i]) for i in range(len(tokens))]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [max(at.logprob, -9999.0) for at in ats],
+        "top_logprobs": [{text_of(i): max(logprob, -9999.0) for i, logprob in at.top} for at in ats],
+        "text_offset": offsets,
+    }
+
+
+async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a streamed completion."""
+    state, tokenizer = state_of(request), wanted.served.model.tokenizer
+    num_replies = len(wanted.prompts) * wanted.sampling.n
+    finished: dict[int, GenerationResult] = {}
+    offsets = [0] * num_replies
+
+    def chunk(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        extra = {"usage": None} if wanted.include_usage else {}
+        return event({**wanted.envelope(), "choices": [choice], **extra})
+
+    async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
+        for i in range(num_replies):
+            yield chunk(i, wanted.echoed(i))
+        async for piece in pieces(handles):
+            i, news = piece.index, piece.chunk
+            logprobs = None
+            if news.logprobs and tokenizer is not None:
+                logprobs = to_logprobs(news.logprobs, tokenizer, offsets[i])
+                offsets[i] += sum(len(token) for token in logprobs["tokens"])
+            if news.result is not None:
+                finished[i] = news.result
+            if news.text or logprobs or news.finish_reason:
+                yield chunk(i, news.text, logprobs, news.finish_reason)
+    every = [finished[i] for i in range(num_replies)]
+    state.count(request, wanted.served, every)
+    if wanted.include_usage:
+        count = usage(every, len(wanted.prompts), tokenizer)
+        yield event({**wanted.envelope(), "choices": [], "usage": count})
+    yield DONE

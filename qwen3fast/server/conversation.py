@@ -1,0 +1,221 @@
+"""Conversations: what chat completions, responses and messages have in common, whatever each calls its fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.requests import Request
+
+from qwen3fast.results import GenerationResult, TokenLogprobs
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.server.answer_stream import AnswerStream
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe
+from qwen3fast.server.models import ServedModel, generator_of
+from qwen3fast.server.replies import now, pieces, results, started
+from qwen3fast.server.sampling import Sampling, schema_of_calls
+from qwen3fast.server.state import state_of
+from qwen3fast.text.tool_calls import ToolCall
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to reply to.
+
+    messages, tools: as the chat template reads them. must_call: the reply is one tool call and nothing else.
+    created: seconds since 1970.
+    """
+
+    served: ServedModel
+    messages: list[dict[str, Any]]
+    sampling: Sampling
+    tools: list[dict[str, Any]] | None = None
+    must_call: bool = False
+    created: int = field(default_factory=now)
+
+    def jobs(self) -> list[tuple[list[int], SamplingParams]]:
+        """Return prompt and parameters of each reply. Raises: ValueError for what the chat template refuses."""
+        thinking = self.sampling.enable_thinking
+        prompt = generator_of(self.served).render(
+            self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
+        )
+        return [(prompt, params) for params in self.sampling.each()]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """News of a reply. index: which of n. result: the whole reply, with its last delta."""
+
+    index: int
+    reasoning: str
+    content: str
+    tool_calls: list[ToolCall]
+    logprobs: list[TokenLogprobs] | None = None
+    result: GenerationResult | None = None
+
+
+def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str | None) -> Sampling:
+    """Return the sampling of a reply that must be a call of the function named, or of any ("").
+
+    Raises: ApiError (400) together with another shape of the reply.
+    """
+    if choice is None:
+        return sampling
+    if sampling.params.json_schema is not None or sampling.params.regex is not None:
+        raise ApiError(400, "a forced tool call and a response format exclude each other", "tool_choice")
+    schema = schema_of_calls(tools or [], choice or None)
+    return replace(sampling, params=replace(sampling.params, json_schema=schema))
+
+
+async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
+    """Return all replies, when they have ended. Raises: what ended one of them."""
+    state = state_of(request)
+    generator = generator_of(conversation.served)
+    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+        finished = await results(handles)
+    state.count(request, conversation.served, finished)
+    return finished
+
+
+async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[Delta | None]:
+    """Yield None once the replies are queued, then their news as it comes. Raises: what ended one of them.
+
+    Joined, reasoning, content and tool calls are those of the whole replies.
+    """
+    state, generator = state_of(request), generator_of(conversation.served)
+    streams = [AnswerStream() for _ in range(conversation.sampling.n)]
+    finished: list[GenerationResult] = []
+    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+        yield None
+        async for piece in pieces(handles):
+            stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
+            answer = stream.push("" if conversation.must_call else news.answer)
+            content, calls = answer.content, answer.tool_calls
+            if result is not None:
+                finished.append(result)
+                last = stream.finish(*content_and_calls(conversation.must_call, result))
+                content, calls = content + last.content, calls + last.tool_calls
+            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result)
+    state.count(request, conversation.served, finished)
+
+
+def content_and_calls(must_call: bool, result: GenerationResult) -> tuple[str, list[ToolCall]]:
+    """Return a reply's text for the user and its tool calls; with must_call the whole answer is one call."""
+    if not must_call:
+        return result.answer, result.tool_calls
+    try:
+        call = json.loads(result.answer)
+        return "", [ToolCall(call["name"], call["arguments"])]
+    except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
+        return result.answer, []
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """Return the conversation as the chat template reads it. Raises: ApiError (400) naming the message and field."""
+    if not fields.required("messages", fields.items("messages")):
+        raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
+    return [_message(message) for message in fields.objects("messages")]
+
+
+def _message(fields: Fields) -> dict[str, Any]:
+    role = fields.required("role", fields.text("role", choices=ROLES))
+    content = fields.raw("content")
+    calls = fields.objects("tool_calls")
+    fields.take("tool_call_id", "refusal", "annotations")  # results stand in the order of their calls
+    if content is None and not (role == "assistant" and calls):
+        raise ApiError(400, "this field is required", fields.name("content"), "missing_required_parameter")
+    message: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": text_of(fields, "content"),
+    }
+    reasoning = fields.text("reasoning_content") or fields.text("reasoning")
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def text_of(fields: Fields, key: str) -> str:
+    """Return the text of a field: a string or a list of text parts, "" if it is absent. Raises: ApiError (400)."""
+    content = fields.raw(key, "")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"must be a string or a list of text parts, got {describe(content)}", fields.name(key))
+    texts = []
+    for part in fields.objects(key):
+        part.take("annotations", "logprobs", "prompt_cache_breakpoint")
+        kind = part.required("type", part.text("type"))
+        if kind not in ("text", "input_text", "output_text"):
+            raise ApiError(400, f"{kind!r} parts are not supported: this server's models read text", part.name("type"))
+        texts.append(part.required("text", part.text("text")))
+    return "".join(texts)
+
+
+def _call(fields: Fields) -> dict[str, Any]:
+    fields.take("id", "type", "index")
+    return read_call(fields.required("function", fields.object("function")))
+
+
+def read_call(function: Fields) -> dict[str, Any]:
+    """Return an earlier tool call as the chat template reads it, from an object with name and arguments.
+
+    Raises: ApiError (400) naming the field.
+    """
+    name = function.required("name", function.text("name"))
+    arguments = function.raw("arguments", "{}")
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError) as err:
+        raise ApiError(400, f"must be the JSON text of an object: {err}", function.name("arguments")) from err
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"must be an object, got {describe(arguments)}", function.name("arguments"))
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """Return the functions that the model may call, and which it must: None, a name, or "" for any of them.
+
+    Raises: ApiError (400) naming the field.
+    """
+    tools = [_tool(tool) for tool in fields.objects("tools")] or None
+    choice = fields.raw("tool_choice", "auto" if tools else "none")
+    if choice == "none":
+        return None, None
+    path = fields.name("tool_choice")
+    if choice in ("auto", "required"):
+        if not tools:
+            raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
+        return tools, "" if choice == "required" else None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name is None:
+        expected = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
+    if name not in [tool["function"]["name"] for tool in tools or []]:
+        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+    return tools, name
+
+
+def _tool(fields: Fields) -> dict[str, Any]:
+    if fields.text("type", "function") != "function":
+        raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
+    function = fields.required("function", fields.object("function"))
+    function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
+    return {"type": "function", "function": read_function(function)}
+
+
+def read_function(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
+    """Return a function as the chat template reads it. parameters: the field of its JSON schema.
+
+    Raises: ApiError (400) naming the field.
+    """
+    function: dict[str, Any] = {"name": fields.required("name", fields.text("name"))}
+    optional = {"description": fields.text("description"), "parameters": fields.mapping(parameters)}
+    return function | {key: value for key, value in optional.items() if value is not None}

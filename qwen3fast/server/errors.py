@@ -1,0 +1,90 @@
+"""Errors as OpenAI's API writes them: a status code and an object that names the field at fault.
+
+Source: OpenAI API reference, "Error codes"; Anthropic API reference, "Errors" (the form of `/v1/messages`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from qwen3fast.sampling.grammar import GrammarError
+from qwen3fast.scheduling import ClosedError, QueueFullError
+
+RETRY_AFTER_S = 1
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """An answer other than success.
+
+    Attributes:
+        status: HTTP status code, from 400 to 599. message: what was wrong, what was expected, what to do.
+        param: the field of the request at fault, as a path such as "messages[2].role"; None if it is no field.
+        code: a word for programs, such as "model_not_found"; may be None.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that belong to the status."""
+        if self.status in (429, 503):
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+    def to_openai(self) -> dict[str, Any]:
+        """Return the body `{"error": {...}}` of OpenAI's API."""
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def to_anthropic(self) -> dict[str, Any]:
+        """Return the body `{"type": "error", ...}` of Anthropic's API."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        message = f"{self.param}: {self.message}" if self.param else self.message
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """Return the answer to an exception of the engine; what is not the client's fault becomes status 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full")
+    if isinstance(error, ClosedError):
+        return ApiError(503, "the server is shutting down", code="shutting_down")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes before Python 3.11
+        return ApiError(504, "the reply took longer than the server's request timeout", code="timeout")
+    if isinstance(error, ValueError | GrammarError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, ImportError):
+        return ApiError(400, f"not available on this server: {error}", code="unsupported")
+    return ApiError(500, f"internal error: {type(error).__name__}: {error}", code="internal_error")
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Return the response to an exception, in the form of the API that the path belongs to."""
+    api_error = to_api_error(error)
+    body = api_error.to_anthropic() if request.url.path == "/v1/messages" else api_error.to_openai()
+    return JSONResponse(body, api_error.status, api_error.headers)

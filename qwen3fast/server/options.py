@@ -1,0 +1,40 @@
+"""ServerOptions: the server's settings, all of them command-line options as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Settings of a server.
+
+    Attributes:
+        api_keys: any of them opens every endpoint but `/health` and `/ready`; none leaves the server open.
+        strict: refuse unknown fields with status 400 instead of naming them in the header `X-Ignored-Fields`.
+        max_body_bytes: larger request bodies get status 413.
+        request_timeout_s: a reply that takes longer ends with status 504 (in a stream, with an error event).
+        receive_timeout_s: a client that sends nothing of its body for so long gets status 408.
+        send_timeout_s: a streaming client that takes nothing for so long is disconnected.
+        heartbeat_s: a stream without news sends a comment so often.
+        compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
+        log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    strict: bool = False
+    max_body_bytes: int = 8 * 2**20
+    request_timeout_s: float = 600.0
+    receive_timeout_s: float = 30.0
+    send_timeout_s: float = 30.0
+    heartbeat_s: float = 10.0
+    compile_timeout_s: float = 1.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming the option and its value."""
+        for name, value in vars(self).items():
+            if name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise ValueError("an API key must be a non-empty ASCII string")

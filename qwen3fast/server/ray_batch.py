@@ -1,0 +1,70 @@
+"""`batch --ray`: the same file of requests over a Ray cluster, a whole model in each worker (extra `ray`).
+
+Each worker is a process that Ray places. Ray Data starts a failed one again and gives its jobs to the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from qwen3fast.server.app import create_app
+from qwen3fast.server.command import load_models
+from qwen3fast.server.in_process import call
+from qwen3fast.server.jobs import Job
+from qwen3fast.server.options import ServerOptions
+
+
+class Worker:
+    """The models of one process. Ray calls it with blocks of jobs: a single column of JSON texts."""
+
+    def __init__(self, args: argparse.Namespace, options: ServerOptions) -> None:
+        """Load the models that the options of `batch` name."""
+        self._app = create_app(load_models(args), options)
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
+        """Return the output lines of a block of jobs, which run together as far as there are slots."""
+        jobs = [Job(**json.loads(text)) for text in block["json"]]
+        return {"json": asyncio.run(self._answer(jobs))}
+
+    async def _answer(self, jobs: list[Job]) -> list[str]:
+        async def one(job: Job) -> str:
+            return json.dumps(job.answer(*await call(self._app, job.url, job.body)))
+
+        return list(await asyncio.gather(*(one(job) for job in jobs)))
+
+
+def answers(jobs: list[Job], args: argparse.Namespace, options: ServerOptions) -> Iterator[dict[str, Any]]:
+    """Yield the output lines of all jobs as they come. Raises: ImportError without Ray."""
+    try:
+        import ray
+    except ImportError as err:
+        raise ImportError("--ray needs Ray; run: pip install 'qwen3fast[ray]'") from err
+    ray.init(address=args.ray_address, ignore_reinit_error=True, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    block_size = min(2 * args.max_batch_size, args.max_queue)
+    texts = [{"json": json.dumps(vars(job))} for job in jobs]
+    plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "run"})
+    replies = ray.data.from_items(texts, override_num_blocks=-(-len(texts) // block_size)).map_batches(
+        Worker,
+        fn_constructor_kwargs={"args": plain, "options": options},
+        batch_size=block_size,
+        compute=ray.data.ActorPoolStrategy(size=args.workers),
+        num_cpus=args.worker_cpus,
+        num_gpus=args.worker_gpus,
+    )
+    for row in replies.iter_rows():
+        yield json.loads(row["json"])
+
+
+def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `batch --ray` to a parser."""
+    group = parser.add_argument_group("Ray")
+    group.add_argument("--ray", action="store_true", help="over a Ray cluster or local workers (extra 'ray')")
+    group.add_argument("--ray-address", help="of the cluster [RAY_ADDRESS, or a local one that is started]")
+    group.add_argument("--workers", type=int, default=1, help="processes, each with the whole model [%(default)s]")
+    group.add_argument("--worker-cpus", type=float, default=1, help="CPUs of each [%(default)s]")
+    group.add_argument("--worker-gpus", type=float, default=0, help="GPUs of each [%(default)s]")

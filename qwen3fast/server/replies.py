@@ -1,0 +1,150 @@
+"""Replies of the engine for one request: started together, read as they come, cancelled when nobody wants them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3fast.generator import Generator
+from qwen3fast.results import GenerationResult, StreamChunk
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.text.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+END_OF_REASONING = "</think>"
+# Threads of their own: schemas that take long to compile, which no thread can give up, hold up one another alone.
+_COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one reply. index: its place among the request's replies. chunk: what is new."""
+
+    index: int
+    chunk: StreamChunk
+
+
+def new_id(prefix: str) -> str:
+    """Return an id such as "chatcmpl-0f..." that nobody can guess."""
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def now() -> int:
+    """Return the time in seconds since 1970, as OpenAI's `created` has it."""
+    return int(time.time())
+
+
+@asynccontextmanager
+async def started(
+    generator: Generator, jobs: Sequence[tuple[Prompt, SamplingParams]], compile_timeout_s: float
+) -> AsyncIterator[list[RequestHandle]]:
+    """Start one reply per job, and cancel those that have not ended when the block is left.
+
+    Raises: QueueFullError if not all of them find a place (none is run then); ValueError for what cannot be run.
+    """
+    handles: list[RequestHandle] = []
+    is_wanted = True
+
+    def start_all() -> None:  # in a thread: tokenizing and compiling schemas must not hold up other clients
+        for prompt, params in jobs:
+            handles.append(generator.submit(prompt, params, timeout=0))
+            if not is_wanted:  # a thread cannot be stopped, so it looks for itself
+                handles[-1].cancel()
+                return
+
+    has_grammar = any(params.json_schema is not None or params.regex is not None for _, params in jobs)
+    try:
+        if has_grammar:
+            work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
+            await _in_time(work, compile_timeout_s)
+        else:
+            await asyncio.to_thread(start_all)
+        yield handles
+    finally:
+        is_wanted = False
+        for handle in handles:
+            handle.cancel()
+
+
+async def _in_time(work: Any, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(work, timeout_s)
+    except asyncio.TimeoutError as err:
+        raise ValueError(f"this schema or regular expression takes more than {timeout_s} s to compile") from err
+
+
+async def results(handles: list[RequestHandle]) -> list[GenerationResult]:
+    """Wait for all replies. Raises: what ended one of them."""
+    return list(await asyncio.gather(*(_result(handle) for handle in handles)))
+
+
+async def _result(handle: RequestHandle) -> GenerationResult:
+    result = None
+    async for chunk in handle:
+        result = chunk.result or result
+    assert result is not None, "the last chunk has the result"
+    return result
+
+
+async def pieces(handles: list[RequestHandle]) -> AsyncIterator[Piece]:
+    """Yield news of all replies as they come. Raises: what ended one of them."""
+    if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
+        async for chunk in handles[0]:
+            yield Piece(0, chunk)
+        return
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
+
+    async def read(index: int, handle: RequestHandle) -> None:
+        try:
+            async for chunk in handle:
+                await queue.put(Piece(index, chunk))
+        except Exception as err:
+            await queue.put(err)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(read(i, handle)) for i, handle in enumerate(handles)]
+    try:
+        running = len(tasks)
+        while running:
+            news = await queue.get()
+            if news is None:
+                running -= 1
+            elif isinstance(news, Piece):
+                yield news
+            else:
+                raise news
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def usage(all_results: Iterable[GenerationResult], num_prompts: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return OpenAI's `usage` of finished replies; the replies to one prompt count its tokens once."""
+    every = list(all_results)
+    per_prompt = max(1, len(every) // max(1, num_prompts))
+    firsts = every[::per_prompt]
+    prompt = sum(result.metrics.prompt_tokens for result in firsts)
+    completion = sum(result.metrics.new_tokens for result in every)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(result.metrics.reused_tokens for result in firsts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(reasoning_tokens(r, tokenizer) for r in every)},
+    }
+
+
+def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:
+    """Return how many of a reply's tokens are reasoning, the closing tag included."""
+    if tokenizer is None or not result.reasoning:
+        return 0
+    end = tokenizer.base.token_to_id(END_OF_REASONING)
+    return result.token_ids.index(end) + 1 if end in result.token_ids else len(result.token_ids)

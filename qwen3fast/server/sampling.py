@@ -1,0 +1,209 @@
+"""From the fields of a request to `SamplingParams`: OpenAI's names, and vLLM's extras under vLLM's names."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe, is_number
+
+MAX_CHOICES = 128
+# llguidance's options for a forced tool call: written as the examples in Qwen3's template are, without line breaks.
+AS_IN_TEMPLATE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_STOP_STRINGS = 16
+# Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
+REASONING_BUDGETS: dict[str, int | None] = {
+    "none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample the replies to a request.
+
+    params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
+    """
+
+    params: SamplingParams
+    n: int = 1
+    enable_thinking: bool | None = None
+
+    def each(self) -> list[SamplingParams]:
+        """Return the parameters of each reply: reply i has seed + i, as `Generator.generate` defines n."""
+        seed = self.params.seed
+        if seed is None:
+            return [self.params] * self.n
+        return [replace(self.params, seed=(seed + i + 2**63) % 2**64 - 2**63) for i in range(self.n)]
+
+
+def read_sampling(
+    fields: Fields,
+    max_tokens_names: tuple[str, ...],
+    logprobs: int | None = None,
+    default_max_tokens: int | None = None,
+) -> Sampling:
+    """Read the sampling fields of a request.
+
+    max_tokens_names: the fields that may limit the reply's tokens, the one that wins first.
+    logprobs: the number of alternatives, which each endpoint spells in its own way.
+    default_max_tokens: None takes what fits the context.
+    Raises: ApiError (400) naming the field.
+    """
+    limits = [fields.integer(name, 1, 2**31) for name in max_tokens_names]
+    values: dict[str, Any] = {
+        "temperature": fields.number("temperature"),
+        "top_p": fields.number("top_p"),
+        "top_k": _top_k(fields),
+        "min_p": fields.number("min_p"),
+        "max_tokens": next((limit for limit in limits if limit is not None), default_max_tokens),
+        "stop": _stop(fields),
+        "stop_token_ids": _ids(fields, "stop_token_ids") or (),
+        "ignore_eos": fields.flag("ignore_eos"),
+        "seed": fields.integer("seed"),
+        "repetition_penalty": fields.number("repetition_penalty"),
+        "presence_penalty": fields.number("presence_penalty") or 0.0,
+        "frequency_penalty": fields.number("frequency_penalty") or 0.0,
+        "logit_bias": _logit_bias(fields),
+        "allowed_token_ids": _ids(fields, "allowed_token_ids"),
+        "logprobs": logprobs,
+        **_structure(fields),
+    }
+    budget, enable_thinking = _reasoning(fields)
+    n = fields.integer("n", 1, MAX_CHOICES) or 1
+    try:
+        return Sampling(SamplingParams(**values, thinking_budget=budget), n, enable_thinking)
+    except ValueError as err:
+        name = next((name for name in values if str(err).startswith(name)), None)
+        raise ApiError(400, str(err), name, "invalid_value") from err
+
+
+def _top_k(fields: Fields) -> int | None:
+    top_k = fields.integer("top_k", -1, 2**31)
+    return 0 if top_k == -1 else top_k  # vLLM writes -1 for "all"
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.raw("stop", ())
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
+        raise ApiError(400, f"must be a string or a list of strings, got {describe(stop)}", fields.name("stop"))
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ApiError(400, f"at most {MAX_STOP_STRINGS} stop strings, got {len(stops)}", fields.name("stop"))
+    return tuple(s for s in stops if s)
+
+
+def _ids(fields: Fields, key: str) -> tuple[int, ...] | None:
+    ids = fields.items(key)
+    if ids is None:
+        return None
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ApiError(400, f"must be a list of token ids, got {describe(ids)}", fields.name(key))
+    return tuple(ids)
+
+
+def _logit_bias(fields: Fields) -> dict[int, float] | None:
+    bias = fields.raw("logit_bias")
+    if bias is None:
+        return None
+    is_right = isinstance(bias, dict) and all(
+        key.isascii() and key.isdigit() and len(key) < 10 and is_number(value) and -100 <= value <= 100
+        for key, value in bias.items()
+    )
+    if not is_right:
+        message = f"must map token ids to numbers from -100 to 100, got {describe(bias)}"
+        raise ApiError(400, message, fields.name("logit_bias"))
+    return {int(key): float(value) for key, value in bias.items()}
+
+
+def _structure(fields: Fields) -> dict[str, Any]:
+    """Return json_schema or regex, from `response_format`, or vLLM's `structured_outputs` or older `guided_*`."""
+    given = _guides(fields, "guided_")
+    outputs = fields.object("structured_outputs")
+    if outputs is not None:
+        given |= _guides(outputs, "")
+        if outputs.flag("json_object"):
+            given[outputs.name("json_object")] = ("json_schema", {"type": "object"})
+    response_format = _response_format(fields)
+    if response_format is not None:
+        given["response_format"] = ("json_schema", response_format)
+    if len(given) > 1:
+        raise ApiError(400, f"only one of {', '.join(given)} can shape a reply", list(given)[1])
+    return dict(given.values())
+
+
+def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
+    """Return what shapes a reply, by the path of its field: the name of a sampling parameter and its value."""
+    given: dict[str, tuple[str, Any]] = {}
+    for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
+        if fields.raw(key) is not None:
+            raise ApiError(400, "is not supported; use a JSON schema or a regular expression", fields.name(key))
+    schema = fields.raw(f"{prefix}json")
+    if schema is not None:
+        given[fields.name(f"{prefix}json")] = ("json_schema", schema)
+    regex = fields.text(f"{prefix}regex")
+    if regex is not None:
+        given[fields.name(f"{prefix}regex")] = ("regex", regex)
+    choices = fields.items(f"{prefix}choice")
+    if choices is not None:
+        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+            raise ApiError(400, "must be a list of non-empty strings", fields.name(f"{prefix}choice"))
+        given[fields.name(f"{prefix}choice")] = ("regex", "|".join(re.escape(choice) for choice in choices))
+    return given
+
+
+def _response_format(fields: Fields) -> dict[str, Any] | None:
+    form = fields.object("response_format")
+    if form is None:
+        return None
+    kind = form.required("type", form.text("type", choices=("text", "json_object", "json_schema")))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    described = form.required("json_schema", form.object("json_schema"))
+    described.take("name", "description", "strict")  # a schema is always followed strictly
+    schema = described.raw("schema", {"type": "object"})
+    if not isinstance(schema, dict):
+        raise ApiError(400, f"must be a JSON schema, got {describe(schema)}", described.name("schema"))
+    return schema
+
+
+def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
+    """Return the budget of reasoning tokens and whether the template lets the model reason at all."""
+    budget, enable = fields.integer("thinking_budget", 0, 2**31), None
+    effort = fields.text("reasoning_effort", choices=tuple(REASONING_BUDGETS))
+    if effort is not None:
+        enable = effort != "none"
+        budget = budget if budget is not None or not enable else REASONING_BUDGETS[effort]
+    template = fields.object("chat_template_kwargs")
+    if template is not None:
+        enable = bool(template.flag("enable_thinking", True if enable is None else enable))
+        if template.unknown():
+            raise ApiError(400, "only enable_thinking is supported", template.unknown()[0], "unsupported")
+    return budget, enable
+
+
+def schema_of_calls(tools: list[dict[str, Any]], name: str | None = None) -> str:
+    """Return the JSON schema of one call of any of these functions, or of the one named, as JSON text.
+
+    Source: the form that Qwen3's chat template asks for, `{"name": ..., "arguments": {...}}`.
+    """
+    functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                "arguments": function.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({**schema, "x-guidance": AS_IN_TEMPLATE})

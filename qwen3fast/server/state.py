@@ -1,0 +1,91 @@
+"""ServerState: what all endpoints of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from qwen3fast.results import GenerationResult
+from qwen3fast.server.errors import to_api_error
+from qwen3fast.server.metrics import Metrics
+from qwen3fast.server.models import Models, ServedModel
+from qwen3fast.server.options import ServerOptions
+from qwen3fast.server.store import ResponseStore
+from qwen3fast.server.stream import EventStream, StreamTimes, event
+
+logger = logging.getLogger("qwen3fast.server")
+T = TypeVar("T")
+
+
+class ServerState:
+    """The models, options and metrics of a server.
+
+    Attributes:
+        responses: the latest responses of `/v1/responses`.
+        is_draining: no new request is taken; those that run go on to their ends.
+        in_flight: requests that are being answered.
+    """
+
+    def __init__(self, models: Models, options: ServerOptions) -> None:
+        self.models, self.options = models, options
+        self.metrics = Metrics(models)
+        self.responses = ResponseStore()
+        self.is_draining = False
+        self.in_flight = 0
+
+    def in_time(self, work: Awaitable[T]) -> Awaitable[T]:
+        """Wait for work at most as long as a request may take. Raises: TimeoutError, and what the work raises."""
+        return asyncio.wait_for(work, self.options.request_timeout_s)
+
+    def note(self, request: Request, served: ServedModel, prompt: Any) -> None:
+        """Remember whom a request asks, for the log; write its prompt only where that was asked for."""
+        request.state.model = served.name
+        if self.options.log_prompts:
+            logger.info("%s prompt: %s", request.state.id, json.dumps(prompt, default=str))
+
+    def count(self, request: Request, served: ServedModel, finished: list[GenerationResult]) -> None:
+        """Count finished replies in the metrics; write them to the log only where that was asked for."""
+        for result in finished:
+            self.metrics.observe(served.name, result)
+            if self.options.log_prompts:
+                logger.info("%s reply: %s", request.state.id, json.dumps(result.text))
+
+    async def event_stream(
+        self, request: Request, events: AsyncGenerator[bytes, None], headers: dict[str, str]
+    ) -> EventStream:
+        """Return the response that sends these events, and an error event if they end in an exception.
+
+        Raises: what happens before the first event, which still gets a status code of its own.
+        """
+        first = await anext(events)
+
+        async def whole() -> AsyncGenerator[bytes, None]:
+            async with aclosing(events):
+                yield first
+                async for each in events:
+                    yield each
+
+        def error_event(err: Exception) -> bytes:
+            error = to_api_error(err)
+            if error.status == 500:
+                logger.error("%s failed while streaming", request.state.id, exc_info=err)
+            if request.url.path == "/v1/messages":
+                return event(error.to_anthropic(), "error")
+            return event(error.to_openai())
+
+        options = self.options
+        times = StreamTimes(options.heartbeat_s, options.send_timeout_s, options.request_timeout_s)
+        return EventStream(whole(), times, error_event, headers)
+
+
+def state_of(request: Request) -> ServerState:
+    """Return the server's state."""
+    state = request.app.state.server
+    assert isinstance(state, ServerState), "create_app sets it"
+    return state

@@ -1,0 +1,45 @@
+"""`GET /v1/models`, `/health`, `/ready`, `/metrics` and `/openapi.json`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qwen3fast.server.openapi import description
+from qwen3fast.server.state import state_of
+
+
+async def models(request: Request) -> Response:
+    """List the models."""
+    return JSONResponse({"object": "list", "data": [m.to_openai() for m in state_of(request).models.served]})
+
+
+async def model(request: Request) -> Response:
+    """Describe one model."""
+    return JSONResponse(state_of(request).models.find(request.path_params["name"]).to_openai())
+
+
+async def health(request: Request) -> Response:
+    """Answer as long as the process can."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Answer 200 while new requests are taken, 503 while the server drains."""
+    if state_of(request).is_draining:
+        return JSONResponse({"status": "draining"}, 503)
+    return JSONResponse({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """Return the metrics for Prometheus."""
+    text = await asyncio.to_thread(state_of(request).metrics.render)  # asks the engine's thread, which may be busy
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+async def openapi(request: Request) -> Response:
+    """Describe the endpoints in OpenAPI's form."""
+    return JSONResponse(description())

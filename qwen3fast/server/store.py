@@ -1,0 +1,45 @@
+"""The latest responses of `/v1/responses`, which later requests go on from."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3fast.server.errors import ApiError
+
+MAX_STORED = 1000  # the oldest go first
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A response and the whole conversation up to and with it."""
+
+    response: dict[str, Any]
+    messages: list[dict[str, Any]]
+
+
+class ResponseStore:
+    """The latest responses, in memory."""
+
+    def __init__(self, most: int = MAX_STORED) -> None:
+        self._most = most
+        self._stored: OrderedDict[str, Stored] = OrderedDict()
+
+    def add(self, stored: Stored) -> None:
+        """Keep a response, and forget the oldest beyond the bound."""
+        self._stored[stored.response["id"]] = stored
+        while len(self._stored) > self._most:
+            self._stored.popitem(last=False)
+
+    def get(self, response_id: str) -> Stored:
+        """Return a response. Raises: ApiError (404)."""
+        stored = self._stored.get(response_id)
+        if stored is None:
+            raise ApiError(404, f"response {response_id!r:.100} is not stored here (any more)", code="not_found")
+        return stored
+
+    def delete(self, response_id: str) -> None:
+        """Forget a response. Raises: ApiError (404)."""
+        self.get(response_id)
+        del self._stored[response_id]

@@ -1,0 +1,52 @@
+"""`POST /tokenize` and `POST /detokenize`, as in vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qwen3fast.server.conversation import read_messages, read_tools
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import describe, read_fields, refuse_or_name
+from qwen3fast.server.models import tokenizer_of
+from qwen3fast.server.state import state_of
+
+
+async def tokenize(request: Request) -> Response:
+    """Return the token ids of a text (`prompt`) or of a conversation (`messages`)."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    name = fields.text("model")
+    served = state.models.find(name) if name is not None else state.models.served[0]
+    tokenizer = tokenizer_of(served)
+    text = fields.text("prompt")
+    if text is not None:
+        ids = await asyncio.to_thread(tokenizer.encode, text)
+    else:
+        if fields.raw("messages") is None:
+            raise ApiError(400, "one of prompt and messages is required", "prompt", "missing_required_parameter")
+        messages, (tools, _) = read_messages(fields), read_tools(fields)
+        add = fields.flag("add_generation_prompt", True)
+        rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add, tokenize=True)
+        ids = list(rendered)  # type: ignore[arg-type]
+    with_texts = fields.flag("return_token_strs")
+    headers = refuse_or_name(fields, state.options.strict)
+    body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}
+    if with_texts:
+        body["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+    return JSONResponse(body, headers=headers)
+
+
+async def detokenize(request: Request) -> Response:
+    """Return the text of token ids."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    name = fields.text("model")
+    served = state.models.find(name) if name is not None else state.models.served[0]
+    ids = fields.required("tokens", fields.items("tokens"))
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ApiError(400, f"must be a list of token ids, got {describe(ids)}", "tokens", "invalid_type")
+    headers = refuse_or_name(fields, state.options.strict)
+    return JSONResponse({"prompt": tokenizer_of(served).decode(ids)}, headers=headers)

@@ -1,0 +1,149 @@
+"""`POST /v1/embeddings`, `/v1/rerank`, `/v2/rerank` and `/v1/score`.
+
+Source: OpenAI API reference, "Embeddings"; Jina and Cohere API references, "Rerank"; vLLM documentation, "Score API".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qwen3fast.embedder import Embedder
+from qwen3fast.reranker import Reranker
+from qwen3fast.server.completions import read_prompts
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
+from qwen3fast.server.models import ServedModel
+from qwen3fast.server.replies import new_id, now
+from qwen3fast.server.state import state_of
+from qwen3fast.server.stream import unless_disconnected
+
+T = TypeVar("T")
+TEXTS_AT_ONCE = 32  # between them, a request that nobody waits for any longer ends
+
+
+async def embeddings(request: Request) -> Response:
+    """Turn texts into vectors."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    served = state.models.choose(fields, "embed")
+    embedder = served.model
+    assert isinstance(embedder, Embedder), "it was chosen for that"
+    tokenizer = embedder.tokenizer
+    texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in read_prompts(fields, "input")]
+    dimensions = fields.integer("dimensions", 1)
+    form = fields.text("encoding_format", "float", choices=("float", "base64"))
+    instruction = fields.text("instruction")
+    fields.take("user")
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, served, texts)
+    encode = partial(embedder.encode, instruction=instruction, dimensions=dimensions)
+    vectors = await _computed(request, served, encode, texts)
+    data = []
+    for i, vector_E in enumerate(vectors):
+        vector_E = vector_E.cpu()
+        values = base64.b64encode(vector_E.numpy().tobytes()).decode() if form == "base64" else vector_E.tolist()
+        data.append({"object": "embedding", "index": i, "embedding": values})
+    body = {"object": "list", "data": data, "model": served.name, "usage": _usage(embedder, texts)}
+    return JSONResponse(body, headers=headers)
+
+
+async def rerank(request: Request) -> Response:
+    """Order documents by how well they answer a query."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    served = state.models.choose(fields, "rerank")
+    reranker = served.model
+    assert isinstance(reranker, Reranker), "it was chosen for that"
+    query = fields.required("query", fields.text("query"))
+    documents = _documents(fields)
+    top_n = fields.integer("top_n", 1) or len(documents)
+    is_cohere = request.url.path.startswith("/v2")  # where results hold no documents
+    returns_documents = fields.flag("return_documents", not is_cohere)
+    fields.take("max_tokens_per_doc")
+    instruction = fields.text("instruction")
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, served, [query, documents])
+    scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])[:top_n]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
+    if returns_documents:
+        for entry in results:
+            entry["document"] = {"text": documents[entry["index"]]}
+    body: dict[str, Any] = {"id": new_id("rerank"), "model": served.name, "results": results}
+    if is_cohere:
+        body["meta"] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+    else:
+        body["usage"] = _usage(reranker, [query, *documents])
+    return JSONResponse(body, headers=headers)
+
+
+async def score(request: Request) -> Response:
+    """Score a text against one or several others, as vLLM does: text_1 is the query, text_2 the documents."""
+    state = state_of(request)
+    fields = await read_fields(request)
+    served = state.models.choose(fields, "rerank")
+    reranker = served.model
+    assert isinstance(reranker, Reranker), "it was chosen for that"
+    query = fields.required("text_1", fields.text("text_1"))
+    second = fields.required("text_2", fields.raw("text_2"))
+    documents = [second] if isinstance(second, str) else _documents(fields, "text_2")
+    instruction = fields.text("instruction")
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, served, [query, documents])
+    scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
+    body = {
+        "id": new_id("score"),
+        "object": "list",
+        "created": now(),
+        "model": served.name,
+        "data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)],
+        "usage": _usage(reranker, [query, *documents]),
+    }
+    return JSONResponse(body, headers=headers)
+
+
+async def _computed(
+    request: Request, served: ServedModel, compute: Callable[[list[str]], Iterable[T]], texts: list[str]
+) -> list[T]:
+    """Return what a model makes of each text, a few at once in a thread, while the client is there and time is left."""
+
+    async def work() -> list[T]:
+        found: list[T] = []
+        async with served.lock:
+            for begin in range(0, len(texts), TEXTS_AT_ONCE):
+                thread = asyncio.to_thread(compute, texts[begin : begin + TEXTS_AT_ONCE])
+                found += await _to_its_end(thread)
+        return found
+
+    return await unless_disconnected(request, state_of(request).in_time(work()))
+
+
+async def _to_its_end(thread: Coroutine[Any, Any, T]) -> T:
+    """Wait for a thread even when cancelled: it cannot be stopped, and the next one must not run beside it."""
+    task = asyncio.ensure_future(thread)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+def _usage(model: Embedder | Reranker, texts: list[str]) -> dict[str, int]:
+    num_tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
+    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+
+
+def _documents(fields: Fields, key: str = "documents") -> list[str]:
+    """Return the texts of a list of documents: strings or objects with "text"."""
+    given = fields.required(key, fields.items(key))
+    texts = [text for d in given if isinstance(text := d.get("text") if isinstance(d, dict) else d, str)]
+    if not texts or len(texts) < len(given):
+        raise ApiError(400, f"must be a non-empty list of texts, got {describe(given)}", fields.name(key))
+    return texts

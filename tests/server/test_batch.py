@@ -1,0 +1,123 @@
+"""`batch`: every line answered once, whatever interrupts it; bad lines told by number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from serving import tiny_generator  # noqa: F401  fixtures
+
+from qwen3fast import SamplingParams
+from qwen3fast.cli import main
+from qwen3fast.server.batch import Output
+from qwen3fast.server.jobs import Job, read_jobs
+
+OPTIONS = ["--max-batch-size", "4", "--max-seq-len", "256", "--no-warmup"]
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    """Write JSON lines; strings as they are."""
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_every_line_is_answered_as_the_generator_would(tmp_path, tiny_generator, capsys):  # noqa: F811
+    prompts = [f"What is {i} + 3?" for i in range(9)]
+    greedy = {"temperature": 0, "max_tokens": 6}
+    rows = [{"prompt": prompt, **greedy} for prompt in prompts]
+    rows.append({"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0})
+    body = {"prompt": prompts[1], **greedy}
+    rows.append({"custom_id": "mine", "method": "POST", "url": "/v1/completions", "body": body})
+    source, target = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
+    found = {row.get("custom_id", row.get("key")): row for row in read_lines(target)}
+    alone = tiny_generator.generate(prompts, SamplingParams(**greedy))
+    assert [found[str(i + 1)]["text"] for i in range(9)] == [result.text for result in alone]
+    assert found["10"]["message"]["content"] == "42"
+    assert found["mine"]["response"]["body"]["choices"][0]["text"] == alone[1].text
+    assert len(read_lines(target)) == 11
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
+    assert "11 of 11 results are there already" in capsys.readouterr().err
+    assert len(read_lines(target)) == 11
+
+
+def test_bad_lines_are_told_by_number_and_the_rest_is_answered(tmp_path, capsys):
+    rows = [
+        {"prompt": "a", "max_tokens": 1},
+        "{",
+        "[]",
+        {"x": 1},
+        {"prompt": "b", "temperature": -1},
+        "no JSON",
+    ]
+    rows += [{"custom_id": "a", "url": "/etc/passwd", "body": {}}, {"prompt": "c", "max_tokens": 1}]
+    source, target = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 1
+    told = capsys.readouterr().err
+    assert all(f"in.jsonl:{line}:" in told for line in (2, 3, 4, 6, 7))
+    found = {row["key"]: row for row in read_lines(target)}
+    assert set(found) == {"1", "5", "8"} and found["5"]["error"]["param"] == "temperature"
+
+
+def test_csv_and_parquet_are_read(tmp_path):
+    (tmp_path / "in.csv").write_text('prompt,max_tokens\n"a, b",3\n12,4\n', encoding="utf-8")
+    jobs = list(read_jobs(tmp_path / "in.csv"))
+    assert [(job.line, job.body["prompt"], job.body["max_tokens"]) for job in jobs if isinstance(job, Job)] == [
+        (2, "a, b", 3),
+        (3, "12", 4),
+    ]
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "max_tokens": [3, None]}), tmp_path / "in.parquet")
+    bodies = [job.body for job in read_jobs(tmp_path / "in.parquet") if isinstance(job, Job)]
+    assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
+    path = tmp_path / "out.jsonl"
+    output = Output(path)
+    output.write({"key": "1", "text": "one"})
+    output.write({"key": "2", "text": "two"})
+    output.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Output(path)
+    assert again.done == {"1"}
+    again.write({"key": "2", "text": "two"})
+    again.close()
+    assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\nmore\n")
+    with pytest.raises(ValueError, match="no results"):
+        Output(path)
+    assert path.read_text() == "my notes\nmore\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_batch_goes_on_without_losing_or_doubling_a_line(tmp_path, how):
+    rows = [{"prompt": f"What is {i} + 3?", "max_tokens": 40, "ignore_eos": True} for i in range(30)]
+    source, target = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "qwen3fast", "batch", str(source), "-o", str(target), *OPTIONS]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not target.exists() or target.stat().st_size == 0:
+        assert process.poll() is None, "it ended before it wrote"
+        time.sleep(0.005)
+    process.send_signal(how)
+    assert process.wait(30) == (130 if how == signal.SIGTERM else -how)
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
+    assert sorted(int(row["key"]) for row in read_lines(target)) == list(range(1, 31))

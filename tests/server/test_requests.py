@@ -1,0 +1,137 @@
+"""What requests may hold: fields that are ignored are named, vLLM's extras are taken or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+from serving import address, models, tiny_generator  # noqa: F401  fixtures
+
+from qwen3fast import Embedder
+from qwen3fast.cli import main
+from qwen3fast.server.command import _base_of_adapter
+
+httpx = pytest.importorskip("httpx")
+
+CHAT = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0, "max_tokens": 4}
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"unread": {}}}, "description": "d"}
+
+
+@pytest.fixture
+def client(address):  # noqa: F811
+    with httpx.Client(base_url=address, timeout=30) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "ignored"),
+    [
+        ("/v1/chat/completions", {"messages": [{**CHAT["messages"][0], "foo": 1}]}, "messages[0].foo"),
+        (
+            "/v1/chat/completions",
+            {"tools": [{"type": "function", "function": {**TOOL, "x": 1}}]},
+            "tools[0].function.x",
+        ),
+        ("/v1/chat/completions", {"stream_options": {"a": 1}, "min_tokens": 2}, "min_tokens, stream_options.a"),
+        ("/v1/chat/completions", {"min_tokens": None}, None),
+        ("/v1/completions", {"prompt": "a", "messages": 1}, "messages"),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a", "b": 2}], "max_tokens": None}, "input[0].b"),
+        ("/v1/messages", {"system": [{"type": "text", "text": "a", "b": 1}]}, "system[0].b"),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": {"any": 1}, "c": 1}]}, "tools[0].c"),
+    ],
+)
+def test_ignored_fields_are_named_wherever_they_stand(client, path, more, ignored):
+    body = {key: value for key, value in {**CHAT, **more}.items() if path != "/v1/responses" or key != "messages"}
+    reply = client.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers.get("x-ignored-fields") == ignored
+
+
+@pytest.mark.parametrize(
+    ("outputs", "text"),
+    [({"choice": ["red", "green"]}, "red|green"), ({"regex": "b[12]"}, "b[12]"), ({"json": {"const": 7}}, "7")],
+)
+def test_structured_outputs_shape_a_reply(client, outputs, text):
+    pytest.importorskip("llguidance")
+    body = {"prompt": "a", "temperature": 0, "structured_outputs": outputs}
+    given = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    older = {f"guided_{key}": value for key, value in outputs.items()}
+    again = client.post("/v1/completions", json={"prompt": "a", "temperature": 0, **older}).json()
+    assert again["choices"][0]["text"] == given
+    assert re.fullmatch(text, given)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"guided_grammar": "x"}, "guided_grammar"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
+    reply = client.post("/v1/chat/completions", json={**CHAT, **more})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_documents_are_ranked_in_each_form(client, models):  # noqa: F811
+    documents = ["Paris", "a stone", "Rome"]
+    scores = models["ranks"].score("q", documents)
+    body = {"query": "q", "documents": documents, "top_n": 2}
+    best = sorted(range(3), key=lambda i: -scores[i])[:2]
+    ours = client.post("/v1/rerank", json=body).json()
+    assert [r["index"] for r in ours["results"]] == best
+    assert ours["results"][0]["document"]["text"] == documents[best[0]]
+    cohere = client.post("/v2/rerank", json=body).json()
+    assert [r["relevance_score"] for r in cohere["results"]] == pytest.approx([scores[i] for i in best])
+    assert "document" not in cohere["results"][0] and cohere["meta"]["api_version"]["version"] == "2"
+    scored = client.post("/v1/score", json={"text_1": "q", "text_2": documents}).json()
+    assert [r["score"] for r in scored["data"]] == pytest.approx(scores)
+
+
+def test_an_embedder_works_on_one_request_even_when_clients_leave(client, models, monkeypatch):  # noqa: F811
+    at_once, most = [0], [0]
+    encode = Embedder.encode
+
+    def slow(self, texts, **options):
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Embedder, "encode", slow)
+
+    def ask(timeout: float) -> None:
+        with suppress(httpx.TimeoutException):
+            client.post("/v1/embeddings", json={"input": ["a"] * 100}, timeout=timeout)
+
+    threads = [threading.Thread(target=ask, args=(timeout,)) for timeout in (0.02, 0.03, 0.06, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_an_adapter_is_served_by_a_name_of_its_own(tmp_path):
+    assert _base_of_adapter("tiny") is None
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "tiny"}))
+    assert _base_of_adapter(str(tmp_path)) == "tiny"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+        _base_of_adapter(str(tmp_path))
+
+
+def test_without_the_extra_the_command_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qwen3fast.server.batch", None)
+    assert main(["serve", "--model", "tiny", "--port", "0"]) == 1
+    assert "pip install 'qwen3fast[server]'" in capsys.readouterr().err

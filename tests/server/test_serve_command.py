@@ -1,0 +1,63 @@
+"""`python -m qwen3fast serve` as a process: it listens, drains at the first signal, ends at once at the second."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+
+ENDLESS = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture
+def process() -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server on a free port, and its address."""
+    command = [sys.executable, "-m", "qwen3fast", "serve", "--model", "mine=tiny", "--no-warmup", "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            for line in process.stderr:
+                if found := re.search(r"serving mine on (http://127\.0\.0\.1:[1-9]\d+)", line):
+                    break
+            else:
+                pytest.fail("it did not listen")
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
+def test_the_first_signal_drains_and_the_second_ends(process):
+    server, url = process
+    with httpx.Client(base_url=url, timeout=30) as client:
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["mine"]
+        with client.stream("POST", "/v1/completions", json=ENDLESS) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            while client.get("/ready").status_code == 200:
+                pass
+            assert client.post("/v1/completions", json=ENDLESS).status_code == 503
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.wait(20) == 0
+
+
+def test_the_second_signal_ends_at_once(process):
+    server, url = process
+    with (
+        httpx.Client(base_url=url, timeout=30) as client,
+        client.stream("POST", "/v1/completions", json={**ENDLESS, "max_tokens": 4000}) as reply,
+    ):
+        next(reply.iter_lines())
+        server.send_signal(signal.SIGINT)
+        while client.get("/ready").status_code == 200:
+            pass
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) >= 0
