@@ -8,7 +8,7 @@
 
 from qwen3fast._version import __version__
 from qwen3fast.chat_session import ChatSession
-from qwen3fast.checkpoint import load_model
+from qwen3fast.checkpoint import load_model, read_config
 from qwen3fast.embedder import Embedder
 from qwen3fast.generator import Generator
 from qwen3fast.model.config import ModelConfig
@@ -36,4 +36,5 @@ __all__ = [
     "ToolCall",
     "__version__",
     "load_model",
+    "read_config",
 ]

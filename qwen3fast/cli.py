@@ -7,19 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from torch import nn
-
 from qwen3fast._version import __version__
 from qwen3fast.bench.__main__ import main as bench_main
-from qwen3fast.checkpoint import empty_model, read_config, resolve_source
+from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_config, resolve_source
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
-from qwen3fast.quantization import DEQUANTIZE, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.quantization.linear import QuantizedLinear
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.text.tokenizer import Message
 
@@ -111,7 +107,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _open(args: argparse.Namespace) -> Generator:
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
-        max_seq_len = min(4096, _config_of(args.model, args.revision).longest_context)
+        max_seq_len = min(4096, read_config(args.model, args.revision).longest_context)
     generator = Generator.from_pretrained(
         args.model,
         revision=args.revision,
@@ -134,12 +130,6 @@ def _open(args: argparse.Namespace) -> Generator:
 def _num_processes() -> int:
     """Those that torchrun has started, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _config_of(model: str, revision: str | None) -> ModelConfig:
-    if model.startswith("random:"):
-        return ModelConfig.named(model.removeprefix("random:").partition(":")[0])
-    return read_config(resolve_source(model, revision))
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
@@ -224,17 +214,19 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    config = _config_of(args.model, args.revision)
-    published = config.published
-    is_random = args.model.startswith("random:")
-    model = build_on_meta(config) if is_random else empty_model(resolve_source(args.model, args.revision))
-    if args.quantization is not None and model.config.quantization is None:
-        quantize_model(model, args.quantization, config.dtype)
+    prequantized = None
+    if args.model.startswith("random:"):
+        model = build_on_meta(read_config(args.model))
+    else:
+        source = resolve_source(args.model, args.revision)
+        prequantized, model = read_checkpoint_config(source).prequantized, empty_model(source)
+    if args.quantization is not None and not formats_of(model):
+        quantize_model(model, args.quantization, model.config.dtype)
     config = model.config
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     rows: dict[str, object] = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{model.num_bytes():,} bytes in {config.quantization or _formats(model)}",
+        "weights": f"{model.num_bytes():,} bytes in {_formats(model)}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB a token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": config.num_hidden_layers,
@@ -244,8 +236,8 @@ def _info(args: argparse.Namespace) -> int:
         "longest context": f"{config.longest_context:,}",
         "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
-    if published is not None:
-        rows["published in"] = published.describe()
+    if prequantized is not None:
+        rows["stored in"] = prequantized.describe()
     if config.num_experts:
         rows["parameters"] = f"{rows['parameters']}, of which a token runs {config.decode_parameters:,}"
         rows["experts"] = (
@@ -258,7 +250,6 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _formats(model: Qwen3) -> str:
-    """Names of what the linear layers are stored in."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear | QuantizedLinear)]
-    names = [x.format.name if isinstance(x, QuantizedLinear) else str(x.weight.dtype)[6:] for x in linears]
-    return ", ".join(sorted(set(names)))
+    """Return the names of the formats and dtypes that the linear layers and the embedding are stored in."""
+    plain = {str(model.get_submodule(name).weight.dtype).removeprefix("torch.") for name in plain_modules(model)}
+    return ", ".join([*formats_of(model), *sorted(plain)])

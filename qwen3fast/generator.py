@@ -15,16 +15,22 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils import tqdm
 
-from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import (
+    as_id_tuple,
+    choose_device,
+    load_model,
+    read_generation_config,
+    read_tokenizer,
+    resolve_source,
+)
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.engine import Engine, lead_or_follow
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import as_id_tuple
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.parallel import Ranks
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization import formats_of
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import Admission, ClosedError, QueueFullError, Runner, Scheduler, UncachedRun
@@ -427,11 +433,12 @@ class Generator:
 
         Raises: ValueError for a model that is not quantised, or split; OSError if the folder cannot be written.
         """
-        if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
+        formats = formats_of(self.model)
+        if len(formats) > 1:
             raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
-        if self.config.quantization is None:
+        if not formats:
             raise ValueError("this model is not quantised; load it with quantization='int8' or 'int4' first")
         save_model(self.model, Path(folder), self._source_folder)
 

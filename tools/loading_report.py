@@ -43,6 +43,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
 from qwen3fast.checkpoint import weights
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import build_on_meta
 from qwen3fast.model.config import ModelConfig
 
@@ -156,7 +157,7 @@ def write_shards(folder: Path, config: ModelConfig) -> None:
             os.fsync(file.fileno())
     bar.close()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()))
 
 
 def drop_from_cache(folder: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast.bench.measure import MODES
-from qwen3fast.model.config import DTYPES
+from qwen3fast.checkpoint.choices import DTYPES
 from qwen3fast.quantization.formats import FORMATS
 
 PLAIN = "plain"

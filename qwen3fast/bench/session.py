@@ -14,7 +14,7 @@ from qwen3fast.bench.measure import Workbench, is_cached, is_compiled, make_prom
 from qwen3fast.bench.options import Options, label_of, split_format
 from qwen3fast.bench.probes import BandwidthProbe, EnergyMeter, GemmProbe, PeakMemory
 from qwen3fast.bench.record import Case, Label, Record
-from qwen3fast.checkpoint import load_model
+from qwen3fast.checkpoint import CheckpointConfig, load_model
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -128,7 +128,7 @@ class Session:
             "dtype": self.dtype,
             "parameters": self.config.num_parameters,
             "weight_bytes": self.model(None).num_bytes(),
-            "config": self.config.to_dict() | {"dtype": str(self.config.dtype)},
+            "config": CheckpointConfig(self.config).to_dict() | {"dtype": str(self.config.dtype)},
         }
 
 

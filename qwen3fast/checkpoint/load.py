@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,15 +10,16 @@ import torch
 
 from qwen3fast.checkpoint.choices import choose_device, choose_dtype
 from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
-from qwen3fast.checkpoint.random_weights import random_model
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.random_weights import parse_random, random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights, refuse_size
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split, connect
-from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
-from qwen3fast.quantization.formats import fits
+from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_experts, quantize_model
 
 
 def load_model(
@@ -50,9 +51,9 @@ def load_model(
     Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
     """
     chosen_device = choose_device(device)
-    rounded_to = None if quantization == DEQUANTIZE else quantization
-    if rounded_to is not None:
-        prepare_quantization(rounded_to, chosen_device)
+    new_format = None if quantization == DEQUANTIZE else quantization
+    if new_format is not None:
+        prepare_quantization(new_format, chosen_device)
     if adapter is not None:
         LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
     options = _Options(
@@ -63,11 +64,14 @@ def load_model(
     elif (folder := resolve_source(source, revision)).is_file():
         model, split = options.load_gguf(folder), None
     else:
-        model, split = options.load_folder(folder)
+        stored = CheckpointConfig.from_folder(folder)
+        model, split = options.load_folder(folder, stored)
+        if stored.quantization is not None:
+            new_format = None  # quantized already, except for the layers that are to stay as they are
     if adapter is not None:
         merge_lora(model, adapter, check_weights)
-    if rounded_to is not None and model.config.quantization is None:
-        quantize_model(model, rounded_to, choose_dtype(dtype, model.config), progress)
+    if new_format is not None:
+        quantize_model(model, new_format, choose_dtype(dtype, model.config), progress)
     if split is not None and ranks is not None:
         connect(model, split, ranks)
     return model
@@ -84,13 +88,13 @@ def empty_model(source: Path) -> Qwen3:
         rounding = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
         replace_layers(model, choose_formats(header, model.config, rounding), model.config.dtype)
         return model
-    config = ModelConfig.from_folder(source)
-    if config.published is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
-        kept = ("model.embed_tokens", "lm_head")
-        config = replace(config, published=None, quantization=config.published.loaded_as, modules_to_not_convert=kept)
-    model = build_on_meta(config)
-    if config.quantization is not None:
-        quantize_model(model, config.quantization, config.dtype)
+    stored = CheckpointConfig.from_folder(source)
+    format, kept = stored.quantization, stored.modules_to_not_convert
+    if stored.prequantized is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
+        format, kept = stored.prequantized.loaded_as, ("model.embed_tokens", "lm_head")
+    model = build_on_meta(stored.model)
+    if format is not None:
+        quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
     return model
 
 
@@ -109,40 +113,44 @@ class _Options:
 
     def load_random(self, source: str) -> tuple[Qwen3, Split | None]:
         """Of "random:NAME" or "random:NAME:SEED"."""
-        name, _, seed = source.removeprefix("random:").partition(":")
-        if seed and not seed.isdecimal():
-            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
-        config = ModelConfig.named(name)
-        self._refuse_dequantizing(config)
+        config, seed = parse_random(source)
+        self._refuse_dequantizing(None)
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
-        model = random_model(config, self.device, dtype, int(seed or 0), self._on_assigned, split)
+        model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
         self._leave_out_projection(model)
         return model, split
 
-    def load_folder(self, folder: Path) -> tuple[Qwen3, Split | None]:
+    def load_folder(self, folder: Path, stored: CheckpointConfig) -> tuple[Qwen3, Split | None]:
         """Of a folder with safetensors."""
-        config = ModelConfig.from_folder(folder)
-        self._refuse_dequantizing(config)
-        if self.quantization is not None and config.quantization not in (None, self.quantization):
+        config = stored.model
+        self._refuse_dequantizing(stored.prequantized)
+        if self.quantization is not None and stored.quantization not in (None, self.quantization):
             raise ValueError(
-                f"{folder} is in {config.quantization} already; {self.quantization} needs the original weights"
+                f"{folder} is in {stored.quantization} already; {self.quantization} needs the original weights"
             )
+        self._refuse_splitting(stored)
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
-        if config.quantization is not None:
-            prepare_quantization(config.quantization, self.device)
-        format = self._format_of_published(config, folder)
+        if stored.quantization is not None:
+            prepare_quantization(stored.quantization, self.device)
+        format = self._format_of_prequantized(stored.prequantized, folder)
         refuse_size(config, folder)
         model = build_on_meta(config) if split is None else split.build_on_meta()
         self._leave_out_projection(model)
-        if config.quantization is not None:
-            quantize_model(model, config.quantization, dtype)
+        if stored.quantization is not None:
+            kept = stored.modules_to_not_convert
+            quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
         load_weights(
-            model, folder, self.device, dtype, self.progress, format, self._on_assigned, self.check_weights, split
+            model,
+            folder,
+            self.device,
+            dtype,
+            self.progress,
+            format,
+            self._on_assigned,
+            self.check_weights,
+            split,
+            stored.prequantized,
         )
-        if config.published is not None:
-            kept = plain_modules(model) if format is not None and self.quantization is None else ()
-            in_format = format if self.quantization is None else None  # else the rest is to be quantised, too
-            model.config = replace(config, published=None, quantization=in_format, modules_to_not_convert=kept)
         return model, split
 
     def load_gguf(self, file: Path) -> Qwen3:
@@ -161,9 +169,6 @@ class _Options:
         model = build_on_meta(config)
         self._leave_out_projection(model)
         load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
-        packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
-        if len(names) == 1 and all(name in formats for name in packable):
-            model.config = replace(config, quantization=names.pop())  # as if we had rounded it
         return model
 
     @property
@@ -172,25 +177,25 @@ class _Options:
         name = self.quantization
         return None if name in (None, DEQUANTIZE) else partial(_round_experts, name)
 
-    def _refuse_dequantizing(self, config: ModelConfig) -> None:
-        if self.quantization == DEQUANTIZE and config.published is None:
+    def _refuse_dequantizing(self, prequantized: PrequantizedFormat | None) -> None:
+        if self.quantization == DEQUANTIZE and prequantized is None:
             raise ValueError(f"quantization={DEQUANTIZE!r} is for checkpoints that others quantised; use None")
 
     def _leave_out_projection(self, model: Qwen3) -> None:
         if not self.output_projection and not model.config.tie_word_embeddings:
             model.register_module("lm_head", None)
 
-    def _format_of_published(self, config: ModelConfig, folder: Path) -> str | None:
+    def _format_of_prequantized(self, prequantized: PrequantizedFormat | None, folder: Path) -> str | None:
         """The format that layers which others quantised get; None for plain weights.
 
         Raises: ValueError for an adapter that would be merged into weights that stay rounded.
         """
-        if config.published is None:
+        if prequantized is None:
             return None
-        format = config.published.loaded_as if self.quantization is None else self.quantization
+        format = prequantized.loaded_as if self.quantization is None else self.quantization
         if self.has_adapter and self.quantization is None and format is not None:
             raise ValueError(
-                f"an adapter needs the original weights; those of {folder} ({config.published.describe()}) would be "
+                f"an adapter needs the original weights; those of {folder} ({prequantized.describe()}) would be "
                 f"loaded in {format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and round "
                 "afterwards"
             )
@@ -208,13 +213,17 @@ class _Options:
             return None
         if self.has_adapter:
             raise ValueError("adapter= is not supported with tensor parallelism yet; merge it into the weights first")
-        if config.quantization is not None or config.published is not None:
-            format = config.quantization or (config.published and config.published.loaded_as) or "int8"
-            raise ValueError(
-                f"a checkpoint that is in {config.quantization or 'a published format'} already cannot be split over "
-                f"processes yet; load the original weights with quantization={format!r}"
-            )
         return Split(config, self.ranks.rank, self.ranks.size)
+
+    def _refuse_splitting(self, stored: CheckpointConfig) -> None:
+        prequantized = stored.prequantized
+        if self.ranks is not None and (stored.quantization is not None or prequantized is not None):
+            kind = prequantized.method if prequantized is not None else stored.quantization
+            format = stored.quantization or (prequantized and prequantized.loaded_as) or "int8"
+            raise ValueError(
+                f"a checkpoint that is quantized already ({kind}) cannot be split over processes yet; load the "
+                f"original weights with quantization={format!r}"
+            )
 
 
 def _round_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:

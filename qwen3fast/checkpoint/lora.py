@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qwen3fast._json import read_json
 from qwen3fast.checkpoint.checks import dtype_problem, non_finite
 from qwen3fast.checkpoint.weights import assign, open_tensors, refuse
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import read_json
+from qwen3fast.quantization import formats_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
@@ -110,8 +111,8 @@ def merge_lora(model: Qwen3, folder: str | Path, check_weights: bool = False) ->
     that are missing, unexpected, misshaped or of a wrong dtype, all named in one message.
     """
     folder = Path(folder).expanduser()
-    if model.config.quantization is not None:
-        raise ValueError(f"an adapter needs the original weights; these are in {model.config.quantization} already")
+    if formats := formats_of(model):
+        raise ValueError(f"an adapter needs the original weights; these are in {', '.join(formats)} already")
     config = LoraConfig.from_folder(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"{folder / WEIGHTS_FILE} not found; save the adapter with safe_serialization=True")

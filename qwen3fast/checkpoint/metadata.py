@@ -6,17 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen3fast._json import read_json
 from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
-from qwen3fast.model.config import ModelConfig, read_json
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.random_weights import parse_random
+from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
 
-def read_config(source: Path) -> ModelConfig:
-    """The numbers of the model; source: as `resolve_source` gives it.
+def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
+    """Return the numbers of a model without loading its weights.
 
-    Raises: FileNotFoundError or ValueError, as `ModelConfig.from_folder`.
+    source, revision: as in `load_model`.
+    Raises: FileNotFoundError if it does not exist; ValueError for a config that is damaged or not supported.
     """
-    return config_of(read_header(source)) if source.is_file() else ModelConfig.from_folder(source)
+    if str(source).startswith("random:"):
+        return parse_random(str(source))[0]
+    return read_checkpoint_config(resolve_source(source, revision)).model
+
+
+def read_checkpoint_config(source: Path) -> CheckpointConfig:
+    """Return the numbers of the model and the storage of its weights; source: as `resolve_source` gives it.
+
+    Raises: FileNotFoundError or ValueError, as `read_config`.
+    """
+    if source.is_file():
+        return CheckpointConfig(config_of(read_header(source)))
+    return CheckpointConfig.from_folder(source)
 
 
 def read_tokenizer(source: Path) -> Tokenizer:

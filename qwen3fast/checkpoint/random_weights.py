@@ -15,6 +15,17 @@ QK_NORM_WEIGHT = 1.5
 POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
 
 
+def parse_random(source: str) -> tuple[ModelConfig, int]:
+    """Return the config and the seed of "random:NAME" or "random:NAME:SEED".
+
+    Raises: ValueError for an unknown name, or a seed that is no whole number.
+    """
+    name, _, seed = source.removeprefix("random:").partition(":")
+    if seed and not seed.isdecimal():
+        raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+    return ModelConfig.named(name), int(seed or 0)
+
+
 def random_model(
     config: ModelConfig,
     device: torch.device,

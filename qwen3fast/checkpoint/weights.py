@@ -23,11 +23,13 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwen3fast._json import read_json
 from qwen3fast.checkpoint.checks import dtype_problem, no_weights, non_finite
 from qwen3fast.checkpoint.experts import ExpertStacks
-from qwen3fast.checkpoint.prequantized import PublishedLayer, PublishedLayers
+from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.model.config import ModelConfig, read_json
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
@@ -51,14 +53,15 @@ def load_weights(
     on_assigned: OnAssigned | None = None,
     check_weights: bool = False,
     split: Split | None = None,
+    prequantized: PrequantizedFormat | None = None,
 ) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
     check_weights: look for NaN and infinity, in `dtype`. split: of which part of the weights it is a model.
 
     Module and tensor names are the same, but that checkpoints of Qwen3Model (such as Qwen3-Embedding) leave "model."
-    out, that some hold each expert's tensors apart (see experts.py), and that published quantised layers (of
-    `model.config.published`, see published/) have several tensors in place of a weight. Such layers get plain weights,
+    out, that some hold each expert's tensors apart (see experts.py), and that layers which others quantized
+    (`prequantized`) have several tensors in place of a weight. Such layers get plain weights,
     or those of a format, `quantization`.
 
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
@@ -67,7 +70,9 @@ def load_weights(
     files = tensors_by_file(folder)
     _read_ahead(list(files))
     all_names = {name for names in files.values() for name in names}
-    filler = _Filler(model, device, dtype, quantization, on_assigned, check_weights, split, all_names, progress)
+    filler = _Filler(
+        model, device, dtype, quantization, on_assigned, check_weights, split, all_names, progress, prequantized
+    )
     for file, names in files.items():
         with open_tensors(file) as tensors:
             available = dict.fromkeys(tensors.keys())
@@ -96,6 +101,7 @@ class _Filler:
         split: Split | None,
         names: set[str],
         progress: bool,
+        prequantized: PrequantizedFormat | None,
     ) -> None:
         self._on_assigned, self._check_weights, self._split = on_assigned, check_weights, split
         self._model, self._device, self._dtype = model, device, dtype
@@ -107,7 +113,7 @@ class _Filler:
         self._shapes = whole | pieces
         linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         weights = {name: shape for name, shape in self._expected.items() if name in linears} | pieces
-        self._layers = PublishedLayers(model.config.published, weights, {self._place(name) for name in names}, device)
+        self._layers = PrequantizedLayers(prequantized, weights, {self._place(name) for name in names}, device)
         self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
         self._loaded: set[str] = set()
         self.problems: list[str] = []
@@ -162,7 +168,7 @@ class _Filler:
             self._loaded.add(whole[0])
             self.bar.update()
 
-    def _put_layer(self, weight: str, layer: PublishedLayer) -> None:
+    def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
             if self._format is None or weight in self._stacks.pieces or not fits(*layer.shape):
                 self._put_plain(weight, layer.plain(self._dtype), weight)

@@ -1,4 +1,4 @@
-"""YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, as config.json gives them.
+"""YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, under transformers' names.
 
 `model/rope.py` makes the tables. Source: YaRN, arXiv:2309.00071; field names and defaults: transformers 5.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,6 @@ class Yarn:
         if not isinstance(self.truncate, bool):
             raise ValueError(f"YaRN: truncate must be true or false, got {self.truncate!r}")
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], max_position_embeddings: Any) -> Yarn:
-        """Read `rope_scaling` or `rope_parameters`; a field that is null counts as absent.
-
-        max_position_embeddings: the model's, which is the original length if the object does not name one.
-        Raises: ValueError for a missing or bad field.
-        """
-        given = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        if "factor" not in given:
-            raise ValueError("YaRN: missing factor, how many times longer than the original a context may be")
-        given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        return cls(**given)
-
     @property
     def table_factor(self) -> float:
         """What cosines and sines are multiplied by: scores of attention grow by its square."""
@@ -94,11 +80,6 @@ class Yarn:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         return low, high if high != low else high + 0.001
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as `rope_scaling` of a config.json."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"rope_type": "yarn", **{name: value for name, value in given.items() if value is not None}}
 
     def _magnitude(self, scale: float) -> float:
         return 0.1 * scale * math.log(self.factor) + 1.0

@@ -17,7 +17,7 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BaseTokenizer
 
-from qwen3fast.model.config import read_json
+from qwen3fast._json import read_json
 
 Message = dict[str, Any]
 

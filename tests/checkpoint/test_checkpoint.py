@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint import random_model, resolve_source, weights
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -44,7 +45,7 @@ def tensors_of(model: Qwen3) -> dict[str, Tensor]:
 
 def write_checkpoint(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], files: int = 1) -> Path:
     """Write config.json and the tensors in Hugging Face layout, dealt out to one or several files."""
-    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()), encoding="utf-8")
     if files == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -331,7 +332,7 @@ def test_load_names_a_damaged_file(tmp_path, config, tensors, damage):
 
 
 def test_load_without_weights_says_what_it_expects(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"holds no weights; expected model\.safetensors or model\."):
         load_model(tmp_path, device="cpu")
 
@@ -342,7 +343,7 @@ def test_load_without_a_config_says_what_it_expects(tmp_path):
 
 
 def test_load_refuses_the_config_before_it_reads_weights(tmp_path, config):
-    settings = {**config.to_dict(), "hidden_act": "gelu"}
+    settings = {**CheckpointConfig(config).to_dict(), "hidden_act": "gelu"}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(ValueError, match="hidden_act='gelu' is not supported"):
         load_model(tmp_path, device="cpu")

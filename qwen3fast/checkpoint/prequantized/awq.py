@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 from qwen3fast.checkpoint.prequantized.part import FLOATS, Part
-from qwen3fast.model.published import PublishedFormat
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each row in its word
 
 
-def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
+def parts(stored: PrequantizedFormat, N: int, K: int) -> dict[str, Part]:
     """The tensors of a layer by the ends of their names; none for a shape that cannot be stored so."""
     if N % 8 or K % stored.group_size:
         return {}
@@ -31,7 +31,7 @@ def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
     }
 
 
-def levels(stored: PublishedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
+def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
     """Some rows, from a multiple of 8 on."""
     words = slice(rows.start // 8, rows.stop // 8)
     level_nK, zero_nG = (_rows(tensors[name][:, words]) for name in ("qweight", "qzeros"))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.layer import PublishedLayer, parts
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, parts
 from qwen3fast.checkpoint.prequantized.part import Part
-from qwen3fast.model.published import PublishedFormat
 
 
 class _Place(NamedTuple):
@@ -21,12 +21,12 @@ class _Place(NamedTuple):
     part: Part
 
 
-class PublishedLayers:
+class PrequantizedLayers:
     """Layers, some of which may be stored as `stored` says; which are, the tensors tell. None: no layer is."""
 
     def __init__(
         self,
-        stored: PublishedFormat | None,
+        stored: PrequantizedFormat | None,
         weights: dict[str, tuple[int, ...]],
         names: Collection[str],
         device: torch.device,
@@ -59,7 +59,7 @@ class PublishedLayers:
         """The weight that a tensor of this name is a part of."""
         return self._places[name].weight if name in self._places else None
 
-    def put(self, name: str, tensor: Tensor) -> tuple[str, PublishedLayer] | None:
+    def put(self, name: str, tensor: Tensor) -> tuple[str, PrequantizedLayer] | None:
         """Keep a tensor. Returns: the plain weight's name and the layer, with the last of its tensors."""
         assert self._stored is not None, "there are parts of published layers only"
         weight, end, _ = self._places[name]
@@ -70,7 +70,7 @@ class PublishedLayers:
             return None
         on_device = {end: t.to(self._device) for end, t in self._tensors.pop(weight).items()}
         N, K = self._weights[weight]
-        return weight, PublishedLayer(self._stored, (N, K), on_device)
+        return weight, PrequantizedLayer(self._stored, (N, K), on_device)
 
     def unfinished(self) -> dict[str, list[str]]:
         """Weights of which some parts have come, and the names of those that have not."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen3fast.checkpoint.prequantized.format import BLOCK
 from qwen3fast.checkpoint.prequantized.part import FLOATS, Part
-from qwen3fast.model.published import BLOCK
 
 
 def parts(N: int, K: int) -> dict[str, Part]:

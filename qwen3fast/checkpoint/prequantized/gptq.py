@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 from qwen3fast.checkpoint.prequantized.part import FLOATS, Part
-from qwen3fast.model.published import PublishedFormat
 
 ONES = {4: 0x11111111, 8: 0x01010101}  # a one in each number of a word
 
 
-def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
+def parts(stored: PrequantizedFormat, N: int, K: int) -> dict[str, Part]:
     """The tensors of a layer by the ends of their names; none for a shape that cannot be stored so."""
     in_word = 32 // stored.bits
     if N % in_word or K % in_word:
@@ -33,7 +33,7 @@ def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
     }
 
 
-def levels(stored: PublishedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
+def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
     """Some rows, from a multiple of 8 on. Raises: ValueError for groups that there are not."""
     in_word, scale_Gn = 32 // stored.bits, tensors["scales"][:, rows].float()
     level_Kn = unpack(tensors["qweight"][:, rows], stored.bits, dim=0)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized import awq, fp8, gptq
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
 from qwen3fast.checkpoint.prequantized.part import Part
-from qwen3fast.model.published import PublishedFormat
 from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
 
 
-class PublishedLayer:
+class PrequantizedLayer:
     """The tensors of one layer, by the ends of their names, and what they stand for."""
 
-    def __init__(self, stored: PublishedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, stored: PrequantizedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
         self.stored, self.shape, self.tensors = stored, shape, tensors
         self.device = next(iter(tensors.values())).device
 
@@ -56,7 +56,7 @@ class PublishedLayer:
         return read(self.stored, self.tensors, rows)
 
 
-def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
+def parts(stored: PrequantizedFormat, N: int, K: int) -> dict[str, Part]:
     """The tensors that a layer of this shape is stored in, by the ends of their names."""
     if stored.method == "fp8":
         return fp8.parts(N, K)

@@ -1,6 +1,6 @@
-"""PublishedFormat: how others stored the linear layers of a checkpoint, as `quantization_config` of config.json says.
+"""PrequantizedFormat: how other software stored the linear layers of a checkpoint (`quantization_config`).
 
-What we cannot read is refused here, by name, before any weight is read; checkpoint/published/ reads the rest.
+A variant that cannot be read is refused here, by name, before any weight is read.
 Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ and GPTQModel (gptq).
 """
 
@@ -36,7 +36,7 @@ _OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format":
 
 
 @dataclass(frozen=True)
-class PublishedFormat:
+class PrequantizedFormat:
     """One way in which linear layers are stored; embedding, norms and mostly the output projection are not.
 
     method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
@@ -52,7 +52,7 @@ class PublishedFormat:
     zeros_less_one: bool = False
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str) -> PublishedFormat:
+    def from_dict(cls, raw: dict[str, Any], where: str) -> PrequantizedFormat:
         """Read `quantization_config`.
 
         Raises: ValueError naming the field that is not supported, and the values that are.
