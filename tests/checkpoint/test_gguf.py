@@ -46,7 +46,7 @@ QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 def layers_by_gguf_name(model: Qwen3) -> dict[str, torch.Tensor]:
     """The weight that each layer computes with, be it packed or plain, in float32."""
-    plain = randomised(replace(model.config, quantization=None))
+    plain = randomised(model.config)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.dequantize()
