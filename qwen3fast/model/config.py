@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from qwen3fast.model.published import PublishedFormat
-from qwen3fast.model.yarn import Yarn
+from qwen3fast.model.yarn import WITHOUT_EFFECT, Yarn
 
 # And the model_type of each. Qwen3Model: without an output projection.
 SUPPORTED_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3Model": "qwen3"}
@@ -309,14 +310,11 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-    layer_types = raw.get("layer_types") or ["full_attention"]
+    sliding = _sliding_field(raw)
     unsupported = {
-        "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
-        "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
-        "layer_types": (
-            not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types),
-            "only 'full_attention' is",
-        ),
+        "hidden_act": (raw.get("hidden_act") not in (None, "silu", "swish"), "only 'silu' is"),
+        "layer_types": (sliding == "layer_types", "only 'full_attention' is"),
+        "use_sliding_window": (sliding == "use_sliding_window", "only full attention is"),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:
@@ -327,9 +325,27 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     kind = _rope_kind(raw)
     if kind not in ("default", "yarn"):
         raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; 'yarn' and 'default' (no scaling) are")
+    unread = {name: value for name, value in _rope_fields(raw).items() if name not in WITHOUT_EFFECT}
+    if kind == "default" and any(value not in (None, 1) for value in unread.values()):
+        warnings.warn(f"{where}: RoPE is not scaled (rope_type 'default'); without effect: {unread}", stacklevel=2)
     rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if rotated not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
+
+
+def _sliding_field(raw: dict[str, Any]) -> str | None:
+    """Return the field that gives a layer another attention than a full one; None if there is no such layer.
+
+    Source: transformers' Qwen3Config: layers from `max_window_layers` on slide if a window is set and used.
+    """
+    kinds = raw.get("layer_types")
+    if kinds:
+        is_full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+        return None if is_full else "layer_types"
+    first, layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers")
+    has_window = bool(raw.get("use_sliding_window")) and raw.get("sliding_window", 4096) is not None
+    is_beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    return "use_sliding_window" if has_window and not is_beyond else None
 
 
 def _quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -338,7 +354,7 @@ def _quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
     Raises: ValueError for what is not supported.
     """
     given = raw.get("quantization_config")
-    if given is None:
+    if given is None or given == {}:
         return {}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")
@@ -374,7 +390,8 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_kind(raw: dict[str, Any]) -> Any:
     rope = _rope_fields(raw)
-    return rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return "default" if kind in ("linear", "dynamic") and rope.get("factor") == 1 else kind  # nothing is scaled
 
 
 def _yarn(raw: dict[str, Any]) -> Yarn | None:

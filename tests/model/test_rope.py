@@ -135,3 +135,30 @@ def test_yarn_multiplies_tables_by_the_factor_of_attention():
 def test_yarn_of_factor_one_changes_nothing():
     for plain, scaled in zip(rope_tables(D, THETA, 9, CPU), rope_tables(D, THETA, 9, CPU, Yarn(1.0, 64)), strict=True):
         assert_near(scaled, plain)
+
+
+def test_attn_factor_multiplies_the_computed_factor_as_in_vllm():
+    """Source: vLLM's YaRNScalingRotaryEmbedding: mscale = (0.1 ln(factor) + 1) * attn_factor."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = Yarn.from_dict(scaling, 131072)
+    scaled = Yarn.from_dict({**scaling, "attn_factor": 0.8782488562869419}, 131072)  # DeepSeek-R1-0528-Qwen3-8B
+    assert scaled.table_factor == pytest.approx((0.1 * math.log(4) + 1) * 0.8782488562869419)
+    assert scaled.table_factor == pytest.approx(1.0, abs=1e-4)
+    tables = [rope_tables(128, 1e6, 50, torch.device("cpu"), yarn) for yarn in (plain, scaled)]
+    for before, after in zip(*tables, strict=True):
+        torch.testing.assert_close(after, before * 0.8782488562869419)
+    assert Yarn.from_dict(scaled.to_dict(), 131072) == scaled
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"attn_factor": 0}, "attn_factor must be a positive number"),
+        ({"attn_factor": 2, "attention_factor": 1.1}, "only one of them can be given"),
+        ({"extrapolation_factor": 2}, "extrapolation_factor=2 is not supported"),
+        ({"mrope_section": [1], "x": 2}, "mrope_section, x are not supported"),
+    ],
+)
+def test_no_key_of_yarn_is_ignored(extra, message):
+    with pytest.raises(ValueError, match=message):
+        Yarn.from_dict({"factor": 4.0, "original_max_position_embeddings": 32768, **extra}, 131072)
