@@ -16,6 +16,7 @@ PACKAGE = Path(qwen3fast.__file__).parent
 ORDER = [
     "_version",
     "_json",
+    "reference",
     "kernels",
     "model",
     "quantization",

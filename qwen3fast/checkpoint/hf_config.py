@@ -152,19 +152,31 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-    layer_types = raw.get("layer_types") or ["full_attention"]
+    sliding = _sliding_field(raw)
     unsupported = {
-        "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
-        "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
-        "layer_types": (
-            not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types),
-            "only 'full_attention' is",
-        ),
+        "hidden_act": (raw.get("hidden_act") not in (None, "silu", "swish"), "only 'silu' is"),
+        "layer_types": (sliding == "layer_types", "only 'full_attention' is"),
+        "use_sliding_window": (sliding == "use_sliding_window", "only full attention is"),
     }
     for name, (is_set, supported) in unsupported.items():
         if is_set:
             raise ValueError(f"{where}: {name}={raw.get(name)!r} is not supported; {supported}")
     refuse_rope(raw, where)
+
+
+def _sliding_field(raw: dict[str, Any]) -> str | None:
+    """Return the field that gives a layer sliding attention; None if there is no such layer.
+
+    Source: transformers' Qwen3Config: layers from `max_window_layers` on slide if a window is set and used.
+    """
+    kinds = raw.get("layer_types")
+    if kinds:
+        is_full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+        return None if is_full else "layer_types"
+    first, layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers")
+    has_window = bool(raw.get("use_sliding_window")) and raw.get("sliding_window", 4096) is not None
+    is_beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    return "use_sliding_window" if has_window and not is_beyond else None
 
 
 def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
     Raises: ValueError for what is not supported.
     """
     given = raw.get("quantization_config")
-    if given is None:
+    if given is None or given == {}:
         return {}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")

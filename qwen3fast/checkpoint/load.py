@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import torch
 from qwen3fast.checkpoint.choices import choose_device, choose_dtype
 from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
+from qwen3fast.checkpoint.lora import LoraConfig, merge_lora, resolve_adapter
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.random_weights import parse_random, random_model
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import load_weights, refuse_size
+from qwen3fast.checkpoint.weights import HEAD, load_weights, refuse_size, stored_head
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split, connect
@@ -55,7 +56,8 @@ def load_model(
     if new_format is not None:
         prepare_quantization(new_format, chosen_device)
     if adapter is not None:
-        LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
+        adapter = resolve_adapter(adapter)
+        LoraConfig.from_folder(adapter)  # refused before weights are read
     options = _Options(
         chosen_device, dtype, quantization, output_projection, adapter is not None, check_weights, ranks, progress
     )
@@ -134,6 +136,13 @@ class _Options:
             prepare_quantization(stored.quantization, self.device)
         format = self._format_of_prequantized(stored.prequantized, folder)
         refuse_size(config, folder)
+        if config.tie_word_embeddings and stored_head(folder):
+            warnings.warn(
+                f"{folder}: config.json says tie_word_embeddings, but {HEAD} holds other numbers than the embedding; "
+                "both are used, as transformers does",
+                stacklevel=2,
+            )
+            config = replace(config, tie_word_embeddings=False)
         model = build_on_meta(config) if split is None else split.build_on_meta()
         self._leave_out_projection(model)
         if stored.quantization is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
 from qwen3fast.model.yarn import Yarn
+
+# Keys that stand beside YaRN's own: read or checked elsewhere, or of no effect on the tables.
+WITHOUT_EFFECT = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "extrapolation_factor", "finetuned"}
 
 
 def refuse_rope(raw: dict[str, Any], where: str) -> None:
@@ -16,6 +20,9 @@ def refuse_rope(raw: dict[str, Any], where: str) -> None:
     kind = _rope_type(raw)
     if kind not in ("default", "yarn"):
         raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; 'yarn' and 'default' (no scaling) are")
+    unread = {name: value for name, value in _rope_fields(raw).items() if name not in WITHOUT_EFFECT}
+    if kind == "default" and any(value not in (None, 1) for value in unread.values()):
+        warnings.warn(f"{where}: RoPE is not scaled (rope_type 'default'); without effect: {unread}", stacklevel=2)
     rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if rotated not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
@@ -35,6 +42,10 @@ def read_yarn(raw: dict[str, Any]) -> Yarn | None:
         return None
     settings = _rope_fields(raw)
     given = {f.name: settings[f.name] for f in fields(Yarn) if settings.get(f.name) is not None}
+    if settings.get("extrapolation_factor") not in (None, 1):
+        raise ValueError(f"YaRN: extrapolation_factor={settings['extrapolation_factor']!r} is not supported; only 1 is")
+    if unknown := sorted(set(settings) - {f.name for f in fields(Yarn)} - WITHOUT_EFFECT):
+        raise ValueError(f"YaRN: {', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} not supported")
     if "factor" not in given:
         raise ValueError("YaRN: missing factor, how many times longer than the original a context may be")
     original = raw.get("original_max_position_embeddings")
@@ -46,7 +57,7 @@ def read_yarn(raw: dict[str, Any]) -> Yarn | None:
 
 def yarn_to_dict(yarn: Yarn) -> dict[str, Any]:
     """Return the same scaling as `rope_scaling` of a config.json."""
-    given = {f.name: getattr(yarn, f.name) for f in fields(yarn)}
+    given = {f.name: getattr(yarn, f.name) for f in fields(yarn) if f.name != "attn_factor" or yarn.attn_factor != 1}
     return {"rope_type": "yarn", **{name: value for name, value in given.items() if value is not None}}
 
 
@@ -56,4 +67,5 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_type(raw: dict[str, Any]) -> Any:
     settings = _rope_fields(raw)
-    return settings.get("rope_type") or settings.get("type") or "default"
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    return "default" if kind in ("linear", "dynamic") and settings.get("factor") == 1 else kind  # nothing is scaled

@@ -8,8 +8,10 @@ are tensors of their own are copied into stacks. Of a model over several process
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -35,6 +37,15 @@ from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
 from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
 
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Tensors of published checkpoints that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old
+# versions of transformers, and the heads of trainers (rewards, values, classification).
+WITHOUT_USE = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
+    r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
+)
 MADV_POPULATE_READ = 22  # of Linux; Python has no name for it yet
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -79,9 +90,13 @@ def load_weights(
             for name in dict.fromkeys([*names, *available]):
                 if name not in available:
                     filler.problems.append(f"{name}: the index names {file.name}, which does not hold it")
+                elif name in names or name not in all_names:  # else it is another file's, by the index
+                    filler.put(name, file.name, tensors)
                 else:
-                    filler.put(name, file.name, tensors, is_named=name in all_names)
+                    filler.unused.append(name)
     filler.bar.close()
+    if filler.unused:
+        logger.warning("%s: not used: %s", folder, ", ".join(filler.unused[:20]))
     refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
     refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
@@ -107,6 +122,7 @@ class _Filler:
         self._model, self._device, self._dtype = model, device, dtype
         self._format = None if quantization is None else get_format(quantization)
         self._expected = _shapes(model)
+        self._has_embedding = bool({EMBEDDING, EMBEDDING.removeprefix("model.")} & names)
         self._stacks = ExpertStacks(self._expected, device, dtype)
         whole = self._expected if split is None else _shapes(build_on_meta(split.config))  # as files have them
         pieces = {name: piece.shape for name, piece in ExpertStacks(whole, device, dtype).pieces.items()}
@@ -116,28 +132,31 @@ class _Filler:
         self._layers = PrequantizedLayers(prequantized, weights, {self._place(name) for name in names}, device)
         self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
         self._loaded: set[str] = set()
+        self.unused: list[str] = []
         self.problems: list[str] = []
         self.bad_numbers: list[str] = []
         self.bar = tqdm(total=len(self._expected), desc="loading weights", unit="tensor", disable=not progress)
 
     def _place(self, name: str) -> str:
-        """The name that a tensor has in a Qwen3ForCausalLM."""
+        """Return the name that a tensor has in a Qwen3ForCausalLM."""
+        if name == "lm_head.weight" and not self._has_embedding and name not in self._expected:
+            return EMBEDDING  # tied, and stored under the other name
         return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
-    def put(self, name: str, file: str, tensors: Any, is_named: bool) -> None:
-        """Put one tensor of an open file in its place, or note why it has none. is_named: by the index, if there is
-        one."""
-        if name == "lm_head.weight" and name not in self._expected:
-            return  # tied: some files repeat the embedding under this name
+    def put(self, name: str, file: str, tensors: Any) -> None:
+        """Put one tensor of an open file in its place, or note why it has none."""
+        if WITHOUT_USE.fullmatch(name) and self._place(name) not in self._shapes:
+            self.unused.append(name)
+            return
+        if name == "lm_head.weight" and name not in self._expected and self._has_embedding:
+            return  # tied, and the same numbers: see `stored_head`
         if name.startswith("lm_head.") and self._model.lm_head is None:
             return  # not wanted
         place, stored = self._place(name), tensors.get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         part = self._layers.part(place, dtype)
         expected = self._shapes.get(place) if part is None else part.shape
-        if not is_named:
-            self.problems.append(f"{name} in {file}: the index does not name it")
-        elif expected is None:
+        if expected is None:
             self.problems.append(f"{name} in {file}: unexpected, this Qwen3 has no such tensor")
         elif shape != expected:
             self.problems.append(f"{name} in {file}: shape {shape}, expected {expected}")
@@ -205,6 +224,7 @@ def tensors_by_file(folder: Path) -> dict[Path, list[str]]:
 
     Raises: FileNotFoundError for missing files; ValueError for an index that is damaged or leaves the folder.
     """
+    is_whole = (folder / SINGLE_FILE).is_file()
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -216,14 +236,38 @@ def tensors_by_file(folder: Path) -> dict[Path, list[str]]:
             if not file.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX_FILE}: {file!r} is not a safetensors file; no others are read")
             by_file.setdefault(folder / file, []).append(name)
+        if is_whole and folder / SINGLE_FILE not in by_file:
+            # What merging or quantizing in place leaves behind: transformers reads the whole file, too.
+            logger.warning("%s: %s is read; %s is of other files and is not", folder, SINGLE_FILE, INDEX_FILE)
+            return {folder / SINGLE_FILE: _names_in(folder / SINGLE_FILE)}
         absent = [file.name for file in by_file if not file.is_file()]
         if absent:
             raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download it again")
         return by_file
-    if (folder / SINGLE_FILE).is_file():
-        with open_tensors(folder / SINGLE_FILE) as tensors:
-            return {folder / SINGLE_FILE: list(tensors.keys())}
+    if is_whole:
+        return {folder / SINGLE_FILE: _names_in(folder / SINGLE_FILE)}
     raise no_weights(folder, f"{SINGLE_FILE} or {INDEX_FILE}")
+
+
+def _names_in(file: Path) -> list[str]:
+    with open_tensors(file) as tensors:
+        return list(tensors.keys())
+
+
+def stored_head(folder: Path) -> bool:
+    """Return whether a checkpoint that says it is tied holds an output projection of other numbers all the same.
+
+    Such are read by transformers 5 as untied. Raises: as `tensors_by_file`, and ValueError for a damaged file.
+    """
+    places = {name: file for file, names in tensors_by_file(folder).items() for name in names}
+    embedding = next((name for name in (EMBEDDING, EMBEDDING.removeprefix("model.")) if name in places), None)
+    if embedding is None or HEAD not in places:
+        return False
+    stored = []
+    for name in (embedding, HEAD):
+        with open_tensors(places[name]) as tensors:
+            stored.append(tensors.get_tensor(name))
+    return stored[0].shape != stored[1].shape or not torch.equal(stored[0], stored[1].to(stored[0].dtype))
 
 
 def refuse_size(config: ModelConfig, folder: Path) -> None:

@@ -18,7 +18,8 @@ class Yarn:
     that turn more often than beta_fast times in the original length stay as they are, those that turn less often than
     beta_slow times are slowed by `factor`, and those between are blended; truncate: with whole channels for bounds.
     attention_factor: of cosines and sines, computed from `factor` (and mscale, mscale_all_dim, if both are there)
-    unless it is given.
+    unless it is given. attn_factor: what the computed one is multiplied by, as in vLLM (DeepSeek-R1-0528-Qwen3-8B has
+    it, for a product of 1).
     """
 
     factor: float
@@ -29,6 +30,7 @@ class Yarn:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    attn_factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no scaling can have.
@@ -38,7 +40,7 @@ class Yarn:
         original = self.original_max_position_embeddings
         if not isinstance(original, int) or isinstance(original, bool) or original < 1:
             raise ValueError(f"YaRN: original_max_position_embeddings must be a positive integer, got {original!r}")
-        for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        for name in ("factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = getattr(self, name)
             if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
                 continue
@@ -48,6 +50,11 @@ class Yarn:
             raise ValueError(f"YaRN: factor must be at least 1, got {self.factor!r}")
         if self.factor > 10**6 or original > 10**9:
             raise ValueError(f"YaRN: factor {self.factor} of {original} positions is far beyond any Qwen3")
+        if self.attention_factor is not None and self.attn_factor != 1:
+            raise ValueError(
+                f"YaRN: attention_factor ({self.attention_factor}) is the whole factor, and attn_factor "
+                f"({self.attn_factor}) changes the computed one; only one of them can be given"
+            )
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"YaRN: beta_fast ({self.beta_fast}) must not be below beta_slow ({self.beta_slow})")
         if not isinstance(self.truncate, bool):
@@ -59,8 +66,8 @@ class Yarn:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale is not None and self.mscale_all_dim is not None:
-            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-        return self._magnitude(1.0)
+            return self.attn_factor * self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self.attn_factor * self._magnitude(1.0)
 
     @property
     def longest_context(self) -> int:

@@ -242,7 +242,10 @@ def test_config_accepts_layer_types_that_are_all_full_attention():
         ({"architectures": ..., "model_type": "qwen2"}, "'qwen2' is not supported"),
         ({"architectures": ..., "model_type": ...}, "None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu' is"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "use_sliding_window=True is not supported",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*only 'full_attention' is"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config=.*hqq.* is not supported; supported: "),
         ({"quantization_config": "fp8"}, "quantization_config must be an object, got 'fp8'"),

@@ -99,6 +99,18 @@ def test_the_operation_rounds_numbers_that_are_none_as_the_plain_form_does():
     assert rounded[[3, 20]].isnan().all() and plain[3].isnan().all()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@all_formats
+def test_no_format_hides_a_number_that_is_none(format, dtype, number):
+    weight = random_tensor(2 * LANES, 2 * GROUP).to(dtype)
+    weight[3, 5] = number
+    for packed in (quantize(weight, format), format.quantize(weight)):
+        result = format.dequantize(packed)
+        assert not result[3, :GROUP].isfinite().all()
+        assert result[[*range(3), *range(4, 2 * LANES)]].isfinite().all()
+
+
 @needs_operation
 def test_the_operation_refuses_what_it_cannot_round():
     packed = INT8.empty(LANES, GROUP)

@@ -58,20 +58,23 @@ class PrequantizedFormat:
         Raises: ValueError naming the field that is not supported, and the values that are.
         """
         method = raw.get("quant_method")
-        if method not in _READABLE:
+        if not isinstance(method, str) or method not in _READABLE:
             raise ValueError(
                 f"{where}: quantization_config={raw!r:.300} is not supported; supported: quant_method "
                 f"{', '.join(map(repr, _READABLE))}, and what save_quantized wrote"
             )
         values = {name: _value(raw, name) for name in _READABLE[method]}
         for name, readable in _READABLE[method].items():
-            if values[name] not in readable:
+            if not any(type(value) is type(values[name]) and value == values[name] for value in readable):
                 listed = ", ".join(repr(value) for value in readable if value is not None)
                 raise ValueError(
                     f"{where}: quantization_config: {name}={values[name]!r} is not supported with "
                     f"quant_method={method!r}; supported: {listed}"
                 )
-        changed = [rule for rule in raw.get("dynamic") or () if not str(rule).startswith("-:")]
+        rules = raw.get("dynamic") or ()
+        if not isinstance(rules, dict | list | tuple):
+            raise ValueError(f"{where}: quantization_config: dynamic={rules!r:.100} must be an object")
+        changed = [rule for rule in rules if not str(rule).startswith("-:")]
         if changed:  # rules with "-:" leave layers as they were, which their tensors tell
             raise ValueError(f"{where}: quantization_config: dynamic={changed} is not supported; only '-:' rules are")
         if method == "fp8":
