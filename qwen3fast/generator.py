@@ -18,9 +18,9 @@ from huggingface_hub.utils import tqdm
 from qwen3fast.checkpoint import (
     as_id_tuple,
     choose_device,
+    find_tokenizer,
     load_model,
     read_generation_config,
-    read_tokenizer,
     resolve_source,
 )
 from qwen3fast.checkpoint.save import save_model
@@ -51,7 +51,7 @@ class Generator:
     Attributes:
         model: the Qwen3 module, or this process's part of it. config: its ModelConfig.
         tokenizer: None for random weights, which have no text.
-        default_params: the checkpoint's sampling preset, every field set.
+        default_params: the checkpoint's sampling preset, with every field that a preset can set.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Generator:
         tokenizer, generation_config, folder = None, None, None
         if not str(source).startswith("random:"):  # what is soon read and may be damaged comes before the weights
             folder = resolve_source(source, revision)
-            tokenizer = read_tokenizer(folder)
+            tokenizer = find_tokenizer(folder)
             generation_config = _checked_preset(read_generation_config(folder), folder)
         model = load_model(
             source, device, dtype, revision, progress, quantization,

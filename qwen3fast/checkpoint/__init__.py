@@ -4,7 +4,13 @@ from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.hf_config import CheckpointConfig, as_id_tuple
 from qwen3fast.checkpoint.load import empty_model, load_model
 from qwen3fast.checkpoint.lora import merge_lora
-from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_config, read_generation_config, read_tokenizer
+from qwen3fast.checkpoint.metadata import (
+    find_tokenizer,
+    read_checkpoint_config,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+)
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.weights import load_weights
@@ -14,6 +20,7 @@ __all__ = [
     "as_id_tuple",
     "choose_device",
     "empty_model",
+    "find_tokenizer",
     "load_model",
     "load_weights",
     "merge_lora",

@@ -94,9 +94,9 @@ def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = (value,) if isinstance(value, int) else value
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"token ids must be a number or a list of numbers, got {value!r}")
-    return tuple(ids)
+    if not isinstance(ids, list | tuple) or not all(type(i) is int and -(2**31) <= i < 2**31 for i in ids):
+        raise ValueError(f"token ids must be a number or a list of numbers, got {value!r:.200}")
+    return tuple(i for i in ids if i >= 0)  # negative ones, which some trainers write for "none", are no token's
 
 
 def _read_model(raw: dict[str, Any], where: str) -> ModelConfig:

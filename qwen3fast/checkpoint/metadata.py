@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_head
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import parse_random
 from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.checkpoint.vocab_files import has_vocab_files, tokenizer_from_vocab
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -37,15 +39,34 @@ def read_checkpoint_config(source: Path) -> CheckpointConfig:
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer with its chat template.
+    """Return the tokenizer with its chat template; without tokenizer.json, the one of vocab.json and merges.txt.
 
     Raises: FileNotFoundError or ValueError, as `Tokenizer.from_folder`.
     """
-    return tokenizer_of(read_header(source)) if source.is_file() else Tokenizer.from_folder(source)
+    if source.is_file():
+        return tokenizer_of(read_header(source))
+    if not (source / "tokenizer.json").is_file() and has_vocab_files(source):
+        return Tokenizer.from_folder(source, tokenizer_from_vocab(source))
+    return Tokenizer.from_folder(source)
+
+
+def find_tokenizer(source: Path) -> Tokenizer | None:
+    """Return the tokenizer, or None, with a warning, for a folder that holds none.
+
+    Raises: ValueError for a tokenizer that cannot be read.
+    """
+    if source.is_file() or (source / "tokenizer.json").is_file() or has_vocab_files(source):
+        return read_tokenizer(source)
+    warnings.warn(
+        f"{source} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): prompts must be token ids, and "
+        "replies have no text",
+        stacklevel=3,
+    )
+    return None
 
 
 def read_generation_config(source: Path) -> dict[str, Any] | None:
-    """The preset for sampling, if there is one.
+    """Return the preset for sampling, None if there is none.
 
     Raises: ValueError if it cannot be read.
     """

@@ -16,7 +16,16 @@ from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, plain_modules
 
 # What a checkpoint holds besides weights and config.json.
-COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:

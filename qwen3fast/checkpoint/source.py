@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
+
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
@@ -19,6 +21,8 @@ HUB_PATTERNS = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -54,7 +58,10 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
             "'tiny', or 'random:0.6b'"
         )
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
+        downloaded = Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
+        if not (downloaded / "tokenizer.json").is_file():
+            snapshot_download(str(source), revision=revision, allow_patterns=list(VOCAB_FILES))
+        return downloaded
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as err:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(

@@ -63,6 +63,8 @@ class RequestBuilder:
                 )
         ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
         ids, max_tokens = fit_context(ids, p.max_tokens, self._max_seq_len, on_overflow)
+        if p.max_tokens is None and self._default_params.max_tokens is not None:
+            max_tokens = min(max_tokens, self._default_params.max_tokens)  # a preset takes the room that there is
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # integers of 64 bits wrap around
         constraint = self._constraint_maker(p, ids)

@@ -66,7 +66,7 @@ def generation_config_of(header: Header) -> dict[str, Any] | None:
     """The preset for sampling, as generation_config.json would have it; most files have none."""
     found = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING.items()}
     preset = {name: value for name, value in found.items() if value is not None}
-    return {**preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
+    return {"top_k": 0, **preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
 
 
 def _sizes(header: Header, kind: str) -> dict[str, int]:
