@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3fast.checkpoint.weights import OnAssigned, assign
+from qwen3fast.checkpoint.assign import OnAssigned, assign
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
-from qwen3fast.checkpoint.weights import SINGLE_FILE
+from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, plain_modules
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import random_model, resolve_source, weights
+from qwen3fast.checkpoint import random_model, read_ahead, resolve_source
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
@@ -154,7 +154,7 @@ def test_load_has_files_read_ahead_that_fit_the_memory(monkeypatch, tmp_path, co
     write_checkpoint(tmp_path, config, tensors, files=3)
     read = []
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(weights, "_populate", lambda files: read.append((files, threading.current_thread())))
+    monkeypatch.setattr(read_ahead, "populate", lambda files: read.append((files, threading.current_thread())))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get, raising=False)
     load_model(tmp_path, device="cpu")
     for thread in threading.enumerate():
@@ -186,7 +186,7 @@ def test_reading_ahead_brings_all_pages_into_memory(tmp_path):
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if all(resident_pages(file)):
         pytest.skip("this file system keeps its pages in memory")
-    weights._populate([file, tmp_path / "no such file"])
+    read_ahead.populate([file, tmp_path / "no such file"])
     assert all(resident_pages(file))
 
 

@@ -225,7 +225,7 @@ def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("pattern", ["(([a-z_.0-9])*)*X", "([a-z._0-9]|[a-z._0-9])*X", ".*.*.*.*.*.*.*.*.*.*.*.*X"])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_never_ends_is_refused_soon(tmp_path, monkeypatch, pattern, field):
-    monkeypatch.setattr("qwen3fast.checkpoint.lora.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("qwen3fast.checkpoint.lora.patterns.MAX_SECONDS", 0.5)
     model = randomised(small_config())
     value = {pattern: 4} if field.endswith("_pattern") else pattern
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **{field: value})
@@ -250,7 +250,7 @@ def test_a_hub_id_of_an_adapter_is_downloaded(tmp_path, monkeypatch):
     model, asked = randomised(small_config()), []
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
     monkeypatch.setattr(
-        "qwen3fast.checkpoint.lora.snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path)
+        "qwen3fast.checkpoint.source.snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path)
     )
     merge_lora(model, "somebody/adapter")
     assert asked == ["somebody/adapter"]
