@@ -29,6 +29,7 @@ _MODULES = {
     "TokenLogprobs": "results",
     "ToolCall": "text.tool_calls",
     "load_model": "checkpoint",
+    "read_config": "checkpoint",
 }
 
 __all__ = [*_MODULES, "__version__"]

@@ -14,17 +14,17 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils import tqdm
 
+from qwen3fast.checkpoint import as_id_tuple
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checks import checked_flag, checked_timeout
 from qwen3fast.engine import Engine, lead_or_follow
 from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import as_id_tuple
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization import formats_of
 from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import DebugView, Dispatcher
@@ -334,11 +334,12 @@ class Generator:
 
         Raises: ValueError for a model that is not quantized, or split; OSError if the folder cannot be written.
         """
-        if self.config.quantization is None and any(isinstance(m, QuantizedLinear) for m in self.model.modules()):
+        formats = formats_of(self.model)
+        if len(formats) > 1:
             raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
-        if self.config.quantization is None:
+        if not formats:
             raise ValueError("this model is not quantized; load it with quantization='int8' or 'int4' first")
         on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 

@@ -7,10 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen3fast.checkpoint import choose_device, load_model, read_generation_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import (
+    as_id_tuple,
+    choose_device,
+    find_tokenizer,
+    load_model,
+    read_generation_config,
+    resolve_source,
+)
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import as_id_tuple
 from qwen3fast.parallel import Ranks
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.text.tokenizer import Tokenizer
@@ -44,7 +50,7 @@ def load(
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):  # small files that may be damaged are read before the weights
         folder = resolve_source(source, revision)
-        tokenizer = read_tokenizer(folder)
+        tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
     model = load_model(
         source, device, dtype, revision, progress, quantization,

@@ -27,10 +27,10 @@ class SamplingParams:
 
     Attributes:
         temperature: scores are divided by it; 0 is greedy. [0, or 1.0 where the preset says do_sample]
-        top_k: keep the k most likely tokens; 0 keeps all. [0]
+        top_k: keep the k most likely tokens; 0 keeps all. [0, or 50 where the preset says do_sample]
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all. [1.0]
         min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all. [0.0]
-        max_tokens: new tokens at most; None fills the context (max_seq_len).
+        max_tokens: new tokens at most; None takes the preset's max_new_tokens, or fills the context (max_seq_len).
         stop: strings that end the text; never part of it.
         stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
         ignore_eos: go on past end-of-sequence ids.
@@ -97,14 +97,32 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, preset: dict[str, Any]) -> SamplingParams:
-        """Every preset field set, from a generation_config.json; greedy unless it says do_sample, as transformers."""
-        return cls(
-            temperature=preset.get("temperature", 1.0) if preset.get("do_sample") else 0.0,
-            top_k=preset.get("top_k") or 0,
-            top_p=preset.get("top_p") or 1.0,
-            min_p=preset.get("min_p") or 0.0,
-            repetition_penalty=preset.get("repetition_penalty") or 1.0,
+        """Return the preset of a generation_config.json, with every field of PRESET_FIELDS set.
+
+        A field that is absent or null has transformers' default: greedy without do_sample, otherwise temperature 1.0,
+        top_k 50, top_p 1.0. max_new_tokens becomes max_tokens.
+        Raises: ValueError for a value that transformers' `generate` refuses.
+        """
+        given = {name: value for name, value in preset.items() if value is not None}
+        samples = given.get("do_sample", False)
+        if not isinstance(samples, bool):
+            raise ValueError(f"do_sample must be true or false, got {samples!r}")
+        if samples and given.get("temperature") == 0:
+            raise ValueError("temperature must be above 0 where do_sample is true; for greedy replies it must be false")
+        if "max_new_tokens" in given and not (_is_number(given["max_new_tokens"]) and given["max_new_tokens"] >= 1):
+            raise ValueError(f"max_new_tokens must be an integer >= 1, got {given['max_new_tokens']!r}")
+        top_k, top_p = given.get("top_k", 50 if samples else 0), given.get("top_p", 1.0)
+        if top_p == 0:  # to transformers: keep the most likely token alone
+            top_k, top_p = 1, 1.0
+        preset_params = cls(
+            temperature=given.get("temperature", 1.0),
+            top_k=top_k,
+            top_p=top_p,
+            min_p=given.get("min_p", 0.0),
+            repetition_penalty=given.get("repetition_penalty", 1.0),
+            max_tokens=given.get("max_new_tokens"),
         )
+        return preset_params if samples else replace(preset_params, temperature=0.0)
 
     def with_defaults(self, default: SamplingParams) -> SamplingParams:
         """These parameters, with the preset fields that are None taken from `default`."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import Generator
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
@@ -147,7 +148,7 @@ def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) ->
         del state["lm_head.weight"]
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(CheckpointConfig(model.config).to_dict()), encoding="utf-8")
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     return folder
 

@@ -18,6 +18,7 @@ from test_checkpoint import tensors_of, write_index
 from test_expert_checkpoints import published_tensors
 from torch import Tensor, nn
 
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 
@@ -186,7 +187,7 @@ def write_tensors(
 ) -> None:
     """config.json and the tensors, dealt out to the files in turn."""
     folder.mkdir(exist_ok=True)
-    raw = {**config.to_dict(), "quantization_config": quantization_config}
+    raw = {**CheckpointConfig(config).to_dict(), "quantization_config": quantization_config}
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
     names = names if files > 1 else ["model.safetensors"]

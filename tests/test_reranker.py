@@ -11,7 +11,9 @@ import torch
 from conftest import randomised, small_config, write_text_checkpoint
 
 from qwen3fast import Reranker
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization import formats_of
 from qwen3fast.reranker import INSTRUCTION, PREFIX, SUFFIX
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -87,7 +89,7 @@ def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, t
     config = replace(CONFIG, vocab_size=1040, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
     folder = write_text_checkpoint(tmp_path, randomised(config), yes_no_folder)
     loaded = Reranker.from_pretrained(folder, device="cpu", quantization=quantization)
-    assert loaded.config.quantization == quantization
+    assert formats_of(loaded.model) == ([quantization] if quantization else [])
     expected = [probability(loaded.model, loaded.tokenizer, prompt_of(QUERY, document)) for document in DOCUMENTS]
     # The full projection rounds its input, too, when it is quantised; the two rows do not.
     scores = loaded.score(QUERY, DOCUMENTS)
@@ -115,7 +117,7 @@ def test_reranker_errors(reranker, tokenizer, yes_no_folder, tmp_path):
     with pytest.raises(ValueError, match="has random weights and no tokenizer"):
         Reranker.from_pretrained("random:0.6b")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json not found"):
-        (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()), encoding="utf-8")
+        (tmp_path / "config.json").write_text(json.dumps(CheckpointConfig(CONFIG).to_dict()), encoding="utf-8")
         Reranker.from_pretrained(tmp_path)
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from qwen3fast.checkpoint import CheckpointConfig
 from qwen3fast.model import build_on_meta
 from qwen3fast.model.config import ModelConfig
 
@@ -34,7 +35,7 @@ def write_shards(folder: Path, config: ModelConfig, shard_bytes: int = SHARD_BYT
             with (folder / name).open("wb") as file:
                 _write_shard(file, shard, values, bar)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()))
 
 
 def plan_shards(config: ModelConfig, shard_bytes: int) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
-from qwen3fast.checkpoint import weights
+from qwen3fast.checkpoint import read_ahead
 from qwen3fast.model.config import ModelConfig
 
 
@@ -102,7 +102,7 @@ def load_here(folder: Path, load: Load) -> tuple[Measurement, int]:
     memory = MemoryPeak()
     memory.start()
     started = time.perf_counter()
-    with nullcontext() if load.reads_ahead else patch.object(weights, "_populate"):
+    with nullcontext() if load.reads_ahead else patch.object(read_ahead, "populate"):
         model = load_model(folder, device="cpu", **load.options)
     loaded = time.perf_counter()
     if load.to_first_token:

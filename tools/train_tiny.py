@@ -26,6 +26,7 @@ from tiny_tasks import Example
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 
@@ -273,7 +274,7 @@ def save(
         new = Path(temporary)
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(str(new / "tokenizer.json"))
-        _write_json(new / "config.json", replace(CONFIG, eos_token_ids=(eos,)).to_dict())
+        _write_json(new / "config.json", CheckpointConfig(replace(CONFIG, eos_token_ids=(eos,))).to_dict())
         generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
         _write_json(new / "generation_config.json", {**generation, "eos_token_id": [eos, end], "pad_token_id": end})
         added = {

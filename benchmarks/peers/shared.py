@@ -8,12 +8,13 @@ import torch
 import transformers
 
 from qwen3fast.bench.measure import Sample
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
 
 
 def share_weights(model: Qwen3) -> transformers.Qwen3ForCausalLM:
     """Return transformers' model on the same tensors as ours: no second copy, no difference in values."""
-    config = transformers.Qwen3Config(**model.config.to_dict())
+    config = transformers.Qwen3Config(**CheckpointConfig(model.config).to_dict())
     with torch.device("meta"):
         reference = transformers.Qwen3ForCausalLM(config)
     reference.load_state_dict(model.state_dict(), strict=False, assign=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3fast.bench.measure import MODES
-from qwen3fast.model.config import DTYPES
+from qwen3fast.checkpoint.choices import DTYPES
 from qwen3fast.quantization.formats import FORMATS
 
 PLAIN = "plain"

@@ -16,7 +16,7 @@ from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 from qwen3fast.bench.progress import in_words
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.text import visible
-from qwen3fast.checkpoint import load_model
+from qwen3fast.checkpoint import CheckpointConfig, load_model
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -209,7 +209,7 @@ class Session:
             "dtype": self.dtype,
             "parameters": self.config.num_parameters,
             "weight_bytes": self.model(None).num_bytes(),
-            "config": self.config.to_dict() | {"dtype": str(self.config.dtype)},
+            "config": CheckpointConfig(self.config).to_dict() | {"dtype": str(self.config.dtype)},
         }
 
 

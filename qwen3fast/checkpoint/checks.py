@@ -1,4 +1,4 @@
-"""What weights.py refuses in a checkpoint, tensor by tensor."""
+"""Refusals of weights: dtypes, numbers that are not finite, files of other kinds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
-    """What is wrong with the dtype that a file gives a tensor; None if nothing is.
+    """Return what is wrong with the dtype of a stored tensor, None if nothing is.
 
-    stored: as safetensors spells it. packed: what a quantised layer's tensor must be in; None for plain weights, which
-    may be in any float dtype of 16 bits or more.
+    stored: as safetensors spells it. packed: the dtype of a quantized layer's tensor; None for plain weights, which may
+    be in any float dtype of 16 bits or more.
     """
     if packed is None:
         return None if stored in FLOATS else f"dtype {stored}, expected one of {', '.join(FLOATS)}"
@@ -29,7 +29,7 @@ def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
 
 
 def non_finite(tensor: Tensor) -> str | None:
-    """How many elements are NaN and how many infinite, in words; None if there are none, or these are no floats."""
+    """Return in words how many elements are NaN and how many infinite; None for none, and for other than floats."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     nan = infinite = 0
@@ -41,12 +41,19 @@ def non_finite(tensor: Tensor) -> str | None:
     return f"{nan:,} NaN and {infinite:,} infinite of {tensor.numel():,}" if nan or infinite else None
 
 
+def refuse(problems: list[str], summary: str) -> None:
+    """Raises: ValueError with the summary and the first problems, if there are any."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{summary}:\n  " + "\n  ".join(problems[:8]) + more)
+
+
 def no_weights(folder: Path, expected: str) -> FileNotFoundError:
-    """The error for a folder without safetensors; it names the pickles there are."""
+    """Return the error for a folder without safetensors; it names the pickles in it."""
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if not pickles:
         return FileNotFoundError(f"{folder} holds no weights; expected {expected}")
     return FileNotFoundError(
-        f"{folder} holds pickles only ({', '.join(pickles[:4])}), which are never read, as they can run any code; "
+        f"{folder} holds pickles only ({', '.join(pickles[:4])}), which are never read, since they can run any code; "
         f"expected {expected}: take a revision that has them, or save the model with safe_serialization=True"
     )

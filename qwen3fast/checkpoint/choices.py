@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qwen3fast.model.config import DTYPES, ModelConfig
+from qwen3fast.model.config import ModelConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -1,7 +1,7 @@
-"""Published checkpoints hold each expert's matrices as tensors of their own; the model holds those of a layer stacked.
+"""Each expert's own matrices, as most checkpoints store them -> the stacked parameters of a layer's experts.
 
-`....mlp.experts.7.gate_proj.weight`, `up_proj` and `down_proj` -> `....mlp.experts.gate_up_proj` and `down_proj` (see
-model/moe.py). Checkpoints that hold the stacked tensors need nothing of this file.
+`....mlp.experts.7.gate_proj.weight`, `up_proj` and `down_proj` become `....mlp.experts.gate_up_proj` and `down_proj`
+(see model/moe.py). Checkpoints that hold the stacked tensors do not need this file.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked: one after the other
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where a tensor of one expert goes: rows of one matrix of a stacked parameter."""
+class ExpertSlice:
+    """The place of one expert's matrix: rows of one matrix of a stacked parameter, from `first_row` on."""
 
     target: str
     expert: int
@@ -25,39 +26,46 @@ class Piece:
 
 
 class ExpertStacks:
-    """Stacked parameters that are filled piece by piece; `pieces` are by the name that a checkpoint gives them."""
+    """Stacked parameters that are filled slice by slice.
+
+    Attributes:
+        slices: the place of each expert's matrix, by the name that a checkpoint gives it.
+    """
 
     def __init__(self, parameters: dict[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
+        """parameters: names and shapes of all parameters of a model; those of experts get slices."""
         self._parameters, self._device, self._dtype = parameters, device, dtype
         self._stacks: dict[str, Tensor] = {}
         self._missing: dict[str, set[str]] = {}
-        self._names: dict[str, list[str]] = {}  # of a stack's pieces
-        self.pieces: dict[str, Piece] = {}
+        self._names: dict[str, list[str]] = {}  # of a stack's slices
+        self.slices: dict[str, ExpertSlice] = {}
         for target, shape in parameters.items():
-            prefix, _, name = target.rpartition(".")
+            prefix, _, stacked = target.rpartition(".")
             if not prefix.endswith(".mlp.experts"):
                 continue
             num_experts, rows, columns = shape
-            projections = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[name]
-            rows //= len(projections)
+            rows //= len(PROJECTIONS[stacked])
             for expert in range(num_experts):
-                for i, projection in enumerate(projections):
+                for i, projection in enumerate(PROJECTIONS[stacked]):
                     name = f"{prefix}.{expert}.{projection}.weight"
-                    self.pieces[name] = Piece(target, expert, i * rows, (rows, columns))
+                    self.slices[name] = ExpertSlice(target, expert, i * rows, (rows, columns))
                     self._names.setdefault(target, []).append(name)
 
     def put(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """Copy a piece to its place. Returns: a parameter's name and the whole tensor with the last of its pieces."""
-        piece = self.pieces[name]
-        if piece.target not in self._stacks:
-            shape = self._parameters[piece.target]
-            self._stacks[piece.target] = torch.empty(shape, dtype=self._dtype, device=self._device)
-            self._missing[piece.target] = set(self._names[piece.target])
-        stack, missing = self._stacks[piece.target], self._missing[piece.target]
-        stack[piece.expert, piece.first_row : piece.first_row + piece.shape[0]] = tensor
+        """Copy one expert's matrix to its place.
+
+        Returns: the name and the tensor of a parameter whose last slice this was, otherwise None.
+        """
+        place = self.slices[name]
+        if place.target not in self._stacks:
+            shape = self._parameters[place.target]
+            self._stacks[place.target] = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._missing[place.target] = set(self._names[place.target])
+        stack, missing = self._stacks[place.target], self._missing[place.target]
+        stack[place.expert, place.first_row : place.first_row + place.shape[0]] = tensor
         missing.discard(name)
-        return None if missing else (piece.target, self._stacks.pop(piece.target))
+        return None if missing else (place.target, self._stacks.pop(place.target))
 
     def unfinished(self) -> dict[str, list[str]]:
-        """Parameters of which some pieces have come, and the names of those that have not."""
+        """Return the parameters that have got some of their slices, each with the names of the missing ones."""
         return {t: [name for name in self._names[t] if name in self._missing[t]] for t in self._stacks}

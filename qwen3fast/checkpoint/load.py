@@ -1,24 +1,20 @@
-"""The bare model of any source, on a device, in a dtype."""
+"""Load the bare model of any source, on a device, in a dtype."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from qwen3fast.checkpoint.choices import choose_device, choose_dtype
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header, replace_layers
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header, replace_layers
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
-from qwen3fast.checkpoint.random_weights import random_model
-from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checkpoint.weights import load_weights, refuse_size
+from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.model.config import ModelConfig
-from qwen3fast.parallel import Ranks, Split, connect
-from qwen3fast.quantization import DEQUANTIZE, plain_modules, prepare_quantization, quantize_experts, quantize_model
-from qwen3fast.quantization.formats import fits
+from qwen3fast.parallel import Ranks, connect
+from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_model
 
 
 def load_model(
@@ -33,189 +29,75 @@ def load_model(
     check_weights: bool = False,
     ranks: Ranks | None = None,
 ) -> Qwen3:
-    """The bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
+    """Load the bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
     "random:0.6b" is a named shape with random weights; "random:0.6b:7" has seed 7.
-    device: "auto" takes CUDA where there is one. dtype: "auto" takes the checkpoint's. quantization: "int8", "int4"
-    or, on CUDA devices, "fp8" rounds the weights while loading; a checkpoint that is quantised already says so itself.
-    Of checkpoints that others quantised (fp8, AWQ, GPTQ), None gives symmetric 4-bit GPTQ in int4 (the same levels,
-    scales rounded to bfloat16), other AWQ and GPTQ in int8 and fp8 in plain weights, embedding and output projection as
-    they are; "dequantize" gives plain weights of all; a format rounds what the published weights stand for.
-    Of GGUF files, None keeps Q4_0 in 4 bits and other quantised types in int8; "dequantize" makes plain weights of all.
-    output_projection: False leaves out an untied one, for which embeddings have no use (and no weights).
-    adapter: the folder of a LoRA adapter in PEFT's layout, merged before weights are rounded (see lora.py).
-    check_weights: refuse NaN and infinity in weights, which reads all of them once (mapped ones are otherwise read when
-    they are first used).
-    ranks: the processes to split the model over; each reads, rounds and keeps its part.
-    Raises: FileNotFoundError for what is not there; ValueError for what is not supported or damaged.
+
+    Args:
+        source: see above.
+        device: "auto" takes CUDA where there is one.
+        dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
+        revision: a branch, tag or commit on the hub.
+        progress: show a bar while weights load.
+        quantization: "int8", "int4" or, on CUDA devices, "fp8" quantizes the weights while loading; checkpoints that
+            `save_quantized` wrote keep their format with None. Of checkpoints that other software quantized (fp8, AWQ,
+            GPTQ), None loads symmetric 4-bit GPTQ in int4 (the same levels, scales rounded to bfloat16), other AWQ and
+            GPTQ in int8, and fp8 in plain weights, embedding and output projection as they are. Of GGUF files, None
+            keeps Q4_0 in int4 and loads other quantized types in int8. For both, "dequantize" loads plain weights
+            throughout, and the name of a format quantizes the dequantized weights.
+        output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
+        adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
+        check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first
+            used).
+        ranks: the processes to split the model over; each reads, quantizes and keeps its shard.
+
+    Raises: FileNotFoundError if source or adapter does not exist; ValueError for what is not supported or damaged.
     """
     chosen_device = choose_device(device)
-    rounded_to = None if quantization == DEQUANTIZE else quantization
-    if rounded_to is not None:
-        prepare_quantization(rounded_to, chosen_device)
+    format = None if quantization == DEQUANTIZE else quantization
+    if format is not None:
+        prepare_quantization(format, chosen_device)
     if adapter is not None:
-        LoraConfig.from_folder(Path(adapter).expanduser())  # refused before weights are read
-    options = _Options(
+        adapter = resolve_adapter(adapter)
+        LoraConfig.from_folder(adapter)  # refused before weights are read
+    loader = Loader(
         chosen_device, dtype, quantization, output_projection, adapter is not None, check_weights, ranks, progress
     )
     if str(source).startswith("random:"):
-        model, split = options.load_random(str(source))
+        model, split = loader.load_random(str(source))
     elif (folder := resolve_source(source, revision)).is_file():
-        model, split = options.load_gguf(folder), None
+        model, split = loader.load_gguf(folder), None
     else:
-        model, split = options.load_folder(folder)
+        stored = CheckpointConfig.from_folder(folder)
+        model, split = loader.load_folder(folder, stored)
+        if stored.quantization is not None:
+            format = None  # quantized already, except for the layers that are to stay plain
     if adapter is not None:
         merge_lora(model, adapter, check_weights)
-    if rounded_to is not None and model.config.quantization is None:
-        quantize_model(model, rounded_to, choose_dtype(dtype, model.config), progress)
+    if format is not None:
+        quantize_model(model, format, choose_dtype(dtype, model.config), progress)
     if split is not None and ranks is not None:
         connect(model, split, ranks)
     return model
 
 
 def empty_model(source: Path) -> Qwen3:
-    """The model on meta, its layers in the formats that `load_model` gives them; source: as `resolve_source` gives it.
+    """Return the model on meta, its layers in the formats that `load_model` gives them.
 
+    source: as `resolve_source` returns it.
     Raises: FileNotFoundError or ValueError, as `load_model`.
     """
     if source.is_file():
         header = read_header(source)
         model = build_on_meta(config_of(header))
-        rounding = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
-        replace_layers(model, choose_formats(header, model.config, rounding), model.config.dtype)
+        wanted = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
+        replace_layers(model, choose_formats(header, model.config, wanted), model.config.dtype)
         return model
-    config = ModelConfig.from_folder(source)
-    if config.published is not None:  # as it is loaded; of the rest, the tensors would have to be looked at
-        kept = ("model.embed_tokens", "lm_head")
-        config = replace(config, published=None, quantization=config.published.loaded_as, modules_to_not_convert=kept)
-    model = build_on_meta(config)
-    if config.quantization is not None:
-        quantize_model(model, config.quantization, config.dtype)
+    stored = CheckpointConfig.from_folder(source)
+    format, kept = stored.quantization, stored.modules_to_not_convert
+    if stored.prequantized is not None:  # as usual; only the tensors tell which other layers are plain
+        format, kept = stored.prequantized.loaded_as, ("model.embed_tokens", "lm_head")
+    model = build_on_meta(stored.model)
+    if format is not None:
+        quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
     return model
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What `load_model` was asked for, whatever the source. has_adapter: one is to be merged into the weights."""
-
-    device: torch.device
-    dtype: str | torch.dtype
-    quantization: str | None
-    output_projection: bool
-    has_adapter: bool
-    check_weights: bool
-    ranks: Ranks | None
-    progress: bool
-
-    def load_random(self, source: str) -> tuple[Qwen3, Split | None]:
-        """Of "random:NAME" or "random:NAME:SEED"."""
-        name, _, seed = source.removeprefix("random:").partition(":")
-        if seed and not seed.isdecimal():
-            raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
-        config = ModelConfig.named(name)
-        self._refuse_dequantizing(config)
-        split, dtype = self._split(config), choose_dtype(self.dtype, config)
-        model = random_model(config, self.device, dtype, int(seed or 0), self._on_assigned, split)
-        self._leave_out_projection(model)
-        return model, split
-
-    def load_folder(self, folder: Path) -> tuple[Qwen3, Split | None]:
-        """Of a folder with safetensors."""
-        config = ModelConfig.from_folder(folder)
-        self._refuse_dequantizing(config)
-        if self.quantization is not None and config.quantization not in (None, self.quantization):
-            raise ValueError(
-                f"{folder} is in {config.quantization} already; {self.quantization} needs the original weights"
-            )
-        split, dtype = self._split(config), choose_dtype(self.dtype, config)
-        if config.quantization is not None:
-            prepare_quantization(config.quantization, self.device)
-        format = self._format_of_published(config, folder)
-        refuse_size(config, folder)
-        model = build_on_meta(config) if split is None else split.build_on_meta()
-        self._leave_out_projection(model)
-        if config.quantization is not None:
-            quantize_model(model, config.quantization, dtype)
-        load_weights(
-            model, folder, self.device, dtype, self.progress, format, self._on_assigned, self.check_weights, split
-        )
-        if config.published is not None:
-            kept = plain_modules(model) if format is not None and self.quantization is None else ()
-            in_format = format if self.quantization is None else None  # else the rest is to be quantised, too
-            model.config = replace(config, published=None, quantization=in_format, modules_to_not_convert=kept)
-        return model, split
-
-    def load_gguf(self, file: Path) -> Qwen3:
-        """Of a GGUF file."""
-        if self.ranks is not None:
-            raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
-        header = read_header(file)
-        config = config_of(header)
-        rounding = DEQUANTIZE if self.has_adapter and self.quantization is not None else self.quantization
-        formats = choose_formats(header, config, rounding)
-        names = {format.name for format in formats.values()}
-        if self.has_adapter and names:
-            raise ValueError(f"an adapter needs plain weights, which {file} has not; add quantization='dequantize'")
-        for name in names:
-            prepare_quantization(name, self.device)
-        model = build_on_meta(config)
-        self._leave_out_projection(model)
-        load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
-        packable = [name for name, t in header.tensors.items() if len(t.shape) == 2 and fits(*t.shape)]
-        if len(names) == 1 and all(name in formats for name in packable):
-            model.config = replace(config, quantization=names.pop())  # as if we had rounded it
-        return model
-
-    @property
-    def _on_assigned(self) -> partial[None] | None:
-        """Experts are rounded as soon as a layer's are there."""
-        name = self.quantization
-        return None if name in (None, DEQUANTIZE) else partial(_round_experts, name)
-
-    def _refuse_dequantizing(self, config: ModelConfig) -> None:
-        if self.quantization == DEQUANTIZE and config.published is None:
-            raise ValueError(f"quantization={DEQUANTIZE!r} is for checkpoints that others quantised; use None")
-
-    def _leave_out_projection(self, model: Qwen3) -> None:
-        if not self.output_projection and not model.config.tie_word_embeddings:
-            model.register_module("lm_head", None)
-
-    def _format_of_published(self, config: ModelConfig, folder: Path) -> str | None:
-        """The format that layers which others quantised get; None for plain weights.
-
-        Raises: ValueError for an adapter that would be merged into weights that stay rounded.
-        """
-        if config.published is None:
-            return None
-        format = config.published.loaded_as if self.quantization is None else self.quantization
-        if self.has_adapter and self.quantization is None and format is not None:
-            raise ValueError(
-                f"an adapter needs the original weights; those of {folder} ({config.published.describe()}) would be "
-                f"loaded in {format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and round "
-                "afterwards"
-            )
-        if self.has_adapter or format in (None, DEQUANTIZE):
-            return None
-        prepare_quantization(format, self.device)
-        return format
-
-    def _split(self, config: ModelConfig) -> Split | None:
-        """This process's part of the model; None if it is not split.
-
-        Raises: ValueError for what cannot be split, or not yet.
-        """
-        if self.ranks is None:
-            return None
-        if self.has_adapter:
-            raise ValueError("adapter= is not supported with tensor parallelism yet; merge it into the weights first")
-        if config.quantization is not None or config.published is not None:
-            format = config.quantization or (config.published and config.published.loaded_as) or "int8"
-            raise ValueError(
-                f"a checkpoint that is in {config.quantization or 'a published format'} already cannot be split over "
-                f"processes yet; load the original weights with quantization={format!r}"
-            )
-        return Split(config, self.ranks.rank, self.ranks.size)
-
-
-def _round_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
-    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])

@@ -3,32 +3,70 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+from qwen3fast._json import read_json
 from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
-from qwen3fast.model.config import ModelConfig, read_json
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.random_weights import parse_random
+from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.checkpoint.vocab_files import has_vocab_files, tokenizer_from_vocab
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
 
-def read_config(source: Path) -> ModelConfig:
-    """The numbers of the model; source: as `resolve_source` gives it.
+def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
+    """Return the numbers of a model without loading its weights.
 
-    Raises: FileNotFoundError or ValueError, as `ModelConfig.from_folder`.
+    source, revision: as in `load_model`.
+    Raises: FileNotFoundError if it does not exist; ValueError for a config that is damaged or not supported.
     """
-    return config_of(read_header(source)) if source.is_file() else ModelConfig.from_folder(source)
+    if str(source).startswith("random:"):
+        return parse_random(str(source))[0]
+    return read_checkpoint_config(resolve_source(source, revision)).model
+
+
+def read_checkpoint_config(source: Path) -> CheckpointConfig:
+    """Return the numbers of the model and the storage of its weights; source: as `resolve_source` gives it.
+
+    Raises: FileNotFoundError or ValueError, as `read_config`.
+    """
+    if source.is_file():
+        return CheckpointConfig(config_of(read_header(source)))
+    return CheckpointConfig.from_folder(source)
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer with its chat template.
+    """Return the tokenizer with its chat template; without tokenizer.json, the one of vocab.json and merges.txt.
 
     Raises: FileNotFoundError or ValueError, as `Tokenizer.from_folder`.
     """
-    return tokenizer_of(read_header(source)) if source.is_file() else Tokenizer.from_folder(source)
+    if source.is_file():
+        return tokenizer_of(read_header(source))
+    if not (source / "tokenizer.json").is_file() and has_vocab_files(source):
+        return Tokenizer.from_folder(source, tokenizer_from_vocab(source))
+    return Tokenizer.from_folder(source)
+
+
+def find_tokenizer(source: Path) -> Tokenizer | None:
+    """Return the tokenizer, or None, with a warning, for a folder that holds none.
+
+    Raises: ValueError for a tokenizer that cannot be read.
+    """
+    if source.is_file() or (source / "tokenizer.json").is_file() or has_vocab_files(source):
+        return read_tokenizer(source)
+    warnings.warn(
+        f"{source} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): prompts must be token ids, and "
+        "replies have no text",
+        stacklevel=3,
+    )
+    return None
 
 
 def read_generation_config(source: Path) -> dict[str, Any] | None:
-    """The preset for sampling, if there is one.
+    """Return the preset for sampling, None if there is none.
 
     Raises: ValueError if it cannot be read.
     """

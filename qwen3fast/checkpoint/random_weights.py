@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3fast.checkpoint.weights import OnAssigned, assign
+from qwen3fast.checkpoint.assign import OnAssigned, assign
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -13,6 +13,17 @@ STANDARD_DEVIATION = 0.02
 # Sharper attention than 1 gives: replies then vary from token to token, so that comparing tokens means something.
 QK_NORM_WEIGHT = 1.5
 POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
+
+
+def parse_random(source: str) -> tuple[ModelConfig, int]:
+    """Return the config and the seed of "random:NAME" or "random:NAME:SEED".
+
+    Raises: ValueError for an unknown name, or a seed that is no whole number.
+    """
+    name, _, seed = source.removeprefix("random:").partition(":")
+    if seed and not seed.isdecimal():
+        raise ValueError(f"{source!r}: the seed must be a whole number, as in 'random:0.6b:7'")
+    return ModelConfig.named(name), int(seed or 0)
 
 
 def random_model(

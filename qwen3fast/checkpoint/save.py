@@ -9,12 +9,23 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
-from qwen3fast.checkpoint.weights import SINGLE_FILE
+from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization import formats_of, plain_modules
 
 # What a checkpoint holds besides weights and config.json.
-COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:
@@ -23,8 +34,13 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) 
     companions_from: a folder, or a GGUF file, whose tokenizer is then written as such files.
     Everything is written beside the folder first and then moved in, config.json last, so that a failure (a full disk)
     leaves what was there.
-    Raises: OSError if it cannot be written.
+    Raises: ValueError for layers in several formats; OSError if it cannot be written.
     """
+    formats = formats_of(model)
+    if len(formats) > 1:
+        raise ValueError(f"the model's layers are in several formats ({', '.join(formats)}), which cannot be saved")
+    kept = plain_modules(model) if formats else ()
+    stored = CheckpointConfig(model.config, formats[0] if formats else None, kept)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -35,7 +51,7 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) 
         for name in COMPANIONS:
             if companions_from is not None and (companions_from / name).is_file():
                 shutil.copyfile(companions_from / name, new / name)
-        config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+        config = json.dumps(stored.to_dict(), indent=2) + "\n"
         (new / "config.json").write_text(config, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):

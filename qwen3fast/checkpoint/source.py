@@ -1,4 +1,4 @@
-"""From the name of a model to the local folder, or GGUF file, that holds it."""
+"""From the name of a model or an adapter to the local folder, or GGUF file, that holds it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,40 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
+
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
-# What a Qwen3 needs, so that nothing else (other formats, pictures) is downloaded.
+# The files that a Qwen3 needs; nothing else (other formats, pictures) is downloaded.
 HUB_PATTERNS = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 ]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: "tiny", an existing folder, or a hub id that is downloaded (or found cached).
+    """Return the local folder of a checkpoint: "tiny", an existing folder, or a hub id (downloaded, or found cached).
 
     A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors.
 
-    Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A connection that
-    breaks is taken up where it broke; after a download that failed, the next call keeps the files that were finished
-    (recent versions of huggingface_hub begin the unfinished one anew).
+    Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A broken connection
+    is resumed; after a failed download, the next call keeps the files that were complete (recent versions of
+    huggingface_hub start the incomplete one again).
 
-    Raises: FileNotFoundError if nothing of that name exists or the hub cannot be reached and holds no cached copy;
+    Raises: FileNotFoundError if nothing of that name exists, or the hub cannot be reached and no copy is cached;
     ValueError for a folder with several GGUF files.
     """
     if str(source) == "tiny":
@@ -48,22 +55,42 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{folder} is a file; expected the folder that holds config.json and the weights, or a .gguf file"
         )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(
             f"no folder {str(source)!r}; expected a local folder, a hub id such as 'Qwen/Qwen3-0.6B', a .gguf file, "
             "'tiny', or 'random:0.6b'"
         )
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as err:
+        downloaded = Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
+        if not (downloaded / "tokenizer.json").is_file():
+            snapshot_download(str(source), revision=revision, allow_patterns=list(VOCAB_FILES))
+        return downloaded
+    except HUB_ERRORS as err:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
             f"{str(source)!r}{at} is neither a local folder nor available from the hub ({type(err).__name__}: {err})"
         ) from err
 
 
+def resolve_adapter(source: str | Path) -> Path:
+    """Return the local folder of an adapter: an existing folder, or a hub id (downloaded, or found cached).
+
+    Raises: FileNotFoundError if there is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() or not HUB_ID.fullmatch(str(source)):
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
+    except HUB_ERRORS as err:
+        raise FileNotFoundError(
+            f"adapter {str(source)!r} is neither a local folder nor available from the hub "
+            f"({type(err).__name__}: {err})"
+        ) from err
+
+
 def _gguf_inside(folder: Path) -> Path | None:
-    """The GGUF file, or the first of its parts, of a folder without safetensors.
+    """Return the GGUF file, or the first of its parts, of a folder without safetensors.
 
     Raises: ValueError if there are several.
     """

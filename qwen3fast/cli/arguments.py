@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from qwen3fast.checkpoint import read_config, resolve_source
+from qwen3fast.checkpoint import read_config
 from qwen3fast.checks import checked_text
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
@@ -114,9 +114,7 @@ def num_processes() -> int:
 
 def config_of(model: str, revision: str | None) -> ModelConfig:
     """Return the config of a model without its weights. Raises: FileNotFoundError or ValueError."""
-    if model.startswith("random:"):
-        return ModelConfig.named(model.removeprefix("random:").partition(":")[0])
-    return read_config(resolve_source(model, revision))
+    return read_config(model, revision)
 
 
 def _model(text: str) -> str:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from torch import nn
-
-from qwen3fast.checkpoint import empty_model, resolve_source
+from qwen3fast.checkpoint import empty_model, read_checkpoint_config, resolve_source
 from qwen3fast.cli.arguments import add_source_arguments, config_of
 from qwen3fast.cli.console import replace_surrogates
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.quantization.linear import QuantizedLinear
 
 HELP = "what a model is: sizes, memory for weights and KV cache"
 
@@ -26,15 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns: the exit status."""
-    config = config_of(args.model, args.revision)
-    published = config.published
-    is_random = args.model.startswith("random:")
-    model = build_on_meta(config) if is_random else empty_model(resolve_source(args.model, args.revision))
-    if args.quantization is not None and model.config.quantization is None:
-        quantize_model(model, args.quantization, config.dtype)
+    prequantized = None
+    if args.model.startswith("random:"):
+        model = build_on_meta(config_of(args.model, args.revision))
+    else:
+        source = resolve_source(args.model, args.revision)
+        prequantized, model = read_checkpoint_config(source).prequantized, empty_model(source)
+    if args.quantization is not None and not formats_of(model):
+        quantize_model(model, args.quantization, model.config.dtype)
     lines = _describe(model, model.config)
-    if published is not None:
-        lines["published in"] = published.describe()
+    if prequantized is not None:
+        lines["stored in"] = prequantized.describe()
     print(replace_surrogates(args.model))
     for name, value in lines.items():
         print(f"  {name:27} {value}")
@@ -46,7 +45,7 @@ def _describe(model: Qwen3, config: ModelConfig) -> dict[str, str]:
     kv_bytes = config.kv_bytes_per_token(config.dtype)
     lines = {
         "parameters": f"{config.num_parameters:,}",
-        "weights": f"{model.num_bytes():,} bytes in {config.quantization or _formats(model)}",
+        "weights": f"{model.num_bytes():,} bytes in {_formats(model)}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB per token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": f"{config.num_hidden_layers}",
@@ -65,7 +64,6 @@ def _describe(model: Qwen3, config: ModelConfig) -> dict[str, str]:
 
 
 def _formats(model: Qwen3) -> str:
-    """Return the names of the formats that the linear layers are stored in."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear | QuantizedLinear)]
-    names = [x.format.name if isinstance(x, QuantizedLinear) else str(x.weight.dtype)[6:] for x in linears]
-    return ", ".join(sorted(set(names)))
+    """Return the names of the formats and dtypes that the linear layers and the embedding are stored in."""
+    plain = {str(model.get_submodule(name).weight.dtype).removeprefix("torch.") for name in plain_modules(model)}
+    return ", ".join([*formats_of(model), *sorted(plain)])

@@ -1,25 +1,17 @@
-"""ModelConfig: the shape of a Qwen3 model, read from a checkpoint's `config.json`.
+"""ModelConfig: the numbers that define a Qwen3, under Hugging Face's names.
 
-Field names are Hugging Face's. What we cannot compute is refused here, by name, before any weight is read.
+How a checkpoint stores them and the weights is read in checkpoint/hf_config.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qwen3fast.model.published import PublishedFormat
 from qwen3fast.model.yarn import Yarn
-
-# And the model_type of each. Qwen3Model: without an output projection.
-SUPPORTED_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3Model": "qwen3"}
-OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -27,10 +19,8 @@ class ModelConfig:
     """The numbers that define a Qwen3, dense or (num_experts > 0) with a mixture of experts.
 
     `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
-    `dtype` is the dtype that the checkpoint was saved in; `quantization` names the format of the linear layers and the
-    embedding in a checkpoint that `Generator.save_quantized` wrote, but for `modules_to_not_convert`, which are in
-    `dtype`; `published` is how others stored a quantised checkpoint. `eos_token_ids` are the ids named by config.json
-    only; the Generator adds those of generation_config.json. `yarn` is the scaling of RoPE, if there is one.
+    `dtype` is the dtype of the weights. `eos_token_ids` end a reply; the Generator adds those of
+    generation_config.json. `yarn` is the scaling of RoPE, None without one.
 
     Of the layers that are not in `mlp_only_layers`, every `decoder_sparse_step`-th has experts (`is_sparse`), of which
     a token runs `num_experts_per_tok`; `norm_topk_prob`: what these count sums to 1.
@@ -50,9 +40,6 @@ class ModelConfig:
     attention_bias: bool = False
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
-    quantization: str | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
-    published: PublishedFormat | None = None
     yarn: Yarn | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -98,59 +85,6 @@ class ModelConfig:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
         if self.yarn is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1 with YaRN, got {self.rope_theta!r}")
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """Read the fields of a Hugging Face `config.json` given as a dictionary.
-
-        Raises: ValueError for an architecture, feature or value that is not supported, or a missing field.
-        """
-        _refuse_unsupported(raw, where)
-        quantization = _quantization(raw, where)
-        # A field that is null counts as absent.
-        given = {name: value for name, value in raw.items() if value is not None}
-        is_moe = _architectures(raw) == ["Qwen3MoeForCausalLM"]
-        if "num_local_experts" in given:  # as transformers 5 writes it
-            given["num_experts"] = given["num_local_experts"]
-        needed = [f.name for f in fields(cls) if f.name in _REQUIRED or (is_moe and f.name in _REQUIRED_OF_MOE)]
-        missing = [name for name in needed if name not in given]
-        if missing:
-            every = "every Qwen3 config with experts" if is_moe else "every Qwen3 config"
-            raise ValueError(f"{where}: missing {', '.join(missing)}; {every} has these fields")
-        if is_moe and given["num_experts"] == 0:
-            raise ValueError(f"{where}: num_experts must be a positive integer, got 0")
-        of_moe = ("norm_topk_prob", "decoder_sparse_step") if is_moe else ()
-        dtype_name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        if dtype_name not in DTYPES:
-            raise ValueError(f"{where}: dtype {dtype_name!r} is not supported; supported: {', '.join(DTYPES)}")
-        try:
-            return cls(
-                **{name: given[name] for name in needed},
-                **{name: given[name] for name in of_moe if name in given},
-                mlp_only_layers=as_id_tuple(given.get("mlp_only_layers")) if is_moe else (),
-                num_key_value_heads=given.get("num_key_value_heads", raw["num_attention_heads"]),
-                # 128 is Qwen3's default when the field is absent; only with experts transformers divides.
-                head_dim=given.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"] if is_moe else 128),
-                rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-                rope_theta=_rope_theta(given),
-                max_position_embeddings=given.get("max_position_embeddings", 40_960),
-                tie_word_embeddings=given.get("tie_word_embeddings", False),
-                attention_bias=given.get("attention_bias", False),
-                dtype=DTYPES[dtype_name],
-                eos_token_ids=as_id_tuple(raw.get("eos_token_id")),
-                **quantization,
-                yarn=_yarn(given),
-            )
-        except (ValueError, TypeError, ArithmeticError) as err:
-            raise ValueError(f"{where}: {err}") from err
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`.
-
-        Raises: FileNotFoundError if it is not there; ValueError if it is not JSON or not supported.
-        """
-        return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
@@ -211,28 +145,6 @@ class ModelConfig:
         bytes_per_vector = self.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
         return 2 * self.num_hidden_layers * self.num_key_value_heads * bytes_per_vector
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same config as a Hugging Face `config.json` dictionary."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        eos, yarn = plain.pop("eos_token_ids"), plain.pop("yarn")
-        quantization = [plain.pop(name) for name in ("quantization", "modules_to_not_convert", "published")]
-        architecture = "Qwen3MoeForCausalLM" if self.num_experts else "Qwen3ForCausalLM"
-        if self.num_experts:
-            plain["mlp_only_layers"] = list(self.mlp_only_layers)
-        else:
-            plain = {name: value for name, value in plain.items() if name not in _OF_MOE}
-        return {
-            **plain,
-            **_quantization_config(*quantization),
-            **({"rope_scaling": yarn.to_dict()} if yarn is not None else {}),
-            "architectures": [architecture],
-            "model_type": SUPPORTED_ARCHITECTURES[architecture],
-            "hidden_act": "silu",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "torch_dtype": str(self.dtype).removeprefix("torch."),
-            "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        }
-
     def _layer_size(self, layer: int, experts: int) -> int:
         """Parameters of a layer, of so many experts where it has any."""
         q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -247,9 +159,6 @@ class ModelConfig:
 
 # A module is made for each of these, before any weight is read.
 _LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000}
-_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_REQUIRED_OF_MOE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
-_OF_MOE = _REQUIRED_OF_MOE | {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
 
 # layers, heads, kv heads, hidden_size, intermediate_size, tied; num_experts, num_experts_per_tok,
 # moe_intermediate_size. Source: the published config.json files.
@@ -263,127 +172,3 @@ _NAMED_SHAPES: dict[str, tuple[Any, ...]] = {
     "30b-a3b": (48, 32, 4, 2048, 6144, False, 128, 8, 768),
     "235b-a22b": (94, 64, 4, 4096, 12288, False, 128, 8, 1536),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises: FileNotFoundError if the file is missing; ValueError naming the file if it is not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; expected a folder in Hugging Face layout")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number or nesting too long for Python
-        raise ValueError(f"{path} is not valid JSON: {err}; if it was downloaded, download it again") from err
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
-    """An id field of a config (one id, a list of ids, or absent) as a tuple.
-
-    Raises: ValueError for anything else.
-    """
-    if value is None:
-        return ()
-    ids = (value,) if isinstance(value, int) else value
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"token ids must be a number or a list of numbers, got {value!r}")
-    return tuple(ids)
-
-
-def _architectures(raw: dict[str, Any]) -> list[Any]:
-    """What the file names, or what its model_type stands for."""
-    by_type = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-    named, kind = raw.get("architectures"), raw.get("model_type")
-    if named:
-        return named if isinstance(named, list) else [named]
-    return [by_type.get(kind, kind) if isinstance(kind, str) else kind]
-
-
-def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    for name in _architectures(raw):
-        if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
-            raise ValueError(
-                f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
-    layer_types = raw.get("layer_types") or ["full_attention"]
-    unsupported = {
-        "hidden_act": (raw.get("hidden_act", "silu") != "silu", "only 'silu' is"),
-        "use_sliding_window": (bool(raw.get("use_sliding_window")), "only full attention is"),
-        "layer_types": (
-            not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types),
-            "only 'full_attention' is",
-        ),
-    }
-    for name, (is_set, supported) in unsupported.items():
-        if is_set:
-            raise ValueError(f"{where}: {name}={raw.get(name)!r} is not supported; {supported}")
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name), dict | None):
-            raise ValueError(f"{where}: {name} must be an object, got {raw[name]!r}")
-    kind = _rope_kind(raw)
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"{where}: RoPE scaling {kind!r} is not supported; 'yarn' and 'default' (no scaling) are")
-    rotated = _rope_fields(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if rotated not in (None, 1.0):
-        raise ValueError(f"{where}: partial_rotary_factor={rotated!r} is not supported; only 1 is")
-
-
-def _quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of ModelConfig that `quantization_config` gives.
-
-    Raises: ValueError for what is not supported.
-    """
-    given = raw.get("quantization_config")
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")
-    if given.get("quant_method") != OWN_QUANTIZATION["quant_method"]:
-        published = PublishedFormat.from_dict(given, where)
-        if published.method != "fp8" and _architectures(raw) == ["Qwen3MoeForCausalLM"]:
-            raise ValueError(
-                f"{where}: quant_method={published.method!r} is not supported for a mixture of experts; supported: "
-                "'fp8', and unquantised checkpoints"
-            )
-        return {"published": published}
-    kept = given.get("modules_to_not_convert", [])
-    is_known = all(given.get(name) == value for name, value in OWN_QUANTIZATION.items())
-    if not is_known or not isinstance(given.get("format"), str) or not isinstance(kept, list):
-        raise ValueError(f"{where}: quantization_config={given!r} is not supported by this version of qwen3fast")
-    return {"quantization": given["format"], "modules_to_not_convert": tuple(kept)}
-
-
-def _quantization_config(quantization: str | None, kept: tuple[str, ...], published: Any) -> dict[str, Any]:
-    """What `_quantization` reads."""
-    if published is not None:
-        return {"quantization_config": published.to_dict()}
-    if quantization is None:
-        return {}
-    beside = {"modules_to_not_convert": list(kept)} if kept else {}
-    return {"quantization_config": {**OWN_QUANTIZATION, "format": quantization, **beside}}
-
-
-def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings: older files have rope_theta and rope_scaling, newer ones rope_parameters holding both."""
-    return {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-
-
-def _rope_kind(raw: dict[str, Any]) -> Any:
-    rope = _rope_fields(raw)
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _yarn(raw: dict[str, Any]) -> Yarn | None:
-    if _rope_kind(raw) != "yarn":
-        return None
-    original = raw.get("original_max_position_embeddings")
-    beside = {} if original is None else {"original_max_position_embeddings": original}
-    return Yarn.from_dict({**_rope_fields(raw), **beside}, raw.get("max_position_embeddings", 40_960))
-
-
-def _rope_theta(raw: dict[str, Any]) -> float:
-    return float(_rope_fields(raw).get("rope_theta", raw.get("rope_theta", 1_000_000.0)))

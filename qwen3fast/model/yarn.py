@@ -1,4 +1,4 @@
-"""YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, as config.json gives them.
+"""YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, under transformers' names.
 
 `model/rope.py` makes the tables. Source: YaRN, arXiv:2309.00071; field names and defaults: transformers 5.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Yarn:
     that turn more often than beta_fast times in the original length stay as they are, those that turn less often than
     beta_slow times are slowed by `factor`, and those between are blended; truncate: with whole channels for bounds.
     attention_factor: of cosines and sines, computed from `factor` (and mscale, mscale_all_dim, if both are there)
-    unless it is given.
+    unless it is given. attn_factor: what the computed one is multiplied by, as in vLLM (DeepSeek-R1-0528-Qwen3-8B has
+    it, for a product of 1).
     """
 
     factor: float
@@ -30,6 +30,7 @@ class Yarn:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    attn_factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no scaling can have.
@@ -39,7 +40,7 @@ class Yarn:
         original = self.original_max_position_embeddings
         if not isinstance(original, int) or isinstance(original, bool) or original < 1:
             raise ValueError(f"YaRN: original_max_position_embeddings must be a positive integer, got {original!r}")
-        for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        for name in ("factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = getattr(self, name)
             if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
                 continue
@@ -49,23 +50,15 @@ class Yarn:
             raise ValueError(f"YaRN: factor must be at least 1, got {self.factor!r}")
         if self.factor > 10**6 or original > 10**9:
             raise ValueError(f"YaRN: factor {self.factor} of {original} positions is far beyond any Qwen3")
+        if self.attention_factor is not None and self.attn_factor != 1:
+            raise ValueError(
+                f"YaRN: attention_factor ({self.attention_factor}) is the whole factor, and attn_factor "
+                f"({self.attn_factor}) changes the computed one; only one of them can be given"
+            )
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"YaRN: beta_fast ({self.beta_fast}) must not be below beta_slow ({self.beta_slow})")
         if not isinstance(self.truncate, bool):
             raise ValueError(f"YaRN: truncate must be true or false, got {self.truncate!r}")
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], max_position_embeddings: Any) -> Yarn:
-        """Read `rope_scaling` or `rope_parameters`; a field that is null counts as absent.
-
-        max_position_embeddings: the model's, which is the original length if the object does not name one.
-        Raises: ValueError for a missing or bad field.
-        """
-        given = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        if "factor" not in given:
-            raise ValueError("YaRN: missing factor, how many times longer than the original a context may be")
-        given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        return cls(**given)
 
     @property
     def table_factor(self) -> float:
@@ -73,8 +66,8 @@ class Yarn:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale is not None and self.mscale_all_dim is not None:
-            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-        return self._magnitude(1.0)
+            return self.attn_factor * self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self.attn_factor * self._magnitude(1.0)
 
     @property
     def longest_context(self) -> int:
@@ -94,11 +87,6 @@ class Yarn:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         return low, high if high != low else high + 0.001
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as `rope_scaling` of a config.json."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"rope_type": "yarn", **{name: value for name, value in given.items() if value is not None}}
 
     def _magnitude(self, scale: float) -> float:
         return 0.1 * scale * math.log(self.factor) + 1.0

@@ -2,6 +2,7 @@
 
 from qwen3fast.quantization.convert import (
     DEQUANTIZE,
+    formats_of,
     get_format,
     plain_modules,
     prepare_quantization,
@@ -11,6 +12,7 @@ from qwen3fast.quantization.convert import (
 
 __all__ = [
     "DEQUANTIZE",
+    "formats_of",
     "get_format",
     "plain_modules",
     "prepare_quantization",

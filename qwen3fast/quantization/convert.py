@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -18,18 +18,19 @@ from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 DEQUANTIZE = "dequantize"  # what users ask for to get plain weights of a checkpoint that others quantised
 
 
-def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False) -> None:
+def quantize_model(
+    model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False, modules_to_not_convert: Collection[str] = ()
+) -> None:
     """Replace the model's linear layers, experts and token embedding by quantised ones, in place, one after the other.
 
     name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
     new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed, and
-    those of the config's `modules_to_not_convert`, stay as they are, and so do routers: they are small, and which
+    `modules_to_not_convert`, stay as they are, and so do routers: they are small, and which
     experts they choose matters.
     Raises: ValueError for an unknown format.
     """
     format = get_format(name)
-    kept = model.config.modules_to_not_convert
-    convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in kept}
+    convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in modules_to_not_convert}
     layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]
     layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
@@ -37,12 +38,17 @@ def quantize_model(model: Qwen3, name: str, dtype: torch.dtype, progress: bool =
             quantize_experts(model, name, layer_name)
         else:
             model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
-    model.config = replace(model.config, quantization=name)
     embedding = model.model.embed_tokens
     if model.config.tie_word_embeddings and isinstance(model.lm_head, QuantizedLinear):
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(model.lm_head, dtype))
     elif "model.embed_tokens" in convertible:
         model.set_submodule("model.embed_tokens", QuantizedEmbedding(_quantized(embedding.weight, format), dtype))
+
+
+def formats_of(model: Qwen3) -> list[str]:
+    """Return the names of the formats that the model's quantized layers are in; an empty list without such layers."""
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding))
+    return sorted({layer.format.name for layer in layers})
 
 
 def plain_modules(model: Qwen3) -> tuple[str, ...]:

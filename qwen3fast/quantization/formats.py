@@ -112,7 +112,7 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     """4 bits, one scale for 32 channels. The range is -8..7, its long side on the side of the group's largest weight.
 
     Cutting the largest weights off a little often rounds the others better: the best of `INT4_RANGES` is taken, by
-    squared error, for each group.
+    squared error, for each group. A group with NaN or infinity becomes NaN.
     """
     N, K = weight_NK.shape
     group = weight_NK.float().view(N, K // GROUP, GROUP)
@@ -127,6 +127,8 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
         best_level = torch.where(is_better, level.add_(8).to(torch.uint8), best_level)
+    # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
+    best_scale = torch.where(group.isfinite().all(dim=2, keepdim=True), best_scale, torch.nan)
     return pack_int4(best_level.view(N, K), best_scale.view(N, K // GROUP))
 
 

@@ -17,7 +17,7 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BaseTokenizer
 
-from qwen3fast.model.config import read_json
+from qwen3fast._json import read_json
 
 Message = dict[str, Any]
 
@@ -37,16 +37,17 @@ class Tokenizer:
         self._compiled: jinja2.Template | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path, base: BaseTokenizer | None = None) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja (which wins) from a checkpoint's folder.
 
+        base: takes the place of tokenizer.json.
         Raises: FileNotFoundError without tokenizer.json; ValueError naming the file if one cannot be read.
         """
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if base is None and not file.is_file():
             raise FileNotFoundError(f"{file} not found; expected a checkpoint in Hugging Face layout")
         try:
-            base = BaseTokenizer.from_file(str(file))
+            base = BaseTokenizer.from_file(str(file)) if base is None else base
         except Exception as err:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is not a tokenizer: {err}; if it was downloaded, download it again") from err
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}

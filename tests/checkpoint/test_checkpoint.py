@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import random_model, resolve_source, weights
+from qwen3fast.checkpoint import random_model, read_ahead, resolve_source
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -44,7 +45,7 @@ def tensors_of(model: Qwen3) -> dict[str, Tensor]:
 
 def write_checkpoint(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], files: int = 1) -> Path:
     """Write config.json and the tensors in Hugging Face layout, dealt out to one or several files."""
-    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()), encoding="utf-8")
     if files == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -153,7 +154,7 @@ def test_load_has_files_read_ahead_that_fit_the_memory(monkeypatch, tmp_path, co
     write_checkpoint(tmp_path, config, tensors, files=3)
     read = []
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(weights, "_populate", lambda files: read.append((files, threading.current_thread())))
+    monkeypatch.setattr(read_ahead, "populate", lambda files: read.append((files, threading.current_thread())))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get, raising=False)
     load_model(tmp_path, device="cpu")
     for thread in threading.enumerate():
@@ -185,7 +186,7 @@ def test_reading_ahead_brings_all_pages_into_memory(tmp_path):
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if all(resident_pages(file)):
         pytest.skip("this file system keeps its pages in memory")
-    weights._populate([file, tmp_path / "no such file"])
+    read_ahead.populate([file, tmp_path / "no such file"])
     assert all(resident_pages(file))
 
 
@@ -331,7 +332,7 @@ def test_load_names_a_damaged_file(tmp_path, config, tensors, damage):
 
 
 def test_load_without_weights_says_what_it_expects(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(CheckpointConfig(config).to_dict()), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"holds no weights; expected model\.safetensors or model\."):
         load_model(tmp_path, device="cpu")
 
@@ -342,7 +343,7 @@ def test_load_without_a_config_says_what_it_expects(tmp_path):
 
 
 def test_load_refuses_the_config_before_it_reads_weights(tmp_path, config):
-    settings = {**config.to_dict(), "hidden_act": "gelu"}
+    settings = {**CheckpointConfig(config).to_dict(), "hidden_act": "gelu"}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(ValueError, match="hidden_act='gelu' is not supported"):
         load_model(tmp_path, device="cpu")

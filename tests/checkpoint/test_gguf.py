@@ -16,6 +16,7 @@ from test_lora import modules_of, write_adapter
 
 from qwen3fast import Embedder, Generator, SamplingParams, load_model
 from qwen3fast.checkpoint import read_config, read_generation_config
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.engine.compile import StepCompiler
@@ -25,6 +26,7 @@ from qwen3fast.kernels.linear import linears
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
@@ -44,7 +46,7 @@ QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 def layers_by_gguf_name(model: Qwen3) -> dict[str, torch.Tensor]:
     """The weight that each layer computes with, be it packed or plain, in float32."""
-    plain = randomised(replace(model.config, quantization=None))
+    plain = randomised(model.config)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.dequantize()
@@ -111,7 +113,7 @@ def test_dequantize_gives_the_numbers_that_gguf_defines(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES)), kind)
     loaded = load_model(file, "cpu", "float32", quantization="dequantize")
-    assert loaded.config.quantization is None and loaded.config.dtype == torch.bfloat16
+    assert not formats_of(loaded) and loaded.config.dtype == torch.bfloat16
     for name, tensor in gguf_tensors(loaded).items():
         assert_same(tensor, decode(*written[name]))
 
@@ -131,7 +133,7 @@ def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES)), "Q4_0")
     loaded = load_model(file, "cpu")
-    assert loaded.config.quantization == "int4"
+    assert formats_of(loaded) == ["int4"]
     assert {module.format.name for module in loaded.modules() if isinstance(module, QuantizedLinear)} == {"int4"}
     ours = layers_by_gguf_name(loaded)
     for name, (data, kind) in written.items():
@@ -148,7 +150,7 @@ def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES, tie_word_embeddings=False)), kind)
     loaded = load_model(file, "cpu")
-    assert loaded.config.quantization == "int8"
+    assert formats_of(loaded) == ["int8"]
     for name, ours in layers_by_gguf_name(loaded).items():
         exact = decode(*written[name])
         if exact.dim() == 2:
@@ -161,7 +163,7 @@ def test_quantization_rounds_anew(tmp_path, name):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES)), "Q6_K")
     loaded = load_model(file, "cpu", quantization=name)
-    assert loaded.config.quantization == name
+    assert formats_of(loaded) == [name]
     ours = layers_by_gguf_name(loaded)
     for tensor, (data, kind) in written.items():
         if kind == "Q6_K":
@@ -188,7 +190,7 @@ def test_a_mixture_keeps_each_layer_in_its_form(tmp_path):
     # Layers that read the same input are kept in one format.
     assert [second.pop(f"self_attn.{x}_proj") for x in "qkv"] == ["int8"] * 3 and set(second.values()) == {"int4"}
     assert found["model.embed_tokens"] == found["lm_head"] == "int8"
-    assert loaded.config.quantization is None
+    assert formats_of(loaded) == ["int4", "int8"]
     assert loaded.model.embed_tokens.weight_packed is loaded.lm_head.weight_packed
 
 
@@ -241,7 +243,7 @@ def test_blocks_of_other_formats_do_not_share_a_compiled_form(tmp_path, monkeypa
 def test_yarn_is_that_of_config_json(tmp_path):
     model = randomised(small_config())
     write_gguf(tmp_path / "model.gguf", model, change=add_yarn)
-    expected = ModelConfig.from_dict({**model.config.to_dict(), "rope_scaling": YARN})
+    expected = CheckpointConfig.from_dict({**CheckpointConfig(model.config).to_dict(), "rope_scaling": YARN}).model
     assert read_config(tmp_path / "model.gguf").yarn == expected.yarn
 
 

@@ -17,13 +17,14 @@ from test_expert_checkpoints import published_tensors
 from torch import nn
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint.prequantized import PublishedLayer
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.prequantized import PrequantizedLayer
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.layer import parts
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
-from qwen3fast.model.config import ModelConfig
-from qwen3fast.model.published import PublishedFormat
+from qwen3fast.quantization import formats_of, plain_modules
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
@@ -83,7 +84,7 @@ def layers_of(model) -> dict[str, nn.Module]:
 def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
     reference = published(name, tmp_path, files=files)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
-    assert model.config == replace(reference.config, published=None)
+    assert model.config == reference.config
     assert dict(model.named_parameters()).keys() == dict(reference.named_parameters()).keys()
     for parameter_name, expected in reference.named_parameters():
         actual = model.get_parameter(parameter_name)
@@ -95,7 +96,7 @@ def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, file
 def test_dequantised_weights_are_rounded_once_to_the_dtype(tmp_path):
     reference = published("fp8, cut blocks", tmp_path)
     model = load_model(tmp_path, device="cpu")
-    assert model.config.quantization is None
+    assert not formats_of(model)
     for name, parameter in model.named_parameters():
         assert_same(parameter, reference.get_parameter(name).bfloat16())
 
@@ -109,16 +110,16 @@ def test_the_layout_is_the_described_one():
         "scales": torch.ones(1, 8, dtype=torch.float16),
     }
     awq["qweight"][5, 0] = 0x70005301  # half bytes from the lowest on: rows 0 2 4 6 1 3 5 7 are 1 0 3 5 0 0 0 7
-    stored = PublishedFormat.from_dict({**AWQ, "group_size": 32}, "")
-    assert PublishedLayer(stored, (8, 32), awq).plain(torch.float32)[:, 5].tolist() == [1, 0, 0, 0, 3, 0, 5, 7]
+    stored = PrequantizedFormat.from_dict({**AWQ, "group_size": 32}, "")
+    assert PrequantizedLayer(stored, (8, 32), awq).plain(torch.float32)[:, 5].tolist() == [1, 0, 0, 0, 3, 0, 5, 7]
     gptq = {
         "qweight": torch.zeros(4, 8, dtype=torch.int32),
         "qzeros": torch.full((1, 1), 0x77777777, dtype=torch.int32),
         "scales": torch.ones(1, 8, dtype=torch.float16),
     }
     gptq["qweight"][1, 3] = -0x12345679  # 0xEDCBA987: channels 8 to 15 of row 3
-    stored = PublishedFormat.from_dict({**GPTQ, "group_size": 32}, "")
-    assert PublishedLayer(stored, (8, 32), gptq).plain(torch.float32)[3, 8:16].tolist() == (level[7:15] - 8).tolist()
+    stored = PrequantizedFormat.from_dict({**GPTQ, "group_size": 32}, "")
+    assert PrequantizedLayer(stored, (8, 32), gptq).plain(torch.float32)[3, 8:16].tolist() == (level[7:15] - 8).tolist()
 
 
 def test_a_zero_point_of_zero_is_read_as_it_was_subtracted_from_whole_words():
@@ -128,8 +129,8 @@ def test_a_zero_point_of_zero_is_read_as_it_was_subtracted_from_whole_words():
         "qzeros": torch.full((1, 1), zero - 0x11111111, dtype=torch.int32),
         "scales": torch.ones(1, 8, dtype=torch.float16),
     }
-    stored = PublishedFormat.from_dict({**GPTQ, "group_size": 32, "sym": False}, "")
-    assert PublishedLayer(stored, (8, 32), tensors).plain(torch.float32)[:, 0].tolist() == [-z for z in range(8)]
+    stored = PrequantizedFormat.from_dict({**GPTQ, "group_size": 32, "sym": False}, "")
+    assert PrequantizedLayer(stored, (8, 32), tensors).plain(torch.float32)[:, 0].tolist() == [-z for z in range(8)]
 
 
 @settings(max_examples=30)
@@ -145,13 +146,13 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
     config = layout if layout is FP8 else {**layout, "group_size": group_size}
     shape = (8 * rows, group_size * groups)
     tensors, weight = drawn_layer(np.random.default_rng(seed), *shape, config)
-    stored = PublishedFormat.from_dict(config, "")
+    stored = PrequantizedFormat.from_dict(config, "")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         n: p.shape for n, p in parts(stored, *shape).items()
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3fast.quantization.formats.WEIGHTS_AT_ONCE", at_once)
-        assert_same(PublishedLayer(stored, shape, tensors).plain(torch.float32), weight.float())
+        assert_same(PrequantizedLayer(stored, shape, tensors).plain(torch.float32), weight.float())
 
 
 # ------------------------------------------------------------------------------------------------------- our formats
@@ -162,7 +163,7 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
 def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization):
     reference = published(name, tmp_path)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
-    assert model.config.quantization == "int4"
+    assert formats_of(model) == ["int4"]
     tensors = load_file(tmp_path / "model.safetensors")
     for layer_name, layer in layers_of(model).items():
         assert layer.format is FORMATS["int4"]
@@ -179,7 +180,7 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
 def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
     reference = published(name, tmp_path)
     model = load_model(tmp_path, device="cpu")
-    assert model.config.quantization == "int8"
+    assert formats_of(model) == ["int8"]
     for layer_name, layer in layers_of(model).items():
         weight = reference.get_submodule(layer_name).weight
         if name == "gptq, 8 bits, a group a row":
@@ -194,7 +195,7 @@ def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, nam
     published(name, tmp_path)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
     plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
-    assert model.config.quantization == format
+    assert formats_of(model) == [format]
     assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
     assert isinstance(model.lm_head, QuantizedLinear)
     for layer_name, layer in {**layers_of(model), "lm_head": model.lm_head}.items():
@@ -214,7 +215,7 @@ def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
     assert_same(model.model.embed_tokens.weight, reference.model.embed_tokens.weight.bfloat16())
     assert_same(model.lm_head.weight, reference.lm_head.weight.bfloat16())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert set(model.config.modules_to_not_convert) == {"lm_head", "model.embed_tokens"}
+    assert set(plain_modules(model)) == {"lm_head", "model.embed_tokens"}
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq, act order"])
@@ -224,7 +225,7 @@ def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
     model = load_model(tmp_path, device="cpu", dtype="float32")
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert len(plain) == 4 and all(n.endswith(kept) for n in plain)
-    assert set(model.config.modules_to_not_convert) == {*plain, "model.embed_tokens"}
+    assert set(plain_modules(model)) == {*plain, "model.embed_tokens"}
     for layer_name in plain:
         assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
 
@@ -438,10 +439,12 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_config_keeps_the_published_format(name):
     config, quantization_config, _ = LAYOUTS[name]
-    read = ModelConfig.from_dict({**config.to_dict(), "quantization_config": quantization_config})
-    assert read.published == PublishedFormat.from_dict(quantization_config, "")
+    read = CheckpointConfig.from_dict(
+        {**CheckpointConfig(config).to_dict(), "quantization_config": quantization_config}
+    )
+    assert read.prequantized == PrequantizedFormat.from_dict(quantization_config, "")
     assert read.quantization is None
-    assert ModelConfig.from_dict(read.to_dict()) == read
+    assert CheckpointConfig.from_dict(read.to_dict()) == read
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import small_config
 
+from qwen3fast._json import read_json
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import build_on_meta
-from qwen3fast.model.config import ModelConfig, read_json
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.yarn import Yarn
 
 # Parameters of the published checkpoints, as their safetensors headers count them.
@@ -65,7 +67,7 @@ def raw_config(**changes) -> dict:
 
 
 def test_config_reads_the_published_file():
-    assert ModelConfig.from_dict(RAW) == ModelConfig.named("0.6b")
+    assert CheckpointConfig.from_dict(RAW).model == ModelConfig.named("0.6b")
 
 
 @pytest.mark.parametrize(
@@ -79,16 +81,16 @@ def test_config_reads_the_published_file():
     ids=["old place", "rope_parameters", "rope_scaling", "rope_parameters wins"],
 )
 def test_config_reads_rope_theta(changes):
-    assert ModelConfig.from_dict(raw_config(**changes)).rope_theta == 5_000_000.0
+    assert CheckpointConfig.from_dict(raw_config(**changes)).model.rope_theta == 5_000_000.0
 
 
 def test_config_rope_theta_defaults_to_a_million():
-    assert ModelConfig.from_dict(raw_config(rope_theta=...)).rope_theta == 1_000_000.0
+    assert CheckpointConfig.from_dict(raw_config(rope_theta=...)).model.rope_theta == 1_000_000.0
 
 
 def test_config_reads_the_2507_variants():
     raw = raw_config(rope_theta=5_000_000, max_position_embeddings=262_144)
-    config = ModelConfig.from_dict(raw)
+    config = CheckpointConfig.from_dict(raw).model
     assert (config.rope_theta, config.longest_context, config.yarn) == (5_000_000.0, 262_144, None)
 
 
@@ -115,39 +117,42 @@ A3B = {
     ids=["published", "model_type", "as transformers 5 writes it", "no layers named"],
 )
 def test_config_reads_a_mixture_of_experts(changes):
-    assert ModelConfig.from_dict(raw_config(**{**A3B, **changes})) == ModelConfig.named("30b-a3b")
+    assert CheckpointConfig.from_dict(raw_config(**{**A3B, **changes})).model == ModelConfig.named("30b-a3b")
 
 
 def test_config_does_not_renormalise_unless_it_says_so():
-    assert not ModelConfig.from_dict(raw_config(**{**A3B, "norm_topk_prob": ...})).norm_topk_prob
+    assert not CheckpointConfig.from_dict(raw_config(**{**A3B, "norm_topk_prob": ...})).model.norm_topk_prob
 
 
 def test_config_of_a_dense_model_ignores_fields_of_experts():
-    assert ModelConfig.from_dict(raw_config(num_experts=128, decoder_sparse_step=2)) == ModelConfig.from_dict(RAW)
+    assert (
+        CheckpointConfig.from_dict(raw_config(num_experts=128, decoder_sparse_step=2)).model
+        == CheckpointConfig.from_dict(RAW).model
+    )
 
 
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_config_reads_yarn_in_every_spelling(place, kind):
     raw = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    config = ModelConfig.from_dict(raw_config(**{place: raw}))
+    config = CheckpointConfig.from_dict(raw_config(**{place: raw})).model
     assert config.yarn == Yarn(4.0, 32768)
     assert config.longest_context == 131_072
 
 
 def test_config_reads_all_fields_of_yarn():
     every = {"attention_factor": 1.1, "beta_fast": 30, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.9}
-    config = ModelConfig.from_dict(raw_config(rope_scaling={**YARN, **every, "truncate": False}))
+    config = CheckpointConfig.from_dict(raw_config(rope_scaling={**YARN, **every, "truncate": False})).model
     assert config.yarn == Yarn(4.0, 32768, 1.1, 30, 2, 0.7, 0.9, False)
 
 
 def test_config_original_length_of_yarn_defaults_to_the_models():
-    config = ModelConfig.from_dict(raw_config(rope_scaling={"type": "yarn", "factor": 2.0}))
+    config = CheckpointConfig.from_dict(raw_config(rope_scaling={"type": "yarn", "factor": 2.0})).model
     assert config.yarn == Yarn(2.0, 40_960)
 
 
 def test_config_original_length_beside_the_scaling_wins():
-    config = ModelConfig.from_dict(raw_config(rope_scaling=YARN, original_max_position_embeddings=8192))
+    config = CheckpointConfig.from_dict(raw_config(rope_scaling=YARN, original_max_position_embeddings=8192)).model
     assert config.yarn == Yarn(4.0, 8192)
 
 
@@ -156,62 +161,68 @@ def test_config_original_length_beside_the_scaling_wins():
     ("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16), ("torch.float32", torch.float32)]
 )
 def test_config_reads_the_dtype(field, name, dtype):
-    assert ModelConfig.from_dict(raw_config(**{"torch_dtype": ..., field: name})).dtype == dtype
+    assert CheckpointConfig.from_dict(raw_config(**{"torch_dtype": ..., field: name})).model.dtype == dtype
 
 
 def test_config_dtype_wins_over_torch_dtype():
-    assert ModelConfig.from_dict(raw_config(dtype="float32", torch_dtype="float16")).dtype == torch.float32
+    assert CheckpointConfig.from_dict(raw_config(dtype="float32", torch_dtype="float16")).model.dtype == torch.float32
 
 
 def test_config_dtype_defaults_to_bfloat16():
-    assert ModelConfig.from_dict(raw_config(torch_dtype=...)).dtype == torch.bfloat16
+    assert CheckpointConfig.from_dict(raw_config(torch_dtype=...)).model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("eos", "ids"), [(7, (7,)), ([7, 9], (7, 9)), (None, ()), (..., ()), (0, (0,))])
 def test_config_reads_eos_token_id(eos, ids):
-    assert ModelConfig.from_dict(raw_config(eos_token_id=eos)).eos_token_ids == ids
+    assert CheckpointConfig.from_dict(raw_config(eos_token_id=eos)).model.eos_token_ids == ids
 
 
 @pytest.mark.parametrize("absent", [..., None])
 def test_config_head_dim_defaults_to_128(absent):
-    config = ModelConfig.from_dict(raw_config(head_dim=absent))
+    config = CheckpointConfig.from_dict(raw_config(head_dim=absent)).model
     assert config.head_dim == 128 != config.hidden_size // config.num_attention_heads
 
 
 def test_config_head_dim_is_read_not_computed():
-    assert ModelConfig.from_dict(raw_config(head_dim=80)).head_dim == 80
+    assert CheckpointConfig.from_dict(raw_config(head_dim=80)).model.head_dim == 80
 
 
 def test_config_key_value_heads_default_to_the_query_heads():
-    assert ModelConfig.from_dict(raw_config(num_key_value_heads=...)).num_key_value_heads == 16
+    assert CheckpointConfig.from_dict(raw_config(num_key_value_heads=...)).model.num_key_value_heads == 16
 
 
 def test_config_is_untied_unless_it_says_tied():
-    assert not ModelConfig.from_dict(raw_config(tie_word_embeddings=...)).tie_word_embeddings
+    assert not CheckpointConfig.from_dict(raw_config(tie_word_embeddings=...)).model.tie_word_embeddings
 
 
 def test_config_reads_attention_bias():
-    assert ModelConfig.from_dict(raw_config(attention_bias=True)).attention_bias
+    assert CheckpointConfig.from_dict(raw_config(attention_bias=True)).model.attention_bias
 
 
 def test_config_reads_rms_norm_eps():
-    assert ModelConfig.from_dict(raw_config(rms_norm_eps=1e-5)).rms_norm_eps == 1e-5
+    assert CheckpointConfig.from_dict(raw_config(rms_norm_eps=1e-5)).model.rms_norm_eps == 1e-5
 
 
 def test_config_ignores_fields_it_does_not_know():
-    assert ModelConfig.from_dict(raw_config(initializer_range=0.02)) == ModelConfig.from_dict(RAW)
+    assert CheckpointConfig.from_dict(raw_config(initializer_range=0.02)).model == CheckpointConfig.from_dict(RAW).model
 
 
 def test_config_accepts_a_model_type_without_architectures():
-    assert ModelConfig.from_dict(raw_config(architectures=...)) == ModelConfig.from_dict(RAW)
+    assert CheckpointConfig.from_dict(raw_config(architectures=...)).model == CheckpointConfig.from_dict(RAW).model
 
 
 def test_config_accepts_a_model_without_output_projection():
-    assert ModelConfig.from_dict(raw_config(architectures=["Qwen3Model"])) == ModelConfig.from_dict(RAW)
+    assert (
+        CheckpointConfig.from_dict(raw_config(architectures=["Qwen3Model"])).model
+        == CheckpointConfig.from_dict(RAW).model
+    )
 
 
 def test_config_accepts_layer_types_that_are_all_full_attention():
-    assert ModelConfig.from_dict(raw_config(layer_types=["full_attention"] * 28)) == ModelConfig.from_dict(RAW)
+    assert (
+        CheckpointConfig.from_dict(raw_config(layer_types=["full_attention"] * 28)).model
+        == CheckpointConfig.from_dict(RAW).model
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,10 @@ def test_config_accepts_layer_types_that_are_all_full_attention():
         ({"architectures": ..., "model_type": "qwen2"}, "'qwen2' is not supported"),
         ({"architectures": ..., "model_type": ...}, "None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu' is"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "use_sliding_window=True is not supported",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*only 'full_attention' is"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config=.*hqq.* is not supported; supported: "),
         ({"quantization_config": "fp8"}, "quantization_config must be an object, got 'fp8'"),
@@ -271,13 +285,13 @@ def test_config_accepts_layer_types_that_are_all_full_attention():
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_dict(raw_config(**changes), "somewhere.json")
+        CheckpointConfig.from_dict(raw_config(**changes), "somewhere.json")
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "relu"}, {"hidden_size": ...}, {"head_dim": 3}])
 def test_config_refusal_names_the_file(changes):
     with pytest.raises(ValueError, match=r"^somewhere\.json: "):
-        ModelConfig.from_dict(raw_config(**changes), "somewhere.json")
+        CheckpointConfig.from_dict(raw_config(**changes), "somewhere.json")
 
 
 def test_config_cannot_be_changed_after_its_checks():
@@ -287,12 +301,12 @@ def test_config_cannot_be_changed_after_its_checks():
 
 def test_config_from_folder_reads_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RAW), encoding="utf-8")
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(RAW)
+    assert CheckpointConfig.from_folder(tmp_path).model == CheckpointConfig.from_dict(RAW).model
 
 
 def test_config_from_folder_without_the_file_says_what_it_expects(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json not found; expected a folder in Hugging Face layout"):
-        ModelConfig.from_folder(tmp_path)
+        CheckpointConfig.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +399,7 @@ def test_kv_bytes_per_token_of_published_shapes(name, kib):
     ids=lambda config: f"{config.num_parameters}-{len(config.eos_token_ids)}",
 )
 def test_to_dict_round_trip(config):
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert CheckpointConfig.from_dict(json.loads(json.dumps(CheckpointConfig(config).to_dict()))).model == config
 
 
 def test_replace_checks_again():
@@ -400,4 +414,4 @@ def test_replace_checks_again():
 )
 def test_config_refuses_fields_of_the_wrong_type(changes):
     with pytest.raises(ValueError, match=r"^somewhere\.json: "):
-        ModelConfig.from_dict(raw_config(**changes), "somewhere.json")
+        CheckpointConfig.from_dict(raw_config(**changes), "somewhere.json")

@@ -135,3 +135,13 @@ def test_yarn_multiplies_tables_by_the_factor_of_attention():
 def test_yarn_of_factor_one_changes_nothing():
     for plain, scaled in zip(rope_tables(D, THETA, 9, CPU), rope_tables(D, THETA, 9, CPU, Yarn(1.0, 64)), strict=True):
         assert_near(scaled, plain)
+
+
+def test_attn_factor_multiplies_the_computed_factor_as_in_vllm():
+    """Source: vLLM's YaRNScalingRotaryEmbedding: mscale = (0.1 ln(factor) + 1) * attn_factor."""
+    attn_factor = 0.8782488562869419  # of DeepSeek-R1-0528-Qwen3-8B
+    plain, scaled = Yarn(4.0, 32768), Yarn(4.0, 32768, attn_factor=attn_factor)
+    assert scaled.table_factor == pytest.approx((0.1 * math.log(4) + 1) * attn_factor) == pytest.approx(1.0, abs=1e-4)
+    tables = [rope_tables(128, 1e6, 50, CPU, yarn) for yarn in (plain, scaled)]
+    for before, after in zip(*tables, strict=True):
+        torch.testing.assert_close(after, before * attn_factor)

@@ -14,7 +14,7 @@ from test_checkpoint import tensors_of, write_checkpoint
 from test_expert_checkpoints import published_tensors
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import load_weights, random_model, weights
+from qwen3fast.checkpoint import fill, load_weights, random_model
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -92,7 +92,7 @@ def test_a_rank_reads_its_part_alone(tmp_path, monkeypatch):
 
             return Slice()
 
-    monkeypatch.setattr(weights, "open_tensors", lambda file: Watched(safe_open(file, "pt")))
+    monkeypatch.setattr(fill, "open_tensors", lambda file: Watched(safe_open(file, "pt")))
     model = load_part(CONFIG, tmp_path, rank=1, size=4)
     assert read == {name: p.numel() for name, p in model.named_parameters()}
     assert sum(read.values()) < 0.3 * sum(p.numel() for p in whole.parameters())

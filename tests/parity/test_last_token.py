@@ -10,6 +10,7 @@ from conftest import fill_randomly, small_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from qwen3fast import Embedder, Reranker
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 
 TEXTS = [
     "A cat sat.",
@@ -39,7 +40,7 @@ def published_embeddings(folder, texts, dtype) -> torch.Tensor:
 def save_embedding_checkpoint(folder, tokenizer_folder, **changes):
     """A Qwen3Model as transformers saves it: names without "model.", no output projection."""
     config = small_config(vocab_size=1024, **changes)
-    model = Qwen3Model(Qwen3Config(**{**config.to_dict(), "architectures": None}))
+    model = Qwen3Model(Qwen3Config(**{**CheckpointConfig(config).to_dict(), "architectures": None}))
     fill_randomly(model)
     model.save_pretrained(folder)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
@@ -94,7 +95,7 @@ def published_scores(folder, query, documents, dtype) -> list[float]:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_scores_equal_transformers(tmp_path, yes_no_folder, changes, dtype, batch_size):
     config = small_config(vocab_size=1026, max_position_embeddings=512, **changes)
-    model = Qwen3ForCausalLM(Qwen3Config(**config.to_dict()))
+    model = Qwen3ForCausalLM(Qwen3Config(**CheckpointConfig(config).to_dict()))
     fill_randomly(model)
     model.save_pretrained(tmp_path)
     shutil.copytree(yes_no_folder, tmp_path, dirs_exist_ok=True)

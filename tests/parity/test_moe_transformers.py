@@ -13,10 +13,10 @@ from test_quantized_experts import with_dequantized_weights
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3fast import load_model
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.quantization import quantize_model
@@ -38,7 +38,11 @@ SHAPES = {
 
 def reference_of(model: Qwen3, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
     """transformers' model with our config and weights, expert by expert, attention in plain products."""
-    settings = {**model.config.to_dict(), "attn_implementation": "eager", "experts_implementation": "eager"}
+    settings = {
+        **CheckpointConfig(model.config).to_dict(),
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
     reference = Qwen3MoeForCausalLM._from_config(Qwen3MoeConfig(**settings), dtype=dtype)
     reference.load_state_dict(model.state_dict(), strict=True)
     return reference.eval().requires_grad_(False)
@@ -111,16 +115,16 @@ def test_rounded_experts_of_the_operation_are_near_transformers(format):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_state_dict_and_config_are_those_of_transformers(shape):
     config = replace(CONFIG, **SHAPES[shape])
-    theirs = Qwen3MoeConfig(**config.to_dict())
+    theirs = Qwen3MoeConfig(**CheckpointConfig(config).to_dict())
     ours = {name: tuple(tensor.shape) for name, tensor in Qwen3(config).state_dict().items()}
     assert ours == {name: tuple(t.shape) for name, t in Qwen3MoeForCausalLM(theirs).state_dict().items()}
-    assert ModelConfig.from_dict({**theirs.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}) == config
+    assert CheckpointConfig.from_dict({**theirs.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}).model == config
 
 
 def test_head_dim_that_the_config_does_not_name_is_transformers():
-    raw = {name: value for name, value in CONFIG.to_dict().items() if name != "head_dim"}
+    raw = {name: value for name, value in CheckpointConfig(CONFIG).to_dict().items() if name != "head_dim"}
     reference = Qwen3MoeForCausalLM(Qwen3MoeConfig(**raw))
-    assert ModelConfig.from_dict(raw).head_dim == reference.model.layers[0].self_attn.head_dim
+    assert CheckpointConfig.from_dict(raw).model.head_dim == reference.model.layers[0].self_attn.head_dim
 
 
 @pytest.mark.parametrize("shape", ["renormalised", "dense layers"])

@@ -12,8 +12,8 @@ import torch
 from conftest import assert_near, random_ids, randomised, small_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.yarn import Yarn
 
 SHAPES = {
@@ -52,7 +52,7 @@ PARTS = [
 
 def reference_of(model: Qwen3, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
     """transformers' model with our config and weights, computing attention in plain products."""
-    settings = {**model.config.to_dict(), "attn_implementation": "eager"}
+    settings = {**CheckpointConfig(model.config).to_dict(), "attn_implementation": "eager"}
     # Built in its dtype, not converted: `.to(bfloat16)` would round the RoPE frequencies too.
     reference = Qwen3ForCausalLM._from_config(Qwen3Config(**settings), dtype=dtype)
     reference.load_state_dict(model.state_dict(), strict=True)
@@ -156,18 +156,18 @@ def test_yarn_logits_equal_transformers_beyond_the_original_length(yarn):
 @pytest.mark.parametrize("yarn", YARNS.values(), ids=YARNS)
 def test_yarn_that_transformers_writes_is_read_back(yarn):
     config = small_config(yarn=yarn)
-    assert ModelConfig.from_dict(Qwen3Config(**config.to_dict()).to_dict()) == config
+    assert CheckpointConfig.from_dict(Qwen3Config(**CheckpointConfig(config).to_dict()).to_dict()).model == config
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_state_dict_names_and_shapes_are_those_of_transformers(shape):
     config = small_config(**SHAPES[shape])
     ours = {name: tuple(tensor.shape) for name, tensor in Qwen3(config).state_dict().items()}
-    theirs = Qwen3ForCausalLM(Qwen3Config(**config.to_dict())).state_dict()
+    theirs = Qwen3ForCausalLM(Qwen3Config(**CheckpointConfig(config).to_dict())).state_dict()
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_config_that_transformers_writes_is_read_back(shape):
     config = small_config(**SHAPES[shape])
-    assert ModelConfig.from_dict(Qwen3Config(**config.to_dict()).to_dict()) == config
+    assert CheckpointConfig.from_dict(Qwen3Config(**CheckpointConfig(config).to_dict()).to_dict()).model == config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import tiny_tasks
@@ -16,12 +15,13 @@ from test_tiny import GREEDY, share_right, task_examples
 from torch import nn
 
 from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import linears
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
 
@@ -97,6 +97,18 @@ def test_the_operation_rounds_numbers_that_are_none_as_the_plain_form_does():
     sound = [row for row in range(2 * LANES) if row not in (3, 20)]
     assert_same(rounded[sound], plain[sound])
     assert rounded[[3, 20]].isnan().all() and plain[3].isnan().all()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@all_formats
+def test_no_format_hides_a_number_that_is_none(format, dtype, number):
+    weight = random_tensor(2 * LANES, 2 * GROUP).to(dtype)
+    weight[3, 5] = number
+    for packed in (quantize(weight, format), format.quantize(weight)):
+        result = format.dequantize(packed)
+        assert not result[3, :GROUP].isfinite().all()
+        assert result[[*range(3), *range(4, 2 * LANES)]].isfinite().all()
 
 
 @needs_operation
@@ -307,7 +319,7 @@ def test_saved_model_loads_as_it_was(format, tied, dtype, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["folder"]
     loaded = load_model(tmp_path / "new" / "folder", dtype=dtype)
-    assert loaded.config.quantization == format.name
+    assert formats_of(loaded) == [format.name]
     assert dict(loaded.named_parameters()).keys() == dict(model.named_parameters()).keys()
     for name, parameter in loaded.named_parameters():
         assert_same(parameter, model.get_parameter(name).to(parameter.dtype))
@@ -366,7 +378,7 @@ def test_unknown_and_conflicting_formats_are_refused(tmp_path):
     save_model(quantized_model(INT8), tmp_path)
     with pytest.raises(ValueError, match="is in int8 already; int4 needs the original weights"):
         load_model(tmp_path, quantization="int4")
-    assert load_model(tmp_path, quantization="int8").config.quantization == "int8"
+    assert formats_of(load_model(tmp_path, quantization="int8")) == ["int8"]
 
 
 def test_devices_without_kernels_are_refused_before_anything_is_read(tmp_path, monkeypatch):
@@ -391,13 +403,13 @@ def test_info_states_the_bytes_of_a_quantised_checkpoint(tmp_path, capsys):
 def test_command_line_quantises(capsys, opened):
     assert main(["generate", "What is 17 + 25?", "--quantization", "int8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == "42\n"
-    assert [generator.config.quantization for generator in opened] == ["int8"]
+    assert [formats_of(generator.model) for generator in opened] == [["int8"]]
 
 
 def test_config_keeps_the_format():
-    config = replace(small_config(), quantization="int4")
-    assert type(config).from_dict(config.to_dict()) == config
-    assert "quantization_config" not in small_config().to_dict()
+    stored = CheckpointConfig(small_config(), quantization="int4", modules_to_not_convert=("lm_head",))
+    assert CheckpointConfig.from_dict(stored.to_dict()) == stored
+    assert "quantization_config" not in CheckpointConfig(small_config()).to_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------- tiny
@@ -411,7 +423,7 @@ def tiny(request):
 
 def test_quantised_tiny_is_smaller(tiny):
     bf16_bytes = load_model("tiny").config.num_parameters * 2
-    limit = {"int8": 0.52, "int4": 0.29}[tiny.config.quantization]
+    limit = {"int8": 0.52, "int4": 0.29}[formats_of(tiny.model)[0]]
     assert tiny.stats.weight_bytes < bf16_bytes * limit
 
 

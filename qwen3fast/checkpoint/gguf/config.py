@@ -11,6 +11,7 @@ from typing import Any
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.checkpoint.gguf.layout import EMBEDDING, OUTPUT
 from qwen3fast.checkpoint.gguf.tokenizer import stop_ids
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model.config import ModelConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
@@ -58,14 +59,14 @@ def config_of(header: Header) -> ModelConfig:
     }
     if kind == "qwen3moe":
         raw["norm_topk_prob"] = True  # llama.cpp's graph of qwen3moe always does
-    return ModelConfig.from_dict(raw, str(header.file))
+    return CheckpointConfig.from_dict(raw, str(header.file)).model
 
 
 def generation_config_of(header: Header) -> dict[str, Any] | None:
     """The preset for sampling, as generation_config.json would have it; most files have none."""
     found = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING.items()}
     preset = {name: value for name, value in found.items() if value is not None}
-    return {**preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
+    return {"top_k": 0, **preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
 
 
 def _sizes(header: Header, kind: str) -> dict[str, int]:

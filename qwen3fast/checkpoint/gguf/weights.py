@@ -6,10 +6,11 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from qwen3fast.checkpoint.assign import assign
+from qwen3fast.checkpoint.checks import refuse
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.checkpoint.gguf.layout import OUTPUT, Place, places_of, replace_layers
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor
-from qwen3fast.checkpoint.weights import assign, refuse
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import Format
 

@@ -1,8 +1,11 @@
-"""Linear layers as others publish them quantised: fp8.py, awq.py and gptq.py say how the tensors of one layer are read,
-layer.py what becomes of them, collect.py finds those of a layer together."""
+"""Linear layers that other software quantized (fp8, AWQ, GPTQ) -> plain weights, or our formats.
 
-from qwen3fast.checkpoint.prequantized.collect import PublishedLayers
-from qwen3fast.checkpoint.prequantized.layer import PublishedLayer
-from qwen3fast.checkpoint.prequantized.part import FLOATS
+format.py reads `quantization_config`; fp8.py, awq.py and gptq.py read the tensors of one layer, layer.py converts it,
+and collect.py gathers the tensors of each layer.
+"""
 
-__all__ = ["FLOATS", "PublishedLayer", "PublishedLayers"]
+from qwen3fast.checkpoint.prequantized.collect import PrequantizedLayers
+from qwen3fast.checkpoint.prequantized.expected import FLOATS
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer
+
+__all__ = ["FLOATS", "PrequantizedLayer", "PrequantizedLayers"]

@@ -1,8 +1,8 @@
-"""AWQ checkpoints of version "gemm", 4 bits: words of eight rows in an order of their own, groups of neighbours.
+"""AWQ checkpoints of version "gemm", 4 bits: words of eight rows in an order of their own, groups of neighbors.
 
-`qweight` (K, N/8) int32; `qzeros` (G, N/8) int32; `scales` (G, N). A word holds, from its lowest bits on, rows 0, 2, 4,
+`qweight` (K, N/8) int32; `qzeros` (G, N/8) int32; `scales` (G, N). From its lowest bits on, a word holds rows 0, 2, 4,
 6, 1, 3, 5 and 7 of its eight.
-Source: AWQ, arXiv:2306.00978; the layout is that of AutoAWQ.
+Source: AWQ, arXiv:2306.00978; the layout is AutoAWQ's.
 
 N out_features   K in_features   G groups   n some rows
 """
@@ -12,27 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
-from qwen3fast.checkpoint.prequantized.part import FLOATS, Part
-from qwen3fast.model.published import PublishedFormat
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each row in its word
 
 
-def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
-    """The tensors of a layer by the ends of their names; none for a shape that cannot be stored so."""
+def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
+    """Return the tensors of a layer by the ends of their names; none for a shape that the format cannot store."""
     if N % 8 or K % stored.group_size:
         return {}
     G = K // stored.group_size
     return {
-        "qweight": Part((K, N // 8), ("I32",)),
-        "qzeros": Part((G, N // 8), ("I32",)),
-        "scales": Part((G, N), FLOATS),
+        "qweight": ExpectedTensor((K, N // 8), ("I32",)),
+        "qzeros": ExpectedTensor((G, N // 8), ("I32",)),
+        "scales": ExpectedTensor((G, N), FLOATS),
     }
 
 
-def levels(stored: PublishedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
-    """Some rows, from a multiple of 8 on."""
+def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) -> Levels:
+    """Return the levels of some rows; the first one is a multiple of 8."""
     words = slice(rows.start // 8, rows.stop // 8)
     level_nK, zero_nG = (_rows(tensors[name][:, words]) for name in ("qweight", "qzeros"))
     group_K = torch.arange(level_nK.shape[1], device=level_nK.device) // stored.group_size
@@ -40,5 +40,5 @@ def levels(stored: PublishedFormat, tensors: dict[str, Tensor], rows: slice) -> 
 
 
 def _rows(word: Tensor) -> Tensor:
-    """(X, n/8) words as (n, X) levels."""
+    """Return (X, n/8) words as (n, X) levels."""
     return unpack(word, 4, dim=1).unflatten(1, (-1, 8))[..., PLACE].flatten(1).T.contiguous()

@@ -1,4 +1,4 @@
-"""The tensors of a published layer come one by one, from several files: kept until a layer has all of its own."""
+"""Gather the tensors of prequantized layers, which come one by one from several files."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.layer import PublishedLayer, parts
-from qwen3fast.checkpoint.prequantized.part import Part
-from qwen3fast.model.published import PublishedFormat
+from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_tensors
 
 
 class _Place(NamedTuple):
-    """What a tensor of a checkpoint is: a part of what takes the place of a weight."""
+    """A tensor's place in a layer: the name of the plain weight, the end of the tensor's own name, what it must be."""
 
-    weight: str  # name of the plain weight
-    end: str  # of the part's own name
-    part: Part
+    weight: str
+    end: str
+    expected: ExpectedTensor
 
 
-class PublishedLayers:
-    """Layers, some of which may be stored as `stored` says; which are, the tensors tell. None: no layer is."""
+class PrequantizedLayers:
+    """Layers of which some may be stored in the format `stored`: their tensors tell. None: no layer is."""
 
     def __init__(
         self,
-        stored: PublishedFormat | None,
+        stored: PrequantizedFormat | None,
         weights: dict[str, tuple[int, ...]],
         names: Collection[str],
         device: torch.device,
@@ -34,50 +34,53 @@ class PublishedLayers:
         """weights: names and shapes of plain weights that may be stored so. names: of all tensors that will come."""
         self._stored, self._weights, self._device = stored, weights, device
         self._places: dict[str, _Place] = {}
-        self._waited_for: dict[str, set[str]] = {}  # by weight
+        self._missing: dict[str, set[str]] = {}  # by weight
         self._tensors: dict[str, dict[str, Tensor]] = {}
         for weight, (N, K) in weights.items():
             prefix = weight.removesuffix("weight")
-            for end, part in parts(stored, N, K).items() if stored is not None else ():
+            for end, tensor in expected_tensors(stored, N, K).items() if stored is not None else ():
                 name = prefix + end
-                self._places[name] = _Place(weight, end, part)
-                if not part.is_optional or name in names:
-                    self._waited_for.setdefault(weight, set()).add(name)
+                self._places[name] = _Place(weight, end, tensor)
+                if not tensor.is_optional or name in names:
+                    self._missing.setdefault(weight, set()).add(name)
 
-    def part(self, name: str, dtype: str) -> Part | None:
-        """What a tensor of this name and dtype (safetensors' name) must be; None if it is no part of such a layer."""
+    def expected(self, name: str, dtype: str) -> ExpectedTensor | None:
+        """Return what a tensor of this name and dtype must be; None for a tensor of no prequantized layer."""
         place = self._places.get(name)
-        if place is None or (name == place.weight and dtype not in place.part.dtypes):
-            return None  # in fp8, numbers have the name that a plain weight has, too
-        return place.part
+        if place is None or (name == place.weight and dtype not in place.expected.dtypes):
+            return None  # in fp8 the quantized weight has the plain weight's name
+        return place.expected
 
     def awaits(self, name: str) -> bool:
-        """Whether a part has not come yet."""
-        return name in self._waited_for[self._places[name].weight]
+        """Return whether a tensor has not come yet."""
+        return name in self._missing[self._places[name].weight]
 
     def weight_of(self, name: str) -> str | None:
-        """The weight that a tensor of this name is a part of."""
+        """Return the plain weight that a tensor of this name belongs to."""
         return self._places[name].weight if name in self._places else None
 
-    def put(self, name: str, tensor: Tensor) -> tuple[str, PublishedLayer] | None:
-        """Keep a tensor. Returns: the plain weight's name and the layer, with the last of its tensors."""
-        assert self._stored is not None, "there are parts of published layers only"
+    def put(self, name: str, tensor: Tensor) -> tuple[str, PrequantizedLayer] | None:
+        """Keep a tensor.
+
+        Returns: the plain weight's name and the layer with the last of its tensors, otherwise None.
+        """
+        assert self._stored is not None, "only prequantized layers have tensors to keep"
         weight, end, _ = self._places[name]
         tensors = self._tensors.setdefault(weight, {})
         tensors[end] = tensor
-        self._waited_for[weight].discard(name)
-        if self._waited_for[weight]:
+        self._missing[weight].discard(name)
+        if self._missing[weight]:
             return None
         on_device = {end: t.to(self._device) for end, t in self._tensors.pop(weight).items()}
         N, K = self._weights[weight]
-        return weight, PublishedLayer(self._stored, (N, K), on_device)
+        return weight, PrequantizedLayer(self._stored, (N, K), on_device)
 
     def unfinished(self) -> dict[str, list[str]]:
-        """Weights of which some parts have come, and the names of those that have not."""
-        missing = {weight: self._waited_for[weight] for weight in self._tensors}
+        """Return the weights that have got some of their tensors, each with the names of the missing ones."""
+        missing = {weight: self._missing[weight] for weight in self._tensors}
         return {weight: [name for name in self._places if name in names] for weight, names in missing.items()}
 
     def describe(self, name: str) -> str:
-        """What is expected under the name of a part."""
-        part = self._places[name].part
-        return f"shape {part.shape}, {' or '.join(part.dtypes)}"
+        """Return the shape and dtypes that are expected under a name, in words."""
+        tensor = self._places[name].expected
+        return f"shape {tensor.shape}, {' or '.join(tensor.dtypes)}"

@@ -1,4 +1,4 @@
-"""The weight of one linear layer as it was published -> plain numbers, or one of our formats; some rows at a time.
+"""One prequantized linear layer -> its plain weight, or one of our formats; some rows at a time.
 
 N out_features   K in_features   n some rows
 """
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized import awq, fp8, gptq
+from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
-from qwen3fast.checkpoint.prequantized.part import Part
-from qwen3fast.model.published import PublishedFormat
 from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
 
 
-class PublishedLayer:
-    """The tensors of one layer, by the ends of their names, and what they stand for."""
+class PrequantizedLayer:
+    """The tensors of one layer, by the ends of their names, and the weight that they stand for."""
 
-    def __init__(self, stored: PublishedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, stored: PrequantizedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
         self.stored, self.shape, self.tensors = stored, shape, tensors
         self.device = next(iter(tensors.values())).device
 
     def plain(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (N, K), computed in float32 and rounded once.
+        """Return the weight, (N, K), computed in float32 and rounded to `dtype` once.
 
-        Raises: ValueError for contents that contradict each other.
+        Raises: ValueError for tensors that contradict each other.
         """
         result_NK = torch.empty(self.shape, dtype=dtype, device=self.device)
         for rows in row_slices(*self.shape):
@@ -33,9 +33,9 @@ class PublishedLayer:
         return result_NK
 
     def packed(self, format: Format) -> Packed:
-        """The weight in one of our formats: the published levels themselves where it has them, or else rounded.
+        """Return the weight in one of our formats: with the stored levels where it has them, otherwise quantized again.
 
-        Raises: ValueError for contents that contradict each other, or quantization_config.
+        Raises: ValueError for tensors that contradict each other, or quantization_config.
         """
         return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format))
 
@@ -56,8 +56,8 @@ class PublishedLayer:
         return read(self.stored, self.tensors, rows)
 
 
-def parts(stored: PublishedFormat, N: int, K: int) -> dict[str, Part]:
-    """The tensors that a layer of this shape is stored in, by the ends of their names."""
+def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
+    """Return the tensors of a layer of this shape, by the ends of their names."""
     if stored.method == "fp8":
-        return fp8.parts(N, K)
-    return (awq.parts if stored.method == "awq" else gptq.parts)(stored, N, K)
+        return fp8.expected_tensors(N, K)
+    return (awq.expected_tensors if stored.method == "awq" else gptq.expected_tensors)(stored, N, K)

@@ -1,4 +1,4 @@
-"""Rows of a layer stored in levels, groups of channels sharing a scale and a zero point: what AWQ and GPTQ have alike.
+"""Rows of a layer as levels, with a scale and a zero point per group of channels: the common form of AWQ and GPTQ.
 
 n some rows   K in_features   G groups
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from qwen3fast.quantization.formats import GROUP, Packed, pack_int4, pack_int8
+
+OTHER_WAY = "use quantization='int8' or 'dequantize'"
 
 
 class Levels(NamedTuple):
@@ -25,35 +27,33 @@ class Levels(NamedTuple):
     group_K: Tensor
 
     def weight(self) -> Tensor:
-        """The numbers that the levels stand for, (n, K) float32, exactly (if scales are float16 or bfloat16)."""
+        """Return the dequantized rows, (n, K) float32; exact for scales in float16 or bfloat16."""
         distance_nK = self.level_nK.float() - self.zero_nG.float()[:, self.group_K]
         return distance_nK * self.scale_nG[:, self.group_K]
 
     def as_int4(self) -> Packed:
-        """The same 4-bit levels in our format; scales are rounded to bfloat16, which changes each by 2^-8 at most.
+        """Return the same 4-bit levels in our format; scales are rounded to bfloat16, each by a share of 2^-8 at most.
 
-        Raises: ValueError if zero points are not 8, or 32 neighbouring channels are of several groups.
+        Raises: ValueError if zero points are not 8, or 32 neighboring channels are of several groups.
         """
         if (self.zero_nG != 8).any():
-            raise ValueError("zero points other than 8, though 'sym' is true; use quantization='int8' or 'dequantize'")
+            raise ValueError(f"zero points other than 8, though 'sym' is true; {OTHER_WAY}")
         group = self.group_K.view(-1, GROUP)
         if (group != group[:, :1]).any():
-            raise ValueError(
-                "g_idx mixes channels, though 'desc_act' is false; use quantization='int8' or 'dequantize'"
-            )
+            raise ValueError(f"g_idx mixes channels, though 'desc_act' is false; {OTHER_WAY}")
         return pack_int4(self.level_nK, self.scale_nG[:, group[:, 0]])
 
     def is_int8(self) -> bool:
-        """Whether 8-bit levels are those of our format: one group, its zero point in the middle."""
+        """Return whether 8-bit levels are the ones of our format: a single group with its zero point in the middle."""
         return self.scale_nG.shape[1] == 1 and bool((self.zero_nG == 128).all())
 
     def as_int8(self) -> Packed:
-        """The same 8-bit levels and scales in our format."""
+        """Return the same 8-bit levels and scales in our format."""
         return pack_int8(self.level_nK, self.scale_nG[:, 0])
 
 
 def unpack(word: Tensor, bits: int, dim: int) -> Tensor:
-    """The unsigned numbers of `bits` bits in int32 words, lowest bits first, along `dim`, which grows; uint8."""
+    """Return the unsigned numbers of `bits` bits in int32 words as uint8, lowest bits first; `dim` grows."""
     shift = torch.arange(0, 32, bits, device=word.device, dtype=torch.int32)
     shift = shift.view(-1, *[1] * (word.dim() - 1 - dim))
     return (word.unsqueeze(dim + 1) >> shift).bitwise_and_(2**bits - 1).to(torch.uint8).flatten(dim, dim + 1)

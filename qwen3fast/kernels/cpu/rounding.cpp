@@ -66,7 +66,7 @@ BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) 
     const Vec divisor = fill(factor == 0 ? 1.f : factor);
     const Ints a = level_of(low, divisor), b = level_of(high, divisor);
     const float error = sum(squared_error(a, fill(factor), low) + squared_error(b, fill(factor), high));
-    if (error < best_error) {  // never with NaN or infinity in the group: its weights become 0
+    if (error < best_error) {
       best_error = error;
       best_scale = scale;
       best_low = a;
@@ -81,7 +81,8 @@ BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) 
   for (int64_t j = 0; j < kGroup / 8; j++)
     for (int64_t i = 0; i < 4; i++)
       packed[(j * kLanes + lane) * 4 + i] = static_cast<uint8_t>(levels[8 * j + i] | levels[8 * j + 4 + i] << 4);
-  return best_scale;
+  // NaN and infinity in the group make all of it NaN: they must not turn into ordinary numbers.
+  return sum(low * 0 + high * 0) == 0 ? best_scale : BFloat16(kNaN);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-"""PublishedFormat: how others stored the linear layers of a checkpoint, as `quantization_config` of config.json says.
+"""PrequantizedFormat: how other software stored the linear layers of a checkpoint (`quantization_config`).
 
-What we cannot read is refused here, by name, before any weight is read; checkpoint/published/ reads the rest.
+A variant that cannot be read is refused here, by name, before any weight is read.
 Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ and GPTQModel (gptq).
 """
 
@@ -36,7 +36,7 @@ _OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format":
 
 
 @dataclass(frozen=True)
-class PublishedFormat:
+class PrequantizedFormat:
     """One way in which linear layers are stored; embedding, norms and mostly the output projection are not.
 
     method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
@@ -52,26 +52,29 @@ class PublishedFormat:
     zeros_less_one: bool = False
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str) -> PublishedFormat:
+    def from_dict(cls, raw: dict[str, Any], where: str) -> PrequantizedFormat:
         """Read `quantization_config`.
 
         Raises: ValueError naming the field that is not supported, and the values that are.
         """
         method = raw.get("quant_method")
-        if method not in _READABLE:
+        if not isinstance(method, str) or method not in _READABLE:
             raise ValueError(
                 f"{where}: quantization_config={raw!r:.300} is not supported; supported: quant_method "
                 f"{', '.join(map(repr, _READABLE))}, and what save_quantized wrote"
             )
         values = {name: _value(raw, name) for name in _READABLE[method]}
         for name, readable in _READABLE[method].items():
-            if values[name] not in readable:
+            if not any(type(value) is type(values[name]) and value == values[name] for value in readable):
                 listed = ", ".join(repr(value) for value in readable if value is not None)
                 raise ValueError(
                     f"{where}: quantization_config: {name}={values[name]!r} is not supported with "
                     f"quant_method={method!r}; supported: {listed}"
                 )
-        changed = [rule for rule in raw.get("dynamic") or () if not str(rule).startswith("-:")]
+        rules = raw.get("dynamic") or ()
+        if not isinstance(rules, dict | list | tuple):
+            raise ValueError(f"{where}: quantization_config: dynamic={rules!r:.100} must be an object")
+        changed = [rule for rule in rules if not str(rule).startswith("-:")]
         if changed:  # rules with "-:" leave layers as they were, which their tensors tell
             raise ValueError(f"{where}: quantization_config: dynamic={changed} is not supported; only '-:' rules are")
         if method == "fp8":

@@ -1,0 +1,202 @@
+"""Safetensors files -> the parameters of a model built on `meta`.
+
+Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
+nothing. Otherwise tensors are converted or moved one at a time, and the peak is one model plus one tensor. Each rank
+of a model over several processes reads its shard.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+
+from qwen3fast.checkpoint.assign import OnAssigned, assign, shapes_of
+from qwen3fast.checkpoint.checks import dtype_problem, non_finite, refuse
+from qwen3fast.checkpoint.experts import ExpertStacks
+from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.read_ahead import read_ahead
+from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, tensors_by_file
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.parallel import Split
+from qwen3fast.quantization import get_format
+from qwen3fast.quantization.formats import fits
+from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+# Tensors that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old versions of transformers, and
+# the heads of trainers (rewards, values, classification).
+WITHOUT_USE = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
+    r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """Options of `load_weights`, see there."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str | None = None
+    on_assigned: OnAssigned | None = None
+    check_weights: bool = False
+    split: Split | None = None
+    prequantized: PrequantizedFormat | None = None
+
+
+def load_weights(
+    model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False, **options: Any
+) -> None:
+    """Fill `model` (on meta) from the safetensors of `folder`.
+
+    Names of tensors are those of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
+    Qwen3-Embedding) leave "model." out; some hold each expert's tensors apart (see experts.py); and prequantized layers
+    have several tensors in place of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
+
+    options: the other fields of FillOptions. prequantized: how other software stored the linear layers; quantization:
+    the format that these get, None for plain weights. on_assigned: called after each parameter. check_weights: refuse
+    NaN and infinity, in `dtype`. split: the shard that `model` is.
+    Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
+    misshaped tensors, for wrong dtypes, and for damaged files. On an error the model must be discarded.
+    """
+    files = tensors_by_file(folder)
+    read_ahead(list(files))
+    all_names = {name for names in files.values() for name in names}
+    bar = tqdm(total=len(shapes_of(model)), desc="loading weights", unit="tensor", disable=not progress)
+    filler = _Filler(model, FillOptions(device, dtype, **options), all_names, bar)
+    for file, names in files.items():
+        with open_tensors(file) as tensors:
+            available = dict.fromkeys(tensors.keys())
+            for name in dict.fromkeys([*names, *available]):
+                if name not in available:
+                    filler.problems.append(f"{name}: the index names {file.name}, which does not hold it")
+                elif name in names or name not in all_names:  # otherwise it is another file's, by the index
+                    filler.put(name, file.name, tensors)
+                else:
+                    filler.unused.append(name)
+    bar.close()
+    if filler.unused:
+        logger.warning("%s: tensors not used: %s", folder, ", ".join(filler.unused[:20]))
+    refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
+    refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
+    model.tie_weights()
+
+
+class _Filler:
+    """Puts tensors of files in the places of a model's parameters, and notes the ones that do not fit."""
+
+    def __init__(self, model: Qwen3, options: FillOptions, names: set[str], bar: Any) -> None:
+        """names: of all tensors that will come. bar: advances with each parameter."""
+        self._model, self._options, self._bar = model, options, bar
+        device, split = options.device, options.split
+        self._format = None if options.quantization is None else get_format(options.quantization)
+        self._expected = shapes_of(model)
+        self._has_embedding = bool({EMBEDDING, EMBEDDING.removeprefix("model.")} & names)
+        self._stacks = ExpertStacks(self._expected, device, options.dtype)
+        whole = self._expected if split is None else shapes_of(build_on_meta(split.config))  # as files have them
+        slices = {name: part.shape for name, part in ExpertStacks(whole, device, options.dtype).slices.items()}
+        self._shapes = whole | slices
+        linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        weights = {name: shape for name, shape in self._expected.items() if name in linears} | slices
+        self._layers = PrequantizedLayers(options.prequantized, weights, {self._place(n) for n in names}, device)
+        self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
+        self._loaded: set[str] = set()
+        self.unused: list[str] = []
+        self.problems: list[str] = []
+        self.bad_numbers: list[str] = []
+
+    def put(self, name: str, file: str, tensors: Any) -> None:
+        """Put one tensor of an open file in its place, or note why it has none."""
+        place = self._place(name)
+        if WITHOUT_USE.fullmatch(name) and place not in self._shapes:
+            self.unused.append(name)
+            return
+        if name == HEAD and place == HEAD and HEAD not in self._expected and self._model.lm_head is not None:
+            return  # tied, and the same numbers: see `has_other_head`
+        if name.startswith("lm_head.") and self._model.lm_head is None and place != EMBEDDING:
+            return  # left out on request
+        stored = tensors.get_slice(name)
+        if (problem := self._problem(place, tuple(stored.get_shape()), stored.get_dtype())) is not None:
+            self.problems.append(f"{name} in {file}: {problem}")
+        elif self._layers.expected(place, stored.get_dtype()) is None:
+            split = self._options.split
+            tensor = tensors.get_tensor(name) if split is None else split.take(name, stored)
+            self._put_plain(place, _aligned(tensor), f"{name} in {file}")
+        elif (layer := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
+            self._put_layer(*layer)
+
+    def missing(self) -> list[str]:
+        """Return a line for each tensor that has not come, unless another line names it already."""
+        reported = {self._place(problem.split(":")[0].split(" in ")[0]) for problem in self.problems}
+        slices, parts = self._stacks.unfinished(), self._layers.unfinished()
+        begun = {*slices, *parts, *(self._layers.weight_of(name) for name in reported)}
+        begun |= {self._stacks.slices[weight].target for weight in begun if weight in self._stacks.slices}
+        names = [name for name in self._expected if name not in self._loaded and name not in begun]
+        names += [name for names in slices.values() for name in names if name not in parts]
+        texts = {name: f"shape {self._shapes[name]}" for name in names}
+        texts |= {name: self._layers.describe(name) for names in parts.values() for name in names}
+        return [f"{name}: missing, expected {text}" for name, text in texts.items() if name not in reported]
+
+    def _place(self, name: str) -> str:
+        """Return the name that a tensor has in a Qwen3ForCausalLM."""
+        if name == HEAD and HEAD not in self._expected and not self._has_embedding:
+            return EMBEDDING  # tied, and stored under the other name
+        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+    def _problem(self, place: str, shape: tuple[int, ...], dtype: str) -> str | None:
+        """Return why a tensor cannot be put in a place, None if it can."""
+        part = self._layers.expected(place, dtype)
+        expected = self._shapes.get(place) if part is None else part.shape
+        if expected is None:
+            return "unexpected, this Qwen3 has no such tensor"
+        if shape != expected:
+            return f"shape {shape}, expected {expected}"
+        if part is None and (problem := dtype_problem(dtype, self._packed.get(place))) is not None:
+            return problem
+        if part is not None and dtype not in part.dtypes:
+            return f"dtype {dtype}, expected {' or '.join(part.dtypes)}"
+        slices = self._stacks.slices
+        is_loaded = place in self._loaded or (place in slices and slices[place].target in self._loaded)
+        if is_loaded or (part is not None and not self._layers.awaits(place)):
+            return f"{place} was there already"
+        return None
+
+    def _put_plain(self, place: str, tensor: Tensor, where: str) -> None:
+        device, dtype = self._options.device, self._options.dtype
+        tensor = tensor.to(device) if place in self._packed else tensor.to(device, dtype)
+        if self._options.check_weights and (counts := non_finite(tensor)) is not None:
+            self.bad_numbers.append(f"{where}: {counts}")
+        self._loaded.add(place)
+        whole = self._stacks.put(place, tensor) if place in self._stacks.slices else (place, tensor)
+        if whole is not None:
+            assign(self._model, *whole, self._options.on_assigned)
+            self._loaded.add(whole[0])
+            self._bar.update()
+
+    def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
+        try:
+            if self._format is None or weight in self._stacks.slices or not fits(*layer.shape):
+                self._put_plain(weight, layer.plain(self._options.dtype), weight)
+                return
+            name = weight.removesuffix(".weight")
+            linear = self._model.get_submodule(name)
+            assert isinstance(linear, nn.Linear), "only linear layers are prequantized"
+            self._model.set_submodule(name, QuantizedLinear(layer.packed(self._format), self._format, linear.bias))
+            self._bar.update()
+        except ValueError as err:
+            self.problems.append(f"{weight}: {err}")
+        self._loaded.add(weight)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its bytes are not aligned to its elements (some writers' are not)."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor

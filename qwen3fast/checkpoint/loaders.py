@@ -1,0 +1,167 @@
+"""The three kinds of sources of a model: random weights, a folder with safetensors, a GGUF file."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qwen3fast.checkpoint.choices import choose_dtype
+from qwen3fast.checkpoint.fill import load_weights
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.random_weights import parse_random, random_model
+from qwen3fast.checkpoint.safetensors import HEAD, has_other_head, refuse_size
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.parallel import Ranks, Split
+from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_experts, quantize_model
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Options of `load_model` that matter to every kind of source. has_adapter: one will be merged into the weights.
+
+    Each method returns the model and, over several processes, the shard of it that this one holds.
+    """
+
+    device: torch.device
+    dtype: str | torch.dtype
+    quantization: str | None
+    output_projection: bool
+    has_adapter: bool
+    check_weights: bool
+    ranks: Ranks | None
+    progress: bool
+
+    def load_random(self, source: str) -> tuple[Qwen3, Split | None]:
+        """Make the model of "random:NAME" or "random:NAME:SEED"."""
+        config, seed = parse_random(source)
+        self._refuse_dequantizing(None)
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
+        self._leave_out_projection(model)
+        return model, split
+
+    def load_folder(self, folder: Path, stored: CheckpointConfig) -> tuple[Qwen3, Split | None]:
+        """Load a folder with safetensors; stored: its config.json."""
+        self._refuse_dequantizing(stored.prequantized)
+        if self.quantization is not None and stored.quantization not in (None, self.quantization):
+            raise ValueError(
+                f"{folder} is in {stored.quantization} already; {self.quantization} needs the original weights"
+            )
+        self._refuse_splitting(stored)
+        if stored.quantization is not None:
+            prepare_quantization(stored.quantization, self.device)
+        format = self._format_of_prequantized(stored.prequantized, folder)
+        refuse_size(stored.model, folder)
+        config = self._untied_if_stored_so(stored.model, folder)
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        model = build_on_meta(config) if split is None else split.build_on_meta()
+        self._leave_out_projection(model)
+        if stored.quantization is not None:
+            kept = stored.modules_to_not_convert
+            quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
+        load_weights(
+            model,
+            folder,
+            self.device,
+            dtype,
+            self.progress,
+            quantization=format,
+            on_assigned=self._on_assigned,
+            check_weights=self.check_weights,
+            split=split,
+            prequantized=stored.prequantized,
+        )
+        return model, split
+
+    def load_gguf(self, file: Path) -> Qwen3:
+        """Load a GGUF file."""
+        if self.ranks is not None:
+            raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
+        header = read_header(file)
+        config = config_of(header)
+        wanted = DEQUANTIZE if self.has_adapter and self.quantization is not None else self.quantization
+        formats = choose_formats(header, config, wanted)
+        if self.has_adapter and formats:
+            raise ValueError(
+                f"an adapter needs plain weights, and the ones of {file} are quantized; add quantization='dequantize'"
+            )
+        for name in {format.name for format in formats.values()}:
+            prepare_quantization(name, self.device)
+        model = build_on_meta(config)
+        self._leave_out_projection(model)
+        load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
+        return model
+
+    @property
+    def _on_assigned(self) -> partial[None] | None:
+        """Experts are quantized as soon as a layer's are loaded, to keep only one layer's in memory unquantized."""
+        name = self.quantization
+        return None if name in (None, DEQUANTIZE) else partial(_quantize_experts, name)
+
+    def _untied_if_stored_so(self, config: ModelConfig, folder: Path) -> ModelConfig:
+        if not (config.tie_word_embeddings and self.output_projection and has_other_head(folder)):
+            return config
+        warnings.warn(
+            f"{folder}: config.json says tie_word_embeddings, but {HEAD} holds other numbers than the embedding; "
+            "both are used, as in transformers",
+            stacklevel=4,
+        )
+        return replace(config, tie_word_embeddings=False)
+
+    def _leave_out_projection(self, model: Qwen3) -> None:
+        if not self.output_projection and not model.config.tie_word_embeddings:
+            model.register_module("lm_head", None)
+
+    def _format_of_prequantized(self, stored: PrequantizedFormat | None, folder: Path) -> str | None:
+        """Return the format that prequantized layers get; None for plain weights.
+
+        Raises: ValueError for an adapter that would be merged into weights that stay quantized.
+        """
+        if stored is None:
+            return None
+        format = stored.loaded_as if self.quantization is None else self.quantization
+        if self.has_adapter and self.quantization is None and format is not None:
+            raise ValueError(
+                f"an adapter needs the original weights; the ones of {folder} ({stored.describe()}) would be loaded in "
+                f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and quantize afterwards"
+            )
+        if self.has_adapter or format in (None, DEQUANTIZE):
+            return None
+        prepare_quantization(format, self.device)
+        return format
+
+    def _split(self, config: ModelConfig) -> Split | None:
+        """Return this process's shard of the model; None in one process.
+
+        Raises: ValueError for a model that cannot be split, or not yet.
+        """
+        if self.ranks is None:
+            return None
+        if self.has_adapter:
+            raise ValueError("adapter= is not supported with tensor parallelism yet; merge it into the weights first")
+        return Split(config, self.ranks.rank, self.ranks.size)
+
+    def _refuse_splitting(self, stored: CheckpointConfig) -> None:
+        prequantized = stored.prequantized
+        if self.ranks is not None and (stored.quantization is not None or prequantized is not None):
+            kind = prequantized.method if prequantized is not None else stored.quantization
+            format = stored.quantization or (prequantized and prequantized.loaded_as) or "int8"
+            raise ValueError(
+                f"a checkpoint that is quantized already ({kind}) cannot be split over processes yet; load the "
+                f"original weights with quantization={format!r}"
+            )
+
+    def _refuse_dequantizing(self, stored: PrequantizedFormat | None) -> None:
+        if self.quantization == DEQUANTIZE and stored is None:
+            raise ValueError(f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None")
+
+
+def _quantize_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
+    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])

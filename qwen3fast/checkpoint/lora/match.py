@@ -1,0 +1,111 @@
+"""Which tensors of an adapter's file belong to which module of a model, and which do not fit.
+
+N out_features   K in_features   R rank   V vocabulary   E hidden_size
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from qwen3fast.checkpoint.checks import refuse
+from qwen3fast.checkpoint.lora.config import LoraConfig
+from qwen3fast.model import Qwen3, RMSNorm
+
+PREFIX = "base_model.model."  # PEFT's wrappers around the model
+# Some versions of PEFT and some trainers write the adapter's name, "default" as a rule, into the tensors' names.
+TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.[^.]+)?(?(2)|\.weight)")
+SAVED_NAME = re.compile(r"base_model\.model\.(.+?)(\.modules_to_save(\.[^.]+)?)?\.weight")
+# PEFT writes the base model's weight itself beside an adapter of embedding or output projection.
+COPY_NAME = re.compile(r"base_model\.model\.(lm_head|(?:model\.)?embed_tokens)\.base_layer\.weight")
+Shape = tuple[int, ...]
+Layer = nn.Linear | nn.Embedding | RMSNorm
+
+
+class Adapter(NamedTuple):
+    """One module's adapter: the names of its tensors in the file, and the factor of their product.
+
+    whole: the name of a tensor that replaces the weight (`modules_to_save`); a and b are empty then.
+    """
+
+    module: str
+    a: str
+    b: str
+    scale: float
+    whole: str = ""
+
+
+def layers_of(model: Qwen3) -> dict[str, Layer]:
+    """Return the modules that an adapter may change, by name."""
+    kinds = (nn.Linear, nn.Embedding, RMSNorm)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
+    """Return the adapters whose tensors are in a file. shapes: of all of its tensors, by name.
+
+    Raises: ValueError naming all tensors that are missing, unexpected or misshaped.
+    """
+    return _Matcher(config, layers, shapes).match()
+
+
+class _Matcher:
+    """Modules by the names that an adapter gives them, and what has been found for each."""
+
+    def __init__(self, config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> None:
+        # Adapters of a Qwen3Model (for embeddings) leave "model." out, in the file and for the patterns of the config.
+        is_bare = any(name.startswith((f"{PREFIX}layers.", f"{PREFIX}embed_tokens.")) for name in shapes)
+        self._layers, self._shapes = layers, shapes
+        self._modules = {module.removeprefix("model.") if is_bare else module: module for module in layers}
+        self._targets = [own for own, module in self._modules.items() if not isinstance(layers[module], RMSNorm)]
+        self._config = config.for_modules(self._targets)
+        self._found: dict[str, dict[str, str]] = {}
+        self._saved: dict[str, str] = {}
+        self._problems: list[str] = []
+
+    def match(self) -> list[Adapter]:
+        for name, shape in self._shapes.items():
+            if (problem := self._place(name, shape)) is not None:
+                self._problems.append(f"{name}: {problem}")
+        for own in self._targets:
+            if own in self._found or self._config.targets(own):
+                sides = [side for side in "AB" if side not in self._found.get(own, {})]
+                self._problems += [f"{PREFIX}{own}.lora_{side}.weight: missing" for side in sides]
+        for own in self._modules:
+            if self._config.saves(own) and own not in self._saved:
+                self._problems.append(f"{PREFIX}{own}.weight: missing, modules_to_save names it")
+        if not self._shapes:
+            self._problems.append("it holds no tensors")
+        refuse(self._problems, "the adapter's tensors do not fit the model and adapter_config.json")
+        saved = [Adapter(self._modules[own], "", "", 1.0, name) for own, name in self._saved.items()]
+        scale = self._config.scale
+        return saved + [Adapter(self._modules[own], s["A"], s["B"], scale(own)) for own, s in self._found.items()]
+
+    def _place(self, name: str, shape: Shape) -> str | None:
+        """Note the module that a tensor belongs to. Returns: the problem with it, if any."""
+        match, saved = TENSOR_NAME.fullmatch(name), SAVED_NAME.fullmatch(name)
+        if match is not None and match[1] in self._targets:
+            layer = self._layers[self._modules[match[1]]]
+            if isinstance(layer, nn.Embedding) == bool(match[2]):
+                self._found.setdefault(match[1], {})[match[3]] = name
+                expected = _expected_shape(layer, match[3], self._config.rank(match[1]))
+                return None if shape == expected else f"shape {shape}, expected {expected}"
+        elif match is None and saved is not None and self._config.saves(saved[1]) and saved[1] in self._modules:
+            self._saved[saved[1]] = name
+            expected = tuple(_weight(self._layers[self._modules[saved[1]]]).shape)
+            return None if shape == expected else f"shape {shape}, expected {expected}"
+        return "unexpected, this model has no place for it"
+
+
+def _expected_shape(layer: Layer, side: str, rank: int) -> Shape:
+    """Return the shape of A, (R, K) or for an embedding (R, V), or of B, (N, R) or for an embedding (E, R)."""
+    rows, columns = _weight(layer).shape
+    if isinstance(layer, nn.Embedding):
+        rows, columns = columns, rows
+    return (rank, columns) if side == "A" else (rows, rank)
+
+
+def _weight(layer: Layer) -> Tensor:
+    return layer.weight
