@@ -148,19 +148,20 @@ class FusedDecodeStep:
 
 def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
     """Return why the kernels cannot run this model over this cache; empty if they can."""
-    config, blocks = model.config, list(model.model.layers)
+    config = model.config
+    blocks = [b for b in model.model.layers if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
     if not cuda.load():
         return "Triton is not installed"
     if cache.keys[0].device.type != "cuda" and not triton.knobs.runtime.interpret:
         return "the cache is not on a CUDA device"
-    if not all(isinstance(b, Block) and isinstance(b.mlp, FeedForward) for b in blocks):
+    if len(blocks) < len(model.model.layers):
         return "blocks with experts, or of a process among several, have no fused form"
     dtype, D = model.model.norm.weight.dtype, config.head_dim
     if dtype not in DTYPES or cache.keys[0].dtype not in (dtype, torch.int8):
         return f"activations in {dtype} with a cache in {cache.keys[0].dtype} are not served"
     if D < 16 or D & (D - 1) or config.num_attention_heads // config.num_key_value_heads > MAX_GROUP:
         return "head_dim must be a power of two from 16 on, and at most 16 query heads share a key/value head"
-    layers = [layer for block in blocks for layer in (block.self_attn.o_proj, block.mlp.down_proj)]
+    layers = [block.get_submodule(name) for block in blocks for name in ("self_attn.o_proj", "mlp.down_proj")]
     stacks = [[getattr(b.get_submodule(part), n) for n in names] for b in blocks for part, names in STACKS.items()]
     if not all(can_stack(together) for together in stacks):
         return "layers that read the same input must be in one format, without biases"
@@ -212,9 +213,14 @@ def _workspaces(model: Qwen3, cache: StaticKVCache, rows: range) -> dict[int, Wo
     config, norm = model.config, model.model.norm.weight
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = (config.hidden_size, (H + 2 * K) * D, H * D, config.intermediate_size)
-    buffers = [torch.zeros(rows[-1], size, dtype=norm.dtype, device=norm.device) for size in sizes]
+    x, qkv, attended, hidden = (torch.zeros(rows[-1], size, dtype=norm.dtype, device=norm.device) for size in sizes)
     best = Best.allocate(rows[-1], config.vocab_size, norm.device)
     logits = torch.zeros(rows[-1], config.vocab_size, device=norm.device)
     positions = cache.keys[0].shape[2]
     splits = Splits.allocate_all(list(rows), H, K, positions, D, norm.device)
-    return {B: Workspace(*(b[:B] for b in buffers), splits[B], Best(*(t[:B] for t in best)), logits[:B]) for B in rows}
+    return {
+        B: Workspace(
+            x[:B], qkv[:B], attended[:B], hidden[:B], splits[B], Best(best.logit[:B], best.token[:B]), logits[:B]
+        )
+        for B in rows
+    }

@@ -39,7 +39,7 @@ def make_model(quantization=None, **changes) -> Qwen3:
 
 
 def make_engine(model, cache_dtype=torch.float32, rows=2) -> Engine:
-    """An engine whose first rows hold prompts; the last one of three is empty."""
+    """An engine whose first two rows hold prompts; a third one is empty."""
     device = torch.device(DEVICE)
     engine = Engine(model, StaticKVCache(model.config, rows, 120, cache_dtype, device), device, compile=False)
     for row, prompt in enumerate(PROMPTS[:rows]):
