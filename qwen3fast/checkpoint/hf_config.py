@@ -124,7 +124,7 @@ def _read_model(raw: dict[str, Any], where: str) -> ModelConfig:
             num_key_value_heads=given.get("num_key_value_heads", raw["num_attention_heads"]),
             # 128 is Qwen3's default when the field is absent; only with experts transformers divides.
             head_dim=given.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"] if is_moe else 128),
-            rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=given.get("rms_norm_eps", 1e-6),
             rope_theta=read_rope_theta(given),
             max_position_embeddings=given.get("max_position_embeddings", 40_960),
             tie_word_embeddings=given.get("tie_word_embeddings", False),

@@ -5,7 +5,6 @@ How a checkpoint stores them and the weights is read in checkpoint/hf_config.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +72,10 @@ class ModelConfig:
         for name in ("tie_word_embeddings", "attention_bias", "norm_topk_prob"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name, largest in (("rms_norm_eps", 1.0), ("rope_theta", 1e15)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= largest:
+                raise ValueError(f"{name} must be a positive number up to {largest:g}, got {value!r:.100}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -1,25 +1,30 @@
 """YaRN: the numbers that stretch RoPE beyond the length that a model was trained on, under transformers' names.
 
-`model/rope.py` makes the tables. Source: YaRN, arXiv:2309.00071; field names and defaults: transformers 5.
+`model/rope.py` makes the tables. Source: YaRN, arXiv:2309.00071; defaults: transformers 5.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
+
+MAX_FACTOR = 1e6  # of any number here: far beyond any Qwen3
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """How the frequencies of RoPE are scaled (section 3.2 of the paper), and attention with them (section 3.4).
+    """The scaling of RoPE's frequencies (section 3.2 of the paper), and of attention with them (section 3.4).
 
-    factor: how many times longer than original_max_position_embeddings a context may be. beta_fast, beta_slow: channels
-    that turn more often than beta_fast times in the original length stay as they are, those that turn less often than
-    beta_slow times are slowed by `factor`, and those between are blended; truncate: with whole channels for bounds.
-    attention_factor: of cosines and sines, computed from `factor` (and mscale, mscale_all_dim, if both are there)
-    unless it is given. attn_factor: what the computed one is multiplied by, as in vLLM (DeepSeek-R1-0528-Qwen3-8B has
-    it, for a product of 1).
+    Attributes:
+        factor: how many times longer than original_max_position_embeddings a context may be.
+        original_max_position_embeddings: the length, in positions, that the model was trained on.
+        attention_factor: cosines and sines are multiplied by it; None computes it from the other fields.
+        beta_fast, beta_slow: pairs of channels that turn more than beta_fast times in the original length keep their
+            frequency, pairs that turn less than beta_slow times are slowed by `factor`, and pairs between are blended.
+        mscale, mscale_all_dim: change the computed attention_factor, where both are given.
+        truncate: round the bounds of the blended range to whole pairs.
+        attn_factor: multiplies the computed attention_factor, as in vLLM (DeepSeek-R1-0528-Qwen3-8B sets it such that
+            the product is 1).
     """
 
     factor: float
@@ -33,27 +38,27 @@ class Yarn:
     attn_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what no scaling can have.
+        """Check all fields.
 
         Raises: ValueError naming the field, its value and what was expected.
         """
         original = self.original_max_position_embeddings
-        if not isinstance(original, int) or isinstance(original, bool) or original < 1:
-            raise ValueError(f"YaRN: original_max_position_embeddings must be a positive integer, got {original!r}")
+        if type(original) is not int or not 1 <= original <= 10**9:
+            raise ValueError(
+                f"YaRN: original_max_position_embeddings must be a positive integer, got {original!r:.100}"
+            )
         for name in ("factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = getattr(self, name)
             if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-                raise ValueError(f"YaRN: {name} must be a positive number, got {value!r}")
+            if type(value) not in (int, float) or not 0 < value <= MAX_FACTOR:
+                raise ValueError(f"YaRN: {name} must be a positive number up to {MAX_FACTOR:g}, got {value!r:.100}")
         if self.factor < 1:
             raise ValueError(f"YaRN: factor must be at least 1, got {self.factor!r}")
-        if self.factor > 10**6 or original > 10**9:
-            raise ValueError(f"YaRN: factor {self.factor} of {original} positions is far beyond any Qwen3")
         if self.attention_factor is not None and self.attn_factor != 1:
             raise ValueError(
-                f"YaRN: attention_factor ({self.attention_factor}) is the whole factor, and attn_factor "
-                f"({self.attn_factor}) changes the computed one; only one of them can be given"
+                f"YaRN: attention_factor ({self.attention_factor}) takes the place of the computed factor, and "
+                f"attn_factor ({self.attn_factor}) multiplies it; only one of them can be given"
             )
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"YaRN: beta_fast ({self.beta_fast}) must not be below beta_slow ({self.beta_slow})")
@@ -62,7 +67,7 @@ class Yarn:
 
     @property
     def table_factor(self) -> float:
-        """What cosines and sines are multiplied by: scores of attention grow by its square."""
+        """Return the factor of cosines and sines; attention scores grow by its square."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale is not None and self.mscale_all_dim is not None:
@@ -71,11 +76,11 @@ class Yarn:
 
     @property
     def longest_context(self) -> int:
-        """Positions that the stretched model reaches."""
+        """Return the number of positions that the stretched model reaches."""
         return int(self.factor * self.original_max_position_embeddings)
 
     def blend_range(self, head_dim: int, rope_theta: float) -> tuple[float, float]:
-        """The pairs of channels between which frequencies are blended: the first one changed, the first one slowed."""
+        """Return the pairs between which frequencies are blended: the last one unchanged, the first one slowed."""
 
         def pair_of(turns: float) -> float:
             # Pair i turns original_max_position_embeddings / (2 pi theta^(2i/D)) times in the original length.

@@ -16,6 +16,7 @@ from test_lora import modules_of, write_adapter
 from qwen3fast import load_model
 from qwen3fast.checkpoint import merge_lora
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.save import save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -38,7 +39,7 @@ def test_a_whole_file_beside_a_stale_index_is_read(tmp_path, caplog, has_shards)
             file.unlink()
     save_file(tensors_of(new), tmp_path / "model.safetensors")
     assert_same_weights(load_model(tmp_path, device="cpu"), new)
-    assert "model.safetensors.index.json is of other files and is not" in caplog.text
+    assert "model.safetensors.index.json describes other files and is ignored" in caplog.text
 
 
 def test_a_shard_that_is_named_as_a_whole_file_is_a_shard(tmp_path):
@@ -275,3 +276,79 @@ def test_hostile_values_of_an_adapter_are_refused_by_name(tmp_path, changes):
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **changes)
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         merge_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_an_adapter_of_one_of_two_tied_weights_unties_them(tmp_path, module, has_copy):
+    model, before = (randomised(small_config()) for _ in range(2))
+    write_adapter(tmp_path, model, [], target_modules=[module.split(".")[-1]])
+    is_embedding = module != "lm_head"
+    a, b = (random_tensor(4, 97, seed=1), random_tensor(48, 4, seed=2))
+    if not is_embedding:
+        a, b = random_tensor(4, 48, seed=1), random_tensor(97, 4, seed=2)
+    ends = ["lora_embedding_A", "lora_embedding_B"] if is_embedding else ["lora_A.weight", "lora_B.weight"]
+    tensors = {f"base_model.model.{module}.{end}": tensor for end, tensor in zip(ends, (a, b), strict=True)}
+    if has_copy:
+        copy = before.model.embed_tokens.weight.detach().clone()
+        tensors[f"base_model.model.{module}.base_layer.weight"] = copy
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    merge_lora(model, tmp_path)
+    product = 2 * (b @ a)
+    expected = before.lm_head.weight + (product.T if is_embedding else product)
+    assert not model.config.tie_word_embeddings
+    assert_near(model.get_submodule(module).weight, expected)
+    other = "lm_head" if is_embedding else "model.embed_tokens"
+    assert_same(model.get_submodule(other).weight, before.lm_head.weight)
+
+
+@pytest.mark.parametrize("ensures", [False, True])
+def test_a_whole_embedding_of_a_tied_model_takes_its_place(tmp_path, ensures):
+    model, before = (randomised(small_config()) for _ in range(2))
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensures}
+    write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **options)
+    tensors, saved = load_file(tmp_path / "adapter_model.safetensors"), random_tensor(97, 48, seed=7)
+    save_file({**tensors, "base_model.model.model.embed_tokens.weight": saved}, tmp_path / "adapter_model.safetensors")
+    merge_lora(model, tmp_path)
+    assert_same(model.model.embed_tokens.weight, saved)
+    assert_same(model.lm_head.weight, saved if ensures else before.lm_head.weight)
+    assert model.config.tie_word_embeddings == ensures
+
+
+def test_a_copy_of_another_embedding_is_refused(tmp_path):
+    model = randomised(small_config())
+    write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] = random_tensor(97, 48, seed=7)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"base_layer\.weight: differs from the model's"):
+        merge_lora(model, tmp_path)
+
+
+def test_an_untied_model_is_quantized_and_saved_with_both_weights(tmp_path):
+    untied = randomised(small_config(hidden_size=64, vocab_size=96, tie_word_embeddings=False))
+    (tmp_path / "theirs").mkdir()
+    write_checkpoint(tmp_path / "theirs", untied.config, tensors_of(untied))
+    rewrite_config(tmp_path / "theirs", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="both are used"):
+        model = load_model(tmp_path / "theirs", device="cpu", quantization="int8")
+    save_model(model, tmp_path / "ours")
+    loaded = load_model(tmp_path / "ours", device="cpu")
+    assert_same_weights(loaded, model)
+    assert not torch.equal(loaded.lm_head.dequantize(), loaded.model.embed_tokens(torch.arange(96)[None])[0].float())
+
+
+def test_an_embedder_needs_no_output_projection_of_its_own(tmp_path):
+    untied = randomised(small_config(tie_word_embeddings=False))
+    write_checkpoint(tmp_path, untied.config, tensors_of(untied))
+    rewrite_config(tmp_path, tie_word_embeddings=True)
+    model = load_model(tmp_path, device="cpu", output_projection=False)
+    assert_same(model.model.embed_tokens.weight, untied.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}'])
+def test_a_whole_file_beside_a_damaged_index_is_read(tmp_path, index):
+    model = randomised(small_config())
+    write_checkpoint(tmp_path, model.config, tensors_of(model))
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert_same_weights(load_model(tmp_path, device="cpu"), model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3fast.checkpoint.rope_config import read_yarn, yarn_to_dict
+from qwen3fast.checkpoint.rope_config import read_rope_theta, read_yarn, refuse_rope, yarn_to_dict
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
@@ -28,3 +28,15 @@ def test_attn_factor_is_read_and_written():
 def test_no_key_of_yarn_is_ignored(extra, message):
     with pytest.raises(ValueError, match=message):
         read_yarn({"rope_scaling": {**YARN, **extra}})
+
+
+def test_settings_per_kind_of_layer_are_refused():
+    raw = {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}
+    with pytest.raises(ValueError, match="RoPE settings of their own for full_attention are not supported"):
+        refuse_rope(raw, "x")
+
+
+def test_null_settings_are_absent():
+    raw = {"rope_scaling": {"rope_theta": None, "rope_type": None, "factor": None, "unknown": None}, "rope_theta": 5.0}
+    refuse_rope(raw, "x")
+    assert read_yarn(raw) is None and read_rope_theta(raw) == 5.0

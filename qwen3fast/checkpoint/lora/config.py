@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast._json import read_json
-from qwen3fast.checkpoint.lora.patterns import Matches, match_patterns
+from qwen3fast.checkpoint.lora.patterns import OPTIONAL_PATH, Matches, match_patterns
 
 CONFIG_FILE = "adapter_config.json"
 MAX_ALPHA, MAX_RANK = 1e6, 2**16  # far beyond any adapter
@@ -131,7 +131,7 @@ class LoraConfig:
 
 
 def _end(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+    return rf"{OPTIONAL_PATH}({key})$"
 
 
 def _refuse_features(raw: dict[str, Any], file: Path) -> None:

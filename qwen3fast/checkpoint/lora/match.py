@@ -72,7 +72,9 @@ class _Matcher:
         for own in self._targets:
             if own in self._found or self._config.targets(own):
                 sides = [side for side in "AB" if side not in self._found.get(own, {})]
-                self._problems += [f"{PREFIX}{own}.lora_{side}.weight: missing" for side in sides]
+                is_embedding = isinstance(self._layers[self._modules[own]], nn.Embedding)
+                end = "lora_embedding_{}" if is_embedding else "lora_{}.weight"
+                self._problems += [f"{PREFIX}{own}.{end.format(side)}: missing" for side in sides]
         for own in self._modules:
             if self._config.saves(own) and own not in self._saved:
                 self._problems.append(f"{PREFIX}{own}.weight: missing, modules_to_save names it")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 MAX_SECONDS = 5
+OPTIONAL_PATH = r"(.*\.)?"
 Matches = dict[str, set[str]]  # a regular expression -> the names that it matches as a whole
 
 _PROGRAM = (
@@ -19,11 +20,11 @@ _PROGRAM = (
 def match_patterns(patterns: list[str], names: list[str]) -> Matches:
     """Return the names that each regular expression matches as a whole.
 
-    Python's engine backtracks, for years on some expressions, and cannot be interrupted. Expressions with more than two
-    quantifiers are therefore matched in a process of their own, for MAX_SECONDS at most.
+    Python's engine backtracks, for years on some expressions, and cannot be interrupted. Expressions with quantifiers
+    are therefore matched in a process of their own, for MAX_SECONDS at most. (A leading OPTIONAL_PATH is harmless.)
     Raises: ValueError naming the expressions that take longer.
     """
-    simple = [pattern for pattern in patterns if len(re.findall(r"[*+?{]", pattern)) <= 2]
+    simple = [pattern for pattern in patterns if not re.search(r"[*+?{]", pattern.removeprefix(OPTIONAL_PATH))]
     found = {pattern: {name for name in names if re.fullmatch(pattern, name)} for pattern in simple}
     other = [pattern for pattern in patterns if pattern not in found]
     if other:
