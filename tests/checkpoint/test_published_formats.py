@@ -20,7 +20,7 @@ from qwen3fast import load_model
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.prequantized import PrequantizedLayer
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
-from qwen3fast.checkpoint.prequantized.layer import parts
+from qwen3fast.checkpoint.prequantized.layer import expected_tensors
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
@@ -148,7 +148,7 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
     tensors, weight = drawn_layer(np.random.default_rng(seed), *shape, config)
     stored = PrequantizedFormat.from_dict(config, "")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        n: p.shape for n, p in parts(stored, *shape).items()
+        n: p.shape for n, p in expected_tensors(stored, *shape).items()
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3fast.quantization.formats.WEIGHTS_AT_ONCE", at_once)
