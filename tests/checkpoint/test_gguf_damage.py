@@ -250,7 +250,7 @@ def test_without_the_package_gguf_an_error_says_what_to_install(tiny_file, monke
 
 
 def test_dequantize_is_for_quantised_checkpoints_of_others():
-    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that others quantised"):
+    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("tiny", "cpu", quantization="dequantize")
-    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that others quantised"):
+    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("random:0.6b", "cpu", quantization="dequantize")

@@ -428,7 +428,7 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
     published("gptq", tmp_path / "theirs")
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
     with pytest.raises(
-        ValueError, match="quantization='dequantize' is for checkpoints that others quantised; use None"
+        ValueError, match="quantization='dequantize' is for checkpoints that other software quantized; use None"
     ):
         load_model("tiny" if source == "tiny" else tmp_path / "ours", device="cpu", quantization="dequantize")
 
