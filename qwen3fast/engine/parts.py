@@ -34,7 +34,7 @@ POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
     """Return the ranges of a step's rows, 2 to max_rows, in which one form serves; a step of one row has its own."""
     ends = (
-        {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {cpu.MAX_ROWS}
+        {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
     )  # of products that stream their weight
     if device.type != cuda.DEVICE_TYPE and config.num_experts:
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward

@@ -157,7 +157,7 @@ def test_four_processes_give_the_same_tokens_as_one(checkpoint, tmp_path):
 def test_command_line_bench_refuses_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["bench", "--quick"]) == 2
-    assert "bench measures one process; start it without torchrun" in capsys.readouterr().err
+    assert "bench runs in one process; start it without torchrun" in capsys.readouterr().err
 
 
 def test_tensor_parallel_needs_processes(dense, monkeypatch):

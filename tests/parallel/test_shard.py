@@ -149,11 +149,6 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     with pytest.raises(ValueError, match="adapter= is not supported with tensor parallelism yet"):
         load_model("tiny", "cpu", adapter=tmp_path, ranks=ranks)
-    write_checkpoint(tmp_path, small_config(quantization="int8"), {})
-    with pytest.raises(
-        ValueError, match=r"in int8 already cannot be split .* original weights with quantization='int8'"
-    ):
-        load_model(tmp_path, "cpu", ranks=ranks)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf: GGUF files cannot be split .* yet; use safetensors"):
         load_model(tmp_path / "model.gguf", "cpu", ranks=ranks)

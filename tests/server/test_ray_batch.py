@@ -13,8 +13,8 @@ import pytest
 from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import SamplingParams
-from qwen3fast.cli import build_parser, main
-from qwen3fast.server.batch import OPTIONS
+from qwen3fast.cli import main
+from qwen3fast.server.batch import OPTIONS, add_batch_arguments
 from qwen3fast.server.jobs import read_jobs
 from qwen3fast.server.ray_batch import Worker
 
@@ -23,7 +23,9 @@ WORKERS = ["--ray", "--workers", "2", "--max-batch-size", "2", "--max-seq-len", 
 
 def arguments(source, target) -> argparse.Namespace:
     """Return the parsed options of a batch."""
-    return build_parser().parse_args(["batch", str(source), "-o", str(target), *WORKERS])
+    parser = argparse.ArgumentParser()
+    add_batch_arguments(parser)
+    return parser.parse_args([str(source), "-o", str(target), *WORKERS])
 
 
 def test_a_worker_answers_as_the_generator_does(tmp_path, tiny_generator):  # noqa: F811

@@ -133,5 +133,5 @@ def test_an_adapter_is_served_by_a_name_of_its_own(tmp_path):
 
 def test_without_the_extra_the_command_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qwen3fast.server.batch", None)
-    assert main(["serve", "--model", "tiny", "--port", "0"]) == 1
+    assert main(["batch", "in.jsonl", "-o", "out.jsonl"]) == 1
     assert "pip install 'qwen3fast[server]'" in capsys.readouterr().err
