@@ -89,7 +89,8 @@ def best_peers_table(record: Record) -> str:
             others.append(f"{best:.1f} ({engine})" if own > best else f"**{best:.1f}** ({engine})")
         rows += [[format, tables.OURS, *ours], ["", "best of the others", *others]]
     verdict = f"qwen3fast is the fastest of these engines on this CPU in {wins} of {cells} cases."
-    return f"{as_markdown(rows, left=2)}\n\n{verdict}"
+    bold = as_markdown(rows, left=2).replace(r"\*\*", "**")  # the asterisks are ours, not a record's
+    return f"{bold}\n\n{verdict}"
 
 
 def _is_ours(engine: str) -> bool:
