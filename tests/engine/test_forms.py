@@ -136,7 +136,7 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
     batches = 1 + len(row_ranges(config, CPU, ROWS))
     # Block, logits, processors and three samplers for each range of batches, and a block for prompts.
     assert forms == len(graphs) == 1 + batches * (3 + len(SamplerKind))
-    assert batches == (3 if config.num_experts else 2)
+    assert batches == 3
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         run_everything(engine)
         for rows in range(1, ROWS + 1):
@@ -163,10 +163,10 @@ def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
         (1, {}, []),
         (2, {}, []),
         (3, {}, [(2, 3)]),
-        (15, {}, [(2, 15)]),
-        (16, {}, [(2, 15)]),
-        (40, {}, [(2, 15), (16, 40)]),
-        (40, EXPERTS | {"num_experts": 64, "num_experts_per_tok": 8}, [(2, 8), (9, 15), (16, 40)]),
+        (15, {}, [(2, 4), (5, 15)]),
+        (16, {}, [(2, 4), (5, 15)]),
+        (40, {}, [(2, 4), (5, 15), (16, 40)]),
+        (40, EXPERTS | {"num_experts": 64, "num_experts_per_tok": 8}, [(2, 4), (5, 8), (9, 15), (16, 40)]),
     ],
 )
 def test_ranges_of_rows_end_where_another_product_begins(max_rows, experts, expected):
