@@ -92,8 +92,8 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
-        """Return the config of a Qwen3 by its size (in either case): "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with a
-        mixture of experts "30b-a3b" or "235b-a22b".
+        """Return the config of a Qwen3 by its size (in either case): "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with
+        a mixture of experts "30b-a3b" or "235b-a22b".
 
         Raises: ValueError for any other name.
         """

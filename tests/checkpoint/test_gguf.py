@@ -28,7 +28,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
 # Rows of 256 numbers, which the K-types come in.

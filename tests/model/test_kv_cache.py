@@ -52,7 +52,7 @@ def test_bucket_refuses_what_does_not_fit(used):
 
 
 def test_cache_refuses_more_than_the_memory_with_the_arithmetic():
-    with pytest.raises(MemoryError, match=r"2 \(keys, values\) x 3 layers x 1000000 rows .* = .* GB, but cpu has"):
+    with pytest.raises(MemoryError, match=r"2 \(keys, values\) x 3 layers x 1000000 slots .* = .* GB, but cpu has"):
         StaticKVCache(CONFIG, 1_000_000, 1_000_000, torch.float32, CPU)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_checkpoint import tensors_of, write_checkpoint
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint import fill, load_weights, random_model
@@ -48,7 +48,7 @@ def assert_parts_make(parts: list[Qwen3], whole: Qwen3) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("changes", "layout"), [({}, tensors_of), (EXPERTS, tensors_of), (EXPERTS, published_tensors)])
+@pytest.mark.parametrize(("changes", "layout"), [({}, tensors_of), (EXPERTS, tensors_of), (EXPERTS, tensors_by_expert)])
 def test_parts_that_are_loaded_make_the_whole(tmp_path, changes, layout, size):
     whole = randomised(small_config(**{**vars(CONFIG), **changes}))
     write_checkpoint(tmp_path, whole.config, layout(whole), files=3)

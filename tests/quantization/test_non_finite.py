@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_tensor, randomised, small_config
-from published_layouts import AWQ, FP8, GPTQ, publish
+from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 from safetensors.torch import load_file, save_file
 from test_checkpoint import tensors_of, write_checkpoint
 
@@ -17,7 +17,7 @@ from qwen3fast.model.moe import Experts
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 UP = "model.layers.0.mlp.up_proj"
 SIZES = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256, "vocab_size": 128}
@@ -98,7 +98,7 @@ def test_saving_and_loading_keep_them(tmp_path, name, number):
 )
 @pytest.mark.parametrize("quantization", [None, "dequantize", "int8", "int4"])
 def test_prequantized_layers_keep_them(tmp_path, layout, end, number, quantization):
-    publish(tmp_path, small_config(**SIZES, dtype=torch.bfloat16), layout)
+    write_prequantized(tmp_path, small_config(**SIZES, dtype=torch.bfloat16), layout)
     tensors = load_file(tmp_path / "model.safetensors")
     stored = tensors[f"{UP}.{end}"]
     row = 3

@@ -23,7 +23,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import linears
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 INT8, INT4, FP8 = FORMATS["int8"], FORMATS["int4"], FORMATS["fp8"]
 PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
