@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from qwen3fast.bench.generic import all_columns, summarize
@@ -35,7 +35,7 @@ def view_of(record: Record) -> View:
 
 def drawing(name: str) -> Any:
     """Import a module of this package that draws, which loads matplotlib: only when a picture is asked for."""
-    return importlib.import_module(f"qwen3fast.bench.{name}")
+    return import_module(f"qwen3fast.bench.{name}")
 
 
 def picture(record: Record) -> Any:

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import threading
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -302,7 +303,7 @@ def test_load_refuses_an_index_that_leaves_the_folder(tmp_path, config, tensors,
 
 @pytest.mark.parametrize("weight_map", [None, {}, ["model.safetensors"]])
 def test_load_refuses_an_index_without_a_weight_map(tmp_path, config, tensors, weight_map):
-    write_checkpoint(tmp_path, config, tensors)
+    write_checkpoint(tmp_path, config, tensors, files=2)  # a whole file would be read without its index
     write_index(tmp_path, weight_map)
     with pytest.raises(ValueError, match=r"index\.json has no 'weight_map'"):
         load_model(tmp_path, device="cpu")
@@ -443,7 +444,8 @@ def test_hub_answer_is_the_folder(hub_calls, tmp_path):
 @pytest.mark.parametrize("revision", [None, "main", "c1899de289a04d12100db370d81485cdf75e47ca"])
 def test_hub_is_asked_for_the_name_and_revision(hub_calls, revision):
     resolve_source("Qwen/Qwen3-0.6B", revision)
-    assert [(name, asked) for name, asked, _ in hub_calls] == [("Qwen/Qwen3-0.6B", revision)]
+    # Once for the model, and once more for older files of a tokenizer where there is no tokenizer.json.
+    assert {(name, asked) for name, asked, _ in hub_calls} == {("Qwen/Qwen3-0.6B", revision)}
 
 
 def test_hub_revision_is_passed_on_by_load_model(hub_calls, tmp_path, config, tensors):
@@ -545,8 +547,9 @@ def test_random_model_fills_a_tensor_larger_than_its_pool(monkeypatch):
 @pytest.mark.parametrize(("source", "seed"), [("random:0.6b", 0), ("random:0.6B:7", 7)])
 def test_load_model_random_takes_shape_and_seed_from_the_name(monkeypatch, source, seed):
     seen = []
-    monkeypatch.setitem(load_model.__globals__, "random_model", lambda *args: seen.append(args))
-    load_model(source, device="cpu")
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.random_model", lambda *args: seen.append(args))
+    with suppress(AttributeError):  # there is no model to go on with
+        load_model(source, device="cpu")
     assert seen == [(ModelConfig.named("0.6b"), CPU, torch.bfloat16, seed, None, None)]
 
 
