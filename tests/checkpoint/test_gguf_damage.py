@@ -194,7 +194,7 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path):
     for part in ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"):
         content = file_bytes([entry("split.count", 4, struct.pack("<I", 2))], [tensor_info()])
         (tmp_path / part).write_bytes(content)
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.gguf: a is in an earlier part, too"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.gguf: a is in an earlier part already"):
         load_model(tmp_path, "cpu")
 
 
@@ -250,7 +250,7 @@ def test_without_the_package_gguf_an_error_says_what_to_install(tiny_file, monke
 
 
 def test_dequantize_is_for_quantised_checkpoints_of_others():
-    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that others quantised"):
+    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("tiny", "cpu", quantization="dequantize")
-    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that others quantised"):
+    with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("random:0.6b", "cpu", quantization="dequantize")

@@ -79,8 +79,7 @@ def layers_of(model) -> dict[str, nn.Module]:
 # ----------------------------------------------------------------------------------------------------- plain weights
 
 
-@pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "files"), [(name, 3 if i % 2 else 1) for i, name in enumerate(LAYOUTS)])
 def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
     reference = write_layout(name, tmp_path, files=files)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
@@ -158,8 +157,7 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
 # ------------------------------------------------------------------------------------------------------- our formats
 
 
-@pytest.mark.parametrize("quantization", [None, "int4"])
-@pytest.mark.parametrize("name", TAKEN_OVER)
+@pytest.mark.parametrize(("name", "quantization"), [(name, None) for name in TAKEN_OVER] + [("gptq", "int4")])
 def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization):
     reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
@@ -189,8 +187,10 @@ def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
         assert ((layer.dequantize() - weight).abs() <= step * 0.501).all()
 
 
-@pytest.mark.parametrize("name", ["fp8", "awq", "gptq", "gptq, act order"])
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, act order", "int4")],
+)
 def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, name, format):
     write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
@@ -206,8 +206,7 @@ def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, nam
         assert_same(layer.weight_scale, expected.scale)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("name", "tied"), [("awq", True), ("gptq", False)])
 def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
     config, quantization_config, _ = LAYOUTS[name]
     reference = write_prequantized(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
@@ -230,8 +229,9 @@ def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
         assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq, 8 bits", "gptq, act order"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("name", "bias"), [("awq", True), ("gptq", False), ("gptq, 8 bits", False), ("gptq, act order", True)]
+)
 def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
     config, quantization_config, _ = LAYOUTS[name]
@@ -428,7 +428,7 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
     write_layout("gptq", tmp_path / "theirs")
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
     with pytest.raises(
-        ValueError, match="quantization='dequantize' is for checkpoints that others quantised; use None"
+        ValueError, match="quantization='dequantize' is for checkpoints that other software quantized; use None"
     ):
         load_model("tiny" if source == "tiny" else tmp_path / "ours", device="cpu", quantization="dequantize")
 

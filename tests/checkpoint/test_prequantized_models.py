@@ -99,9 +99,9 @@ def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
         assert_greedy(reference, ids, len(prompt), tolerance=0.04)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-@pytest.mark.parametrize("kept", [("lm_head",), ("lm_head", "o_proj")])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kept", "tied"), [("awq", ("lm_head",), True), ("gptq", ("lm_head", "o_proj"), False)]
+)
 def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tied, capsys):
     config = replace(CONFIG, tie_word_embeddings=tied)
     write_prequantized(tmp_path / "theirs", config, LAYOUTS[name], kept=kept, tokenizer_folder=tokenizer_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from test_checkpoint import tensors_of, write_checkpoint
 from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import fill, load_weights, random_model
+from qwen3fast.checkpoint import CheckpointConfig, fill, load_weights, random_model
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -149,9 +150,11 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     with pytest.raises(ValueError, match="adapter= is not supported with tensor parallelism yet"):
         load_model("tiny", "cpu", adapter=tmp_path, ranks=ranks)
-    write_checkpoint(tmp_path, small_config(quantization="int8"), {})
+    write_checkpoint(tmp_path, small_config(), {})
+    stored = CheckpointConfig(small_config(), quantization="int8")
+    (tmp_path / "config.json").write_text(json.dumps(stored.to_dict()))
     with pytest.raises(
-        ValueError, match=r"in int8 already cannot be split .* original weights with quantization='int8'"
+        ValueError, match=r"quantized already \(int8\) cannot be split .* weights with quantization='int8'"
     ):
         load_model(tmp_path, "cpu", ranks=ranks)
     (tmp_path / "model.gguf").touch()

@@ -111,9 +111,20 @@ def test_prequantized_layers_keep_them(tmp_path, layout, end, number, quantizati
     assert rows_that_are_finite(weight) == [i for i in range(256) if i not in expected]
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "F16"])
-@pytest.mark.parametrize("quantization", [None, "dequantize", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kind", "number", "quantization"),
+    [
+        ("Q4_0", np.nan, None),
+        ("Q4_0", np.inf, "int4"),
+        ("Q4_0", np.nan, "dequantize"),
+        ("Q8_0", np.inf, None),
+        ("Q8_0", np.nan, "int4"),
+        ("Q4_K", np.nan, "int8"),
+        ("Q4_K", np.inf, "dequantize"),
+        ("F16", np.nan, "int4"),
+        ("F16", np.inf, "int8"),
+    ],
+)
 def test_gguf_files_keep_them(tmp_path, kind, number, quantization):
     pytest.importorskip("gguf")
     from gguf_files import write_gguf

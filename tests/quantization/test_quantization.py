@@ -191,8 +191,10 @@ def product_in_plain_pytorch(x: torch.Tensor, layer: QuantizedLinear) -> torch.T
 
 @needs_operation
 @formats
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 37])
-@pytest.mark.parametrize(("out_features", "in_features"), [(16, 32), (48, 96), (304, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "out_features", "in_features"),
+    [(rows, *[(16, 32), (48, 96), (304, 1024)][i % 3]) for i, rows in enumerate([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 37])],
+)
 def test_operation_equals_the_plain_form(format, rows, out_features, in_features):
     layer = quantized_layer(out_features, in_features, format)
     x = random_tensor(rows, in_features, seed=1).bfloat16()
@@ -460,7 +462,7 @@ def test_quantised_tiny_compiled_batched_and_uncached_agree():
 def test_only_quantised_models_can_be_saved(tmp_path):
     with (
         Generator.from_pretrained("tiny", compile=False) as generator,
-        pytest.raises(ValueError, match="not quantised"),
+        pytest.raises(ValueError, match="not quantized"),
     ):
         generator.save_quantized(tmp_path / "saved")
     assert not list(tmp_path.iterdir())

@@ -95,8 +95,10 @@ def one_by_one(experts: QuantizedExperts, x_NE, expert_NC):
 
 @needs_operation
 @formats
-@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
-@pytest.mark.parametrize(("sizes", "chosen"), [((X, E, INNER), 3), ((3, 128, 32), 1), ((5, 32, 160), 5)])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "chosen"),
+    [(1, (X, E, INNER), 3), (2, (3, 128, 32), 1), (7, (5, 32, 160), 5), (40, (X, E, INNER), 3)],
+)
 def test_operation_equals_linear_layers_one_by_one(format, tokens, sizes, chosen):
     experts = make_experts(format, sizes=sizes)
     x_NE, expert_NC = random_tensor(tokens, sizes[1], seed=5).bfloat16(), choice(tokens, chosen, sizes[0])
