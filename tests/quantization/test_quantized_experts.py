@@ -332,7 +332,7 @@ def test_random_experts_are_quantised_layer_by_layer(monkeypatch):
 
 @all_formats
 def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("qwen3fast.checkpoint.load.prepare_quantization", lambda *_: cpu.load())  # fp8, too
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.prepare_quantization", lambda *_: cpu.load())  # fp8, too
     model = randomised(MIXED)
     quantize_model(model, format.name, torch.float32)
     save_model(model, tmp_path / "saved")
