@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -11,6 +12,8 @@ from qwen3fast.text.function_schema import function_schema
 from qwen3fast.text.messages import REASONING_FIELDS, Message, read_messages
 from qwen3fast.text.plain_data import to_plain
 from qwen3fast.text.template_sandbox import TemplateEnvironment, TemplateLimitError, TemplateLimits
+
+Tools = Sequence[dict[str, Any] | Callable[..., Any]]  # JSON schemas, or functions
 
 # Marks where a final message that is to be continued ends. transformers' own mark: a template may strip the space.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -58,7 +61,9 @@ class ChatTemplate:
         field, ending = None, ""
         if continue_final_message:
             if add_generation_prompt:
-                raise ValueError("continue_final_message continues a message, add_generation_prompt begins one: pass one")
+                raise ValueError(
+                    "pass continue_final_message or add_generation_prompt: one continues a message, one begins it"
+                )
             field = continue_final_message if isinstance(continue_final_message, str) else "content"
             ending = self._mark_ending(conversation[-1], field)
         given = {

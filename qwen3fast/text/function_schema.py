@@ -5,6 +5,7 @@ Source: `get_json_schema` of transformers; the results are the same.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -73,10 +74,8 @@ def _read_signature(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[
             required.append(name)
     returns = None
     if "return" in hints:
-        try:
+        with contextlib.suppress(ValueError):  # the model never writes it: left out rather than described wrongly
             returns = _schema_of(hints["return"])
-        except ValueError:  # the model never writes it: left out rather than described wrongly
-            pass
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     return parameters | ({"required": required} if required else {}), returns
 

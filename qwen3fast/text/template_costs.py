@@ -14,7 +14,8 @@ ALWAYS_LARGE = frozenset({"encode", "expandtabs", "maketrans", "translate"})
 
 # Filters that look at a value's items but never into them: their input need not be counted again.
 SHALLOW_FILTERS = frozenset(
-    "attr batch count d default first items last length list map reject rejectattr reverse select selectattr slice".split()
+    "attr batch count d default first items last length list map".split()
+    + "reject rejectattr reverse select selectattr slice".split()
 )
 
 _TOO_LARGE = 2**63  # more than any budget

@@ -29,7 +29,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3fast.text.template_costs import ALWAYS_LARGE, SHALLOW_FILTERS, filter_cost, method_cost, operator_cost
 
-
 MAX_SOURCE_CHARS = 200_000  # compiling is not charged; the longest templates in use have about 30,000
 UNITS_PER_CHARACTER = 20  # of the limit: a text passes through about ten operations on its way to the output
 UNITS_PER_ITEM = 8  # an item of a list takes the memory of about eight characters
@@ -95,7 +94,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         Raises: TemplateLimitError for a source of more than MAX_SOURCE_CHARS; jinja2.TemplateError; RecursionError.
         """
         if len(source) > MAX_SOURCE_CHARS:
-            raise TemplateLimitError(f"has {len(source)} characters; templates of up to {MAX_SOURCE_CHARS} are compiled")
+            raise TemplateLimitError(
+                f"has {len(source)} characters; templates of up to {MAX_SOURCE_CHARS} are compiled"
+            )
         with self._budget_of(limits):
             return self.from_string(source)
 
@@ -220,9 +221,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     ) -> str:
         # Jinja's own filter escapes HTML; templates expect plain JSON.
         self._size(value)
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         if len(str(separators)) > 100 or len(str(indent)) > 100 or (isinstance(indent, int) and indent > 100):
             raise TemplateLimitError("asked for JSON with an indent or separators of more than 100 characters")
         return self._join(encoder.iterencode(value))
@@ -257,7 +256,7 @@ class _Budget:
 class _CountingCompiler(jinja2.compiler.CodeGenerator):
     """Jinja's compiler, on a syntax tree whose loops and literals go through the environment."""
 
-    def visit_Template(self, node: jinja2.nodes.Template, frame: Any = None) -> None:
+    def visit_Template(self, node: jinja2.nodes.Template, frame: Any = None) -> None:  # noqa: N802
         super().visit_Template(_Rewriter(self.environment).visit(node), frame)
 
 
@@ -267,24 +266,24 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
 
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
         node = self.generic_visit(node)  # type: ignore[assignment]
         node.iter = self._filtered(node.iter, "count_items")
         return node
 
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         node = self.generic_visit(node)  # type: ignore[assignment]
         return self._filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "join_values")
 
-    def visit_List(self, node: Any) -> jinja2.nodes.Node:
+    def visit_List(self, node: Any) -> jinja2.nodes.Node:  # noqa: N802
         return self._filtered(self.generic_visit(node), "check_value")
 
     visit_Dict = visit_List
 
-    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:
+    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:  # noqa: N802
         return self.generic_visit(node) if node.ctx != "load" else self.visit_List(node)
 
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
         return self.visit_List(node) if isinstance(node.arg, jinja2.nodes.Slice) else self.generic_visit(node)
 
     def _filtered(self, node: Any, name: str) -> jinja2.nodes.Filter:

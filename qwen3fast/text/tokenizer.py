@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast.model.config import read_json
-from qwen3fast.text.chat_template import ChatTemplate
+from qwen3fast.text.chat_template import ChatTemplate, Tools
 from qwen3fast.text.messages import Message
 from qwen3fast.text.plain_data import check_unicode
 from qwen3fast.text.template_sandbox import TemplateLimits
@@ -61,7 +61,7 @@ class Tokenizer:
         except Exception as err:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is not a tokenizer: {err}; if it was downloaded, download it again") from err
         settings = read_json(settings_file) if settings_file.is_file() else {}
-        special = {}
+        special: dict[str, Any] = {}
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = settings.get(name)
             special[name] = value.get("content") if isinstance(value, dict) else value
@@ -111,7 +111,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: list[Message],
-        tools: list[dict[str, Any] | Callable[..., Any]] | None = None,
+        tools: Tools | None = None,
         add_generation_prompt: bool | None = None,
         enable_thinking: bool = True,
         tokenize: bool = False,
