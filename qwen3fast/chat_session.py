@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message
 
 END_OF_TURN = "<|im_end|>"
@@ -35,7 +36,7 @@ class ChatSession:
         *,
         system: str | None = None,
         enable_thinking: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
         mode: Literal["exact", "append"] = "exact",
     ) -> None:
         """Nothing is computed before the first message.
