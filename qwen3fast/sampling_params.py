@@ -108,8 +108,8 @@ class SamplingParams:
         """Return parameters with every preset field set, from a generation_config.json, as transformers reads it.
 
         Without do_sample they are greedy. A value that is null or missing is transformers' default: temperature 1.0,
-        top_k 50 (only with do_sample), top_p 1.0, repetition_penalty 1.0, no min_p. A top_p of 0 keeps the most likely
-        token. max_new_tokens is the default of max_tokens.
+        top_k 50 (only with do_sample), top_p 1.0, repetition_penalty 1.0, no min_p. A top_p of 0 keeps only the most
+        likely token. max_new_tokens is the default of max_tokens.
 
         Raises: ValueError for a value that no request could set, naming it.
         """
@@ -127,8 +127,8 @@ class SamplingParams:
         values: dict[str, Any] = {
             name: default if preset.get(name) is None else preset[name] for name, default in defaults.items()
         }
-        if _as_float(values["top_p"]) == 0:
-            values["top_p"] = SMALLEST_TOP_P
+        if _as_float(values["top_p"]) == 0:  # to transformers: keep only the most likely token
+            values |= {"top_k": 1, "top_p": 1.0}
         checked = cls(max_tokens=max_tokens, **values)
         return checked if do_sample else replace(checked, temperature=0.0)
 
@@ -144,7 +144,7 @@ class SamplingParams:
         number = _as_float(value)
         if number is None or not low <= number <= high:  # NaN is not
             allowed = allowed or f"from {low:g} to {high:g}{note}"
-            raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+            raise ValueError(f"{name} must be a number {allowed}, got {value!r:.200}")
         self._set(name, number)
 
     def _check_integer(self, name: str, low: int, high: int = LARGEST_COUNT, note: str = "") -> None:
@@ -155,7 +155,7 @@ class SamplingParams:
         number = integer if (integer := as_integer(value)) is not None else _as_float(value)
         if number is None or not low <= number <= high or number != int(number):
             allowed = f"an integer from {low} to {high}{note}" + (", or None" if is_optional else "")
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+            raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
         self._set(name, int(number))  # 20.0 is 20
 
     def _check_stop(self) -> None:
@@ -163,11 +163,11 @@ class SamplingParams:
         given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         is_many = isinstance(given, list | tuple | set | frozenset) and len(given) <= MAX_STOP_STRINGS
         if not is_many or not all(isinstance(s, str) and s for s in given):
-            raise ValueError(f"stop must be a non-empty string or up to {MAX_STOP_STRINGS} of them, got {self.stop!r}")
+            raise ValueError(f"stop must be a non-empty string or up to {MAX_STOP_STRINGS} of them, got {self.stop!r:.200}")
         self._set("stop", tuple(checked_text(f"stop[{number}]", s) for number, s in enumerate(given)))
         ids = _as_ids(() if self.stop_token_ids is None else self.stop_token_ids)
         if ids is None:
-            raise ValueError(f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r}")
+            raise ValueError(f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r:.200}")
         self._set("stop_token_ids", ids)
         self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 
@@ -180,24 +180,24 @@ class SamplingParams:
             if None in bias or not all(value is not None and value <= largest for value in bias.values()):  # NaN is not
                 raise ValueError(
                     "logit_bias must be a dict from token ids (integers >= 0) to numbers, finite in float32 or -inf, "
-                    f"got {self.logit_bias!r}"
+                    f"got {self.logit_bias!r:.200}"
                 )
             self._set("logit_bias", bias)
         if self.allowed_token_ids is not None:
             ids = _as_ids(self.allowed_token_ids)
             if not ids:
                 raise ValueError(
-                    f"allowed_token_ids must be integers >= 0, at least one, or None, got {self.allowed_token_ids!r}"
+                    f"allowed_token_ids must be integers >= 0, at least one, or None, got {self.allowed_token_ids!r:.200}"
                 )
             self._set("allowed_token_ids", ids)
 
     def _check_constraints(self) -> None:
         if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r}")
+            raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r:.200}")
         if self.json_schema is not None and not _is_json_object(self.json_schema):
-            raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r}")
+            raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r:.200}")
         if self.regex is not None and (not isinstance(self.regex, str) or not self.regex):
-            raise ValueError(f"regex must be a non-empty string, got {self.regex!r}")
+            raise ValueError(f"regex must be a non-empty string, got {self.regex!r:.200}")
         for name in ("regex", "json_schema"):
             if isinstance(text := getattr(self, name), str):
                 checked_text(name, text)
