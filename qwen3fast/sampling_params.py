@@ -163,11 +163,15 @@ class SamplingParams:
         given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         is_many = isinstance(given, list | tuple | set | frozenset) and len(given) <= MAX_STOP_STRINGS
         if not is_many or not all(isinstance(s, str) and s for s in given):
-            raise ValueError(f"stop must be a non-empty string or up to {MAX_STOP_STRINGS} of them, got {self.stop!r:.200}")
+            raise ValueError(
+                f"stop must be a non-empty string or up to {MAX_STOP_STRINGS} of them, got {self.stop!r:.200}"
+            )
         self._set("stop", tuple(checked_text(f"stop[{number}]", s) for number, s in enumerate(given)))
         ids = _as_ids(() if self.stop_token_ids is None else self.stop_token_ids)
         if ids is None:
-            raise ValueError(f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r:.200}")
+            raise ValueError(
+                f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r:.200}"
+            )
         self._set("stop_token_ids", ids)
         self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 

@@ -67,7 +67,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             finalize=self._output,
         )
         self.code_generator_class = _CountingCompiler
-        self.concat = self._join  # type: ignore[assignment]
+        self.concat = self._join  # type: ignore[method-assign]
         self._of_thread = threading.local()
         for name in ("pprint", "urlize", "wordwrap", "xmlattr"):
             del self.filters[name]
@@ -227,7 +227,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return self._join(encoder.iterencode(value))
 
     def _dict(self, *items: Any, **entries: Any) -> dict[Any, Any]:
-        return self.check_value(dict(*items, **entries))
+        made = dict(*items, **entries)
+        self._size(made)
+        return made
 
 
 _INTERNAL = ("count_items", "check_value", "join_values")
