@@ -191,7 +191,8 @@ class SamplingParams:
             ids = _as_ids(self.allowed_token_ids)
             if not ids:
                 raise ValueError(
-                    f"allowed_token_ids must be integers >= 0, at least one, or None, got {self.allowed_token_ids!r:.200}"
+                    "allowed_token_ids must be integers >= 0, at least one, or None, "
+                    f"got {self.allowed_token_ids!r:.200}"
                 )
             self._set("allowed_token_ids", ids)
 
