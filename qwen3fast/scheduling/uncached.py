@@ -1,4 +1,4 @@
-"""Generation without a cache: the slow reference for every fast path."""
+"""Generation without a cache: the slow reference of all fast paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3fast.scheduling.request import Request
 
 
 class UncachedRun:
-    """One request that computes its whole sequence for each token, with the same sampling and stop rules."""
+    """A request that computes its whole sequence for each token, with the same rules of sampling and stopping."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self._request = engine, request
@@ -29,7 +29,7 @@ class UncachedRun:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute one token. Raises: errors of the constraint or the logits_processor."""
+        """Compute one token. Raises: exceptions of the constraint or the logits_processor."""
         engine, request = self._engine, self._request
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
         logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
@@ -45,7 +45,7 @@ class UncachedRun:
 
 
 def run_uncached(engine: Engine, request: Request) -> None:
-    """Run a request to its end."""
+    """Run a request to completion."""
     run = UncachedRun(engine, request)
     while request.finish_reason is None:
         run.step()

@@ -265,7 +265,7 @@ def test_a_preset_that_no_request_could_set_is_refused(tmp_path, tokenizer_folde
 
     file, model = tmp_path / "model.gguf", randomised(small_config(vocab_size=1024))
     write_gguf(file, model, tokenizer_folder=tokenizer_folder, change=add_sampling)
-    with pytest.raises(ValueError, match=r"model\.gguf: its settings of sampling are damaged: temperature must be"):
+    with pytest.raises(ValueError, match=r"model\.gguf: its sampling settings are damaged: temperature must be"):
         Generator.from_pretrained(file, device="cpu", compile=False)
 
 

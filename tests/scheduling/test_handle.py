@@ -241,7 +241,7 @@ def test_result_raises_timeout_error_and_the_reply_goes_on(generator, alone):
     params = SamplingParams(temperature=0, max_tokens=60, logits_processor=slowly)
     handle = generator.submit("hello", params)
     for timeout in (0, 0.01):
-        with pytest.raises(TimeoutError, match=r"has not ended within .* it goes on"):
+        with pytest.raises(TimeoutError, match=r"has not ended within .* it continues"):
             handle.result(timeout)
     assert (
         handle.result(PATIENCE_S).token_ids
