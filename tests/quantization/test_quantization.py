@@ -119,8 +119,8 @@ def test_the_operation_refuses_what_it_cannot_round():
         torch.zeros(LANES, 2 * GROUP).bfloat16(),
         torch.zeros(GROUP, LANES).bfloat16().T,
     ):
-        with pytest.raises(ValueError, match=r"round_weight: weight must be \(16, 32\) bfloat16, contiguous"):
-            cpu.round_weight(weight, *packed)
+        with pytest.raises(ValueError, match=r"quantize_weight: weight must be \(16, 32\) bfloat16, contiguous"):
+            cpu.quantize_weight(weight, *packed)
 
 
 @pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)

@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall
-from qwen3fast.kernels.cpu.ops import MAX_ROWS, round_weight
+from qwen3fast.kernels.cpu.ops import MAX_ROWS, quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "functions",
     "is_loaded",
     "load",
-    "round_weight",
+    "quantize_weight",
     "switched_off",
 ]
 

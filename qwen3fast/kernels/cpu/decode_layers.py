@@ -48,9 +48,10 @@ class DecodeLayersCall:
         self._layers = (Layer * L)()
         self.R, K, S, D = keys[0].shape
         for i, layer in enumerate(self._layers):
-            require(keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype, "decode_layers: caches alike")
-            factors = (key_scales[i], value_scales[i]) if key_scales else (None, None)
-            layer.cache = cache(keys[i], values[i], *factors)
+            is_equal = keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype
+            require(is_equal, "decode_layers: all caches must have one shape and dtype")
+            cache_scales = (key_scales[i], value_scales[i]) if key_scales else (None, None)
+            layer.cache = cache(keys[i], values[i], *cache_scales)
             for j, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
                 setattr(layer, name, _linear(weights[7 * i + j], scales[7 * i + j]))
         first = self._layers[0]
