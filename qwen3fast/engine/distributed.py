@@ -13,8 +13,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from qwen3fast.engine.decode import Hook, StepKind
-from qwen3fast.engine.engine import Engine, StepResult
+from qwen3fast.engine.decode import Hook
+from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.in_flight import StepResult
+from qwen3fast.engine.state import StepKind
 from qwen3fast.parallel import Ranks
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ def follow(engine: Engine, ranks: Ranks) -> None:
     """
     while True:
         name, arguments = ranks.receive()
-        if name == "launch" and len(engine.ring) > engine.lookahead:
+        if name == "launch" and len(engine.in_flight) > engine.lookahead:
             engine.collect()  # nobody here waits for tokens, but a slot is needed
         if name in ("launch", "sample_first"):
             *arguments, has_hook = arguments

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.decode import Logprobs
 from qwen3fast.engine.prefill import Prefill
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.sampling.constraints import TokenConstraint
 
 

@@ -11,9 +11,10 @@ from collections import deque
 
 from torch import Tensor
 
-from qwen3fast.engine.decode import Hook, StepKind
+from qwen3fast.engine.decode import Hook
 from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
+from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request

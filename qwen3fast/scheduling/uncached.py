@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, choose_tokens
+from qwen3fast.engine.decode import choose_tokens
 from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.request import Request
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
-from qwen3fast.engine.decode import Logprobs
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.scheduling import Request
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.server.app import create_app
