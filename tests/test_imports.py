@@ -1,4 +1,4 @@
-"""The order of the package: imports go downwards only, so that it can be read from the bottom to the top."""
+"""The order of the package: imports go downwards only, and it can be read from the bottom to the top."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_imports_of_our_own_stand_at_the_top_of_the_file():
     assert inside == []
 
 
-# Who imports modules by name, when they are needed, so that the checks above do not see it, and which ones.
+# Modules that import others by name when they are needed, which the checks above do not see.
 BY_NAME = {
     "qwen3fast": {f"qwen3fast.{name}" for name in qwen3fast._MODULES.values()},
     "qwen3fast.__main__": {"qwen3fast.cli"},

@@ -81,7 +81,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_chosen, self.is_renormalised = config.num_experts_per_tok, config.norm_topk_prob
+        self.num_chosen, self.is_renormalized = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
@@ -91,7 +91,7 @@ class MoE(nn.Module):
         Probabilities are over all experts: those of the routed ones sum to 1 only if they are renormalized.
         """
         share_NC, expert_NC = self.gate(x_NE).softmax(dim=-1, dtype=torch.float32).topk(self.num_chosen)
-        if self.is_renormalised:
+        if self.is_renormalized:
             share_NC = share_NC / share_NC.sum(dim=-1, keepdim=True)
         return share_NC, expert_NC
 

@@ -118,7 +118,7 @@ def test_dequantize_gives_the_numbers_that_gguf_defines(tmp_path, kind):
         assert_same(tensor, decode(*written[name]))
 
 
-def test_logits_are_those_of_the_dequantised_weights(tmp_path):
+def test_logits_are_those_of_the_dequantized_weights(tmp_path):
     file = tmp_path / "model.gguf"
     model = randomised(small_config(**SIZES, tie_word_embeddings=False))
     written = write_gguf(file, model, "Q4_K")
@@ -283,7 +283,7 @@ def test_experts_load_into_their_stacks(tmp_path):
     assert_near(loaded(random_ids(2, 9)), model(random_ids(2, 9)))
 
 
-def test_quantised_experts_load_dequantised_only(tmp_path):
+def test_quantized_experts_load_dequantized_only(tmp_path):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(moe_config()), lambda name: "Q8_0" if "exps" in name else "F16")
     with pytest.raises(ValueError, match="quantized experts are not supported yet; quantization='dequantize'"):
@@ -304,9 +304,9 @@ def test_adapters_need_plain_weights(tmp_path):
     merged = load_model(tmp_path / "model.gguf", "cpu", quantization="dequantize", **options)
     base = load_model(tmp_path / "model.gguf", "cpu", quantization="dequantize")
     assert not torch.equal(*(m.get_submodule(modules[0]).weight for m in (merged, base)))
-    rounded = load_model(tmp_path / "model.gguf", "cpu", quantization="int8", **options)
+    quantized = load_model(tmp_path / "model.gguf", "cpu", quantization="int8", **options)
     expected = quantize(merged.get_submodule(modules[0]).weight, FORMATS["int8"])
-    assert_same(rounded.get_submodule(modules[0]).weight_packed, expected.weight)
+    assert_same(quantized.get_submodule(modules[0]).weight_packed, expected.weight)
 
 
 def test_embedder_leaves_the_output_projection_out(tmp_path, tokenizer_folder):

@@ -128,7 +128,7 @@ def test_replayed_steps_count_tokens_on_the_device():
 
 
 def test_replayed_positions_advance_on_the_device():
-    """What a graph cannot learn from the host: after three steps the rows in use stand three tokens further on."""
+    """A graph learns nothing from the host: after three steps, the rows in use are three tokens further."""
     engine = make_engine()
     for _ in range(3):
         run_step(engine, rows=4)

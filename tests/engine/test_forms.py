@@ -1,7 +1,7 @@
 """How many forms a step is compiled into, and that they serve every chunk, bucket and batch: with the code as
 `torch.compile` traces it, but run uncompiled, which takes no time.
 
-For CUDA devices tensors have no memory ("meta") and the sizes are those of published models.
+For CUDA devices tensors have no memory ("meta") and the sizes of released models.
 """
 
 from dataclasses import replace
@@ -72,7 +72,7 @@ def run_everything(engine):
 
 
 def on_meta(size, quantization, cache_dtype=torch.bfloat16):
-    """What of an engine a step on a CUDA device uses."""
+    """Return the parts of an engine that a step on a CUDA device uses."""
     config = replace(ModelConfig.named(size), num_hidden_layers=2)
     model = build_on_meta(config)
     if quantization is not None:

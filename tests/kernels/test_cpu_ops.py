@@ -211,7 +211,7 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """What `cpu.DecodeLayersCall` is made of: lists of the model's and the cache's tensors."""
+    """Return the arguments of `cpu.DecodeLayersCall`: lists of the model's and the cache's tensors."""
     norms, weights, scales = [], [], []
     for block in model.model.layers:
         a, f = block.self_attn, block.mlp
@@ -362,7 +362,7 @@ def test_decode_layers_refuse_inputs_that_do_not_fit(changes, message):
         DecodeLayers(model, cache)(**arguments)
 
 
-# Not optimised much: that takes over a minute.
+# Not optimized much: that takes over a minute.
 CPU_FORMATS = [format for format in FORMATS.values() if "cpu" in format.devices]
 PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
@@ -391,8 +391,8 @@ def test_operations_for_other_processors(processor, tmp_path):
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
     (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
-    rounded = (k, v, position, torch.tensor([0]), k_scale, v_scale)
-    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *rounded)))
+    quantized = (k, v, position, torch.tensor([0]), k_scale, v_scale)
+    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *quantized)))
     for format in CPU_FORMATS:
         packed = quantize(random_tensor(48, 96), format)
         cases += [
@@ -416,7 +416,7 @@ def test_operations_for_other_processors(processor, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
-    """Through the engine, so that the operations are really used: logits of the same forced ids."""
+    """Through the engine, which uses the operations: logits of the same forced ids."""
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
     model = randomised(config).bfloat16()
     cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)

@@ -120,7 +120,7 @@ def test_config_reads_a_mixture_of_experts(changes):
     assert CheckpointConfig.from_dict(raw_config(**{**A3B, **changes})).model == ModelConfig.named("30b-a3b")
 
 
-def test_config_does_not_renormalise_unless_it_says_so():
+def test_config_does_not_renormalize_unless_it_says_so():
     assert not CheckpointConfig.from_dict(raw_config(**{**A3B, "norm_topk_prob": ...})).model.norm_topk_prob
 
 
