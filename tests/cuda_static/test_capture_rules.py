@@ -9,7 +9,8 @@ from conftest import randomised, small_config
 from cuda_static.capture_rules import capture_faults
 
 from qwen3fast.engine import Engine
-from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
+from qwen3fast.engine.decode import decode_step
+from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
 from qwen3fast.model.kv_cache import StaticKVCache

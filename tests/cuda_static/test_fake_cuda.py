@@ -10,9 +10,10 @@ from cuda_static.fake_cuda import fake_cuda, fake_model
 from torch import nn
 
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import rope_tables
 from qwen3fast.model.config import ModelConfig

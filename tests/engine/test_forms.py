@@ -13,10 +13,11 @@ from conftest import randomised, small_config
 
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import Parts, row_ranges
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.model import build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
