@@ -28,7 +28,7 @@ from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import fits
-from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
+from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
 # Rows of 256 numbers, which the K-types come in.
@@ -286,7 +286,7 @@ def test_experts_load_into_their_stacks(tmp_path):
 def test_quantised_experts_load_dequantised_only(tmp_path):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(moe_config()), lambda name: "Q8_0" if "exps" in name else "F16")
-    with pytest.raises(ValueError, match="experts have no quantised form here yet; quantization='dequantize'"):
+    with pytest.raises(ValueError, match="quantized experts are not supported yet; quantization='dequantize'"):
         load_model(file, "cpu")
     for name, tensor in gguf_tensors(load_model(file, "cpu", "float32", quantization="dequantize")).items():
         assert_same(tensor, decode(*written[name]))

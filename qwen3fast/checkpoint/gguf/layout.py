@@ -1,7 +1,7 @@
 """Where the tensors of a GGUF file go in our model, and in which format each layer is kept.
 
-llama.cpp does not permute the rows of Qwen3's queries and keys (its RoPE pairs channels as ours does), so that only
-names differ. Source: tensor_mapping.py and constants.py of gguf-py in github.com/ggml-org/llama.cpp.
+Only names differ: llama.cpp does not permute the rows of Qwen3's queries and keys (its RoPE pairs channels as ours
+does). Source: tensor_mapping.py and constants.py of gguf-py in github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS, Format, fits
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 OUTER = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 
 def places_of(model: Qwen3) -> dict[str, Place]:
-    """Where each tensor goes that a file must hold for this (plain) model, by name."""
+    """Return the place of each tensor that a file must hold for this (plain) model, by name."""
     outer = {place: name for name, place in OUTER.items()}
     places: dict[str, Place] = {}
     for parameter, tensor in model.named_parameters():
@@ -69,12 +69,12 @@ def places_of(model: Qwen3) -> dict[str, Place]:
 
 
 def choose_formats(header: Header, config: ModelConfig, quantization: str | None) -> dict[str, Format]:
-    """The format of each tensor that is to be packed; others become plain.
+    """Return the format of each tensor that gets packed; others become plain.
 
-    None: Q4_0 stays in 4 bits; every other quantised type becomes int8, which is finer than its own steps; floats stay
-    floats. Of layers that read the same input, the one with the most bits decides. "dequantize": none is packed.
-    Otherwise the name of a format, for all.
-    Raises: ValueError for experts that are quantised, or are to be.
+    quantization: None keeps Q4_0 in int4 and floats plain, and loads other quantized types in int8, which is finer than
+    their own steps; of layers that read the same input, the one with the most bits decides. "dequantize" packs none.
+    The name of a format applies to all.
+    Raises: ValueError for experts that are quantized, or would be.
     """
     if quantization == DEQUANTIZE:
         return {}
@@ -89,17 +89,17 @@ def choose_formats(header: Header, config: ModelConfig, quantization: str | None
             widest = max((chosen[name] for name in names), key=_bits, default=None)
             chosen |= dict.fromkeys(names, widest)
     formats = {name: format for name, format in chosen.items() if format is not None}
-    quantised = [tensor.name for tensor in header.tensors.values() if not tensor.is_float]
-    if config.num_experts and (formats or quantised):
+    quantized = [tensor.name for tensor in header.tensors.values() if not tensor.is_float]
+    if config.num_experts and (formats or quantized):
         raise ValueError(
-            f"{header.file}: experts have no quantised form here yet; quantization='dequantize' makes plain weights "
-            "of a quantised file"
+            f"{header.file}: quantized experts are not supported yet; quantization='dequantize' loads plain "
+            "weights of a quantized file"
         )
     return formats
 
 
 def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:
-    """Put empty quantised layers, on meta, in the places of a plain model's."""
+    """Replace layers of a plain model by empty quantized ones, on meta."""
     places = places_of(model)
     for name, format in formats.items():
         if name not in places:  # of a projection that is left out

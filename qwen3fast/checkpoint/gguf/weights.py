@@ -23,7 +23,7 @@ def load_gguf_weights(
     dtype: torch.dtype,
     progress: bool = False,
 ) -> None:
-    """Fill a plain `model` (on meta), after putting quantised layers where `formats` says so.
+    """Fill a plain `model` (on meta), after replacing the layers of `formats` by quantized ones.
 
     On the CPU, floats in `dtype` are the mapped pages of the file.
     Raises: ValueError naming all tensors that are missing, unexpected, misshaped or of a type that is not supported,
@@ -52,7 +52,7 @@ def load_gguf_weights(
 
 
 def _problems(tensors: dict[str, StoredTensor], places: dict[str, Place]) -> list[str]:
-    """What is wrong with the tensors, a line each."""
+    """Return what is wrong with the tensors, one line per problem."""
     problems = []
     for name, tensor in tensors.items():
         if name not in places:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-BLOCK = 128  # fp8: a scale for so many rows and channels
+BLOCK = 128  # fp8: rows and channels that share a scale
 
-# The values that each field may have; None: the field may be missing.
+# The supported values of each field; None: the field may be missing.
 _READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
     "fp8": {
         "weight_block_size": ([BLOCK, BLOCK],),
@@ -31,17 +31,21 @@ _READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
         "pack_dtype": ("int32", None),
     },
 }
-# Fields that have had other names.
+# Other names that fields have had.
 _OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format": ("format",)}
 
 
 @dataclass(frozen=True)
 class PrequantizedFormat:
-    """One way in which linear layers are stored; embedding, norms and mostly the output projection are not.
+    """The storage of prequantized linear layers; embedding, norms and usually the output projection are plain.
 
-    method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
-    scale and a zero point for `group_size` channels of a row; -1: for all). is_symmetric: all zero points are the
-    middle. has_act_order: the channels of a group are not neighbours. zeros_less_one: zero points are stored less one.
+    Attributes:
+        method: "fp8" (float8_e4m3fn, one scale per 128 x 128 weights), or "awq" or "gptq" (unsigned levels, a scale and
+            a zero point per group of channels of a row).
+        bits: of a level. group_size: channels that share a scale; -1: all.
+        is_symmetric: all zero points are the middle level.
+        has_act_order: the channels of a group are not neighbors.
+        zeros_less_one: zero points are stored less one.
     """
 
     method: str
@@ -90,25 +94,25 @@ class PrequantizedFormat:
 
     @property
     def loaded_as(self) -> str | None:
-        """Which of our formats the weights are loaded in, unless another is asked for; None: the checkpoint's dtype.
+        """Return the format that weights are loaded in by default, None for plain weights in the checkpoint's dtype.
 
-        "int4" takes the published levels over, "int8" rounds what they stand for.
+        "int4" takes over the stored levels; "int8" quantizes the dequantized weights.
         """
         if self.method == "fp8":
             return None
         return "int4" if self.bits == 4 and self.is_symmetric and not self.has_act_order else "int8"
 
     def describe(self) -> str:
-        """In words, for people."""
+        """Return the format in words."""
         if self.method == "fp8":
-            return f"fp8, a scale for {BLOCK} x {BLOCK} weights"
-        group = "all channels" if self.group_size == -1 else f"{self.group_size} channels"
+            return f"fp8, one scale per {BLOCK} x {BLOCK} weights"
+        group = "row" if self.group_size == -1 else f"{self.group_size} channels"
         zeros = "" if self.is_symmetric else " and a zero point"
-        order = ", channels in another order" if self.has_act_order else ""
-        return f"{self.method}, {self.bits} bits, a scale{zeros} for {group}{order}"
+        order = ", channels out of order" if self.has_act_order else ""
+        return f"{self.method}, {self.bits} bits, a scale{zeros} per {group}{order}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as `quantization_config`."""
+        """Return the format as `quantization_config`."""
         if self.method == "fp8":
             return {"quant_method": "fp8", **{name: values[0] for name, values in list(_READABLE["fp8"].items())[:3]}}
         plain = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
@@ -123,6 +127,6 @@ class PrequantizedFormat:
 
 
 def _value(raw: dict[str, Any], name: str) -> Any:
-    """A field by any of its names; names of formats are in lower case."""
+    """Return a field by any of its names; names of formats become lower case."""
     value = next((raw[n] for n in (name, *_OTHER_NAMES.get(name, ())) if raw.get(n) is not None), None)
     return value.lower() if isinstance(value, str) else value

@@ -11,9 +11,9 @@ import torch
 from conftest import assert_near, assert_same, random_ids, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_layouts import AWQ, FP8, GPTQ, drawn_layer, publish, publish_fp8_experts, write_tensors
+from prequantized_layouts import AWQ, FP8, GPTQ, drawn_layer, write_fp8_experts, write_prequantized, write_tensors
 from safetensors.torch import load_file, save_file
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from torch import nn
 
 from qwen3fast import load_model
@@ -27,7 +27,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.quantization import formats_of, plain_modules
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 CONFIG = small_config(
     vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=False, dtype=torch.bfloat16
@@ -65,10 +65,10 @@ UP = "model.layers.1.mlp.up_proj"
 MOE = small_config(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
 
 
-def published(name: str, folder, **options):
+def write_layout(name: str, folder, **options):
     """A checkpoint in a layout of LAYOUTS; the model that it stands for."""
     config, quantization_config, more = LAYOUTS[name]
-    return publish(folder, config, quantization_config, **more, **options)
+    return write_prequantized(folder, config, quantization_config, **more, **options)
 
 
 def layers_of(model) -> dict[str, nn.Module]:
@@ -79,10 +79,9 @@ def layers_of(model) -> dict[str, nn.Module]:
 # ----------------------------------------------------------------------------------------------------- plain weights
 
 
-@pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "files"), [(name, 3 if i % 2 else 1) for i, name in enumerate(LAYOUTS)])
 def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
-    reference = published(name, tmp_path, files=files)
+    reference = write_layout(name, tmp_path, files=files)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     assert model.config == reference.config
     assert dict(model.named_parameters()).keys() == dict(reference.named_parameters()).keys()
@@ -94,7 +93,7 @@ def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, file
 
 
 def test_dequantised_weights_are_rounded_once_to_the_dtype(tmp_path):
-    reference = published("fp8, cut blocks", tmp_path)
+    reference = write_layout("fp8, cut blocks", tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert not formats_of(model)
     for name, parameter in model.named_parameters():
@@ -158,10 +157,9 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
 # ------------------------------------------------------------------------------------------------------- our formats
 
 
-@pytest.mark.parametrize("quantization", [None, "int4"])
-@pytest.mark.parametrize("name", TAKEN_OVER)
+@pytest.mark.parametrize(("name", "quantization"), [(name, None) for name in TAKEN_OVER] + [("gptq", "int4")])
 def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization):
-    reference = published(name, tmp_path)
+    reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
     assert formats_of(model) == ["int4"]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -178,7 +176,7 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
-    reference = published(name, tmp_path)
+    reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert formats_of(model) == ["int8"]
     for layer_name, layer in layers_of(model).items():
@@ -189,10 +187,12 @@ def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
         assert ((layer.dequantize() - weight).abs() <= step * 0.501).all()
 
 
-@pytest.mark.parametrize("name", ["fp8", "awq", "gptq", "gptq, act order"])
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, act order", "int4")],
+)
 def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, name, format):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
     plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     assert formats_of(model) == [format]
@@ -206,11 +206,10 @@ def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, nam
         assert_same(layer.weight_scale, expected.scale)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("name", "tied"), [("awq", True), ("gptq", False)])
 def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
     config, quantization_config, _ = LAYOUTS[name]
-    reference = publish(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
+    reference = write_prequantized(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
     model = load_model(tmp_path, device="cpu")
     assert_same(model.model.embed_tokens.weight, reference.model.embed_tokens.weight.bfloat16())
     assert_same(model.lm_head.weight, reference.lm_head.weight.bfloat16())
@@ -221,7 +220,7 @@ def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq, act order"])
 def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
     kept = ("lm_head", "o_proj", "layers.0.mlp.up_proj")
-    reference = published(name, tmp_path, kept=kept)
+    reference = write_layout(name, tmp_path, kept=kept)
     model = load_model(tmp_path, device="cpu", dtype="float32")
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert len(plain) == 4 and all(n.endswith(kept) for n in plain)
@@ -230,13 +229,14 @@ def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
         assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq, 8 bits", "gptq, act order"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("name", "bias"), [("awq", True), ("gptq", False), ("gptq, 8 bits", False), ("gptq, act order", True)]
+)
 def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
     config, quantization_config, _ = LAYOUTS[name]
     config = replace(config, attention_bias=bias)
-    reference = publish(tmp_path, config, quantization_config, files=2)
+    reference = write_prequantized(tmp_path, config, quantization_config, files=2)
     model = load_model(tmp_path, device="cpu", dtype="float32")
     tokens = random_ids(2, 9, vocab_size=96)
     error = (model(tokens) - reference(tokens)).abs().max() / reference(tokens).abs().max()
@@ -247,7 +247,7 @@ def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, mo
 
 
 def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
-    reference = publish(tmp_path, replace(CUT, hidden_size=144), FP8)  # not a multiple of 32
+    reference = write_prequantized(tmp_path, replace(CUT, hidden_size=144), FP8)  # not a multiple of 32
     model = load_model(tmp_path, device="cpu", quantization="int8")
     assert_same(model.model.layers[0].mlp.up_proj.weight, reference.model.layers[0].mlp.up_proj.weight.bfloat16())
     assert isinstance(model.model.layers[0].self_attn.o_proj, QuantizedLinear)  # 128 -> 144
@@ -259,9 +259,9 @@ def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
 @pytest.mark.parametrize("files", [1, 3])
 def test_fp8_experts_are_dequantised(tmp_path, files):
     config = replace(MOE, hidden_size=160, moe_intermediate_size=160, dtype=torch.bfloat16)
-    tensors, expected = publish_fp8_experts(tmp_path, config, files)
+    tensors, expected = write_fp8_experts(tmp_path, config, files)
     model = load_model(tmp_path, device="cpu")
-    for name, tensor in published_tensors(model).items():
+    for name, tensor in tensors_by_expert(model).items():
         assert_same(tensor, expected[name])
     rounded = load_model(tmp_path, device="cpu", quantization="int8").model.layers[1].mlp.experts
     assert isinstance(rounded, QuantizedExperts)
@@ -323,7 +323,7 @@ def test_what_cannot_be_read_is_refused_by_name_before_any_weight_is(tmp_path, l
 
 def test_rules_that_leave_layers_out_are_read(tmp_path):
     dynamic = {"-:.*o_proj": {}}
-    reference = publish(tmp_path, CONFIG, {**GPTQ, "dynamic": dynamic}, kept=("lm_head", "o_proj"))
+    reference = write_prequantized(tmp_path, CONFIG, {**GPTQ, "dynamic": dynamic}, kept=("lm_head", "o_proj"))
     model = load_model(tmp_path, device="cpu", dtype="float32")
     assert_same(model.model.layers[0].self_attn.o_proj.weight, reference.model.layers[0].self_attn.o_proj.weight)
 
@@ -406,7 +406,7 @@ def rewrite(folder, change) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_named_in_one_message(tmp_path, name, change, messages):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     rewrite(tmp_path, change)
     for message in messages:
         with pytest.raises(ValueError, match=message) as error:
@@ -415,7 +415,7 @@ def test_tensors_that_do_not_fit_are_named_in_one_message(tmp_path, name, change
 
 
 def test_tensors_of_a_layout_that_the_config_does_not_name_are_refused(tmp_path):
-    publish(tmp_path, CONFIG, GPTQ)
+    write_prequantized(tmp_path, CONFIG, GPTQ)
     raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del raw["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -425,7 +425,7 @@ def test_tensors_of_a_layout_that_the_config_does_not_name_are_refused(tmp_path)
 
 @pytest.mark.parametrize("source", ["tiny", "ours"])
 def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
-    published("gptq", tmp_path / "theirs")
+    write_layout("gptq", tmp_path / "theirs")
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
     with pytest.raises(
         ValueError, match="quantization='dequantize' is for checkpoints that other software quantized; use None"
@@ -437,7 +437,7 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_config_keeps_the_published_format(name):
+def test_config_keeps_the_prequantized_format(name):
     config, quantization_config, _ = LAYOUTS[name]
     read = CheckpointConfig.from_dict(
         {**CheckpointConfig(config).to_dict(), "quantization_config": quantization_config}
@@ -450,14 +450,14 @@ def test_config_keeps_the_published_format(name):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("fp8", ["bytes in bfloat16", "fp8, a scale for 128 x 128 weights"]),
-        ("awq", ["bytes in int8", "awq, 4 bits, a scale and a zero point for 128 channels"]),
-        ("gptq", ["bytes in int4", "gptq, 4 bits, a scale for 128 channels"]),
-        ("gptq, a group a row", ["bytes in int4", "gptq, 4 bits, a scale for all channels"]),
+        ("fp8", ["bytes in bfloat16", "fp8, one scale per 128 x 128 weights"]),
+        ("awq", ["bytes in int8", "awq, 4 bits, a scale and a zero point per 128 channels"]),
+        ("gptq", ["bytes in int4", "gptq, 4 bits, a scale per 128 channels"]),
+        ("gptq, a group a row", ["bytes in int4", "gptq, 4 bits, a scale per row"]),
     ],
 )
 def test_info_states_what_is_loaded_and_how_it_is_stored(tmp_path, capsys, name, expected):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     assert main(["info", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for part in [f"{load_model(tmp_path, device='cpu').num_bytes():,} {expected[0]}", expected[1]]:

@@ -1,4 +1,4 @@
-"""Writes checkpoints as others publish them quantised, from the definitions of the formats, word by word.
+"""Writes prequantized checkpoints from the definitions of their formats, word by word.
 
 Levels, zero points and scales are drawn at random; what they stand for is computed here, in float64, one number at a
 time or one word's rows at a time, by nothing of the package.
@@ -15,7 +15,7 @@ import torch
 from conftest import randomised
 from safetensors.torch import save_file
 from test_checkpoint import tensors_of, write_index
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
@@ -121,7 +121,7 @@ def drawn_layer(rng: np.random.Generator, N: int, K: int, config: dict, **option
     return gptq_layer(rng, N, K, config, **options)
 
 
-def publish(
+def write_prequantized(
     folder: Path,
     config: ModelConfig,
     quantization_config: dict,
@@ -158,15 +158,13 @@ def publish(
     return model
 
 
-def publish_fp8_experts(
-    folder: Path, config: ModelConfig, files: int = 1
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Write a checkpoint with experts, each with tensors of its own, as Qwen's FP8; routers are plain.
 
     Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantised checkpoint.
     """
     rng = np.random.default_rng(0)
-    tensors = {name: tensor.bfloat16() for name, tensor in published_tensors(randomised(config)).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_by_expert(randomised(config)).items()}
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         layer, weight = fp8_layer(rng, *tensors[name].shape, scale_dtype=torch.bfloat16)
@@ -177,7 +175,7 @@ def publish_fp8_experts(
 
 
 def is_of_layer(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a part of a published layer, whose dtype is the layout's."""
+    """Whether a tensor is a part of a prequantized layer, whose dtype is the layout's."""
     ends = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
     return name.endswith(ends) or tensor.dtype == torch.float8_e4m3fn
 
