@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # the heads of trainers (rewards, values, classification).
 WITHOUT_USE = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
+    r"|(.*\.)?(input|output|q|k|v)_(scale|zero_point)"  # of activations and caches that another engine quantizes
     r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
 )
 
