@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, small_config
+from conftest import assert_near, assert_same, random_ids, randomised, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prequantized_layouts import (
@@ -17,6 +17,7 @@ from prequantized_layouts import (
     GPTQ,
     compressed,
     drawn_layer,
+    is_of_layer,
     write_fp8_experts,
     write_prequantized,
     write_tensors,
@@ -310,11 +311,91 @@ def test_fp8_experts_are_dequantised(tmp_path, files):
     assert str(error.value).count("missing") == 1
 
 
-@pytest.mark.parametrize("layout", [AWQ, GPTQ])
-def test_other_experts_are_refused_by_name(tmp_path, layout):
-    write_tensors(tmp_path, MOE, layout, {})
-    with pytest.raises(ValueError, match=f"quant_method='{layout['quant_method']}' is not supported for a mixture of"):
-        load_model(tmp_path, device="cpu", quantization="dequantize")
+def write_experts(folder, quantization_config, kept=()):
+    """A checkpoint whose experts are stored in a layout, but for `kept`. Returns: what all tensors stand for."""
+    config = replace(MOE, hidden_size=128, moe_intermediate_size=64, dtype=torch.bfloat16)
+    rng, tensors = np.random.default_rng(0), tensors_by_expert(randomised(config))
+    expected = dict(tensors)
+    for name in [name for name in tensors if ".experts." in name and name not in kept]:
+        parts, expected[name] = drawn_layer(rng, *tensors.pop(name).shape, quantization_config)
+        tensors |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
+    tensors = {n: t if is_of_layer(n, t) else t.bfloat16() for n, t in tensors.items()}
+    write_tensors(folder, config, quantization_config, tensors, files=2)
+    return expected
+
+
+EXPERT_LAYOUTS = {
+    "awq": {**AWQ, "group_size": 32},
+    "gptq": {**GPTQ, "group_size": 32},
+    "gptq, 8 bits": {**GPTQ, "bits": 8, "group_size": 64},
+    "compressed": compressed("pack-quantized", "group", 4, group_size=32),
+    "compressed, fp8": compressed("float-quantized", "channel"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "format"),
+    [
+        ("awq", None, "int8"),
+        ("awq", "int4", "int4"),
+        ("gptq", None, "int4"),
+        ("gptq, 8 bits", None, "int8"),
+        ("compressed", None, "int4"),
+        ("compressed, fp8", None, None),
+        ("compressed, fp8", "int8", "int8"),
+        ("gptq", "dequantize", None),
+    ],
+)
+def test_experts_are_read_in_every_layout(tmp_path, name, quantization, format):
+    kept = ("model.layers.1.mlp.experts.2.up_proj.weight",)  # one that was not quantized
+    expected = write_experts(tmp_path, EXPERT_LAYOUTS[name], kept)
+    model = load_model(tmp_path, device="cpu", quantization=quantization)
+    assert isinstance(model.model.layers[1].mlp.gate, nn.Linear)
+    for layer, block in enumerate(model.model.layers):
+        experts, stacks = block.mlp.experts, {}
+        assert isinstance(experts, QuantizedExperts) == (format is not None)
+        for stack in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, stack)
+            stacks[stack] = weight.float() if format is None else experts.dequantize(weight)
+        for expert in range(MOE.num_experts):
+            gate, up = stacks["gate_up_proj"][expert].chunk(2)
+            for projection, actual in (("gate", gate), ("up", up), ("down", stacks["down_proj"][expert])):
+                weight_name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+                weight = expected[weight_name].float()
+                if format is None:
+                    assert_same(actual, weight.bfloat16().float())
+                elif quantization is None and format == "int4" and weight_name not in kept:
+                    assert ((actual - weight).abs() <= weight.abs() * 2**-8).all()  # the same levels
+                else:
+                    weight = weight.bfloat16().float() if weight_name in kept else weight
+                    same = (actual == weight).all()  # levels of a row that are our own format's
+                    assert same or torch.equal(actual, again(weight, format))
+
+
+def again(weight, format):
+    """A weight quantized and dequantized."""
+    packed = FORMATS[format].quantize(weight)
+    return FORMATS[format].dequantize(packed)
+
+
+def test_experts_of_a_layout_that_are_missing_are_named(tmp_path):
+    write_experts(tmp_path, EXPERT_LAYOUTS["gptq"])
+    gone = "model.layers.1.mlp.experts.2.up_proj.scales"
+    file = next(file for file in tmp_path.glob("*.safetensors") if gone in load_file(file))
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
+    write_index_without(tmp_path, gone)
+    with pytest.raises(ValueError, match=f"{gone}: missing, expected shape".replace(".", r"\.")) as error:
+        load_model(tmp_path, device="cpu")
+    assert str(error.value).count("missing") == 1
+
+
+def write_index_without(folder, name: str) -> None:
+    """Take a tensor out of the index."""
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    del index["weight_map"][name]
+    file.write_text(json.dumps(index), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
