@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checks import as_integer, checked_flag, checked_text
+from qwen3fast.text.plain_data import to_plain
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -201,6 +202,8 @@ class SamplingParams:
             raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r:.200}")
         if self.json_schema is not None and not _is_json_object(self.json_schema):
             raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r:.200}")
+        if isinstance(self.json_schema, dict):
+            self._set("json_schema", to_plain(self.json_schema, "json_schema"))
         if self.regex is not None and (not isinstance(self.regex, str) or not self.regex):
             raise ValueError(f"regex must be a non-empty string, got {self.regex!r:.200}")
         for name in ("regex", "json_schema"):

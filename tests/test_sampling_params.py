@@ -123,6 +123,18 @@ def test_sampling_params_refuse_lone_surrogates_naming_the_place(field, place):
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"const": "\ud800"}, r"json_schema\['const'\] holds the lone surrogate"),
+        ({"enum": [{1, 2}]}, r"json_schema\['enum'\]\[0\] must be text, a number, a list or a dict, got set"),
+    ],
+)
+def test_sampling_params_refuse_schemas_that_are_no_json_naming_the_place(schema, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(json_schema=schema)
+
+
 def test_sampling_params_refuse_two_constraints():
     with pytest.raises(ValueError, match=r"^json_schema must be None where regex .* got json_schema={} and "):
         SamplingParams(json_schema={}, regex="a")

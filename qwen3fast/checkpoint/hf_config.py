@@ -191,13 +191,7 @@ def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")
     if given.get("quant_method") != OWN_QUANTIZATION["quant_method"]:
-        prequantized = PrequantizedFormat.from_dict(given, where)
-        if prequantized.method != "fp8" and _architectures(raw) == ["Qwen3MoeForCausalLM"]:
-            raise ValueError(
-                f"{where}: quant_method={prequantized.method!r} is not supported for a mixture of experts; supported: "
-                "'fp8', and plain checkpoints"
-            )
-        return {"prequantized": prequantized}
+        return {"prequantized": PrequantizedFormat.from_dict(given, where)}
     kept, format = given.get("modules_to_not_convert", []), given.get("format")
     is_known = all(given.get(name) == value for name, value in OWN_QUANTIZATION.items())
     has_names = isinstance(kept, list) and all(isinstance(name, str) for name in kept)

@@ -182,13 +182,18 @@ def quantize(weight_NK: Tensor, format: Format) -> Packed:
     return pack_by_rows(N, K, format, weight_NK.device, lambda rows: format.quantize(weight_NK[rows]))
 
 
+def put_rows(whole: Packed, N: int, first_row: int, part: Packed) -> None:
+    """Copy some packed rows to their place in a packed weight of N rows, from `first_row` (a multiple of 16) on."""
+    for tensor, piece in zip(whole, part, strict=True):
+        first = first_row * tensor.shape[0] // N
+        tensor[first : first + piece.shape[0]] = piece
+
+
 def pack_by_rows(N: int, K: int, format: Format, device: torch.device, pack: Callable[[slice], Packed]) -> Packed:
     """Return a whole packed weight, calling `pack` for some rows (whole blocks) at a time."""
     result = format.empty(N, K, device)
     for rows in row_slices(N, K):
-        for whole, piece in zip(result, pack(rows), strict=True):
-            first = rows.start * whole.shape[0] // N
-            whole[first : first + piece.shape[0]] = piece
+        put_rows(result, N, rows.start, pack(rows))
     return result
 
 

@@ -121,8 +121,9 @@ def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
         raise ValueError(f"tools must be a list of JSON schemas or functions, got {type(tools).__name__}")
     schemas = []
     for number, tool in enumerate(tools):
-        schema = function_schema(tool) if inspect.isroutine(tool) else tool
-        plain = to_plain(schema, f"tools[{number}]")
+        if inspect.isroutine(tool):
+            tool = function_schema(tool)
+        plain = to_plain(tool, f"tools[{number}]") if not callable(tool) else None
         if not isinstance(plain, dict):
             raise ValueError(f"tools[{number}] must be a JSON schema (a dict) or a function, got {type(tool).__name__}")
         schemas.append(plain)

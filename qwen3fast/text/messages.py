@@ -17,7 +17,7 @@ def read_messages(messages: Any) -> list[Message]:
 
     messages: a list of dicts, dataclasses or pydantic objects with a "role". A field that is None is left out, as in
     transformers. "content" is text or a list of text parts (`{"type": "text", "text": ...}`), which are joined; None
-    beside tool calls becomes "". Reasoning is found under each of REASONING_FIELDS.
+    becomes "". Reasoning is found under each of REASONING_FIELDS.
 
     Raises: ValueError naming the message for another shape, a part that is not text, or text that is not valid Unicode.
     """
@@ -35,8 +35,8 @@ def _read_message(message: Any, place: str) -> Message:
     read = {name: value for name, value in fields.items() if value is not None}
     if "content" in read:
         read["content"] = _read_content(read["content"], f"{place}['content']")
-    elif read.get("tool_calls"):
-        read["content"] = ""
+    elif "content" in fields or read.get("tool_calls"):
+        read["content"] = ""  # also what Qwen3's own template makes of null
     reasoning = next((read[name] for name in REASONING_FIELDS if name in read), None)
     return read if reasoning is None else {"thinking": reasoning, **read, "reasoning_content": reasoning}
 

@@ -112,7 +112,7 @@ def _read_arguments(arguments: Any) -> dict[str, Any] | None:
             arguments = _JSON.decode(arguments)
         except (ValueError, RecursionError):
             return None
-    elif arguments is None or isinstance(arguments, str):
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     return arguments if isinstance(arguments, dict) else None
 

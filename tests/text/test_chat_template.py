@@ -77,6 +77,12 @@ def test_content_null_beside_tool_calls_is_empty(tokenizer, reference, content):
     assert expected == reference.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_content_null_is_empty_for_every_role(tokenizer, role):
+    expected = tokenizer.apply_chat_template([USER, {"role": role, "content": ""}, USER])
+    assert tokenizer.apply_chat_template([USER, {"role": role, "content": None}, USER]) == expected
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -306,7 +312,12 @@ def test_functions_that_cannot_be_described_are_refused(tokenizer, function, wor
 
 @pytest.mark.parametrize(
     ("tools", "words"),
-    [(weather, "tools must be a list"), ({}, "tools must be a list"), (["weather"], r"tools\[0\] must be a JSON sch")],
+    [
+        (weather, "tools must be a list"),
+        ({}, "tools must be a list"),
+        (["weather"], r"tools\[0\] must be a JSON sch"),
+        ([int], r"tools\[0\] must be a JSON schema \(a dict\) or a function, got type"),
+    ],
 )
 def test_tools_of_other_types_are_refused(tokenizer, tools, words):
     with pytest.raises(ValueError, match=words):

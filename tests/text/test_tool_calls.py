@@ -99,7 +99,7 @@ def test_tool_calls_need_no_certain_whitespace_inside_the_tags(answer):
     assert parse_tool_calls(answer).tool_calls == [WEATHER]
 
 
-@pytest.mark.parametrize("arguments", ["null", '""', '" \\n"', "{}", '"{}"'])
+@pytest.mark.parametrize("arguments", ["null", '""', '" \\n"', "{}", '"{}"', '"null"'])
 def test_tool_calls_without_arguments_have_none(arguments):
     answer = f'<tool_call>{{"name": "now", "arguments": {arguments}}}</tool_call>'
     assert parse_tool_calls(answer) == ParsedAnswer("", [ToolCall("now", {})], [])
@@ -188,17 +188,22 @@ def test_tool_calls_of_any_text_never_raise_and_malformed_stays_text(answer):
     assert all(block in parsed.content for block in parsed.malformed)
 
 
+def arguments_of(value: Any) -> Any:
+    """Return what arguments stand for; a dict if they are any."""
+    if isinstance(value, str) and value.strip():
+        value = json.loads(value, strict=False)
+    return {} if value is None or (isinstance(value, str) and not value.strip()) else value
+
+
 def is_call(value: Any) -> bool:
     """Return whether a JSON value is a call with arguments that can be read in one way."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return False
-    given = [value[key] for key in ("arguments", "parameters") if key in value]
     try:
-        read = [json.loads(x, strict=False) if isinstance(x, str) and x.strip() else x or {} for x in given]
+        read = [arguments_of(value[key]) for key in ("arguments", "parameters") if key in value]
     except (ValueError, RecursionError):
         return False
-    kinds = all(x is None or isinstance(x, str | dict) for x in given) and all(isinstance(x, dict) for x in read)
-    return bool(read) and kinds and read[0] == read[-1]
+    return bool(read) and all(isinstance(x, dict) for x in read) and read[0] == read[-1]
 
 
 def num_calls(text: str) -> int:

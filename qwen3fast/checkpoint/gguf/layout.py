@@ -15,7 +15,9 @@ from torch import nn
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.moe import Experts
 from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Format, fits
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
@@ -40,7 +42,9 @@ IN_BLOCK = {
 }
 HALVES = {"ffn_gate_exps": 0, "ffn_up_exps": 1}
 # Layers of a block that read the same input; they are kept in one format, as they run in one call.
-TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), EXPERTS)
+ROUTER = "ffn_gate_inp"  # stays plain: it is small, and its choice of experts matters
 
 
 class Place(NamedTuple):
@@ -73,29 +77,22 @@ def choose_formats(header: Header, config: ModelConfig, quantization: str | None
 
     quantization: None keeps Q4_0 in int4 and floats plain, and loads other quantized types in int8, which is finer than
     their own steps; of layers that read the same input, the one with the most bits decides. "dequantize" packs none.
-    The name of a format applies to all.
-    Raises: ValueError for experts that are quantized, or would be.
+    The name of a format applies to all. Routers of experts stay plain.
     """
     if quantization == DEQUANTIZE:
         return {}
-    matrices = {name: tensor for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+    matrices = {name: t for name, t in header.tensors.items() if len(t.shape) in (2, 3) and ROUTER not in name}
     chosen: dict[str, Format | None] = {}
     for name, tensor in matrices.items():
         own = None if tensor.is_float else FORMATS["int4" if tensor.type == "Q4_0" else "int8"]
-        chosen[name] = (own if quantization is None else FORMATS[quantization]) if fits(*tensor.shape) else None
-    for layer in range(config.num_hidden_layers if quantization is None else 0):
-        for group in TOGETHER:
+        can_pack = fits(*tensor.shape[-2:])
+        chosen[name] = (own if quantization is None else FORMATS[quantization]) if can_pack else None
+    for layer in range(config.num_hidden_layers):
+        for group in TOGETHER if quantization is None else (EXPERTS,):  # a layer's experts have one format
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
             widest = max((chosen[name] for name in names), key=_bits, default=None)
             chosen |= dict.fromkeys(names, widest)
-    formats = {name: format for name, format in chosen.items() if format is not None}
-    quantized = [tensor.name for tensor in header.tensors.values() if not tensor.is_float]
-    if config.num_experts and (formats or quantized):
-        raise ValueError(
-            f"{header.file}: quantized experts are not supported yet; quantization='dequantize' loads plain "
-            "weights of a quantized file"
-        )
-    return formats
+    return {name: format for name, format in chosen.items() if format is not None}
 
 
 def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:
@@ -103,6 +100,9 @@ def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype)
     places = places_of(model)
     for name, format in formats.items():
         if name not in places:  # of a projection that is left out
+            continue
+        if len(places[name].shape) == 3:
+            _replace_experts(model, places[name].parameter, format)
             continue
         layer_name = places[name].parameter.removesuffix(".weight")
         layer: nn.Module = model.get_submodule(layer_name)
@@ -115,6 +115,13 @@ def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype)
         model.set_submodule(layer_name, QuantizedEmbedding(quantized, dtype))
         if model.config.tie_word_embeddings:
             model.set_submodule("lm_head", quantized)
+
+
+def _replace_experts(model: Qwen3, parameter: str, format: Format) -> None:
+    name = parameter.rpartition(".")[0]
+    experts = model.get_submodule(name)
+    if isinstance(experts, Experts):  # not replaced yet: gate, up and down come one by one
+        model.set_submodule(name, QuantizedExperts.of(experts, format))
 
 
 def _bits(format: Format | None) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4
+from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4, put_rows
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NUMBERS_AT_ONCE = 2**22  # converted together, to hold little more than the result in memory
@@ -74,19 +74,19 @@ class StoredTensor:
         return result.view(self.shape)
 
     def packed(self, format: Format, device: torch.device) -> Packed:
-        """Return the (N, K) weight in one of our formats; N must be a multiple of 16, K of 32.
+        """Return the weight (N, K) in one of our formats; N must be a multiple of 16, K of 32.
+
+        Stacked experts (X, N, K) count as one tall weight (X * N, K).
 
         Q4_0 keeps its levels in int4, and only its scales are rounded, from float16 to bfloat16 (by a share of 2^-8 at
         most); other types are dequantized and quantized again.
         """
-        N, K = self.shape
+        N, K = math.prod(self.shape[:-1]), self.shape[-1]
         result = format.empty(N, K)
         for start, rows in self._parts():
             keeps = self.type == "Q4_0" and format.name == "int4"
             part = pack_int4(*levels_of_q4_0(rows)) if keeps else format.quantize(self._numbers(rows))
-            for whole, piece in zip(result, part, strict=True):
-                first = start * whole.shape[0] // N
-                whole[first : first + piece.shape[0]] = piece
+            put_rows(result, N, start, part)
         return Packed(*(tensor.to(device) for tensor in result))
 
     def _rows(self) -> np.ndarray:
