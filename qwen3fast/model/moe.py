@@ -15,9 +15,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from qwen3fast.kernels import grouped as grouped  # defines torch.ops.qwen3fast.grouped_linear
-from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.config import ModelConfig
 
@@ -115,8 +115,3 @@ def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
     if is_compiling():
         return (weight_XOK[expert_P].float() * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
     return torch.bmm(weight_XOK.index_select(0, expert_P), x_PK[..., None]).squeeze(-1)
-
-
-def grouped_linear(weight_XOK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
-    """Return x @ weight[e].T for the rows of each expert e, which end at end_X[e], (P, O)."""
-    return torch.ops.qwen3fast.grouped_linear(x_PK, weight_XOK, end_X)
