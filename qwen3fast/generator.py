@@ -393,6 +393,6 @@ class Generator:
             use_threads(options.threads)
         compile = options.compile
         if ranks is not None and compile == "auto":
-            compile = True  # ranks that try a compiled form at different times would wait for each other for ever
+            compile = True  # ranks that try a compiled form at different times would wait for each other forever
         engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs)
         return engine if ranks is None else lead_or_follow(engine, ranks)

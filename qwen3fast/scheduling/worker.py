@@ -196,7 +196,7 @@ class EngineWorker:
         logger.error("a step failed; the requests in it end with this error", exc_info=error)
         try:
             scheduler.fail_all(error)
-        except BaseException:  # the device cannot even clean up: nothing will run any more
+        except BaseException:  # the device cannot even clean up: nothing can run after that
             logger.exception("cleaning up failed as well; this Generator is closed")
             self._is_closed, self._end_error = True, error
             self._end()
