@@ -1,9 +1,9 @@
-"""Embedder: texts become vectors whose dot product tells how similar they are in meaning (Qwen3-Embedding).
+"""Embedder: vectors of texts, whose dot products measure similarity of meaning (Qwen3-Embedding).
 
-The vector of a text is the model's last hidden state at an end-of-text token appended to it.
+The vector of a text is the model's last hidden state at an end-of-text token appended to the text.
 Source: the model cards of Qwen3-Embedding-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
-N texts   E dimensions of a vector
+N texts   E dimensions per vector
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Embedder:
-    """Turns texts into vectors with a Qwen3-Embedding model, or any other dense Qwen3 with its tokenizer.
+    """A Qwen3-Embedding model, or any other dense Qwen3 with a tokenizer, that computes vectors of texts.
 
     Attributes:
-        model: the Qwen3 module; an untied output projection is left out. config: its ModelConfig.
+        model: the Qwen3 module, without an untied output projection. config: its ModelConfig.
         tokenizer: the checkpoint's.
         max_length: tokens per text, the end-of-text token included; longer texts are cut at their end.
     """
@@ -42,7 +42,7 @@ class Embedder:
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
         """Wrap a loaded model; see `from_pretrained` for max_length.
 
-        Raises: ValueError for a max_length the model cannot have, or a tokenizer without an end-of-text token.
+        Raises: ValueError for a max_length beyond the model's, or a tokenizer without an end-of-text token.
         """
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
@@ -66,7 +66,7 @@ class Embedder:
         source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
         or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
         core.
-        Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
         """
         parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights, threads)
         return cls(*parts, max_length=max_length)
@@ -81,14 +81,14 @@ class Embedder:
         normalize: bool = True,
         progress: bool = False,
     ) -> Tensor:
-        """Return a vector per text, (N, E) float32, in the order of the texts; one text gives (1, E).
+        """Return one vector per text, (N, E) float32, in the order of the texts; (1, E) for a single string.
 
         Args:
             texts: a string, or an iterable of strings.
-            instruction: the task in one sentence, for queries only; documents have none.
-            dimensions: keep the first so many of each vector (the published models were trained for 32 and more).
-            batch_size: texts computed at once; vectors do not depend on it (except by rounding).
-            normalize: scale each vector, after cutting it to `dimensions`, to length 1.
+            instruction: the task in one sentence, for queries; documents have none.
+            dimensions: cut vectors to this many dimensions (Qwen3-Embedding was trained for 32 and more).
+            batch_size: texts computed together; vectors do not depend on it (except by rounding).
+            normalize: scale each vector, after cutting it, to length 1.
             progress: show a bar.
 
         Raises: ValueError for anything but strings that UTF-8 can encode, and for numbers out of range.

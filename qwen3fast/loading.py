@@ -1,4 +1,4 @@
-"""What `Generator.from_pretrained` loads: model, tokenizer and sampling preset, the small files first."""
+"""Loading for `Generator.from_pretrained`: model, tokenizer and sampling preset, the small files first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-    """The first arguments of `Generator`, by name."""
+    """A loaded checkpoint: arguments of `Generator`, by name."""
 
     model: Qwen3
     tokenizer: Tokenizer | None
@@ -43,7 +43,7 @@ def load(
     check_weights: bool,
     tensor_parallel: bool,
 ) -> Loaded:
-    """Load what a Generator needs; see `Generator.from_pretrained` for the arguments and errors."""
+    """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
     ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
@@ -62,7 +62,7 @@ def load(
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:
     """Return a checkpoint's sampling preset, if it has one.
 
-    Raises: ValueError naming the file if it sets what no request could.
+    Raises: ValueError naming the file, for values that no request may have.
     """
     if preset is None:
         return None
@@ -71,6 +71,6 @@ def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any
         as_id_tuple(preset.get("eos_token_id"))
     except ValueError as err:
         if source.is_file():
-            raise ValueError(f"{source}: its settings of sampling are damaged: {err}") from err
+            raise ValueError(f"{source}: its sampling settings are damaged: {err}") from err
         raise ValueError(f"{source / 'generation_config.json'}: {err}; correct it, or delete the file") from err
     return preset

@@ -1,7 +1,7 @@
 """Reranker: the probability that a document answers a query (Qwen3-Reranker).
 
 The model reads query and document together and is asked for "yes" or "no"; the score is the probability of "yes",
-relative to "no", as its next token. Nothing is generated: of the output projection, these two rows are computed.
+relative to "no", as the next token. Nothing is generated: only these two rows of the output projection are computed.
 Source: the model cards of Qwen3-Reranker-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
 N documents   E hidden_size
@@ -37,17 +37,17 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # empty r
 
 
 class Reranker:
-    """Scores documents against a query with a Qwen3-Reranker model, or any other dense Qwen3 with its tokenizer.
+    """A Qwen3-Reranker model, or any other dense Qwen3 with a tokenizer, that scores documents against a query.
 
     Attributes:
         model: the Qwen3 module. config: its ModelConfig. tokenizer: the checkpoint's.
-        max_length: tokens per prompt, query and document together; documents that are too long are cut.
+        max_length: tokens of query and document together, with the template; documents that are too long are cut.
     """
 
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
         """Wrap a loaded model; see `from_pretrained` for max_length.
 
-        Raises: ValueError for a max_length the model cannot have, or a tokenizer without the tokens "yes" and "no".
+        Raises: ValueError for a max_length beyond the model's, or a tokenizer without the tokens "yes" and "no".
         """
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
@@ -73,7 +73,7 @@ class Reranker:
         source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
         or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
         core.
-        Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
         """
         parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, True, check_weights, threads)
         return cls(*parts, max_length=max_length)
@@ -90,11 +90,11 @@ class Reranker:
         """Return the probability, from 0 to 1, that each document answers the query, in the documents' order.
 
         Args:
-            query: what is searched for.
-            documents: strings, in any iterable. A document that is too long for max_length is cut at its end; query
-                and instruction never are.
+            query: the search query.
+            documents: an iterable of strings. A document that is too long for max_length is cut at its end; query and
+                instruction are never cut.
             instruction: the criterion, in one sentence; by default that the document answers a web search.
-            batch_size: documents computed at once; scores do not depend on it (except by rounding).
+            batch_size: documents computed together; scores do not depend on it (except by rounding).
             progress: show a bar.
 
         Raises: ValueError for anything but strings that UTF-8 can encode, for numbers out of range, or for a query that

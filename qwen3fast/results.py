@@ -29,12 +29,12 @@ class RequestMetrics:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Prompt tokens that were computed."""
+        """The number of prompt tokens that were computed."""
         return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_tok_s(self) -> float:
-        """Computed prompt tokens per second."""
+        """Computed prompt tokens per second of prefill."""
         return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
@@ -90,9 +90,9 @@ class StreamChunk:
 
     Attributes:
         text, token_ids: the new part of the reply; text may lag behind the tokens by an unfinished character.
-        finish_reason, result: None but in the last chunk, which may have no text.
-        reasoning, answer: the parts of `text` inside and after the reasoning, without the tags. In `answer`, tool calls
-            stand as they were written; the result has them parsed.
+        finish_reason, result: set in the last chunk, which may have no text; otherwise None.
+        reasoning, answer: the parts of `text` inside and after the reasoning, without the tags. `answer` contains tool
+            calls as text; the result contains them parsed.
         logprobs: of the chunk's tokens, if asked for.
     """
 
@@ -112,7 +112,7 @@ class GeneratorStats:
     Attributes:
         compilations, compile_s: graphs compiled so far, and the seconds this took.
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
-        slots_in_use, max_batch_size: requests that run, and that can run. waiting: requests without a slot.
+        slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.
         prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
     """
 

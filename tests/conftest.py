@@ -1,4 +1,4 @@
-"""What many tests share: tolerances, small configs, models with every weight random, a small tokenizer."""
+"""Helpers that tests share: tolerances, small configs, models with random weights, a small tokenizer."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def fill_randomly(module: torch.nn.Module, seed: int = 0) -> None:
-    """Random numbers in all parameters, norm weights (around 1) and biases too, so that no order is neutral."""
+    """Fill all parameters with random numbers, also norm weights (around 1) and biases: no order is neutral."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -162,7 +162,7 @@ def yes_no_checkpoint(tmp_path: Path, yes_no_folder: Path) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
-    """What `Generator.from_pretrained` gives while the test runs."""
+    """Return the Generators that `Generator.from_pretrained` makes in the test."""
     generators, real = [], Generator.from_pretrained
 
     def from_pretrained(*arguments, **options):

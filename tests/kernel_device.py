@@ -1,6 +1,6 @@
 """Where Triton kernels are tested: on a GPU if there is one, otherwise in Triton's interpreter.
 
-To be imported before Triton is, which reads the variable then (PyTorch's optimizers import it, too).
+To be imported before Triton is, which reads the variable then (PyTorch's optimizers import it as well).
 """
 
 import os

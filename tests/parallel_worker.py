@@ -1,4 +1,4 @@
-"""What each process of test_parallel.py runs: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
+"""The program of each process in test_parallel.py: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
 
 Rank 0 runs a case's program on the Generator that it gets and writes what came of it; the others follow.
 """
@@ -65,7 +65,7 @@ def everything(generator: Generator) -> dict[str, Any]:
 
 
 def logits(generator: Generator) -> list[list[float]]:
-    """Those after a prompt of three chunks."""
+    """Return the logits after a prompt of three chunks."""
     generator.generate("hello", GREEDY)
     scheduler = generator.debug.scheduler
     scheduler.prefixes.forget_all()  # the engine is used directly
@@ -84,7 +84,7 @@ def compiled(generator: Generator) -> dict[str, Any]:
 
 
 def dying(generator: Generator) -> dict[str, Any]:
-    """What rank 0 gets where another rank ends."""
+    """Return the error on rank 0 when another rank ends."""
     errors = []
     for _ in range(2):
         try:

@@ -28,7 +28,7 @@ DESCRIBE = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
 
 @dataclass
 class Outcome:
-    """What became of one version. torch: what the environment has; reason: why nothing was run, or ""."""
+    """The outcome of one version. torch: the installed version. reason: why nothing was run, or ""."""
 
     name: str
     torch: str = ""
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether tests ran and none failed."""
+        """True if tests ran and none failed."""
         return not self.reason and self.status == 0
 
     def line(self) -> str:

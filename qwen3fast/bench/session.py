@@ -23,7 +23,7 @@ from qwen3fast.model.config import ModelConfig
 
 CHECK_LENGTH, CHECK_TOKENS, CHECK_TOKENS_UNCACHED = 40, 12, 4  # without a cache each token takes a forward pass
 # For the guess of how long a run takes: shares of the machine's rates that PyTorch reaches, and the time of a step's
-# launches where it is not compiled. The harness corrects the guess by what it sees.
+# launches where it is not compiled. The harness corrects the estimate by measured times.
 GEMM_SHARE, BANDWIDTH_SHARE, EAGER_STEP_S = 0.5, 0.6, 0.03
 PREPARE_S, COMPILE_S = 2.0, 15.0
 # The order of modes under a time limit: the first two, with and without the cache, are always measured.
@@ -41,7 +41,7 @@ class Preparation(NamedTuple):
 
     @property
     def expected_s(self) -> float:
-        """Expected seconds."""
+        """The expected seconds."""
         return PREPARE_S + (COMPILE_S if is_compiled(self.mode) else 0.0)
 
 
@@ -99,7 +99,7 @@ class Session:
         return label_of(format, self.dtype)
 
     def execute(self, preparations: Sequence[Preparation], groups: Sequence[Group]) -> None:
-        """Announce how long it will take; compile and check everything; measure the groups, cheapest first.
+        """Announce the expected time; compile and check all modes; measure the groups, cheapest first.
 
         With a time limit, modes and groups that do not fit are left out, and the record notes which.
         """

@@ -62,9 +62,9 @@ def load_weights(
 ) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
-    Names of tensors are those of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
-    Qwen3-Embedding) leave "model." out; some hold each expert's tensors apart (see experts.py); and prequantized layers
-    have several tensors in place of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
+    Tensors have the names of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
+    Qwen3-Embedding) omit "model."; some store experts one by one (see experts.py); and prequantized layers have several
+    tensors instead of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
 
     options: the other fields of FillOptions. prequantized: how other software stored the linear layers; quantization:
     the format that these get, None for plain weights. on_assigned: called after each parameter. check_weights: refuse
@@ -96,7 +96,7 @@ def load_weights(
 
 
 class _Filler:
-    """Puts tensors of files in the places of a model's parameters, and notes the ones that do not fit."""
+    """Assigns tensors of files to a model's parameters, and records those that do not fit."""
 
     def __init__(self, model: Qwen3, options: FillOptions, names: set[str], bar: Any) -> None:
         """names: of all tensors that will come. bar: advances with each parameter."""
@@ -120,7 +120,7 @@ class _Filler:
         self.bad_numbers: list[str] = []
 
     def put(self, name: str, file: str, tensors: Any) -> None:
-        """Put one tensor of an open file in its place, or note why it has none."""
+        """Assign one tensor of an open file, or record why it cannot be assigned."""
         place = self._place(name)
         if WITHOUT_USE.fullmatch(name) and place not in self._shapes:
             self.unused.append(name)
@@ -140,7 +140,7 @@ class _Filler:
             self._put_layer(*layer)
 
     def missing(self) -> list[str]:
-        """Return a line for each tensor that has not come, unless another line names it already."""
+        """Return a line per missing tensor, unless another line names it already."""
         reported = {self._place(problem.split(":")[0].split(" in ")[0]) for problem in self.problems}
         slices, parts = self._stacks.unfinished(), self._layers.unfinished()
         begun = {*slices, *parts, *(self._layers.weight_of(name) for name in reported)}
@@ -158,7 +158,7 @@ class _Filler:
         return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
     def _problem(self, place: str, shape: tuple[int, ...], dtype: str) -> str | None:
-        """Return why a tensor cannot be put in a place, None if it can."""
+        """Return why a tensor cannot be assigned to a parameter; None if it can."""
         part = self._layers.expected(place, dtype)
         expected = self._shapes.get(place) if part is None else part.shape
         if expected is None:

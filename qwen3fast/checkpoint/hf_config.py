@@ -1,6 +1,6 @@
 """config.json of a checkpoint in Hugging Face layout: the numbers of the model, and how its weights are stored.
 
-What the model cannot compute is refused here, by name, before any weight is read.
+Features that the model does not support are refused here, by name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _read_model(raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _architectures(raw: dict[str, Any]) -> list[Any]:
-    """Return the names in the file, or the one that its model_type stands for."""
+    """Return the names in the file, or the name that belongs to its model_type."""
     by_type = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     named, kind = raw.get("architectures"), raw.get("model_type")
     if named:
@@ -181,9 +181,9 @@ def _sliding_field(raw: dict[str, Any]) -> str | None:
 
 
 def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of CheckpointConfig that `quantization_config` gives.
+    """Return the fields of CheckpointConfig that `quantization_config` sets.
 
-    Raises: ValueError for what is not supported.
+    Raises: ValueError for unsupported values.
     """
     given = raw.get("quantization_config")
     if given is None or given == {}:

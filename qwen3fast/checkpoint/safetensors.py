@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: which ones are read, and what is known of them before a tensor is."""
+"""The safetensors files of a folder: the files to read, and their headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwen3fast info`: what a model is, without reading its weights."""
+"""`qwen3fast info`: sizes and memory of a model, without reading its weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
-HELP = "what a model is: sizes, memory for weights and KV cache"
+HELP = "show a model's sizes, and the memory of weights and KV cache"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
-    parser.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were quantized while loading")
+    parser.add_argument("--quantization", choices=list(FORMATS), help="show the model quantized to this format")
 
 
 def run(args: argparse.Namespace) -> int:

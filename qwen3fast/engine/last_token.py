@@ -1,4 +1,4 @@
-"""What Embedder and Reranker share: texts as token ids -> the state of each text's last token, a batch at a time.
+"""The common part of Embedder and Reranker: the hidden state of each text's last token, computed in batches.
 
 B batch rows   T tokens of the longest row   E hidden_size   N texts
 """
@@ -21,7 +21,7 @@ from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
-MAX_LENGTH = 8192  # tokens per text, as in the published usage of both models
+MAX_LENGTH = 8192  # tokens per text, as in both model cards
 MAX_BATCH_SIZE = 4096
 
 
@@ -35,9 +35,9 @@ def load_model_and_tokenizer(
     check_weights: bool = False,
     threads: int | None = None,
 ) -> tuple[Qwen3, Tokenizer]:
-    """Return a model as `load_model` gives it, and its tokenizer, which is read first.
+    """Return a model, loaded by `load_model`, and its tokenizer, which is read first.
 
-    Raises: FileNotFoundError or ValueError, also for random weights, which have no tokenizer.
+    Raises: FileNotFoundError; ValueError, also for random weights, which have no tokenizer.
     """
     checked_source(source, quantization, revision, check_weights=check_weights)
     use_threads(threads)  # before loading, which quantizes
@@ -52,9 +52,9 @@ def load_model_and_tokenizer(
 
 
 def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
-    """Return how many tokens one text may have; None takes the published 8192, or as many as the model has positions.
+    """Return the maximum number of tokens per text; None means 8192, or the model's positions if there are fewer.
 
-    Raises: ValueError for a number that the model cannot have.
+    Raises: ValueError for more tokens than the model has positions.
     """
     most = config.max_position_embeddings
     if max_length is None:
@@ -65,7 +65,7 @@ def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
 def checked_texts(texts: Any, name: str) -> list[str]:
     """Return the strings of an iterable, read once.
 
-    Raises: ValueError for anything else, and for lone surrogates, naming the text and the character.
+    Raises: ValueError for other types, and for lone surrogates, naming the text and the character.
     """
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
         raise ValueError(f"{name} must be a list of strings, got {type(texts).__name__}")
@@ -73,7 +73,7 @@ def checked_texts(texts: Any, name: str) -> list[str]:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """Return the id of a token. Raises: ValueError if the tokenizer lacks it."""
+    """Return the id of a token. Raises: ValueError if the tokenizer does not have it."""
     found = tokenizer.base.token_to_id(token)
     if found is None:
         raise ValueError(f"this checkpoint's tokenizer has no token {token!r}; is it a Qwen3's?")
@@ -84,8 +84,8 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False) -> Tensor:
     """Return the final norm's output at the last token of each row of ids, (N, E) float32, in the order of the rows.
 
-    Rows of similar lengths share a batch, the longest first, and are padded on the right: attention is causal, so no
-    token sees the padding after it, and positions start at 0 in every row.
+    Rows of similar length share a batch, the longest first. They are padded on the right: attention is causal, and no
+    token sees the padding after it.
     Raises: ValueError for a batch_size out of range, or an id outside the model's vocabulary.
     """
     batch_size = checked_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE)

@@ -25,14 +25,14 @@ MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile sorts fewer pairs of token and expert than this otherwise than more.
 MAX_SORTED_PAIRS = 2**14
 
-# Sizes that vary from call to call.
+# Sizes that vary between calls.
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
 
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
-    """Return the ranges of a step's rows, 2 to max_rows, in which one form serves; a step of one row has its own."""
+    """Return ranges of the number of rows, from 2 to max_rows, with one form each; one row has a form of its own."""
     ends = (
         {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
     )  # of products that stream their weight
@@ -40,7 +40,7 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
     ranges, least = [], 2
     for most in sorted({*(end for end in ends if 2 <= end < max_rows), max_rows}):
-        if least < most:  # of one size alone there is nothing dynamic
+        if least < most:  # a range of one size is static
             ranges.append(Dynamic(least + 1, least, most))
         least = most + 1
     return tuple(ranges)
@@ -67,7 +67,7 @@ def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Te
 def run_embed(
     embedding: nn.Module, token_B: Tensor, position_B: Tensor, cos_SD: Tensor, sin_SD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a step's blocks start from: states (B, 1, E), cosines and sines (B, 1, D) of the positions.
+    """Return the inputs of a step's first block: embeddings (B, 1, E), and cosines and sines (B, 1, D).
 
     position_B: int64; -1, of an empty row, counts as 0.
     """
@@ -78,9 +78,9 @@ def run_embed(
 def run_advance(
     _: None, token_B: Tensor, output_B: Tensor, input_B: Tensor, position_B: Tensor, step_B: Tensor, advance_B: Tensor
 ) -> None:
-    """Write the sampled tokens, and what the next step reads, into the fields of `DecodeState`, in place."""
+    """Write the sampled tokens and the next step's inputs to the fields of `DecodeState`, in place."""
     output_B.copy_(token_B)
-    # An invalid token (-1) is the host's to notice; what is fed on must be an id.
+    # The host checks for invalid tokens (-1); the next input must be a valid id.
     input_B.copy_(token_B.clamp(min=0))
     position_B.add_(advance_B)
     step_B.add_(advance_B)
@@ -103,12 +103,15 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions above, compiled or not, and one sampler for each kind. head: the module that `logits` runs.
+    """The functions above, compiled or not, and one sampler per kind.
 
-    decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
-    a whole step in Triton kernels, on CUDA devices with Triton.
-    needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
-    embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
+    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch.
+
+    Attributes:
+        decode_layers: all blocks of a decode step in one C++ operation, where available.
+        fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
+        head: the module that `logits` runs.
+        needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
     """
 
     decode_layers: DecodeLayers | None
@@ -129,7 +132,7 @@ class Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call."""
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
-            cuda.load(device)  # what forms there are is decided before anything is traced
+            cuda.load(device)  # before anything is traced: it decides which forms exist
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}
         chunk: Sizes = {1: (CHUNK,)}
@@ -160,7 +163,7 @@ def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
 
 
 def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
-    """Return the fused step if it serves this model on this device; building it stacks weights."""
+    """Return the fused step if it supports this model and device; building it stacks weights."""
     if cache.keys[0].device.type != cuda.DEVICE_TYPE or not cuda.use_fused_step() or not cuda.load():
         return None
     from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton

@@ -1,5 +1,6 @@
-"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes. Any length of prompt runs on code
-and graphs that exist already.
+"""Prefill: a prompt is computed in chunks of a few fixed sizes, and its keys and values fill one row of the KV cache.
+
+With fixed sizes, prompts of all lengths run the same compiled code and graphs. Row r is slot r of the cache.
 
     T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
 """
@@ -17,19 +18,18 @@ from qwen3fast.engine.staging import to_device
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
-# The fixed cost of a chunk, in tokens: weights are read once more. It is where a line through the times of 32 and 512
-# tokens meets zero tokens: about 20 on the machine of benchmarks/results; 40 comes from the record of a faster machine
-# (commit 32ad6ce).
+# The fixed cost of a chunk (reading the weights once more), as the number of tokens that take this time. Extrapolated
+# from the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
 CHUNK_COST = 40
 
-Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # what `prefill_chunk` takes first
+Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # the first arguments of `prefill_chunk`
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
-    """Return chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
+    """Return the sizes of chunks, in order, that cover `num_tokens` and take at most `room` positions together.
 
-    The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size,
-    or hold that much more than the tokens.
+    The last chunk is padded where this costs less than another chunk. Padding needs room: `room` must be a multiple of
+    the smallest size, or exceed num_tokens by the smallest size.
     """
     has_room = num_tokens + sizes[0] <= room or (num_tokens <= room and room % sizes[0] == 0)
     assert num_tokens > 0 and has_room, f"{num_tokens} tokens, room for {room}"
@@ -45,20 +45,22 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
 
 
 def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
-    """Return how many of a prompt's first `shared` tokens can be reused, if their keys and values are in the cache.
+    """Return the number of tokens to reuse of a prompt whose first `shared` tokens have keys and values in the cache.
 
-    The last token is always computed, for its logits. multiple: a divisor that the number must have.
+    The last token is always computed, for its logits. multiple: the result is a multiple of this number.
     """
-    if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end, padded chunks fit if they begin where others end
+    if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end of the cache, padded chunks must be aligned to fit
         multiple = CHUNK_SIZES[0]
     return min(shared, num_tokens - 1) // multiple * multiple
 
 
 @dataclass
 class Prefill:
-    """A prompt that is being written into a row of the cache.
+    """The progress of a prompt.
 
-    done: tokens whose keys and values are there. chunks: sizes of the chunks that are left.
+    Attributes:
+        row: of the cache. token_ids: the whole prompt.
+        done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
     """
 
     row: int
@@ -81,9 +83,9 @@ def prefill_step(
     prefill: Prefill,
     captured: CapturedChunks | None = None,
 ) -> Tensor | None:
-    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None.
+    """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
 
-    captured: on CUDA, the graphs of first chunks.
+    captured: the graphs of first chunks, on CUDA.
     """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
@@ -103,10 +105,10 @@ def prefill_step(
 
 
 class CapturedChunks:
-    """The first chunk of a prompt as a CUDA graph, one for each size.
+    """CUDA graphs of the first chunk of a prompt, one per size.
 
-    It begins at position 0, so nothing varies but the numbers in these buffers: its tokens, its row, and where its last
-    token stands. Later chunks read more positions, and are launched kernel by kernel.
+    A first chunk begins at position 0: only the contents of these buffers vary, its tokens, its row and the index of
+    its last token. Later chunks read more positions and are launched kernel by kernel.
     """
 
     def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device) -> None:
@@ -117,7 +119,7 @@ class CapturedChunks:
         self._logits_1V = torch.zeros(1, vocab_size, device=device)
 
     def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, last: int) -> Tensor:
-        """Run the chunk, capturing its size if it is new.
+        """Run a chunk; capture its graph first if its size is new.
 
         Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
         """
@@ -145,9 +147,9 @@ def prefill_chunk(
     token_1T: Tensor,
     start: int,
 ) -> Tensor:
-    """Run one chunk at positions start.. of one row; earlier positions are in the cache. Returns: (1, T, E).
+    """Run all blocks over one chunk, at positions start, start + 1, ... of one row. Returns: their output, (1, T, E).
 
-    Padding at the end writes keys and values that no mask shows before a real token has overwritten them.
+    Padding at the end writes keys and values as well; real tokens overwrite them before any mask includes them.
     """
     size = token_1T.shape[1]
     position_1T = torch.arange(start, start + size, device=token_1T.device)[None]

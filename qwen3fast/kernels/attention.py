@@ -1,8 +1,8 @@
 """Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
 
-A form serves some queries: its condition looks at dtypes, sizes and the device, nothing else. It gives what the plain
-form at the end of the table gives, up to rounding. The first form that serves is used. The choice is made while a step
-is compiled and costs nothing when it runs.
+Each form has a condition on dtypes, sizes and the device; the first form whose condition holds is used. All forms
+return the result of the plain form, the last of the table, up to rounding. The choice is made while a step is compiled
+and costs nothing at run time.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen3fast.kernels import cpu, cuda
 
-# One layer's KV cache, `model.kv_cache.CacheLayer`: the model imports this file, not the other way round.
+# One layer's KV cache, `model.kv_cache.CacheLayer`; it cannot be imported, as the model imports this file.
 Cache = Any
 
 
@@ -46,7 +46,7 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
 
 
 def finds_used_length(device: torch.device, head_dim: int) -> bool:
-    """Return whether decode attention on this device stops at each query's position without a mask that says so."""
+    """Return whether decode attention on this device stops at each query's position without a mask."""
     return cuda.can_split(device, head_dim)
 
 
@@ -66,10 +66,10 @@ def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> 
 
 
 def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
-    """Return `attend` where the T queries stand at the last of L positions, each seeing all up to its own.
+    """Return `attend` for T queries at the last T of L positions, each of which sees all positions up to its own.
 
-    FlashAttention on CUDA devices: neither scores nor a mask are kept in memory. It is called by its own name because
-    `is_causal` of scaled_dot_product_attention means the first of L positions, not the last.
+    This is FlashAttention on CUDA devices, which stores neither scores nor a mask. It is called directly, as
+    `is_causal` of scaled_dot_product_attention aligns the queries with the first positions, not the last.
     Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
     """
     q_BHTD = q_BTHD.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: a gated perceptron that sees one token at a time.
+"""The feed-forward layer of a block: a gated perceptron that processes each token on its own.
 
 B batch rows   T tokens   E hidden_size
 """

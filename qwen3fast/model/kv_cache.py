@@ -1,4 +1,4 @@
-"""StaticKVCache: keys and values of every layer, allocated once, written in place, never moved.
+"""StaticKVCache: keys and values of all layers, allocated once and written in place, at fixed addresses.
 
 B batch rows   T tokens in this call   R slots (one request each)   K key/value heads   S positions allocated
 L positions read   D head_dim
@@ -38,7 +38,7 @@ class CacheLayer(NamedTuple):
         k_BTKD, v_BTKD: any float dtype, converted to the cache's. position_BT: int64, the positions to write.
         """
         row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
-        # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly (B, T, K, D).
+        # Indexing dimensions 0 and 2 around a slice moves the indexed dimensions to the front: (B, T, K, D).
         place = (row_B[:, None], slice(None), position_BT)
         for x_BTKD, x_RKSD, scale_RKS in (
             (k_BTKD, self.k_RKSD, self.k_scale_RKS),
@@ -65,7 +65,7 @@ class CacheLayer(NamedTuple):
 def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize the vectors of the last dimension to int8, -127 to 127, with one float32 scale per vector.
 
-    NaN and infinity make the scale NaN or infinite: they are not lost.
+    NaN and infinity are kept: they make the scale NaN or infinite.
     Returns: int8 of the shape of x, and the scales without the last dimension.
     """
     x = x.float()

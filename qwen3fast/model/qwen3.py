@@ -74,8 +74,11 @@ class Qwen3(nn.Module):
         return self.logits(self.hidden(token_BT))
 
     def num_bytes(self, per_token: bool = False) -> int:
-        """Return the bytes of all weights. per_token: only of the ones that a decode step at batch size 1 reads,
-        without an untied embedding (one row of it is read) and without experts that are not active."""
+        """Return the bytes of all weights.
+
+        per_token: count only the weights that a decode step at batch size 1 reads, without an untied embedding (one
+        row of it is read) and without inactive experts.
+        """
         total = sum(p.numel() * p.element_size() for p in self.parameters())
         if per_token and not self.config.tie_word_embeddings:
             total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())

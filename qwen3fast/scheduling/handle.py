@@ -1,4 +1,4 @@
-"""RequestHandle: a reply that is being made, to wait for, read chunk by chunk, or cancel, from any thread or task."""
+"""RequestHandle: a reply in progress, to wait for, stream or cancel, from any thread or task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qwen3fast.text.tool_calls import parse_tool_calls
 
 
 class RequestHandle:
-    """One reply. Iterate over its chunks, with `for` or `async for`; or wait for `result()`.
+    """A reply in progress: iterate over its chunks with `for` or `async for`, or wait for `result()`.
 
-    Each chunk goes to one reader, whoever asks first. The chunks' texts, joined, are the result's text.
+    With several readers, each chunk goes to only one of them. The texts of all chunks, joined, are the result's text.
     """
 
     def __init__(self, request: Request, stream: TextStream, worker: EngineWorker) -> None:
@@ -33,32 +33,34 @@ class RequestHandle:
 
     @property
     def is_done(self) -> bool:
-        """Whether the reply has ended, for whatever reason."""
+        """True once the reply has ended, for any reason."""
         return self._finished is not None or self.request.error is not None
 
     def result(self, timeout: float | None = None) -> GenerationResult:
-        """Wait for the end of the reply. A cancelled reply gives what it had, with finish_reason "cancelled".
+        """Wait for the end of the reply and return it.
 
-        timeout: seconds; None waits for ever.
-        Raises: TimeoutError; or the error that ended the request: FloatingPointError for NaN logits, an error of its
-        logits_processor, RuntimeError if the Generator was closed. RuntimeError also where waiting would never end: in
-        the Generator's own thread, or in a forked process.
+        The result of a canceled reply has the tokens so far and finish_reason "cancelled".
+
+        timeout: seconds; None waits without limit.
+        Raises: TimeoutError; the error that ended the request: FloatingPointError for NaN logits, an exception of its
+        logits_processor, RuntimeError if the Generator was closed; RuntimeError in the Generator's own thread and in a
+        forked process, where it would wait forever.
         """
         self._check_caller()
         with self._changed:
             if not self._changed.wait_for(lambda: self.is_done, checked_timeout("timeout", timeout)):
-                raise TimeoutError(f"the reply has not ended within {timeout} s; it goes on, cancel() would end it")
+                raise TimeoutError(f"the reply has not ended within {timeout} s; it continues; cancel() ends it")
         return self._result()
 
     def when_done(self, call: Callable[[], None]) -> None:
-        """Set a function to call at the end, before the reply starts. It runs in the Generator's thread: keep it short.
+        """Set a function to call at the end of the reply; set it before the reply starts.
 
-        It must not ask the Generator for replies.
+        It runs in the Generator's thread: keep it short. It must not ask the Generator for replies.
         """
         self._at_end = call
 
     def cancel(self) -> None:
-        """End the reply before the next step, and free its slot. Without effect if it has ended."""
+        """End the reply before the next step and free its slot. No effect if it has ended."""
         if not self.is_done:
             self._worker.cancel(self.request)
 
@@ -81,7 +83,7 @@ class RequestHandle:
         def listener() -> None:
             try:
                 loop.call_soon_threadsafe(news.set)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the loop is closed: nobody listens
                 self.cancel()
 
         with self._changed:
@@ -101,12 +103,12 @@ class RequestHandle:
                 self._listeners.remove(listener)
 
     def _check_caller(self) -> None:
-        """Raise RuntimeError where waiting would never end."""
+        """Raise RuntimeError where the caller would wait forever."""
         if not self.is_done:
             self._worker.check_waiting()
 
     def _on_change(self) -> None:
-        """Record what is new, and wake those that wait. Called in the worker's thread."""
+        """Record new tokens and wake waiting readers. Called in the worker's thread."""
         request = self.request
         with self._changed:
             if request.finish_reason is not None:

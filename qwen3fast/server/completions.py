@@ -25,7 +25,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A completion that was asked for. echo: the prompt is part of the text."""
+    """A request for a completion. echo: the text begins with the prompt."""
 
     served: ServedModel
     prompts: list[Prompt]
@@ -41,11 +41,11 @@ class CompletionRequest:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
 
     def jobs(self) -> list[Any]:
-        """Return prompt and parameters of each reply, those to one prompt together."""
+        """Return prompt and parameters of each reply; replies to the same prompt follow one another."""
         return [(prompt, params) for prompt in self.prompts for params in self.sampling.each()]
 
     def echoed(self, index: int) -> str:
-        """Return what stands before reply `index`: its prompt, or nothing."""
+        """Return the text before reply `index`: its prompt with echo, otherwise nothing."""
         if not self.echo:
             return ""
         prompt = self.prompts[index // self.sampling.n]

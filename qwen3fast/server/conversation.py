@@ -1,4 +1,4 @@
-"""Conversations: what chat completions, responses and messages have in common, whatever each calls its fields."""
+"""Conversations: the common part of chat completions, responses and messages, apart from the names of fields."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Conversation:
     created: int = field(default_factory=now)
 
     def jobs(self) -> list[tuple[list[int], SamplingParams]]:
-        """Return prompt and parameters of each reply. Raises: ValueError for what the chat template refuses."""
+        """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
             self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
@@ -49,7 +49,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Delta:
-    """News of a reply. index: which of n. result: the whole reply, with its last delta."""
+    """A new part of a reply. index: of the reply, below n. result: the whole reply, in its last delta."""
 
     index: int
     reasoning: str
@@ -60,9 +60,9 @@ class Delta:
 
 
 def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str | None) -> Sampling:
-    """Return the sampling of a reply that must be a call of the function named, or of any ("").
+    """Return the sampling of a reply that must be a call of the named function, or of any ("").
 
-    Raises: ApiError (400) together with another shape of the reply.
+    Raises: ApiError (400) together with another constraint on the reply.
     """
     if choice is None:
         return sampling
@@ -73,7 +73,7 @@ def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str |
 
 
 async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
-    """Return all replies, when they have ended. Raises: what ended one of them."""
+    """Return all replies, once they have ended. Raises: the error that ended one of them."""
     state = state_of(request)
     generator = generator_of(conversation.served)
     async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
@@ -83,9 +83,10 @@ async def complete(request: Request, conversation: Conversation) -> list[Generat
 
 
 async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[Delta | None]:
-    """Yield None once the replies are queued, then their news as it comes. Raises: what ended one of them.
+    """Yield None once the replies are queued, then their new parts as they come.
 
-    Joined, reasoning, content and tool calls are those of the whole replies.
+    Reasoning, content and tool calls of all deltas, joined, are equal to the whole reply's.
+    Raises: the error that ended one of them.
     """
     state, generator = state_of(request), generator_of(conversation.served)
     streams = [AnswerStream() for _ in range(conversation.sampling.n)]
@@ -180,7 +181,7 @@ def read_call(function: Fields) -> dict[str, Any]:
 
 
 def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Return the functions that the model may call, and which it must: None, a name, or "" for any of them.
+    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any.
 
     Raises: ApiError (400) naming the field.
     """

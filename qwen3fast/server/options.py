@@ -10,13 +10,13 @@ class ServerOptions:
     """Settings of a server.
 
     Attributes:
-        api_keys: any of them opens every endpoint but `/health` and `/ready`; none leaves the server open.
+        api_keys: each gives access to all endpoints; `/health` and `/ready` need none. Empty: no keys are needed.
         strict: refuse unknown fields with status 400 instead of naming them in the header `X-Ignored-Fields`.
         max_body_bytes: larger request bodies get status 413.
         request_timeout_s: a reply that takes longer ends with status 504 (in a stream, with an error event).
-        receive_timeout_s: a client that sends nothing of its body for so long gets status 408.
-        send_timeout_s: a streaming client that takes nothing for so long is disconnected.
-        heartbeat_s: a stream without news sends a comment so often.
+        receive_timeout_s: a client that sends nothing of its body for this time gets status 408.
+        send_timeout_s: a streaming client that reads nothing for this time is disconnected.
+        heartbeat_s: interval of comments in a stream without events.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
         log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
     """

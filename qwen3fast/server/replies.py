@@ -1,4 +1,4 @@
-"""Replies of the engine for one request: started together, read as they come, cancelled when nobody wants them."""
+"""Replies of the engine to one request: started together, streamed, and canceled when the client leaves."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one reply. index: its place among the request's replies. chunk: what is new."""
+    """A new part of a reply. index: of the reply in the request. chunk: the new part."""
 
     index: int
     chunk: StreamChunk
 
 
 def new_id(prefix: str) -> str:
-    """Return an id such as "chatcmpl-0f..." that nobody can guess."""
+    """Return an id such as "chatcmpl-0f...", which cannot be guessed."""
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
@@ -45,9 +45,9 @@ def now() -> int:
 async def started(
     generator: Generator, jobs: Sequence[tuple[Prompt, SamplingParams]], compile_timeout_s: float
 ) -> AsyncIterator[list[RequestHandle]]:
-    """Start one reply per job, and cancel those that have not ended when the block is left.
+    """Start one reply per job, and cancel unfinished ones at the end of the block.
 
-    Raises: QueueFullError if not all of them find a place (none is run then); ValueError for what cannot be run.
+    Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
     is_wanted = True
@@ -81,7 +81,7 @@ async def _in_time(work: Any, timeout_s: float) -> None:
 
 
 async def results(handles: list[RequestHandle]) -> list[GenerationResult]:
-    """Wait for all replies. Raises: what ended one of them."""
+    """Wait for all replies. Raises: the error that ended one of them."""
     return list(await asyncio.gather(*(_result(handle) for handle in handles)))
 
 
@@ -94,7 +94,7 @@ async def _result(handle: RequestHandle) -> GenerationResult:
 
 
 async def pieces(handles: list[RequestHandle]) -> AsyncIterator[Piece]:
-    """Yield news of all replies as they come. Raises: what ended one of them."""
+    """Yield new parts of all replies as they come. Raises: the error that ended one of them."""
     if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
         async for chunk in handles[0]:
             yield Piece(0, chunk)
@@ -143,7 +143,7 @@ def usage(all_results: Iterable[GenerationResult], num_prompts: int, tokenizer: 
 
 
 def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:
-    """Return how many of a reply's tokens are reasoning, the closing tag included."""
+    """Return the number of reasoning tokens of a reply, the closing tag included."""
     if tokenizer is None or not result.reasoning:
         return 0
     end = tokenizer.base.token_to_id(END_OF_REASONING)

@@ -1,4 +1,4 @@
-"""From the fields of a request to `SamplingParams`: OpenAI's names, and vLLM's extras under vLLM's names."""
+"""Sampling fields of a request, read into `SamplingParams`: OpenAI's names, and vLLM's for its extensions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REASONING_BUDGETS: dict[str, int | None] = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample the replies to a request.
+    """The sampling of the replies to a request.
 
     params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
     """
@@ -48,9 +48,9 @@ def read_sampling(
 ) -> Sampling:
     """Read the sampling fields of a request.
 
-    max_tokens_names: the fields that may limit the reply's tokens, the one that wins first.
-    logprobs: the number of alternatives, which each endpoint spells in its own way.
-    default_max_tokens: None takes what fits the context.
+    max_tokens_names: the fields that limit the reply's tokens, in order of precedence.
+    logprobs: the number of alternatives per token (endpoints have different fields for it).
+    default_max_tokens: None allows the rest of the context.
     Raises: ApiError (400) naming the field.
     """
     limits = [fields.integer(name, 1, 2**31) for name in max_tokens_names]
@@ -136,7 +136,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
 
 
 def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
-    """Return what shapes a reply, by the path of its field: the name of a sampling parameter and its value."""
+    """Return the constraints of a reply, by the path of the field: the name of a sampling parameter and its value."""
     given: dict[str, tuple[str, Any]] = {}
     for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
         if fields.raw(key) is not None:

@@ -182,8 +182,8 @@ def test_suite_roofline(tmp_path, capsys, eager):
     record = run_suite("roofline", ["--contexts", "16,40", "--formats", "plain,int8-kv8"], tmp_path, capsys)
     formats = ("bf16", "int8-kv8")
     assert labels_of(record, "context", "format") == [(n, f) for n in (16, 40) for f in formats]
-    plain, rounded = record.cases[:2]
-    assert rounded.facts["bytes_per_step"] < 0.7 * plain.facts["bytes_per_step"]
+    plain, quantized = record.cases[:2]
+    assert quantized.facts["bytes_per_step"] < 0.7 * plain.facts["bytes_per_step"]
     assert {"limit_tok_s", "share_of_bandwidth", "prefill_share_of_gemm"} <= plain.metrics.keys()
 
 

@@ -157,7 +157,7 @@ def entry(name: str, kind: int, value: bytes) -> bytes:
 
 
 def tensor_info(shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
-    """What a header says of a tensor, "a"; shape: the fastest comes first. kind 0: F32."""
+    """Return a header's entry for a tensor, "a". shape: the fastest dimension comes first. kind 0: F32."""
     return text("a") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
@@ -249,7 +249,7 @@ def test_without_the_package_gguf_an_error_says_what_to_install(tiny_file, monke
     assert "pip install 'qwen3fast[gguf]'" in capsys.readouterr().err
 
 
-def test_dequantize_is_for_quantised_checkpoints_of_others():
+def test_dequantize_is_for_quantized_checkpoints_of_others():
     with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("tiny", "cpu", quantization="dequantize")
     with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):

@@ -13,9 +13,10 @@ from torch import nn
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, StepKind, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
 from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.state import DecodeState, StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.model import Qwen3, build_on_meta

@@ -92,7 +92,7 @@ def make_engine(model, lookahead=0, recorder=None):
 
 
 def buffers_of(engine):
-    """What steps write to; some of it is allocated when a request first needs it."""
+    """Return the buffers that steps write to; some are allocated when a request first needs them."""
     processors = engine.processors.tensors if engine.processors is not None else []
     logprobs = vars(engine.logprobs).values() if engine.logprobs is not None else []
     chunks = [engine.captured._logits_1V] if engine.captured is not None else []
@@ -220,7 +220,7 @@ def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
 
 
 def test_steps_with_a_hook_are_in_no_graph(model):
-    """It runs on the host, at every token anew; the others' tokens stay what they are in graphs."""
+    """It runs on the host at every token; other requests get the same tokens as with graphs."""
     plain = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 40, frozenset())
     hooked = Request(
         [5, 6], 30.0, 0, 1.0, 0.0, 8, 10, frozenset(), logits_processor=lambda x_V, ids: x_V.roll(len(ids))

@@ -130,4 +130,4 @@ def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
             raise RuntimeError("connection closed by peer")
 
     LeadingEngine(make_engine(model), Gone()).close()
-    assert "the other ranks could not be told to end: connection closed by peer" in caplog.text
+    assert "could not tell the other ranks to end: connection closed by peer" in caplog.text

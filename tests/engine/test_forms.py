@@ -1,7 +1,7 @@
 """How many forms a step is compiled into, and that they serve every chunk, bucket and batch: with the code as
 `torch.compile` traces it, but run uncompiled, which takes no time.
 
-For CUDA devices tensors have no memory ("meta") and the sizes are those of published models.
+For CUDA devices tensors have no memory ("meta") and the sizes of released models.
 """
 
 from dataclasses import replace
@@ -13,10 +13,11 @@ from conftest import randomised, small_config
 
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import Parts, row_ranges
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.model import build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
@@ -72,7 +73,7 @@ def run_everything(engine):
 
 
 def on_meta(size, quantization, cache_dtype=torch.bfloat16):
-    """What of an engine a step on a CUDA device uses."""
+    """Return the parts of an engine that a step on a CUDA device uses."""
     config = replace(ModelConfig.named(size), num_hidden_layers=2)
     model = build_on_meta(config)
     if quantization is not None:

@@ -1,4 +1,4 @@
-"""What tests on a GPU share: few engines, made once; a limit of time for each test, and one for the folder.
+"""Fixtures of tests on a GPU: few engines, made once; a limit of time for each test, and one for the folder.
 
 Everything compares with the CPU reference in float32 on models of two layers. Tokens of different devices are held
 against the reference's logits, since sums round differently: a token is right if it is the argmax up to rounding.

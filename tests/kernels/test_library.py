@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not IS_LOADED, reason="no compiler for the C++ o
 
 @pytest.fixture
 def builds(monkeypatch):
-    """What was "built": by copying the library that the tests' process has built before."""
+    """Record what is "built", by copying the library that the tests' process has built before."""
     built, builds = BUILT, []
 
     def build(compiler, folder, key, jobs):

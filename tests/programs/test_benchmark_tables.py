@@ -130,7 +130,7 @@ def test_picture_of_operators_puts_them_side_by_side():
     assert [bar.get_width() for bar in prompt.patches] == [0.0, 0.0]  # nothing of it but the whole was recorded
 
 
-def test_quantisation_shows_the_middle_and_the_worst_layer():
+def test_quantization_shows_the_middle_and_the_worst_layer():
     assert tables.quantization_rows(quantization_record())[1:] == [
         ["int4", "2.50", "20.00%", "2.00%", "3.00%", "1.5000", "75.0%"]
     ]

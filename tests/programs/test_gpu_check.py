@@ -106,7 +106,7 @@ sys.exit(3 if label == "fail" else 0)
 @pytest.fixture
 def part_run(tmp_path, monkeypatch):
     """Makes a part whose variants do what their labels say."""
-    monkeypatch.setattr(runner, "LEAST_S", 0.1)
+    monkeypatch.setattr(runner, "MIN_S", 0.1)
     monkeypatch.setattr(runner, "SPARE_S", 0.2)
     script = tmp_path / "child.py"
     script.write_text(CHILD)

@@ -119,7 +119,7 @@ def walk(tokenizer: Tokenizer, eos_ids: list[int], allowed):
 
 
 def is_valid(value, schema: dict) -> bool:
-    """Whether a value follows a schema, as far as the schemas of this file go."""
+    """Return whether a value follows a schema (only the keywords used in this file)."""
     if "enum" in schema:
         return value in schema["enum"] and not isinstance(value, bool)
     if schema["type"] == "object":

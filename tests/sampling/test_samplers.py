@@ -30,7 +30,7 @@ def rows(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, first_st
 
 
 def exact_probabilities(logits_V, temperature, top_k, top_p, min_p):
-    """What transformers' processors leave, in its order."""
+    """Apply transformers' processors, in its order."""
     score_1V = (logits_V / temperature)[None]
     if top_k:
         score_1V = TopKLogitsWarper(top_k)(None, score_1V)

@@ -95,7 +95,7 @@ def all_slots_busy(generator):
 
 
 def places(generator):
-    """How many requests can wait before one is refused. All slots must be busy; the requests are cancelled."""
+    """Return the number of requests that can wait before one is refused, with all slots busy; cancel them."""
     wait_until(lambda: state(generator)[1] == 0)  # a cancel counts from the next step on
     handles = []
     try:
@@ -241,7 +241,7 @@ def test_result_raises_timeout_error_and_the_reply_goes_on(generator, alone):
     params = SamplingParams(temperature=0, max_tokens=60, logits_processor=slowly)
     handle = generator.submit("hello", params)
     for timeout in (0, 0.01):
-        with pytest.raises(TimeoutError, match=r"has not ended within .* it goes on"):
+        with pytest.raises(TimeoutError, match=r"has not ended within .* it continues"):
             handle.result(timeout)
     assert (
         handle.result(PATIENCE_S).token_ids
@@ -778,7 +778,7 @@ def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer
 
 
 def test_closing_while_requests_come_ends_them_all(model, tokenizer):
-    """The moment of closing falls anywhere: between getting a place and queueing, too."""
+    """Closing may happen at any moment, also between getting a place and queueing."""
     rng = random.Random(0)
     for _ in range(25):
         generator = Generator(model, tokenizer, max_seq_len=128, max_queue=1, compile=False)
@@ -934,7 +934,7 @@ def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkey
 
 @pytest.mark.parametrize("part", ["copy_row", "swap_rows"])
 def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
-    """Both ask for memory on a GPU. The request must be neither lost nor left waiting for ever."""
+    """Both ask for memory on a GPU. The request must be neither lost nor left waiting forever."""
     text = "a prompt that is kept in a row"
     if part == "copy_row":
         generator.generate(text, GREEDY)  # kept in one row, of which another request takes over a part
@@ -958,7 +958,7 @@ def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator
 
 
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
-    """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
+    """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits forever."""
     with all_slots_busy(generator) as [first, second]:
         calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
         monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])

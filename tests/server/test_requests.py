@@ -1,4 +1,4 @@
-"""What requests may hold: fields that are ignored are named, vLLM's extras are taken or refused by name."""
+"""Fields of requests: ignored ones are named, vLLM's extensions are accepted or refused by name."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ class CompiledError(Exception):
 
 @dataclass
 class Compiled:
-    """What one form of a part became.
+    """The compiled form of a part.
 
-    launches: kernels of Triton, Inductor's and those of our operations; calls: of libraries and of operations that run
+    launches: kernels of Triton, Inductor's and our operations'; calls: of libraries and of operations that run
     eagerly, by name. kernels: of Inductor, as `describe_kernel` describes them.
     """
 

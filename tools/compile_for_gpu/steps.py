@@ -13,9 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from compile_for_gpu.inspector import Inspector
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step
+from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import Qwen3, build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Regular expressions of an adapter_config.json, matched with a limit on time: they may be anybody's."""
+"""Regular expressions of an adapter_config.json, matched with a time limit, as the file is not trusted."""
 
 from __future__ import annotations
 

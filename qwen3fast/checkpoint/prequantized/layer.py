@@ -21,7 +21,7 @@ _READERS: dict[str, Any] = {"awq": awq, "gptq": gptq, COMPRESSED: compressed_ten
 
 
 class PrequantizedLayer:
-    """The tensors of one layer, by the ends of their names, and the weight that they stand for."""
+    """The tensors of one layer, by the ends of their names; it dequantizes or converts them."""
 
     def __init__(self, stored: PrequantizedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
         self.stored, self.shape, self.tensors = stored, shape, tensors

@@ -1,8 +1,8 @@
-// One query a row over the used part of a KV cache, and many queries a row, where scores exist for a small tile only.
+// One query per row over the used part of a KV cache, and many queries per row, with scores for a small tile only.
 //
-// Keys and values are bfloat16, or int8 with a factor for each vector: k_scale, v_scale (R, K, S) float32.
+// Keys and values are bfloat16, or int8 with one scale per vector: k_scale, v_scale (R, K, S) float32.
 // Arithmetic is in float32. Softmax runs online, block by block. Source: Milakov and Gimelshein, arXiv:1805.02867; the
-// tiles of prefill: FlashAttention, arXiv:2205.14135. The plain PyTorch form is in model/attention.py.
+// tiles of prefill: FlashAttention, arXiv:2205.14135. The plain PyTorch form is in kernels/attention.py.
 
 #include <algorithm>
 #include <cmath>
@@ -51,7 +51,7 @@ inline Vec dot(const int8_t* key, const float* query, int64_t D) {
   return total;
 }
 
-// Rows of keys or values to ask memory for before they are needed. The hardware does so, too, but stops at page borders.
+// Rows of keys or values to prefetch. The hardware prefetches as well, but stops at page borders.
 constexpr int64_t kRowsAhead = 24;
 
 template <typename T>
@@ -144,7 +144,7 @@ template <typename T>
 void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* position, int64_t B, int64_t K,
                   int64_t G, int64_t S, int64_t D, BFloat16* out, int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
+  // Threads share the key/value heads of all rows; where these are few, also each head's positions.
   // An empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
   const auto length_of = [&](int64_t b) { return std::clamp<int64_t>(position[b] + 1, 1, S); };
   int64_t longest = 1;
@@ -184,7 +184,7 @@ constexpr int64_t kQueries = 32;  // of a tile, each with the G heads of a group
 constexpr int64_t kKeys = 64;     // of a tile
 
 // Scores of four queries and four keys at a time. q: (rows, D), k: (count, D), score: (rows, kKeys); rows and count are
-// multiples of four but for the last keys, which are repeated.
+// multiples of four; the last keys are repeated if there are fewer.
 void score_tile(const BFloat16* q, const BFloat16* k, int64_t rows, int64_t count, int64_t D, float scale,
                 float* score) {
   for (int64_t t = 0; t < count; t += 4) {
@@ -207,7 +207,7 @@ void score_tile(const BFloat16* q, const BFloat16* k, int64_t rows, int64_t coun
 }
 
 // out += weight v for four rows and kChunks * 16 channels at a time. weight: (rows, kKeys) bfloat16; pairs: (kKeys/2, D),
-// two neighbouring positions' values in 32 bits.
+// two neighboring positions' values in 32 bits.
 template <int kChunks>
 void add_tile(const BFloat16* weight, const uint32_t* pairs, int64_t rows, int64_t num_pairs, int64_t D, float* out) {
   for (int64_t r = 0; r < rows; r += 4) {
@@ -231,7 +231,7 @@ void add_tile(const BFloat16* weight, const uint32_t* pairs, int64_t rows, int64
 inline Bits cached_bits(const BFloat16* p, float) { return __builtin_convertvector(load_as<Half>(p), Bits); }
 inline Bits cached_bits(const int8_t* p, float scale) { return as_bfloat16(load(p) * scale); }
 
-// Keys as bfloat16: where they are, or rounded ones written to `room`.
+// Keys as bfloat16: in place, or converted and written to `room`.
 inline const BFloat16* tile_keys(const BFloat16* k, const float*, int64_t, int64_t, BFloat16*) { return k; }
 
 const BFloat16* tile_keys(const int8_t* k, const float* scale, int64_t count, int64_t D, BFloat16* room) {

@@ -1,6 +1,6 @@
 """The functions of ops.h as operations, `torch.ops.qwen3fast.*`: arguments checked, results allocated.
 
-Each raises ValueError for arguments that it does not serve. `round_weight` is a plain function.
+Each raises ValueError for arguments that it does not serve. `quantize_weight` is a plain function.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def register(functions: ctypes.CDLL) -> None:
     if is_first:
         _registered = torch.library.Library("qwen3fast", "FRAGMENT")
         caches = "Tensor q, Tensor k, Tensor v, Tensor position"
-        factors = "Tensor? k_scale=None, Tensor? v_scale=None"
+        scales = "Tensor? k_scale=None, Tensor? v_scale=None"
         for schema, function, fake in (
             ("matvec(Tensor x, Tensor weight) -> Tensor", matvec, _matvec_shape),
             (
@@ -54,9 +54,9 @@ def register(functions: ctypes.CDLL) -> None:
                 _quantized_linear_shape,
             ),
             ("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None),
-            (f"decode_attention({caches}, {factors}) -> Tensor", decode_attention, _decode_attention_shape),
+            (f"decode_attention({caches}, {scales}) -> Tensor", decode_attention, _decode_attention_shape),
             (
-                f"prefill_attention({caches}, Tensor row, {factors}) -> Tensor",
+                f"prefill_attention({caches}, Tensor row, {scales}) -> Tensor",
                 prefill_attention,
                 _prefill_attention_shape,
             ),
@@ -108,7 +108,7 @@ def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
-def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
+def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     """Quantize a weight, (N, K) bfloat16, into packed and scale, whose shapes give the bits; see `packed_linear`.
 
     Raises: ValueError for another dtype, device, shape or layout.
@@ -119,7 +119,7 @@ def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
         and weight_NK.device.type == "cpu"
         and weight_NK.is_contiguous()
         and weight_NK.shape == (linear.N, linear.K),
-        f"round_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
+        f"quantize_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     sizes = (linear.N, linear.K, linear.bits)

@@ -77,8 +77,8 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
 
     Raises: ValueError for tensors that are not as ops.h describes them.
     """
-    is_rounded = k_RKSD.dtype == torch.int8
-    require(is_rounded or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
+    is_quantized = k_RKSD.dtype == torch.int8
+    require(is_quantized or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
     for tensor in (k_RKSD, v_RKSD):
         require(
             tensor.dim() == 4
@@ -90,7 +90,7 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
         )
     pointers = []
     for scale in (k_scale_RKS, v_scale_RKS):
-        require((scale is not None) == is_rounded, "scales of keys and values are for int8 only, and needed there")
+        require((scale is not None) == is_quantized, "scales of keys and values are for int8 only, and needed there")
         if scale is not None:
             require(
                 scale.dtype == torch.float32 and scale.is_contiguous() and scale.shape == k_RKSD.shape[:3],

@@ -1,4 +1,4 @@
-"""The kernels of the decode step as cases to compile for a GPU that is not there (tools/compile_for_gpu.py)."""
+"""The kernels of the decode step as cases to compile without a GPU (tools/compile_for_gpu.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     def source(self) -> Any:
-        """Return what `triton.compile` takes; pointers are aligned to 16 bytes, as PyTorch's memory is."""
+        """Return the argument of `triton.compile`; pointers are aligned to 16 bytes, as in PyTorch."""
         names = self.kernel.arg_names
         signature = {name: self.signature.get(name, "constexpr") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 def compile_cases(
     capability: tuple[int, int], sizes: tuple[str, ...] = ("0.6b", "8b"), rows: tuple[int, ...] = (1, 8)
 ) -> list[Case]:
-    """Return every kernel that steps of these sizes and numbers of rows launch on a GPU of this capability."""
+    """Return all kernels of steps with these sizes and numbers of rows, compiled for a GPU of this capability."""
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
     return [
@@ -93,7 +93,7 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
             signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
             signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
-            own = {"K": K, "G": H // K, "ROWS": attention.SMALLEST_DOT, "IS_QUANTIZED": cache == "int8"}
+            own = {"K": K, "G": H // K, "ROWS": attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
             yield Case(name, attention.attention_kernel, signature, constants | own, {})
         if N > 1:
