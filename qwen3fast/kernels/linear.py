@@ -23,7 +23,8 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return the output (..., N) of each linear layer for the same x, (..., K). Quantized layers share one call."""
     kind = type(layers[0])
     if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
-        return kind.forward_together(x, list(layers))
+        outputs: list[Tensor] = kind.forward_together(x, list(layers))
+        return outputs
     return [layer(x) for layer in layers]
 
 
@@ -34,7 +35,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     eagerly it would materialize an (M, N, K) product; with more than one row it would read the weight again for each.
     """
     if cpu.can_matvec(x, weight_NK):
-        y = torch.ops.qwen3fast.matvec(x, weight_NK)
+        y: Tensor = torch.ops.qwen3fast.matvec(x, weight_NK)
         return y if bias_N is None else y + bias_N
     is_one_row = x.numel() == x.shape[-1]
     if is_one_row and is_compiling() and x.device.type == "cpu":

@@ -18,4 +18,5 @@ class FeedForward(nn.Module):
     def forward(self, x_BTE: Tensor) -> Tensor:
         """x_BTE: (batch, tokens, hidden_size). Returns the same shape."""
         gate, up = linears(x_BTE, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        x_BTE = self.down_proj(F.silu(gate) * up)
+        return x_BTE

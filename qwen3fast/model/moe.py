@@ -119,4 +119,5 @@ def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
 
 def grouped_linear(weight_XOK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
     """Return x @ weight[e].T for the rows of each expert e, which end at end_X[e], (P, O)."""
-    return torch.ops.qwen3fast.grouped_linear(x_PK, weight_XOK, end_X)
+    y_PO: Tensor = torch.ops.qwen3fast.grouped_linear(x_PK, weight_XOK, end_X)
+    return y_PO

@@ -51,11 +51,13 @@ class Qwen3(nn.Module):
 
     def embed(self, token_BT: Tensor) -> Tensor:
         """token_BT: int64 ids. Returns (B, T, E)."""
-        return self.model.embed_tokens(token_BT)
+        x_BTE: Tensor = self.model.embed_tokens(token_BT)
+        return x_BTE
 
     def logits(self, x_BTE: Tensor) -> Tensor:
         """Final norm and output projection: a score for each token of the vocabulary, (B, T, V)."""
-        return self.lm_head(self.model.norm(x_BTE))
+        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTE))
+        return logits_BTV
 
     def hidden(self, token_BT: Tensor) -> Tensor:
         """The last block's output, (B, T, E), computed without a cache; rows start at position 0.

@@ -166,4 +166,4 @@ def _import_llguidance() -> Any:
 
 def _error_of(matcher: Any) -> str:
     """llguidance's message without the dump of its state that follows in newer versions."""
-    return matcher.get_error().partition("<state>")[0].strip()
+    return str(matcher.get_error()).partition("<state>")[0].strip()
