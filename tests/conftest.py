@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen3fast import Generator
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
@@ -38,6 +39,12 @@ except ImportError:  # a machine with a GPU may lack it: tests/gpu does without
 else:  # the same examples in every run, however slow the machine: a test fails only when the code has changed
     settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
     settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
+    if not hasattr(config, "workerinput"):
+        cpu.load()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
