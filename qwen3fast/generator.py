@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from qwen3fast.checkpoint import as_id_tuple
 from qwen3fast.checkpoint.save import save_model

@@ -137,5 +137,6 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
     if isinstance(head, QuantizedLinear):
-        return QuantizedEmbedding(head, torch.float32)(id_R)
+        row_RE: Tensor = QuantizedEmbedding(head, torch.float32)(id_R)
+        return row_RE
     return head.weight[id_R].float()

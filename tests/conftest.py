@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_threads  # noqa: F401  before anything that imports PyTorch
 import kernel_device  # noqa: F401  before anything that imports Triton
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from qwen3fast import Generator
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
@@ -36,6 +39,19 @@ except ImportError:  # a machine with a GPU may lack it: tests/gpu does without
 else:  # the same examples in every run, however slow the machine: a test fails only when the code has changed
     settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
     settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
+    if not hasattr(config, "workerinput"):
+        cpu.load()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse ids that differ from process to process: pytest-xdist's workers must collect the same tests."""
+    unstable = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6,}", item.nodeid)]
+    if unstable:
+        raise pytest.UsageError("ids of tests contain addresses; pass ids=...: " + ", ".join(unstable[:3]))
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def install(folder: Path, requirement: str, others: list[str], index_url: str | 
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"{command[0]}: exit status {done.returncode}")
     pinned = f"torch=={describe(python).partition('+')[0]}"
-    for other in [*others, "pytest-xdist"]:  # one by one: tests skip what an optional package is missing for
+    for other in others:  # one by one: tests skip what an optional package is missing for
         done = subprocess.run([*pip, other, pinned], capture_output=True, text=True)
         if done.returncode != 0:
             print(f"{folder.name}: without {other}", file=sys.stderr)
@@ -112,8 +112,9 @@ def test(name: str, python: Path, folder: Path, tests: list[str], seconds: float
         return outcome
     log = folder / f"{name}.log"
     environment = environment_with_caches(folder / f"caches-{name}") | {"CUDA_VISIBLE_DEVICES": ""}
+    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]  # not those that need pytest-xdist
     parallel = ["-n", str(jobs)] if jobs > 1 else []
-    command = [str(python), "-m", "pytest", "-vv", "-p", "no:cacheprovider", *parallel, *tests]
+    command = [str(python), "-m", "pytest", *options, *parallel, *tests]
     print(f"torch {outcome.torch}: at most {seconds:.0f} s; output in {log}", file=sys.stderr, flush=True)
     outcome.status = run_limited(command, log, seconds, environment)
     found = read_log(log)

@@ -204,5 +204,5 @@ def _duration(sample: Measurement | None) -> float:
     if sample is None:
         return 0.0
     if sample.get("step_s"):
-        return median(sample["step_s"])
+        return float(median(sample["step_s"]))
     return next((float(sample[name]) for name in ("seconds", "ttft_s") if sample.get(name) is not None), 0.0)

@@ -185,14 +185,14 @@ class Session:
 
     def expected_s(self, mode: str, facts: dict[str, float], steps: int) -> float:
         """Return a guess of how long a prefill (fact prefill_flop) and so many steps (bytes_per_step) take."""
-        bandwidth = BANDWIDTH_SHARE * self._speed["bandwidth_gb_s"] * 1e9
+        bandwidth: float = BANDWIDTH_SHARE * self._speed["bandwidth_gb_s"] * 1e9
         step_s = max(facts["bytes_per_step"] / bandwidth, facts.get("flop_per_step", 0.0) / self._flop_s)
         step_s += 0.0 if is_compiled(mode) else EAGER_STEP_S
         return facts["prefill_flop"] / self._flop_s + facts["weight_bytes"] / bandwidth + steps * step_s
 
     @property
     def _flop_s(self) -> float:
-        return GEMM_SHARE * self._speed["gemm_flop_s"]
+        return GEMM_SHARE * float(self._speed["gemm_flop_s"])
 
     def _duration(self, seconds: float) -> str:
         limit = self.options.limit_s

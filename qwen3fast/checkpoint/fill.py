@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.assign import OnAssigned, assign, shapes_of

@@ -94,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status: int = args.run(args)
+        return status
     except BrokenPipeError:
         raise
     except (ValueError, OSError, MemoryError, FloatingPointError, RuntimeError, ImportError) as err:
@@ -121,4 +122,5 @@ def _run_loaded(args: argparse.Namespace) -> int:
         parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=loaded.help)
         getattr(module, loaded.add_arguments)(parser)
         arguments = parser.parse_args(arguments)
-    return getattr(module, loaded.run)(arguments)
+    status: int = getattr(module, loaded.run)(arguments)
+    return status

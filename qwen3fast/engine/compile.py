@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FunctionType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ class StepCompiler:
             compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
         self.compilations += 1
         self.seconds += time.perf_counter() - started
-        return cast(Function, compiled)
+        return compiled
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {

@@ -74,7 +74,8 @@ def _logits(
         x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:
         x_B1E = _run_blocks(model, parts, cache, cos_SD, sin_SD, state, rows, length)
-    return parts.logits(parts.head, x_B1E).squeeze(1)
+    logits_B1V: Tensor = parts.logits(parts.head, x_B1E)
+    return logits_B1V.squeeze(1)
 
 
 def choose_tokens(
@@ -91,7 +92,7 @@ def choose_tokens(
     changed_BV = logits_BV if hook is None else hook(logits_BV)
     if processors is not None:
         changed_BV = parts.processors(None, changed_BV, *processors.rows(rows))
-    token_B = parts.samplers[sampler](None, changed_BV, *state.sampler_rows(rows))
+    token_B: Tensor = parts.samplers[sampler](None, changed_BV, *state.sampler_rows(rows))
     if processors is not None:
         count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
     if logprobs is not None:
@@ -111,6 +112,7 @@ def _run_blocks(
     length: int,
 ) -> Tensor:
     position_B = state.position_R[rows]
+    x_B1E: Tensor
     x_B1E, cos_B1D, sin_B1D = parts.embed(model.model.embed_tokens, state.input_R[rows], position_B, cos_SD, sin_SD)
     mask_B1L = None
     if parts.needs_mask:

@@ -58,9 +58,9 @@ class LeadingEngine:
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
         """Call `Engine.sample_first` on all ranks. The others get the logits, which may be of an earlier request."""
         message = (row, logits_1V.cpu(), kind, hook is not None)
-        return self._lead(
-            self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), message
-        )
+        arguments = (row, logits_1V, kind, self._shared(hook))
+        result: StepResult = self._lead(self._engine.sample_first, "sample_first", arguments, message)
+        return result
 
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
         """Call `Engine.launch` on all ranks."""
@@ -83,7 +83,9 @@ class LeadingEngine:
         """Return a hook that broadcasts its result: the other ranks do not have the function."""
         return None if hook is None else lambda logits_BV: self._ranks.share(hook(logits_BV))
 
-    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, message: tuple | None = None) -> Any:
+    def _lead(
+        self, method: Callable[..., Any], name: str, arguments: tuple[Any, ...], message: tuple[Any, ...] | None = None
+    ) -> Any:
         if self._error is not None:
             raise RuntimeError("the ranks are out of step since an earlier error; restart them") from self._error
         try:

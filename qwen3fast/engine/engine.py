@@ -170,9 +170,9 @@ class Engine(Rows):
         for block in self.model.model.layers:
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
         last = len(token_ids) - 1
-        return self.parts.logits(
-            self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-        ).squeeze(1)
+        x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
+        logits_11V: Tensor = self.parts.logits(self.parts.head, x_11E)
+        return logits_11V.squeeze(1)
 
     def batch_bucket(self, num_rows: int) -> int:
         """Return the rows of a step for `num_rows`: the next power of two, at most max_batch_size."""

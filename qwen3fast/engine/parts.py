@@ -56,12 +56,14 @@ def run_block(
     *cache: Any,
 ) -> Tensor:
     """Run one block over the KV cache; see `Attention.forward`. cache: the fields of `CacheLayer`."""
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache))
+    x_BTE = block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache))
+    return x_BTE
 
 
 def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Run one block over the tokens at hand alone."""
-    return block(x_BTE, cos_BTD, sin_BTD)
+    x_BTE = block(x_BTE, cos_BTD, sin_BTD)
+    return x_BTE
 
 
 def run_embed(
@@ -88,7 +90,8 @@ def run_advance(
 
 def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
     """Return final norm and output projection, (B, 1, E) -> (B, 1, V) float32."""
-    return head(x_BTE).float()
+    logits_BTV: Tensor = head(x_BTE)
+    return logits_BTV.float()
 
 
 def run_processors(_: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def prefill_step(
         return None
     # Only the last position goes through the output projection.
     x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-    return parts.logits(parts.head, x_11E).squeeze(1)
+    logits_11V: Tensor = parts.logits(parts.head, x_11E)
+    return logits_11V.squeeze(1)
 
 
 class CapturedChunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class TokenRing:
             self._events[slot].record()
         self._count += 1
 
-    def pop(self) -> list:
+    def pop(self) -> list[Any]:
         """Wait for the oldest step's tokens and return them; rows outside that step contain older numbers."""
         assert self._count > 0, "no step is under way"
         if self._events is not None:

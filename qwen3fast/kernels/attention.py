@@ -73,7 +73,8 @@ def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
     """
     q_BHTD = q_BTHD.transpose(1, 2)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
+    y_BHTD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
+    return y_BHTD
 
 
 def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
@@ -88,19 +89,21 @@ def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: 
 
 
 def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    return torch.ops.qwen3fast.split_attention(
+    y_BHTD: Tensor = torch.ops.qwen3fast.split_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
+    return y_BHTD
 
 
 def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    return torch.ops.qwen3fast.decode_attention(
+    y_BHTD: Tensor = torch.ops.qwen3fast.decode_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
+    return y_BHTD
 
 
 def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    y_BTHD = torch.ops.qwen3fast.prefill_attention(
+    y_BTHD: Tensor = torch.ops.qwen3fast.prefill_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
     )
     return y_BTHD.transpose(1, 2)

@@ -23,7 +23,8 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return the outputs, (..., N) each, of several layers for one x, (..., K). Quantized layers share a call."""
     kind = type(layers[0])
     if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
-        return kind.forward_together(x, list(layers))
+        outputs: list[Tensor] = kind.forward_together(x, list(layers))
+        return outputs
     return [layer(x) for layer in layers]
 
 
@@ -35,7 +36,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     read the weight once per row.
     """
     if cpu.can_matvec(x, weight_NK):
-        y = torch.ops.qwen3fast.matvec(x, weight_NK)
+        y: Tensor = torch.ops.qwen3fast.matvec(x, weight_NK)
         return y if bias_N is None else y + bias_N
     is_one_row = x.numel() == x.shape[-1]
     if is_one_row and is_compiling() and x.device.type == "cpu":

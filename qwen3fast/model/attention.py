@@ -66,4 +66,5 @@ class Attention(nn.Module):
             assert position_BT is not None, "a cache needs positions"
             cache.write(k_BTKD, v_BTKD, position_BT)
             y_BHTD = cached_attention(q_BTHD, cache, position_BT, mask_BTL)
-        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+        y_BTE: Tensor = self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+        return y_BTE

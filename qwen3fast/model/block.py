@@ -36,4 +36,5 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the block's output, (B, T, E). x_BTE: the same shape; other arguments: as in `Attention.forward`."""
         x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_BTD, sin_BTD, position_BT, mask_BTL, cache)
-        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        x_BTE = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        return x_BTE

@@ -51,11 +51,13 @@ class Qwen3(nn.Module):
 
     def embed(self, token_BT: Tensor) -> Tensor:
         """Return the embeddings of token_BT, int64 ids: (B, T, E)."""
-        return self.model.embed_tokens(token_BT)
+        x_BTE: Tensor = self.model.embed_tokens(token_BT)
+        return x_BTE
 
     def logits(self, x_BTE: Tensor) -> Tensor:
         """Apply final norm and output projection: a score per token of the vocabulary, (B, T, V)."""
-        return self.lm_head(self.model.norm(x_BTE))
+        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTE))
+        return logits_BTV
 
     def hidden(self, token_BT: Tensor) -> Tensor:
         """Return the last block's output, (B, T, E), computed without a cache; rows start at position 0.

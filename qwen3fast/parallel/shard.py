@@ -97,7 +97,8 @@ class Split:
         """
         dim = split_dim(name)
         if dim is None:
-            return whole[:]
+            every_element: Tensor = whole[:]
+            return every_element
         shape = whole.shape if isinstance(whole, Tensor) else whole.get_shape()
         rows = [self._own(shape[dim])]
         if name.endswith("experts.gate_up_proj"):  # gate's, then up's

@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor:
         x_MK, is_fp8 = x.reshape(-1, x.shape[-1]), self.format.name == "fp8"
-        y_CMN = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
+        y_CMN: Tensor = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
@@ -87,7 +87,7 @@ class QuantizedEmbedding(nn.Module):
         """Return the rows of token_BT, int64 ids: (B, T, K) in `dtype`."""
         packed = Packed(self.weight_packed, self.weight_scale)
         if self.dtype == torch.bfloat16 and can_use_operations(self.format, token_BT):
-            rows = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
+            rows: Tensor = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
         else:
             rows = self.format.rows(packed, token_BT.flatten())
         return rows.to(self.dtype).view(*token_BT.shape, -1)

@@ -174,4 +174,4 @@ def _import_llguidance() -> Any:
 
 def _error_of(matcher: Any) -> str:
     """Return llguidance's message without the dump of its state that newer versions append."""
-    return matcher.get_error().partition("<state>")[0].strip()
+    return str(matcher.get_error()).partition("<state>")[0].strip()

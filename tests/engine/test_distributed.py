@@ -56,7 +56,7 @@ def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypa
     tape = Tape()
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)
-        leader = generator.debug.engine._engine
+        leader = generator.debug.engine
     follower = make_engine(model, lookahead)
     follow(follower, Tape(is_leader=False, messages=tape.messages))
     assert not tape.messages, "it has received all"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from qwen3fast.checkpoint.assign import assign

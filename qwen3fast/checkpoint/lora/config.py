@@ -97,12 +97,14 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's adapter."""
-        return self._of_pattern(self.rank_pattern, module, self.r)
+        rank: int = self._of_pattern(self.rank_pattern, module, self.r)
+        return rank
 
     def scale(self, module: str) -> float:
         """Return the scale of a module's product B @ A."""
         rank = self.rank(module)
-        return self._of_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        alpha: float = self._of_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """Return whether the module must have an adapter."""
