@@ -1,16 +1,16 @@
-"""Offline batch inference over many machines with Ray Data: prompts in, replies out, one JSON object a line.
+"""Offline batch inference over many machines with Ray Data: prompts in, replies out, one JSON object per line.
 
     pip install -e '.[ray]'
     python examples/ray_batch.py prompts.jsonl replies.jsonl --model Qwen/Qwen3-0.6B --workers 2
 
-Each worker is a process with a Generator of its own, wherever Ray finds room for it: on this machine, or with
---address (or RAY_ADDRESS) on a cluster, every node of which needs qwen3fast and access to the model.
+Each worker is a process with its own Generator, placed by Ray: on this machine, or with --address (or RAY_ADDRESS) on
+a cluster, every node of which needs qwen3fast and access to the model.
 
-A line of input has "prompt", a text, or "messages", a conversation, and may have "id"; without one, its line number
-(from 1) is taken. A line of output has "id", "text", "finish_reason", "prompt_tokens" and "new_tokens"; or "id" and
-"error", for a prompt that cannot be run. Replies are written in the order of the prompts, as they come. A run that was
-interrupted goes on where it stopped: prompts whose ids are in the output already are left out (so after an "error" that
-is not to stay, delete its line first).
+A line of input has "prompt", a text, or "messages", a conversation, and may have "id"; the default is its line number,
+from 1. A line of output has "id", "text", "finish_reason", "prompt_tokens" and "new_tokens"; or "id" and "error" if the
+prompt could not be run. Replies are written in the order of the prompts, as they come. A run that was interrupted goes
+on where it stopped: prompts whose ids are already in the output are skipped. To run a failed prompt again, delete its
+line first.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qwen3fast.cli import COMPILE_MODES
 
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The lines of the input, each with an id.
+    """Return the lines of the input, each with an id.
 
-    Raises: FileNotFoundError; ValueError, naming the line, for what is not a prompt, and for ids that come twice.
+    Raises: FileNotFoundError; ValueError naming the line if it is not a prompt or its id is a duplicate.
     """
     prompts: dict[int | str, dict[str, Any]] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -49,9 +49,9 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 
 def finished_ids(file: Path) -> set[int | str]:
-    """Ids in an output that is there already; a last line that was cut off while it was written is removed.
+    """Return the ids in an existing output, and remove a last line that was cut off while it was written.
 
-    Raises: ValueError for a file that is not such an output.
+    Raises: ValueError for a file that this program did not write.
     """
     if not file.is_file():
         return set()
@@ -67,15 +67,15 @@ def finished_ids(file: Path) -> set[int | str]:
 
 
 class Worker:
-    """One process's Generator. Ray calls it with batches: columns of rows, here a single one, of JSON texts."""
+    """The Generator of one process. Ray calls it with batches of rows, here a single column of JSON texts."""
 
     def __init__(self, model: str, options: dict[str, Any], params: dict[str, Any], thinks: bool) -> None:
-        """options: for `Generator.from_pretrained`. params: for `SamplingParams`. thinks: before it answers."""
+        """Load the model. options: of `Generator.from_pretrained`. params: of `SamplingParams`. thinks: reason."""
         self.generator = Generator.from_pretrained(model, **options)
         self.params, self.thinks = SamplingParams(**params), thinks
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Replies to a batch of prompts, all of them running at once as far as there is room."""
+        """Return the replies to a batch of prompts, which run together as far as there are slots."""
         rows = [json.loads(text) for text in batch["json"]]
         started = [self._start(row) for row in rows]
         return {"json": [json.dumps(self._finish(*pair)) for pair in zip(rows, started, strict=True)]}
@@ -106,7 +106,7 @@ class Worker:
 
 
 def run(prompts: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str]:
-    """Replies to the prompts, in their order, as JSON texts, while Ray computes more.
+    """Yield the replies as JSON texts in the order of the prompts, while Ray computes more.
 
     Raises: ImportError without Ray.
     """
@@ -121,7 +121,7 @@ def run(prompts: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str
     options = {"max_seq_len": args.max_seq_len, "max_batch_size": args.rows, "quantization": args.quantization}
     options |= {"compile": COMPILE_MODES[args.compile], "threads": max(1, int(args.cpus))}
     params = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
-    batch_size = args.rows * 4  # so that a row that is free early finds another prompt
+    batch_size = args.rows * 4  # a slot that is free early finds another prompt
     texts = [{"json": json.dumps(row)} for row in prompts]
     replies = ray.data.from_items(texts, override_num_blocks=-(-len(texts) // batch_size)).map_batches(
         Worker,
@@ -136,29 +136,29 @@ def run(prompts: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     parser = argparse.ArgumentParser(description="Replies to many prompts, on many machines, through Ray Data.")
     parser.add_argument("prompts", type=Path, help='JSON lines with "prompt" or "messages"')
-    parser.add_argument("replies", type=Path, help="where replies go; a run that was interrupted goes on")
+    parser.add_argument("replies", type=Path, help="output; an interrupted run goes on where it stopped")
     parser.add_argument("--model", default="tiny", help="as for qwen3fast generate [%(default)s]")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the whole model [%(default)s]")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs of each worker, and its threads [%(default)s]")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each worker [%(default)s]")
     parser.add_argument("--rows", type=int, default=8, help="requests that a worker runs at once [%(default)s]")
     parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
-    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens of a reply at most [%(default)s]")
+    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens per reply, at most [%(default)s]")
     parser.add_argument("--quantization", help="int8 or int4, on GPUs also fp8")
     parser.add_argument("--compile", choices=list(COMPILE_MODES), default="auto", help="see qwen3fast generate")
     parser.add_argument("--temperature", type=float, help="0 is greedy [the checkpoint's preset]")
     parser.add_argument("--seed", type=int, help="same seed, same replies")
-    parser.add_argument("--think", action="store_true", help='let the model think before it answers "messages"')
+    parser.add_argument("--think", action="store_true", help='let the model reason before it answers "messages"')
     parser.add_argument("--address", help="of a Ray cluster [RAY_ADDRESS, or a local one that is started]")
     parser.add_argument("--verbose", action="store_true", help="show what workers log")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 if some prompts could not be run; 2 for bad input or options."""
+    """Run, and return the exit status: 0; 1 if some prompts could not be run; 2 for bad input or options."""
     args = build_parser().parse_args(argv)
     try:
         prompts, done = read_prompts(args.prompts), finished_ids(args.replies)

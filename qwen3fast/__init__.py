@@ -1,4 +1,4 @@
-"""qwen3fast: the fastest readable Qwen3 engine in PyTorch.
+"""qwen3fast: Qwen3 in readable PyTorch, made fast.
 
 >>> from qwen3fast import Generator, SamplingParams
 >>> with Generator.from_pretrained("tiny") as generator:

@@ -150,6 +150,13 @@ def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) ->
 
 
 @pytest.fixture
+def yes_no_checkpoint(tmp_path: Path, yes_no_folder: Path) -> Path:
+    """A checkpoint of random weights that a Reranker takes: its tokenizer has the tokens "yes" and "no"."""
+    config = small_config(vocab_size=1026, max_position_embeddings=1024)
+    return write_text_checkpoint(tmp_path / "yes-no-checkpoint", randomised(config), yes_no_folder)
+
+
+@pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
     """What `Generator.from_pretrained` gives while the test runs."""
     generators, real = [], Generator.from_pretrained

@@ -1,9 +1,10 @@
-"""Bring the tables of the READMEs up to date with the recorded results, or check that they are.
+"""Bring the tables of README and docs up to date with the recorded results, or check that they are.
 
     python tools/update_readme.py            # rewrite
     python tools/update_readme.py --check    # exit 1 if anything is out of date
 
-A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made from that JSON file.
+A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made from that JSON file; with a word after
+the name of the file, such as `best`, another table of the same record.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import tables
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-BLOCK = re.compile(r"<!-- table: (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
-# Of each suite, what a README has room for; baselines are the suites' own.
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks" / "index.md")
+BLOCK = re.compile(r"<!-- table: (?P<file>\S+)(?P<kind> \w+)? -->\n.*?<!-- end -->", re.DOTALL)
+# The columns of each suite's table; baselines are the suites' own.
 COLUMNS = {
     "roofline": Columns(("format", "context"), ("decode_tok_s", "share_of_bandwidth", "prefill_tok_s",
                                                 "prefill_share_of_gemm")),
@@ -42,7 +43,7 @@ COLUMNS = {
 
 
 def compiled_table(record: Record) -> str:
-    """Of tools/compile_for_gpu.py: what a token launches, on the newest of its GPUs."""
+    """Return what one token launches on the newest GPU that tools/compile_for_gpu.py compiled for."""
     newest = record.cases[-1].labels["gpu"]
     shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == newest])
     labels = ("gpu", "model", "weights", "attention", "batch_size")
@@ -50,20 +51,52 @@ def compiled_table(record: Record) -> str:
     return as_markdown(table_rows(shown, Columns(labels, metrics)), left=4)
 
 
-def quantization_table(record: Record) -> str:
-    """Of the suite quantization: a row for each format, with its speed at each context and its error."""
+def quantization_table(record: Record, with_errors: bool = True) -> str:
+    """Return a row per format of the suite quantization: size, speed at each context and error of the logits."""
     contexts = sorted({int(c.labels["context"]) for c in record.cases if "context" in c.labels})
     heads = [f"decode tok/s at {n:,}" for n in contexts]
-    rows = [["format", "GB of weights", *heads, "error of the logits", "same likeliest token"]]
+    errors = ["error of the logits", "same most likely token"] if with_errors else []
+    rows = [["format", "GB of weights", *heads, *errors]]
     for name, _, gigabytes, error in formats(record):
         speeds = (tables.cell(tables.find(record, format=name, context=n), "decode_tok_s") for n in contexts)
         same = tables.cell(tables.find(record, format=name, what="error"), "same_token")
-        rows.append([name, f"{gigabytes:.2f}", *speeds, f"{error:.2%}", same])
+        rows.append([name, f"{gigabytes:.2f}", *speeds, *([f"{error:.2%}", same] if with_errors else [])])
     return as_markdown(rows, left=1)
 
 
+def speed_table(record: Record) -> str:
+    """Return the suite quantization's table without errors."""
+    return quantization_table(record, with_errors=False)
+
+
+def best_peers_table(record: Record) -> str:
+    """Return two rows per format of the peers' record: ours, and the fastest other engine in each column.
+
+    The faster of the two is bold, and a last line counts how often it is ours.
+    """
+    columns = tables.peers_columns(record)
+    rows, wins, cells = [["format", "tokens/s", *columns]], 0, 0
+    for (format,) in tables.unique(record, "format"):
+        ours, others = [], []
+        for speeds in columns.values():
+            own = speeds[format, tables.OURS]
+            # Variants of ours, such as "qwen3fast int8 cache", are in neither row.
+            peers = [(v, engine) for (f, engine), v in speeds.items() if f == format and not _is_ours(engine)]
+            best, engine = max(peers)
+            wins, cells = wins + (own > best), cells + 1
+            ours.append(f"**{own:.1f}**" if own > best else f"{own:.1f}")
+            others.append(f"{best:.1f} ({engine})" if own > best else f"**{best:.1f}** ({engine})")
+        rows += [[format, tables.OURS, *ours], ["", "best of the others", *others]]
+    verdict = f"qwen3fast is the fastest of these engines on this CPU in {wins} of {cells} cases."
+    return f"{as_markdown(rows, left=2)}\n\n{verdict}"
+
+
+def _is_ours(engine: str) -> bool:
+    return engine.partition(" ")[0] == tables.OURS
+
+
 def cache_table(record: Record) -> str:
-    """Of the suite cache: a row for each length, tokens/s of every mode side by side; one batch size and format."""
+    """Return a row per length of the suite cache, tokens/s of every mode side by side; one batch size and format."""
     modes = [mode for (mode,) in tables.unique(record, "mode")]
     columns, last = SUITES["cache"].columns, modes[-1]
     rows = [["context", *(mode.replace("-", ", ") for mode in modes), "speed-up", "first token", "of bandwidth"]]
@@ -78,7 +111,7 @@ def cache_table(record: Record) -> str:
 
 
 def batching_table(record: Record) -> str:
-    """Throughput by batch size, then latency by batch size and offered load."""
+    """Return throughput by batch size, then latency by batch size and offered load."""
     offline, online = tables.offline_rows(record), tables.online_rows(record)
     return f"{as_markdown(offline, left=1)}\n\n{as_markdown(online, left=1)}"
 
@@ -93,13 +126,22 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
     "quantization-tiny": lambda record: as_markdown(tables.quantization_rows(record), left=1),
 }
+# Other tables of a suite, by the word behind the file's name.
+KINDS: dict[tuple[str, str], Callable[[Record], str]] = {
+    ("peers", "best"): best_peers_table,
+    ("quantization", "speed"): speed_table,
+}
 
 
-def record_table(record: Record) -> str:
-    """The table of a record of version 2.
+def record_table(record: Record, kind: str = "") -> str:
+    """Return the table of a record.
 
-    Raises: ValueError for a suite without one.
+    Raises: ValueError for a suite or kind without one.
     """
+    if kind:
+        if (record.suite, kind) not in KINDS:
+            raise ValueError(f"no table {kind!r} of suite {record.suite!r}; known: {', '.join(map(' '.join, KINDS))}")
+        return KINDS[record.suite, kind](record)
     if record.suite in PIVOTS:
         return PIVOTS[record.suite](record)
     if record.suite not in COLUMNS:
@@ -112,21 +154,22 @@ def record_table(record: Record) -> str:
     return as_markdown(rows, left=min(len(columns.labels), len(rows[0])))
 
 
-def render(path: Path) -> str:
-    """The table of a record's file, and where and when it was measured."""
+def render(path: Path, kind: str = "") -> str:
+    """Return the table of a record's file, and where and when it was measured."""
     record = load_record(path)
     if record.suite == "compiled":
         versions = "; ".join(f"{name} {record.environment[name]}" for name in ("torch", "cuda", "triton"))
         return f"{record_table(record)}\n\nCompiled, not run; {versions}; {record.run['utc'][:10]}."
     extra = record.environment.get("transformers")
-    return f"{record_table(record)}\n\n{where_measured(record)}{f'; transformers {extra}' if extra else ''}."
+    return f"{record_table(record, kind)}\n\n{where_measured(record)}{f'; transformers {extra}' if extra else ''}."
 
 
 def update(text: str, root: Path = ROOT) -> str:
-    """A README with every table made anew, from records by their path from `root`."""
+    """Return a document with every table made from its record, whose path is relative to `root`."""
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- table: {match['file']} -->\n{render(root / match['file'])}\n<!-- end -->"
+        kind = match["kind"] or ""
+        return f"<!-- table: {match['file']}{kind} -->\n{render(root / match['file'], kind.strip())}\n<!-- end -->"
 
     return BLOCK.sub(table, text)
 
@@ -134,15 +177,15 @@ def update(text: str, root: Path = ROOT) -> str:
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
     args = parser.parse_args()
     is_old = False
-    for readme in READMES:
-        old = readme.read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        old = document.read_text(encoding="utf-8")
         new = update(old)
         is_old = is_old or new != old
         if not args.check:
-            readme.write_text(new, encoding="utf-8")
+            document.write_text(new, encoding="utf-8")
     return int(args.check and is_old)
 
 

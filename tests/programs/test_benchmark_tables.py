@@ -204,6 +204,35 @@ def test_the_version_of_transformers_and_noise_are_said(tmp_path):
     assert update_readme.render(tmp_path / "r.json").endswith("; noisy run, see the record; transformers 5.")
 
 
+def test_the_front_page_compares_with_the_best_of_the_others_in_each_column():
+    assert update_readme.best_peers_table(two_peers_record()).splitlines()[2:] == [
+        "| bf16 | qwen3fast | **40.0** | **25.0** | 256.0 |",
+        "|  | best of the others | 20.0 (other bf16) | 12.5 (third bf16) | **512.0** (other bf16) |",
+        "",
+        "qwen3fast is the fastest of these engines on this CPU in 2 of 3 cases.",
+    ]
+
+
+def two_peers_record():
+    """Another peer at 1,000; variants of ours are not compared, however fast."""
+    peers = peers_record()
+    bf16 = [case for case in peers.cases if case.labels["format"] == "bf16"]
+    for engine, step_s in (("third bf16", 0.08), ("qwen3fast int8 cache", 0.001)):
+        labels = {"engine": engine, "format": "bf16", "context": 1000, "what": "decode", "batch_size": 1}
+        bf16.append(Case(labels, {}, {"ttft_s": [1.0, 1.0], "step_s": [[step_s], [step_s]]}))
+    peers.cases = bf16
+    return peers
+
+
+def test_a_word_after_the_file_asks_for_another_table(tmp_path):
+    write_json(rounding_record().to_dict(), tmp_path / "r.json")
+    new = update_readme.update("<!-- table: r.json speed -->\n<!-- end -->", tmp_path)
+    assert new.startswith("<!-- table: r.json speed -->\n| format | GB of weights |")
+    assert "| int4 | 0.50 | 100 | 100 |" in new.splitlines()
+    with pytest.raises(ValueError, match="no table 'best' of suite 'quantization'; known: peers best, quantization"):
+        update_readme.render(tmp_path / "r.json", "best")
+
+
 def test_readme_tables_refuse_unknown_suites_and_older_records(tmp_path):
     path = tmp_path / "r.json"
     write_json(record("unheard", []).to_dict(), path)
