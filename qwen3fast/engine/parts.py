@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Dynamic, StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cuda
+from qwen3fast.kernels.attention import choose_prefill_form
+from qwen3fast.kernels.forms import Choice
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows, process_logits
@@ -23,6 +26,33 @@ MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
+
+
+class Forms:
+    """Which forms of a computation the parts use on this machine, and why. prefill: see `CacheLayer.form`."""
+
+    def __init__(self) -> None:
+        self.prefill = ""
+        self.choices: dict[str, Choice] = {}
+
+    def choose(self, cache: StaticKVCache, num_heads: int) -> None:
+        """Measure what serves, once per machine, and use the fastest."""
+        choice = choose_prefill_form(cache.layers(None)[0], num_heads)
+        self.choices["prefill attention"], self.prefill = choice, choice.name
+
+
+def run_prefill_block(
+    forms: Forms,
+    block: Block,
+    x_BTE: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    position_BT: Tensor,
+    mask_BTL: Tensor,
+    *cache: Any,
+) -> Tensor:
+    """Run one block over a chunk of a prompt, with the form of attention that is the fastest on this machine."""
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache, forms.prefill))
 
 
 def run_block(
@@ -65,6 +95,7 @@ class Parts:
     decode_layers: all blocks of a decode step in one operation, where it can be used.
     """
 
+    forms: Forms
     decode_layers: DecodeLayers | None
     decode_block: StepPart
     prefill_block: StepPart
@@ -80,10 +111,16 @@ class Parts:
         if cache.keys[0].device.type == "cuda":
             cuda.load(cache.keys[0].device)  # what forms there are is decided before anything is traced
         chunk, tokens, positions = {1: CHUNK}, {1: TOKENS}, {2: POSITIONS._replace(most=cache.allocated_len)}
+        forms = Forms()
+        if compiler.enabled and cache.keys[0].device.type == "cpu" and model.model.norm.weight.dtype == torch.bfloat16:
+            compiler.prepare(partial(forms.choose, cache, model.config.num_attention_heads))
         return cls(
+            forms=forms,
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=({}, {}, {}, {}, positions)),
-            prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | positions)),
+            prefill_block=compiler.part(
+                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | positions)
+            ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens, tokens, tokens)),
             logits=compiler.part(run_logits),
             head=nn.Sequential(model.model.norm, model.lm_head),
