@@ -87,6 +87,13 @@ class StepCompiler:
         self._at_work_since_s = float("inf")  # the thread; "inf" while it has nothing to do
         self._threads = torch.get_num_threads()
 
+    def prepare(self, work: Callable[[], None]) -> None:
+        """Run work before anything is compiled: now, or in the thread of "auto", after its operations are built."""
+        if self.thread is not None:
+            self.thread.submit(work)
+        else:
+            work()
+
     def share_processor(self) -> None:
         """Leave one core to the thread of "auto" while it works for long. Call it before each step.
 

@@ -264,6 +264,6 @@ def _run_blocks(
     for block, layer in zip(model.model.layers, cache.layers(), strict=True):
         kind = parts.decode_block.kind(block)
         if kind not in forms:
-            forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer)
-        x_B1E = forms[kind](block, x_B1E, *shared, *layer)
+            forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer.tensors)
+        x_B1E = forms[kind](block, x_B1E, *shared, *layer.tensors)
     return x_B1E

@@ -13,7 +13,8 @@ from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.attention import finds_used_length
+from qwen3fast.kernels.attention import choose_prefill_form, finds_used_length
+from qwen3fast.kernels.forms import Choice
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
@@ -44,6 +45,33 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
             ranges.append(Dynamic(least + 1, least, most))
         least = most + 1
     return tuple(ranges)
+
+
+class Forms:
+    """Which forms of a computation the parts use on this machine, and why. prefill: see `CacheLayer.form`."""
+
+    def __init__(self) -> None:
+        self.prefill = ""
+        self.choices: dict[str, Choice] = {}
+
+    def choose(self, cache: StaticKVCache, num_heads: int) -> None:
+        """Measure what serves, once per machine, and use the fastest."""
+        choice = choose_prefill_form(cache.layers(None)[0], num_heads)
+        self.choices["prefill attention"], self.prefill = choice, choice.name
+
+
+def run_prefill_block(
+    forms: Forms,
+    block: Block,
+    x_BTE: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    position_BT: Tensor,
+    mask_BTL: Tensor,
+    *cache: Any,
+) -> Tensor:
+    """Run one block over a chunk of a prompt, with the form of attention that is the fastest on this machine."""
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache, forms.prefill))
 
 
 def run_block(
@@ -111,6 +139,7 @@ class Parts:
     embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
     """
 
+    forms: Forms
     decode_layers: DecodeLayers | None
     fused_step: Any
     decode_block: StepPart
@@ -135,11 +164,17 @@ class Parts:
         chunk: Sizes = {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
+        forms = Forms()
+        if compiler.enabled and device.type == "cpu" and model.model.norm.weight.dtype == torch.bfloat16:
+            compiler.prepare(partial(forms.choose, cache, config.num_attention_heads))
         return cls(
+            forms=forms,
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
             fused_step=_fused_step(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
-            prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
+            prefill_block=compiler.part(
+                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+            ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
             embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == cuda.DEVICE_TYPE),
             logits=compiler.part(run_logits, dynamic=(rows,)),

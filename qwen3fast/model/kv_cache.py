@@ -24,6 +24,7 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the cache row of each batch row; None means rows 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, one factor for each key and value vector where these are int8; otherwise None.
+    form: the name of the form of attention to use, see kernels/attention.py; empty for the first that serves.
     """
 
     k_RKSD: Tensor
@@ -31,6 +32,12 @@ class CacheLayer(NamedTuple):
     row_B: Tensor | None = None
     k_scale_RKS: Tensor | None = None
     v_scale_RKS: Tensor | None = None
+    form: str = ""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that are tensors, or None: all but the form."""
+        return self[:-1]
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
         """Store new keys and values in place.
@@ -145,7 +152,8 @@ class StaticKVCache:
         """Each layer's keys and values, for a batch of the given rows (see `CacheLayer`)."""
         none: list[Tensor | None] = [None] * len(self.keys)
         scales = (self.key_scales or none, self.value_scales or none)
-        return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
+        every = zip(self.keys, self.values, *scales, strict=True)
+        return [CacheLayer(k, v, row_B, k_scale, v_scale) for k, v, k_scale, v_scale in every]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, each with rows first and positions third."""
