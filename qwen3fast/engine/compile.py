@@ -68,6 +68,7 @@ class StepCompiler:
         enabled: False if compilation was not asked for or cannot work here; parts then run uncompiled.
         compilations: forms compiled so far through this object.
         seconds: time spent compiling them.
+        when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
 
     def __init__(self, mode: CompileMode, device: torch.device) -> None:
@@ -81,18 +82,12 @@ class StepCompiler:
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
         elif self.enabled and device.type == "cpu":
             cpu.load()
+        self.when_compiling: Callable[[], None] | None = None
         self.compilations = 0
         self.seconds = 0.0
         self._is_cuda = device.type == "cuda"
         self._at_work_since_s = float("inf")  # the thread; "inf" while it has nothing to do
         self._threads = torch.get_num_threads()
-
-    def prepare(self, work: Callable[[], None]) -> None:
-        """Run work before anything is compiled: now, or in the thread of "auto", after its operations are built."""
-        if self.thread is not None:
-            self.thread.submit(work)
-        else:
-            work()
 
     def share_processor(self) -> None:
         """Leave one core to the thread of "auto" while it works for long. Call it before each step.
@@ -122,7 +117,11 @@ class StepCompiler:
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
         assert self.thread is not None, "there is a thread in mode 'auto' only"
-        return self.thread.submit(self._compile_at_work, *arguments)
+        job = self.thread.submit(self._compile_at_work, *arguments)
+        if self.when_compiling is not None:
+            self.thread.submit(self.when_compiling)
+            self.when_compiling = None
+        return job
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
         """Return the part of a step that a function of a module and of tensors computes.
@@ -217,6 +216,11 @@ class StepPart:
             choice = self._choices[shapes] = form
         _allow_tracing_elsewhere()
         return choice
+
+    def forget(self) -> None:
+        """Compile again what is called from now on: something that is constant in compiled code has changed."""
+        for forms in (self._forms, self._choices, self._jobs):
+            forms.clear()
 
     def kind(self, module: nn.Module | None) -> int:
         """Return a number that all modules have in common which share compiled forms."""

@@ -212,7 +212,8 @@ def _logits(
     length: int,
 ) -> Tensor:
     """Return the logits after the input tokens of rows 0.., (B, V) float32."""
-    if parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
+    is_fused = rows.stop not in parts.forms.block_rows
+    if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
         x_B1E = model.embed(state.input_R[rows, None])
         x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:

@@ -32,6 +32,7 @@ from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts
 from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.token_ring import TokenRing
+from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
@@ -68,7 +69,7 @@ class Engine:
 
     compile=False runs the same code eagerly; cuda_graphs=False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
-    CUDA, otherwise 0.
+    CUDA, otherwise 0. forms: "measured" uses what is the fastest on this machine; "first" the same everywhere.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class Engine:
         compile: CompileMode = True,
         cuda_graphs: bool = True,
         lookahead: int | None = None,
+        forms: str = MEASURED,
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
         is_cuda = device.type == "cuda"
         self.compiler = StepCompiler(compile, device)
-        self.parts = Parts.build(self.compiler, model, cache)
+        self.parts = Parts.build(self.compiler, model, cache, is_first=forms == FIRST)
         self.state = DecodeState.allocate(cache.max_batch_size, device)
         # Allocated when a request first needs them, since rows are as long as the vocabulary; then they do not move.
         self.processors: ProcessorState | None = None
@@ -308,6 +310,7 @@ class Engine:
         report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
+        self.parts.decide_forms()
         report("prefill")
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):

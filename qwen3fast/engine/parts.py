@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
+from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.attention import choose_prefill_form, finds_used_length
-from qwen3fast.kernels.forms import Choice
+from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
@@ -47,19 +47,6 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
     return tuple(ranges)
 
 
-class Forms:
-    """Which forms of a computation the parts use on this machine, and why. prefill: see `CacheLayer.form`."""
-
-    def __init__(self) -> None:
-        self.prefill = ""
-        self.choices: dict[str, Choice] = {}
-
-    def choose(self, cache: StaticKVCache, num_heads: int) -> None:
-        """Measure what serves, once per machine, and use the fastest."""
-        choice = choose_prefill_form(cache.layers(None)[0], num_heads)
-        self.choices["prefill attention"], self.prefill = choice, choice.name
-
-
 def run_prefill_block(
     forms: Forms,
     block: Block,
@@ -70,8 +57,8 @@ def run_prefill_block(
     mask_BTL: Tensor,
     *cache: Any,
 ) -> Tensor:
-    """Run one block over a chunk of a prompt, with the form of attention that is the fastest on this machine."""
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache, forms.prefill))
+    """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache, forms.sdpa_from))
 
 
 def run_block(
@@ -135,6 +122,7 @@ class Parts:
 
     decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
     a whole step in Triton kernels, on CUDA devices with Triton.
+    forms: which forms of attention, products and blocks are used.
     needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
     embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
     """
@@ -154,8 +142,8 @@ class Parts:
     needs_mask: bool
 
     @classmethod
-    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
-        """Wrap each part with the compiler; nothing is compiled before its first call."""
+    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
+        """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # what forms there are is decided before anything is traced
@@ -164,9 +152,12 @@ class Parts:
         chunk: Sizes = {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
-        forms = Forms()
-        if compiler.enabled and device.type == "cpu" and model.model.norm.weight.dtype == torch.bfloat16:
-            compiler.prepare(partial(forms.choose, cache, config.num_attention_heads))
+        forms = Forms(model if compiler.enabled else None, cache, is_first)
+        if compiler.enabled:
+            is_auto = compiler.thread is not None
+            forms.decide(may_measure=not is_auto)
+            if is_auto:
+                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads())
         return cls(
             forms=forms,
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
@@ -187,6 +178,13 @@ class Parts:
             advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
+
+    def decide_forms(self) -> None:
+        """Measure which forms are the fastest, where that is not known yet, and use them from now on."""
+        if self.decode_layers is not None and self.forms.decide(may_measure=True):
+            parts = (self.decode_block, self.prefill_block, self.block_uncached, self.embed, self.logits)
+            for part in parts:
+                part.forget()
 
 
 def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:

@@ -2,7 +2,7 @@
 
 A form serves some queries: its condition looks at dtypes, sizes and the device, nothing else. It gives what the plain
 form at the end of the table gives, up to rounding. The first form that serves is used. The choice is made while a step
-is compiled and costs nothing when it runs.
+is compiled and costs nothing when it runs; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim
@@ -11,7 +11,6 @@ H query heads   K key/value heads   D head_dim
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.compiling import operations
-from qwen3fast.kernels.forms import Choice, choose
 
 # One layer's KV cache, `model.kv_cache.CacheLayer`: the model imports this file, not the other way round.
 Cache = Any
@@ -41,12 +38,12 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
     It may be None where `finds_used_length`. Without rows (`cache.row_B` is None: decode) batch row b is slot b; with
     rows (prefill) the T queries stand at the last of the L positions.
-    cache.form: the name of the form to use; the first that serves if it is empty.
+    cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
-        if cache.form in ("", form.name) and form.serves(q_BTHD, cache):
+        if form.serves(q_BTHD, cache):
             return form.run(q_BTHD, cache, position_BT, mask_BTL)
-    return _plain(q_BTHD, cache, position_BT, mask_BTL)
+    raise AssertionError("the last form serves everything")
 
 
 def finds_used_length(device: torch.device, head_dim: int) -> bool:
@@ -105,7 +102,14 @@ def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Ten
 
 def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     y_BTHD = torch.ops.qwen3fast.prefill_attention(
-        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+        q_BTHD,
+        cache.k_RKSD,
+        cache.v_RKSD,
+        position_BT,
+        cache.row_B,
+        cache.k_scale_RKS,
+        cache.v_scale_RKS,
+        cache.sdpa_from,
     )
     return y_BTHD.transpose(1, 2)
 
@@ -125,33 +129,3 @@ FORMS = (
     ),
     AttentionForm("plain", lambda q, cache: True, _plain),
 )
-
-
-@torch.no_grad()
-def choose_prefill_form(cache: Cache, num_heads: int, tokens: int = 512, positions: int = 2048) -> Choice:
-    """Measure the forms that serve prefill on this machine, with operations, and return the fastest.
-
-    cache: a layer of the cache that will be read, with scales where it has them; it is not touched. num_heads: H.
-    tokens, positions: T and L of the chunk that is measured; positions are cut to what the cache holds.
-    """
-    _, K, S, D = cache.k_RKSD.shape
-    positions = min(positions, S - 1)
-    tokens = min(tokens, positions)
-    device, dtype = cache.k_RKSD.device, torch.bfloat16
-    k_1KSD = torch.randn(1, K, positions + 1, D, device=device).to(cache.k_RKSD.dtype)
-    scale_1KS = None if cache.k_scale_RKS is None else torch.ones(1, K, positions + 1, device=device)
-    row_1 = torch.zeros(1, dtype=torch.int64, device=device)
-    layer = type(cache)(k_1KSD, k_1KSD, row_1, scale_1KS, scale_1KS)
-    q_1THD = torch.randn(1, tokens, num_heads, D, device=device).to(dtype)
-    position_1T = torch.arange(positions - tokens, positions, device=device)[None]
-    mask_1TL = torch.arange(positions, device=device) <= position_1T[..., None]
-
-    def run(form: AttentionForm) -> None:
-        with operations():
-            form.run(q_1THD, layer, position_1T, mask_1TL)
-
-    with operations():
-        serving = {form.name: partial(run, form) for form in FORMS if form.serves(q_1THD, layer)}
-    kind = str(cache.k_RKSD.dtype).removeprefix("torch.")
-    key = f"{tokens} tokens, {positions} positions, {num_heads} and {K} heads of {D}, {kind}"
-    return choose("prefill attention", key, serving, cpu.version())

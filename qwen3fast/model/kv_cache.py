@@ -24,7 +24,7 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the cache row of each batch row; None means rows 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, one factor for each key and value vector where these are int8; otherwise None.
-    form: the name of the form of attention to use, see kernels/attention.py; empty for the first that serves.
+    sdpa_from: used lengths from which PyTorch's attention serves prefill, see kernels/cpu/prefill.py; empty for never.
     """
 
     k_RKSD: Tensor
@@ -32,11 +32,11 @@ class CacheLayer(NamedTuple):
     row_B: Tensor | None = None
     k_scale_RKS: Tensor | None = None
     v_scale_RKS: Tensor | None = None
-    form: str = ""
+    sdpa_from: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields that are tensors, or None: all but the form."""
+        """The fields that are tensors, or None: all but `sdpa_from`."""
         return self[:-1]
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The layers that hold quantised weights; each takes the place of the layer of the same name in a model.
+"""The layers that hold quantized weights; each takes the place of the layer of the same name in a model.
 
 K in_features   N out_features
 """
@@ -10,18 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
 PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
 
 
 def can_use_operations(format: Format, x: Tensor) -> bool:
-    """Whether the C++ operations serve weights of this format, here and now."""
+    """Return whether the C++ operations serve weights of this format, here and now."""
     return x.device.type == "cpu" and "cpu" in format.devices and cpu.is_loaded()
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with its weight in 8 or 4 bits (see formats.py)."""
+    """A linear layer with its weight in 8 or 4 bits (see formats.py).
+
+    dequantize_from: rows from which PyTorch's product with the dequantized weight takes the C++ operation's place;
+    engines set it where that is faster (engine/forms.py).
+    """
+
+    dequantize_from: int = NEVER
 
     def __init__(self, packed: Packed, format: Format, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -43,20 +50,23 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N), same dtype.
 
-        The C++ operation rounds x to 8 bits, too, in groups of 32 channels; the GPU's form does not. On the CPU, the
-        result of a row does not depend on the rows beside it.
+        The C++ operation quantizes x to int8, too, in groups of 32 channels; other forms do not. In each form on the
+        CPU, the result of a row does not depend on the values in the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
-        """What each layer gives for the same x, (..., K), in one call: one (..., N) a layer, same dtype."""
+        """Return each layer's output (..., N) for the same x, (..., K), in one call, same dtype."""
         if any(layer.format is not layers[0].format for layer in layers):
             return [layer(x) for layer in layers]
         if can_use_operations(layers[0].format, x):
             y = torch.ops.qwen3fast.quantized_linear(
-                x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
+                x.bfloat16(),
+                [layer.weight_packed for layer in layers],
+                [layer.weight_scale for layer in layers],
+                layers[0].dequantize_from,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
         elif cuda.can_packed_matvec(x):
@@ -71,7 +81,7 @@ class QuantizedLinear(nn.Module):
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
-        """The weight that the bits stand for, (N, K) float32."""
+        """Return the weight that the bits stand for, (N, K) float32."""
         return self.format.dequantize(Packed(self.weight_packed, self.weight_scale))
 
 
