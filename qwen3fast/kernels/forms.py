@@ -202,7 +202,7 @@ def _as_choice(entry: Any) -> Choice | None:
     if not isinstance(entry, dict):
         return None
     name, seconds = entry.get("form"), entry.get("seconds")
-    if not isinstance(seconds, dict) or name not in seconds:
+    if not isinstance(name, str) or not isinstance(seconds, dict) or name not in seconds:
         return None
     if not all(isinstance(s, float) and 0 < s < math.inf for s in seconds.values()):
         return None

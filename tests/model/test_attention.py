@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen3fast.kernels import cpu
-from qwen3fast.kernels.attention import FORMS, attend, cached_attention, choose_prefill_form
-from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.attention import attend
 from qwen3fast.model import Attention, rope_tables
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.model.kv_cache import CacheLayer, round_vectors
+from qwen3fast.model.kv_cache import CacheLayer
 
 SLOTS = 24
 GROUPINGS = [(4, 4), (4, 2), (4, 1), (8, 1)]  # query heads, key/value heads
@@ -218,58 +216,3 @@ def test_attend_equals_loops(heads, kv_heads, tokens):
                 weights = torch.softmax(torch.stack(scores), dim=0)
                 expected[b, h, t] = sum(w * v_BKLD[b, kv_head, s].double() for w, s in zip(weights, seen, strict=True))
     assert_near(attend(q_BTHD, k_BKLD, v_BKLD, mask_BTL), expected)
-
-
-# ------------------------------------------------------------------------------------------------ forms of attention
-
-
-def cached_case(tokens, cache_dtype=torch.bfloat16, positions=70):
-    """A query of some tokens at the end of what slot 1 of a cache holds, in bfloat16."""
-    is_int8 = cache_dtype == torch.int8
-    shape = (2, 2, positions + 3, 64)
-    k, v = (random_tensor(*shape, seed=seed) for seed in (1, 2))
-    scales = (None, None)
-    if is_int8:
-        (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
-        scales = (k_scale, v_scale)
-    layer = CacheLayer(k.to(cache_dtype), v.to(cache_dtype), torch.tensor([1]), *scales)
-    q_BTHD = random_tensor(1, tokens, 4, 64).bfloat16()
-    position_BT = torch.arange(positions - tokens, positions)[None]
-    return q_BTHD, layer, position_BT, torch.arange(positions) <= position_BT[..., None]
-
-
-@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
-def test_forms_of_prefill_agree_with_the_plain_one(tokens, cache_dtype):
-    q, layer, *rest = cached_case(tokens, cache_dtype)
-    with operations():
-        serving = [form for form in FORMS if form.serves(q, layer)]
-        assert [form.name for form in serving] == ["cpp_prefill", "plain"]
-        results = [cached_attention(q, layer._replace(form=form.name), *rest) for form in serving]
-    torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)
-
-
-@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
-def test_the_form_that_is_named_runs(monkeypatch):
-    q, layer, *rest = cached_case(5)
-    used = []
-    forms = [form._replace(run=lambda *a, name=form.name: used.append(name)) for form in FORMS]
-    monkeypatch.setattr("qwen3fast.kernels.attention.FORMS", forms)
-    monkeypatch.setattr("qwen3fast.kernels.attention._plain", lambda *a: used.append("plain at the end"))
-    with operations():
-        for name in ("", "plain", "cpp_prefill", "split_decode"):
-            cached_attention(q, layer._replace(form=name), *rest)
-    assert used == ["cpp_prefill", "plain", "cpp_prefill", "plain at the end"]
-
-
-@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
-@pytest.mark.parametrize("slower", ["cpp_prefill", "plain"])
-def test_prefill_uses_the_form_that_is_faster_here(slower, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    seconds = {"cpp_prefill": 1.0, "plain": 1.0, slower: 2.0}
-    monkeypatch.setattr("qwen3fast.kernels.forms.measure", lambda forms: {name: seconds[name] for name in forms})
-    _, layer, *_ = cached_case(5)
-    choice = choose_prefill_form(layer, num_heads=4)
-    assert choice.name == ({"cpp_prefill", "plain"} - {slower}).pop()
-    assert choice.seconds == seconds
