@@ -17,7 +17,7 @@ import torch
 
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cases import DEQUANTIZED, LONG, ROWS, SDPA, Calls, linear_case, prefill_attention_case
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LONG, ROWS, SDPA, Calls, linear_case, prefill_attention_case
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.kernels.cpu.structures import NEVER
@@ -29,7 +29,7 @@ from qwen3fast.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
-ALL_BLOCKS, BLOCKS = "all blocks in one operation", "block by block"
+BLOCKS = "block by block"  # instead of all in one operation in C++
 DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
 DECODE_POSITION = 100
 WAITING = "until the next warmup() or process; measured meanwhile"
@@ -150,7 +150,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
         Case(
             "decode",
             f"{rows} row{'s' * (rows > 1)}, {blocks} blocks, {sizes}, {formats}, {kind} cache",
-            (ALL_BLOCKS, BLOCKS),
+            (CPP, BLOCKS),
             partial(_decode_calls, model, blocks, dtype, rows),
             (rows,),
         )
@@ -181,7 +181,7 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
             for block, layer in zip(model.model.layers, cache.layers(), strict=False):
                 x = block(x, cos_B1D, sin_B1D, position_B1, mask_B1L, layer)
 
-    return {ALL_BLOCKS: all_blocks, BLOCKS: block_by_block}
+    return {CPP: all_blocks, BLOCKS: block_by_block}
 
 
 def quantized_layers(model: Qwen3) -> Mapping[str, list[QuantizedLinear]]:

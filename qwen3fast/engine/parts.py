@@ -58,7 +58,8 @@ def run_prefill_block(
     *cache: Any,
 ) -> Tensor:
     """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache, sdpa_from=forms.sdpa_from))
+    layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from)
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
 
 
 def run_block(

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.kernels.forms import Case
 
-CPP, SDPA, DEQUANTIZED = "C++", "SDPA", "dequantized"
+CPP, SDPA, DEQUANTIZED, LINEAR = "C++", "SDPA", "dequantized", "F.linear"
 LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
 ROWS = (32, 128, 512)  # at which products are measured
 
@@ -60,6 +61,17 @@ def _linear(rows: int, K: int, packed: Tensor, scale: Tensor) -> Calls:
     limits = {CPP: NEVER, DEQUANTIZED: 0}
     operation = torch.ops.qwen3fast.quantized_linear
     return {name: _without_grad(operation, x_MK, [packed], [scale], at) for name, at in limits.items()}
+
+
+def matvec_case(rows: int, weight_NK: Tensor) -> Case:
+    """Return the product of up to 15 rows with a bfloat16 weight."""
+    x_MK = torch.full((rows, weight_NK.shape[1]), 0.1, dtype=torch.bfloat16)
+    both = {
+        CPP: _without_grad(torch.ops.qwen3fast.matvec, x_MK, weight_NK),
+        LINEAR: _without_grad(F.linear, x_MK, weight_NK),
+    }
+    sizes = " x ".join(map(str, weight_NK.shape))
+    return Case("linear bfloat16", f"{rows} rows, {sizes}", tuple(both), lambda: both, (rows,))
 
 
 def _without_grad(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

@@ -37,5 +37,5 @@ def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
 def _in_rows(packed: Tensor) -> Tensor:
     """Return the bytes in the order of rows, (N, bytes of a row) uint8; four neighboring bytes move as one number."""
     blocks, count = packed.shape[:2]
-    words = packed.view(torch.int32).view(blocks, count, LANES).transpose(1, 2).reshape(blocks * LANES, count)
-    return words.view(torch.uint8)
+    words = packed.view(torch.int32).view(blocks, count, LANES).transpose(1, 2).contiguous()
+    return words.view(blocks * LANES, count).view(torch.uint8)
