@@ -3,9 +3,7 @@
 from qwen3fast.bench.suites import ablation, batch, cache, context, forms, quantization, roofline, startup
 from qwen3fast.bench.suites.suite import Suite
 
-SUITES: dict[str, Suite] = {
-    module.SUITE.name: module.SUITE
-    for module in (cache, roofline, batch, context, startup, quantization, ablation, forms)
-}
+MODULES = (cache, roofline, batch, context, startup, quantization, ablation, forms)
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
 
 __all__ = ["SUITES", "Suite"]

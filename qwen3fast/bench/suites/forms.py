@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen3fast.bench.harness import Group, Measurement, Task
 from qwen3fast.bench.options import split_format
-from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
@@ -70,7 +70,7 @@ def _tasks(case: forms.Case) -> Iterator[Task]:
                 made.update(case.calls())
             return {"seconds": mean_seconds(made[name])}
 
-        labels = {"computation": case.what, "sizes": case.key, "form": name}
+        labels: dict[str, Label] = {"computation": case.what, "sizes": case.key, "form": name}
         yield Task(Case(labels, {"tokens": float(case.sizes[0])}), run, expected_s=2 * SAMPLE_S)
 
 
