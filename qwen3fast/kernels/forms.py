@@ -51,8 +51,12 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {s * 1e3:.3g} ms" for name, s in self.seconds.items())
-        return f"{self.name} ({self.reason}{': ' if times else ''}{times})"
+        return f"{self.name} ({self.reason}{': ' if self.seconds else ''}{self.times})"
+
+    @property
+    def times(self) -> str:
+        """The times in words: "C++ 0.31 ms, SDPA 0.98 ms"."""
+        return ", ".join(f"{name} {s * 1e3:.3g} ms" for name, s in self.seconds.items())
 
 
 class Case(NamedTuple):
