@@ -394,5 +394,5 @@ class Generator:
         compile = options.compile
         if ranks is not None and compile == "auto":
             compile = True  # ranks that try a compiled form at different times would wait for each other forever
-        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs)
+        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, forms=options.forms)
         return engine if ranks is None else lead_or_follow(engine, ranks)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from qwen3fast.checks import checked_flag, checked_integer, checked_option
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.engine.threads import checked_threads
+from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
 
@@ -35,6 +36,9 @@ class GeneratorOptions:
             prefix that it shares with one of them. Switch it off before changing weights in place.
         max_queue: requests that may wait in `submit` and `astream`.
         threads: CPU threads, for the whole process; None takes one per core.
+        forms: where several forms of a computation serve, "measured" uses the fastest on this machine, measured once
+            and kept in the cache folder; "first" uses the same ones everywhere, for runs that can be repeated on other
+            machines. The environment variable QWEN3FAST_FORMS=first does so for all Generators.
     """
 
     max_seq_len: int = 4096
@@ -45,6 +49,7 @@ class GeneratorOptions:
     prefix_reuse: bool = True
     max_queue: int = 1024
     threads: int | None = None
+    forms: str = MEASURED
 
     def __post_init__(self) -> None:
         """Check each option. Raises: ValueError naming the option, the allowed values, and the value."""
@@ -53,6 +58,7 @@ class GeneratorOptions:
         for name in ("cuda_graphs", "prefix_reuse"):
             self._set(name, checked_flag(name, getattr(self, name)))
         checked_option("kv_cache_dtype", self.kv_cache_dtype, tuple(CACHE_DTYPES))
+        checked_option("forms", self.forms, (MEASURED, FIRST))
         if not (isinstance(self.compile, str) and self.compile == "auto"):
             self._set("compile", checked_flag("compile", self.compile, also="'auto'"))
         self._set("threads", checked_threads(self.threads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qwen3fast.kernels.forms import Choice
 from qwen3fast.text.tool_calls import ToolCall
 
 
@@ -114,6 +115,7 @@ class GeneratorStats:
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
         slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.
         prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
+        forms: on CPUs, the form chosen for each computation that has several, with the reason and the measured times.
     """
 
     compilations: int
@@ -126,3 +128,4 @@ class GeneratorStats:
     waiting: int
     prefilled_tokens: int = 0
     reused_tokens: int = 0
+    forms: dict[str, Choice] = field(default_factory=dict)

@@ -68,6 +68,7 @@ class StepCompiler:
         enabled: False if compilation is switched off or cannot work here; parts then run uncompiled.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
+        when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
 
     def __init__(self, mode: CompileMode, device: torch.device) -> None:
@@ -81,6 +82,7 @@ class StepCompiler:
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
         elif self.enabled and device.type == "cpu":
             cpu.load()
+        self.when_compiling: Callable[[], None] | None = None
         self.compilations = 0
         self.seconds = 0.0
         self._is_cuda = device.type == "cuda"
@@ -115,7 +117,11 @@ class StepCompiler:
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
         assert self.thread is not None, "there is a thread in mode 'auto' only"
-        return self.thread.submit(self._compile_at_work, *arguments)
+        job = self.thread.submit(self._compile_at_work, *arguments)
+        if self.when_compiling is not None:
+            self.thread.submit(self.when_compiling)
+            self.when_compiling = None
+        return job
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
         """Return a part of a step, given as a function of a module and tensors.
@@ -209,6 +215,11 @@ class StepPart:
             choice = self._choices[shapes] = form
         _allow_tracing_elsewhere()
         return choice
+
+    def forget(self) -> None:
+        """Compile again what is called from now on: something that is constant in compiled code has changed."""
+        for forms in (self._forms, self._choices, self._jobs):
+            forms.clear()
 
     def kind(self, module: nn.Module | None) -> int:
         """Return a number that is equal for modules that share compiled forms."""

@@ -69,7 +69,8 @@ def _logits(
     length: int,
 ) -> Tensor:
     """Return the logits after the input tokens, (B, V) float32."""
-    if parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
+    is_fused = rows.stop not in parts.forms.block_rows
+    if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
         x_B1E = model.embed(state.input_R[rows, None])
         x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:
@@ -123,6 +124,6 @@ def _run_blocks(
     for block, layer in zip(model.model.layers, cache.layers(), strict=True):
         kind = parts.decode_block.kind(block)
         if kind not in forms:
-            forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer)
-        x_B1E = forms[kind](block, x_B1E, *shared, *layer)
+            forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer.tensors)
+        x_B1E = forms[kind](block, x_B1E, *shared, *layer.tensors)
     return x_B1E

@@ -16,21 +16,26 @@ from qwen3fast.quantization.layers import QuantizedLinear
 
 
 class DecodeLayers:
-    """The blocks of a dense model over a KV cache. The reference is `model/block.py`."""
+    """The blocks of a dense model over a KV cache. The reference is `model/block.py`.
 
-    def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
-        blocks = [b for b in model.model.layers if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
+    is_possible: whether the operation serves the model, its formats and the cache.
+    """
+
+    def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
+        """num_layers: of the first blocks, for a cache of as many; by default all."""
+        every = list(model.model.layers)[:num_layers]
+        blocks = [b for b in every if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
         norms = [norm for block in blocks for norm in _norms(block)]
         linears = [linear for block in blocks for linear in _linears(block)]
-        self._is_possible = (
-            len(blocks) == len(model.model.layers)  # those with experts have no form in C++
+        self.is_possible = (
+            len(blocks) == len(every)  # those with experts have no form in C++
             and all(_is_served(linear) for linear in linears)
             and all(_has_equal_inputs(block) for block in blocks)
             and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
-        if self._is_possible:
+        if self.is_possible:
             weights = [x.weight_packed if isinstance(x, QuantizedLinear) else x.weight for x in linears]
             scales = [x.weight_scale if isinstance(x, QuantizedLinear) else None for x in linears]
             caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
@@ -38,7 +43,7 @@ class DecodeLayers:
 
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
-        return self._is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
+        return self.is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.

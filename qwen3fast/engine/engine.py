@@ -19,6 +19,7 @@ from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
 from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import LogprobState, ProcessorState, StepKind
+from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
@@ -34,7 +35,7 @@ class Engine(Rows):
 
     compile: False runs the same code eagerly. cuda_graphs: False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
-    CUDA, otherwise 0.
+    CUDA, otherwise 0. forms: "measured" uses what is the fastest on this machine; "first" the same everywhere.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Engine(Rows):
         compile: CompileMode = True,
         cuda_graphs: bool = True,
         lookahead: int | None = None,
+        forms: str = MEASURED,
     ) -> None:
         super().__init__(cache, model.config.vocab_size, device)
         self.model = model
         is_cuda = device.type == "cuda"
         self.compiler = StepCompiler(compile, device)
-        self.parts = Parts.build(self.compiler, model, cache)
+        self.parts = Parts.build(self.compiler, model, cache, is_first=forms == FIRST)
         self.logprobs: LogprobState | None = None  # allocated when a request first needs them
         self.graphs: GraphCache | None = None
         self.captured: CapturedChunks | None = None
@@ -190,6 +192,7 @@ class Engine(Rows):
         report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
+        self.parts.decide_forms()
         report("prefill")
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
+from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
@@ -44,6 +45,21 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
             ranges.append(Dynamic(least + 1, least, most))
         least = most + 1
     return tuple(ranges)
+
+
+def run_prefill_block(
+    forms: Forms,
+    block: Block,
+    x_BTE: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    position_BT: Tensor,
+    mask_BTL: Tensor,
+    *cache: Any,
+) -> Tensor:
+    """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
+    layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from)
+    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
 
 
 def run_block(
@@ -113,10 +129,12 @@ class Parts:
     Attributes:
         decode_layers: all blocks of a decode step in one C++ operation, where available.
         fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
+        forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
         needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
     """
 
+    forms: Forms
     decode_layers: DecodeLayers | None
     fused_step: Any
     decode_block: StepPart
@@ -131,8 +149,8 @@ class Parts:
     needs_mask: bool
 
     @classmethod
-    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
-        """Wrap each part with the compiler; nothing is compiled before its first call."""
+    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
+        """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist
@@ -141,11 +159,20 @@ class Parts:
         chunk: Sizes = {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
+        forms = Forms(model if compiler.enabled else None, cache, is_first)
+        if compiler.enabled:
+            is_auto = compiler.thread is not None
+            forms.decide(may_measure=not is_auto)
+            if is_auto:
+                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads())
         return cls(
+            forms=forms,
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
             fused_step=_fused_step(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
-            prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
+            prefill_block=compiler.part(
+                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+            ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
             embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == cuda.DEVICE_TYPE),
             logits=compiler.part(run_logits, dynamic=(rows,)),
@@ -158,6 +185,13 @@ class Parts:
             advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
+
+    def decide_forms(self) -> None:
+        """Measure which forms are the fastest, where that is not known yet, and use them from now on."""
+        if self.decode_layers is not None and self.forms.decide(may_measure=True):
+            parts = (self.decode_block, self.prefill_block, self.block_uncached, self.embed, self.logits)
+            for part in parts:
+                part.forget()
 
 
 def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:

@@ -158,5 +158,5 @@ def prefill_chunk(
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
     for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):
-        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer)
+        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer.tensors)
     return x_1TE

@@ -2,7 +2,7 @@
 
 Each form has a condition on dtypes, sizes and the device; the first form whose condition holds is used. All forms
 return the result of the plain form, the last of the table, up to rounding. The choice is made while a step is compiled
-and costs nothing at run time.
+and costs nothing at run time; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim
@@ -38,6 +38,7 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
     It may be None where `finds_used_length`. Without rows (`cache.row_B` is None: decode) batch row b is slot b; with
     rows (prefill) the T queries stand at the last of the L positions.
+    cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
         if form.serves(q_BTHD, cache):
@@ -104,7 +105,14 @@ def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Ten
 
 def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     y_BTHD: Tensor = torch.ops.qwen3fast.prefill_attention(
-        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+        q_BTHD,
+        cache.k_RKSD,
+        cache.v_RKSD,
+        position_BT,
+        cache.row_B,
+        cache.k_scale_RKS,
+        cache.v_scale_RKS,
+        cache.sdpa_from,
     )
     return y_BTHD.transpose(1, 2)
 

@@ -24,6 +24,7 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, one scale per key and value vector where these are int8; otherwise None.
+    sdpa_from: used lengths from which PyTorch's attention serves prefill, see kernels/cpu/prefill.py; empty for never.
     """
 
     k_RKSD: Tensor
@@ -31,6 +32,12 @@ class CacheLayer(NamedTuple):
     row_B: Tensor | None = None
     k_scale_RKS: Tensor | None = None
     v_scale_RKS: Tensor | None = None
+    sdpa_from: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that are tensors, or None: all but `sdpa_from`."""
+        return self[:-1]
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
         """Store new keys and values in place.
@@ -151,7 +158,8 @@ class StaticKVCache:
         """Return each layer's keys and values, for a batch in the given slots (see `CacheLayer`)."""
         none: list[Tensor | None] = [None] * len(self.keys)
         scales = (self.key_scales or none, self.value_scales or none)
-        return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
+        every = zip(self.keys, self.values, *scales, strict=True)
+        return [CacheLayer(k, v, row_B, k_scale, v_scale) for k, v, k_scale, v_scale in every]
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors; slots are the first dimension of each, positions the third."""

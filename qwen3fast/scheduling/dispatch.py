@@ -163,4 +163,5 @@ class Dispatcher:
             waiting=len(scheduler.waiting),
             prefilled_tokens=scheduler.prefilled_tokens,
             reused_tokens=scheduler.reused_tokens,
+            forms=dict(engine.parts.forms.choices),
         )

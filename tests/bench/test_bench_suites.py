@@ -13,7 +13,8 @@ from qwen3fast.bench import measure, probes, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
-from qwen3fast.bench.suites import SUITES, batch, cache, context, llama_bench, quantization, roofline, startup
+from qwen3fast.bench.suites import SUITES, batch, cache, context, forms, llama_bench, quantization, roofline, startup
+from qwen3fast.kernels import cpu
 
 SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
@@ -254,6 +255,40 @@ def test_suite_ablation(tmp_path, capsys):
     options = ["--contexts", "16", "--formats", "plain", "--modes", "uncached-eager,cached-eager"]
     record = run_suite("ablation", options, tmp_path, capsys)
     assert labels_of(record, "stage") == [("no cache, eager",), ("+ static KV cache",)]
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+def test_suite_forms(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forms, "mean_seconds", lambda call: (call(), 1.0)[-1])  # each form runs once
+    options = ["--contexts", "64", "--formats", "plain,int4", "--batch-sizes", "2", "--dtype", "bfloat16"]
+    record = run_suite("forms", options, tmp_path, capsys)
+    found = {(c.labels["computation"], c.labels["form"]) for c in record.cases}
+    assert found == {
+        ("prefill attention", "C++"), ("prefill attention", "SDPA"),
+        ("linear bfloat16", "C++"), ("linear bfloat16", "F.linear"),
+        ("linear int4", "C++"), ("linear int4", "dequantized"),
+        ("decode", "C++"), ("decode", "block by block"),
+    }  # fmt: skip
+    assert len({tuple(case.labels.values()) for case in record.cases}) == len(record.cases)
+    assert forms.summary(record) == ["On this machine no plainer form is faster than the C++."]
+    for case in record.cases:
+        if case.labels["form"] == "SDPA":
+            case.samples["seconds"] = [0.5] * 2
+    sentences = forms.summary(record)
+    assert len(sentences) == sum(case.labels["form"] == "SDPA" for case in record.cases)
+    assert all(" SDPA is 2.00 times as fast as the C++." in sentence for sentence in sentences)
+
+
+def test_suite_forms_needs_a_model_in_bfloat16(capsys):
+    assert main(["--suite", "forms", *SMALL, "--dtype", "float32"]) == 2
+    assert "the suite forms needs a CPU, a model in bfloat16 and the C++ operations" in capsys.readouterr().err
+
+
+def test_suite_forms_takes_the_mean_over_enough_calls():
+    clock = self_test.FakeClock()
+    assert forms.mean_seconds(lambda: clock.wait(0.02), lambda: clock.now) == pytest.approx(0.02)
+    assert clock.now == pytest.approx(0.02 * 4)  # the first call does not count
+    assert forms.mean_seconds(lambda: clock.wait(9.0), lambda: clock.now) == pytest.approx(9.0)
 
 
 def test_suite_startup(tmp_path, capsys, monkeypatch):

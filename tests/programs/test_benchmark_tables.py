@@ -196,6 +196,15 @@ def test_the_readme_gets_the_table_of_each_record_and_where_it_was_measured(make
     assert update_readme.update(new, tmp_path) == new
 
 
+def test_the_cache_table_tells_where_the_first_token_comes_later_with_the_cache():
+    slow = cache_record()
+    assert "FAULT" not in update_readme.cache_table(slow)
+    slow.cases[1].samples["ttft_s"] = [0.8]
+    assert update_readme.cache_table(slow).endswith(
+        "|\n\nFAULT at 32 tokens (bf16, batch 1): the first token takes 800 ms with the cache, 500 ms without."
+    )
+
+
 def test_the_version_of_transformers_and_noise_are_said(tmp_path):
     noisy = peers_record()
     noisy.environment = noisy.environment | {"transformers": "5"}

@@ -60,11 +60,13 @@ class PrequantizedLayer:
         return read(self.tensors, rows)
 
     def _levels(self, rows: slice) -> Levels:
-        return _READERS[self.stored.method].levels(self.stored, self.tensors, rows)
+        levels: Levels = _READERS[self.stored.method].levels(self.stored, self.tensors, rows)
+        return levels
 
 
 def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
     """Return the tensors of a layer of this shape, by the ends of their names."""
     if stored.method == "fp8":
         return fp8.expected_tensors(N, K)
-    return _READERS[stored.method].expected_tensors(stored, N, K)
+    tensors: dict[str, ExpectedTensor] = _READERS[stored.method].expected_tensors(stored, N, K)
+    return tensors

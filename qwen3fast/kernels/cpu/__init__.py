@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "quantize_weight",
     "switched_off",
+    "version",
 ]
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,11 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _is_off = False
+
+
+def version() -> str:
+    """Return what tells this build of the operations from others; empty before `load` has succeeded."""
+    return Path(_functions._name).stem if _functions is not None else ""
 
 
 def functions() -> ctypes.CDLL:

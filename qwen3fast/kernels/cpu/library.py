@@ -65,7 +65,7 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     """
     if sys.platform != "linux":
         raise NoCompilerError("they need Linux with g++ or clang++")
-    folder, key = cache_folder(), _key()
+    folder, key = cache_folder(), source_key()
     library = _find(folder, key)
     if library is None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -110,8 +110,8 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return _temporary[0]
 
 
-def _key() -> str:
-    """Return what tells libraries of other sources, flags and processors apart."""
+def source_key() -> str:
+    """Return a name of these sources and flags on this processor: libraries of others have other names."""
     sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
     return _digest("\n".join([*sources, *FLAGS, *TARGET_FLAGS, _processor()]).encode())[:16]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
+NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
 class Linear(ctypes.Structure):
@@ -98,3 +99,19 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
             )
         pointers.append(None if scale is None else scale.data_ptr())
     return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)
+
+
+def checked_cache(
+    name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> ctypes.Structure:
+    require(q.dtype == torch.bfloat16, f"{name}: q must be bfloat16")
+    require(k.shape[3] == q.shape[3] and q.shape[2] % k.shape[1] == 0, f"{name}: q must fit the cache's heads")
+    try:
+        return cache(k, v, k_scale, v_scale)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from None
+
+
+def checked_positions(name: str, position: Tensor, count: int) -> Tensor:
+    require(position.dtype == torch.int64 and position.numel() == count, f"{name}: an int64 position for each query")
+    return position.contiguous()
