@@ -106,13 +106,15 @@ class Parts:
     """The functions above, compiled or not, and one sampler for each kind. head: the module that `logits` runs.
 
     decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
-    a whole step in Triton kernels, on CUDA devices with Triton.
+    a whole step in Triton kernels, on CUDA devices with Triton. fused_sampler: a `FusedSampler`, which takes the place
+    of `samplers` and `advance` there.
     needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
     embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
     """
 
     decode_layers: DecodeLayers | None
     fused_step: Any
+    fused_sampler: Any
     decode_block: StepPart
     prefill_block: StepPart
     block_uncached: StepPart
@@ -135,9 +137,11 @@ class Parts:
         chunk: Sizes = {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
+        fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
-            fused_step=_fused_step(model, cache) if compiler.enabled else None,
+            fused_step=fused_step,
+            fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
@@ -159,10 +163,12 @@ def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
     return min(cache.allocated_len, MAX_SORTED_PAIRS // pairs)
 
 
-def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
-    """Return the fused step if it serves this model on this device; building it stacks weights."""
+def _fused_parts(model: Qwen3, cache: StaticKVCache) -> tuple[Any, Any]:
+    """Return the fused step, which stacks weights if it serves this model, and sampler; None for other devices."""
     if cache.keys[0].device.type != cuda.DEVICE_TYPE or not cuda.use_fused_step() or not cuda.load():
-        return None
-    from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton
+        return None, None
+    from qwen3fast.engine.fused_sampler import FusedSampler  # both need Triton
+    from qwen3fast.engine.fused_step import FusedDecodeStep
 
-    return FusedDecodeStep(model, cache)
+    sampler = FusedSampler(cache.max_batch_size, model.config.vocab_size, cache.keys[0].device)
+    return FusedDecodeStep(model, cache), sampler
