@@ -105,9 +105,14 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
 
 def _sampler_cases() -> Iterator[Case]:
     C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
-    tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
-    row = tokens | {"C": C, "WIDTH": triton.next_power_of_2(C), "BITS": sample.BITS, "PASSES": sample.PASSES}
-    best = {"best_logit": "*fp32", "best_token": "*i32"}
+    tokens: dict[str, Any] = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
+    row: dict[str, Any] = tokens | {
+        "C": C,
+        "WIDTH": triton.next_power_of_2(C),
+        "BITS": sample.BITS,
+        "PASSES": sample.PASSES,
+    }
+    best: dict[str, str] = {"best_logit": "*fp32", "best_token": "*i32"}
     types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
     types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
     yield Case("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
