@@ -105,14 +105,14 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
 
 def _sampler_cases() -> Iterator[Case]:
     C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
-    tokens: dict[str, Any] = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
-    row: dict[str, Any] = tokens | {
+    tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
+    row = tokens | {
         "C": C,
         "WIDTH": triton.next_power_of_2(C),
         "BITS": sample.BITS,
         "PASSES": sample.PASSES,
     }
-    best: dict[str, str] = {"best_logit": "*fp32", "best_token": "*i32"}
+    best = {"best_logit": "*fp32", "best_token": "*i32"}
     types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
     types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
     yield Case("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
@@ -120,8 +120,8 @@ def _sampler_cases() -> Iterator[Case]:
     for index in (0, 1, sample.PASSES, sample.PASSES + 1, 2 * sample.PASSES - 1):
         own = {"INDEX": index, "TILE": sample.TILE}
         yield Case(f"search, pass {index}", sample.search_kernel, types, row | own, {})
-    own = {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
-    yield Case("draw", sample.draw_kernel, types | own, row, {})
+    types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
+    yield Case("draw", sample.draw_kernel, types, row, {})
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
