@@ -53,7 +53,15 @@ def decode_step(
         logits_BV = parts.fused_step.logits(state.input_R[rows], cos_SD, sin_SD, state.position_R[rows])
     else:
         logits_BV = _logits(model, parts, cache, cos_SD, sin_SD, state, rows, length)
-    token_B = choose_tokens(parts, logits_BV, state, rows, sampler, processors, logprobs, hook)
+    changed_BV = _changed(parts, logits_BV, rows, processors, hook)
+    sampler_rows = state.sampler_rows(rows)
+    if parts.fused_sampler is not None:
+        written = (state.advance_R, state.input_R, state.output_R, state.position_R, state.step_R)
+        parts.fused_sampler.advance(changed_BV, sampler_rows, sampler, *(tensor[rows] for tensor in written))
+        _record(logits_BV, state.output_R[rows], state, rows, processors, logprobs)
+        return
+    token_B = parts.samplers[sampler](None, changed_BV, *sampler_rows)
+    _record(logits_BV, token_B, state, rows, processors, logprobs)
     written = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
     parts.advance(None, token_B, *(tensor[rows] for tensor in written))
 
@@ -90,16 +98,40 @@ def choose_tokens(
     hook: Hook | None = None,
 ) -> Tensor:
     """Return the tokens of some rows, (B,) int64: hook, processors and sampler, then log-probabilities."""
+    token_B: Tensor
+    changed_BV = _changed(parts, logits_BV, rows, processors, hook)
+    if parts.fused_sampler is not None:
+        token_B = parts.fused_sampler.choose(changed_BV, state.sampler_rows(rows), sampler)
+    else:
+        token_B = parts.samplers[sampler](None, changed_BV, *state.sampler_rows(rows))
+    _record(logits_BV, token_B, state, rows, processors, logprobs)
+    return token_B
+
+
+def _changed(
+    parts: Parts, logits_BV: Tensor, rows: slice, processors: ProcessorState | None, hook: Hook | None
+) -> Tensor:
+    """Return the logits to sample from, (B, V) float32."""
     changed_BV = logits_BV if hook is None else hook(logits_BV)
     if processors is not None:
         changed_BV = parts.processors(None, changed_BV, *processors.rows(rows))
-    token_B: Tensor = parts.samplers[sampler](None, changed_BV, *state.sampler_rows(rows))
+    return changed_BV
+
+
+def _record(
+    logits_BV: Tensor,
+    token_B: Tensor,
+    state: DecodeState,
+    rows: slice,
+    processors: ProcessorState | None,
+    logprobs: LogprobState | None,
+) -> None:
+    """Count the chosen tokens, and write their log-probabilities, for what needs them."""
     if processors is not None:
         count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
     if logprobs is not None:
         chosen_B, id_BN, value_BN = log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
         logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
-    return token_B
 
 
 def _run_blocks(

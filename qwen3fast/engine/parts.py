@@ -59,7 +59,8 @@ def run_prefill_block(
 ) -> Tensor:
     """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
     layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from)
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
+    y_BTE: Tensor = block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
+    return y_BTE
 
 
 def run_block(
@@ -129,6 +130,7 @@ class Parts:
     Attributes:
         decode_layers: all blocks of a decode step in one C++ operation, where available.
         fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
+        fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
         needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
@@ -137,6 +139,7 @@ class Parts:
     forms: Forms
     decode_layers: DecodeLayers | None
     fused_step: Any
+    fused_sampler: Any
     decode_block: StepPart
     prefill_block: StepPart
     block_uncached: StepPart
@@ -165,10 +168,12 @@ class Parts:
             forms.decide(may_measure=not is_auto)
             if is_auto:
                 compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads())
+        fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
             decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
-            fused_step=_fused_step(model, cache) if compiler.enabled else None,
+            fused_step=fused_step,
+            fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(
                 partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
@@ -199,10 +204,12 @@ def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
     return min(cache.allocated_len, MAX_SORTED_PAIRS // pairs)
 
 
-def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
-    """Return the fused step if it supports this model and device; building it stacks weights."""
+def _fused_parts(model: Qwen3, cache: StaticKVCache) -> tuple[Any, Any]:
+    """Return the fused step, which stacks weights, and the fused sampler, where they support the model and device."""
     if cache.keys[0].device.type != cuda.DEVICE_TYPE or not cuda.use_fused_step() or not cuda.load():
-        return None
-    from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton
+        return None, None
+    from qwen3fast.engine.fused_sampler import FusedSampler  # both need Triton
+    from qwen3fast.engine.fused_step import FusedDecodeStep
 
-    return FusedDecodeStep(model, cache)
+    sampler = FusedSampler(cache.max_batch_size, model.config.vocab_size, cache.keys[0].device)
+    return FusedDecodeStep(model, cache), sampler

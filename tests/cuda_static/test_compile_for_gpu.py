@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,8 @@ from compile_for_gpu.devices import GPUS
 from qwen3fast.bench.record import Record, load_record
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-compile.json"
-MAX_LAUNCHES = 336  # per token of 0.6B in bfloat16, from the first run on a GPU
+MAX_LAUNCHES = 175  # per token of 0.6B in bfloat16; in the first run on a GPU there were 336
+KINDS = ("triton_kernels", "library_calls", "eager_calls")
 
 SOURCE = """
 def call(args):
@@ -136,6 +136,7 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     part = {"launches": 2, "calls": {"extern_kernels.mm": 1}, "buffers": 1, "runs": 3}
     part["kernels"] = [kernel("small", spill_bytes=4), kernel("other", shared_bytes=4, registers=40)]
     counts = {"triton_launches": 6, "library_calls": {"extern_kernels.mm": 3}, "eager_calls": {"aten::copy_": 4}}
+    counts |= {"own_launches": {"qwen3fast::step_draw": 2}}
     record = record_of(**counts, parts={"run_block": part})
     record = Record.from_dict(record.to_dict())
     [case] = record.cases
@@ -154,13 +155,13 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     ]  # fmt: skip
 
 
-def test_the_recorded_step_launches_no_more_than_the_first_run_on_a_gpu():
+def test_the_recorded_step_launches_few_kernels():
     record = load_record(RECORD)
     cases = {
         (c.labels["step"], c.labels["model"], c.labels["weights"], c.labels["batch_size"]): c for c in record.cases
     }
     case = cases["decode", "0.6b", "bf16", 1]
-    launches = sum(case.metrics[name].median for name in ("triton_kernels", "library_calls", "eager_calls"))
+    launches = sum(case.metrics[name].median for name in KINDS)
     assert 28 < launches <= MAX_LAUNCHES
     assert case.facts["spill_bytes"] == 0
     assert not any(binaries.is_unsafe(kernel) for kernel in main.kernels_of(record))
@@ -191,11 +192,12 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     record = Record.from_dict(json.loads(file.read_text()))
     steps = {case.labels["step"]: case for case in record.cases}
-    assert list(steps) == ["decode", "prefill"]
-    parts = record.notes["steps"][steps["decode"].name]["parts"]
-    runs = Counter({name: part["runs"] for name, part in parts.items()})
-    assert runs["run_block"] == 2 and parts["run_block"]["launches"] <= 11
-    assert parts["run_block"]["calls"] == {}  # products of one row are fused
+    assert list(steps) == ["decode", "sampled", "prefill"]
+    counts = {name: sum(case.metrics[kind].median for kind in KINDS) for name, case in steps.items()}
+    assert counts["decode"] <= 2 * 6 + 3 and counts["sampled"] <= 2 * 6 + 2 + 19
+    notes = record.notes["steps"]
+    assert all(notes[steps[name].name]["parts"] == {} for name in ("decode", "sampled"))  # none by Inductor
+    assert notes[steps["prefill"].name]["parts"]["run_block"]["runs"] == 2
     kernels = main.kernels_of(record)
-    assert len(kernels) > 20 and not any(binaries.is_unsafe(kernel) for kernel in kernels)
+    assert len(kernels) > 60 and not any(binaries.is_unsafe(kernel) for kernel in kernels)
     assert any(kernel["launch_pdl"] for kernel in kernels)

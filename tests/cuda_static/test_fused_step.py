@@ -158,14 +158,17 @@ def test_engines_on_cuda_select_it(is_on, monkeypatch):
         parts = Parts.build(StepCompiler(True, device), model, cache)
         assert Parts.build(StepCompiler(False, device), model, cache).fused_step is None
         if not is_on:
-            assert parts.fused_step is None
+            assert parts.fused_step is None and parts.fused_sampler is None
             return
         assert [parts.fused_step.serves(rows) for rows in (1, 8, 16)] == [True, True, False]
         state = DecodeState.allocate(16, device)
         cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
         with HostWatch() as watch:
             decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.GREEDY)
+            decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.FULL)
             logits = parts.fused_step.logits(state.input_R[:1], cos_SD, sin_SD, state.position_R[:1])
+            token = parts.fused_sampler.choose(logits, state.sampler_rows(slice(3, 4)), SamplerKind.WINDOW)
+        assert token.shape == (1,) and token.dtype == torch.int64
         assert watch.faults == [] and logits.shape == (1, config.vocab_size)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
+from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 from qwen3fast.kernels.cuda.decode_step.weights import CHANNELS, FP8, INT4, INT8, PLAIN, tile_shape
 
@@ -81,6 +81,7 @@ def _cases(size: str, R: int) -> Iterator[Case]:
     signature = {"best_logit": "*fp32", "best_token": "*i32"}
     signature |= dict.fromkeys(("advance", "input", "output", "position", "step"), "*i64")
     yield Case("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
+    yield from _sampler_cases()
 
 
 def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
@@ -100,6 +101,27 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
             signature = {"position": "*i64", "y": "*bf16"} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
             yield Case(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
+
+
+def _sampler_cases() -> Iterator[Case]:
+    C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
+    tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
+    row = tokens | {
+        "C": C,
+        "WIDTH": triton.next_power_of_2(C),
+        "BITS": sample.BITS,
+        "PASSES": sample.PASSES,
+    }
+    best = {"best_logit": "*fp32", "best_token": "*i32"}
+    types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
+    types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
+    yield Case("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
+    yield Case("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens, {})
+    for index in (0, 1, sample.PASSES, sample.PASSES + 1, 2 * sample.PASSES - 1):
+        own = {"INDEX": index, "TILE": sample.TILE}
+        yield Case(f"search, pass {index}", sample.search_kernel, types, row | own, {})
+    types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
+    yield Case("draw", sample.draw_kernel, types, row, {})
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
