@@ -30,6 +30,7 @@ from qwen3fast.engine.decode import (
 )
 from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts
 from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.model import Qwen3, rope_tables
@@ -107,13 +108,16 @@ class Engine:
         self.captured = CapturedChunks(graphs, self.model.config.vocab_size, self.device)
 
     @_on_device
-    def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:
+    def begin_prefill(
+        self, row: int, token_ids: list[int], reused: int = 0, wanted: WantedLogprobs | None = None
+    ) -> Prefill:
         """Begin to fill row `row` of the cache with a prompt; steps of other rows may run before and between chunks.
 
         reused: number of its first tokens whose keys and values are in the row already; see `usable_prefix`.
+        wanted: log-probabilities to compute on the way, of tokens after the reused ones.
         """
         self.clear_row(row)
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len)
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted)
 
     @_on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
@@ -277,6 +281,21 @@ class Engine:
     @_on_device
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
         """Return the last token's logits, (1, V), computed without a cache: the reference of the cached steps."""
+        x_1TE, last = self._states_uncached(token_ids), len(token_ids) - 1
+        return self.parts.logits(
+            self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
+        ).squeeze(1)
+
+    @_on_device
+    def prompt_logprobs_uncached(self, token_ids: list[int], wanted: WantedLogprobs) -> list[Logprobs]:
+        """Return the log-probabilities of a prompt's tokens, computed without a cache: the reference of prefill's."""
+        x_1TE, positions = self._states_uncached(token_ids), wanted.after(0, len(token_ids), len(token_ids))
+        targets = token_ids[positions.start + 1 : positions.stop + 1]
+        x_1TE = x_1TE[:, positions.start : positions.stop]
+        return chunk_logprobs(self.parts.head, self.model.config.vocab_size, x_1TE, targets, wanted.top)
+
+    def _states_uncached(self, token_ids: list[int]) -> Tensor:
+        """Return the last block's output, (1, T, E), padding at the end included."""
         # Tokens after the last one change nothing, by causality. A minimum keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
@@ -287,10 +306,7 @@ class Engine:
         x_1TE = self.model.embed(token_1T)
         for block in self.model.model.layers:
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
-        last = len(token_ids) - 1
-        return self.parts.logits(
-            self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-        ).squeeze(1)
+        return x_1TE
 
     def batch_bucket(self, num_rows: int) -> int:
         """Return the rows of a step for `num_rows`: the next power of two, at most max_batch_size."""
