@@ -196,7 +196,9 @@ class Generator:
         return merged[0] if is_single else merged
 
     @overload
-    def score(self, prompts: Prompt, continuations: Prompt, *, progress: bool = ...) -> ContinuationScore: ...
+    def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
+        self, prompts: Prompt, continuations: Prompt, *, progress: bool = ...
+    ) -> ContinuationScore: ...
 
     @overload
     def score(
