@@ -39,7 +39,7 @@ class WantedLogprobs:
         return range(max(start, self.first - 1), min(start + size, num_tokens - 1))
 
 
-def chunk_logprobs(head: nn.Module, vocab_size: int, x_1TE: Tensor, targets: list[int], top: int) -> list[Logprobs]:
+def chunk_logprobs(head: nn.Sequential, vocab_size: int, x_1TE: Tensor, targets: list[int], top: int) -> list[Logprobs]:
     """Return the log-probability of each target, and of the `top` most likely tokens, after the states x_1TE.
 
     head: final norm and output projection. targets: T token ids. The host waits for the device.

@@ -15,19 +15,20 @@ ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or
 REPLY_SHARE = 1 / 4
 
 
-def read_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
+def read_prompts(prompts: Any, name: str = "prompts") -> tuple[list[str | list[Any]], bool]:
     """Read what `generate` takes as prompts: one prompt, or any iterable of prompts. Iterables are read once.
 
+    name: in messages, what they are.
     Returns: the prompts, each a string or a list of what should be token ids, and whether it was one prompt. Nothing
     is no prompts.
     Raises: ValueError naming what is accepted.
     """
     if isinstance(prompts, str):
         return [prompts], True
-    items = _items(prompts, "prompts")
+    items = _items(prompts, name)
     if items and all(as_integer(item) is not None for item in items):
         return [items], True
-    return [_read_prompt(item, f"prompts[{i}]") for i, item in enumerate(items)], False
+    return [_read_prompt(item, f"{name}[{i}]") for i, item in enumerate(items)], False
 
 
 def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]], bool]:
@@ -36,7 +37,7 @@ def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]],
     Returns: the pairs, each of strings or lists of what should be token ids, and whether it was one pair.
     Raises: ValueError naming what is accepted.
     """
-    (before, is_one_prompt), (after, is_one) = read_prompts(prompts), read_prompts(continuations)
+    (before, is_one_prompt), (after, is_one) = read_prompts(prompts), read_prompts(continuations, "continuations")
     if is_one_prompt:
         before *= len(after)
     elif is_one or len(before) != len(after):
