@@ -68,9 +68,11 @@ class HarnessModel(TemplateLM):
             enable_thinking: chat templates let the model reason. Stop strings then apply to the answer only.
             options: as in `Generator.from_pretrained`: dtype, quantization, kv_cache_dtype, compile and others.
 
-        Raises: as `Generator.from_pretrained`; ValueError for a model without a tokenizer.
+        Raises: as `Generator.from_pretrained`; ValueError for random weights, which have no tokenizer.
         """
         super().__init__()
+        if str(pretrained).startswith("random:"):
+            raise ValueError(f"{pretrained!r} has random weights and no tokenizer; name a checkpoint that has one")
         slots = max_batch_size or (AUTO_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size))
         if max_length is None:
             max_length = min(MAX_LENGTH, read_config(pretrained, options.get("revision")).longest_context - 2)
@@ -81,9 +83,7 @@ class HarnessModel(TemplateLM):
             pretrained, device=device, max_batch_size=slots, max_seq_len=self.max_length + 2, **options
         )
         tokenizer = self.generator.tokenizer
-        if tokenizer is None:
-            self.generator.close()
-            raise ValueError(f"{str(pretrained)!r} has no tokenizer, which tasks need; name a checkpoint that has one")
+        assert tokenizer is not None, "checkpoints have one"
         self.tokenizer = tokenizer
         self.max_gen_toks, self.enable_thinking = int(max_gen_toks), enable_thinking
         self._name, self._prefix_token_id = str(pretrained), prefix_token_id
