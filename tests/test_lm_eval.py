@@ -14,7 +14,7 @@ from conftest import randomised, small_config, write_text_checkpoint
 
 from qwen3fast import SamplingParams
 
-TASKS = Path(__file__).parents[1] / "examples/lm_eval"
+TASKS = Path(__file__).parents[1] / "examples/eval_tasks"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +142,7 @@ def test_a_long_context_leaves_room_for_the_reply(model):
 
 
 def test_keywords_that_cannot_be_followed_are_named(model):
-    with pytest.raises(ValueError, match="cannot be followed: .*num_beams"):
+    with pytest.raises(ValueError, match=r"cannot be followed: .*num_beams"):
         model._job("a", {"num_beams": 4})
 
 
@@ -177,7 +177,7 @@ def test_options_reach_the_generator(adapter, folder):
 
 
 def test_a_model_without_a_tokenizer_is_refused(adapter):
-    with pytest.raises(ValueError, match="'random:0.6b' has random weights and no tokenizer"):
+    with pytest.raises(ValueError, match="has random weights and no tokenizer"):
         adapter.HarnessModel("random:0.6b", compile=False)
 
 
