@@ -7,6 +7,7 @@ from qwen3fast.generator import Generator as Generator
 from qwen3fast.model.config import ModelConfig as ModelConfig
 from qwen3fast.options import GeneratorOptions as GeneratorOptions
 from qwen3fast.reranker import Reranker as Reranker
+from qwen3fast.results import ContinuationScore as ContinuationScore
 from qwen3fast.results import GenerationResult as GenerationResult
 from qwen3fast.results import GeneratorStats as GeneratorStats
 from qwen3fast.results import RequestMetrics as RequestMetrics

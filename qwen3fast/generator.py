@@ -25,12 +25,12 @@ from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import formats_of
-from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
+from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import DebugView, Dispatcher
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt, read_prompts
+from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
@@ -190,17 +190,56 @@ class Generator:
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
         groups = [self._builder.build(prompt, p, on_overflow) for prompt, p in zip(many, each, strict=True)]
-        handles = [handle for group in groups for handle in group]
-        bar = tqdm(total=len(handles), desc="generating", unit="reply", disable=not progress)
+        with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
+            replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
+        results = [[next(replies) for _ in group] for group in groups]
+        merged = [_merged(group) for group in results]
+        return merged[0] if is_single else merged
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
+        self, prompts: Prompt, continuations: Prompt, *, progress: bool = ...
+    ) -> ContinuationScore: ...
+
+    @overload
+    def score(
+        self, prompts: Prompt | Iterable[Prompt], continuations: Iterable[Prompt], *, progress: bool = ...
+    ) -> list[ContinuationScore]: ...
+
+    def score(
+        self, prompts: Any, continuations: Any, *, progress: bool = False
+    ) -> ContinuationScore | list[ContinuationScore]:
+        """Return the log-probability of a continuation after a prompt, or of each of several; nothing is generated.
+
+        Prompt and continuation are encoded separately: the tokens before the continuation are those that `generate`
+        would continue. Pass token ids to split a text elsewhere. Continuations of one prompt compute it once.
+
+        Args:
+            prompts: one prompt, as in `generate`, for all continuations; or several, one for each.
+            continuations: one text, or its token ids; or several.
+            progress: show a bar that counts finished continuations.
+
+        Returns: one score for one continuation, otherwise a list in the order of the continuations.
+        Raises: ValueError for an empty prompt or continuation, for numbers of them that do not match, and where both
+        together leave no room for one more token in max_seq_len; FloatingPointError for NaN logits; RuntimeError as
+        `generate`.
+        """
+        checked_flag("progress", progress)
+        pairs, is_single = read_pairs(prompts, continuations)
+        handles = [self._builder.build_score(*pair) for pair in pairs]
+        with tqdm(desc="scoring", unit="continuation", disable=not progress) as bar:
+            scores = [continuation_score(result) for result in self._run_all(handles, True, bar)]
+        return scores[0] if is_single else scores
+
+    def _run_all(self, handles: list[RequestHandle], use_cache: bool, bar: tqdm) -> list[GenerationResult]:
+        """Run requests to their ends and return their results; cancel them all if one fails. bar: counts them."""
+        bar.reset(len(handles))
         try:
             self._dispatcher.run(handles, use_cache, bar.update)
-            results = [[handle.result() for handle in group] for group in groups]
+            return [handle.result() for handle in handles]
         finally:
-            bar.close()
             for handle in handles:
                 handle.cancel()
-        merged = [replace(group[0], samples=group) if len(group) > 1 else group[0] for group in results]
-        return merged[0] if is_single else merged
 
     def submit(
         self,
@@ -396,3 +435,11 @@ class Generator:
             compile = True  # ranks that try a compiled form at different times would wait for each other forever
         engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, forms=options.forms)
         return engine if ranks is None else lead_or_follow(engine, ranks)
+
+
+def _merged(group: list[GenerationResult]) -> GenerationResult:
+    """Return the first of a prompt's replies, which holds them all; each has the prompt's log-probabilities."""
+    if len(group) == 1:
+        return group[0]
+    samples = [replace(result, prompt_logprobs=group[0].prompt_logprobs) for result in group]
+    return replace(samples[0], samples=samples)

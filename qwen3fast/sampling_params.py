@@ -54,6 +54,8 @@ class SamplingParams:
         allowed_token_ids: the only tokens that may be chosen; None allows all.
         logprobs: report log-probabilities, of the model's own logits: 0 of the chosen token, n (at most 20) also of the
             n most likely; None reports none.
+        prompt_logprobs: report log-probabilities of the prompt's tokens, in the same form; None reports none. Such a
+            prompt is computed from its first token on: what the KV cache holds of it is not reused.
         n: replies to each prompt, at most 128.
         logits_processor: called for each new token with the float32 logits (V,) and the reply's token ids so far,
             int64 (T,), both on the model's device; returns the new logits (V,). It must not keep or change its
@@ -80,6 +82,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Collection[int] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     logits_processor: LogitsProcessor | None = None
     json_schema: dict[str, Any] | str | None = None
@@ -98,6 +101,7 @@ class SamplingParams:
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
         self._check_integer("logprobs", 0, 20, " (0: the chosen token only)")
+        self._check_integer("prompt_logprobs", 0, 20, " (0: the prompt's tokens only)")
         self._check_integer("n", 1, 128)
         self._check_integer("thinking_budget", 0)
         self._check_stop()

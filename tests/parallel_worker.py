@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def everything(generator: Generator) -> dict[str, Any]:
         "regex": [r.text for r in generator.generate(PROMPTS, SamplingParams(temperature=0, regex="[0-9]{3}"))],
         "four": [sample.token_ids for sample in four],
         "logprobs": [at.logprob for sample in four for at in sample.logprobs],
+        "prompt_logprobs": [
+            *(at.logprob for at in generator.generate(LONG, replace(GREEDY, prompt_logprobs=0)).prompt_logprobs[1:]),
+            *(score.logprob for score in generator.score(LONG, ["zebra", "the dog"])),
+        ],
         "stop": generator.generate("hello", SamplingParams(temperature=0, max_tokens=8, stop=stop)).text,
         "threads": [handle.result(timeout=60).token_ids for handle in handles],
         "stream": "".join(chunk.text for chunk in generator.stream("the dog", GREEDY)),

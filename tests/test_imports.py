@@ -36,6 +36,7 @@ ORDER = [
     "loading",
     "generator",
     "chat_session",
+    "lm_eval",
     "qwen3fast",
     "server",
     "bench",

@@ -84,6 +84,8 @@ METRICS = {
     "output_error": Metric("output error", "", False, "{:.2%}"),
     "logit_error": Metric("logit error", "", False, "{:.2%}"),
     "perplexity": Metric("perplexity", "", False, "{:.4f}"),
+    "kl_divergence": Metric("KL divergence", "nats", False),
+    "kl_p99": Metric("KL p99", "nats", False),
     "same_token": Metric("same most likely token", "", True, "{:.1%}"),
     "accuracy": Metric("accuracy", "", True, "{:.1%}"),
 }

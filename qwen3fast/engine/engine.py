@@ -16,9 +16,10 @@ from qwen3fast.engine.decode import Hook, choose_tokens, decode_step
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
 from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts
 from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
-from qwen3fast.engine.state import LogprobState, ProcessorState, StepKind
+from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepKind
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -71,13 +72,16 @@ class Engine(Rows):
         self.captured = CapturedChunks(graphs, self.model.config.vocab_size, self.device)
 
     @on_device
-    def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:
+    def begin_prefill(
+        self, row: int, token_ids: list[int], reused: int = 0, wanted: WantedLogprobs | None = None
+    ) -> Prefill:
         """Begin to fill a row of the cache with a prompt; steps of other rows may run before and between chunks.
 
         reused: number of first tokens whose keys and values are in the row already, see `usable_prefix`.
+        wanted: log-probabilities to compute on the way, of tokens after the reused ones.
         """
         self.clear_row(row)
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len)
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted)
 
     @on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
@@ -161,6 +165,21 @@ class Engine(Rows):
     @on_device
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
         """Return the last token's logits, (1, V), computed without a cache: the reference of the cached steps."""
+        x_1TE, last = self._states_uncached(token_ids), len(token_ids) - 1
+        x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
+        logits_11V: Tensor = self.parts.logits(self.parts.head, x_11E)
+        return logits_11V.squeeze(1)
+
+    @on_device
+    def prompt_logprobs_uncached(self, token_ids: list[int], wanted: WantedLogprobs) -> list[Logprobs]:
+        """Return the log-probabilities of a prompt's tokens, computed without a cache: the reference of prefill's."""
+        x_1TE, positions = self._states_uncached(token_ids), wanted.after(0, len(token_ids), len(token_ids))
+        targets = token_ids[positions.start + 1 : positions.stop + 1]
+        x_1TE = x_1TE[:, positions.start : positions.stop]
+        return chunk_logprobs(self.parts.head, self.model.config.vocab_size, x_1TE, targets, wanted.top)
+
+    def _states_uncached(self, token_ids: list[int]) -> Tensor:
+        """Return the last block's output, (1, T, E), padding at the end included."""
         # By causality, padding at the end changes nothing. A minimum length keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
@@ -171,10 +190,7 @@ class Engine(Rows):
         x_1TE = self.model.embed(token_1T)
         for block in self.model.model.layers:
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
-        last = len(token_ids) - 1
-        x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-        logits_11V: Tensor = self.parts.logits(self.parts.head, x_11E)
-        return logits_11V.squeeze(1)
+        return x_1TE
 
     def batch_bucket(self, num_rows: int) -> int:
         """Return the rows of a step for `num_rows`: the next power of two, at most max_batch_size."""

@@ -53,6 +53,7 @@ class FusedSampler:
 
     def choose(self, logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
         """Return a token for each row, (B,) int64, as `sample` does, in memory that the next call overwrites."""
+        token: Tensor
         advance, given, token, position, step = self._scratch[:, : len(logits_BV)]
         self.advance(logits_BV, rows, kind, advance, given, token, position, step)
         return token

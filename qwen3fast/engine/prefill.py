@@ -7,14 +7,16 @@ With fixed sizes, prompts of all lengths run the same compiled code and graphs. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.parts import CHUNK_SIZES, Parts
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import to_device
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
@@ -61,17 +63,24 @@ class Prefill:
     Attributes:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
+        wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
+            the chunks so far, in order; the caller may take them out between chunks.
     """
 
     row: int
     token_ids: list[int]
     done: int
     chunks: list[int]
+    wanted: WantedLogprobs | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, row: int, token_ids: list[int], reused: int, allocated_len: int) -> Prefill:
+    def begin(
+        cls, row: int, token_ids: list[int], reused: int, allocated_len: int, wanted: WantedLogprobs | None = None
+    ) -> Prefill:
         """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
-        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused))
+        assert wanted is None or reused < wanted.first, "reused tokens give no logits"
+        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused), wanted)
 
 
 def prefill_step(
@@ -85,7 +94,7 @@ def prefill_step(
 ) -> Tensor | None:
     """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
 
-    captured: the graphs of first chunks, on CUDA.
+    captured: the graphs of first chunks, on CUDA; chunks whose log-probabilities are wanted run without.
     """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
@@ -93,10 +102,15 @@ def prefill_step(
     token_1T = to_device([chunk + [0] * (size - len(chunk))], device)
     fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
     prefill.done += len(chunk)
-    if captured is not None and start == 0:
+    wanted = prefill.wanted.after(start, len(chunk), len(prefill.token_ids)) if prefill.wanted is not None else None
+    if captured is not None and start == 0 and not wanted:
         logits_1V = captured.run(fixed, row_1, token_1T, last)
         return None if prefill.chunks else logits_1V.clone()
     x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
+    if prefill.wanted is not None and wanted:
+        targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
+        states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
+        prefill.logprobs += chunk_logprobs(parts.head, model.config.vocab_size, states_1TE, targets, prefill.wanted.top)
     if prefill.chunks:
         return None
     # Only the last position goes through the output projection.

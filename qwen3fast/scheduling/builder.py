@@ -6,6 +6,7 @@ import secrets
 import threading
 from typing import Any
 
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
@@ -45,6 +46,7 @@ class RequestBuilder:
     ) -> list[RequestHandle]:
         """Return a request for each of `params.n` replies, none of them started.
 
+        The first one computes the log-probabilities of the prompt, if they are asked for.
         continues: an earlier reply that the prompt continues.
         Raises: ValueError for anything that cannot run, ImportError for a package that is missing; RuntimeError if the
         Generator is closed, in its own thread, and in a forked process.
@@ -71,7 +73,7 @@ class RequestBuilder:
         ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
         tracker = self._reasoning.tracker_after(whole_ids)
         handles = []
-        for seed in seeds:
+        for index, seed in enumerate(seeds):
             stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker)
             request = Request(
                 prompt_ids=ids,
@@ -91,6 +93,7 @@ class RequestBuilder:
                 constraint=constraint(),
                 logits_processor=p.logits_processor,
                 logprobs=p.logprobs,
+                wanted_logprobs=None if p.prompt_logprobs is None or index else WantedLogprobs(1, p.prompt_logprobs),
                 continues=continues.request if continues is not None else None,
             )
             handles.append(RequestHandle(request, stream, self._worker))
@@ -107,6 +110,34 @@ class RequestBuilder:
         if params is not None and isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n is {params.n}, but a stream is one reply; use generate(), or start n of them")
         return self.build(prompt, params, on_overflow, continues)[0]
+
+    def build_score(self, prompt: Any, continuation: Any) -> RequestHandle:
+        """Return the request that computes the log-probabilities of a continuation: its prompt is both together.
+
+        It samples one token, since a request ends with a token, and reuses what the KV cache holds of `prompt`.
+        Raises: as `build`.
+        """
+        self._worker.check_caller()
+        ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
+        continuation_ids = prompt_to_ids(continuation, self._tokenizer, self._vocab_size, "continuation")
+        needed = len(ids) + len(continuation_ids) + 1
+        if needed > self._max_seq_len:
+            raise ValueError(
+                f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
+                f"max_seq_len {self._max_seq_len}; shorten one, or build Generator(max_seq_len={needed})"
+            )
+        request = Request(
+            prompt_ids=ids + continuation_ids,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            seed=0,
+            max_tokens=1,
+            stop_ids=frozenset(),
+            wanted_logprobs=WantedLogprobs(len(ids), 1),
+        )
+        return RequestHandle(request, TextStream(None), self._worker)
 
     def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:
         """Return a function that makes a constraint for each reply, or None."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from qwen3fast.checks import checked_timeout
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, TokenLogprobs
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
@@ -132,10 +133,12 @@ class RequestHandle:
         text, reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True)) if pieces else ("", "", "")
         new = self.request.output_ids[self._num_given : self._num_seen]
         logprobs = self._logprobs(self._num_given, self._num_seen)
+        prompt_logprobs = self._prompt_logprobs() if not self._num_given else None
         self._num_given = self._num_seen
         result = self._result() if self.is_done else None
         self._is_over = result is not None
-        return StreamChunk(text, new, result.finish_reason if result else None, result, reasoning, answer, logprobs)
+        reason = result.finish_reason if result else None
+        return StreamChunk(text, new, reason, result, reasoning, answer, logprobs, prompt_logprobs)
 
     def _result(self) -> GenerationResult:
         if self.request.error is not None:
@@ -168,6 +171,7 @@ class RequestHandle:
             parsed.tool_calls,
             parsed.malformed,
             logprobs,
+            self._prompt_logprobs(),
         )
 
     def _logprobs(self, begin: int, end: int) -> list[TokenLogprobs] | None:
@@ -175,5 +179,19 @@ class RequestHandle:
         request = self.request
         if request.logprobs is None:
             return None
-        pairs = zip(request.output_ids[begin:end], request.output_logprobs[begin:end], strict=True)
-        return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]
+        return _token_logprobs(request.output_ids[begin:end], request.output_logprobs[begin:end])
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Return an entry per token of the prompt, if they were asked for; None where there is no log-probability."""
+        request = self.request
+        if request.wanted_logprobs is None:
+            return None
+        first, known = request.wanted_logprobs.first, request.prompt_logprobs
+        end = first + len(known)  # of a prompt that was cancelled, before its end
+        found = _token_logprobs(request.prompt_ids[first:end], known)
+        return [*[None] * min(first, len(request.prompt_ids)), *found, *[None] * (len(request.prompt_ids) - end)]
+
+
+def _token_logprobs(token_ids: list[int], logprobs: list[Logprobs]) -> list[TokenLogprobs]:
+    pairs = zip(token_ids, logprobs, strict=True)
+    return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]

@@ -63,14 +63,22 @@ class PrefixCache:
         self._allocated_len, self._multiple, self._is_enabled = allocated_len, multiple, is_enabled
         self._clock = 0
 
-    def plan(self, prompt_ids: list[int], active: Mapping[int, Request], continues: Request | None = None) -> Plan:
+    def plan(
+        self,
+        prompt_ids: list[int],
+        active: Mapping[int, Request],
+        continues: Request | None = None,
+        most_reused: int | None = None,
+    ) -> Plan:
         """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
 
         Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
         (`continues`), or contains completely, are taken over instead of copied.
+        most_reused: tokens of the prompt that may be reused; None for all.
         """
+        most = len(prompt_ids) if most_reused is None else most_reused
         free = [slot for slot in range(len(self._slots)) if slot not in active]
-        source, reused, logits_1V = self._longest(prompt_ids, active) if self._is_enabled else (free[0], 0, None)
+        source, reused, logits_1V = self._longest(prompt_ids, active, most) if self._is_enabled else (free[0], 0, None)
         evicted = min(free, key=lambda slot: (bool(self._slots[slot].tokens), self._slots[slot].used_at))
         if reused and source in free:
             cached = self._slots[source]
@@ -78,11 +86,13 @@ class PrefixCache:
                 evicted = source
         return Plan(free[0], evicted, source, reused, logits_1V)
 
-    def _longest(self, prompt_ids: list[int], active: Mapping[int, Request]) -> tuple[int, int, Tensor | None]:
+    def _longest(
+        self, prompt_ids: list[int], active: Mapping[int, Request], most: int
+    ) -> tuple[int, int, Tensor | None]:
         """Return the slot with the longest common prefix, the number of tokens to reuse, and logits if all are."""
         source, shared = 0, -1
         for slot in range(len(self._slots)):
-            length = common_prefix(prompt_ids, self.tokens(slot, active))
+            length = min(most, common_prefix(prompt_ids, self.tokens(slot, active)))
             if length == len(prompt_ids):
                 logits_1V = self._logits(slot, prompt_ids, active)
                 if logits_1V is not None:

@@ -15,36 +15,53 @@ ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or
 REPLY_SHARE = 1 / 4
 
 
-def read_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
+def read_prompts(prompts: Any, name: str = "prompts") -> tuple[list[str | list[Any]], bool]:
     """Read the prompts of `generate`: one prompt, or any iterable of prompts. Iterables are read once.
 
+    name: of the argument, for messages.
     Returns: the prompts, each a string or an unchecked list of token ids, and True if it was one prompt. An empty
     iterable has no prompts.
     Raises: ValueError naming the accepted types.
     """
     if isinstance(prompts, str):
         return [prompts], True
-    items = _items(prompts, "prompts")
+    items = _items(prompts, name)
     if items and all(as_integer(item) is not None for item in items):
         return [items], True
-    return [_read_prompt(item, f"prompts[{i}]") for i, item in enumerate(items)], False
+    return [_read_prompt(item, f"{name}[{i}]") for i, item in enumerate(items)], False
 
 
-def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]], bool]:
+    """Read what `score` takes: a prompt and a continuation, one prompt and several continuations, or as many of each.
+
+    Returns: the pairs, each of strings or lists of what should be token ids, and whether it was one pair.
+    Raises: ValueError naming what is accepted.
+    """
+    (before, is_one_prompt), (after, is_one) = read_prompts(prompts), read_prompts(continuations, "continuations")
+    if is_one_prompt:
+        before *= len(after)
+    elif is_one or len(before) != len(after):
+        what = "one continuation" if is_one else f"{len(after)} continuations"
+        raise ValueError(f"got {len(before)} prompts and {what}; pass one prompt for all, or one for each")
+    return list(zip(before, after, strict=True)), is_one
+
+
+def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, name: str = "prompt") -> list[int]:
     """Return the token ids of one prompt: a text, or an iterable of ids, read once.
 
+    name: in messages, what it is.
     Raises: ValueError for anything else, an empty prompt, an id outside the vocabulary, a text with a lone surrogate,
     or a text without a tokenizer.
     """
-    prompt = _read_prompt(prompt, "prompt")
+    prompt = _read_prompt(prompt, name)
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError("this model has no tokenizer; pass the prompt as a list of token ids")
-        ids = tokenizer.encode(checked_text("prompt", prompt))
+            raise ValueError(f"this model has no tokenizer; pass the {name} as a list of token ids")
+        ids = tokenizer.encode(checked_text(name, prompt))
     else:
         ids = [_token_id(item) for item in prompt]
     if not ids:
-        raise ValueError("the prompt is empty; it needs at least one token")
+        raise ValueError(f"the {name} is empty; it needs at least one token")
     outside = next((i for i in ids if not 0 <= i < vocab_size), None)
     if outside is not None:
         raise ValueError(f"token id {outside} is outside the vocabulary (0 to {vocab_size - 1})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.prefill import Prefill
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import Logprobs
 from qwen3fast.sampling.constraints import TokenConstraint
 
@@ -24,6 +26,7 @@ class Request:
         on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
         constraint: restricts the next token, at every token. logits_processor: see `SamplingParams`.
         logprobs: the number of most likely tokens to record beside the chosen one; None records no log-probabilities.
+        wanted_logprobs: of the prompt's tokens; None for none.
         continues: an earlier request that this one continues; its slot of the cache may be taken over, not copied.
         on_change: called, in the worker's thread, after each new token and at the end.
         on_leave_queue: called once, when the request leaves the queue.
@@ -51,12 +54,14 @@ class Request:
     constraint: TokenConstraint | None = None
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
     logprobs: int | None = None
+    wanted_logprobs: WantedLogprobs | None = None
     continues: Request | None = None
     on_change: Callable[[], None] = lambda: None
     on_leave_queue: Callable[[], None] = lambda: None
 
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # from token `wanted_logprobs.first` on, so far
     finish_reason: str | None = None
     error: BaseException | None = None
     slot: int | None = None
@@ -90,6 +95,14 @@ class Request:
     def positions(self) -> int:
         """The number of cache positions in use after the next step: the prompt's, and one per launched token."""
         return len(self.prompt_ids) + self.launched
+
+    @property
+    def most_reused(self) -> int:
+        """How many of the prompt's first tokens need not be computed, if their keys and values are in the cache.
+
+        A wanted log-probability needs the logits of the token before it, which the cache does not have.
+        """
+        return len(self.prompt_ids) if self.wanted_logprobs is None else self.wanted_logprobs.first - 1
 
     @property
     def cached_ids(self) -> list[int]:
@@ -136,6 +149,15 @@ class Request:
             got = tuple(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits_V.shape)}, got {got}")
         return processed
+
+    def accept_prompt(self, logprobs: list[Logprobs]) -> None:
+        """Take log-probabilities of the prompt's next tokens. Raises: FloatingPointError if one is not finite."""
+        if not all(math.isfinite(at.chosen) for at in logprobs):
+            raise FloatingPointError(
+                "the model's logits are NaN or infinite within the prompt; the weights or the dtype are unsuitable "
+                "(float16 overflows where bfloat16 does not)"
+            )
+        self.prompt_logprobs += logprobs
 
     def accept(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Append a sampled token, and end the request if it is the last one."""

@@ -146,7 +146,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> None:
         """Give a request a slot, and copy the part of its prompt that another slot holds."""
-        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues)
+        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues, request.most_reused)
         source = plan.source
         if plan.evicted != plan.slot:
             self._swap(plan.slot, plan.evicted)
@@ -162,7 +162,9 @@ class Scheduler:
         if unproven > plan.reused:
             self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
-            request.prefill = self.engine.begin_prefill(plan.slot, request.prompt_ids, plan.reused)
+            request.prefill = self.engine.begin_prefill(
+                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs
+            )
 
     def _prefill(self, request: Request) -> None:
         """Compute one chunk; after the last one, sample the first token. A prompt reused as a whole has no chunk."""
@@ -171,6 +173,8 @@ class Scheduler:
             logits_1V = request.prompt_logits_1V
             if request.prefill is not None:
                 logits_1V = self.engine.prefill_step(request.prefill)
+                logprobs, request.prefill.logprobs = request.prefill.logprobs, []
+                request.accept_prompt(logprobs)
             if logits_1V is not None:
                 request.prefill, request.prompt_logits_1V = None, logits_1V
                 self._sample_first(request.slot, request, logits_1V)

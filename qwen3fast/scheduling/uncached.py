@@ -33,6 +33,8 @@ class UncachedRun:
         """Compute one token. Raises: exceptions of the constraint or the logits_processor."""
         engine, request = self._engine, self._request
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
+        if request.wanted_logprobs is not None and not request.output_ids:
+            request.accept_prompt(engine.prompt_logprobs_uncached(request.prompt_ids, request.wanted_logprobs))
         logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
         words_W = request.allowed_words(self._vocab_size)
         if words_W is not None and self._processors is not None:

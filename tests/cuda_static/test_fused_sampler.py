@@ -12,8 +12,8 @@ from cuda_static.program_order import watch_programs
 from kernel_device import DEVICE
 
 from qwen3fast.engine import Engine
-from qwen3fast.engine.decode import StepKind
 from qwen3fast.engine.fused_sampler import FusedSampler
+from qwen3fast.engine.state import StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import sample as sample_kernels
 from qwen3fast.kernels.cuda.decode_step import tail

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.kernels import attention
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
@@ -342,3 +343,21 @@ def test_garbage_collection_that_was_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_first_chunk_whose_logprobs_are_wanted_runs_uncaptured_and_others_are_replayed(model):
+    engine = make_engine(model, lookahead=1)
+    plain = make_engine(model)
+    ids = [(5 * i) % 97 for i in range(150)]
+    wanted = WantedLogprobs(1, 2)
+    for prompt, first in ((ids[:20], 1), (ids, 1), (ids, 140)):  # in one chunk; from the first on; in the last only
+        found, expected = [], plain.prompt_logprobs_uncached(prompt, replace(wanted, first=first))
+        recorded = len(engine.graphs)
+        prefill, logits_1V = engine.begin_prefill(0, prompt, 0, replace(wanted, first=first)), None
+        while logits_1V is None:
+            logits_1V = engine.prefill_step(prefill)
+        found = prefill.logprobs
+        assert len(engine.graphs) - recorded == (first > 1)
+        assert [at.ids for at in found] == [at.ids for at in expected]
+        assert_near(torch.tensor([at.chosen for at in found]), torch.tensor([at.chosen for at in expected]))
+        assert_near(logits_1V, plain.logits_uncached(prompt))

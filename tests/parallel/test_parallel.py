@@ -89,7 +89,7 @@ def expected(dense) -> dict[str, Any]:
 def assert_same_results(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same tokens and texts; numbers up to rounding."""
     for name, value in expected.items():
-        if name in ("logits", "logprobs"):
+        if name in ("logits", "logprobs", "prompt_logprobs"):
             assert_near(torch.tensor(actual[name]), torch.tensor(value))
         elif name != "bytes":
             assert actual[name] == value, name

@@ -17,6 +17,7 @@ PICTURES: dict[str, Callable[[Record], Figure]] = {
     "context": lines.draw_context,
     "startup": bars.draw_startup,
     "quantization": bars.draw_quantization,
+    "quality": bars.draw_quality,
     "ablation": bars.draw_ablation,
 }
 

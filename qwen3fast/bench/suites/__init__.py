@@ -1,9 +1,20 @@
 """The suites of `python -m qwen3fast.bench --suite NAME`, by name."""
 
-from qwen3fast.bench.suites import ablation, batch, cache, context, forms, llama_bench, quantization, roofline, startup
+from qwen3fast.bench.suites import (
+    ablation,
+    batch,
+    cache,
+    context,
+    forms,
+    llama_bench,
+    quality,
+    quantization,
+    roofline,
+    startup,
+)
 from qwen3fast.bench.suites.suite import Suite
 
-MODULES = (cache, roofline, batch, context, startup, quantization, ablation, forms, llama_bench)
+MODULES = (cache, roofline, batch, context, startup, quantization, quality, ablation, forms, llama_bench)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
 
 __all__ = ["SUITES", "Suite"]
