@@ -74,6 +74,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ServerOptions()
     parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
     parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="s [%(default)s]")
+    parser.add_argument(
+        "--stream-interval",
+        type=float,
+        default=defaults.stream_interval_s,
+        help="s between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
+    )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
@@ -85,6 +91,7 @@ def run_serve(args: argparse.Namespace) -> int:
         strict=args.strict,
         max_body_bytes=args.max_body_bytes,
         request_timeout_s=args.request_timeout,
+        stream_interval_s=args.stream_interval,
         log_prompts=args.log_prompts,
     )
     app = create_app(load_models(args), options)

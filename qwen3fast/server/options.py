@@ -17,6 +17,8 @@ class ServerOptions:
         receive_timeout_s: a client that sends nothing of its body for so long gets status 408.
         send_timeout_s: a streaming client that takes nothing for so long is disconnected.
         heartbeat_s: a stream without news sends a comment so often.
+        stream_interval_s: a streamed reply sends its text at least so far apart, the end and the first text at once: at
+            high speed several tokens share an event. 0 sends each token when it comes.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
         log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
     """
@@ -28,13 +30,17 @@ class ServerOptions:
     receive_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     heartbeat_s: float = 10.0
+    stream_interval_s: float = 0.016  # a frame of a screen
     compile_timeout_s: float = 1.0
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the option and its value."""
         for name, value in vars(self).items():
-            if name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
+            if name == "stream_interval_s":
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"{name} must be 0 or a positive number, got {value!r}")
+            elif name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ValueError("an API key must be a non-empty ASCII string")
