@@ -18,6 +18,7 @@ PICTURES: dict[str, Callable[[Record], Figure]] = {
     "startup": bars.draw_startup,
     "quantization": bars.draw_quantization,
     "ablation": bars.draw_ablation,
+    "serve": lines.draw_serve,
 }
 
 
