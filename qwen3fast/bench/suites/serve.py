@@ -82,7 +82,7 @@ def _serving(generator: Generator) -> Iterator[int]:
         from qwen3fast.server.app import create_app
         from qwen3fast.server.background import in_background
     except ImportError as err:
-        raise ImportError(f"the suite 'serve' needs the server; run: pip install 'qwen3fast[server]'") from err
+        raise ImportError("the suite 'serve' needs the server; run: pip install 'qwen3fast[server]'") from err
     with in_background(create_app({"bench": generator})) as port:
         yield port
 
