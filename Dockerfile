@@ -8,14 +8,17 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # A compiler: the decode step and the CPU kernels are compiled on the machine that runs them.
+# Not pinned: Debian keeps only the newest version of a package.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} torch
+# The range is pyproject.toml's: another version would be replaced below by PyPI's build.
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9,<2.14"
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[server,structured]" && rm -r /wheels
-RUN useradd --create-home --home-dir /cache qwen3fast
-USER qwen3fast
+RUN useradd --uid 10001 --create-home --home-dir /cache qwen3fast
+USER 10001
 ENV HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache/compiled
 VOLUME /cache
 EXPOSE 8000

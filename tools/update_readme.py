@@ -38,6 +38,8 @@ COLUMNS = {
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
     "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
+    "serve": Columns(("format", "what", "clients"),
+                     ("tok_s", "requests_s", "goodput", "ttft_s", "ttft_p99_s", "tpot_ms", "http_over_engine")),
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip

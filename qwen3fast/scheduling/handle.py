@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from qwen3fast.checks import checked_timeout
 from qwen3fast.engine.state import Logprobs
 from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, TokenLogprobs
 from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.waiter import For, Waiter
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tool_calls import parse_tool_calls
@@ -27,7 +28,7 @@ class RequestHandle:
         self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
         self._num_seen = self._num_given = 0  # tokens so far, and tokens already in chunks
         self._is_over = False  # the last chunk has been read
-        self._listeners: list[Callable[[], None]] = []
+        self._waiters: list[Waiter] = []
         self._finished: GenerationResult | None = None
         self._at_end: Callable[[], None] = lambda: None
         request.on_change = self._on_change
@@ -74,34 +75,68 @@ class RequestHandle:
                 chunk = self._take()
             yield chunk
 
-    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
+    def __aiter__(self) -> AsyncIterator[StreamChunk]:
         """Yield chunks as they come, without blocking the event loop; the last one has the result.
 
         Raises: as `result`.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        return self.chunks()
 
-        def listener() -> None:
-            try:
-                loop.call_soon_threadsafe(news.set)
-            except RuntimeError:  # the loop is closed: nobody listens
-                self.cancel()
+    async def chunks(self, min_interval_s: float = 0.0) -> AsyncIterator[StreamChunk]:
+        """Yield chunks, without blocking the event loop, at least `min_interval_s` apart; the last one comes at once.
 
-        with self._changed:
-            self._listeners.append(listener)
+        An interval lets several tokens share the cost of a chunk. Raises: as `result`.
+        """
+        waiter = self._add_waiter()
         try:
             while not self._is_over:
                 self._check_caller()
                 with self._changed:
                     chunk = self._take() if self._has_news() else None
+                    waiter.waits_for = For.NEWS if chunk is None else For.NOTHING
                 if chunk is None:
-                    await news.wait()
-                    news.clear()
-                else:
-                    yield chunk
+                    await waiter.wait()
+                    continue
+                taken_s = time.perf_counter()
+                yield chunk
+                await self._wait_until(taken_s + min_interval_s, waiter)
         finally:
-            with self._changed:
-                self._listeners.remove(listener)
+            self._remove_waiter(waiter)
+
+    async def aresult(self) -> GenerationResult:
+        """Wait for the end of the reply, without blocking the event loop. Raises: as `result`."""
+        waiter = self._add_waiter()
+        try:
+            while True:
+                self._check_caller()
+                with self._changed:
+                    if self.is_done:
+                        return self._result()
+                    waiter.waits_for = For.END
+                await waiter.wait()
+        finally:
+            self._remove_waiter(waiter)
+
+    async def _wait_until(self, until_s: float, waiter: Waiter) -> None:
+        """Wait until a time of time.perf_counter(), or for the end of the reply."""
+        left_s = until_s - time.perf_counter()
+        if left_s <= 0:
+            return
+        with self._changed:
+            if self.is_done:
+                return
+            waiter.waits_for = For.END
+        await waiter.wait(left_s)
+
+    def _add_waiter(self) -> Waiter:
+        waiter = Waiter(lost=self.cancel)
+        with self._changed:
+            self._waiters.append(waiter)
+        return waiter
+
+    def _remove_waiter(self, waiter: Waiter) -> None:
+        with self._changed:
+            self._waiters.remove(waiter)
 
     def _check_caller(self) -> None:
         """Raise RuntimeError where the caller would wait forever."""
@@ -119,9 +154,9 @@ class RequestHandle:
             if request.finish_reason is not None and request.error is None:
                 self._finished = self._make_result()
             self._changed.notify_all()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
+            woken = [waiter for waiter in self._waiters if waiter.is_woken_by(self.is_done)]
+        for waiter in woken:
+            self._worker.wake(waiter)
         if request.finish_reason is not None:
             self._at_end()
 

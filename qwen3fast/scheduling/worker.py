@@ -19,6 +19,7 @@ import torch
 
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.scheduler import Scheduler
+from qwen3fast.scheduling.waiter import Waiter, wake_all
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -57,6 +58,7 @@ class EngineWorker:
         self._starting = threading.RLock()
         self._process_id = os.getpid()  # of the thread, once it runs
         self._thread: threading.Thread | None = None
+        self._to_wake: list[Waiter] = []  # after this step
         self._is_closed = False  # no more jobs are accepted
         self._has_ended = False  # no more jobs are run
         self._end_error: BaseException = ClosedError("the Generator was closed while this request was running")
@@ -136,6 +138,13 @@ class EngineWorker:
             with suppress(ClosedError):  # then it has ended
                 self._post(Job(lambda: self.scheduler.cancel(request)))
 
+    def wake(self, waiter: Waiter) -> None:
+        """Wake a coroutine; in the worker's thread, when the step has ended: all of a step's with one call."""
+        if self.is_own_thread:
+            self._to_wake.append(waiter)
+        else:
+            wake_all([waiter])
+
     def close(self) -> None:
         """End all requests and the thread. May be called more than once; in a forked process, it only forgets them."""
         self._is_closed = True
@@ -185,6 +194,9 @@ class EngineWorker:
                     scheduler.step()
             except BaseException as err:  # any error: callers must not wait forever for a thread that has ended
                 self._recover(scheduler, err)
+            if self._to_wake:
+                waiters, self._to_wake = self._to_wake, []
+                wake_all(waiters)
 
     def _next_job(self, wait: bool) -> Job | None:
         try:

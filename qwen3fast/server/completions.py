@@ -168,7 +168,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield chunk(i, wanted.echoed(i))
-        async for piece in pieces(handles):
+        async for piece in pieces(handles, state.options.stream_interval_s):
             i, news = piece.index, piece.chunk
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]

@@ -93,7 +93,7 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     finished: list[GenerationResult] = []
     async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
         yield None
-        async for piece in pieces(handles):
+        async for piece in pieces(handles, state.options.stream_interval_s):
             stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
             answer = stream.push("" if conversation.must_call else news.answer)
             content, calls = answer.content, answer.tool_calls

@@ -82,28 +82,20 @@ async def _in_time(work: Any, timeout_s: float) -> None:
 
 async def results(handles: list[RequestHandle]) -> list[GenerationResult]:
     """Wait for all replies. Raises: the error that ended one of them."""
-    return list(await asyncio.gather(*(_result(handle) for handle in handles)))
+    return list(await asyncio.gather(*(handle.aresult() for handle in handles)))
 
 
-async def _result(handle: RequestHandle) -> GenerationResult:
-    result = None
-    async for chunk in handle:
-        result = chunk.result or result
-    assert result is not None, "the last chunk has the result"
-    return result
-
-
-async def pieces(handles: list[RequestHandle]) -> AsyncIterator[Piece]:
-    """Yield new parts of all replies as they come. Raises: the error that ended one of them."""
+async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIterator[Piece]:
+    """Yield new parts of all replies, each at least `min_interval_s` apart. Raises: the error that ended a reply."""
     if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
-        async for chunk in handles[0]:
+        async for chunk in handles[0].chunks(min_interval_s):
             yield Piece(0, chunk)
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
 
     async def read(index: int, handle: RequestHandle) -> None:
         try:
-            async for chunk in handle:
+            async for chunk in handle.chunks(min_interval_s):
                 await queue.put(Piece(index, chunk))
         except Exception as err:
             await queue.put(err)

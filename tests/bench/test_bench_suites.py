@@ -1,5 +1,6 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from qwen3fast.bench.suites import (
     quality,
     quantization,
     roofline,
+    serve,
     startup,
 )
 from qwen3fast.checkpoint.source import TINY_FOLDER
@@ -381,6 +383,27 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
     found = {name: warm_auto[name].median for name in startup.PHASES}
     assert found == pytest.approx({"import_s": 1.0, "load_s": 2.0, "first_token_s": 3.0, "full_speed_s": 3.5})
     assert record.cases[3].metrics["first_token_s"].median == 20.0
+
+
+def test_suite_serve(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(serve, "COMPILE", False)
+    monkeypatch.setattr(serve, "PAIRS", 1)
+    record = run_suite("serve", ["--contexts", "8", "--formats", "plain", "--batch-sizes", "1,3"], tmp_path, capsys)
+    pairs = [(what, n) for n in serve.PAIRED_CLIENTS for what in (serve.ENGINE, serve.HTTP)]
+    assert labels_of(record, "what", "clients") == [*pairs, (serve.LOAD, 1), (serve.LOAD, 3)]
+    assert [c.metrics["http_over_engine"].n for c in record.cases if c.labels["what"] == serve.HTTP] == [2, 2]
+    for case in record.cases:
+        assert len(case.samples["ttfts_s"][0]) == case.facts["requests"]
+        if case.labels["what"] == serve.LOAD:
+            assert case.metrics["goodput"].median <= case.metrics["requests_s"].median
+
+
+def test_suite_serve_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qwen3fast.server.app", None)
+    monkeypatch.setattr(serve, "COMPILE", False)
+    assert main(["--suite", "serve", *SMALL, "--formats", "plain"]) != 0
+    assert "pip install 'qwen3fast[server]'" in capsys.readouterr().err
 
 
 def test_options_that_a_suite_does_not_read_are_refused(capsys):

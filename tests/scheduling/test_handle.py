@@ -20,6 +20,7 @@ import pytest
 from conftest import randomised, small_config
 
 from qwen3fast import Generator, QueueFullError, SamplingParams
+from qwen3fast.scheduling.waiter import Waiter, wake_all
 
 PATIENCE_S = 20  # for what comes at once on a machine that nobody else uses
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -1039,3 +1040,54 @@ def test_an_interrupt_just_after_queueing_leaves_no_slot_in_use(generator, alone
     monkeypatch.undo()
     assert state(generator) == (0, 0)
     assert_unharmed(generator, alone)
+
+
+def test_chunks_come_apart_as_long_as_asked_but_the_end_at_once(generator, alone):
+    """With an interval that never ends by itself: what there is at first, then all others with the end."""
+
+    async def main():
+        handle = generator.submit("hello", replace(SLOW, max_tokens=50))
+        return [chunk async for chunk in handle.chunks(min_interval_s=100 * PATIENCE_S)]
+
+    chunks = asyncio.run(main())
+    result = chunks[-1].result
+    assert len(chunks) <= 2 and len(result.token_ids) == 50
+    assert [token for chunk in chunks for token in chunk.token_ids] == result.token_ids
+    assert "".join(chunk.text for chunk in chunks) == result.text
+
+
+def test_waiters_of_a_step_are_woken_by_one_call(generator, monkeypatch):
+    calls = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a: (calls.append(f), real(f, *a)))
+        waiters = [Waiter(lost=lambda: pytest.fail("the loop runs")) for _ in range(3)]
+        await asyncio.to_thread(wake_all, waiters)
+        await asyncio.wait_for(asyncio.gather(*(waiter.wait() for waiter in waiters)), PATIENCE_S)
+
+    asyncio.run(main())
+    assert len([call for call in calls if call.__module__ == wake_all.__module__]) == 1
+
+
+def test_aresult_waits_without_being_woken_by_each_token(generator, monkeypatch):
+    woken = []
+    monkeypatch.setattr(Waiter, "wake", lambda self, wake=Waiter.wake: (woken.append(self), wake(self)))
+
+    async def main():
+        return await generator.submit("hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)).aresult()
+
+    result = asyncio.run(main())
+    assert len(result.token_ids) == 20 and len(woken) <= 1
+
+
+def test_aresult_raises_what_ended_the_reply(generator):
+    def fail(logits, output):
+        raise ArithmeticError("on purpose")
+
+    async def main():
+        await generator.submit("hello", SamplingParams(max_tokens=5, logits_processor=fail)).aresult()
+
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        asyncio.run(main())

@@ -43,7 +43,11 @@ class Scripted(RequestHandle):
         super().__init__(request, TextStream(tokenizer, stop), SimpleNamespace(cancel=lambda request: None))
         self._tokens, self._sizes = tokens, sizes
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
+    async def aresult(self) -> Any:
+        """Return the result."""
+        return [chunk async for chunk in self.chunks()][-1].result
+
+    async def chunks(self, min_interval_s: float = 0.0) -> AsyncIterator[Any]:
         """Yield the chunks."""
         sizes, left = iter(self._sizes), 0
         for i, token in enumerate(self._tokens):

@@ -19,6 +19,7 @@ PICTURES: dict[str, Callable[[Record], Figure]] = {
     "quantization": bars.draw_quantization,
     "quality": bars.draw_quality,
     "ablation": bars.draw_ablation,
+    "serve": lines.draw_serve,
 }
 
 

@@ -10,11 +10,12 @@ from qwen3fast.bench.suites import (
     quality,
     quantization,
     roofline,
+    serve,
     startup,
 )
 from qwen3fast.bench.suites.suite import Suite
 
-MODULES = (cache, roofline, batch, context, startup, quantization, quality, ablation, forms, llama_bench)
+MODULES = (cache, roofline, batch, context, startup, quantization, quality, ablation, forms, llama_bench, serve)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
 
 __all__ = ["SUITES", "Suite"]
