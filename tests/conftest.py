@@ -44,6 +44,15 @@ else:  # the same examples in every run, however slow the machine: a test fails 
     settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run in two workers unless `-n` says otherwise; tests on a GPU, or a machine without pytest-xdist, in one process."""
+    is_worker, has_xdist = hasattr(config, "workerinput"), config.pluginmanager.hasplugin("xdist")
+    is_on_gpu = bool(config.args) and all("gpu" in Path(arg.partition("::")[0]).parts for arg in config.args)
+    if has_xdist and not is_worker and not is_on_gpu and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
     if not hasattr(config, "workerinput"):

@@ -112,7 +112,7 @@ def test(name: str, python: Path, folder: Path, tests: list[str], seconds: float
         return outcome
     log = folder / f"{name}.log"
     environment = environment_with_caches(folder / f"caches-{name}") | {"CUDA_VISIBLE_DEVICES": ""}
-    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]  # not those that need pytest-xdist
+    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
     parallel = ["-n", str(jobs)] if jobs > 1 else []
     command = [str(python), "-m", "pytest", *options, *parallel, *tests]
     print(f"torch {outcome.torch}: at most {seconds:.0f} s; output in {log}", file=sys.stderr, flush=True)

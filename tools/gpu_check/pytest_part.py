@@ -45,7 +45,7 @@ def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results
     log, seconds = run.work / f"{name}.log", share * (run.clock.left() - SPARE_S)
     print(f"{run.part}: {name}, at most {seconds:.0f} s", flush=True)
     flags = ["-v", "-rs", "--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    # One process, since there is one GPU; the options in pyproject.toml need pytest-xdist.
+    # One process, since there is one GPU, and a line per test.
     flags += ["-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={HANGING_S}"]
     command = [sys.executable, "-m", "pytest", *flags, *selection]
     started = run.clock.spent()
