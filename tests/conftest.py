@@ -46,7 +46,7 @@ else:  # the same examples in every run, however slow the machine: a test fails 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run in two workers unless `-n` says otherwise; tests on a GPU, or a machine without pytest-xdist, in one process."""
+    """Run in two workers unless `-n` says otherwise; tests on a GPU, or without pytest-xdist, in one process."""
     is_worker, has_xdist = hasattr(config, "workerinput"), config.pluginmanager.hasplugin("xdist")
     is_on_gpu = bool(config.args) and all("gpu" in Path(arg.partition("::")[0]).parts for arg in config.args)
     if has_xdist and not is_worker and not is_on_gpu and config.option.numprocesses is None:
