@@ -34,6 +34,7 @@ COLUMNS = {
                                                 "prefill_share_of_gemm")),
     "batch": Columns(("format", "batch_size"), ("decode_tok_s", "step_ms", "share_of_bandwidth")),
     "context": Columns(("format", "context", "allocated"), ("step_ms", "decode_tok_s")),
+    "quality": Columns(("format",), ("perplexity", "kl_divergence", "kl_p99", "same_token")),
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
