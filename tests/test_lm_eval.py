@@ -183,14 +183,15 @@ def test_a_model_without_a_tokenizer_is_refused(adapter):
 
 def test_tasks_of_the_examples_run_in_the_harness():
     """Tiny knows these sums."""
-    lm_eval = pytest.importorskip("lm_eval")
-    from qwen3fast.lm_eval import HarnessModel
+    pytest.importorskip("lm_eval.api.model")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    tasks = lm_eval.tasks.TaskManager(include_path=str(TASKS))
-    model = HarnessModel("tiny", compile=False, max_length=256, batch_size=4)
-    found = lm_eval.simple_evaluate(
-        model, tasks=["sums_choice", "sums", "sums_text"], task_manager=tasks, apply_chat_template=True, limit=8
-    )["results"]
+    adapter = importlib.import_module("qwen3fast.lm_eval")
+    model = adapter.HarnessModel("tiny", compile=False, max_length=256, batch_size=4)
+    options = {"task_manager": TaskManager(include_path=str(TASKS)), "apply_chat_template": True, "limit": 8}
+    found = simple_evaluate(model, tasks=["sums_choice", "sums", "sums_text"], **options)["results"]
+    model.generator.close()
     assert found["sums_choice"]["acc,none"] == 1 and found["sums"]["exact_match,none"] == 1
     assert found["sums_text"]["bits_per_byte,none"] > 0
 
