@@ -254,7 +254,7 @@ def test_generator_answers_with_the_merged_weights(tmp_path, tokenizer_folder):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not supported"),
         ({"target_parameters": ["x"]}, "target_parameters="),
         ({"r": None}, "r=None is not valid in a LoRA adapter"),
-        ({"lora_alpha": "8"}, "lora_alpha='8' is not what"),
+        ({"lora_alpha": "8"}, "lora_alpha='8' is not valid"),
         ({"r": 0}, r"ranks must be whole numbers from 1 to 65536, got \[0\]"),
         ({"rank_pattern": {"q_proj": -1}}, r"ranks must be whole numbers from 1 to 65536, got \[4, -1\]"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha, alpha_pattern must be numbers up to"),
