@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.checks import checked_flag, checked_integer, checked_text
-from qwen3fast.engine.last_token import (
-    checked_max_length,
-    checked_texts,
-    last_states,
-    load_model_and_tokenizer,
-    token_id,
-)
+from qwen3fast.engine.last_token import checked_max_length, checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
+from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
 

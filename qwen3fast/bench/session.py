@@ -198,7 +198,7 @@ class Session:
         limit = self.options.limit_s
         if limit is None:
             return f"about {in_words(seconds)}"
-        fits = "" if seconds <= limit else "; what does not fit is left out"
+        fits = "" if seconds <= limit else "; cases beyond that are left out"
         return f"about {in_words(min(seconds, limit))}{fits}"
 
     def _probe(self) -> Measurement:

@@ -48,7 +48,7 @@ def picture(record: Record) -> Any:
     try:
         return drawing("pictures").draw(record)
     except INCOMPLETE as err:
-        raise ValueError(f"no picture: this {record.suite} record lacks what it would show ({err!r:.120})") from err
+        raise ValueError(f"no picture: this {record.suite} record lacks data for it ({err!r:.120})") from err
 
 
 def sentences(record: Record) -> list[str]:

@@ -6,49 +6,19 @@ B batch rows   T tokens of the longest row   E hidden_size   N texts
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
-from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
-from qwen3fast.engine.threads import on_live_threads, use_threads
+from qwen3fast.checks import checked_flag, checked_integer, checked_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_LENGTH = 8192  # tokens per text, as in both model cards
 MAX_BATCH_SIZE = 4096
-
-
-def load_model_and_tokenizer(
-    source: str | Path,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    quantization: str | None,
-    revision: str | None,
-    output_projection: bool,
-    check_weights: bool = False,
-    threads: int | None = None,
-) -> tuple[Qwen3, Tokenizer]:
-    """Return a model, loaded by `load_model`, and its tokenizer, which is read first.
-
-    Raises: FileNotFoundError; ValueError, also for random weights, which have no tokenizer.
-    """
-    checked_source(source, quantization, revision, check_weights=check_weights)
-    use_threads(threads)  # before loading, which quantizes
-    if str(source).startswith("random:"):
-        raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
-    folder = resolve_source(source, revision)
-    tokenizer = read_tokenizer(folder)
-    load = partial(
-        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
-    )
-    return on_live_threads(load, folder, device, dtype), tokenizer
 
 
 def checked_max_length(max_length: int | None, config: ModelConfig) -> int:

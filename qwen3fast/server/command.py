@@ -99,7 +99,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
-    """Load what the options name. Raises: ValueError for a name given twice, and as `Generator.from_pretrained`."""
+    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
     models: dict[str, AnyModel] = {}
 
     def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
@@ -153,7 +153,7 @@ def _base_of_adapter(source: str) -> str | None:
 def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
     """Return a socket that listens. Connections whose clients read nothing are cut, after twice send_timeout_s.
 
-    The application only stops writing to them; what it has written would otherwise be kept as long as they live.
+    The application only stops writing to them; written data would otherwise be kept as long as they are open.
     Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
     """
     listening = config.bind_socket()

@@ -173,7 +173,7 @@ def _response_format(fields: Fields) -> dict[str, Any] | None:
 
 
 def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
-    """Return the budget of reasoning tokens and whether the template lets the model reason at all."""
+    """Return the budget of reasoning tokens, and the template's `enable_thinking`."""
     budget, enable = fields.integer("thinking_budget", 0, 2**31), None
     effort = fields.text("reasoning_effort", choices=tuple(REASONING_BUDGETS))
     if effort is not None:

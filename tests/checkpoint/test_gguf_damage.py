@@ -105,7 +105,7 @@ def test_types_that_gguf_cannot_decode_are_named(tmp_path):
         (lambda w: w.add_uint32("qwen3.block_count", 10**5), "block_count is 100000, but there are 24 tensors"),
         (lambda w: w.add_uint32("qwen3.embedding_length", 2**31), "qwen3.embedding_length must be from 1 to"),
         (lambda w: w.add_float32("qwen3.rope.freq_base", float("nan")), "qwen3.rope.freq_base must be a positive"),
-        (lambda w: w.add_string("qwen3.rope.freq_base", "x"), "qwen3.rope.freq_base is not what is expected there"),
+        (lambda w: w.add_string("qwen3.rope.freq_base", "x"), "qwen3.rope.freq_base has an unexpected type"),
         (lambda w: w.add_string("qwen3.rope.scaling.type", "linear"), "RoPE scaling 'linear' is not supported"),
         (
             lambda w: (add_yarn(w), w.add_float32("qwen3.rope.scaling.yarn_attn_factor", 2.0)),

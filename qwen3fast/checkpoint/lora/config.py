@@ -154,7 +154,7 @@ def _refuse_features(raw: dict[str, Any], file: Path) -> None:
 def _refuse_values(raw: dict[str, Any], file: Path) -> None:
     for name, kinds in KINDS.items():
         if not isinstance(raw.get(name), kinds) or isinstance(raw.get(name), bool):
-            raise ValueError(f"{file}: {name}={raw.get(name)!r:.100} is not what a LoRA adapter has there")
+            raise ValueError(f"{file}: {name}={raw.get(name)!r:.100} is not valid in a LoRA adapter")
     patterns = [*(raw.get("rank_pattern") or {}), *(raw.get("alpha_pattern") or {})]
     patterns += [raw[name] for name in ("target_modules", "exclude_modules") if isinstance(raw.get(name), str)]
     for pattern in patterns:

@@ -52,7 +52,7 @@ def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str
 
 
 class _Matcher:
-    """Modules by the names that an adapter gives them, and what has been found for each."""
+    """Modules by an adapter's names for them, and the tensors found for each."""
 
     def __init__(self, config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> None:
         # Adapters of a Qwen3Model (for embeddings) leave "model." out, in the file and for the patterns of the config.

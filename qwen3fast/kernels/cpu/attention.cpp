@@ -116,7 +116,7 @@ Part attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, in
         store(s + t, weight);
         total += weight;
       }
-      // What the padding added: exp(-87) at most, 1e-38.
+      // The padding added exp(-87) at most, 1e-38.
       part.total[g] += sum(total);
       if (kIsRounded)
         for (int64_t t = 0; t < count; t++) s[t] *= v_scale[start + t];
