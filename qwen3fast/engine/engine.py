@@ -20,6 +20,7 @@ from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepKind
+from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -67,9 +68,11 @@ class Engine(Rows):
         )
 
     def _use_graphs(self, graphs: GraphCache) -> None:
-        """Run decode steps, and first chunks of prompts, through these graphs."""
+        """Run decode steps and chunks of prompts through these graphs."""
         self.graphs = graphs
-        self.captured = CapturedChunks(graphs, self.model.config.vocab_size, self.device)
+        config = self.model.config
+        serves_later = finds_used_length_of_chunks(self.device, config.head_dim)
+        self.captured = CapturedChunks(graphs, config.vocab_size, self.device, serves_later)
 
     @on_device
     def begin_prefill(
@@ -212,6 +215,14 @@ class Engine(Rows):
         report("prefill")
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):
+            if (
+                self.captured is not None
+                and self.captured.serves_later
+                and CHUNK_SIZES[0] + size <= self.cache.allocated_len
+            ):
+                later = self.begin_prefill(0, [0] * (CHUNK_SIZES[0] + size), CHUNK_SIZES[0])
+                assert later.chunks == [size], "the size is that of one chunk"
+                self.prefill_step(later)
             logits_1V = self.prefill_whole(0, [0] * size)
         for sampler in SamplerKind:
             report(f"{sampler.value} sampler")

@@ -94,7 +94,7 @@ def prefill_step(
 ) -> Tensor | None:
     """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
 
-    captured: the graphs of first chunks, on CUDA; chunks whose log-probabilities are wanted run without.
+    captured: the graphs of chunks, on CUDA; chunks whose log-probabilities are wanted run without.
     """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
@@ -103,8 +103,8 @@ def prefill_step(
     fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
     prefill.done += len(chunk)
     wanted = prefill.wanted.after(start, len(chunk), len(prefill.token_ids)) if prefill.wanted is not None else None
-    if captured is not None and start == 0 and not wanted:
-        logits_1V = captured.run(fixed, row_1, token_1T, last)
+    if captured is not None and captured.serves(start) and not wanted:
+        logits_1V = captured.run(fixed, row_1, token_1T, start, last)
         return None if prefill.chunks else logits_1V.clone()
     x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
     if prefill.wanted is not None and wanted:
@@ -120,20 +120,26 @@ def prefill_step(
 
 
 class CapturedChunks:
-    """CUDA graphs of the first chunk of a prompt, one per size.
+    """CUDA graphs of chunks of prompts: per size, one that begins a prompt and one that continues it.
 
     A first chunk begins at position 0: only the contents of these buffers vary, its tokens, its row and the index of
-    its last token. Later chunks read more positions and are launched kernel by kernel.
+    its last token. Later chunks begin at a position that is in a buffer as well, where their attention must read it
+    (`finds_used_length_of_chunks`); otherwise they are launched kernel by kernel.
     """
 
-    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device, serves_later: bool) -> None:
+        """Allocate the buffers. serves_later: whether attention reads a chunk's positions on the device."""
         self._graphs = graphs
-        self._row_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._last_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.serves_later = serves_later
+        self._row_1, self._start_1, self._last_1 = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self._token_1T = torch.zeros(1, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
         self._logits_1V = torch.zeros(1, vocab_size, device=device)
 
-    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, last: int) -> Tensor:
+    def serves(self, start: int) -> bool:
+        """Return whether there are graphs for chunks that begin at this position."""
+        return start == 0 or self.serves_later
+
+    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, start: int, last: int) -> Tensor:
         """Run a chunk; capture its graph first if its size is new.
 
         Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
@@ -141,14 +147,16 @@ class CapturedChunks:
         size, parts = token_1T.shape[1], fixed[1]
         self._row_1.copy_(row_1)
         self._token_1T[:, :size].copy_(token_1T)
+        self._start_1.fill_(start)
         self._last_1.fill_(last)
 
         def step() -> None:
-            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], 0)
+            begin = self._start_1 if start else 0
+            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], begin)
             logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
             self._logits_1V.copy_(logits_11V.squeeze(1))
 
-        self._graphs.run(("prefill", size), step)
+        self._graphs.run(("later chunk" if start else "prefill", size), step)
         return self._logits_1V
 
 
@@ -160,15 +168,20 @@ def prefill_chunk(
     sin_SD: Tensor,
     row_1: Tensor,
     token_1T: Tensor,
-    start: int,
+    start: int | Tensor,
 ) -> Tensor:
     """Run all blocks over one chunk, at positions start, start + 1, ... of one row. Returns: their output, (1, T, E).
 
+    start: a number, or where attention needs no mask a tensor (1,), int64, that the host does not read.
     Padding at the end writes keys and values as well; real tokens overwrite them before any mask includes them.
     """
     size = token_1T.shape[1]
-    position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
-    mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
+    mask_1TL = None
+    if isinstance(start, Tensor):
+        position_1T = (torch.arange(size, device=token_1T.device) + start)[None]
+    else:
+        position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
+        mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
     for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):

@@ -24,11 +24,15 @@ Cache = Any
 
 
 class AttentionForm(NamedTuple):
-    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function."""
+    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function.
+
+    has_mask: True if it needs a mask, False if it takes none; None if either will do.
+    """
 
     name: str
     serves: Callable[[Tensor, Cache], bool]
     run: Callable[[Tensor, Cache, Tensor, Tensor | None], Tensor]
+    has_mask: bool | None = None
 
 
 def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
@@ -36,12 +40,13 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
 
     position_BT: int64, where the queries stand; their keys and values are in the cache already.
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
-    It may be None where `finds_used_length`. Without rows (`cache.row_B` is None: decode) batch row b is slot b; with
-    rows (prefill) the T queries stand at the last of the L positions.
+    It may be None in steps where `finds_used_length` and in chunks where `finds_used_length_of_chunks`. Without rows
+    (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries stand at the last of the L
+    positions.
     cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
-        if form.serves(q_BTHD, cache):
+        if form.serves(q_BTHD, cache) and form.has_mask in (None, mask_BTL is not None):
             return form.run(q_BTHD, cache, position_BT, mask_BTL)
     raise AssertionError("the last form serves everything")
 
@@ -49,6 +54,11 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
 def finds_used_length(device: torch.device, head_dim: int) -> bool:
     """Return whether decode attention on this device stops at each query's position without a mask."""
     return cuda.can_split(device, head_dim)
+
+
+def finds_used_length_of_chunks(device: torch.device, head_dim: int) -> bool:
+    """Return whether attention of a prompt's chunk on this device reads the length from position_BT, without a mask."""
+    return cuda.can_chunk_attention(device, head_dim)
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
@@ -117,6 +127,14 @@ def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Te
     return y_BTHD.transpose(1, 2)
 
 
+def _chunk_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BTHD = torch.ops.qwen3fast.chunk_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    y_BHTD: Tensor = y_BTHD.transpose(1, 2)
+    return y_BHTD
+
+
 FORMS = (
     AttentionForm(
         "cpp_decode", lambda q, cache: cache.row_B is None and cpu.can_decode_attention(q, cache.k_RKSD), _cpp_decode
@@ -128,7 +146,16 @@ FORMS = (
     ),
     AttentionForm("split_decode", lambda q, cache: cache.row_B is None and cuda.can_split_attention(q), _split_decode),
     AttentionForm(
-        "flash_prefill", lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q), _flash_prefill
+        "chunk_prefill",
+        lambda q, cache: cache.row_B is not None and cuda.can_chunk_attention(q.device, q.shape[-1]),
+        _chunk_prefill,
+        has_mask=False,
+    ),
+    AttentionForm(
+        "flash_prefill",
+        lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q),
+        _flash_prefill,
+        has_mask=True,
     ),
     AttentionForm("plain", lambda q, cache: True, _plain),
 )

@@ -46,7 +46,7 @@ CHOSEN = [
     (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
     (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4")]),
     (80, ["search, pass 9", "draw"]),
-    (90, ["largest", "best", "search, pass 1", "draw"]),
+    (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),
     (90, ["gate_up, 8b, fp8, 8", "down, 8b, bf16, 8", "embed, 0.6b", "attention, 0.6b, bf16", "combine, 8b", "choose"]),
     (100, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, bf16"]),
 ]
@@ -73,7 +73,7 @@ def test_kernels_fit_into_registers_and_shared_memory(kernels):
 
 def test_kernels_touch_nothing_before_the_previous_kernel_has_ended(kernels):
     for name, (*_, ptx) in kernels.items():
-        if name.startswith("80"):
+        if name.startswith("80") or "chunk" in name:
             assert "griddepcontrol" not in ptx, name
             continue
         assert ptx.count("griddepcontrol.wait") == 1, name
@@ -133,5 +133,6 @@ def test_every_step_of_every_format_is_a_case():
             assert {f"{part}, {s}, {f}, {r} rows" for s in ("0.6b", "8b") for f in FORMATS for r in (1, 8)} <= set(
                 names
             )
+        cases = [case for case in cases if not case.name.startswith("chunk")]  # of prompts
         assert all(case.constants["DEPENDENT"] == is_dependent for case in cases)
         assert all(case.options.get("launch_pdl", False) == is_dependent for case in cases)

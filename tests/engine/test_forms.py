@@ -104,14 +104,18 @@ def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantiza
     with torch.no_grad():
         engine = on_meta(size, quantization, cache_dtype)
         assert not engine.parts.needs_mask
+        later = torch.zeros(1, dtype=torch.int64, device=META)  # where a captured chunk begins
         prefill(engine, 32, 0)
+        prefill(engine, 32, later)
         for rows in (1, 2):
             for sampler in SamplerKind:
                 decode(engine, rows, 128, sampler)
-        # A block for prompts, and for steps of one row and of more: embedding, block, logits, the rest, three samplers.
-        assert engine.compiler.compilations == len(graphs) == 1 + 2 * (4 + len(SamplerKind))
+        # Two blocks for prompts; for steps of one row and of more: embedding, block, logits, the rest, three samplers.
+        assert engine.compiler.compilations == len(graphs) == 2 + 2 * (4 + len(SamplerKind))
         with torch.compiler.set_stance("fail_on_recompile"):
             run_everything(engine)
+            for size in CHUNK_SIZES:
+                prefill(engine, size, later)
     assert engine.compiler.compilations == len(graphs)
 
 

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 from compile_for_gpu.binaries import describe_kernel
 from compile_for_gpu.devices import Gpu
 from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
-from qwen3fast.kernels.cuda.decode_step.cases import SIZES, Case, compile_cases
+from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, SIZES, Case, compile_cases
 
 
 class KernelCase(NamedTuple):
@@ -52,10 +52,12 @@ def own_cases() -> list[KernelCase]:
     return cases
 
 
-def fused_cases(gpu: Gpu, sizes: list[str], rows: tuple[int, ...] = (1, 8)) -> list[Case]:
-    """Return the kernels of the fused step for those of these sizes that it serves."""
+def fused_cases(gpu: Gpu, sizes: Sequence[str], weights: Sequence[str]) -> list[Case]:
+    """Return the fused step's kernels for one and eight rows of those sizes that it serves, in formats of weights."""
     known = {size.partition("/")[0] for size in sizes} & set(SIZES)
-    return compile_cases(gpu.capability, tuple(sorted(known)), rows)
+    others = set(FORMATS) - set(weights)
+    cases = compile_cases(gpu.capability, tuple(sorted(known)))
+    return [case for case in cases if others.isdisjoint(case.name.split(", "))]
 
 
 def compile_own_kernels(gpu: Gpu, cases: Sequence[KernelCase | Case]) -> list[dict[str, Any]]:

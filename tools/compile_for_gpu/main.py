@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     record = Record("compiled", describe_run("python tools/compile_for_gpu.py"), environment, model, notes=notes)
     for gpu_name in args.gpus.split(","):
         with pretended(GPUS[gpu_name]):
-            cases = [*own_cases(), *fused_cases(GPUS[gpu_name], args.models.split(","))]
+            fused = fused_cases(GPUS[gpu_name], args.models.split(","), args.weights.split(","))
+            cases = [*own_cases(), *fused]
             own = compile_own_kernels(GPUS[gpu_name], cases)
             notes["own_kernels"] += [{"gpu": gpu_name, **kernel} for kernel in own]
             for size in args.models.split(","):

@@ -36,6 +36,7 @@ def load(device: torch.device | None = None) -> bool:
             has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
             _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.chunk_attention import chunk_attention
             from qwen3fast.kernels.cuda.decode_step import ops as decode_step
             from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
@@ -51,6 +52,9 @@ def load(device: torch.device | None = None) -> bool:
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
             ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
+            custom_op("qwen3fast::chunk_attention", chunk_attention, mutates_args=()).register_fake(
+                lambda q, *others: q.new_empty(q.shape)
+            )
             decode_step.register()
             _is_loaded = True
         return _is_loaded
@@ -70,6 +74,12 @@ def can_split(device: torch.device, head_dim: int) -> bool:
     """Return whether `split_attention` serves queries of this size on this device; call `load` first."""
     is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
     return decode_attention == "split" and is_served and device.type == DEVICE_TYPE and _is_loaded
+
+
+def can_chunk_attention(device: torch.device, head_dim: int) -> bool:
+    """Return whether `torch.ops.qwen3fast.chunk_attention` serves queries of this size on this device."""
+    is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return is_served and device.type == DEVICE_TYPE and _is_loaded
 
 
 def can_flash_attention(q_BTHD: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from qwen3fast.kernels.cuda import chunk_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 from qwen3fast.kernels.cuda.decode_step.weights import CHANNELS, FP8, INT4, INT8, PLAIN, tile_shape
@@ -40,13 +41,14 @@ def compile_cases(
     """Return all kernels of steps with these sizes and numbers of rows, compiled for a GPU of this capability."""
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
-    return [
-        case._replace(
-            constants=case.constants | {"DEPENDENT": dependent},
-            options=case.options | ({"launch_pdl": True} if dependent else {}),
-        )
-        for case in dict((case.name, case) for case in cases).values()
-    ]
+    unique = {case.name: case for case in cases}.values()
+    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
+
+
+def _dependent(case: Case, dependent: bool) -> Case:
+    """Return the case of a kernel that overlaps the one before it, or does not."""
+    options = case.options | ({"launch_pdl": True} if dependent else {})
+    return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
 
 
 def _cases(size: str, R: int) -> Iterator[Case]:
@@ -82,6 +84,7 @@ def _cases(size: str, R: int) -> Iterator[Case]:
     signature |= dict.fromkeys(("advance", "input", "output", "position", "step"), "*i64")
     yield Case("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
     yield from _sampler_cases()
+    yield from _chunk_cases(size, H, K)
 
 
 def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
@@ -122,6 +125,17 @@ def _sampler_cases() -> Iterator[Case]:
         yield Case(f"search, pass {index}", sample.search_kernel, types, row | own, {})
     types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
     yield Case("draw", sample.draw_kernel, types, row, {})
+
+
+def _chunk_cases(size: str, H: int, K: int) -> Iterator[Case]:
+    for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
+        signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
+        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
+        signature |= dict.fromkeys(("position", "row"), "*i64")
+        constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
+        constants |= {"QUERIES": chunk_attention.QUERIES, "BLOCK": chunk_attention.BLOCK}
+        name = f"chunk attention, {size}, {cache} cache"
+        yield Case(name, chunk_attention.chunk_kernel, signature, constants, {})
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
