@@ -128,7 +128,8 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         if not args.no_warmup:
             model = list(models.values())[-1]
             assert isinstance(model, Generator), "just added"
-            model.warmup()
+            logger.info("compiling for this machine: minutes at the first start; --no-warmup listens at once instead")
+            model.warmup(progress=True)
     for spec in args.embedder:
         add(spec, Embedder)
     for spec in args.reranker:

@@ -13,7 +13,17 @@ from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
-from qwen3fast.server.replies import Prompt, new_id, now, pieces, results, started, usage
+from qwen3fast.server.replies import (
+    Prompt,
+    new_id,
+    now,
+    pieces,
+    read_stream_options,
+    results,
+    started,
+    usage,
+    usage_so_far,
+)
 from qwen3fast.server.sampling import Sampling, read_sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event, unless_disconnected
@@ -25,7 +35,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request for a completion. echo: the text begins with the prompt."""
+    """A request for a completion.
+
+    echo: the text begins with the prompt. include_usage: in a last event of a stream. counts_tokens: usage so far also
+    in each event.
+    """
 
     served: ServedModel
     prompts: list[Prompt]
@@ -33,6 +47,7 @@ class CompletionRequest:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    counts_tokens: bool = False
     id: str = field(default_factory=lambda: new_id("cmpl"))
     created: int = field(default_factory=now)
 
@@ -89,9 +104,8 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if echo and logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
-    stream_options = fields.object("stream_options")
-    include_usage = stream_options is not None and stream_options.flag("include_usage")
-    return CompletionRequest(served, read_prompts(fields, "prompt"), sampling, echo, stream, bool(include_usage))
+    prompts = read_prompts(fields, "prompt")
+    return CompletionRequest(served, prompts, sampling, echo, stream, *read_stream_options(fields))
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -160,9 +174,13 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     finished: dict[int, GenerationResult] = {}
     offsets = [0] * num_replies
 
+    new_tokens = [0] * num_replies
+
     def chunk(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        extra = {"usage": None} if wanted.include_usage else {}
+        extra: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
+        if wanted.counts_tokens:
+            extra = {"usage": usage_so_far(len(handles[index].request.prompt_ids), new_tokens[index])}
         return event({**wanted.envelope(), "choices": [choice], **extra})
 
     async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
@@ -170,6 +188,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             yield chunk(i, wanted.echoed(i))
         async for piece in pieces(handles, state.options.stream_interval_s):
             i, news = piece.index, piece.chunk
+            new_tokens[i] += len(news.token_ids)
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]
             if ats and tokenizer is not None:

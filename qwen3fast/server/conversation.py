@@ -49,7 +49,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Delta:
-    """A new part of a reply. index: of the reply, below n. result: the whole reply, in its last delta."""
+    """A new part of a reply.
+
+    index: of the reply, below n. result: the whole reply, in its last delta. prompt_tokens, new_tokens: counts so far.
+    """
 
     index: int
     reasoning: str
@@ -57,6 +60,8 @@ class Delta:
     tool_calls: list[ToolCall]
     logprobs: list[TokenLogprobs] | None = None
     result: GenerationResult | None = None
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
 
 def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str | None) -> Sampling:
@@ -91,17 +96,21 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     state, generator = state_of(request), generator_of(conversation.served)
     streams = [AnswerStream() for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
+    new_tokens = [0] * conversation.sampling.n
     async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+        prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
         async for piece in pieces(handles, state.options.stream_interval_s):
             stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
+            new_tokens[piece.index] += len(news.token_ids)
             answer = stream.push("" if conversation.must_call else news.answer)
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
                 last = stream.finish(*content_and_calls(conversation.must_call, result))
                 content, calls = content + last.content, calls + last.tool_calls
-            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result)
+            counts = prompt_tokens, new_tokens[piece.index]
+            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result, *counts)
     state.count(request, conversation.served, finished)
 
 

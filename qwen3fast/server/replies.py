@@ -15,6 +15,7 @@ from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.server.fields import Fields
 from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -132,6 +133,20 @@ def usage(all_results: Iterable[GenerationResult], num_prompts: int, tokenizer: 
         "prompt_tokens_details": {"cached_tokens": sum(result.metrics.reused_tokens for result in firsts)},
         "completion_tokens_details": {"reasoning_tokens": sum(reasoning_tokens(r, tokenizer) for r in every)},
     }
+
+
+def usage_so_far(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """Return `usage` of a reply that is not finished."""
+    total = prompt_tokens + new_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": total}
+
+
+def read_stream_options(fields: Fields) -> tuple[bool, bool]:
+    """Return `include_usage` and vLLM's `continuous_usage_stats`. Raises: ApiError (400) naming the field."""
+    options = fields.object("stream_options")
+    if options is None:
+        return False, False
+    return options.flag("include_usage"), options.flag("continuous_usage_stats")
 
 
 def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:
