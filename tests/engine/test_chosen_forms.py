@@ -11,7 +11,7 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
-from qwen3fast.kernels import cpu, forms
+from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill
@@ -32,7 +32,7 @@ NEVER = forms.NEVER
 def own_cache(tmp_path, monkeypatch):
     """No choices but the test's own."""
     folder = tmp_path / "qwen3fast"
-    monkeypatch.setattr(forms, "forms_file", lambda: folder / "forms.json")
+    monkeypatch.setattr(forms_file, "path", lambda: folder / "forms.json")
     monkeypatch.delenv(forms.VARIABLE, raising=False)
     monkeypatch.setattr(forms, "_used", {})
 
