@@ -37,6 +37,7 @@ COLUMNS = {
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
+    "llama-bench": Columns(("format", "test"), ("tok_s",)),
     "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),

@@ -26,7 +26,7 @@ from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.model.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 
@@ -83,7 +83,7 @@ def cached(dtype, rows=3, positions=90):
     k, v = (random_tensor(rows, 2, positions, 64, seed=seed) for seed in (1, 2))
     if dtype == torch.bfloat16:
         return k.bfloat16(), v.bfloat16(), None, None
-    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
     return k, v, k_scale, v_scale
 
 

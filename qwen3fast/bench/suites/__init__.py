@@ -1,9 +1,9 @@
 """The suites of `python -m qwen3fast.bench --suite NAME`, by name."""
 
-from qwen3fast.bench.suites import ablation, batch, cache, context, forms, quantization, roofline, startup
+from qwen3fast.bench.suites import ablation, batch, cache, context, forms, llama_bench, quantization, roofline, startup
 from qwen3fast.bench.suites.suite import Suite
 
-MODULES = (cache, roofline, batch, context, startup, quantization, ablation, forms)
+MODULES = (cache, roofline, batch, context, startup, quantization, ablation, llama_bench, forms)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
 
 __all__ = ["SUITES", "Suite"]
