@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from qwen3fast.kernels.forms import Choice
+from qwen3fast.kernels.forms_file import Choice
 from qwen3fast.text.tool_calls import ToolCall
 
 

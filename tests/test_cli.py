@@ -14,7 +14,7 @@ from qwen3fast.bench import harness, measure, probes, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, program
-from qwen3fast.kernels import forms
+from qwen3fast.kernels import forms, forms_file
 from qwen3fast.kernels.cases import prefill_attention_case
 
 
@@ -191,7 +191,7 @@ def test_info_tells_which_forms_were_measured_for_these_sizes(capsys, monkeypatc
 
     assert forms_of_info() == ": the first of each, as QWEN3FAST_FORMS says\n"
     monkeypatch.delenv("QWEN3FAST_FORMS")
-    monkeypatch.setattr(forms, "forms_file", lambda: tmp_path / "forms.json")
+    monkeypatch.setattr(forms_file, "path", lambda: tmp_path / "forms.json")
     assert forms_of_info().startswith(": not measured yet for these sizes")
     monkeypatch.setattr(forms, "measure", lambda calls: {"C++": [0.002] * 3, "SDPA": [0.001] * 3})
     for heads in ((16, 8, 128), (32, 8, 128)):

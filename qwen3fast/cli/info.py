@@ -10,7 +10,7 @@ from qwen3fast.checkpoint import empty_model, read_checkpoint_config, resolve_so
 from qwen3fast.cli.arguments import add_source_arguments, config_of
 from qwen3fast.cli.console import replace_surrogates
 from qwen3fast.engine.threads import use_threads
-from qwen3fast.kernels import forms
+from qwen3fast.kernels import forms, forms_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import formats_of, plain_modules, quantize_model
@@ -53,14 +53,14 @@ def _forms(config: ModelConfig) -> list[str]:
     linear = {f"{config.intermediate_size} x {config.hidden_size}"}
     found = {
         f"{what}, {sizes}": choice
-        for (what, sizes), choice in forms.all_kept().items()
+        for (what, sizes), choice in forms_file.all_kept().items()
         if heads in sizes or (what.startswith("linear") and linear & set(sizes.split(", ")))
     }
     if forms.is_pinned():
         return [f"forms on this machine: the first of each, as {forms.VARIABLE} says"]
     if not found:
         return ["forms on this machine: not measured yet for these sizes (Generator.warmup() does)"]
-    title = f"forms on this machine, as measured with {torch.get_num_threads()} threads (kept in {forms.forms_file()}):"
+    title = f"forms on this machine, as measured with {torch.get_num_threads()} threads (kept in {forms_file.path()}):"
     return [title, *(f"  {name}: {choice.name} ({choice.times})" for name, choice in sorted(found.items()))]
 
 

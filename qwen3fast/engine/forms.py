@@ -21,7 +21,8 @@ from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LONG, ROWS, SDPA, Calls, l
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.kernels.cpu.structures import NEVER
-from qwen3fast.kernels.forms import PART_S, Case, Choice, choose, kept, machine_key, measure_and_keep, used_from
+from qwen3fast.kernels.forms import PART_S, Case, choose, machine_key, measure_and_keep, used_from
+from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache

@@ -11,12 +11,12 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
-from qwen3fast.kernels import cpu, forms
+from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.model.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 
@@ -32,7 +32,7 @@ NEVER = forms.NEVER
 def own_cache(tmp_path, monkeypatch):
     """No choices but the test's own."""
     folder = tmp_path / "qwen3fast"
-    monkeypatch.setattr(forms, "forms_file", lambda: folder / "forms.json")
+    monkeypatch.setattr(forms_file, "path", lambda: folder / "forms.json")
     monkeypatch.delenv(forms.VARIABLE, raising=False)
     monkeypatch.setattr(forms, "_used", {})
 
@@ -83,7 +83,7 @@ def cached(dtype, rows=3, positions=90):
     k, v = (random_tensor(rows, 2, positions, 64, seed=seed) for seed in (1, 2))
     if dtype == torch.bfloat16:
         return k.bfloat16(), v.bfloat16(), None, None
-    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
     return k, v, k_scale, v_scale
 
 

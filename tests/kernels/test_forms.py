@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from qwen3fast.kernels import forms
+from qwen3fast.kernels import forms, forms_file
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +114,12 @@ def test_a_measurement_is_of_one_machine_and_its_versions(monkeypatch, change):
     elif change == "torch":
         monkeypatch.setattr("torch.__version__", "0.0")
     elif change == "version":
-        monkeypatch.setattr(forms, "__version__", "0.0")
+        monkeypatch.setattr(forms_file, "__version__", "0.0")
     else:
-        monkeypatch.setattr(forms, change, lambda: "another")
-    assert forms.all_kept() == {}
+        monkeypatch.setattr(forms_file, change, lambda: "another")
+    assert forms_file.all_kept() == {}
     assert forms.choose(case()).name == "a"
-    assert list(forms.all_kept()) == [("x", "k")]
+    assert list(forms_file.all_kept()) == [("x", "k")]
 
 
 def test_a_choice_does_not_change_within_a_process(monkeypatch, own_cache):
@@ -135,7 +135,7 @@ def test_a_choice_does_not_change_within_a_process(monkeypatch, own_cache):
 
 def test_without_leave_to_measure_the_first_form_is_used_and_nothing_is_settled(monkeypatch):
     told(monkeypatch, a=1.0, b=0.5)
-    assert forms.choose(case(), may_measure=False) == forms.Choice("a", "not measured yet")
+    assert forms.choose(case(), may_measure=False) == forms_file.Choice("a", "not measured yet")
     assert forms.choose(case()).name == "b"
     assert forms.choose(case(), may_measure=False).name == "b"
 
@@ -180,9 +180,9 @@ def test_the_file_is_whole_at_any_time(monkeypatch, own_cache):
 
 def test_pinned_forms_are_not_measured(monkeypatch):
     monkeypatch.setattr(forms, "measure", lambda calls: pytest.fail("measured"))
-    assert forms.choose(case(), is_first=True) == forms.Choice("a", "pinned")
+    assert forms.choose(case(), is_first=True) == forms_file.Choice("a", "pinned")
     monkeypatch.setenv(forms.VARIABLE, "first")
-    assert forms.choose(case()) == forms.Choice("a", "pinned")
+    assert forms.choose(case()) == forms_file.Choice("a", "pinned")
     monkeypatch.setenv(forms.VARIABLE, "fast")
     with pytest.raises(ValueError, match="QWEN3FAST_FORMS must be 'first', 'measured' or unset, got 'fast'"):
         forms.choose(case())
@@ -194,6 +194,6 @@ def test_a_single_form_is_not_measured(monkeypatch):
 
 
 def test_a_choice_tells_form_reason_and_times():
-    assert str(forms.Choice("a", "pinned")) == "a (pinned)"
-    choice = forms.Choice("a", "measured now", {"a": 0.0123, "b": 0.1})
+    assert str(forms_file.Choice("a", "pinned")) == "a (pinned)"
+    choice = forms_file.Choice("a", "measured now", {"a": 0.0123, "b": 0.1})
     assert str(choice) == "a (measured now: a 12.3 ms, b 100 ms)"
