@@ -136,7 +136,7 @@ class Parts:
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
         return cls(
-            decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
+            decode_layers=DecodeLayers(model, cache) if compiler.uses_operations else None,
             fused_step=_fused_step(model, cache) if compiler.enabled else None,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),

@@ -13,7 +13,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import library
 
 IS_LOADED = cpu.load()
-BUILT = next(library.cache_folder().glob(f"ops-{library._key()}-*.so"), Path())
+BUILT = next(library.cache_folder().glob(f"ops-{library.source_key()}-*.so"), Path())
 
 pytestmark = pytest.mark.skipif(not IS_LOADED, reason="no compiler for the C++ operations on this machine")
 
@@ -23,11 +23,11 @@ def builds(monkeypatch):
     """What was "built": by copying the library that the tests' process has built before."""
     built, builds = BUILT, []
 
-    def build(compiler, folder, key, jobs):
+    def build(compiler, flags, folder, prefix, jobs):
         builds.append(compiler)
         return Path(shutil.copy(built, folder / built.name))
 
-    monkeypatch.setattr(library, "_build", build)
+    monkeypatch.setattr(library, "build", build)
     return builds
 
 
@@ -59,7 +59,7 @@ def test_a_library_that_is_not_what_was_built_is_built_again(folder, builds, con
 
 def test_a_library_without_the_functions_is_built_again(folder, builds):
     other = Path(_ctypes.__file__)
-    name = f"ops-{library._key()}-{library._digest(other.read_bytes())}.so"
+    name = f"ops-{library.source_key()}-{library.digest(other.read_bytes())}.so"
     shutil.copy(other, folder / name)
     assert is_whole(library.open_library())
     assert len(builds) == 1 and not (folder / name).exists()
