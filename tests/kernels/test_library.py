@@ -28,6 +28,7 @@ def builds(monkeypatch):
         return Path(shutil.copy(built, folder / built.name))
 
     monkeypatch.setattr(library, "build", build)
+    monkeypatch.setenv(library.PIN, "native")
     return builds
 
 
@@ -111,5 +112,6 @@ def test_a_truncated_library_does_not_end_the_process(folder):
     os.truncate(folder / BUILT.name, 20_000)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/nonexistent"}
     environment.pop("CXX", None)
+    environment[library.PIN] = "native"
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr  # no compiler: PyTorch's forms
