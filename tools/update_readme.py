@@ -38,7 +38,6 @@ COLUMNS = {
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
-    "llama-bench": Columns(("format", "test"), ("tok_s",)),
     "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
     "llama-bench": Columns(("format", "test"), ("tok_s",)),
     "serve": Columns(("format", "what", "clients"),

@@ -66,6 +66,7 @@ class StepCompiler:
 
     Attributes:
         enabled: False if compilation is switched off or cannot work here; parts then run uncompiled.
+        uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
         when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
@@ -80,9 +81,10 @@ class StepCompiler:
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
-        elif self.enabled and device.type == "cpu":
+        elif mode and device.type == "cpu":
             cpu.load()
         self.when_compiling: Callable[[], None] | None = None
+        self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0
         self.seconds = 0.0
         self._is_cuda = device.type == "cuda"
@@ -202,7 +204,8 @@ class StepPart:
     def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
         """Return the form for tensors of these shapes: looked up once, it can run any number of modules."""
         if not self._is_compiled:
-            return self.function
+            has_operations = self.compiler.uses_operations and not self.compiler.enabled  # those that a wheel brought
+            return self._with_operations if has_operations else self.function
         kind = self.kind(module)
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
@@ -343,8 +346,9 @@ def _has_cpp_compiler() -> bool:
     if any(candidate and shutil.which(candidate) for candidate in candidates):
         return True
     warnings.warn(
-        "no C++ compiler found, so steps run uncompiled, several times slower. Install one (Debian, Ubuntu: "
-        "apt-get install g++; macOS: xcode-select --install) or set CXX; compile=False silences this.",
+        "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
+        "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
+        "or set CXX; compile=False silences this.",
         stacklevel=2,
     )
     return False

@@ -162,8 +162,8 @@ class Parts:
         chunk: Sizes = {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
         all_rows = (rows,) * len(ProcessorRows._fields)
-        forms = Forms(model if compiler.enabled else None, cache, is_first)
-        if compiler.enabled:
+        forms = Forms(model if compiler.uses_operations else None, cache, is_first)
+        if compiler.uses_operations:
             is_auto = compiler.thread is not None
             forms.decide(may_measure=not is_auto)
             if is_auto:
@@ -171,7 +171,7 @@ class Parts:
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
-            decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
+            decode_layers=DecodeLayers(model, cache) if compiler.uses_operations else None,
             fused_step=fused_step,
             fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),

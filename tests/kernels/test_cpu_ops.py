@@ -1,6 +1,7 @@
 """The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
 
 import copy
+import os
 import subprocess
 import sys
 from itertools import product
@@ -410,7 +411,8 @@ def test_operations_for_other_processors(processor, tmp_path):
         layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))
     torch.save((operations, layers), tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = os.environ | {cpu.library.PIN: "native"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -471,6 +473,7 @@ def test_loading_the_operations_leaves_subnormal_numbers_alone():
 @pytest.mark.parametrize("compiler", ["false", "/there/is/none"])
 def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv(cpu.library.PIN, "native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_was_tried", False)
     monkeypatch.setattr(cpu, "_functions", None)

@@ -58,8 +58,8 @@ def load(jobs: int | None = None) -> bool:
     global _functions, _is_ready, _was_tried
     with _loading:
         if not _was_tried:
-            _was_tried = True
             _functions = _load(jobs)
+            _was_tried = True
             _is_ready = _functions is not None
         return is_loaded()
 
