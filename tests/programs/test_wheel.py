@@ -81,6 +81,7 @@ def test_without_a_level_the_wheel_is_python_alone(tmp_path):
     """As where there is no compiler: the first use builds, or PyTorch's forms run."""
     environment = os.environ | {"PATH": "/nonexistent", "PYTHONPATH": str(ROOT)}
     environment.pop("CXX", None)
-    code = "import sys; sys.argv[1:] = ['--version']; import setup, pathlib as p; print(setup.build_libraries(p.Path('x')))"
+    code = "import sys; sys.argv[1:] = ['--version']; import setup; from pathlib import Path\n"
+    code += "print(setup.build_libraries(Path('x')))"
     done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert done.splitlines()[-1] == "None" and not (tmp_path / "x").exists()
