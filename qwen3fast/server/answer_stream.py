@@ -28,7 +28,7 @@ class AnswerStream:
 
     def __init__(self, call_format: CallFormat | None = None) -> None:
         """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
-        self._format = call_format or JsonCalls()
+        self._format: CallFormat = call_format or JsonCalls()
         self._answer = self._shown = ""
         self._num_calls = 0
         self._read = 0  # up to here, every tool call is closed and well formed

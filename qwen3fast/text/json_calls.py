@@ -24,7 +24,7 @@ class JsonCalls:
     Source: the chat template of Qwen3.
     """
 
-    end_tags = (END_CALL,)
+    end_tags: tuple[str, ...] = (END_CALL,)
 
     def find(self, answer: str, position: int) -> int | None:
         """Return where the next block begins, or None."""

@@ -39,8 +39,8 @@ class XmlCalls:
     line break at each end of a value does not belong to it. The value ends at the first `</parameter>` with another
     parameter or the end of the function behind it, so it may hold tags. Two omissions are accepted:
 
-    - `<tool_call>` before a function that begins a line and, where the tools are known, is one of them; a `</tool_call>`
-      behind it belongs to the block.
+    - `<tool_call>`, before a function that begins a line and, where the tools are known, is one of them. The block
+      then ends with its last function, or with a `</tool_call>` behind it.
     - `</parameter>` before `</function>` and `</tool_call>`, or before a line that begins with the tag of a parameter
       that the function has and that has not been given.
 
@@ -49,7 +49,7 @@ class XmlCalls:
     Source: the chat template of Qwen3-Coder, and vLLM's parser `qwen3_coder`.
     """
 
-    end_tags = (END_CALL, END_FUNCTION)
+    end_tags: tuple[str, ...] = (END_CALL, END_FUNCTION)
 
     def __init__(self, tools: list[dict[str, Any]] | None = None) -> None:
         """tools: JSON schemas of the functions that the prompt offers; None if they are not known."""
@@ -75,7 +75,8 @@ class XmlCalls:
         end = _END.match(answer, at)
         if end is not None and calls:
             return Block(calls, end.end(), bool(end[1]))
-        rest = answer[_skip_space(answer, at) :][: len(END_CALL)]
+        following = _skip_space(answer, at)
+        rest = answer[following : following + len(END_CALL)]
         if has_opener or rest.startswith(_FUNCTION):
             return self._malformed(answer, at)
         return Block(calls, at, not any(tag.startswith(rest) for tag in (END_CALL, _FUNCTION)))
@@ -115,7 +116,7 @@ class XmlCalls:
         return None
 
     def _malformed(self, answer: str, at: int) -> Block:
-        """Return the malformed block that is wrong at a position: it reaches to the next tag that begins or ends one."""
+        """Return a malformed block, wrong at a position: it reaches to the next tag that begins or ends a block."""
         begin = self.find(answer, at)
         limit = len(answer) if begin is None else begin
         end = answer.find(END_CALL, at, limit)

@@ -22,8 +22,8 @@ CODER_TEMPLATE = """\
         {%- endif -%}
         {{- '\\n</parameters>\\n</function>' }}
     {%- endfor -%}
-    {{- '\\n</tools>\\n\\nCall one like this:\\n<tool_call>\\n<function=name>\\n<parameter=key>\\nvalue\\n</parameter>' }}
-    {{- '\\n</function>\\n</tool_call>' }}
+    {{- '\\n</tools>\\n\\nCall one like this:\\n<tool_call>\\n<function=name>\\n<parameter=key>\\nvalue' }}
+    {{- '\\n</parameter>\\n</function>\\n</tool_call>' }}
 {%- endif -%}
 {{- '<|im_end|>\\n' }}
 {%- for message in rest -%}
