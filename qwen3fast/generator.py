@@ -142,6 +142,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> GenerationResult: ...
 
     @overload
@@ -153,6 +154,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> list[GenerationResult]: ...
 
     def generate(
@@ -163,6 +165,7 @@ class Generator:
         use_cache: bool = True,
         on_overflow: Overflow = "error",
         progress: bool = False,
+        tools: Tools | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """Continue one prompt, or each of several.
 
@@ -175,6 +178,8 @@ class Generator:
                 shortens the reply, though not below a quarter of max_seq_len; what is still too long is taken from
                 the beginning of the prompt.
             progress: show a bar that counts finished replies.
+            tools: the functions that the prompts offer, if they were rendered from a conversation with tools.
+                Qwen3-Coder writes the arguments of a call without their types, which come from here.
 
         Returns: one result for one prompt, otherwise a list in the order of the prompts. A batch gives each prompt
         the reply it gets alone. With n > 1, a result is the first of its `samples`; with a seed, sample i has seed + i.
@@ -188,7 +193,9 @@ class Generator:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        groups = [self._builder.build(prompt, p, on_overflow) for prompt, p in zip(many, each, strict=True)]
+        groups = [
+            self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in zip(many, each, strict=True)
+        ]
         handles = [handle for group in groups for handle in group]
         bar = tqdm(total=len(handles), desc="generating", unit="reply", disable=not progress)
         try:
@@ -208,41 +215,55 @@ class Generator:
         *,
         on_overflow: Overflow = "error",
         timeout: float | None = None,
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Start a reply and return at once; see RequestHandle. Thread-safe.
 
         timeout: seconds to wait while `max_queue` requests wait already; 0 does not wait, None waits for ever.
+        tools: as in `generate`.
         Raises: QueueFullError after that time; otherwise as `generate`, and ValueError for n > 1.
         """
         timeout = checked_timeout("timeout", timeout)
-        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow), timeout)
+        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow, tools=tools), timeout)
 
     async def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """Continue one prompt chunk by chunk, in a task of asyncio: `async for chunk in generator.astream(...)`.
 
+        tools: as in `generate`.
         While `max_queue` requests wait already, this waits as well. Cancelling the task frees its slot; so does closing
         the iterator (`contextlib.aclosing` closes it at once when a loop is left early).
         Raises: as `submit`, at the first chunk.
         """
         self._dispatcher.worker.check_caller()
         # In another thread: encoding a long prompt or compiling a schema would block the event loop.
-        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow)
+        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow, tools=tools)
         async with aclosing(self._dispatcher.astream(handle)) as chunks:  # closed with this iterator, not collected
             async for chunk in chunks:
                 yield chunk
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> Iterator[StreamChunk]:
         """Continue one prompt chunk by chunk. The chunks' texts, joined, are the text that `generate` gives.
 
-        The prompt is checked at the call and queued at the first chunk. Dropping the iterator frees its slot.
+        tools: as in `generate`. The prompt is checked at the call and queued at the first chunk. Dropping the iterator
+        frees its slot.
         Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, what ended the reply, as
         `RequestHandle.result`.
         """
-        return self._run(self._build(prompt, params, on_overflow=on_overflow))
+        return self._run(self._build(prompt, params, on_overflow=on_overflow, tools=tools))
 
     def chat(
         self,
@@ -261,7 +282,7 @@ class Generator:
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.generate(prompt, params, on_overflow=on_overflow)
+        return self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def stream_chat(
         self,
@@ -278,7 +299,7 @@ class Generator:
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.stream(prompt, params, on_overflow=on_overflow)
+        return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(
         self,
@@ -372,12 +393,13 @@ class Generator:
         continues: RequestHandle | None = None,
         *,
         on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Return a reply that is not queued yet; `_run` queues it.
 
         continues: an earlier reply that the prompt continues: its slot of the cache is taken over instead of copied.
         """
-        return self._builder.build_one(prompt, params, on_overflow, continues)
+        return self._builder.build_one(prompt, params, on_overflow, continues, tools)
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
         """Queue what `_build` made at the first chunk, and yield its chunks."""

@@ -11,7 +11,7 @@ from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, Tok
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
-from qwen3fast.text.tool_calls import parse_tool_calls
+from qwen3fast.text.tool_calls import CallFormat, parse_tool_calls
 
 
 class RequestHandle:
@@ -20,8 +20,9 @@ class RequestHandle:
     Each chunk goes to one reader, whoever asks first. The chunks' texts, joined, are the result's text.
     """
 
-    def __init__(self, request: Request, stream: TextStream, worker: EngineWorker) -> None:
+    def __init__(self, request: Request, stream: TextStream, worker: EngineWorker, call_format: CallFormat) -> None:
         self.request, self._stream, self._worker = request, stream, worker
+        self._call_format = call_format
         self._changed = threading.Condition()
         self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
         self._num_seen = self._num_given = 0  # tokens so far, and tokens already in chunks
@@ -154,7 +155,7 @@ class RequestHandle:
             decode_s=request.finished_s - first_s,
             reused_tokens=request.reused_tokens,
         )
-        parsed = parse_tool_calls(stream.answer)
+        parsed = parse_tool_calls(stream.answer, self._call_format)
         logprobs = self._logprobs(0, len(request.output_ids))
         return GenerationResult(
             stream.text,
