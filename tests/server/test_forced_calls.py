@@ -114,10 +114,8 @@ def test_grammar_of_calls_refuses_everything_else(grammar, coder, text):
     assert not allows(grammar, coder, text)
 
 
-def test_grammar_of_calls_without_tokens_for_the_tags_has_them_as_text(coder, compiler):
-    without = Tokenizer(coder.base, CODER_TEMPLATE)
-    text = grammar_of_calls([NOW], without).replace(f"<[{coder.base.token_to_id('<tool_call>')}]>", "X")
-    assert "X" in text  # with the tokens
+def test_grammar_of_calls_without_tokens_for_the_tags_has_them_as_text(coder):
+    assert grammar_of_calls([NOW], coder).startswith(f"start: <[{coder.base.token_to_id('<tool_call>')}]>")
     base = type(coder.base).from_str(coder.base.to_str().replace("<tool_call>", "<tool_calm>"))
     assert grammar_of_calls([NOW], Tokenizer(base)).startswith('start: "<tool_call>"')
 
