@@ -11,7 +11,7 @@ from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, Tok
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
-from qwen3fast.text.tool_calls import CallFormat, parse_tool_calls
+from qwen3fast.text.tool_calls import CallFormat, JsonCalls, parse_tool_calls
 
 
 class RequestHandle:
@@ -20,9 +20,12 @@ class RequestHandle:
     Each chunk goes to one reader, whoever asks first. The chunks' texts, joined, are the result's text.
     """
 
-    def __init__(self, request: Request, stream: TextStream, worker: EngineWorker, call_format: CallFormat) -> None:
+    def __init__(
+        self, request: Request, stream: TextStream, worker: EngineWorker, call_format: CallFormat | None = None
+    ) -> None:
+        """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
         self.request, self._stream, self._worker = request, stream, worker
-        self._call_format = call_format
+        self._call_format: CallFormat = call_format or JsonCalls()
         self._changed = threading.Condition()
         self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
         self._num_seen = self._num_given = 0  # tokens so far, and tokens already in chunks
