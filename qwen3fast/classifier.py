@@ -16,7 +16,13 @@ from torch import Tensor
 
 from qwen3fast.checkpoint.score_head import ARCHITECTURE, ScoreHead, find_score_head
 from qwen3fast.checks import checked_source
-from qwen3fast.engine.last_token import checked_max_length, checked_texts, last_states, load_model_and_tokenizer
+from qwen3fast.engine.last_token import (
+    TextFrame,
+    checked_max_length,
+    checked_texts,
+    last_states,
+    load_model_and_tokenizer,
+)
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
@@ -40,6 +46,7 @@ class Classifier:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.labels, self.is_multi_label = head.labels, head.is_multi_label
         self.max_length = checked_max_length(max_length, model.config)
+        self._frame = TextFrame(tokenizer)
         self._head_LE = head.weight_LE.to(model.model.norm.weight.device)
 
     @classmethod
@@ -80,10 +87,7 @@ class Classifier:
         Raises: ValueError for anything but strings that UTF-8 can encode, an empty text, and numbers out of range.
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
-        # With the special tokens that the tokenizer adds by itself, as in transformers.
-        rows = [self.tokenizer.base.encode(text).ids[: self.max_length] for text in texts]
-        if empty := [i for i, row in enumerate(rows) if not row]:
-            raise ValueError(f"texts[{empty[0]}] has no tokens, so it has no last one to be scored by")
+        rows = [self._frame.token_ids(text, self.max_length, f"texts[{i}]") for i, text in enumerate(texts)]
         return on_live_threads(self._logits, rows, batch_size, progress)
 
     def probabilities(self, texts: str | Iterable[str], *, batch_size: int = 8, progress: bool = False) -> Tensor:

@@ -33,6 +33,7 @@ ORDER = [
     "scheduling",
     "embedder",
     "reranker",
+    "classifier",
     "loading",
     "generator",
     "chat_session",
