@@ -1,10 +1,11 @@
 """The suites of `python -m qwen3fast.bench --suite NAME`, by name."""
 
-from qwen3fast.bench.suites import ablation, batch, cache, context, quantization, roofline, startup
+from qwen3fast.bench.suites import ablation, batch, cache, context, llama_bench, quantization, roofline, startup
 from qwen3fast.bench.suites.suite import Suite
 
 SUITES: dict[str, Suite] = {
-    module.SUITE.name: module.SUITE for module in (cache, roofline, batch, context, startup, quantization, ablation)
+    module.SUITE.name: module.SUITE
+    for module in (cache, roofline, batch, context, startup, quantization, ablation, llama_bench)
 }
 
 __all__ = ["SUITES", "Suite"]
