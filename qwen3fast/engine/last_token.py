@@ -84,12 +84,15 @@ class TextFrame:
     """The special tokens that a tokenizer adds around a text, as transformers' tokenizers do.
 
     Source: the post-processor in tokenizer.json.
+    Raises: ValueError for a tokenizer that does more than add tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         plain, framed = tokenizer.encode("a"), tokenizer.base.encode("a").ids
-        at = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+        at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
+        if at is None:
+            raise ValueError("this tokenizer's post-processor changes a text, rather than add tokens around it")
         self._before, self._after = framed[:at], framed[at + len(plain) :]
 
     def token_ids(self, text: str, max_length: int, name: str) -> list[int]:

@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 class CallFormat(Protocol):
-    """A format of tool calls. Immutable, and shared by all replies to a request.
+    """A format of tool calls. Thread-safe, and shared by all replies to a request.
 
     Attributes:
         end_tags: the tags of which one must come before a block can be closed.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_MAX_DEPTH = 8  # of references and unions inside each other
+_MAX_DEPTH = 32  # of references and unions inside each other
 _NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 _NAMES |= {list: "array", dict: "object"}
 
@@ -28,11 +28,16 @@ def properties_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return properties if isinstance(properties, dict) else {}
 
 
-def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[str]:
+def types_of(schema: Any, root: Mapping[str, Any]) -> list[str]:
     """Return the JSON types that a schema allows, in its order; none if it does not restrict them.
 
-    Read are `type`, `nullable`, `enum`, `const`, `anyOf`, `oneOf`, `allOf` and references inside root.
+    Read are `type`, `nullable`, `enum`, `const`, `anyOf`, `oneOf`, `allOf` and references inside root. Each reference
+    is followed once, so the time is linear in the size of root.
     """
+    return list(dict.fromkeys(_types_of(schema, root, set(), 0)))
+
+
+def _types_of(schema: Any, root: Mapping[str, Any], followed: set[str], depth: int) -> list[str]:
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return []
     types: list[str] = []
@@ -41,14 +46,16 @@ def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[str]:
     elif isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
         types += [_NAMES[type(x)] for x in values if type(x) in _NAMES]
     elif isinstance(reference := schema.get("$ref"), str):
-        types += types_of(resolve(reference, root), root, depth + 1)
+        if reference not in followed:
+            followed.add(reference)
+            types += _types_of(resolve(reference, root), root, followed, depth + 1)
     else:
         for key in ("anyOf", "oneOf", "allOf"):
             for option in schema[key] if isinstance(schema.get(key), list) else ():
-                types += types_of(option, root, depth + 1)
+                types += _types_of(option, root, followed, depth + 1)
     if types and schema.get("nullable") is True:
         types.append("null")
-    return list(dict.fromkeys(types))
+    return types
 
 
 def resolve(reference: str, root: Mapping[str, Any]) -> Any:

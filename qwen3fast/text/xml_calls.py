@@ -54,6 +54,7 @@ class XmlCalls:
     def __init__(self, tools: list[dict[str, Any]] | None = None) -> None:
         """tools: JSON schemas of the functions that the prompt offers; None if they are not known."""
         self._parameters = parameters_of(tools)
+        self._types: dict[tuple[str, str], list[str]] = {}  # of the parameters that have come
 
     def find(self, answer: str, position: int) -> int | None:
         """Return where the next block begins, or None."""
@@ -102,7 +103,9 @@ class XmlCalls:
             if end is None:
                 return None, begin
             text = answer[begin : end.start()].removeprefix("\n").removesuffix("\n")
-            arguments[key] = read_value(text, types_of(properties.get(key), schema))
+            if (function, key) not in self._types and key in properties:
+                self._types[function, key] = types_of(properties[key], schema)
+            arguments[key] = read_value(text, self._types.get((function, key), []))
             at = end.end() if end["closed"] else end.start()
         return None, at
 

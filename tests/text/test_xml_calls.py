@@ -96,6 +96,13 @@ def test_xml_calls_read_a_value_by_its_type(key, text, value):
     assert type(read) is type(value)
 
 
+# Loop refers to itself so often that following each reference would take for ever.
+DEFINITIONS = {
+    "Point": {"type": "object"},
+    "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}] * 1000 + [{"type": "integer"}]},
+}
+
+
 @pytest.mark.parametrize(
     ("schema", "text", "value"),
     [
@@ -111,6 +118,7 @@ def test_xml_calls_read_a_value_by_its_type(key, text, value):
         ({"$ref": "#/$defs/Missing"}, "1", "1"),
         ({"$ref": "#/properties/it"}, "1", "1"),
         ({"$ref": "http://example.org"}, "1", "1"),
+        ({"$ref": "#/$defs/Loop"}, "1", 1),
         ({"enum": [1, 2]}, "2", 2),
         ({"enum": ["1", "2"]}, "2", "2"),
         ({"const": True}, "true", True),
@@ -122,7 +130,7 @@ def test_xml_calls_read_a_value_by_its_type(key, text, value):
     ],
 )
 def test_xml_calls_find_the_type_in_the_schema(schema, text, value):
-    tools = [tool("f", {"it": schema}, **{"$defs": {"Point": {"type": "object"}}})]
+    tools = [tool("f", {"it": schema}, **{"$defs": DEFINITIONS})]
     [call] = parse_tool_calls(call_of(("it", text), function="f"), XmlCalls(tools)).tool_calls
     assert call.arguments["it"] == value
     assert type(call.arguments["it"]) is type(value)
