@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen3fast.text.xml_calls import NAME
 
 # llguidance's options for JSON as Qwen3's chat templates write it: without line breaks.
 AS_IN_TEMPLATE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_GRAMMAR = 2**22  # characters
 # A value up to the tag behind it. The tags of calls are left out, because a parser would take them for the value's end.
 _XML_VALUES = r"""
 VALUE: TEXT "\n</parameter>\n"
@@ -75,15 +77,20 @@ def grammar_of_calls(tools: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     their schema. A function whose schema names no parameters may be given any, as text, unless it has no schema for
     them or allows no others.
 
-    Raises: ValueError for a name with an angle bracket or a line break.
+    Raises: ValueError for a name with an angle bracket or a line break, and for schemas that are too large.
     Source: the chat template of Qwen3-Coder.
     """
     functions = list(parameters_of(tools).items())
     begin, end = (_tag(tokenizer, tag) for tag in (BEGIN_CALL, END_CALL))
     lines = [f'start: {begin} "\\n" call "</function>\\n" {end}']
     lines.append("call: " + " | ".join(f"f{n}" for n in range(len(functions))))
+    size = 0
     for n, (name, schema) in enumerate(functions):
-        lines += _function_rules(f"f{n}", name, schema)
+        for line in _function_rules(f"f{n}", name, schema):
+            lines.append(line)
+            size += len(line)
+            if size > MAX_GRAMMAR:  # each parameter repeats the definitions that its schema may refer to
+                raise ValueError(f"the grammar of a call would be longer than {MAX_GRAMMAR:,} characters")
     return "\n".join(lines) + _XML_VALUES
 
 
@@ -93,31 +100,32 @@ def _tag(tokenizer: Tokenizer, tag: str) -> str:
     return json.dumps(tag) if token_id is None else f"<[{token_id}]>"
 
 
-def _function_rules(rule: str, name: str, schema: dict[str, Any]) -> list[str]:
-    """Return the rules of a function: from its opening tag to the closing tag of its last parameter."""
+def _function_rules(rule: str, name: str, schema: dict[str, Any]) -> Iterator[str]:
+    """Yield the rules of a function: from its opening tag to the closing tag of its last parameter."""
     properties, opening = properties_of(schema), json.dumps(f"<function={_checked(name)}>\n")
     if not properties:
         is_free = bool(schema) and schema.get("additionalProperties") is not False
-        return [f"{rule}: {opening}" + (rf' ("<parameter=" /{NAME}/ ">\n" VALUE)*' if is_free else "")]
-    required = schema.get("required") or []
-    parts, lines = [], []
+        yield f"{rule}: {opening}" + (rf' ("<parameter=" /{NAME}/ ">\n" VALUE)*' if is_free else "")
+        return
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
+    parts = []
     for n, (key, value) in enumerate(properties.items()):
+        tag = json.dumps(f"<parameter={_checked(key)}>\n")
         parts.append(f"{rule}p{n}" + ("" if key in required else "?"))
-        lines.append(
-            f"{rule}p{n}: {json.dumps(f'<parameter={_checked(key)}>' + chr(10))} " + _value_rule(value, schema)
-        )
-    return [f"{rule}: {opening} {' '.join(parts)}", *lines]
+        yield f"{rule}p{n}: {tag} {_value_rule(value, schema)}"
+    yield f"{rule}: {opening} {' '.join(parts)}"
 
 
 def _value_rule(schema: Any, root: dict[str, Any]) -> str:
     """Return the rule of a value and the tag behind it."""
     types = types_of(schema, root)
     if types and "string" not in types:
-        definitions = {key: root[key] for key in ("$defs", "definitions") if key in root and key not in schema}
-        embedded = {**schema, **definitions, "x-guidance": AS_IN_TEMPLATE}
+        has_reference = "$ref" in json.dumps(schema)
+        definitions = {key: root[key] for key in ("$defs", "definitions") if has_reference and key in root}
+        embedded = {**definitions, **schema, "x-guidance": AS_IN_TEMPLATE}
         return f'%json {json.dumps(embedded)} "\\n</parameter>\\n"'
     texts = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, dict) else None
-    if not texts or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         return "VALUE"
     return f'({" | ".join(json.dumps(text) for text in texts)}) "\\n</parameter>\\n"'
 

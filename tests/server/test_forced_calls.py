@@ -161,6 +161,21 @@ def test_forced_refuses_names_that_xml_cannot_hold(coder, name):
             forced(Sampling(SamplingParams()), coder, tools, "")
 
 
+def test_forced_refuses_schemas_that_repeat_too_much(coder):
+    definitions = {f"d{i}": {"type": "integer"} for i in range(2000)}
+    properties = {f"p{i}": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/d0"}]} for i in range(2000)}
+    with pytest.raises(ApiError, match=r"longer than 4,194,304 characters"):
+        forced(Sampling(SamplingParams()), coder, [tool("f", properties, **{"$defs": definitions})], "")
+
+
+@pytest.mark.parametrize("given", [{"required": True}, {"required": None}, {"properties": 5}, {"properties": {"a": 5}}])
+def test_grammar_of_a_damaged_schema_leaves_the_damaged_part_out(coder, compiler, given):
+    function = tool("f", {"a": {"enum": 5}})
+    function["function"]["parameters"] |= given
+    text = grammar_of_calls([function], coder)
+    assert allows(compiler.lark(text), coder, written("f", ("a", "b")))
+
+
 def test_forced_excludes_another_shape(coder):
     with pytest.raises(ApiError, match="exclude each other"):
         forced(Sampling(SamplingParams(grammar='start: "a"')), coder, TOOLS, "")
