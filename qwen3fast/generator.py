@@ -143,6 +143,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> GenerationResult: ...
 
     @overload
@@ -154,6 +155,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> list[GenerationResult]: ...
 
     def generate(
@@ -164,6 +166,7 @@ class Generator:
         use_cache: bool = True,
         on_overflow: Overflow = "error",
         progress: bool = False,
+        tools: Tools | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """Continue one prompt, or each of several.
 
@@ -176,6 +179,8 @@ class Generator:
                 shortens the reply, down to a quarter of max_seq_len, and then removes tokens from the beginning of the
                 prompt.
             progress: show a bar that counts finished replies.
+            tools: the functions that the prompts offer, if they were rendered from a conversation with tools.
+                Qwen3-Coder writes the arguments of a call without their types, which come from here.
 
         Returns: one result for one prompt, otherwise a list in the order of the prompts. A prompt gets the same reply
         in a batch as alone. With n > 1, a result is the first of its `samples`; with a seed, sample i uses seed + i.
@@ -189,7 +194,9 @@ class Generator:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        groups = [self._builder.build(prompt, p, on_overflow) for prompt, p in zip(many, each, strict=True)]
+        groups = [
+            self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in zip(many, each, strict=True)
+        ]
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
         results = [[next(replies) for _ in group] for group in groups]
@@ -248,41 +255,55 @@ class Generator:
         *,
         on_overflow: Overflow = "error",
         timeout: float | None = None,
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Start a reply and return at once; see RequestHandle. Thread-safe.
 
         timeout: seconds to wait while the queue is full (`max_queue`); 0 does not wait, None waits without limit.
+        tools: as in `generate`.
         Raises: QueueFullError after the timeout; ValueError for n > 1; otherwise as `generate`.
         """
         timeout = checked_timeout("timeout", timeout)
-        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow), timeout)
+        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow, tools=tools), timeout)
 
     async def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """Stream the reply to one prompt, in an asyncio task: `async for chunk in generator.astream(...)`.
 
+        tools: as in `generate`.
         It waits while the queue is full (`max_queue`). Canceling the task frees the slot; so does closing the iterator
         (use `contextlib.aclosing` to close it at once when a loop is left early).
         Raises: as `submit`, at the first chunk.
         """
         self._dispatcher.worker.check_caller()
         # In another thread: encoding a long prompt or compiling a schema would block the event loop.
-        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow)
+        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow, tools=tools)
         async with aclosing(self._dispatcher.astream(handle)) as chunks:  # closed with this iterator, not collected
             async for chunk in chunks:
                 yield chunk
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> Iterator[StreamChunk]:
         """Stream the reply to one prompt. The texts of all chunks, joined, are the text that `generate` returns.
 
+        tools: as in `generate`.
         The prompt is checked at the call and queued at the first chunk. Deleting the iterator frees the slot.
         Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, the error that ended the reply, as
         `RequestHandle.result`.
         """
-        return self._run(self._build(prompt, params, on_overflow=on_overflow))
+        return self._run(self._build(prompt, params, on_overflow=on_overflow, tools=tools))
 
     def chat(
         self,
@@ -301,7 +322,7 @@ class Generator:
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.generate(prompt, params, on_overflow=on_overflow)
+        return self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def stream_chat(
         self,
@@ -318,7 +339,7 @@ class Generator:
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.stream(prompt, params, on_overflow=on_overflow)
+        return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(
         self,
@@ -412,12 +433,13 @@ class Generator:
         continues: RequestHandle | None = None,
         *,
         on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Return the handle of a reply that `_run` will queue.
 
         continues: an earlier reply that the prompt continues; its slot of the cache is taken over instead of copied.
         """
-        return self._builder.build_one(prompt, params, on_overflow, continues)
+        return self._builder.build_one(prompt, params, on_overflow, continues, tools)
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
         """Queue a reply of `_build` at the first chunk, and yield its chunks."""

@@ -34,6 +34,7 @@ ORDER = [
     "loading",
     "embedder",
     "reranker",
+    "classifier",
     "generator",
     "chat_session",
     "lm_eval",

@@ -113,7 +113,7 @@ def test(name: str, python: Path, folder: Path, tests: list[str], seconds: float
     log = folder / f"{name}.log"
     environment = environment_with_caches(folder / f"caches-{name}") | {"CUDA_VISIBLE_DEVICES": ""}
     options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
-    parallel = ["-n", str(jobs)] if jobs > 1 else []
+    parallel = ["-n", str(jobs)] if jobs > 1 else ["-p", "no:xdist"]
     command = [str(python), "-m", "pytest", *options, *parallel, *tests]
     print(f"torch {outcome.torch}: at most {seconds:.0f} s; output in {log}", file=sys.stderr, flush=True)
     outcome.status = run_limited(command, log, seconds, environment)

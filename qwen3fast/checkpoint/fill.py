@@ -23,7 +23,7 @@ from qwen3fast.checkpoint.experts import PROJECTIONS, ExpertStacks
 from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.read_ahead import read_ahead
-from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, tensors_by_file
+from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, place_of, tensors_by_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Split
@@ -34,12 +34,14 @@ from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
-# Tensors that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old versions of transformers, and
-# the heads of trainers (rewards, values, classification).
+# Tensors that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old versions of transformers, the
+# heads of trainers (rewards, values, classification), drafts of further tokens (multi-token prediction, EAGLE, Medusa),
+# and what reads images.
 WITHOUT_USE = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
     r"|(.*\.)?(input|output|q|k|v)_(scale|zero_point)"  # of activations and caches that another engine quantizes
     r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
+    r"|(model\.)?(mtp|mtp_layers|eagle|eagle_head|eagle_module|draft_model|medusa_head|midlayer|visual)\..*|d2t|t2d"
 )
 ROUTER = ".mlp.gate.weight"  # stays plain: it is small, and its choice of experts matters
 
@@ -89,7 +91,8 @@ def load_weights(
                     filler.unused.append(name)
     bar.close()
     if filler.unused:
-        logger.warning("%s: tensors not used: %s", folder, ", ".join(filler.unused[:20]))
+        more = f" and {len(filler.unused) - 20} more" if len(filler.unused) > 20 else ""
+        logger.warning("%s: tensors not used: %s%s", folder, ", ".join(filler.unused[:20]), more)
     refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
     refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
@@ -104,7 +107,7 @@ class _Filler:
         device, split = options.device, options.split
         self._format = None if options.quantization is None else get_format(options.quantization)
         self._expected = shapes_of(model)
-        self._has_embedding = bool({EMBEDDING, EMBEDDING.removeprefix("model.")} & names)
+        self._has_embedding = any(place_of(name) == EMBEDDING for name in names)
         self._stacks = ExpertStacks(self._expected, device, options.dtype)
         whole = self._expected if split is None else shapes_of(build_on_meta(split.config))  # as files have them
         slices = {name: part.shape for name, part in ExpertStacks(whole, device, options.dtype).slices.items()}
@@ -134,7 +137,7 @@ class _Filler:
             self.problems.append(f"{name} in {file}: {problem}")
         elif self._layers.expected(place, stored.get_dtype()) is None:
             split = self._options.split
-            tensor = tensors.get_tensor(name) if split is None else split.take(name, stored)
+            tensor = tensors.get_tensor(name) if split is None else split.take(place, stored)
             self._put_plain(place, _aligned(tensor), f"{name} in {file}")
         elif (layer := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
             self._put_layer(*layer)
@@ -155,7 +158,7 @@ class _Filler:
         """Return the name that a tensor has in a Qwen3ForCausalLM."""
         if name == HEAD and HEAD not in self._expected and not self._has_embedding:
             return EMBEDDING  # tied, and stored under the other name
-        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        return place_of(name)
 
     def _problem(self, place: str, shape: tuple[int, ...], dtype: str) -> str | None:
         """Return why a tensor cannot be assigned to a parameter; None if it can."""

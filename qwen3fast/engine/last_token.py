@@ -50,10 +50,40 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
+class TextFrame:
+    """The special tokens that a tokenizer adds around a text, as transformers' tokenizers do.
+
+    Source: the post-processor in tokenizer.json.
+    Raises: ValueError for a tokenizer that does more than add tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        plain, framed = tokenizer.encode("a"), tokenizer.base.encode("a").ids
+        at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
+        if at is None:
+            raise ValueError("this tokenizer's post-processor changes a text, rather than add tokens around it")
+        self._before, self._after = framed[:at], framed[at + len(plain) :]
+
+    def token_ids(self, text: str, max_length: int, name: str) -> list[int]:
+        """Return the ids of a text, cut at its end where it is too long, with the special tokens around it.
+
+        name: of the text, for errors. Raises: ValueError for a text without any tokens.
+        """
+        room = max(0, max_length - len(self._before) - len(self._after))
+        ids = [*self._before, *self._tokenizer.encode(text)[:room], *self._after]
+        if not ids:
+            raise ValueError(f"{name} has no tokens, and this tokenizer adds none")
+        return ids
+
+
 @torch.no_grad()
-def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False) -> Tensor:
+def last_states(
+    model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False, *, is_mean: bool = False
+) -> Tensor:
     """Return the final norm's output at the last token of each row of ids, (N, E) float32, in the order of the rows.
 
+    is_mean: return the mean over the row's tokens instead.
     Rows of similar length share a batch, the longest first. They are padded on the right: attention is causal, and no
     token sees the padding after it.
     Raises: ValueError for a batch_size out of range, or an id outside the model's vocabulary.
@@ -77,7 +107,12 @@ def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: 
             for b, i in enumerate(chosen):
                 token_BT[b, : len(rows[i])] = torch.tensor(rows[i])
             x_BTE = model.hidden(token_BT.to(device))
-            x_BE = x_BTE[torch.arange(len(chosen), device=device), last_B]
-            states_NE[chosen] = model.model.norm(x_BE).float()
+            if is_mean:
+                is_token_BT = torch.arange(x_BTE.shape[1], device=device) <= last_B[:, None]
+                sum_BE = (model.model.norm(x_BTE).float() * is_token_BT[..., None]).sum(dim=1)
+                states_NE[chosen] = sum_BE / (last_B[:, None] + 1)
+            else:
+                x_BE = x_BTE[torch.arange(len(chosen), device=device), last_B]
+                states_NE[chosen] = model.model.norm(x_BE).float()
             bar.update(len(chosen))
     return states_NE

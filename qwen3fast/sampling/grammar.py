@@ -78,6 +78,15 @@ class GrammarCompiler:
             raise ValueError(f"a regular expression must be a string, got {pattern!r}")
         return self._compile(self._llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
 
+    def lark(self, grammar: str) -> Grammar:
+        """A grammar in llguidance's form of Lark, whose start rule is `start`.
+
+        Raises: ValueError for an invalid grammar, or one that allows nothing.
+        """
+        if not isinstance(grammar, str):
+            raise ValueError(f"a grammar must be a string, got {grammar!r}")
+        return self._compile(self._llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
+
     def _compile(self, definition: str, kind: str) -> Grammar:
         matcher = self._llguidance.LLMatcher(self._ll_tokenizer, definition, log_level=0)
         if matcher.is_error():

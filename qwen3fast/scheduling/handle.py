@@ -13,7 +13,7 @@ from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.waiter import For, Waiter
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
-from qwen3fast.text.tool_calls import parse_tool_calls
+from qwen3fast.text.tool_calls import CallFormat, JsonCalls, parse_tool_calls
 
 
 class RequestHandle:
@@ -22,8 +22,12 @@ class RequestHandle:
     With several readers, each chunk goes to only one of them. The texts of all chunks, joined, are the result's text.
     """
 
-    def __init__(self, request: Request, stream: TextStream, worker: EngineWorker) -> None:
+    def __init__(
+        self, request: Request, stream: TextStream, worker: EngineWorker, call_format: CallFormat | None = None
+    ) -> None:
+        """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
         self.request, self._stream, self._worker = request, stream, worker
+        self._call_format: CallFormat = call_format or JsonCalls()
         self._changed = threading.Condition()
         self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
         self._num_seen = self._num_given = 0  # tokens so far, and tokens already in chunks
@@ -194,7 +198,7 @@ class RequestHandle:
             decode_s=request.finished_s - first_s,
             reused_tokens=request.reused_tokens,
         )
-        parsed = parse_tool_calls(stream.answer)
+        parsed = parse_tool_calls(stream.answer, self._call_format)
         logprobs = self._logprobs(0, len(request.output_ids))
         return GenerationResult(
             stream.text,

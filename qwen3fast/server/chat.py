@@ -18,12 +18,12 @@ from qwen3fast.server.conversation import (
     complete,
     content_and_calls,
     deltas,
-    forced,
     read_messages,
     read_tools,
 )
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
+from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id, read_stream_options, usage, usage_so_far
 from qwen3fast.server.sampling import read_sampling
@@ -88,11 +88,11 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     if top is not None and not wants_logprobs:
         raise ApiError(400, "needs logprobs to be true", fields.name("top_logprobs"), "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
-    sampling = forced(sampling, tools, choice)
+    sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
     stream = fields.flag("stream")
     include_usage, counts_tokens = read_stream_options(fields)
     fields.take(*WITHOUT_EFFECT)
-    conversation = Conversation(served, read_messages(fields), sampling, tools, choice is not None)
+    conversation = Conversation(served, read_messages(fields), sampling, tools, must_call)
     return ChatRequest(conversation, stream, include_usage, counts_tokens)
 
 

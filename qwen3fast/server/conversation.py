@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -14,11 +14,11 @@ from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.answer_stream import AnswerStream
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
-from qwen3fast.server.models import ServedModel, generator_of
+from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
 from qwen3fast.server.replies import now, pieces, results, started
-from qwen3fast.server.sampling import Sampling, schema_of_calls
+from qwen3fast.server.sampling import Sampling
 from qwen3fast.server.state import state_of
-from qwen3fast.text.tool_calls import ToolCall
+from qwen3fast.text.tool_calls import CallFormat, ToolCall, call_format_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -27,7 +27,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Conversation:
     """A conversation to reply to.
 
-    messages, tools: as the chat template reads them. must_call: the reply is one tool call and nothing else.
+    messages, tools: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
     created: seconds since 1970.
     """
 
@@ -45,6 +45,10 @@ class Conversation:
             self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
         )
         return [(prompt, params) for params in self.sampling.each()]
+
+    def call_format(self) -> CallFormat:
+        """Return the format of the tool calls in its replies."""
+        return call_format_of(tokenizer_of(self.served).chat_template, self.tools)
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,11 @@ class Delta:
     new_tokens: int = 0
 
 
-def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str | None) -> Sampling:
-    """Return the sampling of a reply that must be a call of the named function, or of any ("").
-
-    Raises: ApiError (400) together with another constraint on the reply.
-    """
-    if choice is None:
-        return sampling
-    if sampling.params.json_schema is not None or sampling.params.regex is not None:
-        raise ApiError(400, "a forced tool call and a response format exclude each other", "tool_choice")
-    schema = schema_of_calls(tools or [], choice or None)
-    return replace(sampling, params=replace(sampling.params, json_schema=schema))
-
-
 async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
     """Return all replies, once they have ended. Raises: the error that ended one of them."""
     state = state_of(request)
-    generator = generator_of(conversation.served)
-    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+    generator, compile_timeout_s = generator_of(conversation.served), state.options.compile_timeout_s
+    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
         finished = await results(handles)
     state.count(request, conversation.served, finished)
     return finished
@@ -94,10 +85,11 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     Raises: the error that ended one of them.
     """
     state, generator = state_of(request), generator_of(conversation.served)
-    streams = [AnswerStream() for _ in range(conversation.sampling.n)]
+    compile_timeout_s, call_format = state.options.compile_timeout_s, conversation.call_format()
+    streams = [AnswerStream(call_format) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
     new_tokens = [0] * conversation.sampling.n
-    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
         prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
         async for piece in pieces(handles, state.options.stream_interval_s):

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, forced, read_function
+from qwen3fast.server.conversation import Conversation, read_function
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
+from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
 from qwen3fast.server.sampling import Sampling
@@ -40,10 +41,10 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
     """Read the fields of Anthropic's request. Raises: ApiError (400) naming the field."""
     tokenizer_of(served)
     tools, choice = _read_tools(fields)
-    sampling = forced(_read_sampling(fields), tools, choice)
+    sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
     stream = fields.flag("stream")
     fields.take("metadata", "service_tier")
-    conversation = Conversation(served, _read_messages(fields), sampling, tools, choice is not None)
+    conversation = Conversation(served, _read_messages(fields), sampling, tools, must_call)
     return MessagesRequest(conversation, stream)
 
 

@@ -16,6 +16,7 @@ from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.server.fields import Fields
+from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -44,10 +45,14 @@ def now() -> int:
 
 @asynccontextmanager
 async def started(
-    generator: Generator, jobs: Sequence[tuple[Prompt, SamplingParams]], compile_timeout_s: float
+    generator: Generator,
+    jobs: Sequence[tuple[Prompt, SamplingParams]],
+    compile_timeout_s: float,
+    tools: Tools | None = None,
 ) -> AsyncIterator[list[RequestHandle]]:
     """Start one reply per job, and cancel unfinished ones at the end of the block.
 
+    tools: the functions that the prompts offer.
     Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
@@ -55,12 +60,12 @@ async def started(
 
     def start_all() -> None:  # in a thread: tokenizing and compiling schemas must not hold up other clients
         for prompt, params in jobs:
-            handles.append(generator.submit(prompt, params, timeout=0))
+            handles.append(generator.submit(prompt, params, timeout=0, tools=tools))
             if not is_wanted:  # a thread cannot be stopped, so it looks for itself
                 handles[-1].cancel()
                 return
 
-    has_grammar = any(params.json_schema is not None or params.regex is not None for _, params in jobs)
+    has_grammar = any(params.is_structured for _, params in jobs)
     try:
         if has_grammar:
             work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
@@ -78,7 +83,7 @@ async def _in_time(work: Any, timeout_s: float) -> None:
     try:
         await asyncio.wait_for(work, timeout_s)
     except asyncio.TimeoutError as err:
-        raise ValueError(f"this schema or regular expression takes more than {timeout_s} s to compile") from err
+        raise ValueError(f"this schema, pattern or grammar takes more than {timeout_s} s to compile") from err
 
 
 async def results(handles: list[RequestHandle]) -> list[GenerationResult]:

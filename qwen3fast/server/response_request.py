@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, forced, read_call, read_function, text_of
+from qwen3fast.server.conversation import Conversation, read_call, read_function, text_of
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
+from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
 from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling
@@ -48,7 +49,7 @@ def read_response_request(fields: Fields, served: ServedModel, store: ResponseSt
     """Read the fields of a response. Raises: ApiError (400) naming the field; 404 for an unknown earlier response."""
     tokenizer_of(served)
     tools, choice = _read_tools(fields)
-    sampling = forced(_read_sampling(fields), tools, choice)
+    sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
     instructions, previous = fields.text("instructions"), fields.text("previous_response_id")
     history = list(store.get(previous).messages) if previous is not None else []
     messages = [*history, *_read_input(fields)]
@@ -71,7 +72,7 @@ def read_response_request(fields: Fields, served: ServedModel, store: ResponseSt
         "top_p": sampling.params.top_p,
         "truncation": fields.text("truncation", "disabled", choices=("auto", "disabled")),
     }
-    conversation = Conversation(served, prompt, sampling, tools, choice is not None)
+    conversation = Conversation(served, prompt, sampling, tools, must_call)
     return ResponseRequest(conversation, given, bool(given["store"]), fields.flag("stream"))
 
 

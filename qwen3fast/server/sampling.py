@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +11,6 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
-# llguidance's options for a forced tool call: written as the examples in Qwen3's template are, without line breaks.
-AS_IN_TEMPLATE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_STOP_STRINGS = 16
 # Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
 REASONING_BUDGETS: dict[str, int | None] = {
@@ -185,25 +182,3 @@ def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
         if template.unknown():
             raise ApiError(400, "only enable_thinking is supported", template.unknown()[0], "unsupported")
     return budget, enable
-
-
-def schema_of_calls(tools: list[dict[str, Any]], name: str | None = None) -> str:
-    """Return the JSON schema of one call of any of these functions, or of the one named, as JSON text.
-
-    Source: the form that Qwen3's chat template asks for, `{"name": ..., "arguments": {...}}`.
-    """
-    functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return json.dumps({**schema, "x-guidance": AS_IN_TEMPLATE})

@@ -46,7 +46,7 @@ def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results
     print(f"{run.part}: {name}, at most {seconds:.0f} s", flush=True)
     flags = ["-v", "-rs", "--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     # One process, since there is one GPU, and a line per test.
-    flags += ["-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={HANGING_S}"]
+    flags += ["-p", "no:xdist", "-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={HANGING_S}"]
     command = [sys.executable, "-m", "pytest", *flags, *selection]
     started = run.clock.spent()
     status = run_limited(command, log, seconds, environment_with_caches(run.caches))
