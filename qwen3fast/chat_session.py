@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message
 
 END_OF_TURN = "<|im_end|>"
 
 
 class ChatSession:
-    """One conversation with a model; `send` a message, get the reply.
+    """A conversation with a model: `send` a message, get the reply.
 
-    Keys and values of earlier turns stay in the Generator's cache (as long as there is room for them), and a turn goes
-    on from the longest prefix that it has in common with them; `result.metrics` says how many tokens were reused.
+    Keys and values of earlier turns stay in the Generator's cache while there is room for them. A turn reuses the
+    longest prefix that it shares with them; `result.metrics` reports how many tokens were reused.
 
-    mode "exact" renders the whole conversation with the chat template at each turn, as every other engine would. But
-    Qwen3's template leaves out the thoughts of earlier turns, and adds an empty thought to the last one alone, so that
-    what was computed for a reply is lost from its first token on. mode "append" puts each new message behind what is
-    there, thoughts included: all of it is reused, the context grows faster, and the model sees its earlier thoughts.
+    mode "exact" renders the whole conversation with the chat template at each turn, as other engines do. Qwen3's
+    template drops the reasoning of earlier turns, which changes the prompt from the last reply on: that reply must be
+    computed again. mode "append" adds each new message to the token ids of the conversation, reasoning included: all
+    of it is reused, the context grows faster, and the model sees its earlier reasoning.
 
     Attributes:
         messages: the conversation so far, replies included; a list that the caller may read.
@@ -35,10 +36,10 @@ class ChatSession:
         *,
         system: str | None = None,
         enable_thinking: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
         mode: Literal["exact", "append"] = "exact",
     ) -> None:
-        """Nothing is computed before the first message.
+        """Set up a conversation; nothing is computed before the first message.
 
         Raises: ValueError for an unknown mode, or a Generator that cannot chat.
         """
@@ -53,9 +54,9 @@ class ChatSession:
         self._ids: list[int] = []  # of all turns so far, as the model saw and made them
 
     def send(self, content: str | Message, params: SamplingParams | None = None) -> GenerationResult:
-        """Say something, wait for the reply. A turn that fails leaves the conversation as it was.
+        """Send a message and wait for the reply. A turn that fails leaves the conversation unchanged.
 
-        content: a user's text, or a whole message (of a tool, say).
+        content: the user's text, or a whole message, such as a tool's result.
         Raises: as `Generator.generate`.
         """
         *_, last = self.stream(content, params)
@@ -63,16 +64,16 @@ class ChatSession:
         return last.result
 
     def stream(self, content: str | Message, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """The same piece by piece, begun at the first one. A turn counts once its reply has ended.
+        """Send a message and yield the reply chunk by chunk. The turn is added once its reply has ended.
 
-        Raises: as `Generator.stream`, at once for what cannot be run.
+        Raises: as `Generator.stream`; at the call for a message that cannot be run.
         """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params)
         return self._turn(message, prompt, self._generator._build(prompt, params, self._last))
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Forget everything except the system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
         self._last, self._ids = None, []
 

@@ -31,6 +31,7 @@ from qwen3fast.scheduling import DebugView, Dispatcher
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, Prompt, read_prompts
+from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
@@ -249,14 +250,17 @@ class Generator:
         params: SamplingParams | None = None,
         *,
         enable_thinking: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
         on_overflow: Overflow = "error",
     ) -> GenerationResult:
         """Reply to a conversation: `generate` on the rendered chat template.
 
+        tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
+        beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools)
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
         return self.generate(prompt, params, on_overflow=on_overflow)
 
     def stream_chat(
@@ -265,14 +269,15 @@ class Generator:
         params: SamplingParams | None = None,
         *,
         enable_thinking: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
         on_overflow: Overflow = "error",
     ) -> Iterator[StreamChunk]:
         """Reply to a conversation chunk by chunk: `stream` on the rendered chat template.
 
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools)
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
         return self.stream(prompt, params, on_overflow=on_overflow)
 
     def render(
@@ -280,7 +285,8 @@ class Generator:
         messages: list[Message],
         params: SamplingParams | None = None,
         enable_thinking: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
     ) -> list[int]:
         """Return the prompt of a conversation, as token ids, for any method that takes a prompt.
 
@@ -298,7 +304,13 @@ class Generator:
                 "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
                 stacklevel=3,
             )
-        ids = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking, tokenize=True)
+        ids = self.tokenizer.apply_chat_template(
+            messages,
+            tools,
+            enable_thinking=enable_thinking,
+            tokenize=True,
+            continue_final_message=continue_final_message,
+        )
         assert isinstance(ids, list), "tokenize=True gives ids"
         return ids
 

@@ -25,7 +25,7 @@ from qwen3fast.engine.last_token import (
 )
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"

@@ -9,47 +9,60 @@ import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen3fast.checks import as_integer, checked_flag, checked_text
+from qwen3fast.text.plain_data import to_plain
+
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
-# What a checkpoint's preset sets.
+# The fields that a checkpoint's preset fills in.
 PRESET_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+LARGEST_TEMPERATURE = 1e6  # where all tokens are equally likely already
+SMALLEST_TOP_P = torch.finfo(torch.float32).tiny  # keeps the most likely token alone
+LARGEST_PENALTY = 1e3  # of repetition; the smallest is its inverse
+LARGEST_COUNT = 2**31 - 1  # of top_k, tokens and token ids
+MAX_STOP_STRINGS = 1024
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next tokens of one request are chosen and when it ends. A field that is None takes the checkpoint's
-    preset (generation_config.json), else the value in brackets.
+    preset (generation_config.json), else the value in brackets. NumPy scalars are numbers, booleans are not.
 
     Attributes:
-        temperature: scores are divided by it; 0 is greedy. [0, or 1.0 where the preset says do_sample]
+        temperature: scores are divided by it; 0 is greedy, at most 1e6. [0, or 1.0 where the preset says do_sample]
         top_k: keep the k most likely tokens; 0 keeps all. [0, or 50 where the preset says do_sample]
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all. [1.0]
-        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all. [0.0]
-        max_tokens: new tokens at most; None takes the preset's max_new_tokens, or fills the context (max_seq_len).
-        stop: strings that end the text; never part of it.
+        top_p: keep the smallest set of tokens whose probability reaches p, above 0; 1 keeps all. [1.0]
+        min_p: keep tokens at least min_p times as likely as the most likely; 0 keeps all. [0.0]
+        max_tokens: new tokens at most. None takes the preset's max_new_tokens as far as it fits, else it fills the
+            context (max_seq_len).
+        stop: strings that end the text; never part of it. At most 1024.
         stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
         ignore_eos: go on past end-of-sequence ids.
         seed: any integer of 64 bits; None draws one.
         repetition_penalty: logits of tokens in the prompt or the reply are divided by it where positive and multiplied
-            where negative; above 1 discourages them. [1.0]
+            where negative; above 1 discourages them. From 0.001 to 1000. [1.0]
         presence_penalty: subtracted from the logits of tokens that the reply holds; from -2 to 2.
         frequency_penalty: the same, once for each time that the reply holds the token; from -2 to 2.
-        logit_bias: token id -> what is added to its logit; -inf forbids the token. None adds nothing.
+        logit_bias: token id -> the number added to its logit; -inf forbids the token. None adds nothing.
         allowed_token_ids: the only tokens that may be chosen; None allows all.
         logprobs: report log-probabilities, of the model's own logits: 0 of the chosen token, n (at most 20) also of the
-            n likeliest; None reports none.
+            n most likely; None reports none.
         n: replies to each prompt, at most 128.
         logits_processor: called for each new token with the float32 logits (V,) and the reply's token ids so far,
-            int64 (T,), both on the model's device; gives the new logits (V,). It must not keep or change what it is
-            given.
+            int64 (T,), both on the model's device; returns the new logits (V,). It must not keep or change its
+            arguments.
         json_schema: the reply is JSON that follows this schema (a dict, or its JSON text).
         regex: the whole reply matches this pattern. Not together with json_schema.
-        thinking_budget: tokens of thought at most, then the model must answer; None sets no limit.
+        thinking_budget: tokens of reasoning in the reply at most, then the model must answer; None sets no limit.
+
+    Raises: ValueError naming the field, the value and the allowed range.
     """
 
     temperature: float | None = None
@@ -57,8 +70,8 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     max_tokens: int | None = None
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | tuple[str, ...] | list[str] | None = ()
+    stop_token_ids: Collection[int] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     repetition_penalty: float | None = None
@@ -74,112 +87,159 @@ class SamplingParams:
     thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises: ValueError naming the field, the value and the allowed range."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be a non-empty string or several of them, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        self._check("temperature", "a finite number >= 0", lambda x: 0 <= x < math.inf)
-        self._check_integer("top_k", "an integer >= 0 (0 keeps all)", 0)
-        self._check("top_p", "in (0, 1]", lambda x: 0 < x <= 1)
-        self._check("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check_integer("max_tokens", "an integer >= 1", 1)
-        self._check_integer("seed", "an integer of 64 bits", -(2**63), 2**63 - 1)
-        self._check("repetition_penalty", "a finite number > 0 (1 changes nothing)", lambda x: 0 < x < math.inf)
-        self._check("presence_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
-        self._check("frequency_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
-        self._check_integer("logprobs", "an integer from 0 (the chosen token only) to 20, or None", 0, 20)
-        self._check_integer("n", "an integer from 1 to 128", 1, 128)
-        self._check_integer("thinking_budget", "an integer >= 0, or None", 0)
+        """Check every field, and bring numbers and collections to Python's own types."""
+        self._check_number("temperature", 0, LARGEST_TEMPERATURE)
+        self._check_integer("top_k", 0, note=" (0 keeps all)")
+        self._check_number("top_p", SMALLEST_TOP_P, 1, allowed="above 0 and up to 1")
+        self._check_number("min_p", 0, 1)
+        self._check_integer("max_tokens", 1)
+        self._check_integer("seed", -(2**63), 2**63 - 1)
+        self._check_number("repetition_penalty", 1 / LARGEST_PENALTY, LARGEST_PENALTY, " (1 changes nothing)")
+        self._check_number("presence_penalty", -2, 2)
+        self._check_number("frequency_penalty", -2, 2)
+        self._check_integer("logprobs", 0, 20, " (0: the chosen token only)")
+        self._check_integer("n", 1, 128)
+        self._check_integer("thinking_budget", 0)
+        self._check_stop()
         self._check_tokens()
         self._check_constraints()
 
     @classmethod
     def from_generation_config(cls, preset: dict[str, Any]) -> SamplingParams:
-        """Return the preset of a generation_config.json, with every field of PRESET_FIELDS set.
+        """Return parameters with every preset field set, from a generation_config.json, as transformers reads it.
 
-        A field that is absent or null has transformers' default: greedy without do_sample, otherwise temperature 1.0,
-        top_k 50, top_p 1.0. max_new_tokens becomes max_tokens.
-        Raises: ValueError for a value that transformers' `generate` refuses.
+        Without do_sample they are greedy. A value that is null or missing is transformers' default: temperature 1.0,
+        top_k 50 (only with do_sample), top_p 1.0, repetition_penalty 1.0, no min_p. A top_p of 0 keeps only the most
+        likely token. max_new_tokens is the default of max_tokens.
+
+        Raises: ValueError for a value that no request could set, naming it.
         """
-        given = {name: value for name, value in preset.items() if value is not None}
-        samples = given.get("do_sample", False)
-        if not isinstance(samples, bool):
-            raise ValueError(f"do_sample must be true or false, got {samples!r}")
-        if samples and given.get("temperature") == 0:
+        do_sample = preset.get("do_sample")
+        if not isinstance(do_sample, bool | None):
+            raise ValueError(f"do_sample must be true, false or null, got {do_sample!r}")
+        if do_sample and _as_float(preset.get("temperature")) == 0:
             raise ValueError("temperature must be above 0 where do_sample is true; for greedy replies it must be false")
-        if "max_new_tokens" in given and not (_is_number(given["max_new_tokens"]) and given["max_new_tokens"] >= 1):
-            raise ValueError(f"max_new_tokens must be an integer >= 1, got {given['max_new_tokens']!r}")
-        top_k, top_p = given.get("top_k", 50 if samples else 0), given.get("top_p", 1.0)
-        if top_p == 0:  # to transformers: keep the most likely token alone
-            top_k, top_p = 1, 1.0
-        preset_params = cls(
-            temperature=given.get("temperature", 1.0),
-            top_k=top_k,
-            top_p=top_p,
-            min_p=given.get("min_p", 0.0),
-            repetition_penalty=given.get("repetition_penalty", 1.0),
-            max_tokens=given.get("max_new_tokens"),
-        )
-        return preset_params if samples else replace(preset_params, temperature=0.0)
+        try:
+            max_tokens = cls(max_tokens=preset.get("max_new_tokens")).max_tokens
+        except ValueError as err:
+            raise ValueError(str(err).replace("max_tokens", "max_new_tokens")) from None
+        defaults = {"temperature": 1.0, "top_k": 50 if do_sample else 0, "top_p": 1.0, "min_p": 0.0}
+        defaults["repetition_penalty"] = 1.0
+        values: dict[str, Any] = {
+            name: default if preset.get(name) is None else preset[name] for name, default in defaults.items()
+        }
+        if _as_float(values["top_p"]) == 0:  # to transformers: keep only the most likely token
+            values |= {"top_k": 1, "top_p": 1.0}
+        checked = cls(max_tokens=max_tokens, **values)
+        return checked if do_sample else replace(checked, temperature=0.0)
 
     def with_defaults(self, default: SamplingParams) -> SamplingParams:
-        """These parameters, with the preset fields that are None taken from `default`."""
+        """Return these parameters, with the fields of PRESET_FIELDS that are None taken from `default`."""
         unset = [name for name in PRESET_FIELDS if getattr(self, name) is None]
         return replace(self, **{name: getattr(default, name) for name in unset})
 
-    def _check(self, name: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
+    def _check_number(self, name: str, low: float, high: float, note: str = "", allowed: str = "") -> None:
         value = getattr(self, name)
         if value is None and getattr(SamplingParams, name) is None:  # the default
             return
-        if not _is_number(value) or not is_valid(value):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
+        number = _as_float(value)
+        if number is None or not low <= number <= high:  # NaN is not
+            allowed = allowed or f"from {low:g} to {high:g}{note}"
+            raise ValueError(f"{name} must be a number {allowed}, got {value!r:.200}")
+        self._set(name, number)
 
-    def _check_integer(self, name: str, expected: str, low: int, high: float = math.inf) -> None:
-        self._check(name, expected, lambda x: (isinstance(x, int) or x.is_integer()) and low <= x <= high)
+    def _check_integer(self, name: str, low: int, high: int = LARGEST_COUNT, note: str = "") -> None:
         value = getattr(self, name)
-        object.__setattr__(self, name, None if value is None else int(value))  # 20.0 is 20
+        is_optional = getattr(SamplingParams, name) is None
+        if value is None and is_optional:
+            return
+        number = integer if (integer := as_integer(value)) is not None else _as_float(value)
+        if number is None or not low <= number <= high or number != int(number):
+            allowed = f"an integer from {low} to {high}{note}" + (", or None" if is_optional else "")
+            raise ValueError(f"{name} must be {allowed}, got {value!r:.200}")
+        self._set(name, int(number))  # 20.0 is 20
+
+    def _check_stop(self) -> None:
+        """Check the fields that end a reply."""
+        given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        is_many = isinstance(given, list | tuple | set | frozenset) and len(given) <= MAX_STOP_STRINGS
+        if not is_many or not all(isinstance(s, str) and s for s in given):
+            raise ValueError(
+                f"stop must be a non-empty string or up to {MAX_STOP_STRINGS} of them, got {self.stop!r:.200}"
+            )
+        self._set("stop", tuple(checked_text(f"stop[{number}]", s) for number, s in enumerate(given)))
+        ids = _as_ids(() if self.stop_token_ids is None else self.stop_token_ids)
+        if ids is None:
+            raise ValueError(
+                f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r:.200}"
+            )
+        self._set("stop_token_ids", ids)
+        self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 
     def _check_tokens(self) -> None:
-        """Check what names single tokens. Whether the ids are in the vocabulary is the model's to say."""
+        """Check the fields that name single tokens. Whether the ids are in the vocabulary is the model's to say."""
         if self.logit_bias is not None:
             largest = torch.finfo(torch.float32).max
-            if not isinstance(self.logit_bias, dict) or not all(
-                _is_id(token) and _is_number(bias) and bias <= largest  # NaN is not
-                for token, bias in self.logit_bias.items()
-            ):
+            given = self.logit_bias.items() if isinstance(self.logit_bias, dict) else [(None, None)]
+            bias = {_as_id(token): _as_float(value) for token, value in given}
+            if None in bias or not all(value is not None and value <= largest for value in bias.values()):  # NaN is not
                 raise ValueError(
                     "logit_bias must be a dict from token ids (integers >= 0) to numbers, finite in float32 or -inf, "
-                    f"got {self.logit_bias!r}"
+                    f"got {self.logit_bias!r:.200}"
                 )
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # what was checked stays so
+            self._set("logit_bias", bias)
         if self.allowed_token_ids is not None:
-            ids = self.allowed_token_ids
-            if not isinstance(ids, Collection) or isinstance(ids, str) or len(ids) == 0 or not all(map(_is_id, ids)):
-                raise ValueError(f"allowed_token_ids must be integers >= 0, at least one, or None, got {ids!r}")
-            object.__setattr__(self, "allowed_token_ids", tuple(ids))
+            ids = _as_ids(self.allowed_token_ids)
+            if not ids:
+                raise ValueError(
+                    "allowed_token_ids must be integers >= 0, at least one, or None, "
+                    f"got {self.allowed_token_ids!r:.200}"
+                )
+            self._set("allowed_token_ids", ids)
 
     def _check_constraints(self) -> None:
         if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r}")
+            raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r:.200}")
         if self.json_schema is not None and not _is_json_object(self.json_schema):
-            raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r}")
+            raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r:.200}")
+        if isinstance(self.json_schema, dict):
+            self._set("json_schema", to_plain(self.json_schema, "json_schema"))
         if self.regex is not None and (not isinstance(self.regex, str) or not self.regex):
-            raise ValueError(f"regex must be a non-empty string, got {self.regex!r}")
+            raise ValueError(f"regex must be a non-empty string, got {self.regex!r:.200}")
+        for name in ("regex", "json_schema"):
+            if isinstance(text := getattr(self, name), str):
+                checked_text(name, text)
         if self.json_schema is not None and self.regex is not None:
             raise ValueError(
                 "json_schema must be None where regex is given (at most one of them), "
                 f"got json_schema={self.json_schema!r} and regex={self.regex!r}"
             )
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # of a frozen dataclass
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+
+def _as_float(value: Any) -> float | None:
+    """Return a number as a float (infinite where it is too large for one); None for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # of an integer
+        return math.inf
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _as_id(value: Any) -> int | None:
+    number = as_integer(value)
+    return number if number is not None and 0 <= number <= LARGEST_COUNT else None
+
+
+def _as_ids(values: Any) -> tuple[int, ...] | None:
+    """Return token ids of any collection; None for anything else."""
+    if not isinstance(values, Collection) or isinstance(values, str | bytes) or getattr(values, "shape", (0,)) == ():
+        return None
+    ids = [_as_id(value) for value in values]
+    return tuple(i for i in ids if i is not None) if None not in ids else None
 
 
 def _is_json_object(value: Any) -> bool:

@@ -36,7 +36,7 @@ def test_generate_stats_go_to_standard_error(capsys):
     ("arguments", "message"),
     [
         (["generate", "hi", "--model", "no/such/model/x"], "no folder 'no/such/model/x'"),
-        (["generate", "hi", "--temperature", "-1"], "temperature must be a finite number >= 0, got -1.0"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be a number from 0 to 1e+06, got -1.0"),
         (["generate", "hi", "--max-seq-len", "100000"], "exceeds the model's max_position_embeddings"),
         (["generate", "", "--raw"], "the prompt is empty"),
         (["info", "--model", "random:7b"], "unknown Qwen3 shape '7b'"),

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,22 +20,49 @@ from qwen3fast.sampling_params import SamplingParams
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "hot"),
+        ("temperature", 1e39),
+        ("temperature", 10**400),
+        ("temperature", True),
         ("top_k", -1),
+        ("top_k", 2**31),
+        ("top_k", 2**63),
+        ("top_k", "20"),
         ("top_k", 2.5),
         ("top_k", math.inf),
         ("top_k", math.nan),
         ("top_p", 0.0),
+        ("top_p", 1e-40),
         ("top_p", 1.1),
+        ("top_p", math.nan),
         ("min_p", -0.1),
         ("min_p", 2),
         ("max_tokens", 0),
+        ("max_tokens", 2**31),
+        ("max_tokens", math.inf),
         ("max_tokens", True),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
+        ("seed", "1"),
         ("stop", ""),
+        ("stop", 5),
+        ("stop", {"a": "b"}),
+        ("stop", b"a"),
         ("stop", ("a", 1)),
+        pytest.param("stop", ["a"] * 1025, id="stop-too many"),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [2**31]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", "5"),
+        ("ignore_eos", "no"),
+        ("ignore_eos", 1),
+        ("ignore_eos", None),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e39),
+        ("repetition_penalty", 1e-40),
         ("repetition_penalty", math.inf),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", True),
@@ -61,7 +89,8 @@ from qwen3fast.sampling_params import SamplingParams
         ("allowed_token_ids", "12"),
         ("allowed_token_ids", 12),
         ("allowed_token_ids", iter([1])),
-        ("allowed_token_ids", torch.tensor([1, 2])),
+        ("allowed_token_ids", torch.tensor([1.5])),
+        ("allowed_token_ids", torch.tensor(3)),
         ("logprobs", -1),
         ("logprobs", 21),
         ("logprobs", 0.5),
@@ -83,8 +112,27 @@ from qwen3fast.sampling_params import SamplingParams
     ],
 )
 def test_sampling_params_refuse_bad_values(field, value):
-    with pytest.raises(ValueError, match=f"^{field} must be .*, got {re.escape(repr(value))}$"):
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got {re.escape(repr(value)[:200])}$"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "place"), [("stop", "stop[1]"), ("regex", "regex"), ("json_schema", "json_schema")])
+def test_sampling_params_refuse_lone_surrogates_naming_the_place(field, place):
+    value = {"stop": ["a", "b\ud83d"], "regex": "b\ud83d", "json_schema": '{"a": "\ud83d"}'}[field]
+    with pytest.raises(ValueError, match=rf"^{re.escape(place)} holds the lone surrogate '\\ud83d' at character \d"):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"const": "\ud800"}, r"json_schema\['const'\] holds the lone surrogate"),
+        ({"enum": [{1, 2}]}, r"json_schema\['enum'\]\[0\] must be text, a number, a list or a dict, got set"),
+    ],
+)
+def test_sampling_params_refuse_schemas_that_are_no_json_naming_the_place(schema, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(json_schema=schema)
 
 
 def test_sampling_params_refuse_two_constraints():
@@ -116,9 +164,35 @@ def test_sampling_params_keep_good_values(field, value):
     assert getattr(SamplingParams(**{field: value}), field) == value
 
 
-@pytest.mark.parametrize("ids", [{5}, [5], (5,), range(5, 6), frozenset([5]), {5: 1.0}.keys()])
-def test_sampling_params_take_any_collection_of_allowed_tokens(ids):
-    assert SamplingParams(allowed_token_ids=ids).allowed_token_ids == (5,)
+COLLECTIONS = [{5}, [5], (5,), range(5, 6), frozenset([5]), {5: 1.0}.keys(), np.array([5]), torch.tensor([5])]
+
+
+@pytest.mark.parametrize("field", ["allowed_token_ids", "stop_token_ids"])
+@pytest.mark.parametrize("ids", COLLECTIONS, ids=lambda ids: type(ids).__name__)
+def test_sampling_params_take_any_collection_of_token_ids(field, ids):
+    taken = getattr(SamplingParams(**{field: ids}), field)
+    assert taken == (5,) and type(taken[0]) is int
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", np.float32(0.5)),
+        ("top_k", np.int64(3)),
+        ("top_p", np.float64(0.5)),
+        ("max_tokens", np.uint8(3)),
+        ("seed", torch.tensor(3)),
+        ("ignore_eos", np.True_),
+    ],
+)
+def test_sampling_params_turn_numbers_of_other_libraries_into_pythons(field, value):
+    taken = getattr(SamplingParams(**{field: value}), field)
+    assert taken == value.item() and type(taken) is type(value.item())
+
+
+def test_sampling_params_none_stops_nothing():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stop, params.stop_token_ids) == ((), ())
 
 
 @pytest.mark.parametrize("field", ["top_k", "max_tokens", "seed", "logprobs", "n", "thinking_budget"])

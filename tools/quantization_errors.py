@@ -11,7 +11,7 @@ from qwen3fast.bench.record import Case
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

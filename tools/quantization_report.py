@@ -38,7 +38,7 @@ from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer as OurTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

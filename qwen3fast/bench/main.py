@@ -56,6 +56,8 @@ def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool
     elif record.cases:
         print(as_text(table_rows(record, suite.columns), left=len(suite.columns.labels)))
         print("\n".join(["", *sentences(record)]))
+        if lines := suite.markdown(record):
+            print("\n".join(["", *lines]))
     for name, check in record.checks.items():
         exact = f"{check['exact']} of {check['tokens']} greedy tokens are the reference's argmax"
         verdict = "ok" if check["passed"] else "WRONG: this speed means nothing"

@@ -176,14 +176,15 @@ class Session:
             step_s = sample.step_s if steps else [sample.ttft_s]
             return {"ttft_s": sample.ttft_s, "step_s": step_s, "peak_memory_bytes": self._memory.peak_bytes()}
 
-        return Task(Case(shape, facts), run, expected_s=self._expected_s(mode, facts, steps))
+        return Task(Case(shape, facts), run, expected_s=self.expected_s(mode, facts, steps))
 
     def tell(self, text: str) -> None:
         """Print a line on standard error, unless the run is quiet."""
         if self.options.is_shown:
             print(visible(text), file=sys.stderr, flush=True)
 
-    def _expected_s(self, mode: str, facts: dict[str, float], steps: int) -> float:
+    def expected_s(self, mode: str, facts: dict[str, float], steps: int) -> float:
+        """Return a guess of how long a prefill (fact prefill_flop) and so many steps (bytes_per_step) take."""
         bandwidth = BANDWIDTH_SHARE * self._speed["bandwidth_gb_s"] * 1e9
         step_s = max(facts["bytes_per_step"] / bandwidth, facts.get("flop_per_step", 0.0) / self._flop_s)
         step_s += 0.0 if is_compiled(mode) else EAGER_STEP_S

@@ -1,4 +1,4 @@
-"""Where weights come from: a hub id, a folder, a GGUF file, the shipped tiny model or random numbers -> a module."""
+"""Checkpoints: a hub id, a folder, a GGUF file, the shipped tiny model or random numbers -> a model."""
 
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.fill import load_weights

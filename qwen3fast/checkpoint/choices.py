@@ -1,4 +1,4 @@
-"""What "auto" and names mean: devices, dtypes."""
+"""Devices and dtypes by name, "auto" included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device that a name means; "auto" takes CUDA where there is one. Raises: ValueError if it is not there."""
+    """Return the device of a name; "auto" takes CUDA where there is one. Raises: ValueError if it is not there."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,7 +30,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    """The dtype that a name means; "auto" takes the checkpoint's. Raises: ValueError for an unknown name."""
+    """Return the dtype of a name; "auto" takes the checkpoint's. Raises: ValueError for an unknown name."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     if isinstance(dtype, str) and dtype == "auto":

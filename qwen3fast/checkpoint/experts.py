@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3fast.quantization.formats import Format, Packed, put_rows
+
 Shape = tuple[int, ...]
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked: one after the other
 
@@ -36,6 +38,7 @@ class ExpertStacks:
         """parameters: names and shapes of all parameters of a model; those of experts get slices."""
         self._parameters, self._device, self._dtype = parameters, device, dtype
         self._stacks: dict[str, Tensor] = {}
+        self._packed: dict[str, Packed] = {}
         self._missing: dict[str, set[str]] = {}
         self._names: dict[str, list[str]] = {}  # of a stack's slices
         self.slices: dict[str, ExpertSlice] = {}
@@ -66,6 +69,23 @@ class ExpertStacks:
         missing.discard(name)
         return None if missing else (place.target, self._stacks.pop(place.target))
 
+    def put_packed(self, name: str, packed: Packed, format: Format) -> tuple[str, Packed] | None:
+        """Copy one expert's packed matrix to its place: a stack is one tall weight, expert after expert.
+
+        Returns: the name and the tensors of a stack whose last slice this was, otherwise None.
+        """
+        place = self.slices[name]
+        num_experts, rows, columns = self._parameters[place.target]
+        if place.target not in self._packed:
+            self._packed[place.target] = format.empty(num_experts * rows, columns, self._device)
+            self._missing[place.target] = set(self._names[place.target])
+        first_row = place.expert * rows + place.first_row
+        put_rows(self._packed[place.target], num_experts * rows, first_row, packed)
+        missing = self._missing[place.target]
+        missing.discard(name)
+        return None if missing else (place.target, self._packed.pop(place.target))
+
     def unfinished(self) -> dict[str, list[str]]:
         """Return the parameters that have got some of their slices, each with the names of the missing ones."""
-        return {t: [name for name in self._names[t] if name in self._missing[t]] for t in self._stacks}
+        begun = (*self._stacks, *self._packed)
+        return {t: [name for name in self._names[t] if name in self._missing[t]] for t in begun}

@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from qwen3fast.checkpoint.assign import OnAssigned, assign, shapes_of
 from qwen3fast.checkpoint.checks import dtype_problem, non_finite, refuse
-from qwen3fast.checkpoint.experts import ExpertStacks
+from qwen3fast.checkpoint.experts import PROJECTIONS, ExpertStacks
 from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.read_ahead import read_ahead
 from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, tensors_by_file
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
-from qwen3fast.quantization.formats import fits
-from qwen3fast.quantization.linear import PARAMETER_NAMES, QuantizedLinear
+from qwen3fast.quantization.experts import QuantizedExperts
+from qwen3fast.quantization.formats import Packed, fits, quantize
+from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,10 @@ logger = logging.getLogger(__name__)
 # the heads of trainers (rewards, values, classification).
 WITHOUT_USE = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
+    r"|(.*\.)?(input|output|q|k|v)_(scale|zero_point)"  # of activations and caches that another engine quantizes
     r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
 )
+ROUTER = ".mlp.gate.weight"  # stays plain: it is small, and its choice of experts matters
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class _Filler:
         linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         weights = {name: shape for name, shape in self._expected.items() if name in linears} | slices
         self._layers = PrequantizedLayers(options.prequantized, weights, {self._place(n) for n in names}, device)
+        self._packed_stacks = self._stacks_to_pack()
         self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
         self._loaded: set[str] = set()
         self.unused: list[str] = []
@@ -176,6 +181,9 @@ class _Filler:
         if self._options.check_weights and (counts := non_finite(tensor)) is not None:
             self.bad_numbers.append(f"{where}: {counts}")
         self._loaded.add(place)
+        if self._format is not None and self._is_packed_expert(place):
+            self._put_expert(place, quantize(tensor, self._format))
+            return
         whole = self._stacks.put(place, tensor) if place in self._stacks.slices else (place, tensor)
         if whole is not None:
             assign(self._model, *whole, self._options.on_assigned)
@@ -184,7 +192,12 @@ class _Filler:
 
     def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
-            if self._format is None or weight in self._stacks.slices or not fits(*layer.shape):
+            if self._format is not None and self._is_packed_expert(weight):
+                self._put_expert(weight, layer.packed(self._format))
+                self._loaded.add(weight)
+                return
+            is_plain = weight in self._stacks.slices or weight.endswith(ROUTER) or not fits(*layer.shape)
+            if self._format is None or is_plain:
                 self._put_plain(weight, layer.plain(self._options.dtype), weight)
                 return
             name = weight.removesuffix(".weight")
@@ -195,6 +208,36 @@ class _Filler:
         except ValueError as err:
             self.problems.append(f"{weight}: {err}")
         self._loaded.add(weight)
+
+    def _stacks_to_pack(self) -> set[str]:
+        """Return the stacks of experts that are packed expert by expert: a layer's both, or none."""
+        if self._format is None:
+            return set()
+        slices = self._stacks.slices
+        stored = {slices[weight].target for weight in self._layers.stored if weight in slices}
+        modules = {target.rpartition(".")[0] for target in stored}
+        unfit = {s.target.rpartition(".")[0] for s in slices.values() if not fits(*s.shape)}
+        return {f"{module}.{stack}" for module in modules - unfit for stack in PROJECTIONS}
+
+    def _is_packed_expert(self, place: str) -> bool:
+        slices = self._stacks.slices
+        return place in slices and slices[place].target in self._packed_stacks
+
+    def _put_expert(self, weight: str, packed: Packed) -> None:
+        """Put one expert's packed matrix in its stack, and the stack in the model with its last expert."""
+        assert self._format is not None, "experts are packed in a format"
+        whole = self._stacks.put_packed(weight, packed, self._format)
+        if whole is None:
+            return
+        target, stack = whole
+        name = target.rpartition(".")[0]
+        experts = self._model.get_submodule(name)
+        if isinstance(experts, Experts):  # on meta; the other stack's comes or came
+            self._model.set_submodule(name, QuantizedExperts.of(experts, self._format))
+        assign(self._model, f"{target}.weight_packed", stack.weight)
+        assign(self._model, f"{target}.weight_scale", stack.scale)
+        self._loaded.add(target)
+        self._bar.update()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

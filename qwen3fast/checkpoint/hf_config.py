@@ -14,8 +14,9 @@ from qwen3fast.checkpoint.choices import DTYPES
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.rope_config import read_rope_theta, read_yarn, refuse_rope, yarn_to_dict
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.quantization.formats import FORMATS
 
-# And the model_type of each. Qwen3Model has no output projection.
+# The model_type of each. Qwen3Model has no output projection.
 SUPPORTED_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3Model": "qwen3"}
 OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 
@@ -190,15 +191,12 @@ def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: quantization_config must be an object, got {given!r}")
     if given.get("quant_method") != OWN_QUANTIZATION["quant_method"]:
-        prequantized = PrequantizedFormat.from_dict(given, where)
-        if prequantized.method != "fp8" and _architectures(raw) == ["Qwen3MoeForCausalLM"]:
-            raise ValueError(
-                f"{where}: quant_method={prequantized.method!r} is not supported for a mixture of experts; supported: "
-                "'fp8', and unquantised checkpoints"
-            )
-        return {"prequantized": prequantized}
-    kept = given.get("modules_to_not_convert", [])
+        return {"prequantized": PrequantizedFormat.from_dict(given, where)}
+    kept, format = given.get("modules_to_not_convert", []), given.get("format")
     is_known = all(given.get(name) == value for name, value in OWN_QUANTIZATION.items())
-    if not is_known or not isinstance(given.get("format"), str) or not isinstance(kept, list):
-        raise ValueError(f"{where}: quantization_config={given!r} is not supported by this version of qwen3fast")
-    return {"quantization": given["format"], "modules_to_not_convert": tuple(kept)}
+    has_names = isinstance(kept, list) and all(isinstance(name, str) for name in kept)
+    if not is_known or not has_names or not isinstance(format, str):
+        raise ValueError(f"{where}: quantization_config={given!r:.300} is not supported by this version of qwen3fast")
+    if format not in FORMATS:
+        raise ValueError(f"{where}: format {format!r:.50} is not supported; supported: {', '.join(FORMATS)}")
+    return {"quantization": format, "modules_to_not_convert": tuple(kept)}

@@ -41,8 +41,9 @@ def load_model(
         progress: show a bar while weights load.
         quantization: "int8", "int4" or, on CUDA devices, "fp8" quantizes the weights while loading; checkpoints that
             `save_quantized` wrote keep their format with None. Of checkpoints that other software quantized (fp8, AWQ,
-            GPTQ), None loads symmetric 4-bit GPTQ in int4 (the same levels, scales rounded to bfloat16), other AWQ and
-            GPTQ in int8, and fp8 in plain weights, embedding and output projection as they are. Of GGUF files, None
+            GPTQ, compressed-tensors), None loads symmetric 4-bit levels of GPTQ and compressed-tensors in int4 (the
+            same levels, scales rounded to bfloat16), other levels in int8, and fp8 in plain weights, embedding and
+            output projection as they are. Of GGUF files, None
             keeps Q4_0 in int4 and loads other quantized types in int8. For both, "dequantize" loads plain weights
             throughout, and the name of a format quantizes the dequantized weights.
         output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its weights, be it a folder in Hugging Face layout or a GGUF file."""
+"""Config, tokenizer and sampling preset of a checkpoint: a folder in Hugging Face layout, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def read_generation_config(source: Path) -> dict[str, Any] | None:
 
 
 def write_tokenizer_files(source: Path, folder: Path) -> None:
-    """Write what a GGUF file says of tokenizer and sampling as files of a folder in Hugging Face layout."""
+    """Write tokenizer and sampling preset of a GGUF file as the files of a folder in Hugging Face layout."""
     tokenizer, preset = read_tokenizer(source), read_generation_config(source)
     tokenizer.base.save(str(folder / "tokenizer.json"))
     settings = {**tokenizer.special_tokens, "chat_template": tokenizer.chat_template}

@@ -1,4 +1,4 @@
-"""Random weights in the exact shape of a published model: speed does not depend on the values."""
+"""Random weights in the exact shape of a Qwen3: its speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
 
 STANDARD_DEVIATION = 0.02
-# Sharper attention than 1 gives: replies then vary from token to token, so that comparing tokens means something.
+# Attention sharper than with 1: replies then vary from token to token, and comparing tokens means something.
 QK_NORM_WEIGHT = 1.5
-POOL_SIZE = 2**24 + 43  # odd, so that rows of a matrix start at different places of the pool
+POOL_SIZE = 2**24 + 43  # odd: rows of a matrix start at different places of the pool
 
 
 def parse_random(source: str) -> tuple[ModelConfig, int]:
@@ -34,10 +34,11 @@ def random_model(
     on_assigned: OnAssigned | None = None,
     split: Split | None = None,
 ) -> Qwen3:
-    """A Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 1.5; biases 0).
+    """Return a Qwen3 with normal weights of standard deviation 0.02 (norm weights are 1, of QK-norm 1.5; biases 0).
 
     Values are read cyclically from a pool of 16.8 million normal numbers, each tensor from its own start: drawing every
-    weight anew would take several times longer and measure the same. split: keep this part of each tensor.
+    weight would take several times longer and measure the same.
+    on_assigned: called after each parameter. split: keep this shard of each tensor.
     """
     rng = torch.Generator().manual_seed(seed)
     pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,17 @@ def tensors_by_file(folder: Path) -> dict[Path, list[str]]:
             raise
         by_file = {}
     if whole.is_file() and whole not in by_file:
-        logger.warning("%s: reading %s; %s describes other files and is ignored", folder, SINGLE_FILE, INDEX_FILE)
+        _tell_of_stale_index(folder)
         return {whole: names_in(whole)}
     absent = [file.name for file in by_file if not file.is_file()]
     if absent:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX_FILE}; download it again")
     return by_file
+
+
+@functools.cache  # loading asks for the files several times
+def _tell_of_stale_index(folder: Path) -> None:
+    logger.warning("%s: reading %s; %s describes other files and is ignored", folder, SINGLE_FILE, INDEX_FILE)
 
 
 def names_in(file: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A quantised model as a folder that loads like any other checkpoint, without quantising again."""
+"""Save a quantized model as a folder that loads like any other checkpoint, without quantizing again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, plain_modules
 
-# What a checkpoint holds besides weights and config.json.
+# Files of a checkpoint besides weights and config.json.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -29,11 +29,11 @@ COMPANIONS = (
 
 
 def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files of `companions_from` into `folder`.
+    """Write config.json, model.safetensors and the tokenizer's files into `folder`.
 
-    companions_from: a folder, or a GGUF file, whose tokenizer is then written as such files.
-    Everything is written beside the folder first and then moved in, config.json last, so that a failure (a full disk)
-    leaves what was there.
+    companions_from: the folder or GGUF file that the tokenizer is copied from.
+    Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
+    leaves the old files.
     Raises: ValueError for layers in several formats; OSError if it cannot be written.
     """
     formats = formats_of(model)

@@ -12,7 +12,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Block, FeedForward, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 
 
 class DecodeLayers:

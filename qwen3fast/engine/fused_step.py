@@ -23,7 +23,7 @@ from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Block, FeedForward, Qwen3
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 MAX_ROWS = 8  # with more, cuBLAS reads weights as fast and computes faster
 MAX_GROUP = 16  # query heads of a key/value head

@@ -1,4 +1,4 @@
-"""The Qwen3 architecture, one part a file; in this order: norm, rope, attention, feed_forward, moe, block, qwen3."""
+"""The Qwen3 architecture, one part per file: norm, rope, attention, feed_forward, moe, block, qwen3 (in this order)."""
 
 from qwen3fast.model.attention import Attention
 from qwen3fast.model.block import Block

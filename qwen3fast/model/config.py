@@ -17,12 +17,16 @@ from qwen3fast.model.yarn import Yarn
 class ModelConfig:
     """The numbers that define a Qwen3, dense or (num_experts > 0) with a mixture of experts.
 
-    `head_dim` is a field of its own: in Qwen3-0.6B it is 128 although hidden_size / num_attention_heads is 64.
-    `dtype` is the dtype of the weights. `eos_token_ids` end a reply; the Generator adds those of
-    generation_config.json. `yarn` is the scaling of RoPE, None without one.
-
-    Of the layers that are not in `mlp_only_layers`, every `decoder_sparse_step`-th has experts (`is_sparse`), of which
-    a token runs `num_experts_per_tok`; `norm_topk_prob`: what these count sums to 1.
+    Attributes:
+        head_dim: a field of its own: in Qwen3-0.6B it is 128, although hidden_size / num_attention_heads is 64.
+        tie_word_embeddings: the output projection shares the embedding's matrix.
+        dtype: of the weights, as the checkpoint stores them.
+        eos_token_ids: end a reply; the Generator adds the ids in generation_config.json.
+        yarn: the scaling of RoPE, None without one.
+        num_experts, num_experts_per_tok: routed experts per layer, and active ones per token.
+        norm_topk_prob: the weights of a token's active experts sum to 1.
+        decoder_sparse_step, mlp_only_layers: every decoder_sparse_step-th layer that is not in mlp_only_layers has
+            experts (`is_sparse`).
     """
 
     vocab_size: int
@@ -48,7 +52,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse shapes that no Qwen3 can have.
+        """Check all fields.
 
         Raises: ValueError naming the field, its value and what was expected.
         """
@@ -60,18 +64,18 @@ class ModelConfig:
             sizes += " num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step"
         for name in sizes.split():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-            most = _LARGEST.get(name, 10**9)
-            if value > most:
-                raise ValueError(f"{name} must be at most {most:,}, far beyond any Qwen3, got {value}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r:.100}")
+            largest_size = _MAX_SIZES.get(name, 10**9)
+            if value > largest_size:
+                raise ValueError(f"{name} must be at most {largest_size:,}, far beyond any Qwen3, got {value!r:.100}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
         for name in ("tie_word_embeddings", "attention_bias", "norm_topk_prob"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.100}")
         for name, largest in (("rms_norm_eps", 1.0), ("rope_theta", 1e15)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value <= largest:
@@ -88,8 +92,8 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
-        """The shape of a published Qwen3: "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with a mixture of experts
-        "30b-a3b" or "235b-a22b" (case does not matter).
+        """Return the config of a Qwen3 by its size (in either case): "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with
+        a mixture of experts "30b-a3b" or "235b-a22b".
 
         Raises: ValueError for any other name.
         """
@@ -115,38 +119,38 @@ class ModelConfig:
         )
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether the feed-forward part of this layer, counted from 0, is a mixture of experts."""
+        """Return whether the feed-forward part of a layer, counted from 0, is a mixture of experts."""
         is_chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and is_chosen
 
     @property
     def longest_context(self) -> int:
-        """Positions that the model can tell apart: max_position_embeddings, or more with YaRN."""
+        """Return the number of positions that the model can tell apart: max_position_embeddings, or more with YaRN."""
         return max(self.max_position_embeddings, self.yarn.longest_context if self.yarn is not None else 0)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model; a tied output projection counts once."""
+        """Return the number of parameters; a tied output projection counts once."""
         outer = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         return outer + sum(self._layer_size(layer, self.num_experts) for layer in range(self.num_hidden_layers))
 
     @property
     def decode_parameters(self) -> int:
-        """Parameters that one decode step of one row reads: all, but of an untied embedding only the looked-up row
-        (left out), and of experts only those that the token runs."""
+        """Return the number of parameters that a decode step at batch size 1 reads: without an untied embedding, of
+        which it looks up a single row, and without experts that are not active."""
         outer = self.vocab_size * self.hidden_size + self.hidden_size
         return outer + sum(self._layer_size(layer, self.num_experts_per_tok) for layer in range(self.num_hidden_layers))
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one position takes in a KV cache of `dtype`, all layers, keys and values.
+        """Return the bytes of one position in a KV cache of `dtype`: keys and values of all layers.
 
-        int8 vectors have a factor of 4 bytes each.
+        int8 vectors have a scale of 4 bytes each.
         """
         bytes_per_vector = self.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
         return 2 * self.num_hidden_layers * self.num_key_value_heads * bytes_per_vector
 
     def _layer_size(self, layer: int, experts: int) -> int:
-        """Parameters of a layer, of so many experts where it has any."""
+        """Return the number of parameters of a layer, counting this many experts where it has any."""
         q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = (q_size + 2 * kv_size + self.hidden_size) if self.attention_bias else 0
         attention = self.hidden_size * (2 * q_size + 2 * kv_size) + 2 * self.head_dim + bias
@@ -158,7 +162,7 @@ class ModelConfig:
 
 
 # A module is made for each of these, before any weight is read.
-_LARGEST = {"num_hidden_layers": 10_000, "num_experts": 100_000}
+_MAX_SIZES = {"num_hidden_layers": 10_000, "num_experts": 100_000}
 
 # layers, heads, kv heads, hidden_size, intermediate_size, tied; num_experts, num_experts_per_tok,
 # moe_intermediate_size. Source: the published config.json files.

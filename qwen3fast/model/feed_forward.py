@@ -1,4 +1,7 @@
-"""The feed-forward part of a block: a gated two-layer perceptron that looks at one position at a time."""
+"""The feed-forward part of a block: a gated perceptron that sees one token at a time.
+
+B batch rows   T tokens   E hidden_size
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +13,13 @@ class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer, arXiv:2002.05202, equation 6."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        """hidden_size: of input and output. intermediate_size: of gate and up."""
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """x_BTE: (batch, tokens, hidden_size). Returns the same shape."""
+        """Return the output for each token: same shape and dtype."""
         gate, up = linears(x_BTE, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)

@@ -1,6 +1,6 @@
-"""StaticKVCache: keys and values of every layer, preallocated once, written in place, never moved.
+"""StaticKVCache: keys and values of every layer, allocated once, written in place, never moved.
 
-B batch rows   T tokens in this call   R rows (one request each)   K key/value heads   S positions allocated
+B batch rows   T tokens in this call   R slots (one request each)   K key/value heads   S positions allocated
 L positions read   D head_dim
 """
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class CacheLayer(NamedTuple):
-    """One layer's keys and values, (R, K, S, D) each, and which rows the batch at hand uses.
+    """One layer's keys and values, (R, K, S, D) each, and the slots that a batch uses.
 
-    row_B: (B,) int64, the cache row of each batch row; None means rows 0..B-1 in order, which needs no gathering.
-    k_scale_RKS, v_scale_RKS: float32, one factor for each key and value vector where these are int8; otherwise None.
+    row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
+    k_scale_RKS, v_scale_RKS: float32, one scale per key and value vector where these are int8; otherwise None.
     """
 
     k_RKSD: Tensor
@@ -35,21 +35,21 @@ class CacheLayer(NamedTuple):
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
         """Store new keys and values in place.
 
-        k_BTKD, v_BTKD: any float dtype; they are stored in the cache's. position_BT: int64, where to.
+        k_BTKD, v_BTKD: any float dtype, converted to the cache's. position_BT: int64, the positions to write.
         """
         row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
-        # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly the (B, T, K, D) at hand.
+        # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly (B, T, K, D).
         place = (row_B[:, None], slice(None), position_BT)
         for x_BTKD, x_RKSD, scale_RKS in (
             (k_BTKD, self.k_RKSD, self.k_scale_RKS),
             (v_BTKD, self.v_RKSD, self.v_scale_RKS),
         ):
             if scale_RKS is not None:
-                x_BTKD, scale_RKS[place] = round_vectors(x_BTKD)
+                x_BTKD, scale_RKS[place] = quantize_vectors(x_BTKD)
             x_RKSD[place] = x_BTKD.to(x_RKSD.dtype)
 
     def read(self, num_rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows in use, first `length` positions: (B, K, L, D) each, as `dtype`."""
+        """Return keys and values of the batch's slots, first `length` positions: (B, K, L, D) each, as `dtype`."""
         read = []
         for x_RKSD, scale_RKS in ((self.k_RKSD, self.k_scale_RKS), (self.v_RKSD, self.v_scale_RKS)):
             x_BKLD = self._rows(x_RKSD[:, :, :length], num_rows)
@@ -62,22 +62,23 @@ class CacheLayer(NamedTuple):
         return x[:num_rows] if self.row_B is None else x.index_select(0, self.row_B)
 
 
-def round_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors of the last dimension in 8 bits: int8 in -127..127 and float32 factors, one a vector.
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the vectors of the last dimension to int8, -127 to 127, with one float32 scale per vector.
 
-    NaN and infinity make the factor NaN or infinite, so that they are not lost.
+    NaN and infinity make the scale NaN or infinite: they are not lost.
+    Returns: int8 of the shape of x, and the scales without the last dimension.
     """
     x = x.float()
     largest = x.abs().amax(dim=-1)
-    rounded = (x * torch.where(largest > 0, 127 / largest, 0.0)[..., None]).round()
-    return rounded.to(torch.int8), largest / 127
+    level = (x * torch.where(largest > 0, 127 / largest, 0.0)[..., None]).round()
+    return level.to(torch.int8), largest / 127
 
 
 CACHE_DTYPES = ("auto", "int8")
 
 
 def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of keys and values for a model of `dtype`. Raises: ValueError for a name not in CACHE_DTYPES."""
+    """Return the dtype of keys and values for a model of `dtype`. Raises: ValueError for a name not in CACHE_DTYPES."""
     if name not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {name!r}")
     return torch.int8 if name == "int8" else dtype
@@ -86,14 +87,19 @@ def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 class StaticKVCache:
     """Memory for `max_batch_size` requests of up to `max_seq_len` tokens.
 
-    keys, values: one contiguous (R, K, S, D) tensor a layer, zero at first (a masked slot must hold a finite number:
-    0 * NaN is NaN). key_scales, value_scales: for int8, one (R, K, S) tensor a layer, see `CacheLayer`.
-    S is max_seq_len rounded up to `granularity`, so that padded prefill chunks always fit, plus one: the positions read
-    are then never *all* positions, a special case that would have to be compiled separately.
-    Attention reads the first `bucket(used)` positions only, so cost follows the used length. `buckets` are all sizes
-    that this can be: multiples of `granularity`; on CUDA fewer (128, 256, 384, 512, 768, 1024, 1536, ...), since each
-    of them gets graphs of its own.
-    Source of the fixed-address design: gpt-fast and transformers' StaticCache (CUDA graphs need constant addresses).
+    S is max_seq_len rounded up to `granularity`, which makes room for padded prefill chunks, plus one: the positions
+    read are then never *all* positions, a special case that would have to be compiled separately. Attention reads the
+    first `bucket(used)` positions only: its cost follows the used length.
+
+    Attributes:
+        keys, values: one contiguous (R, K, S, D) tensor per layer, zero at first (masked positions must hold finite
+            numbers: 0 * NaN is NaN).
+        key_scales, value_scales: for int8, one (R, K, S) tensor per layer, see `CacheLayer`.
+        buckets: the lengths that attention reads: multiples of `granularity`; on CUDA fewer (128, 256, 384, 512, 768,
+            1024, 1536, ...), since each has graphs of its own.
+        allocated_len: the longest bucket. num_bytes: of all tensors.
+
+    Source: gpt-fast and transformers' StaticCache, for fixed addresses (CUDA graphs need them).
     """
 
     def __init__(
@@ -105,7 +111,7 @@ class StaticKVCache:
         device: torch.device,
         granularity: int = 128,
     ) -> None:
-        """Allocate. dtype: of the keys and values; int8 rounds each vector to 8 bits with a factor of its own.
+        """Allocate. dtype: of keys and values; int8 quantizes each vector with a scale of its own.
 
         Raises: ValueError for sizes below 1; MemoryError, with the arithmetic, if the device cannot hold it.
         """
@@ -119,11 +125,11 @@ class StaticKVCache:
             self.buckets = [n for n in self.buckets if n == self.allocated_len or _is_round(n // granularity)]
         shape = (max_batch_size, config.num_key_value_heads, self.allocated_len + 1, config.head_dim)
         self.num_bytes = config.kv_bytes_per_token(dtype) * max_batch_size * (self.allocated_len + 1)
-        factors = " + 4 bytes a vector" if dtype == torch.int8 else ""
+        scales = " + 4 bytes per vector" if dtype == torch.int8 else ""
         arithmetic = (
-            f"2 (keys, values) x {config.num_hidden_layers} layers x {max_batch_size} rows x "
+            f"2 (keys, values) x {config.num_hidden_layers} layers x {max_batch_size} slots x "
             f"{config.num_key_value_heads} heads x {self.allocated_len + 1} positions x {config.head_dim} x "
-            f"{dtype.itemsize} bytes{factors} = {self.num_bytes / 1e9:.2f} GB"
+            f"{dtype.itemsize} bytes{scales} = {self.num_bytes / 1e9:.2f} GB"
         )
         free = free_bytes(device)
         if free is not None and self.num_bytes > free:
@@ -142,17 +148,17 @@ class StaticKVCache:
             self.value_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
 
     def layers(self, row_B: Tensor | None = None) -> list[CacheLayer]:
-        """Each layer's keys and values, for a batch of the given rows (see `CacheLayer`)."""
+        """Return each layer's keys and values, for a batch in the given slots (see `CacheLayer`)."""
         none: list[Tensor | None] = [None] * len(self.keys)
         scales = (self.key_scales or none, self.value_scales or none)
         return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds, each with rows first and positions third."""
+        """Return all tensors; slots are the first dimension of each, positions the third."""
         return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
 
     def bucket(self, used: int) -> int:
-        """Positions to read when `used` are in use: the smallest of `buckets` that holds them.
+        """Return the number of positions to read when `used` are in use: the smallest of `buckets` that holds them.
 
         Raises: ValueError if `used` does not fit.
         """
@@ -162,14 +168,14 @@ class StaticKVCache:
 
 
 def _is_round(number: int) -> bool:
-    """Whether it is a power of two, or three times one."""
+    """Return whether it is a power of two, or three times one."""
     while number % 2 == 0:
         number //= 2
     return number in (1, 3)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None where that cannot be told."""
+    """Return the bytes that can still be allocated on the device; None where it does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":

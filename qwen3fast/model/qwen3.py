@@ -20,7 +20,7 @@ from qwen3fast.model.rope import rope_tables
 
 
 class Qwen3Body(nn.Module):
-    """Everything below the output projection; the names are those of a published checkpoint's tensors (`model.*`)."""
+    """The layers below the output projection, under the names that checkpoints use (`model.*`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Qwen3Body(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A Qwen3 language model. `forward` is the plain reference: no cache, no compilation, every token computed.
+    """A Qwen3 language model. `forward` is the reference: no cache, no compilation, every token computed.
 
     The engine runs the same parts (`embed`, `model.layers`, `logits`) with a KV cache.
     Source: Qwen3 technical report, arXiv:2505.09388.
@@ -44,21 +44,21 @@ class Qwen3(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the embedding's matrix with the output projection where the config says so (0.6B, 1.7B, 4B)."""
+        """Share the embedding's matrix with the output projection where the config says so (0.6B, 1.7B and 4B)."""
         if self.config.tie_word_embeddings:
             for name, parameter in self.model.embed_tokens.named_parameters():
                 setattr(self.lm_head, name, parameter)
 
     def embed(self, token_BT: Tensor) -> Tensor:
-        """token_BT: int64 ids. Returns (B, T, E)."""
+        """Return the embeddings of token_BT, int64 ids: (B, T, E)."""
         return self.model.embed_tokens(token_BT)
 
     def logits(self, x_BTE: Tensor) -> Tensor:
-        """Final norm and output projection: a score for each token of the vocabulary, (B, T, V)."""
+        """Apply final norm and output projection: a score per token of the vocabulary, (B, T, V)."""
         return self.lm_head(self.model.norm(x_BTE))
 
     def hidden(self, token_BT: Tensor) -> Tensor:
-        """The last block's output, (B, T, E), computed without a cache; rows start at position 0.
+        """Return the last block's output, (B, T, E), computed without a cache; rows start at position 0.
 
         token_BT: int64 ids.
         """
@@ -70,12 +70,12 @@ class Qwen3(nn.Module):
         return x_BTE
 
     def forward(self, token_BT: Tensor) -> Tensor:
-        """Logits of the next token at each position, (B, T, V), causal. token_BT: int64 ids."""
+        """Return the logits of the next token at each position, (B, T, V). token_BT: int64 ids."""
         return self.logits(self.hidden(token_BT))
 
     def num_bytes(self, per_token: bool = False) -> int:
-        """Bytes of all weights. per_token: only of those that a decode step reads: of an untied embedding one row
-        (left out), of experts the chosen ones."""
+        """Return the bytes of all weights. per_token: only of the ones that a decode step at batch size 1 reads,
+        without an untied embedding (one row of it is read) and without experts that are not active."""
         total = sum(p.numel() * p.element_size() for p in self.parameters())
         if per_token and not self.config.tie_word_embeddings:
             total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())
@@ -87,13 +87,13 @@ class Qwen3(nn.Module):
 
 
 def build_on_meta(config: ModelConfig) -> Qwen3:
-    """The module tree without memory: parameters are on the `meta` device until real tensors are assigned."""
+    """Return a model without memory: its parameters are on the `meta` device until tensors are assigned."""
     with torch.device("meta"), _SkipInit():
         return Qwen3(config).to(config.dtype).eval().requires_grad_(False)
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: for tensors without memory it does nothing but slow imports."""
+    """A mode that skips `torch.nn.init`, which does nothing for tensors on meta but import slow modules."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

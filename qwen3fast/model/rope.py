@@ -1,6 +1,6 @@
 """RoPE: positions enter attention by rotating pairs of channels of every query and key.
 
-T tokens   D head_dim   S positions   N heads
+B batch rows   T tokens   N heads   D head_dim   S positions
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from qwen3fast.model.yarn import Yarn
 def rope_tables(
     head_dim: int, rope_theta: float, num_positions: int, device: torch.device, yarn: Yarn | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all rotation angles, (S, D) in float32; angle [p, i] = p / rope_theta^(2i/D).
+    """Return cosines and sines of all rotation angles, (S, D) float32 each; angle [p, i] = p / rope_theta^(2i/D).
 
-    Channel i and channel i + D/2 turn together, so the second half of each row repeats the first. Angles are computed
-    in float32: bfloat16 cannot tell neighbouring positions apart beyond 256.
-    yarn: slows the channels that turn seldom, and multiplies all cosines and sines by its factor of attention.
+    Channel i and channel i + D/2 turn together, and the second half of each row repeats the first. Angles are computed
+    in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
+
+    yarn: slows the channels that turn seldom, and multiplies all cosines and sines by its table_factor.
     Source: RoFormer, arXiv:2104.09864, section 3.2.2; YaRN, arXiv:2309.00071, sections 3.2 and 3.4.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     periods = rope_theta**exponents
-    frequencies = 1.0 / periods  # rounded like the reference implementation's
+    frequencies = 1.0 / periods  # in this order, which rounds as Hugging Face's does
     if yarn is not None:
         low, high = yarn.blend_range(head_dim, rope_theta)
         pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
@@ -36,9 +37,9 @@ def rope_tables(
 
 
 def apply_rope(x_BTND: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """Rotate every head vector by the angle of its position (half-split pairing, as the weights were trained).
+    """Rotate every head's vector by the angles of its position (half-split pairing, as the weights were trained).
 
-    cos_BTD, sin_BTD: float32 rows of `rope_tables` at the tokens' positions. The rotation runs in float32.
+    cos_BTD, sin_BTD: float32, rows of `rope_tables` at the tokens' positions. The rotation is computed in float32.
     Returns: same shape and dtype as x_BTND.
     """
     first, second = x_BTND.float().chunk(2, dim=-1)

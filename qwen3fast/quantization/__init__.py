@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits. Read formats, linear, experts, convert; the fast product is in kernels/cpu/quantized.cpp."""
+"""Weights in 8 and 4 bits. Read formats, layers, experts, convert; the fast product is in kernels/cpu/quantized.cpp."""
 
 from qwen3fast.quantization.convert import (
     DEQUANTIZE,

@@ -1,4 +1,4 @@
-"""A model's layers replaced by quantised ones: filled from the weights at hand, or left empty to be loaded."""
+"""Replace a model's layers by quantized ones: filled from its weights, or empty, to be loaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from qwen3fast.model import MoE, Qwen3
 from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.experts import QuantizedExperts, can_quantize
 from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-DEQUANTIZE = "dequantize"  # what users ask for to get plain weights of a checkpoint that others quantised
+DEQUANTIZE = "dequantize"  # the `quantization` that loads plain weights of a checkpoint that others quantized
 
 
 def quantize_model(
     model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False, modules_to_not_convert: Collection[str] = ()
 ) -> None:
-    """Replace the model's linear layers, experts and token embedding by quantised ones, in place, one after the other.
+    """Replace the model's linear layers, experts and token embedding by quantized ones, in place, one after another.
 
-    name: "int8", "int4" or "fp8". dtype: that of activations, which the embedding gives. On the `meta` device the
-    new layers are empty, too, for a checkpoint that is quantised already. Layers whose shape cannot be packed, and
-    `modules_to_not_convert`, stay as they are, and so do routers: they are small, and which
-    experts they choose matters.
+    On the `meta` device the new layers are empty, for a checkpoint that is quantized already. Layers whose shape cannot
+    be packed stay plain, and so do routers: they are small, and their choice of experts matters.
+
+    name: "int8", "int4" or "fp8". dtype: of activations, which the embedding returns. progress: show a bar.
+    modules_to_not_convert: names of layers that stay plain.
     Raises: ValueError for an unknown format.
     """
     format = get_format(name)
@@ -52,7 +53,7 @@ def formats_of(model: Qwen3) -> list[str]:
 
 
 def plain_modules(model: Qwen3) -> tuple[str, ...]:
-    """Names of the linear layers, but for routers, and of the embedding, that could be quantised and are not."""
+    """Return the names of plain layers that could be quantized: linear ones, without routers, and the embedding."""
     routers = {module.gate for module in model.modules() if isinstance(module, MoE)}
     plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in routers]
     return tuple(name for name, module in plain if fits(*module.weight.shape))
@@ -75,10 +76,9 @@ def prepare_quantization(name: str, device: torch.device) -> None:
 
 
 def quantize_experts(model: Qwen3, name: str, module_name: str) -> None:
-    """Replace this module, if it is experts that are whole and can be packed, by quantised ones.
+    """Replace a module by quantized experts, if it is `Experts` with all of their weights and can be packed.
 
-    Loaders call it with each module that has got a weight, so that no more than a layer's experts are in memory in
-    their first form.
+    Loaders call it for each module that was assigned a weight: only one layer's experts are then in memory unquantized.
     Raises: ValueError for an unknown format.
     """
     experts = model.get_submodule(module_name)
@@ -89,14 +89,14 @@ def quantize_experts(model: Qwen3, name: str, module_name: str) -> None:
 
 
 def get_format(name: str) -> Format:
-    """The format of that name.
+    """Return the format of this name.
 
-    Raises: ValueError naming those there are.
+    Raises: ValueError with the supported names.
     """
     if name not in FORMATS:
         raise ValueError(
-            f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None; of checkpoints that "
-            f"others quantised also {DEQUANTIZE!r}"
+            f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None; for checkpoints that "
+            f"others quantized also {DEQUANTIZE!r}"
         )
     return FORMATS[name]
 

@@ -1,11 +1,11 @@
-"""Experts with their weights in 8 or 4 bits: they take the place of `Experts` of model/moe.py.
+"""Experts with weights in 8 or 4 bits; they replace `Experts` of model/moe.py.
 
-On the CPU a C++ operation reads the chosen experts' bytes alone, however many rows there are, and rounds activations to
-8 bits as that of linear layers does. On CUDA devices a Triton kernel does so for few rows; many rows meet weights that
-are dequantised first. The plain form does both in PyTorch.
+On the CPU one C++ operation reads the bytes of active experts only, for any number of tokens, and quantizes activations
+to 8 bits as in linear layers. On CUDA devices a Triton kernel serves few tokens; for many tokens the weights are
+dequantized first. The plain form does both in PyTorch.
 
-N tokens   X experts   C experts chosen for a token   P = N*C pairs of token and expert
-E hidden_size   I moe_intermediate_size   N out_features of an expert, too   K in_features
+N tokens (of weights: out_features of an expert)   X experts   C active experts per token   P = N*C pairs
+E hidden_size   I moe_intermediate_size   K in_features
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
 from qwen3fast.model.moe import Experts, grouped_linear, run_few, run_many
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
-from qwen3fast.quantization.linear import QuantizedLinear, can_use_operations
+from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
 
 
 class QuantizedExperts(nn.Module):
-    """The weights of all experts: two tall ones, in which an expert's rows lie below those of the one before."""
+    """The weights of all experts as two tall layers: each expert's rows follow the previous expert's."""
 
     def __init__(self, gate_up_proj: QuantizedLinear, down_proj: QuantizedLinear, num_experts: int) -> None:
         super().__init__()
@@ -32,19 +32,19 @@ class QuantizedExperts(nn.Module):
 
     @classmethod
     def of(cls, experts: Experts, format: Format) -> QuantizedExperts:
-        """Of weights at hand; of weights on `meta`, an empty form to be loaded."""
+        """Quantize experts; from experts on `meta`, make empty ones to be loaded."""
         gate_up, down = experts.gate_up_proj, experts.down_proj
         return cls(_tall(gate_up, format), _tall(down, format), num_experts=len(down))
 
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """What the chosen experts make of each token, (N, C, E); only their weights are read."""
+        """Return the output of each token's active experts, (N, C, E); only their weights are read."""
         if can_use_operations(self.format, x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         product = self._chosen_by_kernel if cuda.can_packed_experts(x_NE) else self._chosen
         return run_few(x_NE, expert_NC, *(partial(product, layer) for layer in (self.gate_up_proj, self.down_proj)))
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """The same for many tokens."""
+        """Return the same as `few`, in the way that is fast for many tokens."""
         if can_use_operations(self.format, x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         gate_up, down = (partial(self._grouped, layer) for layer in (self.gate_up_proj, self.down_proj))
@@ -72,9 +72,9 @@ class QuantizedExperts(nn.Module):
         return grouped_linear(self.dequantize(layer, x_PK.dtype), x_PK, end_X)
 
     def dequantize(self, layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights that the bits of `gate_up_proj` or `down_proj` stand for, (X, N, K).
+        """Return the dequantized weights of `gate_up_proj` or `down_proj`, (X, N, K).
 
-        Compiled, it is one pass without intermediate results; eagerly, these are kept small by going through experts.
+        Compiled, it is one pass without intermediate results; eagerly, one expert at a time keeps these small.
         """
         if is_compiling():
             return layer.dequantize().to(dtype).unflatten(0, (self.num_experts, -1))
@@ -87,7 +87,7 @@ class QuantizedExperts(nn.Module):
 
 
 def can_quantize(experts: Experts) -> bool:
-    """Whether the experts' shape can be packed; that of all published models can."""
+    """Return whether the experts' shape can be packed (all released Qwen3 can)."""
     return fits(*experts.gate_up_proj.shape[1:]) and fits(*experts.down_proj.shape[1:])
 
 

@@ -1,6 +1,6 @@
 """What may come next in a reply, decided on the host token by token, and how several such rules combine.
 
-Knows token ids and masks only: no text, no model, no engine. A mask has one bit a token: bit v % 32 of word v // 32
+Knows token ids and masks only: no text, no model, no engine. A mask has one bit per token: bit v % 32 of word v // 32
 says whether token v is allowed. Key of names: W words of a mask, ceil(vocab_size / 32).
 """
 
@@ -11,18 +11,20 @@ from typing import Protocol
 
 import numpy as np
 
+from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
+
 
 class TokenConstraint(Protocol):
     """A rule for one reply. It sees every token of the reply once, in order, and says which may follow."""
 
     def is_active(self) -> bool:
-        """Whether the next token is restricted at all; if not, the caller leaves the mask alone."""
+        """Return whether the next token is restricted at all; if not, the caller leaves the mask alone."""
         ...
 
     def fill_mask(self, words_W: np.ndarray) -> None:
         """Clear the bits of forbidden tokens. Called only while active.
 
-        words_W: int32, changed in place; bits that come in cleared stay so, and rules combine one after the other.
+        words_W: int32, changed in place; bits that come in cleared stay cleared, and rules combine one after the other.
         """
         ...
 
@@ -32,7 +34,7 @@ class TokenConstraint(Protocol):
 
 
 def bits_of(token_ids: Iterable[int], num_words: int) -> np.ndarray:
-    """The mask that allows these tokens alone: int32, (num_words,)."""
+    """Return the mask that allows these tokens alone: int32, (num_words,)."""
     words_W = np.zeros(num_words, np.uint32)  # unsigned, because bit 31 does not fit into a positive int32
     for token in token_ids:
         words_W[token // 32] |= np.uint32(1 << token % 32)
@@ -46,7 +48,7 @@ class AllOf:
         self._constraints = tuple(constraints)
 
     def is_active(self) -> bool:
-        """Whether any of them restricts the next token."""
+        """Return whether any of them restricts the next token."""
         return any(constraint.is_active() for constraint in self._constraints)
 
     def fill_mask(self, words_W: np.ndarray) -> None:
@@ -56,45 +58,48 @@ class AllOf:
                 constraint.fill_mask(words_W)
 
     def accept(self, token: int) -> None:
-        """Tell all of them."""
+        """Pass a token on to all of them."""
         for constraint in self._constraints:
             constraint.accept(token)
 
 
-class AfterThought:
-    """A constraint on the answer alone: it begins when the thought has ended, and the thought itself is free.
+class AfterReasoning:
+    """A constraint on the answer alone. The reasoning is free, except that no tool call may end it.
 
-    A reply that is not inside a thought from the start may open one with its first token; if it does not, the
-    constraint holds from that token on. separator_ids: the tokens that must stand between the end of a thought and
-    the answer, such as those of two line breaks, which Qwen3 has learnt to write there.
+    A reply that is not inside reasoning from the start may open it with its first token; if it does not, the
+    constraint holds from that token on. Between the reasoning and the answer, the format's separator tokens must
+    stand, such as those of two line breaks, which Qwen3 has learned to write there.
+
+    tracker: in its state after the prompt. separator_ids: what of the separator must come first, where the prompt ends
+    behind the reasoning.
     """
 
     def __init__(
         self,
         constraint: TokenConstraint,
-        think_open_id: int,
-        think_close_id: int,
-        starts_in_thought: bool,
+        reasoning: ReasoningFormat,
+        tracker: ReasoningTracker,
         separator_ids: Sequence[int] = (),
     ) -> None:
-        self._constraint = constraint
-        self._think_open_id = think_open_id
-        self._thought = _Thought(think_open_id, think_close_id, starts_in_thought)
+        self._constraint, self._format = constraint, reasoning
+        self._tracker = tracker.copy()
         self._separator = _ForcedTokens(separator_ids)
-        self._is_separating = False
 
     def is_active(self) -> bool:
-        """Whether the answer has begun, or may begin now, and is restricted."""
-        if self._thought.is_open:
-            return False
-        return self._is_separating or self._constraint.is_active()
+        """Return whether the next token is restricted."""
+        if self._tracker.is_open:
+            return self._format.tool_call_id is not None
+        return not self._separator.is_done or self._constraint.is_active()
 
     def fill_mask(self, words_W: np.ndarray) -> None:
-        """Clear the bits of what may not stand in the answer; words_W as in TokenConstraint."""
-        if self._is_separating:
+        """Clear the bits of tokens that may not come next; words_W as in TokenConstraint."""
+        if self._tracker.is_open:
+            if self._format.tool_call_id is not None:
+                words_W &= ~bits_of([self._format.tool_call_id], len(words_W))
+        elif not self._separator.is_done:
             self._separator.fill_mask(words_W)
-        elif self._thought.may_open:
-            opening_W = words_W & bits_of([self._think_open_id], len(words_W))
+        elif self._tracker.may_open and self._format.begin_id is not None:
+            opening_W = words_W & bits_of([self._format.begin_id], len(words_W))
             self._constraint.fill_mask(words_W)
             words_W |= opening_W
         else:
@@ -102,50 +107,45 @@ class AfterThought:
 
     def accept(self, token: int) -> None:
         """Take note of a token; the inner constraint hears only of those of the answer."""
-        was_open = self._thought.is_open
-        self._thought.accept(token)
-        if self._thought.is_open:
+        was_open = self._tracker.is_open
+        self._tracker.push(token)
+        if self._tracker.is_open:
             return
-        if self._is_separating:
+        if was_open:
+            self._separator = _ForcedTokens(self._format.separator_ids)
+        elif not self._separator.is_done:
             self._separator.accept(token)
-        elif not was_open:
+        else:
+            self._tracker.may_open = False  # the answer has begun, if only with whitespace
             self._constraint.accept(token)
-        self._is_separating = (was_open or self._is_separating) and not self._separator.is_done
 
 
 class ThinkingBudget:
-    """Ends a thought that takes too long: after max_tokens tokens of it, the tokens close_ids follow, one by one.
+    """Ends reasoning that takes too long: after max_tokens tokens of it, `</think>` and the separator are forced.
 
-    Counted are the tokens after `<think>`, or all of them in a reply that starts inside a thought. A thought that
-    ends by itself is left alone. close_ids: such as the tokens of "\\n</think>\\n\\n".
+    Counted are the tokens of the reply after `<think>`, or all of them in a reply that starts inside reasoning.
+    Reasoning that ends by itself is left alone. tracker: in its state after the prompt.
 
-    Raises: ValueError for a negative budget, or if close_ids would not end the thought.
+    Raises: ValueError for a negative budget, or for a format without tags.
     """
 
-    def __init__(
-        self,
-        max_tokens: int,
-        close_ids: Sequence[int],
-        think_open_id: int,
-        think_close_id: int,
-        starts_in_thought: bool,
-    ) -> None:
+    def __init__(self, max_tokens: int, reasoning: ReasoningFormat, tracker: ReasoningTracker) -> None:
         if max_tokens < 0:
             raise ValueError(f"a thinking budget must be 0 tokens or more, got {max_tokens}")
-        if think_close_id not in close_ids:
-            raise ValueError(f"close_ids must contain {think_close_id}, which ends a thought; got {list(close_ids)}")
+        if reasoning.end_id is None:
+            raise ValueError("a thinking budget needs a tokenizer with a token that ends reasoning")
         self._tokens_left = max_tokens
-        self._thought = _Thought(think_open_id, think_close_id, starts_in_thought)
-        self._closing = _ForcedTokens(close_ids)
+        self._tracker = tracker.copy()
+        self._closing = _ForcedTokens([reasoning.end_id, *reasoning.separator_ids])
 
     def is_active(self) -> bool:
-        """Whether the thought is being ended."""
+        """Return whether the reasoning is being ended."""
         if self._closing.is_begun:
             return not self._closing.is_done
-        return self._thought.is_open and self._tokens_left == 0
+        return self._tracker.is_open and self._tokens_left == 0
 
     def fill_mask(self, words_W: np.ndarray) -> None:
-        """Clear all bits but that of the next of close_ids; words_W as in TokenConstraint."""
+        """Clear all bits but the one of the token that must come next; words_W as in TokenConstraint."""
         self._closing.fill_mask(words_W)
 
     def accept(self, token: int) -> None:
@@ -155,23 +155,9 @@ class ThinkingBudget:
         """
         if self.is_active():
             self._closing.accept(token)
-        elif self._thought.is_open:
+        elif self._tracker.is_open:
             self._tokens_left -= 1
-        self._thought.accept(token)
-
-
-class _Thought:
-    """Whether a reply is inside its thought, which begins before the reply or with its first token, never later."""
-
-    def __init__(self, open_id: int, close_id: int, starts_in_thought: bool) -> None:
-        self._open_id = open_id
-        self._close_id = close_id
-        self.is_open = starts_in_thought
-        self.may_open = not starts_in_thought
-
-    def accept(self, token: int) -> None:
-        self.is_open = token != self._close_id if self.is_open else self.may_open and token == self._open_id
-        self.may_open = False
+        self._tracker.push(token)
 
 
 class _ForcedTokens:

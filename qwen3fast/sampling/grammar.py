@@ -1,7 +1,9 @@
 """Replies that follow a JSON schema or a regular expression, through the optional package llguidance.
 
-Owns how our tokenizer is shown to llguidance, and how its matchers become constraints. Knows no model and no engine.
-Key of names: W words of a mask, ceil(vocab_size / 32).
+It passes our tokenizer's vocabulary to llguidance and wraps llguidance's matchers as constraints. It knows no model and
+no engine.
+
+W 32-bit words of a mask, ceil(vocab_size / 32)
 """
 
 from __future__ import annotations
@@ -16,21 +18,26 @@ from tokenizers import Tokenizer as BaseTokenizer
 from qwen3fast.sampling.constraints import TokenConstraint, bits_of
 from qwen3fast.text.tokenizer import Tokenizer
 
-# What may stand, and need not, between two parts of a JSON text. With no limit a model can fill its whole reply with
-# line breaks (llama.cpp limits it for the same reason); 40 characters are a line break and nine levels of indentation.
+# Optional whitespace between two parts of a JSON text. Without a limit, a model can fill its whole reply with line
+# breaks (llama.cpp has a limit for the same reason); 40 characters are a line break and nine levels of indentation.
 JSON_WHITESPACE = r"[ \n\r\t]{1,40}"
 
 
 class GrammarError(RuntimeError):
-    """A grammar that cannot be followed any further, such as one beyond llguidance's limits."""
+    """The error of a reply that cannot follow its grammar any further, for example beyond llguidance's limits."""
 
 
 class GrammarCompiler:
-    """Compiles schemas and patterns for one vocabulary. Building it takes about a second for 151 thousand tokens.
+    """A compiler of JSON schemas and regular expressions for one vocabulary.
 
-    vocab_size: that of the model, which may be larger than the tokenizer's; ids without a token are never allowed.
-    eos_ids: the ids of which any may end a reply, and of which one must.
-    Raises: ImportError without llguidance; ValueError without an end-of-sequence id inside the vocabulary.
+    Building it takes about a second for 151 thousand tokens.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        vocab_size: of the model, which may be larger than the tokenizer's; ids without a token are never allowed.
+        eos_ids: end-of-sequence ids; every reply must end with one of them.
+
+    Raises: ImportError without llguidance; ValueError for no eos_ids, or for ids outside the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Collection[int]) -> None:
@@ -43,10 +50,11 @@ class GrammarCompiler:
         self._eos_W = bits_of(eos_ids, (vocab_size + 31) // 32)
 
     def json_schema(self, schema: dict[str, Any] | str) -> Grammar:
-        """A grammar of the JSON texts that are valid under a schema; {"type": "object"} allows any object.
+        """Compile a JSON schema to a grammar of the JSON texts that are valid under it.
 
-        schema: as a dictionary or as JSON text.
-        Raises: ValueError for what is no schema, uses a keyword that llguidance lacks, or allows nothing.
+        schema: a dictionary or JSON text; {"type": "object"} allows any object.
+        Raises: ValueError for an invalid schema, a keyword that llguidance does not support, or a schema that allows
+        no text.
         """
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
@@ -61,10 +69,10 @@ class GrammarCompiler:
         return self._compile(definition, "JSON schema")
 
     def regex(self, pattern: str) -> Grammar:
-        """A grammar of the texts that a regular expression matches from their first to their last character.
+        """Compile a regular expression to a grammar of the texts that it matches as a whole.
 
-        pattern: in the syntax of Rust's regex crate: no look-around, no references to groups.
-        Raises: ValueError for an invalid pattern, or one that matches nothing.
+        pattern: in the syntax of Rust's regex crate: without look-around and without references to groups.
+        Raises: ValueError for an invalid pattern, or one that matches no text.
         """
         if not isinstance(pattern, str):
             raise ValueError(f"a regular expression must be a string, got {pattern!r}")
@@ -83,7 +91,7 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled schema or pattern. It serves any number of replies at once, all from one thread."""
+    """A compiled schema or pattern. Any number of replies may use it at the same time, all from one thread."""
 
     def __init__(self, matcher: Any, eos_ids: frozenset[int], eos_W: np.ndarray) -> None:
         self._matcher = matcher
@@ -91,24 +99,24 @@ class Grammar:
         self._eos_W = eos_W
 
     def start(self) -> TokenConstraint:
-        """A constraint for a new reply (a few microseconds).
+        """Return a constraint for a new reply, within a few microseconds.
 
-        Where the grammar leaves no choice of text, the tokenizer's own tokens for it are forced, since a model has
-        seldom seen others. Once the reply is complete, only an end of sequence is allowed.
-        Its methods raise GrammarError if llguidance gives up (its limits) or was given a forbidden token.
+        Where the grammar leaves only one text, the tokenizer's own tokens for it are forced: a model has rarely seen
+        others. Once the reply is complete, only an end-of-sequence token is allowed.
+        The constraint's methods raise GrammarError if llguidance exceeds its limits or receives a forbidden token.
         """
         return _GrammarConstraint(self._matcher.deep_copy(), self._eos_ids, self._eos_W)
 
 
 class _GrammarConstraint:
-    """llguidance's matcher for one reply, as a TokenConstraint."""
+    """A TokenConstraint around llguidance's matcher for one reply."""
 
     def __init__(self, matcher: Any, eos_ids: frozenset[int], eos_W: np.ndarray) -> None:
         self._matcher = matcher
         self._eos_ids = eos_ids
-        self._eos_id = min(eos_ids)  # the one that llguidance knows
+        self._eos_id = min(eos_ids)  # llguidance knows only one
         self._eos_W = eos_W
-        # A buffer of its own for each reply, because llguidance lets other threads run while it writes.
+        # One buffer per reply: llguidance releases the GIL while it writes.
         self._allowed_W = np.zeros_like(eos_W)
 
     def is_active(self) -> bool:
@@ -127,16 +135,16 @@ class _GrammarConstraint:
         self._raise_on_error()
 
     def _raise_on_error(self) -> None:
-        # Also after a mask: in its state of error llguidance writes one that allows the end of sequence.
+        # Also after writing a mask: in an error state, llguidance writes one that allows the end of sequence.
         if self._matcher.is_error():
             raise GrammarError(f"the reply cannot follow its grammar: {_error_of(self._matcher)}")
 
 
 class _Vocabulary:
-    """Our tokenizer as llguidance.TokenizerWrapper reads it.
+    """Our tokenizer with the attributes that llguidance.TokenizerWrapper reads.
 
-    llguidance can read tokenizer.json itself, but then writes text of a schema such as "<|im_end|>" as the control
-    token, which ends the reply. Here added tokens are no text, and text is never tokenized into them.
+    llguidance can read tokenizer.json itself, but then tokenizes "<|im_end|>" inside a schema as the control token,
+    which ends the reply. Here, added tokens are not text, and text is never tokenized into them.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Collection[int]) -> None:
@@ -150,7 +158,7 @@ class _Vocabulary:
             self._plain.pre_tokenizer = tokenizer.base.pre_tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text that the grammar forces."""
+        """Return the token ids of a text that the grammar forces."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
 
@@ -165,5 +173,5 @@ def _import_llguidance() -> Any:
 
 
 def _error_of(matcher: Any) -> str:
-    """llguidance's message without the dump of its state that follows in newer versions."""
+    """Return llguidance's message without the dump of its state that newer versions append."""
     return matcher.get_error().partition("<state>")[0].strip()

@@ -1,8 +1,8 @@
-"""The samplers: pure tensor functions from logits to token ids, with no host synchronisation.
+"""The samplers: pure tensor functions from logits to token ids, without host synchronization.
 
-Every row has its own parameters, and its noise is a hash of (seed, step, vocabulary index): the same request draws the
-same tokens in any row, batch, cache bucket or device. Each truncation (top-k, top-p, min-p) is a threshold on the
-scores, so tokens that tie with the last one kept are kept too, as in transformers' top-k.
+Each row has its own parameters, and its noise is a hash of (seed, step, vocabulary index): the same request draws the
+same tokens in any row, batch, cache bucket and device. Top-k, top-p and min-p are thresholds on the scores: tokens that
+tie with the last one kept are kept as well, as in transformers' top-k.
 
     B rows   V vocabulary   W window of largest scores
 """
@@ -21,7 +21,7 @@ WINDOW = 64  # a top_k up to this needs only the 64 largest scores
 
 
 class SamplerKind(enum.Enum):
-    """Which sampler a batch needs; the host knows this from the parameters, without looking at any logits."""
+    """The samplers. The host chooses one from the parameters of a batch, without reading logits."""
 
     GREEDY = "greedy"
     WINDOW = "window"
@@ -29,7 +29,7 @@ class SamplerKind(enum.Enum):
 
 
 class SamplerRows(NamedTuple):
-    """Sampling parameters of B rows as tensors: float32 temperature, top_p, min_p; int64 top_k, seed, step."""
+    """Sampling parameters of B rows: temperature, top_p and min_p in float32; top_k, seed and step in int64."""
 
     temperature_B: Tensor
     top_k_B: Tensor
@@ -40,7 +40,7 @@ class SamplerRows(NamedTuple):
 
 
 def kind_for(params: Iterable[tuple[float, int]]) -> SamplerKind:
-    """The cheapest sampler that is exact for all of these (temperature, top_k)."""
+    """Return the cheapest sampler that is exact for all of these pairs (temperature, top_k)."""
     sampled = [top_k for temperature, top_k in params if temperature > 0]
     if not sampled:
         return SamplerKind.GREEDY
@@ -48,10 +48,10 @@ def kind_for(params: Iterable[tuple[float, int]]) -> SamplerKind:
 
 
 def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
-    """Choose a token for each row: (B,) int64; -1 where the logits hold NaN or +inf, or nothing but -inf.
+    """Choose a token for each row: (B,) int64; -1 where the logits hold NaN or +inf, or only -inf.
 
-    Order of processors as in transformers: temperature, top-k, top-p, min-p. Then the Gumbel-max trick: argmax of
-    score + noise is a draw from softmax(score). Source: Maddison et al., arXiv:1411.0030, section 2.
+    The order is that of transformers: temperature, top-k, top-p, min-p. The Gumbel-max trick then draws from
+    softmax(score), as the argmax of score + noise. Source: Maddison et al., arXiv:1411.0030, section 2.
     """
     logits_BV = logits_BV.float()
     best_B1 = logits_BV.amax(dim=-1, keepdim=True)
@@ -59,14 +59,14 @@ def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
     if kind is not SamplerKind.GREEDY:
         is_greedy_B = rows.temperature_B <= 0
         temperature_B = torch.where(is_greedy_B, 1.0, rows.temperature_B)
-        # Largest score 0: nothing overflows however small the temperature. Adding 0 turns -0 into +0, so that they tie.
+        # The largest score is 0: nothing overflows at small temperatures. Adding 0 turns -0 into +0, which must tie.
         score_BV = (logits_BV - best_B1) / temperature_B[:, None] + 0.0
         find_threshold = _threshold_in_window if kind is SamplerKind.WINDOW else _threshold_in_vocabulary
         threshold_B = torch.maximum(find_threshold(score_BV, rows), rows.min_p_B.log())
         noise_BV = gumbel_noise(rows.seed_B, rows.step_B, logits_BV.shape[-1])
         noisy_BV = torch.where(score_BV >= threshold_B[:, None], score_BV + noise_BV, -math.inf)
         token_B = torch.where(is_greedy_B, token_B, _first(noisy_BV == noisy_BV.amax(dim=-1, keepdim=True)))
-    return torch.where(torch.isfinite(best_B1.squeeze(-1)), token_B, -1)  # the largest of numbers and NaN is NaN
+    return torch.where(torch.isfinite(best_B1.squeeze(-1)), token_B, -1)  # amax of NaN is NaN
 
 
 _NOWHERE = 2**31 - 1
@@ -75,25 +75,25 @@ _NOWHERE = 2**31 - 1
 def _first(is_it_BV: Tensor) -> Tensor:
     """Return the index of the first True in each row, (B,) int64: an argmax in two steps that Inductor vectorizes.
 
-    What stands for "nowhere" is a constant: the vocabulary's size, where it is dynamic, is an int64 to Inductor, and
-    a loop that carries int32 first and int64 then does not compile with Triton 3.6.
+    `_NOWHERE` is a constant: Inductor makes a dynamic vocabulary size an int64, and Triton 3.6 does not compile a loop
+    whose variable is int32 at first and int64 later.
     """
     index_V = torch.arange(is_it_BV.shape[-1], dtype=torch.int32, device=is_it_BV.device)
     return torch.where(is_it_BV, index_V, _NOWHERE).amin(dim=-1).long()
 
 
 def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:
-    """Smallest score that top-k and top-p keep, (B,), exact if 0 < top_k <= WINDOW in every sampled row."""
+    """Return the smallest score that top-k and top-p keep, (B,); exact if 0 < top_k <= WINDOW in all sampled rows."""
     width = min(WINDOW, score_BV.shape[-1])
     window_BW = score_BV.topk(width, dim=-1).values
     index_B = rows.top_k_B.clamp(1, width) - 1
     top_k_threshold_B1 = window_BW.gather(1, index_B[:, None])
-    # Scores equal to the k-th are kept as well and may reach beyond the window: count them in the whole row.
+    # Scores equal to the k-th are kept as well, also beyond the window: count them in the whole row.
     above_BW = window_BW > top_k_threshold_B1
     ties_B1 = (score_BV >= top_k_threshold_B1).sum(dim=-1, keepdim=True) - above_BW.sum(dim=-1, keepdim=True)
     weight_BW = torch.where(above_BW, window_BW.exp(), 0.0).double()
     total_B1 = weight_BW.sum(dim=-1, keepdim=True) + ties_B1 * top_k_threshold_B1.exp().double()
-    # A token stays while the probability strictly above it is below p: the one that crosses p stays.
+    # A token is kept while the total probability above it is below p: the token that crosses p is kept.
     mass_before_BW = weight_BW.cumsum(dim=-1) - weight_BW
     kept_BW = above_BW & (mass_before_BW < rows.top_p_B.double()[:, None] * total_B1)
     mass_above_k_B = weight_BW.sum(dim=-1)
@@ -103,10 +103,10 @@ def _threshold_in_window(score_BV: Tensor, rows: SamplerRows) -> Tensor:
 
 
 def _threshold_in_vocabulary(score_BV: Tensor, rows: SamplerRows) -> Tensor:
-    """Smallest score that top-k and top-p keep, (B,), for any parameters, without sorting the vocabulary.
+    """Return the smallest score that top-k and top-p keep, (B,), for any parameters, without sorting the vocabulary.
 
-    Both are "the largest t such that the weight of {score >= t} reaches a target". Weights are integers, so that their
-    sum does not depend on the order of addition: batch and device agree.
+    Both thresholds are the largest t for which the total weight of {score >= t} reaches a target. Weights are integers:
+    their sum does not depend on the order of addition, and is the same in any batch and on any device.
     """
     key_BV = _ordered_int(score_BV)
     key_of_k_B = _largest_key_reaching(key_BV, torch.ones_like(key_BV), rows.top_k_B)
@@ -119,15 +119,15 @@ def _threshold_in_vocabulary(score_BV: Tensor, rows: SamplerRows) -> Tensor:
 
 
 def _ordered_int(x: Tensor) -> Tensor:
-    """float32 -> int64 from 0 to 2^32 - 1, in the same order (the bits of negative floats run backwards)."""
+    """Map float32 to int64 from 0 to 2^32 - 1, in the same order (negative floats have their bits in reverse order)."""
     bits = x.view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
 
 
 def _largest_key_reaching(key_BV: Tensor, weight_BV: Tensor, target_B: Tensor) -> Tensor:
-    """The largest t with sum(weight where key >= t) >= target, (B,), or 0 if there is none.
+    """Return the largest t with sum(weight where key >= t) >= target, (B,); 0 if there is none.
 
-    A radix search: a histogram of the leading 11 bits tells in which bin t lies, then the next bits within that bin.
+    A radix search: a histogram of the leading 11 bits finds the bin of t; the next bits are searched in that bin.
     """
     found_B = torch.zeros_like(target_B)
     for shift, bits in ((21, 11), (10, 11), (0, 10)):
@@ -135,7 +135,7 @@ def _largest_key_reaching(key_BV: Tensor, weight_BV: Tensor, target_B: Tensor) -
         digit_BV = (key_BV >> shift) & (2**bits - 1)
         histogram_BN = key_BV.new_zeros(key_BV.shape[0], 2**bits + 1)
         histogram_BN = histogram_BN.scatter_add(1, digit_BV, torch.where(is_candidate_BV, weight_BV, 0))
-        # The last entry, always 0, is what lies above the largest digit.
+        # The last entry, always 0, is the weight above the largest digit.
         reaching_BN = histogram_BN.flip(-1).cumsum(-1).flip(-1)
         digit_B = ((reaching_BN >= target_B[:, None]).sum(dim=-1) - 1).clamp(0, 2**bits - 1)
         target_B = target_B - reaching_BN.gather(1, digit_B[:, None] + 1).squeeze(1)
@@ -144,10 +144,10 @@ def _largest_key_reaching(key_BV: Tensor, weight_BV: Tensor, target_B: Tensor) -
 
 
 def gumbel_noise(seed_B: Tensor, step_B: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, (B, V) float32, a function of (seed, step, vocabulary index) alone.
+    """Return standard Gumbel noise, (B, V) float32, a function of (seed, step, vocabulary index) alone.
 
-    -log of an exponential variate -log(1 - u), with u of 32 bits: small u keep their precision in float32, and small
-    exponentials are the ones that win.
+    It is -log of an exponential variate -log(1 - u), with u of 32 bits: small u keep their precision in float32, and
+    the smallest exponentials win.
     """
     index_V = torch.arange(vocab_size, dtype=torch.int64, device=seed_B.device)
     seed_low, seed_high = seed_B & _MASK, (seed_B >> 32) & _MASK
@@ -162,7 +162,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash in int64 arithmetic; multipliers are taken modulo 2^32 so that no product overflows.
+    """Return a 32-bit integer hash, in int64 arithmetic; multipliers are reduced modulo 2^32 to prevent overflow.
 
     Source: the function "lowbias32" of Chris Wellons' hash prospector (public domain).
     """

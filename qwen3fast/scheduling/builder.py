@@ -6,18 +6,16 @@ import secrets
 import threading
 from typing import Any
 
-from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint
+from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
-from qwen3fast.text.stream import BEGIN_THOUGHT, END_THOUGHT, TextStream
+from qwen3fast.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningFormat
+from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tokenizer import Tokenizer
-
-ASSISTANT = "<|im_start|>assistant\n"  # how a reply's turn begins in Qwen's templates
-AFTER_THOUGHT = "\n\n"  # what Qwen3 has learnt to write between thought and answer
 
 
 class RequestBuilder:
@@ -34,6 +32,7 @@ class RequestBuilder:
     ) -> None:
         self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
         self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
+        self._reasoning = ReasoningFormat(tokenizer)
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
 
@@ -63,25 +62,26 @@ class RequestBuilder:
                 raise ValueError(
                     f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
                 )
-        ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
+        whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
         default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
-        ids, max_tokens = fit_context(ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
+        ids, max_tokens = fit_context(whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
-        constraint = self._constraint_maker(p, ids)
+        constraint = self._constraint_maker(p, whole_ids)
         ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
+        tracker = self._reasoning.tracker_after(whole_ids)
         handles = []
         for seed in seeds:
-            stream = TextStream(self._tokenizer, tuple(p.stop), self._starts_in_thought(ids))
+            stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker)
             request = Request(
                 prompt_ids=ids,
                 temperature=float(p.temperature or 0.0),
                 top_k=int(p.top_k or 0),
-                top_p=float(p.top_p or 1.0),
+                top_p=1.0 if p.top_p is None else p.top_p,
                 min_p=float(p.min_p or 0.0),
                 seed=seed,
                 max_tokens=max_tokens,
-                stop_ids=frozenset(p.stop_token_ids) | (self._eos_ids if ends_at_eos else frozenset()),
+                stop_ids=frozenset(p.stop_token_ids or ()) | (self._eos_ids if ends_at_eos else frozenset()),
                 on_token=stream.push,
                 repetition_penalty=float(p.repetition_penalty or 1.0),
                 presence_penalty=float(p.presence_penalty),
@@ -116,22 +116,19 @@ class RequestBuilder:
             grammar = compiler.json_schema(p.json_schema) if p.json_schema is not None else compiler.regex(str(p.regex))
         if grammar is None and p.thinking_budget is None:
             return lambda: None
-        starts, tags = self._starts_in_thought(ids), self._tag_ids()
-        if p.thinking_budget is not None and tags is None:
-            raise ValueError(f"thinking_budget needs a tokenizer with the tokens {BEGIN_THOUGHT} and {END_THOUGHT}")
-        may_think = tags is not None and (starts or self._may_think(ids))
+        reasoning, tracker = self._reasoning, self._reasoning.tracker_after(ids)
+        if p.thinking_budget is not None and not reasoning.has_tags:
+            raise ValueError(f"thinking_budget needs a tokenizer with the tokens {BEGIN_REASONING} and {END_REASONING}")
+        may_begin, separator_ids = reasoning.may_begin(ids), reasoning.separator_after(ids)
 
         def make() -> TokenConstraint:
             rules: list[TokenConstraint] = []
-            after = self._tokenizer.encode(AFTER_THOUGHT) if self._tokenizer is not None else []
-            if p.thinking_budget is not None and tags is not None:
-                close = [tags[1], *after]
-                rules.append(ThinkingBudget(p.thinking_budget, close, *tags, starts_in_thought=starts))
+            if p.thinking_budget is not None:
+                rules.append(ThinkingBudget(p.thinking_budget, reasoning, tracker))
             if grammar is not None:
                 rule = grammar.start()
-                if may_think and tags is not None:
-                    rule = AfterThought(rule, *tags, starts_in_thought=starts, separator_ids=after)
-                rules.append(rule)
+                is_late = may_begin or separator_ids
+                rules.append(AfterReasoning(rule, reasoning, tracker, separator_ids) if is_late else rule)
             return rules[0] if len(rules) == 1 else AllOf(rules)
 
         return make
@@ -143,24 +140,3 @@ class RequestBuilder:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_ids)
             return self._compiler
-
-    def _tag_ids(self) -> tuple[int, int] | None:
-        if self._tokenizer is None:
-            return None
-        begin, end = (self._tokenizer.base.token_to_id(tag) for tag in (BEGIN_THOUGHT, END_THOUGHT))
-        return None if begin is None or end is None else (begin, end)
-
-    def _starts_in_thought(self, ids: list[int]) -> bool:
-        """Whether a prompt has opened a thought for the reply to go on with, as Thinking-2507's template does."""
-        tags = self._tag_ids()
-        if tags is None or self._tokenizer is None:
-            return False
-        last = next((i for i in reversed(ids[-3:]) if self._tokenizer.token_bytes(i).strip()), None)
-        return last == tags[0]
-
-    def _may_think(self, ids: list[int]) -> bool:
-        """Whether a prompt ends where a reply begins that may open with a thought."""
-        if self._tokenizer is None or "enable_thinking" not in (self._tokenizer.chat_template or ""):
-            return False
-        header = self._tokenizer.encode(ASSISTANT)
-        return ids[-len(header) :] == header

@@ -1,17 +1,16 @@
-"""From token ids to text that may be shown: whole characters only, never any part of a stop string, and the thought
-apart from the answer. Knows Qwen3's `<think>` and `</think>`, but nothing of prompts or of tool calls."""
+"""From token ids to text that may be shown: whole characters only, never any part of a stop string, and the reasoning
+apart from the answer. Knows nothing of prompts or of what tool calls hold."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from qwen3fast.text.reasoning import BEGIN_REASONING, BEGIN_TOOL_CALL, END_REASONING, ReasoningFormat, ReasoningTracker
 from qwen3fast.text.tokenizer import IncrementalDecoder, Tokenizer
 
-BEGIN_THOUGHT, END_THOUGHT = "<think>", "</think>"
 
-
-class Piece(NamedTuple):
-    """Text that has become safe to show: all of it, tags included, and what of it is thought and what is answer.
+class TextPiece(NamedTuple):
+    """Text that has become safe to show: all of it, tags included, and its shares of reasoning and answer.
 
     The three need not keep step: line breaks wait in reasoning and answer until something follows, but not in text.
     """
@@ -22,49 +21,44 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Collects the text of one reply and tells its thought from its answer.
+    """The text of one reply, collected token by token, with the reasoning told from the answer.
 
-    The thought stands between the tokens `<think>`, with only whitespace before it, and `</think>`. There is one at
-    most, and what is never closed is all thought. With starts_in_thought the prompt has ended in `<think>`, and the
-    reply begins inside its thought. Tags that stand elsewhere or are spelled out in other tokens are ordinary text.
+    Where the reasoning begins and ends is `ReasoningTracker`'s to say; reasoning that is never closed takes the whole
+    reply. Tags that stand elsewhere or are spelled out in other tokens are ordinary text.
 
-    text: everything, tags included. Stop strings count wherever they stand, in the thought too, and across the tags.
+    text: everything, tags included. Stop strings count wherever they stand, in the reasoning also, and across the tags.
     Without a tokenizer (random weights) everything stays empty; if the tokenizer lacks the tags, all is answer.
     Source: the model cards of Qwen3 (the tag's token id decides; both parts lose line breaks at their ends).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, stop: tuple[str, ...] = (), starts_in_thought: bool = False
+        self, tokenizer: Tokenizer | None, stop: tuple[str, ...] = (), tracker: ReasoningTracker | None = None
     ) -> None:
+        """Begin a reply; tracker: in its state after the prompt, by default one that has seen nothing."""
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._tracker = tracker.copy() if tracker is not None else ReasoningFormat(tokenizer).tracker()
         self._stop = stop
         self._held_back = max((len(s) for s in stop), default=1) - 1
         self._shown = 0
         self.text = ""
         self.is_finished = False
-
-        tags = (BEGIN_THOUGHT, END_THOUGHT)
-        self._begin_id, self._end_id = (tokenizer.base.token_to_id(t) if tokenizer is not None else None for t in tags)
-        has_tags = self._begin_id is not None and self._end_id is not None
-        starts_in_thought = starts_in_thought and has_tags
-        self._thought = _Part(0 if starts_in_thought else None)
-        self._answer = _Part(None if starts_in_thought else 0)
-        self._thought_may_begin = has_tags and not starts_in_thought  # only whitespace so far
+        self._reasoning = _Stretch(0 if self._tracker.is_open else None)
+        self._answer = _Stretch(None if self._tracker.is_open else 0)
 
     @property
     def reasoning(self) -> str:
-        """The thought so far, without tags and without line breaks at its ends."""
-        return self._thought.of(self.text)
+        """The reasoning so far, without tags and without line breaks at its ends."""
+        return self._reasoning.of(self.text)
 
     @property
     def answer(self) -> str:
-        """The answer so far, without line breaks at its ends; empty while the thought goes on."""
+        """The answer so far, without line breaks at its ends; empty while the reasoning goes on."""
         return self._answer.of(self.text)
 
     @property
-    def is_thinking(self) -> bool:
-        """Whether the reply, with the last token pushed, is inside its thought."""
-        return self._thought.begin is not None and self._thought.end is None
+    def is_reasoning(self) -> bool:
+        """Whether the reply, with the last token pushed, is inside its reasoning."""
+        return self._tracker.is_open
 
     def push(self, token_id: int) -> bool:
         """Add a token. Returns whether a stop string is now complete; it and all after it are cut from the text."""
@@ -75,36 +69,33 @@ class TextStream:
         return self._append(piece)
 
     def finish(self) -> None:
-        """No more tokens: nothing is held back any longer, but for line breaks at the ends of thought and answer."""
+        """End the reply: nothing is held back any longer, except line breaks at the ends of reasoning and answer."""
         if not self.is_finished and self._decoder is not None:
             self._append(self._decoder.finish())
         self.is_finished = True
 
-    def take(self) -> Piece:
-        """What has become safe to show since the last call.
+    def take(self) -> TextPiece:
+        """Return the text that has become safe to show since the last call.
 
         After finish() or a stop string, the pieces of all calls together are text, reasoning and answer.
         """
         end = len(self.text) if self.is_finished else max(self._shown, len(self.text) - self._held_back)
         new, self._shown = self.text[self._shown : end], end
-        # Whitespace that a thought may follow is not yet known to be answer.
-        is_open = self._thought_may_begin and not self.is_finished
-        return Piece(new, self._thought.take(self.text, end), "" if is_open else self._answer.take(self.text, end))
+        if self._tracker.may_open and not self.is_finished:  # whitespace before a tag belongs to neither part
+            return TextPiece(new, "", "")
+        return TextPiece(new, self._reasoning.take(self.text, end), self._answer.take(self.text, end))
 
     def _find_parts(self, token_id: int, piece: str) -> None:
         """Notice a tag. It ends its piece; before it may stand U+FFFD, for a character that the tag cut off."""
-        if token_id == self._end_id and self.is_thinking:
-            before = piece.removesuffix(END_THOUGHT)
-            self._thought.end = len(self.text) + len(before)
-            self._answer.begin = len(self.text) + len(piece)
-        elif self._thought_may_begin:
-            is_tag = token_id == self._begin_id
-            before = piece.removesuffix(BEGIN_THOUGHT) if is_tag else piece
-            is_blank = not before.strip()
-            if is_tag and is_blank:
-                self._thought.begin = len(self.text) + len(piece)
-                self._answer.begin = None
-            self._thought_may_begin = is_blank and not is_tag
+        was_open, could_open = self._tracker.is_open, self._tracker.may_open
+        self._tracker.push(token_id)
+        begin, end = len(self.text), len(self.text) + len(piece)
+        if was_open and not self._tracker.is_open:
+            is_call = piece.endswith(BEGIN_TOOL_CALL)  # which the answer keeps
+            self._reasoning.end = begin + len(piece.removesuffix(BEGIN_TOOL_CALL if is_call else END_REASONING))
+            self._answer.begin = self._reasoning.end if is_call else end
+        elif could_open and self._tracker.is_open and piece.endswith(BEGIN_REASONING):
+            self._reasoning.begin, self._answer.begin = end, None
 
     def _append(self, piece: str) -> bool:
         # A stop string may have begun in text seen before, but not further back than its own length.
@@ -118,7 +109,7 @@ class TextStream:
         return True
 
 
-class _Part:
+class _Stretch:
     """A stretch of a reply's text, begin to end (None: not yet known); it is shown without line breaks at its ends.
 
     A stop string may cut the text before begin or end; slices then end with the text.
@@ -132,11 +123,11 @@ class _Part:
         self._has_shown = False
 
     def of(self, text: str) -> str:
-        """All of the part that `text` holds."""
+        """Return the part of `text` that the stretch holds."""
         return "" if self.begin is None else text[self.begin : self.end].strip("\n")
 
     def take(self, text: str, safe_end: int) -> str:
-        """What may be shown since the last call, of text up to safe_end; costs no more than the new text's length."""
+        """Return what may be shown since the last call, of text up to safe_end. Costs no more than the new text."""
         if self.begin is None:
             return ""
         end = safe_end if self.end is None else min(safe_end, self.end)

@@ -14,7 +14,17 @@ from qwen3fast.bench import measure, probes, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
-from qwen3fast.bench.suites import SUITES, batch, cache, context, quantization, roofline, serve, startup
+from qwen3fast.bench.suites import (
+    SUITES,
+    batch,
+    cache,
+    context,
+    llama_bench,
+    quantization,
+    roofline,
+    serve,
+    startup,
+)
 
 SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
@@ -29,7 +39,7 @@ def quick_probes(monkeypatch, one_thread):
 @pytest.fixture
 def eager(monkeypatch):
     """Suites that measure compiled steps measure eager ones, which take no time to compile."""
-    for module in (roofline, batch, context, quantization):
+    for module in (roofline, batch, context, quantization, llama_bench):
         monkeypatch.setattr(module, "MODE", "cached-eager")
 
 
@@ -210,6 +220,45 @@ def test_suite_quantization(tmp_path, capsys, eager):
     record = run_suite("quantization", ["--contexts", "16", "--formats", "plain,int4"], tmp_path, capsys)
     errors = {c.labels["format"]: c.metrics["logit_error"].median for c in record.cases if c.labels["what"] == "error"}
     assert errors["bf16"] == 0 < errors["int4"] < 1
+
+
+def test_suite_llama_bench(tmp_path, capsys, eager, monkeypatch):
+    monkeypatch.setattr(llama_bench, "PROMPT", 8)
+    monkeypatch.setitem(
+        SUITES,
+        "llama-bench",
+        replace(SUITES["llama-bench"], defaults={**llama_bench.SUITE.defaults, "contexts": (0, 20)}),
+    )
+    record = run_suite("llama-bench", ["--formats", "plain,int4"], tmp_path, capsys)
+    tests = ["pp8", "tg3", "pp8 @ d20", "tg3 @ d20"]
+    assert labels_of(record, "format", "test") == [
+        (format, test) for depth in (0, 2) for format in ("bf16", "int4") for test in tests[depth : depth + 2]
+    ]
+    header, divider, *rows = llama_bench.markdown(record)
+    assert header == "| model | size | params | backend | threads | test | t/s |" and set(divider) <= set("|:- ")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[0][:6] == ["tiny bf16", "4.95 MiB", "2.60 M", "CPU", "1", "pp8"]
+    assert cells[2][0] == "tiny int4" and float(cells[2][1].removesuffix(" MiB")) < 3
+    for row, case in zip(cells, record.cases, strict=True):
+        first, second = (case.facts["tokens"] / s for s in case.samples["seconds"])
+        assert row[6] == f"{(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f}"
+
+
+def test_a_deep_cache_holds_its_prompt_whatever_was_tested_before():
+    bench = measure.Workbench(load_model("tiny", "cpu"), ("cached-eager",), 80, 1)
+    deep = llama_bench.DeepCache(bench, "cached-eager", 1024, 64)
+    engine, prompt = bench.engine("cached-eager"), deep._prompt
+    for test, depth in (
+        ("decode", 0),
+        ("prefill", 20),
+        ("decode", 20),
+        ("prefill", 0),
+        ("decode", 20),
+        ("prefill", 40),
+    ):
+        assert getattr(deep, f"{test}_s")(depth, 8) > 0
+    logits_1V = deep._compute(40, 41).clone()
+    torch.testing.assert_close(engine.prefill_whole(0, prompt[:41]), logits_1V, atol=0.3, rtol=0)
 
 
 def test_suite_ablation(tmp_path, capsys):

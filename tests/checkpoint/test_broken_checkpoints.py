@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoint import EMBEDDING, INDEX, NORM, read_index, tensors_of, write_checkpoint, write_index
 from test_expert_checkpoints import CONFIG as EXPERTS_CONFIG
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from test_imports import TREES
 from test_lora import modules_of, write_adapter
 from torch import Tensor
@@ -181,7 +181,7 @@ def test_load_copies_tensors_that_are_not_aligned(folder, tensors):
 def test_load_names_a_tensor_that_comes_alone_and_with_its_experts(tmp_path):
     model = randomised(EXPERTS_CONFIG)
     stack = "model.layers.0.mlp.experts.down_proj"
-    tensors = {stack: tensors_of(model)[stack], **published_tensors(model)}
+    tensors = {stack: tensors_of(model)[stack], **tensors_by_expert(model)}
     write_checkpoint(tmp_path, model.config, tensors, files=2)
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight in .*was there already") as error:
         load_model(tmp_path, device="cpu")
@@ -394,7 +394,7 @@ def test_check_weights_finds_what_the_dtype_cannot_hold(tmp_path, tensors):
 
 def test_check_weights_looks_at_experts_and_scales(tmp_path):
     model = randomised(EXPERTS_CONFIG)
-    tensors = published_tensors(model)
+    tensors = tensors_by_expert(model)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     tensors[name][3, 4] = torch.nan
     write_checkpoint(tmp_path, model.config, tensors)

@@ -18,7 +18,7 @@ CONFIG = small_config(num_experts=4, num_experts_per_tok=2, moe_intermediate_siz
 PREFIX = "model.layers.1.mlp.experts"
 
 
-def published_tensors(model: Qwen3) -> dict[str, torch.Tensor]:
+def tensors_by_expert(model: Qwen3) -> dict[str, torch.Tensor]:
     """The tensors as published checkpoints hold them, each expert apart."""
     apart = {}
     for name, tensor in tensors_of(model).items():
@@ -40,7 +40,7 @@ def model() -> Qwen3:
 
 
 @pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("layout", [tensors_of, published_tensors])
+@pytest.mark.parametrize("layout", [tensors_of, tensors_by_expert])
 def test_load_reads_both_layouts(tmp_path, model, layout, files):
     write_checkpoint(tmp_path, model.config, layout(model), files)
     loaded = load_model(tmp_path, device="cpu")
@@ -49,20 +49,20 @@ def test_load_reads_both_layouts(tmp_path, model, layout, files):
 
 
 def test_the_published_layout_is_what_the_names_say(model):
-    names = {name for name in published_tensors(model) if "layers.1.mlp" in name}
+    names = {name for name in tensors_by_expert(model) if "layers.1.mlp" in name}
     assert len(names) == 1 + 4 * 3
     assert {f"{PREFIX}.3.{part}_proj.weight" for part in ("gate", "up", "down")} <= names
     assert "model.layers.1.mlp.gate.weight" in names
 
 
 def test_load_converts_experts_to_the_dtype(tmp_path, model):
-    write_checkpoint(tmp_path, model.config, published_tensors(model))
+    write_checkpoint(tmp_path, model.config, tensors_by_expert(model))
     loaded = load_model(tmp_path, device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_load_names_the_missing_tensors_of_experts(tmp_path, model):
-    tensors = published_tensors(model)
+    tensors = tensors_by_expert(model)
     del tensors[f"{PREFIX}.2.up_proj.weight"], tensors[f"{PREFIX}.3.down_proj.weight"]
     write_checkpoint(tmp_path, model.config, tensors)
     with pytest.raises(ValueError, match="do not fit its config") as error:
@@ -73,7 +73,7 @@ def test_load_names_the_missing_tensors_of_experts(tmp_path, model):
 
 
 def test_load_names_experts_that_are_missing_altogether(tmp_path, model):
-    tensors = {name: t for name, t in published_tensors(model).items() if ".experts." not in name}
+    tensors = {name: t for name, t in tensors_by_expert(model).items() if ".experts." not in name}
     write_checkpoint(tmp_path, model.config, tensors)
     with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj: missing, expected shape \(4, 48, 48\)"):
         load_model(tmp_path, device="cpu")
@@ -89,7 +89,7 @@ def test_load_names_experts_that_are_missing_altogether(tmp_path, model):
     ],
 )
 def test_load_names_tensors_that_do_not_fit(tmp_path, model, name, shape, message):
-    tensors = {**published_tensors(model), name: torch.zeros(shape)}
+    tensors = {**tensors_by_expert(model), name: torch.zeros(shape)}
     write_checkpoint(tmp_path, model.config, tensors)
     with pytest.raises(ValueError, match=rf"{name} in model\.safetensors: {message}") as error:
         load_model(tmp_path, device="cpu")

@@ -27,8 +27,9 @@ from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
 # Rows of 256 numbers, which the K-types come in.
@@ -283,14 +284,50 @@ def test_experts_load_into_their_stacks(tmp_path):
     assert_near(loaded(random_ids(2, 9)), model(random_ids(2, 9)))
 
 
-def test_quantised_experts_load_dequantised_only(tmp_path):
+def test_quantized_experts_load_dequantized(tmp_path):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(moe_config()), lambda name: "Q8_0" if "exps" in name else "F16")
-    with pytest.raises(ValueError, match="experts have no quantised form here yet; quantization='dequantize'"):
-        load_model(file, "cpu")
     for name, tensor in gguf_tensors(load_model(file, "cpu", "float32", quantization="dequantize")).items():
         assert_same(tensor, decode(*written[name]))
     assert main(["info", "--model", str(file)]) == 0
+
+
+def kinds_of_experts(name: str) -> str:
+    """A mixture as Q4_K_M files have it: more bits for the down projections."""
+    return {"ffn_down_exps": "Q8_0"}.get(name.split(".")[2], "Q4_0") if "exps" in name else "F32"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "quantization", "format"),
+    [
+        (lambda name: "Q4_0" if "exps" in name else "F32", None, "int4"),
+        (kinds_of_experts, None, "int8"),
+        (kinds_of_experts, "int4", "int4"),
+        ("F32", "int8", "int8"),
+    ],
+    ids=["Q4_0", "mixed", "mixed, int4", "floats, int8"],
+)
+def test_quantized_experts_load_packed(tmp_path, kinds, quantization, format):
+    file = tmp_path / "model.gguf"
+    written = write_gguf(file, randomised(moe_config()), kinds)
+    model = load_model(file, "cpu", "float32", quantization=quantization)
+    for layer, block in enumerate(model.model.layers):
+        experts = block.mlp.experts
+        assert isinstance(experts, QuantizedExperts) and experts.format.name == format
+        assert isinstance(block.mlp.gate, torch.nn.Linear)
+        gate, up, down = (decode(*written[f"blk.{layer}.ffn_{name}_exps.weight"]) for name in ("gate", "up", "down"))
+        for packed, plain in ((experts.gate_up_proj, torch.cat([gate, up], dim=1)), (experts.down_proj, down)):
+            dequantized = packed.dequantize().view_as(plain)
+            if written["blk.0.ffn_up_exps.weight"][1] == "Q4_0" and format == "int4" and quantization is None:
+                assert ((dequantized - plain).abs() <= plain.abs() * 2**-8).all()  # the same levels
+            else:
+                again = FORMATS[format].quantize(plain.flatten(0, 1))
+                assert_same(packed.weight_packed, again.weight)
+                assert_same(packed.weight_scale, again.scale)
+    plain = load_model(file, "cpu", "float32", quantization="dequantize")
+    tokens = random_ids(2, 9)
+    error = (model(tokens) - plain(tokens)).abs().max() / plain(tokens).abs().max()
+    assert 0 < error < (0.03 if quantization is None else 0.3)  # of all layers: tokens may go to other experts
 
 
 def test_adapters_need_plain_weights(tmp_path):

@@ -194,7 +194,7 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path):
     for part in ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"):
         content = file_bytes([entry("split.count", 4, struct.pack("<I", 2))], [tensor_info()])
         (tmp_path / part).write_bytes(content)
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.gguf: a is in an earlier part, too"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.gguf: a is in an earlier part already"):
         load_model(tmp_path, "cpu")
 
 

@@ -139,7 +139,7 @@ def test_merge_follows_patterns_of_rank_and_alpha(tmp_path):
         ({"target_modules": [*ALL, "c_attn"]}, lambda module: True),
         ({"target_modules": None}, lambda module: "up_proj" in module),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "chosen",
 )
 def test_merge_wants_just_the_layers_that_the_config_names(tmp_path, config, chosen):
     base, merged = randomised(small_config()), randomised(small_config())

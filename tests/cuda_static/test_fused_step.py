@@ -73,7 +73,7 @@ def tensors_of(engine):
     ],
 )
 def test_greedy_steps_give_the_plain_tokens(quantization, cache_dtype, changes, monkeypatch):
-    monkeypatch.setattr("qwen3fast.quantization.linear.can_use_operations", lambda *_: False)  # these round x
+    monkeypatch.setattr("qwen3fast.quantization.layers.can_use_operations", lambda *_: False)  # these round x
     engine = make_engine(make_model(quantization, **changes), cache_dtype, rows=3)
     before = [t.clone() for t in tensors_of(engine)]
     plain = [engine.decode(3, 80, StepKind())[:2] for _ in range(3)]
@@ -313,7 +313,7 @@ def test_layers_of_different_formats_are_not_stacked():
     assert can_stack([mixed[0].q_proj, mixed[0].k_proj])
 
 
-def test_published_dense_sizes_are_served():
+def test_prequantized_dense_sizes_are_served():
     for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b"):
         config = ModelConfig.named(size)
         model = build_on_meta(replace(config, num_hidden_layers=1))

@@ -8,7 +8,7 @@ from cuda_static.kernel_checks import TOLERANCES, assert_near
 from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import split_attention as kernel
-from qwen3fast.model.kv_cache import round_vectors
+from qwen3fast.model.kv_cache import quantize_vectors
 
 pytestmark = pytest.mark.triton
 
@@ -48,7 +48,7 @@ def test_split_attention_equals_sdpa(dtype, heads, kv_heads, head_dim, lengths):
 @pytest.mark.parametrize("lengths", [[1, 200], [129, 64]])
 def test_split_attention_reads_an_int8_cache(lengths):
     q_BTHD = random_tensor(2, 1, 4, 32)
-    (k, k_scale), (v, v_scale) = (round_vectors(random_tensor(2, 2, 257, 32, seed=s)) for s in (1, 2))
+    (k, k_scale), (v, v_scale) = (quantize_vectors(random_tensor(2, 2, 257, 32, seed=s)) for s in (1, 2))
     position_B1 = torch.tensor(lengths)[:, None] - 1
     expected = expected_attention(q_BTHD, k * k_scale[..., None], v * v_scale[..., None], position_B1)
     assert_near(kernel.split_attention(*on_device(q_BTHD, k, v, position_B1, k_scale, v_scale)), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomised, small_config
 from gpu_check.tokens import check_against_float32
-from published_layouts import AWQ, FP8, GPTQ, publish
+from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 
 from gpu.conftest import DEVICE, assert_captured
 from qwen3fast import Generator, SamplingParams, load_model
@@ -54,7 +54,9 @@ def test_tokens_of_quantized_experts_are_those_of_the_plain_form(name, is_captur
 @pytest.mark.parametrize("layout", [FP8, AWQ, GPTQ], ids=lambda layout: layout["quant_method"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_prequantized_weights_are_those_of_the_cpu_up_to_a_level(tmp_path, layout, quantization):
-    publish(tmp_path, small_config(vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32), layout)
+    write_prequantized(
+        tmp_path, small_config(vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32), layout
+    )
     loaded = {device: load_model(tmp_path, device, quantization=quantization) for device in ("cpu", str(DEVICE))}
     layers = dict(loaded[str(DEVICE)].named_modules())
     assert all(p.device.type == DEVICE.type for p in loaded[str(DEVICE)].parameters())

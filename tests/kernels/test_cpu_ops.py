@@ -15,7 +15,7 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.model import rope_tables
-from qwen3fast.model.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 
@@ -58,7 +58,7 @@ def test_matvec_refuses_what_it_cannot_do(x, weight):
 
 def stored(x_RKSD, dtype):
     """Keys or values as a cache of this dtype holds them, and their factors."""
-    return round_vectors(x_RKSD) if dtype == torch.int8 else (x_RKSD, None)
+    return quantize_vectors(x_RKSD) if dtype == torch.int8 else (x_RKSD, None)
 
 
 def as_read(x_RKSD, scale_RKS):
@@ -390,7 +390,7 @@ def test_operations_for_other_processors(processor, tmp_path):
         ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
-    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
     rounded = (k, v, position, torch.tensor([0]), k_scale, v_scale)
     cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *rounded)))
     for format in CPU_FORMATS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qwen3fast.model.kv_cache
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache, parse_cache_dtype, round_vectors
+from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache, parse_cache_dtype, quantize_vectors
 
 CONFIG = ModelConfig(100, 32, 64, 3, 4, 2, 16)
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_bucket_refuses_what_does_not_fit(used):
 
 
 def test_cache_refuses_more_than_the_memory_with_the_arithmetic():
-    with pytest.raises(MemoryError, match=r"2 \(keys, values\) x 3 layers x 1000000 rows .* = .* GB, but cpu has"):
+    with pytest.raises(MemoryError, match=r"2 \(keys, values\) x 3 layers x 1000000 slots .* = .* GB, but cpu has"):
         StaticKVCache(CONFIG, 1_000_000, 1_000_000, torch.float32, CPU)
 
 
@@ -131,9 +131,9 @@ def test_int8_gives_back_what_was_written_up_to_half_a_step(rows):
         assert not torch.equal(read_BTKD, x_BTKD)
 
 
-def test_round_vectors_keeps_the_largest_number_zero_and_what_is_not_finite():
+def test_quantize_vectors_keeps_the_largest_number_zero_and_what_is_not_finite():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0]])
-    rounded, scale = round_vectors(x)
+    rounded, scale = quantize_vectors(x)
     assert rounded[0].tolist() == [64, -127, 32] and rounded[1].tolist() == [0, 0, 0]
     assert math.isclose(scale[0], 2 / 127, rel_tol=1e-6) and scale[1] == 0
     assert not scale[2:].isfinite().any()

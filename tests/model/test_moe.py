@@ -49,8 +49,9 @@ def reference(moe: MoE, x_E: torch.Tensor) -> torch.Tensor:
     return y_E
 
 
-@pytest.mark.parametrize("norm_topk_prob", [False, True])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (5, 1), (1, 2), (2, 17)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "norm_topk_prob"), [(1, 1, False), (3, 1, True), (5, 1, False), (1, 2, True), (2, 17, False)]
+)
 def test_moe_is_the_sum_of_its_chosen_experts(norm_topk_prob, batch, tokens):
     moe, x_BTE = make_moe(norm_topk_prob=norm_topk_prob), random_tensor(batch, tokens, 48)
     expected = torch.stack([reference(moe, x_E) for x_E in x_BTE.flatten(0, 1)]).view(x_BTE.shape)
@@ -107,8 +108,9 @@ def make_engine(model, compile=False, rows=3):
     return Engine(model, cache, CPU, compile)
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}, MIXED], ids=str)
-@pytest.mark.parametrize("length", [1, 2, 33, 150])
+@pytest.mark.parametrize(
+    ("length", "changes"), [(1, {}), (2, MIXED), (33, {"norm_topk_prob": True}), (150, MIXED)], ids=str
+)
 def test_prefill_logits_equal_the_plain_model(changes, length):
     model = randomised(replace(CONFIG, **changes))
     ids = random_ids(length).tolist()
@@ -196,8 +198,7 @@ def decode_reads(rows, **changes):
     return reads.elements
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("changes", [{}, {"num_experts_per_tok": 5}, MIXED], ids=str)
+@pytest.mark.parametrize(("rows", "changes"), [(1, {}), (2, {"num_experts_per_tok": 5}), (4, MIXED)], ids=str)
 def test_a_decode_step_reads_the_chosen_experts_only(rows, changes):
     config = replace(CONFIG, num_experts=32, **changes)
     one_expert, layers = 3 * config.hidden_size * config.moe_intermediate_size, 2 - len(config.mlp_only_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_checkpoint import tensors_of, write_checkpoint
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import fill, load_weights, random_model
+from qwen3fast.checkpoint import CheckpointConfig, fill, load_weights, random_model
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -48,7 +49,7 @@ def assert_parts_make(parts: list[Qwen3], whole: Qwen3) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("changes", "layout"), [({}, tensors_of), (EXPERTS, tensors_of), (EXPERTS, published_tensors)])
+@pytest.mark.parametrize(("changes", "layout"), [({}, tensors_of), (EXPERTS, tensors_of), (EXPERTS, tensors_by_expert)])
 def test_parts_that_are_loaded_make_the_whole(tmp_path, changes, layout, size):
     whole = randomised(small_config(**{**vars(CONFIG), **changes}))
     write_checkpoint(tmp_path, whole.config, layout(whole), files=3)
@@ -149,6 +150,13 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
     with pytest.raises(ValueError, match="adapter= is not supported with tensor parallelism yet"):
         load_model("tiny", "cpu", adapter=tmp_path, ranks=ranks)
+    write_checkpoint(tmp_path, small_config(), {})
+    stored = CheckpointConfig(small_config(), quantization="int8")
+    (tmp_path / "config.json").write_text(json.dumps(stored.to_dict()))
+    with pytest.raises(
+        ValueError, match=r"quantized already \(int8\) cannot be split .* weights with quantization='int8'"
+    ):
+        load_model(tmp_path, "cpu", ranks=ranks)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf: GGUF files cannot be split .* yet; use safetensors"):
         load_model(tmp_path / "model.gguf", "cpu", ranks=ranks)

@@ -84,16 +84,24 @@ def test_bfloat16_is_within_rounding_of_transformers():
     assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
-@pytest.mark.parametrize("shape", ["plain", "renormalised", "dense layers", "all experts"])
-@pytest.mark.parametrize(("batch", "tokens"), [(2, 21), (3, 1)])
+@pytest.mark.parametrize(
+    ("format", "shape", "batch", "tokens"),
+    [
+        ("int8", "plain", 2, 21),
+        ("int8", "all experts", 3, 1),
+        ("int4", "renormalised", 3, 1),
+        ("int4", "dense layers", 2, 21),
+        ("fp8", "renormalised", 2, 21),
+        ("fp8", "plain", 3, 1),
+    ],
+)
 def test_rounded_experts_equal_transformers_with_the_same_numbers(format, shape, batch, tokens, monkeypatch):
     """Weights in 8 and 4 bits, in the plain form, against transformers with what these bits stand for."""
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     config = replace(config, **SHAPES[shape])
     model = randomised(config)
-    quantize_model(model, format.name, torch.float32)
+    quantize_model(model, format, torch.float32)
     token_BT = random_ids(batch, tokens, vocab_size=96)
     reference = reference_of(with_dequantized_weights(model, config))
     assert_near(model(token_BT), reference(token_BT).logits)

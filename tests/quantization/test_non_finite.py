@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_tensor, randomised, small_config
-from published_layouts import AWQ, FP8, GPTQ, publish
+from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 from safetensors.torch import load_file, save_file
 from test_checkpoint import tensors_of, write_checkpoint
 
@@ -17,7 +17,7 @@ from qwen3fast.model.moe import Experts
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 UP = "model.layers.0.mlp.up_proj"
 SIZES = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256, "vocab_size": 128}
@@ -98,7 +98,7 @@ def test_saving_and_loading_keep_them(tmp_path, name, number):
 )
 @pytest.mark.parametrize("quantization", [None, "dequantize", "int8", "int4"])
 def test_prequantized_layers_keep_them(tmp_path, layout, end, number, quantization):
-    publish(tmp_path, small_config(**SIZES, dtype=torch.bfloat16), layout)
+    write_prequantized(tmp_path, small_config(**SIZES, dtype=torch.bfloat16), layout)
     tensors = load_file(tmp_path / "model.safetensors")
     stored = tensors[f"{UP}.{end}"]
     row = 3
@@ -111,9 +111,20 @@ def test_prequantized_layers_keep_them(tmp_path, layout, end, number, quantizati
     assert rows_that_are_finite(weight) == [i for i in range(256) if i not in expected]
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "F16"])
-@pytest.mark.parametrize("quantization", [None, "dequantize", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kind", "number", "quantization"),
+    [
+        ("Q4_0", np.nan, None),
+        ("Q4_0", np.inf, "int4"),
+        ("Q4_0", np.nan, "dequantize"),
+        ("Q8_0", np.inf, None),
+        ("Q8_0", np.nan, "int4"),
+        ("Q4_K", np.nan, "int8"),
+        ("Q4_K", np.inf, "dequantize"),
+        ("F16", np.nan, "int4"),
+        ("F16", np.inf, "int8"),
+    ],
+)
 def test_gguf_files_keep_them(tmp_path, kind, number, quantization):
     pytest.importorskip("gguf")
     from gguf_files import write_gguf

@@ -11,7 +11,7 @@ from conftest import assert_near, assert_same, random_ids, random_tensor, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import tensors_of, write_checkpoint
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from test_moe import check_replies
 from test_quantization import all_formats, formats, needs_operation, relative_error
 from torch import nn
@@ -27,7 +27,7 @@ from qwen3fast.model.moe import Experts
 from qwen3fast.quantization import formats_of, quantize_experts, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, LANES, Packed
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 
 X, E, INNER = 12, 64, 96
 CONFIG = small_config(
@@ -95,8 +95,10 @@ def one_by_one(experts: QuantizedExperts, x_NE, expert_NC):
 
 @needs_operation
 @formats
-@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
-@pytest.mark.parametrize(("sizes", "chosen"), [((X, E, INNER), 3), ((3, 128, 32), 1), ((5, 32, 160), 5)])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "chosen"),
+    [(1, (X, E, INNER), 3), (2, (3, 128, 32), 1), (7, (5, 32, 160), 5), (40, (X, E, INNER), 3)],
+)
 def test_operation_equals_linear_layers_one_by_one(format, tokens, sizes, chosen):
     experts = make_experts(format, sizes=sizes)
     x_NE, expert_NC = random_tensor(tokens, sizes[1], seed=5).bfloat16(), choice(tokens, chosen, sizes[0])
@@ -290,7 +292,7 @@ def assert_same_parameters(actual, expected):
 
 
 @formats
-@pytest.mark.parametrize("layout", [tensors_of, published_tensors], ids=["stacked", "published"])
+@pytest.mark.parametrize("layout", [tensors_of, tensors_by_expert], ids=["stacked", "published"])
 def test_experts_are_quantised_while_loading(format, layout, tmp_path, monkeypatch):
     """As afterwards, but with no more than one layer's experts in memory as they were, as layers come in turn."""
     config = replace(CONFIG, num_hidden_layers=3)

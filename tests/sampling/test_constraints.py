@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint, bits_of
+from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint, bits_of
+from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
 
 NUM_WORDS = 3
 VOCAB = NUM_WORDS * 32
-OPEN, CLOSE, BREAK = 31, 32, 95  # at the borders of words
+OPEN, CLOSE, BREAK, CALL = 31, 32, 95, 64  # at the borders of words
 EVERY = frozenset(range(VOCAB))
 token_sets = st.frozensets(st.integers(0, VOCAB - 1))
 
@@ -56,8 +59,35 @@ def steps(constraint: TokenConstraint, tokens) -> list[frozenset[int]]:
     return seen
 
 
-def budget(max_tokens: int, close_ids=(BREAK, CLOSE, BREAK), starts_in_thought: bool = True) -> ThinkingBudget:
-    return ThinkingBudget(max_tokens, close_ids, OPEN, CLOSE, starts_in_thought)
+class Tags:
+    """A tokenizer of the tags alone: "\n\n" is the token BREAK, every other id a letter."""
+
+    chat_template = None
+
+    def __init__(self, tags) -> None:
+        self.base = SimpleNamespace(token_to_id=tags.get)
+
+    def encode(self, text: str) -> list[int]:
+        return [BREAK]
+
+    def is_special(self, token_id: int) -> bool:
+        return False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"\n\n" if token_id == BREAK else b"x"
+
+
+FORMAT = ReasoningFormat(Tags({"<think>": OPEN, "</think>": CLOSE, "<tool_call>": CALL}))
+WITHOUT_CALLS = ReasoningFormat(Tags({"<think>": OPEN, "</think>": CLOSE}))
+FREE = EVERY - {CALL}  # what reasoning may hold before an answer that must follow a grammar
+
+
+def budget(max_tokens: int, is_open: bool = True) -> ThinkingBudget:
+    return ThinkingBudget(max_tokens, FORMAT, ReasoningTracker(FORMAT, is_open, not is_open))
+
+
+def after(constraint, is_open: bool, reasoning=FORMAT, **options) -> AfterReasoning:
+    return AfterReasoning(constraint, reasoning, ReasoningTracker(reasoning, is_open, not is_open), **options)
 
 
 @given(token_sets)
@@ -83,108 +113,117 @@ def test_all_of_tells_each_of_them_of_every_token():
     assert [part.accepted for part in parts] == [[5, 6], [5, 6]]
 
 
-def test_after_thought_leaves_the_thought_free_and_begins_when_it_ends():
+def test_after_reasoning_leaves_the_reasoning_free_and_begins_when_it_ends():
     inner = Only({1, 2})
-    seen = steps(AfterThought(inner, OPEN, CLOSE, starts_in_thought=True), [7, OPEN, 8, CLOSE, 1, 2])
-    assert seen == [EVERY, EVERY, EVERY, EVERY, {1, 2}, {1, 2}, {1, 2}]
+    seen = steps(after(inner, is_open=True), [7, OPEN, 8, CLOSE, BREAK, 1, 2])
+    assert seen == [FREE, FREE, FREE, FREE, {BREAK}, {1, 2}, {1, 2}, {1, 2}]
     assert inner.accepted == [1, 2]
 
 
-def test_after_thought_allows_a_thought_to_begin_the_reply():
+def test_after_reasoning_without_a_token_for_tool_calls_is_inactive_while_it_is_open():
+    assert steps(after(Only({1}), True, WITHOUT_CALLS), [7, CALL, CLOSE]) == [EVERY, EVERY, EVERY, {BREAK}]
+
+
+def test_after_reasoning_allows_reasoning_to_begin_the_reply():
     inner = Only({1, 2})
-    seen = steps(AfterThought(inner, OPEN, CLOSE, starts_in_thought=False), [OPEN, 7, CLOSE, 1])
-    assert seen == [{1, 2, OPEN}, EVERY, EVERY, {1, 2}, {1, 2}]
+    seen = steps(after(inner, is_open=False), [OPEN, 7, CLOSE, BREAK, 1])
+    assert seen == [{1, 2, OPEN}, FREE, FREE, {BREAK}, {1, 2}, {1, 2}]
     assert inner.accepted == [1]
 
 
-def test_after_thought_holds_from_the_first_token_of_a_reply_without_a_thought():
-    inner = Only({1, 2})
-    seen = steps(AfterThought(inner, OPEN, CLOSE, starts_in_thought=False), [1, 2])
-    assert seen == [{1, 2, OPEN}, {1, 2}, {1, 2}]
-    assert inner.accepted == [1, 2]
+@pytest.mark.parametrize("first", [1, BREAK])
+def test_after_reasoning_holds_from_the_first_token_of_a_reply_without_reasoning(first):
+    inner = Only({1, 2, BREAK})
+    seen = steps(after(inner, is_open=False), [first, 2])
+    assert seen == [{1, 2, BREAK, OPEN}, {1, 2, BREAK}, {1, 2, BREAK}]
+    assert inner.accepted == [first, 2]
 
 
-def test_after_thought_takes_marks_of_a_thought_in_the_answer_for_the_answer():
+def test_after_reasoning_takes_tags_in_the_answer_for_the_answer():
     inner = Only({1, OPEN, CLOSE})
-    seen = steps(AfterThought(inner, OPEN, CLOSE, starts_in_thought=False), [1, OPEN, CLOSE])
+    seen = steps(after(inner, is_open=False), [1, OPEN, CLOSE])
     assert seen == [{1, OPEN, CLOSE}] * 4
     assert inner.accepted == [1, OPEN, CLOSE]
 
 
-def test_after_thought_never_allows_a_token_that_came_in_forbidden():
-    constraint = AfterThought(Only({1, 2}), OPEN, CLOSE, starts_in_thought=False)
-    assert allowed(constraint, frozenset({2, 3})) == {2}
-    assert allowed(constraint, frozenset({2, OPEN})) == {2, OPEN}
+def test_after_reasoning_never_allows_a_token_that_came_in_forbidden():
+    assert allowed(after(Only({1, 2}), is_open=False), frozenset({2, 3})) == {2}
+    assert allowed(after(Only({1, 2}), is_open=False), frozenset({2, OPEN})) == {2, OPEN}
+    assert allowed(after(Only({1, 2}), is_open=True), frozenset({2, CALL})) == {2}
 
 
-def test_after_thought_is_as_inactive_as_its_constraint():
-    constraint = AfterThought(Only({1}, active=False), OPEN, CLOSE, starts_in_thought=False)
-    assert steps(constraint, [OPEN, 7, CLOSE, 8]) == [EVERY] * 5
+def test_after_reasoning_is_as_inactive_as_its_constraint():
+    constraint = after(Only({1}, active=False), False, WITHOUT_CALLS)
+    assert steps(constraint, [OPEN, 7, CLOSE, BREAK, 8]) == [EVERY, EVERY, EVERY, {BREAK}, EVERY, EVERY]
 
 
-def test_after_thought_forces_the_separator_between_thought_and_answer():
+def test_after_reasoning_forces_the_separator_that_the_prompt_left_out():
     inner = Only({1})
-    constraint = AfterThought(inner, OPEN, CLOSE, starts_in_thought=True, separator_ids=[BREAK, 4])
-    assert steps(constraint, [7, CLOSE, BREAK, 4, 1]) == [EVERY, EVERY, {BREAK}, {4}, {1}, {1}]
+    constraint = AfterReasoning(inner, FORMAT, ReasoningTracker(FORMAT, False, False), [BREAK])
+    assert steps(constraint, [BREAK, 1]) == [{BREAK}, {1}, {1}]
     assert inner.accepted == [1]
 
 
-def test_after_thought_forces_no_separator_without_a_thought():
-    constraint = AfterThought(Only({1}), OPEN, CLOSE, starts_in_thought=False, separator_ids=[BREAK])
-    assert steps(constraint, [1]) == [{1, OPEN}, {1}]
+def test_after_reasoning_does_not_move_the_tracker_that_it_was_given():
+    tracker = ReasoningTracker(FORMAT, True, False)
+    steps(AfterReasoning(Only({1}), FORMAT, tracker), [CLOSE])
+    steps(ThinkingBudget(0, FORMAT, tracker), [CLOSE])
+    assert tracker.is_open
 
 
-def test_thinking_budget_ends_a_thought_that_is_still_open():
-    assert steps(budget(2), [7, 8, BREAK, CLOSE, BREAK, 9]) == [EVERY, EVERY, {BREAK}, {CLOSE}, {BREAK}, EVERY, EVERY]
+def test_thinking_budget_ends_reasoning_that_is_still_open():
+    assert steps(budget(2), [7, 8, CLOSE, BREAK, 9]) == [EVERY, EVERY, {CLOSE}, {BREAK}, EVERY, EVERY]
 
 
-def test_thinking_budget_counts_from_the_token_that_opens_the_thought():
-    seen = steps(budget(2, [CLOSE], starts_in_thought=False), [OPEN, 7, 8, CLOSE, 9])
-    assert seen == [EVERY, EVERY, EVERY, {CLOSE}, EVERY, EVERY]
+@pytest.mark.parametrize("before", [[], [BREAK]])
+def test_thinking_budget_counts_from_the_token_that_opens_the_reasoning(before):
+    seen = steps(budget(2, is_open=False), [*before, OPEN, 7, 8, CLOSE])
+    assert seen[len(before) :] == [EVERY, EVERY, EVERY, {CLOSE}, {BREAK}]
 
 
-@pytest.mark.parametrize("starts_in_thought", [True, False])
-def test_thinking_budget_of_none_ends_the_thought_at_once(starts_in_thought):
-    constraint = budget(0, [CLOSE], starts_in_thought)
-    if not starts_in_thought:
+@pytest.mark.parametrize("is_open", [True, False])
+def test_thinking_budget_of_none_ends_the_reasoning_at_once(is_open):
+    constraint = budget(0, is_open)
+    if not is_open:
         assert allowed(constraint) == EVERY
         constraint.accept(OPEN)
-    assert steps(constraint, [CLOSE]) == [{CLOSE}, EVERY]
+    assert steps(constraint, [CLOSE, BREAK]) == [{CLOSE}, {BREAK}, EVERY]
 
 
-@pytest.mark.parametrize("tokens", [[CLOSE], [7, CLOSE], [7, 8, CLOSE]])
-def test_thinking_budget_leaves_a_thought_that_ends_by_itself_alone(tokens):
-    # A second thought, too: there is only one in a reply.
+@pytest.mark.parametrize("tokens", [[CLOSE], [7, CLOSE], [7, 8, CLOSE], [7, CALL]])
+def test_thinking_budget_leaves_reasoning_that_ends_by_itself_alone(tokens):
+    # Tags that follow are text: there is only one reasoning in a reply.
     assert steps(budget(3), [*tokens, OPEN, 7, 8, 9, 10])[-6:] == [EVERY] * 6
 
 
-def test_thinking_budget_leaves_a_reply_without_a_thought_alone():
-    assert steps(budget(1, starts_in_thought=False), [7, OPEN, 8, 9]) == [EVERY] * 5
+def test_thinking_budget_leaves_a_reply_without_reasoning_alone():
+    assert steps(budget(1, is_open=False), [7, OPEN, 8, 9]) == [EVERY] * 5
 
 
-def test_thinking_budget_is_over_once_it_has_ended_the_thought():
-    assert steps(budget(0, [CLOSE]), [CLOSE, OPEN, 7, 8])[1:] == [EVERY] * 4
+def test_thinking_budget_is_over_once_it_has_ended_the_reasoning():
+    assert steps(budget(0), [CLOSE, BREAK, OPEN, 7, 8])[2:] == [EVERY] * 4
 
 
 def test_thinking_budget_never_allows_a_token_that_came_in_forbidden():
-    assert allowed(budget(0, [CLOSE]), frozenset({1, 2})) == frozenset()
+    assert allowed(budget(0), frozenset({1, 2})) == frozenset()
 
 
 @given(st.integers(0, 6), st.lists(st.integers(0, VOCAB - 1), max_size=20), st.booleans())
-def test_thinking_budget_is_never_exceeded(max_tokens, wishes, starts_in_thought):
-    constraint = budget(max_tokens, starts_in_thought=starts_in_thought)
+def test_thinking_budget_is_never_exceeded(max_tokens, wishes, is_open):
+    constraint = budget(max_tokens, is_open)
     reply = []
-    for wish in [*([] if starts_in_thought else [OPEN]), *wishes, *[7] * 10]:
+    for wish in [*([] if is_open else [OPEN]), *wishes, *[7] * 10]:
         may_come = allowed(constraint)
         reply.append(wish if wish in may_come else min(may_come))
         constraint.accept(reply[-1])
-    thought = reply[not starts_in_thought : reply.index(CLOSE, not starts_in_thought)]
-    assert len(thought) <= max_tokens + 1  # and the BREAK that comes before CLOSE
+    ends = [n for n, token in enumerate(reply) if n >= (not is_open) and token in (CLOSE, CALL)]
+    assert ends[0] - (not is_open) <= max_tokens
 
 
-def test_thinking_budget_refuses_close_ids_that_do_not_end_the_thought():
-    with pytest.raises(ValueError, match=rf"must contain {CLOSE}, which ends a thought; got \[{BREAK}\]"):
-        budget(5, [BREAK])
+def test_thinking_budget_refuses_a_format_without_tags():
+    tagless = ReasoningFormat(None)
+    with pytest.raises(ValueError, match="needs a tokenizer with a token that ends reasoning"):
+        ThinkingBudget(5, tagless, tagless.tracker())
 
 
 def test_thinking_budget_refuses_a_negative_number():
@@ -194,11 +233,9 @@ def test_thinking_budget_refuses_a_negative_number():
 
 def test_thinking_budget_reports_a_token_other_than_the_one_that_had_to_come():
     with pytest.raises(RuntimeError, match=f"token {CLOSE} had to come next, but 7 came"):
-        budget(0, [CLOSE]).accept(7)
+        budget(0).accept(7)
 
 
-def test_thinking_budget_and_after_thought_agree_on_the_separator():
-    thinking = budget(1)
-    answer = AfterThought(Only({1}), OPEN, CLOSE, starts_in_thought=True, separator_ids=[BREAK])
-    seen = steps(AllOf([thinking, answer]), [7, BREAK, CLOSE, BREAK, 1])
-    assert seen == [EVERY, {BREAK}, {CLOSE}, {BREAK}, {1}, {1}]
+def test_thinking_budget_and_after_reasoning_agree_on_the_separator():
+    seen = steps(AllOf([budget(1), after(Only({1}), is_open=True)]), [7, CLOSE, BREAK, 1])
+    assert seen == [FREE, {CLOSE}, {BREAK}, {1}, {1}]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as BaseTokenizer
 from tokenizers import normalizers
 
-from qwen3fast.sampling.constraints import AfterThought, AllOf, ThinkingBudget, TokenConstraint, bits_of
+from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint, bits_of
 from qwen3fast.sampling.grammar import JSON_WHITESPACE, Grammar, GrammarCompiler
+from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
 from qwen3fast.text.tokenizer import Tokenizer
 
 PADDING = 77  # ids that the model has and the tokenizer has not; the last word of the mask is not full, either
@@ -280,21 +281,22 @@ def test_grammar_reports_a_token_that_it_had_forbidden(forbidden, compiler, toke
         constraint.fill_mask(new_mask())
 
 
-def test_grammar_of_an_answer_leaves_the_thought_before_it_free(compiler, walk, tokenizer, eos_ids):
-    opening, closing = map(tokenizer.base.token_to_id, ("<think>", "</think>"))
-    separator = tokenizer.encode("\n\n")
+def test_grammar_of_an_answer_leaves_the_reasoning_before_it_free(compiler, walk, tokenizer, eos_ids):
+    reasoning = ReasoningFormat(tokenizer)
+    tracker = ReasoningTracker(reasoning, is_open=True)
+    closing = [reasoning.end_id, *tokenizer.encode("\n\n")]
     for seed in range(10):
         answer = compiler.json_schema(SCHEMAS["flat"]).start()
         constraint = AllOf(
             [
-                ThinkingBudget(5, [closing, *separator], opening, closing, starts_in_thought=True),
-                AfterThought(answer, opening, closing, starts_in_thought=True, separator_ids=separator),
-                _Without([*eos_ids, closing], 5),
+                ThinkingBudget(5, reasoning, tracker),
+                AfterReasoning(answer, reasoning, tracker),
+                _Without([*eos_ids, reasoning.end_id], 5),
             ]
         )
         tokens = walk(constraint, seed)
-        assert tokens[5 : 6 + len(separator)] == [closing, *separator]
-        assert is_valid(json.loads(tokenizer.decode(tokens[6 + len(separator) :])), SCHEMAS["flat"])
+        assert tokens[5 : 5 + len(closing)] == closing
+        assert is_valid(json.loads(tokenizer.decode(tokens[5 + len(closing) :])), SCHEMAS["flat"])
 
 
 class _Without:

@@ -180,9 +180,18 @@ def test_chunks_join_to_the_result(tiny, thinking, stop):
 
 
 def test_every_chunk_of_a_quick_reader_has_news(generator):
-    chunks = list(generator.submit("hello", GREEDY))
+    may_go_on = threading.Semaphore(1)
+
+    def wait(logits, output):
+        assert may_go_on.acquire(timeout=PATIENCE_S), "nobody has read the last chunk"
+        return logits
+
+    chunks = []
+    for chunk in generator.submit("hello", replace(GREEDY, logits_processor=wait)):
+        chunks.append(chunk)
+        may_go_on.release()
     assert all(chunk.token_ids or chunk.result is not None for chunk in chunks)
-    assert len(chunks) > 3
+    assert len(chunks) >= GREEDY.max_tokens
 
 
 def test_a_slow_reader_gets_fewer_chunks_and_loses_nothing(generator, alone):

@@ -1,4 +1,4 @@
-"""TextStream: what may be shown, and when, whatever the borders between tokens; what is thought and what is answer."""
+"""TextStream: what may be shown, and when, whatever the borders between tokens; the reasoning apart from the answer."""
 
 from types import SimpleNamespace
 
@@ -6,20 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3fast.text.stream import Piece, TextStream
+from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
+from qwen3fast.text.stream import TextPiece, TextStream
 
 letters = st.text("ab", max_size=4)
 stops = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple)
 
-THINK, END_THINK = "<think>", "</think>"
+THINK, END_THINK, CALL = "<think>", "</think>", "<tool_call>"
 REPLY = [THINK, "\n", "so", "\n", END_THINK, "\n\n", "42"]
 
 # Tags as tokens, tags spelled out, line breaks at all ends, whole characters and halves of some.
 characters = ["字", "字".encode()[:1], "字".encode()[1:], "🙂".encode()[:2], "🙂".encode()[2:]]
 spelled_out = ["<thi", "nk>", "</"]
 line_breaks = ["\n", "\n\n", " ", "a\n", "\nb"]
-any_pieces = st.sampled_from([THINK, END_THINK, *spelled_out, *line_breaks, *characters, "a", "b", None])
-# Every other reply begins with a thought.
+any_pieces = st.sampled_from([THINK, END_THINK, CALL, *spelled_out, *line_breaks, *characters, "a", "b", None])
+# Every other reply begins with a reasoning.
 reply_pieces = st.builds(
     lambda beginning, rest: [*beginning, *rest],
     st.sampled_from([[], [THINK], ["\n", THINK], [THINK, "a\n", END_THINK]]),
@@ -33,8 +34,13 @@ class Pieces:
     """A tokenizer with a token for each of the given pieces, and for the tags; None is a control token."""
 
     def __init__(self, pieces, has_tags=True):
-        self._pieces = [*([THINK, END_THINK] if has_tags else []), *pieces]
-        self.base = SimpleNamespace(token_to_id=lambda token: self.id_of(token) if has_tags else None)
+        tags = [THINK, END_THINK, CALL] if has_tags else []
+        self._pieces = [*tags, *pieces]
+        self.base = SimpleNamespace(token_to_id=lambda token: tags.index(token) if token in tags else None)
+        self.chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        return []
 
     def id_of(self, piece) -> int:
         return self._pieces.index(piece)
@@ -47,10 +53,15 @@ class Pieces:
         return self._pieces[token_id] is None
 
 
-def run_parts(pieces, stop=(), starts_in_thought=False, has_tags=True) -> tuple[list[Piece], TextStream, bool]:
+def stream_of(tokenizer, stop=(), is_open=False) -> TextStream:
+    """A stream of a reply that is inside reasoning from the start, or may begin with it."""
+    return TextStream(tokenizer, tuple(stop), ReasoningTracker(ReasoningFormat(tokenizer), is_open, not is_open))
+
+
+def run_parts(pieces, stop=(), is_open=False, has_tags=True) -> tuple[list[TextPiece], TextStream, bool]:
     """Push the pieces until a stop string is complete. Returns what was shown after each, the stream, and whether."""
     tokenizer = Pieces(pieces, has_tags)
-    stream, shown = TextStream(tokenizer, tuple(stop), starts_in_thought), []
+    stream, shown = stream_of(tokenizer, stop, is_open), []
     for piece in pieces:
         stopped = stream.push(tokenizer.id_of(piece))
         shown.append(stream.take())
@@ -67,25 +78,27 @@ def run(pieces, stop=()) -> tuple[list[str], TextStream, bool]:
 
 
 def split(pieces, **options) -> tuple[str, str]:
-    """Thought and answer."""
+    """Reasoning and answer."""
     _, stream, _ = run_parts(pieces, **options)
     return stream.reasoning, stream.answer
 
 
-def labelled(pieces, starts_in_thought) -> list[tuple[str, str]]:
-    """Each character of the whole reply and what it is: thought, answer, or neither. Written another way than ours."""
+def labelled(pieces, is_open) -> list[tuple[str, str]]:
+    """Each character of the whole reply with its part: reasoning, answer, or neither. Written another way than ours."""
     pieces = [p.encode() if isinstance(p, str) else p for p in pieces if p is not None]
     begin, end = THINK.encode(), END_THINK.encode()
     rest, parts = pieces, []
-    if begin in pieces and not starts_in_thought:
+    if begin in pieces and not is_open:
         at = pieces.index(begin)
         if not decoded(pieces[:at]).strip():
             parts += [(pieces[: at + 1], "neither")]
-            rest, starts_in_thought = pieces[at + 1 :], True
-    if starts_in_thought:
-        at = rest.index(end) if end in rest else len(rest)
-        parts += [(rest[:at], "thought"), (rest[at : at + 1], "neither")]
-        rest = rest[at + 1 :]
+            rest, is_open = pieces[at + 1 :], True
+    if is_open:
+        ends = [n for n, piece in enumerate(rest) if piece in (end, CALL.encode())]
+        at = ends[0] if ends else len(rest)
+        is_tag = rest[at : at + 1] == [end]  # a call belongs to the answer
+        parts += [(rest[:at], "reasoning"), (rest[at : at + is_tag], "neither")]
+        rest = rest[at + is_tag :]
     parts.append((rest, "answer"))
     return [(character, label) for part, label in parts for character in decoded(part)]
 
@@ -158,7 +171,7 @@ def test_text_stream_is_finished_by_finish():
 def test_text_stream_finish_after_a_stop_string_adds_nothing():
     _, stream, _ = run(["ab", b"END\xe4"], ["END"])
     stream.finish()
-    assert (stream.text, stream.take()) == ("ab", Piece("", "", ""))
+    assert (stream.text, stream.take()) == ("ab", TextPiece("", "", ""))
 
 
 def test_text_stream_waits_for_a_whole_character():
@@ -184,10 +197,10 @@ def test_text_stream_finds_a_stop_string_around_a_control_token():
 
 
 def test_text_stream_without_a_tokenizer_stays_empty():
-    stream = TextStream(None, ("END",), starts_in_thought=True)
+    stream = stream_of(None, ("END",), is_open=True)
     stopped = stream.push(5)
     stream.finish()
-    assert (stopped, stream.text, stream.take(), stream.is_finished) == (False, "", Piece("", "", ""), True)
+    assert (stopped, stream.text, stream.take(), stream.is_finished) == (False, "", TextPiece("", "", ""), True)
 
 
 @given(pieces=st.lists(letters, max_size=8), stop=stops)
@@ -230,7 +243,7 @@ def test_text_stream_holds_back_less_than_the_longest_stop_string(pieces, stop):
         assert len(stream.text) - len(shown) < max(map(len, stop), default=1)
 
 
-def test_text_stream_tells_thought_from_answer():
+def test_text_stream_tells_reasoning_from_answer():
     assert split(REPLY) == ("so", "42")
 
 
@@ -238,45 +251,82 @@ def test_text_stream_keeps_the_tags_in_the_text():
     assert run(REPLY)[1].text == "<think>\nso\n</think>\n\n42"
 
 
-def test_text_stream_shows_thought_and_answer_as_they_come():
+def test_text_stream_shows_reasoning_and_answer_as_they_come():
     shown, _, _ = run_parts(["\n", *REPLY, "\n"])
     assert shown == [
-        Piece("\n", "", ""),
-        Piece("<think>", "", ""),
-        Piece("\n", "", ""),
-        Piece("so", "so", ""),
-        Piece("\n", "", ""),
-        Piece("</think>", "", ""),
-        Piece("\n\n", "", ""),
-        Piece("42", "", "42"),
-        Piece("\n", "", ""),
-        Piece("", "", ""),
+        TextPiece("\n", "", ""),
+        TextPiece("<think>", "", ""),
+        TextPiece("\n", "", ""),
+        TextPiece("so", "so", ""),
+        TextPiece("\n", "", ""),
+        TextPiece("</think>", "", ""),
+        TextPiece("\n\n", "", ""),
+        TextPiece("42", "", "42"),
+        TextPiece("\n", "", ""),
+        TextPiece("", "", ""),
     ]
 
 
-def test_text_stream_starting_in_thought_needs_no_opening_tag():
-    assert split(REPLY[2:], starts_in_thought=True) == ("so", "42")
+def test_text_stream_that_is_open_needs_no_opening_tag():
+    assert split(REPLY[2:], is_open=True) == ("so", "42")
 
 
-def test_text_stream_starting_in_thought_takes_another_opening_tag_for_text():
-    assert split(REPLY, starts_in_thought=True) == ("<think>\nso", "42")
+def test_text_stream_that_is_open_takes_another_opening_tag_for_text():
+    assert split(REPLY, is_open=True) == ("<think>\nso", "42")
 
 
-def test_text_stream_without_a_thought_is_all_answer():
+CALLED = ["{", '"name"', "}", "</tool_call>"]
+
+
+def test_text_stream_tool_call_ends_open_reasoning_and_belongs_to_the_answer():
+    shown, stream, _ = run_parts([THINK, "so", "\n", CALL, *CALLED])
+    assert (stream.reasoning, stream.answer) == ("so", '<tool_call>{"name"}</tool_call>')
+    assert [piece.answer for piece in shown] == ["", "", "", CALL, *CALLED, ""]
+    assert [piece.reasoning for piece in shown] == ["", "so", *[""] * 7]
+
+
+def test_text_stream_tool_call_cuts_off_a_character_of_the_reasoning():
+    assert split([THINK, "a", "字".encode()[:2], CALL, "b"]) == ("a�", "<tool_call>b")
+
+
+def test_text_stream_closing_tag_after_a_tool_call_is_answer():
+    assert split([THINK, "a", CALL, "b", END_THINK, "c"]) == ("a", "<tool_call>b</think>c")
+
+
+def test_text_stream_tool_call_after_the_reasoning_changes_nothing():
+    assert split([THINK, "a", END_THINK, "b", CALL, "c"]) == ("a", "b<tool_call>c")
+
+
+def test_text_stream_reasoning_that_the_tag_only_repeats_begins_behind_it():
+    """A chat template that opens the reasoning, and a prompt that does not."""
+    tokenizer = Pieces(["\n", *REPLY])
+    tracker = ReasoningTracker(ReasoningFormat(tokenizer), is_open=True, may_open=True)
+    for pieces in (["\n", *REPLY], REPLY[1:]):
+        stream, shown = TextStream(tokenizer, (), tracker), []
+        for piece in pieces:
+            stream.push(tokenizer.id_of(piece))
+            shown.append(stream.take())
+        stream.finish()
+        shown.append(stream.take())
+        assert (stream.reasoning, stream.answer) == ("so", "42")
+        assert tuple(map("".join, zip(*shown, strict=True)))[1:] == ("so", "42")
+
+
+def test_text_stream_without_reasoning_is_all_answer():
     assert split(["\n", "42", "\n"]) == ("", "42")
 
 
 def test_text_stream_without_the_tags_in_the_vocabulary_is_all_answer():
-    assert split(REPLY, starts_in_thought=True, has_tags=False) == ("", "<think>\nso\n</think>\n\n42")
+    assert split(REPLY, is_open=True, has_tags=False) == ("", "<think>\nso\n</think>\n\n42")
 
 
-@pytest.mark.parametrize("starts_in_thought", [False, True])
-def test_text_stream_takes_a_thought_never_closed_for_thought(starts_in_thought):
-    pieces = ["hm", "\n", "so", "\n"] if starts_in_thought else [THINK, "\n", "hm", "\n", "so", "\n"]
-    assert split(pieces, starts_in_thought=starts_in_thought) == ("hm\nso", "")
+@pytest.mark.parametrize("is_open", [False, True])
+def test_text_stream_takes_reasoning_never_closed_for_reasoning(is_open):
+    pieces = ["hm", "\n", "so", "\n"] if is_open else [THINK, "\n", "hm", "\n", "so", "\n"]
+    assert split(pieces, is_open=is_open) == ("hm\nso", "")
 
 
-def test_text_stream_with_an_empty_thought():
+def test_text_stream_with_empty_reasoning():
     assert split([THINK, "\n\n", END_THINK, "\n\n", "42"]) == ("", "42")
 
 
@@ -284,7 +334,7 @@ def test_text_stream_strips_line_breaks_but_not_spaces():
     assert split([THINK, "\n  a \n", END_THINK, "\n  b \n"]) == ("  a ", "  b ")
 
 
-def test_text_stream_keeps_line_breaks_inside_thought_and_answer():
+def test_text_stream_keeps_line_breaks_inside_reasoning_and_answer():
     assert split([THINK, "a", "\n", "\n\n", "b", END_THINK, "c\n", "\nd"]) == ("a\n\n\nb", "c\n\nd")
 
 
@@ -293,23 +343,23 @@ def test_text_stream_shows_line_breaks_when_something_follows():
     assert [piece.answer for piece in shown] == ["a", "", "\n\nb", ""]
 
 
-def test_text_stream_thought_after_whitespace_is_one():
+def test_text_stream_reasoning_after_whitespace_is_one():
     assert split(["\n", " ", None, *REPLY]) == ("so", "42")
 
 
-def test_text_stream_thought_after_text_is_answer():
+def test_text_stream_reasoning_after_text_is_answer():
     assert split(["a", *REPLY]) == ("", "a<think>\nso\n</think>\n\n42")
 
 
-def test_text_stream_thought_after_a_broken_character_is_answer():
+def test_text_stream_reasoning_after_a_broken_character_is_answer():
     assert split(["字".encode()[:2], THINK, "a", END_THINK]) == ("", "�<think>a</think>")
 
 
-def test_text_stream_second_thought_is_answer():
+def test_text_stream_second_reasoning_is_answer():
     assert split([*REPLY, THINK, "b", END_THINK]) == ("so", "42<think>b</think>")
 
 
-def test_text_stream_opening_tag_inside_the_thought_is_thought():
+def test_text_stream_opening_tag_inside_the_reasoning_is_reasoning():
     assert split([THINK, "a", THINK, "b", END_THINK, "c"]) == ("a<think>b", "c")
 
 
@@ -321,7 +371,7 @@ def test_text_stream_tags_spelled_out_are_text():
     assert split(["<thi", "nk>", "a", "</think", ">", "b"]) == ("", "<think>a</think>b")
 
 
-def test_text_stream_closing_tag_spelled_out_ends_no_thought():
+def test_text_stream_closing_tag_spelled_out_does_not_end_the_reasoning():
     assert split([THINK, "say </think", ">", END_THINK, "b"]) == ("say </think>", "b")
 
 
@@ -336,40 +386,40 @@ def test_text_stream_whitespace_alone_is_answer_in_the_end():
     assert ([piece.answer for piece in shown], stream.answer) == (["", "", " "], " ")
 
 
-def test_text_stream_character_cut_off_by_the_closing_tag_is_thought():
+def test_text_stream_character_cut_off_by_the_closing_tag_is_reasoning():
     assert split([THINK, "a", "字".encode()[:2], END_THINK, "b"]) == ("a�", "b")
 
 
-def test_text_stream_thought_and_answer_of_characters_cut_by_tokens():
-    thought, answer = "🙂".encode(), "答".encode()
-    pieces = [THINK, thought[:1], thought[1:3], thought[3:], END_THINK, answer[:2], answer[2:]]
+def test_text_stream_reasoning_and_answer_of_characters_cut_by_tokens():
+    reasoning, answer = "🙂".encode(), "答".encode()
+    pieces = [THINK, reasoning[:1], reasoning[1:3], reasoning[3:], END_THINK, answer[:2], answer[2:]]
     assert split(pieces) == ("🙂", "答")
 
 
-def test_text_stream_is_thinking_from_the_opening_to_the_closing_tag():
+def test_text_stream_is_reasoning_from_the_opening_to_the_closing_tag():
     tokenizer = Pieces(["\n", *REPLY])
     stream, states = TextStream(tokenizer), []
     for piece in ["\n", *REPLY]:
         stream.push(tokenizer.id_of(piece))
-        states.append(stream.is_thinking)
+        states.append(stream.is_reasoning)
     assert states == [False, True, True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(("has_tags", "expected"), [(True, True), (False, False)])
-def test_text_stream_is_thinking_before_the_first_token_if_it_starts_in_thought(has_tags, expected):
-    assert TextStream(Pieces([], has_tags), starts_in_thought=True).is_thinking == expected
+def test_text_stream_is_reasoning_before_the_first_token_if_it_is_open(has_tags, expected):
+    assert stream_of(Pieces([], has_tags), is_open=True).is_reasoning == expected
 
 
-def test_text_stream_stop_string_in_the_thought_ends_the_reply():
+def test_text_stream_stop_string_in_the_reasoning_ends_the_reply():
     _, stream, stopped = run_parts([THINK, "a END b", END_THINK, "c"], ["END"])
     assert (stream.reasoning, stream.answer, stopped) == ("a ", "", True)
 
 
-def test_text_stream_stop_string_of_a_tag_leaves_the_thought():
+def test_text_stream_stop_string_of_a_tag_leaves_the_reasoning():
     assert split(REPLY, stop=[END_THINK]) == ("so", "")
 
 
-def test_text_stream_stop_string_that_begins_in_the_thought_and_ends_in_the_answer():
+def test_text_stream_stop_string_that_begins_in_the_reasoning_and_ends_in_the_answer():
     shown, stream, _ = run_parts([THINK, "a", "b", END_THINK, "c"], ["b</think>c"])
     assert (stream.reasoning, "".join(piece.reasoning for piece in shown), stream.answer) == ("a", "a", "")
 
@@ -385,37 +435,35 @@ def test_text_stream_opening_tag_cut_by_a_stop_string_is_no_answer():
     assert (stream.text, stream.reasoning, stream.answer) == ("<thi", "", "")
 
 
-@given(pieces=reply_pieces, stop=reply_stops, starts_in_thought=st.booleans())
-def test_text_stream_pieces_joined_are_text_thought_and_answer(pieces, stop, starts_in_thought):
-    shown, stream, _ = run_parts(pieces, stop, starts_in_thought)
+@given(pieces=reply_pieces, stop=reply_stops, is_open=st.booleans())
+def test_text_stream_pieces_joined_are_text_reasoning_and_answer(pieces, stop, is_open):
+    shown, stream, _ = run_parts(pieces, stop, is_open)
     assert tuple(map("".join, zip(*shown, strict=True))) == (stream.text, stream.reasoning, stream.answer)
 
 
-@given(pieces=reply_pieces, stop=reply_stops, starts_in_thought=st.booleans())
-def test_text_stream_parts_are_those_of_the_whole_reply(pieces, stop, starts_in_thought):
-    _, stream, _ = run_parts(pieces, stop, starts_in_thought)
-    kept = labelled(pieces, starts_in_thought)[: len(stream.text)]
-    thought, answer = ("".join(c for c, label in kept if label == part) for part in ("thought", "answer"))
+@given(pieces=reply_pieces, stop=reply_stops, is_open=st.booleans())
+def test_text_stream_parts_are_those_of_the_whole_reply(pieces, stop, is_open):
+    _, stream, _ = run_parts(pieces, stop, is_open)
+    kept = labelled(pieces, is_open)[: len(stream.text)]
+    reasoning, answer = ("".join(c for c, label in kept if label == part) for part in ("reasoning", "answer"))
     assert "".join(c for c, _ in kept) == stream.text
-    assert (stream.reasoning, stream.answer) == (thought.strip("\n"), answer.strip("\n"))
+    assert (stream.reasoning, stream.answer) == (reasoning.strip("\n"), answer.strip("\n"))
 
 
-@given(pieces=reply_pieces, starts_in_thought=st.booleans())
-def test_text_stream_holds_back_only_line_breaks_of_the_thought(pieces, starts_in_thought):
+@given(pieces=reply_pieces, is_open=st.booleans())
+def test_text_stream_holds_back_only_line_breaks_of_the_reasoning(pieces, is_open):
     tokenizer, shown = Pieces(pieces), ""
-    stream = TextStream(tokenizer, starts_in_thought=starts_in_thought)
+    stream = stream_of(tokenizer, is_open=is_open)
     for piece in pieces:
         stream.push(tokenizer.id_of(piece))
         shown += stream.take().reasoning
         assert stream.reasoning == shown
 
 
-@given(
-    pieces=reply_pieces, stop=reply_stops, starts_in_thought=st.booleans(), takes=st.lists(st.booleans(), min_size=13)
-)
-def test_text_stream_does_not_depend_on_when_pieces_are_taken(pieces, stop, starts_in_thought, takes):
+@given(pieces=reply_pieces, stop=reply_stops, is_open=st.booleans(), takes=st.lists(st.booleans(), min_size=13))
+def test_text_stream_does_not_depend_on_when_pieces_are_taken(pieces, stop, is_open, takes):
     tokenizer = Pieces(pieces)
-    stream, shown = TextStream(tokenizer, stop, starts_in_thought), []
+    stream, shown = stream_of(tokenizer, stop, is_open), []
     for piece, is_taken in zip(pieces, takes, strict=False):
         stopped = stream.push(tokenizer.id_of(piece))
         if is_taken:
@@ -430,14 +478,14 @@ def test_text_stream_does_not_depend_on_when_pieces_are_taken(pieces, stop, star
 sentences = st.text("ab <>/\n\r.é字答🙂👩‍🚀", max_size=12).map(lambda text: text.strip("\n"))
 
 
-@given(thought=sentences, answer=sentences, starts_in_thought=st.booleans())
-def test_text_stream_of_a_real_tokenizer_gives_back_thought_and_answer(tokenizer, thought, answer, starts_in_thought):
-    reply = f"{thought}\n</think>\n\n{answer}"
-    stream, shown = TextStream(tokenizer, starts_in_thought=starts_in_thought), []
-    for token_id in tokenizer.encode(reply if starts_in_thought else f"<think>\n{reply}"):
+@given(reasoning=sentences, answer=sentences, is_open=st.booleans())
+def test_text_stream_of_a_real_tokenizer_gives_back_reasoning_and_answer(tokenizer, reasoning, answer, is_open):
+    reply = f"{reasoning}\n</think>\n\n{answer}"
+    stream, shown = stream_of(tokenizer, is_open=is_open), []
+    for token_id in tokenizer.encode(reply if is_open else f"<think>\n{reply}"):
         stream.push(token_id)
         shown.append(stream.take())
     stream.finish()
     shown.append(stream.take())
-    assert (stream.reasoning, stream.answer) == (thought, answer)
-    assert tuple(map("".join, zip(*shown, strict=True)))[1:] == (thought, answer)
+    assert (stream.reasoning, stream.answer) == (reasoning, answer)
+    assert tuple(map("".join, zip(*shown, strict=True)))[1:] == (reasoning, answer)

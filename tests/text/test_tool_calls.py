@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,18 +17,26 @@ MALFORMED = {
     "empty": "<tool_call>\n</tool_call>",
     "words": "<tool_call>\nweather in Oslo\n</tool_call>",
     "broken JSON": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}\n</tool_call>',
-    "text after the JSON": '<tool_call>\n{"name": "weather"} please\n</tool_call>',
-    "two objects": '<tool_call>\n{"name": "a"}\n{"name": "b"}\n</tool_call>',
-    "not an object": '<tool_call>\n["weather"]\n</tool_call>',
+    "text after the JSON": '<tool_call>\n{"name": "weather", "arguments": {}} please\n</tool_call>',
+    "no arguments": '<tool_call>\n{"name": "weather"}\n</tool_call>',
+    "unknown name for arguments": '<tool_call>\n{"name": "weather", "params": {"city": "Oslo"}}\n</tool_call>',
+    "arguments and other parameters": '<tool_call>{"name": "a", "arguments": {}, "parameters": {"b": 1}}</tool_call>',
+    "second object not a call": '<tool_call>\n{"name": "a", "arguments": {}}\n{"name": "b"}\n</tool_call>',
+    "list with something else": '<tool_call>\n[{"name": "a", "arguments": {}}, 1]\n</tool_call>',
+    "list of names": '<tool_call>\n["weather"]\n</tool_call>',
+    "empty list": "<tool_call>[]</tool_call>",
+    "list in a list": '<tool_call>[[{"name": "a", "arguments": {}}]]</tool_call>',
     "a number": "<tool_call>NaN</tool_call>",
     "no name": '<tool_call>\n{"arguments": {}}\n</tool_call>',
     "name not a string": '<tool_call>\n{"name": 1, "arguments": {}}\n</tool_call>',
+    "name empty": '<tool_call>\n{"name": "", "arguments": {}}\n</tool_call>',
     "arguments a list": '<tool_call>\n{"name": "a", "arguments": []}\n</tool_call>',
-    "arguments null": '<tool_call>\n{"name": "a", "arguments": null}\n</tool_call>',
+    "arguments a number": '<tool_call>\n{"name": "a", "arguments": 0}\n</tool_call>',
+    "arguments false": '<tool_call>\n{"name": "a", "arguments": false}\n</tool_call>',
     "arguments a string without JSON": '<tool_call>\n{"name": "a", "arguments": "city"}\n</tool_call>',
     "arguments a string with a list": '<tool_call>\n{"name": "a", "arguments": "[]"}\n</tool_call>',
     "XML of Qwen3-Coder": "<tool_call>\n<function=a>\n<parameter=b>\n1\n</parameter>\n</function>\n</tool_call>",
-    "never closed": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}',
+    "unfinished after a whole call": '<tool_call>\n{"name": "a", "arguments": {}}\n{"name": "b',
     "cut short": '<tool_call>\n{"name": "wea',
     "opened only": "<tool_call>",
     "nested too deeply": '<tool_call>\n{"name": ' + "[" * 200_000 + "\n</tool_call>",
@@ -40,9 +49,9 @@ json_values = st.recursive(
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
     max_leaves=8,
 )
-calls = st.builds(ToolCall, st.text(), st.dictionaries(st.text(), json_values, max_size=3))
+calls = st.builds(ToolCall, st.text(min_size=1), st.dictionaries(st.text(), json_values, max_size=3))
 # Shreds of calls, in any order.
-whole = [CALL, '{"name": "a"}', *MALFORMED.values()]
+whole = [CALL, '{"name": "a", "arguments": null}', *MALFORMED.values()]
 broken = ["<tool_call>", "</tool_call>", "<tool_call", '{"name": ', '"arguments": ', '"', "\\", "{", "}", "[" * 10_000]
 others = ["\n", " ", "text", "NaN", "<think>", "字", "\ud800"]
 pieces = st.sampled_from([*whole, *broken, *others])
@@ -77,7 +86,7 @@ def test_tool_calls_leave_a_line_break_between_the_texts_around_them():
 
 
 def test_tool_calls_of_several_calls_come_in_order():
-    answer = f'One:\n{CALL}\n<tool_call>\n{{"name": "now"}}\n</tool_call>\n{CALL}'
+    answer = f'One:\n{CALL}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>\n{CALL}'
     assert parse_tool_calls(answer) == ParsedAnswer("One:", [WEATHER, ToolCall("now", {}), WEATHER], [])
 
 
@@ -90,13 +99,52 @@ def test_tool_calls_need_no_certain_whitespace_inside_the_tags(answer):
     assert parse_tool_calls(answer).tool_calls == [WEATHER]
 
 
-def test_tool_calls_without_arguments_have_none():
-    assert parse_tool_calls('<tool_call>{"name": "now"}</tool_call>').tool_calls == [ToolCall("now", {})]
+@pytest.mark.parametrize("arguments", ["null", '""', '" \\n"', "{}", '"{}"', '"null"'])
+def test_tool_calls_without_arguments_have_none(arguments):
+    answer = f'<tool_call>{{"name": "now", "arguments": {arguments}}}</tool_call>'
+    assert parse_tool_calls(answer) == ParsedAnswer("", [ToolCall("now", {})], [])
 
 
-def test_tool_calls_take_arguments_written_as_a_string():
-    answer = '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}</tool_call>'
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+@pytest.mark.parametrize("as_string", [False, True])
+def test_tool_calls_take_arguments_under_both_names_and_as_a_string(key, as_string):
+    arguments = json.dumps({"city": "Oslo"})
+    answer = (
+        f'<tool_call>{{"name": "weather", "{key}": {json.dumps(arguments) if as_string else arguments}}}</tool_call>'
+    )
+    assert parse_tool_calls(answer) == ParsedAnswer("", [WEATHER], [])
+
+
+def test_tool_calls_take_both_names_of_arguments_where_they_agree():
+    answer = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}, "parameters": {"city": "Oslo"}}</tool_call>'
     assert parse_tool_calls(answer).tool_calls == [WEATHER]
+
+
+@pytest.mark.parametrize("body", ["{0}{1}", "{0}\n{1}", "[{0}, {1}]", "[{0}]\n{1}"])
+def test_tool_calls_take_several_in_one_block(body):
+    calls = [json.dumps({"name": name, "arguments": {"n": n}}) for n, name in enumerate("ab")]
+    parsed = parse_tool_calls("<tool_call>\n" + body.format(*calls) + "\n</tool_call>")
+    assert parsed == ParsedAnswer("", [ToolCall("a", {"n": 0}), ToolCall("b", {"n": 1})], [])
+
+
+def test_tool_calls_take_raw_line_breaks_in_strings():
+    answer = '<tool_call>{"name": "write", "arguments": {"text": "one\n\ttwo"}}</tool_call>'
+    assert parse_tool_calls(answer).tool_calls == [ToolCall("write", {"text": "one\n\ttwo"})]
+
+
+@pytest.mark.parametrize("space", ["", "\n", " \n "])
+def test_tool_calls_are_closed_by_the_end_of_the_reply(space):
+    assert parse_tool_calls("Hm. " + CALL.removesuffix("\n</tool_call>") + space) == ParsedAnswer("Hm.", [WEATHER], [])
+
+
+def test_tool_calls_are_not_closed_by_other_text():
+    answer = CALL.removesuffix("\n</tool_call>") + " Done."
+    assert parse_tool_calls(answer) == ParsedAnswer(answer, [], [answer])
+
+
+def test_tool_calls_hold_valid_unicode_only():
+    answer = '<tool_call>{"name": "a\\ud800", "arguments": {"\\udfff": ["\\ud83d\\ude00", "\\ud83d"]}}</tool_call>'
+    assert parse_tool_calls(answer).tool_calls == [ToolCall("a\ufffd", {"\ufffd": ["\U0001f600", "\ufffd"]})]
 
 
 def test_tool_calls_ignore_other_keys():
@@ -140,24 +188,44 @@ def test_tool_calls_of_any_text_never_raise_and_malformed_stays_text(answer):
     assert all(block in parsed.content for block in parsed.malformed)
 
 
-def is_call(text: str) -> bool:
-    """Whether a text between two tags is a call."""
-    try:
-        value = json.loads(text.strip())
-        arguments = value.get("arguments", {})
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError, AttributeError):
+def arguments_of(value: Any) -> Any:
+    """Return what arguments stand for; a dict if they are any."""
+    if isinstance(value, str) and value.strip():
+        value = json.loads(value, strict=False)
+    return {} if value is None or (isinstance(value, str) and not value.strip()) else value
+
+
+def is_call(value: Any) -> bool:
+    """Return whether a JSON value is a call with arguments that can be read in one way."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return False
-    return isinstance(value.get("name"), str) and isinstance(arguments, dict)
+    try:
+        read = [arguments_of(value[key]) for key in ("arguments", "parameters") if key in value]
+    except (ValueError, RecursionError):
+        return False
+    return bool(read) and all(isinstance(x, dict) for x in read) and read[0] == read[-1]
+
+
+def num_calls(text: str) -> int:
+    """Return the number of calls that a text between two tags holds; 0 if it holds anything else."""
+    values: list[Any] = []
+    while text := text.strip():
+        try:
+            value, end = json.JSONDecoder(strict=False).raw_decode(text)
+        except (ValueError, RecursionError):
+            return 0
+        values += value if isinstance(value, list) else [value]
+        text = text[end:]
+    return len(values) if all(is_call(value) for value in values) else 0
 
 
 def without_calls(answer: str) -> tuple[str, int]:
-    """The answer without its calls, and how many there were: every pair of tags is tried, the nearest ones first."""
+    """Return the answer without its calls, and their number: every pair of tags is tried, the nearest first."""
     before, tag, after = answer.partition("<tool_call>")
-    for end in re.finditer("</tool_call>", after):
-        if is_call(after[: end.start()]):
-            rest, number = without_calls(after[end.end() :])
-            return before + rest, number + 1
+    for end in re.finditer("</tool_call>|\\Z", after if tag else ""):
+        if number := num_calls(after[: end.start()]):
+            rest, others = without_calls(after[end.end() :])
+            return before + rest, number + others
     rest, number = without_calls(after) if tag else ("", 0)
     return before + tag + rest, number
 
@@ -174,7 +242,8 @@ def test_tool_calls_of_any_text_lose_nothing_else(answer):
 @given(shreds)
 def test_tool_calls_and_malformed_are_as_many_as_blocks_at_most(answer):
     parsed = parse_tool_calls(answer)
-    assert len(parsed.tool_calls) + len(parsed.malformed) <= answer.count("<tool_call>")
+    blocks = len(parsed.malformed) + (1 if parsed.tool_calls else 0)
+    assert blocks <= answer.count("<tool_call>")
 
 
 @given(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3fast.bench.measure import TokenCheck, check_tokens
 from qwen3fast.model import Qwen3, rope_tables
-from qwen3fast.quantization.linear import QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 
 
 def check_against_float32(model: Qwen3, prompts: list[list[int]], token_ids: list[list[int]]) -> dict[str, Any]:

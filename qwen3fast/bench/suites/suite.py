@@ -20,6 +20,7 @@ class Suite:
     """A named set of measurements.
 
     run: fills the session's record. columns: its table. summary: sentences about a record.
+    markdown: lines to print below them, in the form of another program.
     defaults: of the options; quick, full and on_cuda: values that differ from them for --quick, for --full and on CUDA
     devices. limit_s: seconds that a run with the defaults may take.
     """
@@ -33,6 +34,7 @@ class Suite:
     full: dict[str, Any] = field(default_factory=dict)
     on_cuda: dict[str, Any] = field(default_factory=dict)
     summary: Callable[[Record], list[str]] = lambda record: []
+    markdown: Callable[[Record], list[str]] = lambda record: []
     limit_s: float | None = None
 
     def options(self, args: argparse.Namespace) -> Options:

@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp writes them, through the optional package gguf: header, config, tokenizer, weights."""
+"""GGUF files of llama.cpp (optional package gguf): header, config, tokenizer, layout of tensors, weights."""
 
 from qwen3fast.checkpoint.gguf.config import config_of, generation_config_of
 from qwen3fast.checkpoint.gguf.header import Header, read_header

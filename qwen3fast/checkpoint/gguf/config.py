@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model.config import ModelConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
-LARGEST = 2**18  # of a size: no Qwen3 comes near it, and products of a few of them are still numbers of 64 bits
+MAX_SIZE = 2**18  # no Qwen3 comes near it, and products of a few sizes still fit 64 bits
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -23,7 +23,7 @@ SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-# Of YaRN, what other programs read in more than one way, or we do not compute; and the values that change nothing.
+# Settings of YaRN that programs read in different ways, or that are not computed here; and values without effect.
 REFUSED_SCALING = {
     "attn_factor": (1.0,),
     "yarn_attn_factor": (),
@@ -34,7 +34,7 @@ REFUSED_SCALING = {
 
 
 def config_of(header: Header) -> ModelConfig:
-    """The numbers of the model.
+    """Return the numbers of the model.
 
     Raises: ValueError for an architecture or a feature that is not supported, and for missing or impossible values.
     """
@@ -63,14 +63,14 @@ def config_of(header: Header) -> ModelConfig:
 
 
 def generation_config_of(header: Header) -> dict[str, Any] | None:
-    """The preset for sampling, as generation_config.json would have it; most files have none."""
+    """Return the sampling preset, as generation_config.json would have it; most files have none."""
     found = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING.items()}
     preset = {name: value for name, value in found.items() if value is not None}
     return {"top_k": 0, **preset, "do_sample": preset.get("temperature", 1.0) != 0} if preset else None
 
 
 def _sizes(header: Header, kind: str) -> dict[str, int]:
-    """All sizes but the vocabulary's, by their names in config.json."""
+    """Return all sizes except the vocabulary's, by their names in config.json."""
     heads = _size(header, f"{kind}.attention.head_count")
     sizes = {
         "hidden_size": _size(header, f"{kind}.embedding_length"),
@@ -95,8 +95,8 @@ def _sizes(header: Header, kind: str) -> dict[str, int]:
 
 def _size(header: Header, key: str, default: int | None = None) -> int:
     value = header.get(key, int, default)
-    if value is None or not 1 <= value <= LARGEST:
-        raise ValueError(f"{header.file}: {key} must be from 1 to {LARGEST}, got {value!r}")
+    if value is None or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{header.file}: {key} must be from 1 to {MAX_SIZE}, got {value!r}")
     return value
 
 
@@ -125,7 +125,7 @@ def _yarn(header: Header, kind: str) -> dict[str, Any] | None:
 
 
 def _dtype(header: Header) -> str:
-    """That of the matrices if they are plain, of most numbers if they differ; bfloat16 if any is quantised."""
+    """Return the dtype of the matrices, or of most numbers where they differ; bfloat16 if a matrix is quantized."""
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     if not all(tensor.is_float for tensor in matrices):
         return "bfloat16"

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and where each tensor lies. Every size is checked against the file's.
 
-The package gguf has a reader, too, but it trusts the sizes that a file states: a few damaged bytes make it loop for
-hours. What is used of it are the names and sizes of types, and (in tensors.py) its dequantisation.
+The reader of the package gguf trusts the sizes that a file states: a few damaged bytes make it loop for hours. Only its
+names and sizes of types are used and, in tensors.py, its dequantization.
 Source: the GGUF specification, docs/gguf.md of github.com/ggml-org/ggml.
 """
 
@@ -19,8 +19,8 @@ import numpy as np
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor, import_gguf
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-DEFAULT_ALIGNMENT, MOST_DIMENSIONS = 32, 4
-# Numbers of types of metadata, and how struct reads them.
+DEFAULT_ALIGNMENT, MAX_DIMENSIONS = 32, 4
+# Types of metadata by number, as struct names them.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -28,16 +28,16 @@ PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata by key, and tensors by name in the order of the file (of the files, where it is split)."""
+    """Metadata by key, and tensors by name in the order of the file (of all files, where it is split)."""
 
     file: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A value of the metadata, or the default.
+        """Return a value of the metadata, or the default.
 
-        Raises: ValueError for a value of another kind.
+        Raises: ValueError for a value of another type.
         """
         value = self.metadata.get(key, default)
         is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
@@ -47,7 +47,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """The header of a GGUF file, or of all parts of a split one, given its first.
+    """Return the header of a GGUF file; of a split one, given its first part, of all parts.
 
     Raises: ImportError without the package gguf; FileNotFoundError for a missing part; ValueError for a damaged file.
     """
@@ -69,7 +69,7 @@ def read_header(file: Path) -> Header:
     for part in parts:
         for tensor in (header if part == file else _read_one(part)).tensors.values():
             if tensor.name in tensors:
-                raise ValueError(f"{part}: {tensor.name} is in an earlier part, too")
+                raise ValueError(f"{part}: {tensor.name} is in an earlier part already")
             tensors[tensor.name] = tensor
     return replace(header, tensors=tensors)
 
@@ -79,7 +79,7 @@ def _read_one(file: Path) -> Header:
         raise FileNotFoundError(f"{file} not found")
     import_gguf()
     try:
-        # Private: what is written to a tensor stays in memory.
+        # Copy on write: changes of a tensor stay in memory.
         data = np.memmap(file, mode="c") if file.stat().st_size else np.empty(0, np.uint8)
         return _Reader(file, data).header()
     except ValueError as err:
@@ -87,14 +87,14 @@ def _read_one(file: Path) -> Header:
 
 
 class _Reader:
-    """Walks through the bytes of a header. Whatever a file states, no more is read than there is."""
+    """A walk through the bytes of a header. Whatever a file states, no more is read than it holds."""
 
     def __init__(self, file: Path, data: np.ndarray) -> None:
         self.file, self.data, self.view = file, data, memoryview(data.data)
         self.offset = 0
 
     def header(self) -> Header:
-        """Everything up to the tensors' data."""
+        """Read everything up to the tensors' data."""
         if self.take(4) != MAGIC:
             raise ValueError("it does not begin with 'GGUF'")
         version = self.number("I")
@@ -124,10 +124,10 @@ class _Reader:
         return Header(self.file, metadata, tensors)
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape in PyTorch's order, number of the type, where its data begin."""
+        """Read a tensor's name, shape in PyTorch's order, number of its type, and offset of its data."""
         name = self.strings(1)[0]
         dims = self.number("I")
-        if not 1 <= dims <= MOST_DIMENSIONS:
+        if not 1 <= dims <= MAX_DIMENSIONS:
             raise ValueError(f"tensor {name!r} has {dims} dimensions")
         shape = tuple(self.number("Q") for _ in range(dims))[::-1]  # the fastest comes first in GGUF
         if math.prod(shape) < 1:
@@ -135,7 +135,7 @@ class _Reader:
         return name, shape, self.number("I"), self.number("Q")
 
     def take(self, count: int) -> memoryview:
-        """The next bytes."""
+        """Return the next bytes."""
         end = self.offset + count
         if end > len(self.view):
             raise ValueError(f"it ends at byte {len(self.view)}, inside its header")
@@ -144,11 +144,11 @@ class _Reader:
         return taken
 
     def number(self, letter: str) -> Any:
-        """The next number; letter: as in struct."""
+        """Return the next number; letter: as in struct."""
         return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
 
     def value(self, kind: int) -> Any:
-        """The next value of metadata, of this type."""
+        """Return the next value of metadata, of this type."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -165,7 +165,7 @@ class _Reader:
         return np.frombuffer(self.take(count * size), np.dtype(letter).newbyteorder("<")).tolist()
 
     def strings(self, count: int) -> list[str]:
-        """The next strings: a tokenizer has hundreds of thousands."""
+        """Return the next strings; a tokenizer has hundreds of thousands."""
         if count > len(self.view) // 8:
             raise ValueError(f"it states {count} strings, more than its size allows")
         view, offset, found = self.view, self.offset, []

@@ -1,7 +1,7 @@
 """Where the tensors of a GGUF file go in our model, and in which format each layer is kept.
 
-llama.cpp does not permute the rows of Qwen3's queries and keys (its RoPE pairs channels as ours does), so that only
-names differ. Source: tensor_mapping.py and constants.py of gguf-py in github.com/ggml-org/llama.cpp.
+Only names differ: llama.cpp does not permute the rows of Qwen3's queries and keys (its RoPE pairs channels as ours
+does). Source: tensor_mapping.py and constants.py of gguf-py in github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import nn
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.moe import Experts
 from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Format, fits
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 OUTER = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
@@ -40,7 +42,9 @@ IN_BLOCK = {
 }
 HALVES = {"ffn_gate_exps": 0, "ffn_up_exps": 1}
 # Layers of a block that read the same input; they are kept in one format, as they run in one call.
-TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), EXPERTS)
+ROUTER = "ffn_gate_inp"  # stays plain: it is small, and its choice of experts matters
 
 
 class Place(NamedTuple):
@@ -52,7 +56,7 @@ class Place(NamedTuple):
 
 
 def places_of(model: Qwen3) -> dict[str, Place]:
-    """Where each tensor goes that a file must hold for this (plain) model, by name."""
+    """Return the place of each tensor that a file must hold for this (plain) model, by name."""
     outer = {place: name for name, place in OUTER.items()}
     places: dict[str, Place] = {}
     for parameter, tensor in model.named_parameters():
@@ -69,40 +73,36 @@ def places_of(model: Qwen3) -> dict[str, Place]:
 
 
 def choose_formats(header: Header, config: ModelConfig, quantization: str | None) -> dict[str, Format]:
-    """The format of each tensor that is to be packed; others become plain.
+    """Return the format of each tensor that gets packed; others become plain.
 
-    None: Q4_0 stays in 4 bits; every other quantised type becomes int8, which is finer than its own steps; floats stay
-    floats. Of layers that read the same input, the one with the most bits decides. "dequantize": none is packed.
-    Otherwise the name of a format, for all.
-    Raises: ValueError for experts that are quantised, or are to be.
+    quantization: None keeps Q4_0 in int4 and floats plain, and loads other quantized types in int8, which is finer than
+    their own steps; of layers that read the same input, the one with the most bits decides. "dequantize" packs none.
+    The name of a format applies to all. Routers of experts stay plain.
     """
     if quantization == DEQUANTIZE:
         return {}
-    matrices = {name: tensor for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+    matrices = {name: t for name, t in header.tensors.items() if len(t.shape) in (2, 3) and ROUTER not in name}
     chosen: dict[str, Format | None] = {}
     for name, tensor in matrices.items():
         own = None if tensor.is_float else FORMATS["int4" if tensor.type == "Q4_0" else "int8"]
-        chosen[name] = (own if quantization is None else FORMATS[quantization]) if fits(*tensor.shape) else None
-    for layer in range(config.num_hidden_layers if quantization is None else 0):
-        for group in TOGETHER:
+        can_pack = fits(*tensor.shape[-2:])
+        chosen[name] = (own if quantization is None else FORMATS[quantization]) if can_pack else None
+    for layer in range(config.num_hidden_layers):
+        for group in TOGETHER if quantization is None else (EXPERTS,):  # a layer's experts have one format
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
             widest = max((chosen[name] for name in names), key=_bits, default=None)
             chosen |= dict.fromkeys(names, widest)
-    formats = {name: format for name, format in chosen.items() if format is not None}
-    quantised = [tensor.name for tensor in header.tensors.values() if not tensor.is_float]
-    if config.num_experts and (formats or quantised):
-        raise ValueError(
-            f"{header.file}: experts have no quantised form here yet; quantization='dequantize' makes plain weights "
-            "of a quantised file"
-        )
-    return formats
+    return {name: format for name, format in chosen.items() if format is not None}
 
 
 def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:
-    """Put empty quantised layers, on meta, in the places of a plain model's."""
+    """Replace layers of a plain model by empty quantized ones, on meta."""
     places = places_of(model)
     for name, format in formats.items():
         if name not in places:  # of a projection that is left out
+            continue
+        if len(places[name].shape) == 3:
+            _replace_experts(model, places[name].parameter, format)
             continue
         layer_name = places[name].parameter.removesuffix(".weight")
         layer: nn.Module = model.get_submodule(layer_name)
@@ -115,6 +115,13 @@ def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype)
         model.set_submodule(layer_name, QuantizedEmbedding(quantized, dtype))
         if model.config.tie_word_embeddings:
             model.set_submodule("lm_head", quantized)
+
+
+def _replace_experts(model: Qwen3, parameter: str, format: Format) -> None:
+    name = parameter.rpartition(".")[0]
+    experts = model.get_submodule(name)
+    if isinstance(experts, Experts):  # not replaced yet: gate, up and down come one by one
+        model.set_submodule(name, QuantizedExperts.of(experts, format))
 
 
 def _bits(format: Format | None) -> int:

@@ -1,4 +1,4 @@
-"""One tensor of a GGUF file, memory-mapped: as it lies in the file, its numbers, or packed as ours.
+"""One tensor of a GGUF file, memory-mapped: as stored, as numbers, or packed in one of our formats.
 
 N out_features   K in_features   G = K/32 groups
 """
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4
+from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4, put_rows
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NUMBERS_AT_ONCE = 2**22  # converted together, so that little more than the result is in memory
+NUMBERS_AT_ONCE = 2**22  # converted together, to hold little more than the result in memory
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StoredTensor:
     def of_file(
         cls, file: str, name: str, shape: tuple[int, ...], type_number: int, data: np.ndarray, offset: int
     ) -> StoredTensor:
-        """The tensor that a header describes; data: all bytes of the file; offset: where the tensor's begin.
+        """Return the tensor that a header describes; data: all bytes of the file; offset: of the tensor's first byte.
 
         Raises: ValueError for an unknown type, a shape that it cannot have, or bytes that are not there.
         """
@@ -53,11 +53,11 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        """Whether its numbers are floats rather than levels and scales."""
+        """Return whether its numbers are floats rather than levels and scales."""
         return self.type in FLOATS
 
     def refusal(self) -> str | None:
-        """Why it cannot be read, if that is so."""
+        """Return why it cannot be read, None if it can."""
         try:
             self._numbers(self._rows()[:1])
         except NotImplementedError:
@@ -65,7 +65,7 @@ class StoredTensor:
         return None
 
     def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The whole tensor. On the CPU, in the dtype of the file, it is the mapped pages."""
+        """Return the whole tensor. On the CPU, in the dtype of the file, it is the mapped pages."""
         if self.is_float:
             return torch.from_numpy(self.data).view(FLOATS[self.type]).view(self.shape).to(device, dtype)
         result = torch.empty(math.prod(self.shape[:-1]), self.shape[-1], dtype=dtype, device=device)
@@ -74,42 +74,42 @@ class StoredTensor:
         return result.view(self.shape)
 
     def packed(self, format: Format, device: torch.device) -> Packed:
-        """The (N, K) weight in one of our formats; N must be a multiple of 16, K of 32.
+        """Return the weight (N, K) in one of our formats; N must be a multiple of 16, K of 32.
 
-        Q4_0 keeps its levels in int4, and only rounds scales from float16 to bfloat16 (by a share of 2^-8 at most);
-        anything else is rounded anew from its numbers.
+        Stacked experts (X, N, K) count as one tall weight (X * N, K).
+
+        Q4_0 keeps its levels in int4, and only its scales are rounded, from float16 to bfloat16 (by a share of 2^-8 at
+        most); other types are dequantized and quantized again.
         """
-        N, K = self.shape
+        N, K = math.prod(self.shape[:-1]), self.shape[-1]
         result = format.empty(N, K)
         for start, rows in self._parts():
             keeps = self.type == "Q4_0" and format.name == "int4"
             part = pack_int4(*levels_of_q4_0(rows)) if keeps else format.quantize(self._numbers(rows))
-            for whole, piece in zip(result, part, strict=True):
-                first = start * whole.shape[0] // N
-                whole[first : first + piece.shape[0]] = piece
+            put_rows(result, N, start, part)
         return Packed(*(tensor.to(device) for tensor in result))
 
     def _rows(self) -> np.ndarray:
-        """The bytes of each row, (rows, bytes of a row); dimensions but the last count as one."""
+        """Return the bytes of each row, (rows, bytes of a row); all dimensions before the last count as rows."""
         return self.data.reshape(math.prod(self.shape[:-1]), -1)
 
     def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Some rows at a time: the number of the first one, their bytes (R, bytes of a row)."""
+        """Yield some rows at a time: the number of the first one, and their bytes (R, bytes of a row)."""
         rows, step = self._rows(), max(1, NUMBERS_AT_ONCE // self.shape[-1] // LANES) * LANES
         for start in range(0, len(rows), step):
             yield start, np.ascontiguousarray(rows[start : start + step])
 
     def _numbers(self, rows: np.ndarray) -> Tensor:
-        """The numbers of some rows, (R, K) float32."""
+        """Return the numbers of some rows, (R, K) float32."""
         if self.type in FLOATS:
             return torch.from_numpy(rows).view(FLOATS[self.type]).float()
         gguf = import_gguf()
-        with np.errstate(all="ignore"):  # whatever a damaged scale gives
+        with np.errstate(all="ignore"):  # whatever a damaged scale results in
             return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]))
 
 
 def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0, (R, bytes).
+    """Return levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0, (R, bytes).
 
     A block: the scale in float16, then 16 bytes: channels 0 to 15 in the low halves, 16 to 31 in the high ones.
     Source: block_q4_0 of ggml-common.h in github.com/ggml-org/ggml.
@@ -121,7 +121,7 @@ def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def import_gguf() -> Any:
-    """The optional package. Raises: ImportError saying what to install."""
+    """Import the optional package. Raises: ImportError saying what to install."""
     try:
         import gguf
     except ImportError as err:

@@ -15,9 +15,9 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 EMBEDDING = "token_embd.weight"
-SPECIAL = {"eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # what chat templates may name
+SPECIAL = {"eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # names that chat templates use
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of token_type
-# How text is cut into words before pairs are merged, by the name under which llama.cpp knows it.
+# The splitting of text into words, before pairs are merged, by llama.cpp's name for it.
 PATTERNS = {
     # Qwen2's and Qwen3's; text is composed first (NFC).
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -26,12 +26,12 @@ PATTERNS = {
     "qwen3fast-tiny": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 COMPOSED = ("qwen2",)
-# Control tokens that end a reply whichever of them the file names: chat models have both in generation_config.json.
+# Control tokens that end a reply even if the file does not name them: generation_config.json of chat models has both.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def tokenizer_of(header: Header) -> Tokenizer:
-    """Byte-level BPE, with control tokens as special ones, and the chat template.
+    """Return the byte-level BPE, with control tokens as special ones, and the chat template.
 
     Raises: ValueError for another kind of tokenizer, and for metadata that are missing or do not fit each other.
     """
@@ -60,7 +60,7 @@ def tokenizer_of(header: Header) -> Tokenizer:
 
 
 def _add_rules(base: BaseTokenizer, pre: str, tokens: list[str], types: list[int]) -> None:
-    """Added tokens, which being in the vocabulary keep their ids, and how text becomes words and words bytes."""
+    """Add tokens (they are in the vocabulary and keep their ids), normalizer, pre-tokenizer and decoder."""
     for kind, add in ((CONTROL, base.add_special_tokens), (USER_DEFINED, base.add_tokens)):
         add([AddedToken(token, normalized=False) for token, i in zip(tokens, types, strict=True) if i == kind])
     if pre in COMPOSED:
@@ -72,7 +72,7 @@ def _add_rules(base: BaseTokenizer, pre: str, tokens: list[str], types: list[int
 
 
 def stop_ids(header: Header) -> tuple[int, ...]:
-    """The ids that end a reply: those that the metadata name, and STOP_TOKENS that are control tokens.
+    """Return the ids that end a reply: the ones that the metadata name, and control tokens in STOP_TOKENS.
 
     Raises: ValueError for an id without a token.
     """
@@ -88,7 +88,7 @@ def stop_ids(header: Header) -> tuple[int, ...]:
 
 
 def _tokens(header: Header) -> tuple[list[str], list[int]]:
-    """All tokens and their types."""
+    """Return all tokens and their types."""
     tokens = _strings(header, "tokens")
     types = header.metadata.get(PREFIX + "token_type")
     if not isinstance(types, list) or len(types) != len(tokens) or not all(isinstance(i, int) for i in types):

@@ -12,7 +12,7 @@ from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.checkpoint.gguf.layout import OUTPUT, Place, places_of, replace_layers
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.formats import Format
+from qwen3fast.quantization.formats import Format, Packed
 
 
 def load_gguf_weights(
@@ -23,7 +23,7 @@ def load_gguf_weights(
     dtype: torch.dtype,
     progress: bool = False,
 ) -> None:
-    """Fill a plain `model` (on meta), after putting quantised layers where `formats` says so.
+    """Fill a plain `model` (on meta), after replacing the layers of `formats` by quantized ones.
 
     On the CPU, floats in `dtype` are the mapped pages of the file.
     Raises: ValueError naming all tensors that are missing, unexpected, misshaped or of a type that is not supported,
@@ -34,9 +34,12 @@ def load_gguf_weights(
     refuse(_problems(tensors, places), f"the tensors in {header.file} do not fit its metadata")
     replace_layers(model, formats, dtype)
     stacks: dict[str, Tensor] = {}
+    packed_stacks: dict[str, Packed] = {}
     for name, tensor in tqdm(tensors.items(), desc="loading weights", unit="tensor", disable=not progress):
         parameter, shape, half = places[name]
-        if name in formats:
+        if name in formats and len(shape) == 3:
+            _put_experts(model, places[name], tensor.packed(formats[name], device), packed_stacks)
+        elif name in formats:
             packed = tensor.packed(formats[name], device)
             assign(model, f"{parameter}_packed", packed.weight)
             assign(model, f"{parameter}_scale", packed.scale)
@@ -51,8 +54,21 @@ def load_gguf_weights(
     model.tie_weights()
 
 
+def _put_experts(model: Qwen3, place: Place, packed: Packed, stacks: dict[str, Packed]) -> None:
+    """Put packed experts into the model; gate and up share a parameter, in which each expert's rows stand together."""
+    if place.half is not None:
+        num_experts = place.shape[0]
+        if place.parameter not in stacks:
+            stacks[place.parameter] = Packed(*(t.new_empty(2 * t.shape[0], *t.shape[1:]) for t in packed))
+        for whole, part in zip(stacks[place.parameter], packed, strict=True):
+            whole.unflatten(0, (num_experts, 2, -1))[:, place.half] = part.unflatten(0, (num_experts, -1))
+        packed = stacks[place.parameter]
+    assign(model, f"{place.parameter}.weight_packed", packed.weight)
+    assign(model, f"{place.parameter}.weight_scale", packed.scale)
+
+
 def _problems(tensors: dict[str, StoredTensor], places: dict[str, Place]) -> list[str]:
-    """What is wrong with the tensors, a line each."""
+    """Return what is wrong with the tensors, one line per problem."""
     problems = []
     for name, tensor in tensors.items():
         if name not in places:

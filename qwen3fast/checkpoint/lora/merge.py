@@ -21,7 +21,7 @@ from qwen3fast.checkpoint.lora.match import COPY_NAME, Adapter, Layer, layers_of
 from qwen3fast.checkpoint.safetensors import open_tensors
 from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

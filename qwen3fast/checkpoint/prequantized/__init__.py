@@ -1,7 +1,7 @@
-"""Linear layers that other software quantized (fp8, AWQ, GPTQ) -> plain weights, or our formats.
+"""Linear layers that other software quantized (fp8, AWQ, GPTQ, compressed-tensors) -> plain weights, or our formats.
 
-format.py reads `quantization_config`; fp8.py, awq.py and gptq.py read the tensors of one layer, layer.py converts it,
-and collect.py gathers the tensors of each layer.
+format.py and compressed_config.py read `quantization_config`; fp8.py, awq.py, gptq.py and compressed_tensors.py read
+the tensors of one layer, layer.py converts it, and collect.py gathers the tensors of each layer.
 """
 
 from qwen3fast.checkpoint.prequantized.collect import PrequantizedLayers

@@ -22,7 +22,11 @@ class _Place(NamedTuple):
 
 
 class PrequantizedLayers:
-    """Layers of which some may be stored in the format `stored`: their tensors tell. None: no layer is."""
+    """Layers of which some may be stored in a format: their tensors tell. None: no layer is.
+
+    Attributes:
+        stored: names of the plain weights that come in the format.
+    """
 
     def __init__(
         self,
@@ -36,11 +40,14 @@ class PrequantizedLayers:
         self._places: dict[str, _Place] = {}
         self._missing: dict[str, set[str]] = {}  # by weight
         self._tensors: dict[str, dict[str, Tensor]] = {}
+        self.stored: set[str] = set()
         for weight, (N, K) in weights.items():
             prefix = weight.removesuffix("weight")
             for end, tensor in expected_tensors(stored, N, K).items() if stored is not None else ():
                 name = prefix + end
                 self._places[name] = _Place(weight, end, tensor)
+                if name in names and name != weight:
+                    self.stored.add(weight)
                 if not tensor.is_optional or name in names:
                     self._missing.setdefault(weight, set()).add(name)
 

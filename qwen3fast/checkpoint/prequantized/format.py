@@ -1,17 +1,20 @@
 """PrequantizedFormat: how other software stored the linear layers of a checkpoint (`quantization_config`).
 
 A variant that cannot be read is refused here, by name, before any weight is read.
-Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ and GPTQModel (gptq).
+Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ and GPTQModel (gptq), and llm-compressor
+(compressed-tensors, see compressed_config.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-BLOCK = 128  # fp8: a scale for so many rows and channels
+from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED, read_compressed, write_compressed
 
-# The values that each field may have; None: the field may be missing.
+BLOCK = 128  # fp8: rows and channels that share a scale
+
+# The supported values of each field; None: the field may be missing.
 _READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
     "fp8": {
         "weight_block_size": ([BLOCK, BLOCK],),
@@ -31,17 +34,33 @@ _READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
         "pack_dtype": ("int32", None),
     },
 }
-# Fields that have had other names.
+_ORIGINAL = "load the original weights with quantization="
+# Methods that are not read -> what to use instead.
+_INSTEAD = {
+    "bitsandbytes": f"{_ORIGINAL}'int4' (for nf4) or 'int8', or save the model dequantized (model.dequantize())",
+    "hqq": f"{_ORIGINAL}'int4' or 'int8'",
+    "mxfp4": f"{_ORIGINAL}'int4'",
+    "modelopt": f"{_ORIGINAL}'fp8' or 'int4'",
+    "torchao": f"{_ORIGINAL}'int8' or 'int4'",
+    "quanto": f"{_ORIGINAL}'int8' or 'int4'",
+    "eetq": f"{_ORIGINAL}'int8'",
+}
+# Other names that fields have had.
 _OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format": ("format",)}
 
 
 @dataclass(frozen=True)
 class PrequantizedFormat:
-    """One way in which linear layers are stored; embedding, norms and mostly the output projection are not.
+    """The storage of prequantized linear layers; embedding, norms and usually the output projection are plain.
 
-    method: "fp8" (float8_e4m3fn, a scale for 128 x 128 weights), "awq" or "gptq" (unsigned levels of `bits` bits, a
-    scale and a zero point for `group_size` channels of a row; -1: for all). is_symmetric: all zero points are the
-    middle. has_act_order: the channels of a group are not neighbours. zeros_less_one: zero points are stored less one.
+    Attributes:
+        method: "fp8" (float8_e4m3fn, one scale per 128 x 128 weights), "awq" or "gptq" (unsigned levels, a scale and a
+            zero point per group of channels of a row), or "compressed-tensors" (one of its layouts).
+        bits: of a level. group_size: channels that share a scale; -1: all.
+        layout, strategy: of compressed-tensors; see compressed_config.py.
+        is_symmetric: all zero points are the middle level.
+        has_act_order: the channels of a group are not neighbors.
+        zeros_less_one: zero points are stored less one.
     """
 
     method: str
@@ -50,6 +69,8 @@ class PrequantizedFormat:
     is_symmetric: bool = True
     has_act_order: bool = False
     zeros_less_one: bool = False
+    layout: str = ""
+    strategy: str = ""
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> PrequantizedFormat:
@@ -58,10 +79,14 @@ class PrequantizedFormat:
         Raises: ValueError naming the field that is not supported, and the values that are.
         """
         method = raw.get("quant_method")
+        if method == COMPRESSED:
+            return cls(COMPRESSED, **read_compressed(raw, where))
+        if isinstance(method, str) and method in _INSTEAD:
+            raise ValueError(f"{where}: quant_method {method!r} is not supported; {_INSTEAD[method]}")
         if not isinstance(method, str) or method not in _READABLE:
             raise ValueError(
                 f"{where}: quantization_config={raw!r:.300} is not supported; supported: quant_method "
-                f"{', '.join(map(repr, _READABLE))}, and what save_quantized wrote"
+                f"{', '.join(map(repr, [*_READABLE, COMPRESSED]))}, and what save_quantized wrote"
             )
         values = {name: _value(raw, name) for name in _READABLE[method]}
         for name, readable in _READABLE[method].items():
@@ -89,28 +114,36 @@ class PrequantizedFormat:
         )
 
     @property
-    def loaded_as(self) -> str | None:
-        """Which of our formats the weights are loaded in, unless another is asked for; None: the checkpoint's dtype.
+    def is_float(self) -> bool:
+        """Return whether the stored numbers are floating point, not levels."""
+        return self.method == "fp8" or self.layout == "float-quantized"
 
-        "int4" takes the published levels over, "int8" rounds what they stand for.
+    @property
+    def loaded_as(self) -> str | None:
+        """Return the format that weights are loaded in by default, None for plain weights in the checkpoint's dtype.
+
+        "int4" takes over the stored levels; "int8" quantizes the dequantized weights.
         """
-        if self.method == "fp8":
+        if self.is_float:
             return None
         return "int4" if self.bits == 4 and self.is_symmetric and not self.has_act_order else "int8"
 
     def describe(self) -> str:
-        """In words, for people."""
-        if self.method == "fp8":
-            return f"fp8, a scale for {BLOCK} x {BLOCK} weights"
-        group = "all channels" if self.group_size == -1 else f"{self.group_size} channels"
+        """Return the format in words."""
+        if self.is_float:
+            shared = {"tensor": "tensor", "channel": "row"}.get(self.strategy, f"{BLOCK} x {BLOCK} weights")
+            return f"{'fp8' if self.method == 'fp8' else f'{self.method}, fp8'}, one scale per {shared}"
+        group = "row" if self.group_size == -1 else f"{self.group_size} channels"
         zeros = "" if self.is_symmetric else " and a zero point"
-        order = ", channels in another order" if self.has_act_order else ""
-        return f"{self.method}, {self.bits} bits, a scale{zeros} for {group}{order}"
+        order = ", channels out of order" if self.has_act_order else ""
+        return f"{self.method}, {self.bits} bits, a scale{zeros} per {group}{order}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as `quantization_config`."""
+        """Return the format as `quantization_config`."""
         if self.method == "fp8":
             return {"quant_method": "fp8", **{name: values[0] for name, values in list(_READABLE["fp8"].items())[:3]}}
+        if self.method == COMPRESSED:
+            return write_compressed(asdict(self))
         plain = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
         if self.method == "awq":
             return {**plain, "zero_point": True, "version": "gemm"}
@@ -123,6 +156,6 @@ class PrequantizedFormat:
 
 
 def _value(raw: dict[str, Any], name: str) -> Any:
-    """A field by any of its names; names of formats are in lower case."""
+    """Return a field by any of its names; names of formats become lower case."""
     value = next((raw[n] for n in (name, *_OTHER_NAMES.get(name, ())) if raw.get(n) is not None), None)
     return value.lower() if isinstance(value, str) else value

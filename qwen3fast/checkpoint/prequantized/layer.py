@@ -5,14 +5,19 @@ N out_features   K in_features   n some rows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized import awq, fp8, gptq
+from qwen3fast.checkpoint.prequantized import awq, compressed_tensors, fp8, gptq
+from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED
 from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
 from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
+
+_READERS: dict[str, Any] = {"awq": awq, "gptq": gptq, COMPRESSED: compressed_tensors}
 
 
 class PrequantizedLayer:
@@ -40,7 +45,7 @@ class PrequantizedLayer:
         return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format))
 
     def _pack(self, rows: slice, format: Format) -> Packed:
-        if self.stored.method != "fp8":
+        if not self.stored.is_float:
             levels = self._levels(rows)
             if format.name == "int4" and self.stored.loaded_as == "int4":
                 return levels.as_int4()
@@ -49,15 +54,17 @@ class PrequantizedLayer:
         return format.quantize(self._weight(rows))
 
     def _weight(self, rows: slice) -> Tensor:
-        return fp8.weight(self.tensors, rows) if self.stored.method == "fp8" else self._levels(rows).weight()
+        if not self.stored.is_float:
+            return self._levels(rows).weight()
+        read = fp8.weight if self.stored.method == "fp8" else compressed_tensors.float_weight
+        return read(self.tensors, rows)
 
     def _levels(self, rows: slice) -> Levels:
-        read = awq.levels if self.stored.method == "awq" else gptq.levels
-        return read(self.stored, self.tensors, rows)
+        return _READERS[self.stored.method].levels(self.stored, self.tensors, rows)
 
 
 def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
     """Return the tensors of a layer of this shape, by the ends of their names."""
     if stored.method == "fp8":
         return fp8.expected_tensors(N, K)
-    return (awq.expected_tensors if stored.method == "awq" else gptq.expected_tensors)(stored, N, K)
+    return _READERS[stored.method].expected_tensors(stored, N, K)

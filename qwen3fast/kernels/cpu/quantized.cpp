@@ -13,7 +13,7 @@
 // Activations are rounded to 8 bits in groups of 32 channels, each group with a scale of its own. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does not round the activations, is in
-// quantization/linear.py.
+// quantization/layers.py.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,8 +1,8 @@
-"""Products of single rows with the weights, in 8 or 4 bits, of the expert that a router chose for each, on a GPU.
+"""Products of rows with 8-bit or 4-bit weights, each row with the weight of its own expert, on a GPU.
 
-All experts' weights lie one below the other in the layout of quantization/formats.py; a program finds those of its
-row's expert by the expert's number, which it reads itself: the host never knows it, and other experts' bytes are not
-read. As there is one row a program, its 16 sums run on the ordinary cores. See packed_matvec.py for the rest.
+The experts' weights are stacked in the layout of quantization/formats.py. A program reads the number of its row's
+expert on the device and then only that expert's weight; the host does not wait for the router. With one row per
+program, the 16 sums run on the ordinary cores instead of the tensor cores. See packed_matvec.py for the rest.
 
 Not yet run on a GPU; tests run it in Triton's interpreter.
 
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, group_factors, num_parts, unpack
+from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, group_scales, num_parts, unpack
 
 
 def packed_experts(
     x_PK: Tensor, packed: Tensor, scale: Tensor, expert_P: Tensor, num_experts: int, is_fp8: bool
 ) -> Tensor:
-    """The parts of x[p] @ weight[expert[p]].T, (C, P, N) float32, whose sum over C it is.
+    """Return x[p] @ weight[expert[p]].T in C parts, (C, P, N) float32; the product is their sum over C.
 
     x_PK: any float dtype. packed, scale: as `Packed` in formats.py, of X * N rows. expert_P: int64, each below X.
     """
@@ -57,18 +57,18 @@ def _multiply_chosen(
     b, c, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, lanes)
     num_channels = num_words * channels
-    at = tl.load(expert + p) * tl.num_programs(0) + b  # int64: the block among those of all experts
+    at = tl.load(expert + p) * tl.num_programs(0) + b  # int64: the block, counted over all experts
     total = tl.zeros([lanes], tl.float32)
     end = tl.minimum(share * (c + 1), num_words)
     for first in range(share * c, end, block):
         j = first + tl.arange(0, block)
         is_real = j < end
         word = tl.load(words + (at * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0)
-        factor = 1.0
+        word_scale = 1.0
         if channels == 8:
-            factor = group_factors(scale, at, j, is_real, lane, num_words, channels, lanes, group)
+            word_scale = group_scales(scale, at, j, is_real, lane, num_words, channels, lanes, group)
         for part in tl.static_range(channels):
-            weight = unpack(word, factor, part, channels, is_fp8)
+            weight = unpack(word, word_scale, part, channels, is_fp8)
             numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
             total += tl.sum(weight * numbers[:, None], axis=0)
     if channels == 4:

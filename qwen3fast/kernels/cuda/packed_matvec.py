@@ -1,13 +1,13 @@
-"""Products of a few rows with weights in 8 or 4 bits on a GPU, in the layout of quantization/formats.py.
+"""Products of a few rows with 8-bit or 4-bit weights on a GPU, in the layout of quantization/formats.py.
 
-With few rows a product is bound by reading the weight. A program takes 16 rows of the weight side by side, 32 bits of
-each at a time (so that what its threads read lies side by side in memory), widens them in registers and multiplies on
-the tensor cores. A short weight has too few blocks for a GPU's multiprocessors, so its channels are split, too, and the
-parts added up afterwards: in a fixed order, unlike with atomic additions.
+With few rows, a product is bound by reading the weight. A program processes a block of 16 rows of the weight, one
+32-bit word per row at a time: reads are coalesced. It dequantizes the words in registers and multiplies on the tensor
+cores. A weight with few rows has too few blocks to occupy all multiprocessors: its channels are split as well, and the
+parts are added afterwards, in a fixed order, which atomic additions would not have.
 
 Not yet run on a GPU; tests run it in Triton's interpreter.
 
-    M rows of x   N out_features   K in_features   J 32-bit words of a row   P channels a word   C parts of the channels
+    M rows of x   N out_features   K in_features   J 32-bit words per row   C parts of the channels
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_J = 64  # words that a program takes of each row at a time
+BLOCK_J = 64  # words per row that a program reads at a time
 LANES = 16  # rows of the weight in a block, as in formats.py; also the smallest side of Triton's matrix product
 GROUP = 32  # channels that share a scale in 4 bits
-PROGRAMS = 2 * 132  # to start: two for each multiprocessor of an H100
+PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_ROWS = 64
 
 
 def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
-    """The parts of x @ weight.T, (C, M, N) float32, whose sum over C it is; M up to MAX_ROWS.
+    """Return x @ weight.T in C parts, (C, M, N) float32; the product is their sum over C. M is at most MAX_ROWS.
 
     x_MK: any float dtype. packed, scale: as `Packed` in formats.py; the number of bits is taken from their shapes.
     """
@@ -41,12 +41,12 @@ def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> 
 
 
 def num_parts(blocks: int, words: int) -> int:
-    """Into how many parts the channels go."""
+    """Return C, the number of parts that the channels are split into."""
     return max(1, min(-(-PROGRAMS // blocks), words // BLOCK_J))
 
 
 @triton.jit
-def group_factors(
+def group_scales(
     scale,
     at,
     j,
@@ -57,17 +57,17 @@ def group_factors(
     lanes: tl.constexpr,
     group: tl.constexpr,
 ):
-    """Scales of 4 bits, (block, lanes) float32: those of the groups that words j of the weight's block `at` are in."""
+    """Return the scales of 4-bit words j in the weight's block `at`, (block, lanes) float32."""
     groups = num_words * channels // group
     place = (at * groups + (j // (group // channels))[:, None]) * lanes + lane[None, :]
     return tl.load(scale + place, mask=is_real[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def unpack(word, factor, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.constexpr):
-    """Channel `part` of each word, in float32 (in 8 bits without the row's scale).
+def unpack(word, scale, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.constexpr):
+    """Return channel `part` of each word, dequantized to float32; of 8-bit words without the row's scale.
 
-    A word holds 4 channels, byte by byte, or 8 in 4 bits: first the four low halves of its bytes, then the high ones.
+    A word holds 4 channels of 8 bits, one per byte, or 8 channels of 4 bits: the low halves of its bytes first.
     """
     bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if channels == 4 else 15)
     if is_fp8:
@@ -77,7 +77,7 @@ def unpack(word, factor, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.
     elif channels == 4:
         weight = (bits - 128).to(tl.float32)
     else:
-        weight = (bits - 8).to(tl.float32) * factor
+        weight = (bits - 8).to(tl.float32) * scale
     return weight
 
 
@@ -97,7 +97,7 @@ def _multiply(
     block: tl.constexpr,
     group: tl.constexpr,
 ):
-    """Program (b, c): part c of the channels of weight rows 16b..16b+15; `channels` in a word: 4 (8 bits) or 8 (4)."""
+    """Program (b, c): part c of the channels of weight rows 16b..16b+15. channels: per word, 4 (8 bits) or 8 (4)."""
     b, c = tl.program_id(0), tl.program_id(1)
     row, lane = tl.arange(0, rows), tl.arange(0, lanes)
     num_channels = num_words * channels
@@ -109,11 +109,11 @@ def _multiply(
         word = tl.load(
             words + (b.to(tl.int64) * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0
         )
-        factor = 1.0
+        word_scale = 1.0
         if channels == 8:
-            factor = group_factors(scale, b.to(tl.int64), j, is_real, lane, num_words, channels, lanes, group)
+            word_scale = group_scales(scale, b.to(tl.int64), j, is_real, lane, num_words, channels, lanes, group)
         for part in tl.static_range(channels):
-            weight = unpack(word, factor, part, channels, is_fp8)
+            weight = unpack(word, word_scale, part, channels, is_fp8)
             numbers = tl.load(
                 x + row[:, None] * num_channels + (j * channels + part)[None, :],
                 mask=(row < num_rows)[:, None] & is_real[None, :],

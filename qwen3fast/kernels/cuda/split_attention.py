@@ -1,8 +1,9 @@
-"""Attention of one query a row over the used part of a KV cache, on a GPU: many programs share out one row's positions.
+"""Attention of one query per row over the used part of a KV cache, on a GPU.
 
-One query gives too little work for a GPU if each head is one program, so each head's positions are split: every split
-finds its own maximum, sum and weighted values, and a second kernel merges them. Lengths are read on the device: within
-one CUDA graph the cost follows what is used. Each key and value is read once for all query heads of its group.
+One program per head would not occupy a GPU: each head's positions are split over several programs. Every split
+computes its own maximum, sum and weighted values, and a second kernel merges them. Lengths are read on the device: the
+cost follows the used length, also within one CUDA graph. Each key and value is read once for all query heads of its
+group.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); online softmax: arXiv:1805.02867. The plain form
 is `attend` in kernels/attention.py.
 
@@ -18,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # positions that a program takes at a time
-SMALLEST_DOT = 16  # rows that a matrix product of Triton needs at least
-PROGRAMS = 2 * 132  # to start: two for each multiprocessor of an H100
-MOST_SPLITS = 64
+BLOCK = 64  # positions that a program reads at a time
+MIN_DOT = 16  # rows that Triton's matrix product needs
+PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
+MAX_SPLITS = 64
 
 
 def split_attention(
@@ -32,10 +33,10 @@ def split_attention(
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over positions 0..position (-1 as 0) of rows 0..B-1 of the cache, T = 1. D a power of
-    two.
+    """Return softmax(q k^T / sqrt(D)) v over positions 0..position (-1 as 0) of slots 0..B-1, for T = 1.
 
-    k_RKSD, v_RKSD: contiguous, in q's dtype, or int8 with factors k_scale_RKS, v_scale_RKS (float32).
+    k_RKSD, v_RKSD: contiguous, in q's dtype, or int8 with scales k_scale_RKS, v_scale_RKS (float32). D is a power of
+    two.
     Returns: (B, H, 1, D) in q's dtype.
     """
     B, _, H, D = q_BTHD.shape
@@ -45,19 +46,19 @@ def split_attention(
     y = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     part = torch.empty(B * H, N, D, dtype=torch.float32, device=q.device)
     maximum, total = torch.empty(2, B * H, N, dtype=torch.float32, device=q.device).unbind()
-    is_rounded = k_scale_RKS is not None
-    factors = (k_scale_RKS, v_scale_RKS) if is_rounded else (maximum, total)  # not read then
-    rows = max(SMALLEST_DOT, triton.next_power_of_2(G))
+    is_quantized = k_scale_RKS is not None
+    scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (maximum, total)  # not read then
+    rows = max(MIN_DOT, triton.next_power_of_2(G))
     _attend_split[(B * K, N)](
-        q, k_RKSD, v_RKSD, *factors, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, BLOCK, is_rounded
+        q, k_RKSD, v_RKSD, *scales, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, BLOCK, is_quantized
     )
     _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
     return y
 
 
 def num_splits(heads: int, positions: int) -> int:
-    """Into how many parts the positions of each of `heads` key/value heads go. It does not depend on what is used."""
-    return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MOST_SPLITS))
+    """Return N, the number of splits per key/value head, whatever length is in use. heads: of all rows together."""
+    return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _attend_split(
     head_dim: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
-    is_rounded: tl.constexpr,
+    is_quantized: tl.constexpr,
 ):
     """Program (i, n): split n of key/value head i % K in row i // K; `group` query heads, padded to `rows`."""
     i, split, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -98,14 +99,14 @@ def _attend_split(
         place = i.to(tl.int64) * num_positions + at
         key = tl.load(k + place[None, :] * head_dim + channel[:, None], mask=is_used[None, :], other=0.0)
         score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
-        if is_rounded:
+        if is_quantized:
             score *= tl.load(k_scale + place, mask=is_used, other=0.0)[None, :]
         score = tl.where(is_used[None, :], score, -1e30)
         new_most = tl.maximum(most, tl.max(score, 1))
         weight = tl.where(is_used[None, :], tl.exp(score - new_most[:, None]), 0.0)
         shrink = tl.exp(most - new_most)
         weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-        if is_rounded:
+        if is_quantized:
             weight *= tl.load(v_scale + place, mask=is_used, other=0.0)[None, :]
         value = tl.load(v + place[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
         product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_near, small_config
-from published_layouts import AWQ, FP8, GPTQ, publish
+from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 from test_checkpoint import assert_same_weights
 from test_lora import modules_of, write_adapter
 
@@ -49,7 +49,7 @@ def assert_greedy(reference, token_ids: list[int], num_prompt: int, tolerance: f
 @pytest.mark.parametrize("tied", [True, False])
 def test_generation_takes_the_fast_path_and_follows_the_dequantised_model(tmp_path, tokenizer_folder, name, tied):
     config = replace(CONFIG, tie_word_embeddings=tied)
-    reference = publish(tmp_path, config, LAYOUTS[name], tokenizer_folder=tokenizer_folder, files=2)
+    reference = write_prequantized(tmp_path, config, LAYOUTS[name], tokenizer_folder=tokenizer_folder, files=2)
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
         cache = StaticKVCache(generator.config, 1, 32, torch.bfloat16, torch.device("cpu"))
         assert DecodeLayers(generator.model, cache).serves(1)
@@ -65,7 +65,7 @@ def test_generation_takes_the_fast_path_and_follows_the_dequantised_model(tmp_pa
 def test_compiled_cached_and_uncached_give_the_same_tokens(tmp_path, tokenizer_folder, kept, monkeypatch):
     # Recorded and chosen as compiled code is, but run by PyTorch: which code runs which block is what is tested.
     monkeypatch.setattr("torch._inductor.standalone_compile", lambda graph, inputs, options: graph)
-    publish(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
+    write_prequantized(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
     options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
     with Generator.from_pretrained(tmp_path, compile=False, **options) as generator:
         expected = generator.generate(PROMPT, GREEDY).token_ids
@@ -76,7 +76,9 @@ def test_compiled_cached_and_uncached_give_the_same_tokens(tmp_path, tokenizer_f
 
 
 def test_float16_checkpoints_run(tmp_path, tokenizer_folder):
-    reference = publish(tmp_path, replace(CONFIG, dtype=torch.float16), AWQ, tokenizer_folder=tokenizer_folder)
+    reference = write_prequantized(
+        tmp_path, replace(CONFIG, dtype=torch.float16), AWQ, tokenizer_folder=tokenizer_folder
+    )
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
         assert generator.model.model.norm.weight.dtype == torch.float16
         prompt = generator.tokenizer.encode(PROMPT)
@@ -87,7 +89,7 @@ def test_float16_checkpoints_run(tmp_path, tokenizer_folder):
 @needs_operation
 @pytest.mark.parametrize("kept", ["q_proj", "up_proj", "layers.1.mlp.down_proj"])
 def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
-    reference = publish(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
+    reference = write_prequantized(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
         cache = StaticKVCache(generator.config, 1, 32, torch.bfloat16, torch.device("cpu"))
         # Layers with the same input must be alike for C++; a layer with an input of its own may be plain.
@@ -97,12 +99,12 @@ def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
         assert_greedy(reference, ids, len(prompt), tolerance=0.04)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-@pytest.mark.parametrize("kept", [("lm_head",), ("lm_head", "o_proj")])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kept", "tied"), [("awq", ("lm_head",), True), ("gptq", ("lm_head", "o_proj"), False)]
+)
 def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tied, capsys):
     config = replace(CONFIG, tie_word_embeddings=tied)
-    publish(tmp_path / "theirs", config, LAYOUTS[name], kept=kept, tokenizer_folder=tokenizer_folder)
+    write_prequantized(tmp_path / "theirs", config, LAYOUTS[name], kept=kept, tokenizer_folder=tokenizer_folder)
     with Generator.from_pretrained(tmp_path / "theirs", device="cpu", compile=False, max_seq_len=64) as generator:
         generator.save_quantized(tmp_path / "ours")
         model = generator.model
@@ -117,7 +119,7 @@ def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tie
 
 
 def test_saved_model_whose_list_of_plain_modules_is_none_is_refused(tmp_path):
-    publish(tmp_path / "theirs", CONFIG, GPTQ)
+    write_prequantized(tmp_path / "theirs", CONFIG, GPTQ)
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
     file = tmp_path / "ours" / "config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ def test_saved_model_whose_list_of_plain_modules_is_none_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["awq", "gptq"])
 def test_adapters_are_refused_for_weights_that_stay_rounded(tmp_path, name):
-    reference = publish(tmp_path / "model", CONFIG, LAYOUTS[name])
+    reference = write_prequantized(tmp_path / "model", CONFIG, LAYOUTS[name])
     write_adapter(tmp_path / "adapter", reference, modules_of(reference, ["q_proj"]))
     (tmp_path / "model" / "model.safetensors").unlink()  # before any weight is read
     with pytest.raises(ValueError, match=rf"an adapter needs .* \({name}, 4 bits.*Use quantization='dequantize'"):
@@ -148,7 +150,7 @@ def test_adapters_are_refused_for_weights_that_stay_rounded(tmp_path, name):
     ],
 )
 def test_adapters_are_merged_into_dequantised_weights_and_rounded_afterwards(tmp_path, name, quantization):
-    reference = publish(tmp_path / "model", CONFIG, LAYOUTS[name])
+    reference = write_prequantized(tmp_path / "model", CONFIG, LAYOUTS[name])
     write_adapter(tmp_path / "adapter", reference, modules_of(reference, ["q_proj", "down_proj"]))
     options = {"device": "cpu", "dtype": "float32", "quantization": quantization}
     model = load_model(tmp_path / "model", adapter=tmp_path / "adapter", **options)
@@ -164,7 +166,7 @@ def test_adapters_are_merged_into_dequantised_weights_and_rounded_afterwards(tmp
 def test_embedder_reads_checkpoints_without_the_prefix(tmp_path, tokenizer_folder, name):
     config = replace(CONFIG, tie_word_embeddings=True, dtype=torch.float32)
     options = {"prefix": "", "files": 2, "tokenizer_folder": tokenizer_folder}
-    reference = publish(tmp_path, config, LAYOUTS[name], **options)
+    reference = write_prequantized(tmp_path, config, LAYOUTS[name], **options)
     embedder = Embedder.from_pretrained(tmp_path, device="cpu", quantization="dequantize")
     assert_near(embedder.encode("A cat sat."), Embedder(reference, embedder.tokenizer).encode("A cat sat."))
     small = Embedder.from_pretrained(tmp_path, device="cpu").encode("A cat sat.")
@@ -173,14 +175,14 @@ def test_embedder_reads_checkpoints_without_the_prefix(tmp_path, tokenizer_folde
 
 @layouts
 def test_embedder_leaves_the_output_projection_out(tmp_path, tokenizer_folder, name):
-    publish(tmp_path, CONFIG, LAYOUTS[name], kept=(), tokenizer_folder=tokenizer_folder)
+    write_prequantized(tmp_path, CONFIG, LAYOUTS[name], kept=(), tokenizer_folder=tokenizer_folder)
     assert Embedder.from_pretrained(tmp_path, device="cpu").model.lm_head is None
 
 
 @pytest.mark.parametrize("kept", [("lm_head",), ()])
 def test_reranker_reads_a_plain_and_a_quantised_output_projection(tmp_path, yes_no_folder, kept):
     config = replace(CONFIG, vocab_size=1040, max_position_embeddings=512, dtype=torch.float32)
-    reference = publish(tmp_path, config, GPTQ, kept=kept, tokenizer_folder=yes_no_folder)
+    reference = write_prequantized(tmp_path, config, GPTQ, kept=kept, tokenizer_folder=yes_no_folder)
     reranker = Reranker.from_pretrained(tmp_path, device="cpu")
     assert hasattr(reranker.model.lm_head, "weight") == bool(kept)
     expected = Reranker(reference, reranker.tokenizer).score("Where?", ["Paris.", "x"])
@@ -188,7 +190,7 @@ def test_reranker_reads_a_plain_and_a_quantised_output_projection(tmp_path, yes_
 
 
 def test_command_line_dequantises(tmp_path, tokenizer_folder, capsys, opened):
-    publish(tmp_path, CONFIG, AWQ, tokenizer_folder=tokenizer_folder)
+    write_prequantized(tmp_path, CONFIG, AWQ, tokenizer_folder=tokenizer_folder)
     options = ["--quantization", "dequantize", "--temperature", "0", "--max-tokens", "3", "--compile", "never"]
     assert main(["generate", "Hello", "--raw", "--model", str(tmp_path), "--max-seq-len", "64", *options]) == 0
     assert capsys.readouterr().out.strip()
@@ -196,7 +198,7 @@ def test_command_line_dequantises(tmp_path, tokenizer_folder, capsys, opened):
 
 
 def test_loading_holds_some_rows_at_a_time_in_plain_numbers(tmp_path, monkeypatch):
-    publish(tmp_path, CONFIG, AWQ)
+    write_prequantized(tmp_path, CONFIG, AWQ)
     sizes = []
     weight = Levels.weight
 

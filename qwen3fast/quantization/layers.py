@@ -1,4 +1,4 @@
-"""The layers that hold quantised weights; each takes the place of the layer of the same name in a model.
+"""Layers with quantized weights; each replaces the plain layer of the same name in a model.
 
 K in_features   N out_features
 """
@@ -16,7 +16,7 @@ PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dty
 
 
 def can_use_operations(format: Format, x: Tensor) -> bool:
-    """Whether the C++ operations serve weights of this format, here and now."""
+    """Return whether the C++ operations serve weights of this format on the device of x."""
     return x.device.type == "cpu" and "cpu" in format.devices and cpu.is_loaded()
 
 
@@ -32,26 +32,26 @@ class QuantizedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """N."""
+        """Return N."""
         return self.weight_packed.shape[0] * LANES
 
     @property
     def in_features(self) -> int:
-        """K."""
+        """Return K."""
         return self.weight_packed.shape[1] * 32 // self.format.bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K). Returns (..., N), same dtype.
+        """Return the product, (..., N) in the dtype of x, (..., K).
 
-        The C++ operation rounds x to 8 bits, too, in groups of 32 channels; the GPU's form does not. On the CPU, the
-        result of a row does not depend on the rows beside it.
+        The C++ operation also quantizes x to 8 bits, in groups of 32 channels; the GPU's form does not. On the CPU, a
+        row's result does not depend on the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
-        """What each layer gives for the same x, (..., K), in one call: one (..., N) a layer, same dtype."""
+        """Return each layer's product with the same x, (..., K), from one call: one (..., N) per layer, same dtype."""
         if any(layer.format is not layers[0].format for layer in layers):
             return [layer(x) for layer in layers]
         if can_use_operations(layers[0].format, x):
@@ -71,12 +71,12 @@ class QuantizedLinear(nn.Module):
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
-        """The weight that the bits stand for, (N, K) float32."""
+        """Return the dequantized weight, (N, K) float32."""
         return self.format.dequantize(Packed(self.weight_packed, self.weight_scale))
 
 
 class QuantizedEmbedding(nn.Module):
-    """A token embedding with its rows in 8 or 4 bits; it may share them with the output projection."""
+    """A token embedding with rows in 8 or 4 bits; it may share them with the output projection."""
 
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class QuantizedEmbedding(nn.Module):
         self.weight_packed, self.weight_scale = linear.weight_packed, linear.weight_scale
 
     def forward(self, token_BT: Tensor) -> Tensor:
-        """token_BT: int64 ids. Returns (B, T, K) in `dtype`."""
+        """Return the rows of token_BT, int64 ids: (B, T, K) in `dtype`."""
         packed = Packed(self.weight_packed, self.weight_scale)
         if self.dtype == torch.bfloat16 and can_use_operations(self.format, token_BT):
             rows = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())

@@ -1,4 +1,4 @@
-"""Writes checkpoints as others publish them quantised, from the definitions of the formats, word by word.
+"""Writes prequantized checkpoints from the definitions of their formats, word by word.
 
 Levels, zero points and scales are drawn at random; what they stand for is computed here, in float64, one number at a
 time or one word's rows at a time, by nothing of the package.
@@ -15,7 +15,7 @@ import torch
 from conftest import randomised
 from safetensors.torch import save_file
 from test_checkpoint import tensors_of, write_index
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
@@ -36,6 +36,23 @@ GPTQ = {
     "desc_act": False,
     "checkpoint_format": "gptq",
 }
+
+
+def compressed(layout: str, strategy: str, bits: int = 8, **weights) -> dict:
+    """The `quantization_config` of compressed-tensors with one scheme."""
+    kind = "float" if layout == "float-quantized" else "int"
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, **weights}
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight rows each half byte of a word holds, from the lowest on
 
 
@@ -84,6 +101,41 @@ def gptq_layer(
     return tensors, stood_for(level_KN, zero_GN, scale_GN, group_K)
 
 
+def compressed_layer(rng: np.random.Generator, N: int, K: int, config: dict) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors of a layer of compressed-tensors, and its weight in float64."""
+    weights, layout = config["config_groups"]["group_0"]["weights"], config["format"]
+    if layout == "float-quantized":
+        number = torch.from_numpy(rng.normal(size=(N, K)) * 100).float().to(torch.float8_e4m3fn)
+        shape = {"tensor": (1,), "channel": (N, 1), "block": (-(-N // 128), -(-K // 128))}[weights["strategy"]]
+        scale = torch.from_numpy(rng.uniform(0.5, 1.5, shape) * K**-0.5 / 100).bfloat16()
+        place = {"tensor": lambda n, k: 0, "channel": lambda n, k: (n, 0), "block": lambda n, k: (n // 128, k // 128)}
+        weight = number.double()
+        for n in range(N):
+            for k in range(0, K, 128):
+                weight[n, k : k + 128] *= scale[place[weights["strategy"]](n, k)].double()
+        return {"weight": number, "weight_scale": scale}, weight
+    bits, group_size = weights["num_bits"], weights.get("group_size") or -1
+    level_KN, zero_GN, scale_GN, group_K = drawn(rng, N, K, bits, group_size, weights["symmetric"])
+    if weights["strategy"] == "tensor":
+        zero_GN[:], scale_GN[:] = zero_GN[0, 0], scale_GN[0, 0]
+    if weights.get("actorder") == "group":
+        group_K = rng.permutation(group_K)
+    expected, scale = stood_for(level_KN, zero_GN, scale_GN, group_K), torch.from_numpy(scale_GN.T.copy())
+    if layout == "int-quantized":  # numbers and zero points around 0
+        tensors = {"weight": torch.from_numpy((level_KN.T - 128).astype(np.int8)), "weight_scale": scale}
+        zeros = torch.from_numpy((zero_GN.T - 128).astype(np.int8))
+        if weights["strategy"] == "tensor":
+            tensors["weight_scale"], zeros = scale[0], zeros[0]
+        return tensors | ({} if weights["symmetric"] else {"weight_zero_point": zeros}), expected
+    tensors = {"weight_packed": row_words(level_KN, bits).T.contiguous(), "weight_scale": scale}
+    tensors["weight_shape"] = torch.tensor([N, K])
+    if not weights["symmetric"]:
+        tensors["weight_zero_point"] = row_words(zero_GN.T, bits)
+    if weights.get("actorder") == "group":
+        tensors["weight_g_idx"] = torch.from_numpy(group_K.astype(np.int32))
+    return tensors, expected
+
+
 def row_words(level_XN: np.ndarray, bits: int) -> Tensor:
     """Neighbouring rows in a word, in their order."""
     in_word = 32 // bits
@@ -116,12 +168,14 @@ def drawn_layer(rng: np.random.Generator, N: int, K: int, config: dict, **option
     """A layer in the layout that `quantization_config` says."""
     if config["quant_method"] == "fp8":
         return fp8_layer(rng, N, K, **options)
+    if config["quant_method"] == "compressed-tensors":
+        return compressed_layer(rng, N, K, config)
     if config["quant_method"] == "awq":
         return awq_layer(rng, N, K, config["group_size"])
     return gptq_layer(rng, N, K, config, **options)
 
 
-def publish(
+def write_prequantized(
     folder: Path,
     config: ModelConfig,
     quantization_config: dict,
@@ -153,20 +207,19 @@ def publish(
         shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     with torch.no_grad():  # what is stored in the checkpoint's dtype was rounded to it
         for name, parameter in model.named_parameters():
-            if not any(f"{name.removesuffix('weight')}{end}" in tensors for end in ("qweight", "weight_scale_inv")):
+            ends = ("qweight", "weight_scale_inv", "weight_scale")
+            if not any(f"{name.removesuffix('weight')}{end}" in tensors for end in ends):
                 parameter.copy_(parameter.to(config.dtype))
     return model
 
 
-def publish_fp8_experts(
-    folder: Path, config: ModelConfig, files: int = 1
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Write a checkpoint with experts, each with tensors of its own, as Qwen's FP8; routers are plain.
 
     Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantised checkpoint.
     """
     rng = np.random.default_rng(0)
-    tensors = {name: tensor.bfloat16() for name, tensor in published_tensors(randomised(config)).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_by_expert(randomised(config)).items()}
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         layer, weight = fp8_layer(rng, *tensors[name].shape, scale_dtype=torch.bfloat16)
@@ -177,9 +230,9 @@ def publish_fp8_experts(
 
 
 def is_of_layer(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a part of a published layer, whose dtype is the layout's."""
-    ends = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
-    return name.endswith(ends) or tensor.dtype == torch.float8_e4m3fn
+    """Whether a tensor is a part of a prequantized layer, whose dtype is the layout's."""
+    ends = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "_packed", "_scale", "_zero_point", "_shape")
+    return name.endswith(ends) or tensor.dtype in (torch.float8_e4m3fn, torch.int8)
 
 
 def write_tensors(

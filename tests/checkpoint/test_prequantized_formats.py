@@ -8,12 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, small_config
+from conftest import assert_near, assert_same, random_ids, randomised, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_layouts import AWQ, FP8, GPTQ, drawn_layer, publish, publish_fp8_experts, write_tensors
+from prequantized_layouts import (
+    AWQ,
+    FP8,
+    GPTQ,
+    compressed,
+    drawn_layer,
+    is_of_layer,
+    write_fp8_experts,
+    write_prequantized,
+    write_tensors,
+)
 from safetensors.torch import load_file, save_file
-from test_expert_checkpoints import published_tensors
+from test_expert_checkpoints import tensors_by_expert
 from torch import nn
 
 from qwen3fast import load_model
@@ -27,7 +37,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.quantization import formats_of, plain_modules
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 CONFIG = small_config(
     vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=False, dtype=torch.bfloat16
@@ -52,6 +62,27 @@ LAYOUTS = {
     "gptq, 8 bits": (CONFIG, {**GPTQ, "bits": 8}, {}),
     "gptq, 8 bits, zero points, act order": (CONFIG, {**GPTQ, "bits": 8, "sym": False, "desc_act": True}, {}),
     "gptq, 8 bits, a group a row": (CONFIG, {**GPTQ, "bits": 8, "group_size": -1}, {}),
+    "compressed, W4A16": (CONFIG, compressed("pack-quantized", "group", 4, group_size=128), {}),
+    "compressed, W4A16, 32": (CUT, compressed("pack-quantized", "group", 4, group_size=32, actorder="weight"), {}),
+    "compressed, W4A16, rows": (CUT, compressed("pack-quantized", "channel", 4), {}),
+    "compressed, W4A16, zero points": (
+        CONFIG,
+        compressed("pack-quantized", "group", 4, group_size=64, symmetric=False),
+        {},
+    ),
+    "compressed, W4A16, act order": (
+        CONFIG,
+        compressed("pack-quantized", "group", 4, group_size=32, actorder="group"),
+        {},
+    ),
+    "compressed, W8A16": (CONFIG, compressed("pack-quantized", "group", 8, group_size=128), {}),
+    "compressed, W8A16, rows, zero points": (CUT, compressed("pack-quantized", "channel", 8, symmetric=False), {}),
+    "compressed, W8A8": (CUT, compressed("int-quantized", "channel"), {}),
+    "compressed, W8A8, tensors, zero points": (CUT, compressed("int-quantized", "tensor", symmetric=False), {}),
+    "compressed, W8A8, groups": (CONFIG, compressed("int-quantized", "group", group_size=32), {}),
+    "compressed, fp8, rows": (CUT, compressed("float-quantized", "channel"), {}),
+    "compressed, fp8, tensors": (CUT, compressed("float-quantized", "tensor"), {}),
+    "compressed, fp8, blocks": (CUT, compressed("float-quantized", "block", block_structure=[128, 128]), {}),
 }
 TAKEN_OVER = [
     "gptq",
@@ -59,16 +90,19 @@ TAKEN_OVER = [
     "gptq, cut group",
     "gptq without g_idx",
     "gptq, a group a row",
+    "compressed, W4A16",
+    "compressed, W4A16, 32",
+    "compressed, W4A16, rows",
 ]
-ROUNDED = [name for name in LAYOUTS if name not in TAKEN_OVER and not name.startswith("fp8")]
+ROUNDED = [name for name in LAYOUTS if name not in TAKEN_OVER and "fp8" not in name]
 UP = "model.layers.1.mlp.up_proj"
 MOE = small_config(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
 
 
-def published(name: str, folder, **options):
+def write_layout(name: str, folder, **options):
     """A checkpoint in a layout of LAYOUTS; the model that it stands for."""
     config, quantization_config, more = LAYOUTS[name]
-    return publish(folder, config, quantization_config, **more, **options)
+    return write_prequantized(folder, config, quantization_config, **more, **options)
 
 
 def layers_of(model) -> dict[str, nn.Module]:
@@ -79,10 +113,9 @@ def layers_of(model) -> dict[str, nn.Module]:
 # ----------------------------------------------------------------------------------------------------- plain weights
 
 
-@pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "files"), [(name, 3 if i % 2 else 1) for i, name in enumerate(LAYOUTS)])
 def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
-    reference = published(name, tmp_path, files=files)
+    reference = write_layout(name, tmp_path, files=files)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     assert model.config == reference.config
     assert dict(model.named_parameters()).keys() == dict(reference.named_parameters()).keys()
@@ -94,7 +127,7 @@ def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, file
 
 
 def test_dequantised_weights_are_rounded_once_to_the_dtype(tmp_path):
-    reference = published("fp8, cut blocks", tmp_path)
+    reference = write_layout("fp8, cut blocks", tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert not formats_of(model)
     for name, parameter in model.named_parameters():
@@ -158,19 +191,21 @@ def test_layers_of_any_size_are_read_in_parts_without_a_difference(layout, group
 # ------------------------------------------------------------------------------------------------------- our formats
 
 
-@pytest.mark.parametrize("quantization", [None, "int4"])
-@pytest.mark.parametrize("name", TAKEN_OVER)
+@pytest.mark.parametrize(("name", "quantization"), [(name, None) for name in TAKEN_OVER] + [("gptq", "int4")])
 def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization):
-    reference = published(name, tmp_path)
+    reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
     assert formats_of(model) == ["int4"]
     tensors = load_file(tmp_path / "model.safetensors")
     for layer_name, layer in layers_of(model).items():
         assert layer.format is FORMATS["int4"]
         weight = reference.get_submodule(layer_name).weight
-        group = LAYOUTS[name][1]["group_size"]
-        group = weight.shape[1] if group == -1 else group
-        scale_NK = tensors[f"{layer_name}.scales"].T.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        is_gptq = f"{layer_name}.scales" in tensors
+        scale_NG = tensors[f"{layer_name}.scales"].T if is_gptq else tensors[f"{layer_name}.weight_scale"]
+        group = next(
+            size for size in (32, 64, 128, weight.shape[1]) if -(-weight.shape[1] // size) == scale_NG.shape[1]
+        )
+        scale_NK = scale_NG.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
         level_NK = torch.round(weight / scale_NK)
         assert_same(layer.dequantize(), level_NK * scale_NK.bfloat16().float())
         assert ((layer.dequantize() - weight).abs() <= weight.abs() * 2**-8).all()
@@ -178,21 +213,23 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
-    reference = published(name, tmp_path)
+    reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert formats_of(model) == ["int8"]
     for layer_name, layer in layers_of(model).items():
         weight = reference.get_submodule(layer_name).weight
-        if name == "gptq, 8 bits, a group a row":
+        if name in ("gptq, 8 bits, a group a row", "compressed, W8A8"):
             assert_same(layer.dequantize(), weight)  # our own format, so the same numbers
         step = weight.abs().amax(dim=1, keepdim=True) / 127
         assert ((layer.dequantize() - weight).abs() <= step * 0.501).all()
 
 
-@pytest.mark.parametrize("name", ["fp8", "awq", "gptq", "gptq, act order"])
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, act order", "int4")],
+)
 def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, name, format):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
     plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     assert formats_of(model) == [format]
@@ -206,11 +243,10 @@ def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, nam
         assert_same(layer.weight_scale, expected.scale)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("name", "tied"), [("awq", True), ("gptq", False)])
 def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
     config, quantization_config, _ = LAYOUTS[name]
-    reference = publish(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
+    reference = write_prequantized(tmp_path, replace(config, tie_word_embeddings=tied), quantization_config)
     model = load_model(tmp_path, device="cpu")
     assert_same(model.model.embed_tokens.weight, reference.model.embed_tokens.weight.bfloat16())
     assert_same(model.lm_head.weight, reference.lm_head.weight.bfloat16())
@@ -221,7 +257,7 @@ def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq, act order"])
 def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
     kept = ("lm_head", "o_proj", "layers.0.mlp.up_proj")
-    reference = published(name, tmp_path, kept=kept)
+    reference = write_layout(name, tmp_path, kept=kept)
     model = load_model(tmp_path, device="cpu", dtype="float32")
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert len(plain) == 4 and all(n.endswith(kept) for n in plain)
@@ -230,13 +266,14 @@ def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
         assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq, 8 bits", "gptq, act order"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("name", "bias"), [("awq", True), ("gptq", False), ("gptq, 8 bits", False), ("gptq, act order", True)]
+)
 def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
     config, quantization_config, _ = LAYOUTS[name]
     config = replace(config, attention_bias=bias)
-    reference = publish(tmp_path, config, quantization_config, files=2)
+    reference = write_prequantized(tmp_path, config, quantization_config, files=2)
     model = load_model(tmp_path, device="cpu", dtype="float32")
     tokens = random_ids(2, 9, vocab_size=96)
     error = (model(tokens) - reference(tokens)).abs().max() / reference(tokens).abs().max()
@@ -247,7 +284,7 @@ def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, mo
 
 
 def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
-    reference = publish(tmp_path, replace(CUT, hidden_size=144), FP8)  # not a multiple of 32
+    reference = write_prequantized(tmp_path, replace(CUT, hidden_size=144), FP8)  # not a multiple of 32
     model = load_model(tmp_path, device="cpu", quantization="int8")
     assert_same(model.model.layers[0].mlp.up_proj.weight, reference.model.layers[0].mlp.up_proj.weight.bfloat16())
     assert isinstance(model.model.layers[0].self_attn.o_proj, QuantizedLinear)  # 128 -> 144
@@ -259,9 +296,9 @@ def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
 @pytest.mark.parametrize("files", [1, 3])
 def test_fp8_experts_are_dequantised(tmp_path, files):
     config = replace(MOE, hidden_size=160, moe_intermediate_size=160, dtype=torch.bfloat16)
-    tensors, expected = publish_fp8_experts(tmp_path, config, files)
+    tensors, expected = write_fp8_experts(tmp_path, config, files)
     model = load_model(tmp_path, device="cpu")
-    for name, tensor in published_tensors(model).items():
+    for name, tensor in tensors_by_expert(model).items():
         assert_same(tensor, expected[name])
     rounded = load_model(tmp_path, device="cpu", quantization="int8").model.layers[1].mlp.experts
     assert isinstance(rounded, QuantizedExperts)
@@ -274,11 +311,91 @@ def test_fp8_experts_are_dequantised(tmp_path, files):
     assert str(error.value).count("missing") == 1
 
 
-@pytest.mark.parametrize("layout", [AWQ, GPTQ])
-def test_other_experts_are_refused_by_name(tmp_path, layout):
-    write_tensors(tmp_path, MOE, layout, {})
-    with pytest.raises(ValueError, match=f"quant_method='{layout['quant_method']}' is not supported for a mixture of"):
-        load_model(tmp_path, device="cpu", quantization="dequantize")
+def write_experts(folder, quantization_config, kept=()):
+    """A checkpoint whose experts are stored in a layout, but for `kept`. Returns: what all tensors stand for."""
+    config = replace(MOE, hidden_size=128, moe_intermediate_size=64, dtype=torch.bfloat16)
+    rng, tensors = np.random.default_rng(0), tensors_by_expert(randomised(config))
+    expected = dict(tensors)
+    for name in [name for name in tensors if ".experts." in name and name not in kept]:
+        parts, expected[name] = drawn_layer(rng, *tensors.pop(name).shape, quantization_config)
+        tensors |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
+    tensors = {n: t if is_of_layer(n, t) else t.bfloat16() for n, t in tensors.items()}
+    write_tensors(folder, config, quantization_config, tensors, files=2)
+    return expected
+
+
+EXPERT_LAYOUTS = {
+    "awq": {**AWQ, "group_size": 32},
+    "gptq": {**GPTQ, "group_size": 32},
+    "gptq, 8 bits": {**GPTQ, "bits": 8, "group_size": 64},
+    "compressed": compressed("pack-quantized", "group", 4, group_size=32),
+    "compressed, fp8": compressed("float-quantized", "channel"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "format"),
+    [
+        ("awq", None, "int8"),
+        ("awq", "int4", "int4"),
+        ("gptq", None, "int4"),
+        ("gptq, 8 bits", None, "int8"),
+        ("compressed", None, "int4"),
+        ("compressed, fp8", None, None),
+        ("compressed, fp8", "int8", "int8"),
+        ("gptq", "dequantize", None),
+    ],
+)
+def test_experts_are_read_in_every_layout(tmp_path, name, quantization, format):
+    kept = ("model.layers.1.mlp.experts.2.up_proj.weight",)  # one that was not quantized
+    expected = write_experts(tmp_path, EXPERT_LAYOUTS[name], kept)
+    model = load_model(tmp_path, device="cpu", quantization=quantization)
+    assert isinstance(model.model.layers[1].mlp.gate, nn.Linear)
+    for layer, block in enumerate(model.model.layers):
+        experts, stacks = block.mlp.experts, {}
+        assert isinstance(experts, QuantizedExperts) == (format is not None)
+        for stack in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, stack)
+            stacks[stack] = weight.float() if format is None else experts.dequantize(weight)
+        for expert in range(MOE.num_experts):
+            gate, up = stacks["gate_up_proj"][expert].chunk(2)
+            for projection, actual in (("gate", gate), ("up", up), ("down", stacks["down_proj"][expert])):
+                weight_name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+                weight = expected[weight_name].float()
+                if format is None:
+                    assert_same(actual, weight.bfloat16().float())
+                elif quantization is None and format == "int4" and weight_name not in kept:
+                    assert ((actual - weight).abs() <= weight.abs() * 2**-8).all()  # the same levels
+                else:
+                    weight = weight.bfloat16().float() if weight_name in kept else weight
+                    same = (actual == weight).all()  # levels of a row that are our own format's
+                    assert same or torch.equal(actual, again(weight, format))
+
+
+def again(weight, format):
+    """A weight quantized and dequantized."""
+    packed = FORMATS[format].quantize(weight)
+    return FORMATS[format].dequantize(packed)
+
+
+def test_experts_of_a_layout_that_are_missing_are_named(tmp_path):
+    write_experts(tmp_path, EXPERT_LAYOUTS["gptq"])
+    gone = "model.layers.1.mlp.experts.2.up_proj.scales"
+    file = next(file for file in tmp_path.glob("*.safetensors") if gone in load_file(file))
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
+    write_index_without(tmp_path, gone)
+    with pytest.raises(ValueError, match=f"{gone}: missing, expected shape".replace(".", r"\.")) as error:
+        load_model(tmp_path, device="cpu")
+    assert str(error.value).count("missing") == 1
+
+
+def write_index_without(folder, name: str) -> None:
+    """Take a tensor out of the index."""
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    del index["weight_map"][name]
+    file.write_text(json.dumps(index), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -309,8 +426,6 @@ def test_other_experts_are_refused_by_name(tmp_path, layout):
         (GPTQ, {"desc_act": "yes"}, "desc_act='yes' is not supported"),
         (GPTQ, {"pack_dtype": "int16"}, "pack_dtype='int16' is not supported"),
         (GPTQ, {"dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}}, r"dynamic=\['\+:\.\*down\.\*'\] is not"),
-        ({}, {"quant_method": "compressed-tensors"}, "compressed-tensors.* is not supported; .*'fp8', 'awq', 'gptq'"),
-        ({}, {"quant_method": "bitsandbytes"}, "bitsandbytes.* is not supported; supported: quant_method 'fp8'"),
         ({}, {"bits": 4}, "={'bits': 4} is not supported; supported: quant_method"),
     ],
 )
@@ -321,9 +436,67 @@ def test_what_cannot_be_read_is_refused_by_name_before_any_weight_is(tmp_path, l
         load_model(tmp_path, device="cpu", quantization="dequantize")
 
 
+W4 = compressed("pack-quantized", "group", 4, group_size=128)
+
+
+def scheme_with(**changes) -> dict:
+    """W4 with its one scheme changed."""
+    return {"config_groups": {"group_0": {**W4["config_groups"]["group_0"], **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized' is not supported; .*quantization='int4'"),
+        ({"format": "mxfp4-pack-quantized"}, "format='mxfp4-pack-quantized' is not supported; .*quantization='int4'"),
+        ({"format": "marlin-24"}, "format='marlin-24' is not supported; sparse weights"),
+        ({"format": "new"}, "format='new' is not supported; supported: 'pack-quantized', 'int-q"),
+        ({"format": ["x"]}, r"format=\['x'\] is not supported"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format='sparse-24-bitmask'"),
+        ({"config_groups": {}}, "config_groups={} is not supported"),
+        ({"config_groups": [1]}, r"config_groups=\[1\] is not supported"),
+        (
+            {"config_groups": {"a": W4["config_groups"]["group_0"], "b": {"weights": {"num_bits": 8}}}},
+            r"several schemes \(a, b\) is not supported",
+        ),
+        (scheme_with(weights=None), "weights=None is not supported; weights must be"),
+        (scheme_with(weights={"num_bits": 3}), "weights.num_bits=3 is not supported; supported: 4, 8"),
+        (scheme_with(weights={"num_bits": 4, "type": "float"}), "weights.type='float' is not supported"),
+        (scheme_with(weights={"num_bits": 4, "group_size": 16}), "weights.group_size=16 .* supported: 32, 64, 128"),
+        (scheme_with(weights={"num_bits": 4, "strategy": "block"}), "weights.strategy='block' is not supported"),
+        (scheme_with(weights={"num_bits": 4, "strategy": ["x"]}), r"weights.strategy=\['x'\] is not supported"),
+        (scheme_with(weights={"num_bits": 4, "symmetric": 1, "group_size": 32}), "weights.symmetric=1 is not"),
+    ],
+)
+def test_other_variants_of_compressed_tensors_are_refused_by_name(tmp_path, changes, message):
+    write_tensors(tmp_path, CONFIG, {**W4, **changes}, {})
+    with pytest.raises(ValueError, match=rf"config\.json: quantization_config of compressed-tensors: {message}"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "mxfp4", "modelopt", "torchao", "quanto", "eetq"])
+def test_other_methods_are_refused_saying_what_to_use(tmp_path, method):
+    write_tensors(tmp_path, CONFIG, {"quant_method": method}, {})
+    with pytest.raises(ValueError, match=rf"quant_method '{method}' is not supported; load the original weights with"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_scales_of_activations_and_caches_are_not_used(tmp_path):
+    reference = write_layout("compressed, fp8, tensors", tmp_path)
+    attention = "model.layers.0.self_attn"
+    more = {
+        f"{UP}.input_scale": torch.ones(1),
+        f"{attention}.k_scale": torch.ones(1),
+        f"{attention}.v_scale": torch.ones(1),
+    }
+    rewrite(tmp_path, lambda tensors: tensors.update(more))
+    model = load_model(tmp_path, device="cpu", dtype="float32")
+    torch.testing.assert_close(model.get_submodule(UP).weight, reference.get_submodule(UP).weight)
+
+
 def test_rules_that_leave_layers_out_are_read(tmp_path):
     dynamic = {"-:.*o_proj": {}}
-    reference = publish(tmp_path, CONFIG, {**GPTQ, "dynamic": dynamic}, kept=("lm_head", "o_proj"))
+    reference = write_prequantized(tmp_path, CONFIG, {**GPTQ, "dynamic": dynamic}, kept=("lm_head", "o_proj"))
     model = load_model(tmp_path, device="cpu", dtype="float32")
     assert_same(model.model.layers[0].self_attn.o_proj.weight, reference.model.layers[0].self_attn.o_proj.weight)
 
@@ -406,7 +579,7 @@ def rewrite(folder, change) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_named_in_one_message(tmp_path, name, change, messages):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     rewrite(tmp_path, change)
     for message in messages:
         with pytest.raises(ValueError, match=message) as error:
@@ -415,7 +588,7 @@ def test_tensors_that_do_not_fit_are_named_in_one_message(tmp_path, name, change
 
 
 def test_tensors_of_a_layout_that_the_config_does_not_name_are_refused(tmp_path):
-    publish(tmp_path, CONFIG, GPTQ)
+    write_prequantized(tmp_path, CONFIG, GPTQ)
     raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del raw["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -425,7 +598,7 @@ def test_tensors_of_a_layout_that_the_config_does_not_name_are_refused(tmp_path)
 
 @pytest.mark.parametrize("source", ["tiny", "ours"])
 def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
-    published("gptq", tmp_path / "theirs")
+    write_layout("gptq", tmp_path / "theirs")
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
     with pytest.raises(
         ValueError, match="quantization='dequantize' is for checkpoints that other software quantized; use None"
@@ -437,7 +610,7 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_config_keeps_the_published_format(name):
+def test_config_keeps_the_prequantized_format(name):
     config, quantization_config, _ = LAYOUTS[name]
     read = CheckpointConfig.from_dict(
         {**CheckpointConfig(config).to_dict(), "quantization_config": quantization_config}
@@ -450,14 +623,14 @@ def test_config_keeps_the_published_format(name):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("fp8", ["bytes in bfloat16", "fp8, a scale for 128 x 128 weights"]),
-        ("awq", ["bytes in int8", "awq, 4 bits, a scale and a zero point for 128 channels"]),
-        ("gptq", ["bytes in int4", "gptq, 4 bits, a scale for 128 channels"]),
-        ("gptq, a group a row", ["bytes in int4", "gptq, 4 bits, a scale for all channels"]),
+        ("fp8", ["bytes in bfloat16", "fp8, one scale per 128 x 128 weights"]),
+        ("awq", ["bytes in int8", "awq, 4 bits, a scale and a zero point per 128 channels"]),
+        ("gptq", ["bytes in int4", "gptq, 4 bits, a scale per 128 channels"]),
+        ("gptq, a group a row", ["bytes in int4", "gptq, 4 bits, a scale per row"]),
     ],
 )
 def test_info_states_what_is_loaded_and_how_it_is_stored(tmp_path, capsys, name, expected):
-    published(name, tmp_path)
+    write_layout(name, tmp_path)
     assert main(["info", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for part in [f"{load_model(tmp_path, device='cpu').num_bytes():,} {expected[0]}", expected[1]]:

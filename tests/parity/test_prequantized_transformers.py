@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_near, assert_same, random_ids, small_config
-from published_layouts import FP8, publish, publish_fp8_experts
+from prequantized_layouts import FP8, write_fp8_experts, write_prequantized
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers import quantizer_finegrained_fp8
 
@@ -32,7 +32,9 @@ def dequantised_by_transformers(folder):
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("files", [1, 3])
 def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, files):
-    publish(tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files)
+    write_prequantized(
+        tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files
+    )
     theirs = dequantised_by_transformers(tmp_path)
     ours = load_model(tmp_path, device="cpu")
     for name, parameter in theirs.named_parameters():
@@ -45,7 +47,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
 
 def test_experts_equal_those_of_transformers(tmp_path):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-    publish_fp8_experts(tmp_path, replace(CONFIG, **sizes))
+    write_fp8_experts(tmp_path, replace(CONFIG, **sizes))
     theirs, ours = dequantised_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
