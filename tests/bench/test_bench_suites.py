@@ -338,6 +338,25 @@ def test_suite_serve(tmp_path, capsys, monkeypatch):
             assert case.metrics["goodput"].median <= case.metrics["requests_s"].median
 
 
+def test_suite_serve_interrupted_compares_the_pairs_that_it_has(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("uvicorn")
+    calls, run_http = [], serve.run_http
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return run_http(*arguments)
+
+    monkeypatch.setattr(serve, "COMPILE", False)
+    monkeypatch.setattr(serve, "run_http", interrupted)
+    options = ["--suite", "serve", *SMALL, "--formats", "plain", "--contexts", "8", "--new-tokens", "3"]
+    assert main([*options, "--output", str(tmp_path)]) == 130
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    [http] = [c for c in record.cases if c.labels["what"] == serve.HTTP]
+    assert record.interrupted and http.metrics["http_over_engine"].n == len(http.samples["tpot_s"]) >= 1
+
+
 def test_suite_serve_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qwen3fast.server.app", None)
     monkeypatch.setattr(serve, "COMPILE", False)

@@ -49,14 +49,22 @@ def run(session: Session) -> None:
                 generator.warmup()
             _check(session, format, generator, port)
             for context in o.contexts:
-                pairs = [_pair(session, generator, port, format, context, n) for n in PAIRED_CLIENTS]
-                session.harness.run([group for group, _ in pairs], PAIRS * o.repetitions)
-                for _, (engine, http) in pairs:
-                    times = zip(http.samples["tpot_s"], engine.samples["tpot_s"], strict=True)
-                    http.samples["http_over_engine"] = [over / alone for over, alone in times]
+                _measure_pairs(session, generator, port, format, context)
                 loads = [_load_task(port, session.label(format), context, n, o.new_tokens, vocab_size)
                          for n in o.batch_sizes]  # fmt: skip
                 session.harness.run([Group(task.case.name, [task]) for task in loads], o.repetitions)
+
+
+def _measure_pairs(session: Session, generator: Generator, port: int, format: str, context: int) -> None:
+    """Measure HTTP beside the engine alone; pairs that were measured before an interruption are compared as well."""
+    pairs = [_pair(session, generator, port, format, context, n) for n in PAIRED_CLIENTS]
+    try:
+        session.harness.run([group for group, _ in pairs], PAIRS * session.options.repetitions)
+    finally:
+        for _, (engine, http) in pairs:
+            times = zip(http.samples.get("tpot_s", []), engine.samples.get("tpot_s", []), strict=False)
+            if ratios := [over / alone for over, alone in times]:
+                http.samples["http_over_engine"] = ratios
 
 
 def _generator(session: Session, format: str) -> Generator:
