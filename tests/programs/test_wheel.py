@@ -22,8 +22,8 @@ import warnings
 warnings.simplefilter("ignore")
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.kernels import cpu
-generator = Generator.from_pretrained("tiny", {options})
-print(generator.chat([{{"role": "user", "content": "What is 17 + 25?"}}], SamplingParams(temperature=0)).text)
+generator, question = Generator.from_pretrained("tiny", {options}), {{"role": "user", "content": "What is 17 + 25?"}}
+print(generator.chat([question], SamplingParams(temperature=0), enable_thinking=False).text)
 print(cpu.is_loaded() and cpu.functions()._name)
 """
 
@@ -81,7 +81,7 @@ def test_without_a_level_the_wheel_is_python_alone(tmp_path):
     """As where there is no compiler: the first use builds, or PyTorch's forms run."""
     environment = os.environ | {"PATH": "/nonexistent", "PYTHONPATH": str(ROOT)}
     environment.pop("CXX", None)
-    code = "import sys; sys.argv[1:] = ['--version']; import setup; from pathlib import Path\n"
-    code += "print(setup.build_libraries(Path('x')))"
+    build = "print(setup.build_libraries(pathlib.Path('x')))"
+    code = f"import pathlib, sys; sys.argv[1:] = ['--version']; import setup; {build}"
     done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert done.splitlines()[-1] == "None" and not (tmp_path / "x").exists()
