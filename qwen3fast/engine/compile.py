@@ -68,6 +68,7 @@ class StepCompiler:
         enabled: False if compilation was not asked for or cannot work here; parts then run uncompiled.
         compilations: forms compiled so far through this object.
         seconds: time spent compiling them.
+        quiet: held by each step, and by the thread of "auto" while it measures.
         when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
 
@@ -82,6 +83,7 @@ class StepCompiler:
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
         elif self.enabled and device.type == "cpu":
             cpu.load()
+        self.quiet = threading.RLock()
         self.when_compiling: Callable[[], None] | None = None
         self.compilations = 0
         self.seconds = 0.0

@@ -121,7 +121,8 @@ class Engine:
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
-        return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
+        with self.compiler.quiet:
+            return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
     def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
         """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
@@ -222,10 +223,11 @@ class Engine:
         def step() -> None:
             decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
 
-        if self.graphs is not None and hook is None:
-            self.graphs.run((bucket_rows, length, kind), step)
-        else:
-            step()
+        with self.compiler.quiet:
+            if self.graphs is not None and hook is None:
+                self.graphs.run((bucket_rows, length, kind), step)
+            else:
+                step()
         self.ring.push(self.state.output_R[:num_rows])
         if kind.has_logprobs:
             for ring, tensor in zip(self._logprob_rings, self._logprob_tensors(), strict=True):
