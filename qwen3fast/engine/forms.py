@@ -129,9 +129,9 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[Case]:
 
 
 def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[Case]:
-    """Return attention of each class of chunks, alone and after earlier ones."""
+    """Return attention of each class of chunks, alone and after earlier ones; the largest, which cost most, first."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    chunks = [chunk for chunk in CHUNKS if chunk <= allocated_len]
+    chunks = [chunk for chunk in reversed(CHUNKS) if chunk <= allocated_len]
     return [
         prefill_attention_case(chunk, length, heads, dtype)
         for chunk in chunks
