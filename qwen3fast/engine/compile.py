@@ -69,6 +69,7 @@ class StepCompiler:
         uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
+        quiet: held by each step, and by the thread of "auto" while it measures.
         when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
 
@@ -83,6 +84,7 @@ class StepCompiler:
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
         elif mode and device.type == "cpu":
             cpu.load()
+        self.quiet = threading.RLock()
         self.when_compiling: Callable[[], None] | None = None
         self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0

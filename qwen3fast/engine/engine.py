@@ -90,7 +90,8 @@ class Engine(Rows):
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
-        return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
+        with self.compiler.quiet:
+            return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
     def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
         """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
@@ -130,10 +131,11 @@ class Engine(Rows):
         def step() -> None:
             decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
 
-        if self.graphs is not None and hook is None:
-            self.graphs.run((bucket_rows, length, kind), step)
-        else:
-            step()
+        with self.compiler.quiet:
+            if self.graphs is not None and hook is None:
+                self.graphs.run((bucket_rows, length, kind), step)
+            else:
+                step()
         self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
     def read_length(self, bucket_rows: int, used_length: int) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -72,10 +74,10 @@ class Forms:
         self._use()
         return before != (self.sdpa_from, self.block_rows, self._dequantize_from())
 
-    def measure_ahead(self, threads: int) -> None:
+    def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
         """Measure what is not known yet, and keep it without using it.
 
-        threads: of the engine; each thread has a number of its own.
+        threads: of the engine; each thread has a number of its own. quiet: entered for each case; no step runs inside.
         """
         if self._is_first or not cpu.is_loaded():
             return
@@ -86,8 +88,11 @@ class Forms:
                 used = self.choices[_label(case)]
                 if used.seconds or kept(machine_key(case)) is not None or time.perf_counter() > ends:
                     continue
-                choice = measure_and_keep(case)
-                self.choices[_label(case)] = replace(choice, name=used.name, reason=WAITING)
+                with quiet:
+                    choice = measure_and_keep(case)
+                if choice.seconds:
+                    choice = replace(choice, name=used.name, reason=WAITING)
+                self.choices[_label(case)] = choice
 
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}
@@ -124,9 +129,9 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[Case]:
 
 
 def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[Case]:
-    """Return attention of each class of chunks, alone and after earlier ones."""
+    """Return attention of each class of chunks, alone and after earlier ones; the largest, which cost most, first."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    chunks = [chunk for chunk in CHUNKS if chunk <= allocated_len]
+    chunks = [chunk for chunk in reversed(CHUNKS) if chunk <= allocated_len]
     return [
         prefill_attention_case(chunk, length, heads, dtype)
         for chunk in chunks

@@ -167,7 +167,7 @@ class Parts:
             is_auto = compiler.thread is not None
             forms.decide(may_measure=not is_auto)
             if is_auto:
-                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads())
+                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,

@@ -18,15 +18,22 @@ from typing import Any, NamedTuple
 from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.kernels.forms_file import Choice, keep, kept, machine
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "QWEN3FAST_FORMS"
 MEASURED, FIRST = "measured", "first"
-MAX_ROUNDS, MIN_ROUNDS = 5, 3
+MAX_ROUNDS, MIN_ROUNDS, MAX_TRIES = 5, 3, 12
 CASE_S = 0.05  # of one case; MIN_ROUNDS are measured even if they take longer
 PART_S = 0.3  # of all cases of a part; those left over are measured when the next engine is built
 GAIN = 1.05  # another form displaces the first only if it is this much faster in every round
 CLEAR, CLEAR_ROUNDS = 1.5, 2  # the first form stays if it was so much faster in so many rounds
+
+BUSY = "the machine was too busy to measure"
 
 _lock = threading.RLock()
 _used: dict[str, Choice] = {}  # by key: what one engine of this process uses, all engines built later use, too
@@ -78,39 +85,64 @@ def choose(case: Case, may_measure: bool = True, is_first: bool = False) -> Choi
             elif not may_measure:
                 return Choice(first, "not measured yet")
             else:
-                _used[key] = measure_and_keep(case)
+                choice = measure_and_keep(case)
+                if not choice.seconds:
+                    return choice
+                _used[key] = choice
         return _used[key]
 
 
 def measure_and_keep(case: Case) -> Choice:
-    """Measure a case and write the result into the cache folder; engines that are built later use it."""
+    """Measure a case and write the result into the cache folder; engines that are built later use it.
+
+    Nothing is written if the machine was too busy; the first form is returned then, without times.
+    """
+    first = case.names[0]
     rounds = measure(case.calls())
+    if len(rounds[first]) < CLEAR_ROUNDS:
+        return Choice(first, BUSY)
     choice = Choice(winner(rounds), "measured now", {name: median(times) for name, times in rounds.items()})
     keep(machine_key(case), choice)
     logger.info("%s (%s): %s", case.what, case.key, choice)
     return choice
 
 
+def interruptions() -> int:
+    """Return how often other work has taken a processor away from this process's threads, where the system tells."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+
+
 def measure(
     calls: Mapping[str, Callable[[], Any]],
     budget_s: float = CASE_S,
     clock: Callable[[], float] = time.perf_counter,
+    interrupted: Callable[[], int] = interruptions,
 ) -> dict[str, list[float]]:
     """Return the seconds of each form in each round; they take turns, after a first call that does not count.
 
-    It ends after MAX_ROUNDS, after MIN_ROUNDS once the budget is spent, or when the first form is clearly the fastest.
+    Rounds that other work interrupted do not count either: threads that wait for each other then take many times as
+    long. It ends after MAX_ROUNDS, after MIN_ROUNDS once the budget is spent, or when the first form is clearly the
+    fastest; on a busy machine after MAX_TRIES, with fewer rounds or none.
     """
     started = clock()
     for call in calls.values():
         call()
     rounds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(1, MAX_ROUNDS + 1):
+    number = 0
+    for tried in range(1, MAX_TRIES + 1):
+        before, seconds = interrupted(), dict.fromkeys(calls, 0.0)
         for name, call in calls.items():
             began = clock()
             call()
-            rounds[name].append(clock() - began)
-        is_spent = number >= MIN_ROUNDS and clock() - started > budget_s
-        if is_spent or (number >= CLEAR_ROUNDS and _is_first_clear(rounds)):
+            seconds[name] = clock() - began
+        if interrupted() == before:
+            number += 1
+            for name, s in seconds.items():
+                rounds[name].append(s)
+        is_spent = clock() - started > budget_s and tried >= MIN_ROUNDS
+        if number == MAX_ROUNDS or (is_spent and (number >= MIN_ROUNDS or tried >= 2 * MIN_ROUNDS)):
+            break
+        if number >= CLEAR_ROUNDS and _is_first_clear(rounds):
             break
     return rounds
 
@@ -118,6 +150,8 @@ def measure(
 def winner(rounds: Mapping[str, list[float]]) -> str:
     """Return the first form, or the fastest of those that were faster than it in every round, by GAIN."""
     first, times = next(iter(rounds.items()))
+    if len(times) < MIN_ROUNDS:
+        return first
     better = [name for name in rounds if _beats(rounds[name], times, GAIN)]
     return min(better, key=lambda name: median(rounds[name]), default=first)
 

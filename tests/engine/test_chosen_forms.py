@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from conftest import assert_near, random_ids, random_tensor, randomised, small_config
@@ -231,7 +233,7 @@ def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_eng
     assert {choice.reason for choice in choices.values()} == {"not measured yet"}
     ids = random_ids(1, 40)[0].tolist()
     before = engine.prefill_whole(0, ids)
-    parts.forms.measure_ahead(1)  # what the thread does behind its first compilation
+    parts.forms.measure_ahead(1, engine.compiler.quiet)  # what the thread does behind its first compilation
     assert {choice.reason for choice in choices.values()} == {WAITING}
     assert {choice.name for choice in choices.values()} == {CPP}
     assert (parts.forms.sdpa_from, parts.forms.block_rows) == ((), frozenset())
@@ -243,6 +245,38 @@ def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_eng
     assert parts.forms.sdpa_from == (0, 0, NEVER) and parts.forms.block_rows == {1, 2}
     for each in (engine, other):
         each.close()
+
+
+def test_no_step_runs_while_the_thread_of_auto_measures(faster, uncompiled, monkeypatch):
+    engine, seen = small_engine(small_model(), compile="auto"), []
+    ids = random_ids(1, 40)[0].tolist()
+
+    def measure(calls):
+        step = threading.Thread(target=engine.prefill_whole, args=(0, ids))
+        step.start()
+        step.join(0.05)
+        seen.append(step.is_alive())
+        steps.append(step)
+        return {name: [1.0] * 3 for name in calls}
+
+    steps: list[threading.Thread] = []
+    monkeypatch.setattr(forms, "measure", measure)
+    engine.parts.forms._cases = engine.parts.forms._cases[:1]
+    engine.parts.forms.measure_ahead(1, engine.compiler.quiet)
+    steps[0].join(10)
+    assert seen == [True] and not steps[0].is_alive()
+    engine.close()
+
+
+def test_a_busy_machine_keeps_the_first_forms_and_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(forms, "measure", lambda calls: {name: [] for name in calls})
+    for compile in (True, "auto"):
+        engine = small_engine(small_model(), compile=compile)
+        engine.parts.forms.measure_ahead(1, engine.compiler.quiet)
+        assert {choice.reason for choice in engine.parts.forms.choices.values()} == {forms.BUSY}
+        assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
+        engine.close()
+    assert not forms_file.path().exists()
 
 
 def test_the_thread_of_auto_measures_behind_its_first_compilation(faster, uncompiled):

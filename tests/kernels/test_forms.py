@@ -65,7 +65,7 @@ def test_another_form_must_be_clearly_faster_in_every_round(rounds, expected):
 
 def test_measuring_takes_turns_and_leaves_the_first_call_out():
     clock = Clock(a=[50.0, 0.01, 0.01, 0.01], b=[0.01] * 4)
-    assert forms.measure(clock.calls(), budget_s=0, clock=clock) == {
+    assert forms.measure(clock.calls(), 0, clock, lambda: 0) == {
         "a": pytest.approx([0.01] * 3),
         "b": pytest.approx([0.01] * 3),
     }
@@ -75,12 +75,36 @@ def test_measuring_takes_turns_and_leaves_the_first_call_out():
 def test_measuring_ends_after_its_budget_or_all_rounds_or_when_the_first_is_clearly_faster():
     def rounds(a, b, budget_s):
         clock = Clock(a=[a] * 9, b=[b] * 9)
-        return len(forms.measure(clock.calls(), budget_s, clock)["a"])
+        return len(forms.measure(clock.calls(), budget_s, clock, lambda: 0)["a"])
 
     assert rounds(0.01, 0.01, budget_s=1) == forms.MAX_ROUNDS == 5
     assert rounds(0.01, 0.01, budget_s=0) == forms.MIN_ROUNDS == 3
     assert rounds(0.01, 0.02, budget_s=1) == forms.CLEAR_ROUNDS == 2
     assert rounds(0.02, 0.01, budget_s=1) == 5  # what displaces the first form is looked at closely
+
+
+def test_rounds_that_other_work_interrupted_do_not_count():
+    clock = Clock(a=[0.01, 9.0, 0.01, 9.0, 0.01, 0.01], b=[0.01] * 20)
+    counts = iter([0, 1, 1, 1, 1, 2, 2, 2, 2, 2])  # before and after each round
+    rounds = forms.measure(clock.calls(), 0, clock, lambda: next(counts))
+    assert rounds == {"a": pytest.approx([0.01] * 3), "b": pytest.approx([0.01] * 3)}
+
+
+def test_a_machine_that_is_busy_all_the_time_gives_no_rounds():
+    clock, counts = Clock(a=[0.01] * 20, b=[0.001] * 20), iter(range(1000))
+    assert forms.measure(clock.calls(), 0, clock, lambda: next(counts)) == {"a": [], "b": []}
+    assert len(clock.order) == 2 * (1 + 2 * forms.MIN_ROUNDS)
+    clock = Clock(a=[0.01] * 20, b=[0.001] * 20)
+    assert forms.measure(clock.calls(), 9, clock, lambda: next(counts)) == {"a": [], "b": []}
+    assert len(clock.order) == 2 * (1 + forms.MAX_TRIES)
+
+
+def test_interruptions_are_counted():
+    assert forms.interruptions() >= 0
+
+
+def test_two_rounds_do_not_displace_the_first_form():
+    assert forms.winner({"a": [1.0, 1.0], "b": [0.1, 0.1]}) == "a"
 
 
 @pytest.mark.parametrize(
