@@ -521,7 +521,7 @@ def test_structure_without_llguidance_names_the_package(generator, monkeypatch, 
 
 def test_structure_without_a_tokenizer_is_refused(wordless):
     for params in (SamplingParams(regex="a"), SamplingParams(json_schema=SCHEMA)):
-        with pytest.raises(ValueError, match="json_schema and regex need a tokenizer"):
+        with pytest.raises(ValueError, match="json_schema, regex and grammar need a tokenizer"):
             wordless.generate([1], params)
 
 
