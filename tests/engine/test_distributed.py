@@ -52,7 +52,7 @@ def make_engine(model, lookahead: int = 0) -> Engine:
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypatch, lookahead):
     # So that attention of steps reads as much in both: this engine's lookahead is a CUDA device's.
-    monkeypatch.setattr("qwen3fast.generator.Engine", lambda model, cache, *_: make_engine(model, lookahead))
+    monkeypatch.setattr("qwen3fast.generator.Engine", lambda model, cache, *_, **__: make_engine(model, lookahead))
     tape = Tape()
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)

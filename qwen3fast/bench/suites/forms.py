@@ -36,7 +36,7 @@ def run(session: Session) -> None:
     groups: dict[str, Group] = {}
     for format in session.options.formats:
         for case in _cases(session, format):
-            name = f"{case.what}, {case.key}"
+            name = f"{case.what}, {_short(case.key)}"
             groups[name] = groups.get(name) or Group(name, list(_tasks(case)))
     session.harness.run(list(groups.values()), session.options.repetitions)
 
@@ -71,8 +71,14 @@ def _tasks(case: forms.Case) -> Iterator[Task]:
             seconds = mean_seconds(made[name])
             return {"seconds": seconds, "operator_ms": seconds * 1e3}
 
-        labels: dict[str, Label] = {"computation": case.what, "sizes": case.key, "form": name}
+        labels: dict[str, Label] = {"computation": case.what, "sizes": _short(case.key), "form": name}
         yield Task(Case(labels, {"tokens": float(case.sizes[0])}), run, expected_s=2 * SAMPLE_S)
+
+
+def _short(key: str) -> str:
+    """Return a case's sizes without those of the model, which the record names."""
+    of_model = ("heads of", "hidden", "intermediate", "blocks")
+    return ", ".join(part for part in key.split(", ") if not any(word in part for word in of_model))
 
 
 def mean_seconds(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
