@@ -109,7 +109,9 @@ class Parts:
     a whole step in Triton kernels, on CUDA devices with Triton. fused_sampler: a `FusedSampler`, which takes the place
     of `samplers` and `advance` there.
     needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
-    embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
+    embed and advance are compiled for CUDA devices only, where each of their operations would be a launch. The full
+    sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
+    (triton.enable_pdl; found by tools/compile_for_gpu.py).
     """
 
     decode_layers: DecodeLayers | None
@@ -150,7 +152,11 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=compiler.part(run_processors, dynamic=(rows, *all_rows)),
             samplers={
-                kind: compiler.part(partial(run_sampler, kind), dynamic=(rows, *all_rows[: len(SamplerRows._fields)]))
+                kind: compiler.part(
+                    partial(run_sampler, kind),
+                    dynamic=(rows, *all_rows[: len(SamplerRows._fields)]),
+                    is_compiled=kind is not SamplerKind.FULL or device.type != cuda.DEVICE_TYPE,
+                )
                 for kind in SamplerKind
             },
             advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
