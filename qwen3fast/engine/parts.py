@@ -125,7 +125,9 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 class Parts:
     """The functions above, compiled or not, and one sampler per kind.
 
-    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch.
+    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch. The full
+    sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
+    (triton.enable_pdl; found by tools/compile_for_gpu.py).
 
     Attributes:
         decode_layers: all blocks of a decode step in one C++ operation, where available.
@@ -184,7 +186,11 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=compiler.part(run_processors, dynamic=(rows, *all_rows)),
             samplers={
-                kind: compiler.part(partial(run_sampler, kind), dynamic=(rows, *all_rows[: len(SamplerRows._fields)]))
+                kind: compiler.part(
+                    partial(run_sampler, kind),
+                    dynamic=(rows, *all_rows[: len(SamplerRows._fields)]),
+                    is_compiled=kind is not SamplerKind.FULL or device.type != cuda.DEVICE_TYPE,
+                )
                 for kind in SamplerKind
             },
             advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
