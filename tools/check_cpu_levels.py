@@ -28,7 +28,7 @@ from qwen3fast.model.kv_cache import round_vectors
 from qwen3fast.quantization.formats import FORMATS, quantize
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("-O2", "-std=c++20", "-fopenmp", "-static")
+FLAGS = ("-O2", "-std=c++20", "-fopenmp", "-static", "-Wno-psabi")
 # Processors that have a level's instructions and no later ones that change the result of a check. QEMU has no AVX-512.
 EMULATED = {"avx2": "Haswell", "i8mm": "max", "dotprod": "neoverse-n1"}
 NONE = torch.empty(0)
