@@ -1,14 +1,19 @@
 # The server as an image, from the wheel. TORCH_INDEX picks PyTorch's build: CPU, or for NVIDIA GPUs
 # https://download.pytorch.org/whl/cu128 (run with --gpus all).
 FROM python:3.12-slim AS build
+# The wheel brings the CPU kernels, compiled here for each level of processors.
+# Not pinned: Debian keeps only the newest version of a package.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# A compiler: the decode step and the CPU kernels are compiled on the machine that runs them.
-# Not pinned: Debian keeps only the newest version of a package.
+# A compiler for torch.compile; without it, steps run uncompiled around the wheel's kernels.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cpu.building import EXTRA_FLAGS, FOLDER, SOURCES
 from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
-from qwen3fast.model.kv_cache import round_vectors
+from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, quantize
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def attention_cases() -> Iterator[Case]:
         k, v, scales = bfloat16(1, K, S, D), bfloat16(1, K, S, D), (NONE, NONE)
         keys, values = k.float(), v.float()
         if is_rounded:
-            (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+            (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
             keys, values, scales = k * k_scale[..., None], v * v_scale[..., None], (k_scale, v_scale)
         for name, tokens in (("decode", 1), ("prefill", 40)):
             q, position = bfloat16(1, tokens, H, D), torch.arange(100, 100 + tokens)

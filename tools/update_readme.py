@@ -39,7 +39,6 @@ COLUMNS = {
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
     "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
-    "llama-bench": Columns(("format", "test"), ("tok_s",)),
     "serve": Columns(("format", "what", "clients"),
                      ("tok_s", "requests_s", "goodput", "ttft_s", "ttft_p99_s", "tpot_ms", "http_over_engine")),
     "llama-bench": Columns(("format", "test"), ("tok_s",)),

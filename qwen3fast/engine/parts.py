@@ -26,7 +26,10 @@ MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile sorts fewer pairs of token and expert than this otherwise than more.
 MAX_SORTED_PAIRS = 2**14
 
-# Sizes that vary between calls.
+# Sizes that vary between calls. Parts without the KV cache among their arguments must have ranges that do not depend on
+# the engine: Inductor's cache would hand the code of another engine's range to them, with a guard of that range.
+MAX_ROWS = 4096
+MAX_TOKENS = 2**17  # without a cache; longer sequences are compiled each for itself
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
@@ -160,10 +163,11 @@ class Parts:
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist
         positions = (POSITIONS._replace(most=cache.allocated_len),)
-        rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}
+        rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
+        any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
         chunk: Sizes = {1: (CHUNK,)}
-        tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
-        all_rows = (rows,) * len(ProcessorRows._fields)
+        tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
+        all_rows = (any_rows,) * len(ProcessorRows._fields)
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
         if compiler.uses_operations:
             is_auto = compiler.thread is not None
@@ -181,19 +185,19 @@ class Parts:
                 partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
             ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
-            embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == cuda.DEVICE_TYPE),
-            logits=compiler.part(run_logits, dynamic=(rows,)),
+            embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),
+            logits=compiler.part(run_logits, dynamic=(any_rows,)),
             head=nn.Sequential(model.model.norm, model.lm_head),
-            processors=compiler.part(run_processors, dynamic=(rows, *all_rows)),
+            processors=compiler.part(run_processors, dynamic=(any_rows, *all_rows)),
             samplers={
                 kind: compiler.part(
                     partial(run_sampler, kind),
-                    dynamic=(rows, *all_rows[: len(SamplerRows._fields)]),
+                    dynamic=(any_rows, *all_rows[: len(SamplerRows._fields)]),
                     is_compiled=kind is not SamplerKind.FULL or device.type != cuda.DEVICE_TYPE,
                 )
                 for kind in SamplerKind
             },
-            advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
+            advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
 
@@ -205,9 +209,8 @@ class Parts:
                 part.forget()
 
 
-def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
-    pairs = config.num_experts_per_tok if config.num_experts else 1
-    return min(cache.allocated_len, MAX_SORTED_PAIRS // pairs)
+def _max_uncached(config: ModelConfig) -> int:
+    return MAX_SORTED_PAIRS // config.num_experts_per_tok if config.num_experts else MAX_TOKENS
 
 
 def _fused_parts(model: Qwen3, cache: StaticKVCache) -> tuple[Any, Any]:

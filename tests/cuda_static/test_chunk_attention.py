@@ -18,7 +18,7 @@ from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.cuda import chunk_attention as kernel
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.model.kv_cache import StaticKVCache, round_vectors
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 
@@ -67,7 +67,7 @@ def test_chunk_attention_equals_sdpa(dtype, heads, kv_heads, head_dim, tokens, s
 def test_chunk_attention_reads_an_int8_cache():
     q, k, v, position_BT, row_B = case(4, 2, 32, 40, [90, 5])
     k, v = k.nan_to_num(), v.nan_to_num()
-    (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
     for scale in (k_scale, v_scale):
         scale[0] = scale[1, :, 45:] = scale[2, :, 130:] = torch.nan
     plain = [(x * scale[..., None]).nan_to_num() for x, scale in ((k, k_scale), (v, v_scale))]

@@ -161,6 +161,23 @@ def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
     assert len(graphs) == 2  # block, logits
 
 
+def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_thread):
+    """Ranges that depend on the engine made the code of one violate the ranges of the next."""
+    config = small_config(num_hidden_layers=2, max_position_embeddings=1024)
+    model = randomised(config)
+    expected_V = model(torch.arange(300)[None] % config.vocab_size)[0, -1]
+    for rows, length in ((3, 128), (8, 384), (2, 64)):
+        engine = Engine(model, StaticKVCache(config, rows, length, torch.float32, CPU), CPU, True)
+        engine.logits_uncached([1] * 40)
+        for batch in {2, rows}:
+            neutral = ProcessorRows.neutral(batch, config.vocab_size, CPU)
+            engine.parts.processors(None, torch.zeros(batch, config.vocab_size), *neutral)
+            engine.parts.logits(engine.parts.head, torch.zeros(batch, 1, config.hidden_size))
+        if length >= 300:
+            found_V = engine.logits_uncached([i % config.vocab_size for i in range(300)])[0]
+            torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("max_rows", "experts", "expected"),
     [
