@@ -145,7 +145,10 @@ class StepCompiler:
         """
         started = time.perf_counter()
         compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=self._options())
-        with exclusive:
+        # Inductor's cache ignores ranges: it would return code with a guard of another range, which torch.compile then
+        # refuses (ConstraintViolationError).
+        settings: Any = torch.compiler.config
+        with exclusive, settings.patch(cache_key_tag=f"{settings.cache_key_tag} qwen3fast {ranges}"):
             compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
         self.compilations += 1
         self.seconds += time.perf_counter() - started

@@ -26,8 +26,8 @@ MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile sorts fewer pairs of token and expert than this otherwise than more.
 MAX_SORTED_PAIRS = 2**14
 
-# Sizes that vary between calls. Parts without the KV cache among their arguments must have ranges that do not depend on
-# the engine: Inductor's cache would hand the code of another engine's range to them, with a guard of that range.
+# Sizes that vary between calls. Parts without the KV cache among their arguments have the same ranges in every engine,
+# which then finds what was compiled for others in Inductor's cache.
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; longer sequences are compiled each for itself
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])

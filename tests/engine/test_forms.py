@@ -198,6 +198,18 @@ def test_ranges_of_rows_end_where_another_product_begins(max_rows, experts, expe
 
 
 @torch.no_grad()
+def test_ranges_of_one_function_do_not_meet_in_inductors_cache():
+    """Code of one range came back for the other, with the wrong guard."""
+    for most in (128, 384, 64):
+        compiler = StepCompiler(True, CPU)
+        part = compiler.part(lambda _, x: (x @ x.mT).relu(), dynamic=({1: (Dynamic(41, 16, most),)},))
+        for size in (16, 41, most):
+            x = torch.ones(1, size, 3)
+            assert torch.equal(part(None, x), (x @ x.mT).relu())
+        assert compiler.compilations == 1
+
+
+@torch.no_grad()
 def test_strides_that_are_not_those_of_a_new_tensor_have_a_form_of_their_own(graphs):
     """Even of single rows, where they tell nothing."""
     compiler = StepCompiler(True, CPU)

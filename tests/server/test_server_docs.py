@@ -104,7 +104,7 @@ def torch_range() -> str:
 
 def test_the_image_copies_what_the_wheel_needs():
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert kept == {"qwen3fast", "pyproject.toml", "README.md", "LICENSE"}
+    assert kept == {"qwen3fast", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in kept)
     instructions = re.findall(r"^([A-Z]+) ", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert f'"{torch_range()}"' in (ROOT / "Dockerfile").read_text()
