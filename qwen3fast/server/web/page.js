@@ -258,7 +258,9 @@ async function reply() {
 function showSpeed(begun, first, tokens) {
   if (!first) return;
   const seconds = (performance.now() - first) / 1000;
-  const rate = tokens > 1 && seconds > 0 ? `${((tokens - 1) / seconds).toPrecision(3)} tokens/s, ` : "";
+  const speed = (tokens - 1) / seconds;
+  const words = speed < 100 ? speed.toPrecision(3) : Math.round(speed);
+  const rate = tokens > 1 && seconds > 0 ? `${words} tokens/s, ` : "";
   $("speed").textContent = `${rate}first after ${((first - begun) / 1000).toFixed(2)} s`;
 }
 
