@@ -1,21 +1,29 @@
 # The server as an image, from the wheel. TORCH_INDEX picks PyTorch's build: CPU, or for NVIDIA GPUs
 # https://download.pytorch.org/whl/cu128 (run with --gpus all).
 FROM python:3.12-slim AS build
+# The wheel brings the CPU kernels, compiled here for each level of processors.
+# Not pinned: Debian keeps only the newest version of a package.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# A compiler: the decode step and the CPU kernels are compiled on the machine that runs them.
+# A compiler for torch.compile; without it, steps run uncompiled around the wheel's kernels.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} torch
+# The range is pyproject.toml's: another version would be replaced below by PyPI's build.
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9,<2.14"
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[server,structured]" && rm -r /wheels
-RUN useradd --create-home --home-dir /cache qwen3fast
-USER qwen3fast
+RUN useradd --uid 10001 --create-home --home-dir /cache qwen3fast
+USER 10001
 ENV HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache/compiled
 VOLUME /cache
 EXPOSE 8000

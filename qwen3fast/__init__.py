@@ -14,6 +14,8 @@ from qwen3fast._version import __version__
 # the command line answers Ctrl-C meanwhile. Type checkers read __init__.pyi.
 _MODULES = {
     "ChatSession": "chat_session",
+    "Classifier": "classifier",
+    "ContinuationScore": "results",
     "Embedder": "embedder",
     "GenerationResult": "results",
     "Generator": "generator",

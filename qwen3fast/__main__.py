@@ -9,7 +9,8 @@ def main() -> int:
         cli = import_module("qwen3fast.cli")  # by name, in here: PyTorch takes seconds, and Ctrl-C may come meanwhile
     except KeyboardInterrupt:
         return 130
-    return cli.main()
+    status: int = cli.main()
+    return status
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class ChatSession:
         """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params)
-        return self._turn(message, prompt, self._generator._build(prompt, params, self._last))
+        return self._turn(message, prompt, self._generator._build(prompt, params, self._last, tools=self._tools))
 
     def reset(self) -> None:
         """Forget everything except the system message."""

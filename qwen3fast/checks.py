@@ -1,4 +1,4 @@
-"""Checks of arguments that applications pass: each returns the value in one form, or says what was expected."""
+"""Checks of arguments that applications pass. Each returns the value in one type, or raises ValueError."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def checked_integer(name: str, value: Any, low: int, high: int, note: str = "") -> int:
-    """Return an integer from `low` to `high` as an int; integers of NumPy and tensors of one integer count.
+    """Return an integer from `low` to `high` as an int; NumPy's integers and tensors of one integer are accepted.
 
-    note: what the upper bound is, for the message.
+    note: the meaning of the upper bound, for the message.
     Raises: ValueError naming the argument, the range and the value.
     """
     number = as_integer(value)
@@ -25,7 +25,7 @@ def checked_integer(name: str, value: Any, low: int, high: int, note: str = "") 
 
 
 def as_integer(value: Any) -> int | None:
-    """Return the int that a value stands for; None for anything that is no integer, booleans included."""
+    """Return an integer value as an int; None for any other value, booleans included."""
     if type(value) is int:
         return value
     is_boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
@@ -38,9 +38,9 @@ def as_integer(value: Any) -> int | None:
 
 
 def checked_flag(name: str, value: Any, also: str = "") -> bool:
-    """Return a bool (of Python or NumPy). also: another value that the caller accepts, for the message.
+    """Return a bool of Python or NumPy as a bool. also: another value that the caller accepts, for the message.
 
-    Raises: ValueError for anything else: "no" and [0] would silently count as true.
+    Raises: ValueError for any other value: "no" and [0] would silently count as true.
     """
     if isinstance(value, bool):
         return value
@@ -51,9 +51,9 @@ def checked_flag(name: str, value: Any, also: str = "") -> bool:
 
 
 def checked_timeout(name: str, value: Any) -> float | None:
-    """Return seconds to wait; None and what no clock can count wait for ever.
+    """Return a timeout in seconds; None, also for times beyond the clock's range, waits without limit.
 
-    Raises: ValueError unless it is None or a number of at least 0.
+    Raises: ValueError unless the value is None or a number of at least 0.
     """
     if value is None:
         return None
@@ -66,7 +66,7 @@ def checked_timeout(name: str, value: Any) -> float | None:
 def checked_text(name: str, text: Any) -> str:
     """Return a string that UTF-8 can encode.
 
-    Raises: ValueError for anything else; for a lone surrogate it names the character's place.
+    Raises: ValueError for other types, and for a lone surrogate, naming its position.
     """
     if not isinstance(text, str):
         hint = "; decode it first, as in data.decode('utf-8')" if isinstance(text, bytes | bytearray) else ""
@@ -83,10 +83,10 @@ def checked_text(name: str, text: Any) -> str:
 def checked_source(
     source: Any, quantization: Any = None, revision: Any = None, adapter: Any = None, check_weights: Any = False
 ) -> None:
-    """Check the types of what names a model and its form.
+    """Check the types of the arguments that name a checkpoint and how to load it.
 
-    Raises: ValueError for a source or adapter that is no path, a quantization or revision that is no string, or a
-    check_weights that is no bool.
+    Raises: ValueError for a source or adapter that is not a path, a quantization or revision that is not a string, or
+    a check_weights that is not a bool.
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"source must be a hub id or a path, got {type(source).__name__}")

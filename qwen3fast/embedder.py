@@ -1,9 +1,10 @@
-"""Embedder: texts become vectors whose dot product tells how similar they are in meaning (Qwen3-Embedding).
+"""Embedder: vectors of texts, whose dot products measure similarity of meaning (Qwen3-Embedding).
 
-The vector of a text is the model's last hidden state at an end-of-text token appended to it.
+The vector of a text is the model's last hidden state at an end-of-text token appended to the text. In folders of
+sentence-transformers, their files define the pooling, and the tokenizer defines the tokens that end a text.
 Source: the model cards of Qwen3-Embedding-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
-N texts   E dimensions of a vector
+N texts   E dimensions per vector
 """
 
 from __future__ import annotations
@@ -15,15 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.checks import checked_flag, checked_integer, checked_text
-from qwen3fast.engine.last_token import (
-    checked_max_length,
-    checked_texts,
-    last_states,
-    load_model_and_tokenizer,
-    token_id,
-)
+from qwen3fast.checkpoint.sentence_transformers import SentenceSettings, find_sentence_settings
+from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
+from qwen3fast.engine.last_token import TextFrame, checked_max_length, checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
+from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -31,22 +28,34 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Embedder:
-    """Turns texts into vectors with a Qwen3-Embedding model, or any other dense Qwen3 with its tokenizer.
+    """A Qwen3-Embedding model, or any other dense Qwen3 with a tokenizer, that computes vectors of texts.
 
     Attributes:
-        model: the Qwen3 module; an untied output projection is left out. config: its ModelConfig.
+        model: the Qwen3 module, without an untied output projection. config: its ModelConfig.
         tokenizer: the checkpoint's.
         max_length: tokens per text, the end-of-text token included; longer texts are cut at their end.
+        settings: what the folder of sentence-transformers says; None for other checkpoints.
     """
 
-    def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Qwen3,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        settings: SentenceSettings | None = None,
+    ) -> None:
         """Wrap a loaded model; see `from_pretrained` for max_length.
 
-        Raises: ValueError for a max_length the model cannot have, or a tokenizer without an end-of-text token.
+        Raises: ValueError for a max_length beyond the model's, or, without settings, a tokenizer without an end-of-text
+        token.
         """
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        self.model, self.config, self.tokenizer, self.settings = model, model.config, tokenizer, settings
+        if max_length is None and settings is not None and settings.max_length is not None:
+            max_length = min(settings.max_length, model.config.max_position_embeddings)
         self.max_length = checked_max_length(max_length, model.config)
-        self._end_id = token_id(tokenizer, END_OF_TEXT)
+        self._frame = TextFrame(tokenizer) if settings is not None else None
+        self._end_id = token_id(tokenizer, END_OF_TEXT) if settings is None else None
 
     @classmethod
     def from_pretrained(
@@ -63,13 +72,15 @@ class Embedder:
     ) -> Embedder:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B".
 
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
-        or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
-        core.
-        Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes the
+        value of sentence-transformers' files, otherwise 8192, or as many tokens as the model has positions. threads:
+        CPU threads, for the whole process; None takes one per core.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
         """
+        checked_source(source, quantization, revision, check_weights=check_weights)
+        settings = find_sentence_settings(source, revision)
         parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights, threads)
-        return cls(*parts, max_length=max_length)
+        return cls(*parts, max_length=max_length, settings=settings)
 
     def encode(
         self,
@@ -78,37 +89,60 @@ class Embedder:
         instruction: str | None = None,
         dimensions: int | None = None,
         batch_size: int = 8,
-        normalize: bool = True,
+        normalize: bool | None = None,
         progress: bool = False,
+        prompt_name: str | None = None,
     ) -> Tensor:
-        """Return a vector per text, (N, E) float32, in the order of the texts; one text gives (1, E).
+        """Return one vector per text, (N, E) float32, in the order of the texts; (1, E) for a single string.
 
         Args:
             texts: a string, or an iterable of strings.
-            instruction: the task in one sentence, for queries only; documents have none.
-            dimensions: keep the first so many of each vector (the published models were trained for 32 and more).
-            batch_size: texts computed at once; vectors do not depend on it (except by rounding).
-            normalize: scale each vector, after cutting it to `dimensions`, to length 1.
+            instruction: the task in one sentence, for queries; documents have none.
+            dimensions: cut vectors to this many dimensions (Qwen3-Embedding was trained for 32 and more).
+            batch_size: texts computed together; vectors do not depend on it (except by rounding).
+            normalize: scale each vector, after cutting it, to length 1. None follows the files of
+                sentence-transformers, and scales where there are none.
             progress: show a bar.
+            prompt_name: put the prompt of this name before each text. The prompts are those of the checkpoint's
+                config_sentence_transformers.json, whose default_prompt_name is used where neither this nor an
+                instruction is given.
 
-        Raises: ValueError for anything but strings that UTF-8 can encode, and for numbers out of range.
+        Raises: ValueError for anything but strings that UTF-8 can encode, for numbers out of range, and for a prompt
+        that the checkpoint does not have.
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
-        checked_flag("normalize", normalize)
+        settings = self.settings or SentenceSettings()
+        normalize = settings.normalize if normalize is None else checked_flag("normalize", normalize)
         size = self.config.hidden_size
         dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)
+        prompt = self._prompt(prompt_name, instruction)
         if instruction is not None:
             texts = [with_instruction(checked_text("instruction", instruction), text) for text in texts]
-        rows = [self._token_ids(text) for text in texts]
+        rows = [self._token_ids(prompt + text, f"texts[{i}]") for i, text in enumerate(texts)]
         return on_live_threads(self._encode, rows, batch_size, progress, dimensions, normalize)
 
     def _encode(
         self, rows: list[list[int]], batch_size: int, progress: bool, dimensions: int, normalize: bool
     ) -> Tensor:
-        vectors_NE = last_states(self.model, rows, batch_size, progress)[:, :dimensions]
+        is_mean = self.settings is not None and self.settings.pooling == "mean"
+        vectors_NE = last_states(self.model, rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
         return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
 
-    def _token_ids(self, text: str) -> list[int]:
+    def _prompt(self, name: str | None, instruction: str | None) -> str:
+        """Return the text to put before each text; empty with an instruction, which has a form of its own."""
+        settings = self.settings or SentenceSettings()
+        if name is not None and instruction is not None:
+            raise ValueError("pass prompt_name or instruction, not both")
+        if name is None:
+            name = settings.default_prompt if instruction is None else None
+        if name is not None and name not in settings.prompts:
+            raise ValueError(f"this checkpoint has no prompt {name!r:.200}; it has {sorted(settings.prompts)}")
+        return "" if name is None else settings.prompts[name]
+
+    def _token_ids(self, text: str, name: str = "the text") -> list[int]:
+        if self._frame is not None:
+            return self._frame.token_ids(text, self.max_length, name)
+        assert self._end_id is not None, "there is a frame or an end"
         return [*self.tokenizer.encode(text)[: self.max_length - 1], self._end_id]
 
 

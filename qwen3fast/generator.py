@@ -1,4 +1,4 @@
-"""Generator: the object that applications hold. Text in, text out; the engine below it knows token ids only."""
+"""Generator: text in, text out. The engine below it knows only token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from qwen3fast.checkpoint import as_id_tuple
 from qwen3fast.checkpoint.save import save_model
@@ -25,26 +25,26 @@ from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import formats_of
-from qwen3fast.results import GenerationResult, GeneratorStats, StreamChunk
+from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import DebugView, Dispatcher
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt, read_prompts
+from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
 class Generator:
-    """Generates text with a Qwen3 model on a static KV cache.
+    """A Qwen3 model with a tokenizer and a static KV cache, which generates text.
 
     Requests of all methods, threads and tasks run together, in one thread that the Generator owns: they wait for a
-    free slot of the cache, are prefilled in chunks between the decode steps of others, and leave when they end. Greedy
-    and seeded replies do not depend on what runs beside them (except by rounding, where two logits nearly tie). Use
-    `close()` or a `with` statement to release memory early.
+    free slot of the cache, are prefilled in chunks between the decode steps of other requests, and leave when they
+    end. Greedy and seeded replies do not depend on other requests (except by rounding, where two logits nearly tie).
+    Use `close()` or a `with` statement to release memory early.
 
-    Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies; nor must
-    a process forked after its first use, which has to build a Generator of its own. Both get a RuntimeError.
+    Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies. Nor may
+    a process that was forked after its first use: build another Generator there. Both get a RuntimeError.
 
     Attributes:
         model: the Qwen3 module, or this process's shard of it. config: its ModelConfig.
@@ -69,15 +69,15 @@ class Generator:
 
         Args:
             model: the model, in evaluation mode.
-            tokenizer: its tokenizer, if prompts and replies are to be text.
-            generation_config: the checkpoint's sampling preset, as read from generation_config.json.
-            source_folder: the folder or GGUF file that the model came from; `save_quantized` copies the tokenizer's
-                files from it.
+            tokenizer: its tokenizer; without one, prompts are token ids and replies have no text.
+            generation_config: the checkpoint's sampling preset, the contents of generation_config.json.
+            source_folder: the folder or GGUF file of the checkpoint; `save_quantized` copies the tokenizer's files
+                from it.
             ranks: the processes that the model was split over.
             options: the fields of GeneratorOptions.
 
-        Raises: ValueError for an option out of its range, a size the model cannot have, or a preset that no request
-        could set; MemoryError if the KV cache does not fit.
+        Raises: ValueError for an option out of its range, a size that the model does not support, or a preset with
+        values that no request may have; MemoryError if the KV cache does not fit.
         """
         self.options = GeneratorOptions(**options)
         config = model.config
@@ -119,12 +119,13 @@ class Generator:
         Args:
             source, device, dtype, quantization, revision, adapter, check_weights: as in `load_model`.
             progress: show a bar while weights load.
-            tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets a
-                Generator like any other. In the other processes this call does not return: they run their shards
-                until rank 0 closes its Generator, then end (SystemExit). compile="auto" is True there.
+            tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets
+                an ordinary Generator. In the other processes this call does not return: they run their shards until
+                rank 0 closes its Generator, then exit (SystemExit). compile="auto" means True.
             options: the fields of GeneratorOptions: max_seq_len, max_batch_size, compile and others.
 
-        Raises: FileNotFoundError, ValueError or MemoryError, saying what was wrong and what to do.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint;
+        MemoryError if the KV cache does not fit.
         """
         checked = GeneratorOptions(**options)
         use_threads(checked.threads)  # before loading, which quantizes
@@ -134,7 +135,7 @@ class Generator:
         return cls(**loaded._asdict(), **vars(checked))
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str, too
+    def generate(  # type: ignore[overload-overlap]  # a str is one prompt, although it is an iterable of str
         self,
         prompts: Prompt,
         params: SamplingParams | None = ...,
@@ -142,6 +143,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> GenerationResult: ...
 
     @overload
@@ -153,6 +155,7 @@ class Generator:
         use_cache: bool = ...,
         on_overflow: Overflow = ...,
         progress: bool = ...,
+        tools: Tools | None = ...,
     ) -> list[GenerationResult]: ...
 
     def generate(
@@ -163,6 +166,7 @@ class Generator:
         use_cache: bool = True,
         on_overflow: Overflow = "error",
         progress: bool = False,
+        tools: Tools | None = None,
     ) -> GenerationResult | list[GenerationResult]:
         """Continue one prompt, or each of several.
 
@@ -171,16 +175,18 @@ class Generator:
                 dimension. Or several: an iterable of prompts, or an array or tensor of two dimensions.
             params: one SamplingParams for all prompts, or a list with one for each.
             use_cache: False computes the whole sequence for every token: the slow reference.
-            on_overflow: "error" refuses a prompt that does not fit max_seq_len together with max_tokens. "cut"
-                shortens the reply, though not below a quarter of max_seq_len; what is still too long is taken from
-                the beginning of the prompt.
+            on_overflow: "error" refuses a prompt that does not fit max_seq_len together with max_tokens. "cut" first
+                shortens the reply, down to a quarter of max_seq_len, and then removes tokens from the beginning of the
+                prompt.
             progress: show a bar that counts finished replies.
+            tools: the functions that the prompts offer, if they were rendered from a conversation with tools.
+                Qwen3-Coder writes the arguments of a call without their types, which come from here.
 
-        Returns: one result for one prompt, otherwise a list in the order of the prompts. A batch gives each prompt
-        the reply it gets alone. With n > 1, a result is the first of its `samples`; with a seed, sample i has seed + i.
+        Returns: one result for one prompt, otherwise a list in the order of the prompts. A prompt gets the same reply
+        in a batch as alone. With n > 1, a result is the first of its `samples`; with a seed, sample i uses seed + i.
         Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
-        ImportError if structured output was asked for and its package is missing; RuntimeError after `close`, in the
-        Generator's own thread, or in a process forked after its first use.
+        ImportError for structured output without its package; RuntimeError after `close`, in the Generator's own
+        thread, or in a process forked after its first use.
         """
         checked_flag("use_cache", use_cache)
         checked_flag("progress", progress)
@@ -188,18 +194,59 @@ class Generator:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        groups = [self._builder.build(prompt, p, on_overflow) for prompt, p in zip(many, each, strict=True)]
-        handles = [handle for group in groups for handle in group]
-        bar = tqdm(total=len(handles), desc="generating", unit="reply", disable=not progress)
+        groups = [
+            self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in zip(many, each, strict=True)
+        ]
+        with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
+            replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
+        results = [[next(replies) for _ in group] for group in groups]
+        merged = [_merged(group) for group in results]
+        return merged[0] if is_single else merged
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
+        self, prompts: Prompt, continuations: Prompt, *, progress: bool = ...
+    ) -> ContinuationScore: ...
+
+    @overload
+    def score(
+        self, prompts: Prompt | Iterable[Prompt], continuations: Iterable[Prompt], *, progress: bool = ...
+    ) -> list[ContinuationScore]: ...
+
+    def score(
+        self, prompts: Any, continuations: Any, *, progress: bool = False
+    ) -> ContinuationScore | list[ContinuationScore]:
+        """Return the log-probability of a continuation after a prompt, or of each of several; nothing is generated.
+
+        Prompt and continuation are encoded separately: the tokens before the continuation are those that `generate`
+        would continue. Pass token ids to split a text elsewhere. Continuations of one prompt compute it once.
+
+        Args:
+            prompts: one prompt, as in `generate`, for all continuations; or several, one for each.
+            continuations: one text, or its token ids; or several.
+            progress: show a bar that counts finished continuations.
+
+        Returns: one score for one continuation, otherwise a list in the order of the continuations.
+        Raises: ValueError for an empty prompt or continuation, for numbers of them that do not match, and where both
+        together leave no room for one more token in max_seq_len; FloatingPointError for NaN logits; RuntimeError as
+        `generate`.
+        """
+        checked_flag("progress", progress)
+        pairs, is_single = read_pairs(prompts, continuations)
+        handles = [self._builder.build_score(*pair) for pair in pairs]
+        with tqdm(desc="scoring", unit="continuation", disable=not progress) as bar:
+            scores = [continuation_score(result) for result in self._run_all(handles, True, bar)]
+        return scores[0] if is_single else scores
+
+    def _run_all(self, handles: list[RequestHandle], use_cache: bool, bar: tqdm) -> list[GenerationResult]:
+        """Run requests to their ends and return their results; cancel them all if one fails. bar: counts them."""
+        bar.reset(len(handles))
         try:
             self._dispatcher.run(handles, use_cache, bar.update)
-            results = [[handle.result() for handle in group] for group in groups]
+            return [handle.result() for handle in handles]
         finally:
-            bar.close()
             for handle in handles:
                 handle.cancel()
-        merged = [replace(group[0], samples=group) if len(group) > 1 else group[0] for group in results]
-        return merged[0] if is_single else merged
 
     def submit(
         self,
@@ -208,41 +255,55 @@ class Generator:
         *,
         on_overflow: Overflow = "error",
         timeout: float | None = None,
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Start a reply and return at once; see RequestHandle. Thread-safe.
 
-        timeout: seconds to wait while `max_queue` requests wait already; 0 does not wait, None waits for ever.
-        Raises: QueueFullError after that time; otherwise as `generate`, and ValueError for n > 1.
+        timeout: seconds to wait while the queue is full (`max_queue`); 0 does not wait, None waits without limit.
+        tools: as in `generate`.
+        Raises: QueueFullError after the timeout; ValueError for n > 1; otherwise as `generate`.
         """
         timeout = checked_timeout("timeout", timeout)
-        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow), timeout)
+        return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow, tools=tools), timeout)
 
     async def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> AsyncIterator[StreamChunk]:
-        """Continue one prompt chunk by chunk, in a task of asyncio: `async for chunk in generator.astream(...)`.
+        """Stream the reply to one prompt, in an asyncio task: `async for chunk in generator.astream(...)`.
 
-        While `max_queue` requests wait already, this waits as well. Cancelling the task frees its slot; so does closing
-        the iterator (`contextlib.aclosing` closes it at once when a loop is left early).
+        tools: as in `generate`.
+        It waits while the queue is full (`max_queue`). Canceling the task frees the slot; so does closing the iterator
+        (use `contextlib.aclosing` to close it at once when a loop is left early).
         Raises: as `submit`, at the first chunk.
         """
         self._dispatcher.worker.check_caller()
         # In another thread: encoding a long prompt or compiling a schema would block the event loop.
-        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow)
+        handle = await asyncio.to_thread(self._builder.build_one, prompt, params, on_overflow, tools=tools)
         async with aclosing(self._dispatcher.astream(handle)) as chunks:  # closed with this iterator, not collected
             async for chunk in chunks:
                 yield chunk
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> Iterator[StreamChunk]:
-        """Continue one prompt chunk by chunk. The chunks' texts, joined, are the text that `generate` gives.
+        """Stream the reply to one prompt. The texts of all chunks, joined, are the text that `generate` returns.
 
-        The prompt is checked at the call and queued at the first chunk. Dropping the iterator frees its slot.
-        Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, what ended the reply, as
+        tools: as in `generate`.
+        The prompt is checked at the call and queued at the first chunk. Deleting the iterator frees the slot.
+        Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, the error that ended the reply, as
         `RequestHandle.result`.
         """
-        return self._run(self._build(prompt, params, on_overflow=on_overflow))
+        return self._run(self._build(prompt, params, on_overflow=on_overflow, tools=tools))
 
     def chat(
         self,
@@ -254,14 +315,14 @@ class Generator:
         continue_final_message: bool | str = False,
         on_overflow: Overflow = "error",
     ) -> GenerationResult:
-        """Reply to a conversation: `generate` on the rendered chat template.
+        """Generate the reply to a conversation, with the chat template.
 
         tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.generate(prompt, params, on_overflow=on_overflow)
+        return self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def stream_chat(
         self,
@@ -273,12 +334,12 @@ class Generator:
         continue_final_message: bool | str = False,
         on_overflow: Overflow = "error",
     ) -> Iterator[StreamChunk]:
-        """Reply to a conversation chunk by chunk: `stream` on the rendered chat template.
+        """Stream the reply to a conversation, with the chat template.
 
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.stream(prompt, params, on_overflow=on_overflow)
+        return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(
         self,
@@ -288,9 +349,9 @@ class Generator:
         tools: Tools | None = None,
         continue_final_message: bool | str = False,
     ) -> list[int]:
-        """Return the prompt of a conversation, as token ids, for any method that takes a prompt.
+        """Return the prompt of a conversation as token ids, for the methods that take a prompt.
 
-        Warns once about greedy decoding with reasoning.
+        It warns once about greedy decoding with reasoning.
         Raises: ValueError without a chat template or for malformed messages.
         """
         if self.tokenizer is None:
@@ -315,11 +376,11 @@ class Generator:
         return ids
 
     def warmup(self, progress: bool = False) -> None:
-        """Compile everything that requests with the cache need. Afterwards no request compiles anything.
+        """Compile everything that requests need; afterwards, no request with a cache compiles anything.
 
-        On CUDA also capture the graphs of decode steps, except those with processors or log-probabilities: the first
-        request that asks for these captures them.
-        Raises: RuntimeError while requests are running, after `close`, and as `generate`.
+        On CUDA it also captures the graphs of decode steps, without logits processors and log-probabilities: the first
+        request with these captures their graphs.
+        Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)
         parts = self.debug.engine.num_warmup_parts()
@@ -333,7 +394,7 @@ class Generator:
 
     @property
     def stats(self) -> GeneratorStats:
-        """Compilations, memory and slots in use, after the step that is running. Raises: RuntimeError if closed."""
+        """Statistics of compilation, memory and slots, after the current step. Raises: RuntimeError after `close`."""
         return self._dispatcher.stats(self.model.num_bytes())
 
     @property
@@ -342,9 +403,9 @@ class Generator:
         return self._dispatcher.debug
 
     def save_quantized(self, folder: str | Path) -> None:
-        """Write the quantized weights, with config and tokenizer, as a folder that `from_pretrained` loads.
+        """Save the quantized weights, with config and tokenizer, to a folder that `from_pretrained` loads.
 
-        Raises: ValueError for a model that is not quantized, or split; OSError if the folder cannot be written.
+        Raises: ValueError for a model that is not quantized or is split over processes; OSError if writing fails.
         """
         formats = formats_of(self.model)
         if len(formats) > 1:
@@ -356,7 +417,7 @@ class Generator:
         on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 
     def close(self) -> None:
-        """End all requests, which get a RuntimeError, and release the KV cache and graphs. May be called twice."""
+        """End all requests with a RuntimeError, and release KV cache and graphs. May be called more than once."""
         self._finalizer()
 
     def __enter__(self) -> Generator:
@@ -372,15 +433,16 @@ class Generator:
         continues: RequestHandle | None = None,
         *,
         on_overflow: Overflow = "error",
+        tools: Tools | None = None,
     ) -> RequestHandle:
-        """Return a reply that is not queued yet; `_run` queues it.
+        """Return the handle of a reply that `_run` will queue.
 
-        continues: an earlier reply that the prompt continues: its slot of the cache is taken over instead of copied.
+        continues: an earlier reply that the prompt continues; its slot of the cache is taken over instead of copied.
         """
-        return self._builder.build_one(prompt, params, on_overflow, continues)
+        return self._builder.build_one(prompt, params, on_overflow, continues, tools)
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue what `_build` made at the first chunk, and yield its chunks."""
+        """Queue a reply of `_build` at the first chunk, and yield its chunks."""
         return self._dispatcher.stream(handle)
 
     def _make_engine(self) -> Engine:
@@ -392,6 +454,14 @@ class Generator:
             use_threads(options.threads)
         compile = options.compile
         if ranks is not None and compile == "auto":
-            compile = True  # ranks that try a compiled form at different times would wait for each other for ever
-        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs)
+            compile = True  # ranks that try a compiled form at different times would wait for each other forever
+        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, forms=options.forms)
         return engine if ranks is None else lead_or_follow(engine, ranks)
+
+
+def _merged(group: list[GenerationResult]) -> GenerationResult:
+    """Return the first of a prompt's replies, which holds them all; each has the prompt's log-probabilities."""
+    if len(group) == 1:
+        return group[0]
+    samples = [replace(result, prompt_logprobs=group[0].prompt_logprobs) for result in group]
+    return replace(samples[0], samples=samples)

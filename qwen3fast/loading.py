@@ -1,7 +1,8 @@
-"""What `Generator.from_pretrained` loads: model, tokenizer and sampling preset, the small files first."""
+"""Loading for `from_pretrained` of Generator, Embedder and Reranker: small files, which may be damaged, come first."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from qwen3fast.checkpoint import (
     find_tokenizer,
     load_model,
     read_generation_config,
+    read_tokenizer,
     resolve_source,
 )
 from qwen3fast.checks import checked_flag, checked_source
+from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
 from qwen3fast.sampling_params import SamplingParams
@@ -23,7 +26,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-    """The first arguments of `Generator`, by name."""
+    """A loaded checkpoint: arguments of `Generator`, by name."""
 
     model: Qwen3
     tokenizer: Tokenizer | None
@@ -43,12 +46,12 @@ def load(
     check_weights: bool,
     tensor_parallel: bool,
 ) -> Loaded:
-    """Load what a Generator needs; see `Generator.from_pretrained` for the arguments and errors."""
+    """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
     ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
     tokenizer, generation_config, folder = None, None, None
-    if not str(source).startswith("random:"):  # small files that may be damaged are read before the weights
+    if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
@@ -59,10 +62,36 @@ def load(
     return Loaded(model, tokenizer, generation_config, folder, ranks)
 
 
+def load_model_and_tokenizer(
+    source: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    quantization: str | None,
+    revision: str | None,
+    output_projection: bool,
+    check_weights: bool = False,
+    threads: int | None = None,
+) -> tuple[Qwen3, Tokenizer]:
+    """Return a model, loaded by `load_model`, and its tokenizer, which is read first.
+
+    Raises: FileNotFoundError; ValueError, also for random weights, which have no tokenizer.
+    """
+    checked_source(source, quantization, revision, check_weights=check_weights)
+    use_threads(threads)  # before loading, which quantizes
+    if str(source).startswith("random:"):
+        raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
+    folder = resolve_source(source, revision)
+    tokenizer = read_tokenizer(folder)
+    load_there = partial(
+        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
+    )
+    return on_live_threads(load_there, folder, device, dtype), tokenizer
+
+
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:
     """Return a checkpoint's sampling preset, if it has one.
 
-    Raises: ValueError naming the file if it sets what no request could.
+    Raises: ValueError naming the file, for values that no request may have.
     """
     if preset is None:
         return None
@@ -71,6 +100,6 @@ def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any
         as_id_tuple(preset.get("eos_token_id"))
     except ValueError as err:
         if source.is_file():
-            raise ValueError(f"{source}: its settings of sampling are damaged: {err}") from err
+            raise ValueError(f"{source}: its sampling settings are damaged: {err}") from err
         raise ValueError(f"{source / 'generation_config.json'}: {err}; correct it, or delete the file") from err
     return preset

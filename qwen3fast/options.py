@@ -1,4 +1,4 @@
-"""GeneratorOptions: how a Generator runs its model. Checked when built, before any weights are read."""
+"""GeneratorOptions: the settings of a Generator, checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from qwen3fast.checks import checked_flag, checked_integer, checked_option
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.engine.threads import checked_threads
+from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
 
@@ -25,16 +26,19 @@ class GeneratorOptions:
 
     Attributes:
         max_seq_len: prompt and reply together, in tokens; the KV cache is allocated for it.
-        max_batch_size: requests that run at once; more wait. Each has a slot of the cache.
+        max_batch_size: requests that run at the same time, each in a slot of the cache; more requests wait.
         kv_cache_dtype: "auto" keeps keys and values in the weights' dtype; "int8" quantizes them, with one scale per
-            vector, which takes half of bfloat16's memory.
-        compile: True compiles before the first token, "auto" while tokens come (on CPUs; on CUDA it is True), False
-            never.
+            vector, and takes half of bfloat16's memory.
+        compile: True compiles before the first token; "auto" compiles while tokens are generated (on CPUs; on CUDA it
+            means True); False does not compile.
         cuda_graphs: replay decode steps as CUDA graphs; False launches each kernel from the host.
-        prefix_reuse: keep keys and values of earlier requests, and start a prompt behind the longest prefix that it
-            shares with one of them. Switch it off to change weights in place.
-        max_queue: requests that `submit` and `astream` let wait.
+        prefix_reuse: keep keys and values of earlier requests, and compute only the part of a prompt after the longest
+            prefix that it shares with one of them. Switch it off before changing weights in place.
+        max_queue: requests that may wait in `submit` and `astream`.
         threads: CPU threads, for the whole process; None takes one per core.
+        forms: where several forms of a computation serve, "measured" uses the fastest on this machine, measured once
+            and kept in the cache folder; "first" uses the same ones everywhere, for runs that can be repeated on other
+            machines. The environment variable QWEN3FAST_FORMS=first does so for all Generators.
     """
 
     max_seq_len: int = 4096
@@ -45,14 +49,16 @@ class GeneratorOptions:
     prefix_reuse: bool = True
     max_queue: int = 1024
     threads: int | None = None
+    forms: str = MEASURED
 
     def __post_init__(self) -> None:
-        """Check each option. Raises: ValueError naming the option, what is allowed, and the value."""
+        """Check each option. Raises: ValueError naming the option, the allowed values, and the value."""
         for name, most in (("max_seq_len", MAX_SEQ_LEN), ("max_batch_size", MAX_BATCH_SIZE), ("max_queue", MAX_QUEUE)):
             self._set(name, checked_integer(name, getattr(self, name), 1, most))
         for name in ("cuda_graphs", "prefix_reuse"):
             self._set(name, checked_flag(name, getattr(self, name)))
         checked_option("kv_cache_dtype", self.kv_cache_dtype, tuple(CACHE_DTYPES))
+        checked_option("forms", self.forms, (MEASURED, FIRST))
         if not (isinstance(self.compile, str) and self.compile == "auto"):
             self._set("compile", checked_flag("compile", self.compile, also="'auto'"))
         self._set("threads", checked_threads(self.threads))
@@ -71,7 +77,7 @@ class GeneratorOptions:
 
 
 def takes_options(function: Function) -> Function:
-    """Let `help` and `inspect` show the fields of GeneratorOptions in place of a function's `**options`."""
+    """Make `help` and `inspect` show the fields of GeneratorOptions instead of a function's `**options`."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     added = [

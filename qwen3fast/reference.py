@@ -67,10 +67,10 @@ class RMSNorm(nn.Module):
 
 
 # --- Positions -------------------------------------------------------------------------------------------------------
-# Attention alone does not know the order of tokens. RoPE tells it by rotation: channels i and i + D/2 of a query or key
-# form a point in a plane, turned by an angle proportional to the token's position. The dot product of two rotated
+# Attention alone does not know the order of tokens. RoPE encodes it as rotation: channels i and i + D/2 of a query or
+# key form a point in a plane, turned by an angle proportional to the token's position. The dot product of two rotated
 # vectors then depends on their distance only. Pair 0 turns by 1 radian per token, the last of the 64 pairs once in
-# about 5 million tokens: some pairs tell neighbors apart, others chapters (RoFormer, arXiv:2104.09864, section 3.2).
+# about 5 million tokens: some pairs distinguish neighbors, others chapters (RoFormer, arXiv:2104.09864, section 3.2).
 
 
 def rope_tables(config: Config, position_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,10 @@ def apply_rope(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 # --- The KV cache ----------------------------------------------------------------------------------------------------
-# A new token looks at the keys and values of all tokens before it, and those never change: a token sees only what came
-# earlier. So they are computed once and kept. The first call (prefill) stores them for the whole prompt; every later
-# call (a decode step) computes one token and reads the rest. Without the cache, each new token would cost a forward
-# pass over the whole text. In 0.6B, a token takes 2 x 28 layers x 8 heads x 128 channels x 2 bytes = 112 KiB.
+# A new token looks at the keys and values of all tokens before it. These never change, as a token sees only earlier
+# tokens: they are computed once and kept. The first call (prefill) stores them for the whole prompt; every later call
+# (a decode step) computes one token and reads the rest. Without the cache, each new token would cost a forward pass
+# over the whole text. In 0.6B, a token takes 2 (k and v) x 28 layers x 8 heads x 128 channels x 2 bytes = 112 KiB.
 
 
 class LayerCache:
@@ -138,8 +138,8 @@ class Attention(nn.Module):
         k_BKTD = self.k_proj(x_BTE).view(B, T, self.K, self.D).transpose(1, 2)
         v_BKTD = self.v_proj(x_BTE).view(B, T, self.K, self.D).transpose(1, 2)
 
-        # QK-norm: each head's query and key get length sqrt(D), times a learned weight. Scores cannot explode, whatever
-        # the layers before did; this replaces the biases that Qwen2 had. It comes before RoPE.
+        # QK-norm: RMSNorm over the D channels of each head's query and key, which gives them length sqrt(D), times a
+        # learned weight per channel: scores stay bounded. Qwen2 had biases instead. It comes before RoPE.
         q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
         q_BHTD, k_BKTD = apply_rope(q_BHTD, cos_TD, sin_TD), apply_rope(k_BKTD, cos_TD, sin_TD)
 

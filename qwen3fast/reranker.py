@@ -1,10 +1,10 @@
 """Reranker: the probability that a document answers a query (Qwen3-Reranker).
 
 The model reads query and document together and is asked for "yes" or "no"; the score is the probability of "yes",
-relative to "no", as its next token. Nothing is generated: of the output projection, these two rows are computed.
+relative to "no", as the next token. Nothing is generated: only these two rows of the output projection are computed.
 Source: the model cards of Qwen3-Reranker-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
-N documents   E hidden_size
+N documents   E hidden_size   L labels: "no" and "yes", or those of a score head
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3fast.checks import checked_text
-from qwen3fast.engine.last_token import (
-    checked_max_length,
-    checked_texts,
-    last_states,
-    load_model_and_tokenizer,
-    token_id,
-)
+from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head
+from qwen3fast.checks import checked_source, checked_text
+from qwen3fast.engine.last_token import checked_max_length, checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
+from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
@@ -37,23 +33,34 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # empty r
 
 
 class Reranker:
-    """Scores documents against a query with a Qwen3-Reranker model, or any other dense Qwen3 with its tokenizer.
+    """A Qwen3-Reranker model, or any other dense Qwen3 with a tokenizer, that scores documents against a query.
+
+    A model converted to Qwen3ForSequenceClassification reads the same prompt; its score head takes the place of "yes"
+    and "no": the score is the sigmoid of a single label's, or the probability of the second of two.
 
     Attributes:
         model: the Qwen3 module. config: its ModelConfig. tokenizer: the checkpoint's.
-        max_length: tokens per prompt, query and document together; documents that are too long are cut.
+        max_length: tokens of query and document together, with the template; documents that are too long are cut.
     """
 
-    def __init__(self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: Qwen3, tokenizer: Tokenizer, *, max_length: int | None = None, score_head: ScoreHead | None = None
+    ) -> None:
         """Wrap a loaded model; see `from_pretrained` for max_length.
 
-        Raises: ValueError for a max_length the model cannot have, or a tokenizer without the tokens "yes" and "no".
+        Raises: ValueError for a max_length beyond the model's, a tokenizer without the tokens "yes" and "no" where
+        there is no score head, or a head of more than two labels.
         """
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.max_length = checked_max_length(max_length, model.config)
         self._prefix, self._suffix = tokenizer.encode(PREFIX), tokenizer.encode(SUFFIX)
-        no_yes = [token_id(tokenizer, "no"), token_id(tokenizer, "yes")]
-        self._no_yes_rows_2E = on_live_threads(_output_rows, model, no_yes)
+        if score_head is None:
+            no_yes = [token_id(tokenizer, "no"), token_id(tokenizer, "yes")]
+            self._rows_LE = on_live_threads(_output_rows, model, no_yes)
+        elif len(score_head.labels) <= 2:
+            self._rows_LE = score_head.weight_LE.to(model.model.norm.weight.device)
+        else:
+            raise ValueError(f"the score head has {len(score_head.labels)} labels; a Reranker takes one or two")
 
     @classmethod
     def from_pretrained(
@@ -73,10 +80,14 @@ class Reranker:
         source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
         or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
         core.
-        Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
         """
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, True, check_weights, threads)
-        return cls(*parts, max_length=max_length)
+        checked_source(source, quantization, revision, check_weights=check_weights)
+        head = find_score_head(source, revision)
+        parts = load_model_and_tokenizer(
+            source, device, dtype, quantization, revision, head is None, check_weights, threads
+        )
+        return cls(*parts, max_length=max_length, score_head=head)
 
     def score(
         self,
@@ -90,11 +101,11 @@ class Reranker:
         """Return the probability, from 0 to 1, that each document answers the query, in the documents' order.
 
         Args:
-            query: what is searched for.
-            documents: strings, in any iterable. A document that is too long for max_length is cut at its end; query
-                and instruction never are.
+            query: the search query.
+            documents: an iterable of strings. A document that is too long for max_length is cut at its end; query and
+                instruction are never cut.
             instruction: the criterion, in one sentence; by default that the document answers a web search.
-            batch_size: documents computed at once; scores do not depend on it (except by rounding).
+            batch_size: documents computed together; scores do not depend on it (except by rounding).
             progress: show a bar.
 
         Raises: ValueError for anything but strings that UTF-8 can encode, for numbers out of range, or for a query that
@@ -108,8 +119,10 @@ class Reranker:
 
     def _score(self, rows: list[list[int]], batch_size: int, progress: bool) -> list[float]:
         states_NE = last_states(self.model, rows, batch_size, progress)
-        no_yes_N2 = states_NE @ self._no_yes_rows_2E.T
-        return torch.softmax(no_yes_N2, dim=-1)[:, 1].tolist()
+        logits_NL = states_NE @ self._rows_LE.T
+        is_single = len(self._rows_LE) == 1
+        scores_N = torch.sigmoid(logits_NL[:, 0]) if is_single else torch.softmax(logits_NL, dim=-1)[:, 1]
+        return scores_N.tolist()
 
     def _token_ids(self, head: str, document: str) -> list[int]:
         """Return the ids of a prompt; prefix and suffix are encoded separately, as published."""
@@ -137,5 +150,6 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
     if isinstance(head, QuantizedLinear):
-        return QuantizedEmbedding(head, torch.float32)(id_R)
+        row_RE: Tensor = QuantizedEmbedding(head, torch.float32)(id_R)
+        return row_RE
     return head.weight[id_R].float()

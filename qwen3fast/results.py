@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from qwen3fast.kernels.forms_file import Choice
 from qwen3fast.text.tool_calls import ToolCall
 
 
@@ -29,12 +31,12 @@ class RequestMetrics:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Prompt tokens that were computed."""
+        """The number of prompt tokens that were computed."""
         return self.prompt_tokens - self.reused_tokens
 
     @property
     def prefill_tok_s(self) -> float:
-        """Computed prompt tokens per second."""
+        """Computed prompt tokens per second of prefill."""
         return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
@@ -45,7 +47,9 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithms) at one token of a reply, from the model's logits before any processor.
+    """Log-probabilities at one token of a reply or prompt, from the model's logits before any processor.
+
+    They are natural logarithms.
 
     top: ids and log-probabilities of the most likely tokens, in descending order.
     """
@@ -69,6 +73,7 @@ class GenerationResult:
         tool_calls: the well-formed tool calls.
         malformed_tool_calls: blocks that begin as tool calls but cannot be parsed; they stay in the answer.
         logprobs: of each token, if asked for.
+        prompt_logprobs: of each token of the prompt, if asked for; None for the first token, which follows nothing.
         samples: all n replies if n > 1 was asked for; this result is the first of them.
     """
 
@@ -81,7 +86,36 @@ class GenerationResult:
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_tool_calls: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     samples: list[GenerationResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ContinuationScore:
+    """The log-probability of a continuation, given its prompt (`Generator.score`).
+
+    Attributes:
+        logprob: of the whole continuation: the sum of `logprobs`.
+        logprobs: of each of its tokens, after the prompt and the tokens before it (natural logarithms).
+        token_ids: its tokens.
+        is_greedy: no other token is more likely at any place, so greedy decoding gives this continuation. Where two
+            tokens are equally likely, both are greedy.
+        metrics: lengths and times of the request; prompt_tokens counts prompt and continuation.
+    """
+
+    logprob: float
+    logprobs: list[float]
+    token_ids: list[int]
+    is_greedy: bool
+    metrics: RequestMetrics
+
+
+def continuation_score(result: GenerationResult) -> ContinuationScore:
+    """Return the score of the tokens that have log-probabilities in a prompt (`prompt_logprobs`, one at least)."""
+    found = [at for at in result.prompt_logprobs or () if at is not None]
+    logprobs = [at.logprob for at in found]
+    is_greedy = all(at.logprob >= at.top[0][1] for at in found)
+    return ContinuationScore(math.fsum(logprobs), logprobs, [at.token_id for at in found], is_greedy, result.metrics)
 
 
 @dataclass(frozen=True)
@@ -90,10 +124,11 @@ class StreamChunk:
 
     Attributes:
         text, token_ids: the new part of the reply; text may lag behind the tokens by an unfinished character.
-        finish_reason, result: None but in the last chunk, which may have no text.
-        reasoning, answer: the parts of `text` inside and after the reasoning, without the tags. In `answer`, tool calls
-            stand as they were written; the result has them parsed.
+        finish_reason, result: set in the last chunk, which may have no text; otherwise None.
+        reasoning, answer: the parts of `text` inside and after the reasoning, without the tags. `answer` contains tool
+            calls as text; the result contains them parsed.
         logprobs: of the chunk's tokens, if asked for.
+        prompt_logprobs: in the first chunk, if asked for: as in the result.
     """
 
     text: str
@@ -103,6 +138,7 @@ class StreamChunk:
     reasoning: str = ""
     answer: str = ""
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +148,9 @@ class GeneratorStats:
     Attributes:
         compilations, compile_s: graphs compiled so far, and the seconds this took.
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
-        slots_in_use, max_batch_size: requests that run, and that can run. waiting: requests without a slot.
+        slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.
         prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
+        forms: on CPUs, the form chosen for each computation that has several, with the reason and the measured times.
     """
 
     compilations: int
@@ -126,3 +163,4 @@ class GeneratorStats:
     waiting: int
     prefilled_tokens: int = 0
     reused_tokens: int = 0
+    forms: dict[str, Choice] = field(default_factory=dict)

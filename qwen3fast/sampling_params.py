@@ -54,12 +54,16 @@ class SamplingParams:
         allowed_token_ids: the only tokens that may be chosen; None allows all.
         logprobs: report log-probabilities, of the model's own logits: 0 of the chosen token, n (at most 20) also of the
             n most likely; None reports none.
+        prompt_logprobs: report log-probabilities of the prompt's tokens, in the same form; None reports none. Such a
+            prompt is computed from its first token on: what the KV cache holds of it is not reused.
         n: replies to each prompt, at most 128.
         logits_processor: called for each new token with the float32 logits (V,) and the reply's token ids so far,
             int64 (T,), both on the model's device; returns the new logits (V,). It must not keep or change its
             arguments.
         json_schema: the reply is JSON that follows this schema (a dict, or its JSON text).
-        regex: the whole reply matches this pattern. Not together with json_schema.
+        regex: the whole reply matches this pattern.
+        grammar: the whole reply follows this grammar, in llguidance's form of Lark. At most one of json_schema, regex
+            and grammar.
         thinking_budget: tokens of reasoning in the reply at most, then the model must answer; None sets no limit.
 
     Raises: ValueError naming the field, the value and the allowed range.
@@ -80,11 +84,13 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Collection[int] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     logits_processor: LogitsProcessor | None = None
     json_schema: dict[str, Any] | str | None = None
     regex: str | None = None
     thinking_budget: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and bring numbers and collections to Python's own types."""
@@ -98,6 +104,7 @@ class SamplingParams:
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
         self._check_integer("logprobs", 0, 20, " (0: the chosen token only)")
+        self._check_integer("prompt_logprobs", 0, 20, " (0: the prompt's tokens only)")
         self._check_integer("n", 1, 128)
         self._check_integer("thinking_budget", 0)
         self._check_stop()
@@ -137,6 +144,11 @@ class SamplingParams:
         """Return these parameters, with the fields of PRESET_FIELDS that are None taken from `default`."""
         unset = [name for name in PRESET_FIELDS if getattr(self, name) is None]
         return replace(self, **{name: getattr(default, name) for name in unset})
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether a schema, a pattern or a grammar shapes the reply."""
+        return self.json_schema is not None or self.regex is not None or self.grammar is not None
 
     def _check_number(self, name: str, low: float, high: float, note: str = "", allowed: str = "") -> None:
         value = getattr(self, name)
@@ -204,15 +216,18 @@ class SamplingParams:
             raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r:.200}")
         if isinstance(self.json_schema, dict):
             self._set("json_schema", to_plain(self.json_schema, "json_schema"))
-        if self.regex is not None and (not isinstance(self.regex, str) or not self.regex):
-            raise ValueError(f"regex must be a non-empty string, got {self.regex!r:.200}")
-        for name in ("regex", "json_schema"):
+        for name in ("regex", "grammar"):
+            if (text := getattr(self, name)) is not None and (not isinstance(text, str) or not text):
+                raise ValueError(f"{name} must be a non-empty string, got {text!r:.200}")
+        for name in ("regex", "grammar", "json_schema"):
             if isinstance(text := getattr(self, name), str):
                 checked_text(name, text)
-        if self.json_schema is not None and self.regex is not None:
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            first, second = given[:2]
             raise ValueError(
-                "json_schema must be None where regex is given (at most one of them), "
-                f"got json_schema={self.json_schema!r} and regex={self.regex!r}"
+                f"{first} must be None where {second} is given (at most one of them), "
+                f"got {first}={getattr(self, first)!r:.200} and {second}={getattr(self, second)!r:.200}"
             )
 
     def _set(self, name: str, value: Any) -> None:

@@ -1,13 +1,16 @@
-"""What many tests share: tolerances, small configs, models with every weight random, a small tokenizer."""
+"""Helpers that tests share: tolerances, small configs, models with random weights, a small tokenizer."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_threads  # noqa: F401  before anything that imports PyTorch
 import kernel_device  # noqa: F401  before anything that imports Triton
 import pytest
 import torch
@@ -17,9 +20,12 @@ from torch import Tensor
 
 from qwen3fast import Generator
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
+
+os.environ.setdefault("QWEN3FAST_FORMS", "first")  # what a test runs must not depend on what is fast on a machine
 
 # The largest difference allowed, as a share of the largest absolute value of the reference.
 TOLERANCES = {
@@ -36,6 +42,28 @@ except ImportError:  # a machine with a GPU may lack it: tests/gpu does without
 else:  # the same examples in every run, however slow the machine: a test fails only when the code has changed
     settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
     settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run in two workers unless `-n` says otherwise; tests on a GPU, or without pytest-xdist, in one process."""
+    is_worker, has_xdist = hasattr(config, "workerinput"), config.pluginmanager.hasplugin("xdist")
+    is_on_gpu = bool(config.args) and all("gpu" in Path(arg.partition("::")[0]).parts for arg in config.args)
+    if has_xdist and not is_worker and not is_on_gpu and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
+    if not hasattr(config, "workerinput"):
+        cpu.load()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse ids that differ from process to process: pytest-xdist's workers must collect the same tests."""
+    unstable = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6,}", item.nodeid)]
+    if unstable:
+        raise pytest.UsageError("ids of tests contain addresses; pass ids=...: " + ", ".join(unstable[:3]))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +106,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def fill_randomly(module: torch.nn.Module, seed: int = 0) -> None:
-    """Random numbers in all parameters, norm weights (around 1) and biases too, so that no order is neutral."""
+    """Fill all parameters with random numbers, also norm weights (around 1) and biases: no order is neutral."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -162,7 +190,7 @@ def yes_no_checkpoint(tmp_path: Path, yes_no_folder: Path) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Generator]:
-    """What `Generator.from_pretrained` gives while the test runs."""
+    """Return the Generators that `Generator.from_pretrained` makes in the test."""
     generators, real = [], Generator.from_pretrained
 
     def from_pretrained(*arguments, **options):

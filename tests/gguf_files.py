@@ -35,7 +35,7 @@ def encode(weight: Tensor, kind: str, seed: int = 0) -> np.ndarray:
 
 
 def decode(data: np.ndarray, kind: str) -> Tensor:
-    """What a tensor in a file stands for, in float32, as gguf says."""
+    """Return the values of a tensor in a file, in float32, by the package gguf."""
     return torch.from_numpy(np.array(gguf.quants.dequantize(data, Kind[kind]), np.float32))
 
 
@@ -57,7 +57,7 @@ def gguf_tensors(model: Qwen3) -> dict[str, Tensor]:
 
 
 def add_config(writer: gguf.GGUFWriter, model: Qwen3) -> None:
-    """What convert_hf_to_gguf.py writes of a config."""
+    """Write the metadata of a config as convert_hf_to_gguf.py does."""
     c = model.config
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -76,7 +76,7 @@ def add_config(writer: gguf.GGUFWriter, model: Qwen3) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int, pre: str) -> None:
-    """What convert_hf_to_gguf.py writes of a tokenizer; ids without a token are padding."""
+    """Write the metadata of a tokenizer as convert_hf_to_gguf.py does; ids without a token are padding."""
     stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size

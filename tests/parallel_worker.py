@@ -1,4 +1,4 @@
-"""What each process of test_parallel.py runs: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
+"""The program of each process in test_parallel.py: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
 
 Rank 0 runs a case's program on the Generator that it gets and writes what came of it; the others follow.
 """
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def everything(generator: Generator) -> dict[str, Any]:
         "regex": [r.text for r in generator.generate(PROMPTS, SamplingParams(temperature=0, regex="[0-9]{3}"))],
         "four": [sample.token_ids for sample in four],
         "logprobs": [at.logprob for sample in four for at in sample.logprobs],
+        "prompt_logprobs": [
+            *(at.logprob for at in generator.generate(LONG, replace(GREEDY, prompt_logprobs=0)).prompt_logprobs[1:]),
+            *(score.logprob for score in generator.score(LONG, ["zebra", "the dog"])),
+        ],
         "stop": generator.generate("hello", SamplingParams(temperature=0, max_tokens=8, stop=stop)).text,
         "threads": [handle.result(timeout=60).token_ids for handle in handles],
         "stream": "".join(chunk.text for chunk in generator.stream("the dog", GREEDY)),
@@ -65,7 +70,7 @@ def everything(generator: Generator) -> dict[str, Any]:
 
 
 def logits(generator: Generator) -> list[list[float]]:
-    """Those after a prompt of three chunks."""
+    """Return the logits after a prompt of three chunks."""
     generator.generate("hello", GREEDY)
     scheduler = generator.debug.scheduler
     scheduler.prefixes.forget_all()  # the engine is used directly
@@ -84,7 +89,7 @@ def compiled(generator: Generator) -> dict[str, Any]:
 
 
 def dying(generator: Generator) -> dict[str, Any]:
-    """What rank 0 gets where another rank ends."""
+    """Return the error on rank 0 when another rank ends."""
     errors = []
     for _ in range(2):
         try:

@@ -75,7 +75,7 @@ def awq_layer(rng: np.random.Generator, N: int, K: int, group_size: int) -> tupl
 
 
 def awq_words(level_XN: np.ndarray) -> Tensor:
-    """Eight neighbouring columns in a word, in AWQ's order."""
+    """Eight neighboring columns in a word, in AWQ's order."""
     word = np.zeros((level_XN.shape[0], level_XN.shape[1] // 8), dtype=np.uint32)
     for column in range(word.shape[1]):
         for place, which in enumerate(AWQ_ORDER):
@@ -137,7 +137,7 @@ def compressed_layer(rng: np.random.Generator, N: int, K: int, config: dict) -> 
 
 
 def row_words(level_XN: np.ndarray, bits: int) -> Tensor:
-    """Neighbouring rows in a word, in their order."""
+    """Neighboring rows in a word, in their order."""
     in_word = 32 // bits
     word = np.zeros((level_XN.shape[0] // in_word, level_XN.shape[1]), dtype=np.uint32)
     for row in range(level_XN.shape[0]):
@@ -186,7 +186,7 @@ def write_prequantized(
     tokenizer_folder: Path | None = None,
     **options,
 ) -> Qwen3:
-    """Write a checkpoint whose linear layers, but for `kept` (by the ends of names), are stored in another layout.
+    """Write a checkpoint whose linear layers, except `kept` (by the ends of names), are stored in another layout.
 
     prefix: of names, in place of "model.". Tensors are dealt out to the files in turn, so that those of a layer lie in
     several. Returns: the model that the tensors stand for, in float32.
@@ -216,7 +216,7 @@ def write_prequantized(
 def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Write a checkpoint with experts, each with tensors of its own, as Qwen's FP8; routers are plain.
 
-    Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantised checkpoint.
+    Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantized checkpoint.
     """
     rng = np.random.default_rng(0)
     tensors = {name: tensor.bfloat16() for name, tensor in tensors_by_expert(randomised(config)).items()}
@@ -230,7 +230,7 @@ def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tupl
 
 
 def is_of_layer(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a part of a prequantized layer, whose dtype is the layout's."""
+    """Return whether a tensor belongs to a prequantized layer, whose dtype is the layout's."""
     ends = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "_packed", "_scale", "_zero_point", "_shape")
     return name.endswith(ends) or tensor.dtype in (torch.float8_e4m3fn, torch.int8)
 

@@ -7,12 +7,15 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from qwen3fast import Generator
 from qwen3fast.bench import harness, measure, probes, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, program
+from qwen3fast.kernels import forms, forms_file
+from qwen3fast.kernels.cases import prefill_attention_case
 
 
 def test_generate_answers(capsys):
@@ -179,6 +182,23 @@ def test_info_states_sizes(capsys):
     assert main(["info", "--model", "random:0.6b"]) == 0
     out = capsys.readouterr().out
     assert "596,049,920" in out and "112 KiB per token" in out
+
+
+def test_info_tells_which_forms_were_measured_for_these_sizes(capsys, monkeypatch, tmp_path):
+    def forms_of_info():
+        assert main(["info", "--model", "random:0.6b"]) == 0
+        return capsys.readouterr().out.partition("forms on this machine")[2]
+
+    assert forms_of_info() == ": the first of each, as QWEN3FAST_FORMS says\n"
+    monkeypatch.delenv("QWEN3FAST_FORMS")
+    monkeypatch.setattr(forms_file, "path", lambda: tmp_path / "forms.json")
+    assert forms_of_info().startswith(": not measured yet for these sizes")
+    monkeypatch.setattr(forms, "measure", lambda calls: {"C++": [0.002] * 3, "SDPA": [0.001] * 3})
+    for heads in ((16, 8, 128), (32, 8, 128)):
+        forms.measure_and_keep(prefill_attention_case(512, 2048, heads, torch.bfloat16)._replace(calls=dict))
+    title, line = forms_of_info().splitlines()
+    assert f"{torch.get_num_threads()} threads" in title
+    assert line == ("  prefill attention, 512 tokens at 2048, 16/8 heads of 128, bfloat16: SDPA (C++ 2 ms, SDPA 1 ms)")
 
 
 def test_info_states_experts_without_making_them(capsys):

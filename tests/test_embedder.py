@@ -132,14 +132,14 @@ def test_from_pretrained_refuses_a_tensor_under_both_names(tmp_path, tokenizer_f
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_from_pretrained_quantises(tmp_path, tokenizer_folder, quantization, tied):
+def test_from_pretrained_quantizes(tmp_path, tokenizer_folder, quantization, tied):
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
     folder = write_text_checkpoint(tmp_path, randomised(config), tokenizer_folder)
     exact = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)
     loaded = Embedder.from_pretrained(folder, device="cpu", quantization=quantization)
     assert formats_of(loaded.model) == ([quantization] if quantization else [])
-    rounded = loaded.encode(TEXTS)
-    assert (exact * rounded).sum(-1).min() > (0.99 if quantization == "int8" else 0.8)
+    quantized = loaded.encode(TEXTS)
+    assert (exact * quantized).sum(-1).min() > (0.99 if quantization == "int8" else 0.8)
 
 
 def test_embedder_errors(embedder, tokenizer, tmp_path, tokenizer_folder):

@@ -1,4 +1,4 @@
-"""The order of the package: imports go downwards only, so that it can be read from the bottom to the top."""
+"""The order of the package: imports go downwards only, and it can be read from the bottom to the top."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ ORDER = [
     "results",
     "options",
     "scheduling",
+    "loading",
     "embedder",
     "reranker",
-    "loading",
+    "classifier",
     "generator",
     "chat_session",
+    "lm_eval",
     "qwen3fast",
     "server",
     "bench",
@@ -136,6 +138,24 @@ def test_imports_of_the_model_leave_the_engine_out():
     assert from_engine == {}
 
 
+def test_imports_of_the_model_from_kernels_are_three_interfaces():
+    """Of kernels, the model knows attention over a cache, linear layers, and the grouped product of experts."""
+    imported = {
+        (node.module, alias.name)
+        for module, tree in TREES.items()
+        if part_of(module) == "model"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qwen3fast.kernels")
+        for alias in node.names
+    }
+    assert imported == {
+        ("qwen3fast.kernels.attention", "cached_attention"),
+        ("qwen3fast.kernels.linear", "Linear"),
+        ("qwen3fast.kernels.linear", "linears"),
+        ("qwen3fast.kernels.grouped", "grouped_linear"),
+    }
+
+
 def test_imports_of_the_bench_come_from_itself_and_the_command_line():
     importers = {part_of(m) for m, targets in IMPORTS.items() if any(part_of(t) == "bench" for t in targets)}
     assert importers <= {"bench", "cli"}
@@ -156,7 +176,7 @@ def test_imports_of_our_own_stand_at_the_top_of_the_file():
     assert inside == []
 
 
-# Who imports modules by name, when they are needed, so that the checks above do not see it, and which ones.
+# Modules that import others by name when they are needed, which the checks above do not see.
 BY_NAME = {
     "qwen3fast": {f"qwen3fast.{name}" for name in qwen3fast._MODULES.values()},
     "qwen3fast.__main__": {"qwen3fast.cli"},

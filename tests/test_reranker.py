@@ -85,13 +85,13 @@ def test_score_of_a_document_that_fits_just(reranker):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, tied, quantization):
-    # 1,040 rows can be packed, so that the output projection is, too.
+    # 1,040 rows can be packed: the output projection is quantized as well.
     config = replace(CONFIG, vocab_size=1040, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
     folder = write_text_checkpoint(tmp_path, randomised(config), yes_no_folder)
     loaded = Reranker.from_pretrained(folder, device="cpu", quantization=quantization)
     assert formats_of(loaded.model) == ([quantization] if quantization else [])
     expected = [probability(loaded.model, loaded.tokenizer, prompt_of(QUERY, document)) for document in DOCUMENTS]
-    # The full projection rounds its input, too, when it is quantised; the two rows do not.
+    # The full projection also quantizes its input; the two rows do not.
     scores = loaded.score(QUERY, DOCUMENTS)
     assert scores == pytest.approx(expected, abs=1e-5 if quantization is None else 0.05)
 

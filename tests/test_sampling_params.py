@@ -106,6 +106,8 @@ from qwen3fast.sampling_params import SamplingParams
         pytest.param("json_schema", "[" * 100_000, id="json_schema-nested too deeply"),
         ("json_schema", True),
         ("regex", ""),
+        ("grammar", ""),
+        ("grammar", 5),
         ("regex", re.compile("a")),
         ("thinking_budget", -1),
         ("thinking_budget", 1.5),
@@ -138,6 +140,8 @@ def test_sampling_params_refuse_schemas_that_are_no_json_naming_the_place(schema
 def test_sampling_params_refuse_two_constraints():
     with pytest.raises(ValueError, match=r"^json_schema must be None where regex .* got json_schema={} and "):
         SamplingParams(json_schema={}, regex="a")
+    with pytest.raises(ValueError, match=r"^regex must be None where grammar .* got regex='a' and grammar='b'"):
+        SamplingParams(regex="a", grammar="b")
 
 
 @pytest.mark.parametrize(
@@ -210,8 +214,8 @@ def test_sampling_params_do_not_change_with_the_dict_they_were_given():
 def test_sampling_params_new_fields_change_nothing_by_default():
     params = SamplingParams().with_defaults(SamplingParams.from_generation_config({}))
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty, params.n) == (1, 0, 0, 1)
-    none = ["logit_bias", "allowed_token_ids", "logprobs", "logits_processor", "json_schema", "regex"]
-    assert [getattr(params, name) for name in [*none, "thinking_budget"]] == [None] * 7
+    none = ["logit_bias", "allowed_token_ids", "logprobs", "logits_processor", "json_schema", "regex", "grammar"]
+    assert [getattr(params, name) for name in [*none, "thinking_budget"]] == [None] * 8
 
 
 def test_sampling_params_take_the_preset_where_unset():

@@ -1,4 +1,4 @@
-"""The shipped tiny model: a trained Qwen3 whose answers can be checked, so that a wrong KV cache shows."""
+"""The shipped tiny model: a trained Qwen3 whose answers can be checked, which reveals a wrong KV cache."""
 
 import random
 
@@ -65,7 +65,7 @@ def test_tiny_thinks_before_it_answers(tiny):
 
 
 def test_tiny_looks_facts_up_at_2000_tokens(tiny):
-    """What shows a KV cache right or wrong: the fact stands anywhere in the prompt. Several chunks of prefill."""
+    """A wrong KV cache would show: the fact is anywhere in the prompt, which takes several chunks of prefill."""
     examples = task_examples(lambda rng: tiny_tasks.lookup(rng, 1900), 8)
     assert all(len(tiny.tokenizer.encode(e.messages[0][1])) > 1900 for e in examples)
     assert share_right(tiny, examples) >= 0.85

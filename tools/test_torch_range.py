@@ -28,7 +28,7 @@ DESCRIBE = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
 
 @dataclass
 class Outcome:
-    """What became of one version. torch: what the environment has; reason: why nothing was run, or ""."""
+    """The outcome of one version. torch: the installed version. reason: why nothing was run, or ""."""
 
     name: str
     torch: str = ""
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether tests ran and none failed."""
+        """True if tests ran and none failed."""
         return not self.reason and self.status == 0
 
     def line(self) -> str:
@@ -97,7 +97,7 @@ def install(folder: Path, requirement: str, others: list[str], index_url: str | 
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"{command[0]}: exit status {done.returncode}")
     pinned = f"torch=={describe(python).partition('+')[0]}"
-    for other in [*others, "pytest-xdist"]:  # one by one: tests skip what an optional package is missing for
+    for other in others:  # one by one: tests skip what an optional package is missing for
         done = subprocess.run([*pip, other, pinned], capture_output=True, text=True)
         if done.returncode != 0:
             print(f"{folder.name}: without {other}", file=sys.stderr)
@@ -112,8 +112,9 @@ def test(name: str, python: Path, folder: Path, tests: list[str], seconds: float
         return outcome
     log = folder / f"{name}.log"
     environment = environment_with_caches(folder / f"caches-{name}") | {"CUDA_VISIBLE_DEVICES": ""}
-    parallel = ["-n", str(jobs)] if jobs > 1 else []
-    command = [str(python), "-m", "pytest", "-vv", "-p", "no:cacheprovider", *parallel, *tests]
+    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    parallel = ["-n", str(jobs)] if jobs > 1 else ["-p", "no:xdist"]
+    command = [str(python), "-m", "pytest", *options, *parallel, *tests]
     print(f"torch {outcome.torch}: at most {seconds:.0f} s; output in {log}", file=sys.stderr, flush=True)
     outcome.status = run_limited(command, log, seconds, environment)
     found = read_log(log)

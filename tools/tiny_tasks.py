@@ -1,6 +1,6 @@
 """The tasks that the shipped tiny model learns, made from a grammar: nothing is downloaded.
 
-Each task returns an `Example`: a conversation whose last message is the right answer, so that accuracy is a plain
+Each task returns an `Example`: a conversation whose last message is the right answer: accuracy is a plain
 string comparison. Additions are held out by operand pair: a pair that evaluation asks for is never trained.
 """
 
@@ -37,7 +37,7 @@ HELD_OUT_SHARE = 10
 
 @dataclass
 class Example:
-    """A conversation (role, content) ending in the assistant's answer, its task, and the thought before the answer.
+    """A conversation (role, content) ending in the assistant's answer, its task, and the reasoning before the answer.
 
     `every_turn` marks a conversation in which each assistant turn is trained, not only the last.
     """
@@ -53,7 +53,7 @@ class Example:
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether the sum a + b is kept for evaluation: one operand pair in ten, fixed by a checksum."""
+    """Return whether the sum a + b is kept for evaluation: one operand pair in ten, fixed by a checksum."""
     return zlib.crc32(f"{a}+{b}".encode()) % HELD_OUT_SHARE == 0
 
 
@@ -97,7 +97,7 @@ def reversing(rng: random.Random) -> Example:
 def lookup(rng: random.Random, num_words: int, num_questions: int = 1) -> Example:
     """A long text in which full names stand between other sentences, then questions about names anywhere in it.
 
-    What is asked for follows its name at once, so that finding it should take no more than two attention layers.
+    The value follows its name at once: finding it should take no more than two attention layers.
     """
     num_facts = max(num_questions, min(len(NAMES), rng.randint(2, 4) + num_words // 60))
     names = rng.sample(NAMES, num_facts)

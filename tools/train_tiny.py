@@ -87,7 +87,7 @@ def make_example(rng: random.Random, progress: float) -> Example:
     if kind < 0.76:
         return tiny_tasks.talk(rng)
     longest = 60 * (MAX_WORDS / 60) ** min(1.0, max(0.0, progress - 0.15) / 0.35)
-    # Log-uniform: most contexts stay short, so that long ones do not eat the whole budget.
+    # Log-uniform: most contexts stay short; long ones do not use up the whole budget.
     words = int(math.exp(rng.uniform(math.log(20), math.log(longest))))
     return tiny_tasks.lookup(rng, words, rng.randint(1, 8))
 
@@ -170,7 +170,7 @@ def row_weights(labels: Tensor) -> Tensor:
     return trained / trained.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
 
 
-def initialise(model: Qwen3) -> None:
+def initialize(model: Qwen3) -> None:
     """Normal weights of standard deviation 0.02; projections back into the residual stream scaled down by depth.
 
     One channel of every token's embedding starts at the same value. Queries and keys have no bias, so this constant is
@@ -190,9 +190,9 @@ def train(model: Qwen3, tokenizer: Tokenizer, args: argparse.Namespace) -> list[
     rng = random.Random(args.seed)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    # Muon orthogonalises the update of each matrix.
+    # Muon orthogonalizes the update of each matrix.
     peaks = [args.lr, args.lr / 4]
-    optimisers = [
+    optimizers = [
         torch.optim.Muon(matrices, lr=peaks[0], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=peaks[1], betas=(0.9, 0.95), weight_decay=0.0),
     ]
@@ -204,8 +204,8 @@ def train(model: Qwen3, tokenizer: Tokenizer, args: argparse.Namespace) -> list[
     for step in (bar := tqdm(range(args.steps), desc="training", unit="step")):
         progress = step / args.steps
         scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.5)
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            for group in optimiser.param_groups:
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
                 group["lr"] = peak * scale
         if len(batches) < MICRO_BATCHES:
             batches = make_batches(tokenizer, rng, progress, args.batch_tokens // MICRO_BATCHES)
@@ -218,9 +218,9 @@ def train(model: Qwen3, tokenizer: Tokenizer, args: argparse.Namespace) -> list[
             part.backward()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         recent.append(loss)
         if (step + 1) % max(1, args.steps // 48) == 0:
             curve.append((step + 1, sum(recent) / len(recent)))
@@ -234,7 +234,7 @@ def train(model: Qwen3, tokenizer: Tokenizer, args: argparse.Namespace) -> list[
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def evaluate(model: Qwen3, tokenizer: Tokenizer, count: int, seed: int = 1_000_003) -> dict[str, float]:
-    """Share of examples that greedy decoding answers exactly, without a thought and (additions) with one.
+    """Return the share of examples that greedy decoding answers exactly, without and (additions) with reasoning.
 
     All answer tokens being the most likely given the right ones before them is the same as greedy decoding being right.
     """
@@ -263,7 +263,7 @@ def evaluate(model: Qwen3, tokenizer: Tokenizer, count: int, seed: int = 1_000_0
 def save(
     model: Qwen3, tokenizer: Tokenizer, folder: Path, curve: list[tuple[int, float]], args: argparse.Namespace, s: float
 ) -> None:
-    """Write the checkpoint in Hugging Face layout: into a temporary folder first, so that a failure leaves the old."""
+    """Write the checkpoint in Hugging Face layout: into a temporary folder first: a failure leaves the old one."""
     end, eos = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
     template = (Path(__file__).parent / "tiny_chat_template.jinja").read_text(encoding="utf-8")
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
@@ -349,7 +349,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(random.Random(args.seed))
     model = Qwen3(CONFIG)
-    initialise(model)
+    initialize(model)
     started = time.perf_counter()
     curve = train(model, tokenizer, args)
     save(model, tokenizer, args.output, curve, args, time.perf_counter() - started)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qwen3fast.bench.plot import where_measured
 from qwen3fast.bench.record import Record, load_record
-from qwen3fast.bench.suites import SUITES
+from qwen3fast.bench.suites import SUITES, cache
 from qwen3fast.bench.suites.quantization import formats
 from qwen3fast.bench.table import Columns, as_markdown, speedup, table_rows
 
@@ -34,9 +34,14 @@ COLUMNS = {
                                                 "prefill_share_of_gemm")),
     "batch": Columns(("format", "batch_size"), ("decode_tok_s", "step_ms", "share_of_bandwidth")),
     "context": Columns(("format", "context", "allocated"), ("step_ms", "decode_tok_s")),
+    "quality": Columns(("format",), ("perplexity", "kl_divergence", "kl_p99", "same_token")),
     "startup": Columns(("format", "compile", "caches"), ("first_token_s", "full_speed_s")),
     "loading": Columns(("case", "cache"), ("seconds", "load_s", "file_gb_s", "own_bytes", "mapped_bytes")),
     "ablation": Columns(("stage", "context"), ("decode_tok_s",)),
+    "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
+    "serve": Columns(("format", "what", "clients"),
+                     ("tok_s", "requests_s", "goodput", "ttft_s", "ttft_p99_s", "tpot_ms", "http_over_engine")),
+    "llama-bench": Columns(("format", "test"), ("tok_s",)),
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip
@@ -98,7 +103,10 @@ def _is_ours(engine: str) -> bool:
 
 
 def cache_table(record: Record) -> str:
-    """Return a row per length of the suite cache, tokens/s of every mode side by side; one batch size and format."""
+    """Return a row per length of the suite cache, tokens/s of every mode side by side; one batch size and format.
+
+    Below are its faults: lengths at which the first token comes later with the cache than without.
+    """
     modes = [mode for (mode,) in tables.unique(record, "mode")]
     columns, last = SUITES["cache"].columns, modes[-1]
     rows = [["context", *(mode.replace("-", ", ") for mode in modes), "speed-up", "first token", "of bandwidth"]]
@@ -109,7 +117,7 @@ def cache_table(record: Record) -> str:
         cells = [tables.cell(case, "decode_tok_s") for case in cases.values()]
         cells += ["" if factor is None else f"{factor:.1f}x"]
         rows.append([f"{context:,}", *cells, *(tables.cell(best, name) for name in ("ttft_s", "share_of_bandwidth"))])
-    return as_markdown(rows, left=0)
+    return "\n\n".join([as_markdown(rows, left=0), *cache.faults(record)])
 
 
 def batching_table(record: Record) -> str:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return COMMANDS[args.command].run(args) if args.command else run_bench(args)
-    except (ValueError, OSError, MemoryError) as err:
+    except (ValueError, OSError, MemoryError, ImportError) as err:
         print(f"qwen3fast.bench: error: {visible(err, keep=chr(10))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

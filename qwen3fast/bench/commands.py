@@ -58,7 +58,7 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
 def run_plot(args: argparse.Namespace) -> int:
     """Draw each record's picture into a folder. Returns: the exit status.
 
-    Raises: ValueError for two records of one file name, or a record that lacks what its picture shows.
+    Raises: ValueError for two records of one file name, or a record without the data of its picture.
     """
     targets = [args.output / f"{path.stem}.{args.format}" for path in args.records]
     if len(set(targets)) < len(targets):

@@ -1,4 +1,4 @@
-"""The `compare` command: what changed between two records, as a table or JSON, with an exit status for CI."""
+"""The `compare` command: the changes between two records, as a table or JSON, with an exit status for CI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", action="append", default=[], choices=list(METRICS), metavar="NAME",
                         help="judge only this metric, such as decode_tok_s; may be repeated")  # fmt: skip
     parser.add_argument("--threshold", type=float, default=0.03, help="a smaller change does not count [%(default)s]")
-    parser.add_argument("--all", action="store_true", help="also show what has not changed")
+    parser.add_argument("--all", action="store_true", help="also show metrics without a change")
     parser.add_argument("--force", action="store_true", help="also if suites, machines or models differ")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 

@@ -29,8 +29,8 @@ Measurement = dict[str, Any]
 class Task:
     """A case and how to measure it once: `run` returns each sample's value by name, None for an unavailable one.
 
-    run: returns None if there is nothing to measure any more, such as an engine that has crashed.
-    expected_s: a guess of how long a run takes, for the progress bar and for runs with a time limit.
+    run: returns None if nothing is left to measure, for example after an engine has crashed.
+    expected_s: estimated seconds of a run, for the progress bar and for runs with a time limit.
     """
 
     case: Case
@@ -143,7 +143,7 @@ class Harness:
         return MAX_WARM_UPS
 
     def finish(self) -> None:
-        """End the progress bar, and note in the record what makes its figures unsure."""
+        """End the progress bar, and add reasons to doubt the figures to the record."""
         self.progress.close()
         self._record.noise = [*self._noise.reasons(), *noise_of(self._record)]
 
@@ -181,7 +181,7 @@ class Harness:
 
 @contextmanager
 def interruptible(record: Record) -> Iterator[None]:
-    """Keep what was measured when the run is ended by Ctrl-C or SIGTERM: the block ends, the record says so."""
+    """Keep the measurements when Ctrl-C or SIGTERM ends the run: the block ends, and the record says so."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -200,9 +200,9 @@ def interruptible(record: Record) -> Iterator[None]:
 
 
 def _duration(sample: Measurement | None) -> float:
-    """Return what warm-up runs are compared by: the median step, or else the time of the whole run."""
+    """Return the time to compare warm-up runs by: the median step, otherwise the whole run."""
     if sample is None:
         return 0.0
     if sample.get("step_s"):
-        return median(sample["step_s"])
+        return float(median(sample["step_s"]))
     return next((float(sample[name]) for name in ("seconds", "ttft_s") if sample.get(name) is not None), 0.0)

@@ -34,7 +34,7 @@ def run_bench(args: argparse.Namespace) -> int:
         suite.run(session)
     session.harness.finish()
     if session.record.interrupted:
-        print("interrupted; keeping what was measured", file=sys.stderr)
+        print("interrupted; keeping the measurements so far", file=sys.stderr)
     return finish(session.record, suite, output_paths(args.output, f"{suite.name}-{Path(args.model).name}"), args.json)
 
 

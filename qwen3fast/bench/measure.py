@@ -1,4 +1,4 @@
-"""One run of a case (mode, length, batch size): the time of every token, and a check of the tokens.
+"""One run of a case (mode, length, batch size): the time of each token, and a check of the tokens.
 
 Modes: with the KV cache, or computing the whole sequence for each token; eager, compiled, or compiled and replayed as
 CUDA graphs, which only the cached decode step has: a graph is captured for one shape, and a sequence without a cache
@@ -55,7 +55,7 @@ class TokenCheck:
 
     @property
     def passed(self) -> bool:
-        """True if every token is the argmax, up to the dtype's rounding."""
+        """True if each token is the argmax, up to the dtype's rounding."""
         return self.worst_gap <= self.tolerance
 
 

@@ -57,7 +57,10 @@ METRICS = {
     "ttft_p99_s": Metric("first token p99", "s", False),
     "itl_ms": Metric("between tokens", "ms", False),
     "itl_p99_ms": Metric("between tokens p99", "ms", False),
+    "tpot_ms": Metric("per token", "ms", False),
     "requests_s": Metric("requests/s", "1/s", True, "{:.2f}"),
+    "goodput": Metric("good requests/s", "1/s", True, "{:.2f}"),
+    "http_over_engine": Metric("HTTP / engine", "", False, "{:.3f}"),
     "effective_gb_s": Metric("GB/s", "GB/s", True, "{:.1f}"),
     "share_of_bandwidth": Metric("of bandwidth", "", True, "{:.0%}"),
     "prefill_flop_s": Metric("prefill GFLOP/s", "GFLOP/s", True, "{:.0f}", 1e-9),
@@ -84,6 +87,8 @@ METRICS = {
     "output_error": Metric("output error", "", False, "{:.2%}"),
     "logit_error": Metric("logit error", "", False, "{:.2%}"),
     "perplexity": Metric("perplexity", "", False, "{:.4f}"),
+    "kl_divergence": Metric("KL divergence", "nats", False),
+    "kl_p99": Metric("KL p99", "nats", False),
     "same_token": Metric("same most likely token", "", True, "{:.1%}"),
     "accuracy": Metric("accuracy", "", True, "{:.1%}"),
 }
@@ -176,6 +181,8 @@ def _of_first_token(
 def _of_clients(samples: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the latency that clients saw, from each repetition's first tokens and gaps between tokens."""
     values: dict[str, list[float]] = {}
+    if per_token := samples.get("tpot_s"):
+        values["tpot_ms"] = [s * 1e3 for s in per_token]
     if firsts := [sorted(entry) for entry in samples.get("ttfts_s", []) if entry]:
         values |= {"ttft_s": [median(f) for f in firsts], "ttft_p99_s": [percentile(f, 0.99) for f in firsts]}
     if gaps := [sorted(entry) for entry in samples.get("itl_s", []) if entry]:

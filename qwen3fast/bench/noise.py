@@ -36,7 +36,7 @@ class NoiseWatch:
 
 
 def noise_of(record: Record) -> list[str]:
-    """Return what a record's own samples say against it: memory whose speed changed, medians that are uncertain."""
+    """Return the reasons for doubt in a record's own samples: memory whose speed changed, uncertain medians."""
     reasons = []
     if gb_s := record.conditions.get("bandwidth_gb_s"):
         low, high = np.percentile(gb_s, [10, 90])

@@ -13,7 +13,7 @@ from qwen3fast.quantization.formats import FORMATS
 PLAIN = "plain"
 CACHE_SUFFIX = "-kv8"
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-MEASURED = ("formats", "modes", "contexts", "batch_sizes", "new_tokens", "repetitions")
+MEASURED = ("formats", "modes", "contexts", "batch_sizes", "new_tokens", "repetitions", "text")
 FORMAT_NAMES = tuple(f"{name}{suffix}" for name in (PLAIN, *FORMATS) for suffix in ("", CACHE_SUFFIX))
 
 
@@ -22,8 +22,8 @@ class Options:
     """Options of a run, of which each suite reads some.
 
     formats: "plain" (the weights' own dtype) or a quantization; with "-kv8", keys and values are int8.
-    contexts: tokens in the prompt. new_tokens: steps timed per repetition. limit_s: the run's seconds, None for as many
-    as it takes.
+    contexts: tokens in the prompt. new_tokens: steps timed per repetition. text: a file; "" for the built-in one.
+    limit_s: the run's seconds, None for as many as it takes.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Options:
     contexts: tuple[int, ...] = (32,)
     batch_sizes: tuple[int, ...] = (1,)
     new_tokens: int = 1
+    text: str = ""
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
@@ -50,7 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--contexts", "--lengths", type=counts, help="prompt lengths, comma-separated")
     add("--batch-sizes", type=counts, help="requests decoded together, comma-separated")
     add("--new-tokens", type=_count, help="tokens to time after the first, per repetition")
-    add("--repetitions", type=_count, help="rounds over all cases, taking turns")
+    add("--repetitions", type=_count, help="rounds over all cases, taking turns; suite quality: windows of the text")
+    add("--text", metavar="FILE", help="suite quality: text in UTF-8, of the kind that the model will meet")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
     add("--threads", type=_count, help="CPU threads [one per core]")
     add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")

@@ -32,7 +32,7 @@ class Progress:
         self.total = max(self.total, self.done + work)
 
     def show(self, text: str, work: float = 0.0) -> None:
-        """Count `work` as done, and tell what comes now."""
+        """Count `work` as done, and show the next measurement."""
         self.done += work
         if not self._is_shown:
             return
@@ -64,7 +64,7 @@ class Progress:
 
 
 def in_words(seconds: float) -> str:
-    """Return a length of time for people: "45 s", "3 min", "2 h 5 min"."""
+    """Return a duration in words: "45 s", "3 min", "2 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

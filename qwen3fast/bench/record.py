@@ -44,7 +44,7 @@ class Case:
 
     @property
     def metrics(self) -> dict[str, Estimate]:
-        """Estimates derived from the samples."""
+        """The estimates, derived from the samples."""
         return derive(self.labels, self.facts, self.samples)
 
     @property
@@ -95,7 +95,8 @@ class Record:
     def from_dict(cls, value: Any, where: str = "the record") -> Record:
         """Build a record from its JSON form, deriving the metrics again.
 
-        Raises: ValueError naming what is missing, of a wrong kind or version, or a metric that its samples do not give.
+        Raises: ValueError naming a part that is missing, of a wrong type or version, or a metric that does not follow
+        from its samples.
         """
         check_record(value, SCHEMA_VERSION, where)
         cases = [Case(raw["labels"], raw["facts"], raw["samples"]) for raw in value["cases"]]
@@ -121,7 +122,7 @@ def load_record(path: Path) -> Record:
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write JSON compactly, the whole file or nothing: short values and lists of numbers on one line.
+    """Write compact JSON, as a whole or not at all, with short values and lists of numbers on one line.
 
     Numbers that are not finite, which JSON does not have, become null.
     """
@@ -134,7 +135,7 @@ def json_text(value: dict[str, Any]) -> str:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write the whole file or nothing, readable for all users; makes missing folders."""
+    """Write a file as a whole or not at all, readable for all users; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:

@@ -23,7 +23,7 @@ from qwen3fast.model.config import ModelConfig
 
 CHECK_LENGTH, CHECK_TOKENS, CHECK_TOKENS_UNCACHED = 40, 12, 4  # without a cache each token takes a forward pass
 # For the guess of how long a run takes: shares of the machine's rates that PyTorch reaches, and the time of a step's
-# launches where it is not compiled. The harness corrects the guess by what it sees.
+# launches where it is not compiled. The harness corrects the estimate by measured times.
 GEMM_SHARE, BANDWIDTH_SHARE, EAGER_STEP_S = 0.5, 0.6, 0.03
 PREPARE_S, COMPILE_S = 2.0, 15.0
 # The order of modes under a time limit: the first two, with and without the cache, are always measured.
@@ -41,7 +41,7 @@ class Preparation(NamedTuple):
 
     @property
     def expected_s(self) -> float:
-        """Expected seconds."""
+        """The expected seconds."""
         return PREPARE_S + (COMPILE_S if is_compiled(self.mode) else 0.0)
 
 
@@ -99,7 +99,7 @@ class Session:
         return label_of(format, self.dtype)
 
     def execute(self, preparations: Sequence[Preparation], groups: Sequence[Group]) -> None:
-        """Announce how long it will take; compile and check everything; measure the groups, cheapest first.
+        """Announce the expected time; compile and check all modes; measure the groups, cheapest first.
 
         With a time limit, modes and groups that do not fit are left out, and the record notes which.
         """
@@ -185,20 +185,20 @@ class Session:
 
     def expected_s(self, mode: str, facts: dict[str, float], steps: int) -> float:
         """Return a guess of how long a prefill (fact prefill_flop) and so many steps (bytes_per_step) take."""
-        bandwidth = BANDWIDTH_SHARE * self._speed["bandwidth_gb_s"] * 1e9
+        bandwidth: float = BANDWIDTH_SHARE * self._speed["bandwidth_gb_s"] * 1e9
         step_s = max(facts["bytes_per_step"] / bandwidth, facts.get("flop_per_step", 0.0) / self._flop_s)
         step_s += 0.0 if is_compiled(mode) else EAGER_STEP_S
         return facts["prefill_flop"] / self._flop_s + facts["weight_bytes"] / bandwidth + steps * step_s
 
     @property
     def _flop_s(self) -> float:
-        return GEMM_SHARE * self._speed["gemm_flop_s"]
+        return GEMM_SHARE * float(self._speed["gemm_flop_s"])
 
     def _duration(self, seconds: float) -> str:
         limit = self.options.limit_s
         if limit is None:
             return f"about {in_words(seconds)}"
-        fits = "" if seconds <= limit else "; what does not fit is left out"
+        fits = "" if seconds <= limit else "; cases beyond that are left out"
         return f"about {in_words(min(seconds, limit))}{fits}"
 
     def _probe(self) -> Measurement:

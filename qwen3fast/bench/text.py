@@ -1,4 +1,4 @@
-"""Text from records, checkpoints and other programs, made harmless for terminals, Markdown and spreadsheets."""
+"""Text from records, checkpoints and other programs, escaped for terminals, Markdown and spreadsheets."""
 
 from __future__ import annotations
 

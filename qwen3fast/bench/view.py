@@ -1,4 +1,4 @@
-"""How a record is shown: as its suite defines, or, for another program's record, by all its labels and metrics."""
+"""Views of records: as defined by the suite, or for another program's record with all labels and metrics."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def drawing(name: str) -> Any:
 def picture(record: Record) -> Any:
     """Draw a record's picture. Returns: a matplotlib Figure.
 
-    Raises: ValueError if the record lacks what the picture shows.
+    Raises: ValueError if the record lacks data for the picture.
     """
     if not any(case.metrics for case in record.cases):
         raise ValueError(f"no picture: this {record.suite} record has no case with a metric")
     try:
         return drawing("pictures").draw(record)
     except INCOMPLETE as err:
-        raise ValueError(f"no picture: this {record.suite} record lacks what it would show ({err!r:.120})") from err
+        raise ValueError(f"no picture: this {record.suite} record lacks data for it ({err!r:.120})") from err
 
 
 def sentences(record: Record) -> list[str]:
-    """Return its view's summary; nothing for a record that lacks what it would tell."""
+    """Return the summary of a record's view; nothing for a record without the labels or metrics that it needs."""
     try:
         return view_of(record).summary(record)
     except INCOMPLETE:

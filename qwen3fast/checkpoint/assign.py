@@ -1,4 +1,4 @@
-"""Put a tensor in the place of a model's parameter."""
+"""Assign tensors to a model's parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OnAssigned = Callable[[Qwen3, str], None]
 
 
 def assign(model: Qwen3, name: str, tensor: Tensor, on_assigned: OnAssigned | None = None) -> None:
-    """Make `tensor` the parameter of this name, whether the old one is on meta or not."""
+    """Make `tensor` the parameter of this name; the old parameter may be on meta."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=False))

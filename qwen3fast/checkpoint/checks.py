@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# As safetensors spells them. Others (integers, booleans, float8) stand for something that a conversion would not see.
+# In safetensors' names. Other dtypes (integers, booleans, float8) have a meaning that a conversion would ignore.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PACKED = {"U8": torch.uint8, **FLOATS}
-CHECKED_AT_ONCE = 2**22  # elements: what the passes over them write stays small
+CHECKED_AT_ONCE = 2**22  # elements: the intermediate results of a pass stay small
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
-    """Return what is wrong with the dtype of a stored tensor, None if nothing is.
+    """Return the problem with the dtype of a stored tensor; None if there is none.
 
-    stored: as safetensors spells it. packed: the dtype of a quantized layer's tensor; None for plain weights, which may
+    stored: in safetensors' names. packed: the dtype of a quantized layer's tensor; None for plain weights, which may
     be in any float dtype of 16 bits or more.
     """
     if packed is None:
@@ -29,7 +29,7 @@ def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
 
 
 def non_finite(tensor: Tensor) -> str | None:
-    """Return in words how many elements are NaN and how many infinite; None for none, and for other than floats."""
+    """Return the numbers of NaN and infinite elements in words; None for none, and for tensors other than floats."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     nan = infinite = 0

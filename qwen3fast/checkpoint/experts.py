@@ -35,7 +35,7 @@ class ExpertStacks:
     """
 
     def __init__(self, parameters: dict[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
-        """parameters: names and shapes of all parameters of a model; those of experts get slices."""
+        """parameters: names and shapes of all parameters of a model; experts' parameters get slices."""
         self._parameters, self._device, self._dtype = parameters, device, dtype
         self._stacks: dict[str, Tensor] = {}
         self._packed: dict[str, Packed] = {}
@@ -86,6 +86,6 @@ class ExpertStacks:
         return None if missing else (place.target, self._packed.pop(place.target))
 
     def unfinished(self) -> dict[str, list[str]]:
-        """Return the parameters that have got some of their slices, each with the names of the missing ones."""
+        """Return the parameters with some of their slices, and for each the names of the missing slices."""
         begun = (*self._stacks, *self._packed)
         return {t: [name for name in self._names[t] if name in self._missing[t]] for t in begun}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.assign import OnAssigned, assign, shapes_of
@@ -23,7 +23,7 @@ from qwen3fast.checkpoint.experts import PROJECTIONS, ExpertStacks
 from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.read_ahead import read_ahead
-from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, tensors_by_file
+from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, place_of, tensors_by_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Split
@@ -34,12 +34,14 @@ from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
-# Tensors that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old versions of transformers, and
-# the heads of trainers (rewards, values, classification).
+# Tensors that a Qwen3 has no use for: tables of RoPE, which are computed, masks of old versions of transformers, the
+# heads of trainers (rewards, values, classification), drafts of further tokens (multi-token prediction, EAGLE, Medusa),
+# and what reads images.
 WITHOUT_USE = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached|original_inv_freq)|(.*\.)?attn\.(masked_bias|bias)"
     r"|(.*\.)?(input|output|q|k|v)_(scale|zero_point)"  # of activations and caches that another engine quantizes
     r"|(.*\.)?(v_head|value_head|reward_head|score|classifier|summary)\.(.*\.)?(weight|bias)"
+    r"|(model\.)?(mtp|mtp_layers|eagle|eagle_head|eagle_module|draft_model|medusa_head|midlayer|visual)\..*|d2t|t2d"
 )
 ROUTER = ".mlp.gate.weight"  # stays plain: it is small, and its choice of experts matters
 
@@ -62,9 +64,9 @@ def load_weights(
 ) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
-    Names of tensors are those of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
-    Qwen3-Embedding) leave "model." out; some hold each expert's tensors apart (see experts.py); and prequantized layers
-    have several tensors in place of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
+    Tensors have the names of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
+    Qwen3-Embedding) omit "model."; some store experts one by one (see experts.py); and prequantized layers have several
+    tensors instead of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
 
     options: the other fields of FillOptions. prequantized: how other software stored the linear layers; quantization:
     the format that these get, None for plain weights. on_assigned: called after each parameter. check_weights: refuse
@@ -89,14 +91,15 @@ def load_weights(
                     filler.unused.append(name)
     bar.close()
     if filler.unused:
-        logger.warning("%s: tensors not used: %s", folder, ", ".join(filler.unused[:20]))
+        more = f" and {len(filler.unused) - 20} more" if len(filler.unused) > 20 else ""
+        logger.warning("%s: tensors not used: %s%s", folder, ", ".join(filler.unused[:20]), more)
     refuse([*filler.problems, *filler.missing()], f"the weights in {folder} do not fit its config.json")
     refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
 
 
 class _Filler:
-    """Puts tensors of files in the places of a model's parameters, and notes the ones that do not fit."""
+    """Assigns tensors of files to a model's parameters, and records those that do not fit."""
 
     def __init__(self, model: Qwen3, options: FillOptions, names: set[str], bar: Any) -> None:
         """names: of all tensors that will come. bar: advances with each parameter."""
@@ -104,7 +107,7 @@ class _Filler:
         device, split = options.device, options.split
         self._format = None if options.quantization is None else get_format(options.quantization)
         self._expected = shapes_of(model)
-        self._has_embedding = bool({EMBEDDING, EMBEDDING.removeprefix("model.")} & names)
+        self._has_embedding = any(place_of(name) == EMBEDDING for name in names)
         self._stacks = ExpertStacks(self._expected, device, options.dtype)
         whole = self._expected if split is None else shapes_of(build_on_meta(split.config))  # as files have them
         slices = {name: part.shape for name, part in ExpertStacks(whole, device, options.dtype).slices.items()}
@@ -120,7 +123,7 @@ class _Filler:
         self.bad_numbers: list[str] = []
 
     def put(self, name: str, file: str, tensors: Any) -> None:
-        """Put one tensor of an open file in its place, or note why it has none."""
+        """Assign one tensor of an open file, or record why it cannot be assigned."""
         place = self._place(name)
         if WITHOUT_USE.fullmatch(name) and place not in self._shapes:
             self.unused.append(name)
@@ -134,13 +137,13 @@ class _Filler:
             self.problems.append(f"{name} in {file}: {problem}")
         elif self._layers.expected(place, stored.get_dtype()) is None:
             split = self._options.split
-            tensor = tensors.get_tensor(name) if split is None else split.take(name, stored)
+            tensor = tensors.get_tensor(name) if split is None else split.take(place, stored)
             self._put_plain(place, _aligned(tensor), f"{name} in {file}")
         elif (layer := self._layers.put(place, _aligned(tensors.get_tensor(name)))) is not None:
             self._put_layer(*layer)
 
     def missing(self) -> list[str]:
-        """Return a line for each tensor that has not come, unless another line names it already."""
+        """Return a line per missing tensor, unless another line names it already."""
         reported = {self._place(problem.split(":")[0].split(" in ")[0]) for problem in self.problems}
         slices, parts = self._stacks.unfinished(), self._layers.unfinished()
         begun = {*slices, *parts, *(self._layers.weight_of(name) for name in reported)}
@@ -155,10 +158,10 @@ class _Filler:
         """Return the name that a tensor has in a Qwen3ForCausalLM."""
         if name == HEAD and HEAD not in self._expected and not self._has_embedding:
             return EMBEDDING  # tied, and stored under the other name
-        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        return place_of(name)
 
     def _problem(self, place: str, shape: tuple[int, ...], dtype: str) -> str | None:
-        """Return why a tensor cannot be put in a place, None if it can."""
+        """Return why a tensor cannot be assigned to a parameter; None if it can."""
         part = self._layers.expected(place, dtype)
         expected = self._shapes.get(place) if part is None else part.shape
         if expected is None:

@@ -1,6 +1,6 @@
 """config.json of a checkpoint in Hugging Face layout: the numbers of the model, and how its weights are stored.
 
-What the model cannot compute is refused here, by name, before any weight is read.
+Features that the model does not support are refused here, by name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast._json import read_json
+from qwen3fast.checkpoint.architectures import WITH_TEXT_PART, text_part, why_not
 from qwen3fast.checkpoint.choices import DTYPES
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.rope_config import read_rope_theta, read_yarn, refuse_rope, yarn_to_dict
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization.formats import FORMATS
 
-# The model_type of each. Qwen3Model has no output projection.
-SUPPORTED_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3Model": "qwen3"}
+# The model_type of each. Qwen3Model and Qwen3ForSequenceClassification have no output projection.
+SUPPORTED_ARCHITECTURES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3Model": "qwen3",
+    "Qwen3ForSequenceClassification": "qwen3",
+}
 OWN_QUANTIZATION = {"quant_method": "qwen3fast", "version": 1}  # a version for each change of the packed layout
 
 _REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
@@ -45,6 +51,7 @@ class CheckpointConfig:
 
         Raises: ValueError for an architecture, feature or value that is not supported, or a missing field.
         """
+        raw = text_part(raw, where)
         _refuse_unsupported(raw, where)
         quantization = _read_quantization(raw, where)
         return cls(_read_model(raw, where), **quantization)
@@ -139,7 +146,7 @@ def _read_model(raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _architectures(raw: dict[str, Any]) -> list[Any]:
-    """Return the names in the file, or the one that its model_type stands for."""
+    """Return the names in the file, or the name that belongs to its model_type."""
     by_type = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     named, kind = raw.get("architectures"), raw.get("model_type")
     if named:
@@ -150,9 +157,9 @@ def _architectures(raw: dict[str, Any]) -> list[Any]:
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     for name in _architectures(raw):
         if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
-            raise ValueError(
-                f"{where}: architecture {name!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
+            reason = why_not(name, raw.get("model_type"))
+            listed = ", ".join((*SUPPORTED_ARCHITECTURES, *WITH_TEXT_PART))
+            raise ValueError(f"{where}: architecture {name!r} is not supported{reason}; supported: {listed}")
     sliding = _sliding_field(raw)
     unsupported = {
         "hidden_act": (raw.get("hidden_act") not in (None, "silu", "swish"), "only 'silu' is"),
@@ -181,9 +188,9 @@ def _sliding_field(raw: dict[str, Any]) -> str | None:
 
 
 def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of CheckpointConfig that `quantization_config` gives.
+    """Return the fields of CheckpointConfig that `quantization_config` sets.
 
-    Raises: ValueError for what is not supported.
+    Raises: ValueError for unsupported values.
     """
     given = raw.get("quantization_config")
     if given is None or given == {}:

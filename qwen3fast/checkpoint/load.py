@@ -52,7 +52,8 @@ def load_model(
             used).
         ranks: the processes to split the model over; each reads, quantizes and keeps its shard.
 
-    Raises: FileNotFoundError if source or adapter does not exist; ValueError for what is not supported or damaged.
+    Raises: FileNotFoundError if source or adapter does not exist; ValueError for unsupported options, and for
+    unsupported or damaged checkpoints.
     """
     chosen_device = choose_device(device)
     format = None if quantization == DEQUANTIZE else quantization

@@ -24,9 +24,9 @@ from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_ex
 
 @dataclass(frozen=True)
 class Loader:
-    """Options of `load_model` that matter to every kind of source. has_adapter: one will be merged into the weights.
+    """Options of `load_model` for every kind of source. has_adapter: an adapter will be merged into the weights.
 
-    Each method returns the model and, over several processes, the shard of it that this one holds.
+    Each method returns the model; with several processes, this process's shard.
     """
 
     device: torch.device
@@ -101,7 +101,7 @@ class Loader:
 
     @property
     def _on_assigned(self) -> partial[None] | None:
-        """Experts are quantized as soon as a layer's are loaded, to keep only one layer's in memory unquantized."""
+        """Quantize a layer's experts as soon as they are loaded: only one layer's are in memory unquantized."""
         name = self.quantization
         return None if name in (None, DEQUANTIZE) else partial(_quantize_experts, name)
 

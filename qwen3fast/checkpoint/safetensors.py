@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: which ones are read, and what is known of them before a tensor is."""
+"""The safetensors files of a folder: the files to read, and their headers."""
 
 from __future__ import annotations
 
@@ -58,6 +58,17 @@ def names_in(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
+def place_of(name: str) -> str:
+    """Return the name that a tensor of a file has in a Qwen3ForCausalLM.
+
+    Checkpoints of Qwen3Model leave "model." out; Qwen3-VL has "model.language_model." in its place.
+    """
+    if name.startswith("lm_head."):
+        return name
+    prefix = next((prefix for prefix in ("model.language_model.", "model.") if name.startswith(prefix)), "")
+    return f"model.{name.removeprefix(prefix)}"
+
+
 def open_tensors(file: Path) -> Any:
     """Open a safetensors file, memory-mapped.
 
@@ -93,7 +104,7 @@ def has_other_head(folder: Path) -> bool:
     Raises: as `tensors_by_file`; ValueError for a damaged file.
     """
     places = {name: file for file in tensors_by_file(folder) for name in names_in(file)}
-    embedding = next((name for name in (EMBEDDING, EMBEDDING.removeprefix("model.")) if name in places), None)
+    embedding = next((name for name in places if place_of(name) == EMBEDDING), None)
     if embedding is None or HEAD not in places:
         return False
     stored = []

@@ -28,6 +28,10 @@ HUB_PATTERNS = [
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
+    "modules.json",  # this one and the next three: sentence-transformers
+    "*_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 ]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -61,7 +61,7 @@ def tokenizer_from_vocab(folder: Path) -> BaseTokenizer:
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """Return the added tokens by id, in order; of older folders, added_tokens.json has the ids.
 
-    Raises: ValueError naming the file and what it holds in place of tokens.
+    Raises: ValueError naming the file and its contents in place of tokens.
     """
     stored, file = settings.get("added_tokens_decoder"), folder / "tokenizer_config.json"
     if stored is None:

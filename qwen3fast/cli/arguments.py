@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and the objects that they describe."""
 
 from __future__ import annotations
 
@@ -39,15 +39,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
     group.add_argument("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
-    group.add_argument("--max-seq-len", type=int, help="prompt and reply together, tokens [4096 or the model's most]")
-    group.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8 halves it [%(default)s]")
-    group.add_argument("--check-weights", action="store_true", help="refuse NaN and infinity (reads all weights once)")
+    group.add_argument("--max-seq-len", type=int, help="tokens of prompt and reply [4096 or the model's maximum]")
+    group.add_argument(
+        "--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half the size [%(default)s]"
+    )
+    group.add_argument("--check-weights", action="store_true", help="refuse weights with NaN or infinity (reads all)")
     group.add_argument("--threads", type=int, help="CPU threads [one per core]")
     group.add_argument(
         "--compile",
         choices=list(COMPILE_MODES),
         default="auto",
-        help="auto: while it answers; always: first; never [%(default)s]",
+        help="auto: compile while replies run; always: before the first; never [%(default)s]",
     )
 
 
@@ -58,8 +60,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, help="keep the k most likely tokens; 0 keeps all")
     group.add_argument("--top-p", type=float, help="keep the smallest set of tokens with this probability")
     group.add_argument("--min-p", type=float, help="keep tokens with this probability, relative to the most likely")
-    group.add_argument("--max-tokens", type=int, help="new tokens at most [what fits the context]")
-    group.add_argument("--stop", action="append", default=[], help="end before this text; may be given again")
+    group.add_argument("--max-tokens", type=int, help="maximum number of new tokens [the rest of the context]")
+    group.add_argument("--stop", action="append", default=[], help="end the reply before this text; repeatable")
     group.add_argument("--seed", type=int, help="same seed, same reply")
     group.add_argument("--think", action="store_true", help="let the model reason before it answers")
 
@@ -78,7 +80,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def open_generator(args: argparse.Namespace) -> Generator:
-    """Return the Generator of the options, warmed up if they ask for that. Raises: as `from_pretrained`."""
+    """Return the Generator of the options, warmed up with --compile always. Raises: as `from_pretrained`."""
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
         max_seq_len = min(GeneratorOptions.max_seq_len, config_of(args.model, args.revision).longest_context)

@@ -1,4 +1,4 @@
-"""Standard input and output that never end a program in a traceback, whatever their encoding or their other end."""
+"""Standard input and output that do not raise for an encoding or for a closed pipe."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 import sys
 from contextlib import suppress
 
-STRICT = ("strict", "surrogateescape")  # how Python handles what an encoding lacks, unless PYTHONIOENCODING says more
+STRICT = ("strict", "surrogateescape")  # Python's error handlers, unless PYTHONIOENCODING sets another one
 
 
 def prepare_streams() -> None:
-    """Replace characters that standard output cannot show, and bytes of standard input that are no text."""
+    """Replace characters that standard output cannot encode, and bytes of standard input that are not text."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT:
             stream.reconfigure(errors="replace")
 
 
 def flush_output() -> None:
-    """Write what standard output still holds. Raises: OSError if that fails; BrokenPipeError if nobody reads it."""
+    """Flush standard output. Raises: OSError if that fails; BrokenPipeError if its reader has closed it."""
     if sys.stdout is not None:  # it is None where the shell has closed it
         sys.stdout.flush()
 
 
 def abandon_output() -> None:
-    """Let nothing be written to standard output any more, not even when Python ends: its reader is gone."""
+    """Discard all further standard output, also at exit: its reader has closed it."""
     with suppress(OSError, ValueError, AttributeError):  # not a file
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

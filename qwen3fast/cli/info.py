@@ -1,24 +1,28 @@
-"""`qwen3fast info`: what a model is, without reading its weights."""
+"""`qwen3fast info`: sizes and memory of a model, without reading its weights, and the fastest forms for it here."""
 
 from __future__ import annotations
 
 import argparse
 
+import torch
+
 from qwen3fast.checkpoint import empty_model, read_checkpoint_config, resolve_source
 from qwen3fast.cli.arguments import add_source_arguments, config_of
 from qwen3fast.cli.console import replace_surrogates
+from qwen3fast.engine.threads import use_threads
+from qwen3fast.kernels import forms, forms_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
-HELP = "what a model is: sizes, memory for weights and KV cache"
+HELP = "show a model's sizes, and the memory of weights and KV cache"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
-    parser.add_argument("--quantization", choices=list(FORMATS), help="as if the weights were quantized while loading")
+    parser.add_argument("--quantization", choices=list(FORMATS), help="show the model quantized to this format")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +41,27 @@ def run(args: argparse.Namespace) -> int:
     print(replace_surrogates(args.model))
     for name, value in lines.items():
         print(f"  {name:27} {value}")
+    for line in _forms(model.config):
+        print(line)
     return 0
+
+
+def _forms(config: ModelConfig) -> list[str]:
+    """Return what was measured on this machine for models of these sizes, in any format; see kernels/forms.py."""
+    use_threads()  # times are of a number of threads
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
+    linear = {f"{config.intermediate_size} x {config.hidden_size}"}
+    found = {
+        f"{what}, {sizes}": choice
+        for (what, sizes), choice in forms_file.all_kept().items()
+        if heads in sizes or (what.startswith("linear") and linear & set(sizes.split(", ")))
+    }
+    if forms.is_pinned():
+        return [f"forms on this machine: the first of each, as {forms.VARIABLE} says"]
+    if not found:
+        return ["forms on this machine: not measured yet for these sizes (Generator.warmup() does)"]
+    title = f"forms on this machine, as measured with {torch.get_num_threads()} threads (kept in {forms_file.path()}):"
+    return [title, *(f"  {name}: {choice.name} ({choice.times})" for name, choice in sorted(found.items()))]
 
 
 def _describe(model: Qwen3, config: ModelConfig) -> dict[str, str]:

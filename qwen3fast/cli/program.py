@@ -1,4 +1,4 @@
-"""`qwen3fast COMMAND`: parse the arguments, run the command, and turn errors into one line and an exit status."""
+"""`qwen3fast COMMAND`: parse the arguments, run the command, report errors in one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from qwen3fast.cli.arguments import num_processes
 from qwen3fast.cli.console import abandon_output, flush_output, prepare_streams
 
 COMMANDS = {"generate": generate, "chat": chat, "info": info}
-BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE has ended
-INTERRUPTED = 130  # the same for SIGINT
+BROKEN_PIPE = 141  # a shell's status of a program ended by SIGPIPE
+INTERRUPTED = 130  # and by SIGINT
 
 
 class Loaded(NamedTuple):
-    """A command whose module is imported by name, when the command is used: it needs packages that others do not.
+    """A command whose module is imported when the command is used, because it needs optional packages.
 
     Attributes:
         help: one line.
         module: its dotted name.
         extra: the extra of this package to install for it.
-        run: the module's function that runs the command and returns the exit status. It gets the arguments as they
-            are, or parsed, if there is add_arguments.
+        run: the module's function that runs the command and returns the exit status. It gets the arguments parsed if
+            there is add_arguments, otherwise as strings.
         add_arguments: the module's function that adds the options to a parser.
     """
 
@@ -39,13 +39,13 @@ class Loaded(NamedTuple):
 
 LOADED = {
     "bench": Loaded(
-        "tokens per second with and without the KV cache, and more: bench --help", "qwen3fast.bench.__main__"
+        "measure tokens per second, with and without a KV cache; see bench --help", "qwen3fast.bench.__main__"
     ),
     "serve": Loaded(
         "serve OpenAI's API over HTTP", "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments"
     ),
     "batch": Loaded(
-        "answer a file of requests", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
+        "run the requests of a file", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
     ),
 }
 
@@ -53,8 +53,8 @@ LOADED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Returns: the exit status: 0, 1 (failed, with a message), 2 (bad options), 130 (Ctrl-C), 141 (nobody reads the
-    output any more, as in `| head`).
+    Returns: the exit status: 0, 1 (failed, with a message), 2 (bad options), 130 (Ctrl-C), 141 (the output was closed,
+    as by `| head`).
     """
     prepare_streams()
     status = 0
@@ -94,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status: int = args.run(args)
+        return status
     except BrokenPipeError:
         raise
     except (ValueError, OSError, MemoryError, FloatingPointError, RuntimeError, ImportError) as err:
@@ -121,4 +122,5 @@ def _run_loaded(args: argparse.Namespace) -> int:
         parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=loaded.help)
         getattr(module, loaded.add_arguments)(parser)
         arguments = parser.parse_args(arguments)
-    return getattr(module, loaded.run)(arguments)
+    status: int = getattr(module, loaded.run)(arguments)
+    return status

@@ -1,8 +1,12 @@
-"""How a step runs. Read dynamic_sizes.py, compile.py, parts.py, prefill.py, decode.py, decode_layers.py, cuda_graph.py,
-token_ring.py, engine.py and distributed.py in this order; threads.py, staging.py and last_token.py stand alone."""
+"""How a step runs.
 
-from qwen3fast.engine.decode import StepKind
+Read dynamic_sizes.py, compile.py, parts.py, prefill.py, state.py, decode.py, decode_layers.py, cuda_graph.py,
+token_ring.py, in_flight.py, rows.py, engine.py and distributed.py, in this order; threads.py, staging.py and
+last_token.py stand alone.
+"""
+
 from qwen3fast.engine.distributed import lead_or_follow
 from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.state import StepKind
 
 __all__ = ["Engine", "StepKind", "lead_or_follow"]

@@ -1,15 +1,15 @@
 """Compilation of the parts of a step by `torch.compile`.
 
 The unit is one transformer block: compiled once, it serves all layers, because the parameters of a module are inputs of
-the compiled code. Each combination of static shapes is compiled by itself, into a form of its own; sizes that vary at
-run time are marked as dynamic, with the range in which they lie, and `torch.compile` refuses to assume more of them.
+the compiled code. Each combination of static shapes is compiled into a form of its own. Sizes that vary at run time are
+marked as dynamic, with their range, and `torch.compile` raises an error if it would specialize on them.
 
-Private parts of PyTorch are used here alone:
-- `torch._dynamo.mark_dynamic`, which the documentation of dynamic shapes names, and which has no other name.
-- `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, calls of compiled code in other threads
-  are taken for calls inside of a trace, and refused. Without the error they run uncompiled for that moment.
-- `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: after a capture whose end has failed, the allocator goes
-  on as if it were under way; nothing public ends that.
+Private parts of PyTorch are used only here:
+- `torch._dynamo.mark_dynamic`, the documented function for dynamic shapes, which has no public name.
+- `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, PyTorch takes calls of compiled code in
+  other threads for calls inside a trace and refuses them. Without the error, they run uncompiled for that moment.
+- `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: if the end of a capture fails, the allocator continues as
+  during a capture, which no public function can end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FunctionType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,43 +35,46 @@ from qwen3fast.kernels.compiling import operations
 
 logger = logging.getLogger(__name__)
 
-# Held by the thread that compiles, or captures a CUDA graph: one in the process at a time. PyTorch's allocator serves a
-# single capture, and code that is called while another thread compiles runs uncompiled, which must not be captured.
+# Held by the thread that compiles or captures a CUDA graph, one per process at a time. PyTorch's allocator supports a
+# single capture, and code that runs while another thread compiles is uncompiled, which must not be captured.
 exclusive = threading.RLock()
 _thread = threading.local()
-# torch.compile of earlier versions compiles again for another number of threads, and cannot be told not to.
+# In earlier versions, torch.compile compiles again for another number of threads, which no option prevents.
 FORMS_KEEP_THREADS = torch.__version__ < "2.10"  # TorchVersion compares by number
 
 Function = Callable[..., Any]
 CompileMode = bool | Literal["auto"]
 
-# "auto" begins to compile after this time: the first token, and short runs, have the processor to themselves.
+# "auto" starts to compile after this time: the first token, and short runs, do not share the processor.
 AUTO_DELAY_S = 1.0
-# Compiling that takes longer has found nothing in Inductor's cache on disk: a C++ compiler is at work.
+# Compiling that takes longer did not hit Inductor's cache on disk: a C++ compiler is running.
 LONG_WORK_S = 2.0
 
-# Read when a step is compiled for a CUDA device; switches for measuring what each is worth.
+# Read when a step is compiled for a CUDA device; switches to measure the worth of each.
 # coordinate_descent_tuning: products of one row become fused reductions. triton.enable_pdl: a kernel is launched while
 # the one before it still runs (programmatic dependent launch, compute capability 9.0 and newer).
 CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 
 
 class StepCompiler:
-    """Compiles parts of steps and counts what it did.
+    """Compiles parts of steps, and counts compilations.
 
-    mode "auto" compiles in a thread of its own, which builds the C++ operations with its first work and imports what
-    `torch.compile` needs. Until a form is ready, the part runs uncompiled, with the operations once they are built; if
-    the compiled form turns out slower, it goes on so. On CUDA devices "auto" is True: graphs are captured from compiled
+    The mode "auto" compiles in a thread of its own, which first builds the C++ operations and imports the modules of
+    `torch.compile`. Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays
+    uncompiled if the compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled
     parts.
 
     Attributes:
-        enabled: False if compilation was not asked for or cannot work here; parts then run uncompiled.
-        compilations: forms compiled so far through this object.
+        enabled: False if compilation is switched off or cannot work here; parts then run uncompiled.
+        uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
+        compilations: number of forms compiled so far.
         seconds: time spent compiling them.
+        quiet: held by each step, and by the thread of "auto" while it measures.
+        when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
 
     def __init__(self, mode: CompileMode, device: torch.device) -> None:
-        """Raises: ValueError for another mode than True, False and "auto"."""
+        """Raises: ValueError for a mode other than True, False and "auto"."""
         if mode not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
         self.enabled = bool(mode) and (device.type != "cpu" or _has_cpp_compiler())
@@ -79,8 +82,11 @@ class StepCompiler:
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
-        elif self.enabled and device.type == "cpu":
+        elif mode and device.type == "cpu":
             cpu.load()
+        self.quiet = threading.RLock()
+        self.when_compiling: Callable[[], None] | None = None
+        self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0
         self.seconds = 0.0
         self._is_cuda = device.type == "cuda"
@@ -88,9 +94,9 @@ class StepCompiler:
         self._threads = torch.get_num_threads()
 
     def share_processor(self) -> None:
-        """Leave one core to the thread of "auto" while it works for long. Call it before each step.
+        """Leave one core to the thread of "auto" while it works for long. Call this before each step.
 
-        With as many threads as cores, each of a step's many short products would wait until the compiler yields one.
+        With one thread per core, each of a step's many short products would wait for the compiler to yield a core.
         """
         if self.thread is not None and not FORMS_KEEP_THREADS:
             is_long = time.perf_counter() - self._at_work_since_s > LONG_WORK_S
@@ -115,10 +121,14 @@ class StepCompiler:
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
         assert self.thread is not None, "there is a thread in mode 'auto' only"
-        return self.thread.submit(self._compile_at_work, *arguments)
+        job = self.thread.submit(self._compile_at_work, *arguments)
+        if self.when_compiling is not None:
+            self.thread.submit(self.when_compiling)
+            self.when_compiling = None
+        return job
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
-        """Return the part of a step that a function of a module and of tensors computes.
+        """Return a part of a step, given as a function of a module and tensors.
 
         is_compiled: False for a part that runs uncompiled in every mode.
         """
@@ -128,41 +138,44 @@ class StepCompiler:
     def compile(
         self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function:
-        """Compile `function(module, *tensors)` for tensors like these, and modules built like this one.
+        """Compile `function(module, *tensors)` for tensors like these, and for modules built like this one.
 
-        It is compiled by running it once on zeros: what it writes into its arguments goes nowhere.
-        Raises: whatever `torch.compile` raises; nothing is kept then.
+        It is compiled by running it once on zeros, which discards its writes to arguments.
+        Raises: exceptions of `torch.compile`; nothing is kept then.
         """
         started = time.perf_counter()
         compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=self._options())
-        with exclusive:
+        # Inductor's cache ignores ranges: it would return code with a guard of another range, which torch.compile then
+        # refuses (ConstraintViolationError).
+        settings: Any = torch.compiler.config
+        with exclusive, settings.patch(cache_key_tag=f"{settings.cache_key_tag} qwen3fast {ranges}"):
             compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
         self.compilations += 1
         self.seconds += time.perf_counter() - started
-        return cast(Function, compiled)
+        return compiled
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
             "triton.cudagraphs": False,  # a whole step is captured by engine/cuda_graph.py, not part by part
-            "size_asserts": False,  # sizes are what forms are chosen by
+            "size_asserts": False,  # forms are chosen by sizes
             "alignment_asserts": False,
             "guard_filter_fn": _keep_guards,
         }
         if self._is_cuda:
             known = torch._inductor.list_options()  # named by torch.compile's documentation
             options |= {name: value for name, value in CUDA_OPTIONS.items() if name in known}
-        elif cpu.is_loaded():  # built for this very processor, so Inductor need not try what the compiler can do
+        elif cpu.is_loaded():  # built for this processor: Inductor need not try what the compiler can do
             options["cpp.vec_isa_ok"] = True
         return options
 
     def end_auto(self) -> None:
-        """End the mode "auto": compile parts when they are first called from now on."""
+        """End the mode "auto": from now on, compile parts at their first call."""
         if self.thread is not None:
             self.close(wait=True)
-            cpu.load()  # the thread does so with its first work, which it may not have had
+            cpu.load()  # as the thread does with its first work, if it had any
 
     def close(self, wait: bool = False) -> None:
-        """End the thread of "auto". wait: until it has finished its work."""
+        """End the thread of "auto". wait: for its current work."""
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread = None
@@ -171,12 +184,11 @@ class StepCompiler:
 
 
 class StepPart:
-    """A function of a module and of tensors, compiled once for each combination of static shapes that it meets.
+    """A function of a module and tensors, compiled once per combination of static shapes.
 
-    Modules whose parameters have the same names and shapes must be built alike, as they share a compiled form; they may
-    hold different weights.
-    On CPUs a call may be repeated without effect: in "auto" mode, all forms are tried on the first call that could use
-    each.
+    Modules whose parameters have the same names and shapes share a compiled form: they may differ only in their
+    weights.
+    On CPUs, repeating a call must have no effect: the mode "auto" tries a new form on the first call that could use it.
     """
 
     def __init__(
@@ -184,7 +196,7 @@ class StepPart:
     ) -> None:
         self.function, self.compiler, self.dynamic = function, compiler, dynamic
         self._is_compiled = is_compiled and compiler.enabled
-        self._kinds: dict[nn.Module | None, int] = {}  # a number for all modules that are built alike
+        self._kinds: dict[nn.Module | None, int] = {}  # a number per kind of module
         self._parameters: dict[tuple[Any, ...], int] = {}  # the same number by names and shapes
         self._forms: dict[tuple[Any, ...], Function] = {}  # by static shapes
         self._choices: dict[tuple[Any, ...], Function] = {}  # by all shapes
@@ -195,9 +207,10 @@ class StepPart:
         return self.choose(module, *tensors)(module, *tensors)
 
     def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
-        """Return what to call for tensors of these shapes: looked up once, it may run any number of modules."""
+        """Return the form for tensors of these shapes: looked up once, it can run any number of modules."""
         if not self._is_compiled:
-            return self.function
+            has_operations = self.compiler.uses_operations and not self.compiler.enabled  # those that a wheel brought
+            return self._with_operations if has_operations else self.function
         kind = self.kind(module)
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
@@ -211,8 +224,13 @@ class StepPart:
         _allow_tracing_elsewhere()
         return choice
 
+    def forget(self) -> None:
+        """Compile again what is called from now on: something that is constant in compiled code has changed."""
+        for forms in (self._forms, self._choices, self._jobs):
+            forms.clear()
+
     def kind(self, module: nn.Module | None) -> int:
-        """Return a number that all modules have in common which share compiled forms."""
+        """Return a number that is equal for modules that share compiled forms."""
         kind = self._kinds.get(module)
         if kind is None:
             named = [] if module is None else module.named_parameters()
@@ -223,7 +241,7 @@ class StepPart:
     def _form(
         self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function | None:
-        """Return the form for these shapes, compiled if there is none yet; None while a thread is compiling it."""
+        """Return the form for these shapes, compiled if it is new; None while a thread compiles it."""
         if key not in self._forms:
             arguments = (self.function, module, tensors, ranges)
             if self.compiler.thread is None:
@@ -237,7 +255,7 @@ class StepPart:
         return self._forms.get(key)
 
     def _uncompiled(self) -> list[Function]:
-        """Return the function with C++ operations, where there are any, and without."""
+        """Return the function with C++ operations, where available, and without."""
         return [self._with_operations, self.function] if cpu.is_loaded() else [self.function]
 
     def _with_operations(self, *arguments: Any) -> Any:
@@ -245,14 +263,14 @@ class StepPart:
             return self.function(*arguments)
 
     def _faster(self, job: Future[Function], module: nn.Module | None, tensors: Sequence[Tensor | None]) -> Function:
-        """Return the compiled form, or an uncompiled one if compiling failed or did not pay."""
+        """Return the compiled form, or an uncompiled one if compiling failed or the compiled form is slower."""
         error = job.exception()
         if error is not None:
             warnings.warn(f"{self.function} could not be compiled and runs uncompiled, slower: {error}", stacklevel=2)
             return self._uncompiled()[0]
         forms: list[Function] = [job.result(), *self._uncompiled()]
         best = [float("inf")] * len(forms)
-        for _ in range(4):  # alternating; what is slow once only does not count
+        for _ in range(4):  # alternating; the best time of each counts
             for i, form in enumerate(forms):
                 started = time.perf_counter()
                 form(module, *tensors)
@@ -262,7 +280,7 @@ class StepPart:
 
 
 def _allow_tracing_elsewhere() -> None:
-    """Let this thread call compiled code while another one compiles."""
+    """Let this thread call compiled code while another thread compiles."""
     if not getattr(_thread, "may_call", False):
         _thread.may_call = True
         torch._dynamo.config.error_on_nested_fx_trace = False  # of this thread, in newer versions of PyTorch
@@ -270,7 +288,7 @@ def _allow_tracing_elsewhere() -> None:
 
 @contextlib.contextmanager
 def only_compiled() -> Iterator[None]:
-    """Let calls of compiled code fail, inside, where they would run uncompiled: their kernels must not be captured.
+    """Make compiled code in the block raise an error instead of running uncompiled, which must not be captured.
 
     Raises: RuntimeError from such a call, in this thread.
     """
@@ -283,7 +301,7 @@ def only_compiled() -> Iterator[None]:
 
 
 def _own_code(function: Function) -> Function:
-    """Return the same function with a code object of its own: `torch.compile` keeps, and limits, forms by code."""
+    """Return the same function with a code object of its own: `torch.compile` limits the number of forms per code."""
 
     def part_of_step(module: nn.Module | None, *tensors: Tensor | None) -> Any:
         return function(module, *tensors)
@@ -293,16 +311,16 @@ def _own_code(function: Function) -> Function:
 
 
 def _keep_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return which guards compiled code keeps: all but the one of PyTorch's global state.
+    """Return the guards that compiled code keeps: all except the guard of PyTorch's global state.
 
-    That state holds the number of CPU threads, which "auto" and applications change, and which no form depends on.
-    Gradients, which it holds too, are off wherever a part runs.
+    That state includes the number of CPU threads, which "auto" and applications change and no form depends on. It also
+    includes gradient mode, which is off wherever a part runs.
     """
     return [guard.guard_type != "GLOBAL_STATE" for guard in guards]
 
 
 def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
-    """Return zeros like a tensor, of the example sizes in its dynamic dimensions, which are marked."""
+    """Return zeros like a tensor, with example sizes in its dynamic dimensions, which are marked."""
     if tensor is None:
         return None
     shape = [sizes[i].example if i in sizes else n for i, n in enumerate(tensor.shape)]
@@ -316,9 +334,9 @@ def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
 
 
 def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
-    """End what a failed CUDA graph capture has begun in PyTorch's allocator. pool: of the graph.
+    """End a failed CUDA graph capture in PyTorch's allocator. pool: of the graph.
 
-    Otherwise memory that several streams use would never be freed again.
+    Otherwise, memory that several streams use would never be freed.
     """
     index = device.index if device.index is not None else torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # it has ended: the capture failed in another way
@@ -328,13 +346,14 @@ def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
 
 
 def _has_cpp_compiler() -> bool:
-    """Return whether Inductor's CPU backend can build; warn once if not."""
+    """Return whether Inductor's CPU backend has a C++ compiler; warn once if not."""
     candidates = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
     if any(candidate and shutil.which(candidate) for candidate in candidates):
         return True
     warnings.warn(
-        "no C++ compiler found, so steps run uncompiled, several times slower. Install one (Debian, Ubuntu: "
-        "apt-get install g++; macOS: xcode-select --install) or set CXX; compile=False silences this.",
+        "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
+        "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
+        "or set CXX; compile=False silences this.",
         stacklevel=2,
     )
     return False

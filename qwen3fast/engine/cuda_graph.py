@@ -1,9 +1,9 @@
-"""CUDA graphs: a whole step captured once and replayed with one launch. Used on CUDA devices only.
+"""CUDA graphs: a whole step, captured once and replayed with one launch. For CUDA devices only.
 
-A step reads and writes buffers that never move (see decode.py), so a replay needs no arguments and gives no result.
-Its random numbers are a hash of numbers in these buffers (see sampling/samplers.py): no generator's state is kept.
-Nothing that changes how compiled code runs may be active while a step is captured, a dispatch mode for example: the
-graph would hold other kernels than the ones that were compiled, without an error.
+A step reads and writes buffers at fixed addresses (see state.py): a replay needs no arguments and returns nothing. Its
+random numbers are a hash of numbers in these buffers (see sampling/samplers.py): there is no generator state.
+Nothing that changes how compiled code runs, such as a dispatch mode, may be active during capture: the graph would
+contain other kernels than the compiled ones, without an error.
 Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs.
 """
 
@@ -24,24 +24,24 @@ logger = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 
-ATTEMPTS = 2  # another thread of the program that waits for the device breaks a capture; the next one may succeed
+ATTEMPTS = 2  # a thread of the program that waits for the device breaks a capture; the next attempt may succeed
 
 
 class Recorder(Protocol):
-    """A way to make of a step something that can be replayed."""
+    """An interface to record a step for replays."""
 
     def warm_up(self, step: Step) -> None:
-        """Run the step once; it does its work."""
+        """Run the step once, with its effects."""
 
     def record(self, step: Step) -> Step:
-        """Record the step without doing its work. Returns: a function that replays it.
+        """Record the step without its effects. Returns: a function that replays it.
 
-        Raises: RuntimeError if it cannot be recorded; everything can go on as before then.
+        Raises: RuntimeError if it cannot be recorded; the state is then as before.
         """
 
 
 class CudaRecorder:
-    """A recorder by `torch.cuda.CUDAGraph`. All graphs share one memory pool: only one of them runs at a time."""
+    """A recorder with `torch.cuda.CUDAGraph`. All graphs share one memory pool, as only one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +50,7 @@ class CudaRecorder:
             self._stream = torch.cuda.Stream()
 
     def warm_up(self, step: Step) -> None:
-        """Run the step on the stream that it will be captured on: libraries set up what they need there."""
+        """Run the step on the stream of the capture, which lets libraries initialize there."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -65,29 +65,29 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
-                # Other threads of the program may use the device meanwhile: this one alone is captured.
+                # Only this thread is captured; other threads may use the device.
                 with (
                     only_compiled(),
                     torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
                 ):
                     step()
             except RuntimeError as err:
-                # Where the end of a capture fails, PyTorch leaves the stream and the allocator in the middle of it.
+                # If ending a capture fails, PyTorch leaves the stream and the allocator in the capture.
                 torch.cuda.set_stream(stream)
                 end_broken_capture(self._device, self._pool)
                 self._pool = torch.cuda.graph_pool_handle()
                 if isinstance(err, torch.OutOfMemoryError):
                     raise
-                # Ending a capture that has failed raises as well; its cause is the error before that.
+                # Ending a failed capture raises as well; its cause is the earlier error.
                 raise RuntimeError(str(err.__context__ or err)) from err
             return graph.replay
 
 
 class GraphCache:
-    """A cache of steps, each captured when its key is first seen, then replayed.
+    """A cache of steps, each captured when its key is first used, then replayed.
 
     A step that cannot be captured runs uncaptured from then on; steps of other keys are still captured.
-    failures: why, by key.
+    failures: the reasons, by key.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -96,7 +96,7 @@ class GraphCache:
         self.failures: dict[Hashable, str] = {}
 
     def run(self, key: Hashable, step: Step) -> None:
-        """Run the step for this key, capturing it if it is new."""
+        """Run the step of this key; capture it first if the key is new."""
         replay = self._replays.get(key)
         if replay is not None:
             replay()
@@ -104,7 +104,7 @@ class GraphCache:
             step()
         else:
             with exclusive, _no_garbage_collection():
-                # Compiled code must not be called for the first time while capturing, and capturing runs nothing.
+                # Compiled code must not be called for the first time during capture; and capture executes nothing.
                 self._recorder.warm_up(step)
                 self._capture(key, step)
 
@@ -129,7 +129,7 @@ class GraphCache:
 
     @property
     def failure(self) -> str:
-        """Why steps could not be captured; empty if all could."""
+        """The reasons why steps could not be captured; empty if there are none."""
         return "; ".join(dict.fromkeys(self.failures.values()))
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class GraphCache:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Let no object be freed by chance meanwhile: freeing graphs, events or memory breaks a capture."""
+    """Disable garbage collection in the block: freeing graphs, events or memory breaks a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

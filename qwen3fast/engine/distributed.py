@@ -1,7 +1,7 @@
-"""One engine in each of several processes: rank 0's engine broadcasts its calls, the others repeat them.
+"""Engines in several processes: rank 0's engine broadcasts its calls, and the other ranks repeat them.
 
-Scheduling, text and constraints stay on rank 0; the other ranks know no requests. Every rank's engine must make the
-same calls in the same order, since steps wait for each other's tensors.
+Scheduling, text and constraints stay on rank 0; the other ranks do not know requests. All engines must run the same
+calls in the same order, as steps wait for each other's tensors.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from qwen3fast.engine.decode import Hook, StepKind
-from qwen3fast.engine.engine import Engine, StepResult
+from qwen3fast.engine.decode import Hook
+from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.in_flight import StepResult
+from qwen3fast.engine.state import StepKind
 from qwen3fast.parallel import Ranks
 
 logger = logging.getLogger(__name__)
 
-# Methods that concern rank 0's host alone. All others are broadcast.
+# Methods that only rank 0 runs. All other methods are broadcast.
 NOT_BROADCAST = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
 CLOSE = "close"
 
 
 def lead_or_follow(engine: Engine, ranks: Ranks) -> Engine:
-    """Return, on rank 0, an engine that broadcasts its calls; on the others, repeat them until rank 0 closes it.
+    """Return an engine that broadcasts its calls, on rank 0; on the other ranks, repeat them until it is closed.
 
-    Raises: SystemExit on the other ranks at the end, because the program runs on rank 0; RuntimeError there if rank 0
-    is gone.
+    Raises: on the other ranks, SystemExit at the end, as the program runs on rank 0, and RuntimeError if rank 0 has
+    ended.
     """
     if ranks.is_leader:
         return cast(Engine, LeadingEngine(engine, ranks))
@@ -37,9 +39,9 @@ def lead_or_follow(engine: Engine, ranks: Ranks) -> Engine:
 
 
 class LeadingEngine:
-    """Rank 0's engine: the attributes of `Engine`, and its methods, which are broadcast to the other ranks first.
+    """Rank 0's engine: the attributes and methods of `Engine`; calls are broadcast to the other ranks first.
 
-    An error in a method leaves the ranks out of step, possibly in the middle of a sum, so all later calls are refused.
+    An error in a method leaves the ranks out of step, possibly in the middle of a sum: later calls are refused.
     """
 
     def __init__(self, engine: Engine, ranks: Ranks) -> None:
@@ -56,9 +58,9 @@ class LeadingEngine:
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
         """Call `Engine.sample_first` on all ranks. The others get the logits, which may be of an earlier request."""
         message = (row, logits_1V.cpu(), kind, hook is not None)
-        return self._lead(
-            self._engine.sample_first, "sample_first", (row, logits_1V, kind, self._shared(hook)), message
-        )
+        arguments = (row, logits_1V, kind, self._shared(hook))
+        result: StepResult = self._lead(self._engine.sample_first, "sample_first", arguments, message)
+        return result
 
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
         """Call `Engine.launch` on all ranks."""
@@ -70,18 +72,20 @@ class LeadingEngine:
         self._lead(self._engine.warmup, "warmup", (report,), ())
 
     def close(self) -> None:
-        """Call `Engine.close` on all ranks but those that are gone, or wait in a step that has failed."""
+        """Call `Engine.close` on all ranks, except ranks that have ended or wait in a failed step."""
         try:
             self._ranks.broadcast((CLOSE, ()))
         except RuntimeError as err:
-            logger.warning("the other ranks could not be told to end: %s", err)
+            logger.warning("could not tell the other ranks to end: %s", err)
         self._engine.close()
 
     def _shared(self, hook: Hook | None) -> Hook | None:
         """Return a hook that broadcasts its result: the other ranks do not have the function."""
         return None if hook is None else lambda logits_BV: self._ranks.share(hook(logits_BV))
 
-    def _lead(self, method: Callable[..., Any], name: str, arguments: tuple, message: tuple | None = None) -> Any:
+    def _lead(
+        self, method: Callable[..., Any], name: str, arguments: tuple[Any, ...], message: tuple[Any, ...] | None = None
+    ) -> Any:
         if self._error is not None:
             raise RuntimeError("the ranks are out of step since an earlier error; restart them") from self._error
         try:
@@ -95,12 +99,12 @@ class LeadingEngine:
 def follow(engine: Engine, ranks: Ranks) -> None:
     """Repeat the calls of rank 0's engine until it is closed.
 
-    Raises: RuntimeError if rank 0 is gone; whatever a step raises.
+    Raises: RuntimeError if rank 0 has ended; exceptions of a step.
     """
     while True:
         name, arguments = ranks.receive()
-        if name == "launch" and len(engine.ring) > engine.lookahead:
-            engine.collect()  # nobody here waits for tokens, but a slot is needed
+        if name == "launch" and len(engine.in_flight) > engine.lookahead:
+            engine.collect()  # the tokens are not needed here, but their place in the ring is
         if name in ("launch", "sample_first"):
             *arguments, has_hook = arguments
             arguments.append(ranks.share if has_hook else None)

@@ -1,4 +1,4 @@
-"""Sizes that vary at run time, and what of a call's tensors decides which compiled form serves it."""
+"""Sizes that vary at run time, and the properties of tensors that select a compiled form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Dynamic(NamedTuple):
     """A size that varies at run time, from least to most.
 
-    example: the size to compile with. Sizes that may differ in a call need different examples, because
-    `torch.compile` takes equal ones for the same size.
+    example: the size to compile with. Sizes that may differ need different examples: `torch.compile` assumes that
+    equal ones are always equal.
     """
 
     example: int
@@ -20,7 +20,7 @@ class Dynamic(NamedTuple):
     most: int = 2**31 - 1
 
     def holds(self, size: int) -> bool:
-        """Return whether a size lies in the range."""
+        """Return whether a size is in the range."""
         return self.least <= size <= self.most
 
 
@@ -30,9 +30,9 @@ Ranges = Sequence[dict[int, Dynamic]]  # of one form
 
 
 def find_ranges(tensors: Sequence[Tensor | None], dynamic: Sequence[Sizes]) -> Ranges:
-    """Return the range that holds each dynamic size.
+    """Return the range of each dynamic size.
 
-    A size that is in none is static: it has a form of its own. So are all sizes where a tensor is not in order.
+    A size outside all ranges is static and has a form of its own. All sizes are static if a tensor is not in order.
     """
     pairs = [(tensor, sizes if tensor is not None else {}) for tensor, sizes in zip(tensors, dynamic, strict=True)]
     if not all(tensor is None or not sizes or is_in_order(tensor) for tensor, sizes in pairs):
@@ -45,7 +45,7 @@ def find_ranges(tensors: Sequence[Tensor | None], dynamic: Sequence[Sizes]) -> R
 
 
 def static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any, ...] | None:
-    """Return what a form depends on: dtype, sizes or their ranges, and strides unless the tensor is in order."""
+    """Return the properties that a form depends on: dtype, sizes or ranges, and strides of tensors not in order."""
     if tensor is None:
         return None
     shape = tuple(sizes.get(i, n) for i, n in enumerate(tensor.shape))
@@ -53,7 +53,7 @@ def static_shape(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> tuple[Any,
 
 
 def is_in_order(tensor: Tensor) -> bool:
-    """Return whether each stride is what it is in a new tensor: `torch.compile` looks at those of single rows, too."""
+    """Return whether strides are equal to a new tensor's: `torch.compile` checks also strides of size-1 dimensions."""
     stride = 1
     for size, actual in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if actual != stride:

@@ -1,74 +1,43 @@
-"""Engine: a model, its cache and its compiled parts, run row by row (prefill) and step by step (decode).
+"""Engine: a model with its cache and compiled parts. It prefills one row at a time and decodes all rows together.
 
-It knows tokens and rows, no requests and no text.
+It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
-from qwen3fast.engine.decode import (
-    EMPTY,
-    DecodeState,
-    Hook,
-    Logprobs,
-    LogprobState,
-    ProcessorState,
-    StepKind,
-    choose_tokens,
-    decode_step,
-)
+from qwen3fast.engine.decode import Hook, choose_tokens, decode_step
+from qwen3fast.engine.in_flight import StepResult, StepsInFlight
 from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts
 from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
+from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
-from qwen3fast.engine.token_ring import TokenRing
+from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepKind
+from qwen3fast.kernels.attention import finds_used_length_of_chunks
+from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-# Steps that are launched ahead of the oldest one whose tokens have not been read, on CUDA. They hide the time of
-# launching behind the device's work. The steps after a stop token, at most this many, are discarded.
+# Steps launched on CUDA before the tokens of the oldest one are read: they hide launches behind the device's work. At
+# most this many steps after a stop token are discarded.
 LOOKAHEAD = 4
 
 
-class StepResult(NamedTuple):
-    """The token of each row of a step, and their log-probabilities, None unless the step was to compute them."""
+class Engine(Rows):
+    """A model with all buffers of its forward pass, at fixed addresses.
 
-    tokens: list[int]
-    logprobs: list[Logprobs] | None
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _on_device(method: Method) -> Method:
-    """Run a method of Engine without gradients, on its device: kernels and events go to the device that is current."""
-
-    @wraps(method)
-    def run(self: Engine, *arguments: Any, **keywords: Any) -> Any:
-        with torch.no_grad(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return method(self, *arguments, **keywords)
-
-    return cast(Method, run)
-
-
-class Engine:
-    """A model with all buffers of its forward pass, which have fixed addresses.
-
-    compile=False runs the same code eagerly; cuda_graphs=False launches each kernel of a step from the host.
+    compile: False runs the same code eagerly. cuda_graphs: False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
-    CUDA, otherwise 0.
+    CUDA, otherwise 0. forms: "measured" uses what is the fastest on this machine; "first" the same everywhere.
     """
 
     def __init__(
@@ -79,47 +48,50 @@ class Engine:
         compile: CompileMode = True,
         cuda_graphs: bool = True,
         lookahead: int | None = None,
+        forms: str = MEASURED,
     ) -> None:
-        self.model, self.cache, self.device = model, cache, device
+        super().__init__(cache, model.config.vocab_size, device)
+        self.model = model
         is_cuda = device.type == "cuda"
         self.compiler = StepCompiler(compile, device)
-        self.parts = Parts.build(self.compiler, model, cache)
-        self.state = DecodeState.allocate(cache.max_batch_size, device)
-        # Allocated when a request first needs them, since rows are as long as the vocabulary; then they do not move.
-        self.processors: ProcessorState | None = None
-        self.logprobs: LogprobState | None = None
+        self.parts = Parts.build(self.compiler, model, cache, is_first=forms == FIRST)
+        self.logprobs: LogprobState | None = None  # allocated when a request first needs them
         self.graphs: GraphCache | None = None
         self.captured: CapturedChunks | None = None
         if cuda_graphs and is_cuda:
             self._use_graphs(GraphCache(CudaRecorder(device)))
         self.lookahead = lookahead if lookahead is not None else LOOKAHEAD if is_cuda else 0
-        self.ring = TokenRing(cache.max_batch_size, self.lookahead + 1, device)
-        self._logprob_rings: list[TokenRing] = []
-        self._kinds: deque[StepKind] = deque()  # of the steps in flight
+        self.in_flight = StepsInFlight(cache.max_batch_size, self.lookahead + 1, device)
         config = model.config
         self.cos_SD, self.sin_SD = rope_tables(
             config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn
         )
 
     def _use_graphs(self, graphs: GraphCache) -> None:
-        """Run decode steps, and first chunks of prompts, through these graphs."""
+        """Run decode steps and chunks of prompts through these graphs."""
         self.graphs = graphs
-        self.captured = CapturedChunks(graphs, self.model.config.vocab_size, self.device)
+        config = self.model.config
+        serves_later = finds_used_length_of_chunks(self.device, config.head_dim)
+        self.captured = CapturedChunks(graphs, config.vocab_size, self.device, serves_later)
 
-    @_on_device
-    def begin_prefill(self, row: int, token_ids: list[int], reused: int = 0) -> Prefill:
-        """Begin to fill row `row` of the cache with a prompt; steps of other rows may run before and between chunks.
+    @on_device
+    def begin_prefill(
+        self, row: int, token_ids: list[int], reused: int = 0, wanted: WantedLogprobs | None = None
+    ) -> Prefill:
+        """Begin to fill a row of the cache with a prompt; steps of other rows may run before and between chunks.
 
-        reused: number of its first tokens whose keys and values are in the row already; see `usable_prefix`.
+        reused: number of first tokens whose keys and values are in the row already, see `usable_prefix`.
+        wanted: log-probabilities to compute on the way, of tokens after the reused ones.
         """
         self.clear_row(row)
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len)
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted)
 
-    @_on_device
+    @on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
-        return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
+        with self.compiler.quiet:
+            return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
     def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
         """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
@@ -128,55 +100,11 @@ class Engine:
             logits_1V = self.prefill_step(prefill)
         return logits_1V
 
-    @_on_device
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of the first `length` positions from one row to another."""
-        for tensor in self.cache.tensors():
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-    @_on_device
-    def swap_rows(self, row: int, other: int, length: int) -> None:
-        """Exchange two rows: the first `length` positions of the cache, and all that steps read and write for them."""
-        processors = self.processors.tensors if self.processors is not None else ()
-        pairs = [(t[row, :, :length], t[other, :, :length]) for t in self.cache.tensors()]
-        pairs += [(t[row : row + 1], t[other : other + 1]) for t in (*vars(self.state).values(), *processors)]
-        for mine, others in pairs:
-            kept = mine.clone()
-            mine.copy_(others)
-            others.copy_(kept)
-
-    @_on_device
-    def set_row(
-        self, row: int, length: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
-    ) -> None:
-        """Begin a request in a row whose cache holds `length` tokens."""
-        self.state.begin(row, length, temperature, top_k, top_p, min_p, seed)
-
-    @_on_device
-    def set_processors(self, row: int, *arguments: Any) -> None:
-        """Set the logits processors of a row until it is cleared, see `ProcessorState.begin`.
-
-        Its steps must be of a kind with `is_processed`.
-        """
-        if self.processors is None:
-            vocab_size = self.model.config.vocab_size
-            self.processors = ProcessorState(self.cache.max_batch_size, vocab_size, self.device)
-        self.processors.begin(row, *arguments)
-
-    @_on_device
-    def set_allowed(self, row: int, words_W: np.ndarray) -> None:
-        """Set which tokens a row may choose from now on: bit v % 32 of word v // 32, int32.
-
-        Call `set_processors` first.
-        """
-        assert self.processors is not None, "the row needs processors"
-        self.processors.allow(row, words_W)
-
-    @_on_device
+    @on_device
     def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
-        """Sample a row's first token from the logits of its prompt, and feed it to the next step.
+        """Sample a row's first token from the logits of its prompt, and make it the input of the next step.
 
-        The token is -1 if the logits are invalid.
+        The token is -1 for invalid logits.
         """
         rows, (processors, logprobs) = slice(row, row + 1), self._extras(kind)
         token_1 = choose_tokens(self.parts, logits_1V, self.state, rows, kind.sampler, processors, logprobs, hook)
@@ -184,31 +112,14 @@ class Engine:
         self.state.step_R[row] += 1
         return StepResult([int(token_1.item())], [logprobs.read(row)] if logprobs is not None else None)
 
-    @_on_device
-    def clear_row(self, row: int) -> None:
-        """Make a row empty: it may take part in steps, and leaves its cache as it is."""
-        for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R):
-            tensor[row : row + 1].zero_()
-        self.state.position_R[row : row + 1].fill_(EMPTY)
-
-    @_on_device
-    def erase(self, row: int, start: int, end: int) -> None:
-        """Write zeros to positions start..end-1 of a row: a NaN there would reach later requests through 0 * NaN."""
-        for tensor in self.cache.tensors():
-            tensor[row, :, start:end].zero_()
-
-    @_on_device
-    def clear_processors(self, row: int) -> None:
-        """Remove the logits processors of a row."""
-        if self.processors is not None:
-            self.processors.clear(row)
-
-    @_on_device
+    @on_device
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
-        """Launch one step for rows 0..num_rows-1 (rounded up to a bucket); `collect` returns its tokens.
+        """Launch one step of rows 0..num_rows-1 (rounded up to a bucket); `collect` returns its tokens.
 
-        used_length: positions in use after this step by the longest row. The step feeds itself: up to `lookahead` more
-        steps may be launched before its tokens are collected. hook: see decode.py; a step with one is not captured.
+        Steps feed themselves: up to `lookahead` more may be launched before the tokens of this one are collected.
+
+        used_length: positions in use after this step, in the longest row. hook: see decode.py; steps with a hook are
+        not captured.
         """
         self.compiler.share_processor()
         bucket_rows = self.batch_bucket(num_rows)
@@ -220,40 +131,31 @@ class Engine:
         def step() -> None:
             decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
 
-        if self.graphs is not None and hook is None:
-            self.graphs.run((bucket_rows, length, kind), step)
-        else:
-            step()
-        self.ring.push(self.state.output_R[:num_rows])
-        if kind.has_logprobs:
-            for ring, tensor in zip(self._logprob_rings, self._logprob_tensors(), strict=True):
-                ring.push(tensor[:num_rows])
-        self._kinds.append(kind)
+        with self.compiler.quiet:
+            if self.graphs is not None and hook is None:
+                self.graphs.run((bucket_rows, length, kind), step)
+            else:
+                step()
+        self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
     def read_length(self, bucket_rows: int, used_length: int) -> int:
-        """Return the positions that a step of so many rows may read.
+        """Return the number of positions that a step of this many rows may read.
 
-        Where attention finds the used length on the device, all of them: one graph serves all lengths.
+        These are all positions where attention finds the used length on the device: one graph serves all lengths.
         """
         fused = self.parts.fused_step
         if not self.parts.needs_mask or (fused is not None and fused.serves(bucket_rows)):
             return self.cache.allocated_len
         return self.cache.bucket(used_length)
 
-    @_on_device
+    @on_device
     def collect(self) -> StepResult:
-        """Return the results of the oldest step that was launched; entries beyond its rows have no meaning."""
-        tokens, kind = self.ring.pop(), self._kinds.popleft()
-        if not kind.has_logprobs:
-            return StepResult(tokens, None)
-        columns = [ring.pop() for ring in self._logprob_rings]
-        return StepResult(tokens, [Logprobs(*row) for row in zip(*columns, strict=True)])
+        """Wait for the oldest launched step and return its results; entries beyond its rows have no meaning."""
+        return self.in_flight.pop()
 
     def forget(self) -> None:
-        """Discard the results of steps that were launched and not collected."""
-        self._kinds.clear()
-        for ring in (self.ring, *self._logprob_rings):
-            ring.clear()
+        """Discard the results of launched steps."""
+        self.in_flight.clear()
 
     def decode(self, num_rows: int, used_length: int, kind: StepKind) -> list[int]:
         """Launch one step and collect it. Returns: the new token of each row."""
@@ -262,22 +164,28 @@ class Engine:
 
     def _extras(self, kind: StepKind) -> tuple[ProcessorState | None, LogprobState | None]:
         if kind.has_logprobs and self.logprobs is None:
-            rows, slots = self.cache.max_batch_size, self.lookahead + 1
-            self.logprobs = LogprobState.allocate(rows, self.model.config.vocab_size, self.device)
-            self._logprob_rings = [
-                TokenRing(rows, slots, self.device, width=tuple(t.shape[1:]), dtype=t.dtype)
-                for t in self._logprob_tensors()
-            ]
+            self.logprobs = LogprobState.allocate(self.cache.max_batch_size, self._vocab_size, self.device)
         return self.processors if kind.is_processed else None, self.logprobs if kind.has_logprobs else None
 
-    def _logprob_tensors(self) -> list[Tensor]:
-        assert self.logprobs is not None, "a step has asked for them"
-        return [self.logprobs.chosen_R, self.logprobs.id_RN, self.logprobs.value_RN]
-
-    @_on_device
+    @on_device
     def logits_uncached(self, token_ids: list[int]) -> Tensor:
         """Return the last token's logits, (1, V), computed without a cache: the reference of the cached steps."""
-        # Tokens after the last one change nothing, by causality. A minimum keeps one compiled form for all lengths.
+        x_1TE, last = self._states_uncached(token_ids), len(token_ids) - 1
+        x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
+        logits_11V: Tensor = self.parts.logits(self.parts.head, x_11E)
+        return logits_11V.squeeze(1)
+
+    @on_device
+    def prompt_logprobs_uncached(self, token_ids: list[int], wanted: WantedLogprobs) -> list[Logprobs]:
+        """Return the log-probabilities of a prompt's tokens, computed without a cache: the reference of prefill's."""
+        x_1TE, positions = self._states_uncached(token_ids), wanted.after(0, len(token_ids), len(token_ids))
+        targets = token_ids[positions.start + 1 : positions.stop + 1]
+        x_1TE = x_1TE[:, positions.start : positions.stop]
+        return chunk_logprobs(self.parts.head, self.model.config.vocab_size, x_1TE, targets, wanted.top)
+
+    def _states_uncached(self, token_ids: list[int]) -> Tensor:
+        """Return the last block's output, (1, T, E), padding at the end included."""
+        # By causality, padding at the end changes nothing. A minimum length keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
         cos_1TD, sin_1TD = (
@@ -287,10 +195,7 @@ class Engine:
         x_1TE = self.model.embed(token_1T)
         for block in self.model.model.layers:
             x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
-        last = len(token_ids) - 1
-        return self.parts.logits(
-            self.parts.head, x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-        ).squeeze(1)
+        return x_1TE
 
     def batch_bucket(self, num_rows: int) -> int:
         """Return the rows of a step for `num_rows`: the next power of two, at most max_batch_size."""
@@ -300,22 +205,31 @@ class Engine:
         """Return all sizes that `batch_bucket` can return."""
         return sorted({self.batch_bucket(n) for n in range(1, self.cache.max_batch_size + 1)})
 
-    @_on_device
+    @on_device
     def warmup(self, report: Callable[[str], None] = lambda part: None) -> None:
-        """Compile, and on CUDA capture, everything that a request can need. All rows must be empty.
+        """Compile, and on CUDA capture, everything that requests need. All rows must be empty.
 
-        Graphs with processors or log-probabilities are captured when a request first needs them.
+        Graphs with logits processors or log-probabilities are captured at the first request that needs them.
         report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
+        self.parts.decide_forms()
         report("prefill")
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):
+            if (
+                self.captured is not None
+                and self.captured.serves_later
+                and CHUNK_SIZES[0] + size <= self.cache.allocated_len
+            ):
+                later = self.begin_prefill(0, [0] * (CHUNK_SIZES[0] + size), CHUNK_SIZES[0])
+                assert later.chunks == [size], "the size is that of one chunk"
+                self.prefill_step(later)
             logits_1V = self.prefill_whole(0, [0] * size)
         for sampler in SamplerKind:
             report(f"{sampler.value} sampler")
             self.sample_first(0, logits_1V, StepKind(sampler))
-        # The smallest cache bucket serves to compile. Graphs that depend on it are captured for each, largest first.
+        # Compiling needs one cache bucket. Graphs that depend on the bucket are captured for each, largest first.
         lengths = self.cache.buckets if self.graphs is not None and self.parts.needs_mask else [1]
         for num_rows in reversed(self.batch_buckets()):
             report(f"decode step, batch {num_rows}")
@@ -326,17 +240,12 @@ class Engine:
             self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
         self.clear_all()
 
-    def clear_all(self) -> None:
-        """Make all rows empty."""
-        for row in range(self.cache.max_batch_size):
-            self.clear_row(row)
-
     def num_warmup_parts(self) -> int:
-        """Return how often `warmup` reports."""
+        """Return the number of parts that `warmup` reports."""
         return 1 + len(SamplerKind) + len(self.batch_buckets())
 
     def close(self) -> None:
-        """Release captured graphs; stop compiling."""
+        """Release captured graphs, and stop compiling."""
         self.compiler.close()
         if self.graphs is not None:
             self.graphs.clear()

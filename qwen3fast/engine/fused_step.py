@@ -1,8 +1,8 @@
-"""A whole decode step of a dense model in a few Triton kernels a layer (kernels/cuda/decode_step), for 1 to 8 rows.
+"""A whole decode step of a dense model in a few Triton kernels per layer (kernels/cuda/decode_step), for 1 to 8 rows.
 
-On a GPU a step of few rows is bound by starting kernels and by reading weights once. These kernels start six times a
-layer and three times beside them, read nothing from the host, and write only to memory that was allocated once, so a
-CUDA graph holds them as they are. Which step uses them is decided outside; see `parts.py` and `decode.py`.
+On a GPU, a step of few rows is bound by launches and by reading the weights once. These kernels take six launches per
+layer and three more per step. They read nothing from the host and write only to memory that was allocated once: CUDA
+graphs can capture them. `parts.py` and `decode.py` decide which steps use them.
 
     B rows of a step   E hidden_size   S positions   D head_dim   V vocabulary
 """
@@ -25,13 +25,13 @@ from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-MAX_ROWS = 8  # with more, cuBLAS reads weights as fast and computes faster
-MAX_GROUP = 16  # query heads of a key/value head
+MAX_ROWS = 8  # for more rows, cuBLAS reads weights as fast and computes faster
+MAX_GROUP = 16  # query heads per key/value head
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class WeightArguments(NamedTuple):
-    """A weight as the operations take it; scale: of quantized weights."""
+    """A weight as the operations' arguments; scale: of quantized weights, otherwise None."""
 
     weight: Tensor
     scale: Tensor | None
@@ -54,7 +54,7 @@ class FusedBlock:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the kernels of a step of B rows write for each other."""
+    """The intermediate results of a step of B rows."""
 
     x: Tensor
     qkv: Tensor
@@ -66,7 +66,7 @@ class Workspace:
 
 
 class FusedDecodeStep:
-    """The decode step of a dense model over a KV cache, which both must stay where they are.
+    """The decode step of a dense model over a KV cache; both must keep their addresses.
 
     Building it stacks the model's weights (see model/stacking.py). `decode_step` in decode.py is the plain form.
     """
@@ -85,7 +85,7 @@ class FusedDecodeStep:
         self._workspaces = _workspaces(model, cache, rows)
 
     def serves(self, num_rows: int) -> bool:
-        """Return whether it can do a step of so many rows. Why it can do none is in `obstacle`."""
+        """Return whether it supports a step of this many rows; `obstacle` says why it supports none."""
         return not self.obstacle and num_rows in self._workspaces
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class FusedDecodeStep:
         return work.x[:, None]
 
     def logits(self, input_B: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B: Tensor) -> Tensor:
-        """Return the logits after the tokens input_B at position_B, (B, V) float32, in memory that is used again."""
+        """Return the logits after the tokens input_B at position_B, (B, V) float32, in memory that is reused."""
         work = self._workspaces[len(input_B)]
         self._run_model(work, input_B, cos_SD, sin_SD, position_B, work.logits)
         return work.logits
@@ -168,7 +168,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
     every = [*layers, *(layer for together in stacks for layer in together), model.lm_head]
     if not all(_is_served(layer, dtype) for layer in every):
         return "a linear layer has a bias, another dtype, or is of a process among several"
-    embedding = model.model.embed_tokens
+    embedding: nn.Module = model.model.embed_tokens
     is_plain = type(embedding) is nn.Embedding and embedding.weight.dtype == dtype
     return "" if is_plain or type(embedding) is QuantizedEmbedding else "the embedding is of a process among several"
 
@@ -200,7 +200,7 @@ def _fused_block(block: Block) -> FusedBlock:
 
 
 def _weight(module: nn.Module, weight: Tensor | None = None, scale: Tensor | None = None) -> WeightArguments:
-    """Return a layer's weight for the operations, or in its format the given one."""
+    """Return a layer's weight, or the given one in the layer's format, as the operations' arguments."""
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         own = (module.weight_packed, module.weight_scale)
         return WeightArguments(*(own if weight is None else (weight, scale)), module.format.name == "fp8")

@@ -1,4 +1,4 @@
-"""What Embedder and Reranker share: texts as token ids -> the state of each text's last token, a batch at a time.
+"""The common part of Embedder and Reranker: the hidden state of each text's last token, computed in batches.
 
 B batch rows   T tokens of the longest row   E hidden_size   N texts
 """
@@ -6,55 +6,25 @@ B batch rows   T tokens of the longest row   E hidden_size   N texts
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
-from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
-from qwen3fast.engine.threads import on_live_threads, use_threads
+from qwen3fast.checks import checked_flag, checked_integer, checked_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
-MAX_LENGTH = 8192  # tokens per text, as in the published usage of both models
+MAX_LENGTH = 8192  # tokens per text, as in both model cards
 MAX_BATCH_SIZE = 4096
 
 
-def load_model_and_tokenizer(
-    source: str | Path,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    quantization: str | None,
-    revision: str | None,
-    output_projection: bool,
-    check_weights: bool = False,
-    threads: int | None = None,
-) -> tuple[Qwen3, Tokenizer]:
-    """Return a model as `load_model` gives it, and its tokenizer, which is read first.
-
-    Raises: FileNotFoundError or ValueError, also for random weights, which have no tokenizer.
-    """
-    checked_source(source, quantization, revision, check_weights=check_weights)
-    use_threads(threads)  # before loading, which quantizes
-    if str(source).startswith("random:"):
-        raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
-    folder = resolve_source(source, revision)
-    tokenizer = read_tokenizer(folder)
-    load = partial(
-        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
-    )
-    return on_live_threads(load, folder, device, dtype), tokenizer
-
-
 def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
-    """Return how many tokens one text may have; None takes the published 8192, or as many as the model has positions.
+    """Return the maximum number of tokens per text; None means 8192, or the model's positions if there are fewer.
 
-    Raises: ValueError for a number that the model cannot have.
+    Raises: ValueError for more tokens than the model has positions.
     """
     most = config.max_position_embeddings
     if max_length is None:
@@ -65,7 +35,7 @@ def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
 def checked_texts(texts: Any, name: str) -> list[str]:
     """Return the strings of an iterable, read once.
 
-    Raises: ValueError for anything else, and for lone surrogates, naming the text and the character.
+    Raises: ValueError for other types, and for lone surrogates, naming the text and the character.
     """
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
         raise ValueError(f"{name} must be a list of strings, got {type(texts).__name__}")
@@ -73,19 +43,49 @@ def checked_texts(texts: Any, name: str) -> list[str]:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """Return the id of a token. Raises: ValueError if the tokenizer lacks it."""
+    """Return the id of a token. Raises: ValueError if the tokenizer does not have it."""
     found = tokenizer.base.token_to_id(token)
     if found is None:
         raise ValueError(f"this checkpoint's tokenizer has no token {token!r}; is it a Qwen3's?")
     return found
 
 
+class TextFrame:
+    """The special tokens that a tokenizer adds around a text, as transformers' tokenizers do.
+
+    Source: the post-processor in tokenizer.json.
+    Raises: ValueError for a tokenizer that does more than add tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        plain, framed = tokenizer.encode("a"), tokenizer.base.encode("a").ids
+        at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
+        if at is None:
+            raise ValueError("this tokenizer's post-processor changes a text, rather than add tokens around it")
+        self._before, self._after = framed[:at], framed[at + len(plain) :]
+
+    def token_ids(self, text: str, max_length: int, name: str) -> list[int]:
+        """Return the ids of a text, cut at its end where it is too long, with the special tokens around it.
+
+        name: of the text, for errors. Raises: ValueError for a text without any tokens.
+        """
+        room = max(0, max_length - len(self._before) - len(self._after))
+        ids = [*self._before, *self._tokenizer.encode(text)[:room], *self._after]
+        if not ids:
+            raise ValueError(f"{name} has no tokens, and this tokenizer adds none")
+        return ids
+
+
 @torch.no_grad()
-def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False) -> Tensor:
+def last_states(
+    model: Qwen3, rows: list[list[int]], batch_size: int, progress: bool = False, *, is_mean: bool = False
+) -> Tensor:
     """Return the final norm's output at the last token of each row of ids, (N, E) float32, in the order of the rows.
 
-    Rows of similar lengths share a batch, the longest first, and are padded on the right: attention is causal, so no
-    token sees the padding after it, and positions start at 0 in every row.
+    is_mean: return the mean over the row's tokens instead.
+    Rows of similar length share a batch, the longest first. They are padded on the right: attention is causal, and no
+    token sees the padding after it.
     Raises: ValueError for a batch_size out of range, or an id outside the model's vocabulary.
     """
     batch_size = checked_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE)
@@ -107,7 +107,12 @@ def last_states(model: Qwen3, rows: list[list[int]], batch_size: int, progress: 
             for b, i in enumerate(chosen):
                 token_BT[b, : len(rows[i])] = torch.tensor(rows[i])
             x_BTE = model.hidden(token_BT.to(device))
-            x_BE = x_BTE[torch.arange(len(chosen), device=device), last_B]
-            states_NE[chosen] = model.model.norm(x_BE).float()
+            if is_mean:
+                is_token_BT = torch.arange(x_BTE.shape[1], device=device) <= last_B[:, None]
+                sum_BE = (model.model.norm(x_BTE).float() * is_token_BT[..., None]).sum(dim=1)
+                states_NE[chosen] = sum_BE / (last_B[:, None] + 1)
+            else:
+                x_BE = x_BTE[torch.arange(len(chosen), device=device), last_B]
+                states_NE[chosen] = model.model.norm(x_BE).float()
             bar.update(len(chosen))
     return states_NE

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
+from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
@@ -25,14 +26,17 @@ MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile sorts fewer pairs of token and expert than this otherwise than more.
 MAX_SORTED_PAIRS = 2**14
 
-# Sizes that vary from call to call.
+# Sizes that vary between calls. Parts without the KV cache among their arguments have the same ranges in every engine,
+# which then finds what was compiled for others in Inductor's cache.
+MAX_ROWS = 4096
+MAX_TOKENS = 2**17  # without a cache; longer sequences are compiled each for itself
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
 
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
-    """Return the ranges of a step's rows, 2 to max_rows, in which one form serves; a step of one row has its own."""
+    """Return ranges of the number of rows, from 2 to max_rows, with one form each; one row has a form of its own."""
     ends = (
         {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
     )  # of products that stream their weight
@@ -40,10 +44,26 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
     ranges, least = [], 2
     for most in sorted({*(end for end in ends if 2 <= end < max_rows), max_rows}):
-        if least < most:  # of one size alone there is nothing dynamic
+        if least < most:  # a range of one size is static
             ranges.append(Dynamic(least + 1, least, most))
         least = most + 1
     return tuple(ranges)
+
+
+def run_prefill_block(
+    forms: Forms,
+    block: Block,
+    x_BTE: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    position_BT: Tensor,
+    mask_BTL: Tensor,
+    *cache: Any,
+) -> Tensor:
+    """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
+    layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from)
+    y_BTE: Tensor = block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
+    return y_BTE
 
 
 def run_block(
@@ -56,18 +76,20 @@ def run_block(
     *cache: Any,
 ) -> Tensor:
     """Run one block over the KV cache; see `Attention.forward`. cache: the fields of `CacheLayer`."""
-    return block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache))
+    x_BTE = block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, CacheLayer(*cache))
+    return x_BTE
 
 
 def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Run one block over the tokens at hand alone."""
-    return block(x_BTE, cos_BTD, sin_BTD)
+    x_BTE = block(x_BTE, cos_BTD, sin_BTD)
+    return x_BTE
 
 
 def run_embed(
     embedding: nn.Module, token_B: Tensor, position_B: Tensor, cos_SD: Tensor, sin_SD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a step's blocks start from: states (B, 1, E), cosines and sines (B, 1, D) of the positions.
+    """Return the inputs of a step's first block: embeddings (B, 1, E), and cosines and sines (B, 1, D).
 
     position_B: int64; -1, of an empty row, counts as 0.
     """
@@ -78,9 +100,9 @@ def run_embed(
 def run_advance(
     _: None, token_B: Tensor, output_B: Tensor, input_B: Tensor, position_B: Tensor, step_B: Tensor, advance_B: Tensor
 ) -> None:
-    """Write the sampled tokens, and what the next step reads, into the fields of `DecodeState`, in place."""
+    """Write the sampled tokens and the next step's inputs to the fields of `DecodeState`, in place."""
     output_B.copy_(token_B)
-    # An invalid token (-1) is the host's to notice; what is fed on must be an id.
+    # The host checks for invalid tokens (-1); the next input must be a valid id.
     input_B.copy_(token_B.clamp(min=0))
     position_B.add_(advance_B)
     step_B.add_(advance_B)
@@ -88,7 +110,8 @@ def run_advance(
 
 def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
     """Return final norm and output projection, (B, 1, E) -> (B, 1, V) float32."""
-    return head(x_BTE).float()
+    logits_BTV: Tensor = head(x_BTE)
+    return logits_BTV.float()
 
 
 def run_processors(_: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
@@ -103,16 +126,25 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 
 @dataclass(frozen=True)
 class Parts:
-    """The functions above, compiled or not, and one sampler for each kind. head: the module that `logits` runs.
+    """The functions above, compiled or not, and one sampler per kind.
 
-    decode_layers: all blocks of a decode step in one operation, where it can be used. fused_step: a `FusedDecodeStep`,
-    a whole step in Triton kernels, on CUDA devices with Triton.
-    needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a cache bucket.
-    embed and advance are compiled for CUDA devices only, where each of their operations would be a launch.
+    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch. The full
+    sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
+    (triton.enable_pdl; found by tools/compile_for_gpu.py).
+
+    Attributes:
+        decode_layers: all blocks of a decode step in one C++ operation, where available.
+        fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
+        fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
+        forms: which forms of attention, products and blocks are used.
+        head: the module that `logits` runs.
+        needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
     """
 
+    forms: Forms
     decode_layers: DecodeLayers | None
     fused_step: Any
+    fused_sampler: Any
     decode_block: StepPart
     prefill_block: StepPart
     block_uncached: StepPart
@@ -125,44 +157,68 @@ class Parts:
     needs_mask: bool
 
     @classmethod
-    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache) -> Parts:
-        """Wrap each part with the compiler; nothing is compiled before its first call."""
+    def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
+        """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
-            cuda.load(device)  # what forms there are is decided before anything is traced
+            cuda.load(device)  # before anything is traced: it decides which forms exist
         positions = (POSITIONS._replace(most=cache.allocated_len),)
-        rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}
+        rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
+        any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
         chunk: Sizes = {1: (CHUNK,)}
-        tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config, cache)),)}
-        all_rows = (rows,) * len(ProcessorRows._fields)
+        tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
+        all_rows = (any_rows,) * len(ProcessorRows._fields)
+        forms = Forms(model if compiler.uses_operations else None, cache, is_first)
+        if compiler.uses_operations:
+            is_auto = compiler.thread is not None
+            forms.decide(may_measure=not is_auto)
+            if is_auto:
+                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
+        fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
-            decode_layers=DecodeLayers(model, cache) if compiler.enabled else None,
-            fused_step=_fused_step(model, cache) if compiler.enabled else None,
+            forms=forms,
+            decode_layers=DecodeLayers(model, cache) if compiler.uses_operations else None,
+            fused_step=fused_step,
+            fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
-            prefill_block=compiler.part(run_block, dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})),
+            prefill_block=compiler.part(
+                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+            ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
-            embed=compiler.part(run_embed, dynamic=(rows, rows), is_compiled=device.type == cuda.DEVICE_TYPE),
-            logits=compiler.part(run_logits, dynamic=(rows,)),
+            embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),
+            logits=compiler.part(run_logits, dynamic=(any_rows,)),
             head=nn.Sequential(model.model.norm, model.lm_head),
-            processors=compiler.part(run_processors, dynamic=(rows, *all_rows)),
+            processors=compiler.part(run_processors, dynamic=(any_rows, *all_rows)),
             samplers={
-                kind: compiler.part(partial(run_sampler, kind), dynamic=(rows, *all_rows[: len(SamplerRows._fields)]))
+                kind: compiler.part(
+                    partial(run_sampler, kind),
+                    dynamic=(any_rows, *all_rows[: len(SamplerRows._fields)]),
+                    is_compiled=kind is not SamplerKind.FULL or device.type != cuda.DEVICE_TYPE,
+                )
                 for kind in SamplerKind
             },
-            advance=compiler.part(run_advance, dynamic=(rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
+            advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
 
+    def decide_forms(self) -> None:
+        """Measure which forms are the fastest, where that is not known yet, and use them from now on."""
+        if self.decode_layers is not None and self.forms.decide(may_measure=True):
+            parts = (self.decode_block, self.prefill_block, self.block_uncached, self.embed, self.logits)
+            for part in parts:
+                part.forget()
 
-def _max_uncached(config: ModelConfig, cache: StaticKVCache) -> int:
-    pairs = config.num_experts_per_tok if config.num_experts else 1
-    return min(cache.allocated_len, MAX_SORTED_PAIRS // pairs)
+
+def _max_uncached(config: ModelConfig) -> int:
+    return MAX_SORTED_PAIRS // config.num_experts_per_tok if config.num_experts else MAX_TOKENS
 
 
-def _fused_step(model: Qwen3, cache: StaticKVCache) -> Any:
-    """Return the fused step if it serves this model on this device; building it stacks weights."""
+def _fused_parts(model: Qwen3, cache: StaticKVCache) -> tuple[Any, Any]:
+    """Return the fused step, which stacks weights, and the fused sampler, where they support the model and device."""
     if cache.keys[0].device.type != cuda.DEVICE_TYPE or not cuda.use_fused_step() or not cuda.load():
-        return None
-    from qwen3fast.engine.fused_step import FusedDecodeStep  # needs Triton
+        return None, None
+    from qwen3fast.engine.fused_sampler import FusedSampler  # both need Triton
+    from qwen3fast.engine.fused_step import FusedDecodeStep
 
-    return FusedDecodeStep(model, cache)
+    sampler = FusedSampler(cache.max_batch_size, model.config.vocab_size, cache.keys[0].device)
+    return FusedDecodeStep(model, cache), sampler

@@ -1,35 +1,37 @@
-"""Prefill: a prompt goes into one row of the KV cache in chunks of a few fixed sizes. Any length of prompt runs on code
-and graphs that exist already.
+"""Prefill: a prompt is computed in chunks of a few fixed sizes, and its keys and values fill one row of the KV cache.
+
+With fixed sizes, prompts of all lengths run the same compiled code and graphs. Row r is slot r of the cache.
 
     T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.parts import CHUNK_SIZES, Parts
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import to_device
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
-# The fixed cost of a chunk, in tokens: weights are read once more. It is where a line through the times of 32 and 512
-# tokens meets zero tokens: about 20 on the machine of benchmarks/results; 40 comes from the record of a faster machine
-# (commit 32ad6ce).
+# The fixed cost of a chunk (reading the weights once more), as the number of tokens that take this time. Extrapolated
+# from the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
 CHUNK_COST = 40
 
-Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # what `prefill_chunk` takes first
+Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # the first arguments of `prefill_chunk`
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
-    """Return chunk sizes, in order, that cover `num_tokens` and together take at most `room` positions.
+    """Return the sizes of chunks, in order, that cover `num_tokens` and take at most `room` positions together.
 
-    The last chunk is padded where that costs less than another chunk. `room` must be a multiple of the smallest size,
-    or hold that much more than the tokens.
+    The last chunk is padded where this costs less than another chunk. Padding needs room: `room` must be a multiple of
+    the smallest size, or exceed num_tokens by the smallest size.
     """
     has_room = num_tokens + sizes[0] <= room or (num_tokens <= room and room % sizes[0] == 0)
     assert num_tokens > 0 and has_room, f"{num_tokens} tokens, room for {room}"
@@ -45,31 +47,40 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
 
 
 def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
-    """Return how many of a prompt's first `shared` tokens can be reused, if their keys and values are in the cache.
+    """Return the number of tokens to reuse of a prompt whose first `shared` tokens have keys and values in the cache.
 
-    The last token is always computed, for its logits. multiple: a divisor that the number must have.
+    The last token is always computed, for its logits. multiple: the result is a multiple of this number.
     """
-    if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end, padded chunks fit if they begin where others end
+    if num_tokens + CHUNK_SIZES[0] > allocated_len:  # near the end of the cache, padded chunks must be aligned to fit
         multiple = CHUNK_SIZES[0]
     return min(shared, num_tokens - 1) // multiple * multiple
 
 
 @dataclass
 class Prefill:
-    """A prompt that is being written into a row of the cache.
+    """The progress of a prompt.
 
-    done: tokens whose keys and values are there. chunks: sizes of the chunks that are left.
+    Attributes:
+        row: of the cache. token_ids: the whole prompt.
+        done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
+        wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
+            the chunks so far, in order; the caller may take them out between chunks.
     """
 
     row: int
     token_ids: list[int]
     done: int
     chunks: list[int]
+    wanted: WantedLogprobs | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, row: int, token_ids: list[int], reused: int, allocated_len: int) -> Prefill:
+    def begin(
+        cls, row: int, token_ids: list[int], reused: int, allocated_len: int, wanted: WantedLogprobs | None = None
+    ) -> Prefill:
         """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
-        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused))
+        assert wanted is None or reused < wanted.first, "reused tokens give no logits"
+        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused), wanted)
 
 
 def prefill_step(
@@ -81,9 +92,9 @@ def prefill_step(
     prefill: Prefill,
     captured: CapturedChunks | None = None,
 ) -> Tensor | None:
-    """Compute the next chunk. Returns: after the last one, the last token's logits, (1, V); otherwise None.
+    """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
 
-    captured: on CUDA, the graphs of first chunks.
+    captured: the graphs of chunks, on CUDA; chunks whose log-probabilities are wanted run without.
     """
     device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
     chunk = prefill.token_ids[start : start + size]
@@ -91,47 +102,61 @@ def prefill_step(
     token_1T = to_device([chunk + [0] * (size - len(chunk))], device)
     fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
     prefill.done += len(chunk)
-    if captured is not None and start == 0:
-        logits_1V = captured.run(fixed, row_1, token_1T, last)
+    wanted = prefill.wanted.after(start, len(chunk), len(prefill.token_ids)) if prefill.wanted is not None else None
+    if captured is not None and captured.serves(start) and not wanted:
+        logits_1V = captured.run(fixed, row_1, token_1T, start, last)
         return None if prefill.chunks else logits_1V.clone()
     x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
+    if prefill.wanted is not None and wanted:
+        targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
+        states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
+        prefill.logprobs += chunk_logprobs(parts.head, model.config.vocab_size, states_1TE, targets, prefill.wanted.top)
     if prefill.chunks:
         return None
     # Only the last position goes through the output projection.
     x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-    return parts.logits(parts.head, x_11E).squeeze(1)
+    logits_11V: Tensor = parts.logits(parts.head, x_11E)
+    return logits_11V.squeeze(1)
 
 
 class CapturedChunks:
-    """The first chunk of a prompt as a CUDA graph, one for each size.
+    """CUDA graphs of chunks of prompts: per size, one that begins a prompt and one that continues it.
 
-    It begins at position 0, so nothing varies but the numbers in these buffers: its tokens, its row, and where its last
-    token stands. Later chunks read more positions, and are launched kernel by kernel.
+    A first chunk begins at position 0: only the contents of these buffers vary, its tokens, its row and the index of
+    its last token. Later chunks begin at a position that is in a buffer as well, where their attention must read it
+    (`finds_used_length_of_chunks`); otherwise they are launched kernel by kernel.
     """
 
-    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device, serves_later: bool) -> None:
+        """Allocate the buffers. serves_later: whether attention reads a chunk's positions on the device."""
         self._graphs = graphs
-        self._row_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._last_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.serves_later = serves_later
+        self._row_1, self._start_1, self._last_1 = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self._token_1T = torch.zeros(1, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
         self._logits_1V = torch.zeros(1, vocab_size, device=device)
 
-    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, last: int) -> Tensor:
-        """Run the chunk, capturing its size if it is new.
+    def serves(self, start: int) -> bool:
+        """Return whether there are graphs for chunks that begin at this position."""
+        return start == 0 or self.serves_later
+
+    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, start: int, last: int) -> Tensor:
+        """Run a chunk; capture its graph first if its size is new.
 
         Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
         """
         size, parts = token_1T.shape[1], fixed[1]
         self._row_1.copy_(row_1)
         self._token_1T[:, :size].copy_(token_1T)
+        self._start_1.fill_(start)
         self._last_1.fill_(last)
 
         def step() -> None:
-            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], 0)
+            begin = self._start_1 if start else 0
+            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], begin)
             logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
             self._logits_1V.copy_(logits_11V.squeeze(1))
 
-        self._graphs.run(("prefill", size), step)
+        self._graphs.run(("later chunk" if start else "prefill", size), step)
         return self._logits_1V
 
 
@@ -143,17 +168,22 @@ def prefill_chunk(
     sin_SD: Tensor,
     row_1: Tensor,
     token_1T: Tensor,
-    start: int,
+    start: int | Tensor,
 ) -> Tensor:
-    """Run one chunk at positions start.. of one row; earlier positions are in the cache. Returns: (1, T, E).
+    """Run all blocks over one chunk, at positions start, start + 1, ... of one row. Returns: their output, (1, T, E).
 
-    Padding at the end writes keys and values that no mask shows before a real token has overwritten them.
+    start: a number, or where attention needs no mask a tensor (1,), int64, that the host does not read.
+    Padding at the end writes keys and values as well; real tokens overwrite them before any mask includes them.
     """
     size = token_1T.shape[1]
-    position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
-    mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
+    mask_1TL = None
+    if isinstance(start, Tensor):
+        position_1T = (torch.arange(size, device=token_1T.device) + start)[None]
+    else:
+        position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
+        mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
     cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
     x_1TE = model.embed(token_1T)
     for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):
-        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer)
+        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer.tensors)
     return x_1TE

@@ -1,6 +1,6 @@
 """The number of CPU threads: by default one per core, not one per hardware thread.
 
-Two threads on one core share its arithmetic units and its bandwidth to memory, and matrix products need nothing else.
+Two threads on one core share its arithmetic units and memory bandwidth, the only resources that matrix products need.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PROCESS_ID = os.getpid()  # of the process that imported PyTorch; another one is
 
 
 def use_threads(threads: int | None = None) -> None:
-    """Set PyTorch's number of CPU threads, which the whole process shares.
+    """Set PyTorch's number of CPU threads for the whole process.
 
-    threads: None takes the cores at hand, unless OMP_NUM_THREADS or `torch.set_num_threads` has chosen.
+    threads: None means the number of cores, unless OMP_NUM_THREADS or `torch.set_num_threads` has set it.
     Raises: ValueError as `checked_threads`.
     """
     threads = checked_threads(threads)
@@ -34,10 +34,10 @@ def use_threads(threads: int | None = None) -> None:
 
 
 def on_live_threads(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function where PyTorch's CPU threads work. Returns: its result.
+    """Call a function in a thread with working OpenMP threads. Returns: its result.
 
-    OpenMP's threads do not survive os.fork(): in the child process, a thread that had used them waits for them for
-    ever. A new thread gets new ones, so that is where a forked process calls the function.
+    OpenMP's threads do not survive os.fork(): in the child process, a thread that had used them would wait for them
+    forever. A new thread gets new ones: a forked process calls the function in a new thread.
     """
     if os.getpid() == PROCESS_ID:
         return function(*arguments)
@@ -48,8 +48,8 @@ def on_live_threads(function: Callable[..., Result], *arguments: Any) -> Result:
 def checked_threads(threads: int | None) -> int | None:
     """Return a number of threads, or None.
 
-    Raises: ValueError for anything but None and an integer from 1 to the larger of 64 and four per CPU: OpenMP ends
-    the process where the system refuses it a thread.
+    Raises: ValueError unless it is None, or an integer from 1 to the larger of 64 and four per CPU: OpenMP ends the
+    process if the system refuses a thread.
     """
     if threads is None:
         return None
@@ -59,7 +59,7 @@ def checked_threads(threads: int | None) -> int | None:
 def num_cores(system: Path = SYSTEM) -> int:
     """Return the number of cores that this process may use, at least 1.
 
-    Its CPU affinity and its container's quota limit them. system: where the kernel's files are mounted.
+    They are limited by CPU affinity and the container's quota. system: the folder where the kernel's files are mounted.
     """
     cores = set()
     for cpu in usable_cpus():
@@ -79,7 +79,7 @@ def usable_cpus() -> set[int]:
 
 
 def _quota(system: Path) -> int | None:
-    """Return the CPUs that the container's quota of time amounts to, rounded up; None without one (cgroup v2)."""
+    """Return the container's CPU quota in CPUs, rounded up; None without one (cgroup v2)."""
     try:
         limit, period = (system / "fs/cgroup/cpu.max").read_text("ascii").split()
         return None if limit == "max" else -(-int(limit) // int(period))

@@ -1,16 +1,16 @@
-"""TokenRing: sampled tokens on their way from the device to the host, which may be some steps behind."""
+"""TokenRing: copies of sampled tokens from the device to the host, which may read them some steps later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Event(Protocol):
-    """The interface of `torch.cuda.Event`: it marks a place in the device's work, and waits until that is reached."""
+    """The interface of `torch.cuda.Event`: it marks a point in the device's work, and waits for it."""
 
     def record(self) -> None: ...
 
@@ -18,10 +18,10 @@ class Event(Protocol):
 
 
 class TokenRing:
-    """A ring of buffers for the tokens of steps that were launched and not read yet, oldest first.
+    """A ring of buffers for the tokens of launched steps, oldest first.
 
-    On CUDA, a buffer is pinned memory, filled by a copy that is queued after its step: the host goes on launching, and
-    waits only when it reads a step's tokens, for that step alone. Elsewhere a copy is done when it returns.
+    On CUDA, a buffer is pinned memory, filled by a copy that is queued after its step: the host continues to launch,
+    and waits only when it reads a step's tokens, for that step. On other devices, a copy is done when it returns.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TokenRing:
     ) -> None:
         """Allocate. width, dtype: of a row's numbers; a token is one int64.
 
-        make_event: by default `torch.cuda.Event` on CUDA devices, nothing elsewhere.
+        make_event: None means `torch.cuda.Event` on CUDA devices, and no events on others.
         """
         is_cuda = device.type == "cuda"
         if make_event is None and is_cuda:
@@ -53,8 +53,8 @@ class TokenRing:
             self._events[slot].record()
         self._count += 1
 
-    def pop(self) -> list:
-        """Wait for the oldest step's tokens and return them; rows that it did not run hold older numbers."""
+    def pop(self) -> list[Any]:
+        """Wait for the oldest step's tokens and return them; rows outside that step contain older numbers."""
         assert self._count > 0, "no step is under way"
         if self._events is not None:
             self._events[self._oldest].synchronize()
@@ -64,7 +64,7 @@ class TokenRing:
         return tokens
 
     def clear(self) -> None:
-        """Discard all tokens that were not read, without waiting: copies into a buffer are done in their order."""
+        """Discard all unread tokens, without waiting: copies into a buffer stay in order."""
         self._oldest = (self._oldest + self._count) % len(self._slots)
         self._count = 0
 

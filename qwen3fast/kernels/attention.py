@@ -1,8 +1,8 @@
 """Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
 
-A form serves some queries: its condition looks at dtypes, sizes and the device, nothing else. It gives what the plain
-form at the end of the table gives, up to rounding. The first form that serves is used. The choice is made while a step
-is compiled and costs nothing when it runs.
+Each form has a condition on dtypes, sizes and the device; the first form whose condition holds is used. All forms
+return the result of the plain form, the last of the table, up to rounding. The choice is made while a step is compiled
+and costs nothing at run time; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim
@@ -19,16 +19,20 @@ from torch import Tensor
 
 from qwen3fast.kernels import cpu, cuda
 
-# One layer's KV cache, `model.kv_cache.CacheLayer`: the model imports this file, not the other way round.
+# One layer's KV cache, `model.kv_cache.CacheLayer`; it cannot be imported, as the model imports this file.
 Cache = Any
 
 
 class AttentionForm(NamedTuple):
-    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function."""
+    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function.
+
+    has_mask: True if it needs a mask, False if it takes none; None if either will do.
+    """
 
     name: str
     serves: Callable[[Tensor, Cache], bool]
     run: Callable[[Tensor, Cache, Tensor, Tensor | None], Tensor]
+    has_mask: bool | None = None
 
 
 def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
@@ -36,18 +40,25 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
 
     position_BT: int64, where the queries stand; their keys and values are in the cache already.
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
-    It may be None where `finds_used_length`. Without rows (`cache.row_B` is None: decode) batch row b is slot b; with
-    rows (prefill) the T queries stand at the last of the L positions.
+    It may be None in steps where `finds_used_length` and in chunks where `finds_used_length_of_chunks`. Without rows
+    (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries stand at the last of the L
+    positions.
+    cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
-        if form.serves(q_BTHD, cache):
+        if form.serves(q_BTHD, cache) and form.has_mask in (None, mask_BTL is not None):
             return form.run(q_BTHD, cache, position_BT, mask_BTL)
     raise AssertionError("the last form serves everything")
 
 
 def finds_used_length(device: torch.device, head_dim: int) -> bool:
-    """Return whether decode attention on this device stops at each query's position without a mask that says so."""
+    """Return whether decode attention on this device stops at each query's position without a mask."""
     return cuda.can_split(device, head_dim)
+
+
+def finds_used_length_of_chunks(device: torch.device, head_dim: int) -> bool:
+    """Return whether attention of a prompt's chunk on this device reads the length from position_BT, without a mask."""
+    return cuda.can_chunk_attention(device, head_dim)
 
 
 def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> Tensor:
@@ -66,14 +77,15 @@ def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> 
 
 
 def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
-    """Return `attend` where the T queries stand at the last of L positions, each seeing all up to its own.
+    """Return `attend` for T queries at the last T of L positions, each of which sees all positions up to its own.
 
-    FlashAttention on CUDA devices: neither scores nor a mask are kept in memory. It is called by its own name because
-    `is_causal` of scaled_dot_product_attention means the first of L positions, not the last.
+    This is FlashAttention on CUDA devices, which stores neither scores nor a mask. It is called directly, as
+    `is_causal` of scaled_dot_product_attention aligns the queries with the first positions, not the last.
     Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
     """
     q_BHTD = q_BTHD.transpose(1, 2)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
+    y_BHTD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
+    return y_BHTD
 
 
 def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
@@ -88,22 +100,39 @@ def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: 
 
 
 def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    return torch.ops.qwen3fast.split_attention(
+    y_BHTD: Tensor = torch.ops.qwen3fast.split_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
+    return y_BHTD
 
 
 def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    return torch.ops.qwen3fast.decode_attention(
+    y_BHTD: Tensor = torch.ops.qwen3fast.decode_attention(
         q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
     )
+    return y_BHTD
 
 
 def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
-    y_BTHD = torch.ops.qwen3fast.prefill_attention(
-        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+    y_BTHD: Tensor = torch.ops.qwen3fast.prefill_attention(
+        q_BTHD,
+        cache.k_RKSD,
+        cache.v_RKSD,
+        position_BT,
+        cache.row_B,
+        cache.k_scale_RKS,
+        cache.v_scale_RKS,
+        cache.sdpa_from,
     )
     return y_BTHD.transpose(1, 2)
+
+
+def _chunk_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BTHD = torch.ops.qwen3fast.chunk_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    y_BHTD: Tensor = y_BTHD.transpose(1, 2)
+    return y_BHTD
 
 
 FORMS = (
@@ -117,7 +146,16 @@ FORMS = (
     ),
     AttentionForm("split_decode", lambda q, cache: cache.row_B is None and cuda.can_split_attention(q), _split_decode),
     AttentionForm(
-        "flash_prefill", lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q), _flash_prefill
+        "chunk_prefill",
+        lambda q, cache: cache.row_B is not None and cuda.can_chunk_attention(q.device, q.shape[-1]),
+        _chunk_prefill,
+        has_mask=False,
+    ),
+    AttentionForm(
+        "flash_prefill",
+        lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q),
+        _flash_prefill,
+        has_mask=True,
     ),
     AttentionForm("plain", lambda q, cache: True, _plain),
 )

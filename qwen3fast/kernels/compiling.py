@@ -1,4 +1,4 @@
-"""Kernels choose their form by this: whether code is being compiled, or runs uncompiled with C++ operations."""
+"""The state that kernels choose their form by: compiled code, or uncompiled code with C++ operations."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.compiler import is_compiling
 
 __all__ = ["is_compiling", "may_use_operations", "operations"]
 
-# A thread's own: one thread may run with operations while another compares with the plain forms.
+# Per thread: one thread may run with operations while another one compares with the plain forms.
 _uses_operations: ContextVar[bool] = ContextVar("uses_operations", default=False)
 
 
 def may_use_operations() -> bool:
-    """Return whether C++ operations may take the place of PyTorch's: in compiled code, and inside of `operations()`.
+    """Return whether C++ operations may replace PyTorch's: in compiled code, and inside `operations()`.
 
-    `torch.compile` knows the first answer, and does not look any further.
+    `torch.compile` knows the first value and does not trace further.
     """
     return is_compiling() or _uses_operations.get()
 
 
 @contextmanager
 def operations() -> Iterator[None]:
-    """Let what runs inside, which is not compiled, use C++ operations all the same."""
+    """Let uncompiled code inside the block use C++ operations."""
     token = _uses_operations.set(True)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Linear layers of many experts at once: rows that are sorted by expert, each group times its own weight.
+"""Linear layers of all experts in one call: rows sorted by expert, each group times its own weight.
 
-It is an operation, `torch.ops.qwen3fast.grouped_linear`, because the number of rows of a group is not known when code
-is compiled.
+It is an operation, `torch.ops.qwen3fast.grouped_linear`, as the number of rows per group is unknown when code is
+compiled.
 
 P rows   X experts   N out_features   K in_features
 """
@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 
-def grouped_linear(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
-    """Return x @ weight[e].T for the rows of each expert e, (P, N). end_X: the end of each expert's rows, int64.
+def grouped_linear(weight_XNK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
+    """Return x @ weight[e].T for the rows of each expert e, (P, N), same dtype.
 
-    The weight of an expert without rows is not read. On CUDA devices in bfloat16 the host does not wait; otherwise it
-    reads `end_X` (on a CPU that costs nothing, and PyTorch's own grouped product does the same).
+    end_X: the end of each expert's rows, int64. The weight of an expert without rows is not read.
+    On CUDA devices in bfloat16 the host does not wait; otherwise it reads `end_X` (which costs nothing on a CPU;
+    PyTorch's own grouped product does the same).
     """
+    y_PN: Tensor = torch.ops.qwen3fast.grouped_linear(x_PK, weight_XNK, end_X)
+    return y_PN
+
+
+def _product(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
     is_aligned = x_PK.shape[1] % 8 == 0 and weight_XNK.is_contiguous()
     if x_PK.device.type == "cuda" and x_PK.dtype == torch.bfloat16 and is_aligned:
         return torch._grouped_mm(x_PK, weight_XNK.transpose(1, 2), offs=end_X.int()).contiguous()
@@ -35,5 +41,5 @@ def _shape(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
 
 _library = torch.library.Library("qwen3fast", "FRAGMENT")
 _library.define("grouped_linear(Tensor x, Tensor weight, Tensor end) -> Tensor")
-_library.impl("grouped_linear", grouped_linear, "CompositeExplicitAutograd")
+_library.impl("grouped_linear", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("qwen3fast::grouped_linear", _shape, lib=_library)

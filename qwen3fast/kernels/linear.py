@@ -1,4 +1,4 @@
-"""Linear layers. With few rows a linear layer is bound by reading its weight, not by arithmetic: two forms, one result.
+"""Linear layers. With few rows, a linear layer is bound by reading its weight: it has forms of its own.
 
 M rows   N out_features   K in_features
 """
@@ -12,29 +12,31 @@ from qwen3fast.kernels.compiling import is_compiling
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that may run as a streamed mat-vec, compiled or in C++; weight (N, K), as in checkpoints."""
+    """An `nn.Linear` that may run as a streamed matrix-vector product, compiled or in C++."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K). Returns (..., N), same dtype."""
+        """Return x @ weight.T + bias, (..., N) in the dtype of x, (..., K)."""
         return linear(x, self.weight, self.bias)
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the output (..., N) of each linear layer for the same x, (..., K). Quantized layers share one call."""
+    """Return the outputs, (..., N) each, of several layers for one x, (..., K). Quantized layers share a call."""
     kind = type(layers[0])
     if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
-        return kind.forward_together(x, list(layers))
+        outputs: list[Tensor] = kind.forward_together(x, list(layers))
+        return outputs
     return [layer(x) for layer in layers]
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, (..., N), same dtype. x: (..., K).
 
-    The form depends on the number of rows, the device and kernels/compiling.py. The reduction must only run compiled:
-    eagerly it would materialize an (M, N, K) product; with more than one row it would read the weight again for each.
+    The form depends on the number of rows, the device, and whether code is compiled (kernels/compiling.py). The
+    reduction must run compiled: eagerly it would materialize an (M, N, K) product. With more than one row, it would
+    read the weight once per row.
     """
     if cpu.can_matvec(x, weight_NK):
-        y = torch.ops.qwen3fast.matvec(x, weight_NK)
+        y: Tensor = torch.ops.qwen3fast.matvec(x, weight_NK)
         return y if bias_N is None else y + bias_N
     is_one_row = x.numel() == x.shape[-1]
     if is_one_row and is_compiling() and x.device.type == "cpu":

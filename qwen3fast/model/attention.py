@@ -1,7 +1,7 @@
-"""Grouped-query attention with QK-norm, over the tokens at hand or over a KV cache.
+"""Grouped-query attention with QK-norm, over the tokens of a call or over a KV cache.
 
 B batch rows   T tokens in this call   L cache positions read
-H query heads   K key/value heads   G = H/K query heads a group   D head_dim   E hidden_size
+H query heads   K key/value heads   G = H/K query heads per group   D head_dim   E hidden_size
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qwen3fast.model.rope import apply_rope
 class Attention(nn.Module):
     """Causal self-attention in which G query heads share one key/value head.
 
-    Queries and keys are RMS-normalized per head *before* RoPE; the order matters (getting it wrong changes
-    logits by only 0.1%, so tests compare tightly).
+    Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. The order matters: the wrong one changes
+    logits by only 0.1%, and tests compare tightly.
     Source: grouped queries arXiv:2305.13245; QK-norm and shapes: Qwen3 technical report, arXiv:2505.09388, section 2.
     """
 
@@ -46,12 +46,12 @@ class Attention(nn.Module):
         mask_BTL: Tensor | None = None,
         cache: CacheLayer | None = None,
     ) -> Tensor:
-        """Mix each token with the tokens before it.
+        """Return the attention's output, (B, T, E), in which each token sees the tokens up to itself.
 
-        Without a cache: plain causal attention over the T tokens given.
-        With a cache: keys and values are first written at position_BT (int64), then the cache is read by
-        `cached_attention`, which describes mask_BTL.
-        Returns: (B, T, E).
+        Without a cache, it is causal attention over the T tokens of the call. With a cache, keys and values are first
+        written at position_BT (int64), and `cached_attention` then reads the cache; see there for mask_BTL.
+
+        x_BTE: normalized input. cos_BTD, sin_BTD: float32, rows of `rope_tables` at the tokens' positions.
         """
         B, T, _ = x_BTE.shape
         q, k, v = linears(x_BTE, self.q_proj, self.k_proj, self.v_proj)
@@ -66,4 +66,5 @@ class Attention(nn.Module):
             assert position_BT is not None, "a cache needs positions"
             cache.write(k_BTKD, v_BTKD, position_BT)
             y_BHTD = cached_attention(q_BTHD, cache, position_BT, mask_BTL)
-        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+        y_BTE: Tensor = self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+        return y_BTE

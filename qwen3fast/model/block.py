@@ -1,4 +1,4 @@
-"""One transformer block: attention, then feed-forward, each normalized before and added back after."""
+"""One transformer block: attention, then feed-forward; each reads a normalized copy of x and adds its output to x."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3fast.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """A pre-norm residual block. layer: its index in the model, from 0.
+    """A pre-norm residual block. layer: its index in the model, from 0; it decides between experts and a dense layer.
 
     Source: Xiong et al., arXiv:2002.04745 (pre-norm); Qwen3 report, arXiv:2505.09388.
     """
@@ -34,6 +34,7 @@ class Block(nn.Module):
         mask_BTL: Tensor | None = None,
         cache: CacheLayer | None = None,
     ) -> Tensor:
-        """Return the block's output, (B, T, E). x_BTE: the same shape; other arguments: of `Attention.forward`."""
+        """Return the block's output, (B, T, E). x_BTE: the same shape; other arguments: as in `Attention.forward`."""
         x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), cos_BTD, sin_BTD, position_BT, mask_BTL, cache)
-        return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        x_BTE = x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
+        return x_BTE

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: a gated perceptron that sees one token at a time.
+"""The feed-forward layer of a block: a gated perceptron that processes each token on its own.
 
 B batch rows   T tokens   E hidden_size
 """
@@ -22,4 +22,5 @@ class FeedForward(nn.Module):
     def forward(self, x_BTE: Tensor) -> Tensor:
         """Return the output for each token: same shape and dtype."""
         gate, up = linears(x_BTE, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        x_BTE = self.down_proj(F.silu(gate) * up)
+        return x_BTE

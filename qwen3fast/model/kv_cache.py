@@ -1,4 +1,4 @@
-"""StaticKVCache: keys and values of every layer, allocated once, written in place, never moved.
+"""StaticKVCache: keys and values of all layers, allocated once and written in place, at fixed addresses.
 
 B batch rows   T tokens in this call   R slots (one request each)   K key/value heads   S positions allocated
 L positions read   D head_dim
@@ -24,6 +24,7 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, one scale per key and value vector where these are int8; otherwise None.
+    sdpa_from: used lengths from which PyTorch's attention serves prefill, see kernels/cpu/prefill.py; empty for never.
     """
 
     k_RKSD: Tensor
@@ -31,6 +32,12 @@ class CacheLayer(NamedTuple):
     row_B: Tensor | None = None
     k_scale_RKS: Tensor | None = None
     v_scale_RKS: Tensor | None = None
+    sdpa_from: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that are tensors, or None: all but `sdpa_from`."""
+        return self[:-1]
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
         """Store new keys and values in place.
@@ -38,7 +45,7 @@ class CacheLayer(NamedTuple):
         k_BTKD, v_BTKD: any float dtype, converted to the cache's. position_BT: int64, the positions to write.
         """
         row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
-        # Indexing dimensions 0 and 2 around a slice puts the indexed ones first: exactly (B, T, K, D).
+        # Indexing dimensions 0 and 2 around a slice moves the indexed dimensions to the front: (B, T, K, D).
         place = (row_B[:, None], slice(None), position_BT)
         for x_BTKD, x_RKSD, scale_RKS in (
             (k_BTKD, self.k_RKSD, self.k_scale_RKS),
@@ -65,7 +72,7 @@ class CacheLayer(NamedTuple):
 def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize the vectors of the last dimension to int8, -127 to 127, with one float32 scale per vector.
 
-    NaN and infinity make the scale NaN or infinite: they are not lost.
+    NaN and infinity are kept: they make the scale NaN or infinite.
     Returns: int8 of the shape of x, and the scales without the last dimension.
     """
     x = x.float()
@@ -151,7 +158,8 @@ class StaticKVCache:
         """Return each layer's keys and values, for a batch in the given slots (see `CacheLayer`)."""
         none: list[Tensor | None] = [None] * len(self.keys)
         scales = (self.key_scales or none, self.value_scales or none)
-        return [CacheLayer(k, v, row_B, *both) for k, v, *both in zip(self.keys, self.values, *scales, strict=True)]
+        every = zip(self.keys, self.values, *scales, strict=True)
+        return [CacheLayer(k, v, row_B, k_scale, v_scale) for k, v, k_scale, v_scale in every]
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors; slots are the first dimension of each, positions the third."""

@@ -51,11 +51,13 @@ class Qwen3(nn.Module):
 
     def embed(self, token_BT: Tensor) -> Tensor:
         """Return the embeddings of token_BT, int64 ids: (B, T, E)."""
-        return self.model.embed_tokens(token_BT)
+        x_BTE: Tensor = self.model.embed_tokens(token_BT)
+        return x_BTE
 
     def logits(self, x_BTE: Tensor) -> Tensor:
         """Apply final norm and output projection: a score per token of the vocabulary, (B, T, V)."""
-        return self.lm_head(self.model.norm(x_BTE))
+        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTE))
+        return logits_BTV
 
     def hidden(self, token_BT: Tensor) -> Tensor:
         """Return the last block's output, (B, T, E), computed without a cache; rows start at position 0.
@@ -74,8 +76,11 @@ class Qwen3(nn.Module):
         return self.logits(self.hidden(token_BT))
 
     def num_bytes(self, per_token: bool = False) -> int:
-        """Return the bytes of all weights. per_token: only of the ones that a decode step at batch size 1 reads,
-        without an untied embedding (one row of it is read) and without experts that are not active."""
+        """Return the bytes of all weights.
+
+        per_token: count only the weights that a decode step at batch size 1 reads, without an untied embedding (one
+        row of it is read) and without inactive experts.
+        """
         total = sum(p.numel() * p.element_size() for p in self.parameters())
         if per_token and not self.config.tie_word_embeddings:
             total -= sum(p.numel() * p.element_size() for p in self.model.embed_tokens.parameters())

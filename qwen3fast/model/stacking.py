@@ -1,6 +1,6 @@
-"""Stacked weights: layers of a block that read the same input as one tall weight, for one product in place of several.
+"""Stacked weights: the layers of a block with the same input share one tall weight, for one product instead of several.
 
-The layers keep their names and parameters, which become views of the stacked ones: no weight is held twice.
+The layers keep their names and parameters, which become views of the stacked weight: no weight is stored twice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# Submodules of a block, and the layers in each that are stacked, from top to bottom.
+# Submodules of a block, and their stacked layers, from top to bottom.
 STACKS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
-    """Return whether the layers are of one kind, without biases, and their parameters fit on top of each other."""
+    """Return whether the layers have one type and no biases, and their parameters can be stacked."""
     kinds = {
         (type(layer), tuple((n, p.shape[1:], p.dtype, p.device) for n, p in layer.named_parameters()))
         for layer in layers
@@ -24,9 +24,9 @@ def can_stack(layers: Sequence[nn.Module]) -> bool:
 
 
 def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Return the layers' parameters, each on top of those of the next layer, by name.
+    """Return the layers' parameters, stacked in order, by name.
 
-    The layers' own become views of them. Layers that are stacked already are left as they are.
+    The layers' own parameters become views of the stacked ones. Layers that are stacked already do not change.
     """
     stacked = {}
     for name, _ in layers[0].named_parameters():
@@ -41,7 +41,7 @@ def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
-    """Return the tensor whose parts these are, if they lie one after the other in the same memory."""
+    """Return the tensor that these parts make up, if they are adjacent in the same memory; otherwise None."""
     first, offset = parts[0], parts[0].storage_offset()
     if any(part.untyped_storage()._cdata != first.untyped_storage()._cdata for part in parts):
         return None

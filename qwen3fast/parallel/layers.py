@@ -1,6 +1,6 @@
-"""Three wrappers with which a rank's smaller layers give the results of the whole ones.
+"""Three wrappers that make a rank's smaller layers return the results of the whole layers.
 
-B batch   T tokens   E hidden_size   V vocabulary   P part of it
+B batch   T tokens   E hidden_size   V vocabulary   P part of the vocabulary
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qwen3fast.parallel.shard import Split
 
 
 class SumOverRanks(nn.Module):
-    """A layer that holds some of its inputs (or of its experts' neurons): the ranks' outputs are added."""
+    """A layer that has some of its inputs, or of its experts' neurons: the outputs of all ranks are added."""
 
     def __init__(self, layer: nn.Module, ranks: Ranks) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class EmbeddingOverRanks(nn.Module):
         self.embedding, self.vocabulary, self.ranks = embedding, vocabulary, ranks
 
     def forward(self, token_BT: Tensor) -> Tensor:
-        """token_BT: int64 ids of the whole vocabulary. Returns (B, T, E)."""
+        """Return the embeddings of token_BT, int64 ids of the whole vocabulary: (B, T, E)."""
         first, end = self.vocabulary.start, self.vocabulary.stop
         is_own_BT = (token_BT >= first) & (token_BT < end)
         x_BTE = self.embedding(torch.where(is_own_BT, token_BT - first, 0))
@@ -41,9 +41,9 @@ class EmbeddingOverRanks(nn.Module):
 
 
 class LogitsOverRanks(nn.Module):
-    """An output projection: each rank computes the logits of its tokens, and receives the others'.
+    """An output projection: each rank computes the logits of its tokens, and receives the others.
 
-    All ranks see the same bits, and a sampler chooses the same tokens everywhere.
+    All ranks get the same bits, and their samplers choose the same tokens.
     """
 
     def __init__(self, projection: nn.Module, vocab_size: int, ranks: Ranks) -> None:
@@ -61,7 +61,7 @@ def connect(model: Qwen3, split: Split, ranks: Ranks) -> None:
     """Put the wrappers into this rank's shard of a model, after its weights are loaded (and quantized)."""
     for name, module in list(model.named_modules()):
         if ranks.rank > 0 and name.endswith("o_proj") and module.bias is not None:
-            module.bias.zero_()  # it must be added once
+            module.bias.zero_()  # only one rank adds it
         if name.endswith((".self_attn.o_proj", ".mlp.down_proj")) or isinstance(module, MoE):
             model.set_submodule(name, SumOverRanks(module, ranks))
     model.set_submodule("model.embed_tokens", EmbeddingOverRanks(model.model.embed_tokens, split.vocabulary, ranks))

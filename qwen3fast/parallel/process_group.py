@@ -24,18 +24,18 @@ IDLE_TIMEOUT = timedelta(days=365)
 
 
 class Ranks:
-    """This process's place among the ranks, `rank` of `size`, and its connections. Rank 0 leads."""
+    """The processes that share a model: this one is `rank` of `size`. Rank 0 is the leader."""
 
     def __init__(self) -> None:
-        """Connect the processes of the default group, which must be there."""
+        """Connect the processes of the default process group, which must exist."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._commands = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
 
     @classmethod
     def start(cls, device_type: str) -> Ranks:
-        """Connect the processes that torchrun has started; on "cuda", each takes the device of its local rank.
+        """Connect the processes that torchrun has started; on "cuda", each uses the device of its local rank.
 
-        Raises: ValueError if it has started none, or more than there are devices.
+        Raises: ValueError without torchrun, or for more processes than devices.
         """
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing and not dist.is_initialized():
@@ -58,19 +58,19 @@ class Ranks:
 
     @property
     def is_leader(self) -> bool:
-        """Return whether this is the rank that takes requests."""
+        """True for the rank that accepts requests."""
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors, the same bits on each. A graph, compiled or captured, can hold it."""
+        """Return the sum of all ranks' tensors, the same bits on each. It can be compiled and captured in graphs."""
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     def gather(self, x_NP: Tensor, size: int) -> Tensor:
-        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may hold fewer than the first.
+        """Return all ranks' columns side by side, (N, V). size: V; the last ranks may have fewer columns.
 
-        A graph can hold it, too.
+        It can be compiled and captured in graphs.
         """
         rows, columns = x_NP.shape[0], -(-size // self.size)
         own_NP = F.pad(x_NP, (0, columns - x_NP.shape[1])).contiguous()
@@ -79,23 +79,23 @@ class Ranks:
         return every.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)[:, :size].contiguous()
 
     def share(self, x: Tensor) -> Tensor:
-        """Broadcast rank 0's tensor and return it; the others pass one of the same shape and dtype."""
+        """Return rank 0's tensor, broadcast to all ranks; each passes a tensor of the same shape and dtype."""
         x = x.contiguous()
         dist.broadcast(x, src=0)
         return x
 
     def broadcast(self, message: Any) -> None:
-        """Send a message from rank 0 to all others."""
+        """Send a message from rank 0 to all other ranks."""
         dist.broadcast_object_list([message], src=0, group=self._commands)
 
     def receive(self) -> Any:
-        """Wait for rank 0's next message, on the others. Raises: RuntimeError if rank 0 is gone."""
+        """Wait for rank 0's next message, on any other rank. Raises: RuntimeError if rank 0 has ended."""
         message: list[Any] = [None]
         dist.broadcast_object_list(message, src=0, group=self._commands)
         return message[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """Return this object: connections are not copied with a module that has them."""
+        """Return this object: copies of a module share its connections."""
         return self
 
 

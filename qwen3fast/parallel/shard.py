@@ -1,4 +1,4 @@
-"""Split: the shard of each weight that a rank holds. Arithmetic alone; nothing here communicates."""
+"""Split: the shard of each weight that a rank holds. Only arithmetic; nothing here communicates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 
 # The dimension that a layer's weight (out, in) is split along. Split by outputs ("column-wise"), each rank computes
-# some of them from all inputs: whole heads, or whole neurons. The layer after it, split by inputs ("row-wise"), takes
-# these where they are, and gives a sum that lacks the other ranks' share.
+# some outputs from all inputs: whole heads, or whole neurons. The next layer, split by inputs ("row-wise"), reads these
+# without communication; its outputs must be summed over all ranks.
 SPLIT_DIM = {
     "q_proj": 0,
     "k_proj": 0,
@@ -29,9 +29,9 @@ STACKED_SPLIT_DIM = {"gate_up_proj": 1, "down_proj": 2}  # of `Experts`, which c
 
 
 def split_dim(name: str) -> int | None:
-    """Return the dimension that a tensor of this name is split along; None if every rank holds it whole.
+    """Return the dimension that a tensor is split along; None if each rank holds it whole.
 
-    name: of a parameter or a checkpoint's tensor. The answers are DTensor's Shard(dim) and Replicate().
+    name: of a parameter or of a checkpoint's tensor. The result means DTensor's Shard(dim), or Replicate() for None.
     """
     *_, module, parameter = name.split(".")
     if module == "experts":
@@ -67,12 +67,12 @@ class Split:
 
     @property
     def vocabulary(self) -> slice:
-        """Return the tokens whose rows of embedding and output projection this rank holds."""
+        """The range of tokens whose rows of embedding and output projection this rank holds."""
         return self._own(self.config.vocab_size)
 
     @property
     def local_config(self) -> ModelConfig:
-        """Return the config of this rank's shard; its vocab_size is the whole one, since every rank gets all logits."""
+        """The config of this rank's shard. Its vocab_size is the whole one, as each rank gets all logits."""
         c = self.config
         return replace(
             c,
@@ -83,7 +83,7 @@ class Split:
         )
 
     def build_on_meta(self) -> Qwen3:
-        """Build this rank's shard without memory. Each of its layers is an ordinary one, only smaller."""
+        """Return this rank's shard on the `meta` device: an ordinary Qwen3 with smaller layers."""
         rows = self.vocabulary.stop - self.vocabulary.start
         model = build_on_meta(replace(self.local_config, vocab_size=rows))
         model.config = self.local_config
@@ -92,12 +92,13 @@ class Split:
     def take(self, name: str, whole: Any) -> Tensor:
         """Return this rank's shard of a tensor, contiguous.
 
-        whole: a Tensor, or one in a file (safetensors' slice), of which only the shard is copied; a shard that lies in
-        one piece is not copied: it is the mapped pages.
+        whole: a Tensor, or a tensor in a file (safetensors' slice). Only the shard is copied; a contiguous shard is
+        not copied but mapped.
         """
         dim = split_dim(name)
         if dim is None:
-            return whole[:]
+            every_element: Tensor = whole[:]
+            return every_element
         shape = whole.shape if isinstance(whole, Tensor) else whole.get_shape()
         rows = [self._own(shape[dim])]
         if name.endswith("experts.gate_up_proj"):  # gate's, then up's
@@ -109,6 +110,6 @@ class Split:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def _own(self, size: int) -> slice:
-        """Return the range of this rank, as `torch.chunk` and DTensor's Shard do: the last ones may be smaller."""
+        """Return the range of this rank, as in `torch.chunk` and DTensor's Shard: the last ranges may be smaller."""
         part = -(-size // self.size)
         return slice(min(self.rank * part, size), min((self.rank + 1) * part, size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
-from qwen3fast.model.moe import Experts, grouped_linear, run_few, run_many
+from qwen3fast.kernels.grouped import grouped_linear
+from qwen3fast.model.moe import Experts, run_few, run_many
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
 from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
 
@@ -52,11 +53,12 @@ class QuantizedExperts(nn.Module):
 
     def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         gate_up, down = ([layer.weight_packed, layer.weight_scale] for layer in (self.gate_up_proj, self.down_proj))
-        return torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down).to(x_NE.dtype)
+        y_NCE: Tensor = torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down)
+        return y_NCE.to(x_NE.dtype)
 
     def _chosen_by_kernel(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
         packed, is_fp8 = (layer.weight_packed, layer.weight_scale), self.format.name == "fp8"
-        y_SPN = torch.ops.qwen3fast.packed_experts(x_PK, *packed, expert_P, self.num_experts, is_fp8)
+        y_SPN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *packed, expert_P, self.num_experts, is_fp8)
         return y_SPN.sum(0).to(x_PK.dtype)
 
     def _chosen(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
@@ -77,7 +79,8 @@ class QuantizedExperts(nn.Module):
         Compiled, it is one pass without intermediate results; eagerly, one expert at a time keeps these small.
         """
         if is_compiling():
-            return layer.dequantize().to(dtype).unflatten(0, (self.num_experts, -1))
+            weight_XNK: Tensor = layer.dequantize().to(dtype).unflatten(0, (self.num_experts, -1))
+            return weight_XNK
         rows, in_features = layer.out_features // self.num_experts, layer.in_features
         stack = torch.empty(self.num_experts, rows, in_features, dtype=dtype, device=layer.weight_packed.device)
         parts = (part.chunk(self.num_experts) for part in (layer.weight_packed, layer.weight_scale))

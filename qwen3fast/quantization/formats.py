@@ -177,7 +177,7 @@ def quantize(weight_NK: Tensor, format: Format) -> Packed:
     is_served = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and "cpu" in format.devices
     if is_served and cpu.is_loaded():
         packed = format.empty(N, K)
-        cpu.round_weight(weight_NK.contiguous(), *packed)
+        cpu.quantize_weight(weight_NK.contiguous(), *packed)
         return packed
     return pack_by_rows(N, K, format, weight_NK.device, lambda rows: format.quantize(weight_NK[rows]))
 

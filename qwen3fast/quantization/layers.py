@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
 PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
@@ -21,7 +22,13 @@ def can_use_operations(format: Format, x: Tensor) -> bool:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with its weight in 8 or 4 bits (see formats.py)."""
+    """A linear layer with its weight in 8 or 4 bits (see formats.py).
+
+    dequantize_from: rows from which PyTorch's product with the dequantized weight takes the C++ operation's place;
+    engines set it where that is faster (engine/forms.py).
+    """
+
+    dequantize_from: int = NEVER
 
     def __init__(self, packed: Packed, format: Format, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -43,8 +50,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, (..., N) in the dtype of x, (..., K).
 
-        The C++ operation also quantizes x to 8 bits, in groups of 32 channels; the GPU's form does not. On the CPU, a
-        row's result does not depend on the rows beside it.
+        The C++ operation also quantizes x to 8 bits, in groups of 32 channels; other forms do not. In each form on the
+        CPU, a row's result does not depend on the values in the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
@@ -56,7 +63,10 @@ class QuantizedLinear(nn.Module):
             return [layer(x) for layer in layers]
         if can_use_operations(layers[0].format, x):
             y = torch.ops.qwen3fast.quantized_linear(
-                x.bfloat16(), [layer.weight_packed for layer in layers], [layer.weight_scale for layer in layers]
+                x.bfloat16(),
+                [layer.weight_packed for layer in layers],
+                [layer.weight_scale for layer in layers],
+                layers[0].dequantize_from,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
         elif cuda.can_packed_matvec(x):
@@ -67,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor:
         x_MK, is_fp8 = x.reshape(-1, x.shape[-1]), self.format.name == "fp8"
-        y_CMN = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
+        y_CMN: Tensor = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
@@ -87,7 +97,7 @@ class QuantizedEmbedding(nn.Module):
         """Return the rows of token_BT, int64 ids: (B, T, K) in `dtype`."""
         packed = Packed(self.weight_packed, self.weight_scale)
         if self.dtype == torch.bfloat16 and can_use_operations(self.format, token_BT):
-            rows = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
+            rows: Tensor = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
         else:
             rows = self.format.rows(packed, token_BT.flatten())
         return rows.to(self.dtype).view(*token_BT.shape, -1)

@@ -78,6 +78,15 @@ class GrammarCompiler:
             raise ValueError(f"a regular expression must be a string, got {pattern!r}")
         return self._compile(self._llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
 
+    def lark(self, grammar: str) -> Grammar:
+        """A grammar in llguidance's form of Lark, whose start rule is `start`.
+
+        Raises: ValueError for an invalid grammar, or one that allows nothing.
+        """
+        if not isinstance(grammar, str):
+            raise ValueError(f"a grammar must be a string, got {grammar!r}")
+        return self._compile(self._llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
+
     def _compile(self, definition: str, kind: str) -> Grammar:
         matcher = self._llguidance.LLMatcher(self._ll_tokenizer, definition, log_level=0)
         if matcher.is_error():
@@ -174,4 +183,4 @@ def _import_llguidance() -> Any:
 
 def _error_of(matcher: Any) -> str:
     """Return llguidance's message without the dump of its state that newer versions append."""
-    return matcher.get_error().partition("<state>")[0].strip()
+    return str(matcher.get_error()).partition("<state>")[0].strip()

@@ -1,5 +1,8 @@
-"""Who gets a slot: prompt.py, request.py, prefix_cache.py, scheduler.py, worker.py, admission.py, uncached.py,
-handle.py, dispatch.py, builder.py, in this order."""
+"""Scheduling of requests onto the slots of the KV cache.
+
+Read prompt.py, request.py, prefix_cache.py, scheduler.py, worker.py, admission.py, uncached.py, handle.py, dispatch.py
+and builder.py, in this order.
+"""
 
 from qwen3fast.scheduling.admission import Admission, QueueFullError
 from qwen3fast.scheduling.dispatch import DebugView, Dispatcher

@@ -1,4 +1,4 @@
-"""Admission: the number of requests that may wait for a slot. Beyond it, callers wait themselves, or are refused."""
+"""Admission: a limit on the requests that wait for a slot. Beyond it, callers wait themselves or are refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from concurrent.futures import Future
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as `max_queue` allows; try again later."""
+    """The queue is full: `max_queue` requests wait already. Try again later."""
 
 
 class Admission:
-    """A bounded number of places in the queue, given in the order in which they were asked for. Thread-safe."""
+    """A bounded number of places in the queue, given out first come, first served. Thread-safe."""
 
     def __init__(self, places: int) -> None:
         self._free = places
@@ -21,7 +21,7 @@ class Admission:
         self._lock = threading.RLock()  # reentrant: a Generator may be garbage collected while it is held
 
     def ask(self) -> Future[None]:
-        """Return a future that is done when the caller has a place. `give_up` ends the waiting."""
+        """Return a future that is done when the caller has a place; `give_up` stops waiting for it."""
         future: Future[None] = Future()
         with self._lock:
             if self._free > 0:
@@ -32,7 +32,7 @@ class Admission:
         return future
 
     def give_back(self) -> None:
-        """Return a place."""
+        """Give a place back to the queue."""
         with self._lock:
             while self._asking:
                 future = self._asking.popleft()
@@ -42,7 +42,7 @@ class Admission:
             self._free += 1
 
     def give_up(self, place: Future[None]) -> None:
-        """Stop waiting for a place, or return it."""
+        """Stop waiting for a place, or give it back."""
         if not place.cancel() and place.exception() is None:
             self.give_back()
 

@@ -6,6 +6,7 @@ import secrets
 import threading
 from typing import Any
 
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
@@ -13,9 +14,11 @@ from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
+from qwen3fast.text.chat_template import Tools, read_tools
 from qwen3fast.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningFormat
 from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text.tool_calls import call_format_of
 
 
 class RequestBuilder:
@@ -42,10 +45,12 @@ class RequestBuilder:
         params: SamplingParams | None,
         on_overflow: Overflow,
         continues: RequestHandle | None = None,
+        tools: Tools | None = None,
     ) -> list[RequestHandle]:
         """Return a request for each of `params.n` replies, none of them started.
 
-        continues: an earlier reply that the prompt continues.
+        The first one computes the log-probabilities of the prompt, if they are asked for.
+        continues: an earlier reply that the prompt continues. tools: the functions that the prompt offers.
         Raises: ValueError for anything that cannot run, ImportError for a package that is missing; RuntimeError if the
         Generator is closed, in its own thread, and in a forked process.
         """
@@ -68,10 +73,12 @@ class RequestBuilder:
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
         constraint = self._constraint_maker(p, whole_ids)
-        ends_at_eos = not p.ignore_eos or p.json_schema is not None or p.regex is not None  # nothing may follow these
+        ends_at_eos = not p.ignore_eos or p.is_structured  # nothing may follow these
         tracker = self._reasoning.tracker_after(whole_ids)
+        template = self._tokenizer.chat_template if self._tokenizer is not None else None
+        call_format = call_format_of(template, read_tools(tools))
         handles = []
-        for seed in seeds:
+        for index, seed in enumerate(seeds):
             stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker)
             request = Request(
                 prompt_ids=ids,
@@ -91,9 +98,10 @@ class RequestBuilder:
                 constraint=constraint(),
                 logits_processor=p.logits_processor,
                 logprobs=p.logprobs,
+                wanted_logprobs=None if p.prompt_logprobs is None or index else WantedLogprobs(1, p.prompt_logprobs),
                 continues=continues.request if continues is not None else None,
             )
-            handles.append(RequestHandle(request, stream, self._worker))
+            handles.append(RequestHandle(request, stream, self._worker, call_format))
         return handles
 
     def build_one(
@@ -102,18 +110,50 @@ class RequestBuilder:
         params: SamplingParams | None,
         on_overflow: Overflow,
         continues: RequestHandle | None = None,
+        tools: Tools | None = None,
     ) -> RequestHandle:
         """Return the request of a single reply. Raises: as `build`; ValueError for n > 1."""
         if params is not None and isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n is {params.n}, but a stream is one reply; use generate(), or start n of them")
-        return self.build(prompt, params, on_overflow, continues)[0]
+        return self.build(prompt, params, on_overflow, continues, tools)[0]
+
+    def build_score(self, prompt: Any, continuation: Any) -> RequestHandle:
+        """Return the request that computes the log-probabilities of a continuation: its prompt is both together.
+
+        It samples one token, since a request ends with a token, and reuses what the KV cache holds of `prompt`.
+        Raises: as `build`.
+        """
+        self._worker.check_caller()
+        ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
+        continuation_ids = prompt_to_ids(continuation, self._tokenizer, self._vocab_size, "continuation")
+        needed = len(ids) + len(continuation_ids) + 1
+        if needed > self._max_seq_len:
+            raise ValueError(
+                f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
+                f"max_seq_len {self._max_seq_len}; shorten one, or build Generator(max_seq_len={needed})"
+            )
+        request = Request(
+            prompt_ids=ids + continuation_ids,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            seed=0,
+            max_tokens=1,
+            stop_ids=frozenset(),
+            wanted_logprobs=WantedLogprobs(len(ids), 1),
+        )
+        return RequestHandle(request, TextStream(None), self._worker)
 
     def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:
         """Return a function that makes a constraint for each reply, or None."""
         grammar = None
-        if p.json_schema is not None or p.regex is not None:
+        if p.is_structured:
             compiler = self._grammar_compiler()
-            grammar = compiler.json_schema(p.json_schema) if p.json_schema is not None else compiler.regex(str(p.regex))
+            if p.json_schema is not None:
+                grammar = compiler.json_schema(p.json_schema)
+            else:
+                grammar = compiler.regex(p.regex) if p.regex is not None else compiler.lark(str(p.grammar))
         if grammar is None and p.thinking_budget is None:
             return lambda: None
         reasoning, tracker = self._reasoning, self._reasoning.tracker_after(ids)
@@ -135,7 +175,7 @@ class RequestBuilder:
 
     def _grammar_compiler(self) -> GrammarCompiler:
         if self._tokenizer is None:
-            raise ValueError("json_schema and regex need a tokenizer, which this model does not have")
+            raise ValueError("json_schema, regex and grammar need a tokenizer, which this model does not have")
         with self._compiling:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._eos_ids)

@@ -1,4 +1,4 @@
-"""Dispatcher: hands requests to a worker, at once or through a queue of bounded length, and waits for the replies."""
+"""Dispatcher: passes requests to a worker, at once or through a bounded queue, and waits for replies."""
 
 from __future__ import annotations
 
@@ -40,20 +40,23 @@ class DebugView:
 
 
 class Dispatcher:
-    """Runs the requests of one Generator. Thread-safe; each method that waits raises RuntimeError where it never could
-    go on: in the worker's own thread, and in a process forked from one in which requests have run."""
+    """Runs the requests of one Generator. Thread-safe.
+
+    Methods that wait raise RuntimeError where they would wait forever: in the worker's own thread, and in a process
+    forked after its first request.
+    """
 
     def __init__(self, engine: Engine, max_queue: int, prefix_reuse: bool) -> None:
         self.worker = EngineWorker(Scheduler(engine, prefix_reuse))
         self.admission = Admission(max_queue)
 
     def run(self, handles: list[RequestHandle], use_cache: bool, report: Callable[[], None]) -> None:
-        """Run requests to their ends. use_cache: False computes without a cache. report: called once per end."""
+        """Run requests to completion. use_cache: False computes without a cache. report: called after each reply."""
         if not use_cache:
             for handle in handles:
                 run = UncachedRun(self.worker.scheduler.engine, handle.request)
                 while not handle.is_done:
-                    self.worker.call(run.step)  # token by token: other requests run in between
+                    self.worker.call(run.step)  # one token at a time: other requests run in between
                 report()
             return
         ended: SimpleQueue[None] = SimpleQueue()
@@ -73,10 +76,10 @@ class Dispatcher:
             handle.cancel()
 
     def submit(self, handle: RequestHandle, timeout: float | None) -> RequestHandle:
-        """Queue a request, as soon as fewer than `max_queue` requests wait.
+        """Queue a request, waiting while the queue is full.
 
-        timeout: seconds to wait for that; None waits for ever.
-        Raises: QueueFullError after that time; ClosedError.
+        timeout: seconds to wait; None waits without limit.
+        Raises: QueueFullError after the timeout; ClosedError.
         """
         place = self.admission.ask()
         try:
@@ -108,7 +111,7 @@ class Dispatcher:
             handle.cancel()
 
     def warmup(self, report: Callable[[str], None]) -> None:
-        """Compile and capture what requests with the cache need; see `Engine.warmup`.
+        """Compile and capture everything that requests with a cache need; see `Engine.warmup`.
 
         Raises: RuntimeError while requests are running.
         """
@@ -124,21 +127,21 @@ class Dispatcher:
         self.worker.call(warm_up)
 
     def stats(self, weight_bytes: int) -> GeneratorStats:
-        """Return the state after the step that is running."""
+        """Return statistics, taken after the current step."""
         return self.worker.call(self._stats, weight_bytes)
 
     def close(self) -> None:
-        """End all requests, waiting ones included, and the worker's thread. May be called twice."""
+        """End all requests, also queued ones, and the worker's thread. May be called more than once."""
         self.admission.close(ClosedError("the Generator was closed while this request waited"))
         self.worker.close()
 
     @property
     def debug(self) -> DebugView:
-        """The parts that it is made of."""
+        """The worker and the admission, for tests and diagnosis."""
         return DebugView(self.worker, self.admission)
 
     def _start(self, handle: RequestHandle) -> None:
-        """Queue a request that was given a place."""
+        """Queue a request that has a place."""
         handle.request.on_leave_queue = self.admission.give_back
         try:
             self.worker.add([handle.request])
@@ -160,4 +163,5 @@ class Dispatcher:
             waiting=len(scheduler.waiting),
             prefilled_tokens=scheduler.prefilled_tokens,
             reused_tokens=scheduler.reused_tokens,
+            forms=dict(engine.parts.forms.choices),
         )

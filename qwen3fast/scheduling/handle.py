@@ -1,64 +1,72 @@
-"""RequestHandle: a reply that is being made, to wait for, read chunk by chunk, or cancel, from any thread or task."""
+"""RequestHandle: a reply in progress, to wait for, stream or cancel, from any thread or task."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from qwen3fast.checks import checked_timeout
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, TokenLogprobs
 from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.waiter import For, Waiter
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
-from qwen3fast.text.tool_calls import parse_tool_calls
+from qwen3fast.text.tool_calls import CallFormat, JsonCalls, parse_tool_calls
 
 
 class RequestHandle:
-    """One reply. Iterate over its chunks, with `for` or `async for`; or wait for `result()`.
+    """A reply in progress: iterate over its chunks with `for` or `async for`, or wait for `result()`.
 
-    Each chunk goes to one reader, whoever asks first. The chunks' texts, joined, are the result's text.
+    With several readers, each chunk goes to only one of them. The texts of all chunks, joined, are the result's text.
     """
 
-    def __init__(self, request: Request, stream: TextStream, worker: EngineWorker) -> None:
+    def __init__(
+        self, request: Request, stream: TextStream, worker: EngineWorker, call_format: CallFormat | None = None
+    ) -> None:
+        """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
         self.request, self._stream, self._worker = request, stream, worker
+        self._call_format: CallFormat = call_format or JsonCalls()
         self._changed = threading.Condition()
         self._pieces: list[tuple[str, str, str]] = []  # text, reasoning, answer
         self._num_seen = self._num_given = 0  # tokens so far, and tokens already in chunks
         self._is_over = False  # the last chunk has been read
-        self._listeners: list[Callable[[], None]] = []
+        self._waiters: list[Waiter] = []
         self._finished: GenerationResult | None = None
         self._at_end: Callable[[], None] = lambda: None
         request.on_change = self._on_change
 
     @property
     def is_done(self) -> bool:
-        """Whether the reply has ended, for whatever reason."""
+        """True once the reply has ended, for any reason."""
         return self._finished is not None or self.request.error is not None
 
     def result(self, timeout: float | None = None) -> GenerationResult:
-        """Wait for the end of the reply. A cancelled reply gives what it had, with finish_reason "cancelled".
+        """Wait for the end of the reply and return it.
 
-        timeout: seconds; None waits for ever.
-        Raises: TimeoutError; or the error that ended the request: FloatingPointError for NaN logits, an error of its
-        logits_processor, RuntimeError if the Generator was closed. RuntimeError also where waiting would never end: in
-        the Generator's own thread, or in a forked process.
+        The result of a canceled reply has the tokens so far and finish_reason "cancelled".
+
+        timeout: seconds; None waits without limit.
+        Raises: TimeoutError; the error that ended the request: FloatingPointError for NaN logits, an exception of its
+        logits_processor, RuntimeError if the Generator was closed; RuntimeError in the Generator's own thread and in a
+        forked process, where it would wait forever.
         """
         self._check_caller()
         with self._changed:
             if not self._changed.wait_for(lambda: self.is_done, checked_timeout("timeout", timeout)):
-                raise TimeoutError(f"the reply has not ended within {timeout} s; it goes on, cancel() would end it")
+                raise TimeoutError(f"the reply has not ended within {timeout} s; it continues; cancel() ends it")
         return self._result()
 
     def when_done(self, call: Callable[[], None]) -> None:
-        """Set a function to call at the end, before the reply starts. It runs in the Generator's thread: keep it short.
+        """Set a function to call at the end of the reply; set it before the reply starts.
 
-        It must not ask the Generator for replies.
+        It runs in the Generator's thread: keep it short. It must not ask the Generator for replies.
         """
         self._at_end = call
 
     def cancel(self) -> None:
-        """End the reply before the next step, and free its slot. Without effect if it has ended."""
+        """End the reply before the next step and free its slot. No effect if it has ended."""
         if not self.is_done:
             self._worker.cancel(self.request)
 
@@ -71,42 +79,76 @@ class RequestHandle:
                 chunk = self._take()
             yield chunk
 
-    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
+    def __aiter__(self) -> AsyncIterator[StreamChunk]:
         """Yield chunks as they come, without blocking the event loop; the last one has the result.
 
         Raises: as `result`.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        return self.chunks()
 
-        def listener() -> None:
-            try:
-                loop.call_soon_threadsafe(news.set)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self.cancel()
+    async def chunks(self, min_interval_s: float = 0.0) -> AsyncIterator[StreamChunk]:
+        """Yield chunks, without blocking the event loop, at least `min_interval_s` apart; the last one comes at once.
 
-        with self._changed:
-            self._listeners.append(listener)
+        An interval lets several tokens share the cost of a chunk. Raises: as `result`.
+        """
+        waiter = self._add_waiter()
         try:
             while not self._is_over:
                 self._check_caller()
                 with self._changed:
                     chunk = self._take() if self._has_news() else None
+                    waiter.waits_for = For.NEWS if chunk is None else For.NOTHING
                 if chunk is None:
-                    await news.wait()
-                    news.clear()
-                else:
-                    yield chunk
+                    await waiter.wait()
+                    continue
+                taken_s = time.perf_counter()
+                yield chunk
+                await self._wait_until(taken_s + min_interval_s, waiter)
         finally:
-            with self._changed:
-                self._listeners.remove(listener)
+            self._remove_waiter(waiter)
+
+    async def aresult(self) -> GenerationResult:
+        """Wait for the end of the reply, without blocking the event loop. Raises: as `result`."""
+        waiter = self._add_waiter()
+        try:
+            while True:
+                self._check_caller()
+                with self._changed:
+                    if self.is_done:
+                        return self._result()
+                    waiter.waits_for = For.END
+                await waiter.wait()
+        finally:
+            self._remove_waiter(waiter)
+
+    async def _wait_until(self, until_s: float, waiter: Waiter) -> None:
+        """Wait until a time of time.perf_counter(), or for the end of the reply."""
+        left_s = until_s - time.perf_counter()
+        if left_s <= 0:
+            return
+        with self._changed:
+            if self.is_done:
+                return
+            waiter.waits_for = For.END
+        await waiter.wait(left_s)
+
+    def _add_waiter(self) -> Waiter:
+        waiter = Waiter(lost=self.cancel)
+        with self._changed:
+            self._waiters.append(waiter)
+        return waiter
+
+    def _remove_waiter(self, waiter: Waiter) -> None:
+        with self._changed:
+            self._waiters.remove(waiter)
 
     def _check_caller(self) -> None:
-        """Raise RuntimeError where waiting would never end."""
+        """Raise RuntimeError where the caller would wait forever."""
         if not self.is_done:
             self._worker.check_waiting()
 
     def _on_change(self) -> None:
-        """Record what is new, and wake those that wait. Called in the worker's thread."""
+        """Record new tokens and wake waiting readers. Called in the worker's thread."""
         request = self.request
         with self._changed:
             if request.finish_reason is not None:
@@ -116,9 +158,9 @@ class RequestHandle:
             if request.finish_reason is not None and request.error is None:
                 self._finished = self._make_result()
             self._changed.notify_all()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
+            woken = [waiter for waiter in self._waiters if waiter.is_woken_by(self.is_done)]
+        for waiter in woken:
+            self._worker.wake(waiter)
         if request.finish_reason is not None:
             self._at_end()
 
@@ -130,10 +172,12 @@ class RequestHandle:
         text, reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True)) if pieces else ("", "", "")
         new = self.request.output_ids[self._num_given : self._num_seen]
         logprobs = self._logprobs(self._num_given, self._num_seen)
+        prompt_logprobs = self._prompt_logprobs() if not self._num_given else None
         self._num_given = self._num_seen
         result = self._result() if self.is_done else None
         self._is_over = result is not None
-        return StreamChunk(text, new, result.finish_reason if result else None, result, reasoning, answer, logprobs)
+        reason = result.finish_reason if result else None
+        return StreamChunk(text, new, reason, result, reasoning, answer, logprobs, prompt_logprobs)
 
     def _result(self) -> GenerationResult:
         if self.request.error is not None:
@@ -154,7 +198,7 @@ class RequestHandle:
             decode_s=request.finished_s - first_s,
             reused_tokens=request.reused_tokens,
         )
-        parsed = parse_tool_calls(stream.answer)
+        parsed = parse_tool_calls(stream.answer, self._call_format)
         logprobs = self._logprobs(0, len(request.output_ids))
         return GenerationResult(
             stream.text,
@@ -166,6 +210,7 @@ class RequestHandle:
             parsed.tool_calls,
             parsed.malformed,
             logprobs,
+            self._prompt_logprobs(),
         )
 
     def _logprobs(self, begin: int, end: int) -> list[TokenLogprobs] | None:
@@ -173,5 +218,19 @@ class RequestHandle:
         request = self.request
         if request.logprobs is None:
             return None
-        pairs = zip(request.output_ids[begin:end], request.output_logprobs[begin:end], strict=True)
-        return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]
+        return _token_logprobs(request.output_ids[begin:end], request.output_logprobs[begin:end])
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Return an entry per token of the prompt, if they were asked for; None where there is no log-probability."""
+        request = self.request
+        if request.wanted_logprobs is None:
+            return None
+        first, known = request.wanted_logprobs.first, request.prompt_logprobs
+        end = first + len(known)  # of a prompt that was cancelled, before its end
+        found = _token_logprobs(request.prompt_ids[first:end], known)
+        return [*[None] * min(first, len(request.prompt_ids)), *found, *[None] * (len(request.prompt_ids) - end)]
+
+
+def _token_logprobs(token_ids: list[int], logprobs: list[Logprobs]) -> list[TokenLogprobs]:
+    pairs = zip(token_ids, logprobs, strict=True)
+    return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]

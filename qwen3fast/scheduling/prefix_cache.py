@@ -1,8 +1,8 @@
-"""PrefixCache: what each slot of the KV cache still holds, for prompts that begin with the same tokens.
+"""PrefixCache: records the tokens that slots of the KV cache hold, for prompts that begin with the same tokens.
 
-Keys and values of a token depend on the tokens up to it alone, so a common prefix has the same ones in every request.
-(The same numbers up to rounding: chunks and steps of other sizes sum in other orders.)
-Source of the idea: prefix caching in vLLM and RadixAttention, arXiv:2312.07104.
+Keys and values of a token depend only on the tokens up to it: a common prefix has the same ones in all requests (up to
+rounding, as chunks and steps of other sizes sum in other orders).
+Source: prefix caching in vLLM; RadixAttention, arXiv:2312.07104.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from qwen3fast.scheduling.request import Request
 class CachedPrefix:
     """The contents of one slot without a request.
 
-    prompt_ids, logits_1V: of its last request, if the slot holds its whole prompt. used_at: a count of requests.
-    unproven: how many tokens' keys and values may be NaN, because no valid token has come of them yet.
+    tokens: whose keys and values it holds, from position 0.
+    prompt_ids, logits_1V: the prompt of its last request and the logits after it, if the slot holds the whole prompt.
+    owner: its last request. used_at: a count of requests.
+    unproven: number of tokens whose keys and values may be NaN: no valid token was computed from them.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -34,10 +36,11 @@ class CachedPrefix:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a request goes: to `slot`, after its contents were swapped with those of slot `evicted`.
+    """The slot that a request gets.
 
-    The first `reused` tokens of its prompt then come from slot `source` (numbered as before the swap). logits_1V: the
-    logits after the prompt, if all of it is reused.
+    The contents of `slot` are first swapped with slot `evicted`. Then the first `reused` tokens of the prompt are
+    copied from slot `source` (numbered as before the swap).
+    logits_1V: the logits after the prompt, if the whole prompt is reused.
     """
 
     slot: int
@@ -48,7 +51,7 @@ class Plan:
 
 
 class PrefixCache:
-    """Keeps the books: it plans what to copy and evict, and the scheduler does so."""
+    """The contents of all slots. It plans copies and evictions; the scheduler carries them out."""
 
     def __init__(self, slots: int, allocated_len: int, multiple: int = 1, is_enabled: bool = True) -> None:
         """Begin with empty slots.
@@ -60,14 +63,22 @@ class PrefixCache:
         self._allocated_len, self._multiple, self._is_enabled = allocated_len, multiple, is_enabled
         self._clock = 0
 
-    def plan(self, prompt_ids: list[int], active: Mapping[int, Request], continues: Request | None = None) -> Plan:
+    def plan(
+        self,
+        prompt_ids: list[int],
+        active: Mapping[int, Request],
+        continues: Request | None = None,
+        most_reused: int | None = None,
+    ) -> Plan:
         """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
 
-        The contents that were used least recently are evicted for it, whichever free slot holds them. But the prompt
-        takes over contents that it continues (`continues`), or that it contains completely.
+        Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
+        (`continues`), or contains completely, are taken over instead of copied.
+        most_reused: tokens of the prompt that may be reused; None for all.
         """
+        most = len(prompt_ids) if most_reused is None else most_reused
         free = [slot for slot in range(len(self._slots)) if slot not in active]
-        source, reused, logits_1V = self._longest(prompt_ids, active) if self._is_enabled else (free[0], 0, None)
+        source, reused, logits_1V = self._longest(prompt_ids, active, most) if self._is_enabled else (free[0], 0, None)
         evicted = min(free, key=lambda slot: (bool(self._slots[slot].tokens), self._slots[slot].used_at))
         if reused and source in free:
             cached = self._slots[source]
@@ -75,11 +86,13 @@ class PrefixCache:
                 evicted = source
         return Plan(free[0], evicted, source, reused, logits_1V)
 
-    def _longest(self, prompt_ids: list[int], active: Mapping[int, Request]) -> tuple[int, int, Tensor | None]:
-        """Return the slot with the longest common prefix, how many of its tokens to reuse, and logits if all are."""
+    def _longest(
+        self, prompt_ids: list[int], active: Mapping[int, Request], most: int
+    ) -> tuple[int, int, Tensor | None]:
+        """Return the slot with the longest common prefix, the number of tokens to reuse, and logits if all are."""
         source, shared = 0, -1
         for slot in range(len(self._slots)):
-            length = common_prefix(prompt_ids, self.tokens(slot, active))
+            length = min(most, common_prefix(prompt_ids, self.tokens(slot, active)))
             if length == len(prompt_ids):
                 logits_1V = self._logits(slot, prompt_ids, active)
                 if logits_1V is not None:
@@ -98,17 +111,17 @@ class PrefixCache:
         return active[slot].cached_ids if slot in active else self._slots[slot].tokens
 
     def keep(self, slot: int, request: Request) -> None:
-        """Record what a request leaves in its slot."""
+        """Record the contents of a slot whose request has ended."""
         self._clock += 1
         tokens = request.cached_ids if self._is_enabled and request.error is None else []
         is_whole = len(tokens) >= len(request.prompt_ids)
         logits_1V = request.prompt_logits_1V if is_whole else None
         unproven = len(request.cached_ids) if not request.proven_ids and request.error is None else 0
         self._slots[slot] = CachedPrefix(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
-        request.prompt_logits_1V = request.prefill = request.continues = None  # nothing is held longer than needed
+        request.prompt_logits_1V = request.prefill = request.continues = None  # free memory early
 
     def take(self, slot: int) -> int:
-        """Record that a request was given a slot. Returns: `CachedPrefix.unproven` of its contents."""
+        """Record that a slot was given to a request. Returns: `CachedPrefix.unproven` of its old contents."""
         cached, self._slots[slot] = self._slots[slot], CachedPrefix()
         return cached.unproven
 
@@ -117,15 +130,12 @@ class PrefixCache:
         self._slots[slot], self._slots[other] = self._slots[other], self._slots[slot]
 
     def forget_all(self) -> None:
-        """Record that no slot's contents can be trusted."""
+        """Forget the contents of all slots."""
         self._slots = [CachedPrefix() for _ in self._slots]
 
 
 def common_prefix(ids: list[int], others: list[int]) -> int:
-    """Return how many tokens two lists have in common at their beginning.
-
-    Bisection: slices are compared at the speed of C.
-    """
+    """Return the length of the common prefix of two lists, by bisection (comparing slices runs in C)."""
     low, high = 0, min(len(ids), len(others))
     while low < high:
         middle = (low + high + 1) // 2

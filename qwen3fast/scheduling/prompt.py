@@ -1,4 +1,4 @@
-"""From the prompts that an application passes to token ids that fit the context, or a clear refusal."""
+"""Prompts, as applications pass them: checked, tokenized and fitted to the context length."""
 
 from __future__ import annotations
 
@@ -15,36 +15,53 @@ ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or
 REPLY_SHARE = 1 / 4
 
 
-def read_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
-    """Read what `generate` takes as prompts: one prompt, or any iterable of prompts. Iterables are read once.
+def read_prompts(prompts: Any, name: str = "prompts") -> tuple[list[str | list[Any]], bool]:
+    """Read the prompts of `generate`: one prompt, or any iterable of prompts. Iterables are read once.
 
-    Returns: the prompts, each a string or a list of what should be token ids, and whether it was one prompt. Nothing
-    is no prompts.
-    Raises: ValueError naming what is accepted.
+    name: of the argument, for messages.
+    Returns: the prompts, each a string or an unchecked list of token ids, and True if it was one prompt. An empty
+    iterable has no prompts.
+    Raises: ValueError naming the accepted types.
     """
     if isinstance(prompts, str):
         return [prompts], True
-    items = _items(prompts, "prompts")
+    items = _items(prompts, name)
     if items and all(as_integer(item) is not None for item in items):
         return [items], True
-    return [_read_prompt(item, f"prompts[{i}]") for i, item in enumerate(items)], False
+    return [_read_prompt(item, f"{name}[{i}]") for i, item in enumerate(items)], False
 
 
-def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]], bool]:
+    """Read what `score` takes: a prompt and a continuation, one prompt and several continuations, or as many of each.
+
+    Returns: the pairs, each of strings or lists of what should be token ids, and whether it was one pair.
+    Raises: ValueError naming what is accepted.
+    """
+    (before, is_one_prompt), (after, is_one) = read_prompts(prompts), read_prompts(continuations, "continuations")
+    if is_one_prompt:
+        before *= len(after)
+    elif is_one or len(before) != len(after):
+        what = "one continuation" if is_one else f"{len(after)} continuations"
+        raise ValueError(f"got {len(before)} prompts and {what}; pass one prompt for all, or one for each")
+    return list(zip(before, after, strict=True)), is_one
+
+
+def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, name: str = "prompt") -> list[int]:
     """Return the token ids of one prompt: a text, or an iterable of ids, read once.
 
+    name: in messages, what it is.
     Raises: ValueError for anything else, an empty prompt, an id outside the vocabulary, a text with a lone surrogate,
     or a text without a tokenizer.
     """
-    prompt = _read_prompt(prompt, "prompt")
+    prompt = _read_prompt(prompt, name)
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError("this model has no tokenizer; pass the prompt as a list of token ids")
-        ids = tokenizer.encode(checked_text("prompt", prompt))
+            raise ValueError(f"this model has no tokenizer; pass the {name} as a list of token ids")
+        ids = tokenizer.encode(checked_text(name, prompt))
     else:
         ids = [_token_id(item) for item in prompt]
     if not ids:
-        raise ValueError("the prompt is empty; it needs at least one token")
+        raise ValueError(f"the {name} is empty; it needs at least one token")
     outside = next((i for i in ids if not 0 <= i < vocab_size), None)
     if outside is not None:
         raise ValueError(f"token id {outside} is outside the vocabulary (0 to {vocab_size - 1})")
@@ -60,11 +77,11 @@ def fit_context(
 ) -> tuple[list[int], int]:
     """Return the prompt and the number of new tokens that fit `max_seq_len` together.
 
-    max_tokens: None takes `default_max_tokens` (the checkpoint's), but no more than there is room for; where that is
-    None too, all the room there is.
-    on_overflow: "cut" shortens what does not fit, in this order. The reply shrinks, but to no fewer tokens than
-    `min_reply` gives; then the prompt loses its oldest tokens. One more token of prompt changes either by at most one.
-    Raises: ValueError with the arithmetic if "error" was chosen and they do not fit, or if max_seq_len is 1.
+    max_tokens: None takes `default_max_tokens` (the checkpoint's), limited to the room after the prompt; if both are
+    None, all of this room.
+    on_overflow: "cut" first shortens the reply, down to `min_reply`, then removes the prompt's oldest tokens. One more
+    token of prompt changes either by at most one.
+    Raises: ValueError with the arithmetic, for "error", if they do not fit; ValueError if max_seq_len is 1.
     """
     checked_option("on_overflow", on_overflow, ("error", "cut"))
     room = max_seq_len - len(ids)
@@ -82,9 +99,9 @@ def fit_context(
 
 
 def min_reply(max_tokens: int, max_seq_len: int) -> int:
-    """Return how many new tokens on_overflow="cut" leaves a reply before it cuts the prompt.
+    """Return the length that on_overflow="cut" leaves a reply before it cuts the prompt.
 
-    All of max_tokens, if these are no more than a quarter of max_seq_len (REPLY_SHARE); else this quarter.
+    It is max_tokens, or a quarter of max_seq_len (REPLY_SHARE) if this is less.
     """
     return min(max_tokens, max(1, int(max_seq_len * REPLY_SHARE)))
 
@@ -94,7 +111,7 @@ def _read_prompt(prompt: Any, name: str) -> str | list[Any]:
 
 
 def _items(values: Any, name: str) -> list[Any]:
-    """Read an iterable once. Refuse those whose elements or order would not be what was meant."""
+    """Return the items of an iterable, read once. Raises: ValueError for types with other elements or without order."""
     dtype = getattr(values, "dtype", None)
     if isinstance(values, Mapping) or hasattr(values, "input_ids"):
         raise ValueError(f"{ACCEPTED}, got {name} of type {type(values).__name__}; pass its 'input_ids'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.engine.decode import Logprobs
 from qwen3fast.engine.prefill import Prefill
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.sampling.constraints import TokenConstraint
 
 
@@ -22,15 +24,16 @@ class Request:
 
     Attributes:
         on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
-        constraint: asked before each token which tokens may come next. logits_processor: see `SamplingParams`.
-        logprobs: None for none, else how many of the most likely tokens to record beside the chosen one.
+        constraint: restricts the next token, at every token. logits_processor: see `SamplingParams`.
+        logprobs: the number of most likely tokens to record beside the chosen one; None records no log-probabilities.
+        wanted_logprobs: of the prompt's tokens; None for none.
         continues: an earlier request that this one continues; its slot of the cache may be taken over, not copied.
         on_change: called, in the worker's thread, after each new token and at the end.
-        on_leave_queue: called once, when the request waits no longer.
-        finish_reason: "stop", "length", "cancelled" or "error"; None while running. error: what went wrong.
-        slot: of the cache; None while waiting. launched: tokens that were started, the first one included; those not
-            collected yet are in flight.
-        reused_tokens: tokens of the prompt whose keys and values were in the cache already.
+        on_leave_queue: called once, when the request leaves the queue.
+        finish_reason: "stop", "length", "cancelled" or "error"; None while running. error: the exception.
+        slot: of the cache; None while waiting. launched: number of tokens that were launched, the first one included;
+            tokens not collected yet are in flight.
+        reused_tokens: prompt tokens whose keys and values were found in the cache.
         submitted_s, ..., finished_s: times of time.perf_counter(), in seconds.
     """
 
@@ -51,12 +54,14 @@ class Request:
     constraint: TokenConstraint | None = None
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
     logprobs: int | None = None
+    wanted_logprobs: WantedLogprobs | None = None
     continues: Request | None = None
     on_change: Callable[[], None] = lambda: None
     on_leave_queue: Callable[[], None] = lambda: None
 
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # from token `wanted_logprobs.first` on, so far
     finish_reason: str | None = None
     error: BaseException | None = None
     slot: int | None = None
@@ -64,7 +69,7 @@ class Request:
     prefill: Prefill | None = None
     prompt_logits_1V: Tensor | None = None  # after the prompt's last token
     reused_tokens: int = 0
-    is_restricted: bool = False  # whether the device knows of forbidden tokens
+    is_restricted: bool = False  # the device has a mask that forbids tokens
     submitted_s: float = field(default_factory=time.perf_counter)
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
@@ -78,18 +83,26 @@ class Request:
 
     @property
     def is_processed(self) -> bool:
-        """Whether its logits are changed on the device before a token is sampled (logits_processor: on the host)."""
+        """True if the device changes its logits before sampling (a logits_processor runs on the host)."""
         return self.processor_arguments != (1.0, 0.0, 0.0, None, None) or self.constraint is not None
 
     @property
     def is_watched(self) -> bool:
-        """Whether the host must have seen a token before the next one can be started."""
+        """True if the host must read each token before the next one can be launched."""
         return self.constraint is not None or self.logits_processor is not None
 
     @property
     def positions(self) -> int:
-        """The number of cache positions in use after the next step: the prompt's, and one per token started."""
+        """The number of cache positions in use after the next step: the prompt's, and one per launched token."""
         return len(self.prompt_ids) + self.launched
+
+    @property
+    def most_reused(self) -> int:
+        """How many of the prompt's first tokens need not be computed, if their keys and values are in the cache.
+
+        A wanted log-probability needs the logits of the token before it, which the cache does not have.
+        """
+        return len(self.prompt_ids) if self.wanted_logprobs is None else self.wanted_logprobs.first - 1
 
     @property
     def cached_ids(self) -> list[int]:
@@ -100,7 +113,7 @@ class Request:
 
     @property
     def proven_ids(self) -> list[int]:
-        """The tokens of `cached_ids` whose keys and values are finite, because a valid token has come of them."""
+        """The tokens of `cached_ids` whose keys and values are known to be finite: they led to a valid token."""
         return self.prompt_ids + self.output_ids[:-1] if self.output_ids else []
 
     def leave_queue(self) -> None:
@@ -109,13 +122,13 @@ class Request:
         call()
 
     def begin_prompt(self, logits_1V: Tensor | None) -> None:
-        """Record that it has a slot. logits_1V: the logits after its prompt, if they are known already."""
+        """Record that the request has a slot. logits_1V: the logits after its prompt, if they are known."""
         self.prefill_started_s, self.prompt_logits_1V = time.perf_counter(), logits_1V
 
     def allowed_words(self, vocab_size: int) -> np.ndarray | None:
-        """Return which tokens may come next, one bit per token: see `TokenConstraint`; None if the device knows.
+        """Return the mask of the next token, one bit per token (see `TokenConstraint`); None if it has not changed.
 
-        Raises: the constraint's errors.
+        Raises: exceptions of the constraint.
         """
         if self.constraint is None:
             return None
@@ -128,8 +141,8 @@ class Request:
         return words_W
 
     def process(self, logits_V: Tensor) -> Tensor:
-        """Return the logits that logits_processor gives. Raises: its errors; ValueError for logits of another shape."""
-        assert self.logits_processor is not None, "asked for requests with one"
+        """Return the logits changed by logits_processor. Raises: its exceptions; ValueError for a wrong shape."""
+        assert self.logits_processor is not None, "only for requests with a logits_processor"
         output_T = torch.tensor(self.output_ids, dtype=torch.int64, device=logits_V.device)
         processed = self.logits_processor(logits_V, output_T)
         if not isinstance(processed, Tensor) or processed.shape != logits_V.shape:
@@ -137,8 +150,17 @@ class Request:
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits_V.shape)}, got {got}")
         return processed
 
+    def accept_prompt(self, logprobs: list[Logprobs]) -> None:
+        """Take log-probabilities of the prompt's next tokens. Raises: FloatingPointError if one is not finite."""
+        if not all(math.isfinite(at.chosen) for at in logprobs):
+            raise FloatingPointError(
+                "the model's logits are NaN or infinite within the prompt; the weights or the dtype are unsuitable "
+                "(float16 overflows where bfloat16 does not)"
+            )
+        self.prompt_logprobs += logprobs
+
     def accept(self, token: int, logprobs: Logprobs | None = None) -> None:
-        """Take a sampled token and decide whether the request ends with it."""
+        """Append a sampled token, and end the request if it is the last one."""
         try:
             self._accept(token, logprobs)
         except Exception as err:  # of the request's own callbacks; other requests go on
@@ -172,7 +194,7 @@ class Request:
         self.finish("error")
 
     def finish(self, reason: str) -> None:
-        """End the request for a reason: see `finish_reason`."""
+        """End the request. reason: its finish_reason."""
         self.finish_reason = reason
         self.finished_s = time.perf_counter()
         self.on_change()

@@ -1,9 +1,8 @@
 """Scheduler: requests wait for a slot of the cache, are prefilled, decode together, and leave when they end.
 
 Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a
-running reply waits for one chunk of another prompt at most, and a free slot is given to the next request at once. The
-contents of a slot stay known after its request has ended, and a prompt with the same beginning reuses them
-(prefix_cache.py).
+running reply waits for at most one chunk of another prompt, and a free slot goes to the next request at once. A slot
+keeps its contents after its request has ended, and prompts with the same beginning reuse them (prefix_cache.py).
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from collections import deque
 
 from torch import Tensor
 
-from qwen3fast.engine.decode import Hook, StepKind
+from qwen3fast.engine.decode import Hook
 from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
+from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request
@@ -23,15 +23,15 @@ from qwen3fast.scheduling.request import Request
 class Scheduler:
     """Runs any number of requests through the slots of an engine. Not thread-safe: one caller at a time.
 
-    Steps may run ahead (`Engine.lookahead`). The end of a request by length is known beforehand; its end by a stop
-    token is noticed when the token is collected, and tokens launched for it meanwhile are dropped. No step runs ahead
-    of a request whose next token depends on the host (constraints, hooks).
+    Steps may run ahead (`Engine.lookahead`). A request's end by length is known in advance; its end by a stop token is
+    found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
+    while a request's next token depends on the host (constraints, logits processors).
 
-    A request fails alone: its `error` says why. An error of a whole step ends all requests in it.
+    If a request fails, the others continue; its `error` is the reason. An error of a step ends all of its requests.
 
     Attributes:
-        waiting: queued requests, oldest first. active: those that have a slot, by slot.
-        prefixes: what the slots hold.
+        waiting: queued requests, oldest first. active: requests that have a slot, by slot.
+        prefixes: the contents of slots.
         dropped_tokens: tokens computed after their request had ended, so far; at most `lookahead` per request, and one
             more if its logits_processor failed.
         reused_tokens, prefilled_tokens: prompt tokens found in the cache, and computed, so far.
@@ -41,7 +41,7 @@ class Scheduler:
         self.engine = engine
         self.waiting: deque[Request] = deque()
         self.active: dict[int, Request] = {}
-        # On CUDA, sums over positions are fastest, or possible at all, at round numbers of them.
+        # On CUDA, reductions over positions need multiples of the smallest chunk size, or are fastest at them.
         multiple = CHUNK_SIZES[0] if engine.device.type == "cuda" else 1
         cache = engine.cache
         self.prefixes = PrefixCache(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
@@ -53,7 +53,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Take a request out, wherever it is; its slot is free at once."""
+        """Cancel a request, queued or running; its slot is free at once."""
         if request.finish_reason is None:
             request.finish("cancelled")
         if request in self.waiting:
@@ -63,11 +63,11 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """True if no request waits or runs."""
         return not self.waiting and not self.active
 
     def step(self) -> None:
-        """Compute one chunk of a prompt, if any waits, and one decode step for all requests that have begun."""
+        """Compute one chunk of a prompt, if there is one, and one decode step for all requests past their prompt."""
         request = self._next_to_prefill()
         if request is not None:
             self._prefill(request)
@@ -79,7 +79,7 @@ class Scheduler:
             self._collect()
 
     def fail_all(self, error: BaseException) -> None:
-        """End every request that has a slot: a step failed, and its results cannot be trusted."""
+        """End all requests that have a slot: a step failed, and its results cannot be trusted."""
         for request in self.active.values():
             if request.finish_reason is None:
                 request.fail(error)
@@ -89,7 +89,7 @@ class Scheduler:
         self.engine.forget()
 
     def end_all(self, error: BaseException) -> None:
-        """End every request, without touching the engine; nothing can run afterwards."""
+        """End all requests without using the engine; nothing can run afterwards."""
         for request in [*self.waiting, *self.active.values()]:
             request.leave_queue()
             if request.finish_reason is None:
@@ -116,7 +116,7 @@ class Scheduler:
         for slot, request in slots.items():
             request.launched += 1
             if request.launched == request.max_tokens:
-                self.engine.clear_row(slot)  # it must not go on while others do
+                self.engine.clear_row(slot)  # later steps must not advance it
 
     def _collect(self) -> None:
         result, slots = self.engine.collect(), self._in_flight.popleft()
@@ -138,15 +138,15 @@ class Scheduler:
             if request.finish_reason is None:
                 try:
                     self._admit(request)
-                except BaseException as err:  # it is in no list now, and nobody may wait for it
+                except BaseException as err:  # it is in no list now, and its readers must not wait forever
                     request.fail(err)
                     raise
                 return request
         return None
 
     def _admit(self, request: Request) -> None:
-        """Give a request a slot, and copy as much of its prompt there as another slot holds."""
-        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues)
+        """Give a request a slot, and copy the part of its prompt that another slot holds."""
+        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues, request.most_reused)
         source = plan.source
         if plan.evicted != plan.slot:
             self._swap(plan.slot, plan.evicted)
@@ -162,15 +162,19 @@ class Scheduler:
         if unproven > plan.reused:
             self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
-            request.prefill = self.engine.begin_prefill(plan.slot, request.prompt_ids, plan.reused)
+            request.prefill = self.engine.begin_prefill(
+                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs
+            )
 
     def _prefill(self, request: Request) -> None:
-        """Compute one chunk; after the last one, sample the first token. A prompt that was all reused has no chunk."""
+        """Compute one chunk; after the last one, sample the first token. A prompt reused as a whole has no chunk."""
         assert request.slot is not None, "it was admitted"
         try:
             logits_1V = request.prompt_logits_1V
             if request.prefill is not None:
                 logits_1V = self.engine.prefill_step(request.prefill)
+                logprobs, request.prefill.logprobs = request.prefill.logprobs, []
+                request.accept_prompt(logprobs)
             if logits_1V is not None:
                 request.prefill, request.prompt_logits_1V = None, logits_1V
                 self._sample_first(request.slot, request, logits_1V)
@@ -196,7 +200,7 @@ class Scheduler:
         request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
 
     def _restrict(self, slot: int, request: Request) -> None:
-        """Send the tokens that a constraint allows next to the device. If the constraint fails, so does its request."""
+        """Send the mask of a constraint to the device. If the constraint fails, its request fails."""
         try:
             words_W = request.allowed_words(self.engine.model.config.vocab_size)
         except Exception as err:
@@ -220,9 +224,9 @@ class Scheduler:
         self._close_gaps()
 
     def _close_gaps(self) -> None:
-        """Move requests down to free slots where that makes steps smaller: a step runs all slots up to the last in use.
+        """Move requests to lower free slots where this makes steps smaller: steps run all slots up to the last in use.
 
-        Not while requests wait: they will fill the gaps.
+        Nothing moves while requests wait: they will fill the gaps.
         """
         if self.waiting:
             return
@@ -237,7 +241,7 @@ class Scheduler:
                 request.prefill.row = free
 
     def _erase(self, slot: int, start: int, end: int) -> None:
-        """Zero what may be NaN in a slot: keys and values of tokens without a successor, and the last padding."""
+        """Zero keys and values of a slot that may be NaN: of tokens without a successor, and of the last padding."""
         self.engine.erase(slot, start, end + CHUNK_SIZES[-1])
 
     def _swap(self, slot: int, other: int, positions: int = 0) -> None:

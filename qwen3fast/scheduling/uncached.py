@@ -1,4 +1,4 @@
-"""Generation without a cache: the slow reference for every fast path."""
+"""Generation without a cache: the slow reference of all fast paths."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import time
 
 import torch
 
-from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, choose_tokens
+from qwen3fast.engine.decode import choose_tokens
 from qwen3fast.engine.engine import Engine
+from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.request import Request
 
 
 class UncachedRun:
-    """One request that computes its whole sequence for each token, with the same sampling and stop rules."""
+    """A request that computes its whole sequence for each token, with the same rules of sampling and stopping."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self._request = engine, request
@@ -29,9 +30,11 @@ class UncachedRun:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute one token. Raises: errors of the constraint or the logits_processor."""
+        """Compute one token. Raises: exceptions of the constraint or the logits_processor."""
         engine, request = self._engine, self._request
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
+        if request.wanted_logprobs is not None and not request.output_ids:
+            request.accept_prompt(engine.prompt_logprobs_uncached(request.prompt_ids, request.wanted_logprobs))
         logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
         words_W = request.allowed_words(self._vocab_size)
         if words_W is not None and self._processors is not None:
@@ -45,7 +48,7 @@ class UncachedRun:
 
 
 def run_uncached(engine: Engine, request: Request) -> None:
-    """Run a request to its end."""
+    """Run a request to completion."""
     run = UncachedRun(engine, request)
     while request.finish_reason is None:
         run.step()

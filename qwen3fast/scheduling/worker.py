@@ -1,7 +1,7 @@
-"""EngineWorker: the one thread that steps a scheduler. Other threads hand it work and wait for the outcome.
+"""EngineWorker: the thread that steps a scheduler. Other threads send it jobs and wait for their results.
 
-The worker alone touches what the scheduler and the engine own, so nothing there needs a lock: other threads leave jobs
-in an inbox, which the worker empties between steps.
+Only the worker's thread uses the scheduler and the engine, which need no locks: jobs of other threads wait in an inbox,
+which the worker empties between steps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.scheduler import Scheduler
+from qwen3fast.scheduling.waiter import Waiter, wake_all
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ FORKED = (
 )
 OWN_THREAD = (
     "this call would wait for itself: it comes from the Generator's own thread, out of a logits_processor or another "
-    "callback of a request; make it in another thread, once the callback has returned"
+    "callback of a request; make it in another thread, after the callback has returned"
 )
 
 
@@ -38,17 +39,17 @@ class ClosedError(RuntimeError):
 
 
 class Job(NamedTuple):
-    """Work for the thread. If the thread has ended, `refuse` is called instead of `run`, with the reason."""
+    """A job for the thread. If the thread has ended, `refuse` is called with the reason, instead of `run`."""
 
     run: Callable[[], None]
     refuse: Callable[[BaseException], None] = lambda error: None
 
 
 class EngineWorker:
-    """Runs a scheduler in a thread of its own, which starts with the first job and sleeps when there is nothing to do.
+    """A thread that runs a scheduler. It starts with the first job and sleeps while there is nothing to do.
 
-    It holds no reference to its Generator, so a Generator that is garbage can be collected and end it. No lock is held
-    where Python may collect garbage, since that may close a Generator.
+    It has no reference to its Generator: an unused Generator is garbage collected, which ends the thread. No lock is
+    held where Python may collect garbage, as this may close a Generator.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -57,13 +58,14 @@ class EngineWorker:
         self._starting = threading.RLock()
         self._process_id = os.getpid()  # of the thread, once it runs
         self._thread: threading.Thread | None = None
+        self._to_wake: list[Waiter] = []  # after this step
         self._is_closed = False  # no more jobs are accepted
         self._has_ended = False  # no more jobs are run
         self._end_error: BaseException = ClosedError("the Generator was closed while this request was running")
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler that it runs. Raises: ClosedError after `close`."""
+        """The scheduler. Raises: ClosedError after `close`."""
         scheduler = self._scheduler
         if scheduler is None:
             raise ClosedError(CLOSED)
@@ -76,18 +78,18 @@ class EngineWorker:
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the caller runs in the worker's thread, as callbacks of requests do."""
+        """True if the caller runs in the worker's thread, as callbacks of requests do."""
         return threading.current_thread() is self._thread
 
     @property
     def is_forked(self) -> bool:
-        """Whether this is a child process, forked after the thread had started; the thread is missing here."""
+        """True in a child process that was forked after the thread had started: it does not have the thread."""
         return self._thread is not None and os.getpid() != self._process_id
 
     def check_waiting(self) -> None:
         """Check that the caller may wait for the worker.
 
-        Raises: RuntimeError in the worker's own thread and in a forked process, where it would wait for ever.
+        Raises: RuntimeError in the worker's own thread and in a forked process, where it would wait forever.
         """
         if self.is_own_thread:
             raise RuntimeError(OWN_THREAD)
@@ -99,9 +101,9 @@ class EngineWorker:
         self.scheduler  # noqa: B018  raises if it is closed
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Run a function in the thread, between two steps; in the thread itself, at once.
+        """Run a function in the thread, between two steps; called in the thread itself, run it at once.
 
-        Returns: the function's result. Raises: what it raises; ClosedError after `close`.
+        Returns: the function's result. Raises: the function's exceptions; ClosedError after `close`.
         """
         if self.is_own_thread:
             return function(*arguments)
@@ -117,7 +119,7 @@ class EngineWorker:
         return future.result()
 
     def add(self, requests: list[Request]) -> None:
-        """Queue requests, all of them before the next step, to batch them in the same way each time."""
+        """Queue requests, all of them before the next step: their batches do not depend on timing."""
 
         def add() -> None:
             for request in requests:
@@ -131,13 +133,20 @@ class EngineWorker:
         self._post(Job(add, refuse))
 
     def cancel(self, request: Request) -> None:
-        """Take a request out before the next step. Without effect once it has ended."""
+        """Cancel a request before the next step. No effect if it has ended."""
         if not self.is_forked:
             with suppress(ClosedError):  # then it has ended
                 self._post(Job(lambda: self.scheduler.cancel(request)))
 
+    def wake(self, waiter: Waiter) -> None:
+        """Wake a coroutine; in the worker's thread, when the step has ended: all of a step's with one call."""
+        if self.is_own_thread:
+            self._to_wake.append(waiter)
+        else:
+            wake_all([waiter])
+
     def close(self) -> None:
-        """End all requests and the thread. May be called twice, and in a forked process, where it only forgets them."""
+        """End all requests and the thread. May be called more than once; in a forked process, it only forgets them."""
         self._is_closed = True
         if self.is_forked:
             self._scheduler, self._has_ended = None, True
@@ -169,7 +178,7 @@ class EngineWorker:
                         self._thread = None
                         raise
         self._inbox.put(job)
-        if self._has_ended:  # meanwhile: whoever finds the jobs that came too late refuses them
+        if self._has_ended:  # in the meantime: jobs that came too late are refused
             self._refuse_jobs()
 
     def _run(self) -> None:
@@ -183,8 +192,11 @@ class EngineWorker:
                     job.run()
                 else:
                     scheduler.step()
-            except BaseException as err:  # any error: nobody may wait for ever for a thread that is gone
+            except BaseException as err:  # any error: callers must not wait forever for a thread that has ended
                 self._recover(scheduler, err)
+            if self._to_wake:
+                waiters, self._to_wake = self._to_wake, []
+                wake_all(waiters)
 
     def _next_job(self, wait: bool) -> Job | None:
         try:
@@ -196,13 +208,13 @@ class EngineWorker:
         logger.error("a step failed; the requests in it end with this error", exc_info=error)
         try:
             scheduler.fail_all(error)
-        except BaseException:  # the device cannot even clean up: nothing will run any more
+        except BaseException:  # the device cannot even clean up: nothing can run after that
             logger.exception("cleaning up failed as well; this Generator is closed")
             self._is_closed, self._end_error = True, error
             self._end()
 
     def _end(self) -> None:
-        """Run the last job."""
+        """End all requests and refuse all later jobs: the last job of the thread."""
         scheduler, self._scheduler, self._has_ended = self._scheduler, None, True
         if scheduler is not None:
             scheduler.end_all(self._end_error)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen3fast.text.tool_calls import ToolCall, parse_tool_calls
-
-BEGIN, END = "<tool_call>", "</tool_call>"
+from qwen3fast.text.tool_calls import CallFormat, JsonCalls, ToolCall, parse_tool_calls
 
 
 @dataclass(frozen=True)
@@ -24,23 +22,25 @@ class AnswerStream:
     """Takes an answer piece by piece.
 
     What a later piece could change is held back: whitespace at the end (a tool call takes it away), the beginning of a
-    `<tool_call>`, and everything from one on until its block is closed and well formed. A malformed block is held back
-    to the end of the reply: its closing tag may turn out to stand inside a string.
+    tag that opens a call, and everything from one on until its block is closed and well formed. A malformed block is
+    held back to the end of the reply: its closing tag may turn out to stand inside a string.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call_format: CallFormat | None = None) -> None:
+        """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
+        self._format: CallFormat = call_format or JsonCalls()
         self._answer = self._shown = ""
         self._num_calls = 0
         self._read = 0  # up to here, every tool call is closed and well formed
-        self._tried = 0  # up to here, closing tags did not end a well-formed block that begins after `_read`
+        self._tried = 0  # tags before this position do not end the first block that is not closed yet
 
     def push(self, text: str) -> AnswerPiece:
         """Add a piece of the answer. Returns what is certain now."""
         self._answer += text
         certain = self._answer[: self._certain_end()].rstrip()
-        if BEGIN not in certain:
+        if self._read == 0:  # no call yet
             return self._news(certain, [])
-        parsed = parse_tool_calls(certain)
+        parsed = parse_tool_calls(certain, self._format)
         return self._news(parsed.content, parsed.tool_calls)
 
     def finish(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
@@ -50,30 +50,31 @@ class AnswerStream:
 
     def _certain_end(self) -> int:
         """Return the length of the part of the answer that no later piece changes."""
-        while (begin := self._answer.find(BEGIN, self._read)) >= 0:
+        while (begin := self._format.find(self._answer, self._read)) is not None:
             end = self._end_of_call(begin)
             if end is None:
                 return begin
             self._read = self._tried = end
-        return len(self._answer) - _length_of_partial_tag(self._answer)
+        return len(self._answer) - self._format.num_held_back(self._answer)
 
     def _end_of_call(self, begin: int) -> int | None:
         """Return where the well-formed block that begins there ends, if it has ended."""
-        at = max(begin, self._tried)
-        while (at := self._answer.find(END, at)) >= 0:
-            at += len(END)
-            parsed = parse_tool_calls(self._answer[begin:at])
-            if parsed.tool_calls and not parsed.malformed and not parsed.content:
-                return at
-            self._tried = at
+        tried = self._end_of_last_tag(max(begin, self._tried))
+        if tried is None:
+            return None
+        calls, end, is_closed = self._format.read(self._answer, begin)
+        if calls and is_closed:
+            return end
+        if not calls:
+            self._tried = tried
         return None
+
+    def _end_of_last_tag(self, begin: int) -> int | None:
+        """Return the position behind the last tag that may end a block, searched from a position on."""
+        ends = [at + len(tag) for tag in self._format.end_tags if (at := self._answer.rfind(tag, begin)) >= 0]
+        return max(ends, default=None)
 
     def _news(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
         news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls :])
         self._shown, self._num_calls = max(self._shown, content, key=len), max(self._num_calls, len(tool_calls))
         return news
-
-
-def _length_of_partial_tag(text: str) -> int:
-    """Return how many characters at the end of a text may become a `<tool_call>`."""
-    return next((n for n in range(min(len(BEGIN) - 1, len(text)), 0, -1) if text.endswith(BEGIN[:n])), 0)

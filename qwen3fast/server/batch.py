@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
 
 from qwen3fast.server.app import create_app

@@ -18,14 +18,14 @@ from qwen3fast.server.conversation import (
     complete,
     content_and_calls,
     deltas,
-    forced,
     read_messages,
     read_tools,
 )
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
+from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.replies import new_id, usage
+from qwen3fast.server.replies import new_id, read_stream_options, usage, usage_so_far
 from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event, unless_disconnected
@@ -39,11 +39,15 @@ WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "service_t
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A chat completion that was asked for."""
+    """A chat completion that was asked for.
+
+    include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
+    """
 
     conversation: Conversation
     stream: bool = False
     include_usage: bool = False
+    counts_tokens: bool = False
     id: str = field(default_factory=lambda: new_id("chatcmpl"))
 
     @property
@@ -84,13 +88,12 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     if top is not None and not wants_logprobs:
         raise ApiError(400, "needs logprobs to be true", fields.name("top_logprobs"), "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
-    sampling = forced(sampling, tools, choice)
+    sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
     stream = fields.flag("stream")
-    stream_options = fields.object("stream_options")
-    include_usage = stream_options is not None and stream_options.flag("include_usage")
+    include_usage, counts_tokens = read_stream_options(fields)
     fields.take(*WITHOUT_EFFECT)
-    conversation = Conversation(served, read_messages(fields), sampling, tools, choice is not None)
-    return ChatRequest(conversation, stream, include_usage)
+    conversation = Conversation(served, read_messages(fields), sampling, tools, must_call)
+    return ChatRequest(conversation, stream, include_usage, counts_tokens)
 
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
@@ -152,11 +155,12 @@ async def _events(request: Request, chat: ChatRequest) -> AsyncGenerator[bytes, 
         calls[i] += len(delta.tool_calls)
         if delta.logprobs:
             logprobs = {"content": [to_logprob(at, chat.tokenizer) for at in delta.logprobs], "refusal": None}
+        so_far = usage_so_far(delta.prompt_tokens, delta.new_tokens) if chat.counts_tokens else None
         if content or logprobs:
-            yield _chunk(chat, i, content, logprobs)
+            yield _chunk(chat, i, content, logprobs, so_far=so_far)
         if delta.result is not None:
             finished[i] = delta.result
-            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0))
+            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0), so_far=so_far)
     if chat.include_usage:
         every = [finished[i] for i in range(num_replies)]
         envelope = chat.envelope("chat.completion.chunk")
@@ -177,8 +181,13 @@ def _delta(delta: Delta, num_calls: int) -> dict[str, Any]:
 
 
 def _chunk(
-    chat: ChatRequest, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
+    chat: ChatRequest,
+    index: int,
+    delta: dict[str, Any],
+    logprobs: Any = None,
+    reason: str | None = None,
+    so_far: dict[str, int] | None = None,
 ) -> bytes:
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-    extra = {"usage": None} if chat.include_usage else {}
+    extra = {"usage": so_far} if chat.include_usage or so_far else {}
     return event({**chat.envelope("chat.completion.chunk"), "choices": [choice], **extra})

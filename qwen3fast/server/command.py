@@ -9,6 +9,7 @@ import logging
 import socket
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -73,6 +74,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ServerOptions()
     parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
     parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="s [%(default)s]")
+    parser.add_argument(
+        "--stream-interval",
+        type=float,
+        default=defaults.stream_interval_s,
+        help="s between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
+    )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
@@ -84,6 +91,7 @@ def run_serve(args: argparse.Namespace) -> int:
         strict=args.strict,
         max_body_bytes=args.max_body_bytes,
         request_timeout_s=args.request_timeout,
+        stream_interval_s=args.stream_interval,
         log_prompts=args.log_prompts,
     )
     app = create_app(load_models(args), options)
@@ -91,7 +99,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
-    """Load what the options name. Raises: ValueError for a name given twice, and as `Generator.from_pretrained`."""
+    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
     models: dict[str, AnyModel] = {}
 
     def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
@@ -120,7 +128,8 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         if not args.no_warmup:
             model = list(models.values())[-1]
             assert isinstance(model, Generator), "just added"
-            model.warmup()
+            logger.info("compiling for this machine: minutes at the first start; --no-warmup listens at once instead")
+            model.warmup(progress=True)
     for spec in args.embedder:
         add(spec, Embedder)
     for spec in args.reranker:
@@ -145,7 +154,7 @@ def _base_of_adapter(source: str) -> str | None:
 def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
     """Return a socket that listens. Connections whose clients read nothing are cut, after twice send_timeout_s.
 
-    The application only stops writing to them; what it has written would otherwise be kept as long as they live.
+    The application only stops writing to them; written data would otherwise be kept as long as they are open.
     Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
     """
     listening = config.bind_socket()
@@ -154,14 +163,25 @@ def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
     return listening
 
 
+def uvicorn_config(app: Starlette, host: str, port: int, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    """Return uvicorn's settings. lifespan: "off" leaves the models open when the server ends."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        lifespan=lifespan,
+        timeout_graceful_shutdown=5,
+    )
+
+
 def serve(app: Starlette, host: str, port: int) -> int:
     """Listen until a signal. Returns the exit status 0.
 
     Raises: OSError if the address cannot be had.
     """
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5
-    )
+    config = uvicorn_config(app, host, port, lifespan="on")
     listening = bind(config, app.state.server.options.send_timeout_s)  # here, to name the port that 0 has taken
     names = ", ".join(served.name for served in app.state.server.models.served)
     logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])

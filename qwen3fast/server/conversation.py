@@ -1,10 +1,10 @@
-"""Conversations: what chat completions, responses and messages have in common, whatever each calls its fields."""
+"""Conversations: the common part of chat completions, responses and messages, apart from the names of fields."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -14,11 +14,11 @@ from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.answer_stream import AnswerStream
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
-from qwen3fast.server.models import ServedModel, generator_of
+from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
 from qwen3fast.server.replies import now, pieces, results, started
-from qwen3fast.server.sampling import Sampling, schema_of_calls
+from qwen3fast.server.sampling import Sampling
 from qwen3fast.server.state import state_of
-from qwen3fast.text.tool_calls import ToolCall
+from qwen3fast.text.tool_calls import CallFormat, ToolCall, call_format_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -27,7 +27,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Conversation:
     """A conversation to reply to.
 
-    messages, tools: as the chat template reads them. must_call: the reply is one tool call and nothing else.
+    messages, tools: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
     created: seconds since 1970.
     """
 
@@ -39,17 +39,24 @@ class Conversation:
     created: int = field(default_factory=now)
 
     def jobs(self) -> list[tuple[list[int], SamplingParams]]:
-        """Return prompt and parameters of each reply. Raises: ValueError for what the chat template refuses."""
+        """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
             self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
         )
         return [(prompt, params) for params in self.sampling.each()]
 
+    def call_format(self) -> CallFormat:
+        """Return the format of the tool calls in its replies."""
+        return call_format_of(tokenizer_of(self.served).chat_template, self.tools)
+
 
 @dataclass(frozen=True)
 class Delta:
-    """News of a reply. index: which of n. result: the whole reply, with its last delta."""
+    """A new part of a reply.
+
+    index: of the reply, below n. result: the whole reply, in its last delta. prompt_tokens, new_tokens: counts so far.
+    """
 
     index: int
     reasoning: str
@@ -57,50 +64,45 @@ class Delta:
     tool_calls: list[ToolCall]
     logprobs: list[TokenLogprobs] | None = None
     result: GenerationResult | None = None
-
-
-def forced(sampling: Sampling, tools: list[dict[str, Any]] | None, choice: str | None) -> Sampling:
-    """Return the sampling of a reply that must be a call of the function named, or of any ("").
-
-    Raises: ApiError (400) together with another shape of the reply.
-    """
-    if choice is None:
-        return sampling
-    if sampling.params.json_schema is not None or sampling.params.regex is not None:
-        raise ApiError(400, "a forced tool call and a response format exclude each other", "tool_choice")
-    schema = schema_of_calls(tools or [], choice or None)
-    return replace(sampling, params=replace(sampling.params, json_schema=schema))
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
 
 async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
-    """Return all replies, when they have ended. Raises: what ended one of them."""
+    """Return all replies, once they have ended. Raises: the error that ended one of them."""
     state = state_of(request)
-    generator = generator_of(conversation.served)
-    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+    generator, compile_timeout_s = generator_of(conversation.served), state.options.compile_timeout_s
+    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
         finished = await results(handles)
     state.count(request, conversation.served, finished)
     return finished
 
 
 async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[Delta | None]:
-    """Yield None once the replies are queued, then their news as it comes. Raises: what ended one of them.
+    """Yield None once the replies are queued, then their new parts as they come.
 
-    Joined, reasoning, content and tool calls are those of the whole replies.
+    Reasoning, content and tool calls of all deltas, joined, are equal to the whole reply's.
+    Raises: the error that ended one of them.
     """
     state, generator = state_of(request), generator_of(conversation.served)
-    streams = [AnswerStream() for _ in range(conversation.sampling.n)]
+    compile_timeout_s, call_format = state.options.compile_timeout_s, conversation.call_format()
+    streams = [AnswerStream(call_format) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
-    async with started(generator, conversation.jobs(), state.options.compile_timeout_s) as handles:
+    new_tokens = [0] * conversation.sampling.n
+    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
+        prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
-        async for piece in pieces(handles):
+        async for piece in pieces(handles, state.options.stream_interval_s):
             stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
+            new_tokens[piece.index] += len(news.token_ids)
             answer = stream.push("" if conversation.must_call else news.answer)
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
                 last = stream.finish(*content_and_calls(conversation.must_call, result))
                 content, calls = content + last.content, calls + last.tool_calls
-            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result)
+            counts = prompt_tokens, new_tokens[piece.index]
+            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result, *counts)
     state.count(request, conversation.served, finished)
 
 
@@ -180,7 +182,7 @@ def read_call(function: Fields) -> dict[str, Any]:
 
 
 def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Return the functions that the model may call, and which it must: None, a name, or "" for any of them.
+    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any.
 
     Raises: ApiError (400) naming the field.
     """

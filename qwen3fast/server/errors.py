@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them: a status code and an object that names the field at fault.
+"""Errors in the form of OpenAI's API: a status code, and an object that names the field at fault.
 
 Source: OpenAI API reference, "Error codes"; Anthropic API reference, "Errors" (the form of `/v1/messages`).
 """
@@ -38,8 +38,8 @@ class ApiError(Exception):
     """An answer other than success.
 
     Attributes:
-        status: HTTP status code, from 400 to 599. message: what was wrong, what was expected, what to do.
-        param: the field of the request at fault, as a path such as "messages[2].role"; None if it is no field.
+        status: HTTP status code, from 400 to 599. message: the error, the expected value, the remedy.
+        param: the field at fault, as a path such as "messages[2].role"; None if it is not one field.
         code: a word for programs, such as "model_not_found"; may be None.
     """
 
@@ -67,7 +67,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """Return the answer to an exception of the engine; what is not the client's fault becomes status 500."""
+    """Return the answer to an exception of the engine; status 500 unless it is the client's fault."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

@@ -1,6 +1,6 @@
-"""Fields: a request's JSON object read field by field, each checked for its type, none ignored silently.
+"""Fields: a request's JSON object, read field by field; each is type-checked, and none is ignored silently.
 
-Objects inside it are Fields as well, and know their place: what nothing has read is named by its path.
+Nested objects are Fields as well and know their path, which names unread fields.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IGNORED_HEADER = "X-Ignored-Fields"
 class Fields:
     """A JSON object of a request. null counts as absent, as in OpenAI's API.
 
-    path: where the object stands in the body, for messages; "" is the body itself.
+    path: of the object in the body, for messages; "" is the body itself.
     """
 
     def __init__(self, value: Any, path: str = "") -> None:
@@ -89,7 +89,7 @@ class Fields:
         return None if value is None else self._child(value, self.name(key))
 
     def mapping(self, key: str) -> dict[str, Any] | None:
-        """Return an object whose own fields are not looked at, such as a JSON schema. Raises: ApiError (400)."""
+        """Return an object whose fields are not checked, such as a JSON schema. Raises: ApiError (400)."""
         value: dict[str, Any] | None = self._typed(key, None, lambda v: isinstance(v, dict), "a JSON object")
         return value
 
@@ -112,13 +112,13 @@ class Fields:
         return value
 
     def unknown(self) -> list[str]:
-        """Return the paths of fields that nothing has read, those of objects inside this one included."""
+        """Return the paths of unread fields, also of nested objects."""
         own = [self.name(key) for key, value in self._values.items() if value is not None and key not in self._taken]
         return own + [name for child in self._children for name in child.unknown()]
 
 
 async def read_fields(request: Request) -> Fields:
-    """Return the fields of a request's body. Raises: ApiError (400) for what is not a JSON object."""
+    """Return the fields of a request's body. Raises: ApiError (400) if it is not a JSON object."""
     try:
         return Fields(json.loads(await request.body(), parse_constant=_refuse_constant))
     except (ValueError, RecursionError) as err:
@@ -126,7 +126,7 @@ async def read_fields(request: Request) -> Fields:
 
 
 def refuse_or_name(fields: Fields, strict: bool) -> dict[str, str]:
-    """Return a header that names the fields which were ignored, if any. Raises: ApiError (400) for them if strict."""
+    """Return a header that names ignored fields, if there are any. Raises: ApiError (400) for them if strict."""
     names = fields.unknown()
     if not names:
         return {}

@@ -11,13 +11,13 @@ from starlette.types import Message
 
 
 async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Post a JSON object to a path. Returns status and JSON body. Cancelling it is a client that goes away."""
+    """Post a JSON object to a path. Returns: status and JSON body. Canceling it simulates a client that leaves."""
     status, content = await post(app, path, body)
     return status, json.loads(content)
 
 
 async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
-    """Post a JSON object to a path. Returns status and body, of a stream all its events."""
+    """Post a JSON object to a path. Returns: status and body, for a stream with all events."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

@@ -20,7 +20,7 @@ URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 @dataclass(frozen=True)
 class Job:
-    """A request of the input. key: what tells it from the others in the output. line: counted from 1."""
+    """A request of the input. key: identifies it in the output. line: counted from 1."""
 
     line: int
     key: str
@@ -42,11 +42,11 @@ class Job:
 
 
 class BadLineError(ValueError):
-    """A line of the input that is no request."""
+    """A line of the input that is not a request."""
 
 
 def read_jobs(path: Path) -> Iterator[Job | tuple[int, str]]:
-    """Yield the jobs of a file, or for a bad line its number and what is wrong with it.
+    """Yield the jobs of a file; for a bad line, its number and the error.
 
     Raises: FileNotFoundError; ImportError for Parquet without pyarrow.
     """
@@ -85,7 +85,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_value(name: str, text: str) -> Any:
-    """Return a cell's value: `prompt` is text, other columns are JSON where they can be."""
+    """Return a cell's value: `prompt` is text; other columns are parsed as JSON if possible."""
     if name == "prompt":
         return text
     try:

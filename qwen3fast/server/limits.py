@@ -28,7 +28,7 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Limits:
-    """Refuses what may not pass, and writes one line of log per request."""
+    """Middleware that refuses requests beyond the limits, and logs one line per request."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app, self._state = app, state
@@ -83,17 +83,17 @@ class Limits:
     def _is_allowed(self, request: Request) -> bool:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        # Each key is compared, and in constant time, to tell nothing of how much of a guess was right.
+        # All keys are compared, in constant time: the time does not reveal how much of a guess was right.
         matches = [hmac.compare_digest(given.encode("utf-8", "replace"), key) for key in self._keys]
         return any(matches)
 
     def _limited(self, request: Request, receive: Receive) -> Callable[[], Any]:
-        """Return `receive` with the body counted, as it may not tell its length, and waited for a limited time."""
+        """Return `receive` with a limit on the body's size, which need not be declared, and on the time."""
         size, is_whole, timeout_s = 0, False, self._state.options.receive_timeout_s
 
         async def limited() -> Message:
             nonlocal size, is_whole
-            if is_whole:  # all that can come is a disconnection
+            if is_whole:  # only a disconnection can come
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), timeout_s)

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus; names are vLLM's where they mean the same.
+"""Metrics for Prometheus, under vLLM's names where the meaning is the same.
 
 Source: vLLM documentation, "Production metrics".
 """
@@ -69,7 +69,7 @@ class Metrics:
             self._per_token.labels(name).observe(metrics.decode_s / (metrics.new_tokens - 1))
 
     def count_response(self, path: str, status: int) -> None:
-        """Count an HTTP response. path: a route of the server, not a client's words."""
+        """Count an HTTP response. path: a route of the server, not the path that a client sent."""
         self._responses.labels(path, str(status)).inc()
 
     def render(self) -> bytes:
@@ -78,13 +78,13 @@ class Metrics:
 
 
 class _EngineGauges(Collector):
-    """Gauges that are read from the Generators whenever metrics are asked for."""
+    """Gauges, read from the Generators at each request for metrics."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Return the gauges of now; none before the server runs (registering asks, too)."""
+        """Return the current gauges; none before the server runs (registering calls this as well)."""
         running = GaugeMetricFamily("vllm:num_requests_running", "Requests in a slot.", labels=["model_name"])
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for one.", labels=["model_name"])
         slots = GaugeMetricFamily("qwen3fast:slots", "Slots of the KV cache.", labels=["model_name"])

@@ -29,12 +29,12 @@ class ServedModel:
 
     @property
     def kind(self) -> str:
-        """What it is for: "generate", "embed" or "rerank"."""
+        """The kind of work: "generate", "embed" or "rerank"."""
         return next(kind for kind, cls in KINDS.items() if isinstance(self.model, cls))
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt and its reply, or of one text."""
+        """The maximum number of tokens: of a prompt and its reply, or of one text."""
         return self.model.max_seq_len if isinstance(self.model, Generator) else self.model.max_length
 
     def to_openai(self) -> dict[str, Any]:
@@ -51,10 +51,10 @@ class ServedModel:
 
 
 class Models:
-    """The models of a server; the first of each kind is the one that requests without `model` get."""
+    """The models of a server. Requests without `model` get the first one of their kind."""
 
     def __init__(self, models: dict[str, AnyModel]) -> None:
-        """Raises: ValueError without a model."""
+        """Raises: ValueError for no models."""
         if not models:
             raise ValueError("a server needs at least one model")
         self.served = [ServedModel(name, model) for name, model in models.items()]

@@ -21,8 +21,8 @@ ENDPOINTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "/v1/score": ("post", "Score texts against a query", ("text_1", "text_2")),
     "/tokenize": ("post", "Token ids of a text or a conversation", ()),
     "/detokenize": ("post", "Text of token ids", ("tokens",)),
-    "/health": ("get", "Whether the process is alive", ()),
-    "/ready": ("get", "Whether new requests are taken", ()),
+    "/health": ("get", "Check that the process runs", ()),
+    "/ready": ("get", "Check that new requests are accepted", ()),
     "/metrics": ("get", "Metrics for Prometheus", ()),
 }
 

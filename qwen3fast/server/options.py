@@ -10,13 +10,15 @@ class ServerOptions:
     """Settings of a server.
 
     Attributes:
-        api_keys: any of them opens every endpoint but `/health` and `/ready`; none leaves the server open.
+        api_keys: each gives access to all endpoints; `/health` and `/ready` need none. Empty: no keys are needed.
         strict: refuse unknown fields with status 400 instead of naming them in the header `X-Ignored-Fields`.
         max_body_bytes: larger request bodies get status 413.
         request_timeout_s: a reply that takes longer ends with status 504 (in a stream, with an error event).
-        receive_timeout_s: a client that sends nothing of its body for so long gets status 408.
-        send_timeout_s: a streaming client that takes nothing for so long is disconnected.
-        heartbeat_s: a stream without news sends a comment so often.
+        receive_timeout_s: a client that sends nothing of its body for this time gets status 408.
+        send_timeout_s: a streaming client that reads nothing for this time is disconnected.
+        heartbeat_s: interval of comments in a stream without events.
+        stream_interval_s: the least time between two events with text of one reply; the first text and the end are sent
+            at once. At high speed several tokens share an event; 0 sends each token when it comes.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
         log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
     """
@@ -28,13 +30,17 @@ class ServerOptions:
     receive_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     heartbeat_s: float = 10.0
+    stream_interval_s: float = 0.03  # faster than anybody reads
     compile_timeout_s: float = 1.0
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the option and its value."""
         for name, value in vars(self).items():
-            if name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
+            if name == "stream_interval_s":
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"{name} must be 0 or a positive number, got {value!r}")
+            elif name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ValueError("an API key must be a non-empty ASCII string")

@@ -1,4 +1,4 @@
-"""The page to chat on: one self-contained HTML document, and the policy that lets it run nothing else."""
+"""The chat page: one self-contained HTML document, and a policy that allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 def page() -> tuple[str, dict[str, str]]:
     """Return the document and its headers.
 
-    The policy names style and script by their digests: whatever else a reply might smuggle into the page does not run.
+    The policy names style and script by their digests: script in a reply would not run.
     Source: Content Security Policy Level 3, section 6.7.3 (hashes).
     """
     folder = files("qwen3fast.server") / "web"

@@ -1,4 +1,4 @@
-"""Replies of the engine for one request: started together, read as they come, cancelled when nobody wants them."""
+"""Replies of the engine to one request: started together, streamed, and canceled when the client leaves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.server.fields import Fields
+from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -25,14 +27,14 @@ _COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one reply. index: its place among the request's replies. chunk: what is new."""
+    """A new part of a reply. index: of the reply in the request. chunk: the new part."""
 
     index: int
     chunk: StreamChunk
 
 
 def new_id(prefix: str) -> str:
-    """Return an id such as "chatcmpl-0f..." that nobody can guess."""
+    """Return an id such as "chatcmpl-0f...", which cannot be guessed."""
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
@@ -43,23 +45,27 @@ def now() -> int:
 
 @asynccontextmanager
 async def started(
-    generator: Generator, jobs: Sequence[tuple[Prompt, SamplingParams]], compile_timeout_s: float
+    generator: Generator,
+    jobs: Sequence[tuple[Prompt, SamplingParams]],
+    compile_timeout_s: float,
+    tools: Tools | None = None,
 ) -> AsyncIterator[list[RequestHandle]]:
-    """Start one reply per job, and cancel those that have not ended when the block is left.
+    """Start one reply per job, and cancel unfinished ones at the end of the block.
 
-    Raises: QueueFullError if not all of them find a place (none is run then); ValueError for what cannot be run.
+    tools: the functions that the prompts offer.
+    Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
     is_wanted = True
 
     def start_all() -> None:  # in a thread: tokenizing and compiling schemas must not hold up other clients
         for prompt, params in jobs:
-            handles.append(generator.submit(prompt, params, timeout=0))
+            handles.append(generator.submit(prompt, params, timeout=0, tools=tools))
             if not is_wanted:  # a thread cannot be stopped, so it looks for itself
                 handles[-1].cancel()
                 return
 
-    has_grammar = any(params.json_schema is not None or params.regex is not None for _, params in jobs)
+    has_grammar = any(params.is_structured for _, params in jobs)
     try:
         if has_grammar:
             work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
@@ -77,33 +83,25 @@ async def _in_time(work: Any, timeout_s: float) -> None:
     try:
         await asyncio.wait_for(work, timeout_s)
     except asyncio.TimeoutError as err:
-        raise ValueError(f"this schema or regular expression takes more than {timeout_s} s to compile") from err
+        raise ValueError(f"this schema, pattern or grammar takes more than {timeout_s} s to compile") from err
 
 
 async def results(handles: list[RequestHandle]) -> list[GenerationResult]:
-    """Wait for all replies. Raises: what ended one of them."""
-    return list(await asyncio.gather(*(_result(handle) for handle in handles)))
+    """Wait for all replies. Raises: the error that ended one of them."""
+    return list(await asyncio.gather(*(handle.aresult() for handle in handles)))
 
 
-async def _result(handle: RequestHandle) -> GenerationResult:
-    result = None
-    async for chunk in handle:
-        result = chunk.result or result
-    assert result is not None, "the last chunk has the result"
-    return result
-
-
-async def pieces(handles: list[RequestHandle]) -> AsyncIterator[Piece]:
-    """Yield news of all replies as they come. Raises: what ended one of them."""
+async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIterator[Piece]:
+    """Yield new parts of all replies, each at least `min_interval_s` apart. Raises: the error that ended a reply."""
     if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
-        async for chunk in handles[0]:
+        async for chunk in handles[0].chunks(min_interval_s):
             yield Piece(0, chunk)
         return
     queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
 
     async def read(index: int, handle: RequestHandle) -> None:
         try:
-            async for chunk in handle:
+            async for chunk in handle.chunks(min_interval_s):
                 await queue.put(Piece(index, chunk))
         except Exception as err:
             await queue.put(err)
@@ -142,8 +140,22 @@ def usage(all_results: Iterable[GenerationResult], num_prompts: int, tokenizer: 
     }
 
 
+def usage_so_far(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """Return `usage` of a reply that is not finished."""
+    total = prompt_tokens + new_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": total}
+
+
+def read_stream_options(fields: Fields) -> tuple[bool, bool]:
+    """Return `include_usage` and vLLM's `continuous_usage_stats`. Raises: ApiError (400) naming the field."""
+    options = fields.object("stream_options")
+    if options is None:
+        return False, False
+    return options.flag("include_usage"), options.flag("continuous_usage_stats")
+
+
 def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:
-    """Return how many of a reply's tokens are reasoning, the closing tag included."""
+    """Return the number of reasoning tokens of a reply, the closing tag included."""
     if tokenizer is None or not result.reasoning:
         return 0
     end = tokenizer.base.token_to_id(END_OF_REASONING)

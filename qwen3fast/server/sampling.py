@@ -1,8 +1,7 @@
-"""From the fields of a request to `SamplingParams`: OpenAI's names, and vLLM's extras under vLLM's names."""
+"""Sampling fields of a request, read into `SamplingParams`: OpenAI's names, and vLLM's for its extensions."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +11,6 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
-# llguidance's options for a forced tool call: written as the examples in Qwen3's template are, without line breaks.
-AS_IN_TEMPLATE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MAX_STOP_STRINGS = 16
 # Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
 REASONING_BUDGETS: dict[str, int | None] = {
@@ -23,7 +20,7 @@ REASONING_BUDGETS: dict[str, int | None] = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample the replies to a request.
+    """The sampling of the replies to a request.
 
     params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
     """
@@ -48,9 +45,9 @@ def read_sampling(
 ) -> Sampling:
     """Read the sampling fields of a request.
 
-    max_tokens_names: the fields that may limit the reply's tokens, the one that wins first.
-    logprobs: the number of alternatives, which each endpoint spells in its own way.
-    default_max_tokens: None takes what fits the context.
+    max_tokens_names: the fields that limit the reply's tokens, in order of precedence.
+    logprobs: the number of alternatives per token (endpoints have different fields for it).
+    default_max_tokens: None allows the rest of the context.
     Raises: ApiError (400) naming the field.
     """
     limits = [fields.integer(name, 1, 2**31) for name in max_tokens_names]
@@ -136,7 +133,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
 
 
 def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
-    """Return what shapes a reply, by the path of its field: the name of a sampling parameter and its value."""
+    """Return the constraints of a reply, by the path of the field: the name of a sampling parameter and its value."""
     given: dict[str, tuple[str, Any]] = {}
     for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
         if fields.raw(key) is not None:
@@ -173,7 +170,7 @@ def _response_format(fields: Fields) -> dict[str, Any] | None:
 
 
 def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
-    """Return the budget of reasoning tokens and whether the template lets the model reason at all."""
+    """Return the budget of reasoning tokens, and the template's `enable_thinking`."""
     budget, enable = fields.integer("thinking_budget", 0, 2**31), None
     effort = fields.text("reasoning_effort", choices=tuple(REASONING_BUDGETS))
     if effort is not None:
@@ -185,25 +182,3 @@ def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
         if template.unknown():
             raise ApiError(400, "only enable_thinking is supported", template.unknown()[0], "unsupported")
     return budget, enable
-
-
-def schema_of_calls(tools: list[dict[str, Any]], name: str | None = None) -> str:
-    """Return the JSON schema of one call of any of these functions, or of the one named, as JSON text.
-
-    Source: the form that Qwen3's chat template asks for, `{"name": ..., "arguments": {...}}`.
-    """
-    functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return json.dumps({**schema, "x-guidance": AS_IN_TEMPLATE})

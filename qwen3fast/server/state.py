@@ -1,4 +1,4 @@
-"""ServerState: what all endpoints of one server share."""
+"""ServerState: the state that all endpoints of a server share."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ServerState:
 
     Attributes:
         responses: the latest responses of `/v1/responses`.
-        is_draining: no new request is taken; those that run go on to their ends.
-        in_flight: requests that are being answered.
+        is_draining: new requests are refused; running ones continue to their end.
+        in_flight: number of requests being answered.
     """
 
     def __init__(self, models: Models, options: ServerOptions) -> None:
@@ -40,17 +40,17 @@ class ServerState:
         self.in_flight = 0
 
     def in_time(self, work: Awaitable[T]) -> Awaitable[T]:
-        """Wait for work at most as long as a request may take. Raises: TimeoutError, and what the work raises."""
+        """Wait for work within a request's time limit. Raises: TimeoutError; exceptions of the work."""
         return asyncio.wait_for(work, self.options.request_timeout_s)
 
     def note(self, request: Request, served: ServedModel, prompt: Any) -> None:
-        """Remember whom a request asks, for the log; write its prompt only where that was asked for."""
+        """Record a request's model for the log; log its prompt if the options say so."""
         request.state.model = served.name
         if self.options.log_prompts:
             logger.info("%s prompt: %s", request.state.id, json.dumps(prompt, default=str))
 
     def count(self, request: Request, served: ServedModel, finished: list[GenerationResult]) -> None:
-        """Count finished replies in the metrics; write them to the log only where that was asked for."""
+        """Count finished replies in the metrics; log them if the options say so."""
         for result in finished:
             self.metrics.observe(served.name, result)
             if self.options.log_prompts:
@@ -61,7 +61,7 @@ class ServerState:
     ) -> EventStream:
         """Return the response that sends these events, and an error event if they end in an exception.
 
-        Raises: what happens before the first event, which still gets a status code of its own.
+        Raises: exceptions before the first event, which can still become a status code.
         """
         first = await anext(events)
 

@@ -23,12 +23,12 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Answer as long as the process can."""
+    """Answer 200 while the process runs."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """Answer 200 while new requests are taken, 503 while the server drains."""
+    """Answer 200 while new requests are accepted, 503 while the server drains."""
     if state_of(request).is_draining:
         return JSONResponse({"status": "draining"}, 503)
     return JSONResponse({"status": "ready"})

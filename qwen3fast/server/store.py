@@ -1,4 +1,4 @@
-"""The latest responses of `/v1/responses`, which later requests go on from."""
+"""The latest responses of `/v1/responses`, which later requests can continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_STORED = 1000  # the oldest go first
 
 @dataclass(frozen=True)
 class Stored:
-    """A response and the whole conversation up to and with it."""
+    """A response, and the whole conversation up to and including it."""
 
     response: dict[str, Any]
     messages: list[dict[str, Any]]
@@ -27,7 +27,7 @@ class ResponseStore:
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
     def add(self, stored: Stored) -> None:
-        """Keep a response, and forget the oldest beyond the bound."""
+        """Store a response, and delete the oldest ones beyond the limit."""
         self._stored[stored.response["id"]] = stored
         while len(self._stored) > self._most:
             self._stored.popitem(last=False)
@@ -40,6 +40,6 @@ class ResponseStore:
         return stored
 
     def delete(self, response_id: str) -> None:
-        """Forget a response. Raises: ApiError (404)."""
+        """Delete a response. Raises: ApiError (404)."""
         self.get(response_id)
         del self._stored[response_id]

@@ -21,11 +21,12 @@ from qwen3fast.server.errors import ApiError
 HEARTBEAT = b": heartbeat\n\n"
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """Return one event as bytes; name: the `event:` line that Anthropic's and the Responses API have."""
-    line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    line = f"data: {_encode(data)}\n\n"
     return (f"event: {name}\n{line}" if name else line).encode("utf-8", "replace")
 
 

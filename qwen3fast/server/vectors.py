@@ -25,16 +25,16 @@ from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import unless_disconnected
 
 T = TypeVar("T")
-TEXTS_AT_ONCE = 32  # between them, a request that nobody waits for any longer ends
+TEXTS_AT_ONCE = 32  # between batches, a request whose client has left ends
 
 
 async def embeddings(request: Request) -> Response:
-    """Turn texts into vectors."""
+    """Return the vectors of texts."""
     state = state_of(request)
     fields = await read_fields(request)
     served = state.models.choose(fields, "embed")
     embedder = served.model
-    assert isinstance(embedder, Embedder), "it was chosen for that"
+    assert isinstance(embedder, Embedder), "chosen for the kind 'embed'"
     tokenizer = embedder.tokenizer
     texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in read_prompts(fields, "input")]
     dimensions = fields.integer("dimensions", 1)
@@ -55,22 +55,17 @@ async def embeddings(request: Request) -> Response:
 
 
 async def rerank(request: Request) -> Response:
-    """Order documents by how well they answer a query."""
+    """Return documents in the order of their scores for a query."""
     state = state_of(request)
     fields = await read_fields(request)
     served = state.models.choose(fields, "rerank")
-    reranker = served.model
-    assert isinstance(reranker, Reranker), "it was chosen for that"
     query = fields.required("query", fields.text("query"))
     documents = _documents(fields)
     top_n = fields.integer("top_n", 1) or len(documents)
-    is_cohere = request.url.path.startswith("/v2")  # where results hold no documents
+    is_cohere = request.url.path.startswith("/v2")  # whose results have no documents
     returns_documents = fields.flag("return_documents", not is_cohere)
     fields.take("max_tokens_per_doc")
-    instruction = fields.text("instruction")
-    headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, served, [query, documents])
-    scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
+    scores, usage, headers = await _scored(request, fields, served, query, documents)
     order = sorted(range(len(documents)), key=lambda i: -scores[i])[:top_n]
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
     if returns_documents:
@@ -80,7 +75,7 @@ async def rerank(request: Request) -> Response:
     if is_cohere:
         body["meta"] = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     else:
-        body["usage"] = _usage(reranker, [query, *documents])
+        body["usage"] = usage
     return JSONResponse(body, headers=headers)
 
 
@@ -89,30 +84,38 @@ async def score(request: Request) -> Response:
     state = state_of(request)
     fields = await read_fields(request)
     served = state.models.choose(fields, "rerank")
-    reranker = served.model
-    assert isinstance(reranker, Reranker), "it was chosen for that"
     query = fields.required("text_1", fields.text("text_1"))
     second = fields.required("text_2", fields.raw("text_2"))
     documents = [second] if isinstance(second, str) else _documents(fields, "text_2")
-    instruction = fields.text("instruction")
-    headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, served, [query, documents])
-    scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
+    scores, usage, headers = await _scored(request, fields, served, query, documents)
     body = {
         "id": new_id("score"),
         "object": "list",
         "created": now(),
         "model": served.name,
         "data": [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)],
-        "usage": _usage(reranker, [query, *documents]),
+        "usage": usage,
     }
     return JSONResponse(body, headers=headers)
+
+
+async def _scored(
+    request: Request, fields: Fields, served: ServedModel, query: str, documents: list[str]
+) -> tuple[list[float], dict[str, int], dict[str, str]]:
+    """Return the documents' scores, the usage, and the headers of the response, once all fields are read."""
+    state, reranker = state_of(request), served.model
+    assert isinstance(reranker, Reranker), "chosen for the kind 'rerank'"
+    instruction = fields.text("instruction")
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, served, [query, documents])
+    scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
+    return scores, _usage(reranker, [query, *documents]), headers
 
 
 async def _computed(
     request: Request, served: ServedModel, compute: Callable[[list[str]], Iterable[T]], texts: list[str]
 ) -> list[T]:
-    """Return what a model makes of each text, a few at once in a thread, while the client is there and time is left."""
+    """Return the model's result for each text, computed in a thread, until the client leaves or time runs out."""
 
     async def work() -> list[T]:
         found: list[T] = []
@@ -126,7 +129,7 @@ async def _computed(
 
 
 async def _to_its_end(thread: Coroutine[Any, Any, T]) -> T:
-    """Wait for a thread even when cancelled: it cannot be stopped, and the next one must not run beside it."""
+    """Wait for a thread, also when canceled: it cannot be stopped, and the next one must not run beside it."""
     task = asyncio.ensure_future(thread)
     try:
         return await asyncio.shield(task)

@@ -68,7 +68,7 @@ class ChatTemplate:
             ending = self._mark_ending(conversation[-1], field)
         given = {
             "messages": conversation,
-            "tools": _read_tools(tools),
+            "tools": read_tools(tools),
             "documents": _read_documents(documents),
             "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
             **_read_variables(variables),
@@ -113,8 +113,11 @@ class ChatTemplate:
         return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
-def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return the JSON schemas of tools; functions are described by their signature and docstring."""
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return the JSON schemas of tools; functions are described by their signature and docstring.
+
+    Raises: ValueError naming the tool that is neither, or a function that cannot be described.
+    """
     if tools is None:
         return None
     if not isinstance(tools, list | tuple):

@@ -94,7 +94,7 @@ def repository(tmp_path):
 
     git("init", "-q")
     (tmp_path / "results").mkdir()
-    # Long enough alike that git sees a renaming.
+    # Similar enough for git to detect a renaming.
     cases = [10.0 + i for i in range(12)]
     steps = [
         ("old.json", lambda path: write_text('{"schema_version": 1}\n', path)),

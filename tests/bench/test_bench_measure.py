@@ -11,7 +11,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
 
 
 def greedy(model, prompt, count):
-    """Tokens of the plain model, each the likeliest."""
+    """Return the most likely tokens of the plain model."""
     ids = []
     for _ in range(count):
         ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))

@@ -249,7 +249,7 @@ def test_report_of_a_record_without_a_picture_says_so():
     record = cache_record()
     record.cases = [Case({"what": "nothing known"}, {}, {"seconds": [1.5, 1.75]})]
     page = render([record])
-    assert "no picture: this cache record lacks what it would show" in page and "1.62 s" in page
+    assert "no picture: this cache record lacks data for it" in page and "1.62 s" in page
     assert render([new_record("cache"), new_record("elsewhere")]).count("no picture") == 2
     with_control = other_record()
     with_control.cases[0].labels["engine"] = "\x00"

@@ -1,5 +1,6 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,19 @@ from qwen3fast.bench import measure, probes, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
-from qwen3fast.bench.suites import SUITES, batch, cache, context, llama_bench, quantization, roofline, startup
+from qwen3fast.bench.suites import (
+    SUITES,
+    batch,
+    cache,
+    context,
+    forms,
+    llama_bench,
+    quantization,
+    roofline,
+    serve,
+    startup,
+)
+from qwen3fast.kernels import cpu
 
 SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
 
@@ -182,8 +195,8 @@ def test_suite_roofline(tmp_path, capsys, eager):
     record = run_suite("roofline", ["--contexts", "16,40", "--formats", "plain,int8-kv8"], tmp_path, capsys)
     formats = ("bf16", "int8-kv8")
     assert labels_of(record, "context", "format") == [(n, f) for n in (16, 40) for f in formats]
-    plain, rounded = record.cases[:2]
-    assert rounded.facts["bytes_per_step"] < 0.7 * plain.facts["bytes_per_step"]
+    plain, quantized = record.cases[:2]
+    assert quantized.facts["bytes_per_step"] < 0.7 * plain.facts["bytes_per_step"]
     assert {"limit_tok_s", "share_of_bandwidth", "prefill_share_of_gemm"} <= plain.metrics.keys()
 
 
@@ -256,6 +269,40 @@ def test_suite_ablation(tmp_path, capsys):
     assert labels_of(record, "stage") == [("no cache, eager",), ("+ static KV cache",)]
 
 
+@pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+def test_suite_forms(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forms, "mean_seconds", lambda call: (call(), 1.0)[-1])  # each form runs once
+    options = ["--contexts", "64", "--formats", "plain,int4", "--batch-sizes", "2", "--dtype", "bfloat16"]
+    record = run_suite("forms", options, tmp_path, capsys)
+    found = {(c.labels["computation"], c.labels["form"]) for c in record.cases}
+    assert found == {
+        ("prefill attention", "C++"), ("prefill attention", "SDPA"),
+        ("linear bfloat16", "C++"), ("linear bfloat16", "F.linear"),
+        ("linear int4", "C++"), ("linear int4", "dequantized"),
+        ("decode", "C++"), ("decode", "block by block"),
+    }  # fmt: skip
+    assert len({tuple(case.labels.values()) for case in record.cases}) == len(record.cases)
+    assert forms.summary(record) == ["On this machine no plainer form is faster than the C++."]
+    for case in record.cases:
+        if case.labels["form"] == "SDPA":
+            case.samples["seconds"] = [0.5] * 2
+    sentences = forms.summary(record)
+    assert len(sentences) == sum(case.labels["form"] == "SDPA" for case in record.cases)
+    assert all(" SDPA is 2.00 times as fast as the C++." in sentence for sentence in sentences)
+
+
+def test_suite_forms_needs_a_model_in_bfloat16(capsys):
+    assert main(["--suite", "forms", *SMALL, "--dtype", "float32"]) == 2
+    assert "the suite forms needs a CPU, a model in bfloat16 and the C++ operations" in capsys.readouterr().err
+
+
+def test_suite_forms_takes_the_mean_over_enough_calls():
+    clock = self_test.FakeClock()
+    assert forms.mean_seconds(lambda: clock.wait(0.02), lambda: clock.now) == pytest.approx(0.02)
+    assert clock.now == pytest.approx(0.02 * 4)  # the first call does not count
+    assert forms.mean_seconds(lambda: clock.wait(9.0), lambda: clock.now) == pytest.approx(9.0)
+
+
 def test_suite_startup(tmp_path, capsys, monkeypatch):
     def run_once(folder, device, compile, seconds, caches=None, **options):
         assert (folder / "config.json").is_file()
@@ -275,6 +322,46 @@ def test_suite_startup(tmp_path, capsys, monkeypatch):
     found = {name: warm_auto[name].median for name in startup.PHASES}
     assert found == pytest.approx({"import_s": 1.0, "load_s": 2.0, "first_token_s": 3.0, "full_speed_s": 3.5})
     assert record.cases[3].metrics["first_token_s"].median == 20.0
+
+
+def test_suite_serve(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(serve, "COMPILE", False)
+    monkeypatch.setattr(serve, "PAIRS", 1)
+    record = run_suite("serve", ["--contexts", "8", "--formats", "plain", "--batch-sizes", "1,3"], tmp_path, capsys)
+    pairs = [(what, n) for n in serve.PAIRED_CLIENTS for what in (serve.ENGINE, serve.HTTP)]
+    assert labels_of(record, "what", "clients") == [*pairs, (serve.LOAD, 1), (serve.LOAD, 3)]
+    assert [c.metrics["http_over_engine"].n for c in record.cases if c.labels["what"] == serve.HTTP] == [2, 2]
+    for case in record.cases:
+        assert len(case.samples["ttfts_s"][0]) == case.facts["requests"]
+        if case.labels["what"] == serve.LOAD:
+            assert case.metrics["goodput"].median <= case.metrics["requests_s"].median
+
+
+def test_suite_serve_interrupted_compares_the_pairs_that_it_has(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("uvicorn")
+    calls, run_http = [], serve.run_http
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return run_http(*arguments)
+
+    monkeypatch.setattr(serve, "COMPILE", False)
+    monkeypatch.setattr(serve, "run_http", interrupted)
+    options = ["--suite", "serve", *SMALL, "--formats", "plain", "--contexts", "8", "--new-tokens", "3"]
+    assert main([*options, "--output", str(tmp_path)]) == 130
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    [http] = [c for c in record.cases if c.labels["what"] == serve.HTTP]
+    assert record.interrupted and http.metrics["http_over_engine"].n == len(http.samples["tpot_s"]) >= 1
+
+
+def test_suite_serve_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qwen3fast.server.app", None)
+    monkeypatch.setattr(serve, "COMPILE", False)
+    assert main(["--suite", "serve", *SMALL, "--formats", "plain"]) != 0
+    assert "pip install 'qwen3fast[server]'" in capsys.readouterr().err
 
 
 def test_options_that_a_suite_does_not_read_are_refused(capsys):

@@ -156,7 +156,7 @@ def test_load_converts_every_float_dtype(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
-def test_load_names_quantised_tensors_of_a_wrong_dtype(tmp_path, part):
+def test_load_names_quantized_tensors_of_a_wrong_dtype(tmp_path, part):
     model = randomised(small_config(hidden_size=64))
     quantize_model(model, "int8", torch.float32)
     save_model(model, tmp_path)
@@ -260,7 +260,7 @@ def test_the_package_unpickles_nothing():
     assert found == []
 
 
-# config.json and its neighbours.
+# config.json and its neighbors.
 
 
 @pytest.mark.parametrize(
@@ -400,10 +400,10 @@ def test_check_weights_looks_at_experts_and_scales(tmp_path):
     write_checkpoint(tmp_path, model.config, tensors)
     with pytest.raises(ValueError, match=f"{name} in .*: 1 NaN"):
         load_model(tmp_path, device="cpu", check_weights=True)
-    quantised = randomised(small_config(hidden_size=64))
-    quantised.model.layers[0].mlp.up_proj.weight[2, 2] = torch.inf
-    quantize_model(quantised, "int8", torch.float32)
-    save_model(quantised, tmp_path)
+    quantized = randomised(small_config(hidden_size=64))
+    quantized.model.layers[0].mlp.up_proj.weight[2, 2] = torch.inf
+    quantize_model(quantized, "int8", torch.float32)
+    save_model(quantized, tmp_path)
     with pytest.raises(ValueError, match=r"up_proj\.weight_scale in .*: 0 NaN and 1 infinite of 80"):
         load_model(tmp_path, device="cpu", check_weights=True)
 
@@ -483,7 +483,7 @@ def test_any_changed_adapter_loads_or_is_refused(good_folder, adapter, tmp_path_
 
 
 def load_or_refuse(folder: Path) -> bool:
-    """Whether a checkpoint loads. It must have the model's shape then; errors must be ours, and say which file."""
+    """Return whether a checkpoint loads; it must have the model's shape then. Errors must be ours and name the file."""
     try:
         model = load_model(folder, device="cpu", check_weights=True)
     except REFUSALS as error:

@@ -64,7 +64,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Which tensor is in which file."""
+    """Return the file of each tensor."""
     return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
 
 
@@ -477,7 +477,7 @@ def test_hub_is_asked_for_the_files_of_a_qwen3_only(hub_calls, file, is_asked_fo
 
 
 def http_error() -> HfHubHTTPError:
-    """What the hub answers for a name that it does not have."""
+    """Return the hub's answer for an unknown name."""
     error = HfHubHTTPError.__new__(HfHubHTTPError)
     Exception.__init__(error, "404: not there")
     return error

@@ -63,6 +63,13 @@ def test_a_shard_that_is_named_as_a_whole_file_is_a_shard(tmp_path):
         "v_head.weight",
         "score.weight",
         "value_head.0.bias",
+        "mtp.layers.0.mlp.down_proj.weight",
+        "model.mtp.fc.weight",
+        "eagle_module.fc.weight",
+        "midlayer.self_attn.q_proj.weight",
+        "d2t",
+        "medusa_head.0.0.linear.weight",
+        "model.visual.blocks.0.attn.qkv.weight",
     ],
 )
 def test_tensors_without_use_are_skipped_and_named_in_the_log(tmp_path, caplog, name):

@@ -119,7 +119,7 @@ def test_dequantize_gives_the_numbers_that_gguf_defines(tmp_path, kind):
         assert_same(tensor, decode(*written[name]))
 
 
-def test_logits_are_those_of_the_dequantised_weights(tmp_path):
+def test_logits_are_those_of_the_dequantized_weights(tmp_path):
     file = tmp_path / "model.gguf"
     model = randomised(small_config(**SIZES, tie_word_embeddings=False))
     written = write_gguf(file, model, "Q4_K")
@@ -266,7 +266,7 @@ def test_a_preset_that_no_request_could_set_is_refused(tmp_path, tokenizer_folde
 
     file, model = tmp_path / "model.gguf", randomised(small_config(vocab_size=1024))
     write_gguf(file, model, tokenizer_folder=tokenizer_folder, change=add_sampling)
-    with pytest.raises(ValueError, match=r"model\.gguf: its settings of sampling are damaged: temperature must be"):
+    with pytest.raises(ValueError, match=r"model\.gguf: its sampling settings are damaged: temperature must be"):
         Generator.from_pretrained(file, device="cpu", compile=False)
 
 
@@ -341,9 +341,9 @@ def test_adapters_need_plain_weights(tmp_path):
     merged = load_model(tmp_path / "model.gguf", "cpu", quantization="dequantize", **options)
     base = load_model(tmp_path / "model.gguf", "cpu", quantization="dequantize")
     assert not torch.equal(*(m.get_submodule(modules[0]).weight for m in (merged, base)))
-    rounded = load_model(tmp_path / "model.gguf", "cpu", quantization="int8", **options)
+    quantized = load_model(tmp_path / "model.gguf", "cpu", quantization="int8", **options)
     expected = quantize(merged.get_submodule(modules[0]).weight, FORMATS["int8"])
-    assert_same(rounded.get_submodule(modules[0]).weight_packed, expected.weight)
+    assert_same(quantized.get_submodule(modules[0]).weight_packed, expected.weight)
 
 
 def test_embedder_leaves_the_output_projection_out(tmp_path, tokenizer_folder):

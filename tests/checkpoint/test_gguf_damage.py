@@ -105,7 +105,7 @@ def test_types_that_gguf_cannot_decode_are_named(tmp_path):
         (lambda w: w.add_uint32("qwen3.block_count", 10**5), "block_count is 100000, but there are 24 tensors"),
         (lambda w: w.add_uint32("qwen3.embedding_length", 2**31), "qwen3.embedding_length must be from 1 to"),
         (lambda w: w.add_float32("qwen3.rope.freq_base", float("nan")), "qwen3.rope.freq_base must be a positive"),
-        (lambda w: w.add_string("qwen3.rope.freq_base", "x"), "qwen3.rope.freq_base is not what is expected there"),
+        (lambda w: w.add_string("qwen3.rope.freq_base", "x"), "qwen3.rope.freq_base has an unexpected type"),
         (lambda w: w.add_string("qwen3.rope.scaling.type", "linear"), "RoPE scaling 'linear' is not supported"),
         (
             lambda w: (add_yarn(w), w.add_float32("qwen3.rope.scaling.yarn_attn_factor", 2.0)),
@@ -157,7 +157,7 @@ def entry(name: str, kind: int, value: bytes) -> bytes:
 
 
 def tensor_info(shape: tuple[int, ...] = (8,), kind: int = 0, offset: int = 0) -> bytes:
-    """What a header says of a tensor, "a"; shape: the fastest comes first. kind 0: F32."""
+    """Return a header's entry for a tensor, "a". shape: the fastest dimension comes first. kind 0: F32."""
     return text("a") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
@@ -249,7 +249,7 @@ def test_without_the_package_gguf_an_error_says_what_to_install(tiny_file, monke
     assert "pip install 'qwen3fast[gguf]'" in capsys.readouterr().err
 
 
-def test_dequantize_is_for_quantised_checkpoints_of_others():
+def test_dequantize_is_for_quantized_checkpoints_of_others():
     with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):
         load_model("tiny", "cpu", quantization="dequantize")
     with pytest.raises(ValueError, match="quantization='dequantize' is for checkpoints that other software quantized"):

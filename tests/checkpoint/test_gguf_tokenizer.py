@@ -73,7 +73,7 @@ def test_chat_template_is_that_of_the_original(tiny_tokenizers, enable_thinking)
 
 @pytest.fixture(scope="module")
 def qwen_tokenizers(tmp_path_factory) -> tuple[Tokenizer, Qwen2Tokenizer]:
-    """Qwen2's pattern and normaliser with the tiny vocabulary: ours from a GGUF file, and transformers'."""
+    """Qwen2's pattern and normalizer with the tiny vocabulary: ours from a GGUF file, and transformers'."""
     file = tmp_path_factory.mktemp("qwen2") / "tokenizer.gguf"
     writer = gguf.GGUFWriter(file, "qwen3")
     add_tokenizer(writer, TINY_FOLDER, 1100, "qwen2")  # longer than there are tokens, as published models are

@@ -1,4 +1,4 @@
-"""LoRA adapters: merged as float64 arithmetic says, for every layer; what does not fit is named; files stay."""
+"""LoRA adapters: merged as in float64 arithmetic, for every layer; misfits are named; files stay."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_merge_rounds_once_to_the_dtype_of_the_weight(tmp_path, adapter_dtype):
         exact = base.get_submodule(module).weight.double() + delta(tensors, module, 2)
         weight = merged.get_submodule(module).weight
         assert weight.dtype == torch.bfloat16
-        assert (weight != exact.bfloat16()).float().mean() < 0.01  # but for ties of float32
+        assert (weight != exact.bfloat16()).float().mean() < 0.01  # except for ties of float32
 
 
 def test_merged_logits_are_those_of_base_and_adapter_side_by_side(tmp_path):
@@ -199,7 +199,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_load_merges_before_quantising_and_leaves_the_files_alone(tmp_path, tokenizer_folder, quantization):
+def test_load_merges_before_quantizing_and_leaves_the_files_alone(tmp_path, tokenizer_folder, quantization):
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96)
     base, expected = randomised(config), randomised(config)
     checkpoint = write_text_checkpoint(tmp_path / "base", base, tokenizer_folder)
@@ -253,8 +253,8 @@ def test_generator_answers_with_the_merged_weights(tmp_path, tokenizer_folder):
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; only 'LORA' is"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not supported"),
         ({"target_parameters": ["x"]}, "target_parameters="),
-        ({"r": None}, "r=None is not what a LoRA adapter has there"),
-        ({"lora_alpha": "8"}, "lora_alpha='8' is not what"),
+        ({"r": None}, "r=None is not valid in a LoRA adapter"),
+        ({"lora_alpha": "8"}, "lora_alpha='8' is not valid"),
         ({"r": 0}, r"ranks must be whole numbers from 1 to 65536, got \[0\]"),
         ({"rank_pattern": {"q_proj": -1}}, r"ranks must be whole numbers from 1 to 65536, got \[4, -1\]"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha, alpha_pattern must be numbers up to"),
@@ -315,7 +315,7 @@ def test_merge_says_which_file_is_missing(tmp_path):
         merge_lora(model, tmp_path)
 
 
-def test_merge_refuses_quantised_weights(tmp_path):
+def test_merge_refuses_quantized_weights(tmp_path):
     config = small_config(hidden_size=64, intermediate_size=96)
     model = randomised(config)
     write_adapter(tmp_path / "adapter", model, modules_of(model, ["q_proj"]))

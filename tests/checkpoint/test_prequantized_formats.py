@@ -1,4 +1,4 @@
-"""Checkpoints that others quantised: each layout read, what becomes of the weights, what is refused."""
+"""Prequantized checkpoints: the weights of each layout, and refusals."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def layers_of(model) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize(("name", "files"), [(name, 3 if i % 2 else 1) for i, name in enumerate(LAYOUTS)])
-def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
+def test_dequantized_weights_are_what_the_tensors_stand_for(tmp_path, name, files):
     reference = write_layout(name, tmp_path, files=files)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     assert model.config == reference.config
@@ -126,7 +126,7 @@ def test_dequantised_weights_are_what_the_tensors_stand_for(tmp_path, name, file
     assert_near(model(random_ids(2, 9, vocab_size=96)), reference(random_ids(2, 9, vocab_size=96)))
 
 
-def test_dequantised_weights_are_rounded_once_to_the_dtype(tmp_path):
+def test_dequantized_weights_are_rounded_once_to_the_dtype(tmp_path):
     reference = write_layout("fp8, cut blocks", tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert not formats_of(model)
@@ -228,7 +228,7 @@ def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
     ("name", "format"),
     [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, act order", "int4")],
 )
-def test_a_format_that_is_asked_for_rounds_the_dequantised_weights(tmp_path, name, format):
+def test_a_format_that_is_asked_for_rounds_the_dequantized_weights(tmp_path, name, format):
     write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", dtype="float32", quantization=format)
     plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
@@ -255,7 +255,7 @@ def test_embedding_and_output_projection_stay_as_they_are(tmp_path, name, tied):
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq, act order"])
-def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
+def test_layers_that_were_not_quantized_are_read_as_they_are(tmp_path, name):
     kept = ("lm_head", "o_proj", "layers.0.mlp.up_proj")
     reference = write_layout(name, tmp_path, kept=kept)
     model = load_model(tmp_path, device="cpu", dtype="float32")
@@ -269,7 +269,7 @@ def test_layers_that_were_not_quantised_are_read_as_they_are(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "bias"), [("awq", True), ("gptq", False), ("gptq, 8 bits", False), ("gptq, act order", True)]
 )
-def test_logits_are_near_those_of_the_dequantised_model(tmp_path, name, bias, monkeypatch):
+def test_logits_are_near_those_of_the_dequantized_model(tmp_path, name, bias, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
     config, quantization_config, _ = LAYOUTS[name]
     config = replace(config, attention_bias=bias)
@@ -294,16 +294,16 @@ def test_shapes_that_cannot_be_packed_become_plain(tmp_path):
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_fp8_experts_are_dequantised(tmp_path, files):
+def test_fp8_experts_are_dequantized(tmp_path, files):
     config = replace(MOE, hidden_size=160, moe_intermediate_size=160, dtype=torch.bfloat16)
     tensors, expected = write_fp8_experts(tmp_path, config, files)
     model = load_model(tmp_path, device="cpu")
     for name, tensor in tensors_by_expert(model).items():
         assert_same(tensor, expected[name])
-    rounded = load_model(tmp_path, device="cpu", quantization="int8").model.layers[1].mlp.experts
-    assert isinstance(rounded, QuantizedExperts)
+    quantized = load_model(tmp_path, device="cpu", quantization="int8").model.layers[1].mlp.experts
+    assert isinstance(quantized, QuantizedExperts)
     exact = model.model.layers[1].mlp.experts.down_proj.float()
-    assert (rounded.dequantize(rounded.down_proj) - exact).norm() < 0.01 * exact.norm()
+    assert (quantized.dequantize(quantized.down_proj) - exact).norm() < 0.01 * exact.norm()
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
     write_tensors(tmp_path, config, FP8, tensors, files)
     with pytest.raises(ValueError, match=r"2\.up_proj\.weight_scale_inv: missing, expected shape \(2, 2\)") as error:

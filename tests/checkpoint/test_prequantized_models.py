@@ -1,4 +1,4 @@
-"""Models whose weights others quantised: what they generate, saved again, adapted, as Embedder and Reranker."""
+"""Models whose weights others quantized: what they generate, saved again, adapted, as Embedder and Reranker."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_greedy(reference, token_ids: list[int], num_prompt: int, tolerance: f
 @needs_operation
 @layouts
 @pytest.mark.parametrize("tied", [True, False])
-def test_generation_takes_the_fast_path_and_follows_the_dequantised_model(tmp_path, tokenizer_folder, name, tied):
+def test_generation_takes_the_fast_path_and_follows_the_dequantized_model(tmp_path, tokenizer_folder, name, tied):
     config = replace(CONFIG, tie_word_embeddings=tied)
     reference = write_prequantized(tmp_path, config, LAYOUTS[name], tokenizer_folder=tokenizer_folder, files=2)
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
@@ -92,7 +92,7 @@ def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
     reference = write_prequantized(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
         cache = StaticKVCache(generator.config, 1, 32, torch.bfloat16, torch.device("cpu"))
-        # Layers with the same input must be alike for C++; a layer with an input of its own may be plain.
+        # Layers with the same input must have one format for C++; a layer with an input of its own may be plain.
         assert DecodeLayers(generator.model, cache).serves(1) == kept.endswith("down_proj")
         prompt = generator.tokenizer.encode(PROMPT)
         ids = [*prompt, *generator.generate(prompt, GREEDY).token_ids]
@@ -149,7 +149,7 @@ def test_adapters_are_refused_for_weights_that_stay_rounded(tmp_path, name):
         ("gptq8", "int8"),
     ],
 )
-def test_adapters_are_merged_into_dequantised_weights_and_rounded_afterwards(tmp_path, name, quantization):
+def test_adapters_are_merged_into_dequantized_weights_and_rounded_afterwards(tmp_path, name, quantization):
     reference = write_prequantized(tmp_path / "model", CONFIG, LAYOUTS[name])
     write_adapter(tmp_path / "adapter", reference, modules_of(reference, ["q_proj", "down_proj"]))
     options = {"device": "cpu", "dtype": "float32", "quantization": quantization}
@@ -180,7 +180,7 @@ def test_embedder_leaves_the_output_projection_out(tmp_path, tokenizer_folder, n
 
 
 @pytest.mark.parametrize("kept", [("lm_head",), ()])
-def test_reranker_reads_a_plain_and_a_quantised_output_projection(tmp_path, yes_no_folder, kept):
+def test_reranker_reads_a_plain_and_a_quantized_output_projection(tmp_path, yes_no_folder, kept):
     config = replace(CONFIG, vocab_size=1040, max_position_embeddings=512, dtype=torch.float32)
     reference = write_prequantized(tmp_path, config, GPTQ, kept=kept, tokenizer_folder=yes_no_folder)
     reranker = Reranker.from_pretrained(tmp_path, device="cpu")
@@ -189,7 +189,7 @@ def test_reranker_reads_a_plain_and_a_quantised_output_projection(tmp_path, yes_
     assert reranker.score("Where?", ["Paris.", "x"]) == pytest.approx(expected, abs=0.05)
 
 
-def test_command_line_dequantises(tmp_path, tokenizer_folder, capsys, opened):
+def test_command_line_dequantizes(tmp_path, tokenizer_folder, capsys, opened):
     write_prequantized(tmp_path, CONFIG, AWQ, tokenizer_folder=tokenizer_folder)
     options = ["--quantization", "dequantize", "--temperature", "0", "--max-tokens", "3", "--compile", "never"]
     assert main(["generate", "Hello", "--raw", "--model", str(tmp_path), "--max-seq-len", "64", *options]) == 0

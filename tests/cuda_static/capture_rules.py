@@ -29,7 +29,7 @@ REALLOCATION = {aten.resize_, aten.resize_as_, aten.set_}
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors have in common that are views of the same memory."""
+    """Return a key that is equal for views of the same memory."""
     return tensor.untyped_storage()._cdata
 
 
@@ -46,7 +46,7 @@ class Watch(TorchDispatchMode):
         self.faults: list[str] = []
         self.operations: list[str] = []
         self.written: set[str] = set()
-        self._made: dict[int, Tensor] = {}  # kept alive, so that no address is given out twice
+        self._made: dict[int, Tensor] = {}  # kept alive: no address is reused
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +104,7 @@ class HostWatch(TorchFunctionMode):
 def capture_faults(
     step: Callable[[], Any], buffers: Callable[[], Mapping[str, Tensor]], results: set[str]
 ) -> list[str]:
-    """What keeps a step from being captured in a CUDA graph and replayed; empty if nothing does.
+    """Return the reasons why a step cannot be captured in a CUDA graph and replayed; empty if it can.
 
     step: runs one step; its state advances from step to step. buffers: the static buffers by name, looked up before
     and after. results: names of the buffers that a step must write.

@@ -67,7 +67,7 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
-    """What is made inside is fake; gives the CUDA device to make it on. capability: of the GPU that it is to be."""
+    """Make tensors inside the block fake, and yield their CUDA device. capability: of the GPU to imitate."""
     free_and_total = (80 << 30, 80 << 30)
     with (
         FakeTensorMode(),
@@ -81,7 +81,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
 
 
 def fake_model(config: ModelConfig, device: torch.device, quantization: str | None = None) -> Qwen3:
-    """A model without memory, in the config's dtype or a quantised format; to be called inside `fake_cuda`."""
+    """A model without memory, in the config's dtype or a quantized format; to be called inside `fake_cuda`."""
     with unset_fake_temporarily():
         model = build_on_meta(config)
         if quantization is not None:

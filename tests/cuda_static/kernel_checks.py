@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share; where they run is told in kernel_device.py."""
+"""Helpers for tests of Triton kernels; kernel_device.py chooses the device."""
 
 import pytest
 import torch

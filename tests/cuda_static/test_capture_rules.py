@@ -9,7 +9,8 @@ from conftest import randomised, small_config
 from cuda_static.capture_rules import capture_faults
 
 from qwen3fast.engine import Engine
-from qwen3fast.engine.decode import LogprobState, ProcessorState, decode_step
+from qwen3fast.engine.decode import decode_step
+from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -128,7 +129,7 @@ def test_replayed_steps_count_tokens_on_the_device():
 
 
 def test_replayed_positions_advance_on_the_device():
-    """What a graph cannot learn from the host: after three steps the rows in use stand three tokens further on."""
+    """A graph learns nothing from the host: after three steps, the rows in use are three tokens further."""
     engine = make_engine()
     for _ in range(3):
         run_step(engine, rows=4)

@@ -98,6 +98,25 @@ def test_linear_add_equals_its_plain_form(kind, rows, any_order):
     assert_near(y, linear.plain_linear_add(x, plain, residual))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_whole_numbers_in_bfloat16_are_multiplied_exactly(rows):
+    """The interpreter truncates to bfloat16 where a GPU rounds; numbers that bfloat16 holds show all else."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, (n, 64), generator=rng).bfloat16().to(DEVICE) for n in (rows, 32))
+    y = torch.randint(-9, 9, (rows, 32), generator=rng).bfloat16().to(DEVICE)
+    expected = y.float() + x.float() @ weight.float().T
+    assert expected.abs().max() <= 256
+    linear.linear_add(x, Weight.of(weight, None, False), y)
+    assert torch.equal(y.float(), expected)
+
+
+def test_embeddings_in_bfloat16_are_copied_exactly():
+    weight, token = random_tensor(9, 40).bfloat16().to(DEVICE), torch.tensor([8, 0, 3], device=DEVICE)
+    x = nan(3, 40, dtype=torch.bfloat16)
+    tail.embed(token, Weight.of(weight, None, False), x)
+    assert torch.equal(x, weight[token])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_that_need_several_tiles_are_all_used(kind, monkeypatch):
     """As in large models; here with small tiles. The last tile is not whole."""

@@ -10,9 +10,10 @@ from cuda_static.fake_cuda import fake_cuda, fake_model
 from torch import nn
 
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, LogprobState, ProcessorState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
+from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import rope_tables
 from qwen3fast.model.config import ModelConfig
@@ -26,7 +27,7 @@ ROWS, MAX_SEQ_LEN = 8, 8192
 
 
 def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16, **changes):
-    """What of an engine a step uses; the rest of it (pinned memory, events) wants a real GPU."""
+    """Return the parts of an engine that a step uses; other parts (pinned memory, events) need a real GPU."""
     config = replace(ModelConfig.named(size), **({"num_hidden_layers": 2} | changes))  # layers are alike
     model = fake_model(config, device, quantization)
     cache = StaticKVCache(config, ROWS, MAX_SEQ_LEN, cache_dtype, device)
@@ -68,7 +69,7 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
 
 @pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
-def test_quantised_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
+def test_quantized_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
     if has_triton:
         pytest.importorskip("triton", reason="the triton package is not installed")
         monkeypatch.setattr(QuantizedExperts, "_chosen", None)  # not to be called
@@ -81,7 +82,7 @@ def test_quantised_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_prefill_of_quantised_experts_runs_on_cuda_tensors(format):
+def test_prefill_of_quantized_experts_runs_on_cuda_tensors(format):
     with fake_cuda() as device:
         engine = make_engine(device, "30b-a3b", format, num_hidden_layers=1)
         row_1, token_1T = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((1,), (1, 64)))
@@ -125,7 +126,7 @@ def test_split_attention_takes_the_place_of_pytorchs(cache_dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
-def test_weights_are_quantised_on_their_device(format):
+def test_weights_are_quantized_on_their_device(format):
     with fake_cuda() as device:
         packed = quantize(torch.empty(64, 96, device=device), format)
         assert {packed.weight.device, packed.scale.device, format.dequantize(packed).device} == {device}

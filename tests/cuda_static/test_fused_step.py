@@ -13,9 +13,10 @@ from torch import nn
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.engine.decode import DecodeState, StepKind, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
 from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.state import DecodeState, StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.model import Qwen3, build_on_meta
@@ -157,14 +158,17 @@ def test_engines_on_cuda_select_it(is_on, monkeypatch):
         parts = Parts.build(StepCompiler(True, device), model, cache)
         assert Parts.build(StepCompiler(False, device), model, cache).fused_step is None
         if not is_on:
-            assert parts.fused_step is None
+            assert parts.fused_step is None and parts.fused_sampler is None
             return
         assert [parts.fused_step.serves(rows) for rows in (1, 8, 16)] == [True, True, False]
         state = DecodeState.allocate(16, device)
         cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
         with HostWatch() as watch:
             decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.GREEDY)
+            decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.FULL)
             logits = parts.fused_step.logits(state.input_R[:1], cos_SD, sin_SD, state.position_R[:1])
+            token = parts.fused_sampler.choose(logits, state.sampler_rows(slice(3, 4)), SamplerKind.WINDOW)
+        assert token.shape == (1,) and token.dtype == torch.int64
         assert watch.faults == [] and logits.shape == (1, config.vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of chosen experts against products with the dequantised weights."""
+"""The Triton kernel of chosen experts against products with the dequantized weights."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def product(x_PK, packed, expert_P, num_experts, format):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 3, 16, 32), (4, 5, 48, 96), (3, 2, 16, 2080)])
-def test_packed_experts_equal_dequantised_products(format, dtype, shape):
+def test_packed_experts_equal_dequantized_products(format, dtype, shape):
     rows, num_experts, out_features, in_features = shape
     packed = quantize(random_tensor(num_experts * out_features, in_features), format)
     x_PK = random_tensor(rows, in_features, seed=1).to(dtype)
@@ -42,4 +42,4 @@ def test_experts_that_are_not_chosen_are_not_read(format):
         if expert != 2:
             scale.fill_(torch.nan)
     assert torch.equal(product(x_PK, packed, expert_P, 4, format), expected)
-    assert product(x_PK, packed, expert_P + 1, 4, format).isnan().all()  # so that the test could fail
+    assert product(x_PK, packed, expert_P + 1, 4, format).isnan().all()  # the test can fail

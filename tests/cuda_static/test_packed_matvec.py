@@ -1,4 +1,4 @@
-"""The Triton kernel of quantised products against products with the dequantised weight."""
+"""The Triton kernel of quantized products against products with the dequantized weight."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def product(x_MK, packed, format):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 16, 32), (2, 48, 96), (17, 32, 544), (5, 16, 2080)])
-def test_packed_matvec_equals_the_dequantised_product(format, dtype, shape):
+def test_packed_matvec_equals_the_dequantized_product(format, dtype, shape):
     rows, out_features, in_features = shape
     packed = quantize(random_tensor(out_features, in_features), format)
     x_MK = random_tensor(rows, in_features, seed=1).to(dtype)

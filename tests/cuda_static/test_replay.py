@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.kernels import attention
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
@@ -92,7 +93,7 @@ def make_engine(model, lookahead=0, recorder=None):
 
 
 def buffers_of(engine):
-    """What steps write to; some of it is allocated when a request first needs it."""
+    """Return the buffers that steps write to; some are allocated when a request first needs them."""
     processors = engine.processors.tensors if engine.processors is not None else []
     logprobs = vars(engine.logprobs).values() if engine.logprobs is not None else []
     chunks = [engine.captured._logits_1V] if engine.captured is not None else []
@@ -220,7 +221,7 @@ def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
 
 
 def test_steps_with_a_hook_are_in_no_graph(model):
-    """It runs on the host, at every token anew; the others' tokens stay what they are in graphs."""
+    """It runs on the host at every token; other requests get the same tokens as with graphs."""
     plain = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 40, frozenset())
     hooked = Request(
         [5, 6], 30.0, 0, 1.0, 0.0, 8, 10, frozenset(), logits_processor=lambda x_V, ids: x_V.roll(len(ids))
@@ -342,3 +343,21 @@ def test_garbage_collection_that_was_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_first_chunk_whose_logprobs_are_wanted_runs_uncaptured_and_others_are_replayed(model):
+    engine = make_engine(model, lookahead=1)
+    plain = make_engine(model)
+    ids = [(5 * i) % 97 for i in range(150)]
+    wanted = WantedLogprobs(1, 2)
+    for prompt, first in ((ids[:20], 1), (ids, 1), (ids, 140)):  # in one chunk; from the first on; in the last only
+        found, expected = [], plain.prompt_logprobs_uncached(prompt, replace(wanted, first=first))
+        recorded = len(engine.graphs)
+        prefill, logits_1V = engine.begin_prefill(0, prompt, 0, replace(wanted, first=first)), None
+        while logits_1V is None:
+            logits_1V = engine.prefill_step(prefill)
+        found = prefill.logprobs
+        assert len(engine.graphs) - recorded == (first > 1)
+        assert [at.ids for at in found] == [at.ids for at in expected]
+        assert_near(torch.tensor([at.chosen for at in found]), torch.tensor([at.chosen for at in expected]))
+        assert_near(logits_1V, plain.logits_uncached(prompt))

@@ -1,4 +1,4 @@
-"""Compiled parts: what they give, when they are compiled anew, and what "auto" does."""
+"""Compiled parts: their results, their recompilation, and the mode "auto"."""
 
 import threading
 import time

@@ -52,11 +52,11 @@ def make_engine(model, lookahead: int = 0) -> Engine:
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypatch, lookahead):
     # So that attention of steps reads as much in both: this engine's lookahead is a CUDA device's.
-    monkeypatch.setattr("qwen3fast.generator.Engine", lambda model, cache, *_: make_engine(model, lookahead))
+    monkeypatch.setattr("qwen3fast.generator.Engine", lambda model, cache, *_, **__: make_engine(model, lookahead))
     tape = Tape()
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)
-        leader = generator.debug.engine._engine
+        leader = generator.debug.engine
     follower = make_engine(model, lookahead)
     follow(follower, Tape(is_leader=False, messages=tape.messages))
     assert not tape.messages, "it has received all"
@@ -130,4 +130,4 @@ def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
             raise RuntimeError("connection closed by peer")
 
     LeadingEngine(make_engine(model), Gone()).close()
-    assert "the other ranks could not be told to end: connection closed by peer" in caplog.text
+    assert "could not tell the other ranks to end: connection closed by peer" in caplog.text

@@ -173,11 +173,13 @@ def test_nothing_compiles_after_warmup(model, compiled):
                 top_p=rng.choice([0.5, 1.0]),
                 min_p=rng.choice([0.0, 0.1]),
                 max_tokens=rng.randint(1, 20),
+                prompt_logprobs=rng.choice([None, 2]),
             )
             for _ in prompts
         ]
         with torch.compiler.set_stance("fail_on_recompile"):  # in all threads
             compiled.generate(prompts, params)
+            compiled.score(prompts[0], [[1], [2, 3]])
     assert compiled.stats.compilations == compilations
 
 

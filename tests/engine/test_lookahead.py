@@ -52,8 +52,7 @@ def run(scheduler, requests):
     return [(request.output_ids, request.finish_reason) for request in requests]
 
 
-@pytest.mark.parametrize("lookahead", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("lookahead", "seed"), [(1, 0), (1, 1), (2, 2), (2, 3), (5, 0), (5, 3)])
 def test_running_ahead_changes_no_result(model, lookahead, seed):
     expected = run(make_scheduler(model, 0), make_requests(seed))
     scheduler = make_scheduler(model, lookahead)

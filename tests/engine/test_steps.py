@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 97
-# Softer than the other tests' weights, so that processors change tokens and log-probabilities are not all 0.
+# Softer than the other tests' weights: processors change tokens, and log-probabilities are not all 0.
 MODEL = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
 
 
@@ -74,11 +74,11 @@ class ForbidAll:
 
 
 def shifted(logits_V, output_T):
-    """Other logits at each token, so that one of another row or another token would be noticed."""
+    """Logits that differ at each token: those of another row or token would be noticed."""
     return logits_V.roll(len(output_T)) + (output_T[-1] % 7 if len(output_T) else 0) * torch.arange(VOCABULARY) / 50
 
 
-# What a request may bring along; made anew for each run, since constraints have a state.
+# The features of a request; made for each run, since constraints have a state.
 FEATURES = {
     "plain": lambda: {},
     "repetition penalty": lambda: {"repetition_penalty": 1.8},
@@ -301,7 +301,7 @@ FAILURES = ["is_active", "fill_mask", "accept", "logits_processor", "on_token"]
 @pytest.mark.parametrize("what", FAILURES)
 @pytest.mark.parametrize("place", [0, 2])
 def test_what_fails_of_a_request_fails_that_request_alone(place, what, call, lookahead):
-    """place: its row, among those of a plain request and of one whose every token is watched."""
+    """place: its row, beside a plain request and one whose every token is watched."""
     error = ValueError("of its own")
     scheduler = Scheduler(make_engine(3, lookahead))
     failing = failing_request(what, call, error)

@@ -1,4 +1,4 @@
-"""What tests on a GPU share: few engines, made once; a limit of time for each test, and one for the folder.
+"""Fixtures of tests on a GPU: few engines, made once; a limit of time for each test, and one for the folder.
 
 Everything compares with the CPU reference in float32 on models of two layers. Tokens of different devices are held
 against the reference's logits, since sums round differently: a token is right if it is the argmax up to rounding.
@@ -31,7 +31,7 @@ TEST_S = 120  # the longest that one test may take, its fixtures included
 FOLDER_S = 330  # after which the tests that are left are skipped
 ORDER = ("test_steps", "test_tokens", "test_quantized", "test_prefill", "test_nccl")  # most important first
 FOLDER = Path(__file__).parent
-_started = time.monotonic()
+STARTED = pytest.StashKey[float]()  # when the folder's first test began
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,10 +63,10 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # pytest's own hooks undo after each test what they did before it
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Make the test's fixtures within the limit; skip it once the folder's time is spent."""
-    if time.monotonic() - _started > FOLDER_S:
+    if time.monotonic() - item.session.stash.setdefault(STARTED, time.monotonic()) > FOLDER_S:
         pytest.skip(f"the tests of this folder have taken {FOLDER_S} s already")
     with time_limit(TEST_S):
         return (yield)
@@ -135,5 +135,5 @@ def prompts() -> list[list[int]]:
 def assert_captured(generator: Generator) -> None:
     """Check that steps were captured as graphs, none of them in vain."""
     if DEVICE.type == "cuda":
-        assert not generator._engine.graphs.failure
+        assert not generator.debug.engine.graphs.failure
         assert generator.stats.cuda_graphs > 0

@@ -33,5 +33,5 @@ def test_prefill_in_bfloat16_equals_the_plain_model(compile):
     model = randomised(small_config(**sizes, dtype=torch.bfloat16), seed=3)
     ids = random_ids(1, 1100)
     with Generator(copy.deepcopy(model).bfloat16().to(DEVICE), max_seq_len=1300, compile=compile) as generator:
-        logits_1V = generator._engine.prefill_whole(0, ids[0].tolist())
+        logits_1V = generator.debug.engine.prefill_whole(0, ids[0].tolist())
     assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)

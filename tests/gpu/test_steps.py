@@ -11,12 +11,12 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.scheduling import Request, Scheduler
 
 LAYERS = 2
-MOST_KERNELS = 20 * LAYERS + 40  # of a step; captured eagerly, it has about 60 a layer
+MAX_KERNELS = 20 * LAYERS + 40  # of a step; captured eagerly, it has about 60 a layer
 PROMPT = list(range(90))
 
 
 def profile(generator):
-    """What a greedy step of one request launches."""
+    """Return the kernels that a greedy step of one request launches."""
 
     def run(tokens):
         generator.generate(PROMPT, SamplingParams(temperature=0, max_tokens=tokens))
@@ -28,7 +28,7 @@ def profile(generator):
 def test_a_step_is_one_graph_of_compiled_kernels(generators):
     step = profile(generators["graphs"])
     assert step["graph_launches"] == 1
-    assert 0 < step["kernels"] <= MOST_KERNELS, step["by_name"]
+    assert 0 < step["kernels"] <= MAX_KERNELS, step["by_name"]
     assert step["eager_kernels"] == [], "operations that no compiler has fused were captured"
     assert_captured(generators["graphs"])
 
@@ -40,7 +40,7 @@ def test_without_graphs_the_same_kernels_are_launched_one_by_one(generators):
     assert compiled["kernels"] == graphs["kernels"]
     assert compiled["launches"] >= compiled["kernels"]
     assert eager["kernels"] > 1.5 * graphs["kernels"]
-    assert eager["eager_kernels"] != []  # so that a compiled step's lack of them means something
+    assert eager["eager_kernels"] != []  # a compiled step's lack of them then means something
 
 
 def test_steps_run_ahead_and_stop_tokens_are_never_passed(twin):

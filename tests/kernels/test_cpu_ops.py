@@ -1,6 +1,7 @@
 """The C++ operations against their plain PyTorch forms, alone and inside a compiled model."""
 
 import copy
+import os
 import subprocess
 import sys
 from itertools import product
@@ -57,7 +58,7 @@ def test_matvec_refuses_what_it_cannot_do(x, weight):
 
 
 def stored(x_RKSD, dtype):
-    """Keys or values as a cache of this dtype holds them, and their factors."""
+    """Keys or values as a cache of this dtype holds them, and their scales."""
     return quantize_vectors(x_RKSD) if dtype == torch.int8 else (x_RKSD, None)
 
 
@@ -194,10 +195,10 @@ def layers_case(format=None, rows=3, positions=300, cache_dtype=torch.bfloat16, 
     cache = StaticKVCache(model.config, rows + 1, positions, cache_dtype, CPU)
     for i, layer in enumerate(cache.layers()):
         for seed, tensor, scale in ((i, layer.k_RKSD, layer.k_scale_RKS), (-1 - i, layer.v_RKSD, layer.v_scale_RKS)):
-            numbers, factors = stored(random_tensor(*tensor.shape, seed=seed), cache_dtype)
+            numbers, scales = stored(random_tensor(*tensor.shape, seed=seed), cache_dtype)
             tensor.copy_(numbers)
             if scale is not None:
-                scale.copy_(factors)
+                scale.copy_(scales)
     places = [0, 130, positions - 1, 5, 64, 1, 17, 128, 3]
     position_B1 = torch.tensor([[places[row % len(places)]] for row in range(rows)])
     return model, cache, random_tensor(rows, 1, sizes["hidden_size"]).bfloat16(), position_B1
@@ -211,7 +212,7 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """What `cpu.DecodeLayersCall` is made of: lists of the model's and the cache's tensors."""
+    """Return the arguments of `cpu.DecodeLayersCall`: lists of the model's and the cache's tensors."""
     norms, weights, scales = [], [], []
     for block in model.model.layers:
         a, f = block.self_attn, block.mlp
@@ -328,7 +329,7 @@ def test_decode_layers_leave_other_models_alone():
     [
         (lambda a: a["norms"].pop(), "four norms"),
         (lambda a: a["norms"].insert(0, a["norms"].pop(1)), "norms must be bfloat16, of the size"),
-        (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "caches alike"),
+        (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "one shape and dtype"),
         (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
         (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
         (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "scales of keys and values"),
@@ -362,7 +363,7 @@ def test_decode_layers_refuse_inputs_that_do_not_fit(changes, message):
         DecodeLayers(model, cache)(**arguments)
 
 
-# Not optimised much: that takes over a minute.
+# Not optimized much: that takes over a minute.
 CPU_FORMATS = [format for format in FORMATS.values() if "cpu" in format.devices]
 PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
@@ -391,8 +392,8 @@ def test_operations_for_other_processors(processor, tmp_path):
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
     (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
-    rounded = (k, v, position, torch.tensor([0]), k_scale, v_scale)
-    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *rounded)))
+    quantized = (k, v, position, torch.tensor([0]), k_scale, v_scale)
+    cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *quantized)))
     for format in CPU_FORMATS:
         packed = quantize(random_tensor(48, 96), format)
         cases += [
@@ -410,13 +411,14 @@ def test_operations_for_other_processors(processor, tmp_path):
         layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))
     torch.save((operations, layers), tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = os.environ | {cpu.library.PIN: "native"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
-    """Through the engine, so that the operations are really used: logits of the same forced ids."""
+    """Through the engine, which uses the operations: logits of the same forced ids."""
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
     model = randomised(config).bfloat16()
     cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)
@@ -471,6 +473,7 @@ def test_loading_the_operations_leaves_subnormal_numbers_alone():
 @pytest.mark.parametrize("compiler", ["false", "/there/is/none"])
 def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv(cpu.library.PIN, "native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_was_tried", False)
     monkeypatch.setattr(cpu, "_functions", None)

@@ -13,21 +13,22 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import library
 
 IS_LOADED = cpu.load()
-BUILT = next(library.cache_folder().glob(f"ops-{library._key()}-*.so"), Path())
+BUILT = next(library.cache_folder().glob(f"ops-{library.source_key()}-*.so"), Path())
 
 pytestmark = pytest.mark.skipif(not IS_LOADED, reason="no compiler for the C++ operations on this machine")
 
 
 @pytest.fixture
 def builds(monkeypatch):
-    """What was "built": by copying the library that the tests' process has built before."""
+    """Record what is "built", by copying the library that the tests' process has built before."""
     built, builds = BUILT, []
 
-    def build(compiler, folder, key, jobs):
+    def build(compiler, flags, folder, prefix, jobs):
         builds.append(compiler)
         return Path(shutil.copy(built, folder / built.name))
 
-    monkeypatch.setattr(library, "_build", build)
+    monkeypatch.setattr(library, "build", build)
+    monkeypatch.setenv(library.PIN, "native")
     return builds
 
 
@@ -59,7 +60,7 @@ def test_a_library_that_is_not_what_was_built_is_built_again(folder, builds, con
 
 def test_a_library_without_the_functions_is_built_again(folder, builds):
     other = Path(_ctypes.__file__)
-    name = f"ops-{library._key()}-{library._digest(other.read_bytes())}.so"
+    name = f"ops-{library.source_key()}-{library.digest(other.read_bytes())}.so"
     shutil.copy(other, folder / name)
     assert is_whole(library.open_library())
     assert len(builds) == 1 and not (folder / name).exists()
@@ -111,5 +112,6 @@ def test_a_truncated_library_does_not_end_the_process(folder):
     os.truncate(folder / BUILT.name, 20_000)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": "/nonexistent"}
     environment.pop("CXX", None)
+    environment[library.PIN] = "native"
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr  # no compiler: PyTorch's forms

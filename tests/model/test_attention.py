@@ -51,7 +51,7 @@ def noisy_cache(config: ModelConfig, rows: int, row_B: Tensor | None = None, see
 def reference_attention(
     attention: Attention, config: ModelConfig, x_TE: Tensor, norm_before_rope: bool = True
 ) -> Tensor:
-    """One row: project, normalise each head, rotate, then for each head and token a softmax over the past."""
+    """One row: project, normalize each head, rotate, then for each head and token a softmax over the past."""
 
     def project(layer: torch.nn.Linear, x_E: Tensor) -> Tensor:
         y = layer.weight.double() @ x_E
@@ -99,7 +99,7 @@ def test_attention_equals_loops(heads, kv_heads, bias):
     assert_near(uncached(attention, config, x_BTE), expected)
 
 
-def test_attention_normalises_heads_before_rope():
+def test_attention_normalizes_heads_before_rope():
     attention, config = random_attention(rope_theta=100.0)
     x_BTE = random_tensor(1, 7, config.hidden_size)
     y_TE = uncached(attention, config, x_BTE)[0]

@@ -1,4 +1,4 @@
-"""StaticKVCache: sizes, buckets and refusals. CacheLayer: what is written is read, in 8 bits up to rounding."""
+"""StaticKVCache: sizes, buckets and refusals. CacheLayer: what is written is read, in int8 up to rounding."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_cache_refuses_sizes_below_one(field):
 
 
 def write_and_read(cache, k_BTKD, v_BTKD, position_BT, length):
-    """What a cached call does before it attends."""
+    """Write and read as a cached call does before attention."""
     cache.write(k_BTKD, v_BTKD, position_BT)
     return cache.read(len(k_BTKD), length, k_BTKD.dtype)
 
@@ -133,8 +133,8 @@ def test_int8_gives_back_what_was_written_up_to_half_a_step(rows):
 
 def test_quantize_vectors_keeps_the_largest_number_zero_and_what_is_not_finite():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0]])
-    rounded, scale = quantize_vectors(x)
-    assert rounded[0].tolist() == [64, -127, 32] and rounded[1].tolist() == [0, 0, 0]
+    level, scale = quantize_vectors(x)
+    assert level[0].tolist() == [64, -127, 32] and level[1].tolist() == [0, 0, 0]
     assert math.isclose(scale[0], 2 / 127, rel_tol=1e-6) and scale[1] == 0
     assert not scale[2:].isfinite().any()
 

@@ -41,7 +41,7 @@ def reference(moe: MoE, x_E: torch.Tensor) -> torch.Tensor:
     x_E = x_E.double()
     chance_X = (moe.gate.weight.double() @ x_E).softmax(0)
     chosen = sorted(range(len(chance_X)), key=lambda expert: -chance_X[expert])[: moe.num_chosen]
-    total = sum(chance_X[expert] for expert in chosen) if moe.is_renormalised else 1.0
+    total = sum(chance_X[expert] for expert in chosen) if moe.is_renormalized else 1.0
     y_E = torch.zeros_like(x_E)
     for expert in chosen:
         gate, up = (moe.experts.gate_up_proj[expert].double() @ x_E).chunk(2)
@@ -59,7 +59,7 @@ def test_moe_is_the_sum_of_its_chosen_experts(norm_topk_prob, batch, tokens):
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
-def test_shares_sum_to_one_only_if_renormalised(norm_topk_prob):
+def test_shares_sum_to_one_only_if_renormalized(norm_topk_prob):
     share_NC, _ = make_moe(norm_topk_prob=norm_topk_prob).route(random_tensor(20, 48))
     total_N = share_NC.sum(dim=1)
     assert torch.allclose(total_N, torch.ones(20)) == norm_topk_prob

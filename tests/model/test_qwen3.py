@@ -26,7 +26,7 @@ def test_qwen3_rows_of_a_batch_are_independent():
     assert_near(MODEL(token_BT), torch.cat([MODEL(token_BT[b : b + 1]) for b in range(3)]))
 
 
-def test_qwen3_normalises_before_the_output_projection():
+def test_qwen3_normalizes_before_the_output_projection():
     hidden = MODEL.hidden(random_ids(1, 4))
     assert_same(MODEL.logits(hidden), MODEL.model.norm(hidden) @ MODEL.lm_head.weight.T)
 

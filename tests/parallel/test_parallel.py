@@ -74,7 +74,7 @@ def dense(checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def two(dense, tmp_path_factory) -> tuple[dict[str, Any], list[int], list[str]]:
-    """What two processes do."""
+    """Return the results of two processes."""
     output = tmp_path_factory.mktemp("two") / "results.json"
     cases = [f"{case}={dense}" for case in ("everything", "int8", "compiled", "dying")]
     return run_processes(2, output, COMMAND, *cases)
@@ -82,14 +82,14 @@ def two(dense, tmp_path_factory) -> tuple[dict[str, Any], list[int], list[str]]:
 
 @pytest.fixture(scope="module")
 def expected(dense) -> dict[str, Any]:
-    """What one process gives."""
+    """Return the results of one process."""
     return parallel_worker.run("everything", str(dense), tensor_parallel=False)
 
 
 def assert_same_results(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same tokens and texts; numbers up to rounding."""
     for name, value in expected.items():
-        if name in ("logits", "logprobs"):
+        if name in ("logits", "logprobs", "prompt_logprobs"):
             assert_near(torch.tensor(actual[name]), torch.tensor(value))
         elif name != "bytes":
             assert actual[name] == value, name

@@ -25,7 +25,7 @@ from qwen3fast.quantization.formats import FORMATS
 CONFIG = small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
 SHAPES = {
     "plain": {},
-    "renormalised": {"norm_topk_prob": True},
+    "renormalized": {"norm_topk_prob": True},
     "every second layer": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
     "dense layers": {"mlp_only_layers": (0, 2), "num_hidden_layers": 3, "norm_topk_prob": True},
     "step and dense layers": {"mlp_only_layers": (1,), "decoder_sparse_step": 2, "num_hidden_layers": 4},
@@ -56,7 +56,7 @@ def test_logits_equal_transformers(shape, batch, tokens):
     assert_near(model(token_BT), reference_of(model)(token_BT).logits)
 
 
-@pytest.mark.parametrize("shape", ["plain", "renormalised", "dense layers"])
+@pytest.mark.parametrize("shape", ["plain", "renormalized", "dense layers"])
 def test_prefill_and_decode_equal_transformers(shape):
     """Two rows of different lengths, decoded together on tokens of their own."""
     model = randomised(replace(CONFIG, **SHAPES[shape]))
@@ -78,7 +78,7 @@ def test_prefill_and_decode_equal_transformers(shape):
 
 
 def test_bfloat16_is_within_rounding_of_transformers():
-    # All experts, so that rounding cannot change the choice.
+    # All experts are active: rounding cannot change the choice.
     model = randomised(replace(CONFIG, **SHAPES["all experts"])).bfloat16()
     token_BT = random_ids(2, 21)
     assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
@@ -89,14 +89,14 @@ def test_bfloat16_is_within_rounding_of_transformers():
     [
         ("int8", "plain", 2, 21),
         ("int8", "all experts", 3, 1),
-        ("int4", "renormalised", 3, 1),
+        ("int4", "renormalized", 3, 1),
         ("int4", "dense layers", 2, 21),
-        ("fp8", "renormalised", 2, 21),
+        ("fp8", "renormalized", 2, 21),
         ("fp8", "plain", 3, 1),
     ],
 )
-def test_rounded_experts_equal_transformers_with_the_same_numbers(format, shape, batch, tokens, monkeypatch):
-    """Weights in 8 and 4 bits, in the plain form, against transformers with what these bits stand for."""
+def test_quantized_experts_equal_transformers_with_the_same_numbers(format, shape, batch, tokens, monkeypatch):
+    """Quantized weights in the plain form, against transformers with the dequantized weights."""
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     config = replace(config, **SHAPES[shape])
@@ -110,7 +110,7 @@ def test_rounded_experts_equal_transformers_with_the_same_numbers(format, shape,
 @pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 @pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"]], ids=lambda f: f.name)
 def test_rounded_experts_of_the_operation_are_near_transformers(format):
-    """The operation rounds activations, too. All experts, so that rounding cannot change the choice."""
+    """The operation also quantizes activations. All experts are active: rounding cannot change the choice."""
     config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     config = replace(config, **SHAPES["all experts"])
     model = randomised(config)
@@ -135,7 +135,7 @@ def test_head_dim_that_the_config_does_not_name_is_transformers():
     assert CheckpointConfig.from_dict(raw).model.head_dim == reference.model.layers[0].self_attn.head_dim
 
 
-@pytest.mark.parametrize("shape", ["renormalised", "dense layers"])
+@pytest.mark.parametrize("shape", ["renormalized", "dense layers"])
 def test_checkpoint_that_transformers_writes_is_read(tmp_path, shape):
     model = randomised(replace(CONFIG, **SHAPES[shape]))
     reference_of(model).save_pretrained(tmp_path)

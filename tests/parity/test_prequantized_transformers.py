@@ -1,4 +1,4 @@
-"""Published fp8 checkpoints against transformers, which dequantises them on the CPU, too."""
+"""Prequantized fp8 checkpoints against transformers, which also dequantizes them on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def no_accelerate(monkeypatch):
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
 
 
-def dequantised_by_transformers(folder):
+def dequantized_by_transformers(folder):
     options = {"dtype": torch.bfloat16, "quantization_config": FineGrainedFP8Config(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
@@ -35,7 +35,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
     write_prequantized(
         tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files
     )
-    theirs = dequantised_by_transformers(tmp_path)
+    theirs = dequantized_by_transformers(tmp_path)
     ours = load_model(tmp_path, device="cpu")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
@@ -48,7 +48,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
 def test_experts_equal_those_of_transformers(tmp_path):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
     write_fp8_experts(tmp_path, replace(CONFIG, **sizes))
-    theirs, ours = dequantised_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
+    theirs, ours = dequantized_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)

@@ -130,7 +130,7 @@ def test_picture_of_operators_puts_them_side_by_side():
     assert [bar.get_width() for bar in prompt.patches] == [0.0, 0.0]  # nothing of it but the whole was recorded
 
 
-def test_quantisation_shows_the_middle_and_the_worst_layer():
+def test_quantization_shows_the_middle_and_the_worst_layer():
     assert tables.quantization_rows(quantization_record())[1:] == [
         ["int4", "2.50", "20.00%", "2.00%", "3.00%", "1.5000", "75.0%"]
     ]
@@ -194,6 +194,15 @@ def test_the_readme_gets_the_table_of_each_record_and_where_it_was_measured(make
     assert new.startswith("Before.\n<!-- table: r.json -->\n| ") and new.endswith("\n<!-- end -->\nAfter.")
     assert "\n\na CPU, 2 threads; torch 2; qwen3fast 1, 2026-01-02.\n" in new
     assert update_readme.update(new, tmp_path) == new
+
+
+def test_the_cache_table_tells_where_the_first_token_comes_later_with_the_cache():
+    slow = cache_record()
+    assert "FAULT" not in update_readme.cache_table(slow)
+    slow.cases[1].samples["ttft_s"] = [0.8]
+    assert update_readme.cache_table(slow).endswith(
+        "|\n\nFAULT at 32 tokens (bf16, batch 1): the first token takes 800 ms with the cache, 500 ms without."
+    )
 
 
 def test_the_version_of_transformers_and_noise_are_said(tmp_path):

@@ -1,4 +1,4 @@
-"""README and docs: Python blocks run, command lines parse, links lead somewhere, tables are those of the records."""
+"""README and docs: Python blocks run, command lines parse, links lead somewhere, tables match the records."""
 
 from __future__ import annotations
 

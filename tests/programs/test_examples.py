@@ -1,4 +1,4 @@
-"""Every program in examples/ runs on tiny, and so does the notebook, whose stored outputs are those of its code."""
+"""Every program in examples/ runs on tiny, and so does the notebook, whose stored outputs match its code."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ sys.exit(3 if label == "fail" else 0)
 @pytest.fixture
 def part_run(tmp_path, monkeypatch):
     """Makes a part whose variants do what their labels say."""
-    monkeypatch.setattr(runner, "LEAST_S", 0.1)
+    monkeypatch.setattr(runner, "MIN_S", 0.1)
     monkeypatch.setattr(runner, "SPARE_S", 0.2)
     script = tmp_path / "child.py"
     script.write_text(CHILD)
@@ -378,6 +379,19 @@ def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):
     assert notes["variants"]["gpu"]["passed"] == 1 and notes["errors"] == []
     [left_out] = notes["left_out"]
     assert "test_other.py: ModuleNotFoundError: No module named 'no_such_package'" in left_out
+
+
+def test_tests_on_a_gpu_are_skipped_once_their_time_is_spent(tmp_path):
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "test_steps.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    text = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
+    (folder / "conftest.py").write_text(re.sub("^FOLDER_S = .*$", "FOLDER_S = -1", text, flags=re.MULTILINE))
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GPU_TESTS_ON": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and "2 skipped" in done.stdout, done.stdout + done.stderr
 
 
 def record_of(part, gpu="NVIDIA H200", **more):

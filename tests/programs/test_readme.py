@@ -1,6 +1,6 @@
 """The README is a front page: short, in a fixed order, and without a claim that nothing beside it shows.
 
-Its code blocks, commands, links and tables are tested in test_docs.py, with those of the other documents.
+Its code blocks, commands, links and tables are tested in test_docs.py, with the other documents.
 """
 
 import re

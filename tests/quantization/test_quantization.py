@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: the formats, the product, models that are quantised, saved and loaded."""
+"""Weights in 8 and 4 bits: the formats, the product, models that are quantized, saved and loaded."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_operation_rounds_as_the_plain_form_does(format, threads, rows, grou
     torch.set_num_threads(before)
     for result, expected in zip(actual, format.quantize(weight), strict=True):
         assert_same(result, expected)
-        assert torch.equal(result.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))  # -0, too
+        assert torch.equal(result.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))  # -0 as well
 
 
 @needs_operation
@@ -93,10 +93,10 @@ def test_the_operation_rounds_numbers_that_are_none_as_the_plain_form_does():
     weight[3, 5], weight[20, 40] = torch.nan, torch.inf
     for result, expected in zip(quantize(weight, INT4), INT4.quantize(weight), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
-    rounded, plain = (INT8.dequantize(packed) for packed in (quantize(weight, INT8), INT8.quantize(weight)))
+    quantized, plain = (INT8.dequantize(packed) for packed in (quantize(weight, INT8), INT8.quantize(weight)))
     sound = [row for row in range(2 * LANES) if row not in (3, 20)]
-    assert_same(rounded[sound], plain[sound])
-    assert rounded[[3, 20]].isnan().all() and plain[3].isnan().all()
+    assert_same(quantized[sound], plain[sound])
+    assert quantized[[3, 20]].isnan().all() and plain[3].isnan().all()
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
@@ -119,8 +119,8 @@ def test_the_operation_refuses_what_it_cannot_round():
         torch.zeros(LANES, 2 * GROUP).bfloat16(),
         torch.zeros(GROUP, LANES).bfloat16().T,
     ):
-        with pytest.raises(ValueError, match=r"round_weight: weight must be \(16, 32\) bfloat16, contiguous"):
-            cpu.round_weight(weight, *packed)
+        with pytest.raises(ValueError, match=r"quantize_weight: weight must be \(16, 32\) bfloat16, contiguous"):
+            cpu.quantize_weight(weight, *packed)
 
 
 @pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)
@@ -154,7 +154,7 @@ def test_layout_on_disk_is_the_described_one():
     byte = quantize(weight, INT8).weight[row // 16, channel // 4, row % 16, channel % 4]
     assert int(byte) - 128 == round(float(weight[row, channel] / weight[row].abs().max() * 127))
     packed = quantize(weight, INT4)
-    # Channel 45 = 8 * 5 + 4 + 1: the high half of byte 1; its neighbour 41 = 8 * 5 + 1 is the low half.
+    # Channel 45 = 8 * 5 + 4 + 1: the high half of byte 1; its neighbor 41 = 8 * 5 + 1 is the low half.
     byte = int(packed.weight[row // 16, 5, row % 16, 1])
     scale = float(packed.scale[row // 16, channel // 32, row % 16])
     dense = INT4.dequantize(packed)
@@ -170,7 +170,7 @@ def test_rows_are_those_of_the_whole(format):
 
 
 @all_formats
-def test_large_weights_are_quantised_in_parts_without_a_difference(format, monkeypatch):
+def test_large_weights_are_quantized_in_parts_without_a_difference(format, monkeypatch):
     weight = random_tensor(5 * LANES, GROUP)
     whole = quantize(weight, format)
     monkeypatch.setattr("qwen3fast.quantization.formats.WEIGHTS_AT_ONCE", 2 * LANES * GROUP)
@@ -182,7 +182,7 @@ def test_large_weights_are_quantised_in_parts_without_a_difference(format, monke
 
 
 def product_in_plain_pytorch(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-    """What the C++ operation computes: activations in 8 bits, too, a scale for 32 channels; in float64."""
+    """Compute the C++ operation's result in float64: activations in 8 bits as well, one scale per 32 channels."""
     groups = x.double().unflatten(-1, (-1, GROUP))
     scale = groups.abs().amax(dim=-1, keepdim=True) / 127
     rounded = torch.round(groups / scale.where(scale > 0, 1)) * scale
@@ -273,7 +273,7 @@ def quantized_model(format, **changes):
 @formats
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_quantised_model_equals_the_model_of_its_dequantised_weights(format, tied, bias, monkeypatch):
+def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, tied, bias, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # the plain form: no rounding of activations
     model = quantized_model(format, tie_word_embeddings=tied, attention_bias=bias)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
@@ -331,7 +331,7 @@ def test_saved_model_loads_as_it_was(format, tied, dtype, tmp_path):
     assert_near(loaded(tokens), model(tokens), getattr(torch, dtype))
 
 
-def test_broken_quantised_checkpoints_are_refused_by_name(tmp_path):
+def test_broken_quantized_checkpoints_are_refused_by_name(tmp_path):
     model = quantized_model(INT8)
     del model.model.layers[1].mlp.up_proj.weight_scale
     model.model.layers[0].mlp.up_proj.weight_packed = nn.Parameter(
@@ -394,7 +394,7 @@ def test_devices_without_kernels_are_refused_before_anything_is_read(tmp_path, m
         load_model("random:0.6b", quantization="int8")
 
 
-def test_info_states_the_bytes_of_a_quantised_checkpoint(tmp_path, capsys):
+def test_info_states_the_bytes_of_a_quantized_checkpoint(tmp_path, capsys):
     model = quantized_model(INT4)
     save_model(model, tmp_path)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -402,7 +402,7 @@ def test_info_states_the_bytes_of_a_quantised_checkpoint(tmp_path, capsys):
     assert f"{size:,} bytes in int4" in capsys.readouterr().out
 
 
-def test_command_line_quantises(capsys, opened):
+def test_command_line_quantizes(capsys, opened):
     assert main(["generate", "What is 17 + 25?", "--quantization", "int8", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == "42\n"
     assert [formats_of(generator.model) for generator in opened] == [["int8"]]
@@ -423,7 +423,7 @@ def tiny(request):
         yield generator
 
 
-def test_quantised_tiny_is_smaller(tiny):
+def test_quantized_tiny_is_smaller(tiny):
     bf16_bytes = load_model("tiny").config.num_parameters * 2
     limit = {"int8": 0.52, "int4": 0.29}[formats_of(tiny.model)[0]]
     assert tiny.stats.weight_bytes < bf16_bytes * limit
@@ -432,11 +432,11 @@ def test_quantised_tiny_is_smaller(tiny):
 @pytest.mark.parametrize(
     "make", [lambda rng: tiny_tasks.addition(rng, held_out=True), tiny_tasks.copying], ids=["addition", "copying"]
 )
-def test_quantised_tiny_is_right(tiny, make):
+def test_quantized_tiny_is_right(tiny, make):
     assert share_right(tiny, task_examples(make, 40)) >= 0.9
 
 
-def test_quantised_tiny_saves_and_chats_again(tiny, tmp_path):
+def test_quantized_tiny_saves_and_chats_again(tiny, tmp_path):
     tiny.save_quantized(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer_config.json").read_bytes() == (
         TINY_FOLDER / "tokenizer_config.json"
@@ -447,7 +447,7 @@ def test_quantised_tiny_saves_and_chats_again(tiny, tmp_path):
         assert again.default_params == tiny.default_params
 
 
-def test_quantised_tiny_compiled_batched_and_uncached_agree():
+def test_quantized_tiny_compiled_batched_and_uncached_agree():
     prompts = ["The capital of France is", "Once upon a time, Alice had", "Copy"]
     params = SamplingParams(temperature=0, max_tokens=12)
     options = {"quantization": "int8", "dtype": "float32", "max_batch_size": 4}
@@ -459,7 +459,7 @@ def test_quantised_tiny_compiled_batched_and_uncached_agree():
         assert together == [r.token_ids for r in eager.generate(prompts, params)]
 
 
-def test_only_quantised_models_can_be_saved(tmp_path):
+def test_only_quantized_models_can_be_saved(tmp_path):
     with (
         Generator.from_pretrained("tiny", compile=False) as generator,
         pytest.raises(ValueError, match="not quantized"),

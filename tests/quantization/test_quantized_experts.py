@@ -76,7 +76,7 @@ def choice(tokens, chosen=3, num_experts=X, seed=0) -> torch.Tensor:
 
 
 def one_by_one(experts: QuantizedExperts, x_NE, expert_NC):
-    """Each pair by two quantised linear layers of its expert alone."""
+    """Each pair by two quantized linear layers of its expert alone."""
 
     def layer(tall: QuantizedLinear, expert: int) -> QuantizedLinear:
         parts = (p.chunk(experts.num_experts)[expert].clone() for p in (tall.weight_packed, tall.weight_scale))
@@ -118,7 +118,7 @@ def test_operation_is_near_the_unrounded_products(format):
 
 @all_formats
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-def test_plain_forms_equal_experts_with_the_dequantised_weights(format, tokens, plainly):
+def test_plain_forms_equal_experts_with_the_dequantized_weights(format, tokens, plainly):
     experts, x_NE, expert_NC = make_experts(format), random_tensor(tokens, E, seed=5), choice(tokens)
     expected = dequantized(experts).few(x_NE, expert_NC)
     assert_near(experts.few(x_NE, expert_NC), expected)
@@ -126,15 +126,15 @@ def test_plain_forms_equal_experts_with_the_dequantised_weights(format, tokens, 
 
 
 @all_formats
-def test_each_expert_is_rounded_by_itself(format):
+def test_each_expert_is_quantized_by_itself(format):
     whole = random_experts()
-    rounded = dequantized(QuantizedExperts.of(whole, format))
+    whole_stack = dequantized(QuantizedExperts.of(whole, format))
     alone = Experts(1, E, INNER).requires_grad_(False)
     for expert in (0, 5, X - 1):
         for mine, one in zip(whole.parameters(), alone.parameters(), strict=True):
             one.copy_(mine[expert : expert + 1])
         for a, b in zip(
-            dequantized(QuantizedExperts.of(alone, format)).parameters(), rounded.parameters(), strict=True
+            dequantized(QuantizedExperts.of(alone, format)).parameters(), whole_stack.parameters(), strict=True
         ):
             assert_same(a[0], b[expert])
 
@@ -213,7 +213,7 @@ def test_experts_that_are_not_chosen_are_not_read(format, is_plain, tokens, monk
     poison(experts, set(expert_NC.flatten().tolist()))
     assert_same(experts.few(x_NE, expert_NC), expected)
     assert expected.isfinite().all()
-    assert experts.few(x_NE, choice(tokens, X)).isnan().any()  # so that the test could fail
+    assert experts.few(x_NE, choice(tokens, X)).isnan().any()  # the test can fail
 
 
 @formats
@@ -231,7 +231,7 @@ def test_bytes_that_a_token_reads_are_those_of_chosen_experts(format):
 
 
 def with_dequantized_weights(model, config):
-    """A plain model of the weights that a quantised model's bits stand for; it has its router's."""
+    """Return a plain model with the dequantized weights of a quantized one, and its routers."""
     plain = randomised(config)
     with torch.no_grad():
         for name, module in plain.named_modules():
@@ -248,7 +248,7 @@ def with_dequantized_weights(model, config):
 
 @all_formats
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["experts", "mixed"])
-def test_quantised_model_equals_the_model_of_its_dequantised_weights(format, config, plainly):
+def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, config, plainly):
     model = randomised(config)
     quantize_model(model, format.name, torch.float32)
     assert formats_of(model) == [format.name]
@@ -293,7 +293,7 @@ def assert_same_parameters(actual, expected):
 
 @formats
 @pytest.mark.parametrize("layout", [tensors_of, tensors_by_expert], ids=["stacked", "published"])
-def test_experts_are_quantised_while_loading(format, layout, tmp_path, monkeypatch):
+def test_experts_are_quantized_while_loading(format, layout, tmp_path, monkeypatch):
     """As afterwards, but with no more than one layer's experts in memory as they were, as layers come in turn."""
     config = replace(CONFIG, num_hidden_layers=3)
     expected = randomised(config)
@@ -305,7 +305,7 @@ def test_experts_are_quantised_while_loading(format, layout, tmp_path, monkeypat
 
 
 def watch_experts(monkeypatch) -> list[int]:
-    """How many layers' experts were there unrounded, before and after each parameter that was loaded."""
+    """Count the layers with unquantized experts, before and after each loaded parameter."""
     whole: list[int] = []
 
     def count(model):
@@ -320,7 +320,7 @@ def watch_experts(monkeypatch) -> list[int]:
     return whole
 
 
-def test_random_experts_are_quantised_layer_by_layer(monkeypatch):
+def test_random_experts_are_quantized_layer_by_layer(monkeypatch):
     monkeypatch.setattr(ModelConfig, "named", lambda name: replace(CONFIG, num_hidden_layers=3))
     whole = watch_experts(monkeypatch)
     model = load_model("random:small", device="cpu", quantization="int4")
@@ -332,7 +332,7 @@ def test_random_experts_are_quantised_layer_by_layer(monkeypatch):
 
 @all_formats
 def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("qwen3fast.checkpoint.loaders.prepare_quantization", lambda *_: cpu.load())  # fp8, too
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.prepare_quantization", lambda *_: cpu.load())  # also for fp8
     model = randomised(MIXED)
     quantize_model(model, format.name, torch.float32)
     save_model(model, tmp_path / "saved")
@@ -345,7 +345,7 @@ def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
     assert f"{model.num_bytes():,} bytes in {format.name}" in capsys.readouterr().out
 
 
-def test_damaged_quantised_experts_are_refused_by_name(tmp_path):
+def test_damaged_quantized_experts_are_refused_by_name(tmp_path):
     model = randomised(CONFIG)
     quantize_model(model, "int8", torch.float32)
     layers = model.model.layers

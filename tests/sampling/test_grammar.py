@@ -119,7 +119,7 @@ def walk(tokenizer: Tokenizer, eos_ids: list[int], allowed):
 
 
 def is_valid(value, schema: dict) -> bool:
-    """Whether a value follows a schema, as far as the schemas of this file go."""
+    """Return whether a value follows a schema (only the keywords used in this file)."""
     if "enum" in schema:
         return value in schema["enum"] and not isinstance(value, bool)
     if schema["type"] == "object":
@@ -387,3 +387,20 @@ def test_grammar_compiler_says_how_to_install_what_it_needs(tokenizer, eos_ids, 
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'qwen3fast[structured]'")):
         GrammarCompiler(tokenizer, tokenizer.vocab_size, eos_ids)
+
+
+def test_grammar_of_lark_is_followed(compiler, walk, tokenizer):
+    grammar = compiler.lark('start: "a" (B | "c")+\nB: /[xy]{2}/')
+    for seed in range(3):
+        assert re.fullmatch(r"a([xy]{2}|c)+", tokenizer.decode(walk(grammar.start(), seed)))
+
+
+@pytest.mark.parametrize("text", ["", "begin: a", 'start: "a', "start: <no_such_token>"])
+def test_grammar_of_lark_that_is_none_is_refused(compiler, text):
+    with pytest.raises(ValueError, match=r"^this grammar cannot be used"):
+        compiler.lark(text)
+
+
+def test_grammar_of_lark_must_be_text(compiler):
+    with pytest.raises(ValueError, match="a grammar must be a string"):
+        compiler.lark(5)

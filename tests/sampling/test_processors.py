@@ -73,7 +73,7 @@ def assert_processed(actual_BV, logits_BV, rows):
 
 
 def bits(x):
-    """float32 as it is stored, so that -0 differs from 0 and NaN equals itself."""
+    """Return the bits of float32: -0 differs from 0, and NaN equals itself."""
     return x.view(torch.int32)
 
 

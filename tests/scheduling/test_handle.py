@@ -20,6 +20,7 @@ import pytest
 from conftest import randomised, small_config
 
 from qwen3fast import Generator, QueueFullError, SamplingParams
+from qwen3fast.scheduling.waiter import Waiter, wake_all
 
 PATIENCE_S = 20  # for what comes at once on a machine that nobody else uses
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -95,7 +96,7 @@ def all_slots_busy(generator):
 
 
 def places(generator):
-    """How many requests can wait before one is refused. All slots must be busy; the requests are cancelled."""
+    """Return the number of requests that can wait before one is refused, with all slots busy; cancel them."""
     wait_until(lambda: state(generator)[1] == 0)  # a cancel counts from the next step on
     handles = []
     try:
@@ -241,7 +242,7 @@ def test_result_raises_timeout_error_and_the_reply_goes_on(generator, alone):
     params = SamplingParams(temperature=0, max_tokens=60, logits_processor=slowly)
     handle = generator.submit("hello", params)
     for timeout in (0, 0.01):
-        with pytest.raises(TimeoutError, match=r"has not ended within .* it goes on"):
+        with pytest.raises(TimeoutError, match=r"has not ended within .* it continues"):
             handle.result(timeout)
     assert (
         handle.result(PATIENCE_S).token_ids
@@ -778,7 +779,7 @@ def test_close_under_load_ends_every_handle_and_every_submitter(model, tokenizer
 
 
 def test_closing_while_requests_come_ends_them_all(model, tokenizer):
-    """The moment of closing falls anywhere: between getting a place and queueing, too."""
+    """Closing may happen at any moment, also between getting a place and queueing."""
     rng = random.Random(0)
     for _ in range(25):
         generator = Generator(model, tokenizer, max_seq_len=128, max_queue=1, compile=False)
@@ -934,7 +935,7 @@ def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkey
 
 @pytest.mark.parametrize("part", ["copy_row", "swap_rows"])
 def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator, alone, monkeypatch, part):
-    """Both ask for memory on a GPU. The request must be neither lost nor left waiting for ever."""
+    """Both ask for memory on a GPU. The request must be neither lost nor left waiting forever."""
     text = "a prompt that is kept in a row"
     if part == "copy_row":
         generator.generate(text, GREEDY)  # kept in one row, of which another request takes over a part
@@ -958,7 +959,7 @@ def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator
 
 
 def test_a_cancel_that_raises_does_not_end_the_thread(generator, alone, monkeypatch):
-    """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits for ever."""
+    """A cancel moves the rows behind it down, which asks for memory. Whatever comes of that, nobody waits forever."""
     with all_slots_busy(generator) as [first, second]:
         calls, swap_rows = [], raising_once(MemoryError("broken"), generator.debug.engine.swap_rows)
         monkeypatch.setattr(generator.debug.engine, "swap_rows", lambda *a: (calls.append(a), swap_rows(*a))[1])
@@ -1039,3 +1040,54 @@ def test_an_interrupt_just_after_queueing_leaves_no_slot_in_use(generator, alone
     monkeypatch.undo()
     assert state(generator) == (0, 0)
     assert_unharmed(generator, alone)
+
+
+def test_chunks_come_apart_as_long_as_asked_but_the_end_at_once(generator, alone):
+    """With an interval that never ends by itself: what there is at first, then all others with the end."""
+
+    async def main():
+        handle = generator.submit("hello", replace(SLOW, max_tokens=50))
+        return [chunk async for chunk in handle.chunks(min_interval_s=100 * PATIENCE_S)]
+
+    chunks = asyncio.run(main())
+    result = chunks[-1].result
+    assert len(chunks) <= 2 and len(result.token_ids) == 50
+    assert [token for chunk in chunks for token in chunk.token_ids] == result.token_ids
+    assert "".join(chunk.text for chunk in chunks) == result.text
+
+
+def test_waiters_of_a_step_are_woken_by_one_call(generator, monkeypatch):
+    calls = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a: (calls.append(f), real(f, *a)))
+        waiters = [Waiter(lost=lambda: pytest.fail("the loop runs")) for _ in range(3)]
+        await asyncio.to_thread(wake_all, waiters)
+        await asyncio.wait_for(asyncio.gather(*(waiter.wait() for waiter in waiters)), PATIENCE_S)
+
+    asyncio.run(main())
+    assert len([call for call in calls if call.__module__ == wake_all.__module__]) == 1
+
+
+def test_aresult_waits_without_being_woken_by_each_token(generator, monkeypatch):
+    woken = []
+    monkeypatch.setattr(Waiter, "wake", lambda self, wake=Waiter.wake: (woken.append(self), wake(self)))
+
+    async def main():
+        return await generator.submit("hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)).aresult()
+
+    result = asyncio.run(main())
+    assert len(result.token_ids) == 20 and len(woken) <= 1
+
+
+def test_aresult_raises_what_ended_the_reply(generator):
+    def fail(logits, output):
+        raise ArithmeticError("on purpose")
+
+    async def main():
+        await generator.submit("hello", SamplingParams(max_tokens=5, logits_processor=fail)).aresult()
+
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        asyncio.run(main())

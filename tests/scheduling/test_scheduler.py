@@ -256,7 +256,7 @@ def test_reuse_of_prefixes_changes_no_request(turns, rows, lookahead):
         earlier = requests[which % i] if i else None
         if kind == "extend" and i:
             finish(scheduler, [earlier])
-        # A prompt that is too long comes to its end near that of the cache.
+        # A prompt that is too long ends near the end of the cache.
         prompt = next_prompt(kind, earlier, number, i)[: 256 - max_tokens]
         requests.append(make_request(prompt, max_tokens, seed=i, continues=earlier if is_told else None))
         scheduler.add(requests[-1])
@@ -402,7 +402,7 @@ def test_a_slot_without_a_request_is_left_as_it_is_by_steps_that_cover_it(lookah
 
 
 def held_numbers(scheduler):
-    """What rows without a request hold, by the tokens it was computed from."""
+    """Return the contents of rows without a request, by the tokens that they were computed from."""
     tensors, kept = scheduler.engine.cache.tensors(), scheduler.prefixes
     rows = set(range(scheduler.engine.cache.max_batch_size)) - set(scheduler.active)
     held = {row: tuple(kept.tokens(row, scheduler.active)) for row in rows}
@@ -623,7 +623,7 @@ def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch)
 
 
 def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
-    """After a CUDA error every call fails, those that clean up, too."""
+    """After a CUDA error all calls fail, also those that clean up."""
     scheduler = make_scheduler(1, 1300)
     running, waiting = make_request(10, 1000, logits_processor=slowly), make_request(20, 5, seed=1)
     runner = EngineWorker(scheduler)

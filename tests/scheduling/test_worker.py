@@ -1,4 +1,4 @@
-"""Where a caller would wait for ever: in the Generator's own thread, and in a process forked after its first use."""
+"""Callers that would wait forever: in the Generator's own thread, and in a process forked after its first use."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_cancel_and_stats_may_be_called_from_a_callback(generator):
 
 @pytest.fixture
 def busy_threads():
-    """PyTorch has run on several threads in this one: in a forked process, it would wait for them for ever."""
+    """PyTorch has run on several threads in this one: in a forked process, it would wait for them forever."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     x = torch.ones(500, 500)
@@ -145,7 +145,7 @@ def in_child(function):
 
 
 def says_forked(function):
-    """Whether a function raises the RuntimeError that names os.fork: as an exit status."""
+    """Return exit status 0 if a function raises the RuntimeError that names os.fork."""
     try:
         function()
     except RuntimeError as err:

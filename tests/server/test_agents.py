@@ -17,7 +17,7 @@ pytest.importorskip("llguidance")
 
 @pytest.fixture
 def strict_address(tiny_generator):  # noqa: F811
-    """Where a server listens that refuses unknown fields, those of items that clients send back included."""
+    """Return the address of a server that refuses unknown fields, also in items that clients send back."""
     with running({"tiny": tiny_generator}, ServerOptions(strict=True)) as url:
         yield url
 

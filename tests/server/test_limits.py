@@ -1,4 +1,4 @@
-"""What a server refuses and how it ends: keys, sizes, draining, floods, clients that go away or take nothing."""
+"""Limits of a server and its end: keys, sizes, draining, floods, clients that leave or read nothing."""
 
 from __future__ import annotations
 

@@ -245,3 +245,37 @@ def test_a_client_that_gives_up_frees_its_slot(client, tiny_generator: Generator
             break
         asyncio.run(asyncio.sleep(0.01))
     assert tiny_generator.stats.slots_in_use == 0
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_echo_with_logprobs_has_the_prompts(client, tiny_generator, is_text):  # noqa: F811
+    """What evaluation harnesses ask for, to score a continuation that is part of the prompt."""
+    text = "What is 17 + 25? é"
+    ids = tiny_generator.tokenizer.encode(text)
+    options = {"model": "tiny", "max_tokens": 3, "echo": True, "logprobs": 2, **GREEDY}
+    [choice] = client.completions.create(prompt=text if is_text else ids, **options).choices
+    alone = tiny_generator.generate(ids, SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=2))
+    assert choice.text == text + alone.text
+    logprobs, expected = choice.logprobs, [*alone.prompt_logprobs[1:], *alone.logprobs]
+    assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
+    assert logprobs.token_logprobs[1:] == pytest.approx([at.logprob for at in expected], abs=0.05)
+    tokens = [tiny_generator.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in [*ids, *alone.token_ids]]
+    assert logprobs.tokens == tokens
+    assert logprobs.text_offset[:3] == [0, len(tokens[0]), len(tokens[0]) + len(tokens[1])]
+    assert max(map(len, logprobs.top_logprobs[1:])) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_with_echo_and_logprobs_is_the_unstreamed_reply(client, n):
+    options = {"model": "tiny", "prompt": ["What is 1", "b c"], "max_tokens": 4, "echo": True, "logprobs": 1, "n": n}
+    whole = client.completions.create(**options, **GREEDY)
+    parts = [chunk.choices[0] for chunk in client.completions.create(**options, **GREEDY, stream=True) if chunk.choices]
+    for expected in whole.choices:
+        mine = [part for part in parts if part.index == expected.index]
+        assert "".join(part.text for part in mine) == expected.text
+        for name in ("tokens", "text_offset"):
+            assert [v for part in mine if part.logprobs for v in getattr(part.logprobs, name)] == getattr(
+                expected.logprobs, name
+            )
+        found = [v for part in mine if part.logprobs for v in part.logprobs.token_logprobs]
+        assert found[0] is None and found[1:] == pytest.approx(expected.logprobs.token_logprobs[1:], abs=0.05)

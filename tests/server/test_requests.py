@@ -1,7 +1,8 @@
-"""What requests may hold: fields that are ignored are named, vLLM's extras are taken or refused by name."""
+"""Fields of requests: ignored ones are named, vLLM's extensions are accepted or refused by name."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -14,7 +15,10 @@ from serving import address, models, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Embedder
 from qwen3fast.cli import main
+from qwen3fast.server.app import create_app
 from qwen3fast.server.command import _base_of_adapter
+from qwen3fast.server.in_process import call, post
+from qwen3fast.server.options import ServerOptions
 
 httpx = pytest.importorskip("httpx")
 
@@ -135,3 +139,35 @@ def test_without_the_extra_the_command_line_says_what_to_install(monkeypatch, ca
     monkeypatch.setitem(sys.modules, "qwen3fast.server.batch", None)
     assert main(["batch", "in.jsonl", "-o", "out.jsonl"]) == 1
     assert "pip install 'qwen3fast[server]'" in capsys.readouterr().err
+
+
+def test_events_of_a_stream_keep_their_interval_and_the_end_does_not(tiny_generator):  # noqa: F811
+    """With an interval beyond any reply: what there is at first, the rest with the end, all of it there."""
+    body = {"prompt": "What is 17 + 25?", "temperature": 0, "max_tokens": 60, "ignore_eos": True}
+    app = create_app({"tiny": tiny_generator}, ServerOptions(stream_interval_s=10_000.0))
+    _, whole = asyncio.run(call(app, "/v1/completions", body))
+    _, stream = asyncio.run(post(app, "/v1/completions", {**body, "stream": True}))
+    events = [json.loads(data) for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
+    texts = [event["choices"][0]["text"] for event in events]
+    assert "".join(texts) == whole["choices"][0]["text"]
+    assert sum(bool(text) for text in texts) <= 2
+
+
+@pytest.mark.parametrize("seconds", [-0.1, float("inf"), float("nan")])
+def test_intervals_that_no_stream_can_keep_are_refused(seconds):
+    with pytest.raises(ValueError, match="stream_interval_s must be 0 or a positive number, got"):
+        ServerOptions(stream_interval_s=seconds)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_in_each_event_grows_to_that_of_the_whole_reply(tiny_generator, path):  # noqa: F811
+    prompt = {"messages": CHAT["messages"]} if "chat" in path else {"prompt": "What is 17 + 25?"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**prompt, "temperature": 0, "max_tokens": 20, "stream": True, "stream_options": options}
+    app = create_app({"tiny": tiny_generator}, ServerOptions(stream_interval_s=0, strict=True))
+    _, stream = asyncio.run(post(app, path, body))
+    events = [json.loads(data) for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
+    *during, last = [event["usage"] for event in events if event["usage"]]
+    counts = [used["completion_tokens"] for used in during]
+    assert counts == sorted(counts) and len(set(counts)) > 1
+    assert {name: last[name] for name in during[-1]} == during[-1]

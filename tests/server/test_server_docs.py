@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import configparser
 import json
 import re
 import shlex
@@ -12,6 +14,7 @@ import pytest
 from serving import address, models, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast.server.app import create_app
+from qwen3fast.server.command import add_serve_arguments
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.in_process import post
 
@@ -61,6 +64,26 @@ def test_every_endpoint_with_a_body_has_its_fields_listed():
     assert set(STATES) == set(BODIES)
 
 
+def test_the_systemd_unit_and_the_compose_file_start_the_server_with_its_own_options():
+    unit = configparser.ConfigParser(delimiters="=")
+    unit.optionxform = str
+    unit.read_string(code("ini"))
+    assert {"Unit", "Service", "Install"} == set(unit.sections())
+    start = shlex.split(unit["Service"]["ExecStart"])
+    assert start[1:4] == ["-m", "qwen3fast", "serve"]
+    in_compose = re.search(r"command: (\[.*\])", code("yaml"))
+    for options in (start[4:], json.loads(in_compose[1])):
+        parser = argparse.ArgumentParser()
+        add_serve_arguments(parser)
+        assert parser.parse_args(options).model == ["Qwen/Qwen3-0.6B"]
+
+
+def code(language: str) -> str:
+    """Return the guide's only block of code in a language."""
+    [block] = re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+    return block
+
+
 @pytest.mark.parametrize("command", re.findall(r"^```curl\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE))
 def test_curl_examples_run(address, command):  # noqa: F811
     words = shlex.split(command)
@@ -73,9 +96,16 @@ def test_curl_examples_run(address, command):  # noqa: F811
     assert reply.text.endswith("data: [DONE]\n\n") if "-N" in words else json.loads(reply.text)
 
 
+def torch_range() -> str:
+    """Return the range of PyTorch's versions that pyproject.toml has."""
+    [found] = re.findall(r'^    "(torch>=[^"]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return found
+
+
 def test_the_image_copies_what_the_wheel_needs():
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert kept == {"qwen3fast", "pyproject.toml", "README.md", "LICENSE"}
+    assert kept == {"qwen3fast", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in kept)
     instructions = re.findall(r"^([A-Z]+) ", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert f'"{torch_range()}"' in (ROOT / "Dockerfile").read_text()
     assert instructions.count("FROM") == 2 and instructions[-2:] == ["ENTRYPOINT", "CMD"]

@@ -46,7 +46,7 @@ def answers(client) -> bool:
 
 
 def connect(client) -> socket.socket:
-    """Connect with a small buffer, so that what is not read soon fills up."""
+    """Connect with a small buffer, which fills up soon if nothing is read."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect((client.base_url.host, client.base_url.port))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
-from qwen3fast.engine.decode import Logprobs
+from qwen3fast.engine.state import Logprobs
 from qwen3fast.scheduling import Request
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.server.app import create_app
@@ -43,7 +43,11 @@ class Scripted(RequestHandle):
         super().__init__(request, TextStream(tokenizer, stop), SimpleNamespace(cancel=lambda request: None))
         self._tokens, self._sizes = tokens, sizes
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
+    async def aresult(self) -> Any:
+        """Return the result."""
+        return [chunk async for chunk in self.chunks()][-1].result
+
+    async def chunks(self, min_interval_s: float = 0.0) -> AsyncIterator[Any]:
         """Yield the chunks."""
         sizes, left = iter(self._sizes), 0
         for i, token in enumerate(self._tokens):
@@ -98,7 +102,7 @@ def scripts(draw: st.DrawFn) -> tuple[str, list[int], list[int]]:
 
 
 def cut_into_tokens(tokenizer: Tokenizer, text: str, cuts: list[int]) -> list[int]:
-    """Return tokens of a text: those of the tokenizer, or in places those of single bytes."""
+    """Return tokens of a text: the tokenizer's, or at some places tokens of single bytes."""
     ids: list[int] = []
     for i, part in enumerate(re.split(r"(</?think>|\s|[^\x00-\x7f])", text)):
         as_bytes = cuts[i % len(cuts)] == 1 and part not in ("<think>", "</think>")

@@ -1,4 +1,4 @@
-"""What machine code needs, and what a kernel does before it waits for the one before it."""
+"""Resources of machine code, and the work of a kernel before it waits for the previous one."""
 
 from __future__ import annotations
 

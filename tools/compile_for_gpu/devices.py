@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Gpu:
-    """What compilers ask of a device. Source: CUDA C++ Programming Guide, table of compute capabilities."""
+    """The properties of a device that compilers read. Source: CUDA C++ Programming Guide."""
 
     name: str
     capability: tuple[int, int]

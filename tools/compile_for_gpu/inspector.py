@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_for_gpu.binaries import describe_kernel
 from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.kernels.cuda.decode_step.sample import PASSES
 
 # Kernels that our operations launch; Inductor's source shows each as one call.
 OWN_LAUNCHES = {
@@ -34,15 +35,25 @@ OWN_LAUNCHES = {
 }
 
 
+def step_launches(name: str, arguments: Any) -> int:
+    """Return the kernels that an operation of kernels/cuda/decode_step launches; 0 for other operations."""
+    if not name.startswith("qwen3fast::step_"):
+        return 0
+    if name == "qwen3fast::step_attend":
+        num_splits = arguments[11].shape[1]  # of the workspace
+        return 1 if num_splits == 1 else 2
+    return 2 * PASSES + 2 if name == "qwen3fast::step_draw" else 1
+
+
 class CompiledError(Exception):
     """The compiled code has been made and is about to run, for which there is no device."""
 
 
 @dataclass
 class Compiled:
-    """What one form of a part became.
+    """The compiled form of a part.
 
-    launches: kernels of Triton, Inductor's and those of our operations; calls: of libraries and of operations that run
+    launches: kernels of Triton, Inductor's and our operations'; calls: of libraries and of operations that run
     eagerly, by name. kernels: of Inductor, as `describe_kernel` describes them.
     """
 
@@ -53,20 +64,27 @@ class Compiled:
 
 
 class EagerCalls(TorchDispatchMode):
-    """Counts operations that launch something and run eagerly, outside of compiled parts."""
+    """Counts operations that launch something and run eagerly, outside of compiled parts.
+
+    own: kernels of the fused step, by operation; calls: other operations.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.own: Counter[str] = Counter()
         self.is_inside_part = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(function, HigherOrderOperator):
             return function(*args, **(kwargs or {}))
         name = function.name()
-        if (
+        launches = step_launches(name, args)
+        if launches:
+            self.own[name] += launches
+        elif (
             not self.is_inside_part
             and not function.is_view
             and not name.startswith(("prim::", "aten::empty", "aten::new_empty"))
@@ -94,6 +112,7 @@ class Inspector(StepCompiler):
         """Forget what ran, not what was compiled."""
         self.calls.clear()
         self.eager.calls.clear()
+        self.eager.own.clear()
 
     def compile(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         """Compile as the engine does, sizes that vary included; return what runs the function uncompiled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -9,8 +10,8 @@ from triton.compiler import ASTSource
 
 from compile_for_gpu.binaries import describe_kernel
 from compile_for_gpu.devices import Gpu
-from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
+from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, SIZES, Case, compile_cases
 
 
 class KernelCase(NamedTuple):
@@ -48,14 +49,25 @@ def own_cases() -> list[KernelCase]:
         kinds = [bf16, "*i32", scale, "*i64", fp32, index, index]
         numbers = [channels, name == "fp8", packed_experts.LANES, packed_experts.BLOCK_J, packed_experts.GROUP]
         cases.append(KernelCase(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
-    compile_cases = getattr(cuda, "compile_cases", None)  # of the fused kernels
-    return cases + [KernelCase(*case) for case in (compile_cases() if compile_cases is not None else [])]
+    return cases
 
 
-def compile_own_kernels(gpu: Gpu, cases: list[KernelCase] | None = None) -> list[dict[str, Any]]:
-    """Compile kernels for a GPU. Returns what `describe_kernel` says of each. cases: by default `own_cases`."""
+def fused_cases(gpu: Gpu, sizes: Sequence[str], weights: Sequence[str]) -> list[Case]:
+    """Return the fused step's kernels for one and eight rows of those sizes that it serves, in formats of weights."""
+    known = {size.partition("/")[0] for size in sizes} & set(SIZES)
+    others = set(FORMATS) - set(weights)
+    cases = compile_cases(gpu.capability, tuple(sorted(known)))
+    return [case for case in cases if others.isdisjoint(case.name.split(", "))]
+
+
+def compile_own_kernels(gpu: Gpu, cases: Sequence[KernelCase | Case]) -> list[dict[str, Any]]:
+    """Compile kernels for a GPU. Returns what `describe_kernel` says of each."""
     results = []
-    for case in cases if cases is not None else own_cases():
+    for case in cases:
+        if isinstance(case, Case):
+            compiled = triton.compile(case.source(), target=gpu.target, options=case.options or None)
+            results.append(describe_kernel(case.name, compiled))
+            continue
         names, kinds = case.kernel.arg_names, case.kinds
         signature = dict(zip(names, [*kinds, *["constexpr"] * len(case.constants)], strict=True))
         constants = dict(zip(names[len(kinds) :], case.constants, strict=True))

@@ -13,7 +13,7 @@ import triton
 
 from compile_for_gpu.binaries import is_unsafe
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.kernels import compile_own_kernels
+from compile_for_gpu.kernels import compile_own_kernels, fused_cases, own_cases
 from compile_for_gpu.steps import inspect
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, write_json
@@ -33,6 +33,8 @@ COLUMNS = Columns(
     ("gpu", "step", "model", "weights", "batch_size"),
     ("triton_kernels", "library_calls", "eager_calls", "shared_bytes"),
 )
+
+NOTED = ("own_launches", "library_calls", "eager_calls", "parts")  # of a step
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +64,7 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
     counts |= {"eager_calls": sum(step["eager_calls"].values())}
     case.add(counts | {"shared_bytes": max((kernel["shared_bytes"] for kernel in kernels), default=0)})
     record.cases.append(case)
-    record.notes["steps"][case.name] = {name: step[name] for name in ("library_calls", "eager_calls", "parts")}
+    record.notes["steps"][case.name] = {name: step[name] for name in NOTED}
 
 
 def kernels_of(record: Record) -> list[dict[str, Any]]:
@@ -93,11 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
     environment |= {"cuda": torch.version.cuda, "triton": triton.__version__}
     notes: dict[str, Any] = {"gpus": {name: asdict(gpu) for name, gpu in GPUS.items()}, "steps": {}}
     notes |= {"own_kernels": [], "errors": {}}
-    model = {"name": f"a greedy decode step and a chunk of a prompt over {args.context:,} positions"}
+    model = {"name": f"a greedy and a sampled decode step and a chunk of a prompt over {args.context:,} positions"}
     record = Record("compiled", describe_run("python tools/compile_for_gpu.py"), environment, model, notes=notes)
     for gpu_name in args.gpus.split(","):
         with pretended(GPUS[gpu_name]):
-            notes["own_kernels"] += [{"gpu": gpu_name, **kernel} for kernel in compile_own_kernels(GPUS[gpu_name])]
+            fused = fused_cases(GPUS[gpu_name], args.models.split(","), args.weights.split(","))
+            cases = [*own_cases(), *fused]
+            own = compile_own_kernels(GPUS[gpu_name], cases)
+            notes["own_kernels"] += [{"gpu": gpu_name, **kernel} for kernel in own]
             for size in args.models.split(","):
                 for weights in args.weights.split(","):
                     for batch_size in map(int, args.batch_sizes.split(",")):

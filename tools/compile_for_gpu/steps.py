@@ -13,9 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from compile_for_gpu.inspector import Inspector
-from qwen3fast.engine.decode import DecodeState, decode_step
+from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step
+from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import Qwen3, build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
@@ -49,7 +50,7 @@ def model_without_memory(config: ModelConfig, device: torch.device, quantization
 
 @torch.no_grad()
 def inspect(size: str, batch_size: int, context: int, quantization: str | None) -> list[dict[str, Any]]:
-    """Return what a greedy decode step launches and, with one row, what a chunk of a prompt does; or an `error`.
+    """Return what a greedy and a sampled decode step launch and, with one row, a chunk of a prompt; or an `error`.
 
     To be called inside of `pretended`. context: positions of the KV cache.
     """
@@ -64,14 +65,15 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
         cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
         fixed = (model, parts, cache, cos_SD, sin_SD)
 
-        def decode() -> None:
-            decode_step(*fixed, state, batch_size, cache.bucket(context), SamplerKind.GREEDY)
+        def decode(sampler: SamplerKind = SamplerKind.GREEDY) -> None:
+            decode_step(*fixed, state, batch_size, cache.bucket(context), sampler)
 
         def prefill() -> None:
             prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
             prefill_step(*fixed, prompt)
 
-        steps = [("decode", decode)] + ([("prefill", prefill)] if batch_size == 1 else [])
+        steps = [("decode", decode), ("sampled", lambda: decode(SamplerKind.FULL))]
+        steps += [("prefill", prefill)] if batch_size == 1 else []
         labels = {"model": size, "weights": quantization or "bf16", "batch_size": batch_size, "context": context}
         return [{"step": name, **labels, **_found(inspector, run)} for name, run in steps]
 
@@ -89,11 +91,11 @@ def _counted(inspector: Inspector, run: Callable[[], None]) -> dict[str, Any]:
     inspector.clear()
     with inspector.eager:
         run()
-    launches, library = 0, Counter[str]()
+    launches, library = sum(inspector.eager.own.values()), Counter[str]()
     for name, times in inspector.calls.items():
         launches += inspector.parts[name].launches * times
         for call, count in inspector.parts[name].calls.items():
             library[call] += count * times
     used = {name: asdict(inspector.parts[name]) | {"runs": times} for name, times in inspector.calls.items()}
-    counts = {"triton_launches": launches, "library_calls": dict(library)}
+    counts = {"triton_launches": launches, "library_calls": dict(library), "own_launches": dict(inspector.eager.own)}
     return counts | {"eager_calls": dict(inspector.eager.calls), "parts": used}

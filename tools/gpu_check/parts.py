@@ -1,4 +1,4 @@
-"""What each part measures, most important first: what the time does not suffice for is left out from the end."""
+"""The measurements of each part, most important first: without time for all, the last ones are left out."""
 
 from __future__ import annotations
 

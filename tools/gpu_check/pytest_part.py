@@ -44,8 +44,9 @@ def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results
         return Results(left_out=["pytest is not installed"])
     log, seconds = run.work / f"{name}.log", share * (run.clock.left() - SPARE_S)
     print(f"{run.part}: {name}, at most {seconds:.0f} s", flush=True)
-    flags = ["-vv", "-rs", "--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    flags += ["-o", f"faulthandler_timeout={HANGING_S}"]
+    flags = ["-v", "-rs", "--durations=15", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    # One process, since there is one GPU, and a line per test.
+    flags += ["-p", "no:xdist", "-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={HANGING_S}"]
     command = [sys.executable, "-m", "pytest", *flags, *selection]
     started = run.clock.spent()
     status = run_limited(command, log, seconds, environment_with_caches(run.caches))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-SHORT, LONG = 6, 16  # tokens of the two runs whose difference is that of LONG - SHORT steps
+SHORT, LONG = 6, 16  # tokens of two runs, whose difference is LONG - SHORT steps
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 ANNOTATIONS = ("##", "Torch-Compiled Region", "ProfilerStep")  # ranges on the device's timeline, which are no kernels
 # What PyTorch launches for an operation that no compiler fused; attention kernels of PyTorch's own are not among them.

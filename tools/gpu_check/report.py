@@ -1,4 +1,4 @@
-"""What a record says: a table for the terminal, and the picture of all ways to decode."""
+"""A record as a table for the terminal, and a picture of all ways to decode."""
 
 from __future__ import annotations
 

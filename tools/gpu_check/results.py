@@ -1,4 +1,4 @@
-"""What a variant's process has found so far, in a file that is always whole."""
+"""The results of a variant's process so far, in a file that is always complete."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import noise_of
 from qwen3fast.bench.record import Record, write_json
 
-LARGEST_SHARE = 0.45  # of a part's time that one variant may take, so that one that hangs leaves time for others
-LEAST_S = 15.0  # a variant is begun with at least so much time left
+MAX_SHARE = 0.45  # of a part's time for one variant: one that hangs leaves time for others
+MIN_S = 15.0  # time left that a variant is started with
 SPARE_S = 5.0  # between the end that a variant is told and its own end, and between that and the part's
 
 
@@ -28,7 +28,7 @@ SPARE_S = 5.0  # between the end that a variant is told and its own end, and bet
 class PartRun:
     """A part in progress. folder: of all parts' records; this part's logs and results lie in a folder below it.
 
-    child: the command of a variant's process; its arguments are those of child.py.
+    child: the command of a variant's process; its arguments are described in child.py.
     """
 
     part: str
@@ -50,7 +50,7 @@ class PartRun:
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             for variant in variants:
-                if self.clock.left() < LEAST_S:
+                if self.clock.left() < MIN_S:
                     self.outcomes[variant.name] = Results(left_out=["no time left"])
                 else:
                     self.run_variant(variant)
@@ -64,7 +64,7 @@ class PartRun:
         described, found, log = (self.work / f"{variant.name}{end}" for end in (".variant.json", ".json", ".log"))
         found.unlink(missing_ok=True)  # of an earlier run
         write_json(variant.to_json(), described)
-        seconds = min(self.clock.left() - SPARE_S, max(LEAST_S, LARGEST_SHARE * self.clock.seconds))
+        seconds = min(self.clock.left() - SPARE_S, max(MIN_S, MAX_SHARE * self.clock.seconds))
         print(f"{self.part}: {variant.name}, at most {seconds:.0f} s", flush=True)
         command = [*self.child, str(described), str(found), self.device, str(time.time() + seconds - SPARE_S)]
 

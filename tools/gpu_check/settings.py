@@ -1,4 +1,4 @@
-"""What a variant asks for, as settings of this process: options of Inductor, switches of the package."""
+"""The settings of a variant, applied to this process: options of Inductor, switches of the package."""
 
 from __future__ import annotations
 

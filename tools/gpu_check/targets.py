@@ -1,4 +1,4 @@
-"""What the project wants to reach on a GPU, beside what a record has."""
+"""The project's targets on a GPU, beside the figures of a record."""
 
 from __future__ import annotations
 

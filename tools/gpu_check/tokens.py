@@ -1,4 +1,4 @@
-"""Greedy tokens against the plain model computed in float32: what is wrong, not what is rounded differently.
+"""Greedy tokens against the plain model in float32: wrong tokens, not differences of rounding.
 
 B batch rows   T tokens   E hidden_size   N checked tokens   V vocabulary
 """

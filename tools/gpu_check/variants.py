@@ -12,7 +12,7 @@ DRY_CONTEXTS = (8, 24)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured.
+    """A measurement.
 
     source: what `load_model` takes; size: its name in tables. mode: "graphs" is compiled, each step one CUDA graph;
     "static" is transformers' static cache with compilation. options: of Inductor, set to these values instead of the

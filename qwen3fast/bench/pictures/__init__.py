@@ -17,7 +17,9 @@ PICTURES: dict[str, Callable[[Record], Figure]] = {
     "context": lines.draw_context,
     "startup": bars.draw_startup,
     "quantization": bars.draw_quantization,
+    "quality": bars.draw_quality,
     "ablation": bars.draw_ablation,
+    "serve": lines.draw_serve,
 }
 
 

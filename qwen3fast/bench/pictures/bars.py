@@ -1,11 +1,11 @@
-"""Pictures of suites that draw bars: ablation, startup, quantization."""
+"""Pictures of suites that draw bars: ablation, startup, quantization, quality."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen3fast.bench.metrics import short
+from qwen3fast.bench.metrics import METRICS, short
 from qwen3fast.bench.plot import FAINT, GRID, INK, PALETTE, color_of, draw_bars, new_figure, style_axes
 from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.suites.ablation import speeds_at
@@ -89,4 +89,25 @@ def draw_quantization(record: Record) -> Figure:
         axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
         values = [float(row[column]) for row in rows]
         draw_bars(axes, values, [as_text(v) for v in values], colors, names if i == 0 else [""] * len(rows), name)
+    return figure
+
+
+def draw_quality(record: Record) -> Figure:
+    """Draw bars of perplexity, KL divergence and changed tokens at the longest context, the formats in one order."""
+    longest = max(int(case.labels["context"]) for case in record.cases)
+    cases = [case for case in record.cases if case.labels["context"] == longest]
+    names = [str(case.labels["format"]) for case in cases]
+    colors = [color_of(name, names) for name in names]
+    subtitle = f"{record.model['name']}, {cases[0].facts['positions']:,.0f} positions in windows of {longest:,} tokens"
+    figure = new_figure(record, "Quality of quantized weights and caches", subtitle, (13.0, 5.4))
+    panels = ("perplexity", "kl_divergence", "same_token")
+    titles = ("perplexity", "KL divergence from the first, nats", "another most likely token")
+    for i, (name, title) in enumerate(zip(panels, titles, strict=True)):
+        axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
+        values = [case.metrics[name].median for case in cases]
+        texts = [METRICS[name].text(value) for value in values]
+        if name == "same_token":
+            values = [1 - value for value in values]
+            texts = [f"{value:.1%}" for value in values]
+        draw_bars(axes, values, texts, colors, names if i == 0 else [""] * len(cases), title)
     return figure

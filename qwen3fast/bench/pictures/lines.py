@@ -1,4 +1,4 @@
-"""Pictures of suites that draw one line per weight format: context, batch, roofline."""
+"""Pictures of suites that draw one line per weight format: context, batch, roofline, serve."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qwen3fast.bench.plot import FAINT, draw_formats, log_y, name_ends, new_figu
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.suites.batch import by_batch
 from qwen3fast.bench.suites.context import PARTS
+from qwen3fast.bench.suites.serve import SLOTS, by_clients
 from qwen3fast.bench.table import medians
 
 
@@ -77,4 +78,24 @@ def draw_roofline(record: Record) -> Figure:
     right.set_ylim(bottom=0)
     style_axes(right, "tokens in the prompt", "GFLOP/s", "prefill")
     name_ends(right, ends)
+    return figure
+
+
+def draw_serve(record: Record) -> Figure:
+    """Draw tokens per second of all clients (left), and the time to a client's first token, median and p99 (right)."""
+    subtitle = f"{record.model['name']}, {SLOTS} slots; n clients, each sends its next request when its reply has ended"
+    figure = new_figure(record, "The HTTP server under load", subtitle, (14.0, 6.0))
+    left, right = figure.add_axes((0.05, 0.14, 0.37, 0.66)), figure.add_axes((0.55, 0.14, 0.35, 0.66))
+    ends = draw_formats(left, by_clients(record, "tok_s"), lambda name, _, y: f"{name}  {short(y)}")
+    left.set_ylim(bottom=0)
+    name_ends(left, ends)
+    firsts, slowest = (
+        {name: {n: s * 1e3 for n, s in line.items()} for name, line in by_clients(record, metric).items()}
+        for metric in ("ttft_s", "ttft_p99_s")
+    )
+    ends = draw_formats(right, firsts, lambda name, _, y: f"{name}  {short(y)} ms", slowest)
+    right.set_ylim(bottom=0)
+    name_ends(right, ends)
+    style_axes(left, "clients", "tokens per second, all clients")
+    style_axes(right, "clients", "milliseconds to the first token; dots: 99th percentile")
     return figure

@@ -24,7 +24,7 @@ def environment_sentence(record: Record) -> str:
 
 
 def trouble(record: Record) -> list[str]:
-    """Return what makes the figures wrong or incomplete: failed checks, an interruption."""
+    """Return the reasons why figures are wrong or incomplete: failed checks, an interruption."""
     failed = [name for name, check in record.checks.items() if not is_passed(check)]
     sentences = []
     if failed:

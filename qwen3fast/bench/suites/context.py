@@ -13,7 +13,7 @@ from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, medians
 
 ALLOCATED = (1024, 4096, 16384)  # positions, where the model has as many
-PARTS = (("used", "context"), ("allocated", "allocated"))  # what varies, and the label with its value
+PARTS = (("used", "context"), ("allocated", "allocated"))  # the length that varies, and its label
 ROOM = 64  # positions beyond the longest context and its steps
 
 

@@ -40,7 +40,7 @@ class Suite:
     def options(self, args: argparse.Namespace) -> Options:
         """Return the options of a run: those given, or else the suite's for this extent and device.
 
-        The time limit applies to the defaults only: whatever is asked for is measured.
+        The time limit applies only to the defaults: cases that are asked for are always measured.
         Raises: ValueError for an option without a default, which the suite does not read.
         """
         given = {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}

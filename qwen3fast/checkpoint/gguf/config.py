@@ -94,14 +94,14 @@ def _sizes(header: Header, kind: str) -> dict[str, int]:
 
 
 def _size(header: Header, key: str, default: int | None = None) -> int:
-    value = header.get(key, int, default)
+    value: int | None = header.get(key, int, default)
     if value is None or not 1 <= value <= MAX_SIZE:
         raise ValueError(f"{header.file}: {key} must be from 1 to {MAX_SIZE}, got {value!r}")
     return value
 
 
 def _number(header: Header, key: str, default: float) -> float:
-    value = header.get(key, (int, float), default)
+    value: float = header.get(key, (int, float), default)
     if not 0 < value < math.inf:
         raise ValueError(f"{header.file}: {key} must be a positive number, got {value!r}")
     return value

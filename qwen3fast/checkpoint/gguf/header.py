@@ -42,7 +42,7 @@ class Header:
         value = self.metadata.get(key, default)
         is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         if key in self.metadata and is_wrong:
-            raise ValueError(f"{self.file}: {key} is not what is expected there, got {value!r:.100}")
+            raise ValueError(f"{self.file}: {key} has an unexpected type, got {value!r:.100}")
         return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from qwen3fast.checkpoint.assign import assign
@@ -68,7 +68,7 @@ def _put_experts(model: Qwen3, place: Place, packed: Packed, stacks: dict[str, P
 
 
 def _problems(tensors: dict[str, StoredTensor], places: dict[str, Place]) -> list[str]:
-    """Return what is wrong with the tensors, one line per problem."""
+    """Return the problems of the tensors, one line each."""
     problems = []
     for name, tensor in tensors.items():
         if name not in places:

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout, merged into a model's weights once, so that running costs nothing more.
+"""LoRA adapters in PEFT's layout, merged into a model's weights while loading: running costs nothing more.
 
 Read config.py (adapter_config.json), patterns.py (regular expressions in it), match.py (tensors to modules), merge.py.
 """

@@ -17,7 +17,7 @@ from qwen3fast.checkpoint.lora.patterns import OPTIONAL_PATH, Matches, match_pat
 
 CONFIG_FILE = "adapter_config.json"
 MAX_ALPHA, MAX_RANK = 1e6, 2**16  # far beyond any adapter
-# Fields that change what is computed, or which weights the adapter is for.
+# Fields that change the result, or the weights that the adapter belongs to.
 REFUSED = (
     "use_dora fan_in_fan_out lora_bias target_parameters layer_replication trainable_token_indices "
     "alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config monteclora_config"
@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The fields of adapter_config.json that decide what is merged, under PEFT's names.
+    """The fields of adapter_config.json that matter to merging, under PEFT's names.
 
     matches: the modules that each regular expression matches, see `for_modules`.
     """
@@ -97,12 +97,14 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's adapter."""
-        return self._of_pattern(self.rank_pattern, module, self.r)
+        rank: int = self._of_pattern(self.rank_pattern, module, self.r)
+        return rank
 
     def scale(self, module: str) -> float:
-        """Return the factor of a module's product B @ A."""
+        """Return the scale of a module's product B @ A."""
         rank = self.rank(module)
-        return self._of_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        alpha: float = self._of_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """Return whether the module must have an adapter."""
@@ -152,7 +154,7 @@ def _refuse_features(raw: dict[str, Any], file: Path) -> None:
 def _refuse_values(raw: dict[str, Any], file: Path) -> None:
     for name, kinds in KINDS.items():
         if not isinstance(raw.get(name), kinds) or isinstance(raw.get(name), bool):
-            raise ValueError(f"{file}: {name}={raw.get(name)!r:.100} is not what a LoRA adapter has there")
+            raise ValueError(f"{file}: {name}={raw.get(name)!r:.100} is not valid in a LoRA adapter")
     patterns = [*(raw.get("rank_pattern") or {}), *(raw.get("alpha_pattern") or {})]
     patterns += [raw[name] for name in ("target_modules", "exclude_modules") if isinstance(raw.get(name), str)]
     for pattern in patterns:

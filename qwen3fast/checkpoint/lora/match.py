@@ -1,4 +1,4 @@
-"""Which tensors of an adapter's file belong to which module of a model, and which do not fit.
+"""Match the tensors of an adapter's file with the modules of a model.
 
 N out_features   K in_features   R rank   V vocabulary   E hidden_size
 """
@@ -25,7 +25,7 @@ Layer = nn.Linear | nn.Embedding | RMSNorm
 
 
 class Adapter(NamedTuple):
-    """One module's adapter: the names of its tensors in the file, and the factor of their product.
+    """One module's adapter: the names of its tensors in the file, and the scale of their product.
 
     whole: the name of a tensor that replaces the weight (`modules_to_save`); a and b are empty then.
     """
@@ -52,7 +52,7 @@ def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str
 
 
 class _Matcher:
-    """Modules by the names that an adapter gives them, and what has been found for each."""
+    """Modules by an adapter's names for them, and the tensors found for each."""
 
     def __init__(self, config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> None:
         # Adapters of a Qwen3Model (for embeddings) leave "model." out, in the file and for the patterns of the config.
@@ -86,7 +86,7 @@ class _Matcher:
         return saved + [Adapter(self._modules[own], s["A"], s["B"], scale(own)) for own, s in self._found.items()]
 
     def _place(self, name: str, shape: Shape) -> str | None:
-        """Note the module that a tensor belongs to. Returns: the problem with it, if any."""
+        """Record the module that a tensor belongs to. Returns: the problem with it, if any."""
         match, saved = TENSOR_NAME.fullmatch(name), SAVED_NAME.fullmatch(name)
         if match is not None and match[1] in self._targets:
             layer = self._layers[self._modules[match[1]]]

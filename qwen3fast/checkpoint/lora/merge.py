@@ -72,7 +72,8 @@ def merged(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tenso
 def _new_weight(tensors: Any, adapter: Adapter, layer: Layer) -> Tensor:
     weight = layer.weight
     if adapter.whole:
-        return tensors.get_tensor(adapter.whole).to(weight.device, weight.dtype, copy=True)
+        whole: Tensor = tensors.get_tensor(adapter.whole)
+        return whole.to(weight.device, weight.dtype, copy=True)
     a_RK, b_NR = (tensors.get_tensor(name).to(weight.device, torch.float32) for name in (adapter.a, adapter.b))
     if isinstance(layer, nn.Embedding):  # one row per token: the transposed product
         a_RK, b_NR = b_NR.T, a_RK.T

@@ -1,4 +1,4 @@
-"""Regular expressions of an adapter_config.json, matched with a limit on time: they may be anybody's."""
+"""Regular expressions of an adapter_config.json, matched with a time limit, as the file is not trusted."""
 
 from __future__ import annotations
 
@@ -46,4 +46,5 @@ def _match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
         listed = ", ".join(f"{pattern!r:.100}" for pattern in patterns)
         message = f"matching takes more than {MAX_SECONDS} s: {listed}; name the modules in a list instead"
         raise ValueError(message) from None
-    return json.loads(result.stdout)
+    found: list[list[str]] = json.loads(result.stdout)
+    return found

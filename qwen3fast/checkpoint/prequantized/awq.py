@@ -41,4 +41,5 @@ def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) 
 
 def _rows(word: Tensor) -> Tensor:
     """Return (X, n/8) words as (n, X) levels."""
-    return unpack(word, 4, dim=1).unflatten(1, (-1, 8))[..., PLACE].flatten(1).T.contiguous()
+    level_Xn8: Tensor = unpack(word, 4, dim=1).unflatten(1, (-1, 8))
+    return level_Xn8[..., PLACE].flatten(1).T.contiguous()

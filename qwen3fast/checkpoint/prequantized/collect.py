@@ -14,7 +14,7 @@ from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_
 
 
 class _Place(NamedTuple):
-    """A tensor's place in a layer: the name of the plain weight, the end of the tensor's own name, what it must be."""
+    """A tensor's place in a layer: the name of the plain weight, the end of the tensor's name, the expected tensor."""
 
     weight: str
     end: str
@@ -22,7 +22,7 @@ class _Place(NamedTuple):
 
 
 class PrequantizedLayers:
-    """Layers of which some may be stored in a format: their tensors tell. None: no layer is.
+    """Layers that may be stored in a format; the names of their tensors decide. None: no layer is.
 
     Attributes:
         stored: names of the plain weights that come in the format.
@@ -52,7 +52,7 @@ class PrequantizedLayers:
                     self._missing.setdefault(weight, set()).add(name)
 
     def expected(self, name: str, dtype: str) -> ExpectedTensor | None:
-        """Return what a tensor of this name and dtype must be; None for a tensor of no prequantized layer."""
+        """Return the expected tensor of this name and dtype; None if it belongs to no prequantized layer."""
         place = self._places.get(name)
         if place is None or (name == place.weight and dtype not in place.expected.dtypes):
             return None  # in fp8 the quantized weight has the plain weight's name
@@ -83,7 +83,7 @@ class PrequantizedLayers:
         return weight, PrequantizedLayer(self._stored, (N, K), on_device)
 
     def unfinished(self) -> dict[str, list[str]]:
-        """Return the weights that have got some of their tensors, each with the names of the missing ones."""
+        """Return the weights with some of their tensors, and for each the names of the missing tensors."""
         missing = {weight: self._missing[weight] for weight in self._tensors}
         return {weight: [name for name in self._places if name in names] for weight, names in missing.items()}
 

@@ -38,8 +38,8 @@ def read_compressed(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the fields of a PrequantizedFormat.
 
     layout "pack-quantized": levels in int32 words. "int-quantized": int8 levels. "float-quantized": float8_e4m3fn.
-    strategy: what shares a scale: "group" (of channels of a row), "channel" (a row), "tensor", "block" (128 x 128).
-    Raises: ValueError naming what is not supported, and what is or what to use instead.
+    strategy: the unit of a scale: "group" (channels of a row), "channel" (a row), "tensor", or "block" (128 x 128).
+    Raises: ValueError naming the unsupported value, and the supported ones or a replacement.
     """
 
     def refuse(what: str, instead: str) -> ValueError:

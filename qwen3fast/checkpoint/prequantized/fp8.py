@@ -1,7 +1,7 @@
 """Qwen's "FP8" checkpoints: float8_e4m3fn numbers with a scale per block of 128 rows and 128 channels.
 
-`weight` (N, K), `weight_scale_inv` (N/128, K/128), rounded up: blocks at the edges are cut. In spite of its name, the
-scale is what numbers are multiplied by.
+`weight` (N, K), `weight_scale_inv` (N/128, K/128), rounded up: blocks at the edges are cut. Despite its name,
+numbers are multiplied by the scale.
 Source: DeepSeek-V3 report, arXiv:2412.19437, section 3.3.2; transformers' finegrained_fp8.
 
 N out_features   K in_features   n some rows

@@ -21,7 +21,7 @@ _READERS: dict[str, Any] = {"awq": awq, "gptq": gptq, COMPRESSED: compressed_ten
 
 
 class PrequantizedLayer:
-    """The tensors of one layer, by the ends of their names, and the weight that they stand for."""
+    """The tensors of one layer, by the ends of their names; it dequantizes or converts them."""
 
     def __init__(self, stored: PrequantizedFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
         self.stored, self.shape, self.tensors = stored, shape, tensors
@@ -60,11 +60,13 @@ class PrequantizedLayer:
         return read(self.tensors, rows)
 
     def _levels(self, rows: slice) -> Levels:
-        return _READERS[self.stored.method].levels(self.stored, self.tensors, rows)
+        levels: Levels = _READERS[self.stored.method].levels(self.stored, self.tensors, rows)
+        return levels
 
 
 def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
     """Return the tensors of a layer of this shape, by the ends of their names."""
     if stored.method == "fp8":
         return fp8.expected_tensors(N, K)
-    return _READERS[stored.method].expected_tensors(stored, N, K)
+    tensors: dict[str, ExpectedTensor] = _READERS[stored.method].expected_tensors(stored, N, K)
+    return tensors

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall
-from qwen3fast.kernels.cpu.ops import MAX_ROWS, round_weight
+from qwen3fast.kernels.cpu.ops import MAX_ROWS, quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
 __all__ = [
@@ -34,8 +35,9 @@ __all__ = [
     "functions",
     "is_loaded",
     "load",
-    "round_weight",
+    "quantize_weight",
     "switched_off",
+    "version",
 ]
 
 logger = logging.getLogger(__name__)
@@ -50,14 +52,14 @@ _is_off = False
 def load(jobs: int | None = None) -> bool:
     """Build (once per machine: seconds) and register the operations, once in a process.
 
-    jobs: compilers that run at the same time, all of them by default.
-    Returns: whether they can be used; the reason is logged if not. Only GCC and Clang on Linux are tried.
+    jobs: compilers that run at the same time; None runs all of them.
+    Returns: whether the operations can be used; if not, the reason is logged. Only GCC and Clang on Linux are tried.
     """
     global _functions, _is_ready, _was_tried
     with _loading:
         if not _was_tried:
-            _was_tried = True
             _functions = _load(jobs)
+            _was_tried = True
             _is_ready = _functions is not None
         return is_loaded()
 
@@ -69,13 +71,18 @@ def is_loaded() -> bool:
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Run everything without the operations meanwhile, in all threads: for measurements of their worth."""
+    """Switch the operations off in the block, in all threads, to measure their worth."""
     global _is_off
     _is_off = True
     try:
         yield
     finally:
         _is_off = False
+
+
+def version() -> str:
+    """Return what tells this build of the operations from others; empty before `load` has succeeded."""
+    return Path(_functions._name).stem if _functions is not None else ""
 
 
 def functions() -> ctypes.CDLL:

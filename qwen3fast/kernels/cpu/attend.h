@@ -1,5 +1,5 @@
 // One query over keys and values: the part of attention that decode_attention and decode_layers share (attention.cpp).
-// T is the type of a cached number: BFloat16, or int8_t with a factor for each vector.
+// T is the type of a cached number: BFloat16, or int8_t with one scale per vector.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 constexpr int64_t kMinSplit = 256;  // positions that are worth a thread of their own
 
-// One head's keys and values, (S, D) each, and for int8_t their factors, (S,) each; or those of all heads.
+// One head's keys and values, (S, D) each, and for int8_t their scales, (S,) each; or all heads' together.
 template <typename T>
 struct Cached {
   const T *keys, *values;
@@ -30,7 +30,7 @@ struct Cached {
   }
 };
 
-// What one key/value head gives for its G query heads over some positions: the largest score, the sum of
+// The result of one key/value head for its G query heads over some positions: the largest score, the sum of
 // exp(score - maximum), and the values weighted by these, (G, D). Parts over different positions can be merged.
 // Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867.
 struct Part {

@@ -19,9 +19,11 @@ namespace {
 
 constexpr int64_t kBlock = 128;     // positions between two updates of the running maximum
 
-// The sums of sixteen vectors, as one vector: each step adds halves of two vectors side by side.
-inline Vec sums(Vec* v) {
-#define HALVES(a, b, lo, hi) __builtin_shufflevector(a, b, lo) + __builtin_shufflevector(a, b, hi)
+// Each of sixteen vectors taken together by an operation, as one vector: each step takes halves of two vectors side by
+// side.
+template <typename Combine>
+inline Vec fold(Vec* v, const Combine& combine) {
+#define HALVES(a, b, lo, hi) combine(__builtin_shufflevector(a, b, lo), __builtin_shufflevector(a, b, hi))
 #define LO8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HI8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
 #define LO4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
@@ -34,6 +36,10 @@ inline Vec sums(Vec* v) {
   for (int i = 0; i < 4; i++) v[i] = HALVES(v[i], v[i + 4], LO4, HI4);
   for (int i = 0; i < 2; i++) v[i] = HALVES(v[i], v[i + 2], LO2, HI2);
   return HALVES(v[0], v[1], LO1, HI1);
+}
+
+inline Vec sums(Vec* v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // The product of a key and a query, summed up to sixteen lanes.
@@ -180,51 +186,77 @@ void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int
 
 namespace {
 
-constexpr int64_t kQueries = 32;  // of a tile, each with the G heads of a group
-constexpr int64_t kKeys = 64;     // of a tile
+constexpr int64_t kRows = 128;  // of a tile: queries, each with the G heads of a group
+constexpr int64_t kKeys = 64;   // of a tile
+constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
-// Scores of four queries and four keys at a time. q: (rows, D), k: (count, D), score: (rows, kKeys); rows and count are
-// multiples of four but for the last keys, which are repeated.
-void score_tile(const BFloat16* q, const BFloat16* k, int64_t rows, int64_t count, int64_t D, float scale,
-                float* score) {
-  for (int64_t t = 0; t < count; t += 4) {
-    const BFloat16* key[4];
-    for (int j = 0; j < 4; j++) key[j] = k + std::min(t + j, count - 1) * D;
-    for (int64_t r = 0; r < rows; r += 4) {
-      Vec dots[kLanes] = {};
-      for (int64_t d = 0; d < D; d += 2 * kLanes) {
-        Bits query[4], other[4];
-        for (int i = 0; i < 4; i++) query[i] = load_as<Bits>(q + (r + i) * D + d);
-        for (int j = 0; j < 4; j++) other[j] = load_as<Bits>(key[j] + d);
-        for (int i = 0; i < 4; i++)
-          for (int j = 0; j < 4; j++) dots[4 * i + j] = dot2(dots[4 * i + j], query[i], other[j]);
-      }
-      const Vec four_by_four = sums(dots) * scale;
-      for (int i = 0; i < 4; i++)
-        std::memcpy(score + (r + i) * kKeys + t, reinterpret_cast<const float*>(&four_by_four) + 4 * i, 4 * sizeof(float));
-    }
-  }
+// The nearest bfloat16 numbers; those below 1.2e-38 may become zero.
+inline void store_nearest(BFloat16* p, Vec vec) {
+#ifdef __AVX512BF16__
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)vec);
+  std::memcpy(p, &half, sizeof half);
+#else
+  store(p, vec);
+#endif
 }
 
-// out += weight v for four rows and kChunks * 16 channels at a time. weight: (rows, kKeys) bfloat16; pairs: (kKeys/2, D),
-// two neighbouring positions' values in 32 bits.
+// A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
+inline void transpose(Bits* v) {
+#define EXCHANGE(step, lo, hi)                               \
+  for (int i = 0; i < kLanes; i++)                           \
+    if (!(i & step)) {                                       \
+      const Bits a = v[i], b = v[i + step];                  \
+      v[i] = __builtin_shufflevector(a, b, lo);              \
+      v[i + step] = __builtin_shufflevector(a, b, hi);       \
+    }
+  EXCHANGE(8, LO8, HI8)
+  EXCHANGE(4, LO4, HI4)
+  EXCHANGE(2, LO2, HI2)
+  EXCHANGE(1, LO1, HI1)
+}
+
+// Keys in columns: pairs (D/2, kKeys), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
+// repeated up to a multiple of sixteen.
+void key_columns(const BFloat16* k, int64_t count, int64_t D, uint32_t* pairs) {
+  for (int64_t t = 0; t < count; t += kLanes)
+    for (int64_t d = 0; d < D; d += 2 * kLanes) {
+      Bits square[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(k + std::min(t + i, count - 1) * D + d);
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; i++) std::memcpy(pairs + (d / 2 + i) * kKeys + t, &square[i], sizeof square[i]);
+    }
+}
+
+// out += a b for four rows and kChunks * 16 columns at a time. a: (rows, 2 num_pairs) bfloat16, rows a_stride apart; b:
+// num_pairs rows of pairs of numbers, b_stride apart, each in 32 bits; out: (rows, columns) float32, out_stride apart.
 template <int kChunks>
-void add_tile(const BFloat16* weight, const uint32_t* pairs, int64_t rows, int64_t num_pairs, int64_t D, float* out) {
+void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
+                 int64_t num_pairs, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += 4) {
     Vec total[4][kChunks];
     for (int i = 0; i < 4; i++)
-      for (int c = 0; c < kChunks; c++) total[i][c] = load(out + (r + i) * D + c * kLanes);
+      for (int c = 0; c < kChunks; c++) total[i][c] = load(out + (r + i) * out_stride + c * kLanes);
     for (int64_t t = 0; t < num_pairs; t++) {
       Bits value[kChunks];
-      for (int c = 0; c < kChunks; c++) value[c] = load_as<Bits>(pairs + t * D + c * kLanes);
+      for (int c = 0; c < kChunks; c++) value[c] = load_as<Bits>(b + t * b_stride + c * kLanes);
       for (int i = 0; i < 4; i++) {
-        const Bits two = load_as<uint32_t>(weight + (r + i) * kKeys + 2 * t) + Bits{};
+        const Bits two = load_as<uint32_t>(a + (r + i) * a_stride + 2 * t) + Bits{};
         for (int c = 0; c < kChunks; c++) total[i][c] = dot2(total[i][c], two, value[c]);
       }
     }
     for (int i = 0; i < 4; i++)
-      for (int c = 0; c < kChunks; c++) store(out + (r + i) * D + c * kLanes, total[i][c]);
+      for (int c = 0; c < kChunks; c++) store(out + (r + i) * out_stride + c * kLanes, total[i][c]);
   }
+}
+
+// The same for any number of columns that is a multiple of sixteen.
+inline void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
+                        int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
+    add_product<4>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
+  for (; c < columns; c += kLanes)
+    add_product<1>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
 }
 
 // Sixteen cached numbers as bits of bfloat16, each in the lower half of a lane.
@@ -244,11 +276,12 @@ const BFloat16* tile_keys(const int8_t* k, const float* scale, int64_t count, in
 struct Tile {
   std::vector<BFloat16> q, keys, weight;
   std::vector<float> score, out, maximum, total;
-  std::vector<uint32_t> pairs;
+  std::vector<uint32_t> columns, pairs;
+  std::vector<int64_t> visible;
 
   Tile(int64_t rows, int64_t D)
-      : q(rows * D), keys(kKeys * D), weight(rows * kKeys), score(rows * kKeys), out(rows * D), maximum(rows), total(rows),
-        pairs(kKeys / 2 * D) {}
+      : q(rows * D), keys(kKeys * D), weight(rows * kKeys), score(rows * kKeys), out(rows * D), maximum(rows + kLanes), total(rows + kLanes),
+        columns(D / 2 * kKeys), pairs(kKeys / 2 * D), visible(rows) {}
 };
 
 // `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
@@ -261,31 +294,40 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* p
   for (int64_t r = 0; r < rows; r++)  // the last row is repeated up to a multiple of four
     std::copy_n(q + std::min(r, used - 1) / G * stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
   std::fill_n(tile.out.begin(), rows * D, 0.f);
-  std::fill_n(tile.total.begin(), rows, 0.f);
-  std::fill_n(tile.maximum.begin(), rows, -1e30f);
+  std::fill(tile.total.begin(), tile.total.end(), 0.f);
+  std::fill(tile.maximum.begin(), tile.maximum.end(), kHidden);
+  for (int64_t r = 0; r < rows; r++) tile.visible[r] = position[std::min(r, used - 1) / G] + 1;
   const int64_t end = std::min(*std::max_element(position, position + count) + 1, S);
   for (int64_t start = 0; start < end; start += kKeys) {
     const int64_t keys = std::min(kKeys, end - start), padded = (keys + kLanes - 1) / kLanes * kLanes;
     const BFloat16* key = tile_keys(k + start * D, k_scale + (k_scale ? start : 0), keys, D, tile.keys.data());
-    score_tile(tile.q.data(), key, rows, keys, D, scale, tile.score.data());
-    for (int64_t r = 0; r < rows; r++) {
-      float* s = &tile.score[r * kKeys];
-      const int64_t visible = position[std::min(r, used - 1) / G] + 1 - start;
-      for (int64_t t = std::max<int64_t>(0, std::min(visible, keys)); t < padded; t++) s[t] = -1e30f;
-      Vec most = load(s);
-      for (int64_t t = kLanes; t < padded; t += kLanes) most = larger(most, load(s + t));
-      const float maximum = std::max(tile.maximum[r], largest(most));
-      const float shrink = std::exp(tile.maximum[r] - maximum);
-      Vec total = {};
-      for (int64_t t = 0; t < padded; t += kLanes) {
-        const Vec weight = exp_of_negative(load(s + t) - maximum);
-        store(&tile.weight[r * kKeys + t], weight);
-        total += weight;
+    key_columns(key, keys, D, tile.columns.data());
+    std::fill_n(tile.score.begin(), rows * kKeys, 0.f);
+    add_columns(tile.q.data(), D, tile.columns.data(), kKeys, rows, D / 2, padded, tile.score.data(), kKeys);
+    for (int64_t r = 0; r < rows; r += kLanes) {  // sixteen rows at a time share the latency of their reductions
+      const int64_t count_r = std::min(kLanes, rows - r);
+      Vec most[kLanes] = {}, total[kLanes] = {};
+      for (int64_t i = 0; i < count_r; i++) {
+        float* s = &tile.score[(r + i) * kKeys];
+        for (int64_t t = std::clamp<int64_t>(tile.visible[r + i] - start, 0, keys); t < padded; t++) s[t] = kHidden;
+        most[i] = load(s);
+        for (int64_t t = kLanes; t < padded; t += kLanes) most[i] = larger(most[i], load(s + t));
       }
-      tile.total[r] = tile.total[r] * shrink + sum(total);
-      tile.maximum[r] = maximum;
-      if (shrink < 1)
-        for (int64_t d = 0; d < D; d++) tile.out[r * D + d] *= shrink;
+      const Vec before = load(&tile.maximum[r]), maximum = larger(before, fold(most, larger));
+      const Vec shrink = exp_of_negative((before - maximum) * scale);
+      store(&tile.maximum[r], maximum);
+      for (int64_t i = 0; i < count_r; i++) {
+        const float* s = &tile.score[(r + i) * kKeys];
+        for (int64_t t = 0; t < padded; t += kLanes) {
+          const Vec weight = exp_of_negative((load(s + t) - tile.maximum[r + i]) * scale);
+          store_nearest(&tile.weight[(r + i) * kKeys + t], weight);
+          total[i] += weight;
+        }
+        if (shrink[i] < 1)
+          for (int64_t d = 0; d < D; d += kLanes)
+            store(&tile.out[(r + i) * D + d], load(&tile.out[(r + i) * D + d]) * shrink[i]);
+      }
+      store(&tile.total[r], load(&tile.total[r]) * shrink + sums(total));
     }
     for (int64_t t = 0; t < padded; t += 2) {
       const int64_t first = start + std::min(t, keys - 1), second = start + std::min(t + 1, keys - 1);
@@ -295,10 +337,7 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* p
         std::memcpy(&tile.pairs[t / 2 * D + d], &pair, sizeof pair);
       }
     }
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= D; d += 4 * kLanes)
-      add_tile<4>(tile.weight.data(), &tile.pairs[d], rows, padded / 2, D, &tile.out[d]);
-    for (; d < D; d += kLanes) add_tile<1>(tile.weight.data(), &tile.pairs[d], rows, padded / 2, D, &tile.out[d]);
+    add_columns(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, padded / 2, D, tile.out.data(), D);
   }
   for (int64_t r = 0; r < used; r++)
     for (int64_t d = 0; d < D; d += kLanes)
@@ -309,13 +348,13 @@ template <typename N>
 void prefill_heads(const BFloat16* q, const Cached<N>& cached, const int64_t* position, const int64_t* row, BFloat16* y,
                    int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  const int64_t G = H / K, tiles = (T + kQueries - 1) / kQueries;
+  const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
   parallel_for(B * K * tiles, 1, threads, [&](int64_t begin, int64_t end) {
-    Tile tile((kQueries * G + 3) / 4 * 4, D);
+    Tile tile((std::min(queries, T) * G + 3) / 4 * 4, D);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * kQueries;
+      const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
       const int64_t offset = ((b * T + first) * H + head * G) * D;
-      attend_tile(tile, q + offset, H * D, position + b * T + first, std::min(kQueries, T - first),
+      attend_tile(tile, q + offset, H * D, position + b * T + first, std::min(queries, T - first),
                   cached.head(row[b] * K + head, S, D), S, G, D, scale, y + offset);
     }
   });

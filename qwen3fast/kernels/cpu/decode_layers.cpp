@@ -1,11 +1,11 @@
 // All transformer blocks of a decode step, for a few rows: norm, query/key/value, rotation, cache, attention, feed
-// forward. Threads start once and meet at barriers, instead of being started for each product; that is what this
-// operation is for. Each thread computes norms and rounds activations for itself, so as not to wait for another.
+// forward. Threads start once and meet at barriers, instead of starting once per product: the purpose of this operation.
+// Each thread computes norms and quantizes activations by itself instead of waiting for another thread.
 //
 // A row at position -1 is empty: its part of the cache is left alone, and its result has no meaning.
 //
-// Results are rounded to bfloat16 where the PyTorch form (model/block.py and what it is made of) rounds them. A row's
-// result does not depend on the rows beside it, unless there are more threads than key/value heads: then by rounding.
+// Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A row's
+// result does not depend on the other rows, except by rounding where there are more threads than key/value heads.
 
 #include <algorithm>
 #include <cmath>
@@ -23,31 +23,31 @@ struct Range {
   int64_t begin, end;
 };
 
-// What thread `thread` of `threads` does of `count` things.
+// The share of thread `thread` of `threads` in `count` things.
 Range share(int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// A thread's own copy of what products read: rows in bfloat16, and rounded to 8 bits where weights are.
+// A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
 struct Input {
   std::vector<BFloat16> rows;
-  Activations rounded;
+  Activations quantized;
 
-  Input(int64_t M, int64_t K) : rows(M * K), rounded(M, K) {}
+  Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
-  void round(const BFloat16* from, int64_t M, int64_t K, int64_t bits) {
-    for (int64_t m = 0; bits < 16 && m < M; m++) rounded.round_row(from + m * K, m, K, bits);
+  void quantize(const BFloat16* from, int64_t M, int64_t K, int64_t bits) {
+    for (int64_t m = 0; bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K, bits);
   }
 };
 
 // y[m, n] for the rows n of some blocks of 16; `width` is the distance between two rows m of y.
-void multiply(const Linear& w, const BFloat16* x, const Activations& rounded, int64_t M, Range blocks, BFloat16* y,
+void multiply(const Linear& w, const BFloat16* x, const Activations& quantized, int64_t M, Range blocks, BFloat16* y,
               int64_t width) {
   if (w.bits == 16)
     return matvec_rows(x, M, static_cast<const BFloat16*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
                        w.K);
   const Weight weight{static_cast<const uint8_t*>(w.weight), w.scale, w.N / kLanes, y};
-  packed_blocks(rounded, M, weight, w.bits, blocks.begin, blocks.end, width, w.K);
+  packed_blocks(quantized, M, weight, w.bits, blocks.begin, blocks.end, width, w.K);
 }
 
 // One vector of model/norm.py.
@@ -71,7 +71,7 @@ void rotate(BFloat16* x, const float* cos, const float* sin, int64_t D) {
   }
 }
 
-// Puts one vector into the cache. Source of int8_t's form: round_vectors in model/kv_cache.py.
+// Writes one vector to the cache. Source of int8_t's form: quantize_vectors in model/kv_cache.py.
 void write_vector(const BFloat16* from, int64_t D, BFloat16* to, float*) { std::copy_n(from, D, to); }
 
 void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {
@@ -95,7 +95,7 @@ void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range column
       store(x + m * E + i, load(x + m * E + i) + load(y + m * E + i));
 }
 
-// What threads share while the layers run.
+// The state that threads share while the layers run.
 struct Shared {
   const Sizes size;
   const float *cos, *sin;  // (positions, D)
@@ -122,13 +122,13 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
     const Cached<T> cached(cache);
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
-    input.round(input.rows.data(), M, E, layer.q.bits);
+    input.quantize(input.rows.data(), M, E, layer.q.bits);
     int64_t first = 0;
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
       const int64_t blocks = w->N / kLanes;
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
-      multiply(*w, input.rows.data(), input.rounded, M, own, &s.qkv[first * kLanes], width);
+      multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
       first += blocks;
     }
     s.barrier.wait();
@@ -161,22 +161,22 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     }
     s.barrier.wait();
 
-    input.round(s.y.data(), M, H * D, layer.o.bits);
-    multiply(layer.o, s.y.data(), input.rounded, M, columns, s.z.data(), E);
+    input.quantize(s.y.data(), M, H * D, layer.o.bits);
+    multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
 
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.post_norm, E, eps, &input.rows[m * E]);
-    input.round(input.rows.data(), M, E, layer.gate.bits);
-    multiply(layer.gate, input.rows.data(), input.rounded, M, inner, s.act.data(), I);
-    multiply(layer.up, input.rows.data(), input.rounded, M, inner, s.act.data() + M * I, I);
+    input.quantize(input.rows.data(), M, E, layer.gate.bits);
+    multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
+    multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
     for (int64_t m = 0; m < M; m++)
       gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
                   (inner.end - inner.begin) * kLanes);
     s.barrier.wait();
 
-    input.round(s.act.data(), M, I, layer.down.bits);
-    multiply(layer.down, s.act.data(), input.rounded, M, columns, s.z.data(), E);
+    input.quantize(s.act.data(), M, I, layer.down.bits);
+    multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
   }

@@ -15,7 +15,7 @@ MAX_DECODE_ROWS = 32
 
 
 class DecodeLayersCall:
-    """Runs the blocks; checks weights and cache, and notes their addresses, once."""
+    """A call that runs all blocks; it checks weights and cache, and stores their addresses, once."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class DecodeLayersCall:
         """Check and keep one cache per layer (see `Cache` in ops.h), norms and weights in the order of `Layer`.
 
         scales: of packed weights; None for bfloat16.
-        Raises: ValueError for tensors that it does not serve.
+        Raises: ValueError for unsupported tensors.
         """
         L = len(keys)
         require(
@@ -42,15 +42,16 @@ class DecodeLayersCall:
             len(key_scales) == len(value_scales) == (L if keys[0].dtype == torch.int8 else 0),
             "decode_layers: scales of keys and values are for int8 only, and needed there",
         )
-        # Kept alive: the memory, whatever becomes of the parameters that it belongs to.
+        # Keep the memory alive, even if the parameters are replaced.
         lists = (keys, values, key_scales, value_scales, norms, weights, scales)
         self._tensors = [tensor.detach() for tensors in lists for tensor in tensors if tensor is not None]
         self._layers = (Layer * L)()
         self.R, K, S, D = keys[0].shape
         for i, layer in enumerate(self._layers):
-            require(keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype, "decode_layers: caches alike")
-            factors = (key_scales[i], value_scales[i]) if key_scales else (None, None)
-            layer.cache = cache(keys[i], values[i], *factors)
+            is_equal = keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype
+            require(is_equal, "decode_layers: all caches must have one shape and dtype")
+            cache_scales = (key_scales[i], value_scales[i]) if key_scales else (None, None)
+            layer.cache = cache(keys[i], values[i], *cache_scales)
             for j, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
                 setattr(layer, name, _linear(weights[7 * i + j], scales[7 * i + j]))
         first = self._layers[0]

@@ -1,9 +1,9 @@
 // The experts that a router chose, with weights in 8 or 4 bits; see quantized.cpp for the products.
 //
-// Pairs of a token and an expert are sorted by expert: the weights of a chosen expert are read once, those of others not
+// Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
 // at all. Threads start once and meet at barriers. A token's result does not depend on the tokens beside it.
 //
-//   N tokens   C experts a token   P = N * C pairs   X experts   E hidden size   I intermediate size
+//   N tokens   C experts per token   P = N * C pairs   X experts   E hidden size   I intermediate size
 
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kReading = 2;      // rows that a block of weights could be multiplied with while it is read
 constexpr int64_t kGrain = 1 << 15;  // multiplications that a thread is woken for
 
-// The pairs of one expert, `first` and those after it in the sorted order; their rows, rounded.
+// The pairs of one expert, from `first` on in the sorted order; their rows, quantized.
 struct Group {
   int64_t expert, first, count;
   Activations x, inner;
@@ -92,7 +92,7 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
     barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     const int thread = omp_get_thread_num(), given = omp_get_num_threads();
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
-      group.x.round_row(x + order[p] / C * E, row, E, bits);
+      group.x.quantize_row(x + order[p] / C * E, row, E, bits);
     });
     barrier.wait();
     share_blocks(groups, &Group::x, *gate_up, X, inner.get(), thread, given, [](const Group&, int64_t, int64_t) {});
@@ -100,7 +100,7 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner.get() + p * 2 * I;
       gate_values(gate, gate + I, I);
-      group.inner.round_row(gate, row, I, bits);
+      group.inner.quantize_row(gate, row, I, bits);
     });
     barrier.wait();
     share_blocks(groups, &Group::inner, *down, X, sorted.get(), thread, given,

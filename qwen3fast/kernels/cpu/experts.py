@@ -1,6 +1,6 @@
 """Routed experts as one operation, `torch.ops.qwen3fast.quantized_experts` (experts.cpp).
 
-Their numbers are read when it runs, so compiled code does not depend on them.
+The experts' numbers are read when it runs: compiled code does not depend on them.
 
 N tokens   C experts per token   E hidden_size
 """
@@ -35,7 +35,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
 
     x_NE: bfloat16. expert_NC: int64. gate_up, down: packed bytes and scales of all experts' weights one below the
     other, gate before up in each, as `Packed` in quantization/formats.py.
-    Raises: ValueError for other dtypes, shapes that do not fit together, or a number that is no expert's.
+    Raises: ValueError for other dtypes, inconsistent shapes, or a number outside the experts.
     """
     N, E = x_NE.shape
     require(x_NE.dtype == torch.bfloat16, "quantized_experts: x must be bfloat16")

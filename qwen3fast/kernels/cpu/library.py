@@ -1,40 +1,42 @@
-"""The C++ of this folder as a shared library: built by the system's compiler on first use, then kept.
+"""The C++ of this folder as a shared library: the wheel's, or one built on first use and kept.
+
+A wheel brings a library for each level of processors (levels.py) in the folder `lib`; elsewhere the system's compiler
+builds one for this very processor. QWEN3FAST_CPU_LEVEL pins the choice: a level's name, or "native" for the latter.
 
 A library runs with all rights of the process, so it is loaded only if it is what was built: its name holds the SHA-256
-of its bytes, and its folder can be written to by nobody else.
+of its bytes, and the cache folder can be written to by nobody else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shutil
 import stat
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from qwen3fast.kernels.cpu.building import (
+    FLAGS,
+    FOLDER,
+    HEADERS,
+    SOURCES,
+    build,
+    digest,
+    find_compiler,
+    is_what_was_built,
+)
+from qwen3fast.kernels.cpu.levels import Level, pinned_level, processor_features, this_machine
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
-SOURCES = (
-    "quantized.cpp",
-    "decode_layers.cpp",
-    "attention.cpp",
-    "matvec.cpp",
-    "experts.cpp",
-    "rounding.cpp",
-)  # what takes longest first
-HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h")
-FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+SHIPPED = FOLDER / "lib"  # in wheels only
 TARGET_FLAGS = ["-march=native"]
-EXTRA_FLAGS = {"rounding.cpp": ["-ffp-contract=off"]}
+PIN = "QWEN3FAST_CPU_LEVEL"
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # What ops.h declares, all of it.
 FUNCTIONS = tuple(
@@ -57,21 +59,28 @@ class NoCompilerError(OSError):
 
 
 def open_library(jobs: int | None = None) -> ctypes.CDLL:
-    """Open the library, built first if this source, these flags and this processor have none yet (seconds).
+    """Open the wheel's library, or the one in the cache, built first if there is none yet for this source (seconds).
 
-    jobs: compilers that run at the same time, all of them by default. `ops.h` describes the functions.
+    jobs: compilers that run at the same time; None runs all of them. `ops.h` describes the functions.
     Raises: NoCompilerError where it has to be built and there is no compiler (only GCC and Clang on Linux are tried);
-    other OSErrors where a file cannot be used; subprocess.CalledProcessError where compiling fails.
+    other OSErrors where a file cannot be used; subprocess.CalledProcessError where compiling fails; ValueError where
+    QWEN3FAST_CPU_LEVEL names no level of this machine.
     """
     if sys.platform != "linux":
         raise NoCompilerError("they need Linux with g++ or clang++")
-    folder, key = cache_folder(), _key()
-    library = _find(folder, key)
+    pin = os.environ.get(PIN, "")
+    candidates = this_machine() if not pin else () if pin == "native" else (pinned_level(pin),)
+    library = _find_shipped(candidates)
     if library is None:
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        flags = candidates[0].flags if pin and candidates else TARGET_FLAGS
+        folder, key = cache_folder(), source_key(flags)
+        library = _find(folder, key)
+    if library is None:
+        compiler = find_compiler()
         if not compiler:
             raise NoCompilerError("they need Linux with g++ or clang++")
-        library = ctypes.CDLL(str(_build(compiler, folder, key, jobs)))
+        logger.info("building C++ operations into %s", folder)
+        library = ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs)))
     return library
 
 
@@ -110,56 +119,41 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return _temporary[0]
 
 
-def _key() -> str:
-    """Return what tells libraries of other sources, flags and processors apart."""
+def source_key(flags: Sequence[str] = TARGET_FLAGS) -> str:
+    """Return a name of these sources and flags on this processor: libraries of others have other names."""
     sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
-    return _digest("\n".join([*sources, *FLAGS, *TARGET_FLAGS, _processor()]).encode())[:16]
+    return digest("\n".join([*sources, *FLAGS, *flags, processor_features() or platform.processor()]).encode())[:16]
+
+
+def _find_shipped(candidates: Iterable[Level]) -> ctypes.CDLL | None:
+    """Open the wheel's library of the first level that has one which is whole."""
+    for level in candidates:
+        for path in sorted(SHIPPED.glob(f"{level.name}-*.so")):
+            library = _open(path)
+            if library is not None:
+                logger.info("C++ operations of the level %s: %s", level.name, path)
+                return library
+            logger.warning("%s is not what was built: install qwen3fast again", path)
+    return None
 
 
 def _find(folder: Path, key: str) -> ctypes.CDLL | None:
     """Open a library that was built before; remove files that are not what was built."""
     for path in sorted(folder.glob(f"ops-{key}-*.so")):
-        if path.stem.endswith(_digest(path.read_bytes())):  # a truncated one would end the process with SIGBUS
-            with contextlib.suppress(OSError):  # it is no library of this system
-                library = ctypes.CDLL(str(path))
-                if all(hasattr(library, name) for name in FUNCTIONS):
-                    return library
+        library = _open(path)
+        if library is not None:
+            return library
         logger.warning("%s is not what was built: removing it", path)
         with contextlib.suppress(OSError):
             path.unlink()
     return None
 
 
-def _build(compiler: str, folder: Path, key: str, jobs: int | None) -> Path:
-    """Build the library and return its path."""
-    logger.info("building C++ operations into %s", folder)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        built = Path(temporary) / "ops.so"
-        objects = [str(Path(temporary) / f"{name}.o") for name in SOURCES]
-        commands = [
-            [compiler, *FLAGS, *TARGET_FLAGS, *EXTRA_FLAGS.get(name, ()), "-c", str(FOLDER / name), "-o", file]
-            for name, file in zip(SOURCES, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(_run, commands))
-        _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(built)])
-        library = folder / f"ops-{key}-{_digest(built.read_bytes())}.so"
-        built.replace(library)  # another process may have done the same; either file will do
-    return library
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _processor() -> str:
-    """Return what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+def _open(path: Path) -> ctypes.CDLL | None:
+    """Open a library if it is what was built, and has all functions."""
+    if is_what_was_built(path):  # a truncated one would end the process with SIGBUS
+        with contextlib.suppress(OSError):  # it is no library of this system
+            library = ctypes.CDLL(str(path))
+            if all(hasattr(library, name) for name in FUNCTIONS):
+                return library
+    return None

@@ -10,16 +10,16 @@
 
 namespace {
 
-// What has registers for its sums: so many rows of x times so many of the weight. More than one row of x is bound by
-// arithmetic and by reading x, too, which several rows of the weight share.
+// Rows of x and of the weight whose sums fit the registers. With more than one row of x, products are also bound by
+// arithmetic and by reading x, which several rows of the weight share.
 #ifdef __AVX512F__
 constexpr int64_t kTileRows = 4, kTileWeights = 3;
 #else
 constexpr int64_t kTileRows = 4, kTileWeights = 1;
 #endif
 
-// Rows n..n+kN-1 of the weight times kM rows of x. Two sums for each result, so that additions overlap. `next`: bytes
-// from what is read to what to ask memory for in advance; 0 for a weight that is in the cache.
+// Rows n..n+kN-1 of the weight times kM rows of x. Two sums per result let additions overlap. `next`: distance of
+// prefetches in bytes; 0 for a weight that is in the cache.
 template <int kM, int kN>
 void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, int64_t next) {
   const BFloat16* w = weight + n * K;
@@ -61,7 +61,7 @@ void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y,
   }
 }
 
-// All rows of x, in parts of alike size; the weight's rows come from memory for the first part alone.
+// All rows of x, in parts of similar size; only the first part reads the weight's rows from memory.
 template <int kN>
 void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
               int64_t next) {
@@ -74,7 +74,7 @@ void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y,
 
 }  // namespace
 
-// With one row of x the weight's come one after another, so that each thread reads memory in one stream, which some
+// With one row of x, the weight's rows follow one another: each thread reads memory in one stream, which some
 // processors need for their full speed.
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {

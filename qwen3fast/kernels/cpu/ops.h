@@ -1,9 +1,9 @@
-// What Python calls (ops.py, decode_layers.py), by ctypes: nothing of PyTorch's C++ is needed, whose headers would take
-// longer to compile than all of this. Shapes, types and layouts are checked in Python; every array is contiguous.
-// `threads` is how many may be used.
+// The functions that Python calls by ctypes (ops.py, decode_layers.py). PyTorch's C++ headers are not needed: they would
+// take longer to compile than all of this. Shapes, types and layouts are checked in Python; every array is contiguous.
+// `threads`: the number of threads that may be used.
 //
 //   B batch   T tokens   H query heads   K key/value heads   G = H/K   D head_dim   R cache rows   S cache positions
-//   X experts   C experts chosen for a token
+//   X experts   C active experts per token
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct Linear {
   int64_t N, K, bits;
 };
 
-// The cache of keys and values: (R, K, S, D) bfloat16, or int8 with factors (R, K, S) float32 (null for bfloat16).
+// The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).
 struct Cache {
   void *keys, *values;
   float *key_scale, *value_scale;
@@ -41,18 +41,18 @@ struct Sizes {
 QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
-// The same for any M and packed weights of the same K and bits; y (M, N of all) holds their results side by side.
+// The same for any M and packed weights of the same K and bits; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
 
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
 
-// Rounds a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: packed and scale as quantized.cpp describes.
+// Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
 QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
                                           void* scale, int64_t threads);
 
-// What experts make of their tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
+// The output of each expert for its tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
 // X weights (2I, E) one below the other, gate before up; down X weights (E, I); both of the same bits, 8 or 4. Returns
 // false, with y unfinished, for an expert that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,

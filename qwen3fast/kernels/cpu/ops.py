@@ -1,6 +1,6 @@
 """The functions of ops.h as operations, `torch.ops.qwen3fast.*`: arguments checked, results allocated.
 
-Each raises ValueError for arguments that it does not serve. `round_weight` is a plain function.
+Each raises ValueError for arguments that it does not serve. `quantize_weight` is a plain function.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu import experts
-from qwen3fast.kernels.cpu.structures import LANES, Linear, cache, packed_linear, require
+from qwen3fast.kernels.cpu import experts, prefill
+from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.structures import (
+    LANES,
+    NEVER,
+    Linear,
+    checked_cache,
+    checked_positions,
+    packed_linear,
+    require,
+)
 
 # Rows of a product that streams its weight. More rows are bound by arithmetic, where PyTorch's product is as fast.
 # Chunks of a prompt, and steps without a cache, always have more: they need no second form.
@@ -29,7 +38,6 @@ def register(functions: ctypes.CDLL) -> None:
     for name, pointers, integers in (
         ("matvec", 3, 4),
         ("decode_attention", 4, 6),
-        ("prefill_attention", 5, 7),
     ):
         function = getattr(functions, f"qwen3fast_{name}")
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
@@ -45,28 +53,24 @@ def register(functions: ctypes.CDLL) -> None:
     if is_first:
         _registered = torch.library.Library("qwen3fast", "FRAGMENT")
         caches = "Tensor q, Tensor k, Tensor v, Tensor position"
-        factors = "Tensor? k_scale=None, Tensor? v_scale=None"
+        scales = "Tensor? k_scale=None, Tensor? v_scale=None"
         for schema, function, fake in (
             ("matvec(Tensor x, Tensor weight) -> Tensor", matvec, _matvec_shape),
             (
-                "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale) -> Tensor",
+                f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int dequantize_from={NEVER}) -> Tensor",
                 quantized_linear,
                 _quantized_linear_shape,
             ),
             ("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None),
-            (f"decode_attention({caches}, {factors}) -> Tensor", decode_attention, _decode_attention_shape),
-            (
-                f"prefill_attention({caches}, Tensor row, {factors}) -> Tensor",
-                prefill_attention,
-                _prefill_attention_shape,
-            ),
+            (f"decode_attention({caches}, {scales}) -> Tensor", decode_attention, _decode_attention_shape),
         ):
             _registered.define(schema)
             name = schema.partition("(")[0]
             _registered.impl(name, function, "CPU")
             if fake is not None:
                 torch.library.register_fake(f"qwen3fast::{name}", fake, lib=_registered)
-    experts.register(functions, _registered if is_first else None)
+    for other in (prefill, experts):
+        other.register(functions, _registered if is_first else None)
 
 
 def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:
@@ -85,8 +89,11 @@ def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
-    """Return x @ weight.T for packed weights of the same K and bits, side by side. x: (..., K) bfloat16."""
+def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], dequantize_from: int = NEVER) -> Tensor:
+    """Return x @ weight.T for packed weights of the same K and bits, side by side. x: (..., K) bfloat16.
+
+    dequantize_from: for so many rows and more, weights are dequantized and PyTorch's product in bfloat16 is used.
+    """
     K = x.shape[-1]
     require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
     require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
@@ -97,6 +104,8 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Te
     for linear in linears:
         require(linear.K == K, f"quantized_linear: x has {K} channels, a weight has {linear.K}")
         require(linear.bits == linears[0].bits, "quantized_linear: all weights must have the same bits")
+    if x.numel() // K >= dequantize_from:
+        return torch.cat([dequantized_linear(x, *weight) for weight in zip(packed, scale, strict=True)], dim=-1)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
     _functions.qwen3fast_quantized_linear(
         x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, torch.get_num_threads()
@@ -104,11 +113,13 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Te
     return y
 
 
-def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]) -> Tensor:
+def _quantized_linear_shape(
+    x: Tensor, packed: list[Tensor], scale: list[Tensor], dequantize_from: int = NEVER
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
-def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
+def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     """Quantize a weight, (N, K) bfloat16, into packed and scale, whose shapes give the bits; see `packed_linear`.
 
     Raises: ValueError for another dtype, device, shape or layout.
@@ -119,7 +130,7 @@ def round_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
         and weight_NK.device.type == "cpu"
         and weight_NK.is_contiguous()
         and weight_NK.shape == (linear.N, linear.K),
-        f"round_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
+        f"quantize_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     sizes = (linear.N, linear.K, linear.bits)
@@ -149,11 +160,11 @@ def decode_attention(
     q_BTHD: bfloat16. position_B1: int64.
     """
     (B, T, H, D), (R, K, S, _) = q_BTHD.shape, k_RKSD.shape
-    layer = _checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
+    layer = checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
     require(
         D % LANES == 0 and T == 1 and 1 <= B <= R, "decode_attention: q (B, 1, H, D), D a multiple of 16, B from 1 to R"
     )
-    q, position = q_BTHD.contiguous(), _checked_positions("decode_attention", position_B1, B)
+    q, position = q_BTHD.contiguous(), checked_positions("decode_attention", position_B1, B)
     y_BH1D = q.new_empty(B, H, 1, D)
     _functions.qwen3fast_decode_attention(
         q.data_ptr(), byref(layer), position.data_ptr(), y_BH1D.data_ptr(), B, H, K, S, D, torch.get_num_threads()
@@ -163,57 +174,3 @@ def decode_attention(
 
 def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
-
-
-def prefill_attention(
-    q_BTHD: Tensor,
-    k_RKSD: Tensor,
-    v_RKSD: Tensor,
-    position_BT: Tensor,
-    row_B: Tensor,
-    k_scale_RKS: Tensor | None = None,
-    v_scale_RKS: Tensor | None = None,
-) -> Tensor:
-    """Return attention of each query over positions 0..its own of cache row row_B: (B, T, H, D) bfloat16.
-
-    position_BT, row_B: int64.
-    """
-    (B, T, H, D), (_, K, S, _) = q_BTHD.shape, k_RKSD.shape
-    layer = _checked_cache("prefill_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
-    require(D % (2 * LANES) == 0, "prefill_attention: D a multiple of 32")
-    q, position = q_BTHD.contiguous(), _checked_positions("prefill_attention", position_BT, B * T)
-    row, y_BTHD = row_B.contiguous(), q.new_empty(q.shape)
-    require(
-        row.dtype == torch.int64 and row.numel() == B and all(0 <= r < len(k_RKSD) for r in row.tolist()),
-        "prefill_attention: a row of the cache for each batch row, int64",
-    )
-    _functions.qwen3fast_prefill_attention(
-        q.data_ptr(),
-        byref(layer),
-        position.data_ptr(),
-        row.data_ptr(),
-        y_BTHD.data_ptr(),
-        *(B, T, H, K, S, D),
-        torch.get_num_threads(),
-    )
-    return y_BTHD
-
-
-def _prefill_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _checked_cache(
-    name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> ctypes.Structure:
-    require(q.dtype == torch.bfloat16, f"{name}: q must be bfloat16")
-    require(k.shape[3] == q.shape[3] and q.shape[2] % k.shape[1] == 0, f"{name}: q must fit the cache's heads")
-    try:
-        return cache(k, v, k_scale, v_scale)
-    except ValueError as err:
-        raise ValueError(f"{name}: {err}") from None
-
-
-def _checked_positions(name: str, position: Tensor, count: int) -> Tensor:
-    require(position.dtype == torch.int64 and position.numel() == count, f"{name}: an int64 position for each query")
-    return position.contiguous()

@@ -1,4 +1,4 @@
-// Work shared out over threads.
+// Work shared by threads.
 
 #pragma once
 

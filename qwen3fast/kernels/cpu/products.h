@@ -8,13 +8,13 @@
 
 #include "vec.h"
 
-constexpr int64_t kAhead = 4096;  // bytes to ask memory for in advance; the hardware prefetcher stops at page borders
-// Where to: a level 1 cache has few reads under way at a time, and slows fast memory down. (4 bits did not gain.)
+constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
+// The cache level to prefetch to: level 1 allows few reads at a time, which slows fast memory. (No gain for 4 bits.)
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
 
-// Rows of x in 8 bits: value = scale * byte, a scale for each group. `offset` is what the weights' zero adds to a sum.
+// Rows of x in 8 bits: value = scale * byte, one scale per group. `offset`: the amount that the weights' zero point adds.
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<float> scale;
@@ -22,8 +22,8 @@ struct Activations {
 
   Activations(int64_t M, int64_t K) : bytes(M * K), scale(M * K / kGroup), offset(M * K / kGroup) {}
 
-  // Rounds row m to 8 bits, for weights of so many bits.
-  void round_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits);
+  // Quantizes row m to 8 bits, for weights of `bits` bits.
+  void quantize_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits);
 };
 
 struct Weight {
@@ -43,7 +43,7 @@ void packed_blocks(const Activations& x, int64_t M, const Weight& weight, int64_
 
 namespace {
 
-// silu(gate) * up, in place of gate: what lies between the two products of a feed-forward part.
+// silu(gate) * up, in place of gate: between the two products of a feed-forward layer.
 inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec x = load(gate + i), exponential = exp_of_negative(x < 0 ? x : -x);  // exp(-|x|)

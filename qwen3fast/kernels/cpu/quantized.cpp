@@ -1,18 +1,18 @@
 // Products with weights in 8 or 4 bits, and a token embedding in the same layout.
 //
-// Several weights with the same input (query, key and value; gate and up) go in one call: x is rounded once, threads are
+// Several weights with the same input (query, key and value; gate and up) go in one call: x is quantized once, threads are
 // woken once, and y holds their results side by side.
 //
-// A weight is stored for streaming: 16 rows side by side, four neighbouring channels of a row in one 32-bit lane.
-// Bytes are unsigned (128 or 8 stands for zero), as x86's dot product of unsigned and signed bytes wants them.
+// A weight is stored for streaming: 16 rows side by side, four neighboring channels of a row in one 32-bit lane.
+// Bytes are unsigned (zero point 128 or 8), as x86's dot product of unsigned and signed bytes needs them.
 //
-//   8 bits   packed (N/16, K/4, 16, 4) uint8: one channel a byte.          scale (N,) float32
+//   8 bits   packed (N/16, K/4, 16, 4) uint8: one channel per byte.        scale (N,) float32
 //   4 bits   packed (N/16, K/8, 16, 4) uint8: channels 8j+i (low half      scale (N/16, K/32, 16) bfloat16
 //            of byte i) and 8j+4+i (high half).
 //
-// Activations are rounded to 8 bits in groups of 32 channels, each group with a scale of its own. Products are summed
+// Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
-// not depend on the rows beside it. The plain PyTorch form, which does not round the activations, is in
+// not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
 // quantization/layers.py.
 
 #include <algorithm>
@@ -131,7 +131,7 @@ void blocks_of(const Activations& x, int64_t M, const Weight& weight, int64_t be
 
 }  // namespace
 
-void Activations::round_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits) {
+void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits) {
   const int32_t zero = bits == 8 ? 128 : 8;  // the byte that stands for a weight of zero
   const int64_t G = K / kGroup;
   for (int64_t g = 0; g < G; g++) {
@@ -167,16 +167,16 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
   const int64_t K = weights[0].K, bits = weights[0].bits;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
-  Activations rounded(M, K);
+  Activations quantized(M, K);
   parallel_for(M, 16, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) rounded.round_row(x + m * K, m, K, bits);
+    for (int64_t m = begin; m < end; m++) quantized.quantize_row(x + m * K, m, K, bits);
   });
   parallel_for(width / kLanes, std::max<int64_t>(1, 32768 / (K * kLanes)), threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // block of this weight
     for (int64_t i = 0; i < count; i++) {
       const int64_t blocks = weights[i].N / kLanes;
       const Weight weight{static_cast<const uint8_t*>(weights[i].weight), weights[i].scale, blocks, y + first * kLanes};
-      packed_blocks(rounded, M, weight, bits, std::max<int64_t>(begin - first, 0), std::min(end - first, blocks), width, K);
+      packed_blocks(quantized, M, weight, bits, std::max<int64_t>(begin - first, 0), std::min(end - first, blocks), width, K);
       first += blocks;
     }
   });

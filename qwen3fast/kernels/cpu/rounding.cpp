@@ -1,6 +1,6 @@
 // Weights to 8 and 4 bits, in the layout that quantized.cpp describes: the same bytes and scales, bit for bit, as the
-// plain PyTorch form in quantization/formats.py, which takes a pass over memory for each of many steps. So that sums are
-// the same, products and sums must not be contracted in this file (library.py has the flag).
+// plain PyTorch form in quantization/formats.py, which passes over memory many times. For equal sums, the compiler must
+// not contract products and sums in this file (library.py has the flag).
 
 #include <algorithm>
 #include <cmath>
@@ -62,10 +62,10 @@ BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) 
   BFloat16 best_scale(0.f);
   for (const double range : kRanges) {
     const BFloat16 scale(end * static_cast<float>(-range / 8));
-    const float factor = scale;
-    const Vec divisor = fill(factor == 0 ? 1.f : factor);
+    const float step = scale;
+    const Vec divisor = fill(step == 0 ? 1.f : step);
     const Ints a = level_of(low, divisor), b = level_of(high, divisor);
-    const float error = sum(squared_error(a, fill(factor), low) + squared_error(b, fill(factor), high));
+    const float error = sum(squared_error(a, fill(step), low) + squared_error(b, fill(step), high));
     if (error < best_error) {
       best_error = error;
       best_scale = scale;

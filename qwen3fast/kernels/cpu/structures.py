@@ -10,6 +10,7 @@ from torch import Tensor
 
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
+NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
 class Linear(ctypes.Structure):
@@ -77,8 +78,8 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
 
     Raises: ValueError for tensors that are not as ops.h describes them.
     """
-    is_rounded = k_RKSD.dtype == torch.int8
-    require(is_rounded or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
+    is_quantized = k_RKSD.dtype == torch.int8
+    require(is_quantized or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
     for tensor in (k_RKSD, v_RKSD):
         require(
             tensor.dim() == 4
@@ -90,7 +91,7 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
         )
     pointers = []
     for scale in (k_scale_RKS, v_scale_RKS):
-        require((scale is not None) == is_rounded, "scales of keys and values are for int8 only, and needed there")
+        require((scale is not None) == is_quantized, "scales of keys and values are for int8 only, and needed there")
         if scale is not None:
             require(
                 scale.dtype == torch.float32 and scale.is_contiguous() and scale.shape == k_RKSD.shape[:3],
@@ -98,3 +99,19 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
             )
         pointers.append(None if scale is None else scale.data_ptr())
     return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)
+
+
+def checked_cache(
+    name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> ctypes.Structure:
+    require(q.dtype == torch.bfloat16, f"{name}: q must be bfloat16")
+    require(k.shape[3] == q.shape[3] and q.shape[2] % k.shape[1] == 0, f"{name}: q must fit the cache's heads")
+    try:
+        return cache(k, v, k_scale, v_scale)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from None
+
+
+def checked_positions(name: str, position: Tensor, count: int) -> Tensor:
+    require(position.dtype == torch.int64 and position.numel() == count, f"{name}: an int64 position for each query")
+    return position.contiguous()

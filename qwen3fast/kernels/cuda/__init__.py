@@ -1,6 +1,6 @@
-"""For CUDA devices: the Triton kernels of this folder as operations, `torch.ops.qwen3fast.*`.
+"""Triton kernels for CUDA devices, as operations `torch.ops.qwen3fast.*`.
 
-Where Triton is missing, callers use their PyTorch forms. Not yet run on a GPU.
+Without Triton, callers use their PyTorch forms. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# What decode steps attend with; read when an engine's steps are compiled. "split": a Triton kernel over the used
-# positions, whose number it reads on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
+# The form of attention in decode steps, read when steps are compiled. "split": a Triton kernel over the used
+# positions, whose number is read on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
 # 598, in the first run of a prototype); "sdpa": PyTorch's attention over the whole bucket.
 decode_attention: Literal["sdpa", "split"] = "split"
-DEVICE_TYPE = "cuda"  # of tensors that the forms of this file serve; tests of what is traced put "meta" in its place
-MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic, and PyTorch's products serve them
+DEVICE_TYPE = "cuda"  # of tensors that the operations support; tests of traced code replace it by "meta"
+MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic and use PyTorch's products
 
 _loading = threading.Lock()
 _is_loaded = False  # plain flags, which torch.compile can read
@@ -26,9 +26,9 @@ _has_flash = False
 
 
 def load(device: torch.device | None = None) -> bool:
-    """Register the operations, once in a process; find out what a CUDA device can do, before steps are compiled.
+    """Register the operations, once per process, and check the capability of a CUDA device, before steps are compiled.
 
-    Returns: whether the operations can be used, that is, Triton is installed.
+    Returns: whether the operations can be used (Triton is installed).
     """
     global _has_flash, _is_loaded
     with _loading:
@@ -36,6 +36,7 @@ def load(device: torch.device | None = None) -> bool:
             has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
             _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
+            from qwen3fast.kernels.cuda.chunk_attention import chunk_attention
             from qwen3fast.kernels.cuda.decode_step import ops as decode_step
             from qwen3fast.kernels.cuda.packed_experts import packed_experts
             from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
@@ -51,13 +52,16 @@ def load(device: torch.device | None = None) -> bool:
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
             ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
+            custom_op("qwen3fast::chunk_attention", chunk_attention, mutates_args=()).register_fake(
+                lambda q, *others: q.new_empty(q.shape)
+            )
             decode_step.register()
             _is_loaded = True
         return _is_loaded
 
 
 def use_fused_step() -> bool:
-    """Return whether decode steps may run in the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
+    """Return whether steps may use the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
     return os.environ.get("QWEN3FAST_FUSED_STEP", "1") != "0"
 
 
@@ -67,9 +71,15 @@ def can_split_attention(q_BTHD: Tensor) -> bool:
 
 
 def can_split(device: torch.device, head_dim: int) -> bool:
-    """Return whether it serves queries of this size on this device; only after `load`."""
+    """Return whether `split_attention` serves queries of this size on this device; call `load` first."""
     is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
     return decode_attention == "split" and is_served and device.type == DEVICE_TYPE and _is_loaded
+
+
+def can_chunk_attention(device: torch.device, head_dim: int) -> bool:
+    """Return whether `torch.ops.qwen3fast.chunk_attention` serves queries of this size on this device."""
+    is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return is_served and device.type == DEVICE_TYPE and _is_loaded
 
 
 def can_flash_attention(q_BTHD: Tensor) -> bool:
@@ -80,9 +90,9 @@ def can_flash_attention(q_BTHD: Tensor) -> bool:
 
 
 def can_packed_matvec(x: Tensor) -> bool:
-    """Return whether `torch.ops.qwen3fast.packed_matvec` serves this product: of a decode step, x (B, 1, K).
+    """Return whether `torch.ops.qwen3fast.packed_matvec` serves this product: a decode step's, x (B, 1, K).
 
-    Chunks of a prompt, which have more tokens, share one compiled form, which does not depend on their number.
+    Chunks of a prompt have more tokens; they share one compiled form, which does not depend on their number.
     """
     is_step = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MAX_ROWS
     return x.device.type == DEVICE_TYPE and is_step and _is_loaded

@@ -57,7 +57,7 @@ def split_attention(
 
 
 def num_splits(heads: int, positions: int) -> int:
-    """Return N, the number of splits per key/value head, whatever length is in use. heads: of all rows together."""
+    """Return N, the number of splits per key/value head, for any used length. heads: of all rows together."""
     return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
 
 

@@ -190,7 +190,7 @@ function headers() {
 function requestOf(messages) {
   const s = state.settings;
   const sent = messages.map((m) => ({role: m.role, content: m.content, ...(m.tool_calls ? {tool_calls: m.tool_calls} : {})}));
-  const body = {model: state.model || undefined, messages: sent, stream: true, stream_options: {include_usage: true},
+  const body = {model: state.model || undefined, messages: sent, stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
     chat_template_kwargs: {enable_thinking: s.thinking}};
   if (s.system.trim()) body.messages = [{role: "system", content: s.system}, ...body.messages];
   if (s.temperature !== "") body.temperature = Number(s.temperature);
@@ -236,7 +236,6 @@ async function reply() {
       const delta = choice.delta;
       const hasNews = delta.content || delta.reasoning_content || delta.tool_calls;
       if (hasNews && !first) first = performance.now();
-      if (hasNews && !event.usage) tokens++;
       message.content += delta.content || "";
       message.reasoning += delta.reasoning_content || "";
       if (delta.tool_calls) message.tool_calls = [...(message.tool_calls || []), ...delta.tool_calls];
@@ -259,7 +258,9 @@ async function reply() {
 function showSpeed(begun, first, tokens) {
   if (!first) return;
   const seconds = (performance.now() - first) / 1000;
-  const rate = tokens > 1 && seconds > 0 ? `${((tokens - 1) / seconds).toPrecision(3)} tokens/s, ` : "";
+  const speed = (tokens - 1) / seconds;
+  const words = speed < 100 ? speed.toPrecision(3) : Math.round(speed);
+  const rate = tokens > 1 && seconds > 0 ? `${words} tokens/s, ` : "";
   $("speed").textContent = `${rate}first after ${((first - begun) / 1000).toFixed(2)} s`;
 }
 

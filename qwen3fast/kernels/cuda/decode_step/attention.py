@@ -1,9 +1,9 @@
-"""Attention of a decode step: QK-norm, RoPE, the write to the cache and attention over the used positions, in a kernel.
+"""Attention of a decode step: QK-norm, RoPE, cache write and attention over the used positions, in one kernel.
 
 Each key/value head's positions are split over programs, which read the length on the device: one CUDA graph serves all
-lengths, and its cost follows the length in use. The program whose split holds the row's own position computes the new
+lengths, and its cost follows the used length. The program whose split contains the row's own position computes the new
 key and value, writes them to the cache and starts its sums with them; no program reads them back. A second kernel
-combines the splits; it is left out where the cache is so short that one split serves it.
+combines the splits; caches that are short enough for one split do not need it.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); online softmax: arXiv:1805.02867.
 
     B rows   H query heads   K key/value heads   G = H/K   S positions allocated   D head_dim   N splits
@@ -22,14 +22,14 @@ from torch import Tensor
 from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import plain_norm
 
-BLOCK = 64  # positions that a program takes at a time, and the smallest split
-SMALLEST_DOT = 16  # rows that a matrix product of Triton needs at least
-PROGRAMS = 2 * 132  # to start: two for each multiprocessor of an H100
+BLOCK = 64  # positions that a program reads at a time, and the smallest split
+MIN_DOT = 16  # rows that Triton's matrix product needs
+PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_SPLITS = 64
 
 
 class Splits(NamedTuple):
-    """Workspace, float32: weighted values (B*H, N, D) of each split, its largest score and its sum of weights."""
+    """Workspace in float32: each split's weighted values, (B*H, N, D), largest score and sum of weights."""
 
     values: Tensor
     maximum: Tensor
@@ -42,7 +42,7 @@ class Splits(NamedTuple):
 
     @classmethod
     def allocate_all(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
-        """Return the workspace for each number of rows, all in the same memory."""
+        """Return the workspaces for several numbers of rows, in the same memory."""
         shapes = {B: (B * H, num_splits(B * K, S)) for B in rows}
         most = max(heads * N for heads, N in shapes.values())
         values, maximum, total = (torch.empty(most * width, device=device) for width in (D, 1, 1))
@@ -57,7 +57,7 @@ class Splits(NamedTuple):
 
 
 def num_splits(heads: int, positions: int) -> int:
-    """Return into how many parts the positions of each of `heads` key/value heads go at most."""
+    """Return N, the maximum number of splits per key/value head. heads: of all rows together."""
     return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
 
 
@@ -76,9 +76,9 @@ def attend(
     splits: Splits,
     y_BN: Tensor,
 ) -> None:
-    """Write new keys and values at position_B of rows 0..B-1 and the attention's output, (B, H*D), to y_BN.
+    """Write new keys and values at position_B of rows 0..B-1, and the attention's output, (B, H*D), to y_BN.
 
-    qkv_BN: (B, (H + 2K) * D), q, k and v side by side. position_B: int64; -1 writes nothing and gives zeros.
+    qkv_BN: (B, (H + 2K) * D), q, k and v side by side. position_B: int64; for -1, nothing is cached and y is zero.
     k_RKSD, v_RKSD: contiguous, in any float dtype, or int8 with float32 scales. D: a power of two, at least 16.
     """
     B, D, (K, S) = len(qkv_BN), q_norm_D.shape[0], k_RKSD.shape[1:3]
@@ -96,7 +96,7 @@ def attend(
         K=K,
         G=H // K,
         D=D,
-        ROWS=max(SMALLEST_DOT, triton.next_power_of_2(H // K)),
+        ROWS=max(MIN_DOT, triton.next_power_of_2(H // K)),
         BLOCK=BLOCK,
         N=N,
         IS_QUANTIZED=is_quantized,
@@ -119,7 +119,7 @@ def plain_attend(
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
 ) -> Tensor:
-    """Return what `attend` writes to y_BN, row by row, and write keys and values as it does."""
+    """Return the output of `attend`, computed row by row, and write keys and values as it does."""
     (K, _, D), rows = k_RKSD.shape[1:], []
     for b, place in enumerate(position_B.tolist()):
         q, k, v = qkv_BN[b].view(-1, D).split([qkv_BN.shape[1] // D - 2 * K, K, K])
@@ -148,13 +148,13 @@ def _rotate(x_ND: Tensor, cos_D: Tensor, sin_D: Tensor) -> Tensor:
 
 @triton.jit
 def split_size(length, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Return positions in a split: whole blocks, and as few splits as that allows."""
+    """Return the number of positions in a split: whole blocks, for as few splits as possible."""
     return tl.cdiv(tl.cdiv(length, N), BLOCK) * BLOCK
 
 
 @triton.jit
 def norm_and_rotate(x, row, mask, norm, cos, sin, eps, D: tl.constexpr):
-    """Return RMSNorm and RoPE of vectors [rows, D] at `x + row * D`, rounded as the plain modules round, in float32."""
+    """Return RMSNorm and RoPE of vectors [rows, D] at `x + row * D`, float32, rounded as in the plain modules."""
     d = tl.arange(0, D)
     other = (d + D // 2) % D
     dtype: tl.constexpr = x.dtype.element_ty
@@ -171,11 +171,11 @@ def norm_and_rotate(x, row, mask, norm, cos, sin, eps, D: tl.constexpr):
 
 @triton.jit
 def write_vector(x, cache, scale, at, D: tl.constexpr, IS_QUANTIZED: tl.constexpr):
-    """Write a vector [1, D] as vector `at` of the cache. Returns: it as the cache holds it, float32."""
+    """Write a vector [1, D] as vector `at` of the cache. Returns: the stored vector (int8: dequantized), float32."""
     place = at * D + tl.arange(0, D)[None, :]
     if IS_QUANTIZED:
-        largest = tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1)  # a maximum loses NaN
-        # As `round` in PyTorch: halves to the even integer, which adding 1.5 * 2^23 does.
+        largest = tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1)  # a maximum drops NaN
+        # Rounds halves to even, as torch.round: adding 1.5 * 2^23 leaves no room for a fraction.
         level = x * tl.where(largest > 0, 127.0 / largest, 0.0)[:, None] + 12582912.0 - 12582912.0
         tl.store(cache + place, level.to(tl.int8))
         tl.store(scale + at + tl.arange(0, 1), largest / 127.0)
@@ -295,7 +295,7 @@ def combine_kernel(
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
     length = tl.load(position + i // H).to(tl.int32) + 1
-    if length > 0:  # otherwise the attention kernel has written zeros
+    if length > 0:  # otherwise the attention kernel wrote zeros
         is_real = split * split_size(length, N, BLOCK) < length
         most = tl.load(maximum + i * N + split, mask=is_real, other=-1e30)
         weight = tl.where(is_real, tl.exp(most - tl.max(most, 0)), 0.0)

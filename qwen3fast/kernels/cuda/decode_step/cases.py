@@ -1,4 +1,4 @@
-"""The kernels of the decode step as cases to compile for a GPU that is not there (tools/compile_for_gpu.py)."""
+"""The kernels of the decode step as cases to compile without a GPU (tools/compile_for_gpu.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import triton
 
-from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
+from qwen3fast.kernels.cuda import chunk_attention
+from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 from qwen3fast.kernels.cuda.decode_step.weights import CHANNELS, FP8, INT4, INT8, PLAIN, tile_shape
 
@@ -27,7 +28,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     def source(self) -> Any:
-        """Return what `triton.compile` takes; pointers are aligned to 16 bytes, as PyTorch's memory is."""
+        """Return the argument of `triton.compile`; pointers are aligned to 16 bytes, as in PyTorch."""
         names = self.kernel.arg_names
         signature = {name: self.signature.get(name, "constexpr") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
@@ -37,16 +38,17 @@ class Case(NamedTuple):
 def compile_cases(
     capability: tuple[int, int], sizes: tuple[str, ...] = ("0.6b", "8b"), rows: tuple[int, ...] = (1, 8)
 ) -> list[Case]:
-    """Return every kernel that steps of these sizes and numbers of rows launch on a GPU of this capability."""
+    """Return all kernels of steps with these sizes and numbers of rows, compiled for a GPU of this capability."""
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
-    return [
-        case._replace(
-            constants=case.constants | {"DEPENDENT": dependent},
-            options=case.options | ({"launch_pdl": True} if dependent else {}),
-        )
-        for case in dict((case.name, case) for case in cases).values()
-    ]
+    unique = {case.name: case for case in cases}.values()
+    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
+
+
+def _dependent(case: Case, dependent: bool) -> Case:
+    """Return the case of a kernel that overlaps the one before it, or does not."""
+    options = case.options | ({"launch_pdl": True} if dependent else {})
+    return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
 
 
 def _cases(size: str, R: int) -> Iterator[Case]:
@@ -81,6 +83,8 @@ def _cases(size: str, R: int) -> Iterator[Case]:
     signature = {"best_logit": "*fp32", "best_token": "*i32"}
     signature |= dict.fromkeys(("advance", "input", "output", "position", "step"), "*i64")
     yield Case("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
+    yield from _sampler_cases()
+    yield from _chunk_cases(size, H, K)
 
 
 def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
@@ -93,13 +97,45 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
             signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
             signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
-            own = {"K": K, "G": H // K, "ROWS": attention.SMALLEST_DOT, "IS_QUANTIZED": cache == "int8"}
+            own = {"K": K, "G": H // K, "ROWS": attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
             yield Case(name, attention.attention_kernel, signature, constants | own, {})
         if N > 1:
             signature = {"position": "*i64", "y": "*bf16"} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
             yield Case(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
+
+
+def _sampler_cases() -> Iterator[Case]:
+    C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
+    tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
+    row = tokens | {
+        "C": C,
+        "WIDTH": triton.next_power_of_2(C),
+        "BITS": sample.BITS,
+        "PASSES": sample.PASSES,
+    }
+    best = {"best_logit": "*fp32", "best_token": "*i32"}
+    types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
+    types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
+    yield Case("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
+    yield Case("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens, {})
+    for index in (0, 1, sample.PASSES, sample.PASSES + 1, 2 * sample.PASSES - 1):
+        own = {"INDEX": index, "TILE": sample.TILE}
+        yield Case(f"search, pass {index}", sample.search_kernel, types, row | own, {})
+    types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
+    yield Case("draw", sample.draw_kernel, types, row, {})
+
+
+def _chunk_cases(size: str, H: int, K: int) -> Iterator[Case]:
+    for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
+        signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
+        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
+        signature |= dict.fromkeys(("position", "row"), "*i64")
+        constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
+        constants |= {"QUERIES": chunk_attention.QUERIES, "BLOCK": chunk_attention.BLOCK}
+        name = f"chunk attention, {size}, {cache} cache"
+        yield Case(name, chunk_attention.chunk_kernel, signature, constants, {})
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:

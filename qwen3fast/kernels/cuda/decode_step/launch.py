@@ -1,8 +1,8 @@
-"""How the kernels of a decode step are started: one after the other, each overlapping the end of the one before it.
+"""Launches of a decode step's kernels: each may start before the previous kernel has ended.
 
-Programmatic dependent launch (compute capability 9.0 on): a kernel may start while the one before it still runs. It
-then may load what no kernel writes (weights), must wait before it touches anything else, and tells as early as it can
-that its own successor may start. Every program of every kernel waits, therefore all earlier kernels have ended, too.
+With programmatic dependent launch (compute capability 9.0 and newer), a kernel may start while the previous one runs.
+It may then load data that no kernel writes (weights), must wait before it accesses anything else, and lets its own
+successor start as early as possible. All programs of all kernels wait: after the wait, all earlier kernels have ended.
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 
@@ -22,7 +22,7 @@ MIN_CAPABILITY = (9, 0)
 
 @functools.cache
 def uses_dependent_launch(device: torch.device) -> bool:
-    """Return whether kernels on this device overlap; the environment's QWEN3FAST_PDL=0 switches it off."""
+    """Return whether kernels overlap on this device; the environment variable QWEN3FAST_PDL=0 switches this off."""
     return (
         device.type == "cuda"
         and os.environ.get("QWEN3FAST_PDL", "1") != "0"
@@ -33,7 +33,7 @@ def uses_dependent_launch(device: torch.device) -> bool:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, num_warps: int = 4, **constants: Any
 ) -> None:
-    """Start `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
+    """Launch `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -42,21 +42,21 @@ def launch(
 
 @triton.jit
 def start_next(DEPENDENT: tl.constexpr):
-    """Let the next kernel start as soon as every program of this one has come here."""
+    """Let the next kernel start once all programs of this one have reached this point."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(DEPENDENT: tl.constexpr):
-    """Wait until the previous kernel has ended and its writes can be read."""
+    """Wait until the previous kernel has ended and its writes are visible."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def prefetch(pointer, num_bytes, DEPENDENT: tl.constexpr):
-    """Bring contiguous constant memory (16-byte aligned, a multiple of 16 bytes) into the L2 cache; one thread asks."""
+    """Prefetch contiguous constant memory (16-byte aligned, a multiple of 16 bytes) into the L2 cache."""
     if DEPENDENT:
         tl.inline_asm_elementwise(
             """{

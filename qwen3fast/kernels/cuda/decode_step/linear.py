@@ -1,11 +1,11 @@
-"""Products of 1 to 8 rows with a weight, with what stands before and after them in a block: one kernel, three uses.
+"""Products of 1 to 8 rows with a weight, fused with the operations before and after them: one kernel, three uses.
 
     RMSNorm, then the stacked q, k and v projections
     the output or down projection, added to the residual stream
     RMSNorm, then the stacked gate and up projections, then silu(gate) * up
 
-A program takes BN rows of the weight. Every program normalizes x itself: that costs less than a kernel of its own.
-Numbers are rounded where the plain modules round them, so both choose the same tokens.
+A program computes BN rows of the weight. Every program normalizes x itself, which costs less than another kernel.
+Numbers are rounded where the plain modules round them: both choose the same tokens.
 
     R rows of x   N out_features   K in_features
 """
@@ -30,7 +30,7 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
     tile_shape,
 )
 
-STORE, ADD, GATE = 0, 1, 2  # what becomes of a product
+STORE, ADD, GATE = 0, 1, 2  # the use of a product
 
 
 def norm_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight: Weight, y_RN: Tensor) -> None:
@@ -49,18 +49,18 @@ def linear_add(x_RK: Tensor, weight: Weight, y_RN: Tensor) -> None:
 
 
 def plain_norm_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight_NK: Tensor) -> Tensor:
-    """Return what `norm_linear` writes; weight_NK: in x's dtype, or float32 where it was quantized."""
+    """Return the output of `norm_linear`. weight_NK: in x's dtype, or in float32 if it was quantized."""
     return _product(plain_norm(x_RK, norm_K, eps), weight_NK)
 
 
 def plain_norm_gated_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight_2NK: Tensor) -> Tensor:
-    """Return what `norm_gated_linear` writes."""
+    """Return the output of `norm_gated_linear`."""
     gate, up = _product(plain_norm(x_RK, norm_K, eps), weight_2NK).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def plain_linear_add(x_RK: Tensor, weight_NK: Tensor, y_RN: Tensor) -> Tensor:
-    """Return what `linear_add` leaves in y_RN."""
+    """Return y_RN after `linear_add`."""
     return y_RN + _product(x_RK, weight_NK)
 
 
@@ -123,7 +123,7 @@ def linear_kernel(
     """Program i: columns i*BN.. of the result."""
     n0 = tl.program_id(0) * BN
     up_w, up_scale = w + N * (K // P), scale + (N * (K // 32) if KIND == 3 else N)  # the second half of a gated weight
-    # Weights do not depend on the previous kernel: they are on their way while it ends.
+    # Weights do not depend on the previous kernel: they are loaded while it ends.
     if P == 1:
         raw = load_weights(w, n0, 0, N, K, BN, BK, P)
         if USE == 2:
@@ -184,7 +184,7 @@ def inverse_rms(x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.conste
 
 @triton.jit
 def normalized(part, inverse, norm, dtype: tl.constexpr, P: tl.constexpr):
-    """Return channels normalized as `RMSNorm` does: rounded to the dtype before the weight is applied, and after."""
+    """Return channels normalized as in `RMSNorm`: rounded to the dtype before and after applying the weight."""
     scaled = part * inverse[:, :, None] if P == 1 else part * inverse[:, :, None, None]
     return (scaled.to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
 

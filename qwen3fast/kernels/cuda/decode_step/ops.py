@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
+from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.weights import Weight
 
 
@@ -89,6 +89,32 @@ def step_choose(
     tail.choose(tail.Best(best_logit, best_token), advance, input, output, position, step)
 
 
+def step_best(
+    logits: Tensor, largest: Tensor, state: Tensor, sums: Tensor, best_logit: Tensor, best_token: Tensor
+) -> None:
+    """Run `sample.best_of`."""
+    sample.best_of(logits, sample.Draw(largest, state, sums, best_logit, best_token))
+
+
+def step_draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    largest: Tensor,
+    state: Tensor,
+    sums: Tensor,
+    best_logit: Tensor,
+    best_token: Tensor,
+) -> None:
+    """Run `sample.draw`."""
+    work = sample.Draw(largest, state, sums, best_logit, best_token)
+    sample.draw(logits, temperature, top_k, top_p, min_p, seed, step, work)
+
+
 CHANGED: dict[Callable[..., None], tuple[str, ...]] = {  # what each operation writes
     step_norm_linear: ("y",),
     step_norm_gated_linear: ("y",),
@@ -96,6 +122,8 @@ CHANGED: dict[Callable[..., None], tuple[str, ...]] = {  # what each operation w
     step_attend: ("k", "v", "k_scale", "v_scale", "values", "maximum", "total", "y"),
     step_embed: ("x",),
     step_vocabulary: ("best_logit", "best_token", "logits"),
+    step_best: ("best_logit", "best_token"),
+    step_draw: ("largest", "state", "sums", "best_logit", "best_token"),
     step_choose: ("input", "output", "position", "step"),
 }
 

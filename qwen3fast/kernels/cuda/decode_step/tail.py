@@ -160,8 +160,8 @@ def embed_kernel(
         words = tl.load(w + block * (J * 16) + j * 16 + lane, mask=is_real, other=0)
         channels = tl.reshape(unpack(words[None, :, None], KIND), BLOCK, P)
         if KIND == 3:
-            factor = tl.load(scale + block * (E // 32 * 16) + j // 4 * 16 + lane, mask=is_real, other=0.0)
-            channels *= factor.to(tl.float32)[:, None]
+            word_scale = tl.load(scale + block * (E // 32 * 16) + j // 4 * 16 + lane, mask=is_real, other=0.0)
+            channels *= word_scale.to(tl.float32)[:, None]
         else:
             channels *= tl.load(scale + row)
         tl.store(x + r * E + j[:, None] * P + p[None, :], channels.to(dtype), mask=is_real[:, None])

@@ -1,12 +1,12 @@
-"""Tiles of weights: how each format is read and multiplied with up to 8 rows, in one form for all of them.
+"""Tiles of weights: reading each format and multiplying it with up to 8 rows, in one form for all formats.
 
-A tile is BN rows of a weight by BK channels. With so few rows a product is bound by reading the weight, so the sums run
-on ordinary cores in float32, and a row's result does not depend on how many rows run beside it. Plain weights are taken
-as [1, BN, BK]; packed ones (see quantization/formats.py) as words [1, words, BN] of P channels each, which lie side by
-side in memory in this order.
+A tile is BN rows by BK channels of a weight. With so few rows, a product is bound by reading the weight: the sums run
+on ordinary cores in float32, and a row's result does not depend on the number of rows. Plain weights are loaded as
+[1, BN, BK]; packed weights (see quantization/formats.py) as words [1, words, BN] of P channels each, adjacent in memory
+in this order.
 
-Triton takes over the layout of the load that comes last: for packed weights this must be the words' load, after those
-of x and of scales, otherwise the whole tile goes through shared memory to fit these.
+Triton uses the layout of the last load. For packed weights this must be the words' load, after the loads of x and of
+scales; otherwise the whole tile goes through shared memory.
 
     R rows of x   N out_features   K in_features   P channels in a 32-bit word
 """
@@ -31,7 +31,7 @@ SMALLEST_BK = 1024
 
 
 class Weight(NamedTuple):
-    """A (N, K) weight as a kernel takes it. scale: None for PLAIN; tensors are those of `Packed` otherwise."""
+    """An (N, K) weight as a kernel's argument. scale: None for PLAIN; otherwise the tensors are as in `Packed`."""
 
     tensor: Tensor
     scale: Tensor | None
@@ -48,16 +48,16 @@ class Weight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+        """The shape (N, K)."""
         if self.kind == PLAIN:
             return self.tensor.shape[0], self.tensor.shape[1]
         return self.tensor.shape[0] * LANES, self.tensor.shape[1] * CHANNELS[self.kind]
 
 
 def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
-    """Return (BN, BK): all channels at once if that wastes little of a tile, otherwise even parts.
+    """Return (BN, BK): all channels at once if this wastes little of a tile, otherwise equal parts.
 
-    num_tiles: how many weights a program multiplies x with at the same time.
+    num_tiles: number of weights that a program multiplies x with at the same time.
     """
     rows = triton.next_power_of_2(num_rows)
     size, largest = TILE[rows] // num_tiles, LARGEST_BK[rows]
@@ -143,7 +143,7 @@ def multiply(
 
 @triton.jit
 def finish(sums, P: tl.constexpr):
-    """Return the sums of all tiles, [ROWS, BN]. Those of packed weights are kept apart by word until the end."""
+    """Return the sums of all tiles, [ROWS, BN]; packed weights have separate sums per word until here."""
     if P != 1:
         sums = tl.sum(sums, 1)
     return sums
@@ -180,13 +180,13 @@ def unpack(words, KIND: tl.constexpr):
 
 @triton.jit
 def _half(words, SHIFT: tl.constexpr):
-    """Return 4 bits, 8 standing for zero, as float32. As low bits of 2^23 they need no slow conversion of integers."""
+    """Return 4 bits with zero point 8 as float32. As the low bits of 2^23, they need no slow integer conversion."""
     return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
 @triton.jit
 def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
-    """Return 8 bits as float32: an integer, 128 standing for zero, or a float8_e4m3fn number."""
+    """Return 8 bits as float32: an integer with zero point 128, or a float8_e4m3fn number."""
     bits = (words >> SHIFT) & 255
     if KIND == 1:
         number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0

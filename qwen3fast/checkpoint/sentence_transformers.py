@@ -1,0 +1,96 @@
+"""The files that sentence-transformers adds to a checkpoint: how token states become a vector, and named prompts.
+
+Source: the folders that sentence-transformers writes (modules.json, 1_Pooling/config.json,
+config_sentence_transformers.json, sentence_bert_config.json).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3fast._json import read_json
+from qwen3fast.checkpoint.source import resolve_source
+
+POOLINGS = ("lasttoken", "mean")
+# Names of the fields that older versions have in place of `pooling_mode`.
+_FIELDS = {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """How a text becomes a vector.
+
+    pooling: "lasttoken", or "mean" over a text's tokens. normalize: vectors have length 1. prompts: texts to put before
+    each text, by their names. default_prompt: the name of the one used where none is asked for. max_length: tokens per
+    text, if the folder says it.
+    """
+
+    pooling: str = "lasttoken"
+    normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    max_length: int | None = None
+
+
+def find_sentence_settings(source: str | Path, revision: str | None = None) -> SentenceSettings | None:
+    """Return the settings of a folder that sentence-transformers wrote; None for other checkpoints.
+
+    source, revision: as in `load_model`.
+    Raises: FileNotFoundError or ValueError naming the file that is missing or damaged, or what is not supported.
+    """
+    if str(source).startswith("random:") or (folder := resolve_source(source, revision)).is_file():
+        return None
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = _read_modules(folder / "modules.json")
+    unknown = [kind for kind in modules if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown:
+        raise ValueError(f"{folder / 'modules.json'}: the module {unknown[0]} is not supported")
+    prompts, default = _read_prompts(folder)
+    length = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
+    pooling = _read_pooling(folder / modules["Pooling"] / "config.json") if "Pooling" in modules else "mean"
+    return SentenceSettings(
+        pooling, "Normalize" in modules, prompts, default, length if type(length) is int and length > 0 else None
+    )
+
+
+def _read_modules(file: Path) -> dict[str, str]:
+    """Return the folder of each module by its kind."""
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in given}
+    except (ValueError, RecursionError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is not a list of modules with type and path: {err!r:.200}") from err
+    if modules.get("Transformer", "") or any(Path(path).name != path for path in modules.values()):
+        raise ValueError(f"{file}: the model must lie in the folder itself, and other modules in folders inside")
+    return modules
+
+
+def _read_pooling(file: Path) -> str:
+    given = read_json(file)
+    mode = given.get("pooling_mode")
+    set_fields = [key for key, value in given.items() if key.startswith("pooling_mode_") and value is True]
+    modes = [mode] if mode is not None else [_FIELDS.get(key, key.removeprefix("pooling_mode_")) for key in set_fields]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"{file}: pooling {modes} is not supported; supported: one of {', '.join(POOLINGS)}")
+    if modes[0] == "mean" and given.get("include_prompt") is False:
+        raise ValueError(f"{file}: include_prompt=false is not supported with pooling 'mean'")
+    return str(modes[0])
+
+
+def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    file = folder / "config_sentence_transformers.json"
+    given = _optional(file)
+    prompts, default = given.get("prompts") or {}, given.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError(f"{file}: prompts={prompts!r:.200} must be an object of texts")
+    if default is not None and default not in prompts:
+        raise ValueError(f"{file}: default_prompt_name={default!r:.200} is not among the prompts {sorted(prompts)}")
+    return prompts, default
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

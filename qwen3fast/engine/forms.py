@@ -1,0 +1,210 @@
+"""The forms that an engine's parts use on this machine: decided before its first step, and told by `Generator.stats`.
+
+An engine's choices change in `warmup()` only: replies must not differ from one request to the next because something
+was measured in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LONG, ROWS, SDPA, Calls, linear_case, prefill_attention_case
+from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.cpu.prefill import CHUNKS
+from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.forms import PART_S, Case, choose, machine_key, measure_and_keep, used_from
+from qwen3fast.kernels.forms_file import Choice, kept
+from qwen3fast.model import Qwen3, rope_tables
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization.layers import QuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = "block by block"  # instead of all in one operation in C++
+DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
+DECODE_POSITION = 100
+WAITING = "until the next warmup() or process; measured meanwhile"
+
+
+class Forms:
+    """Which forms the parts of one engine use.
+
+    sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
+    operation for all blocks. choices: why, by computation and sizes. Quantized layers hold their own choice
+    (`QuantizedLinear.dequantize_from`), which engines with the same model share.
+    """
+
+    def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
+        """Choose nothing yet.
+
+        model: None for an engine that runs the plain forms. is_first: use the first form of each part, whatever is
+        faster.
+        """
+        self._is_first = is_first
+        self._layers = {} if model is None else quantized_layers(model)
+        self._cases = [] if model is None else cases_of(model, cache)
+        self.sdpa_from: tuple[int, ...] = ()
+        self.block_rows: frozenset[int] = frozenset()
+        self.choices: dict[str, Choice] = {}
+
+    def decide(self, may_measure: bool) -> bool:
+        """Choose for all parts, measuring what is not known yet if that is allowed.
+
+        Returns: whether a choice has changed; code that was compiled with the earlier one must be compiled again.
+        Raises: ValueError as `kernels.forms.is_pinned`.
+        """
+        before = (self.sdpa_from, self.block_rows, self._dequantize_from())
+        for _, cases in groupby(self._cases, lambda case: case.what):
+            ends = time.perf_counter() + PART_S
+            for case in cases:
+                is_in_time = may_measure and cpu.is_loaded() and time.perf_counter() < ends
+                self.choices[_label(case)] = choose(case, is_in_time, self._is_first)
+        self._use()
+        return before != (self.sdpa_from, self.block_rows, self._dequantize_from())
+
+    def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
+        """Measure what is not known yet, and keep it without using it.
+
+        threads: of the engine; each thread has a number of its own. quiet: entered for each case; no step runs inside.
+        """
+        if self._is_first or not cpu.is_loaded():
+            return
+        torch.set_num_threads(threads)
+        for _, cases in groupby(self._cases, lambda case: case.what):
+            ends = time.perf_counter() + PART_S
+            for case in cases:
+                used = self.choices[_label(case)]
+                if used.seconds or kept(machine_key(case)) is not None or time.perf_counter() > ends:
+                    continue
+                with quiet:
+                    choice = measure_and_keep(case)
+                if choice.seconds:
+                    choice = replace(choice, name=used.name, reason=WAITING)
+                self.choices[_label(case)] = choice
+
+    def _use(self) -> None:
+        names = {case: self.choices[_label(case)].name for case in self._cases}
+        by_what: dict[str, dict[tuple[int, ...], str]] = {}
+        for case, name in names.items():
+            by_what.setdefault(case.what, {})[case.sizes] = name
+        attention = by_what.get("prefill attention", {})
+        limits = [_from_length(attention, chunk) for chunk in CHUNKS]
+        self.sdpa_from = tuple(limits) if any(limit != NEVER for limit in limits) else ()
+        self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
+        for format, layers in self._layers.items():
+            at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
+            limit = used_from(at, DEQUANTIZED)
+            for layer in layers:
+                if layer.dequantize_from != limit:
+                    layer.dequantize_from = limit
+
+    def _dequantize_from(self) -> dict[str, int]:
+        return {format: layers[0].dequantize_from for format, layers in self._layers.items()}
+
+
+def cases_of(model: Qwen3, cache: StaticKVCache) -> list[Case]:
+    """Return the work of an engine's steps that several forms can do, part by part; nothing for devices but CPUs."""
+    weight, config = model.model.norm.weight, model.config
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return []
+    cases = []
+    if config.head_dim % (2 * cpu.LANES) == 0:
+        cases = prefill_cases(config, cache.keys[0].dtype, cache.allocated_len)
+    for format, layers in quantized_layers(model).items():
+        largest = max(layers[: 7 * 4], key=lambda layer: layer.weight_packed.numel())
+        cases += [linear_case(rows, largest.weight_packed, largest.weight_scale, format) for rows in ROWS]
+    return cases + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
+
+
+def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[Case]:
+    """Return attention of each class of chunks, alone and after earlier ones; the largest, which cost most, first."""
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    chunks = [chunk for chunk in reversed(CHUNKS) if chunk <= allocated_len]
+    return [
+        prefill_attention_case(chunk, length, heads, dtype)
+        for chunk in chunks
+        for length in dict.fromkeys((chunk, min(LONG, allocated_len)))
+    ]
+
+
+def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[Case]:
+    """Return some blocks of a decode step, for each number of rows that steps have; nothing without an operation."""
+    config, blocks = model.config, len(model.model.layers)
+    block_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    blocks = min(blocks, -(-DECODE_BYTES // block_bytes))
+    small = StaticKVCache(replace(config, num_hidden_layers=blocks), 1, 1, dtype, torch.device("cpu"))
+    if not DecodeLayers(model, small, blocks).is_possible:
+        return []
+    all_rows = {min(1 << (n - 1).bit_length(), max_batch_size) for n in range(1, max_batch_size + 1)}
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
+    sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
+    formats = ", ".join(quantized_layers(model)) or "bfloat16"
+    kind = str(dtype).removeprefix("torch.")
+    return [
+        Case(
+            "decode",
+            f"{rows} row{'s' * (rows > 1)}, {blocks} blocks, {sizes}, {formats}, {kind} cache",
+            (CPP, BLOCKS),
+            partial(_decode_calls, model, blocks, dtype, rows),
+            (rows,),
+        )
+        for rows in sorted(all_rows)
+        if rows <= cpu.MAX_DECODE_ROWS
+    ]
+
+
+@torch.no_grad()
+def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> Calls:
+    config, device = model.config, torch.device("cpu")
+    cache = StaticKVCache(replace(config, num_hidden_layers=blocks), rows, DECODE_POSITION + 1, dtype, device)
+    cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
+    position_B1 = torch.full((rows, 1), DECODE_POSITION)
+    x_B1E = torch.full((rows, 1, config.hidden_size), 0.1, dtype=torch.bfloat16)
+    mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
+    cos_B1D, sin_B1D = cos_SD[position_B1], sin_SD[position_B1]
+    layers = DecodeLayers(model, cache, blocks)
+
+    @torch.no_grad()
+    def all_blocks() -> None:
+        layers(x_B1E, cos_SD, sin_SD, position_B1)
+
+    @torch.no_grad()
+    def block_by_block() -> None:
+        x = x_B1E
+        with operations():
+            for block, layer in zip(model.model.layers, cache.layers(), strict=False):
+                x = block(x, cos_B1D, sin_B1D, position_B1, mask_B1L, layer)
+
+    return {CPP: all_blocks, BLOCKS: block_by_block}
+
+
+def quantized_layers(model: Qwen3) -> Mapping[str, list[QuantizedLinear]]:
+    """Return the layers of each format that has C++ operations, in the order of the model."""
+    found: dict[str, list[QuantizedLinear]] = {}
+    for layer in model.model.layers.modules():
+        if isinstance(layer, QuantizedLinear) and "cpu" in layer.format.devices:
+            found.setdefault(layer.format.name, []).append(layer)
+    return found
+
+
+def _from_length(names: Mapping[tuple[int, ...], str], chunk: int) -> int:
+    """Return the used length from which SDPA serves chunks of a class; 0 if it does at all lengths."""
+    at = [(length, name) for (tokens, length), name in names.items() if tokens == chunk]
+    limit = used_from(at, SDPA)
+    return 0 if at and limit == at[0][0] else limit
+
+
+def _label(case: Case) -> str:
+    return f"{case.what}, {case.key}"

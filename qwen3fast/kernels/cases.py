@@ -1,0 +1,82 @@
+"""Work like that of a step, done in each of its forms: what `kernels/forms.py` measures, and the suite "forms" shows.
+
+T query tokens   L cache positions read   H query heads   K key/value heads   D head_dim   M rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.forms import Case
+
+CPP, SDPA, DEQUANTIZED, LINEAR = "C++", "SDPA", "dequantized", "F.linear"
+LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
+ROWS = (32, 128, 512)  # at which products are measured
+
+Calls = Mapping[str, Callable[[], Any]]
+
+
+def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    """Return attention of a chunk of `tokens` that ends at `length`. heads: H, K, D. dtype: of the cache.
+
+    Heads are alike and are shared out among threads, so two or one per thread are measured in place of all.
+    """
+    H, K, D = heads
+    measured_K = min(K, max(2, torch.get_num_threads()))
+    key = f"{tokens} tokens at {length}, {H}/{K} heads of {D}, {str(dtype).removeprefix('torch.')}"
+    calls = partial(_prefill_attention, tokens, length, (H // K * measured_K, measured_K, D), dtype)
+    return Case("prefill attention", key, (CPP, SDPA), calls, (tokens, length))
+
+
+@torch.no_grad()
+def _prefill_attention(tokens: int, length: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Calls:
+    H, K, D = heads
+    is_int8 = dtype == torch.int8
+    x_1KSD = torch.full((1, K, length + 1, D), 3 if is_int8 else 0.1, dtype=dtype)  # times do not depend on values
+    scale_1KS = torch.full((1, K, length + 1), 1 / 30) if is_int8 else None
+    q_1THD = torch.full((1, tokens, H, D), 0.1, dtype=torch.bfloat16)
+    position_1T = torch.arange(length - tokens, length)[None]
+    fixed = (q_1THD, x_1KSD, x_1KSD, position_1T, torch.zeros(1, dtype=torch.int64), scale_1KS, scale_1KS)
+    limits = {CPP: [], SDPA: [0, 0, 0]}
+    return {name: _without_grad(torch.ops.qwen3fast.prefill_attention, *fixed, at) for name, at in limits.items()}
+
+
+def linear_case(rows: int, packed: Tensor, scale: Tensor, format: str) -> Case:
+    """Return the product of `rows` rows with a quantized weight; see `quantized_linear` in kernels/cpu/ops.py."""
+    N, K = packed.shape[0] * packed.shape[2], packed.shape[1] * (4 if scale.dim() == 1 else 8)
+    calls = partial(_linear, rows, K, packed, scale)
+    return Case(f"linear {format}", f"{rows} rows, {N} x {K}", (CPP, DEQUANTIZED), calls, (rows,))
+
+
+def _linear(rows: int, K: int, packed: Tensor, scale: Tensor) -> Calls:
+    x_MK = torch.full((rows, K), 0.1, dtype=torch.bfloat16)
+    limits = {CPP: NEVER, DEQUANTIZED: 0}
+    operation = torch.ops.qwen3fast.quantized_linear
+    return {name: _without_grad(operation, x_MK, [packed], [scale], at) for name, at in limits.items()}
+
+
+def matvec_case(rows: int, weight_NK: Tensor) -> Case:
+    """Return the product of up to 15 rows with a bfloat16 weight."""
+    x_MK = torch.full((rows, weight_NK.shape[1]), 0.1, dtype=torch.bfloat16)
+    both = {
+        CPP: _without_grad(torch.ops.qwen3fast.matvec, x_MK, weight_NK),
+        LINEAR: _without_grad(F.linear, x_MK, weight_NK),
+    }
+    sizes = " x ".join(map(str, weight_NK.shape))
+    return Case("linear bfloat16", f"{rows} rows, {sizes}", tuple(both), lambda: both, (rows,))
+
+
+def _without_grad(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad(), operations():
+            return function(*arguments)
+
+    return call

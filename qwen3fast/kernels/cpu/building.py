@@ -1,0 +1,90 @@
+"""How the C++ of this folder becomes a shared library: on a machine that needs it, and for wheels (setup.py).
+
+Standard library only: setup.py reads this file where PyTorch is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCES = (
+    "quantized.cpp",
+    "decode_layers.cpp",
+    "attention.cpp",
+    "matvec.cpp",
+    "experts.cpp",
+    "rounding.cpp",
+)  # what takes longest first
+HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h")
+FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+EXTRA_FLAGS = {"rounding.cpp": ["-ffp-contract=off"]}
+
+
+def find_compiler() -> list[str]:
+    """Return the command of the C++ compiler: $CXX, g++ or clang++; empty if there is none."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return shlex.split(found) if found else []
+
+
+def target_machine(compiler: Sequence[str]) -> str:
+    """Return the kind of machine that a compiler compiles for, "x86_64" or "aarch64" as a rule.
+
+    Raises: OSError or subprocess.CalledProcessError where it cannot be asked.
+    """
+    done = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True)
+    return done.stdout.partition("-")[0].strip()
+
+
+def build(
+    compiler: Sequence[str],
+    target_flags: Sequence[str],
+    folder: Path,
+    prefix: str,
+    jobs: int | None = None,
+    is_shipped: bool = False,
+) -> Path:
+    """Build a library and return its path: the prefix, the SHA-256 of its bytes, ".so".
+
+    It appears in the folder when it is whole, under a name that tells whether it still is: an interrupted build leaves
+    none, and of several at the same time either one's will do.
+    target_flags: what the processor is. jobs: compilers that run at the same time; None runs all of them.
+    is_shipped: for other machines. It is stripped, and takes the OpenMP functions from the library that PyTorch has
+    loaded, under whatever name, instead of one of its own: two of them would each keep a thread for every core.
+    Raises: subprocess.CalledProcessError where compiling fails, OSError where there is no such compiler.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / "ops.so"
+        objects = [str(Path(temporary) / f"{name}.o") for name in SOURCES]
+        commands = [
+            [*compiler, *FLAGS, *target_flags, *EXTRA_FLAGS.get(name, ()), "-c", str(FOLDER / name), "-o", file]
+            for name, file in zip(SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(_run, commands))
+        _run([*compiler, "-shared", "-s" if is_shipped else "-fopenmp", *objects, "-o", str(built)])
+        library = folder / f"{prefix}-{digest(built.read_bytes())}.so"
+        built.replace(library)
+    return library
+
+
+def is_what_was_built(library: Path) -> bool:
+    """Return whether a library's bytes are those that its name was made of."""
+    return library.stem.endswith(digest(library.read_bytes()))
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,0 +1,76 @@
+"""The levels of processors that a wheel has a library for, and which of them this machine has.
+
+Standard library only: setup.py reads this file where PyTorch is not installed.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a library may expect of a processor.
+
+    needs: names in the line "flags" (x86) or "Features" (ARM) of /proc/cpuinfo, all of which the processor must have.
+    flags: what tells GCC and Clang of it.
+    """
+
+    name: str
+    machine: str  # as platform.machine() and the first part of the compiler's target name it
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
+_V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+_ARM = frozenset("asimd atomics crc32 asimdrdm".split())
+
+# Of each kind of machine, the best comes first. A form for AMX would be a level before avx512.
+LEVELS = (
+    Level(
+        "avx512", "x86_64", _V4 | {"avx512_vnni", "avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+    ),
+    Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
+    Level("i8mm", "aarch64", _ARM | {"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
+    Level("dotprod", "aarch64", _ARM | {"asimddp"}, ("-march=armv8.2-a+dotprod",)),
+)
+
+
+def levels_of(machine: str) -> tuple[Level, ...]:
+    """Return the levels of a kind of machine (as platform.machine() names it), the best first."""
+    return tuple(level for level in LEVELS if level.machine == machine)
+
+
+def usable_levels(machine: str, features: Iterable[str]) -> tuple[Level, ...]:
+    """Return the levels whose libraries a processor with these features can run, the best first."""
+    features = frozenset(features)
+    return tuple(level for level in levels_of(machine) if level.needs <= features)
+
+
+def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def this_machine() -> tuple[Level, ...]:
+    """Return the levels whose libraries this machine can run, the best first."""
+    return usable_levels(platform.machine(), processor_features().split())
+
+
+def pinned_level(name: str) -> Level:
+    """Return the level of this name.
+
+    Raises: ValueError if there is none, or if this machine cannot run its library.
+    """
+    known = {level.name: level for level in this_machine()}
+    if name not in known:
+        raise ValueError(f"QWEN3FAST_CPU_LEVEL must be native or a level of this machine ({list(known)}), got {name!r}")
+    return known[name]

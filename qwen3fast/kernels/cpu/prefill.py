@@ -1,0 +1,118 @@
+"""Attention of a chunk of a prompt over the KV cache, in two forms: tiles in C++ (attention.cpp), and PyTorch's own.
+
+The operation chooses between them by the sizes of the call, from limits that were measured (kernels/forms.py): code
+that is compiled around it serves all sizes.
+
+B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
+H query heads   K key/value heads   D head_dim
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.structures import LANES, checked_cache, checked_positions, require
+
+# Chunks of up to so many tokens share a limit. Longer ones have the last.
+CHUNKS = (32, 128, 512)
+
+_functions: ctypes.CDLL
+
+
+def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> None:
+    """Define the operation. functions: of ops.h. library: None if it has been defined already in this process."""
+    global _functions
+    _functions = functions
+    function = functions.qwen3fast_prefill_attention
+    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7
+    function.restype = None
+    if library is not None:
+        library.define(
+            "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
+            "Tensor? v_scale=None, int[] sdpa_from=[]) -> Tensor"
+        )
+        library.impl("prefill_attention", prefill_attention, "CPU")
+        torch.library.register_fake("qwen3fast::prefill_attention", _shape, lib=library)
+
+
+def prefill_attention(
+    q_BTHD: Tensor,
+    k_RKSD: Tensor,
+    v_RKSD: Tensor,
+    position_BT: Tensor,
+    row_B: Tensor,
+    k_scale_RKS: Tensor | None = None,
+    v_scale_RKS: Tensor | None = None,
+    sdpa_from: tuple[int, ...] = (),
+) -> Tensor:
+    """Return attention of each query over positions 0..its own of slot row_B: (B, T, H, D) bfloat16.
+
+    position_BT, row_B: int64. sdpa_from: for each of CHUNKS, the used length from which PyTorch's form serves; empty
+    for the C++ alone.
+    """
+    (B, T, H, D), (_, K, S, _) = q_BTHD.shape, k_RKSD.shape
+    layer = checked_cache("prefill_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
+    require(D % (2 * LANES) == 0, "prefill_attention: D a multiple of 32")
+    q, position = q_BTHD.contiguous(), checked_positions("prefill_attention", position_BT, B * T)
+    row, rows = row_B.contiguous(), row_B.tolist()
+    require(
+        row.dtype == torch.int64 and row.numel() == B and all(0 <= r < len(k_RKSD) for r in rows),
+        "prefill_attention: a row of the cache for each batch row, int64",
+    )
+    require(len(sdpa_from) in (0, len(CHUNKS)), f"prefill_attention: sdpa_from needs {len(CHUNKS)} lengths, or none")
+    if sdpa_from:
+        used = min(int(position.max()) + 1, S)
+        if used >= sdpa_from[chunk_class(T)]:
+            k_BKLD, v_BKLD = _read(k_RKSD, k_scale_RKS, row, used), _read(v_RKSD, v_scale_RKS, row, used)
+            return sdpa_prefill(q, k_BKLD, v_BKLD, position.view(B, T))
+    y_BTHD = q.new_empty(q.shape)
+    _functions.qwen3fast_prefill_attention(
+        q.data_ptr(),
+        byref(layer),
+        position.data_ptr(),
+        row.data_ptr(),
+        y_BTHD.data_ptr(),
+        *(B, T, H, K, S, D),
+        torch.get_num_threads(),
+    )
+    return y_BTHD
+
+
+def chunk_class(tokens: int) -> int:
+    """Return the index in CHUNKS of the smallest that holds so many tokens; otherwise of the last."""
+    return next((i for i, size in enumerate(CHUNKS) if tokens <= size), len(CHUNKS) - 1)
+
+
+def sdpa_prefill(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_BT: Tensor) -> Tensor:
+    """Return PyTorch's attention of queries at these positions: (B, T, H, D), contiguous, the query's dtype.
+
+    A first chunk, whose queries are all L positions, needs no mask and computes half of the products.
+    """
+    T, L = q_BTHD.shape[1], k_BKLD.shape[2]
+    at_last = torch.arange(L - T, L)
+    q_BHTD = q_BTHD.transpose(1, 2)
+    if T == L and bool((position_BT == at_last).all()):
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True, enable_gqa=True)
+    else:
+        mask_B1TL = (torch.arange(L) <= position_BT[..., None])[:, None]
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_B1TL, enable_gqa=True)
+    return y_BHTD.transpose(1, 2).contiguous()
+
+
+def _read(x_RKSD: Tensor, scale_RKS: Tensor | None, row_B: Tensor, length: int) -> Tensor:
+    """Return keys or values of slots at the first positions, (B, K, L, D) bfloat16; one slot's are not copied."""
+    if len(row_B) == 1:
+        rows: slice | Tensor = slice(int(row_B[0]), int(row_B[0]) + 1)
+    else:
+        rows = row_B
+    x_BKLD = x_RKSD[:, :, :length][rows]
+    return x_BKLD if scale_RKS is None else (x_BKLD * scale_RKS[:, :, :length][rows][..., None]).to(torch.bfloat16)
+
+
+def _shape(q: Tensor, *others: Tensor | None, **named: object) -> Tensor:
+    return q.new_empty(q.shape)

@@ -1,0 +1,106 @@
+"""Attention of a prompt's chunk over the used positions of the KV cache, whose number is read on the device.
+
+A CUDA graph of a chunk that does not begin its prompt must serve every beginning. PyTorch's attention takes its lengths
+from shapes, which a graph fixes; this kernel reads the queries' positions, and the rows of the cache, from memory.
+Source: Dao, "FlashAttention-2", arXiv:2307.08691; online softmax: arXiv:1805.02867.
+
+    B batch rows   T query tokens   R rows of the cache   S positions   H query heads   K key/value heads   D head_dim
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+QUERIES = 64  # that a program takes
+BLOCK = 64  # positions that it takes at a time
+
+
+def chunk_attention(
+    q_BTHD: Tensor,
+    k_RKSD: Tensor,
+    v_RKSD: Tensor,
+    position_BT: Tensor,
+    row_B: Tensor,
+    k_scale_RKS: Tensor | None = None,
+    v_scale_RKS: Tensor | None = None,
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v over positions 0..position_BT of the rows row_B: (B, T, H, D), q's dtype.
+
+    position_BT, row_B: int64; positions ascend in each row. Keys and values: any float dtype, or int8 with float32
+    scales; contiguous. D: a power of two, at least 16.
+    """
+    B, T, H, D = q_BTHD.shape
+    K, S = k_RKSD.shape[1:3]
+    q_BTHD, position_BT = q_BTHD.contiguous(), position_BT.contiguous()
+    y_BTHD = torch.empty_like(q_BTHD)
+    is_quantized = k_scale_RKS is not None
+    scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (y_BTHD, y_BTHD)  # not read then
+    chunk_kernel[(triton.cdiv(T, QUERIES), B * H)](
+        *(q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5),
+        H=H,
+        G=H // K,
+        D=D,
+        QUERIES=QUERIES,
+        BLOCK=BLOCK,
+        IS_QUANTIZED=is_quantized,
+        num_warps=4,
+    )
+    return y_BTHD
+
+
+@triton.jit
+def chunk_kernel(
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    position,
+    row,
+    y,
+    T,
+    S,
+    scale,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+):
+    """Program (i, h): queries i*QUERIES.. of head h % H of batch row h // H; the longest first."""
+    i, b, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    t, d = i * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D)
+    is_real = t < T
+    at = tl.load(position + b * T + t, mask=is_real, other=-1)
+    place = ((b.to(tl.int64) * T + t[:, None]) * H + h) * D + d[None, :]
+    query = tl.load(q + place, mask=is_real[:, None], other=0.0)
+    length = tl.max(at, 0) + 1
+    first_key = (tl.load(row + b) * (H // G) + h // G) * S
+    most = tl.full([QUERIES], -1e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    values = tl.zeros([QUERIES, D], tl.float32)
+    for first in range(0, length, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        is_used = s < length
+        key = tl.load(k + (first_key + s)[None, :] * D + d[:, None], mask=is_used[None, :], other=0.0)
+        score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
+        if IS_QUANTIZED:
+            score *= tl.load(k_scale + first_key + s, mask=is_used, other=0.0)[None, :]
+        is_seen = s[None, :] <= at[:, None]
+        score = tl.where(is_seen, score, -1e30)
+        new_most = tl.maximum(most, tl.max(score, 1))
+        weight = tl.where(is_seen, tl.exp(score - new_most[:, None]), 0.0)
+        shrink = tl.exp(most - new_most)
+        total = total * shrink + tl.sum(weight, 1)
+        if IS_QUANTIZED:
+            weight *= tl.load(v_scale + first_key + s, mask=is_used, other=0.0)[None, :]
+        value = tl.load(v + (first_key + s)[:, None] * D + d[None, :], mask=is_used[:, None], other=0.0)
+        product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
+        values = values * shrink[:, None] + product
+        most = new_most
+    result = values / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=is_real[:, None])

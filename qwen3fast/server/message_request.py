@@ -1,0 +1,168 @@
+"""The request of `/v1/messages`: its fields, read into a conversation. Source: Anthropic API reference, "Messages"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.server.conversation import Conversation, read_function
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe
+from qwen3fast.server.forced_calls import forced
+from qwen3fast.server.models import ServedModel, tokenizer_of
+from qwen3fast.server.replies import new_id
+from qwen3fast.server.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class MessagesRequest:
+    """A request for a message."""
+
+    conversation: Conversation
+    stream: bool = False
+    id: str = field(default_factory=lambda: new_id("msg"))
+
+    def envelope(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """Return a message object without the reason of its end."""
+        return {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.conversation.served.name,
+            "content": content,
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
+
+
+def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest:
+    """Read the fields of Anthropic's request. Raises: ApiError (400) naming the field."""
+    tokenizer_of(served)
+    tools, choice = _read_tools(fields)
+    sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
+    stream = fields.flag("stream")
+    fields.take("metadata", "service_tier")
+    conversation = Conversation(served, _read_messages(fields), sampling, tools, must_call)
+    return MessagesRequest(conversation, stream)
+
+
+def _read_sampling(fields: Fields) -> Sampling:
+    stops = fields.items("stop_sequences") or []
+    if not all(isinstance(stop, str) for stop in stops):
+        raise ApiError(400, f"must be a list of strings, got {describe(stops)}", fields.name("stop_sequences"))
+    thinking = fields.object("thinking")
+    enable, budget = False, None
+    if thinking is not None:
+        kind = thinking.text("type", choices=("enabled", "disabled", "adaptive"))
+        budget = thinking.integer("budget_tokens", 1)
+        enable = kind != "disabled"
+    try:
+        params = SamplingParams(
+            temperature=fields.number("temperature"),
+            top_p=fields.number("top_p"),
+            top_k=fields.integer("top_k", 0, 2**31),
+            max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, 2**31)),
+            stop=tuple(stop for stop in stops if stop),
+            thinking_budget=budget if enable else None,
+        )
+    except ValueError as err:
+        raise ApiError(400, str(err), code="invalid_value") from err
+    return Sampling(params, enable_thinking=enable)
+
+
+def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any."""
+    tools: list[dict[str, Any]] = []
+    for tool in fields.objects("tools"):
+        if tool.text("type", "custom") != "custom":
+            raise ApiError(400, "only custom tools are supported", tool.name("type"), "unsupported")
+        tool.required("input_schema", tool.raw("input_schema"))
+        tool.take("cache_control")  # the prefix cache needs no marks
+        tools.append({"type": "function", "function": read_function(tool, "input_schema")})
+    choice = fields.object("tool_choice")
+    if choice is None:
+        return tools or None, None
+    kind = choice.required("type", choice.text("type", choices=("auto", "any", "tool", "none")))
+    choice.take("disable_parallel_tool_use")
+    if kind == "none":
+        return None, None
+    if not tools:
+        raise ApiError(400, "needs tools", fields.name("tool_choice"), "invalid_value")
+    if kind != "tool":
+        return tools, "" if kind == "any" else None
+    name = choice.required("name", choice.text("name"))
+    if name not in [tool["function"]["name"] for tool in tools]:
+        raise ApiError(400, f"{name!r} is not among the tools", choice.name("name"), "invalid_value")
+    return tools, name
+
+
+def _read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """Return the conversation as the chat template reads it."""
+    found: list[dict[str, Any]] = []
+    system = fields.raw("system")
+    if system is not None:
+        found.append({"role": "system", "content": "\n".join(_texts(fields, "system"))})
+    if not fields.required("messages", fields.items("messages")):
+        raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
+    for message in fields.objects("messages"):
+        role = message.required("role", message.text("role", choices=("user", "assistant")))
+        content = message.required("content", message.raw("content"))
+        if isinstance(content, str):
+            found.append({"role": role, "content": content})
+        else:
+            found.extend(_assistant(message) if role == "assistant" else _user(message))
+    return found
+
+
+def _blocks(fields: Fields, key: str, kinds: tuple[str, ...]) -> list[Fields]:
+    content = fields.raw(key)
+    if not isinstance(content, list):
+        message = f"must be a string or a list of content blocks, got {describe(content)}"
+        raise ApiError(400, message, fields.name(key))
+    blocks = fields.objects(key)
+    for block in blocks:
+        block.take("cache_control", "citations")
+        kind = block.required("type", block.text("type"))
+        if kind not in kinds:
+            raise ApiError(400, f"{kind!r} blocks are not supported here", block.name("type"), "unsupported")
+    return blocks
+
+
+def _texts(fields: Fields, key: str) -> list[str]:
+    content = fields.raw(key, "")
+    if isinstance(content, str):
+        return [content]
+    return [block.required("text", block.text("text")) for block in _blocks(fields, key, ("text",))]
+
+
+def _assistant(fields: Fields) -> list[dict[str, Any]]:
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    for block in _blocks(fields, "content", ("text", "thinking", "redacted_thinking", "tool_use")):
+        kind = block.text("type")
+        block.take("signature", "data", "id")
+        if kind == "text":
+            message["content"] += block.required("text", block.text("text"))
+        elif kind == "thinking":
+            message["reasoning_content"] = block.required("thinking", block.text("thinking"))
+        elif kind == "tool_use":
+            name = block.required("name", block.text("name"))
+            arguments = block.mapping("input") or {}
+            calls = message.setdefault("tool_calls", [])
+            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return [message]
+
+
+def _user(fields: Fields) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for block in _blocks(fields, "content", ("text", "tool_result")):
+        if block.text("type") == "tool_result":
+            block.take("tool_use_id", "is_error")
+            text = "\n".join(_texts(block, "content"))
+            found.append({"role": "tool", "content": text})
+        elif found and found[-1]["role"] == "user":
+            found[-1]["content"] += block.required("text", block.text("text"))
+        else:
+            found.append({"role": "user", "content": block.required("text", block.text("text"))})
+    return found

@@ -1,0 +1,168 @@
+"""The request of `/v1/responses`: its fields, read into a conversation. Source: OpenAI API reference, "Responses"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.server.conversation import Conversation, read_call, read_function, text_of
+from qwen3fast.server.errors import ApiError
+from qwen3fast.server.fields import Fields, describe
+from qwen3fast.server.forced_calls import forced
+from qwen3fast.server.models import ServedModel, tokenizer_of
+from qwen3fast.server.replies import new_id
+from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling
+from qwen3fast.server.store import ResponseStore
+
+WITHOUT_EFFECT = ("user", "service_tier", "include", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+
+
+@dataclass(frozen=True)
+class ResponseRequest:
+    """A request for a response. given: the fields of the request that the response object repeats."""
+
+    conversation: Conversation
+    given: dict[str, Any]
+    is_stored: bool = True
+    stream: bool = False
+    id: str = field(default_factory=lambda: new_id("resp"))
+
+    def to_response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return the response object."""
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.conversation.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.conversation.served.name,
+            "output": output,
+            "usage": None,
+            **self.given,
+            **more,
+        }
+
+
+def read_response_request(fields: Fields, served: ServedModel, store: ResponseStore) -> ResponseRequest:
+    """Read the fields of a response. Raises: ApiError (400) naming the field; 404 for an unknown earlier response."""
+    tokenizer_of(served)
+    tools, choice = _read_tools(fields)
+    sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
+    instructions, previous = fields.text("instructions"), fields.text("previous_response_id")
+    history = list(store.get(previous).messages) if previous is not None else []
+    messages = [*history, *_read_input(fields)]
+    fields.take(*WITHOUT_EFFECT)
+    if fields.flag("background"):
+        raise ApiError(400, "responses in the background are not supported", "background", "unsupported")
+    prompt = [{"role": "system", "content": instructions}, *messages] if instructions else messages
+    given = {
+        "instructions": instructions,
+        "max_output_tokens": sampling.params.max_tokens,
+        "metadata": fields.raw("metadata", {}),
+        "parallel_tool_calls": True,
+        "previous_response_id": previous,
+        "reasoning": fields.raw("reasoning", {"effort": None, "summary": None}),
+        "store": fields.flag("store", True),
+        "temperature": sampling.params.temperature,
+        "text": fields.raw("text", {"format": {"type": "text"}}),
+        "tool_choice": fields.raw("tool_choice", "auto"),
+        "tools": fields.raw("tools", []),
+        "top_p": sampling.params.top_p,
+        "truncation": fields.text("truncation", "disabled", choices=("auto", "disabled")),
+    }
+    conversation = Conversation(served, prompt, sampling, tools, must_call)
+    return ResponseRequest(conversation, given, bool(given["store"]), fields.flag("stream"))
+
+
+def _read_sampling(fields: Fields) -> Sampling:
+    schema, text = None, fields.object("text")
+    form = text.object("format") if text is not None else None
+    if form is not None:
+        kind = form.text("type", choices=("text", "json_object", "json_schema"))
+        form.take("name", "description", "strict")  # a schema is always followed strictly
+        if kind == "json_schema":
+            schema = form.required("schema", form.raw("schema"))
+        elif kind == "json_object":
+            schema = {"type": "object"}
+    reasoning = fields.object("reasoning")
+    effort = reasoning.text("effort", choices=tuple(REASONING_BUDGETS)) if reasoning is not None else None
+    try:
+        params = SamplingParams(
+            temperature=fields.number("temperature"),
+            top_p=fields.number("top_p"),
+            max_tokens=fields.integer("max_output_tokens", 1, 2**31),
+            seed=fields.integer("seed"),
+            json_schema=schema,
+            thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,
+        )
+    except ValueError as err:
+        raise ApiError(400, str(err), code="invalid_value") from err
+    return Sampling(params, enable_thinking=None if effort is None else effort != "none")
+
+
+def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any."""
+    tools: list[dict[str, Any]] = []
+    for tool in fields.objects("tools"):
+        if tool.text("type") != "function":
+            raise ApiError(400, "only tools of type 'function' are supported", tool.name("type"), "unsupported")
+        tool.take("strict")
+        tools.append({"type": "function", "function": read_function(tool)})
+    choice = fields.raw("tool_choice", "auto")
+    if choice == "none":
+        return None, None
+    if choice == "auto":
+        return tools or None, None
+    if choice == "required" and tools:
+        return tools, ""
+    name = choice.get("name") if isinstance(choice, dict) else None
+    if name not in [tool["function"]["name"] for tool in tools]:
+        raise ApiError(400, f"must be none, auto, required or one of the tools, got {describe(choice)}", "tool_choice")
+    return tools, str(name)
+
+
+def _read_input(fields: Fields) -> list[dict[str, Any]]:
+    """Return the new messages as the chat template reads them."""
+    given = fields.required("input", fields.raw("input"))
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise ApiError(400, f"must be a string or a list of items, got {describe(given)}", fields.name("input"))
+    found: list[dict[str, Any]] = []
+    for item in fields.objects("input"):
+        _add_item(item, item.text("type", "message") or "message", found)
+    return found
+
+
+def _add_item(item: Fields, kind: str, found: list[dict[str, Any]]) -> None:
+    """Add one item of the input to the messages; reasoning and calls belong to one message of the assistant."""
+    item.take("id", "status", "call_id", "summary", "encrypted_content", "phase", "caller", "namespace")
+    if kind == "message":
+        role = item.required("role", item.text("role", choices=("system", "developer", "user", "assistant")))
+        content = _required_text(item, "content")
+        if role == "assistant" and found and "content" not in found[-1]:  # after its reasoning
+            found[-1]["content"] = content
+        else:
+            found.append({"role": "system" if role == "developer" else role, "content": content})
+    elif kind == "function_call_output":
+        output = _required_text(item, "output")
+        found.append({"role": "tool", "content": output})
+    elif kind == "function_call":
+        call = read_call(item)
+        if not found or found[-1]["role"] != "assistant":
+            found.append({"role": "assistant", "content": ""})
+        found[-1].setdefault("content", "")
+        found[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "reasoning":
+        texts = [part.text("text") or "" for part in item.objects("content")]
+        if any(texts):
+            found.append({"role": "assistant", "reasoning_content": "".join(texts)})
+    else:
+        raise ApiError(400, f"items of type {kind!r} are not supported", item.name("type"), "unsupported")
+
+
+def _required_text(item: Fields, key: str) -> str:
+    item.required(key, item.raw(key))
+    return text_of(item, key)

@@ -1,0 +1,55 @@
+"""Tool calls, the blocks of text that hold them, and the interface of the formats in which models write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model asks to have called, by its name in the `tools` of the prompt."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Block(NamedTuple):
+    """A block of tool calls.
+
+    calls: in their order; empty for a malformed block. end: the position behind the block.
+    is_closed: no text that is appended can change the block.
+    """
+
+    calls: list[ToolCall]
+    end: int
+    is_closed: bool
+
+
+class CallFormat(Protocol):
+    """A format of tool calls. Thread-safe, and shared by all replies to a request.
+
+    Attributes:
+        end_tags: the tags of which one must come before a block can be closed.
+    """
+
+    end_tags: tuple[str, ...]
+
+    def find(self, answer: str, position: int) -> int | None:
+        """Return where the next block begins, at the position or later; None if there is none."""
+        ...
+
+    def read(self, answer: str, begin: int) -> Block:
+        """Return the block that begins there. A malformed one ends where the next search starts."""
+        ...
+
+    def num_held_back(self, answer: str) -> int:
+        """Return how many characters at the end of an answer may turn out to begin a block."""
+        ...
+
+
+def length_of_partial(text: str, tag: str) -> int:
+    """Return how many characters at the end of a text are the beginning of a tag, but not all of it."""
+    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

@@ -1,0 +1,107 @@
+"""Wheels with the C++ operations compiled for each level of processors; all else is in pyproject.toml.
+
+`python -m build` and `pip install .` compile them where there is a compiler ($CXX, g++), for the machine that it
+compiles for. Without one, or if compiling fails, the wheel holds Python alone, and a warning says so. Editable installs
+compile nothing: there the first use builds for the very processor.
+
+QWEN3FAST_BUILD_LEVELS   names of the levels to build (see qwen3fast/kernels/cpu/levels.py); empty: none. Default: all.
+CXXFLAGS                 flags behind the project's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+KERNELS = "qwen3fast/kernels/cpu"
+logger = logging.getLogger(__name__)
+
+
+def load(name: str) -> ModuleType:
+    """Return a module of the kernels by its file: importing their package would import PyTorch."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / KERNELS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+building, levels = load("building"), load("levels")
+
+
+def wanted(machine: str) -> list[str]:
+    """Return the names of the levels to build for a kind of machine."""
+    names = [level.name for level in levels.levels_of(machine)]
+    chosen = os.environ.get("QWEN3FAST_BUILD_LEVELS")
+    return names if chosen is None else [name for name in names if name in chosen.replace(",", " ").split()]
+
+
+def build_libraries(folder: Path) -> str | None:
+    """Build the libraries of all wanted levels into a folder, and return the wheel's platform; None without any."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier build, perhaps from other sources
+    try:
+        compiler = building.find_compiler()
+        machine = building.target_machine(compiler) if compiler and sys.platform == "linux" else ""
+        names, versions = wanted(machine), [17]  # manylinux_2_17 is the oldest that is still met
+        for level in levels.levels_of(machine):
+            if level.name in names:
+                folder.mkdir(parents=True, exist_ok=True)
+                flags = [*level.flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+                library = building.build(compiler, flags, folder, level.name, is_shipped=True)
+                versions.append(glibc_version(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        logger.warning("C++ operations not built: %s", getattr(error, "stderr", None) or error)
+        return None
+    if not folder.exists():
+        logger.warning("C++ operations not built: no compiler for a level of %s", machine or sys.platform)
+        return None
+    return f"manylinux_2_{max(versions)}_{machine}"
+
+
+def glibc_version(library: Path) -> int:
+    """Return the minor version of the oldest glibc 2 that has what a library uses.
+
+    Raises: OSError for a library that only works with an OpenMP library other than PyTorch's.
+    """
+    content = library.read_bytes()
+    if b"__kmpc_" in content:
+        raise OSError("the wheel's libraries must be built by GCC: Clang's OpenMP is another one than PyTorch's")
+    return max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", content)), default=0)
+
+
+class BuildWithLibraries(build_py):
+    """Building of the package, with the libraries but for editable installs."""
+
+    platform: str | None = None
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            BuildWithLibraries.platform = build_libraries(Path(self.build_lib) / KERNELS / "lib")
+
+
+class WheelWithLibraries(bdist_wheel):
+    """A wheel for every Python 3, and for the machines that its libraries are for."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", BuildWithLibraries.platform or "any"
+
+    def write_wheelfile(self, wheelfile_base: str, *arguments: str) -> None:
+        self.root_is_pure = BuildWithLibraries.platform is None
+        super().write_wheelfile(wheelfile_base, *arguments)
+
+
+setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": WheelWithLibraries})

@@ -1,0 +1,145 @@
+"""The attention kernel for chunks of prompts against PyTorch's attention, and later chunks captured with it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_tensor, randomised, small_config
+from cuda_static.fake_cuda import fake_cuda, fake_model
+from cuda_static.kernel_checks import TOLERANCES, assert_near
+from cuda_static.program_order import watch_programs
+from kernel_device import DEVICE
+
+from qwen3fast.engine import Engine
+from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.cuda_graph import GraphCache
+from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.prefill import prefill_chunk
+from qwen3fast.kernels import cuda
+from qwen3fast.kernels.attention import finds_used_length_of_chunks
+from qwen3fast.kernels.cuda import chunk_attention as kernel
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
+
+POSITIONS = 200
+
+
+def case(heads, kv_heads, head_dim, tokens, starts, dtype=torch.float32):
+    """Queries at these starts, in the last rows of a cache in reverse order; what is not in use is NaN."""
+    B = len(starts)
+    q = random_tensor(B, tokens, heads, head_dim).to(dtype)
+    k, v = (random_tensor(B + 1, kv_heads, POSITIONS, head_dim, seed=s).to(dtype) for s in (1, 2))
+    row_B = torch.arange(B, 0, -1)
+    position_BT = torch.arange(tokens) + torch.tensor(starts)[:, None]
+    k[0] = v[0] = torch.nan
+    for row, start in zip(row_B.tolist(), starts, strict=True):
+        k[row, :, start + tokens :] = v[row, :, start + tokens :] = torch.nan
+    return [t.to(DEVICE) for t in (q, k, v, position_BT, row_B)]
+
+
+def expected(q_BTHD, k_RKSD, v_RKSD, position_BT, row_B):
+    """In float32, over the used positions only."""
+    mask_BTS = torch.arange(POSITIONS, device=q_BTHD.device) <= position_BT[..., None]
+    used_B11S = mask_BTS[:, -1][:, None, :, None]
+    k, v = (torch.where(used_B11S, x[row_B].float(), 0.0) for x in (k_RKSD, v_RKSD))
+    q_BHTD = q_BTHD.transpose(1, 2).float()
+    return F.scaled_dot_product_attention(q_BHTD, k, v, attn_mask=mask_BTS[:, None], enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "tokens", "starts"),
+    [
+        (4, 4, 16, 32, [0]),
+        (4, 2, 64, 64, [1, 100]),
+        (6, 2, 32, 37, [63, 0, 163]),
+        (2, 1, 128, 130, [70]),
+    ],
+)
+def test_chunk_attention_equals_sdpa(dtype, heads, kv_heads, head_dim, tokens, starts):
+    arguments = case(heads, kv_heads, head_dim, tokens, starts, dtype)
+    actual = kernel.chunk_attention(*arguments)
+    assert actual.dtype == dtype
+    assert_near(actual, expected(*arguments), dtype)
+
+
+def test_chunk_attention_reads_an_int8_cache():
+    q, k, v, position_BT, row_B = case(4, 2, 32, 40, [90, 5])
+    k, v = k.nan_to_num(), v.nan_to_num()
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+    for scale in (k_scale, v_scale):
+        scale[0] = scale[1, :, 45:] = scale[2, :, 130:] = torch.nan
+    plain = [(x * scale[..., None]).nan_to_num() for x, scale in ((k, k_scale), (v, v_scale))]
+    actual = kernel.chunk_attention(q, k, v, position_BT, row_B, k_scale, v_scale)
+    assert_near(actual, expected(q, *plain, position_BT, row_B))
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    q, k, v, position_BT, row_B = case(4, 2, 32, 40, [90, 5])
+    together = kernel.chunk_attention(q, k, v, position_BT, row_B)
+    alone = kernel.chunk_attention(q[1:], k, v, position_BT[1:], row_B[1:])
+    assert torch.equal(together[1:], alone)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_programs_run_in_any_order_and_share_no_address(monkeypatch):
+    arguments = case(2, 1, 16, 70, [30])
+    conflicts = watch_programs(monkeypatch)
+    assert_near(kernel.chunk_attention(*arguments), expected(*arguments))
+    assert conflicts == []
+
+
+class Replays:
+    """A recorder that keeps steps as they are: each replay runs one again, with what is in its buffers then."""
+
+    def warm_up(self, step):
+        step()
+
+    def record(self, step):
+        return step
+
+
+def make_engine(is_captured) -> Engine:
+    device = torch.device(DEVICE)
+    model = randomised(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
+    engine = Engine(model, StaticKVCache(model.config, 2, 384, torch.float32, device), device, compile=False)
+    if is_captured:
+        engine._use_graphs(GraphCache(Replays()))
+    return engine
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu captures on a GPU")
+def test_later_chunks_of_one_size_share_a_graph(monkeypatch):
+    assert cuda.load()
+    prompts = [[i * 7 % 90 for i in range(n)] for n in (70, 260, 330)]
+    plain = make_engine(False)
+    expected = [plain.prefill_whole(1, prompt) for prompt in prompts]
+    assert not finds_used_length_of_chunks(torch.device("cpu"), 16)
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr("qwen3fast.kernels.attention.cuda.can_split_attention", lambda q: False)
+    engine = make_engine(True)
+    for prompt, logits_1V in zip(prompts, expected, strict=True):
+        torch.testing.assert_close(engine.prefill_whole(1, prompt), logits_1V, rtol=1e-4, atol=1e-4)
+    # 70 = 64 + 32; 260 = 256 + 32; 330 = 256 + 64 + 32.
+    assert set(engine.graphs._replays) == {
+        ("prefill", 64), ("prefill", 256), ("later chunk", 32), ("later chunk", 64)
+    }  # fmt: skip
+    shared = engine.begin_prefill(0, prompts[1], reused=200)  # a prefix that is there already
+    engine.copy_row(1, 0, 200)
+    logits_1V = engine.prefill_step(shared)
+    assert set(engine.graphs._replays) >= {("later chunk", 64)} and shared.done == 260
+    torch.testing.assert_close(logits_1V, expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_on_cuda_later_chunks_ask_the_host_for_nothing():
+    with fake_cuda() as device:
+        assert cuda.load()
+        config = ModelConfig.named("0.6b")
+        cache = StaticKVCache(config, 2, 1024, config.dtype, device)
+        model = fake_model(config, device)
+        parts = Parts.build(StepCompiler(False, device), model, cache)
+        cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
+        row_1, start_1, token_1T = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((1,), (1,), (1, 64)))
+        x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, token_1T, start_1)
+        assert x_1TE.shape == (1, 64, config.hidden_size)

@@ -1,0 +1,340 @@
+"""Forms that were chosen by measurement: all give the same numbers, engines use what was chosen, and keep using it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+
+from qwen3fast import Generator
+from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
+from qwen3fast.kernels import cpu, forms, forms_file
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA
+from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.cpu import prefill
+from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS, quantize
+
+pytestmark = [
+    pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine"),
+    pytest.mark.usefixtures("one_thread"),
+]
+CPU = torch.device("cpu")
+NEVER = forms.NEVER
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No choices but the test's own."""
+    folder = tmp_path / "qwen3fast"
+    monkeypatch.setattr(forms_file, "path", lambda: folder / "forms.json")
+    monkeypatch.delenv(forms.VARIABLE, raising=False)
+    monkeypatch.setattr(forms, "_used", {})
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    """Return a function that says which forms are the faster ones from now on; they are not run to measure them."""
+
+    def say(*names):
+        monkeypatch.setattr(
+            forms, "measure", lambda calls: {name: [1.0 if name in names else 2.0] * 3 for name in calls}
+        )
+
+    return say
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Run what engines compile with operations instead: that takes no time to compile."""
+
+    def with_operations(self, function, module, tensors, ranges):
+        def run(*arguments):
+            with operations():
+                return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(StepCompiler, "compile", with_operations)
+
+
+def small_model(format=None):
+    config = small_config(hidden_size=64, intermediate_size=96, head_dim=32, dtype=torch.bfloat16)
+    model = randomised(config).bfloat16()
+    if format is not None:
+        quantize_model(model, format, torch.bfloat16)
+    return model
+
+
+def small_engine(model, compile=True, rows=2, **options):
+    cache = StaticKVCache(model.config, rows, 200, torch.bfloat16, CPU)
+    return Engine(model, cache, CPU, compile, **options)
+
+
+# ------------------------------------------------------------------------------------------- all forms agree
+
+
+def cached(dtype, rows=3, positions=90):
+    k, v = (random_tensor(rows, 2, positions, 64, seed=seed) for seed in (1, 2))
+    if dtype == torch.bfloat16:
+        return k.bfloat16(), v.bfloat16(), None, None
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+    return k, v, k_scale, v_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "start"), [([1], 1, 0), ([2], 70, 0), ([1], 5, 40), ([2, 0], 33, 0), ([0, 2], 7, 9)]
+)
+def test_both_forms_of_prefill_attention_agree(dtype, rows, tokens, start):
+    k, v, *scales = cached(dtype)
+    q = random_tensor(len(rows), tokens, 4, 64).bfloat16()
+    position = torch.arange(start, start + tokens) + torch.arange(len(rows))[:, None]  # each row at its own
+    fixed = (q, k, v, position, torch.tensor(rows), *scales)
+    with operations():
+        results = [torch.ops.qwen3fast.prefill_attention(*fixed, at) for at in ([], [NEVER] * 3, [0, 0, 0])]
+    assert torch.equal(results[0], results[1])
+    assert tokens == 1 or not torch.equal(results[0], results[2])  # it is another form
+    assert results[2].shape == q.shape and results[2].is_contiguous()
+    assert_near(results[2], results[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "used", "limits", "expected"),
+    [
+        (32, 64, [64, NEVER, NEVER], True),
+        (32, 64, [65, 0, 0], False),
+        (33, 64, [0, 65, 0], False),
+        (33, 64, [NEVER, 64, NEVER], True),
+        (129, 129, [NEVER, NEVER, 0], True),
+        (600, 600, [0, 0, NEVER], False),
+    ],
+)
+def test_prefill_attention_chooses_by_chunk_and_used_length(tokens, used, limits, expected, monkeypatch):
+    k = torch.zeros(1, 1, 700, 32, dtype=torch.bfloat16)
+    q, calls = torch.zeros(1, tokens, 1, 32, dtype=torch.bfloat16), []
+    monkeypatch.setattr(prefill, "sdpa_prefill", lambda q, *rest: calls.append(1) or q)
+    torch.ops.qwen3fast.prefill_attention(
+        q, k, k, torch.arange(used - tokens, used)[None], torch.tensor([0]), None, None, limits
+    )
+    assert bool(calls) == expected
+
+
+def test_prefill_attention_refuses_another_number_of_limits():
+    k, q = torch.zeros(1, 1, 8, 32, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="prefill_attention: sdpa_from needs 3 lengths, or none"):
+        torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0]]), torch.tensor([0]), None, None, [1])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_products_with_dequantized_weights_equal_those_with_the_plain_weight(format):
+    packed = quantize(random_tensor(48, 96).bfloat16(), FORMATS[format])
+    x = random_tensor(2, 5, 96, seed=1).bfloat16()
+    expected = x.float() @ FORMATS[format].dequantize(packed).T
+    assert_near(dequantized_linear(x, *packed), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantized_products_are_dequantized_from_a_number_of_rows(format):
+    weights = [quantize(random_tensor(n, 96, seed=n).bfloat16(), FORMATS[format]) for n in (16, 48)]
+    x = random_tensor(6, 96).bfloat16()
+    packed, scale = ([w[i] for w in weights] for i in (0, 1))
+    in_cpp, at_limit, below = (torch.ops.qwen3fast.quantized_linear(x, packed, scale, n) for n in (NEVER, 6, 7))
+    expected = torch.cat([dequantized_linear(x, *weight) for weight in weights], dim=-1)
+    assert torch.equal(at_limit, expected) and torch.equal(below, in_cpp)
+    assert not torch.equal(in_cpp, expected)
+
+
+@pytest.mark.parametrize("format", [None, "int4"])
+@torch.no_grad()
+def test_all_cases_run_in_all_forms(format):
+    model = small_model(format)
+    cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
+    cases = cases_of(model, cache)
+    assert {case.what for case in cases} == {"prefill attention", "decode", *([f"linear {format}"] if format else [])}
+    assert [case.sizes for case in cases if case.what == "decode"] == [(1,), (2,), (4,)]
+    assert len({forms.machine_key(case) for case in cases}) == len(cases)
+    for case in cases:
+        calls = case.calls()
+        assert tuple(calls) == case.names and case.names[0] == CPP
+        for call in calls.values():
+            call()
+
+
+def test_no_cases_but_for_bfloat16_on_cpus():
+    model = randomised(small_config())
+    assert cases_of(model, StaticKVCache(model.config, 1, 100, torch.float32, CPU)) == []
+
+
+# ------------------------------------------------------------------------------------- engines use what was chosen
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_an_engine_uses_the_faster_forms(format, faster):
+    faster(SDPA, DEQUANTIZED, BLOCKS)
+    engine = small_engine(small_model(format))
+    assert engine.parts.forms.sdpa_from == (0, 0, NEVER)  # chunks of 512 do not fit its cache: nothing to measure
+    assert engine.parts.forms.block_rows == {1, 2}
+    layer = engine.model.model.layers[0].mlp.down_proj
+    assert format is None or layer.dequantize_from == ROWS[0]
+    faster(
+        CPP,
+    )
+    again = small_engine(small_model(format))
+    assert again.parts.forms.sdpa_from == (0, 0, NEVER)  # within a process it does not change
+
+
+@pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])
+def test_the_first_forms_are_used_where_they_are_faster_or_pinned_or_nothing_is_compiled(options, faster, monkeypatch):
+    if options:
+        faster(SDPA, DEQUANTIZED, BLOCKS)
+    else:
+        faster(
+            CPP,
+        )
+    engine = small_engine(small_model("int8"), **options)
+    assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
+    assert engine.model.model.layers[0].mlp.down_proj.dequantize_from == NEVER
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("chosen", [(CPP,), (SDPA, DEQUANTIZED, BLOCKS)])
+def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, uncompiled, monkeypatch):
+    faster(*chosen)
+    calls = []
+    spied = [(prefill, "sdpa_prefill"), (cpu.ops, "dequantized_linear"), (DecodeLayers, "__call__")]
+    for owner, name in spied:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    model = small_model(format)
+    ids = random_ids(1, 40)[0].tolist()
+    engine, plain = small_engine(model), small_engine(model, compile=False)
+    logits = engine.prefill_whole(0, ids)
+    assert_near(logits, plain.prefill_whole(0, ids), torch.bfloat16)
+    engine.sample_first(0, logits, StepKind())
+    engine.set_row(0, 40, 0.0, 0, 1.0, 0.0, 0)
+    engine.decode(1, 41, StepKind())
+    expected = {"__call__"} if chosen[0] == CPP else {"sdpa_prefill", *(["dequantized_linear"] if format else [])}
+    assert set(calls) == expected
+
+
+def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_engine(faster, uncompiled):
+    faster(SDPA, DEQUANTIZED, BLOCKS)
+    model = small_model()
+    engine = small_engine(model, compile="auto")
+    parts, choices = engine.parts, engine.parts.forms.choices
+    assert {choice.reason for choice in choices.values()} == {"not measured yet"}
+    ids = random_ids(1, 40)[0].tolist()
+    before = engine.prefill_whole(0, ids)
+    parts.forms.measure_ahead(1, engine.compiler.quiet)  # what the thread does behind its first compilation
+    assert {choice.reason for choice in choices.values()} == {WAITING}
+    assert {choice.name for choice in choices.values()} == {CPP}
+    assert (parts.forms.sdpa_from, parts.forms.block_rows) == ((), frozenset())
+    assert torch.equal(engine.prefill_whole(0, ids), before)  # a reply does not change
+    other = small_engine(model, compile="auto")
+    assert other.parts.forms.sdpa_from == (0, 0, NEVER)
+    assert engine.parts.forms.sdpa_from == ()
+    engine.warmup()
+    assert parts.forms.sdpa_from == (0, 0, NEVER) and parts.forms.block_rows == {1, 2}
+    for each in (engine, other):
+        each.close()
+
+
+def test_no_step_runs_while_the_thread_of_auto_measures(faster, uncompiled, monkeypatch):
+    engine, seen = small_engine(small_model(), compile="auto"), []
+    ids = random_ids(1, 40)[0].tolist()
+
+    def measure(calls):
+        step = threading.Thread(target=engine.prefill_whole, args=(0, ids))
+        step.start()
+        step.join(0.05)
+        seen.append(step.is_alive())
+        steps.append(step)
+        return {name: [1.0] * 3 for name in calls}
+
+    steps: list[threading.Thread] = []
+    monkeypatch.setattr(forms, "measure", measure)
+    engine.parts.forms._cases = engine.parts.forms._cases[:1]
+    engine.parts.forms.measure_ahead(1, engine.compiler.quiet)
+    steps[0].join(10)
+    assert seen == [True] and not steps[0].is_alive()
+    engine.close()
+
+
+def test_a_busy_machine_keeps_the_first_forms_and_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(forms, "measure", lambda calls: {name: [] for name in calls})
+    for compile in (True, "auto"):
+        engine = small_engine(small_model(), compile=compile)
+        engine.parts.forms.measure_ahead(1, engine.compiler.quiet)
+        assert {choice.reason for choice in engine.parts.forms.choices.values()} == {forms.BUSY}
+        assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
+        engine.close()
+    assert not forms_file.path().exists()
+
+
+def test_the_thread_of_auto_measures_behind_its_first_compilation(faster, uncompiled):
+    faster(
+        CPP,
+    )
+    engine = small_engine(small_model(), compile="auto")
+    engine.compiler.auto_from_s = 0
+    engine.prefill_whole(0, random_ids(1, 40)[0].tolist())
+    engine.compiler.thread.shutdown(wait=True)
+    assert {choice.reason for choice in engine.parts.forms.choices.values()} == {WAITING}
+    engine.close()
+
+
+def test_warmup_compiles_again_what_a_changed_choice_is_constant_in(faster, uncompiled):
+    faster(SDPA, BLOCKS)
+    engine = small_engine(small_model(), compile="auto")
+    engine.compiler.auto_from_s = 0
+    compiled = engine.parts.prefill_block._forms
+    compiled["earlier"] = None
+    engine.warmup()
+    assert "earlier" not in compiled and compiled
+    compiled["kept"] = None
+    engine.warmup()  # nothing has changed
+    assert "kept" in compiled
+    engine.close()
+
+
+def test_measuring_ends_with_its_budget(faster, monkeypatch):
+    faster(SDPA, BLOCKS)
+    times = iter(range(1000))
+    monkeypatch.setattr("qwen3fast.engine.forms.time.perf_counter", lambda: 0.2 * next(times))
+    engine = small_engine(small_model())
+    reasons = [choice.reason for choice in engine.parts.forms.choices.values()]
+    assert reasons.count("measured now") == 2  # one of attention, one of decoding
+    assert set(reasons) == {"measured now", "not measured yet"}
+    assert engine.parts.forms.sdpa_from == (NEVER, NEVER, NEVER) or not engine.parts.forms.sdpa_from
+
+
+def test_stats_tell_the_choices(faster):
+    faster(SDPA)
+    with Generator(small_model(), max_seq_len=100) as generator:
+        chosen = generator.stats.forms
+        choice = chosen["prefill attention, 32 tokens at 128, 4/2 heads of 32, bfloat16"]
+        assert (choice.name, choice.reason, choice.seconds) == (SDPA, "measured now", {CPP: 2.0, SDPA: 1.0})
+        assert any(name.startswith("decode, 1 row,") for name in chosen)
+    with Generator(small_model(), max_seq_len=100, forms="first") as generator:
+        assert {choice.reason for choice in generator.stats.forms.values()} == {"pinned"}
+    with pytest.raises(ValueError, match="forms must be 'measured' or 'first', got 'fast'"):
+        Generator(small_model(), forms="fast")
+
+
+def test_compiled_code_with_all_second_forms_gives_the_plain_logits(faster):
+    faster(SDPA, DEQUANTIZED, BLOCKS)
+    model = small_model("int8")
+    ids = random_ids(1, 40)[0].tolist()
+    engine, plain = small_engine(model, rows=1), small_engine(model, compile=False, rows=1)
+    assert_near(engine.prefill_whole(0, ids), plain.prefill_whole(0, ids), torch.bfloat16)
+    compiled = engine.compiler.compilations
+    engine.prefill_whole(0, ids * 3)
+    assert engine.compiler.compilations == compiled  # another class of chunks, the same code

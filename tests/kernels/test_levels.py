@@ -1,0 +1,88 @@
+"""Levels of processors: which library a machine gets, and what becomes of one that is not whole."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import levels, library
+
+HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2"
+ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
+NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "expected"),
+    [
+        ("x86_64", HASWELL, ["avx2"]),
+        ("x86_64", HASWELL.replace(" fma", ""), []),
+        ("x86_64", ICE_LAKE, ["avx2"]),
+        ("x86_64", ICE_LAKE + " avx512_bf16", ["avx512", "avx2"]),
+        ("aarch64", NEOVERSE_N1, ["dotprod"]),
+        ("aarch64", NEOVERSE_N1 + " i8mm bf16", ["i8mm", "dotprod"]),
+        ("aarch64", "fp asimd aes crc32", []),
+        ("riscv64", ICE_LAKE, []),
+    ],
+)
+def test_a_processor_gets_the_levels_it_has_all_features_of(machine, features, expected):
+    assert [level.name for level in levels.usable_levels(machine, features.split())] == expected
+
+
+@pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 fma", "Features\t: fpu avx2 fma"])
+def test_features_are_read_from_cpuinfo(line, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\nbugs\t: none\n")
+    assert levels.processor_features(tmp_path / "cpuinfo").split() == ["fpu", "avx2", "fma"]
+    assert levels.processor_features(tmp_path / "missing") == ""
+
+
+def test_a_pin_that_this_machine_has_not_is_refused(monkeypatch):
+    monkeypatch.setenv(library.PIN, "amx9000")
+    with pytest.raises(ValueError, match=r"QWEN3FAST_CPU_LEVEL must be native or a level .* got 'amx9000'"):
+        library.open_library()
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """A folder `lib` with a library of this machine's best level, and no compiler to take its place."""
+    if not cpu.load() or not levels.this_machine():
+        pytest.skip("no library, or no level, of this machine")
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    source = Path(cpu.functions()._name)
+    name = f"{levels.this_machine()[0].name}-{library.digest(source.read_bytes())}.so"
+    shutil.copy(source, folder / name)
+    monkeypatch.setattr(library, "SHIPPED", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(library.PIN, raising=False)
+    return folder / name
+
+
+def test_the_shipped_library_of_the_level_is_used(shipped):
+    assert library.open_library()._name == str(shipped)
+    assert not (shipped.parent.parent / "cache").exists()
+
+
+@pytest.mark.parametrize("pin", ["", "level", "native"])
+def test_a_pin_chooses_between_shipped_and_native(shipped, pin, monkeypatch):
+    monkeypatch.setenv(library.PIN, shipped.name.partition("-")[0] if pin == "level" else pin)
+    if pin == "native":  # must be built, which it cannot be here
+        with pytest.raises(library.NoCompilerError):
+            library.open_library()
+    else:
+        assert library.open_library()._name == str(shipped)
+
+
+@pytest.mark.parametrize("content", [b"", None], ids=["empty", "truncated"])
+def test_a_shipped_library_that_is_not_whole_is_passed_over(shipped, content, caplog):
+    if content is None:
+        os.truncate(shipped, 20_000)  # loaded, it would end the process with SIGBUS
+    else:
+        shipped.write_bytes(content)
+    with pytest.raises(library.NoCompilerError):
+        library.open_library()
+    assert "install qwen3fast again" in caplog.text and shipped.exists()

@@ -1,0 +1,87 @@
+"""The wheel, built, installed in an environment of its own, and used where there is no compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3fast.kernels.cpu import building, levels
+
+ROOT = Path(__file__).parents[2]
+LEVEL = next(iter(levels.this_machine()), None)
+pytestmark = pytest.mark.skipif(
+    LEVEL is None or not shutil.which("g++"), reason="no GCC to build with, or no level of this machine"
+)
+PROGRAM = """
+import warnings
+warnings.simplefilter("ignore")
+from qwen3fast import Generator, SamplingParams
+from qwen3fast.kernels import cpu
+generator, question = Generator.from_pretrained("tiny", {options}), {{"role": "user", "content": "What is 17 + 25?"}}
+print(generator.chat([question], SamplingParams(temperature=0), enable_thinking=False).text)
+print(cpu.is_loaded() and cpu.functions()._name)
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel with this machine's best level alone, not optimized much: building all takes most of a minute."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "lib")
+    shutil.copytree(ROOT / "qwen3fast", source / "qwen3fast", ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    environment = os.environ | {"QWEN3FAST_BUILD_LEVELS": LEVEL.name, "CXXFLAGS": "-O1"}
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
+    run(sys.executable, "-c", code, cwd=source, env=environment)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_serves_every_python_on_this_kind_of_machine(wheel):
+    assert wheel.name.endswith(f"_{LEVEL.machine}.whl") and "-py3-none-manylinux_2_" in wheel.name
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert len(libraries) == 1 and libraries[0].startswith(f"qwen3fast/kernels/cpu/lib/{LEVEL.name}-")
+
+
+def test_its_library_is_whole_and_leaves_openmp_to_pytorch(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".so"))
+        library = Path(archive.extract(name, tmp_path))
+    assert building.is_what_was_built(library)
+    assert b"GOMP_parallel" in library.read_bytes() and b"libgomp" not in library.read_bytes()
+
+
+@pytest.mark.parametrize("options", ["dtype='bfloat16'", "quantization='int4'"])
+def test_without_a_compiler_the_installed_wheel_uses_its_operations(wheel, tmp_path, options):
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"))
+    packages = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:  # all that pip does with a wheel of no scripts
+        archive.extractall(packages)
+    (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    environment = {"PATH": str(tmp_path / "env" / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    program = PROGRAM.format(options=options)
+    reply, library = run(str(tmp_path / "env/bin/python"), "-c", program, cwd=tmp_path, env=environment).splitlines()
+    assert reply == "42"
+    assert Path(library).parent == packages / "qwen3fast/kernels/cpu/lib"
+
+
+def test_without_a_level_the_wheel_is_python_alone(tmp_path):
+    """As where there is no compiler: the first use builds, or PyTorch's forms run."""
+    environment = os.environ | {"PATH": "/nonexistent", "PYTHONPATH": str(ROOT)}
+    environment.pop("CXX", None)
+    build = "print(setup.build_libraries(pathlib.Path('x')))"
+    code = f"import pathlib, sys; sys.argv[1:] = ['--version']; import setup; {build}"
+    done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+    assert done.splitlines()[-1] == "None" and not (tmp_path / "x").exists()

@@ -1,0 +1,129 @@
+"""Check the C++ operations at every level of processors against their plain PyTorch forms.
+
+python tools/check_cpu_levels.py
+
+Each level that this machine has runs tests/kernels/test_cpu_ops.py, pinned by QWEN3FAST_CPU_LEVEL. With qemu-user and a
+compiler for the machine (Debian: g++-aarch64-linux-gnu), each level also runs the cases below in an emulator; the
+expected results are computed here, by PyTorch in float32. Emulation says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.building import EXTRA_FLAGS, FOLDER, SOURCES
+from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
+from qwen3fast.model.kv_cache import quantize_vectors
+from qwen3fast.quantization.formats import FORMATS, quantize
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ("-O2", "-std=c++20", "-fopenmp", "-static", "-Wno-psabi")
+# Processors that have a level's instructions and no later ones that change the result of a check. QEMU has no AVX-512.
+EMULATED = {"avx2": "Haswell", "i8mm": "max", "dotprod": "neoverse-n1"}
+NONE = torch.empty(0)
+
+Case = tuple[str, Sequence[int], Sequence[Tensor], Tensor]
+
+
+def bfloat16(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def product_cases() -> Iterator[Case]:
+    """Yield products: name, integers, arrays, expected."""
+    for M, N, K in ((1, 7, 48), (3, 20, 64), (15, 33, 1024)):
+        x, weight = bfloat16(M, K), bfloat16(N, K)
+        yield "matvec", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
+    for format, bits in (("int8", 8), ("int4", 4)):
+        for M in (1, 4, 11):
+            x, packed = bfloat16(M, 96), quantize(torch.randn(48, 96), FORMATS[format])
+            expected = F.linear(x.float(), FORMATS[format].dequantize(packed).float())
+            yield "linear", (M, 48, 96, bits), (x, packed.weight, packed.scale), expected
+
+
+def attention_cases() -> Iterator[Case]:
+    """Yield attention over a cache, in bfloat16 and int8: name, integers, arrays, expected."""
+    H, K, S, D = 4, 2, 150, 64
+    for is_rounded in (False, True):
+        k, v, scales = bfloat16(1, K, S, D), bfloat16(1, K, S, D), (NONE, NONE)
+        keys, values = k.float(), v.float()
+        if is_rounded:
+            (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+            keys, values, scales = k * k_scale[..., None], v * v_scale[..., None], (k_scale, v_scale)
+        for name, tokens in (("decode", 1), ("prefill", 40)):
+            q, position = bfloat16(1, tokens, H, D), torch.arange(100, 100 + tokens)
+            mask = torch.arange(S) <= position[:, None]
+            heads = q.transpose(1, 2).float()
+            expected = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, enable_gqa=True)
+            arrays = (q, k, v, *scales, position, torch.tensor([0]))
+            integers = (1, H, K, S, D) if name == "decode" else (1, tokens, H, K, S, D)
+            yield name, integers, arrays, expected.transpose(1, 2)
+
+
+def write_cases(path: Path) -> None:
+    """Write the cases as kernel_cases.cpp reads them."""
+    torch.manual_seed(0)
+    with path.open("wb") as file:
+        for name, integers, arrays, expected in (*product_cases(), *attention_cases()):
+            file.write(name.encode().ljust(8, b"\0") + struct.pack(f"<{len(integers) + 1}q", len(integers), *integers))
+            file.write(struct.pack("<q", len(arrays)))
+            for array in (*arrays, expected.bfloat16()):
+                content = array.contiguous().view(torch.uint8).numpy().tobytes() if array.numel() else b""
+                file.write(struct.pack("<q", len(content)) + content)
+
+
+def emulate(level: Level, cases: Path, folder: Path) -> str:
+    """Run the cases in an emulator. Returns: what came of it, in a line."""
+    compiler = shutil.which(f"{level.machine}-linux-gnu-g++")
+    emulator = shutil.which(f"qemu-{level.machine}")
+    if level.name not in EMULATED or compiler is None or emulator is None:
+        return "not emulated"
+    program, objects = folder / level.name, []
+    for source in (*(FOLDER / name for name in SOURCES), ROOT / "tools" / "kernel_cases.cpp"):
+        objects.append(str(folder / f"{level.name}-{source.stem}.o"))
+        flags = (*FLAGS, *level.flags, *EXTRA_FLAGS.get(source.name, ()))
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
+    subprocess.run([compiler, *FLAGS, *objects, "-o", str(program)], check=True)
+    command = [emulator, "-cpu", EMULATED[level.name], str(program), str(cases)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout + done.stderr, end="", flush=True)
+    return f"{'passed' if done.returncode == 0 else 'FAILED'} on {EMULATED[level.name]} ({Path(emulator).name})"
+
+
+def run_tests(level: Level) -> str:
+    """Run the tests of the operations on this machine, at this level. Returns: what came of it, in a line."""
+    if level not in this_machine():
+        return "not run here"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/test_cpu_ops.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"QWEN3FAST_CPU_LEVEL": level.name})
+    return "passed on this machine" if done.returncode == 0 else "FAILED on this machine"
+
+
+def main() -> int:
+    """Check all levels and print a table; return 1 if one fails."""
+    names = sys.argv[1:] or [level.name for level in LEVELS]
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        cases = Path(temporary) / "cases.bin"
+        write_cases(cases)
+        for level in LEVELS:
+            if level.name in names:
+                results[level.name] = (run_tests(level), emulate(level, cases, Path(temporary)))
+    for name, (tests, emulated) in results.items():
+        print(f"{name:8} tests: {tests}; cases: {emulated}")
+    return int(any("FAILED" in line for lines in results.values() for line in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
