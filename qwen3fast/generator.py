@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
@@ -14,6 +13,7 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 
+from qwen3fast.chat_methods import ChatMethods
 from qwen3fast.checkpoint import as_id_tuple
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checks import checked_flag, checked_timeout
@@ -32,10 +32,10 @@ from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools
-from qwen3fast.text.tokenizer import Message, Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 
-class Generator:
+class Generator(ChatMethods):
     """A Qwen3 model with a tokenizer and a static KV cache, which generates text.
 
     Requests of all methods, threads and tasks run together, in one thread that the Generator owns: they wait for a
@@ -95,7 +95,6 @@ class Generator:
         self._builder = RequestBuilder(
             tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, self._dispatcher.worker
         )
-        self._has_warned_greedy_thinking = False
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
     @classmethod
@@ -304,76 +303,6 @@ class Generator:
         `RequestHandle.result`.
         """
         return self._run(self._build(prompt, params, on_overflow=on_overflow, tools=tools))
-
-    def chat(
-        self,
-        messages: list[Message],
-        params: SamplingParams | None = None,
-        *,
-        enable_thinking: bool = True,
-        tools: Tools | None = None,
-        continue_final_message: bool | str = False,
-        on_overflow: Overflow = "error",
-    ) -> GenerationResult:
-        """Generate the reply to a conversation, with the chat template.
-
-        tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
-        beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
-        Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
-        """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
-
-    def stream_chat(
-        self,
-        messages: list[Message],
-        params: SamplingParams | None = None,
-        *,
-        enable_thinking: bool = True,
-        tools: Tools | None = None,
-        continue_final_message: bool | str = False,
-        on_overflow: Overflow = "error",
-    ) -> Iterator[StreamChunk]:
-        """Stream the reply to a conversation, with the chat template.
-
-        Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
-        """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
-        return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
-
-    def render(
-        self,
-        messages: list[Message],
-        params: SamplingParams | None = None,
-        enable_thinking: bool = True,
-        tools: Tools | None = None,
-        continue_final_message: bool | str = False,
-    ) -> list[int]:
-        """Return the prompt of a conversation as token ids, for the methods that take a prompt.
-
-        It warns once about greedy decoding with reasoning.
-        Raises: ValueError without a chat template or for malformed messages.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer, so it cannot chat")
-        temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
-        can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
-        if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_thinking:
-            self._has_warned_greedy_thinking = True
-            warnings.warn(
-                "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
-                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
-                stacklevel=3,
-            )
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            tools,
-            enable_thinking=enable_thinking,
-            tokenize=True,
-            continue_final_message=continue_final_message,
-        )
-        assert isinstance(ids, list), "tokenize=True gives ids"
-        return ids
 
     def warmup(self, progress: bool = False) -> None:
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.

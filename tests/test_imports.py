@@ -35,6 +35,7 @@ ORDER = [
     "embedder",
     "reranker",
     "classifier",
+    "chat_methods",
     "generator",
     "chat_session",
     "lm_eval",

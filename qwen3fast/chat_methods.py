@@ -1,0 +1,118 @@
+"""ChatMethods: the methods of a Generator that take a conversation, which the chat template makes a prompt of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from qwen3fast.results import GenerationResult, StreamChunk
+from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.scheduling.prompt import Overflow
+from qwen3fast.text.chat_template import Tools
+from qwen3fast.text.tokenizer import Message, Tokenizer
+
+
+class Replies(Protocol):
+    """What these methods need of a Generator."""
+
+    tokenizer: Tokenizer | None
+    default_params: SamplingParams
+    has_warned_greedy_reasoning: bool
+
+    def generate(
+        self, prompts: Any, params: Any = ..., *, on_overflow: Overflow = ..., tools: Tools | None = ...
+    ) -> Any:
+        """Return the reply to a prompt."""
+
+    def stream(
+        self, prompt: Any, params: Any = ..., *, on_overflow: Overflow = ..., tools: Tools | None = ...
+    ) -> Iterator[StreamChunk]:
+        """Yield the reply to a prompt."""
+
+    def render(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = ...,
+        enable_thinking: bool = ...,
+        tools: Tools | None = ...,
+        continue_final_message: bool | str = ...,
+    ) -> list[int]:
+        """Return the prompt of a conversation."""
+
+
+class ChatMethods:
+    """Replies to conversations."""
+
+    has_warned_greedy_reasoning = False
+
+    def chat(
+        self: Replies,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
+        on_overflow: Overflow = "error",
+    ) -> GenerationResult:
+        """Generate the reply to a conversation, with the chat template.
+
+        tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
+        beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
+        Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
+        """
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
+        reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
+        return reply
+
+    def stream_chat(
+        self: Replies,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
+        on_overflow: Overflow = "error",
+    ) -> Iterator[StreamChunk]:
+        """Stream the reply to a conversation, with the chat template.
+
+        Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
+        """
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
+        return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
+
+    def render(
+        self: Replies,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        enable_thinking: bool = True,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
+    ) -> list[int]:
+        """Return the prompt of a conversation as token ids, for the methods that take a prompt.
+
+        It warns once about greedy decoding with reasoning.
+        Raises: ValueError without a chat template or for malformed messages.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it cannot chat")
+        temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
+        can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
+        if enable_thinking and can_think and temperature == 0 and not self.has_warned_greedy_reasoning:
+            self.has_warned_greedy_reasoning = True
+            warnings.warn(
+                "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
+                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
+                stacklevel=3,
+            )
+        ids = self.tokenizer.apply_chat_template(
+            messages,
+            tools,
+            enable_thinking=enable_thinking,
+            tokenize=True,
+            continue_final_message=continue_final_message,
+        )
+        assert isinstance(ids, list), "tokenize=True gives ids"
+        return ids
