@@ -1,4 +1,4 @@
-"""ChatSession: a conversation that is kept, so that each turn computes only what is new."""
+"""ChatSession: a conversation whose turns compute only new tokens."""
 
 from __future__ import annotations
 

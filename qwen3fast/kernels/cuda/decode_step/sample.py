@@ -3,7 +3,7 @@
 Top-k and top-p both ask for the largest score that so many tokens, or so much probability, reach. Scores are not
 positive, so the bits of -score have the scores' order: a radix search finds the threshold, 4 bits in each pass. A
 program sums its part of the vocabulary by digit, by comparing, without atomics; the programs of the next pass add up
-these sums. Weights are integers, so that no order of addition changes a threshold.
+these sums. Weights are integers: no order of addition changes a threshold.
 
     B rows   V vocabulary   C programs of a row
 """
