@@ -103,7 +103,7 @@ class Embedder:
             normalize: scale each vector, after cutting it, to length 1. None follows the files of
                 sentence-transformers, and scales where there are none.
             progress: show a bar.
-            prompt_name: put the prompt of this name before each text. The prompts are those of the checkpoint's
+            prompt_name: put the prompt of this name before each text. Prompts are defined in the checkpoint's
                 config_sentence_transformers.json, whose default_prompt_name is used where neither this nor an
                 instruction is given.
 

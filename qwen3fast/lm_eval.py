@@ -4,7 +4,7 @@
         --tasks hellaswag,gsm8k --batch_size 8
 
 is the harness' own command line, with the model "qwen3fast" registered, as importing this module does. The arguments in
---model_args are those of `HarnessModel`.
+--model_args takes the arguments of `HarnessModel`.
 Source of the interface: lm_eval.api.model.TemplateLM of lm-eval 0.4.
 """
 

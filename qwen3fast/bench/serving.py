@@ -80,7 +80,7 @@ class Reply:
 
     @property
     def per_token_s(self) -> float:
-        """Seconds per token after those of the first event; 0 if that was all."""
+        """Seconds per token after the first event; 0 without later tokens."""
         later = self.tokens - self.events[0][1].count(" ")
         return (self.events[-1][0] - self.events[0][0]) / later if later else 0.0
 

@@ -76,7 +76,7 @@ def _tasks(case: forms.Case) -> Iterator[Task]:
 
 
 def _short(key: str) -> str:
-    """Return a case's sizes without those of the model, which the record names."""
+    """Return a case's sizes; the record has the model's."""
     of_model = ("heads of", "hidden", "intermediate", "blocks")
     return ", ".join(part for part in key.split(", ") if not any(word in part for word in of_model))
 

@@ -5,7 +5,7 @@
     RMSNorm, then the stacked gate and up projections, then silu(gate) * up
 
 A program computes BN rows of the weight. Every program normalizes x itself, which costs less than another kernel.
-Numbers are rounded where the plain modules round them: both choose the same tokens.
+Rounding to the dtype happens at the same points as in the plain modules.
 
     R rows of x   N out_features   K in_features
 """

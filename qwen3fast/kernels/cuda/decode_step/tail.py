@@ -1,7 +1,7 @@
 """The ends of a decode step: the token's embedding before the blocks; the vocabulary and the greedy choice after them.
 
-The product with the vocabulary keeps each program's largest logit, so that a greedy step writes no logits at all; one
-more kernel takes the largest of these and writes the step's state.
+The product with the vocabulary keeps each program's largest logit: a greedy step writes no logits at all. One more
+kernel takes the largest of these and writes the step's state.
 
     R rows   V vocabulary   E hidden_size   C programs of the product
 """
