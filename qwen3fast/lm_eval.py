@@ -3,7 +3,7 @@
     python -m qwen3fast.lm_eval --model qwen3fast --model_args pretrained=Qwen/Qwen3-0.6B,quantization=int8 \
         --tasks hellaswag,gsm8k --batch_size 8
 
-is the harness' own command line, with the model "qwen3fast" registered, as importing this module does. The arguments in
+is the harness' own command line, with the model "qwen3fast" registered, as importing this module does.
 --model_args takes the arguments of `HarnessModel`.
 Source of the interface: lm_eval.api.model.TemplateLM of lm-eval 0.4.
 """
