@@ -66,7 +66,7 @@ class Prefill:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
         wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
-            those of the chunks so far, in order; the caller may take them out between chunks.
+            each token computed so far, in order; the caller may take them out between chunks.
     """
 
     row: int
