@@ -28,7 +28,7 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-# Steps launched on CUDA ahead of the one whose tokens are read: the device always has work while the host launches. At
+# Steps launched on CUDA ahead of the one whose tokens are read: the device has work while the host launches them. At
 # most this many steps after a stop token are discarded.
 LOOKAHEAD = 4
 
