@@ -83,10 +83,7 @@ void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {
   }
   const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;
   *scale = size / 127.f + sum(poison);
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const Bytes bytes = __builtin_convertvector(round_to_ints(load(from + d) * to_bytes), Bytes);
-    std::memcpy(to + d, &bytes, sizeof bytes);
-  }
+  for (int64_t d = 0; d < D; d += kLanes) store(to + d, round_to_ints(load(from + d) * to_bytes));
 }
 
 void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range columns) {
@@ -150,8 +147,9 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
     for (int64_t i = tasks.begin; i < tasks.end; i++) {
       const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = std::max<int64_t>(s.position[m], 0) + 1;
-      s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
-                          length * (split + 1) / s.splits, scale);
+      const T* following = i + 1 < tasks.end && s.splits == 1 ? keys + (head + 1) * S * D : nullptr;
+      attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
+             length * (split + 1) / s.splits, scale, following, s.parts[i]);
     }
     if (s.splits > 1) s.barrier.wait();
     for (int64_t head = heads.begin; head < heads.end; head++) {
@@ -191,7 +189,7 @@ void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* si
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
   Shared shared{*sizes, cos, sin, position, splits, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), {}};
+                room(2 * M * I), std::vector<Part>(M * K * splits), {}};
   const bool is_rounded = layers[0].cache.key_scale;
 #pragma omp parallel num_threads(threads)
   {

@@ -120,11 +120,12 @@ void rows(const Activations& x, int64_t M, const Weight& weight, int64_t block, 
   }
 }
 
-// Few rows: one stream through memory. Many rows: two blocks at a time share the loads of x.
+// Up to 32 rows: one block at a time, asked for ahead; it stays in the cache while all rows pass. With more rows, reading
+// the weight matters less: two blocks at a time share the loads of x.
 template <int kBits>
 void blocks_of(const Activations& x, int64_t M, const Weight& weight, int64_t begin, int64_t end, int64_t width,
                int64_t K) {
-  if (M > 8)
+  if (M > 32)
     for (; begin + 2 <= end; begin += 2) rows<kBits, 2>(x, M, weight, begin, width, K);
   for (; begin < end; begin++) rows<kBits, 1>(x, M, weight, begin, width, K);
 }
@@ -139,21 +140,12 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, int64_t 
     const Vec low_size = low < 0 ? -low : low, high_size = high < 0 ? -high : high;
     const Vec size = low_size > high_size ? low_size : high_size;
     const Vec poison = low * 0 + high * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-    float largest = 0, poisoned = 0;
-    for (int64_t i = 0; i < kLanes; i++) {
-      largest = size[i] > largest ? size[i] : largest;
-      poisoned += poison[i];
-    }
-    const float to_bytes = largest > 0 ? 127.f / largest : 0.f;
-    scale[m * G + g] = largest / 127.f + poisoned;
+    const float most = largest(size), to_bytes = most > 0 ? 127.f / most : 0.f;
+    scale[m * G + g] = most / 127.f + sum(poison);
     const Ints a = round_to_ints(low * to_bytes), b = round_to_ints(high * to_bytes);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kLanes; i++) {
-      bytes[m * K + g * kGroup + i] = static_cast<int8_t>(a[i]);
-      bytes[m * K + g * kGroup + kLanes + i] = static_cast<int8_t>(b[i]);
-      sum += a[i] + b[i];
-    }
-    offset[m * G + g] = -zero * sum;
+    store(&bytes[m * K + g * kGroup], a);
+    store(&bytes[m * K + g * kGroup + kLanes], b);
+    offset[m * G + g] = -zero * sum(a + b);
   }
 }
 

@@ -77,6 +77,16 @@ inline void store(BFloat16* p, Vec vec) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// The lowest bytes of sixteen numbers.
+inline void store(int8_t* p, Ints vec) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)vec);
+#else
+  const Bytes bytes = __builtin_convertvector(vec, Bytes);
+#endif
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
 inline Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
@@ -101,6 +111,11 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float sum(Vec v) {
   const auto add = [](Vec a, Vec b) { return a + b; };
+  QWEN3FAST_FOLD(add)
+}
+
+inline int32_t sum(Ints v) {
+  const auto add = [](Ints a, Ints b) { return a + b; };
   QWEN3FAST_FOLD(add)
 }
 
