@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Format:
         quantize: packs a weight (N, K) in any float dtype; N is a multiple of 16, K of 32.
         rows: dequantizes some rows, (R, K) float32, given their int64 numbers (R,).
         is_affine: has a minimum or a zero point per group of channels.
-        layout: of an affine format's scales; None: `Layout.default`.
+        layout_of: the layout of an affine format's scales, given K.
         devices: types of devices that there are kernels for.
     """
 
@@ -53,13 +54,13 @@ class Format:
     quantize: Callable[[Tensor], Packed]
     rows: Callable[[Packed, Tensor], Tensor]
     is_affine: bool = False
-    layout: Layout | None = None
+    layout_of: Callable[[int], Layout] = Layout.default
     devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def with_layout(self, layout: Layout) -> Format:
-        """Return this (affine) format with a layout of scales."""
+    def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
+        """Return this (affine) format with another layout of scales."""
         assert self.is_affine, "other formats have one layout"
-        return replace(self, layout=layout)
+        return replace(self, layout_of=layout_of, quantize=partial(quantize_uint4, layout_of=layout_of))
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the whole weight, (N, K) float32."""
@@ -72,7 +73,7 @@ class Format:
         if self.bits == 8:
             return Packed(weight, torch.empty(out_features, dtype=torch.float32, device=device))
         if self.is_affine:
-            shape = (self.layout or Layout.default(in_features)).shape(out_features, in_features)
+            shape = self.layout_of(in_features).shape(out_features, in_features)
             return Packed(weight, torch.empty(shape, dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))
 

@@ -15,6 +15,7 @@ and Q4_1 (span 32). Source of the second: the K-quants of llama.cpp, pull reques
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,12 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, packed: Packed) -> Layout:
         """Return the layout of a packed weight."""
-        return cls(packed.weight.shape[1] * 8 // packed.scale.shape[1], packed.scale.shape[2] == ZERO_RECORD)
+        return cls.of_shape(tuple(packed.scale.shape), packed.weight.shape[1] * 8)
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, ...], in_features: int) -> Layout:
+        """Return the layout of scales of this shape."""
+        return cls(in_features // shape[1], shape[2] == ZERO_RECORD)
 
     @classmethod
     def default(cls, in_features: int) -> Layout:
@@ -103,17 +109,22 @@ def _scales(packed: Packed, row_R: Tensor) -> tuple[Tensor, Tensor]:
     return (d_RP1 * s_RPg).flatten(1), (half(2 * LANES) * m_RPg).flatten(1)
 
 
-def quantize_uint4(weight_NK: Tensor) -> Packed:
-    """Quantize to 4 bits with a scale and a minimum per 32 channels, both in 8 bits of a float16 per span.
+def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layout.default) -> Packed:
+    """Quantize to 4 bits: with a scale and a minimum per 32 channels, both in 8 bits of a float16 per span, by default.
 
     Each group's range includes 0 and is the one of `RANGES` with the least squared error. A span with NaN or infinity
-    becomes NaN.
+    becomes NaN. layout_of: the layout of scales, given K; groups of one with zero points are spans.
     """
     N, K = weight_NK.shape
-    span = Layout.default(K).span
-    group = weight_NK.float().view(N, K // GROUP, GROUP)
+    span, has_zero = layout_of(K)
+    group = weight_NK.float().view(N, -1, span if has_zero else GROUP)
     is_sound = group.view(N, -1, span).isfinite().all(dim=2)
     scale_NG, minimum_NG = _best_range(group)
+    if has_zero:
+        d_NP = scale_NG.to(torch.float16).float()
+        zero_NP = torch.round(minimum_NG / d_NP.where(d_NP > 0, 1.0)).nan_to_num(0).clamp(0, 15)
+        level = _levels(group, d_NP[..., None], (d_NP * zero_NP)[..., None])
+        return pack_zeros(level.to(torch.uint8).view(N, K), d_NP.where(is_sound, torch.nan), zero_NP)
     d_NP, s_NG = _in_bytes(scale_NG, span)
     dmin_NP, m_NG = _in_bytes(minimum_NG, span)
     step, minimum = ((s * d.repeat_interleave(span // GROUP, 1)) for s, d in ((s_NG, d_NP), (m_NG, dmin_NP)))
@@ -128,7 +139,8 @@ def _best_range(group: Tensor) -> tuple[Tensor, Tensor]:
     best = [torch.zeros_like(high), torch.zeros_like(high), torch.full_like(high, torch.inf)]
     for share in RANGES:
         scale, minimum = (high + low) * (share / 15), low * share
-        error = sum_of_halves((_levels(group, scale, minimum) * scale - minimum - group).square())
+        error = (_levels(group, scale, minimum) * scale - minimum - group).square()
+        error = sum_of_halves(error) if group.shape[2] == GROUP else error.sum(dim=2, keepdim=True)
         is_better = error < best[2]
         best = [x.where(is_better, old) for x, old in zip((scale, minimum, error), best, strict=True)]
     return best[0].squeeze(2), best[1].squeeze(2)

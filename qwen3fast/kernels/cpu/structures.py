@@ -17,7 +17,11 @@ NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 class Linear(ctypes.Structure):
     """`Linear` of ops.h."""
 
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), *((n, c_int64) for n in ("N", "K", "bits", "span", "record"))]
+    _fields_ = [
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
+    ]
 
 
 class Cache(ctypes.Structure):

@@ -85,22 +85,25 @@ inline Vec load(const uint8_t* p) {
 #endif
 }
 
+inline Vec fill(float value) { return value - Vec{}; }
+
 // Sixteen float16 numbers as float32, exactly; without instructions for it, by moving the bits and scaling by 2^112.
+// NaN loses its payload, whose lower half BFloat16 could not round.
 inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
+  const Vec result = (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
 #elif defined(__F16C__)
   __m256 halves[2];
   for (int i = 0; i < 2; i++) halves[i] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * i));
-  return load_as<Vec>(halves);
+  const Vec result = load_as<Vec>(halves);
 #else
   const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits), size = (bits & 0x7fffu) << 13;
-  const Bits sign = (bits & 0x8000u) << 16;
   const Vec scaled = load_as<Vec>(&size) * 0x1p112f;
   const Bits is_special = (Bits)(size >= 0x0f800000u);  // infinity and NaN have the largest exponent in both
-  const Bits result = ((is_special & (size | 0x7f800000u)) | (~is_special & load_as<Bits>(&scaled))) | sign;
-  return load_as<Vec>(&result);
+  const Bits whole = (is_special & (size | 0x7f800000u)) | (~is_special & load_as<Bits>(&scaled)) | (bits & 0x8000u) << 16;
+  const Vec result = load_as<Vec>(&whole);
 #endif
+  return result == result ? result : fill(__builtin_nanf(""));
 }
 
 inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
@@ -125,8 +128,6 @@ inline Vec dot2(Vec total, Bits a, Bits b) {
   return total + load_as<Vec>(&a_low) * load_as<Vec>(&b_low) + load_as<Vec>(&a_high) * load_as<Vec>(&b_high);
 #endif
 }
-
-inline Vec fill(float value) { return value - Vec{}; }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
