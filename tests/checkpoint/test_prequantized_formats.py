@@ -224,7 +224,9 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
         assert ((layer.dequantize() - weight).abs() <= weight.abs() * 2**-8).all()
 
 
-@pytest.mark.parametrize(("name", "quantization"), [(name, None) for name in EXACT] + [("awq", "uint4"), ("gptq", "uint4")])
+@pytest.mark.parametrize(
+    ("name", "quantization"), [(name, None) for name in EXACT] + [("awq", "uint4"), ("gptq", "uint4")]
+)
 def test_levels_of_4_bits_with_zero_points_are_taken_over_exactly(tmp_path, name, quantization):
     reference = write_layout(name, tmp_path)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
@@ -252,7 +254,9 @@ def test_scales_of_zero_points_are_rounded_to_float16_where_they_are_not(tmp_pat
 def test_scales_beyond_float16_are_refused_by_name(tmp_path):
     write_layout("awq", tmp_path)
     rewrite(tmp_path, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].float() * 1e9}))
-    with pytest.raises(ValueError, match=r"up_proj\.weight: scales beyond the range of float16; use quantization='int8'"):
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight: scales beyond the range of float16; use quantization='int8'"
+    ):
         load_model(tmp_path, device="cpu")
 
 
