@@ -6,6 +6,7 @@ N out_features   K in_features   R rows
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ class StoredTensor:
         for start, rows in self._parts():
             part = format.quantize(self._numbers(rows)) if kept is None else kept.pack(rows)
             put_rows(result, N, start, part)
+        release_pages(self.data)
         return Packed(*(tensor.to(device) for tensor in result))
 
     def _rows(self) -> np.ndarray:
@@ -105,6 +107,21 @@ class StoredTensor:
         gguf = import_gguf()
         with np.errstate(all="ignore"):  # whatever a damaged scale results in
             return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]))
+
+
+def release_pages(data: np.ndarray) -> None:
+    """Take the pages of bytes that were read, and are mapped from a file, out of this process's memory.
+
+    Pages at the ends, which hold other tensors as well, stay. Does nothing for other arrays, and where the system cannot.
+    """
+    mapped: Any = getattr(data, "_mmap", None)
+    if mapped is None or not hasattr(mapped, "madvise"):
+        return
+    origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    first = data.__array_interface__["data"][0] - origin
+    start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, (first + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def import_gguf() -> Any:
