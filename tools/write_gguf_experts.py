@@ -56,6 +56,7 @@ def coder_config(layers: int = 48) -> ModelConfig:
         num_experts=128,
         num_experts_per_tok=8,
         moe_intermediate_size=768,
+        norm_topk_prob=True,
         tie_word_embeddings=False,
     )
 
@@ -67,7 +68,7 @@ def has_more_bits(layer: int, layers: int) -> bool:
 
 def plan(config: ModelConfig) -> list[Planned]:
     """Return the tensors in the order of the file."""
-    E, V, D, X, I = (
+    E, V, D, X, inner = (
         config.hidden_size, config.vocab_size, config.head_dim, config.num_experts, config.moe_intermediate_size,
     )  # fmt: skip
     queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
@@ -90,9 +91,9 @@ def plan(config: ModelConfig) -> list[Planned]:
                 ("attn_output", (E, queries), Kind.Q4_K),
                 ("ffn_norm", (E,), Kind.F32),
                 ("ffn_gate_inp", (X, E), Kind.F32),
-                ("ffn_gate_exps", (X, I, E), Kind.Q4_K),
-                ("ffn_up_exps", (X, I, E), Kind.Q4_K),
-                ("ffn_down_exps", (X, E, I), more),
+                ("ffn_gate_exps", (X, inner, E), Kind.Q4_K),
+                ("ffn_up_exps", (X, inner, E), Kind.Q4_K),
+                ("ffn_down_exps", (X, E, inner), more),
             )
         ]
     return tensors

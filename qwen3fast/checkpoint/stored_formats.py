@@ -1,7 +1,7 @@
 """The formats of the layers in a folder that `save_quantized` wrote: its tensors tell them, layer by layer.
 
-config.json names the format of most layers. A model that was loaded from a mixture (such as Q4_K_M of GGUF) has several,
-and uint4 has several layouts of scales.
+config.json names the format of most layers. A model that was loaded from a mixture (such as Q4_K_M of GGUF) has
+several formats, and uint4 has several layouts of scales.
 """
 
 from __future__ import annotations

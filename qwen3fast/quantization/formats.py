@@ -1,7 +1,7 @@
 """Weights in 8 and 4 bits: how they are quantized; packed.py describes the order of their bytes.
 
-int8, int4 and fp8 are symmetric: weight = (level - zero) * scale with zero 128 or 8, or the float8 number * scale. uint4
-has a minimum or a zero point per group (uint4.py).
+int8, int4 and fp8 are symmetric: weight = (level - zero) * scale with zero 128 or 8, or the float8 number * scale.
+uint4 has a minimum or a zero point per group (uint4.py).
 
     N out_features   K in_features
 """

@@ -7,8 +7,8 @@ numbers, one per row:
     with minimums, 64 + span bytes     d float16, dmin float16, then for each       weight = d * s * level - dmin * m
                                        32 channels s uint8, m uint8
 
-The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_K (span 256, s and m of 6 bits)
-and Q4_1 (span 32). Source of the second: the K-quants of llama.cpp, pull request 1684 of github.com/ggml-org/llama.cpp.
+The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_K (span 256, s and m of 6
+bits) and Q4_1 (span 32). Source of the second: K-quants, pull request 1684 of github.com/ggml-org/llama.cpp.
 
     N out_features   K in_features   G = K/32 groups   P = K/span   R rows
 """
@@ -26,7 +26,7 @@ from qwen3fast.quantization.packed import GROUP, LANES, Packed, by_blocks, level
 SPANS = (256, 128, 64, 32)
 HEAD = 4 * LANES  # bytes of d and dmin
 ZERO_RECORD = 3 * LANES
-# Ends of the range, as shares of the group's smallest and largest weight; the one with the least squared error is taken.
+# Ends of the range, as shares of the group's smallest and largest weight; the least squared error decides.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 

@@ -87,7 +87,7 @@ def choose_formats(
     if quantization == DEQUANTIZE:
         return {}
     matrices = {name: t for name, t in header.tensors.items() if len(t.shape) in (2, 3) and ROUTER not in name}
-    chosen = {name: _own_format(tensor, quantization) for name, tensor in matrices.items()}
+    chosen = {name: own_format(tensor, quantization) for name, tensor in matrices.items()}
     for layer in range(config.num_hidden_layers):
         for group in TOGETHER:
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
@@ -99,7 +99,7 @@ def choose_formats(
     return {name: format for name, format in chosen.items() if format is not None}
 
 
-def _own_format(tensor: StoredTensor, quantization: str | None) -> Format | None:
+def own_format(tensor: StoredTensor, quantization: str | None) -> Format | None:
     """Return the format of a tensor by itself."""
     if not fits(*tensor.shape[-2:]) or (quantization is None and tensor.is_float):
         return None

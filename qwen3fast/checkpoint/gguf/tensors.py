@@ -19,7 +19,7 @@ from qwen3fast.checkpoint.gguf.levels import KEPT
 from qwen3fast.quantization.formats import LANES, Format, Packed, put_rows
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NUMBERS_AT_ONCE = 2**22  # converted together, to hold little more than the result in memory
+NUMBERS_AT_ONCE = 2**20  # converted together: intermediate results stay in the processor's caches
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class StoredTensor:
 def release_pages(data: np.ndarray) -> None:
     """Take the pages of bytes that were read, and are mapped from a file, out of this process's memory.
 
-    Pages at the ends, which hold other tensors as well, stay. Does nothing for other arrays, and where the system cannot.
+    Pages at the ends, which hold other tensors as well, stay. It does nothing for other arrays.
     """
     mapped: Any = getattr(data, "_mmap", None)
     if mapped is None or not hasattr(mapped, "madvise"):

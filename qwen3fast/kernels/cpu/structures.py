@@ -79,7 +79,8 @@ def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
         and span % GROUP == K % span == 0
         and scale.device.type == "cpu"
         and scale.is_contiguous(),
-        "scale must be (N,) float32 for 8 bits, for 4 (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span) uint8",
+        "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span) "
+        "uint8",
     )
     return Linear(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record)
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.structures import span_and_record
-
 from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, num_parts, unpack, word_scales
 
 
