@@ -12,9 +12,10 @@ from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
+from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.parallel import Ranks, connect
-from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
 
 
 def load_model(
@@ -96,10 +97,16 @@ def empty_model(source: Path) -> Qwen3:
         replace_layers(model, choose_formats(header, model.config, wanted), model.config.dtype)
         return model
     stored = CheckpointConfig.from_folder(source)
-    format, kept = stored.quantization, stored.modules_to_not_convert
-    if stored.prequantized is not None:  # as usual; only the tensors tell which other layers are plain
-        format, kept = stored.prequantized.loaded_as, ("model.embed_tokens", "lm_head")
+    format, kept = (
+        None if stored.quantization is None else get_format(stored.quantization),
+        stored.modules_to_not_convert,
+    )
+    theirs = stored.prequantized
+    if theirs is not None and theirs.loaded_as is not None:  # as usual; only the tensors tell which others are plain
+        format, kept = theirs.as_format(get_format(theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
     if format is not None:
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
+    if stored.quantization is not None:
+        use_stored_formats(model, source)
     return model

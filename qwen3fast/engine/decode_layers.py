@@ -66,9 +66,9 @@ def _linears(block: Block) -> list[nn.Linear | QuantizedLinear]:
 
 
 def _has_equal_inputs(block: Block) -> bool:
-    """Return whether layers with the same input have the same number of bits: the input is quantized once for them."""
-    bits = [x.format.bits if isinstance(x, QuantizedLinear) else 16 for x in _linears(block)]
-    return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
+    """Return whether of layers with the same input all are quantized, or none: the input is quantized once for them."""
+    is_quantized = [isinstance(x, QuantizedLinear) for x in _linears(block)]
+    return len(set(is_quantized[:3])) == 1 and len(set(is_quantized[4:6])) == 1
 
 
 def _is_served(linear: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from qwen3fast.quantization.formats import FORMATS, quantize
 pytestmark = pytest.mark.triton
 
 EPS = 1e-6
-KINDS = ("plain", *FORMATS)
+KINDS = ("plain", "int8", "int4", "fp8")  # uint4 runs product by product
 
 
 def make_weight(kind, N, K, dtype, seed=1):

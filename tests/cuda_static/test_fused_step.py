@@ -326,3 +326,11 @@ def test_prequantized_dense_sizes_are_served():
             layers = [getattr(model.model.layers[0].get_submodule(together[0]), n) for n in together[1]]
             assert can_stack(layers)
         assert _obstacle(model, cache) == ""
+
+
+def test_uint4_steps_run_product_by_product():
+    """The fused kernels do not know minimums: such a model says so, and its steps use `packed_matvec`."""
+    model = make_model("uint4")
+    cache = StaticKVCache(model.config, 2, 64, torch.float32, torch.device(DEVICE))
+    fused = FusedDecodeStep(model, cache)
+    assert "uint4" in fused.obstacle and not fused.serves(1)

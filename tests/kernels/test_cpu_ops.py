@@ -232,7 +232,7 @@ def run_layers_plainly(model, cache, x_B1E, position_B1):
     return x_B1E
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("rows", [*range(1, 10), 17, cpu.MAX_DECODE_ROWS])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
@@ -262,7 +262,7 @@ def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
     ],
     ids=["one key head", "as many key heads", "three queries a key", "odd sizes"],
 )
-@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("format", [None, "int4", "uint4"])
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
@@ -277,7 +277,7 @@ def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     assert_near(actual, expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_dtype):
     model, cache, x_B1E, position_B1 = layers_case(format, 19, cache_dtype=cache_dtype)
@@ -290,7 +290,7 @@ def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)
 def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(format, cache_dtype, empty):
@@ -308,7 +308,7 @@ def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(fo
 
 
 def test_decode_layers_pass_nan_on():
-    for format, cache_dtype in product((None, "int8", "int4"), (torch.bfloat16, torch.int8)):
+    for format, cache_dtype in product((None, "int8", "int4", "uint4"), (torch.bfloat16, torch.int8)):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         x_B1E[0, 0, 3] = float("nan")
         y_B1E = run_layers(model, cache, x_B1E, position_B1)

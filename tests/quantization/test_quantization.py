@@ -25,9 +25,10 @@ from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-INT8, INT4, FP8 = FORMATS["int8"], FORMATS["int4"], FORMATS["fp8"]
+INT8, INT4, UINT4, FP8 = (FORMATS[name] for name in ("int8", "int4", "uint4", "fp8"))
 PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
-formats = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
+formats = pytest.mark.parametrize("format", [INT8, INT4, UINT4], ids=lambda f: f.name)
+rounded_in_cpp = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
 all_formats = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
@@ -66,7 +67,7 @@ def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed)
 
 @needs_operation
 @pytest.mark.parametrize("threads", [1, 3])
-@formats
+@rounded_in_cpp
 @given(
     rows=st.integers(1, 4), groups=st.integers(1, 5), exponent=st.sampled_from([-130, -126, -40, -7, 0, 9, 120]),
     seed=st.integers(0, 999), kind=st.sampled_from(["normal", "few values", "mostly zero"]),
@@ -123,14 +124,14 @@ def test_the_operation_refuses_what_it_cannot_round():
             cpu.quantize_weight(weight, *packed)
 
 
-@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)
+@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (UINT4, 0.078), (FP8, 0.027)], ids=FORMATS)
 def test_error_on_normal_weights(format, limit):
     # 4 bits: below the 0.086 that the plain rule (scale = largest / -8) has on the same numbers.
     weight = random_tensor(256, 1024)
     assert relative_error(format.dequantize(quantize(weight, format)), weight) < limit
 
 
-@formats
+@rounded_in_cpp
 def test_numbers_on_the_grid_come_back_exactly(format):
     levels = 8 if format is INT4 else 127
     grid = torch.randint(1 - levels, levels, (3 * LANES, 2 * GROUP), generator=torch.Generator().manual_seed(0))
@@ -375,7 +376,9 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_unknown_and_conflicting_formats_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, int4, fp8, or None"):
+    with pytest.raises(
+        ValueError, match="quantization='int3' is not supported; supported: int8, int4, uint4, fp8, or None"
+    ):
         load_model("no/such/folder/is/looked/for", quantization="int3")
     save_model(quantized_model(INT8), tmp_path)
     with pytest.raises(ValueError, match="is in int8 already; int4 needs the original weights"):

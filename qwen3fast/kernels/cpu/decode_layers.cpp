@@ -35,8 +35,9 @@ struct Input {
 
   Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
-  void quantize(const BFloat16* from, int64_t M, int64_t K, int64_t bits) {
-    for (int64_t m = 0; bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K, bits);
+  // Only for weights that are quantized: `weight`, and others with the same input.
+  void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
+    for (int64_t m = 0; weight.bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K);
   }
 };
 
@@ -46,8 +47,7 @@ void multiply(const Linear& w, const BFloat16* x, const Activations& quantized, 
   if (w.bits == 16)
     return matvec_rows(x, M, static_cast<const BFloat16*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
                        w.K);
-  const Weight weight{static_cast<const uint8_t*>(w.weight), w.scale, w.N / kLanes, y};
-  packed_blocks(quantized, M, weight, w.bits, blocks.begin, blocks.end, width, w.K);
+  packed_blocks(quantized, M, w, y, blocks.begin, blocks.end, width);
 }
 
 // One vector of model/norm.py.
@@ -119,7 +119,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
     const Cached<T> cached(cache);
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
-    input.quantize(input.rows.data(), M, E, layer.q.bits);
+    input.quantize(input.rows.data(), M, E, layer.q);
     int64_t first = 0;
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
       const int64_t blocks = w->N / kLanes;
@@ -159,13 +159,13 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     }
     s.barrier.wait();
 
-    input.quantize(s.y.data(), M, H * D, layer.o.bits);
+    input.quantize(s.y.data(), M, H * D, layer.o);
     multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
 
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.post_norm, E, eps, &input.rows[m * E]);
-    input.quantize(input.rows.data(), M, E, layer.gate.bits);
+    input.quantize(input.rows.data(), M, E, layer.gate);
     multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
     multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
     for (int64_t m = 0; m < M; m++)
@@ -173,7 +173,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
                   (inner.end - inner.begin) * kLanes);
     s.barrier.wait();
 
-    input.quantize(s.act.data(), M, I, layer.down.bits);
+    input.quantize(s.act.data(), M, I, layer.down);
     multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();

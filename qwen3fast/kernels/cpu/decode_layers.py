@@ -114,17 +114,19 @@ def _vector(vector: Tensor, size: int) -> int:
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
-    """Check that weights fit each other, and that weights with the same input have the same bits."""
+    """Check that weights fit each other, and that of weights with the same input all are quantized, or none."""
     q, o, gate, down = layer.q, layer.o, layer.gate, layer.down
     expected = [
-        *((w, n * s.D, s.E, q.bits) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
-        (o, s.E, s.H * s.D, o.bits),
-        *((w, s.I, s.E, gate.bits) for w in (gate, layer.up)),
-        (down, s.E, s.I, down.bits),
+        *((w, n * s.D, s.E, q) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
+        (o, s.E, s.H * s.D, o),
+        *((w, s.I, s.E, gate) for w in (gate, layer.up)),
+        (down, s.E, s.I, down),
     ]
     fits = all(
-        (w.N, w.K, w.bits) == (N, K, bits) and N % LANES == 0 and K % (LANES if bits == 16 else GROUP) == 0
-        for w, N, K, bits in expected
+        (w.N, w.K, w.bits == 16) == (N, K, first.bits == 16)
+        and N % LANES == 0
+        and K % (LANES if w.bits == 16 else GROUP) == 0
+        for w, N, K, first in expected
     )
     require(
         fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0,

@@ -52,7 +52,7 @@ template <typename Done>
 void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, const Linear& all, int64_t X, BFloat16* y,
                   int thread, int threads, const Done& done) {
   const int64_t N = all.N / X, blocks = N / kLanes;
-  const int64_t bytes = N * all.K * all.bits / 8, scales = all.bits == 8 ? N * 4 : N * all.K / kGroup * 2;  // an expert's
+  const int64_t bytes = N * all.K * all.bits / 8, scales = scale_bytes(all, N);  // an expert's
   int64_t total = 0, before = 0;
   for (const Group& group : groups) total += (group.count + kReading) * blocks;
   for (const Group& group : groups) {
@@ -61,10 +61,11 @@ void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, co
       return std::clamp<int64_t>((work - before + cost - 1) / cost, 0, blocks);
     };
     const int64_t begin = block(total * thread / threads), end = block(total * (thread + 1) / threads);
-    const Weight weight{static_cast<const uint8_t*>(all.weight) + group.expert * bytes,
-                        static_cast<const uint8_t*>(all.scale) + group.expert * scales, blocks, y + group.first * N};
+    Linear weight = all;
+    weight.weight = static_cast<const uint8_t*>(all.weight) + group.expert * bytes;
+    weight.scale = static_cast<const uint8_t*>(all.scale) + group.expert * scales;
     if (begin < end) {
-      packed_blocks(group.*rows, group.count, weight, all.bits, begin, end, N, all.K);
+      packed_blocks(group.*rows, group.count, weight, y + group.first * N, begin, end, N);
       done(group, begin * kLanes, end * kLanes);
     }
     before += cost * blocks;
@@ -75,7 +76,7 @@ void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, co
 
 bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up, const Linear* down,
                                  BFloat16* y, int64_t N, int64_t C, int64_t X, int64_t threads) {
-  const int64_t P = N * C, E = gate_up->K, I = down->K, bits = gate_up->bits;
+  const int64_t P = N * C, E = gate_up->K, I = down->K;
   std::vector<int64_t> counts(X);
   const std::vector<int64_t> order = sorted_pairs(expert, P, X, counts);
   if (order.empty()) return P == 0;
@@ -92,7 +93,7 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
     barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     const int thread = omp_get_thread_num(), given = omp_get_num_threads();
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
-      group.x.quantize_row(x + order[p] / C * E, row, E, bits);
+      group.x.quantize_row(x + order[p] / C * E, row, E);
     });
     barrier.wait();
     share_blocks(groups, &Group::x, *gate_up, X, inner.get(), thread, given, [](const Group&, int64_t, int64_t) {});
@@ -100,7 +101,7 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
     share_pairs(groups, P, thread, given, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner.get() + p * 2 * I;
       gate_values(gate, gate + I, I);
-      group.inner.quantize_row(gate, row, I, bits);
+      group.inner.quantize_row(gate, row, I);
     });
     barrier.wait();
     share_blocks(groups, &Group::inner, *down, X, sorted.get(), thread, given,

@@ -13,10 +13,11 @@
 
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
-// Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes.
+// Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
+// channels that a record of scales covers, otherwise 0. record: its bytes.
 struct Linear {
   const void *weight, *scale;
-  int64_t N, K, bits;
+  int64_t N, K, bits, span, record;
 };
 
 // The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).
@@ -41,7 +42,7 @@ struct Sizes {
 QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
-// The same for any M and packed weights of the same K and bits; y (M, all N together) holds their results side by side.
+// The same for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
 
@@ -53,7 +54,7 @@ QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int
                                           void* scale, int64_t threads);
 
 // The output of each expert for its tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
-// X weights (2I, E) one below the other, gate before up; down X weights (E, I); both of the same bits, 8 or 4. Returns
+// X weights (2I, E) one below the other, gate before up; down X weights (E, I); both packed. Returns
 // false, with y unfinished, for an expert that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,
                                                const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
