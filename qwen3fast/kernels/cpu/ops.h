@@ -26,15 +26,17 @@ struct Cache {
   float *key_scale, *value_scale;
 };
 
-// One transformer block. Norms: bfloat16.
+// One transformer block. Norms: bfloat16. With experts, `router` (X, E) is bfloat16, `gate` holds X weights (2I, E), gate
+// before up, one below the other, `down` X weights (E, I), both packed, and there is no `up`; without, router.weight is null.
 struct Layer {
   const BFloat16 *input_norm, *q_norm, *k_norm, *post_norm;
-  Linear q, k, v, o, gate, up, down;
+  Linear q, k, v, o, gate, up, down, router;
+  int64_t chosen, renormalizes;  // C; whether their shares are made to sum to one
   Cache cache;
 };
 
 struct Sizes {
-  int64_t M, E, H, K, D, I, S;  // rows, hidden, query heads, key/value heads, head_dim, intermediate, positions
+  int64_t M, E, H, K, D, S;  // rows, hidden, query heads, key/value heads, head_dim, positions
   float eps;
 };
 

@@ -35,7 +35,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down", "router")),
+        *((name, c_int64) for name in ("chosen", "renormalizes")),
         ("cache", Cache),
     ]
 
@@ -43,7 +44,7 @@ class Layer(ctypes.Structure):
 class Sizes(ctypes.Structure):
     """`Sizes` of ops.h."""
 
-    _fields_ = [*((name, c_int64) for name in "MEHKDIS"), ("eps", c_float)]
+    _fields_ = [*((name, c_int64) for name in "MEHKDS"), ("eps", c_float)]
 
 
 def require(condition: bool, message: str) -> None:
