@@ -173,7 +173,7 @@ def test_an_engine_uses_the_fast_layers_and_keeps_the_weights():
     assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
 
 
-def test_blocks_with_experts_are_not_run_in_one_operation():
+def test_blocks_with_plain_experts_are_not_run_in_one_operation():
     for changes in ({}, MIXED):
         model = randomised(replace(CONFIG, head_dim=32, **changes)).bfloat16()
         assert not DecodeLayers(model, StaticKVCache(model.config, 1, 128, torch.bfloat16, CPU)).serves(1)

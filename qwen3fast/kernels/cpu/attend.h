@@ -36,7 +36,7 @@ struct Cached {
 struct Part {
   std::vector<float> maximum, total, out;
 
-  // Begins anew without positions.
+  // Removes all positions.
   void clear(int64_t G, int64_t D) {
     maximum.assign(G, -1e30f);
     total.assign(G, 0.f);
