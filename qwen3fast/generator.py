@@ -336,12 +336,9 @@ class Generator(ChatMethods):
 
         Raises: ValueError for a model that is not quantized or is split over processes; OSError if writing fails.
         """
-        formats = formats_of(self.model)
-        if len(formats) > 1:
-            raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
-        if not formats:
+        if not formats_of(self.model):
             raise ValueError("this model is not quantized; load it with quantization='int8' or 'int4' first")
         on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 

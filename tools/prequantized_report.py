@@ -4,7 +4,7 @@
 
 For each type of GGUF and each layout of AWQ and GPTQ, a matrix of random levels is loaded as a layer of a checkpoint
 is. The error is against the numbers that the type's definition gives. Speeds are of the product of one row with the
-matrix, several copies of it in turn (more than caches hold), in rounds with the same matrix in int4 and int8.
+matrix, several copies of it in turn (more than caches hold), each followed by products with int4 and int8.
 """
 
 from __future__ import annotations
@@ -105,20 +105,20 @@ def load_layout(config: dict[str, object], N: int, K: int) -> Loaded:
 def product_times(
     weights: dict[str, Packed], repetitions: int, copies: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Return the ms of a product of one row with each weight, in rounds; each is the mean over copies of it."""
+    """Return the ms of a product of one row with each weight, one product of each in turn, on copies in turn."""
     all_copies = {
         name: [Packed(*(t.clone() for t in packed)) for _ in range(copies)] for name, packed in weights.items()
     }
-    multiply = torch.ops.qwen3fast.quantized_linear
+    int4 = all_copies["int4"][0]
+    x = torch.full((1, int4.weight.shape[1] * 8), 0.1, dtype=torch.bfloat16)
     times: dict[str, list[float]] = {name: [] for name in weights}
-    for i in range(repetitions + 1):
+    for i in range(-copies, repetitions):  # the first ones warm up
         for name, packed in all_copies.items():
-            x = torch.full((1, packed[0].weight.shape[1] * (4 if packed[0].scale.dim() == 1 else 8)), 0.1).bfloat16()
+            one = packed[i % copies]
             started = clock()
-            for one in packed:
-                multiply(x, [one.weight], [one.scale])
-            if i:  # the first round warms up
-                times[name].append((clock() - started) * 1e3 / copies)
+            torch.ops.qwen3fast.quantized_linear(x, [one.weight], [one.scale])
+            if i >= 0:
+                times[name].append((clock() - started) * 1e3)
     return times
 
 
@@ -150,7 +150,7 @@ def main() -> int:
     """Measure, print and write. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="rows and channels, a multiple of 256 [%(default)s]")
-    parser.add_argument("--repetitions", type=int, default=15, help="rounds of timing [%(default)s]")
+    parser.add_argument("--repetitions", type=int, default=60, help="products that are timed [%(default)s]")
     parser.add_argument("--copies", type=int, default=6, help="of each matrix, read in turn [%(default)s]")
     parser.add_argument("--threads", type=int, default=1, help="of the products [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/prequantized.json"), help="[%(default)s]")

@@ -169,8 +169,6 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
     if not all(_is_served(layer, dtype) for layer in every):
         return "a linear layer has a bias, another dtype, or is of a process among several"
     embedding: nn.Module = model.model.embed_tokens
-    if any(isinstance(x, QuantizedLinear | QuantizedEmbedding) and x.format.is_affine for x in (*every, embedding)):
-        return "weights with minimums or zero points (uint4) are served by products of their own only"
     is_plain = type(embedding) is nn.Embedding and embedding.weight.dtype == dtype
     return "" if is_plain or type(embedding) is QuantizedEmbedding else "the embedding is of a process among several"
 

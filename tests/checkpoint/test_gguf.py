@@ -404,13 +404,35 @@ def test_save_quantized_writes_a_folder_with_the_tokenizer(tmp_path, tiny_file):
         assert saved.config.eos_token_ids == (1017, 1015)
 
 
-def test_a_mixture_cannot_be_saved(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
-    with (
-        Generator(load_model(tmp_path / "model.gguf", "cpu"), max_seq_len=32, compile=False) as generator,
-        pytest.raises(ValueError, match="layers are in several formats; load it with quantization="),
-    ):
+def kinds_of_k_quants(name: str) -> str:
+    """A mixture with several formats and layouts, one of them in the embedding."""
+    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "ffn_down": "Q4_0", "ffn_down_exps": "Q6_K"}
+    return kinds.get(name.split(".")[-2], "F32" if "gate_inp" in name else "Q4_K")
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_mixture_loads_as_it_was(tmp_path, experts, tied, capsys):
+    write_gguf(
+        tmp_path / "model.gguf",
+        randomised(small_config(**SIZES, tie_word_embeddings=tied, **experts)),
+        kinds_of_k_quants,
+    )
+    with Generator(load_model(tmp_path / "model.gguf", "cpu"), max_seq_len=32, compile=False) as generator:
         generator.save_quantized(tmp_path / "saved")
+        model = generator.model
+        expected = generator.generate([5, 17, 3], GREEDY).token_ids
+    assert formats_of(model) == (["int8", "uint4"] if experts else ["int4", "int8", "uint4"])
+    loaded = load_model(tmp_path / "saved", "cpu")
+    kinds = QuantizedLinear | QuantizedEmbedding
+    found = [{n: m.format.name for n, m in x.named_modules() if isinstance(m, kinds)} for x in (loaded, model)]
+    assert found[0] == found[1]
+    for name, parameter in model.named_parameters():
+        assert_same(loaded.get_parameter(name), parameter)
+    with Generator(loaded, max_seq_len=32, compile=False) as generator:
+        assert generator.generate([5, 17, 3], GREEDY).token_ids == expected
+    assert main(["info", "--model", str(tmp_path / "saved")]) == 0
+    assert f"{model.num_bytes():,} bytes in " in capsys.readouterr().out
 
 
 def test_command_line_takes_gguf_files(tiny_file, capsys):

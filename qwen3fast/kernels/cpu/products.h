@@ -14,14 +14,15 @@ constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
 
-// Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's bytes, which zero points and
-// minimums of weights multiply.
+// Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
+// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add.
 struct Activations {
   std::vector<int8_t> bytes;
-  std::vector<float> scale;
-  std::vector<int32_t> sum;
+  std::vector<float> scale, sum;
+  std::vector<int32_t> offset8, offset4;
 
-  Activations(int64_t M, int64_t K) : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup) {}
+  Activations(int64_t M, int64_t K)
+      : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
 
   // Quantizes row m to 8 bits.
   void quantize_row(const BFloat16* x, int64_t m, int64_t K);

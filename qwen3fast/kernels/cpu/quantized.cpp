@@ -117,12 +117,12 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
 template <Kind kKind, int kM, int kBlocks>
 void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
   constexpr int kBits = kKind == kInt8 ? 8 : 4;
-  constexpr int32_t kZero = kKind == kInt8 ? 128 : kKind == kInt4 ? 8 : 0;  // the level that stands for a weight of zero
   constexpr int64_t kGroupBytes = kGroup * kLanes * kBits / 8;
   const int64_t K = weight.K, G = K / kGroup;
   const int8_t* bytes = x.bytes.data() + m0 * K;
   const float* x_scale = x.scale.data() + m0 * G;
-  const int32_t* x_sum = x.sum.data() + m0 * G;
+  const float* x_sum = x.sum.data() + m0 * G;
+  const int32_t* offset = (kKind == kInt8 ? x.offset8 : x.offset4).data() + m0 * G;
   const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kGroupBytes;
   Records records[kBlocks];
   for (int b = 0; kKind == kUint4 && b < kBlocks; b++) records[b].start(weight, block + b);
@@ -130,7 +130,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   for (int64_t g = 0; g < G; g++) {
     Ints sum[kBlocks][kM];
     for (int m = 0; m < kM; m++)
-      for (int b = 0; b < kBlocks; b++) sum[b][m] = -kZero * x_sum[m * G + g] - Ints{};
+      for (int b = 0; b < kBlocks; b++) sum[b][m] = kKind == kUint4 ? Ints{} : offset[m * G + g] - Ints{};
 #pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
       Bits packed[kBlocks];
@@ -160,7 +160,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       for (int m = 0; m < kM; m++) {
         const Vec product = __builtin_convertvector(sum[b][m], Vec) * x_scale[m * G + g];
         total[b][m] += kKind == kInt8 ? product : product * weight_scale;
-        if (kKind == kUint4) total[b][m] -= minimum * (x_scale[m * G + g] * static_cast<float>(x_sum[m * G + g]));
+        if (kKind == kUint4) total[b][m] -= minimum * x_sum[m * G + g];
       }
     }
   }
@@ -215,7 +215,10 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K) {
     const Ints a = round_to_ints(low * to_bytes), b = round_to_ints(high * to_bytes);
     store(&bytes[m * K + g * kGroup], a);
     store(&bytes[m * K + g * kGroup + kLanes], b);
-    sum[m * G + g] = ::sum(a + b);
+    const int32_t total = ::sum(a + b);
+    sum[m * G + g] = scale[m * G + g] * static_cast<float>(total);
+    offset8[m * G + g] = -128 * total;
+    offset4[m * G + g] = -8 * total;
   }
 }
 
