@@ -160,7 +160,7 @@ def main() -> int:
     if not cpu.load():
         parser.error("the C++ operations are needed")
     torch.set_num_threads(args.threads)
-    run = describe_run(f"python tools/prequantized_report.py --threads {args.threads}")
+    run = describe_run("python tools/prequantized_report.py")
     record = Record("prequantized", run, describe_environment(CPU), {"name": f"{args.size} x {args.size}"})
     with interruptible(record):
         measure(args, record)

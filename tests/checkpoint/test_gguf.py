@@ -16,6 +16,7 @@ from test_lora import modules_of, write_adapter
 
 from qwen3fast import Embedder, Generator, SamplingParams, load_model
 from qwen3fast.checkpoint import read_config, read_generation_config
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
@@ -448,3 +449,39 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
     assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     assert f"{loaded.num_bytes():,} bytes in int4, int8\n" in capsys.readouterr().out
+
+
+def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
+    """Return the format of each tensor of the first block that gets packed, by llama.cpp's name of the layer."""
+    header = read_header(file)
+    chosen = choose_formats(header, config_of(header), *options)
+    return {name.split(".")[2]: format.name for name, format in chosen.items() if name.startswith("blk.0.")}
+
+
+def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
+    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), kinds_of_k_quants)
+    own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int8", "attn_output": "uint4"}
+    own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
+    assert formats_chosen(tmp_path / "model.gguf", None) == own
+    assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | dict.fromkeys(("attn_q", "attn_k"), "int8")
+    assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}
+    assert formats_chosen(tmp_path / "model.gguf", "dequantize") == {}
+
+
+@pytest.mark.parametrize("up", ["Q4_1", "Q4_0", "Q6_K", "F32"])
+def test_gate_and_up_of_experts_get_one_format(tmp_path, up):
+    config = small_config(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256)
+    kinds = {"ffn_up_exps": up, "ffn_gate_exps": "Q4_K", "ffn_down_exps": "Q4_K"}
+    written = write_gguf(
+        tmp_path / "model.gguf", randomised(config), lambda name: kinds.get(name.split(".")[-2], "F32")
+    )
+    model = load_model(tmp_path / "model.gguf", "cpu", "float32")
+    experts = model.model.layers[0].mlp.experts
+    if up == "F32":  # plain: an input is quantized for all of its layers, or for none
+        assert not isinstance(experts, QuantizedExperts)
+        return
+    assert (experts.gate_up_proj.format.name, experts.down_proj.format.name) == ("int8", "uint4")
+    plain = torch.cat([decode(*written[f"blk.0.ffn_{name}_exps.weight"]) for name in ("gate", "up")], dim=1)
+    step = plain.abs().amax(dim=2, keepdim=True) / 127
+    assert ((experts.dequantize(experts.gate_up_proj) - plain).abs() <= step * 0.501).all()
+    assert_same(experts.dequantize(experts.down_proj), decode(*written["blk.0.ffn_down_exps.weight"]))
