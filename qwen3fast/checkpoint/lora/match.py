@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen3fast.checkpoint.checks import refuse
 from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.model import Qwen3, RMSNorm
+from qwen3fast.quantization.layers import QuantizedLinear
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 # Some versions of PEFT and some trainers write the adapter's name, "default" as a rule, into the tensors' names.
@@ -21,7 +22,7 @@ SAVED_NAME = re.compile(r"base_model\.model\.(.+?)(\.modules_to_save(\.[^.]+)?)?
 # PEFT writes the base model's weight itself beside an adapter of embedding or output projection.
 COPY_NAME = re.compile(r"base_model\.model\.(lm_head|(?:model\.)?embed_tokens)\.base_layer\.weight")
 Shape = tuple[int, ...]
-Layer = nn.Linear | nn.Embedding | RMSNorm
+Layer = nn.Linear | nn.Embedding | RMSNorm | QuantizedLinear
 
 
 class Adapter(NamedTuple):
@@ -39,8 +40,7 @@ class Adapter(NamedTuple):
 
 def layers_of(model: Qwen3) -> dict[str, Layer]:
     """Return the modules that an adapter may change, by name."""
-    kinds = (nn.Linear, nn.Embedding, RMSNorm)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
 
 
 def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
@@ -96,18 +96,22 @@ class _Matcher:
                 return None if shape == expected else f"shape {shape}, expected {expected}"
         elif match is None and saved is not None and self._config.saves(saved[1]) and saved[1] in self._modules:
             self._saved[saved[1]] = name
-            expected = tuple(_weight(self._layers[self._modules[saved[1]]]).shape)
+            expected = _weight_shape(self._layers[self._modules[saved[1]]])
             return None if shape == expected else f"shape {shape}, expected {expected}"
         return "unexpected, this model has no place for it"
 
 
 def _expected_shape(layer: Layer, side: str, rank: int) -> Shape:
     """Return the shape of A, (R, K) or for an embedding (R, V), or of B, (N, R) or for an embedding (E, R)."""
-    rows, columns = _weight(layer).shape
+    rows, columns = _weight_shape(layer)
     if isinstance(layer, nn.Embedding):
         rows, columns = columns, rows
     return (rank, columns) if side == "A" else (rows, rank)
 
 
-def _weight(layer: Layer) -> Tensor:
-    return layer.weight
+def _weight_shape(layer: Layer) -> Shape:
+    """Return the shape of a layer's weight, dequantized."""
+    if isinstance(layer, QuantizedLinear):
+        return (layer.out_features, layer.in_features)
+    weight: Tensor = layer.weight
+    return tuple(weight.shape)
