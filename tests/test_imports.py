@@ -35,6 +35,7 @@ ORDER = [
     "embedder",
     "reranker",
     "classifier",
+    "adapter_methods",
     "chat_methods",
     "generator",
     "chat_session",
