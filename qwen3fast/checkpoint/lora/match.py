@@ -6,6 +6,7 @@ N out_features   K in_features   R rank   V vocabulary   E hidden_size
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ SAVED_NAME = re.compile(r"base_model\.model\.(.+?)(\.modules_to_save(\.[^.]+)?)?
 # PEFT writes the base model's weight itself beside an adapter of embedding or output projection.
 COPY_NAME = re.compile(r"base_model\.model\.(lm_head|(?:model\.)?embed_tokens)\.base_layer\.weight")
 Shape = tuple[int, ...]
-Layer = nn.Linear | nn.Embedding | RMSNorm | QuantizedLinear
+PlainLayer = nn.Linear | nn.Embedding | RMSNorm
+Layer = PlainLayer | QuantizedLinear
 
 
 class Adapter(NamedTuple):
@@ -38,12 +40,12 @@ class Adapter(NamedTuple):
     whole: str = ""
 
 
-def layers_of(model: Qwen3) -> dict[str, Layer]:
-    """Return the modules that an adapter may change, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+def layers_of(model: Qwen3) -> dict[str, PlainLayer]:
+    """Return the modules that a merged adapter may change, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PlainLayer)}
 
 
-def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
+def match_tensors(config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
     """Return the adapters whose tensors are in a file. shapes: of all of its tensors, by name.
 
     Raises: ValueError naming all tensors that are missing, unexpected or misshaped.
@@ -54,7 +56,7 @@ def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str
 class _Matcher:
     """Modules by an adapter's names for them, and the tensors found for each."""
 
-    def __init__(self, config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> None:
+    def __init__(self, config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> None:
         # Adapters of a Qwen3Model (for embeddings) leave "model." out, in the file and for the patterns of the config.
         is_bare = any(name.startswith((f"{PREFIX}layers.", f"{PREFIX}embed_tokens.")) for name in shapes)
         self._layers, self._shapes = layers, shapes

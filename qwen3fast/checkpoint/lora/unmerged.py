@@ -9,14 +9,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3fast.checkpoint.checks import refuse
 from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.checkpoint.lora.files import find_adapter, refuse_numbers
-from qwen3fast.checkpoint.lora.match import SAVED_NAME, TENSOR_NAME, layers_of, match_tensors
+from qwen3fast.checkpoint.lora.match import SAVED_NAME, TENSOR_NAME, match_tensors
 from qwen3fast.checkpoint.safetensors import open_tensors
 from qwen3fast.model import Qwen3
+from qwen3fast.quantization.layers import QuantizedLinear
 
 MERGE = "merge this adapter instead: from_pretrained(..., adapter=...)"
 
@@ -35,7 +36,8 @@ def read_lora(
     dtype, all named in one message.
     """
     config, file = find_adapter(source)
-    layers = {name: layer for name, layer in layers_of(model).items() if name in adaptable}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)}
+    layers = {name: linear[name] for name in adaptable}
     with open_tensors(file) as tensors:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         refuse(_only_merged(config, model, adaptable, shapes), f"the adapter changes more than linear layers; {MERGE}")
