@@ -1,5 +1,6 @@
 """PrefixCache alone: the slot that a prompt gets, what is evicted for it, and how much of it need not be computed."""
 
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, split_into_chunks, usable_prefix
 from qwen3fast.scheduling import Request
+from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.prefix_cache import PrefixCache, common_prefix
 
 POSITIONS = 256
