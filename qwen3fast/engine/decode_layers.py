@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Block, FeedForward, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.layers import QuantizedLinear
@@ -60,7 +59,7 @@ def _norms(block: Block) -> list[Tensor]:
     return [norm.weight for norm in norms]
 
 
-def _linears(block: Block) -> list[Linear | QuantizedLinear]:
+def _linears(block: Block) -> list[nn.Linear | QuantizedLinear]:
     a, f = block.self_attn, block.mlp
     assert isinstance(f, FeedForward), "only dense blocks have a form in C++"
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
@@ -73,7 +72,7 @@ def _has_equal_inputs(block: Block) -> bool:
 
 
 def _is_served(linear: nn.Module) -> bool:
-    if not isinstance(linear, Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
+    if not isinstance(linear, nn.Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
         return False
     if isinstance(linear, QuantizedLinear):
         return "cpu" in linear.format.devices

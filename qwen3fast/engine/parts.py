@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
@@ -159,6 +160,7 @@ class Parts:
     @classmethod
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
+        use_fast_layers(model)
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.block import Block
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import MoE
@@ -40,7 +39,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.model = Qwen3Body(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.experts import run_few, run_many
 from qwen3fast.kernels.grouped import grouped_linear
-from qwen3fast.model.moe import Experts, run_few, run_many
+from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
 from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
 

@@ -22,10 +22,10 @@ from qwen3fast.cli import main
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import linears
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize

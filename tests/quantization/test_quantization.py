@@ -20,7 +20,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import linears
+from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
