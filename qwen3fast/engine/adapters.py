@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.kernels.linear import linears
 from qwen3fast.kernels.low_rank import low_rank
 from qwen3fast.model import Qwen3
+from qwen3fast.model.linears import linears
 
 NO_ADAPTER = 0  # the slot of rows without an adapter; its matrices are zero
 ADAPTED = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
