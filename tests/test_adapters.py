@@ -15,6 +15,7 @@ from torch import nn
 from qwen3fast import ChatSession, Generator, SamplingParams
 from qwen3fast.checkpoint import merge_lora
 from qwen3fast.engine import adapters as engine_adapters
+from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import quantize_model
 from qwen3fast.scheduling.worker import ClosedError
@@ -142,24 +143,24 @@ def test_steps_without_adapters_run_the_model_itself(generator, expected, monkey
         assert plain.debug.engine.adapters is None and plain.stats.adapter_bytes == 0
 
 
-def test_a_step_with_adapters_leaves_the_operation_for_all_blocks_to_the_others(folders, tmp_path):
-    """In bfloat16 on CPUs; its forms of whole steps know no adapters."""
-    model = make_model(hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
-    folder = write(tmp_path / "own", model.float(), ALL, 4, lora_alpha=8)
-    model = model.bfloat16()
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
+def test_in_bfloat16_steps_with_adapters_run_all_blocks_in_one_operation_as_others_do(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    folder = write(tmp_path / "own", make_model(**sizes), ALL, 4, lora_alpha=8)
     options = OPTIONS | {"compile": "auto"}
-    with Generator(model, **options) as plain:
+    with Generator(make_model(**sizes).bfloat16(), **options) as plain:
         alone = tokens(plain, None)
-    with Generator(model, adapters={"own": folder}, **options) as generator:
-        layers, calls = generator.debug.engine.parts.decode_layers, []
-        if layers is None or not layers.serves(1):
-            pytest.skip("no C++ operations on this machine")
-        run = layers._run
-        layers._run = lambda *arguments: calls.append(1) or run(*arguments)
+    with Generator(make_model(**sizes).bfloat16(), adapters={"own": folder}, **options) as generator:
+        engine, slots = generator.debug.engine, []
+        run = engine.parts.decode_layers._run
+        call = run.__call__
+        for layers in (engine.parts.decode_layers, engine._adapted_layers):
+            layers._run = lambda *arguments: slots.append(arguments[-1]) or call(*arguments)
         adapted = tokens(generator, "own")
-        assert not calls
+        assert slots and None not in slots
+        slots.clear()
         assert tokens(generator, None) == alone != adapted
-        assert calls
+        assert set(slots) == {None}
 
 
 class Sum(nn.Module):

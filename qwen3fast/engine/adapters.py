@@ -41,7 +41,7 @@ class AdaptedLinear(nn.Module):
             torch.zeros(slots, rank, base.in_features, dtype=dtype, device=device), requires_grad=False
         )
         self.lora_B = nn.Parameter(
-            torch.zeros(slots, base.out_features, rank, dtype=dtype, device=device), requires_grad=False
+            torch.zeros(slots, rank, base.out_features, dtype=dtype, device=device), requires_grad=False
         )
         for name, slot in zip(("decode_slot_R", "chunk_slot_1"), rows, strict=True):
             self.register_buffer(name, slot, persistent=False)
@@ -68,13 +68,15 @@ class AdapterSlots:
 
     Attributes:
         model: shares the weights of the base model; for steps in which a row has an adapter.
-        layers: the adapted layers, by name. chunk_slot_1: the adapter of the prompt that is computed next.
+        layers: the adapted layers by name, in the order of the model. decode_slot_R, chunk_slot_1: the slots of the
+            rows of decode steps, and of the prompt that is computed next.
         num_bytes: memory of all matrices.
     """
 
     def __init__(self, model: Qwen3, max_adapters: int, max_rank: int, decode_slot_R: Tensor) -> None:
         """Allocate the matrices, all zero. decode_slot_R: the slot of each row's adapter, int64, written by others."""
         self.max_adapters, self.max_rank = max_adapters, max_rank
+        self.decode_slot_R = decode_slot_R
         self.chunk_slot_1 = torch.zeros_like(decode_slot_R[:1])
         self.layers: dict[str, AdaptedLinear] = {}
         self.model, self.model.model = _copy(model), _copy(model.model)
@@ -100,7 +102,7 @@ class AdapterSlots:
             if name in matrices:
                 a_RK, b_NR = matrices[name]
                 layer.lora_A[slot, : len(a_RK)] = a_RK
-                layer.lora_B[slot, :, : len(a_RK)] = b_NR
+                layer.lora_B[slot, : len(a_RK)] = b_NR.T
 
     def _adapt(self, block: nn.Module, name: str) -> nn.Module:
         """Return a copy of a block that shares all of its modules except the adapted layers."""

@@ -5,9 +5,12 @@ Otherwise each of a token's many short products would cost a call from Python, a
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Block, FeedForward, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -19,6 +22,8 @@ class DecodeLayers:
 
     is_possible: whether the operation serves the model, its formats and the cache.
     """
+
+    _adapters: cpu.AdaptersOfLayers | None = None
 
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
         """num_layers: of the first blocks, for a cache of as many; by default all."""
@@ -40,6 +45,15 @@ class DecodeLayers:
             caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
             self._run = cpu.DecodeLayersCall(*caches, norms, weights, scales, model.config.rms_norm_eps)
 
+    def with_adapters(self, slots: AdapterSlots) -> DecodeLayers | None:
+        """Return the same operation with the product of each row's adapter; None if it is not possible."""
+        if not self.is_possible:
+            return None
+        adapted = copy.copy(self)
+        matrices = [(layer.lora_A, layer.lora_B) for layer in slots.layers.values()]
+        adapted._adapters = self._run.adapters(matrices, slots.decode_slot_R)
+        return adapted
+
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
         return self.is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
@@ -50,7 +64,7 @@ class DecodeLayers:
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1)
+        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
 
 
 def _norms(block: Block) -> list[Tensor]:

@@ -66,6 +66,8 @@ class Engine(Rows):
         self.adapters: AdapterSlots | None = None
         if max_adapters:
             self.adapters = AdapterSlots(model, max_adapters, max_adapter_rank, self.state.adapter_R)
+            layers = self.parts.decode_layers
+            self._adapted_layers = layers.with_adapters(self.adapters) if layers is not None else None
         self.logprobs: LogprobState | None = None  # allocated when a request first needs them
         self.graphs: GraphCache | None = None
         self.captured: CapturedChunks | None = None
@@ -158,11 +160,11 @@ class Engine(Rows):
         self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
     def _forms_for(self, has_adapters: bool) -> tuple[Qwen3, Parts]:
-        """Return the model and the parts of a step: the forms of whole steps know no adapters."""
+        """Return the model and the parts of a step; the fused step knows no adapters."""
         if not has_adapters:
             return self.model, self.parts
         assert self.adapters is not None, "the engine was built for adapters"
-        return self.adapters.model, replace(self.parts, decode_layers=None, fused_step=None)
+        return self.adapters.model, replace(self.parts, decode_layers=self._adapted_layers, fused_step=None)
 
     def _forms_with(self, adapter: int) -> tuple[Qwen3, Parts]:
         """Return the model and the parts of a sequence, and let it use the adapter of this slot."""

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "low_rank.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -105,6 +106,7 @@ struct Shared {
   std::vector<BFloat16> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
   std::vector<Part> parts;
   Barrier barrier;
+  const Adapters* adapters;  // null for none
 };
 
 template <typename T>  // of the cache
@@ -116,19 +118,28 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   const Range inner = share(I / kLanes, thread, threads), qkv_blocks = share(width / kLanes, thread, threads);
   const Range tasks = share(M * K * s.splits, thread, threads);
   Input input(M, std::max({E, H * D, I}));
+  std::vector<float> low(s.adapters ? s.adapters->rank : 0);
+  const LowRank* added = nullptr;  // beside this layer's weights
+  // Adds the adapters' products to those of weight number j.
+  const auto adapt = [&](int64_t j, const Linear& w, const BFloat16* x, Range blocks, BFloat16* y, int64_t width) {
+    if (added)
+      add_low_rank(added[j], *s.adapters, x, M, w.N, w.K, blocks.begin * kLanes, blocks.end * kLanes, y, width, low.data());
+  };
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = layers[i];
     const Cache& cache = layer.cache;
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
     const Cached<T> cached(cache);
+    if (s.adapters) added = s.adapters->weights + 7 * i;
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
     input.quantize(input.rows.data(), M, E, layer.q.bits);
-    int64_t first = 0;
+    int64_t first = 0, j = 0;
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
       const int64_t blocks = w->N / kLanes;
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
       multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
+      adapt(j++, *w, input.rows.data(), own, &s.qkv[first * kLanes], width);
       first += blocks;
     }
     s.barrier.wait();
@@ -163,6 +174,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 
     input.quantize(s.y.data(), M, H * D, layer.o.bits);
     multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
+    adapt(3, layer.o, s.y.data(), columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
 
@@ -170,6 +182,8 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     input.quantize(input.rows.data(), M, E, layer.gate.bits);
     multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
     multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
+    adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
+    adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
     for (int64_t m = 0; m < M; m++)
       gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
                   (inner.end - inner.begin) * kLanes);
@@ -177,6 +191,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 
     input.quantize(s.act.data(), M, I, layer.down.bits);
     multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
+    adapt(6, layer.down, s.act.data(), columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
   }
@@ -185,13 +200,13 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 }  // namespace
 
 void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                             const int64_t* position, BFloat16* x, int64_t threads) {
+                             const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
   const auto& [M, E, H, K, D, I, S, eps] = *sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
   Shared shared{*sizes, cos, sin, position, splits, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), {}};
+                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), {}, adapters};
   const bool is_rounded = layers[0].cache.key_scale;
 #pragma omp parallel num_threads(threads)
   {
