@@ -1,6 +1,7 @@
 """Engine: a model with its cache and compiled parts. It prefills one row at a time and decodes all rows together.
 
-It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache.
+It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache; operations on single rows,
+such as copies, are in rows.py. Results on their way to the host are in in_flight.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-# Steps launched on CUDA before the tokens of the oldest one are read: they hide launches behind the device's work. At
+# Steps launched on CUDA ahead of the one whose tokens are read: the device has work while the host launches them. At
 # most this many steps after a stop token are discarded.
 LOOKAHEAD = 4
 
@@ -141,7 +142,7 @@ class Engine(Rows):
         used_length: positions in use after this step, in the longest row. hook: see decode.py; steps with a hook are
         not captured.
         """
-        self.compiler.share_processor()
+        self.compiler.share_processor()  # this and `quiet` below: see StepCompiler, "auto"
         bucket_rows = self.batch_bucket(num_rows)
         length = self.read_length(bucket_rows, used_length, kind.has_adapters)
         extras = self._extras(kind)
@@ -182,7 +183,7 @@ class Engine(Rows):
     def read_length(self, bucket_rows: int, used_length: int, has_adapters: bool = False) -> int:
         """Return the number of positions that a step of this many rows may read.
 
-        These are all positions where attention finds the used length on the device: one graph serves all lengths.
+        Where attention finds the used length on the device, it may read all, and one graph serves all lengths.
         """
         fused = None if has_adapters else self.parts.fused_step
         if not self.parts.needs_mask or (fused is not None and fused.serves(bucket_rows)):
@@ -204,6 +205,7 @@ class Engine(Rows):
         return self.collect().tokens[:num_rows]
 
     def _extras(self, kind: StepKind) -> tuple[ProcessorState | None, LogprobState | None]:
+        """Return the buffers of logits processors and of log-probabilities, each None if the step needs none."""
         if kind.has_logprobs and self.logprobs is None:
             self.logprobs = LogprobState.allocate(self.cache.max_batch_size, self._vocab_size, self.device)
         return self.processors if kind.is_processed else None, self.logprobs if kind.has_logprobs else None

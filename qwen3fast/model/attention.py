@@ -20,8 +20,8 @@ from qwen3fast.model.rope import apply_rope
 class Attention(nn.Module):
     """Causal self-attention in which G query heads share one key/value head.
 
-    Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. The order matters: the wrong one changes
-    logits by only 0.1%, and tests compare tightly.
+    Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. After RoPE, the norm's weight, one number per
+    channel, would distort the rotated pairs. Only tight tests find that mistake: it changes logits by 0.1%.
     Source: grouped queries arXiv:2305.13245; QK-norm and shapes: Qwen3 technical report, arXiv:2505.09388, section 2.
     """
 

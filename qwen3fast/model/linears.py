@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs, (..., N) each, of several layers for one x, (..., K).
+    """Return the outputs, (..., out_features) each, of several layers for one x, (..., in_features).
 
     Layers of one type that has a class method `forward_together` share a call: quantized layers then quantize x once.
     """

@@ -19,7 +19,10 @@ from qwen3fast.model.rope import rope_tables
 
 
 class Qwen3Body(nn.Module):
-    """The layers below the output projection, under the names that checkpoints use (`model.*`)."""
+    """The layers below the output projection, under the names that checkpoints use (`model.*`).
+
+    It has no forward: `Qwen3.hidden`, and the engine with its cache, run the layers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,9 +62,9 @@ class Qwen3(nn.Module):
         return logits_BTV
 
     def hidden(self, token_BT: Tensor) -> Tensor:
-        """Return the last block's output, (B, T, E), computed without a cache; rows start at position 0.
+        """Return the last block's output, before the final norm, (B, T, E), computed without a cache.
 
-        token_BT: int64 ids.
+        token_BT: int64 ids, from position 0 on.
         """
         _, T = token_BT.shape
         cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device, self.config.yarn)
@@ -97,7 +100,7 @@ def build_on_meta(config: ModelConfig) -> Qwen3:
 
 
 class _SkipInit(TorchFunctionMode):
-    """A mode that skips `torch.nn.init`, which does nothing for tensors on meta but import slow modules."""
+    """A mode that skips `torch.nn.init`: on meta tensors it has no effect, but imports slow modules."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -29,7 +29,8 @@ class Scheduler:
     found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
     while a request's next token depends on the host (constraints, logits processors).
 
-    If a request fails, the others continue; its `error` is the reason. An error of a step ends all of its requests.
+    If a request fails, the others continue; its `error` is the reason. An error of a whole step ends all requests that
+    have a slot.
 
     Attributes:
         waiting: queued requests, oldest first. active: requests that have a slot, by slot.
@@ -87,11 +88,12 @@ class Scheduler:
         request = self._next_to_prefill()
         if request is not None:
             self._prefill(request)
+        # Before the first token, a request has launched 0; once all are launched, it only waits for results.
         slots = {slot: r for slot, r in self.active.items() if 0 < r.launched < r.max_tokens}
         if slots:
             self._launch(slots)
-        most = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
-        while len(self._in_flight) > most:
+        max_ahead = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
+        while len(self._in_flight) > max_ahead:
             self._collect()
 
     def fail_all(self, error: BaseException) -> None:
@@ -169,7 +171,7 @@ class Scheduler:
         wanted = (request.prompt_ids, self.active, request.continues, request.most_reused, request.adapter)
         plan = self.prefixes.plan(*wanted)
         source = plan.source
-        if plan.evicted != plan.slot:
+        if plan.evicted != plan.slot:  # the request gets the lowest free slot; contents worth keeping move away from it
             self._swap(plan.slot, plan.evicted)
             source = {plan.slot: plan.evicted, plan.evicted: plan.slot}.get(source, source)
         if plan.reused and source != plan.slot:
@@ -271,7 +273,7 @@ class Scheduler:
                 request.prefill.row = free
 
     def _erase(self, slot: int, start: int, end: int) -> None:
-        """Zero keys and values of a slot that may be NaN: of tokens without a successor, and of the last padding."""
+        """Zero positions start..end-1 of a slot, which may hold NaN, and the padding of a last chunk after them."""
         self.engine.erase(slot, start, end + CHUNK_SIZES[-1])
 
     def _swap(self, slot: int, other: int, positions: int = 0) -> None:
