@@ -118,13 +118,6 @@ class AdapterSlots:
         return adapted
 
 
-def adaptable_layers(model: Qwen3) -> list[str]:
-    """Return the names of the layers that `AdapterSlots` adapts."""
-    names = [f"{part}.{name}" for part, names in ADAPTED.items() for name in names]
-    blocks = [(f"model.layers.{i}", dict(block.named_modules())) for i, block in enumerate(model.model.layers)]
-    return [f"{prefix}.{name}" for prefix, modules in blocks for name in names if name in modules]
-
-
 def _copy(module: Module) -> Module:
     """Return a copy of a module that shares parameters and submodules; replacing one leaves the other's in place."""
     copied = copy.copy(module)

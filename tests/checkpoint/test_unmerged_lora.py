@@ -7,8 +7,12 @@ from safetensors.torch import load_file, save_file
 from test_lora import ALL, delta, modules_of, write_adapter
 
 from qwen3fast.checkpoint.lora import largest_rank, read_lora
-from qwen3fast.engine.adapters import adaptable_layers
+from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.quantization import quantize_model
+
+
+def adaptable_layers(model):
+    return list(AdapterSlots(model, 1, 1, torch.zeros(1, dtype=torch.int64)).layers)
 
 
 def read(folder, model, max_rank=16):
