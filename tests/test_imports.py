@@ -36,6 +36,7 @@ ORDER = [
     "embedder",
     "reranker",
     "classifier",
+    "adapter_methods",
     "chat_methods",
     "generator",
     "chat_session",

@@ -5,11 +5,13 @@ Otherwise each of a token's many short products would cost a call from Python, a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -23,6 +25,8 @@ class DecodeLayers:
     is_possible: whether the operation serves the model, its formats and the cache.
     """
 
+    _adapters: cpu.AdaptersOfLayers | None = None
+
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
         """num_layers: of the first blocks, for a cache of as many; by default all."""
         every = list(model.model.layers)[:num_layers]
@@ -33,11 +37,24 @@ class DecodeLayers:
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
+        self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
         if self.is_possible:
             lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
             caches = zip(*lists, strict=True)
             layers = [_tensors(block, tensors) for block, tensors in zip(blocks, caches, strict=True)]
             self._run = cpu.DecodeLayersCall(layers, model.config.rms_norm_eps)
+
+    def with_adapters(self, slots: AdapterSlots) -> DecodeLayers | None:
+        """Return the same operation with the product of each row's adapter; None if it is not possible.
+
+        Blocks with experts have no adapters in it.
+        """
+        if not self.is_possible or self._has_experts:
+            return None
+        adapted = copy.copy(self)
+        matrices = [(layer.lora_A, layer.lora_B) for layer in slots.layers.values()]
+        adapted._adapters = self._run.adapters(matrices, slots.decode_slot_R)
+        return adapted
 
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
@@ -49,7 +66,7 @@ class DecodeLayers:
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1)
+        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
 
 
 def _norms(block: Block) -> list[Tensor]:

@@ -65,6 +65,7 @@ class Prefill:
     Attributes:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
+        adapter: the slot of the prompt's adapter; 0 for none.
         wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
             each token computed so far, in order; the caller may take them out between chunks.
     """
@@ -75,14 +76,22 @@ class Prefill:
     chunks: list[int]
     wanted: WantedLogprobs | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
+    adapter: int = 0
 
     @classmethod
     def begin(
-        cls, row: int, token_ids: list[int], reused: int, allocated_len: int, wanted: WantedLogprobs | None = None
+        cls,
+        row: int,
+        token_ids: list[int],
+        reused: int,
+        allocated_len: int,
+        wanted: WantedLogprobs | None = None,
+        adapter: int = 0,
     ) -> Prefill:
         """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
         assert wanted is None or reused < wanted.first, "reused tokens give no logits"
-        return cls(row, token_ids, reused, split_into_chunks(len(token_ids) - reused, allocated_len - reused), wanted)
+        chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused)
+        return cls(row, token_ids, reused, chunks, wanted, adapter=adapter)
 
 
 def prefill_step(
@@ -106,7 +115,7 @@ def prefill_step(
     prefill.done += len(chunk)
     wanted = prefill.wanted.after(start, len(chunk), len(prefill.token_ids)) if prefill.wanted is not None else None
     if captured is not None and captured.serves(start) and not wanted:
-        logits_1V = captured.run(fixed, row_1, token_1T, start, last)
+        logits_1V = captured.run(fixed, row_1, token_1T, start, last, prefill.adapter > 0)
         return None if prefill.chunks else logits_1V.clone()
     x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
     if prefill.wanted is not None and wanted:
@@ -171,9 +180,12 @@ class CapturedChunks:
         """Return whether there are graphs for chunks that begin at this position."""
         return start == 0 or self.serves_later
 
-    def run(self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, start: int, last: int) -> Tensor:
+    def run(
+        self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, start: int, last: int, has_adapter: bool = False
+    ) -> Tensor:
         """Run a chunk; capture its graph first if its size is new.
 
+        has_adapter: whether the model in `fixed` adds an adapter, which has graphs of its own.
         Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
         """
         size, parts = token_1T.shape[1], fixed[1]
@@ -188,5 +200,6 @@ class CapturedChunks:
             logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
             self._logits_1V.copy_(logits_11V.squeeze(1))
 
-        self._graphs.run(("later chunk" if start else "prefill", size), step)
+        name = "later chunk" if start else "prefill"
+        self._graphs.run((f"{name} with adapter" if has_adapter else name, size), step)
         return self._logits_1V

@@ -16,6 +16,7 @@
 
 #include "attend.h"
 #include "experts.h"
+#include "low_rank.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -136,15 +137,20 @@ struct Shared {
   std::vector<Part> parts;
   Routing routing;
   Barrier barrier;
+  const Adapters* adapters;  // null for none
 };
 
 // The feed-forward layer of a block: x += down(silu(gate(rows)) * up(rows)). input.rows: normalized, each thread's own.
-void feed_forward(const Layer& layer, Input& input, Shared& s, int thread, int threads) {
+// adapt: adds the adapters' products to those of a weight, see `run`.
+template <typename Adapt>
+void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adapt, int thread, int threads) {
   const int64_t M = s.size.M, E = s.size.E, I = layer.gate.N;
   const Range columns = share(E / kLanes, thread, threads), inner = share(I / kLanes, thread, threads);
   input.quantize(input.rows.data(), M, E, layer.gate);
   multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
   multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
+  adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
+  adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
   for (int64_t m = 0; m < M; m++)
     gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
                 (inner.end - inner.begin) * kLanes);
@@ -152,6 +158,7 @@ void feed_forward(const Layer& layer, Input& input, Shared& s, int thread, int t
 
   input.quantize(s.act.data(), M, I, layer.down);
   multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
+  adapt(6, layer.down, s.act.data(), columns, s.z.data(), E);
   add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
 }
 
@@ -194,19 +201,28 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   const Range qkv_blocks = share(width / kLanes, thread, threads);
   const Range tasks = share(M * K * s.splits, thread, threads);
   Input input(M, std::max({E, H * D, s.intermediate}));
+  std::vector<float> low(s.adapters ? s.adapters->rank : 0);
+  const LowRank* added = nullptr;  // beside this layer's weights
+  // Adds the adapters' products to those of weight number j.
+  const auto adapt = [&](int64_t j, const Linear& w, const BFloat16* x, Range blocks, BFloat16* y, int64_t width) {
+    if (added)
+      add_low_rank(added[j], *s.adapters, x, M, w.N, w.K, blocks.begin * kLanes, blocks.end * kLanes, y, width, low.data());
+  };
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = layers[i];
     const Cache& cache = layer.cache;
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
     const Cached<T> cached(cache);
+    if (s.adapters) added = s.adapters->weights + 7 * i;
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
     input.quantize(input.rows.data(), M, E, layer.q);
-    int64_t first = 0;
+    int64_t first = 0, j = 0;
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
       const int64_t blocks = w->N / kLanes;
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
       multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
+      adapt(j++, *w, input.rows.data(), own, &s.qkv[first * kLanes], width);
       first += blocks;
     }
     s.barrier.wait();
@@ -242,6 +258,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 
     input.quantize(s.y.data(), M, H * D, layer.o);
     multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
+    adapt(3, layer.o, s.y.data(), columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
 
@@ -249,7 +266,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     if (layer.router.weight)
       run_experts(layer, input, s, thread, threads);
     else
-      feed_forward(layer, input, s, thread, threads);
+      feed_forward(layer, input, s, adapt, thread, threads);
     s.barrier.wait();
   }
 }
@@ -257,7 +274,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 }  // namespace
 
 void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                             const int64_t* position, BFloat16* x, int64_t threads) {
+                             const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = *sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
@@ -268,7 +285,7 @@ void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* si
   }
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
   Shared shared{*sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}};
+                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
   const bool is_rounded = layers[0].cache.key_scale;

@@ -10,7 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes, cache, packed_linear, require
+from qwen3fast.kernels.cpu.structures import (
+    GROUP,
+    LANES,
+    Adapters,
+    Layer,
+    Linear,
+    LowRank,
+    Sizes,
+    cache,
+    packed_linear,
+    require,
+)
 
 MAX_DECODE_ROWS = 32
 
@@ -71,12 +82,43 @@ class DecodeLayersCall:
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
                 setattr(layer, name, _vector(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
+    def adapters(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> AdaptersOfLayers:
+        """Check and keep the matrices of adapters, seven pairs per layer in the order of `Layer`.
+
+        matrices: A (slots, rank, K) and the transpose of B, (slots, rank, N), bfloat16. slot_R: int64, the slot of each
+        row of the cache; 0 for none.
+        Raises: ValueError for other tensors.
+        """
+        require(not any(x.router.weight for x in self._layers), "decode_layers: there are no adapters of experts")
+        weights = [w for x in self._layers for w in (x.q, x.k, x.v, x.o, x.gate, x.up, x.down)]
+        require(len(matrices) == len(weights), "decode_layers: there must be seven pairs of matrices per layer")
+        slots, rank, _ = matrices[0][0].shape
+        for (a_SRK, b_SRN), w in zip(matrices, weights, strict=True):
+            for matrix, size in ((a_SRK, w.K), (b_SRN, w.N)):
+                is_right = matrix.dtype == torch.bfloat16 and matrix.is_contiguous() and matrix.device.type == "cpu"
+                require(
+                    is_right and matrix.shape == (slots, rank, size),
+                    "decode_layers: matrices of adapters must be (slots, rank, K or N) bfloat16, contiguous",
+                )
+        require(
+            slot_R.dtype == torch.int64 and slot_R.is_contiguous() and len(slot_R) == self.R,
+            "decode_layers: slots must be (R,) int64, contiguous",
+        )
+        return AdaptersOfLayers(matrices, slot_R)
+
     def __call__(
-        self, functions: ctypes.CDLL, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor
+        self,
+        functions: ctypes.CDLL,
+        x_B1E: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        position_B1: Tensor,
+        adapters: AdaptersOfLayers | None = None,
     ) -> Tensor:
         """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
         functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
+        adapters: of `adapters`, to add the products of each row's slot.
         Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
         B, sizes = len(x_B1E), self._sizes
@@ -100,9 +142,19 @@ class DecodeLayersCall:
             ctypes.c_int64(len(self._layers)),
             byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.S, sizes.eps)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
+            None if adapters is None else byref(adapters.structure),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return y_B1E
+
+
+class AdaptersOfLayers:
+    """The addresses of adapters' matrices, which must stay in place. structure: `Adapters` of ops.h."""
+
+    def __init__(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> None:
+        self._tensors = [tensor.detach() for pair in matrices for tensor in pair], slot_R  # keep the memory alive
+        pairs = (LowRank * len(matrices))(*(LowRank(a.data_ptr(), b.data_ptr()) for a, b in matrices))
+        self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
 
 
 def _flat(layer: LayerTensors) -> list[Tensor]:

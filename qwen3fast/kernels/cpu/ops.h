@@ -35,6 +35,18 @@ struct Layer {
   Cache cache;
 };
 
+// The matrices of all adapter slots beside a weight (N, K): a (slots, rank, K), b (slots, rank, N).
+struct LowRank {
+  const BFloat16 *a, *b;
+};
+
+// Adapters beside the weights of all layers, seven per layer in the order of Layer. slot (M,): of each row; 0 for none.
+struct Adapters {
+  const LowRank* weights;
+  const int64_t* slot;
+  int64_t rank;
+};
+
 struct Sizes {
   int64_t M, E, H, K, D, S;  // rows, hidden, query heads, key/value heads, head_dim, positions
   float eps;
@@ -72,6 +84,7 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
-// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32.
+// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none.
 QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
-                                           const float* sin, const int64_t* position, BFloat16* x, int64_t threads);
+                                           const float* sin, const int64_t* position, BFloat16* x,
+                                           const Adapters* adapters, int64_t threads);

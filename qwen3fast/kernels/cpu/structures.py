@@ -41,6 +41,18 @@ class Layer(ctypes.Structure):
     ]
 
 
+class LowRank(ctypes.Structure):
+    """`LowRank` of ops.h."""
+
+    _fields_ = [("a", c_void_p), ("b", c_void_p)]
+
+
+class Adapters(ctypes.Structure):
+    """`Adapters` of ops.h."""
+
+    _fields_ = [("weights", ctypes.POINTER(LowRank)), ("slot", c_void_p), ("rank", c_int64)]
+
+
 class Sizes(ctypes.Structure):
     """`Sizes` of ops.h."""
 
