@@ -100,3 +100,24 @@ def test_matrices_of_other_shapes_are_refused():
     for bad_slots in (slot_R[1:], slot_R.int()):
         with pytest.raises(ValueError, match=r"decode_layers: slots must be \(R,\) int64"):
             run.adapters(pairs, bad_slots)
+
+
+def test_with_experts_steps_with_adapters_run_block_by_block():
+    """The operation has no adapters beside experts: it is left to steps without."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes = {"hidden_size": 64, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
+    model = randomised(small_config(**sizes, **experts)).bfloat16()
+    quantize_model(model, "int8", torch.bfloat16)
+    engine = Engine(model, StaticKVCache(model.config, 2, 64, torch.bfloat16, CPU), CPU, "auto", max_adapters=1)
+    found = {}
+    for i, (name, layer) in enumerate(engine.adapters.layers.items()):
+        k, n = layer.base.in_features, layer.base.out_features
+        found[name] = (random_tensor(4, k, seed=i) / k**0.5, random_tensor(n, 4, seed=10 + i))
+    engine.write_adapter(1, found)
+    for row, slot in enumerate((1, 0)):
+        engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7], slot), StepKind())
+        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+    _, parts = engine._forms_for(True)
+    assert parts.decode_layers is None
+    prompt = [5, 6, 7, int(engine.state.input_R[0])]
+    assert engine.decode(2, 4, StepKind(has_adapters=True))[0] == int(engine.logits_uncached(prompt, 1)[0].argmax())
