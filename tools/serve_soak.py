@@ -130,6 +130,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(longest, exit=True, file=sys.__stderr__ or sys.stderr)
     progress = Progress(line_every_s=LINE_EVERY_S)
     progress.expect(expected)
+    progress.end = time.perf_counter() + expected
     # float32, one weight layout: a reply does not depend on which others share its step.
     options: dict[str, Any] = {"max_seq_len": 512, "dtype": "float32", "compile": False}
     with Generator.from_pretrained("tiny", max_batch_size=4, max_queue=8, **options) as generator:

@@ -1,4 +1,4 @@
-"""Random clients of the HTTP server for serve_soak.py: they stream, leave, never read, and send bad or huge requests."""
+"""Random clients of the HTTP server for serve_soak.py: they stream, leave, never read, or send bad requests."""
 
 from __future__ import annotations
 

@@ -164,4 +164,5 @@ class Dispatcher:
             prefilled_tokens=scheduler.prefilled_tokens,
             reused_tokens=scheduler.reused_tokens,
             forms=dict(engine.parts.forms.choices),
+            compiling=engine.compiler.waiting,
         )
