@@ -46,7 +46,7 @@ class PrefixRouter(RequestRouter):
             if name in running:
                 running[name] += 1
         blocks = blocks_of(pending_request.args[2]) if pending_request is not None else []
-        best = self._table.choose(blocks, running) or min(running, key=running.__getitem__)
+        best = self._table.choose(blocks, running)
         first = [replica for replica in candidate_replicas if replica.replica_id.to_full_id_str() == best]
         return [first, [replica for replica in candidate_replicas if replica not in first]]
 

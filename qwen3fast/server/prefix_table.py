@@ -1,6 +1,6 @@
 """PrefixTable: which replica has answered requests that begin alike, for routing to the one whose KV cache holds them.
 
-Requests are compared as text, in blocks: a router need not tokenize, and a conversation's next turn begins with the text
+Requests are compared as text, in blocks: a router need not tokenize. A conversation's next turn begins with the text
 of the turn before. Source: prefix-aware routing in SGLang's router and Ray Serve LLM.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 
 PROMPT_FIELDS = ("model", "system", "instructions", "tools", "prompt", "messages", "input")
@@ -44,27 +44,41 @@ class PrefixTable:
         """max_ahead: running requests that the chosen replica may have more than the least busy one."""
         self._max_blocks, self._max_ahead = max_blocks, max_ahead
         self._replicas: OrderedDict[bytes, str] = OrderedDict()
+        self._num_blocks: Counter[str] = Counter()  # by replica
 
     def add(self, blocks: list[bytes], replica: str) -> None:
         """Note the replica that a request was sent to."""
         for block in reversed(blocks):  # the first block of all is the last to go
+            self._forget(block)
             self._replicas[block] = replica
-            self._replicas.move_to_end(block)
+        self._num_blocks[replica] += len(blocks)
         while len(self._replicas) > self._max_blocks:
-            self._replicas.popitem(last=False)
+            self._forget(next(iter(self._replicas)))
 
-    def choose(self, blocks: list[bytes], running: Mapping[str, int]) -> str | None:
-        """Return the replica with the longest common prefix; None if there is none, or it is too busy.
+    def choose(self, blocks: list[bytes], running: Mapping[str, int]) -> str:
+        """Return the replica with the longest common prefix, if it is not too busy.
 
-        running: the number of running requests of each replica that may be chosen.
+        Otherwise the least busy one; of several, the one with the fewest blocks, whose KV cache has most room.
+        running: the number of running requests of each replica that may be chosen, at least one.
         """
         for block in reversed(blocks):
             replica = self._replicas.get(block)
             if replica in running:
-                return replica if running[replica] <= min(running.values()) + self._max_ahead else None
-        return None
+                if running[replica] > min(running.values()) + self._max_ahead:
+                    break
+                return replica
+        return min(running, key=lambda replica: (running[replica], self._num_blocks[replica]))
 
     def keep(self, replicas: Collection[str]) -> None:
         """Forget all replicas but these."""
+        if self._num_blocks.keys() <= set(replicas):
+            return
         for block in [block for block, replica in self._replicas.items() if replica not in replicas]:
-            del self._replicas[block]
+            self._forget(block)
+
+    def _forget(self, block: bytes) -> None:
+        replica = self._replicas.pop(block, None)
+        if replica is not None:
+            self._num_blocks[replica] -= 1
+            if not self._num_blocks[replica]:
+                del self._num_blocks[replica]
