@@ -131,6 +131,26 @@ def test_clients_that_wait_too_long_are_ended():
         run_http(port, [([1], 3)], clients=1, timeout_s=0.5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_a_reply_ends_with_its_last_chunk_however_it_is_read(size):
+    async def run():
+        client = load_client.Client()
+        client.connection_made(type("Transport", (asyncio.Transport,), {"write": lambda self, data: None})())
+        replying = asyncio.create_task(client.reply(b""))
+        await asyncio.sleep(0)
+        # A header ends in 0, too, and its read may end there.
+        head = HEAD.replace(b"\r\n\r\n", b"\r\nkeep-alive: timeout=5, max=100\r\n\r\n")
+        for part in (head, sent(" aaaa"), END):
+            assert not replying.done()
+            for i in range(0, len(part), size):
+                client.data_received(part[i : i + size])
+                await asyncio.sleep(0)
+        return await asyncio.wait_for(replying, 5)
+
+    _, reads = asyncio.run(run())
+    assert b"".join(data for _, data in reads).endswith(sent(" aaaa") + END)
+
+
 def test_clients_that_fail_tell_why():
     with pytest.raises(RuntimeError, match=r"the clients failed:(?s:.*)ConnectionRefusedError"):
         run_http(1, [([1], 3)], clients=1)
