@@ -63,7 +63,7 @@ class PrefixTable:
         """
         for block in reversed(blocks):
             replica = self._replicas.get(block)
-            if replica in running:
+            if replica is not None and replica in running:
                 if running[replica] > min(running.values()) + self._max_ahead:
                     break
                 return replica
