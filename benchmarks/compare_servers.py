@@ -177,6 +177,10 @@ def measure(args: argparse.Namespace) -> Record:
             kinds = [server.kind for server in servers.running.values()]
             tasks = list(map(partial(make_task, args, servers, tokenizer, clients=clients), kinds))
             harness.measure(tasks, args.rounds, f"{clients} client{'s' if clients > 1 else ''}")
+            # A server that failed in these rounds: its few samples are of other rounds than the others' medians.
+            names = [kind.full_name for kind in kinds]
+            failed = [task.case for task, name in zip(tasks, names, strict=True) if name not in servers.running]
+            record.cases = [case for case in record.cases if not any(case is other for other in failed)]
     harness.finish()
     record.cases = [case for case in record.cases if case.samples]
     return record
