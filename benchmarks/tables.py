@@ -97,6 +97,18 @@ def online_rows(record: Record) -> Rows:
     return rows
 
 
+def servers_rows(record: Record) -> Rows:
+    """Return the table of benchmarks/compare_servers.py: what clients see, by server and number of clients."""
+    metrics = {"tok_s": "tokens/s", "ttft_s": "first token", "tpot_ms": "per token, ms"}
+    numbers = [n for (n,) in sorted(unique(record, "clients"))]
+    rows = [["format", "server", *(f"{title}, {n} client{'s' if n > 1 else ''}" for n in numbers
+                                   for title in metrics.values())]]  # fmt: skip
+    for format, server in unique(record, "format", "server"):
+        cases = [find(record, format=format, server=server, clients=n) for n in numbers]
+        rows.append([format, server, *(cell(case, metric) for case in cases for metric in metrics)])
+    return rows
+
+
 def moe_rows(record: Record) -> Rows:
     """Return the table of benchmarks/moe.py: milliseconds per step of a mixture of experts between two dense models.
 

@@ -146,7 +146,8 @@ class GeneratorStats:
     """The state of a Generator.
 
     Attributes:
-        compilations, compile_s: graphs compiled so far, and the seconds this took.
+        compilations, compile_s: graphs compiled so far, and the seconds this took. compiling: with compile="auto", how
+            many the thread that compiles has still to do, of those that requests have needed so far.
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
         slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.
         prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
@@ -166,3 +167,4 @@ class GeneratorStats:
     reused_tokens: int = 0
     adapter_bytes: int = 0
     forms: dict[str, Choice] = field(default_factory=dict)
+    compiling: int = 0

@@ -132,6 +132,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "compiled": compiled_table,
     "peers": lambda record: as_markdown(tables.peers_rows(record), left=2),
     "batching": batching_table,
+    "servers": lambda record: as_markdown(tables.servers_rows(record), left=2),
     "moe": lambda record: as_markdown(tables.moe_rows(record), left=1),
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
     "prequantized": lambda record: as_markdown(tables.prequantized_rows(record), left=2),

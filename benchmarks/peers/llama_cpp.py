@@ -92,8 +92,11 @@ def convert(variant: str, checkpoint: Path, target: Path) -> None:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {variant}")
 
 
-def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Write the bfloat16 checkpoint as GGUF without a tokenizer: matrices in bfloat16, norm weights in fp32."""
+def write_gguf(checkpoint: Path, path: Path, words: list[str] | None = None) -> None:
+    """Write the bfloat16 checkpoint as GGUF: matrices in bfloat16, norm weights in fp32.
+
+    words: of its tokens, in the byte-level alphabet, each a token of its own in a prompt; None writes no tokenizer.
+    """
     import gguf
     import numpy as np
 
@@ -111,7 +114,15 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    if words is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")  # looks up whole words before it merges anything
+        writer.add_token_list(words)
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
+        writer.add_token_merges([f"{words[0][:1]} {words[0][1:2]}"])  # required, and without effect on these words
+        writer.add_add_bos_token(False)
     # NumPy has no bfloat16, so safetensors' NumPy reader cannot be used: the file is a length, a JSON header, and data.
     file = np.memmap(checkpoint / "model.safetensors", dtype=np.uint8, mode="r")
     begin = 8 + int(file[:8].view(np.uint64)[0])

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 EVENT = re.compile(rb"data: (.*?)\r?\n\r?\n", re.DOTALL)
-LAST_CHUNK = b"0\r\n\r\n"
+LAST_CHUNK = b"\r\n0\r\n\r\n"  # with the end of the line before: a header may end in 0 as well
 
 
 class Client(asyncio.Protocol):
@@ -24,6 +24,7 @@ class Client(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.reads: list[tuple[float, bytes]] = []
+        self._tail = b""
         self._ended: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -35,7 +36,8 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Keep what came and when. Source: asyncio."""
         self.reads.append((time.perf_counter(), data))
-        if data.endswith(LAST_CHUNK) and self._ended is not None and not self._ended.done():
+        self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
+        if self._tail == LAST_CHUNK and self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -46,7 +48,7 @@ class Client(asyncio.Protocol):
     async def reply(self, request: bytes) -> tuple[float, list[tuple[float, bytes]]]:
         """Send a request. Returns when it was sent, and what came and when."""
         assert self._transport is not None, "connected"
-        self.reads, self._ended = [], asyncio.get_running_loop().create_future()
+        self.reads, self._tail, self._ended = [], b"", asyncio.get_running_loop().create_future()
         sent = time.perf_counter()
         self._transport.write(request)
         await self._ended

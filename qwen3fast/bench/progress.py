@@ -20,11 +20,17 @@ class Progress:
     """
 
     def __init__(
-        self, is_shown: bool = True, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        is_shown: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        line_every_s: float = LINE_EVERY_S,
     ) -> None:
+        """line_every_s: seconds between lines where the bar cannot move."""
         self.done = self.total = 0.0
         self.end: float | None = None  # on the clock: when the run ends at the latest
         self._is_shown, self._stream, self._clock = is_shown, stream, clock
+        self._line_every_s = line_every_s
         self._started, self._told, self._is_open = clock(), float("-inf"), False
 
     def expect(self, work: float) -> None:
@@ -41,7 +47,7 @@ class Progress:
         if stream.isatty():
             self._is_open = True
             print(f"\r{line}\x1b[K", end="", file=stream, flush=True)
-        elif self._clock() - self._told >= LINE_EVERY_S:
+        elif self._clock() - self._told >= self._line_every_s:
             self._told = self._clock()
             print(line, file=stream, flush=True)
 

@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,11 +33,12 @@ Work = list[tuple[list[int], int]]  # prompts, and how many tokens to reply with
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
     """Return a tokenizer whose tokens are words of a space and four letters. It decodes; prompts are token ids."""
-    vocab = {_word(i): i for i in range(vocab_size)}
+    vocab = {word(i): i for i in range(vocab_size)}
     return Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])))
 
 
-def _word(token_id: int) -> str:
+def word(token_id: int) -> str:
+    """Return the word of a token, in the byte-level alphabet."""
     letters = []
     for _ in range(LETTERS):
         token_id, letter = divmod(token_id, 26)
@@ -104,18 +106,33 @@ def run_engine(generator: Generator, work: Work) -> Measurement:
     }
 
 
-def run_http(port: int, work: Work, clients: int) -> tuple[Measurement, list[Reply]]:
+def body_of(prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Return the JSON body of a request of the work."""
+    return {
+        "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+
+
+def run_http(
+    port: int,
+    work: Work,
+    clients: int,
+    body_of: Callable[[list[int], int], dict[str, Any]] = body_of,
+    timeout_s: float | None = None,
+) -> tuple[Measurement, list[Reply]]:
     """Run all requests over HTTP, each client one after the other; the clients are a process of their own.
 
-    Raises: RuntimeError if a reply fails or is not whole.
+    body_of: makes a request's body of a prompt and the number of tokens of its reply.
+    Raises: RuntimeError if a reply fails or is not whole, or if all take longer than timeout_s.
     """
-    bodies = [
-        {"prompt": prompt, "max_tokens": n, "temperature": 0, "ignore_eos": True, "stream": True,
-         "stream_options": {"include_usage": True}}
-        for prompt, n in work
-    ]  # fmt: skip
+    bodies = [body_of(prompt, n) for prompt, n in work]
     given = json.dumps({"port": port, "path": PATH, "clients": clients, "bodies": bodies})
-    done = subprocess.run([sys.executable, str(CLIENT)], input=given, capture_output=True, text=True)
+    command = [sys.executable, str(CLIENT)]
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as err:
+        raise RuntimeError(f"the replies took longer than {timeout_s} s") from err
     if done.returncode:
         raise RuntimeError(f"the clients failed:\n{done.stderr[-3000:]}")
     raw = json.loads(done.stdout)
@@ -146,7 +163,7 @@ def read_reply(raw: dict[str, Any], tokens: int) -> Reply:
         if text:
             events.append((at, text))
     words = sum(text.count(" ") for _, text in events)
-    if raw["status"] != 200 or not words == used == tokens:
+    if raw["status"] != 200 or words != tokens or used not in (None, tokens):
         raise RuntimeError(f"expected status 200 and {tokens} tokens, got {raw['status']}, {words} words, usage {used}")
     return Reply(events, tokens, raw["sent_s"] + raw["seconds"])
 

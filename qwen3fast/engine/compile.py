@@ -69,6 +69,7 @@ class StepCompiler:
         uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
+        waiting: number of forms that the thread of "auto" has still to compile.
         quiet: held by each step, and by the thread of "auto" while it measures.
         when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
     """
@@ -90,6 +91,7 @@ class StepCompiler:
         self.compilations = 0
         self.seconds = 0.0
         self._is_cuda = device.type == "cuda"
+        self.waiting = 0
         self._at_work_since_s = float("inf")  # the thread; "inf" while it has nothing to do
         self._threads = torch.get_num_threads()
 
@@ -117,10 +119,12 @@ class StepCompiler:
             return self.compile(*arguments)
         finally:
             self._at_work_since_s = float("inf")
+            self.waiting -= 1
 
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
         assert self.thread is not None, "there is a thread in mode 'auto' only"
+        self.waiting += 1
         job = self.thread.submit(self._compile_at_work, *arguments)
         if self.when_compiling is not None:
             self.thread.submit(self.when_compiling)
@@ -178,7 +182,7 @@ class StepCompiler:
         """End the thread of "auto". wait: for its current work."""
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
-            self.thread = None
+            self.thread, self.waiting = None, 0
             if torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
 

@@ -64,14 +64,14 @@ class AllOf:
 
 
 class AfterReasoning:
-    """A constraint on the answer alone. The reasoning is free, except that no tool call may end it.
+    """A constraint on the answer alone. The reasoning is free, but neither a tool call nor the reply's end may end it.
 
     A reply that is not inside reasoning from the start may open it with its first token; if it does not, the
     constraint holds from that token on. Between the reasoning and the answer, the format's separator tokens must
     stand, such as those of two line breaks, which Qwen3 has learned to write there.
 
     tracker: in its state after the prompt. separator_ids: what of the separator must come first, where the prompt ends
-    behind the reasoning.
+    behind the reasoning. end_ids: the tokens that would end the reply, which needs an answer first.
     """
 
     def __init__(
@@ -80,22 +80,24 @@ class AfterReasoning:
         reasoning: ReasoningFormat,
         tracker: ReasoningTracker,
         separator_ids: Sequence[int] = (),
+        end_ids: Iterable[int] = (),
     ) -> None:
         self._constraint, self._format = constraint, reasoning
         self._tracker = tracker.copy()
         self._separator = _ForcedTokens(separator_ids)
+        calls = [] if reasoning.tool_call_id is None else [reasoning.tool_call_id]
+        self._not_in_reasoning = [*calls, *end_ids]
 
     def is_active(self) -> bool:
         """Return whether the next token is restricted."""
         if self._tracker.is_open:
-            return self._format.tool_call_id is not None
+            return bool(self._not_in_reasoning)
         return not self._separator.is_done or self._constraint.is_active()
 
     def fill_mask(self, words_W: np.ndarray) -> None:
         """Clear the bits of tokens that may not come next; words_W as in TokenConstraint."""
         if self._tracker.is_open:
-            if self._format.tool_call_id is not None:
-                words_W &= ~bits_of([self._format.tool_call_id], len(words_W))
+            words_W &= ~bits_of(self._not_in_reasoning, len(words_W))
         elif not self._separator.is_done:
             self._separator.fill_mask(words_W)
         elif self._tracker.may_open and self._format.begin_id is not None:

@@ -172,9 +172,10 @@ class RequestBuilder:
             if p.thinking_budget is not None:
                 rules.append(ThinkingBudget(p.thinking_budget, reasoning, tracker))
             if grammar is not None:
-                rule = grammar.start()
-                is_late = may_begin or separator_ids
-                rules.append(AfterReasoning(rule, reasoning, tracker, separator_ids) if is_late else rule)
+                rule: TokenConstraint = grammar.start()
+                if may_begin or separator_ids:
+                    rule = AfterReasoning(rule, reasoning, tracker, separator_ids, self._eos_ids)
+                rules.append(rule)
             return rules[0] if len(rules) == 1 else AllOf(rules)
 
         return make

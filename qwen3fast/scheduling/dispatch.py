@@ -165,4 +165,5 @@ class Dispatcher:
             reused_tokens=scheduler.reused_tokens,
             adapter_bytes=engine.adapters.num_bytes if engine.adapters is not None else 0,
             forms=dict(engine.parts.forms.choices),
+            compiling=engine.compiler.waiting,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -25,6 +25,7 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
+from qwen3fast.server.prompt_scores import read_prompt_logprobs, to_prompt_logprobs
 from qwen3fast.server.replies import new_id, read_stream_options, usage, usage_so_far
 from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.state import state_of
@@ -89,6 +90,9 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         raise ApiError(400, "needs logprobs to be true", fields.name("top_logprobs"), "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
     sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
+    prompt_logprobs = read_prompt_logprobs(fields)
+    if prompt_logprobs is not None:
+        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
     stream = fields.flag("stream")
     include_usage, counts_tokens = read_stream_options(fields)
     fields.take(*WITHOUT_EFFECT)
@@ -98,12 +102,15 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
     """Return the `chat.completion` object of finished replies."""
-    tokenizer = chat.tokenizer
-    return {
+    tokenizer, num_top = chat.tokenizer, chat.conversation.sampling.params.prompt_logprobs
+    completion = {
         **chat.envelope("chat.completion"),
         "choices": [_choice(chat, i, result, tokenizer) for i, result in enumerate(finished)],
         "usage": usage(finished, 1, tokenizer),
     }
+    if num_top is not None:
+        completion["prompt_logprobs"] = to_prompt_logprobs(finished[0].prompt_logprobs, num_top, tokenizer)
+    return completion
 
 
 def _choice(chat: ChatRequest, index: int, result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from qwen3fast.embedder import Embedder
 from qwen3fast.generator import Generator
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.app import create_app
+from qwen3fast.server.compiling import compile_meanwhile
 from qwen3fast.server.models import AnyModel
 from qwen3fast.server.options import ServerOptions
 
@@ -68,7 +69,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="[%(default)s]")
     parser.add_argument("--dtype", default="auto", help="[%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
-    parser.add_argument("--no-warmup", action="store_true", help="begin at once, compile while answering")
+    parser.add_argument(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        help="compile before the first request; --no-warmup: only what requests need "
+        "[answer at once and compile meanwhile; on GPUs compile before]",
+    )
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +108,9 @@ def run_serve(args: argparse.Namespace) -> int:
         log_prompts=args.log_prompts,
     )
     app = create_app(load_models(args), options)
+    if args.warmup is None:
+        logger.info("compiling meanwhile: replies are slower at first; /ready tells what is left")
+        compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
 
 
@@ -132,12 +141,12 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             max_queue=args.max_queue,
             adapters=adapters,
             threads=args.threads,
-            compile="auto" if args.no_warmup else True,
+            compile=True if args.warmup else "auto",
         )
-        if not args.no_warmup:
-            model = list(models.values())[-1]
-            assert isinstance(model, Generator), "just added"
-            logger.info("compiling for this machine: minutes at the first start; --no-warmup listens at once instead")
+        model = list(models.values())[-1]
+        assert isinstance(model, Generator), "just added"
+        if args.warmup or (args.warmup is None and model.device.type == "cuda"):
+            logger.info("compiling for this machine, up to minutes at the first start")
             model.warmup(progress=True)
     for spec in args.embedder:
         add(spec, Embedder)

@@ -13,6 +13,13 @@ from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of
+from qwen3fast.server.prompt_scores import (
+    only_prompt,
+    only_prompt_chunk,
+    read_prompt_logprobs,
+    to_prompt_logprobs,
+    with_top,
+)
 from qwen3fast.server.replies import (
     Prompt,
     new_id,
@@ -37,13 +44,15 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest:
     """A request for a completion.
 
-    echo: the text begins with the prompt. include_usage: in a last event of a stream. counts_tokens: usage so far also
+    echo: the text begins with the prompt. prompt_logprobs: alternatives per token of the prompt, apart from the text
+    (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also
     in each event.
     """
 
     served: ServedModel
     prompts: list[Prompt]
     sampling: Sampling
+    prompt_logprobs: int | None = None
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -69,7 +78,7 @@ class CompletionRequest:
     @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of the prompt's tokens stand before those of the reply's."""
-        return self.sampling.params.prompt_logprobs is not None
+        return self.echo and self.sampling.params.logprobs is not None
 
     def first_id(self, index: int) -> int:
         """Return the first token of reply `index`'s prompt."""
@@ -100,12 +109,17 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
         if fields.raw(name) not in (None, 1, ""):
             raise ApiError(400, "is not supported", fields.name(name), "unsupported")
     fields.take("user")
-    sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), logprobs, DEFAULT_MAX_TOKENS)
+    names = ("max_completion_tokens", "max_tokens")
+    sampling = read_sampling(fields, names, logprobs, DEFAULT_MAX_TOKENS, least_max_tokens=0)
     stream, echo = fields.flag("stream"), fields.flag("echo")
-    if echo and logprobs is not None:
-        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
+    if sampling.only_prompt and not echo:
+        raise ApiError(400, "0 tokens need echo", fields.name("max_tokens"), "invalid_value")
+    prompt_logprobs = read_prompt_logprobs(fields)
+    wanted = [n for n in (prompt_logprobs, logprobs if echo else None) if n is not None]
+    if wanted:
+        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=max(wanted)))
     prompts = read_prompts(fields, "prompt")
-    return CompletionRequest(served, prompts, sampling, echo, stream, *read_stream_options(fields))
+    return CompletionRequest(served, prompts, sampling, prompt_logprobs, echo, stream, *read_stream_options(fields))
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -130,17 +144,24 @@ async def _complete(request: Request, wanted: CompletionRequest) -> list[Generat
     state = state_of(request)
     async with started(wanted.served, wanted.jobs(), state.options.compile_timeout_s) as handles:
         finished = await results(handles)
+    if wanted.sampling.only_prompt:
+        finished = [only_prompt(result) for result in finished]
     state.count(request, wanted.served, finished)
     return finished
 
 
 def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tokenizer: Any) -> dict[str, Any]:
-    logprobs = None
-    if result.logprobs is not None and tokenizer is not None:
-        ats = [*(result.prompt_logprobs or ()), *result.logprobs]
+    logprobs, top = None, wanted.sampling.params.logprobs
+    if top is not None and tokenizer is not None:
+        before = result.prompt_logprobs or () if wanted.scores_prompt else ()
+        ats = [*(with_top(at, top) for at in before), *(result.logprobs or ())]
         logprobs = to_logprobs(ats, tokenizer, 0, wanted.first_id(index) if wanted.scores_prompt else None)
     text = wanted.echoed(index) + result.text
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
+    if wanted.prompt_logprobs is not None:
+        tokenizer = tokenizer_of(wanted.served)
+        choice["prompt_logprobs"] = to_prompt_logprobs(result.prompt_logprobs, wanted.prompt_logprobs, tokenizer)
+    return choice
 
 
 def to_logprobs(
@@ -187,7 +208,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield chunk(i, wanted.echoed(i))
         async for piece in pieces(handles, state.options.stream_interval_s):
-            i, news = piece.index, piece.chunk
+            i, news = piece.index, only_prompt_chunk(piece.chunk) if wanted.sampling.only_prompt else piece.chunk
             new_tokens[i] += len(news.token_ids)
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]

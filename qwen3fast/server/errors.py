@@ -15,6 +15,14 @@ from qwen3fast.sampling.grammar import GrammarError
 from qwen3fast.scheduling import ClosedError, QueueFullError
 
 RETRY_AFTER_S = 1
+TOO_LONG = "exceeds max_seq_len"  # in the engine's messages
+OF_PROMPT = ("prompt ", "the prompt ", "token id ")  # how its messages on a prompt begin
+PROMPT_FIELDS = {
+    "/v1/chat/completions": "messages",
+    "/v1/messages": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+}
 _OPENAI_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -76,6 +84,10 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the server is shutting down", code="shutting_down")
     if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes before Python 3.11
         return ApiError(504, "the reply took longer than the server's request timeout", code="timeout")
+    if isinstance(error, ValueError) and TOO_LONG in str(error):
+        lengths = str(error).partition(";")[0]
+        message = f"{lengths}; shorten one, or start the server with a larger --max-seq-len"
+        return ApiError(400, message, code="context_length_exceeded")
     if isinstance(error, ValueError | GrammarError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, ImportError):
@@ -86,5 +98,7 @@ def to_api_error(error: BaseException) -> ApiError:
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Return the response to an exception, in the form of the API that the path belongs to."""
     api_error = to_api_error(error)
+    if api_error.param is None and not isinstance(error, ApiError) and api_error.message.startswith(OF_PROMPT):
+        api_error.param = PROMPT_FIELDS.get(request.url.path)
     body = api_error.to_anthropic() if request.url.path == "/v1/messages" else api_error.to_openai()
     return JSONResponse(body, api_error.status, api_error.headers)

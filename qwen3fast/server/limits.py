@@ -11,19 +11,20 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3fast.server.errors import ApiError
+from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.state import ServerState
 
 logger = logging.getLogger("qwen3fast.server")
 REQUEST_ID = "X-Request-Id"
 OPEN_PATHS = ("/health", "/ready", "/")
+DISCARDED_BYTES = 2**26  # taken at most from a client whose request is refused
+DISCARD_PAUSE_S = 0.5  # after which such a client is taken to wait for the response
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -45,22 +46,29 @@ class Limits:
             request_id = f"req-{secrets.token_hex(12)}"
         request.state.id, request.state.model = request_id, "-"
         started, status = time.perf_counter(), 499
+        body = _Body(receive, self._state.options)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (REQUEST_ID.lower().encode(), request_id.encode())]
+            elif status >= 400 and not message.get("more_body", False) and not body.is_whole:
+                # The server closes the connection with the last message: a client that still sends would see that
+                # instead of the response.
+                await send({**message, "more_body": True})
+                await body.discard()
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         self._state.in_flight += 1
         try:
             self._check(request)
-            await self._app(scope, self._limited(request, receive), send_with_id)
+            await self._app(scope, body.receive, send_with_id)
         except ApiError as err:
             if status == 499:  # nothing was sent yet
-                body = err.to_anthropic() if request.url.path == "/v1/messages" else err.to_openai()
-                await JSONResponse(body, err.status, err.headers)(scope, receive, send_with_id)
+                content = err.to_anthropic() if request.url.path == "/v1/messages" else err.to_openai()
+                await JSONResponse(content, err.status, err.headers)(scope, receive, send_with_id)
         finally:
             self._state.in_flight -= 1
             route = scope.get("route")
@@ -78,7 +86,7 @@ class Limits:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._state.options.max_body_bytes:
-            raise self._too_large()
+            raise _too_large(self._state.options)
 
     def _is_allowed(self, request: Request) -> bool:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -87,27 +95,46 @@ class Limits:
         matches = [hmac.compare_digest(given.encode("utf-8", "replace"), key) for key in self._keys]
         return any(matches)
 
-    def _limited(self, request: Request, receive: Receive) -> Callable[[], Any]:
-        """Return `receive` with a limit on the body's size, which need not be declared, and on the time."""
-        size, is_whole, timeout_s = 0, False, self._state.options.receive_timeout_s
 
-        async def limited() -> Message:
-            nonlocal size, is_whole
-            if is_whole:  # only a disconnection can come
-                return await receive()
+class _Body:
+    """The body of a request, with a limit on its size, which need not be declared, and on the time.
+
+    is_whole: all of it has come, or the client has gone.
+    """
+
+    def __init__(self, receive: Receive, options: ServerOptions) -> None:
+        self._receive, self._options = receive, options
+        self._size = 0
+        self.is_whole = False
+
+    async def receive(self) -> Message:
+        """Return the next message. Source: ASGI. Raises: ApiError (413, 408)."""
+        if self.is_whole:  # only a disconnection can come
+            return await self._receive()
+        timeout_s = self._options.receive_timeout_s
+        try:
+            message = await asyncio.wait_for(self._receive(), timeout_s)
+        except asyncio.TimeoutError as err:
+            raise ApiError(408, f"nothing of the body came for {timeout_s} s", code="request_timeout") from err
+        self._note(message)
+        if self._size > self._options.max_body_bytes:
+            raise _too_large(self._options)
+        return message
+
+    async def discard(self) -> None:
+        """Take what still comes, until the client has sent all, pauses, or sends too much."""
+        most = self._size + DISCARDED_BYTES
+        while not self.is_whole and self._size <= most:
             try:
-                message = await asyncio.wait_for(receive(), timeout_s)
-            except asyncio.TimeoutError as err:
-                raise ApiError(408, f"nothing of the body came for {timeout_s} s", code="request_timeout") from err
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                is_whole = not message.get("more_body", False)
-                if size > self._state.options.max_body_bytes:
-                    raise self._too_large()
-            return message
+                self._note(await asyncio.wait_for(self._receive(), DISCARD_PAUSE_S))
+            except asyncio.TimeoutError:
+                return
 
-        return limited
+    def _note(self, message: Message) -> None:
+        self._size += len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
 
-    def _too_large(self) -> ApiError:
-        most = self._state.options.max_body_bytes
-        return ApiError(413, f"the body is larger than {most} bytes (--max-body-bytes)", code="request_too_large")
+
+def _too_large(options: ServerOptions) -> ApiError:
+    most = options.max_body_bytes
+    return ApiError(413, f"the body is larger than {most} bytes (--max-body-bytes)", code="request_too_large")

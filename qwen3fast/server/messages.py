@@ -83,8 +83,9 @@ class _Blocks:
         """Return the events for a piece of text of kind "thinking" or "text"."""
         if not news:
             return []
-        events = [] if self._kind == kind else [*self.close(), self._start(kind, {"type": kind, kind: ""})]
-        return [*events, self._delta({"type": f"{kind}_delta", kind: news})]
+        signature = {"signature": ""} if kind == "thinking" else {}
+        begun = [] if self._kind == kind else [*self.close(), self._start(kind, {"type": kind, kind: "", **signature})]
+        return [*begun, self._delta({"type": f"{kind}_delta", kind: news})]
 
     def call(self, call: ToolCall) -> list[bytes]:
         """Return the events for a whole tool call."""

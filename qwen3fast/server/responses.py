@@ -53,7 +53,7 @@ def _finish(
     metrics, is_cut = result.metrics, result.finish_reason == "length"
     usage = {
         "input_tokens": metrics.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": metrics.reused_tokens},
+        "input_tokens_details": {"cached_tokens": metrics.reused_tokens, "cache_write_tokens": 0},
         "output_tokens": metrics.new_tokens,
         "output_tokens_details": {
             "reasoning_tokens": reasoning_tokens(result, tokenizer_of(wanted.conversation.served))

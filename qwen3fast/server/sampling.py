@@ -23,11 +23,13 @@ class Sampling:
     """The sampling of the replies to a request.
 
     params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
+    only_prompt: the request wants no token; params has one, which the engine needs.
     """
 
     params: SamplingParams
     n: int = 1
     enable_thinking: bool | None = None
+    only_prompt: bool = False
 
     def each(self) -> list[SamplingParams]:
         """Return the parameters of each reply: reply i has seed + i, as `Generator.generate` defines n."""
@@ -42,21 +44,23 @@ def read_sampling(
     max_tokens_names: tuple[str, ...],
     logprobs: int | None = None,
     default_max_tokens: int | None = None,
+    least_max_tokens: int = 1,
 ) -> Sampling:
     """Read the sampling fields of a request.
 
     max_tokens_names: the fields that limit the reply's tokens, in order of precedence.
     logprobs: the number of alternatives per token (endpoints have different fields for it).
-    default_max_tokens: None allows the rest of the context.
+    default_max_tokens: None allows the rest of the context. least_max_tokens: 0 allows requests for no token.
     Raises: ApiError (400) naming the field.
     """
-    limits = [fields.integer(name, 1, 2**31) for name in max_tokens_names]
+    limits = [fields.integer(name, least_max_tokens, 2**31) for name in max_tokens_names]
+    limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     values: dict[str, Any] = {
         "temperature": fields.number("temperature"),
         "top_p": fields.number("top_p"),
         "top_k": _top_k(fields),
         "min_p": fields.number("min_p"),
-        "max_tokens": next((limit for limit in limits if limit is not None), default_max_tokens),
+        "max_tokens": 1 if limit == 0 else limit,
         "stop": _stop(fields),
         "stop_token_ids": _ids(fields, "stop_token_ids") or (),
         "ignore_eos": fields.flag("ignore_eos"),
@@ -72,7 +76,7 @@ def read_sampling(
     budget, enable_thinking = _reasoning(fields)
     n = fields.integer("n", 1, MAX_CHOICES) or 1
     try:
-        return Sampling(SamplingParams(**values, thinking_budget=budget), n, enable_thinking)
+        return Sampling(SamplingParams(**values, thinking_budget=budget), n, enable_thinking, limit == 0)
     except ValueError as err:
         name = next((name for name in values if str(err).startswith(name)), None)
         raise ApiError(400, str(err), name, "invalid_value") from err

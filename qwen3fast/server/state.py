@@ -30,6 +30,7 @@ class ServerState:
         responses: the latest responses of `/v1/responses`.
         is_draining: new requests are refused; running ones continue to their end.
         in_flight: number of requests being answered.
+        compiling: by model, how many forms are still to be compiled while it answers; without those that are done.
     """
 
     def __init__(self, models: Models, options: ServerOptions) -> None:
@@ -38,6 +39,7 @@ class ServerState:
         self.responses = ResponseStore()
         self.is_draining = False
         self.in_flight = 0
+        self.compiling: dict[str, int] = {}
 
     def in_time(self, work: Awaitable[T]) -> Awaitable[T]:
         """Wait for work within a request's time limit. Raises: TimeoutError; exceptions of the work."""

@@ -28,10 +28,15 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Answer 200 while new requests are accepted, 503 while the server drains."""
-    if state_of(request).is_draining:
+    """Answer 200 while new requests are accepted, 503 while the server drains.
+
+    The field `compiling` names models that are not at full speed yet, each with the number of forms still to compile.
+    """
+    state = state_of(request)
+    if state.is_draining:
         return JSONResponse({"status": "draining"}, 503)
-    return JSONResponse({"status": "ready"})
+    compiling = dict(state.compiling)
+    return JSONResponse({"status": "ready", "compiling": compiling} if compiling else {"status": "ready"})
 
 
 async def metrics(request: Request) -> Response:

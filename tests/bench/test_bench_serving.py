@@ -68,6 +68,11 @@ def test_replies_that_are_not_whole_are_refused(events, message):
         read_reply(load_client.parse(0.0, [(1.0, HEAD), (2.0, b"".join(events))]), 3)
 
 
+def test_a_server_may_send_no_usage():
+    raw = load_client.parse(0.0, [(1.0, HEAD), (2.0, sent(" aaaa") + sent(" baaa"))])
+    assert read_reply(raw, 2).tokens == 2
+
+
 def test_words_and_tokens_are_one_to_one():
     tokenizer = word_tokenizer(200)
     assert tokens_of(tokenizer.decode(range(200)), tokenizer) == list(range(200))
@@ -119,6 +124,31 @@ def test_clients_share_the_requests_and_tell_what_came():
     assert sorted(body["prompt"] for body in bodies) == [[i] for i in range(5)]
     assert all(body["stream"] and body["max_tokens"] == 3 for body in bodies)
     assert len(replies) == len(measured["ttfts_s"]) == 5 and measured["goodput"] == 5 / measured["seconds"]
+
+
+def test_clients_that_wait_too_long_are_ended():
+    with answering(HEAD) as (port, _), pytest.raises(RuntimeError, match=r"the replies took longer than 0\.5 s"):
+        run_http(port, [([1], 3)], clients=1, timeout_s=0.5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_a_reply_ends_with_its_last_chunk_however_it_is_read(size):
+    async def run():
+        client = load_client.Client()
+        client.connection_made(type("Transport", (asyncio.Transport,), {"write": lambda self, data: None})())
+        replying = asyncio.create_task(client.reply(b""))
+        await asyncio.sleep(0)
+        # A header ends in 0, too, and its read may end there.
+        head = HEAD.replace(b"\r\n\r\n", b"\r\nkeep-alive: timeout=5, max=100\r\n\r\n")
+        for part in (head, sent(" aaaa"), END):
+            assert not replying.done()
+            for i in range(0, len(part), size):
+                client.data_received(part[i : i + size])
+                await asyncio.sleep(0)
+        return await asyncio.wait_for(replying, 5)
+
+    _, reads = asyncio.run(run())
+    assert b"".join(data for _, data in reads).endswith(sent(" aaaa") + END)
 
 
 def test_clients_that_fail_tell_why():

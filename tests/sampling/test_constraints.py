@@ -124,6 +124,13 @@ def test_after_reasoning_without_a_token_for_tool_calls_is_inactive_while_it_is_
     assert steps(after(Only({1}), True, WITHOUT_CALLS), [7, CALL, CLOSE]) == [EVERY, EVERY, EVERY, {BREAK}]
 
 
+@pytest.mark.parametrize("reasoning", [FORMAT, WITHOUT_CALLS])
+def test_after_reasoning_does_not_let_the_reply_end_without_an_answer(reasoning):
+    free = (FREE if reasoning is FORMAT else EVERY) - {5, 40}
+    seen = steps(after(Only({1, 5}), False, reasoning, end_ids=[5, 40]), [OPEN, 7, CLOSE, BREAK, 5])
+    assert seen == [{1, 5, OPEN}, free, free, {BREAK}, {1, 5}, {1, 5}]
+
+
 def test_after_reasoning_allows_reasoning_to_begin_the_reply():
     inner = Only({1, 2})
     seen = steps(after(inner, is_open=False), [OPEN, 7, CLOSE, BREAK, 1])

@@ -660,6 +660,15 @@ def test_at_high_temperature_the_answer_follows_the_structure_behind_a_thought_o
     assert (opened[0], opened[2]) == (False, True)
 
 
+def test_a_reply_with_structure_does_not_end_in_its_reasoning(tiny):
+    begin = tags(tiny)[0]
+    bias = {begin: 1000.0, **dict.fromkeys(tiny.config.eos_token_ids, 2000.0)}  # it wants to end, at once
+    params = SamplingParams(temperature=0, max_tokens=200, regex=DATE, thinking_budget=5, logit_bias=bias)
+    result = tiny.chat(QUESTION, params)
+    assert re.fullmatch(DATE, result.answer), result.text
+    assert result.reasoning and result.finish_reason == "stop"
+
+
 def test_without_thinking_structure_holds_from_the_first_token(tiny):
     for seed in range(3):
         params = SamplingParams(temperature=HOT, seed=seed, top_k=0, top_p=1.0, regex=DATE, max_tokens=60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -188,3 +190,28 @@ def test_the_log_holds_no_prompts_unless_asked(small, caplog):
 def test_the_description_names_every_route():
     described = set(description()["paths"]) | {"/openapi.json", "/"}
     assert {route.path.replace("{name:path}", "{name}") for route in ROUTES} <= described
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": "Bearer first"}, {}])
+def test_a_refused_client_gets_its_answer_though_it_is_still_sending(keyed, headers):
+    """The system's buffers hold less than this body: without anybody who reads it, the client could not send it."""
+    connection = http.client.HTTPConnection(keyed.base_url.host, keyed.base_url.port, timeout=30)
+    headers = {**headers, "Connection": "close"}
+    connection.request("POST", "/v1/chat/completions", b"x" * 12_000_000, headers)
+    reply = connection.getresponse()
+    assert reply.status == (413 if "Authorization" in headers else 401) and b"message" in reply.read()
+    connection.close()
+
+
+def test_a_refused_client_that_sends_without_end_is_cut_off(keyed):
+    sent = 0
+
+    def endless():
+        nonlocal sent
+        while sent < 10**9:
+            yield b"x" * 100_000
+            sent += 100_000
+
+    with contextlib.suppress(httpx.HTTPError):
+        keyed.post("/v1/chat/completions", content=endless(), headers={"Connection": "close"})
+    assert 2**26 < sent < 10**8

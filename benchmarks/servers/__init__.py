@@ -1,0 +1,1 @@
+"""Servers of other engines, for compare_servers.py: their setup, weights and processes."""
