@@ -1,7 +1,8 @@
 """The training of tools/train_english.py: the model, its optimizers, the schedule by time, and the checkpoint.
 
 The learning rate depends on the share of the given hours that has passed, so a run ends on time on any machine: a
-short warmup, a constant part and a linear decay to 0. A run that was stopped continues from its checkpoint.
+short warmup, a constant rate, and a linear decay to 0 over the last quarter. A run that was stopped continues from its
+checkpoint.
 
 B sequences   T tokens of a sequence
 """
@@ -38,7 +39,7 @@ CONFIG = ModelConfig(
 LENGTH = 512  # T
 ROWS_AT_ONCE = 8  # of LENGTH tokens: bounds the memory of a step
 WARMUP_STEPS = 40
-DECAY = 0.6  # share of the time
+DECAY = 0.25  # share of the time
 
 
 @dataclass
