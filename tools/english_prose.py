@@ -73,8 +73,8 @@ def plain(text: str) -> list[str]:
 
 def dictionary(text: str) -> list[str]:
     """Return the definitions and quotations of a dictd dictionary, without numbers, sources and marks of links."""
-    text = re.sub(r"\[[^\[\]]{0,40}\]|[{}]|^ *\d+\. ", "", text, flags=re.MULTILINE)
     text = re.sub(r"^[A-Z][A-Za-z -]* \\.*?\n(?= )", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[[^\[\]]{0,40}\]|[{}]|^ *\d+\. ", "", text, flags=re.MULTILINE)
     return [re.sub(r"\s--[A-Z][\w .()']{0,40}$", "", paragraph.strip()) for paragraph in plain(text)]
 
 
@@ -119,6 +119,8 @@ def prose(documents: Iterable[tuple[str, str]], form: str, seen: set[int]) -> It
             if is_prose(paragraph) and key not in seen:
                 seen.add(key)
                 kept.append(paragraph)
-        size = DICTIONARY_PARAGRAPHS if form == "dictionary" else max(1, len(kept))
-        for begin in range(0, len(kept), size):
-            yield f"{name}+{begin}", "\n\n".join(kept[begin : begin + size])
+        if form != "dictionary":
+            yield from [(name, "\n\n".join(kept))] if kept else []
+            continue
+        for begin in range(0, len(kept), DICTIONARY_PARAGRAPHS):
+            yield f"{name}#{begin}", "\n\n".join(kept[begin : begin + DICTIONARY_PARAGRAPHS])
