@@ -12,6 +12,7 @@ Q4_0-pure, which the package gguf can write, stand for llama.cpp.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ def main() -> int:
         quality.run(session)
         add_formats(session, Formats(args.model, windows, Ggml(args.ggml)), quality.token_ids(session))
     session.record.notes["calibration"] = {"name": args.calibrate.name, "tokens": windows.numel()}
+    if (source / "training.json").is_file():  # of tools/train_english.py: sources, seed and curve
+        session.record.notes["training"] = json.loads((source / "training.json").read_text(encoding="utf-8"))
     session.record.model["name"] = source.parent.name if source.name == "model" else source.name
     session.harness.finish()
     return finish(session.record, quality.SUITE, (args.output, args.output.with_suffix(".png")), args.json)

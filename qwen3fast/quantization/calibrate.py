@@ -73,11 +73,14 @@ def second_moments(layers: dict[str, nn.Linear], run: Function, inputs: list[Ten
     """Return, for each layer, the mean over all tokens of the products of its input channels, (K, K) float32."""
     sums: dict[str, Tensor] = {}
     tokens = sum(x_1TE.shape[1] for x_1TE in inputs)
+    last: tuple[Tensor, Tensor] | None = None  # an input and its product: layers that share an input run in a row
 
     def add(name: str, x: Tensor) -> None:
-        x_MK = x.reshape(-1, x.shape[-1]).float()
-        product_KK = x_MK.T @ x_MK
-        sums[name] = sums[name] + product_KK if name in sums else product_KK
+        nonlocal last
+        if last is None or last[0] is not x:
+            x_MK = x.reshape(-1, x.shape[-1]).float()
+            last = x, x_MK.T @ x_MK
+        sums[name] = sums[name] + last[1] if name in sums else last[1]
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, layer in layers.items()
