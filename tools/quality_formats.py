@@ -16,9 +16,10 @@ from qwen3fast.checkpoint import load_model
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import quantize_calibrated, second_moments
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-OURS = {"int8": 8.03, "int4": 4.5}  # bits per weight of the matrices, with scales
+OURS = [name for name, format in FORMATS.items() if "cpu" in format.devices]
 MIXTURES = ("Q8_0", "Q4_0-pure", "Q4_0", "Q4_K_M")  # -pure: no matrix is kept in more bits
 
 
@@ -34,19 +35,18 @@ class Formats:
 
     def __iter__(self) -> Iterator[tuple[str, float, Qwen3]]:
         """Yield (name, bits per weight of the matrices, float32 model); one model at a time is in memory."""
-        for name, number in OURS.items():
+        for name in OURS:
             model = self._plain()
             quantize_model(model, name, torch.float32)
-            yield f"{name}, weights alone", number, self._dequantized(model, self._plain())
-        scaled = self._plain()
+            yield f"{name}, weights alone", *self._dequantized(model, self._plain())
+        scaled, model = self._plain(), self._plain()
         scale_channels(scaled, self._moments)
-        model = self._plain()
         model.load_state_dict(scaled.state_dict())
         quantize_model(model, "int4", torch.float32)
-        yield "int4, AWQ scaling", OURS["int4"], self._dequantized(model, scaled)
+        yield "int4, AWQ scaling", *self._dequantized(model, scaled)
         model = self._plain()
         quantize_calibrated(model, self._windows)
-        yield "int4, calibrated", OURS["int4"], self._dequantized(model, self._plain())
+        yield "int4, calibrated", *self._dequantized(model, self._plain())
         for mixture in filter(self._can, MIXTURES):
             yield f"{mixture} (llama.cpp)", *self._in_types(self._types(mixture), with_importance=False)
         if self._can("Q4_K_M"):
@@ -78,12 +78,17 @@ class Formats:
 
     @staticmethod
     @torch.no_grad()
-    def _dequantized(quantized: Qwen3, plain: Qwen3) -> Qwen3:
-        """Return `plain` with the dequantized weights."""
+    def _dequantized(quantized: Qwen3, plain: Qwen3) -> tuple[float, Qwen3]:
+        """Return the bits per weight of the quantized layers, and `plain` with the dequantized weights."""
+        size, weights = 0, 0
         for name, module in quantized.named_modules():
+            if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                continue
+            weight = plain.get_submodule(name).weight
             if isinstance(module, QuantizedLinear):
-                plain.get_submodule(name).weight.copy_(module.dequantize())
-            elif isinstance(module, QuantizedEmbedding) and not plain.config.tie_word_embeddings:
-                rows = torch.arange(plain.config.vocab_size)
-                plain.get_submodule(name).weight.copy_(module(rows))
-        return plain
+                weight.copy_(module.dequantize())
+            elif not plain.config.tie_word_embeddings:
+                weight.copy_(module(torch.arange(plain.config.vocab_size)))
+            if not (isinstance(module, QuantizedEmbedding) and plain.config.tie_word_embeddings):
+                size, weights = size + sum(p.nbytes for p in module.parameters()), weights + weight.numel()
+        return size * 8 / weights, plain

@@ -11,6 +11,7 @@ import torch
 from awq_scaling import scale_channels
 from conftest import random_ids, random_tensor, randomised, small_config
 from ggml_quants import Ggml, bits, type_of
+from quality_formats import OURS
 from tiny_text import tiny_text
 
 from qwen3fast.bench import probes
@@ -79,7 +80,7 @@ def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch,
     assert quality_peers.main() == 0
     record = load_record(tmp_path / "r.json")
     kl = {case.labels["format"]: case.metrics["kl_divergence"].median for case in record.cases}
-    alone = ["int8, weights alone", "int4, weights alone", "int4, AWQ scaling", "int4, calibrated"]
+    alone = [f"{name}, weights alone" for name in OURS] + ["int4, AWQ scaling", "int4, calibrated"]
     assert list(kl) == ["bf16", "int4", *alone, "Q8_0 (llama.cpp)", "Q4_0-pure (llama.cpp)"]
     assert kl["Q8_0 (llama.cpp)"] < kl["int8, weights alone"] < kl["int4, calibrated"] < kl["int4, weights alone"]
     bits_of = {case.labels["format"]: case.facts.get("bits_per_weight") for case in record.cases}
