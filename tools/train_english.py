@@ -44,7 +44,7 @@ def export(run: Run, folder: Path, sources: list[dict[str, Any]], command: str, 
         "threads": torch.get_num_threads(), "torch": torch.__version__, "hours": round(run.state.seconds / 3600, 3),
         "steps": run.state.step, "tokens": run.state.tokens, "context": LENGTH,
         "held_out_tokens": min(tokens, len(ids)),
-        "held_out_perplexity": round(math.exp(held_out_loss(model.float(), ids, tokens)), 3),
+        "held_out_perplexity": round(math.exp(held_out_loss(model, ids, tokens)), 3),
         "sources": sources, "curve": run.state.curve,
     }  # fmt: skip
     settings = {

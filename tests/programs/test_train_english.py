@@ -15,6 +15,7 @@ import pytest
 import torch
 import train_english
 from english_sources import SOURCES, Source, documents
+from safetensors import safe_open
 
 from qwen3fast import load_model
 
@@ -142,8 +143,9 @@ def test_a_run_saves_continues_and_exports(small):
     train_english.export(again, folder, [{"package": "p", "version": "1", "bytes": 1, "prose_characters": 1}], "c", 64)
     facts = json.loads((folder / "model" / "training.json").read_text())
     assert facts["steps"] == again.state.step and facts["curve"] == again.state.curve
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118  no iterator
     model = load_model(str(folder / "model"), "cpu")
-    assert model.model.norm.weight.dtype == torch.bfloat16
     loss = english_training.held_out_loss(model.float(), ids, 64)
     assert facts["held_out_perplexity"] == pytest.approx(math.exp(loss), rel=1e-2)
     assert f"| {again.state.step:,} |" in (folder / "model" / "README.md").read_text()
