@@ -71,9 +71,9 @@ def bits(name: str) -> float:
 
 
 def type_of(mixture: str, module: str, num_layers: int, tied: bool) -> str:
-    """Return the type that llama-quantize gives the weight of a module. mixture: Q8_0, Q4_0, Q4_K_M, or Q4_0-pure."""
-    if mixture in ("Q8_0", "Q4_0-pure"):
-        return mixture.removesuffix("-pure")
+    """Return the type that llama-quantize gives the weight of a module. mixture: Q8_0, Q4_0, Q4_K_M, or "Q4_0 pure"."""
+    if mixture in ("Q8_0", "Q4_0 pure"):
+        return mixture.removesuffix(" pure")
     if module == ("model.embed_tokens" if tied else "lm_head"):
         return "Q6_K"
     if mixture == "Q4_K_M":

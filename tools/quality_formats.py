@@ -20,7 +20,7 @@ from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 OURS = [name for name, format in FORMATS.items() if "cpu" in format.devices]
-MIXTURES = ("Q8_0", "Q4_0-pure", "Q4_0", "Q4_K_M")  # -pure: no matrix is kept in more bits
+MIXTURES = ("Q8_0", "Q4_0 pure", "Q4_0", "Q4_K_M")  # pure: no matrix is kept in more bits
 
 
 class Formats:
@@ -38,19 +38,19 @@ class Formats:
         for name in OURS:
             model = self._plain()
             quantize_model(model, name, torch.float32)
-            yield f"{name}, weights alone", *self._dequantized(model, self._plain())
+            yield f"{name} weights", *self._dequantized(model, self._plain())
         scaled, model = self._plain(), self._plain()
         scale_channels(scaled, self._moments)
         model.load_state_dict(scaled.state_dict())
         quantize_model(model, "int4", torch.float32)
-        yield "int4, AWQ scaling", *self._dequantized(model, scaled)
+        yield "int4 AWQ-scaled", *self._dequantized(model, scaled)
         model = self._plain()
         quantize_calibrated(model, self._windows)
-        yield "int4, calibrated", *self._dequantized(model, self._plain())
+        yield "int4 calibrated", *self._dequantized(model, self._plain())
         for mixture in filter(self._can, MIXTURES):
-            yield f"{mixture} (llama.cpp)", *self._in_types(self._types(mixture), with_importance=False)
+            yield mixture, *self._in_types(self._types(mixture), with_importance=False)
         if self._can("Q4_K_M"):
-            yield "Q4_K_M, imatrix (llama.cpp)", *self._in_types(self._types("Q4_K_M"), with_importance=True)
+            yield "Q4_K_M imatrix", *self._in_types(self._types("Q4_K_M"), with_importance=True)
 
     def _can(self, mixture: str) -> bool:
         types = self._types(mixture)

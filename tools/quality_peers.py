@@ -3,10 +3,11 @@
     python tools/quality_peers.py --model ~/english/model --text ~/english/held_out.txt \\
         --calibrate ~/english/train.txt --ggml libggml-base.so --output benchmarks/results/quality-english.json
 
-First the suite runs: formats as the package's kernels compute them, activations in 8 bits included. Cases with "weights
-alone" follow: weights are quantized, dequantized and put into a float32 model, and only that error is measured; so they
-say what a format costs, for each software's own quantizer. Without --ggml (and without llama-cpp-python) only Q8_0 and
-Q4_0-pure, which the package gguf can write, stand for llama.cpp.
+First the suite runs: formats as the package's kernels compute them, activations in 8 bits included. In the cases after
+these, weights are quantized, dequantized and put into a float32 model, and only their error is measured, each by its
+software's own quantizer: "int8 weights" and "int4 weights" as the package quantizes, then AWQ's scaling, calibration
+(`qwen3fast quantize --calibrate`), and llama.cpp's formats. Without --ggml and llama-cpp-python the latter are Q8_0 and
+Q4_0 pure, which the package gguf can write.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from ggml_quants import Ggml, find_library
 from quality_formats import Formats
 
+from qwen3fast.bench.environment import describe_run
 from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.main import finish
 from qwen3fast.bench.options import add_options
@@ -30,6 +32,7 @@ from qwen3fast.checkpoint import resolve_source
 from qwen3fast.cli.quantize import calibration_windows
 
 ALONE = "weights alone"
+PROGRAM = "python tools/quality_peers.py"
 
 
 def add_formats(session: Session, formats: Formats, ids: list[int]) -> None:
@@ -61,6 +64,7 @@ def main() -> int:
     source = resolve_source(args.model)
     windows = calibration_windows(source, args.calibrate, args.calibration_tokens)
     session = Session("quality", quality.SUITE.options(args))
+    session.record.run = describe_run(PROGRAM)
     with interruptible(session.record):
         quality.run(session)
         add_formats(session, Formats(args.model, windows, Ggml(args.ggml)), quality.token_ids(session))

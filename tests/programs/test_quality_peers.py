@@ -28,7 +28,7 @@ def test_types_are_those_of_llama_quantize():
     assert type_of("Q4_0", "model.embed_tokens", 28, True) == "Q6_K"
     assert type_of("Q4_0", "model.embed_tokens", 28, False) == "Q4_0"
     assert type_of("Q4_0", "lm_head", 28, False) == "Q6_K"
-    assert type_of("Q4_0-pure", "model.embed_tokens", 28, True) == "Q4_0"
+    assert type_of("Q4_0 pure", "model.embed_tokens", 28, True) == "Q4_0"
 
 
 @pytest.mark.parametrize(("name", "expected"), [("Q4_0", 4.5), ("Q8_0", 8.5), ("Q4_K", 4.5), ("Q6_K", 6.5625)])
@@ -80,10 +80,11 @@ def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch,
     assert quality_peers.main() == 0
     record = load_record(tmp_path / "r.json")
     kl = {case.labels["format"]: case.metrics["kl_divergence"].median for case in record.cases}
-    alone = [f"{name}, weights alone" for name in OURS] + ["int4, AWQ scaling", "int4, calibrated"]
-    assert list(kl) == ["bf16", "int4", *alone, "Q8_0 (llama.cpp)", "Q4_0-pure (llama.cpp)"]
-    assert kl["Q8_0 (llama.cpp)"] < kl["int8, weights alone"] < kl["int4, calibrated"] < kl["int4, weights alone"]
+    alone = [f"{name} weights" for name in OURS] + ["int4 AWQ-scaled", "int4 calibrated"]
+    assert list(kl) == ["bf16", "int4", *alone, "Q8_0", "Q4_0 pure"]
+    assert kl["Q8_0"] < kl["int8 weights"] < kl["int4 calibrated"] < kl["int4 weights"]
+    assert record.run["command"].startswith("python tools/quality_peers.py --model tiny --text ")
     bits_of = {case.labels["format"]: case.facts.get("bits_per_weight") for case in record.cases}
-    assert bits_of["Q4_0-pure (llama.cpp)"] == bits_of["int4, calibrated"] == 4.5
+    assert bits_of["Q4_0 pure"] == bits_of["int4 calibrated"] == 4.5
     assert record.notes["calibration"]["tokens"] >= 512 and (tmp_path / "r.png").exists()
-    assert "int4, calibrated" in capsys.readouterr().out
+    assert "int4 calibrated" in capsys.readouterr().out
