@@ -5,7 +5,7 @@
     python -m qwen3fast.bench --suite quality --model ~/english/model --text ~/english/held_out.txt
 
 For comparing formats on language instead of random weights: 15 million parameters, a byte-level BPE vocabulary of 8,192
-tokens. About 160 MB of packages are downloaded by apt-get (no root needed) and unpacked, never installed; their prose
+tokens. About 250 MB of packages are downloaded by apt-get (no root needed) and unpacked, never installed; their prose
 (some 65 MB) is split by document into training and held-out text. The output folder holds the packages, the text, the
 checkpoint, and in model/ a checkpoint in Hugging Face layout with README.md and training.json (seed, sources, curve).
 model/ is written every --save-minutes: it can be used while training goes on, and Ctrl-C loses no more than that.
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="per step [%(default)s]")
     parser.add_argument("--eval-tokens", type=int, default=8192, help="held-out, at every checkpoint [%(default)s]")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between checkpoints [%(default)s]")
-    parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
+    parser.add_argument("--threads", type=int, default=2, help="1 where other programs run [%(default)s]")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     english_corpus.build(args.output, args.seed)
