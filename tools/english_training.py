@@ -44,11 +44,16 @@ DECAY = 0.25  # share of the time
 
 @dataclass
 class State:
-    """The progress of a run. seconds: of training. curve: points of step, tokens, seconds, train and held-out loss."""
+    """The progress of a run.
+
+    seconds: since it began, pauses included. cpu_seconds: used by all threads.
+    curve: points of step, tokens, seconds, training and held-out loss.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -134,11 +139,13 @@ class Run:
         bar = tqdm(total=round(limit_s), initial=round(state.seconds), desc="training", unit="s", mininterval=5)
         recent: list[float] = []
         begun, before, saved = time.monotonic(), state.seconds, state.seconds
+        cpu_before = state.cpu_seconds - time.process_time()
         while state.seconds < limit_s:
             batch = batch_at(ids, state.step, rows, self.seed)
             recent.append(train_step(self.model, self.optimizers, batch, scale_at(state.step, state.seconds / limit_s)))
             state.step, state.tokens = state.step + 1, state.tokens + rows * LENGTH
             state.seconds = before + time.monotonic() - begun
+            state.cpu_seconds = cpu_before + time.process_time()
             bar.set_postfix(step=state.step, loss=f"{recent[-1]:.3f}", refresh=False)
             bar.update(min(round(state.seconds), bar.total) - bar.n)
             if state.seconds - saved > args.save_minutes * 60 or state.seconds >= limit_s:
