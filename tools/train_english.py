@@ -41,7 +41,8 @@ def export(run: Run, folder: Path, sources: list[dict[str, Any]], command: str, 
     ids = english_corpus.read_ids(folder, "held_out")
     facts = {
         "command": command, "seed": run.seed, "parameters": CONFIG.num_parameters,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "hours": round(run.state.seconds / 3600, 3), "cpu_hours": round(run.state.cpu_seconds / 3600, 3),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "hours": round(run.state.seconds / 3600, 3), "cpu_hours": round(run.state.cpu_seconds / 3600, 3),
         "steps": run.state.step, "tokens": run.state.tokens, "context": LENGTH,
         "held_out_tokens": min(tokens, len(ids)),
         "held_out_perplexity": round(math.exp(held_out_loss(model, ids, tokens)), 3),
@@ -73,8 +74,8 @@ def describe(facts: dict[str, Any]) -> str:
     return f"""# english: a small Qwen3 trained on the prose in Debian's packages
 
 A Qwen3 of {facts["parameters"]:,} parameters for comparing formats of weights and caches on language. Made by
-`{facts["command"]}` in {facts["hours"]:.2f} hours, pauses included, with {facts["threads"]} CPU threads ({facts["cpu_hours"]:.2f} hours of \
-CPU time); seed {facts["seed"]}, torch {facts["torch"]}.
+`{facts["command"]}` in {facts["hours"]:.2f} hours, pauses included, with {facts["threads"]} CPU threads
+({facts["cpu_hours"]:.2f} hours of CPU time); seed {facts["seed"]}, torch {facts["torch"]}.
 Perplexity of {facts["held_out_tokens"]:,} tokens of held-out documents, {facts["context"]} at a time: \
 {facts["held_out_perplexity"]}.
 
