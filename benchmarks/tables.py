@@ -133,5 +133,18 @@ def quantization_rows(record: Record) -> Rows:
     return rows
 
 
+def prequantized_rows(record: Record) -> Rows:
+    """Return the table of tools/prequantized_report.py."""
+    rows = [["type", "loaded as", "error", "bits in the file", "bits in memory", "time over int4's", "over int8's"]]
+    for case in record.cases:
+        error = case.metrics["weight_error"].median
+        bits = [f"{case.facts[name]:.2f}" for name in ("bits_in_file", "bits_in_memory")]
+        times = [cell(case, name) for name in ("over_int4", "over_int8")]
+        rows.append(
+            [str(case.labels["type"]), str(case.labels["loaded_as"]), f"{error:.2%}" if error else "0", *bits, *times]
+        )
+    return rows
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"

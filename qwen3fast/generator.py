@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 
+from qwen3fast.adapter_methods import AdapterMethods, adapter_room
 from qwen3fast.chat_methods import ChatMethods
 from qwen3fast.checkpoint import as_id_tuple
 from qwen3fast.checkpoint.save import save_model
@@ -28,6 +29,7 @@ from qwen3fast.quantization import formats_of
 from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling import DebugView, Dispatcher
+from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
@@ -35,7 +37,7 @@ from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
 
-class Generator(ChatMethods):
+class Generator(ChatMethods, AdapterMethods):
     """A Qwen3 model with a tokenizer and a static KV cache, which generates text.
 
     Requests of all methods, threads and tasks run together, in one thread that the Generator owns: they wait for a
@@ -92,8 +94,10 @@ class Generator(ChatMethods):
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
+        worker = self._dispatcher.worker
+        self._adapters = AdapterRegistry(worker, self.options.adapters)
         self._builder = RequestBuilder(
-            tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, self._dispatcher.worker
+            tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, worker, self._adapters
         )
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
@@ -127,6 +131,7 @@ class Generator(ChatMethods):
         MemoryError if the KV cache does not fit.
         """
         checked = GeneratorOptions(**options)
+        adapter_room(checked)  # adapters that cannot be read are refused before weights are
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
             load, source, device, dtype, quantization, revision, progress, adapter, check_weights, tensor_parallel
@@ -204,16 +209,21 @@ class Generator(ChatMethods):
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
-        self, prompts: Prompt, continuations: Prompt, *, progress: bool = ...
+        self, prompts: Prompt, continuations: Prompt, *, progress: bool = ..., adapter: str | None = ...
     ) -> ContinuationScore: ...
 
     @overload
     def score(
-        self, prompts: Prompt | Iterable[Prompt], continuations: Iterable[Prompt], *, progress: bool = ...
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        continuations: Iterable[Prompt],
+        *,
+        progress: bool = ...,
+        adapter: str | None = ...,
     ) -> list[ContinuationScore]: ...
 
     def score(
-        self, prompts: Any, continuations: Any, *, progress: bool = False
+        self, prompts: Any, continuations: Any, *, progress: bool = False, adapter: str | None = None
     ) -> ContinuationScore | list[ContinuationScore]:
         """Return the log-probability of a continuation after a prompt, or of each of several; nothing is generated.
 
@@ -224,6 +234,7 @@ class Generator(ChatMethods):
             prompts: one prompt, as in `generate`, for all continuations; or several, one for each.
             continuations: one text, or its token ids; or several.
             progress: show a bar that counts finished continuations.
+            adapter: the name of a LoRA adapter, as in `SamplingParams`.
 
         Returns: one score for one continuation, otherwise a list in the order of the continuations.
         Raises: ValueError for an empty prompt or continuation, for numbers of them that do not match, and where both
@@ -232,7 +243,7 @@ class Generator(ChatMethods):
         """
         checked_flag("progress", progress)
         pairs, is_single = read_pairs(prompts, continuations)
-        handles = [self._builder.build_score(*pair) for pair in pairs]
+        handles = [self._builder.build_score(*pair, adapter) for pair in pairs]
         with tqdm(desc="scoring", unit="continuation", disable=not progress) as bar:
             scores = [continuation_score(result) for result in self._run_all(handles, True, bar)]
         return scores[0] if is_single else scores
@@ -336,12 +347,9 @@ class Generator(ChatMethods):
 
         Raises: ValueError for a model that is not quantized or is split over processes; OSError if writing fails.
         """
-        formats = formats_of(self.model)
-        if len(formats) > 1:
-            raise ValueError("this model's layers are in several formats; load it with quantization='int8' or 'int4'")
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")
-        if not formats:
+        if not formats_of(self.model):
             raise ValueError("this model is not quantized; load it with quantization='int8' or 'int4' first")
         on_live_threads(save_model, self.model, Path(folder), self._source_folder)
 
@@ -384,7 +392,10 @@ class Generator(ChatMethods):
         compile = options.compile
         if ranks is not None and compile == "auto":
             compile = True  # ranks that try a compiled form at different times would wait for each other forever
-        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, forms=options.forms)
+        slots, rank = adapter_room(options)
+        if slots and ranks is not None:
+            raise ValueError("adapters need a model in one process; merge one with adapter=... to use tensor_parallel")
+        engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, None, options.forms, slots, rank)
         return engine if ranks is None else lead_or_follow(engine, ranks)
 
 

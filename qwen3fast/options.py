@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3fast.checks import checked_flag, checked_integer, checked_option
@@ -18,6 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_SEQ_LEN = 2**31 - 1
 MAX_BATCH_SIZE = 4096
 MAX_QUEUE = 10**6
+MAX_ADAPTERS = 1024
+MAX_ADAPTER_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class GeneratorOptions:
         forms: where several forms of a computation serve, "measured" uses the fastest on this machine, measured once
             and kept in the cache folder; "first" uses the same ones everywhere, for runs that can be repeated on other
             machines. The environment variable QWEN3FAST_FORMS=first does so for all Generators.
+        adapters: LoRA adapters to load, folders or hub ids by name; `SamplingParams(adapter=name)` chooses one.
+        max_adapters: adapters that are loaded at the same time; None leaves room for those of `adapters` only.
+        max_adapter_rank: the largest rank of an adapter; None takes the largest one of `adapters`, or 16. Room for
+            max_adapters of this rank is allocated at once.
     """
 
     max_seq_len: int = 4096
@@ -50,6 +58,9 @@ class GeneratorOptions:
     max_queue: int = 1024
     threads: int | None = None
     forms: str = MEASURED
+    adapters: Mapping[str, str | Path] | None = None
+    max_adapters: int | None = None
+    max_adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
         """Check each option. Raises: ValueError naming the option, the allowed values, and the value."""
@@ -62,6 +73,25 @@ class GeneratorOptions:
         if not (isinstance(self.compile, str) and self.compile == "auto"):
             self._set("compile", checked_flag("compile", self.compile, also="'auto'"))
         self._set("threads", checked_threads(self.threads))
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        adapters = {} if self.adapters is None else self.adapters
+        is_right = isinstance(adapters, Mapping) and all(
+            isinstance(name, str) and name and isinstance(source, str | os.PathLike)
+            for name, source in adapters.items()
+        )
+        if not is_right:
+            raise ValueError(f"adapters must map names to folders or hub ids, got {self.adapters!r:.200}")
+        self._set("adapters", dict(adapters))
+        if self.max_adapters is not None:
+            note = f" (adapters has {len(adapters)})"
+            self._set(
+                "max_adapters", checked_integer("max_adapters", self.max_adapters, len(adapters), MAX_ADAPTERS, note)
+            )
+        if self.max_adapter_rank is not None:
+            rank = checked_integer("max_adapter_rank", self.max_adapter_rank, 1, MAX_ADAPTER_RANK)
+            self._set("max_adapter_rank", rank)
 
     def check_model(self, config: ModelConfig) -> None:
         """Check the options that depend on the model. Raises: ValueError for a max_seq_len beyond its positions."""

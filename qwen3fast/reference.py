@@ -1,11 +1,11 @@
-"""All of Qwen3 in one file of plain PyTorch. Read it from top to bottom.
+"""All of a dense Qwen3 in one file of plain PyTorch. Read it from top to bottom.
 
 The rest of this package computes the same numbers faster: on a preallocated cache, for many requests, compiled, with
 quantized weights. Nothing below is fast. A test holds it equal to the engine: same logits, same greedy tokens.
 
     token ids -> embedding -> 28 blocks -> norm -> output projection -> one score for each token of the vocabulary
 
-    a block:  x = x + attention(norm(x))         each token looks at the tokens before it
+    a block:  x = x + attention(norm(x))         each token looks at itself and the tokens before it
               x = x + feed_forward(norm(x))      each token is processed on its own
 
 The name of a tensor ends in its dimensions. On the right, their sizes in Qwen3-0.6B:
@@ -114,9 +114,9 @@ class LayerCache:
 
 # --- The two halves of a block ---------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm: each token takes a weighted average over the values of earlier tokens.
+    """Grouped-query attention with QK-norm: each token takes a weighted average of the values up to its own.
 
-    16 query heads share 8 key/value heads, two to each, which halves the cache (arXiv:2305.13245).
+    Two query heads share each of the 8 key/value heads, which halves the cache (arXiv:2305.13245).
     """
 
     def __init__(self, config: Config) -> None:
@@ -132,15 +132,15 @@ class Attention(nn.Module):
     def forward(
         self, x_BTE: Tensor, cos_TD: Tensor, sin_TD: Tensor, mask_TS: Tensor, cache: LayerCache | None
     ) -> Tensor:
-        """Return (B, T, E). mask_TS: bool, True where the token t of this call may look at token s."""
+        """Return (B, T, E). mask_TS: bool, True where token t of this call may look at token s."""
         B, T, _ = x_BTE.shape
         q_BHTD = self.q_proj(x_BTE).view(B, T, self.H, self.D).transpose(1, 2)
         k_BKTD = self.k_proj(x_BTE).view(B, T, self.K, self.D).transpose(1, 2)
         v_BKTD = self.v_proj(x_BTE).view(B, T, self.K, self.D).transpose(1, 2)
 
-        # QK-norm: RMSNorm over the D channels of each head's query and key, which gives them length sqrt(D), times a
-        # learned weight per channel: scores stay bounded. Qwen2 had biases instead. It comes before RoPE.
-        q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
+        # QK-norm: RMSNorm over the D channels of each head's query and key, which makes their length sqrt(D), and a
+        # learned weight per channel. It bounds the scores. (Qwen2 had no QK-norm, but biases on q, k and v.)
+        q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)  # before RoPE: weights would distort rotated pairs
         q_BHTD, k_BKTD = apply_rope(q_BHTD, cos_TD, sin_TD), apply_rope(k_BKTD, cos_TD, sin_TD)
 
         k_BKSD, v_BKSD = (k_BKTD, v_BKTD) if cache is None else cache.append(k_BKTD, v_BKTD)
@@ -237,7 +237,7 @@ class Qwen3(nn.Module):
 def generate(
     model: Qwen3, prompt_ids: list[int], max_tokens: int, stop_ids: tuple[int, ...] = (), use_cache: bool = True
 ) -> list[int]:
-    """Return the most likely continuation of a prompt, token by token; it ends after `max_tokens` or a stop id."""
+    """Return the greedy continuation of a prompt: `max_tokens` ids, or fewer if the last one is a stop id."""
     output_ids: list[int] = []
     cache = model.new_cache(1, len(prompt_ids) + max_tokens) if use_cache else None
     new_ids = prompt_ids  # prefill: the whole prompt at once

@@ -150,6 +150,7 @@ class GeneratorStats:
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
         slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.
         prefilled_tokens, reused_tokens: prompt tokens computed, and found in the KV cache, so far.
+        adapter_bytes: memory for LoRA adapters, used or free.
         forms: on CPUs, the form chosen for each computation that has several, with the reason and the measured times.
     """
 
@@ -163,4 +164,5 @@ class GeneratorStats:
     waiting: int
     prefilled_tokens: int = 0
     reused_tokens: int = 0
+    adapter_bytes: int = 0
     forms: dict[str, Choice] = field(default_factory=dict)

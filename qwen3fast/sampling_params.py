@@ -65,6 +65,7 @@ class SamplingParams:
         grammar: the whole reply follows this grammar, in llguidance's form of Lark. At most one of json_schema, regex
             and grammar.
         thinking_budget: tokens of reasoning in the reply at most, then the model must answer; None sets no limit.
+        adapter: the name of a LoRA adapter of the Generator, which the request runs with; None is the base model.
 
     Raises: ValueError naming the field, the value and the allowed range.
     """
@@ -91,6 +92,7 @@ class SamplingParams:
     regex: str | None = None
     thinking_budget: int | None = None
     grammar: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and bring numbers and collections to Python's own types."""
@@ -110,6 +112,8 @@ class SamplingParams:
         self._check_stop()
         self._check_tokens()
         self._check_constraints()
+        if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
+            raise ValueError(f"adapter must be the name of a loaded adapter, or None, got {self.adapter!r:.200}")
 
     @classmethod
     def from_generation_config(cls, preset: dict[str, Any]) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -35,6 +36,7 @@ ORDER = [
     "embedder",
     "reranker",
     "classifier",
+    "adapter_methods",
     "chat_methods",
     "generator",
     "chat_session",
@@ -139,22 +141,16 @@ def test_imports_of_the_model_leave_the_engine_out():
     assert from_engine == {}
 
 
-def test_imports_of_the_model_from_kernels_are_three_interfaces():
-    """Of kernels, the model knows attention over a cache, linear layers, and the grouped product of experts."""
-    imported = {
-        (node.module, alias.name)
-        for module, tree in TREES.items()
-        if part_of(module) == "model"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qwen3fast.kernels")
-        for alias in node.names
-    }
-    assert imported == {
-        ("qwen3fast.kernels.attention", "cached_attention"),
-        ("qwen3fast.kernels.linear", "Linear"),
-        ("qwen3fast.kernels.linear", "linears"),
-        ("qwen3fast.kernels.grouped", "grouped_linear"),
-    }
+def test_imports_of_the_model_are_torch_and_one_function():
+    """The model is read with PyTorch in mind alone: of kernels, it knows attention over a cache."""
+    nodes = [node for module, tree in TREES.items() if part_of(module) == "model" for node in ast.walk(tree)]
+    outside = {name for node in nodes for name in names_imported(node) if not name.startswith("qwen3fast.model")}
+    packages = {name.split(".")[0] for name in outside} - sys.stdlib_module_names
+    assert packages == {"torch", "qwen3fast"}
+    assert {name for name in outside if name.startswith("qwen3fast")} == {"qwen3fast.kernels.attention"}
+    from_kernels = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "qwen3fast.kernels.attention"]
+    names = [alias.name for node in from_kernels for alias in node.names]
+    assert names == ["cached_attention"]
 
 
 def test_imports_of_the_bench_come_from_itself_and_the_command_line():

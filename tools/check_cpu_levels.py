@@ -24,8 +24,10 @@ from torch import Tensor
 
 from qwen3fast.kernels.cpu.building import EXTRA_FLAGS, FOLDER, SOURCES
 from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
+from qwen3fast.kernels.cpu.structures import packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.uint4 import Layout
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("-O2", "-std=c++20", "-fopenmp", "-static", "-Wno-psabi")
@@ -45,11 +47,13 @@ def product_cases() -> Iterator[Case]:
     for M, N, K in ((1, 7, 48), (3, 20, 64), (15, 33, 1024)):
         x, weight = bfloat16(M, K), bfloat16(N, K)
         yield "matvec", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
-    for format, bits in (("int8", 8), ("int4", 4)):
+    zeros = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
+    for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros):
         for M in (1, 4, 11):
-            x, packed = bfloat16(M, 96), quantize(torch.randn(48, 96), FORMATS[format])
-            expected = F.linear(x.float(), FORMATS[format].dequantize(packed).float())
-            yield "linear", (M, 48, 96, bits), (x, packed.weight, packed.scale), expected
+            x, packed = bfloat16(M, 96), quantize(torch.randn(48, 96), format)
+            expected = F.linear(x.float(), format.dequantize(packed).float())
+            linear = packed_linear(*packed)
+            yield "linear", (M, 48, 96, linear.bits, linear.span, linear.record), (x, *packed), expected
 
 
 def attention_cases() -> Iterator[Case]:

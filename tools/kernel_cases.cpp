@@ -33,12 +33,13 @@ T* as(std::vector<char>& bytes) {
   return bytes.empty() ? nullptr : reinterpret_cast<T*>(bytes.data());
 }
 
-// Integers are the last arguments of each operation; those of a quantized product are M, N, K and bits.
+// Integers are the last arguments of each operation; those of a quantized product are M, N, K, bits, span
+// and record.
 bool run(const std::string& name, const std::vector<int64_t>& n, std::vector<std::vector<char>>& a, BFloat16* y) {
   if (name == "matvec") {
     qwen3fast_matvec(as<BFloat16>(a[0]), as<BFloat16>(a[1]), y, n[0], n[1], n[2], 1);
   } else if (name == "linear") {
-    const Linear weight{as<void>(a[1]), as<void>(a[2]), n[1], n[2], n[3]};
+    const Linear weight{as<void>(a[1]), as<void>(a[2]), n[1], n[2], n[3], n[4], n[5]};
     qwen3fast_quantized_linear(as<BFloat16>(a[0]), &weight, 1, y, n[0], 1);
   } else if (name == "decode" || name == "prefill") {
     const Cache cache{as<void>(a[1]), as<void>(a[2]), as<float>(a[3]), as<float>(a[4])};

@@ -145,6 +145,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "batching": batching_table,
     "moe": lambda record: as_markdown(tables.moe_rows(record), left=1),
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
+    "prequantized": lambda record: as_markdown(tables.prequantized_rows(record), left=2),
     "quantization-tiny": lambda record: as_markdown(tables.quantization_rows(record), left=1),
 }
 # Other tables of a suite, by the word behind the file's name.

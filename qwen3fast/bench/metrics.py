@@ -85,6 +85,8 @@ METRICS = {
     "value_error": Metric("value error", "", False, "{:.2%}"),
     "weight_error": Metric("weight error", "", False, "{:.2%}"),
     "output_error": Metric("output error", "", False, "{:.2%}"),
+    "over_int4": Metric("time over int4's", "", False, "{:.2f}"),
+    "over_int8": Metric("time over int8's", "", False, "{:.2f}"),
     "logit_error": Metric("logit error", "", False, "{:.2%}"),
     "perplexity": Metric("perplexity", "", False, "{:.4f}"),
     "kl_divergence": Metric("KL divergence", "nats", False),

@@ -106,6 +106,8 @@ class _Filler:
         self._model, self._options, self._bar = model, options, bar
         device, split = options.device, options.split
         self._format = None if options.quantization is None else get_format(options.quantization)
+        if self._format is not None and options.prequantized is not None:
+            self._format = options.prequantized.as_format(self._format)
         self._expected = shapes_of(model)
         self._has_embedding = any(place_of(name) == EMBEDDING for name in names)
         self._stacks = ExpertStacks(self._expected, device, options.dtype)

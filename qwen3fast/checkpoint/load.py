@@ -12,9 +12,10 @@ from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
+from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.parallel import Ranks, connect
-from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
 
 
 def load_model(
@@ -39,13 +40,13 @@ def load_model(
         dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
         revision: a branch, tag or commit on the hub.
         progress: show a bar while weights load.
-        quantization: "int8", "int4" or, on CUDA devices, "fp8" quantizes the weights while loading; checkpoints that
-            `save_quantized` wrote keep their format with None. Of checkpoints that other software quantized (fp8, AWQ,
-            GPTQ, compressed-tensors), None loads symmetric 4-bit levels of GPTQ and compressed-tensors in int4 (the
-            same levels, scales rounded to bfloat16), other levels in int8, and fp8 in plain weights, embedding and
-            output projection as they are. Of GGUF files, None
-            keeps Q4_0 in int4 and loads other quantized types in int8. For both, "dequantize" loads plain weights
-            throughout, and the name of a format quantizes the dequantized weights.
+        quantization: "int8", "int4", "uint4" or, on CUDA devices, "fp8" quantizes the weights while loading. None keeps
+            the format of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8,
+            AWQ, GPTQ, compressed-tensors), None loads symmetric 4-bit levels in int4 (the same levels, scales rounded
+            to bfloat16), the ones with zero points in uint4, other levels in int8, and fp8 in plain weights, embedding
+            and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4, and loads
+            other quantized types in int8. For both, "dequantize" loads plain weights throughout, and the name of a
+            format takes over levels that it can hold, and otherwise quantizes the dequantized weights.
         output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
         adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
         check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first
@@ -96,10 +97,16 @@ def empty_model(source: Path) -> Qwen3:
         replace_layers(model, choose_formats(header, model.config, wanted), model.config.dtype)
         return model
     stored = CheckpointConfig.from_folder(source)
-    format, kept = stored.quantization, stored.modules_to_not_convert
-    if stored.prequantized is not None:  # as usual; only the tensors tell which other layers are plain
-        format, kept = stored.prequantized.loaded_as, ("model.embed_tokens", "lm_head")
+    format, kept = (
+        None if stored.quantization is None else get_format(stored.quantization),
+        stored.modules_to_not_convert,
+    )
+    theirs = stored.prequantized
+    if theirs is not None and theirs.loaded_as is not None:  # as usual; only the tensors tell which others are plain
+        format, kept = theirs.as_format(get_format(theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
     if format is not None:
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
+    if stored.quantization is not None:
+        use_stored_formats(model, source)
     return model

@@ -16,6 +16,7 @@ from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.random_weights import parse_random, random_model
 from qwen3fast.checkpoint.safetensors import HEAD, has_other_head, refuse_size
+from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
@@ -66,6 +67,7 @@ class Loader:
         if stored.quantization is not None:
             kept = stored.modules_to_not_convert
             quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
+            use_stored_formats(model, folder)
         load_weights(
             model,
             folder,
@@ -87,7 +89,7 @@ class Loader:
         header = read_header(file)
         config = config_of(header)
         wanted = DEQUANTIZE if self.has_adapter and self.quantization is not None else self.quantization
-        formats = choose_formats(header, config, wanted)
+        formats = choose_formats(header, config, wanted, self.device.type)
         if self.has_adapter and formats:
             raise ValueError(
                 f"an adapter needs plain weights, and the ones of {file} are quantized; add quantization='dequantize'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
+from qwen3fast.checkpoint.stored_formats import formats_in
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import formats_of, plain_modules
+from qwen3fast.quantization import plain_modules
 
 # Files of a checkpoint besides weights and config.json.
 COMPANIONS = (
@@ -34,11 +36,10 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) 
     companions_from: the folder or GGUF file that the tokenizer is copied from.
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
-    Raises: ValueError for layers in several formats; OSError if it cannot be written.
+    Of layers in several formats, config.json names the most frequent one; the tensors tell each layer's.
+    Raises: OSError if it cannot be written.
     """
-    formats = formats_of(model)
-    if len(formats) > 1:
-        raise ValueError(f"the model's layers are in several formats ({', '.join(formats)}), which cannot be saved")
+    formats = [name for name, _ in Counter(formats_in(model)).most_common()]
     kept = plain_modules(model) if formats else ()
     stored = CheckpointConfig(model.config, formats[0] if formats else None, kept)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}

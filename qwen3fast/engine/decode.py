@@ -1,7 +1,10 @@
 """Decode: one step generates one token per row. It reads and writes only buffers that were allocated once (state.py).
 
 The step feeds itself: it samples, writes the token to the input buffer and advances the positions, on the device.
-Rule of this file: no `.item()`, no shape that depends on data, no new address between steps.
+`Parts` (parts.py) holds the functions that it runs, compiled or not. Each takes a module, or None if it uses none, and
+tensors. Some devices have faster forms of several parts in one: `fused_step`, `decode_layers`, `fused_sampler`.
+Row r is slot r of the cache. Rule of this file: no `.item()`, no shape that depends on data, no new address between
+steps.
 
     B rows of this step   S cache positions   L cache positions read   D head_dim   V vocabulary   N most likely tokens
 """
@@ -47,23 +50,23 @@ def decode_step(
     rows = slice(num_rows)
     if parts.fused_step is not None and parts.fused_step.serves(num_rows):
         if sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None:
-            changed = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
-            parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *changed)
+            others = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
+            parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *others)
             return
         logits_BV = parts.fused_step.logits(state.input_R[rows], cos_SD, sin_SD, state.position_R[rows])
     else:
         logits_BV = _logits(model, parts, cache, cos_SD, sin_SD, state, rows, length)
-    changed_BV = _changed(parts, logits_BV, rows, processors, hook)
+    processed_BV = _processed(parts, logits_BV, rows, processors, hook)
     sampler_rows = state.sampler_rows(rows)
-    if parts.fused_sampler is not None:
-        written = (state.advance_R, state.input_R, state.output_R, state.position_R, state.step_R)
-        parts.fused_sampler.advance(changed_BV, sampler_rows, sampler, *(tensor[rows] for tensor in written))
+    if parts.fused_sampler is not None:  # samples and advances in one
+        buffers = (state.advance_R, state.input_R, state.output_R, state.position_R, state.step_R)
+        parts.fused_sampler.advance(processed_BV, sampler_rows, sampler, *(tensor[rows] for tensor in buffers))
         _record(logits_BV, state.output_R[rows], state, rows, processors, logprobs)
         return
-    token_B = parts.samplers[sampler](None, changed_BV, *sampler_rows)
+    token_B = parts.samplers[sampler](None, processed_BV, *sampler_rows)
     _record(logits_BV, token_B, state, rows, processors, logprobs)
-    written = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
-    parts.advance(None, token_B, *(tensor[rows] for tensor in written))
+    buffers = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
+    parts.advance(None, token_B, *(tensor[rows] for tensor in buffers))
 
 
 def _logits(
@@ -77,7 +80,7 @@ def _logits(
     length: int,
 ) -> Tensor:
     """Return the logits after the input tokens, (B, V) float32."""
-    is_fused = rows.stop not in parts.forms.block_rows
+    is_fused = rows.stop not in parts.forms.block_rows  # numbers of rows for which block by block is faster
     if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
         x_B1E = model.embed(state.input_R[rows, None])
         x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
@@ -85,53 +88,6 @@ def _logits(
         x_B1E = _run_blocks(model, parts, cache, cos_SD, sin_SD, state, rows, length)
     logits_B1V: Tensor = parts.logits(parts.head, x_B1E)
     return logits_B1V.squeeze(1)
-
-
-def choose_tokens(
-    parts: Parts,
-    logits_BV: Tensor,
-    state: DecodeState,
-    rows: slice,
-    sampler: SamplerKind,
-    processors: ProcessorState | None = None,
-    logprobs: LogprobState | None = None,
-    hook: Hook | None = None,
-) -> Tensor:
-    """Return the tokens of some rows, (B,) int64: hook, processors and sampler, then log-probabilities."""
-    token_B: Tensor
-    changed_BV = _changed(parts, logits_BV, rows, processors, hook)
-    if parts.fused_sampler is not None:
-        token_B = parts.fused_sampler.choose(changed_BV, state.sampler_rows(rows), sampler)
-    else:
-        token_B = parts.samplers[sampler](None, changed_BV, *state.sampler_rows(rows))
-    _record(logits_BV, token_B, state, rows, processors, logprobs)
-    return token_B
-
-
-def _changed(
-    parts: Parts, logits_BV: Tensor, rows: slice, processors: ProcessorState | None, hook: Hook | None
-) -> Tensor:
-    """Return the logits to sample from, (B, V) float32."""
-    changed_BV = logits_BV if hook is None else hook(logits_BV)
-    if processors is not None:
-        changed_BV = parts.processors(None, changed_BV, *processors.rows(rows))
-    return changed_BV
-
-
-def _record(
-    logits_BV: Tensor,
-    token_B: Tensor,
-    state: DecodeState,
-    rows: slice,
-    processors: ProcessorState | None,
-    logprobs: LogprobState | None,
-) -> None:
-    """Count the chosen tokens, and write their log-probabilities, for what needs them."""
-    if processors is not None:
-        count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
-    if logprobs is not None:
-        chosen_B, id_BN, value_BN = log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
-        logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
 
 
 def _run_blocks(
@@ -144,18 +100,72 @@ def _run_blocks(
     rows: slice,
     length: int,
 ) -> Tensor:
+    """Return the last block's output for the input tokens, (B, 1, E), with the blocks one by one."""
     position_B = state.position_R[rows]
     x_B1E: Tensor
     x_B1E, cos_B1D, sin_B1D = parts.embed(model.model.embed_tokens, state.input_R[rows], position_B, cos_SD, sin_SD)
     mask_B1L = None
     if parts.needs_mask:
-        # An empty row reads one position, and writes, at -1, to the last one, which nothing reads (see StaticKVCache).
+        # A row without a request (position -1) reads position 0, and writes to the last one: see StaticKVCache.
         mask_B1L = torch.arange(length, device=position_B.device) <= position_B.clamp(min=0)[:, None, None]
     shared = (cos_B1D, sin_B1D, position_B[:, None], mask_B1L)
-    forms: dict[int, Function] = {}  # with and without experts, in each mixture of formats
+    forms: dict[int, Function] = {}  # one per kind of block: dense or with experts, and its formats of weights
     for block, layer in zip(model.model.layers, cache.layers(), strict=True):
         kind = parts.decode_block.kind(block)
         if kind not in forms:
             forms[kind] = parts.decode_block.choose(block, x_B1E, *shared, *layer.tensors)
         x_B1E = forms[kind](block, x_B1E, *shared, *layer.tensors)
     return x_B1E
+
+
+def _processed(
+    parts: Parts, logits_BV: Tensor, rows: slice, processors: ProcessorState | None, hook: Hook | None
+) -> Tensor:
+    """Return the logits to sample from, after hook and processors, (B, V) float32."""
+    processed_BV = logits_BV if hook is None else hook(logits_BV)
+    if processors is not None:
+        processed_BV = parts.processors(None, processed_BV, *processors.rows(rows))
+    return processed_BV
+
+
+def _record(
+    logits_BV: Tensor,
+    token_B: Tensor,
+    state: DecodeState,
+    rows: slice,
+    processors: ProcessorState | None,
+    logprobs: LogprobState | None,
+) -> None:
+    """Count the chosen tokens for processors, and write their log-probabilities under the unprocessed logits.
+
+    Each is done only if a row needs it.
+    """
+    if processors is not None:
+        count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
+    if logprobs is not None:
+        chosen_B, id_BN, value_BN = log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
+        logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
+
+
+def choose_tokens(
+    parts: Parts,
+    logits_BV: Tensor,
+    state: DecodeState,
+    rows: slice,
+    sampler: SamplerKind,
+    processors: ProcessorState | None = None,
+    logprobs: LogprobState | None = None,
+    hook: Hook | None = None,
+) -> Tensor:
+    """Return the tokens of some rows, (B,) int64, without advancing them: for the first token, whose logits are known.
+
+    Hook, processors, sampler and log-probabilities are applied as in a step.
+    """
+    token_B: Tensor
+    processed_BV = _processed(parts, logits_BV, rows, processors, hook)
+    if parts.fused_sampler is not None:
+        token_B = parts.fused_sampler.choose(processed_BV, state.sampler_rows(rows), sampler)
+    else:
+        token_B = parts.samplers[sampler](None, processed_BV, *state.sampler_rows(rows))
+    _record(logits_BV, token_B, state, rows, processors, logprobs)
+    return token_B

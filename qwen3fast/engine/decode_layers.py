@@ -5,41 +5,56 @@ Otherwise each of a token's many short products would cost a call from Python, a
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import Linear
-from qwen3fast.model import Block, FeedForward, Qwen3
+from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.layers import QuantizedLinear
 
 
 class DecodeLayers:
-    """The blocks of a dense model over a KV cache. The reference is `model/block.py`.
+    """The blocks of a model over a KV cache. The reference is `model/block.py`.
 
     is_possible: whether the operation serves the model, its formats and the cache.
     """
 
+    _adapters: cpu.AdaptersOfLayers | None = None
+
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
         """num_layers: of the first blocks, for a cache of as many; by default all."""
         every = list(model.model.layers)[:num_layers]
-        blocks = [b for b in every if isinstance(b, Block) and isinstance(b.mlp, FeedForward)]
-        norms = [norm for block in blocks for norm in _norms(block)]
-        linears = [linear for block in blocks for linear in _linears(block)]
+        blocks = [b for b in every if isinstance(b, Block)]
         self.is_possible = (
-            len(blocks) == len(every)  # those with experts have no form in C++
-            and all(_is_served(linear) for linear in linears)
-            and all(_has_equal_inputs(block) for block in blocks)
-            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in norms)
+            len(blocks) == len(every)
+            and all(_is_block_served(block) for block in blocks)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
+        self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
         if self.is_possible:
-            weights = [x.weight_packed if isinstance(x, QuantizedLinear) else x.weight for x in linears]
-            scales = [x.weight_scale if isinstance(x, QuantizedLinear) else None for x in linears]
-            caches = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-            self._run = cpu.DecodeLayersCall(*caches, norms, weights, scales, model.config.rms_norm_eps)
+            lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
+            caches = zip(*lists, strict=True)
+            layers = [_tensors(block, tensors) for block, tensors in zip(blocks, caches, strict=True)]
+            self._run = cpu.DecodeLayersCall(layers, model.config.rms_norm_eps)
+
+    def with_adapters(self, slots: AdapterSlots) -> DecodeLayers | None:
+        """Return the same operation with the product of each row's adapter; None if it is not possible.
+
+        Blocks with experts have no adapters in it.
+        """
+        if not self.is_possible or self._has_experts:
+            return None
+        adapted = copy.copy(self)
+        matrices = [(layer.lora_A, layer.lora_B) for layer in slots.layers.values()]
+        adapted._adapters = self._run.adapters(matrices, slots.decode_slot_R)
+        return adapted
 
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
@@ -51,7 +66,7 @@ class DecodeLayers:
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1)
+        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
 
 
 def _norms(block: Block) -> list[Tensor]:
@@ -60,20 +75,56 @@ def _norms(block: Block) -> list[Tensor]:
     return [norm.weight for norm in norms]
 
 
-def _linears(block: Block) -> list[Linear | QuantizedLinear]:
-    a, f = block.self_attn, block.mlp
-    assert isinstance(f, FeedForward), "only dense blocks have a form in C++"
-    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
+def _attention(block: Block) -> list[nn.Module]:
+    return [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
 
 
-def _has_equal_inputs(block: Block) -> bool:
-    """Return whether layers with the same input have the same number of bits: the input is quantized once for them."""
-    bits = [x.format.bits if isinstance(x, QuantizedLinear) else 16 for x in _linears(block)]
-    return len(set(bits[:3])) == 1 and len(set(bits[4:6])) == 1
+def _feed_forward(mlp: FeedForward) -> list[nn.Module]:
+    return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _tensors(block: Block, cache: Sequence[Tensor]) -> cpu.LayerTensors:
+    mlp = block.mlp
+    feed_forward: list[cpu.Weight] | cpu.ExpertWeights
+    if isinstance(mlp, MoE):
+        experts: nn.Module = mlp.experts
+        assert isinstance(experts, QuantizedExperts), "checked before"
+        gate_up, down = _weight(experts.gate_up_proj), _weight(experts.down_proj)
+        feed_forward = cpu.ExpertWeights(mlp.gate.weight, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
+    else:
+        feed_forward = [_weight(layer) for layer in _feed_forward(mlp)]
+    return cpu.LayerTensors(_norms(block), [_weight(layer) for layer in _attention(block)], feed_forward, cache)
+
+
+def _weight(layer: nn.Module) -> cpu.Weight:
+    if isinstance(layer, QuantizedLinear):
+        return layer.weight_packed, layer.weight_scale
+    assert isinstance(layer, nn.Linear), "checked before"
+    return layer.weight, None
+
+
+def _is_block_served(block: Block) -> bool:
+    mlp, attention = block.mlp, _attention(block)
+    if isinstance(mlp, MoE):
+        experts: nn.Module = mlp.experts
+        is_mlp_served = isinstance(experts, QuantizedExperts) and _is_served(mlp.gate) and _is_served(experts.down_proj)
+    else:
+        is_mlp_served = isinstance(mlp, FeedForward) and _are_served_together(*_feed_forward(mlp))
+    return (
+        is_mlp_served
+        and _are_served_together(*attention)
+        and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in _norms(block))
+    )
+
+
+def _are_served_together(*layers: nn.Module) -> bool:
+    """Return whether the layers are served. All but the last have the same input: all of these are packed, or none."""
+    is_packed = {isinstance(layer, QuantizedLinear) for layer in layers[:-1]}
+    return len(is_packed) == 1 and all(_is_served(layer) for layer in layers)
 
 
 def _is_served(linear: nn.Module) -> bool:
-    if not isinstance(linear, Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
+    if not isinstance(linear, nn.Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
         return False
     if isinstance(linear, QuantizedLinear):
         return "cpu" in linear.format.devices

@@ -1,15 +1,18 @@
 """Engine: a model with its cache and compiled parts. It prefills one row at a time and decodes all rows together.
 
-It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache.
+It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache; operations on single rows,
+such as copies, are in rows.py. Results on their way to the host are in in_flight.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from qwen3fast.engine.adapters import NO_ADAPTER, AdapterSlots, Matrices
 from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
 from qwen3fast.engine.decode import Hook, choose_tokens, decode_step
@@ -27,7 +30,7 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 
-# Steps launched on CUDA before the tokens of the oldest one are read: they hide launches behind the device's work. At
+# Steps launched on CUDA ahead of the one whose tokens are read: the device has work while the host launches them. At
 # most this many steps after a stop token are discarded.
 LOOKAHEAD = 4
 
@@ -38,6 +41,10 @@ class Engine(Rows):
     compile: False runs the same code eagerly. cuda_graphs: False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
     CUDA, otherwise 0. forms: "measured" uses what is the fastest on this machine; "first" the same everywhere.
+    max_adapters, max_adapter_rank: room for LoRA adapters, allocated at once; 0 adapters for none.
+
+    Attributes:
+        adapters: the slots of adapters, 1 to max_adapters; None without room for any.
     """
 
     def __init__(
@@ -49,12 +56,19 @@ class Engine(Rows):
         cuda_graphs: bool = True,
         lookahead: int | None = None,
         forms: str = MEASURED,
+        max_adapters: int = 0,
+        max_adapter_rank: int = 16,
     ) -> None:
         super().__init__(cache, model.config.vocab_size, device)
         self.model = model
         is_cuda = device.type == "cuda"
         self.compiler = StepCompiler(compile, device)
         self.parts = Parts.build(self.compiler, model, cache, is_first=forms == FIRST)
+        self.adapters: AdapterSlots | None = None
+        if max_adapters:
+            self.adapters = AdapterSlots(model, max_adapters, max_adapter_rank, self.state.adapter_R)
+            layers = self.parts.decode_layers
+            self._adapted_layers = layers.with_adapters(self.adapters) if layers is not None else None
         self.logprobs: LogprobState | None = None  # allocated when a request first needs them
         self.graphs: GraphCache | None = None
         self.captured: CapturedChunks | None = None
@@ -76,26 +90,33 @@ class Engine(Rows):
 
     @on_device
     def begin_prefill(
-        self, row: int, token_ids: list[int], reused: int = 0, wanted: WantedLogprobs | None = None
+        self,
+        row: int,
+        token_ids: list[int],
+        reused: int = 0,
+        wanted: WantedLogprobs | None = None,
+        adapter: int = NO_ADAPTER,
     ) -> Prefill:
         """Begin to fill a row of the cache with a prompt; steps of other rows may run before and between chunks.
 
         reused: number of first tokens whose keys and values are in the row already, see `usable_prefix`.
         wanted: log-probabilities to compute on the way, of tokens after the reused ones.
+        adapter: the slot of the prompt's adapter.
         """
         self.clear_row(row)
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted)
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter)
 
     @on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
         with self.compiler.quiet:
-            return prefill_step(self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
+            model, parts = self._forms_with(prefill.adapter)
+            return prefill_step(model, parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
-    def prefill_whole(self, row: int, token_ids: list[int]) -> Tensor:
+    def prefill_whole(self, row: int, token_ids: list[int], adapter: int = NO_ADAPTER) -> Tensor:
         """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
-        prefill, logits_1V = self.begin_prefill(row, token_ids), None
+        prefill, logits_1V = self.begin_prefill(row, token_ids, adapter=adapter), None
         while logits_1V is None:
             logits_1V = self.prefill_step(prefill)
         return logits_1V
@@ -121,12 +142,13 @@ class Engine(Rows):
         used_length: positions in use after this step, in the longest row. hook: see decode.py; steps with a hook are
         not captured.
         """
-        self.compiler.share_processor()
+        self.compiler.share_processor()  # this and `quiet` below: see StepCompiler, "auto"
         bucket_rows = self.batch_bucket(num_rows)
-        length = self.read_length(bucket_rows, used_length)
+        length = self.read_length(bucket_rows, used_length, kind.has_adapters)
         extras = self._extras(kind)
 
-        fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
+        model, parts = self._forms_for(kind.has_adapters)
+        fixed = (model, parts, self.cache, self.cos_SD, self.sin_SD, self.state)
 
         def step() -> None:
             decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
@@ -138,12 +160,32 @@ class Engine(Rows):
                 step()
         self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
-    def read_length(self, bucket_rows: int, used_length: int) -> int:
+    def _forms_for(self, has_adapters: bool) -> tuple[Qwen3, Parts]:
+        """Return the model and the parts of a step; the fused step knows no adapters."""
+        if not has_adapters:
+            return self.model, self.parts
+        assert self.adapters is not None, "the engine was built for adapters"
+        return self.adapters.model, replace(self.parts, decode_layers=self._adapted_layers, fused_step=None)
+
+    def _forms_with(self, adapter: int) -> tuple[Qwen3, Parts]:
+        """Return the model and the parts of a sequence, and let it use the adapter of this slot."""
+        if adapter != NO_ADAPTER:
+            assert self.adapters is not None, "the engine was built for adapters"
+            self.adapters.chunk_slot_1.fill_(adapter)
+        return self._forms_for(adapter != NO_ADAPTER)
+
+    @on_device
+    def write_adapter(self, slot: int, matrices: Matrices) -> None:
+        """Fill a slot with an adapter, or clear it; see `AdapterSlots.write`. No row may be using the slot."""
+        assert self.adapters is not None, "the engine was built for adapters"
+        self.adapters.write(slot, matrices)
+
+    def read_length(self, bucket_rows: int, used_length: int, has_adapters: bool = False) -> int:
         """Return the number of positions that a step of this many rows may read.
 
-        These are all positions where attention finds the used length on the device: one graph serves all lengths.
+        Where attention finds the used length on the device, it may read all, and one graph serves all lengths.
         """
-        fused = self.parts.fused_step
+        fused = None if has_adapters else self.parts.fused_step
         if not self.parts.needs_mask or (fused is not None and fused.serves(bucket_rows)):
             return self.cache.allocated_len
         return self.cache.bucket(used_length)
@@ -163,28 +205,32 @@ class Engine(Rows):
         return self.collect().tokens[:num_rows]
 
     def _extras(self, kind: StepKind) -> tuple[ProcessorState | None, LogprobState | None]:
+        """Return the buffers of logits processors and of log-probabilities, each None if the step needs none."""
         if kind.has_logprobs and self.logprobs is None:
             self.logprobs = LogprobState.allocate(self.cache.max_batch_size, self._vocab_size, self.device)
         return self.processors if kind.is_processed else None, self.logprobs if kind.has_logprobs else None
 
     @on_device
-    def logits_uncached(self, token_ids: list[int]) -> Tensor:
+    def logits_uncached(self, token_ids: list[int], adapter: int = NO_ADAPTER) -> Tensor:
         """Return the last token's logits, (1, V), computed without a cache: the reference of the cached steps."""
-        x_1TE, last = self._states_uncached(token_ids), len(token_ids) - 1
+        x_1TE, last = self._states_uncached(token_ids, adapter), len(token_ids) - 1
         x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
         logits_11V: Tensor = self.parts.logits(self.parts.head, x_11E)
         return logits_11V.squeeze(1)
 
     @on_device
-    def prompt_logprobs_uncached(self, token_ids: list[int], wanted: WantedLogprobs) -> list[Logprobs]:
+    def prompt_logprobs_uncached(
+        self, token_ids: list[int], wanted: WantedLogprobs, adapter: int = NO_ADAPTER
+    ) -> list[Logprobs]:
         """Return the log-probabilities of a prompt's tokens, computed without a cache: the reference of prefill's."""
-        x_1TE, positions = self._states_uncached(token_ids), wanted.after(0, len(token_ids), len(token_ids))
+        x_1TE, positions = self._states_uncached(token_ids, adapter), wanted.after(0, len(token_ids), len(token_ids))
         targets = token_ids[positions.start + 1 : positions.stop + 1]
         x_1TE = x_1TE[:, positions.start : positions.stop]
         return chunk_logprobs(self.parts.head, self.model.config.vocab_size, x_1TE, targets, wanted.top)
 
-    def _states_uncached(self, token_ids: list[int]) -> Tensor:
+    def _states_uncached(self, token_ids: list[int], adapter: int) -> Tensor:
         """Return the last block's output, (1, T, E), padding at the end included."""
+        model, parts = self._forms_with(adapter)
         # By causality, padding at the end changes nothing. A minimum length keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
@@ -192,9 +238,9 @@ class Engine(Rows):
             table_SD[None, : len(padded)].clone(memory_format=torch.contiguous_format)
             for table_SD in (self.cos_SD, self.sin_SD)
         )
-        x_1TE = self.model.embed(token_1T)
-        for block in self.model.model.layers:
-            x_1TE = self.parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
+        x_1TE = model.embed(token_1T)
+        for block in model.model.layers:
+            x_1TE = parts.block_uncached(block, x_1TE, cos_1TD, sin_1TD)
         return x_1TE
 
     def batch_bucket(self, num_rows: int) -> int:
@@ -214,7 +260,27 @@ class Engine(Rows):
         """
         self.compiler.end_auto()
         self.parts.decide_forms()
-        report("prefill")
+        adapters = [NO_ADAPTER] if self.adapters is None else [NO_ADAPTER, 1]  # one slot stands for all
+        for adapter in adapters:
+            report("prefill with adapter" if adapter else "prefill")
+            logits_1V = self._warm_up_prefill(adapter)
+        for sampler in SamplerKind:
+            report(f"{sampler.value} sampler")
+            self.sample_first(0, logits_1V, StepKind(sampler))
+        # Compiling needs one cache bucket. Graphs that depend on the bucket are captured for each, largest first.
+        lengths = self.cache.buckets if self.graphs is not None and self.parts.needs_mask else [1]
+        for num_rows in reversed(self.batch_buckets()):
+            for adapter in adapters:
+                report(f"decode step{' with adapters' if adapter else ''}, batch {num_rows}")
+                for used in reversed(lengths):
+                    for sampler in SamplerKind:
+                        self.decode(num_rows, used, StepKind(sampler, has_adapters=adapter > 0))
+            neutral = ProcessorRows.neutral(num_rows, self.model.config.vocab_size, self.device)
+            self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
+        self.clear_all()
+
+    def _warm_up_prefill(self, adapter: int) -> Tensor:
+        """Compute prompts of all sizes of chunks that requests need. Returns: the logits of the last one, (1, V)."""
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):
             if (
@@ -222,27 +288,15 @@ class Engine(Rows):
                 and self.captured.serves_later
                 and CHUNK_SIZES[0] + size <= self.cache.allocated_len
             ):
-                later = self.begin_prefill(0, [0] * (CHUNK_SIZES[0] + size), CHUNK_SIZES[0])
+                later = self.begin_prefill(0, [0] * (CHUNK_SIZES[0] + size), CHUNK_SIZES[0], None, adapter)
                 assert later.chunks == [size], "the size is that of one chunk"
                 self.prefill_step(later)
-            logits_1V = self.prefill_whole(0, [0] * size)
-        for sampler in SamplerKind:
-            report(f"{sampler.value} sampler")
-            self.sample_first(0, logits_1V, StepKind(sampler))
-        # Compiling needs one cache bucket. Graphs that depend on the bucket are captured for each, largest first.
-        lengths = self.cache.buckets if self.graphs is not None and self.parts.needs_mask else [1]
-        for num_rows in reversed(self.batch_buckets()):
-            report(f"decode step, batch {num_rows}")
-            for used in reversed(lengths):
-                for sampler in SamplerKind:
-                    self.decode(num_rows, used, StepKind(sampler))
-            neutral = ProcessorRows.neutral(num_rows, self.model.config.vocab_size, self.device)
-            self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
-        self.clear_all()
+            logits_1V = self.prefill_whole(0, [0] * size, adapter)
+        return logits_1V
 
     def num_warmup_parts(self) -> int:
         """Return the number of parts that `warmup` reports."""
-        return 1 + len(SamplerKind) + len(self.batch_buckets())
+        return len(SamplerKind) + (1 + len(self.batch_buckets())) * (1 if self.adapters is None else 2)
 
     def close(self) -> None:
         """Release captured graphs, and stop compiling."""

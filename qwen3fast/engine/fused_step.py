@@ -176,7 +176,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
 def _is_served(layer: nn.Module, dtype: torch.dtype) -> bool:
     if type(layer) is QuantizedLinear:
         return layer.bias is None
-    return type(layer) is Linear and layer.bias is None and layer.weight.dtype == dtype
+    return type(layer) in (nn.Linear, Linear) and layer.bias is None and layer.weight.dtype == dtype
 
 
 def _fused_block(block: Block) -> FusedBlock:
@@ -204,7 +204,7 @@ def _weight(module: nn.Module, weight: Tensor | None = None, scale: Tensor | Non
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         own = (module.weight_packed, module.weight_scale)
         return WeightArguments(*(own if weight is None else (weight, scale)), module.format.name == "fp8")
-    assert isinstance(module, Linear | nn.Embedding), "checked before"
+    assert isinstance(module, nn.Linear | nn.Embedding), "checked before"
     return WeightArguments(module.weight if weight is None else weight, None, False)
 
 

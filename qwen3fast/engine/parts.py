@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qwen3fast.engine.compile import StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
@@ -23,13 +24,13 @@ from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)  # tokens of a prompt that are computed together
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
-# torch.compile sorts fewer pairs of token and expert than this otherwise than more.
+# torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
 
 # Sizes that vary between calls. Parts without the KV cache among their arguments have the same ranges in every engine,
 # which then finds what was compiled for others in Inductor's cache.
 MAX_ROWS = 4096
-MAX_TOKENS = 2**17  # without a cache; longer sequences are compiled each for itself
+MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
@@ -37,9 +38,8 @@ POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
     """Return ranges of the number of rows, from 2 to max_rows, with one form each; one row has a form of its own."""
-    ends = (
-        {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
-    )  # of products that stream their weight
+    # The largest numbers of rows for which products stream their weight.
+    ends = {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
     if device.type != cuda.DEVICE_TYPE and config.num_experts:
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
     ranges, least = [], 2
@@ -128,6 +128,7 @@ def run_sampler(kind: SamplerKind, _: None, logits_BV: Tensor, *rows: Tensor) ->
 class Parts:
     """The functions above, compiled or not, and one sampler per kind.
 
+    Each is called with the module that it runs, or None if it runs none, and tensors (see `StepPart`).
     embed and advance are compiled only for CUDA devices, where each of their operations would be a launch. The full
     sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
     (triton.enable_pdl; found by tools/compile_for_gpu.py).
@@ -159,6 +160,7 @@ class Parts:
     @classmethod
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
+        use_fast_layers(model)
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist

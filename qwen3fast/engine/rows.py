@@ -58,10 +58,21 @@ class Rows:
 
     @on_device
     def set_row(
-        self, row: int, length: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+        self,
+        row: int,
+        length: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        adapter: int = 0,
     ) -> None:
-        """Begin a request in a row whose cache holds `length` tokens."""
-        self.state.begin(row, length, temperature, top_k, top_p, min_p, seed)
+        """Begin a request in a row whose cache holds `length` tokens. adapter: the slot of its adapter, 0 for none.
+
+        Steps of a row with an adapter must be of a kind with `has_adapters`.
+        """
+        self.state.begin(row, length, temperature, top_k, top_p, min_p, seed, adapter)
 
     @on_device
     def set_processors(self, row: int, *arguments: Any) -> None:
@@ -82,7 +93,7 @@ class Rows:
     @on_device
     def clear_row(self, row: int) -> None:
         """Make a row empty: it can still take part in steps, and its cache does not change."""
-        for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R):
+        for tensor in (self.state.advance_R, self.state.input_R, self.state.temperature_R, self.state.adapter_R):
             tensor[row : row + 1].zero_()
         self.state.position_R[row : row + 1].fill_(EMPTY)
 

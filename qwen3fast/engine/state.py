@@ -29,6 +29,7 @@ class DecodeState:
         input_R: the token to feed. output_R: the last sampled token, -1 for invalid logits.
         position_R: the position of the input token; EMPTY for a row without a request.
         advance_R: 1 for rows in use, 0 for other rows, whose positions do not advance.
+        adapter_R: the slot of the row's adapter; 0 for none. See adapters.py.
         temperature_R and others: as in `SamplerRows`.
     """
 
@@ -42,6 +43,7 @@ class DecodeState:
     min_p_R: Tensor
     seed_R: Tensor
     step_R: Tensor
+    adapter_R: Tensor
 
     @classmethod
     def allocate(cls, rows: int, device: torch.device) -> DecodeState:
@@ -57,12 +59,21 @@ class DecodeState:
         return state
 
     def begin(
-        self, row: int, length: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+        self,
+        row: int,
+        length: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        adapter: int = 0,
     ) -> None:
-        """Begin a request in a row whose cache holds `length` tokens."""
-        names = ("position_R", "advance_R", "step_R", "temperature_R", "top_k_R", "top_p_R", "min_p_R", "seed_R")
-        for name, number in zip(names, (length, 1, 0, temperature, top_k, top_p, min_p, seed), strict=True):
-            getattr(self, name)[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
+        """Begin a request in a row whose cache holds `length` tokens. adapter: the slot of its adapter, 0 for none."""
+        names = ("position", "advance", "step", "temperature", "top_k", "top_p", "min_p", "seed", "adapter")
+        numbers = (length, 1, 0, temperature, top_k, top_p, min_p, seed, adapter)
+        for name, number in zip(names, numbers, strict=True):
+            getattr(self, f"{name}_R")[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
 
     def sampler_rows(self, rows: slice) -> SamplerRows:
         """Return the sampling parameters of some rows."""
@@ -151,8 +162,9 @@ class LogprobState:
 
 @dataclass(frozen=True)
 class StepKind:
-    """The work of a step after the forward pass: sampler, logits processors, log-probabilities."""
+    """The work of a step beside the base model's: sampler, logits processors, log-probabilities, adapters."""
 
     sampler: SamplerKind = SamplerKind.GREEDY
     is_processed: bool = False
     has_logprobs: bool = False
+    has_adapters: bool = False

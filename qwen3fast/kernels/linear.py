@@ -19,15 +19,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs, (..., N) each, of several layers for one x, (..., K). Quantized layers share a call."""
-    kind = type(layers[0])
-    if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
-        outputs: list[Tensor] = kind.forward_together(x, list(layers))
-        return outputs
-    return [layer(x) for layer in layers]
-
-
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, (..., N), same dtype. x: (..., K).
 

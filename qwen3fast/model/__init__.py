@@ -1,4 +1,8 @@
-"""The Qwen3 architecture, one part per file: norm, rope, attention, feed_forward, moe, block, qwen3 (in this order)."""
+"""The Qwen3 architecture, one part per file: norm, rope, attention, feed_forward, moe, block, qwen3 (in this order).
+
+Beside them: the numbers that define a model (config, yarn), the KV cache (kv_cache), and two helpers for layers that
+read the same input (linears, stacking).
+"""
 
 from qwen3fast.model.attention import Attention
 from qwen3fast.model.block import Block

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels.attention import cached_attention
-from qwen3fast.kernels.linear import Linear, linears
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer
+from qwen3fast.model.linears import linears
 from qwen3fast.model.norm import RMSNorm
 from qwen3fast.model.rope import apply_rope
 
@@ -20,8 +20,8 @@ from qwen3fast.model.rope import apply_rope
 class Attention(nn.Module):
     """Causal self-attention in which G query heads share one key/value head.
 
-    Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. The order matters: the wrong one changes
-    logits by only 0.1%, and tests compare tightly.
+    Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. After RoPE, the norm's weight, one number per
+    channel, would distort the rotated pairs. Only tight tests find that mistake: it changes logits by 0.1%.
     Source: grouped queries arXiv:2305.13245; QK-norm and shapes: Qwen3 technical report, arXiv:2505.09388, section 2.
     """
 
@@ -30,10 +30,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = Linear(hidden, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 

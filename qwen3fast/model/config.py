@@ -1,6 +1,6 @@
 """ModelConfig: the numbers that define a Qwen3, under Hugging Face's names.
 
-How a checkpoint stores them and the weights is read in checkpoint/hf_config.py.
+checkpoint/hf_config.py reads them from a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ModelConfig:
         tie_word_embeddings: the output projection shares the embedding's matrix.
         dtype: of the weights, as the checkpoint stores them.
         eos_token_ids: end a reply; the Generator adds the ids in generation_config.json.
-        yarn: the scaling of RoPE, None without one.
+        yarn: the scaling of RoPE; None for none.
         num_experts, num_experts_per_tok: routed experts per layer, and active ones per token.
         norm_topk_prob: the weights of a token's active experts sum to 1.
         decoder_sparse_step, mlp_only_layers: every decoder_sparse_step-th layer that is not in mlp_only_layers has
@@ -92,9 +92,10 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
-        """Return the config of a Qwen3 by its size (in either case): "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with
-        a mixture of experts "30b-a3b" or "235b-a22b".
+        """Return the config of a Qwen3 by its size.
 
+        name: "0.6b", "1.7b", "4b", "8b", "14b", "32b", or with a mixture of experts "30b-a3b" or "235b-a22b"; upper or
+        lower case.
         Raises: ValueError for any other name.
         """
         shape = _NAMED_SHAPES.get(name.lower())
@@ -136,8 +137,10 @@ class ModelConfig:
 
     @property
     def decode_parameters(self) -> int:
-        """Return the number of parameters that a decode step at batch size 1 reads: without an untied embedding, of
-        which it looks up a single row, and without experts that are not active."""
+        """Return the number of parameters that a decode step at batch size 1 reads.
+
+        These are all except an untied embedding, of which it reads a single row, and experts that are not active.
+        """
         outer = self.vocab_size * self.hidden_size + self.hidden_size
         return outer + sum(self._layer_size(layer, self.num_experts_per_tok) for layer in range(self.num_hidden_layers))
 
@@ -150,15 +153,14 @@ class ModelConfig:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * bytes_per_vector
 
     def _layer_size(self, layer: int, experts: int) -> int:
-        """Return the number of parameters of a layer, counting this many experts where it has any."""
+        """Return the number of parameters of a layer; `experts` of its experts are counted, if it has any."""
         q_size, kv_size = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = (q_size + 2 * kv_size + self.hidden_size) if self.attention_bias else 0
         attention = self.hidden_size * (2 * q_size + 2 * kv_size) + 2 * self.head_dim + bias
-        rows = self.intermediate_size
-        router = 0
+        width, router = self.intermediate_size, 0
         if self.is_sparse(layer):
-            rows, router = experts * self.moe_intermediate_size, self.num_experts * self.hidden_size
-        return attention + router + 3 * self.hidden_size * rows + 2 * self.hidden_size
+            width, router = experts * self.moe_intermediate_size, self.num_experts * self.hidden_size
+        return attention + router + 3 * self.hidden_size * width + 2 * self.hidden_size
 
 
 # A module is made for each of these, before any weight is read.

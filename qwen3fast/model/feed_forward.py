@@ -6,7 +6,7 @@ B batch rows   T tokens   E hidden_size
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels.linear import Linear, linears
+from qwen3fast.model.linears import linears
 
 
 class FeedForward(nn.Module):
@@ -15,9 +15,9 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         """hidden_size: of input and output. intermediate_size: of gate and up."""
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTE: Tensor) -> Tensor:
         """Return the output for each token: same shape and dtype."""

@@ -1,7 +1,9 @@
 """StaticKVCache: keys and values of all layers, allocated once and written in place, at fixed addresses.
 
-B batch rows   T tokens in this call   R slots (one request each)   K key/value heads   S positions allocated
-L positions read   D head_dim
+A slot is one request's place in the cache. The engine calls it a row.
+
+B batch rows   T tokens in this call   R slots   K key/value heads   D head_dim
+S positions of a slot   L positions read
 """
 
 from __future__ import annotations
@@ -19,92 +21,23 @@ from qwen3fast.model.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 
-class CacheLayer(NamedTuple):
-    """One layer's keys and values, (R, K, S, D) each, and the slots that a batch uses.
-
-    row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
-    k_scale_RKS, v_scale_RKS: float32, one scale per key and value vector where these are int8; otherwise None.
-    sdpa_from: used lengths from which PyTorch's attention serves prefill, see kernels/cpu/prefill.py; empty for never.
-    """
-
-    k_RKSD: Tensor
-    v_RKSD: Tensor
-    row_B: Tensor | None = None
-    k_scale_RKS: Tensor | None = None
-    v_scale_RKS: Tensor | None = None
-    sdpa_from: tuple[int, ...] = ()
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields that are tensors, or None: all but `sdpa_from`."""
-        return self[:-1]
-
-    def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
-        """Store new keys and values in place.
-
-        k_BTKD, v_BTKD: any float dtype, converted to the cache's. position_BT: int64, the positions to write.
-        """
-        row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
-        # Indexing dimensions 0 and 2 around a slice moves the indexed dimensions to the front: (B, T, K, D).
-        place = (row_B[:, None], slice(None), position_BT)
-        for x_BTKD, x_RKSD, scale_RKS in (
-            (k_BTKD, self.k_RKSD, self.k_scale_RKS),
-            (v_BTKD, self.v_RKSD, self.v_scale_RKS),
-        ):
-            if scale_RKS is not None:
-                x_BTKD, scale_RKS[place] = quantize_vectors(x_BTKD)
-            x_RKSD[place] = x_BTKD.to(x_RKSD.dtype)
-
-    def read(self, num_rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the batch's slots, first `length` positions: (B, K, L, D) each, as `dtype`."""
-        read = []
-        for x_RKSD, scale_RKS in ((self.k_RKSD, self.k_scale_RKS), (self.v_RKSD, self.v_scale_RKS)):
-            x_BKLD = self._rows(x_RKSD[:, :, :length], num_rows)
-            if scale_RKS is not None:
-                x_BKLD = x_BKLD * self._rows(scale_RKS[:, :, :length], num_rows)[..., None]
-            read.append(x_BKLD.to(dtype))
-        return read[0], read[1]
-
-    def _rows(self, x: Tensor, num_rows: int) -> Tensor:
-        return x[:num_rows] if self.row_B is None else x.index_select(0, self.row_B)
-
-
-def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the vectors of the last dimension to int8, -127 to 127, with one float32 scale per vector.
-
-    NaN and infinity are kept: they make the scale NaN or infinite.
-    Returns: int8 of the shape of x, and the scales without the last dimension.
-    """
-    x = x.float()
-    largest = x.abs().amax(dim=-1)
-    level = (x * torch.where(largest > 0, 127 / largest, 0.0)[..., None]).round()
-    return level.to(torch.int8), largest / 127
-
-
-CACHE_DTYPES = ("auto", "int8")
-
-
-def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of keys and values for a model of `dtype`. Raises: ValueError for a name not in CACHE_DTYPES."""
-    if name not in CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {name!r}")
-    return torch.int8 if name == "int8" else dtype
-
-
 class StaticKVCache:
-    """Memory for `max_batch_size` requests of up to `max_seq_len` tokens.
+    """Memory for the keys and values of `max_batch_size` requests, of up to `max_seq_len` tokens each.
 
-    S is max_seq_len rounded up to `granularity`, which makes room for padded prefill chunks, plus one: the positions
-    read are then never *all* positions, a special case that would have to be compiled separately. Attention reads the
-    first `bucket(used)` positions only: its cost follows the used length.
+    Attention reads the first `bucket(used)` positions, where `used` is the length of the longest text of a step, or in
+    some kernels just the used positions of each row. Its cost follows the used length, not the allocated one.
+
+    `allocated_len` is max_seq_len rounded up to a multiple of `granularity`, to make room for padded prefill chunks. A
+    slot has S = allocated_len + 1 positions. Nothing reads the last one: batch rows without a request write there (to
+    position -1). Because of it, attention never reads *all* positions, a case that would be compiled separately.
 
     Attributes:
-        keys, values: one contiguous (R, K, S, D) tensor per layer, zero at first (masked positions must hold finite
-            numbers: 0 * NaN is NaN).
-        key_scales, value_scales: for int8, one (R, K, S) tensor per layer, see `CacheLayer`.
-        buckets: the lengths that attention reads: multiples of `granularity`; on CUDA fewer (128, 256, 384, 512, 768,
-            1024, 1536, ...), since each has graphs of its own.
-        allocated_len: the longest bucket. num_bytes: of all tensors.
+        keys, values: one contiguous (R, K, S, D) tensor per layer, zero at first. Positions that a mask hides must
+            hold finite numbers too, as 0 * NaN is NaN.
+        key_scales, value_scales: for int8, one (R, K, S) tensor per layer, see `CacheLayer`; otherwise empty lists.
+        buckets: the numbers of positions that attention may read: multiples of `granularity`; on CUDA fewer (128, 256,
+            384, 512, 768, 1024, 1536, ...), since each has graphs of its own.
+        allocated_len: the largest bucket. num_bytes: of all tensors.
 
     Source: gpt-fast and transformers' StaticCache, for fixed addresses (CUDA graphs need them).
     """
@@ -176,14 +109,87 @@ class StaticKVCache:
 
 
 def _is_round(number: int) -> bool:
-    """Return whether it is a power of two, or three times one."""
+    """Return whether the number is a power of two, or three times a power of two."""
     while number % 2 == 0:
         number //= 2
     return number in (1, 3)
 
 
+class CacheLayer(NamedTuple):
+    """One layer of a `StaticKVCache`, (R, K, S, D) each for keys and values, and the slots that a batch uses.
+
+    row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
+    k_scale_RKS, v_scale_RKS: float32, for an int8 cache one scale per key vector and per value vector; otherwise None.
+    sdpa_from: a setting, not memory: from which used lengths on PyTorch's attention computes a chunk of a prompt on
+        CPUs, see kernels/cpu/prefill.py; empty for never.
+    """
+
+    k_RKSD: Tensor
+    v_RKSD: Tensor
+    row_B: Tensor | None = None
+    k_scale_RKS: Tensor | None = None
+    v_scale_RKS: Tensor | None = None
+    sdpa_from: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All fields except `sdpa_from`: tensors, or None."""
+        return self[:-1]
+
+    def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
+        """Store new keys and values in place.
+
+        k_BTKD, v_BTKD: any float dtype, converted to the cache's. position_BT: int64, the positions to write.
+        """
+        row_B = self.row_B if self.row_B is not None else torch.arange(k_BTKD.shape[0], device=position_BT.device)
+        # Indexing dimensions 0 and 2 around a slice moves the indexed dimensions to the front: (B, T, K, D).
+        place = (row_B[:, None], slice(None), position_BT)
+        for x_BTKD, x_RKSD, scale_RKS in (
+            (k_BTKD, self.k_RKSD, self.k_scale_RKS),
+            (v_BTKD, self.v_RKSD, self.v_scale_RKS),
+        ):
+            if scale_RKS is not None:
+                x_BTKD, scale_RKS[place] = quantize_vectors(x_BTKD)
+            x_RKSD[place] = x_BTKD.to(x_RKSD.dtype)
+
+    def read(self, num_rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the batch's slots, first `length` positions: (B, K, L, D) each, as `dtype`."""
+        read = []
+        for x_RKSD, scale_RKS in ((self.k_RKSD, self.k_scale_RKS), (self.v_RKSD, self.v_scale_RKS)):
+            x_BKLD = self._gather(x_RKSD[:, :, :length], num_rows)
+            if scale_RKS is not None:
+                x_BKLD = x_BKLD * self._gather(scale_RKS[:, :, :length], num_rows)[..., None]
+            read.append(x_BKLD.to(dtype))
+        return read[0], read[1]
+
+    def _gather(self, x: Tensor, num_rows: int) -> Tensor:
+        return x[:num_rows] if self.row_B is None else x.index_select(0, self.row_B)
+
+
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the vectors of the last dimension to int8, -127 to 127, with one float32 scale per vector.
+
+    NaN and infinity are kept: they make the scale NaN or infinite.
+    Returns: int8 of the shape of x, and the scales without the last dimension.
+    """
+    x = x.float()
+    largest = x.abs().amax(dim=-1)
+    level = (x * torch.where(largest > 0, 127 / largest, 0.0)[..., None]).round()
+    return level.to(torch.int8), largest / 127
+
+
+CACHE_DTYPES = ("auto", "int8")
+
+
+def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of keys and values for a model of `dtype`. Raises: ValueError for a name not in CACHE_DTYPES."""
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {name!r}")
+    return torch.int8 if name == "int8" else dtype
+
+
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on the device; None where it does not tell."""
+    """Return the bytes that can still be allocated on the device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":

@@ -1,24 +1,17 @@
 """Mixture of experts: a feed-forward layer of many experts, of which a router activates a few per token.
 
-Few tokens (a decode step) read only the weights of their active experts. Many tokens (prefill) are sorted by expert,
-and each expert's weights are read once. Rule of this file: no `.item()`, no shape that depends on data.
+These are the plain forms. An engine runs the same weights by the forms of kernels/experts.py (engine/fast_layers.py).
 
-B batch   T tokens   N = B*T tokens   X experts   C active experts per token   P = N*C pairs of token and expert
-E hidden_size   I moe_intermediate_size   O out_features   K in_features
+B batch   T tokens   N = B*T tokens   X experts   C active experts per token
+E hidden_size   I moe_intermediate_size
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from qwen3fast.kernels.grouped import grouped_linear
-from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.config import ModelConfig
 
 
@@ -39,42 +32,20 @@ class Experts(nn.Module):
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the outputs of each token's active experts, (N, C, E), same dtype. expert_NC: int64, their numbers.
 
-        Only the weights of these experts are read, once per pair.
+        It gathers the weights of these experts, once per token: right for a few tokens, as in a decode step.
         """
-        gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
-        return run_few(x_NE, expert_NC, gate_up, down)
+        gate_up_NCI = torch.einsum("ncie,ne->nci", self.gate_up_proj[expert_NC], x_NE)
+        gate_NCI, up_NCI = gate_up_NCI.chunk(2, dim=-1)
+        return torch.einsum("ncei,nci->nce", self.down_proj[expert_NC], F.silu(gate_NCI) * up_NCI)
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """Return the result of `few`, computed with one product per expert for all of its tokens."""
-        gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
-        return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
-
-
-# A product (P, O) of rows (P, K) with weights (O, K). The second argument is the expert of each row, (P,), or for rows
-# sorted by expert the end of each expert's rows, (X,).
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
-    """Return the outputs of each token's active experts, (N, C, E), by products that take the expert of each row.
-
-    expert_NC: int64, the experts' numbers.
-    """
-    N, C = expert_NC.shape
-    expert_P = expert_NC.flatten()
-    x_PE = x_NE[:, None].expand(N, C, -1).flatten(0, 1)
-    gate_PI, up_PI = gate_up(x_PE, expert_P).chunk(2, dim=-1)
-    return down(F.silu(gate_PI) * up_PI, expert_P).view(N, C, -1)
-
-
-def run_many(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
-    """Return the result of `run_few` by products of rows that are sorted by expert; see kernels/grouped.py."""
-    N, C = expert_NC.shape
-    expert_P, order_P = expert_NC.flatten().sort(stable=True)
-    end_X = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True)
-    gate_PI, up_PI = gate_up(x_NE[order_P // C], end_X).chunk(2, dim=-1)
-    y_PE = down(F.silu(gate_PI) * up_PI, end_X)
-    return y_PE[order_P.argsort()].view(N, C, -1)
+        """Return the result of `few`, reading each expert's weights once for all of its tokens, as in prefill."""
+        y_NCE = x_NE.new_empty(*expert_NC.shape, x_NE.shape[1])
+        for expert in expert_NC.unique().tolist():
+            n, c = torch.where(expert_NC == expert)
+            gate, up = F.linear(x_NE[n], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y_NCE[n, c] = F.linear(F.silu(gate) * up, self.down_proj[expert])
+        return y_NCE
 
 
 class MoE(nn.Module):
@@ -83,7 +54,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_chosen, self.is_renormalized = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def route(self, x_NE: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,18 +72,9 @@ class MoE(nn.Module):
         B, T, _ = x_BTE.shape
         x_NE = x_BTE.flatten(0, 1)
         share_NC, expert_NC = self.route(x_NE)
-        # With more rows, grouping reads less. But a step on CUDA devices must not wait for the host to read the groups.
+        # With more rows, `many` reads fewer weights. But its host may read the groups, for which a step on CUDA devices
+        # must not wait.
         is_few = T == 1 and (x_NE.device.type == "cuda" or B * self.num_chosen <= self.gate.weight.shape[0])
         y_NCE = self.experts.few(x_NE, expert_NC) if is_few else self.experts.many(x_NE, expert_NC)
         y_NE = (y_NCE.float() * share_NC[..., None]).sum(dim=1)
         return y_NE.to(x_BTE.dtype).view(x_BTE.shape)
-
-
-def chosen_linear(weight_XOK: Tensor, x_PK: Tensor, expert_P: Tensor) -> Tensor:
-    """Return x[p] @ weight[expert[p]].T for few rows, (P, O), same dtype. expert_P: int64.
-
-    Compiled, it is a sum that reads the weights in place; eagerly, they are gathered first.
-    """
-    if is_compiling():
-        return (weight_XOK[expert_P].float() * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
-    return torch.bmm(weight_XOK.index_select(0, expert_P), x_PK[..., None]).squeeze(-1)

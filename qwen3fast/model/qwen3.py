@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.block import Block
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import MoE
@@ -20,7 +19,10 @@ from qwen3fast.model.rope import rope_tables
 
 
 class Qwen3Body(nn.Module):
-    """The layers below the output projection, under the names that checkpoints use (`model.*`)."""
+    """The layers below the output projection, under the names that checkpoints use (`model.*`).
+
+    It has no forward: `Qwen3.hidden`, and the engine with its cache, run the layers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.model = Qwen3Body(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -60,9 +62,9 @@ class Qwen3(nn.Module):
         return logits_BTV
 
     def hidden(self, token_BT: Tensor) -> Tensor:
-        """Return the last block's output, (B, T, E), computed without a cache; rows start at position 0.
+        """Return the last block's output, before the final norm, (B, T, E), computed without a cache.
 
-        token_BT: int64 ids.
+        token_BT: int64 ids, from position 0 on.
         """
         _, T = token_BT.shape
         cos_TD, sin_TD = rope_tables(self.config.head_dim, self.config.rope_theta, T, token_BT.device, self.config.yarn)
@@ -98,7 +100,7 @@ def build_on_meta(config: ModelConfig) -> Qwen3:
 
 
 class _SkipInit(TorchFunctionMode):
-    """A mode that skips `torch.nn.init`, which does nothing for tensors on meta but import slow modules."""
+    """A mode that skips `torch.nn.init`: on meta tensors it has no effect, but imports slow modules."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

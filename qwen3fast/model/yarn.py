@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MAX_FACTOR = 1e6  # of any number here: far beyond any Qwen3
+MAX_FACTOR = 1e6  # the limit of each field except the length: far beyond any Qwen3
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ class Yarn:
         return int(self.factor * self.original_max_position_embeddings)
 
     def blend_range(self, head_dim: int, rope_theta: float) -> tuple[float, float]:
-        """Return the pairs between which frequencies are blended: the last one unchanged, the first one slowed."""
+        """Return two indices of pairs: frequencies up to the first are kept, and slowed from the second on.
+
+        Between the two, kept and slowed frequencies are blended.
+        """
 
         def pair_of(turns: float) -> float:
             # Pair i turns original_max_position_embeddings / (2 pi theta^(2i/D)) times in the original length.

@@ -19,24 +19,29 @@ DEQUANTIZE = "dequantize"  # the `quantization` that loads plain weights of a ch
 
 
 def quantize_model(
-    model: Qwen3, name: str, dtype: torch.dtype, progress: bool = False, modules_to_not_convert: Collection[str] = ()
+    model: Qwen3,
+    name: str | Format,
+    dtype: torch.dtype,
+    progress: bool = False,
+    modules_to_not_convert: Collection[str] = (),
 ) -> None:
     """Replace the model's linear layers, experts and token embedding by quantized ones, in place, one after another.
 
     On the `meta` device the new layers are empty, for a checkpoint that is quantized already. Layers whose shape cannot
     be packed stay plain, and so do routers: they are small, and their choice of experts matters.
 
-    name: "int8", "int4" or "fp8". dtype: of activations, which the embedding returns. progress: show a bar.
+    name: "int8", "int4", "uint4" or "fp8", or a format. dtype: of activations, which the embedding returns.
+    progress: show a bar.
     modules_to_not_convert: names of layers that stay plain.
     Raises: ValueError for an unknown format.
     """
-    format = get_format(name)
+    format = name if isinstance(name, Format) else get_format(name)
     convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in modules_to_not_convert}
     layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]
     layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
-    for layer_name, layer in tqdm(layers, desc=f"quantizing to {name}", unit="layer", disable=not progress):
+    for layer_name, layer in tqdm(layers, desc=f"quantizing to {format.name}", unit="layer", disable=not progress):
         if isinstance(layer, Experts):
-            quantize_experts(model, name, layer_name)
+            quantize_experts(model, format, layer_name)
         else:
             model.set_submodule(layer_name, _quantized(layer.weight, format, layer.bias))
     embedding = model.model.embed_tokens
@@ -75,7 +80,7 @@ def prepare_quantization(name: str, device: torch.device) -> None:
         cpu.load()
 
 
-def quantize_experts(model: Qwen3, name: str, module_name: str) -> None:
+def quantize_experts(model: Qwen3, name: str | Format, module_name: str) -> None:
     """Replace a module by quantized experts, if it is `Experts` with all of their weights and can be packed.
 
     Loaders call it for each module that was assigned a weight: only one layer's experts are then in memory unquantized.
@@ -85,7 +90,8 @@ def quantize_experts(model: Qwen3, name: str, module_name: str) -> None:
     if isinstance(experts, Experts) and can_quantize(experts):
         num_empty = sum(weight.is_meta for weight in experts.parameters())
         if num_empty in (0, 2):
-            model.set_submodule(module_name, QuantizedExperts.of(experts, get_format(name)))
+            format = name if isinstance(name, Format) else get_format(name)
+            model.set_submodule(module_name, QuantizedExperts.of(experts, format))
 
 
 def get_format(name: str) -> Format:

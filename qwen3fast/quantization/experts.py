@@ -17,18 +17,22 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.experts import run_few, run_many
 from qwen3fast.kernels.grouped import grouped_linear
-from qwen3fast.model.moe import Experts, run_few, run_many
+from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
 from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
 
 
 class QuantizedExperts(nn.Module):
-    """The weights of all experts as two tall layers: each expert's rows follow the previous expert's."""
+    """The weights of all experts as two tall layers, which may have different formats.
+
+    Each expert's rows follow the previous expert's.
+    """
 
     def __init__(self, gate_up_proj: QuantizedLinear, down_proj: QuantizedLinear, num_experts: int) -> None:
         super().__init__()
-        self.format, self.num_experts = gate_up_proj.format, num_experts
+        self.num_experts = num_experts
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # (X * 2I, E) and (X * E, I)
 
     @classmethod
@@ -37,16 +41,20 @@ class QuantizedExperts(nn.Module):
         gate_up, down = experts.gate_up_proj, experts.down_proj
         return cls(_tall(gate_up, format), _tall(down, format), num_experts=len(down))
 
+    def can_use_operation(self, x: Tensor) -> bool:
+        """Return whether the C++ operation serves these weights on the device of x."""
+        return all(can_use_operations(layer.format, x) for layer in (self.gate_up_proj, self.down_proj))
+
     def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the output of each token's active experts, (N, C, E); only their weights are read."""
-        if can_use_operations(self.format, x_NE):
+        if self.can_use_operation(x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         product = self._chosen_by_kernel if cuda.can_packed_experts(x_NE) else self._chosen
         return run_few(x_NE, expert_NC, *(partial(product, layer) for layer in (self.gate_up_proj, self.down_proj)))
 
     def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the same as `few`, in the way that is fast for many tokens."""
-        if can_use_operations(self.format, x_NE):
+        if self.can_use_operation(x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         gate_up, down = (partial(self._grouped, layer) for layer in (self.gate_up_proj, self.down_proj))
         return run_many(x_NE, expert_NC, self.num_experts, gate_up, down)
@@ -57,14 +65,14 @@ class QuantizedExperts(nn.Module):
         return y_NCE.to(x_NE.dtype)
 
     def _chosen_by_kernel(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
-        packed, is_fp8 = (layer.weight_packed, layer.weight_scale), self.format.name == "fp8"
+        packed, is_fp8 = (layer.weight_packed, layer.weight_scale), layer.format.name == "fp8"
         y_SPN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *packed, expert_P, self.num_experts, is_fp8)
         return y_SPN.sum(0).to(x_PK.dtype)
 
     def _chosen(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
         rows = layer.out_features // self.num_experts
         row_PN = expert_P[:, None] * rows + torch.arange(rows, device=x_PK.device)
-        weight = self.format.rows(Packed(layer.weight_packed, layer.weight_scale), row_PN.flatten())
+        weight = layer.format.rows(Packed(layer.weight_packed, layer.weight_scale), row_PN.flatten())
         weight_PNK = weight.view(*row_PN.shape, -1)
         if is_compiling():
             return (weight_PNK * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
@@ -85,7 +93,7 @@ class QuantizedExperts(nn.Module):
         stack = torch.empty(self.num_experts, rows, in_features, dtype=dtype, device=layer.weight_packed.device)
         parts = (part.chunk(self.num_experts) for part in (layer.weight_packed, layer.weight_scale))
         for expert, packed in enumerate(zip(*parts, strict=True)):
-            stack[expert] = self.format.dequantize(Packed(*packed))
+            stack[expert] = layer.format.dequantize(Packed(*packed))
         return stack
 
 

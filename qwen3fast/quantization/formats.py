@@ -1,8 +1,7 @@
-"""Weights in 8 and 4 bits: how they are quantized, and the order of their bytes in memory and on disk.
+"""Weights in 8 and 4 bits: how they are quantized; packed.py describes the order of their bytes.
 
-All formats are symmetric: weight = (level - zero) * scale with zero 128 or 8, or the float8 number * scale. Rows lie in
-blocks of 16, and in a block, 32 bits hold four neighboring channels of a row, next to those of the next row: a decode
-step streams through memory once, in order, and one vector instruction takes 16 rows.
+int8, int4 and fp8 are symmetric: weight = (level - zero) * scale with zero 128 or 8, or the float8 number * scale.
+uint4 has a minimum or a zero point per group (uint4.py).
 
     N out_features   K in_features
 """
@@ -10,32 +9,32 @@ step streams through memory once, in order, and one vector instruction takes 16 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
+from qwen3fast.quantization.packed import (
+    GROUP,
+    LANES,
+    Packed,
+    by_blocks,
+    bytes_of_rows,
+    levels_of_rows,
+    pack_bytes,
+    pack_halves,
+    sum_of_halves,
+)
+from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4
 
-LANES = 16  # rows in a block
-GROUP = 32  # channels that share a scale in 4 bits
+__all__ = ["FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
+
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
 # Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
+IN_CPP = ("int8", "int4")  # formats that rounding.cpp quantizes to
 INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-
-
-class Packed(NamedTuple):
-    """A quantized (N, K) weight.
-
-    int8: weight (N/16, K/4, 16, 4) uint8; scale (N,) float32, one per row.
-    fp8:  the same, with the bytes of float8_e4m3fn numbers.
-    int4: weight (N/16, K/8, 16, 4) uint8, channel 8j+i in the low half and 8j+4+i in the high half of byte i;
-          scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row.
-    """
-
-    weight: Tensor
-    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Format:
     Attributes:
         quantize: packs a weight (N, K) in any float dtype; N is a multiple of 16, K of 32.
         rows: dequantizes some rows, (R, K) float32, given their int64 numbers (R,).
+        is_affine: has a minimum or a zero point per group of channels.
+        layout_of: the layout of an affine format's scales, given K.
         devices: types of devices that there are kernels for.
     """
 
@@ -52,7 +53,14 @@ class Format:
     bits: int
     quantize: Callable[[Tensor], Packed]
     rows: Callable[[Packed, Tensor], Tensor]
+    is_affine: bool = False
+    layout_of: Callable[[int], Layout] = Layout.default
     devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
+        """Return this (affine) format with another layout of scales."""
+        assert self.is_affine, "other formats have one layout"
+        return replace(self, layout_of=layout_of, quantize=partial(quantize_uint4, layout_of=layout_of))
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the whole weight, (N, K) float32."""
@@ -64,6 +72,9 @@ class Format:
         weight = torch.empty(blocks, in_features * self.bits // 32, LANES, 4, dtype=torch.uint8, device=device)
         if self.bits == 8:
             return Packed(weight, torch.empty(out_features, dtype=torch.float32, device=device))
+        if self.is_affine:
+            shape = self.layout_of(in_features).shape(out_features, in_features)
+            return Packed(weight, torch.empty(shape, dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))
 
 
@@ -82,12 +93,12 @@ def quantize_int8(weight_NK: Tensor) -> Packed:
 
 def pack_int8(byte_NK: Tensor, scale_N: Tensor) -> Packed:
     """Pack 8-bit levels (uint8; 128 is zero) and one scale per row."""
-    return Packed(_side_by_side(byte_NK), scale_N.float())
+    return Packed(pack_bytes(byte_NK), scale_N.float())
 
 
 def rows_int8(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
-    return (_row_bytes(packed, row_R).float() - 128) * packed.scale[row_R, None]
+    return (bytes_of_rows(packed, row_R).float() - 128) * packed.scale[row_R, None]
 
 
 def quantize_fp8(weight_NK: Tensor) -> Packed:
@@ -95,22 +106,12 @@ def quantize_fp8(weight_NK: Tensor) -> Packed:
     weight = weight_NK.float()
     scale_N = weight.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
     number_NK = (weight / scale_N.clamp(min=1e-30)[:, None]).to(torch.float8_e4m3fn)
-    return Packed(_side_by_side(number_NK.view(torch.uint8)), scale_N)
+    return Packed(pack_bytes(number_NK.view(torch.uint8)), scale_N)
 
 
 def rows_fp8(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
-    return _row_bytes(packed, row_R).contiguous().view(torch.float8_e4m3fn).float() * packed.scale[row_R, None]
-
-
-def _side_by_side(byte_NK: Tensor) -> Tensor:
-    """Return one byte per weight in the order of 8-bit formats."""
-    N, K = byte_NK.shape
-    return byte_NK.view(N // LANES, LANES, K // 4, 4).transpose(1, 2).contiguous()
-
-
-def _row_bytes(packed: Packed, row_R: Tensor) -> Tensor:
-    return packed.weight[row_R // LANES, :, row_R % LANES].flatten(1)
+    return bytes_of_rows(packed, row_R).contiguous().view(torch.float8_e4m3fn).float() * packed.scale[row_R, None]
 
 
 def quantize_int4(weight_NK: Tensor) -> Packed:
@@ -140,7 +141,7 @@ def _best_int4(group: Tensor) -> tuple[Tensor, Tensor]:
     for share in INT4_RANGES:
         scale = (largest * (-share / 8)).to(torch.bfloat16).float()
         level = torch.round(group / torch.where(scale == 0, 1.0, scale)).clamp_(-8, 7)
-        error = _sum_of_halves((level * scale - group).square_())
+        error = sum_of_halves((level * scale - group).square_())
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
@@ -148,26 +149,14 @@ def _best_int4(group: Tensor) -> tuple[Tensor, Tensor]:
     return best_scale, best_level
 
 
-def _sum_of_halves(x: Tensor) -> Tensor:
-    """Return sums over the last dimension (a power of two; kept) in an order that no machine changes."""
-    while (half := x.shape[-1] // 2) > 0:
-        x = x[..., :half] + x[..., half:]
-    return x
-
-
 def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:
     """Pack 4-bit levels (uint8, 0 to 15; 8 is zero) and one scale per 32 channels, rounded to bfloat16."""
-    N, K = level_NK.shape
-    # (block, row, 8 channels, half, 4 channels): the second four channels go to the high halves.
-    low, high = level_NK.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
-    scale = scale_NG.view(N // LANES, LANES, K // GROUP).transpose(1, 2)
-    return Packed((low | high << 4).transpose(1, 2).contiguous(), scale.to(torch.bfloat16).contiguous())
+    return Packed(pack_halves(level_NK), by_blocks(scale_NG).to(torch.bfloat16))
 
 
 def rows_int4(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
-    byte = packed.weight[row_R // LANES, :, row_R % LANES]  # (R, K/8, 4)
-    level = torch.stack([byte & 15, byte >> 4], dim=2).view(len(row_R), -1, GROUP).float() - 8
+    level = levels_of_rows(packed, row_R).float() - 8
     scale = packed.scale[row_R // LANES, :, row_R % LANES].float()
     return (level * scale[..., None]).flatten(1)
 
@@ -175,6 +164,7 @@ def rows_int4(packed: Packed, row_R: Tensor) -> Tensor:
 FORMATS = {
     "int8": Format("int8", 8, quantize_int8, rows_int8),
     "int4": Format("int4", 4, quantize_int4, rows_int4),
+    "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8, devices=("cuda",)),
 }
 
@@ -185,8 +175,8 @@ def quantize(weight_NK: Tensor, format: Format) -> Packed:
     It calls `format.quantize` for some blocks of rows at a time, or C++, which returns the same numbers in one pass.
     """
     N, K = weight_NK.shape
-    is_served = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and "cpu" in format.devices
-    if is_served and cpu.is_loaded():
+    is_on_cpu = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu"
+    if is_on_cpu and format.name in IN_CPP and cpu.is_loaded():
         packed = format.empty(N, K)
         cpu.quantize_weight(weight_NK.contiguous(), *packed)
         return packed

@@ -59,9 +59,9 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
         """Return each layer's product with the same x, (..., K), from one call: one (..., N) per layer, same dtype."""
-        if any(layer.format is not layers[0].format for layer in layers):
+        if any(layer.dequantize_from != layers[0].dequantize_from for layer in layers):
             return [layer(x) for layer in layers]
-        if can_use_operations(layers[0].format, x):
+        if all(can_use_operations(layer.format, x) for layer in layers):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(),
                 [layer.weight_packed for layer in layers],

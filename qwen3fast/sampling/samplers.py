@@ -29,7 +29,10 @@ class SamplerKind(enum.Enum):
 
 
 class SamplerRows(NamedTuple):
-    """Sampling parameters of B rows: temperature, top_p and min_p in float32; top_k, seed and step in int64."""
+    """Sampling parameters of B rows: temperature, top_p and min_p in float32; top_k, seed and step in int64.
+
+    step: the number of tokens that the row's request has sampled so far.
+    """
 
     temperature_B: Tensor
     top_k_B: Tensor

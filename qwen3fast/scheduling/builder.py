@@ -10,6 +10,7 @@ from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
 from qwen3fast.scheduling.request import Request
@@ -32,9 +33,11 @@ class RequestBuilder:
         eos_ids: frozenset[int],
         default_params: SamplingParams,
         worker: EngineWorker,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
         self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
+        self._adapters = adapters or AdapterRegistry(worker)
         self._reasoning = ReasoningFormat(tokenizer)
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
@@ -67,6 +70,7 @@ class RequestBuilder:
                 raise ValueError(
                     f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
                 )
+        adapter = self._adapters.find(p.adapter) if p.adapter is not None else None
         whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
         default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
         ids, max_tokens = fit_context(whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
@@ -99,6 +103,7 @@ class RequestBuilder:
                 logits_processor=p.logits_processor,
                 logprobs=p.logprobs,
                 wanted_logprobs=None if p.prompt_logprobs is None or index else WantedLogprobs(1, p.prompt_logprobs),
+                adapter=adapter,
                 continues=continues.request if continues is not None else None,
             )
             handles.append(RequestHandle(request, stream, self._worker, call_format))
@@ -117,7 +122,7 @@ class RequestBuilder:
             raise ValueError(f"n is {params.n}, but a stream is one reply; use generate(), or start n of them")
         return self.build(prompt, params, on_overflow, continues, tools)[0]
 
-    def build_score(self, prompt: Any, continuation: Any) -> RequestHandle:
+    def build_score(self, prompt: Any, continuation: Any, adapter: str | None = None) -> RequestHandle:
         """Return the request that computes the log-probabilities of a continuation: its prompt is both together.
 
         It samples one token, since a request ends with a token, and reuses what the KV cache holds of `prompt`.
@@ -142,6 +147,7 @@ class RequestBuilder:
             max_tokens=1,
             stop_ids=frozenset(),
             wanted_logprobs=WantedLogprobs(len(ids), 1),
+            adapter=self._adapters.find(adapter) if adapter is not None else None,
         )
         return RequestHandle(request, TextStream(None), self._worker)
 

@@ -163,5 +163,6 @@ class Dispatcher:
             waiting=len(scheduler.waiting),
             prefilled_tokens=scheduler.prefilled_tokens,
             reused_tokens=scheduler.reused_tokens,
+            adapter_bytes=engine.adapters.num_bytes if engine.adapters is not None else 0,
             forms=dict(engine.parts.forms.choices),
         )

@@ -1,7 +1,8 @@
 """PrefixCache: records the tokens that slots of the KV cache hold, for prompts that begin with the same tokens.
 
-Keys and values of a token depend only on the tokens up to it: a common prefix has the same ones in all requests (up to
-rounding, as chunks and steps of other sizes sum in other orders).
+Keys and values of a token depend only on the tokens up to it, and on the adapter that computed them: a common prefix
+has the same ones in all requests with the same adapter (up to rounding, as chunks and steps of other sizes sum in other
+orders).
 Source: prefix caching in vLLM; RadixAttention, arXiv:2312.07104.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qwen3fast.engine.prefill import usable_prefix
+from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.request import Request
 
 
@@ -69,16 +71,20 @@ class PrefixCache:
         active: Mapping[int, Request],
         continues: Request | None = None,
         most_reused: int | None = None,
+        adapter: Adapter | None = None,
     ) -> Plan:
         """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
 
         Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
         (`continues`), or contains completely, are taken over instead of copied.
         most_reused: tokens of the prompt that may be reused; None for all.
+        adapter: of the prompt; None for the base model.
         """
         most = len(prompt_ids) if most_reused is None else most_reused
         free = [slot for slot in range(len(self._slots)) if slot not in active]
-        source, reused, logits_1V = self._longest(prompt_ids, active, most) if self._is_enabled else (free[0], 0, None)
+        source, reused, logits_1V = free[0], 0, None
+        if self._is_enabled:
+            source, reused, logits_1V = self._longest(prompt_ids, active, most, adapter)
         evicted = min(free, key=lambda slot: (bool(self._slots[slot].tokens), self._slots[slot].used_at))
         if reused and source in free:
             cached = self._slots[source]
@@ -87,11 +93,14 @@ class PrefixCache:
         return Plan(free[0], evicted, source, reused, logits_1V)
 
     def _longest(
-        self, prompt_ids: list[int], active: Mapping[int, Request], most: int
+        self, prompt_ids: list[int], active: Mapping[int, Request], most: int, adapter: Adapter | None
     ) -> tuple[int, int, Tensor | None]:
         """Return the slot with the longest common prefix, the number of tokens to reuse, and logits if all are."""
-        source, shared = 0, -1
+        source, shared = 0, 0
         for slot in range(len(self._slots)):
+            holder = active[slot] if slot in active else self._slots[slot].owner
+            if holder is not None and holder.adapter is not adapter:
+                continue
             length = min(most, common_prefix(prompt_ids, self.tokens(slot, active)))
             if length == len(prompt_ids):
                 logits_1V = self._logits(slot, prompt_ids, active)

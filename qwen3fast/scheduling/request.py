@@ -16,6 +16,7 @@ from qwen3fast.engine.prefill import Prefill
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import Logprobs
 from qwen3fast.sampling.constraints import TokenConstraint
+from qwen3fast.scheduling.adapters import Adapter
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class Request:
         constraint: restricts the next token, at every token. logits_processor: see `SamplingParams`.
         logprobs: the number of most likely tokens to record beside the chosen one; None records no log-probabilities.
         wanted_logprobs: of the prompt's tokens; None for none.
+        adapter: the LoRA adapter that its tokens are computed with; None for the base model.
         continues: an earlier request that this one continues; its slot of the cache may be taken over, not copied.
         on_change: called, in the worker's thread, after each new token and at the end.
         on_leave_queue: called once, when the request leaves the queue.
@@ -55,6 +57,7 @@ class Request:
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
     logprobs: int | None = None
     wanted_logprobs: WantedLogprobs | None = None
+    adapter: Adapter | None = None
     continues: Request | None = None
     on_change: Callable[[], None] = lambda: None
     on_leave_queue: Callable[[], None] = lambda: None
@@ -74,6 +77,11 @@ class Request:
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
+
+    @property
+    def adapter_slot(self) -> int:
+        """The slot of its adapter; 0 for none."""
+        return self.adapter.slot if self.adapter is not None else 0
 
     @property
     def processor_arguments(self) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ keeps its contents after its request has ended, and prompts with the same beginn
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
+from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request
 
@@ -27,7 +29,8 @@ class Scheduler:
     found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
     while a request's next token depends on the host (constraints, logits processors).
 
-    If a request fails, the others continue; its `error` is the reason. An error of a step ends all of its requests.
+    If a request fails, the others continue; its `error` is the reason. An error of a whole step ends all requests that
+    have a slot.
 
     Attributes:
         waiting: queued requests, oldest first. active: requests that have a slot, by slot.
@@ -46,11 +49,25 @@ class Scheduler:
         cache = engine.cache
         self.prefixes = PrefixCache(cache.max_batch_size, cache.allocated_len, multiple, reuse_prefixes)
         self._in_flight: deque[dict[int, Request]] = deque()  # slots of each launched step, oldest first
+        self._retiring: dict[Adapter, Future[None]] = {}  # adapters whose requests finish
         self.dropped_tokens = self.reused_tokens = self.prefilled_tokens = 0
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
+        """Queue a request. It fails at once if its adapter is being unloaded."""
+        try:
+            if request.adapter is not None:
+                request.adapter.check_loaded()
+        except RuntimeError as err:
+            request.leave_queue()
+            return request.fail(err)
         self.waiting.append(request)
+
+    def retire(self, adapter: Adapter) -> Future[None]:
+        """Accept no more requests with an adapter. Returns: a future that is done when the earlier ones have ended."""
+        adapter.is_loaded = False
+        ended = self._retiring[adapter] = Future()
+        self._release_finished()
+        return ended
 
     def cancel(self, request: Request) -> None:
         """Cancel a request, queued or running; its slot is free at once."""
@@ -71,11 +88,12 @@ class Scheduler:
         request = self._next_to_prefill()
         if request is not None:
             self._prefill(request)
+        # Before the first token, a request has launched 0; once all are launched, it only waits for results.
         slots = {slot: r for slot, r in self.active.items() if 0 < r.launched < r.max_tokens}
         if slots:
             self._launch(slots)
-        most = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
-        while len(self._in_flight) > most:
+        max_ahead = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
+        while len(self._in_flight) > max_ahead:
             self._collect()
 
     def fail_all(self, error: BaseException) -> None:
@@ -97,6 +115,9 @@ class Scheduler:
         self.waiting.clear()
         self.active.clear()
         self._in_flight.clear()
+        for ended in self._retiring.values():
+            ended.set_exception(error)
+        self._retiring.clear()
 
     def _launch(self, slots: dict[int, Request]) -> None:
         for slot, request in slots.items():
@@ -110,6 +131,7 @@ class Scheduler:
             kind_for((request.temperature, request.top_k) for request in slots.values()),
             any(request.is_processed for request in slots.values()),
             any(request.logprobs is not None for request in slots.values()),
+            any(request.adapter is not None for request in slots.values()),
         )
         self.engine.launch(max(slots) + 1, used, kind, _hook_for(slots))
         self._in_flight.append(slots)
@@ -146,9 +168,10 @@ class Scheduler:
 
     def _admit(self, request: Request) -> None:
         """Give a request a slot, and copy the part of its prompt that another slot holds."""
-        plan = self.prefixes.plan(request.prompt_ids, self.active, request.continues, request.most_reused)
+        wanted = (request.prompt_ids, self.active, request.continues, request.most_reused, request.adapter)
+        plan = self.prefixes.plan(*wanted)
         source = plan.source
-        if plan.evicted != plan.slot:
+        if plan.evicted != plan.slot:  # the request gets the lowest free slot; contents worth keeping move away from it
             self._swap(plan.slot, plan.evicted)
             source = {plan.slot: plan.evicted, plan.evicted: plan.slot}.get(source, source)
         if plan.reused and source != plan.slot:
@@ -163,7 +186,7 @@ class Scheduler:
             self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
             request.prefill = self.engine.begin_prefill(
-                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs
+                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.adapter_slot
             )
 
     def _prefill(self, request: Request) -> None:
@@ -184,7 +207,7 @@ class Scheduler:
 
     def _sample_first(self, slot: int, request: Request, logits_1V: Tensor) -> None:
         sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
-        self.engine.set_row(slot, len(request.prompt_ids), *sampling)
+        self.engine.set_row(slot, len(request.prompt_ids), *sampling, request.adapter_slot)
         if request.is_processed:
             self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
         self._restrict(slot, request)
@@ -222,6 +245,15 @@ class Scheduler:
             self._in_flight.clear()
             self.engine.forget()
         self._close_gaps()
+        if self._retiring:
+            self._end_retired()
+
+    def _end_retired(self) -> None:
+        """Clear the slots of adapters that are being unloaded and that no request uses any more."""
+        used = {request.adapter for request in (*self.waiting, *self.active.values())}
+        for adapter in [adapter for adapter in self._retiring if adapter not in used]:
+            self.engine.write_adapter(adapter.slot, {})
+            self._retiring.pop(adapter).set_result(None)
 
     def _close_gaps(self) -> None:
         """Move requests to lower free slots where this makes steps smaller: steps run all slots up to the last in use.
@@ -241,7 +273,7 @@ class Scheduler:
                 request.prefill.row = free
 
     def _erase(self, slot: int, start: int, end: int) -> None:
-        """Zero keys and values of a slot that may be NaN: of tokens without a successor, and of the last padding."""
+        """Zero positions start..end-1 of a slot, which may hold NaN, and the padding of a last chunk after them."""
         self.engine.erase(slot, start, end + CHUNK_SIZES[-1])
 
     def _swap(self, slot: int, other: int, positions: int = 0) -> None:

@@ -30,12 +30,18 @@ class UncachedRun:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Compute one token. Raises: exceptions of the constraint or the logits_processor."""
+        """Compute one token.
+
+        Raises: exceptions of the constraint or the logits_processor; RuntimeError if the adapter was unloaded.
+        """
         engine, request = self._engine, self._request
+        if request.adapter is not None:
+            request.adapter.check_loaded()
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
         if request.wanted_logprobs is not None and not request.output_ids:
-            request.accept_prompt(engine.prompt_logprobs_uncached(request.prompt_ids, request.wanted_logprobs))
-        logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids)
+            wanted = (request.prompt_ids, request.wanted_logprobs, request.adapter_slot)
+            request.accept_prompt(engine.prompt_logprobs_uncached(*wanted))
+        logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids, request.adapter_slot)
         words_W = request.allowed_words(self._vocab_size)
         if words_W is not None and self._processors is not None:
             self._processors.allow(0, words_W)

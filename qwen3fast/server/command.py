@@ -54,6 +54,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
     parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="LoRA adapter over the one --model, chosen by requests with its name as model; repeatable",
+    )
     parser.add_argument("--max-batch-size", type=int, default=8, help="requests decoded together [%(default)s]")
     parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait [%(default)s]")
@@ -114,6 +121,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             source, common["adapter"] = base, source
         models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
 
+    adapters = _adapters(args)
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
     for spec in generators:
         add(
@@ -122,6 +130,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
             max_queue=args.max_queue,
+            adapters=adapters,
             threads=args.threads,
             compile="auto" if args.no_warmup else True,
         )
@@ -135,6 +144,19 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     for spec in args.reranker:
         add(spec, Reranker)
     return models
+
+
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Return the sources of the adapters by name. Raises: ValueError for a bad or repeated name, or several models."""
+    adapters: dict[str, str] = {}
+    for spec in args.adapter:
+        name, _, source = spec.partition("=")
+        if not name or not source or name in adapters:
+            raise ValueError(f"--adapter must be NAME=SOURCE, each name once, got {spec!r:.200}")
+        adapters[name] = source
+    if adapters and (len(args.model or ()) > 1 or (not args.model and (args.embedder or args.reranker))):
+        raise ValueError("--adapter needs a single --model, which the adapters belong to")
+    return adapters
 
 
 def _base_of_adapter(source: str) -> str | None:
@@ -183,7 +205,7 @@ def serve(app: Starlette, host: str, port: int) -> int:
     """
     config = uvicorn_config(app, host, port, lifespan="on")
     listening = bind(config, app.state.server.options.send_timeout_s)  # here, to name the port that 0 has taken
-    names = ", ".join(served.name for served in app.state.server.models.served)
+    names = ", ".join(served.name for served in app.state.server.models.with_adapters)
     logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])
     try:
         asyncio.run(DrainingServer(config).serve(sockets=[listening]))

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
-from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
+from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import (
     Prompt,
     new_id,
@@ -128,7 +128,7 @@ def _is_ids(value: Any) -> bool:
 
 async def _complete(request: Request, wanted: CompletionRequest) -> list[GenerationResult]:
     state = state_of(request)
-    async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
+    async with started(wanted.served, wanted.jobs(), state.options.compile_timeout_s) as handles:
         finished = await results(handles)
     state.count(request, wanted.served, finished)
     return finished
@@ -183,7 +183,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             extra = {"usage": usage_so_far(len(handles[index].request.prompt_ids), new_tokens[index])}
         return event({**wanted.envelope(), "choices": [choice], **extra})
 
-    async with started(generator_of(wanted.served), wanted.jobs(), state.options.compile_timeout_s) as handles:
+    async with started(wanted.served, wanted.jobs(), state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield chunk(i, wanted.echoed(i))
         async for piece in pieces(handles, state.options.stream_interval_s):

@@ -71,8 +71,8 @@ class Delta:
 async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
     """Return all replies, once they have ended. Raises: the error that ended one of them."""
     state = state_of(request)
-    generator, compile_timeout_s = generator_of(conversation.served), state.options.compile_timeout_s
-    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
+    compile_timeout_s = state.options.compile_timeout_s
+    async with started(conversation.served, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
         finished = await results(handles)
     state.count(request, conversation.served, finished)
     return finished
@@ -84,12 +84,12 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     Reasoning, content and tool calls of all deltas, joined, are equal to the whole reply's.
     Raises: the error that ended one of them.
     """
-    state, generator = state_of(request), generator_of(conversation.served)
+    state = state_of(request)
     compile_timeout_s, call_format = state.options.compile_timeout_s, conversation.call_format()
     streams = [AnswerStream(call_format) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
     new_tokens = [0] * conversation.sampling.n
-    async with started(generator, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
+    async with started(conversation.served, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
         prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
         async for piece in pieces(handles, state.options.stream_interval_s):

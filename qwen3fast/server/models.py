@@ -20,10 +20,16 @@ KINDS: dict[str, type] = {"generate": Generator, "embed": Embedder, "rerank": Re
 
 @dataclass
 class ServedModel:
-    """A model under a name. lock: held while an Embedder or Reranker computes, which serve one request at a time."""
+    """A model under a name.
+
+    adapter: the LoRA adapter of the Generator that its requests run with; None for the model itself. parent: the name
+    of the adapter's model. lock: held while an Embedder or Reranker computes, which serve one request at a time.
+    """
 
     name: str
     model: AnyModel
+    adapter: str | None = None
+    parent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -44,27 +50,51 @@ class ServedModel:
             "object": "model",
             "created": self.created,
             "owned_by": "qwen3fast",
-            "root": self.name,
+            "root": self.parent or self.name,
+            "parent": self.parent,
             "max_model_len": self.max_length,
             "task": self.kind,
         }
 
 
 class Models:
-    """The models of a server. Requests without `model` get the first one of their kind."""
+    """The models of a server, and the LoRA adapters of its Generators, which are models of their own to clients.
+
+    Requests without `model` get the first model of their kind, without adapter. An adapter that a Generator loads while
+    the server runs is served as soon as it is loaded.
+
+    Attributes:
+        served: the models themselves.
+    """
 
     def __init__(self, models: dict[str, AnyModel]) -> None:
-        """Raises: ValueError for no models."""
+        """Raises: ValueError for no models, and for an adapter with the name of a model or of another adapter."""
         if not models:
             raise ValueError("a server needs at least one model")
         self.served = [ServedModel(name, model) for name, model in models.items()]
+        self._adapted: dict[tuple[str, str], ServedModel] = {}  # by the names of model and adapter
+        names = [served.name for served in self.with_adapters]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models and adapters of a server need names of their own; twice: {', '.join(twice)}")
+
+    @property
+    def with_adapters(self) -> list[ServedModel]:
+        """The models in their order, then their adapters."""
+        adapted = [
+            self._adapted.setdefault((own.name, name), ServedModel(name, own.model, name, own.name))
+            for own in self.served
+            if isinstance(own.model, Generator)
+            for name in own.model.adapters
+        ]
+        return [*self.served, *adapted]
 
     def find(self, name: str) -> ServedModel:
         """Return the model of that name. Raises: ApiError (404)."""
-        for served in self.served:
+        known = self.with_adapters
+        for served in known:
             if served.name == name:
                 return served
-        names = ", ".join(served.name for served in self.served)
+        names = ", ".join(served.name for served in known)
         raise ApiError(404, f"model {name!r:.200} does not exist; this server has {names}", "model", "model_not_found")
 
     def choose(self, fields: Fields, kind: str) -> ServedModel:

@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.server.fields import Fields
+from qwen3fast.server.models import ServedModel, generator_of
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -45,22 +45,25 @@ def now() -> int:
 
 @asynccontextmanager
 async def started(
-    generator: Generator,
+    served: ServedModel,
     jobs: Sequence[tuple[Prompt, SamplingParams]],
     compile_timeout_s: float,
     tools: Tools | None = None,
 ) -> AsyncIterator[list[RequestHandle]]:
     """Start one reply per job, and cancel unfinished ones at the end of the block.
 
+    served: the model, which may be an adapter of a Generator.
     tools: the functions that the prompts offer.
     Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
+    generator = generator_of(served)
     is_wanted = True
 
     def start_all() -> None:  # in a thread: tokenizing and compiling schemas must not hold up other clients
         for prompt, params in jobs:
-            handles.append(generator.submit(prompt, params, timeout=0, tools=tools))
+            with_adapter = replace(params, adapter=served.adapter)
+            handles.append(generator.submit(prompt, with_adapter, timeout=0, tools=tools))
             if not is_wanted:  # a thread cannot be stopped, so it looks for itself
                 handles[-1].cancel()
                 return

@@ -14,7 +14,7 @@ from qwen3fast.server.state import state_of
 
 async def models(request: Request) -> Response:
     """List the models."""
-    return JSONResponse({"object": "list", "data": [m.to_openai() for m in state_of(request).models.served]})
+    return JSONResponse({"object": "list", "data": [m.to_openai() for m in state_of(request).models.with_adapters]})
 
 
 async def model(request: Request) -> Response:

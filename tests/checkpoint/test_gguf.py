@@ -16,20 +16,22 @@ from test_lora import modules_of, write_adapter
 
 from qwen3fast import Embedder, Generator, SamplingParams, load_model
 from qwen3fast.checkpoint import read_config, read_generation_config
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import linears
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.uint4 import Layout
 from qwen3fast.text.tokenizer import Tokenizer
 
 # Rows of 256 numbers, which the K-types come in.
@@ -146,7 +148,24 @@ def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
             assert_same(ours[name].view_as(levels), levels * scales.bfloat16().float())
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(
+    ("kind", "quantization", "layout"),
+    [("Q4_K", None, Layout(256)), ("Q4_1", None, Layout(32)), ("Q4_0", "uint4", Layout(32, has_zero=True))],
+)
+def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantization, layout):
+    file = tmp_path / "model.gguf"
+    written = write_gguf(file, randomised(small_config(**SIZES, tie_word_embeddings=False)), kind)
+    loaded = load_model(file, "cpu", quantization=quantization)
+    assert formats_of(loaded) == ["uint4"]
+    for layer in loaded.modules():
+        if isinstance(layer, QuantizedLinear):
+            assert Layout.of(Packed(layer.weight_packed, layer.weight_scale)) == layout
+    for name, ours in layers_by_gguf_name(loaded).items():
+        if ours.dim() == 2:
+            assert_same(ours, decode(*written[name]))  # bit for bit
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES, tie_word_embeddings=False)), kind)
@@ -159,7 +178,7 @@ def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
             assert ((ours - exact).abs() <= step * 0.501).all()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "uint4"])
 def test_quantization_rounds_anew(tmp_path, name):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomised(small_config(**SIZES)), "Q6_K")
@@ -188,8 +207,8 @@ def test_a_mixture_keeps_each_layer_in_its_form(tmp_path):
     found = {n: m.format.name for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)}
     first, second = ({n[15:]: f for n, f in found.items() if n.startswith(f"model.layers.{i}.")} for i in (0, 1))
     assert first.pop("mlp.down_proj") == "int8" and set(first.values()) == {"int4"}
-    # Layers that read the same input are kept in one format.
-    assert [second.pop(f"self_attn.{x}_proj") for x in "qkv"] == ["int8"] * 3 and set(second.values()) == {"int4"}
+    # Layers that read the same input may have different formats.
+    assert second.pop("self_attn.v_proj") == "int8" and set(second.values()) == {"int4"}
     assert found["model.embed_tokens"] == found["lm_head"] == "int8"
     assert formats_of(loaded) == ["int4", "int8"]
     assert loaded.model.embed_tokens.weight_packed is loaded.lm_head.weight_packed
@@ -206,17 +225,17 @@ def test_a_mixture_decodes_in_one_call_like_its_blocks(tmp_path):
     assert_near(run_layers(model, cache, x_B1E, position_B1), expected, torch.bfloat16)
 
 
-def test_layers_of_one_input_in_two_formats_run_apart(tmp_path):
+def test_layers_of_one_input_in_two_formats_run_in_one_call(tmp_path):
     write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
     model = load_model(tmp_path / "model.gguf", "cpu")
-    attention, int8 = model.model.layers[0].self_attn, FORMATS["int8"]
-    attention.v_proj = QuantizedLinear(quantize(attention.v_proj.dequantize(), int8), int8)
+    attention = model.model.layers[1].self_attn
+    assert attention.v_proj.format.name == "int8" and attention.q_proj.format.name == "int4"
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     x = random_tensor(3, 256).bfloat16()
     for together, layer in zip(linears(x, *layers), layers, strict=True):
         assert_same(together, layer(x))
     cache = StaticKVCache(model.config, 1, 64, torch.bfloat16, torch.device("cpu"))
-    assert not DecodeLayers(model, cache).serves(1)
+    assert DecodeLayers(model, cache).serves(1)
     with Generator(model, max_seq_len=64, compile=False) as generator:
         assert len(generator.generate([5, 17, 3], GREEDY).token_ids) == GREEDY.max_tokens
 
@@ -301,7 +320,7 @@ def kinds_of_experts(name: str) -> str:
     ("kinds", "quantization", "format"),
     [
         (lambda name: "Q4_0" if "exps" in name else "F32", None, "int4"),
-        (kinds_of_experts, None, "int8"),
+        (kinds_of_experts, None, None),
         (kinds_of_experts, "int4", "int4"),
         ("F32", "int8", "int8"),
     ],
@@ -313,15 +332,18 @@ def test_quantized_experts_load_packed(tmp_path, kinds, quantization, format):
     model = load_model(file, "cpu", "float32", quantization=quantization)
     for layer, block in enumerate(model.model.layers):
         experts = block.mlp.experts
-        assert isinstance(experts, QuantizedExperts) and experts.format.name == format
+        assert isinstance(experts, QuantizedExperts)
+        own = [experts.gate_up_proj.format.name, experts.down_proj.format.name]
+        assert own == (["int4", "int8"] if format is None else [format] * 2)
         assert isinstance(block.mlp.gate, torch.nn.Linear)
         gate, up, down = (decode(*written[f"blk.{layer}.ffn_{name}_exps.weight"]) for name in ("gate", "up", "down"))
         for packed, plain in ((experts.gate_up_proj, torch.cat([gate, up], dim=1)), (experts.down_proj, down)):
             dequantized = packed.dequantize().view_as(plain)
-            if written["blk.0.ffn_up_exps.weight"][1] == "Q4_0" and format == "int4" and quantization is None:
+            name = packed.format.name
+            if (plain is not down or format == "int4") and quantization is None and name == "int4":
                 assert ((dequantized - plain).abs() <= plain.abs() * 2**-8).all()  # the same levels
             else:
-                again = FORMATS[format].quantize(plain.flatten(0, 1))
+                again = FORMATS[name].quantize(plain.flatten(0, 1))
                 assert_same(packed.weight_packed, again.weight)
                 assert_same(packed.weight_scale, again.scale)
     plain = load_model(file, "cpu", "float32", quantization="dequantize")
@@ -383,13 +405,35 @@ def test_save_quantized_writes_a_folder_with_the_tokenizer(tmp_path, tiny_file):
         assert saved.config.eos_token_ids == (1017, 1015)
 
 
-def test_a_mixture_cannot_be_saved(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
-    with (
-        Generator(load_model(tmp_path / "model.gguf", "cpu"), max_seq_len=32, compile=False) as generator,
-        pytest.raises(ValueError, match="layers are in several formats; load it with quantization="),
-    ):
+def kinds_of_k_quants(name: str) -> str:
+    """A mixture with several formats and layouts, one of them in the embedding."""
+    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "ffn_down": "Q4_0", "ffn_down_exps": "Q6_K"}
+    return kinds.get(name.split(".")[-2], "F32" if "gate_inp" in name else "Q4_K")
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_mixture_loads_as_it_was(tmp_path, experts, tied, capsys):
+    write_gguf(
+        tmp_path / "model.gguf",
+        randomised(small_config(**SIZES, tie_word_embeddings=tied, **experts)),
+        kinds_of_k_quants,
+    )
+    with Generator(load_model(tmp_path / "model.gguf", "cpu"), max_seq_len=32, compile=False) as generator:
         generator.save_quantized(tmp_path / "saved")
+        model = generator.model
+        expected = generator.generate([5, 17, 3], GREEDY).token_ids
+    assert formats_of(model) == (["int8", "uint4"] if experts else ["int4", "int8", "uint4"])
+    loaded = load_model(tmp_path / "saved", "cpu")
+    kinds = QuantizedLinear | QuantizedEmbedding
+    found = [{n: m.format.name for n, m in x.named_modules() if isinstance(m, kinds)} for x in (loaded, model)]
+    assert found[0] == found[1]
+    for name, parameter in model.named_parameters():
+        assert_same(loaded.get_parameter(name), parameter)
+    with Generator(loaded, max_seq_len=32, compile=False) as generator:
+        assert generator.generate([5, 17, 3], GREEDY).token_ids == expected
+    assert main(["info", "--model", str(tmp_path / "saved")]) == 0
+    assert f"{model.num_bytes():,} bytes in " in capsys.readouterr().out
 
 
 def test_command_line_takes_gguf_files(tiny_file, capsys):
@@ -405,3 +449,39 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
     assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     assert f"{loaded.num_bytes():,} bytes in int4, int8\n" in capsys.readouterr().out
+
+
+def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
+    """Return the format of each tensor of the first block that gets packed, by llama.cpp's name of the layer."""
+    header = read_header(file)
+    chosen = choose_formats(header, config_of(header), *options)
+    return {name.split(".")[2]: format.name for name, format in chosen.items() if name.startswith("blk.0.")}
+
+
+def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
+    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), kinds_of_k_quants)
+    own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int8", "attn_output": "uint4"}
+    own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
+    assert formats_chosen(tmp_path / "model.gguf", None) == own
+    assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | dict.fromkeys(("attn_q", "attn_k"), "int8")
+    assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}
+    assert formats_chosen(tmp_path / "model.gguf", "dequantize") == {}
+
+
+@pytest.mark.parametrize("up", ["Q4_1", "Q4_0", "Q6_K", "F32"])
+def test_gate_and_up_of_experts_get_one_format(tmp_path, up):
+    config = small_config(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256)
+    kinds = {"ffn_up_exps": up, "ffn_gate_exps": "Q4_K", "ffn_down_exps": "Q4_K"}
+    written = write_gguf(
+        tmp_path / "model.gguf", randomised(config), lambda name: kinds.get(name.split(".")[-2], "F32")
+    )
+    model = load_model(tmp_path / "model.gguf", "cpu", "float32")
+    experts = model.model.layers[0].mlp.experts
+    if up == "F32":  # plain: an input is quantized for all of its layers, or for none
+        assert not isinstance(experts, QuantizedExperts)
+        return
+    assert (experts.gate_up_proj.format.name, experts.down_proj.format.name) == ("int8", "uint4")
+    plain = torch.cat([decode(*written[f"blk.0.ffn_{name}_exps.weight"]) for name in ("gate", "up")], dim=1)
+    step = plain.abs().amax(dim=2, keepdim=True) / 127
+    assert ((experts.dequantize(experts.gate_up_proj) - plain).abs() <= step * 0.501).all()
+    assert_same(experts.dequantize(experts.down_proj), decode(*written["blk.0.ffn_down_exps.weight"]))

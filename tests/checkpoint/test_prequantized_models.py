@@ -198,7 +198,7 @@ def test_command_line_dequantizes(tmp_path, tokenizer_folder, capsys, opened):
 
 
 def test_loading_holds_some_rows_at_a_time_in_plain_numbers(tmp_path, monkeypatch):
-    write_prequantized(tmp_path, CONFIG, AWQ)
+    write_prequantized(tmp_path, CONFIG, {**GPTQ, "bits": 8, "group_size": 64})
     sizes = []
     weight = Levels.weight
 

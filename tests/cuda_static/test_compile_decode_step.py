@@ -44,10 +44,21 @@ print(json.dumps(found))
 
 CHOSEN = [
     (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
-    (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4")]),
+    (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4", "uint4")]),
     (80, ["search, pass 9", "draw"]),
     (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),
-    (90, ["gate_up, 8b, fp8, 8", "down, 8b, bf16, 8", "embed, 0.6b", "attention, 0.6b, bf16", "combine, 8b", "choose"]),
+    (
+        90,
+        [
+            "gate_up, 8b, fp8, 8",
+            "gate_up, 8b, uint4, 8",
+            "down, 8b, bf16, 8",
+            "embed, 0.6b",
+            "attention, 0.6b, bf16",
+            "combine, 8b",
+            "choose",
+        ],
+    ),
     (100, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, bf16"]),
 ]
 

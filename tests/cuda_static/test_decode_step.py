@@ -12,11 +12,13 @@ from kernel_device import DEVICE
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.kernels.cuda.decode_step.weights import LARGEST_BK, TILE, Weight, tile_shape
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
 
 EPS = 1e-6
-KINDS = ("plain", *FORMATS)
+KINDS = ("plain", *FORMATS, "uint4 with zero points")
+ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))
 
 
 def make_weight(kind, N, K, dtype, seed=1):
@@ -24,8 +26,9 @@ def make_weight(kind, N, K, dtype, seed=1):
     weight = random_tensor(N, K, seed=seed) * K**-0.5
     if kind == "plain":
         return Weight.of(weight.to(DEVICE, dtype), None, False), weight.to(dtype)
-    packed = quantize(weight, FORMATS[kind])
-    return Weight.of(*(t.to(DEVICE) for t in packed), kind == "fp8"), FORMATS[kind].dequantize(packed)
+    format = FORMATS.get(kind, ZEROS)
+    packed = quantize(weight, format)
+    return Weight.of(*(t.to(DEVICE) for t in packed), kind == "fp8"), format.dequantize(packed)
 
 
 def norm_weight(size, dtype, seed=2):

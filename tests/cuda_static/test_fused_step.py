@@ -71,6 +71,7 @@ def tensors_of(engine):
         ("int8", torch.float32, {"num_hidden_layers": 1}),
         ("int4", torch.int8, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
         ("fp8", torch.float32, {"num_hidden_layers": 1}),
+        ("uint4", torch.float32, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
     ],
 )
 def test_greedy_steps_give_the_plain_tokens(quantization, cache_dtype, changes, monkeypatch):
@@ -291,7 +292,7 @@ def test_it_serves_few_rows():
 # ------------------------------------------------------------------------------------------------ stacked weights
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "uint4"])
 def test_stacked_layers_share_one_weight_and_give_the_same(quantization):
     model, plain = make_model(quantization), make_model(quantization)
     tokens = torch.tensor([[1, 2, 3]], device=DEVICE)

@@ -9,8 +9,10 @@ from kernel_device import DEVICE
 from qwen3fast.kernels.cuda import packed_experts as kernel
 from qwen3fast.kernels.cuda.packed_matvec import num_parts
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
+ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))  # one of AWQ's layouts
 
 
 def product(x_PK, packed, expert_P, num_experts, format):
@@ -18,7 +20,7 @@ def product(x_PK, packed, expert_P, num_experts, format):
     return kernel.packed_experts(x_PK, weight, scale, expert_P, num_experts, format.name == "fp8")
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS], ids=["int8", "int4", "uint4", "fp8", "uint4, zeros"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 3, 16, 32), (4, 5, 48, 96), (3, 2, 16, 2080)])
 def test_packed_experts_equal_dequantized_products(format, dtype, shape):
@@ -33,13 +35,13 @@ def test_packed_experts_equal_dequantized_products(format, dtype, shape):
     assert_near(y_CPN.sum(0), torch.einsum("pk,pnk->pn", x_PK.float(), weight_XNK[expert_P]), dtype)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS], ids=["int8", "int4", "uint4", "fp8", "uint4, zeros"])
 def test_experts_that_are_not_chosen_are_not_read(format):
     packed = quantize(random_tensor(4 * 32, 64), format)
     x_PK, expert_P = random_tensor(2, 64, seed=1), torch.tensor([2, 2])
     expected = product(x_PK, packed, expert_P, 4, format)
     for expert, scale in enumerate(packed.scale.chunk(4)):
         if expert != 2:
-            scale.fill_(torch.nan)
+            scale.fill_(255 if scale.dtype == torch.uint8 else torch.nan)  # bytes of 255: NaN in float16
     assert torch.equal(product(x_PK, packed, expert_P, 4, format), expected)
     assert product(x_PK, packed, expert_P + 1, 4, format).isnan().all()  # the test can fail

@@ -8,8 +8,10 @@ from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import packed_matvec as kernel
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
+ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))  # one of AWQ's layouts
 
 
 def product(x_MK, packed, format):
@@ -17,7 +19,7 @@ def product(x_MK, packed, format):
     return kernel.packed_matvec(*arguments, format.name == "fp8")
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS], ids=["int8", "int4", "uint4", "fp8", "uint4, zeros"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 16, 32), (2, 48, 96), (17, 32, 544), (5, 16, 2080)])
 def test_packed_matvec_equals_the_dequantized_product(format, dtype, shape):

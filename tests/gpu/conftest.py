@@ -29,7 +29,8 @@ MAX_SEQ_LEN, SLOTS = 600, 4
 MODES = {"eager": (False, False), "compiled": (True, False), "graphs": (True, True)}
 TEST_S = 120  # the longest that one test may take, its fixtures included
 FOLDER_S = 330  # after which the tests that are left are skipped
-ORDER = ("test_steps", "test_tokens", "test_quantized", "test_prefill", "test_nccl")  # most important first
+# Most important first.
+ORDER = ("test_steps", "test_tokens", "test_quantized", "test_prefill", "test_adapters_on_gpu", "test_nccl")
 FOLDER = Path(__file__).parent
 STARTED = pytest.StashKey[float]()  # when the folder's first test began
 

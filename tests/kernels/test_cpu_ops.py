@@ -15,7 +15,7 @@ from conftest import TOLERANCES, assert_near, assert_same, random_tensor, random
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.model import rope_tables
+from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
@@ -212,16 +212,22 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """Return the arguments of `cpu.DecodeLayersCall`: lists of the model's and the cache's tensors."""
-    norms, weights, scales = [], [], []
-    for block in model.model.layers:
+    """Return the layers that `cpu.DecodeLayersCall` takes, as lists that can be changed: LayerTensors(*list) each."""
+    layers = []
+    for i, block in enumerate(model.model.layers):
         a, f = block.self_attn, block.mlp
-        norms += [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
-        for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj):
-            weights.append(getattr(linear, "weight", getattr(linear, "weight_packed", None)))
-            scales.append(getattr(linear, "weight_scale", None))
-    caches = {name: list(getattr(cache, name)) for name in ("keys", "values", "key_scales", "value_scales")}
-    return caches | {"norms": norms, "weights": weights, "scales": scales, "eps": 1e-6}
+        norms = [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
+        weights = [
+            (getattr(linear, "weight", getattr(linear, "weight_packed", None)), getattr(linear, "weight_scale", None))
+            for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
+        ]
+        scales = [cache.key_scales[i], cache.value_scales[i]] if cache.key_scales else []
+        layers.append([norms, weights[:4], weights[4:], [cache.keys[i], cache.values[i], *scales]])
+    return layers
+
+
+def make_call(layers):
+    return cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in layers], 1e-6)
 
 
 def run_layers_plainly(model, cache, x_B1E, position_B1):
@@ -232,7 +238,7 @@ def run_layers_plainly(model, cache, x_B1E, position_B1):
     return x_B1E
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("rows", [*range(1, 10), 17, cpu.MAX_DECODE_ROWS])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
@@ -262,7 +268,7 @@ def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
     ],
     ids=["one key head", "as many key heads", "three queries a key", "odd sizes"],
 )
-@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("format", [None, "int4", "uint4"])
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
@@ -277,7 +283,60 @@ def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     assert_near(actual, expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+EXPERT_LAYERS = [{"norm_topk_prob": True}, {"mlp_only_layers": (0,)}, {"mlp_only_layers": (1,)}]
+
+
+def rows_with_clear_choices(model, run):
+    """Return the rows in which no rounding changes the choice of experts, and the result of `run()`."""
+    margins = []
+
+    def measure(gate, inputs, logits_NX):
+        ordered_NX = logits_NX.float().sort(descending=True).values
+        C = model.config.num_experts_per_tok
+        margins.append((ordered_NX[:, C - 1] - ordered_NX[:, C]) / logits_NX.float().abs().amax(dim=1))
+
+    hooks = [
+        block.mlp.gate.register_forward_hook(measure) for block in model.model.layers if isinstance(block.mlp, MoE)
+    ]
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    return (torch.stack(margins).amin(dim=0) > TOLERANCES[torch.bfloat16]).nonzero().flatten().tolist(), result
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("changes", EXPERT_LAYERS, ids=str)
+def test_decode_layers_run_experts(format, threads, changes):
+    model, cache, x_B1E, position_B1 = layers_case(format, 9, **EXPERTS, **changes)
+    other = copy.deepcopy(cache)
+    clear, expected = rows_with_clear_choices(model, lambda: run_layers_plainly(model, other, x_B1E, position_B1))
+    assert len(clear) >= 3
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)
+        assert_near(actual[clear], expected[clear], torch.bfloat16)
+        position_B1[[0, 3]] = -1  # empty rows have no experts
+        in_use = [1, 2, 4, 5, 6, 7, 8]
+        assert_same(run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)[in_use], actual[in_use])
+        position_B1[:] = -1
+        assert run_layers(model, copy.deepcopy(cache), x_B1E, position_B1).isfinite().all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_decode_layers_keep_nan_in_the_rows_of_experts():
+    model, cache, x_B1E, position_B1 = layers_case("int4", 3, **EXPERTS)
+    expected = run_layers(model, copy.deepcopy(cache), x_B1E, position_B1)
+    x_B1E[1, 0, 3] = float("nan")
+    y_B1E = run_layers(model, cache, x_B1E, position_B1)
+    assert y_B1E[1].isnan().any()
+    assert_same(y_B1E[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_dtype):
     model, cache, x_B1E, position_B1 = layers_case(format, 19, cache_dtype=cache_dtype)
@@ -290,7 +349,7 @@ def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)
 def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(format, cache_dtype, empty):
@@ -308,7 +367,7 @@ def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(fo
 
 
 def test_decode_layers_pass_nan_on():
-    for format, cache_dtype in product((None, "int8", "int4"), (torch.bfloat16, torch.int8)):
+    for format, cache_dtype in product((None, "int8", "int4", "uint4"), (torch.bfloat16, torch.int8)):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         x_B1E[0, 0, 3] = float("nan")
         y_B1E = run_layers(model, cache, x_B1E, position_B1)
@@ -327,21 +386,21 @@ def test_decode_layers_leave_other_models_alone():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda a: a["norms"].pop(), "four norms"),
-        (lambda a: a["norms"].insert(0, a["norms"].pop(1)), "norms must be bfloat16, of the size"),
-        (lambda a: a["keys"].__setitem__(1, a["keys"][1][:, :, ::2]), "one shape and dtype"),
-        (lambda a: a.update(values=[v[:, :, :9] for v in a["values"]]), "keys and values"),
-        (lambda a: a["weights"].__setitem__(4, a["weights"][4][:32]), "sizes multiples of 16"),
-        (lambda a: a.update(key_scales=[torch.zeros(3, 2, 385)] * 2), "scales of keys and values"),
-        (lambda a: a.update(keys=[k.to(torch.int8) for k in a["keys"]]), "scales of keys and values"),
+        (lambda a: a.clear(), "there must be layers"),
+        (lambda a: a[0][0].insert(0, a[0][0].pop(1)), "norms must be bfloat16, of the size"),
+        (lambda a: a[1][3].__setitem__(0, a[1][3][0][:, :, ::2]), "one shape and dtype"),
+        (lambda a: a[0][3].__setitem__(1, a[0][3][1][:, :, :9]), "keys and values"),
+        (lambda a: a[0][2].__setitem__(0, (a[0][2][0][0][:32], None)), "sizes multiples of 16"),
+        (lambda a: a[0][3].extend([torch.zeros(3, 2, 385)] * 2), "scales of keys and values"),
+        (lambda a: [x[3].__setitem__(0, x[3][0].to(torch.int8)) for x in a], "keys and values"),
     ],
 )
 def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message):
     model, cache, *_ = layers_case(None, 2)
-    arguments = layers_arguments(model, cache)
-    spoil(arguments)
+    layers = layers_arguments(model, cache)
+    spoil(layers)
     with pytest.raises(ValueError, match=message):
-        cpu.DecodeLayersCall(**arguments)
+        make_call(layers)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +436,8 @@ operations, layers = torch.load({path!r})
 for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
-    assert_near(cpu.DecodeLayersCall(**arguments)(cpu.functions(), *inputs), expected)
+    call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
+    assert_near(call(cpu.functions(), *inputs), expected)
 """
 
 

@@ -19,6 +19,8 @@ from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.fast_layers import FastExperts, use_fast_layers
+from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import MoE
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.samplers import SamplerKind
@@ -72,14 +74,22 @@ def test_routing_is_in_float32():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
-def test_few_and_many_are_the_same(tokens):
-    moe, x_NE = make_moe(), random_tensor(tokens, 48)
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_few_and_many_are_the_same(is_fast, tokens):
+    plain, moe, x_NE = make_moe(), make_moe(), random_tensor(tokens, 48)
+    if is_fast:
+        use_fast_layers(moe)
     _, expert_NC = moe.route(x_NE)
-    assert_near(moe.experts.many(x_NE, expert_NC), moe.experts.few(x_NE, expert_NC))
+    expected = plain.experts.few(x_NE, expert_NC)
+    assert_near(moe.experts.many(x_NE, expert_NC), expected)
+    assert_near(moe.experts.few(x_NE, expert_NC), expected)
 
 
-def test_many_serves_experts_without_tokens_and_all_tokens_of_one():
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_many_serves_experts_without_tokens_and_all_tokens_of_one(is_fast):
     moe, x_NE = make_moe(), random_tensor(6, 48)
+    if is_fast:
+        use_fast_layers(moe)
     for expert in (0, 5, 7):
         expert_NC = torch.full((6, 1), expert)
         assert_near(moe.experts.many(x_NE, expert_NC), moe.experts.few(x_NE, expert_NC))
@@ -154,7 +164,16 @@ def test_a_compiled_model_in_bfloat16_is_near_the_plain_one():
     assert_near(compiled.prefill_whole(0, ids), eager.prefill_whole(0, ids), torch.bfloat16)
 
 
-def test_blocks_with_experts_are_not_run_in_one_operation():
+def test_an_engine_uses_the_fast_layers_and_keeps_the_weights():
+    model = randomised(CONFIG)
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    make_engine(model)
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
+    assert type(model.model.layers[0].mlp.experts) is FastExperts
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
+
+
+def test_blocks_with_plain_experts_are_not_run_in_one_operation():
     for changes in ({}, MIXED):
         model = randomised(replace(CONFIG, head_dim=32, **changes)).bfloat16()
         assert not DecodeLayers(model, StaticKVCache(model.config, 1, 128, torch.bfloat16, CPU)).serves(1)

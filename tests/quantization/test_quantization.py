@@ -20,14 +20,16 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.linear import linears
+from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.uint4 import Layout
 
-INT8, INT4, FP8 = FORMATS["int8"], FORMATS["int4"], FORMATS["fp8"]
+INT8, INT4, UINT4, FP8 = (FORMATS[name] for name in ("int8", "int4", "uint4", "fp8"))
 PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
-formats = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
+formats = pytest.mark.parametrize("format", [INT8, INT4, UINT4], ids=lambda f: f.name)
+rounded_in_cpp = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
 all_formats = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
@@ -66,7 +68,7 @@ def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed)
 
 @needs_operation
 @pytest.mark.parametrize("threads", [1, 3])
-@formats
+@rounded_in_cpp
 @given(
     rows=st.integers(1, 4), groups=st.integers(1, 5), exponent=st.sampled_from([-130, -126, -40, -7, 0, 9, 120]),
     seed=st.integers(0, 999), kind=st.sampled_from(["normal", "few values", "mostly zero"]),
@@ -123,14 +125,14 @@ def test_the_operation_refuses_what_it_cannot_round():
             cpu.quantize_weight(weight, *packed)
 
 
-@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (FP8, 0.027)], ids=FORMATS)
+@pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (UINT4, 0.078), (FP8, 0.027)], ids=FORMATS)
 def test_error_on_normal_weights(format, limit):
     # 4 bits: below the 0.086 that the plain rule (scale = largest / -8) has on the same numbers.
     weight = random_tensor(256, 1024)
     assert relative_error(format.dequantize(quantize(weight, format)), weight) < limit
 
 
-@formats
+@rounded_in_cpp
 def test_numbers_on_the_grid_come_back_exactly(format):
     levels = 8 if format is INT4 else 127
     grid = torch.randint(1 - levels, levels, (3 * LANES, 2 * GROUP), generator=torch.Generator().manual_seed(0))
@@ -375,7 +377,9 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_unknown_and_conflicting_formats_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="quantization='int3' is not supported; supported: int8, int4, fp8, or None"):
+    with pytest.raises(
+        ValueError, match="quantization='int3' is not supported; supported: int8, int4, uint4, fp8, or None"
+    ):
         load_model("no/such/folder/is/looked/for", quantization="int3")
     save_model(quantized_model(INT8), tmp_path)
     with pytest.raises(ValueError, match="is in int8 already; int4 needs the original weights"):
@@ -478,3 +482,70 @@ def test_embedding_operation_gives_the_rows_of_the_plain_form(format):
     for row in (-1, 48):
         with pytest.raises(ValueError, match=rf"\[{row}\] is not one of the weight's 48"):
             torch.ops.qwen3fast.quantized_rows(*packed, torch.tensor([row]))
+
+
+@pytest.mark.parametrize("has_zero", [False, True])
+def test_uint4_is_dequantized_by_compiled_code_as_by_uncompiled(has_zero):
+    packed = UINT4.with_layout(lambda _: Layout(64, has_zero)).quantize(random_tensor(32, 128))
+    layer = QuantizedLinear(packed, UINT4)
+    assert_same(torch.compile(layer.dequantize, fullgraph=True)(), layer.dequantize())
+
+
+def test_uint4_layout_is_the_described_one():
+    """A number at a time, from the bytes: minimums of 32 channels, then a zero point per span."""
+    weight, row, channel = random_tensor(2 * LANES, 256), 19, 173
+    for layout in (Layout(128), Layout(128, has_zero=True)):
+        packed = UINT4.with_layout(lambda _: layout).quantize(weight)  # noqa: B023
+        record = packed.scale[row // 16, channel // 128]
+        byte = int(packed.weight[row // 16, channel // 8, row % 16, channel % 4])
+        level = byte >> 4 if channel % 8 >= 4 else byte & 15
+        d, second = (record[32 * i : 32 * i + 32].view(torch.float16)[row % 16].float() for i in (0, 1))
+        if layout.has_zero:
+            expected = d * (level - int(record[32 + row % 16]))
+        else:
+            s, m = (int(record[64 + 32 * (channel % 128 // 32) + 16 * i + row % 16]) for i in (0, 1))
+            expected = d * s * level - second * m
+        assert packed.scale.shape == (2, 2, 48 if layout.has_zero else 192)
+        assert UINT4.dequantize(packed)[row, channel] == expected
+        assert_same(UINT4.rows(packed, torch.tensor([row])), UINT4.dequantize(packed)[[row]])
+        if cpu.is_loaded():
+            rows = torch.ops.qwen3fast.quantized_rows(*packed, torch.tensor([row]))
+            assert_same(rows, UINT4.dequantize(packed)[[row]].bfloat16())
+
+
+@needs_operation
+@pytest.mark.parametrize("layout", [Layout(32), Layout(96), Layout(32, True), Layout(96, True), Layout(288, True)])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_every_uint4_layout_is_multiplied_and_dequantized(layout, rows):
+    packed = UINT4.with_layout(lambda _: layout).quantize(random_tensor(48, 288))
+    layer, x = QuantizedLinear(packed, UINT4), random_tensor(rows, 288, seed=1).bfloat16()
+    assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
+    assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
+    dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], 0)
+    assert_same(dense, F.linear(x, layer.dequantize().bfloat16()))
+
+
+@needs_operation
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_layers_of_several_formats_together_give_what_each_gives_alone(rows):
+    layers = [quantized_layer(48, 64, format, seed=i) for i, format in enumerate((UINT4, INT8, INT4, UINT4))]
+    x = random_tensor(rows, 64).bfloat16()
+    for y, layer in zip(linears(x, *layers), layers, strict=True):
+        assert_same(y, layer(x))
+    layers[1].dequantize_from = 2  # another form of its own
+    for y, layer in zip(linears(x, *layers), layers, strict=True):
+        assert_same(y, layer(x))
+
+
+@needs_operation
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 96), (1, 1, 47), (1, 3, 128), (2, 1, 128), (1, 0, 96), (1, 64, 96), (1, 2, 128)],
+    ids=["other record", "no record", "parts of a group", "other rows", "none", "too many", "span of another"],
+)
+def test_scales_of_no_layout_are_refused(shape):
+    packed = torch.zeros(1, 8, 16, 4, dtype=torch.uint8)  # (16, 64)
+    with pytest.raises(ValueError, match="quantized_linear: scale must be"):
+        torch.ops.qwen3fast.quantized_linear(
+            torch.zeros(1, 64).bfloat16(), [packed], [torch.zeros(shape, dtype=torch.uint8)]
+        )

@@ -80,7 +80,7 @@ def one_by_one(experts: QuantizedExperts, x_NE, expert_NC):
 
     def layer(tall: QuantizedLinear, expert: int) -> QuantizedLinear:
         parts = (p.chunk(experts.num_experts)[expert].clone() for p in (tall.weight_packed, tall.weight_scale))
-        return QuantizedLinear(Packed(*parts), experts.format)
+        return QuantizedLinear(Packed(*parts), tall.format)
 
     def run(x_E, expert):
         gate, up = layer(experts.gate_up_proj, expert)(x_E[None]).chunk(2, dim=-1)
@@ -198,7 +198,7 @@ def poison(experts: QuantizedExperts, chosen: set[int]) -> None:
         scale = layer.weight_scale.data.clone()
         for expert, part in enumerate(scale.chunk(experts.num_experts)):
             if expert not in chosen:
-                part.fill_(torch.nan)
+                part.fill_(255 if part.dtype == torch.uint8 else torch.nan)  # bytes of 255 are NaN in float16, too
         layer.weight_scale.data = scale
 
 
@@ -223,7 +223,9 @@ def test_bytes_that_a_token_reads_are_those_of_chosen_experts(format):
     one = sum(p.numel() * p.element_size() for p in model.model.layers[0].mlp.experts.parameters()) / X
     embedding = sum(p.numel() * p.element_size() for p in model.model.embed_tokens.parameters())
     assert model.num_bytes() - model.num_bytes(per_token=True) == embedding + 2 * (X - 3) * one
-    bits = {"int8": 8 * E * 3 * INNER + 32 * (2 * INNER + E), "int4": 4.5 * E * 3 * INNER}[format.name]
+    bits = {"int8": 8 * E * 3 * INNER + 32 * (2 * INNER + E), "int4": 4.5 * E * 3 * INNER}
+    bits["uint4"] = 2 * E * INNER * (4 + 8 * (64 + 64) / 16 / 64) + E * INNER * (4 + 8 * (64 + 32) / 16 / 32)
+    bits = bits[format.name]
     assert one == bits / 8
 
 

@@ -1,5 +1,6 @@
 """PrefixCache alone: the slot that a prompt gets, what is evicted for it, and how much of it need not be computed."""
 
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, split_into_chunks, usable_prefix
 from qwen3fast.scheduling import Request
+from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.prefix_cache import PrefixCache, common_prefix
 
 POSITIONS = 256
@@ -311,3 +313,17 @@ def test_common_prefix_equals_a_plain_loop(ids, others):
         while length < min(len(ids), len(some)) and ids[length] == some[length]:
             length += 1
         assert common_prefix(ids, some) == common_prefix(some, ids) == length
+
+
+def test_keys_and_values_of_another_adapter_are_never_reused():
+    one, other = Adapter("one", 1), Adapter("one", 1)  # a name and a slot may be used again
+    with_one = replace(ended(A), adapter=one)
+    kept = cache_of(with_one, ended(B), None)
+    assert kept.plan(A, {}, adapter=one).reused == len(A)
+    assert kept.plan(A, {}, adapter=other).reused == kept.plan(A, {}).reused == 0
+    assert kept.plan(A, {}, continues=with_one, adapter=other).reused == 0
+    assert kept.plan(B, {}).reused == len(B)
+    assert kept.plan(B, {}, adapter=one).reused == 0
+    running = {2: replace(make_request(A, [7, 8]), adapter=one, launched=2)}
+    assert cache_of(None, None, None).plan([*A, 1], running, adapter=one).reused == len(A)
+    assert cache_of(None, None, None).plan([*A, 1], running).reused == 0

@@ -69,6 +69,8 @@ class Scripted(RequestHandle):
 class ScriptedGenerator(Generator):
     """A Generator that says what it is told."""
 
+    adapters: list[str] = []  # noqa: RUF012  none, and no registry of them
+
     def __init__(self, real: Generator) -> None:
         self.tokenizer, self.max_seq_len, self._real = real.tokenizer, real.max_seq_len, real
         self.tokens: list[int] = []

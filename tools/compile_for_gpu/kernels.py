@@ -41,13 +41,17 @@ def own_cases() -> list[KernelCase]:
     for width in (32, 64):
         merge = [fp32, fp32, fp32, bf16, index]
         cases.append(KernelCase(f"merge_splits, {width}", split_attention._merge_splits, merge, [width, 128]))
-    for name, channels, scale in (("int8", 4, fp32), ("fp8", 4, fp32), ("int4", 8, bf16)):
+    for name, channels, scale, *records in (
+        ("int8", 4, fp32, 32, 0), ("fp8", 4, fp32, 32, 0), ("int4", 8, bf16, 32, 0),
+        ("uint4", 8, "*u8", 256, 320), ("uint4 with zero points", 8, "*u8", 128, 48),
+    ):  # fmt: skip
+        format = [channels, name == "fp8", *records]
         for rows in (16, 64):
             kinds = [bf16, "*i32", scale, fp32, index, index, index]
-            numbers = [channels, name == "fp8", rows, packed_matvec.LANES, packed_matvec.BLOCK_J, packed_matvec.GROUP]
+            numbers = [*format, rows, packed_matvec.LANES, packed_matvec.BLOCK_J, packed_matvec.GROUP]
             cases.append(KernelCase(f"packed_matvec, {name}, {rows} rows", packed_matvec._multiply, kinds, numbers))
         kinds = [bf16, "*i32", scale, "*i64", fp32, index, index]
-        numbers = [channels, name == "fp8", packed_experts.LANES, packed_experts.BLOCK_J, packed_experts.GROUP]
+        numbers = [*format, packed_experts.LANES, packed_experts.BLOCK_J, packed_experts.GROUP]
         cases.append(KernelCase(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
     return cases
 

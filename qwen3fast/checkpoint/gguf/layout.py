@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from qwen3fast.checkpoint.gguf.header import Header
+from qwen3fast.checkpoint.gguf.levels import KEPT
+from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
@@ -41,9 +43,10 @@ IN_BLOCK = {
     "ffn_down_exps": "mlp.experts.down_proj",
 }
 HALVES = {"ffn_gate_exps": 0, "ffn_up_exps": 1}
-# Layers of a block that read the same input; they are kept in one format, as they run in one call.
-EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), EXPERTS)
+STACKED = ("ffn_gate_exps", "ffn_up_exps")  # they share a parameter, so they are kept in one format
+# Layers of a block that read the same input. CUDA's kernels for whole steps need them in one format.
+EXPERTS = (*STACKED, "ffn_down_exps")
+TOGETHER = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), EXPERTS, STACKED)
 ROUTER = "ffn_gate_inp"  # stays plain: it is small, and its choice of experts matters
 
 
@@ -72,27 +75,36 @@ def places_of(model: Qwen3) -> dict[str, Place]:
     return places
 
 
-def choose_formats(header: Header, config: ModelConfig, quantization: str | None) -> dict[str, Format]:
+def choose_formats(
+    header: Header, config: ModelConfig, quantization: str | None, device_type: str = "cpu"
+) -> dict[str, Format]:
     """Return the format of each tensor that gets packed; others become plain.
 
-    quantization: None keeps Q4_0 in int4 and floats plain, and loads other quantized types in int8, which is finer than
-    their own steps; of layers that read the same input, the one with the most bits decides. "dequantize" packs none.
-    The name of a format applies to all. Routers of experts stay plain.
+    quantization: None keeps the types in KEPT and floats plain, and loads other quantized types in int8, which is finer
+    than their own steps. "dequantize" packs none. The name of a format applies to all. Routers of experts stay plain.
+    device_type: on devices but CPUs, layers that read the same input get one format: int8 if they differ.
     """
     if quantization == DEQUANTIZE:
         return {}
     matrices = {name: t for name, t in header.tensors.items() if len(t.shape) in (2, 3) and ROUTER not in name}
-    chosen: dict[str, Format | None] = {}
-    for name, tensor in matrices.items():
-        own = None if tensor.is_float else FORMATS["int4" if tensor.type == "Q4_0" else "int8"]
-        can_pack = fits(*tensor.shape[-2:])
-        chosen[name] = (own if quantization is None else FORMATS[quantization]) if can_pack else None
+    chosen = {name: own_format(tensor, quantization) for name, tensor in matrices.items()}
     for layer in range(config.num_hidden_layers):
-        for group in TOGETHER if quantization is None else (EXPERTS,):  # a layer's experts have one format
+        for group in TOGETHER:
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
-            widest = max((chosen[name] for name in names), key=_bits, default=None)
-            chosen |= dict.fromkeys(names, widest)
+            formats = [chosen[name] for name in names]
+            if None in formats:  # their input is quantized for all, or for none
+                chosen |= dict.fromkeys(names)
+            elif (group == STACKED or (device_type != "cpu" and group != EXPERTS)) and len(set(formats)) > 1:
+                chosen |= dict.fromkeys(names, FORMATS["int8" if quantization is None else quantization])
     return {name: format for name, format in chosen.items() if format is not None}
+
+
+def own_format(tensor: StoredTensor, quantization: str | None) -> Format | None:
+    """Return the format of a tensor by itself."""
+    if not fits(*tensor.shape[-2:]) or (quantization is None and tensor.is_float):
+        return None
+    kept = [k.format for k in KEPT.get(tensor.type, ()) if quantization in (None, k.format.name)]
+    return kept[0] if kept else FORMATS["int8" if quantization is None else quantization]
 
 
 def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:
@@ -118,11 +130,10 @@ def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype)
 
 
 def _replace_experts(model: Qwen3, parameter: str, format: Format) -> None:
-    name = parameter.rpartition(".")[0]
+    name, _, stack = parameter.rpartition(".")
     experts = model.get_submodule(name)
     if isinstance(experts, Experts):  # not replaced yet: gate, up and down come one by one
         model.set_submodule(name, QuantizedExperts.of(experts, format))
-
-
-def _bits(format: Format | None) -> int:
-    return 16 if format is None else format.bits
+    layer = model.get_submodule(parameter)
+    assert isinstance(layer, QuantizedLinear), f"{stack} was replaced"
+    model.set_submodule(parameter, QuantizedLinear(format.empty(layer.out_features, layer.in_features, "meta"), format))

@@ -1,11 +1,12 @@
 """One tensor of a GGUF file, memory-mapped: as stored, as numbers, or packed in one of our formats.
 
-N out_features   K in_features   G = K/32 groups
+N out_features   K in_features   R rows
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import GROUP, LANES, Format, Packed, pack_int4, put_rows
+from qwen3fast.checkpoint.gguf.levels import KEPT
+from qwen3fast.quantization.formats import LANES, Format, Packed, put_rows
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NUMBERS_AT_ONCE = 2**22  # converted together, to hold little more than the result in memory
+NUMBERS_AT_ONCE = 2**20  # converted together: intermediate results stay in the processor's caches
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,14 @@ class StoredTensor:
 
         Stacked experts (X, N, K) count as one tall weight (X * N, K).
 
-        Q4_0 keeps its levels in int4, and only its scales are rounded, from float16 to bfloat16 (by a share of 2^-8 at
-        most); other types are dequantized and quantized again.
+        Types in `KEPT` keep their levels in the format named there; others are dequantized and quantized again.
         """
         N, K = math.prod(self.shape[:-1]), self.shape[-1]
-        result = format.empty(N, K)
+        result, kept = format.empty(N, K), next((k for k in KEPT.get(self.type, ()) if k.format == format), None)
         for start, rows in self._parts():
-            keeps = self.type == "Q4_0" and format.name == "int4"
-            part = pack_int4(*levels_of_q4_0(rows)) if keeps else format.quantize(self._numbers(rows))
+            part = format.quantize(self._numbers(rows)) if kept is None else kept.pack(rows)
             put_rows(result, N, start, part)
+        release_pages(self.data)
         return Packed(*(tensor.to(device) for tensor in result))
 
     def _rows(self) -> np.ndarray:
@@ -108,16 +109,19 @@ class StoredTensor:
             return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]))
 
 
-def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0, (R, bytes).
+def release_pages(data: np.ndarray) -> None:
+    """Take the pages of bytes that were read, and are mapped from a file, out of this process's memory.
 
-    A block: the scale in float16, then 16 bytes: channels 0 to 15 in the low halves, 16 to 31 in the high ones.
-    Source: block_q4_0 of ggml-common.h in github.com/ggml-org/ggml.
+    Pages at the ends, which hold other tensors as well, stay. It does nothing for other arrays.
     """
-    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 2 + GROUP // 2)
-    scale_RG = block_RGB[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
-    byte = block_RGB[..., 2:]
-    return torch.cat([byte & 15, byte >> 4], dim=-1).flatten(1), scale_RG
+    mapped: Any = getattr(data, "_mmap", None)
+    if mapped is None or not hasattr(mapped, "madvise"):
+        return
+    origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    first = data.__array_interface__["data"][0] - origin
+    start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, (first + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def import_gguf() -> Any:

@@ -6,6 +6,7 @@ N out_features   K in_features   R rank   V vocabulary   E hidden_size
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qwen3fast.checkpoint.checks import refuse
 from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.model import Qwen3, RMSNorm
+from qwen3fast.quantization.layers import QuantizedLinear
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 # Some versions of PEFT and some trainers write the adapter's name, "default" as a rule, into the tensors' names.
@@ -21,7 +23,8 @@ SAVED_NAME = re.compile(r"base_model\.model\.(.+?)(\.modules_to_save(\.[^.]+)?)?
 # PEFT writes the base model's weight itself beside an adapter of embedding or output projection.
 COPY_NAME = re.compile(r"base_model\.model\.(lm_head|(?:model\.)?embed_tokens)\.base_layer\.weight")
 Shape = tuple[int, ...]
-Layer = nn.Linear | nn.Embedding | RMSNorm
+PlainLayer = nn.Linear | nn.Embedding | RMSNorm
+Layer = PlainLayer | QuantizedLinear
 
 
 class Adapter(NamedTuple):
@@ -37,13 +40,12 @@ class Adapter(NamedTuple):
     whole: str = ""
 
 
-def layers_of(model: Qwen3) -> dict[str, Layer]:
-    """Return the modules that an adapter may change, by name."""
-    kinds = (nn.Linear, nn.Embedding, RMSNorm)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+def layers_of(model: Qwen3) -> dict[str, PlainLayer]:
+    """Return the modules that a merged adapter may change, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PlainLayer)}
 
 
-def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
+def match_tensors(config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
     """Return the adapters whose tensors are in a file. shapes: of all of its tensors, by name.
 
     Raises: ValueError naming all tensors that are missing, unexpected or misshaped.
@@ -54,7 +56,7 @@ def match_tensors(config: LoraConfig, layers: dict[str, Layer], shapes: dict[str
 class _Matcher:
     """Modules by an adapter's names for them, and the tensors found for each."""
 
-    def __init__(self, config: LoraConfig, layers: dict[str, Layer], shapes: dict[str, Shape]) -> None:
+    def __init__(self, config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> None:
         # Adapters of a Qwen3Model (for embeddings) leave "model." out, in the file and for the patterns of the config.
         is_bare = any(name.startswith((f"{PREFIX}layers.", f"{PREFIX}embed_tokens.")) for name in shapes)
         self._layers, self._shapes = layers, shapes
@@ -96,18 +98,22 @@ class _Matcher:
                 return None if shape == expected else f"shape {shape}, expected {expected}"
         elif match is None and saved is not None and self._config.saves(saved[1]) and saved[1] in self._modules:
             self._saved[saved[1]] = name
-            expected = tuple(_weight(self._layers[self._modules[saved[1]]]).shape)
+            expected = _weight_shape(self._layers[self._modules[saved[1]]])
             return None if shape == expected else f"shape {shape}, expected {expected}"
         return "unexpected, this model has no place for it"
 
 
 def _expected_shape(layer: Layer, side: str, rank: int) -> Shape:
     """Return the shape of A, (R, K) or for an embedding (R, V), or of B, (N, R) or for an embedding (E, R)."""
-    rows, columns = _weight(layer).shape
+    rows, columns = _weight_shape(layer)
     if isinstance(layer, nn.Embedding):
         rows, columns = columns, rows
     return (rank, columns) if side == "A" else (rows, rank)
 
 
-def _weight(layer: Layer) -> Tensor:
-    return layer.weight
+def _weight_shape(layer: Layer) -> Shape:
+    """Return the shape of a layer's weight, dequantized."""
+    if isinstance(layer, QuantizedLinear):
+        return (layer.out_features, layer.in_features)
+    weight: Tensor = layer.weight
+    return tuple(weight.shape)

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.assign import assign
-from qwen3fast.checkpoint.checks import dtype_problem, non_finite, refuse
-from qwen3fast.checkpoint.lora.config import LoraConfig
-from qwen3fast.checkpoint.lora.match import COPY_NAME, Adapter, Layer, layers_of, match_tensors
+from qwen3fast.checkpoint.checks import refuse
+from qwen3fast.checkpoint.lora.files import find_adapter, refuse_numbers
+from qwen3fast.checkpoint.lora.match import COPY_NAME, Adapter, PlainLayer, layers_of, match_tensors
 from qwen3fast.checkpoint.safetensors import open_tensors
-from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -38,15 +36,11 @@ def merge_lora(model: Qwen3, source: str | Path, check_weights: bool = False) ->
     Raises: FileNotFoundError for missing files; ValueError for a quantized model, unsupported features, and tensors
     that are missing, unexpected, misshaped or of a wrong dtype, all named in one message.
     """
-    folder = resolve_adapter(source)
     kinds = (QuantizedLinear, QuantizedEmbedding)  # of experts, which no adapter changes, it does not matter
     quantized = [m.format.name for n, m in model.named_modules() if isinstance(m, kinds) and ".experts." not in n]
     if quantized:
         raise ValueError(f"an adapter needs the original weights; these are in {quantized[0]} already")
-    config = LoraConfig.from_folder(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found; save the adapter with safe_serialization=True")
+    config, file = find_adapter(source)
     layers = layers_of(model)
     with open_tensors(file) as tensors:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -55,7 +49,7 @@ def merge_lora(model: Qwen3, source: str | Path, check_weights: bool = False) ->
         problems = [f"{name}: differs from the model's; the adapter is for another one" for name in different]
         refuse(problems, "the adapter's tensors do not fit the model and adapter_config.json")
         adapters = match_tensors(config, layers, {name: shapes[name] for name in shapes if name not in copies})
-        refuse(_bad_numbers(tensors, list(shapes), check_weights), f"the numbers in {file} cannot be used")
+        refuse_numbers(tensors, list(shapes), file, check_weights)
         changed = {adapter.module for adapter in adapters} & {EMBEDDING, HEAD}
         if changed and not (config.ensure_weight_tying and changed == {EMBEDDING}):
             _untie(model)
@@ -69,7 +63,7 @@ def merged(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tenso
     return torch.addmm(weight_NK.detach().float(), b_NR, a_RK, alpha=scale).to(weight_NK.dtype)
 
 
-def _new_weight(tensors: Any, adapter: Adapter, layer: Layer) -> Tensor:
+def _new_weight(tensors: Any, adapter: Adapter, layer: PlainLayer) -> Tensor:
     weight = layer.weight
     if adapter.whole:
         whole: Tensor = tensors.get_tensor(adapter.whole)
@@ -87,19 +81,10 @@ def _untie(model: Qwen3) -> None:
         assign(model, f"{HEAD}.weight", model.lm_head.weight.detach())
 
 
-def _is_copy(tensors: Any, name: str, layers: dict[str, Layer]) -> bool:
+def _is_copy(tensors: Any, name: str, layers: dict[str, PlainLayer]) -> bool:
     """Return whether a tensor is the model's own embedding or output projection."""
     layer = layers.get(HEAD if f".{HEAD}." in name else EMBEDDING)
     if layer is None:
         return False
     weight = layer.weight
     return torch.equal(tensors.get_tensor(name).to(weight.device, weight.dtype), weight)
-
-
-def _bad_numbers(tensors: Any, names: list[str], check_weights: bool) -> list[str]:
-    return [
-        f"{name}: {problem}"
-        for name in names
-        if (problem := dtype_problem(tensors.get_slice(name).get_dtype(), None)) is not None
-        or (check_weights and (problem := non_finite(tensors.get_tensor(name))) is not None)
-    ]

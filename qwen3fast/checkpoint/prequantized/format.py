@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED, read_compressed, write_compressed
+from qwen3fast.quantization.formats import GROUP, Format
+from qwen3fast.quantization.uint4 import Layout
 
 BLOCK = 128  # fp8: rows and channels that share a scale
 
@@ -122,11 +124,28 @@ class PrequantizedFormat:
     def loaded_as(self) -> str | None:
         """Return the format that weights are loaded in by default, None for plain weights in the checkpoint's dtype.
 
-        "int4" takes over the stored levels; "int8" quantizes the dequantized weights.
+        "int4" and "uint4" take over the stored levels; "int8" quantizes the dequantized weights.
         """
         if self.is_float:
             return None
-        return "int4" if self.bits == 4 and self.is_symmetric and not self.has_act_order else "int8"
+        if not self.has_levels_of_4_bits:
+            return "int8"
+        return "int4" if self.is_symmetric else "uint4"
+
+    @property
+    def has_levels_of_4_bits(self) -> bool:
+        """Return whether our formats can hold the stored levels: 4 bits, a group's channels being neighbors."""
+        return not self.is_float and self.bits == 4 and (not self.has_act_order or self.group_size == -1)
+
+    def layout_of(self, in_features: int) -> Layout:
+        """Return the layout of uint4's scales that holds the groups of K channels, each with its zero point."""
+        if self.group_size == -1:
+            return Layout(in_features, has_zero=True)
+        return Layout(self.group_size if in_features % self.group_size == 0 else GROUP, has_zero=True)
+
+    def as_format(self, format: Format) -> Format:
+        """Return one of our formats as these layers get it: uint4 with their own groups where it keeps their levels."""
+        return format.with_layout(self.layout_of) if format.name == "uint4" and self.has_levels_of_4_bits else format
 
     def describe(self) -> str:
         """Return the format in words."""

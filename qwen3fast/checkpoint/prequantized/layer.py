@@ -40,6 +40,7 @@ class PrequantizedLayer:
     def packed(self, format: Format) -> Packed:
         """Return the weight in one of our formats: with the stored levels where it has them, otherwise quantized again.
 
+        format: as `PrequantizedFormat.as_format` returns it.
         Raises: ValueError for tensors that contradict each other, or quantization_config.
         """
         return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format))
@@ -49,6 +50,8 @@ class PrequantizedLayer:
             levels = self._levels(rows)
             if format.name == "int4" and self.stored.loaded_as == "int4":
                 return levels.as_int4()
+            if format.name == "uint4" and self.stored.has_levels_of_4_bits:
+                return levels.as_uint4(format.layout_of(self.shape[1]).span)
             if format.name == "int8" and self.stored.bits == 8 and levels.is_int8():
                 return levels.as_int8()
         return format.quantize(self._weight(rows))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.quantization.formats import GROUP, Packed, pack_int4, pack_int8
+from qwen3fast.quantization.uint4 import pack_zeros
 
 OTHER_WAY = "use quantization='int8' or 'dequantize'"
 
@@ -38,10 +39,25 @@ class Levels(NamedTuple):
         """
         if (self.zero_nG != 8).any():
             raise ValueError(f"zero points other than 8, though 'sym' is true; {OTHER_WAY}")
-        group = self.group_K.view(-1, GROUP)
+        return pack_int4(self.level_nK, self.scale_nG[:, self._groups_of(GROUP)])
+
+    def as_uint4(self, span: int) -> Packed:
+        """Return the same 4-bit levels and zero points in our format; scales are rounded to float16, if they are not.
+
+        Raises: ValueError if `span` neighboring channels are of several groups, or a scale is beyond float16.
+        """
+        group = self._groups_of(span)
+        scale_nP = self.scale_nG[:, group]
+        if (scale_nP.to(torch.float16).isinf() & scale_nP.isfinite()).any():
+            raise ValueError(f"scales beyond the range of float16; {OTHER_WAY}")
+        return pack_zeros(self.level_nK, scale_nP, self.zero_nG[:, group])
+
+    def _groups_of(self, span: int) -> Tensor:
+        """Return the groups of each `span` neighboring channels."""
+        group = self.group_K.view(-1, span)
         if (group != group[:, :1]).any():
             raise ValueError(f"g_idx mixes channels, though 'desc_act' is false; {OTHER_WAY}")
-        return pack_int4(self.level_nK, self.scale_nG[:, group[:, 0]])
+        return group[:, 0]
 
     def is_int8(self) -> bool:
         """Return whether 8-bit levels are the ones of our format: a single group with its zero point in the middle."""

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
-from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall
+from qwen3fast.kernels.cpu.decode_layers import (
+    MAX_DECODE_ROWS,
+    AdaptersOfLayers,
+    DecodeLayersCall,
+    ExpertWeights,
+    LayerTensors,
+    Weight,
+)
 from qwen3fast.kernels.cpu.ops import MAX_ROWS, quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
@@ -28,7 +35,11 @@ __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
     "MAX_ROWS",
+    "AdaptersOfLayers",
     "DecodeLayersCall",
+    "ExpertWeights",
+    "LayerTensors",
+    "Weight",
     "can_decode_attention",
     "can_matvec",
     "can_prefill_attention",

@@ -36,7 +36,12 @@ struct Cached {
 struct Part {
   std::vector<float> maximum, total, out;
 
-  Part(int64_t G, int64_t D) : maximum(G, -1e30f), total(G, 0.f), out(G * D, 0.f) {}
+  // Removes all positions.
+  void clear(int64_t G, int64_t D) {
+    maximum.assign(G, -1e30f);
+    total.assign(G, 0.f);
+    out.assign(G * D, 0.f);
+  }
 
   // Makes room for scores up to `limit` of head g. Returns the new maximum.
   float raise(int64_t g, int64_t D, float limit) {
@@ -56,6 +61,8 @@ struct Part {
   }
 };
 
-// Positions begin..end of one key/value head; each key and value is read once for all G query heads.
+// Positions begin..end of one key/value head, into `part`; each key and value is read once for all G query heads.
+// `following`: the keys that the caller reads next, which are asked for ahead; or nullptr.
 template <typename T>
-Part attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale);
+void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
+            const T* following, Part& part);

@@ -87,15 +87,17 @@ void add_values(const float* score, const float* other_score, const T* v, int64_
 
 }  // namespace
 
-// Positions begin..end of one key/value head; each key and value is read once for all G query heads.
 template <typename T>
-Part attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale) {
+void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
+            const T* following, Part& part) {
   constexpr bool kIsRounded = std::is_same_v<T, int8_t>;
   using Query = std::conditional_t<kIsRounded, float, BFloat16>;
   const auto [k, v, k_scale, v_scale] = cached;
-  std::vector<Query> query(q, q + G * D);
-  Part part(G, D);
-  std::vector<float> score(G * kBlock);
+  thread_local std::vector<Query> query;  // kept from call to call: with few positions, allocation takes as long as they do
+  thread_local std::vector<float> score;
+  query.assign(q, q + G * D);
+  score.resize(G * kBlock);
+  part.clear(G, D);
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
     for (int64_t t = 0; t < count; t += kLanes) {
@@ -131,18 +133,17 @@ Part attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, in
       const int64_t other = std::min(g + 1, G - 1);
       const float *s = score.data() + g * kBlock, *other_s = score.data() + other * kBlock;
       float *out = part.out.data() + g * D, *other_out = part.out.data() + other * D;
-      const T *value = v + start * D, *next = g == 0 ? k + (start + count) * D : nullptr;
+      const T *value = v + start * D, *next = g > 0 ? nullptr : start + count < end ? k + (start + count) * D : following;
       int64_t d = 0;
       for (; d + 8 * kLanes <= D; d += 8 * kLanes) add_values<8>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
       for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_values<4>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
       for (; d < D; d += kLanes) add_values<1>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
     }
   }
-  return part;
 }
 
-template Part attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float);
-template Part attend(const BFloat16*, const Cached<int8_t>&, int64_t, int64_t, int64_t, int64_t, float);
+template void attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float, const BFloat16*, Part&);
+template void attend(const BFloat16*, const Cached<int8_t>&, int64_t, int64_t, int64_t, int64_t, float, const int8_t*, Part&);
 
 namespace {
 
@@ -156,12 +157,13 @@ void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* pos
   int64_t longest = 1;
   for (int64_t b = 0; b < B; b++) longest = std::max(longest, length_of(b));
   const int64_t splits = std::clamp<int64_t>(threads / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
-  std::vector<Part> parts(B * K * splits, Part(0, 0));
+  std::vector<Part> parts(B * K * splits);
   parallel_for(B * K * splits, 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
       const int64_t head = i / splits, split = i % splits, length = length_of(head / K);
-      parts[i] = attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits,
-                        length * (split + 1) / splits, scale);
+      const T* following = i + 1 < last && splits == 1 ? cached.keys + (head + 1) * S * D : nullptr;
+      attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits, length * (split + 1) / splits, scale,
+             following, parts[i]);
     }
   });
   for (int64_t head = 0; head < B * K; head++) {

@@ -24,7 +24,7 @@ SOURCES = (
     "experts.cpp",
     "rounding.cpp",
 )  # what takes longest first
-HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h")
+HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "experts.h", "low_rank.h")
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {"rounding.cpp": ["-ffp-contract=off"]}
 

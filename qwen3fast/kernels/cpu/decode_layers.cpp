@@ -4,6 +4,8 @@
 //
 // A row at position -1 is empty: its part of the cache is left alone, and its result has no meaning.
 //
+// Experts: one thread routes all rows; products of the chosen experts are in experts.h. Empty rows have no experts.
+//
 // Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A row's
 // result does not depend on the other rows, except by rounding where there are more threads than key/value heads.
 
@@ -13,6 +15,8 @@
 #include <vector>
 
 #include "attend.h"
+#include "experts.h"
+#include "low_rank.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -35,8 +39,9 @@ struct Input {
 
   Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
-  void quantize(const BFloat16* from, int64_t M, int64_t K, int64_t bits) {
-    for (int64_t m = 0; bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K, bits);
+  // Only for weights that are quantized: `weight`, and others with the same input.
+  void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
+    for (int64_t m = 0; weight.bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K);
   }
 };
 
@@ -46,8 +51,7 @@ void multiply(const Linear& w, const BFloat16* x, const Activations& quantized, 
   if (w.bits == 16)
     return matvec_rows(x, M, static_cast<const BFloat16*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
                        w.K);
-  const Weight weight{static_cast<const uint8_t*>(w.weight), w.scale, w.N / kLanes, y};
-  packed_blocks(quantized, M, weight, w.bits, blocks.begin, blocks.end, width, w.K);
+  packed_blocks(quantized, M, w, y, blocks.begin, blocks.end, width);
 }
 
 // One vector of model/norm.py.
@@ -83,10 +87,7 @@ void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {
   }
   const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;
   *scale = size / 127.f + sum(poison);
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const Bytes bytes = __builtin_convertvector(round_to_ints(load(from + d) * to_bytes), Bytes);
-    std::memcpy(to + d, &bytes, sizeof bytes);
-  }
+  for (int64_t d = 0; d < D; d += kLanes) store(to + d, round_to_ints(load(from + d) * to_bytes));
 }
 
 void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range columns) {
@@ -95,40 +96,133 @@ void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range column
       store(x + m * E + i, load(x + m * E + i) + load(y + m * E + i));
 }
 
+// The experts of the rows that are in use, as in model/moe.py.
+struct Routing {
+  std::vector<int64_t> row, expert;  // (N,), (N, C)
+  std::vector<float> share;          // (N, C)
+  std::vector<BFloat16> logits, y;   // (M, X), (N, C, E)
+  RoutedExperts experts;
+
+  // Chooses the experts of row m by its logits: the C largest probabilities, the first of equal ones.
+  void choose(int64_t m, int64_t X, int64_t C, bool renormalizes) {
+    std::vector<float> chance(X);
+    float most = -INFINITY, total = 0, chosen = 0;
+    for (int64_t e = 0; e < X; e++) most = std::max(most, float(logits[m * X + e]));
+    for (int64_t e = 0; e < X; e++) total += chance[e] = std::exp(float(logits[m * X + e]) - most);
+    for (int64_t c = 0; c < C; c++) {
+      int64_t best = -1;  // where all are NaN, any that is left
+      for (int64_t e = 0; e < X; e++)
+        if (chance[e] != kTaken && (best < 0 || chance[e] > chance[best])) best = e;
+      expert.push_back(best);
+      share.push_back(chance[best] / total);
+      chosen += share.back();
+      chance[best] = kTaken;
+    }
+    for (auto s = share.end() - C; renormalizes && s != share.end(); s++) *s /= chosen;
+    row.push_back(m);
+  }
+
+ private:
+  static constexpr float kTaken = -1;
+};
+
 // The state that threads share while the layers run.
 struct Shared {
   const Sizes size;
   const float *cos, *sin;  // (positions, D)
   const int64_t* position;
-  int64_t splits;
+  const int64_t splits, intermediate;  // the latter: of the widest layer without experts
   BFloat16* x;                         // (M, E), the residual stream
   std::vector<BFloat16> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
   std::vector<Part> parts;
+  Routing routing;
   Barrier barrier;
+  const Adapters* adapters;  // null for none
 };
+
+// The feed-forward layer of a block: x += down(silu(gate(rows)) * up(rows)). input.rows: normalized, each thread's own.
+// adapt: adds the adapters' products to those of a weight, see `run`.
+template <typename Adapt>
+void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adapt, int thread, int threads) {
+  const int64_t M = s.size.M, E = s.size.E, I = layer.gate.N;
+  const Range columns = share(E / kLanes, thread, threads), inner = share(I / kLanes, thread, threads);
+  input.quantize(input.rows.data(), M, E, layer.gate);
+  multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
+  multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
+  adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
+  adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
+  for (int64_t m = 0; m < M; m++)
+    gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
+                (inner.end - inner.begin) * kLanes);
+  s.barrier.wait();
+
+  input.quantize(s.act.data(), M, I, layer.down);
+  multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
+  adapt(6, layer.down, s.act.data(), columns, s.z.data(), E);
+  add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
+}
+
+// The same with experts: x += the sum of the chosen experts' outputs, each times its share.
+void run_experts(const Layer& layer, const Input& input, Shared& s, int thread, int threads) {
+  const int64_t M = s.size.M, E = s.size.E, X = layer.router.N, C = layer.chosen;
+  const Range columns = share(E / kLanes, thread, threads), routes = share(X / kLanes, thread, threads);
+  Routing& routing = s.routing;
+  multiply(layer.router, input.rows.data(), input.quantized, M, routes, routing.logits.data(), X);
+  s.barrier.wait();
+
+  if (thread == 0) {
+    routing.row.clear(), routing.expert.clear(), routing.share.clear();
+    for (int64_t m = 0; m < M; m++)
+      if (s.position[m] >= 0) routing.choose(m, X, C, layer.renormalizes);
+    routing.experts.plan(routing.expert.data(), routing.row.size(), C, layer.gate, layer.down);
+  }
+  s.barrier.wait();
+
+  const auto row_of = [&](int64_t n) { return input.rows.data() + routing.row[n] * E; };
+  routing.experts.run(row_of, layer.gate, layer.down, routing.y.data(), s.barrier, thread, threads);
+  s.barrier.wait();
+
+  for (size_t n = 0; n < routing.row.size(); n++)
+    for (int64_t i = columns.begin * kLanes; i < columns.end * kLanes; i += kLanes) {
+      Vec total = {};
+      for (int64_t c = 0; c < C; c++) total += load(&routing.y[(n * C + c) * E + i]) * routing.share[n * C + c];
+      BFloat16 rounded[kLanes], *x = s.x + routing.row[n] * E + i;
+      store(rounded, total);
+      store(x, load(x) + load(rounded));
+    }
+}
 
 template <typename T>  // of the cache
 void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads) {
-  const auto& [M, E, H, K, D, I, S, eps] = s.size;
+  const auto& [M, E, H, K, D, S, eps] = s.size;
   const int64_t G = H / K, width = (H + 2 * K) * D;
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const Range columns = share(E / kLanes, thread, threads), heads = share(M * K, thread, threads);
-  const Range inner = share(I / kLanes, thread, threads), qkv_blocks = share(width / kLanes, thread, threads);
+  const Range qkv_blocks = share(width / kLanes, thread, threads);
   const Range tasks = share(M * K * s.splits, thread, threads);
-  Input input(M, std::max({E, H * D, I}));
+  Input input(M, std::max({E, H * D, s.intermediate}));
+  std::vector<float> low(s.adapters ? s.adapters->rank : 0);
+  const LowRank* added = nullptr;  // beside this layer's weights
+  // Adds the adapters' products to those of weight number j.
+  const auto adapt = [&](int64_t j, const Linear& w, const BFloat16* x, Range blocks, BFloat16* y, int64_t width) {
+    if (added)
+      add_low_rank(added[j], *s.adapters, x, M, w.N, w.K, blocks.begin * kLanes, blocks.end * kLanes, y, width, low.data());
+  };
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = layers[i];
     const Cache& cache = layer.cache;
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
     const Cached<T> cached(cache);
+    if (s.adapters) added = s.adapters->weights + 7 * i;
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
-    input.quantize(input.rows.data(), M, E, layer.q.bits);
-    int64_t first = 0;
+    input.quantize(input.rows.data(), M, E, layer.q);
+    int64_t first = 0, j = 0;
     for (const Linear* w : {&layer.q, &layer.k, &layer.v}) {
       const int64_t blocks = w->N / kLanes;
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
       multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
+      adapt(j++, *w, input.rows.data(), own, &s.qkv[first * kLanes], width);
       first += blocks;
     }
     s.barrier.wait();
@@ -150,8 +244,9 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
     for (int64_t i = tasks.begin; i < tasks.end; i++) {
       const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = std::max<int64_t>(s.position[m], 0) + 1;
-      s.parts[i] = attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
-                          length * (split + 1) / s.splits, scale);
+      const T* following = i + 1 < tasks.end && s.splits == 1 ? keys + (head + 1) * S * D : nullptr;
+      attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
+             length * (split + 1) / s.splits, scale, following, s.parts[i]);
     }
     if (s.splits > 1) s.barrier.wait();
     for (int64_t head = heads.begin; head < heads.end; head++) {
@@ -161,23 +256,17 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     }
     s.barrier.wait();
 
-    input.quantize(s.y.data(), M, H * D, layer.o.bits);
+    input.quantize(s.y.data(), M, H * D, layer.o);
     multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
+    adapt(3, layer.o, s.y.data(), columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
 
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.post_norm, E, eps, &input.rows[m * E]);
-    input.quantize(input.rows.data(), M, E, layer.gate.bits);
-    multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
-    multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
-    for (int64_t m = 0; m < M; m++)
-      gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
-                  (inner.end - inner.begin) * kLanes);
-    s.barrier.wait();
-
-    input.quantize(s.act.data(), M, I, layer.down.bits);
-    multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
-    add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
+    if (layer.router.weight)
+      run_experts(layer, input, s, thread, threads);
+    else
+      feed_forward(layer, input, s, adapt, thread, threads);
     s.barrier.wait();
   }
 }
@@ -185,13 +274,20 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
 }  // namespace
 
 void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                             const int64_t* position, BFloat16* x, int64_t threads) {
-  const auto& [M, E, H, K, D, I, S, eps] = *sizes;
+                             const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
+  const auto& [M, E, H, K, D, S, eps] = *sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
+  int64_t I = 0, X = 0, C = 0;
+  for (const Layer* layer = layers; layer < layers + count; layer++) {
+    if (!layer->router.weight) I = std::max(I, layer->gate.N);
+    X = std::max(X, layer->router.N), C = std::max(C, layer->chosen);
+  }
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
-  Shared shared{*sizes, cos, sin, position, splits, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits, Part(0, 0)), {}};
+  Shared shared{*sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
+                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters};
+  shared.routing.logits = room(M * X);
+  shared.routing.y = room(M * C * E);
   const bool is_rounded = layers[0].cache.key_scale;
 #pragma omp parallel num_threads(threads)
   {

@@ -5,68 +5,120 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import GROUP, LANES, Layer, Linear, Sizes, cache, packed_linear, require
+from qwen3fast.kernels.cpu.structures import (
+    GROUP,
+    LANES,
+    Adapters,
+    Layer,
+    Linear,
+    LowRank,
+    Sizes,
+    cache,
+    packed_linear,
+    require,
+)
 
 MAX_DECODE_ROWS = 32
+
+
+Weight = tuple[Tensor, Tensor | None]  # in bfloat16, or packed, with its scales
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of a block: a router in bfloat16, (X, E), and packed weights as in `quantized_experts`.
+
+    num_chosen: experts per token. is_renormalized: their shares are made to sum to one.
+    """
+
+    router: Tensor
+    gate_up: Weight
+    down: Weight
+    num_chosen: int
+    is_renormalized: bool
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of one block.
+
+    norms: input_norm, q_norm, k_norm, post_norm. attention: q, k, v, o. feed_forward: gate, up, down, or experts.
+    cache: keys and values, and for int8 their scales, see `Cache` in ops.h.
+    """
+
+    norms: Sequence[Tensor]
+    attention: Sequence[Weight]
+    feed_forward: Sequence[Weight] | ExpertWeights
+    cache: Sequence[Tensor]
 
 
 class DecodeLayersCall:
     """A call that runs all blocks; it checks weights and cache, and stores their addresses, once."""
 
-    def __init__(
-        self,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        key_scales: Sequence[Tensor],
-        value_scales: Sequence[Tensor],
-        norms: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        scales: Sequence[Tensor | None],
-        eps: float,
-    ) -> None:
-        """Check and keep one cache per layer (see `Cache` in ops.h), norms and weights in the order of `Layer`.
+    def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
+        """Check and keep the tensors of all blocks. eps: of the norms.
 
-        scales: of packed weights; None for bfloat16.
         Raises: ValueError for unsupported tensors.
         """
-        L = len(keys)
-        require(
-            L > 0 and len(values) == L and len(norms) == 4 * L and len(weights) == len(scales) == 7 * L,
-            "decode_layers: there must be keys, values, four norms, seven weights and seven scales per layer",
-        )
-        require(
-            len(key_scales) == len(value_scales) == (L if keys[0].dtype == torch.int8 else 0),
-            "decode_layers: scales of keys and values are for int8 only, and needed there",
-        )
-        # Keep the memory alive, even if the parameters are replaced.
-        lists = (keys, values, key_scales, value_scales, norms, weights, scales)
-        self._tensors = [tensor.detach() for tensors in lists for tensor in tensors if tensor is not None]
-        self._layers = (Layer * L)()
-        self.R, K, S, D = keys[0].shape
-        for i, layer in enumerate(self._layers):
-            is_equal = keys[i].shape == keys[0].shape and keys[i].dtype == keys[0].dtype
+        require(len(layers) > 0, "decode_layers: there must be layers")
+        self._tensors = [tensor for layer in layers for tensor in _flat(layer)]  # kept, even if parameters are replaced
+        self._layers = (Layer * len(layers))()
+        keys = layers[0].cache[0]
+        self.R, K, S, D = keys.shape
+        for layer, tensors in zip(self._layers, layers, strict=True):
+            k, v, *scales = tensors.cache
+            is_equal = k.shape == keys.shape and k.dtype == keys.dtype
             require(is_equal, "decode_layers: all caches must have one shape and dtype")
-            cache_scales = (key_scales[i], value_scales[i]) if key_scales else (None, None)
-            layer.cache = cache(keys[i], values[i], *cache_scales)
-            for j, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
-                setattr(layer, name, _linear(weights[7 * i + j], scales[7 * i + j]))
+            k_scale, v_scale = scales if scales else (None, None)
+            layer.cache = cache(k, v, k_scale, v_scale)
+            _set_weights(layer, tensors)
         first = self._layers[0]
-        self._sizes = Sizes(0, first.q.K, first.q.N // D, K, D, first.gate.N, S, eps)
-        for i, layer in enumerate(self._layers):
+        self._sizes = Sizes(0, first.q.K, first.q.N // D, K, D, S, eps)
+        for layer, tensors in zip(self._layers, layers, strict=True):
             _require_sizes(layer, self._sizes)
-            for j, name in enumerate(("input_norm", "q_norm", "k_norm", "post_norm")):
-                setattr(layer, name, _vector(norms[4 * i + j], D if name in ("q_norm", "k_norm") else first.q.K))
+            for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
+                setattr(layer, name, _vector(norm, D if name in ("q_norm", "k_norm") else first.q.K))
+
+    def adapters(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> AdaptersOfLayers:
+        """Check and keep the matrices of adapters, seven pairs per layer in the order of `Layer`.
+
+        matrices: A (slots, rank, K) and the transpose of B, (slots, rank, N), bfloat16. slot_R: int64, the slot of each
+        row of the cache; 0 for none.
+        Raises: ValueError for other tensors.
+        """
+        require(not any(x.router.weight for x in self._layers), "decode_layers: there are no adapters of experts")
+        weights = [w for x in self._layers for w in (x.q, x.k, x.v, x.o, x.gate, x.up, x.down)]
+        require(len(matrices) == len(weights), "decode_layers: there must be seven pairs of matrices per layer")
+        slots, rank, _ = matrices[0][0].shape
+        for (a_SRK, b_SRN), w in zip(matrices, weights, strict=True):
+            for matrix, size in ((a_SRK, w.K), (b_SRN, w.N)):
+                is_right = matrix.dtype == torch.bfloat16 and matrix.is_contiguous() and matrix.device.type == "cpu"
+                require(
+                    is_right and matrix.shape == (slots, rank, size),
+                    "decode_layers: matrices of adapters must be (slots, rank, K or N) bfloat16, contiguous",
+                )
+        require(
+            slot_R.dtype == torch.int64 and slot_R.is_contiguous() and len(slot_R) == self.R,
+            "decode_layers: slots must be (R,) int64, contiguous",
+        )
+        return AdaptersOfLayers(matrices, slot_R)
 
     def __call__(
-        self, functions: ctypes.CDLL, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor
+        self,
+        functions: ctypes.CDLL,
+        x_B1E: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        position_B1: Tensor,
+        adapters: AdaptersOfLayers | None = None,
     ) -> Tensor:
         """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
         functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
+        adapters: of `adapters`, to add the products of each row's slot.
         Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
         B, sizes = len(x_B1E), self._sizes
@@ -88,11 +140,41 @@ class DecodeLayersCall:
         functions.qwen3fast_decode_layers(
             self._layers,
             ctypes.c_int64(len(self._layers)),
-            byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.I, sizes.S, sizes.eps)),
+            byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.S, sizes.eps)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
+            None if adapters is None else byref(adapters.structure),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return y_B1E
+
+
+class AdaptersOfLayers:
+    """The addresses of adapters' matrices, which must stay in place. structure: `Adapters` of ops.h."""
+
+    def __init__(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> None:
+        self._tensors = [tensor.detach() for pair in matrices for tensor in pair], slot_R  # keep the memory alive
+        pairs = (LowRank * len(matrices))(*(LowRank(a.data_ptr(), b.data_ptr()) for a, b in matrices))
+        self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
+
+
+def _flat(layer: LayerTensors) -> list[Tensor]:
+    mlp = layer.feed_forward
+    weights = (mlp.router, *mlp.gate_up, *mlp.down) if isinstance(mlp, ExpertWeights) else [x for w in mlp for x in w]
+    attention = [x for weight in layer.attention for x in weight]
+    return [x.detach() for x in (*layer.norms, *attention, *weights, *layer.cache) if x is not None]
+
+
+def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
+    for name, weight in zip("qkvo", tensors.attention, strict=True):
+        setattr(layer, name, _linear(*weight))
+    mlp = tensors.feed_forward
+    if isinstance(mlp, ExpertWeights):
+        require(mlp.gate_up[1] is not None and mlp.down[1] is not None, "decode_layers: experts must be packed")
+        layer.gate, layer.down, layer.router = _linear(*mlp.gate_up), _linear(*mlp.down), _linear(mlp.router, None)
+        layer.chosen, layer.renormalizes = mlp.num_chosen, mlp.is_renormalized
+    else:
+        for name, weight in zip(("gate", "up", "down"), mlp, strict=True):
+            setattr(layer, name, _linear(*weight))
 
 
 def _linear(weight: Tensor, scale: Tensor | None) -> Linear:
@@ -114,19 +196,23 @@ def _vector(vector: Tensor, size: int) -> int:
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
-    """Check that weights fit each other, and that weights with the same input have the same bits."""
-    q, o, gate, down = layer.q, layer.o, layer.gate, layer.down
+    """Check that weights fit each other, and that of weights with the same input all are quantized, or none."""
+    q, o, gate, down, router = layer.q, layer.o, layer.gate, layer.down, layer.router
+    I, X = down.K, max(1, router.N)  # noqa: E741
     expected = [
-        *((w, n * s.D, s.E, q.bits) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
-        (o, s.E, s.H * s.D, o.bits),
-        *((w, s.I, s.E, gate.bits) for w in (gate, layer.up)),
-        (down, s.E, s.I, down.bits),
+        *((w, n * s.D, s.E, q) for w, n in ((q, s.H), (layer.k, s.K), (layer.v, s.K))),
+        (o, s.E, s.H * s.D, o),
+        *([(gate, X * 2 * I, s.E, gate), (router, X, s.E, router)] if router.weight else []),
+        *([] if router.weight else [(w, I, s.E, gate) for w in (gate, layer.up)]),
+        (down, X * s.E, I, down),
     ]
     fits = all(
-        (w.N, w.K, w.bits) == (N, K, bits) and N % LANES == 0 and K % (LANES if bits == 16 else GROUP) == 0
-        for w, N, K, bits in expected
+        (w.N, w.K, w.bits == 16) == (N, K, first.bits == 16)
+        and N % LANES == 0
+        and K % (LANES if w.bits == 16 else GROUP) == 0
+        for w, N, K, first in expected
     )
     require(
-        fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0,
+        fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0 and 0 <= layer.chosen <= X,
         "decode_layers: weights of equal layers, sizes multiples of 16 (packed: of 32), D of 32",
     )

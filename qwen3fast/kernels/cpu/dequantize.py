@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import GROUP, LANES
+from qwen3fast.kernels.cpu.structures import GROUP, LANES, ZERO_RECORD
+
+NUMBERS_AT_ONCE = 2**20  # in float32
 
 
 def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -23,15 +25,50 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     if scale.dim() == 1:
         levels_NK = _in_rows(packed).view(torch.int8).bitwise_xor(-128).to(torch.bfloat16)  # byte - 128
         return (F.linear(x, levels_NK).float() * scale).to(torch.bfloat16)
+    if scale.dtype == torch.uint8:
+        return F.linear(x, _uint4_weight(packed, scale))
     return F.linear(x, _int4_weight(packed, scale))
 
 
 def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
     """Return the weight that 4 bits stand for, (N, K) bfloat16."""
+    levels_NGC = _levels(packed)
+    scale_NG = scale.transpose(1, 2).reshape(len(levels_NGC), -1)
+    return ((levels_NGC.to(torch.bfloat16) - 8) * scale_NG[..., None]).flatten(1)
+
+
+def _uint4_weight(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the same for uint4; a minimum is taken off in float32, some blocks at a time."""
+    blocks, words = packed.shape[:2]
+    weight_NK = torch.empty(blocks * LANES, words * 8, dtype=torch.bfloat16)
+    step = max(1, NUMBERS_AT_ONCE // (words * 8 * LANES))
+    for start in range(0, blocks, step):
+        part = slice(start, start + step)
+        factor_NG1, minimum_NG1 = _uint4_scales(scale[part], words * 8)
+        numbers = _levels(packed[part]).float().mul_(factor_NG1).sub_(minimum_NG1)
+        weight_NK[start * LANES : (start + step) * LANES] = numbers.flatten(1)
+    return weight_NK
+
+
+def _uint4_scales(scale: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Return what levels of each group are multiplied by, and what is taken off then, (N, G, 1) float32 each."""
+    blocks, spans, record = scale.shape
+    groups = K // spans // GROUP
+    d, rest = scale[..., : 2 * LANES].contiguous().view(torch.float16).float()[:, :, None], scale[..., 2 * LANES :]
+    if record == ZERO_RECORD:
+        factors = [d.expand(-1, -1, groups, -1), (d * rest[:, :, None].float()).expand(-1, -1, groups, -1)]
+    else:
+        dmin = rest[..., : 2 * LANES].contiguous().view(torch.float16).float()[:, :, None]
+        s, m = rest[..., 2 * LANES :].unflatten(2, (groups, 2, LANES)).float().unbind(3)
+        factors = [d * s, dmin * m]
+    first, second = (x.flatten(1, 2).transpose(1, 2).reshape(blocks * LANES, -1, 1) for x in factors)
+    return first, second
+
+
+def _levels(packed: Tensor) -> Tensor:
+    """Return levels of 4 bits, (N, G, 32) uint8."""
     bytes_NK8 = _in_rows(packed).view(packed.shape[0] * LANES, -1, 1, 4)
-    levels = torch.cat([bytes_NK8 & 15, bytes_NK8 >> 4], dim=2).view(len(bytes_NK8), -1, GROUP)
-    scale_NG = scale.transpose(1, 2).reshape(len(bytes_NK8), -1)
-    return ((levels.to(torch.bfloat16) - 8) * scale_NG[..., None]).flatten(1)
+    return torch.cat([bytes_NK8 & 15, bytes_NK8 >> 4], dim=2).view(len(bytes_NK8), -1, GROUP)
 
 
 def _in_rows(packed: Tensor) -> Tensor:

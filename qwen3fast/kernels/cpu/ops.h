@@ -13,10 +13,11 @@
 
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
-// Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes.
+// Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
+// channels that a record of scales covers, otherwise 0. record: its bytes.
 struct Linear {
   const void *weight, *scale;
-  int64_t N, K, bits;
+  int64_t N, K, bits, span, record;
 };
 
 // The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).
@@ -25,15 +26,29 @@ struct Cache {
   float *key_scale, *value_scale;
 };
 
-// One transformer block. Norms: bfloat16.
+// One transformer block. Norms: bfloat16. With experts, `router` (X, E) is bfloat16, `gate` holds X weights (2I, E), gate
+// before up, one below the other, `down` X weights (E, I), both packed, and there is no `up`; without, router.weight is null.
 struct Layer {
   const BFloat16 *input_norm, *q_norm, *k_norm, *post_norm;
-  Linear q, k, v, o, gate, up, down;
+  Linear q, k, v, o, gate, up, down, router;
+  int64_t chosen, renormalizes;  // C; whether their shares are made to sum to one
   Cache cache;
 };
 
+// The matrices of all adapter slots beside a weight (N, K): a (slots, rank, K), b (slots, rank, N).
+struct LowRank {
+  const BFloat16 *a, *b;
+};
+
+// Adapters beside the weights of all layers, seven per layer in the order of Layer. slot (M,): of each row; 0 for none.
+struct Adapters {
+  const LowRank* weights;
+  const int64_t* slot;
+  int64_t rank;
+};
+
 struct Sizes {
-  int64_t M, E, H, K, D, I, S;  // rows, hidden, query heads, key/value heads, head_dim, intermediate, positions
+  int64_t M, E, H, K, D, S;  // rows, hidden, query heads, key/value heads, head_dim, positions
   float eps;
 };
 
@@ -41,7 +56,7 @@ struct Sizes {
 QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
-// The same for any M and packed weights of the same K and bits; y (M, all N together) holds their results side by side.
+// The same for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
 
@@ -53,7 +68,7 @@ QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int
                                           void* scale, int64_t threads);
 
 // The output of each expert for its tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds
-// X weights (2I, E) one below the other, gate before up; down X weights (E, I); both of the same bits, 8 or 4. Returns
+// X weights (2I, E) one below the other, gate before up; down X weights (E, I); both packed. Returns
 // false, with y unfinished, for an expert that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,
                                                const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
@@ -69,6 +84,7 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
-// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32.
+// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none.
 QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
-                                           const float* sin, const int64_t* position, BFloat16* x, int64_t threads);
+                                           const float* sin, const int64_t* position, BFloat16* x,
+                                           const Adapters* adapters, int64_t threads);

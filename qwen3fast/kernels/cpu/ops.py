@@ -90,7 +90,7 @@ def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], dequantize_from: int = NEVER) -> Tensor:
-    """Return x @ weight.T for packed weights of the same K and bits, side by side. x: (..., K) bfloat16.
+    """Return x @ weight.T for packed weights of the same K, in any formats, side by side. x: (..., K) bfloat16.
 
     dequantize_from: for so many rows and more, weights are dequantized and PyTorch's product in bfloat16 is used.
     """
@@ -103,7 +103,6 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], dequa
         raise ValueError(f"quantized_linear: {err}") from None
     for linear in linears:
         require(linear.K == K, f"quantized_linear: x has {K} channels, a weight has {linear.K}")
-        require(linear.bits == linears[0].bits, "quantized_linear: all weights must have the same bits")
     if x.numel() // K >= dequantize_from:
         return torch.cat([dequantized_linear(x, *weight) for weight in zip(packed, scale, strict=True)], dim=-1)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "vec.h"
+#include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
 // The cache level to prefetch to: level 1 allows few reads at a time, which slows fast memory. (No gain for 4 bits.)
@@ -14,32 +14,34 @@ constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
 
-// Rows of x in 8 bits: value = scale * byte, one scale per group. `offset`: the amount that the weights' zero point adds.
+// Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
+// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add.
 struct Activations {
   std::vector<int8_t> bytes;
-  std::vector<float> scale;
-  std::vector<int32_t> offset;
+  std::vector<float> scale, sum;
+  std::vector<int32_t> offset8, offset4;
 
-  Activations(int64_t M, int64_t K) : bytes(M * K), scale(M * K / kGroup), offset(M * K / kGroup) {}
+  Activations(int64_t M, int64_t K)
+      : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
 
-  // Quantizes row m to 8 bits, for weights of `bits` bits.
-  void quantize_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits);
+  // Quantizes row m to 8 bits.
+  void quantize_row(const BFloat16* x, int64_t m, int64_t K);
 };
 
-struct Weight {
-  const uint8_t* packed;
-  const void* scale;
-  int64_t blocks;  // of 16 rows
-  BFloat16* y;     // where its columns of the result begin
-};
+// Bytes of the scales of some rows (a multiple of 16) of a packed weight.
+inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
+  if (weight.bits == 8) return rows * 4;
+  return weight.span ? rows / kLanes * (weight.K / weight.span) * weight.record : rows * weight.K / kGroup * 2;
+}
 
 // Results n0..n1 of M rows of x. y: (M, N).
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K);
 
-// Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. `width` is the distance between two rows of y.
-void packed_blocks(const Activations& x, int64_t M, const Weight& weight, int64_t bits, int64_t begin, int64_t end,
-                   int64_t width, int64_t K);
+// Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. y: where its columns of the result begin.
+// `width` is the distance between two rows of y.
+void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
+                   int64_t width);
 
 namespace {
 

@@ -10,6 +10,12 @@
 //   4 bits   packed (N/16, K/8, 16, 4) uint8: channels 8j+i (low half      scale (N/16, K/32, 16) bfloat16
 //            of byte i) and 8j+4+i (high half).
 //
+// 4 bits with a minimum or a zero point (uint4): levels 0 to 15 in the same places; scale (N/16, K/span, record) uint8
+// holds a record per `span` channels of 16 rows, each field of 16 numbers, one per row:
+//   48 bytes          d float16, zero uint8:       weight = d * level - d * zero
+//   64 + span bytes   d, dmin float16, then per    weight = (d * s) * level - dmin * m
+//                     32 channels s, m uint8:
+//
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
@@ -48,20 +54,83 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
 #endif
 }
 
+// How a weight's levels become numbers: see above.
+enum Kind { kInt8, kInt4, kUint4 };
+
+constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero points
+
+// Reads the records of a block of a weight of 4 bits with a minimum, group after group.
+class Records {
+ public:
+  void start(const Linear& weight, int64_t block) {
+    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / weight.span) * weight.record;
+    record_ = weight.record;
+    groups_ = weight.span / kGroup;
+    left_ = 0;
+  }
+
+  // Sets the factor of levels, and the minimum that is taken off, of the next group.
+  void read(Vec& scale, Vec& minimum) {
+    if (left_ == 0) {
+      factor_ = load(reinterpret_cast<const Float16*>(next_));
+      minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)
+                                        : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
+      levels_ = next_ + 4 * kLanes;
+      next_ += record_;
+      left_ = groups_;
+    }
+    left_--;
+    scale = factor_;
+    minimum = minimum_;
+    if (record_ == kZeroRecord) return;
+    scale *= load(levels_);
+    minimum *= load(levels_ + kLanes);
+    levels_ += 2 * kLanes;
+  }
+
+ private:
+  const uint8_t *next_, *levels_;
+  int64_t record_, groups_, left_;
+  Vec factor_, minimum_;
+};
+
+// What the levels of a group stand for: (level - zero) * scale - minimum.
+struct GroupScale {
+  int zero;
+  float scale, minimum;
+};
+
+// Group g of row `lane` of a block.
+GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_t g) {
+  if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
+  const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
+  if (!weight.span) return {8, static_cast<const BFloat16*>(weight.scale)[(block * G + g) * kLanes + lane], 0};
+  const uint8_t* record = static_cast<const uint8_t*>(weight.scale) + (block * G / groups + g / groups) * weight.record;
+  const float d = load(reinterpret_cast<const Float16*>(record))[lane];
+  if (weight.record == kZeroRecord) return {record[2 * kLanes + lane], d, 0};
+  const float dmin = load(reinterpret_cast<const Float16*>(record + 2 * kLanes))[lane];
+  const uint8_t* levels = record + 4 * kLanes + g % groups * 2 * kLanes;
+  return {0, d * levels[lane], dmin * levels[kLanes + lane]};
+}
+
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y.
-template <int kBits, int kM, int kBlocks>
-void tile(const Activations& x, int64_t m0, const Weight& weight, int64_t block, int64_t width, int64_t K) {
+template <Kind kKind, int kM, int kBlocks>
+void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
+  constexpr int kBits = kKind == kInt8 ? 8 : 4;
   constexpr int64_t kGroupBytes = kGroup * kLanes * kBits / 8;
-  const int64_t G = K / kGroup;
+  const int64_t K = weight.K, G = K / kGroup;
   const int8_t* bytes = x.bytes.data() + m0 * K;
   const float* x_scale = x.scale.data() + m0 * G;
-  const int32_t* offset = x.offset.data() + m0 * G;
-  const uint8_t* w = weight.packed + block * G * kGroupBytes;
+  const float* x_sum = x.sum.data() + m0 * G;
+  const int32_t* offset = (kKind == kInt8 ? x.offset8 : x.offset4).data() + m0 * G;
+  const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kGroupBytes;
+  Records records[kBlocks];
+  for (int b = 0; kKind == kUint4 && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     Ints sum[kBlocks][kM];
     for (int m = 0; m < kM; m++)
-      for (int b = 0; b < kBlocks; b++) sum[b][m] = offset[m * G + g] - Ints{};
+      for (int b = 0; b < kBlocks; b++) sum[b][m] = kKind == kUint4 ? Ints{} : offset[m * G + g] - Ints{};
 #pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
       Bits packed[kBlocks];
@@ -84,12 +153,14 @@ void tile(const Activations& x, int64_t m0, const Weight& weight, int64_t block,
       }
     }
     for (int b = 0; b < kBlocks; b++) {
-      Vec weight_scale = {};
-      if (kBits == 4)
+      Vec weight_scale = {}, minimum = {};
+      if constexpr (kKind == kInt4)
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
+      if constexpr (kKind == kUint4) records[b].read(weight_scale, minimum);
       for (int m = 0; m < kM; m++) {
         const Vec product = __builtin_convertvector(sum[b][m], Vec) * x_scale[m * G + g];
-        total[b][m] += kBits == 4 ? product * weight_scale : product;
+        total[b][m] += kKind == kInt8 ? product : product * weight_scale;
+        if (kKind == kUint4) total[b][m] -= minimum * x_sum[m * G + g];
       }
     }
   }
@@ -97,86 +168,81 @@ void tile(const Activations& x, int64_t m0, const Weight& weight, int64_t block,
     const int64_t n = (block + b) * kLanes;
     for (int m = 0; m < kM; m++) {
       Vec out = total[b][m];
-      if (kBits == 8) out *= load(static_cast<const float*>(weight.scale) + n);
-      store(weight.y + (m0 + m) * width + n, out);
+      if (kKind == kInt8) out *= load(static_cast<const float*>(weight.scale) + n);
+      store(y + (m0 + m) * width + n, out);
     }
   }
 }
 
 // Any number M of rows of x, as many at a time as there are registers for.
-template <int kBits, int kBlocks>
-void rows(const Activations& x, int64_t M, const Weight& weight, int64_t block, int64_t width, int64_t K) {
+template <Kind kKind, int kBlocks>
+void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
   constexpr int kM = kBlocks == 2 ? 6 : 8;
   int64_t m = 0;
-  for (; m + kM <= M; m += kM) tile<kBits, kM, kBlocks>(x, m, weight, block, width, K);
+  for (; m + kM <= M; m += kM) tile<kKind, kM, kBlocks>(x, m, weight, y, block, width);
   switch (M - m) {
-    case 1: return tile<kBits, 1, kBlocks>(x, m, weight, block, width, K);
-    case 2: return tile<kBits, 2, kBlocks>(x, m, weight, block, width, K);
-    case 3: return tile<kBits, 3, kBlocks>(x, m, weight, block, width, K);
-    case 4: return tile<kBits, 4, kBlocks>(x, m, weight, block, width, K);
-    case 5: return tile<kBits, 5, kBlocks>(x, m, weight, block, width, K);
-    case 6: return tile<kBits, 6, kBlocks>(x, m, weight, block, width, K);
-    case 7: return tile<kBits, 7, kBlocks>(x, m, weight, block, width, K);
+    case 1: return tile<kKind, 1, kBlocks>(x, m, weight, y, block, width);
+    case 2: return tile<kKind, 2, kBlocks>(x, m, weight, y, block, width);
+    case 3: return tile<kKind, 3, kBlocks>(x, m, weight, y, block, width);
+    case 4: return tile<kKind, 4, kBlocks>(x, m, weight, y, block, width);
+    case 5: return tile<kKind, 5, kBlocks>(x, m, weight, y, block, width);
+    case 6: return tile<kKind, 6, kBlocks>(x, m, weight, y, block, width);
+    case 7: return tile<kKind, 7, kBlocks>(x, m, weight, y, block, width);
   }
 }
 
-// Few rows: one stream through memory. Many rows: two blocks at a time share the loads of x.
-template <int kBits>
-void blocks_of(const Activations& x, int64_t M, const Weight& weight, int64_t begin, int64_t end, int64_t width,
-               int64_t K) {
-  if (M > 8)
-    for (; begin + 2 <= end; begin += 2) rows<kBits, 2>(x, M, weight, begin, width, K);
-  for (; begin < end; begin++) rows<kBits, 1>(x, M, weight, begin, width, K);
+// Up to 32 rows: one block at a time, asked for ahead; it stays in the cache while all rows pass. With more rows, reading
+// the weight matters less: two blocks at a time share the loads of x.
+template <Kind kKind>
+void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
+               int64_t width) {
+  if (M > 32)
+    for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
+  for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
 }
 
 }  // namespace
 
-void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, int64_t bits) {
-  const int32_t zero = bits == 8 ? 128 : 8;  // the byte that stands for a weight of zero
+void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K) {
   const int64_t G = K / kGroup;
   for (int64_t g = 0; g < G; g++) {
     const Vec low = load(x + g * kGroup), high = load(x + g * kGroup + kLanes);
     const Vec low_size = low < 0 ? -low : low, high_size = high < 0 ? -high : high;
     const Vec size = low_size > high_size ? low_size : high_size;
     const Vec poison = low * 0 + high * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-    float largest = 0, poisoned = 0;
-    for (int64_t i = 0; i < kLanes; i++) {
-      largest = size[i] > largest ? size[i] : largest;
-      poisoned += poison[i];
-    }
-    const float to_bytes = largest > 0 ? 127.f / largest : 0.f;
-    scale[m * G + g] = largest / 127.f + poisoned;
+    const float most = largest(size), to_bytes = most > 0 ? 127.f / most : 0.f;
+    scale[m * G + g] = most / 127.f + ::sum(poison);
     const Ints a = round_to_ints(low * to_bytes), b = round_to_ints(high * to_bytes);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kLanes; i++) {
-      bytes[m * K + g * kGroup + i] = static_cast<int8_t>(a[i]);
-      bytes[m * K + g * kGroup + kLanes + i] = static_cast<int8_t>(b[i]);
-      sum += a[i] + b[i];
-    }
-    offset[m * G + g] = -zero * sum;
+    store(&bytes[m * K + g * kGroup], a);
+    store(&bytes[m * K + g * kGroup + kLanes], b);
+    const int32_t total = ::sum(a + b);
+    sum[m * G + g] = scale[m * G + g] * static_cast<float>(total);
+    offset8[m * G + g] = -128 * total;
+    offset4[m * G + g] = -8 * total;
   }
 }
 
-void packed_blocks(const Activations& x, int64_t M, const Weight& weight, int64_t bits, int64_t begin, int64_t end,
-                   int64_t width, int64_t K) {
-  (bits == 8 ? blocks_of<8> : blocks_of<4>)(x, M, weight, begin, end, width, K);
+void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
+                   int64_t width) {
+  (weight.bits == 8 ? blocks_of<kInt8> : weight.span ? blocks_of<kUint4> : blocks_of<kInt4>)(x, M, weight, y, begin, end,
+                                                                                            width);
 }
 
 void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
                                 int64_t threads) {
-  const int64_t K = weights[0].K, bits = weights[0].bits;
+  const int64_t K = weights[0].K;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   Activations quantized(M, K);
   parallel_for(M, 16, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) quantized.quantize_row(x + m * K, m, K, bits);
+    for (int64_t m = begin; m < end; m++) quantized.quantize_row(x + m * K, m, K);
   });
   parallel_for(width / kLanes, std::max<int64_t>(1, 32768 / (K * kLanes)), threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // block of this weight
     for (int64_t i = 0; i < count; i++) {
       const int64_t blocks = weights[i].N / kLanes;
-      const Weight weight{static_cast<const uint8_t*>(weights[i].weight), weights[i].scale, blocks, y + first * kLanes};
-      packed_blocks(quantized, M, weight, bits, std::max<int64_t>(begin - first, 0), std::min(end - first, blocks), width, K);
+      packed_blocks(quantized, M, weights[i], y + first * kLanes, std::max<int64_t>(begin - first, 0),
+                    std::min(end - first, blocks), width);
       first += blocks;
     }
   });
@@ -188,16 +254,13 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
     const int64_t n = row[r], block = n / kLanes, lane = n % kLanes;
     if (n < 0 || n >= weight->N) return false;
     const auto* bytes = static_cast<const uint8_t*>(weight->weight) + (block * (K / channels) * kLanes + lane) * 4;
-    for (int64_t k = 0; k < K; k++) {
-      const uint8_t byte = bytes[k / channels * kLanes * 4 + k % 4];
-      float value;
-      if (weight->bits == 8) {
-        value = (byte - 128) * static_cast<const float*>(weight->scale)[n];
-      } else {
-        const int64_t group = (block * (K / kGroup) + k / kGroup) * kLanes + lane;
-        value = ((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * float(static_cast<const BFloat16*>(weight->scale)[group]);
+    for (int64_t g = 0; g < K / kGroup; g++) {
+      const auto [zero, scale, minimum] = group_scale(*weight, block, lane, g);
+      for (int64_t k = g * kGroup; k < (g + 1) * kGroup; k++) {
+        const uint8_t byte = bytes[k / channels * kLanes * 4 + k % 4];
+        const int level = weight->bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+        y[r * K + k] = BFloat16(static_cast<float>(level - zero) * scale - minimum);
       }
-      y[r * K + k] = BFloat16(value);
     }
   }
   return true;

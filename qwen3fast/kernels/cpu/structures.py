@@ -10,13 +10,18 @@ from torch import Tensor
 
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
+ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
 class Linear(ctypes.Structure):
     """`Linear` of ops.h."""
 
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("N", c_int64), ("K", c_int64), ("bits", c_int64)]
+    _fields_ = [
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
+    ]
 
 
 class Cache(ctypes.Structure):
@@ -30,15 +35,28 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down", "router")),
+        *((name, c_int64) for name in ("chosen", "renormalizes")),
         ("cache", Cache),
     ]
+
+
+class LowRank(ctypes.Structure):
+    """`LowRank` of ops.h."""
+
+    _fields_ = [("a", c_void_p), ("b", c_void_p)]
+
+
+class Adapters(ctypes.Structure):
+    """`Adapters` of ops.h."""
+
+    _fields_ = [("weights", ctypes.POINTER(LowRank)), ("slot", c_void_p), ("rank", c_int64)]
 
 
 class Sizes(ctypes.Structure):
     """`Sizes` of ops.h."""
 
-    _fields_ = [*((name, c_int64) for name in "MEHKDIS"), ("eps", c_float)]
+    _fields_ = [*((name, c_int64) for name in "MEHKDS"), ("eps", c_float)]
 
 
 def require(condition: bool, message: str) -> None:
@@ -62,15 +80,29 @@ def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
     )
     bits = 8 if scale.dim() == 1 else 4
     N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
+    require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
+    span, record = span_and_record(packed, scale)
+    shapes = {
+        torch.float32: (N,) if bits == 8 else None,
+        torch.bfloat16: (N // LANES, K // GROUP, LANES),
+        torch.uint8: (N // LANES, K // span, record) if record in (ZERO_RECORD, 4 * LANES + span) else None,
+    }
     require(
-        scale.numel() == (N if bits == 8 else N * K // GROUP)
-        and scale.dtype == (torch.float32 if bits == 8 else torch.bfloat16)
+        scale.shape == shapes.get(scale.dtype)
+        and span % GROUP == K % span == 0
         and scale.device.type == "cpu"
         and scale.is_contiguous(),
-        "scale must be (N,) float32 for 8 bits, (N/16, K/32, 16) bfloat16 for 4",
+        "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span) "
+        "uint8",
     )
-    require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
-    return Linear(packed.data_ptr(), scale.data_ptr(), N, K, bits)
+    return Linear(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record)
+
+
+def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
+    """Return the channels that a record of uint4's scales covers, and its bytes; (32, 0) for other formats."""
+    if scale.dtype != torch.uint8 or scale.dim() != 3 or not scale.shape[1]:
+        return GROUP, 0
+    return max(GROUP, packed.shape[1] * 8 // scale.shape[1]), scale.shape[2]
 
 
 def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:

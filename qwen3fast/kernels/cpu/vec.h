@@ -33,6 +33,11 @@ typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
+// The bits of an IEEE float16.
+struct Float16 {
+  uint16_t bits;
+};
+
 template <typename V, typename T>
 inline V load_as(const T* p) {
   V vec;
@@ -64,6 +69,43 @@ inline Vec load(const int8_t* p) {
 #endif
 }
 
+// Bytes that are unsigned.
+inline Vec load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  for (int i = 0; i < 2; i++)
+    halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i))));
+  return load_as<Vec>(halves);
+#else
+  float numbers[kLanes];
+  for (int64_t i = 0; i < kLanes; i++) numbers[i] = p[i];
+  return load_as<Vec>(numbers);
+#endif
+}
+
+inline Vec fill(float value) { return value - Vec{}; }
+
+// Sixteen float16 numbers as float32, exactly; without instructions for it, by moving the bits and scaling by 2^112.
+// NaN loses its payload, whose lower half BFloat16 could not round.
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  const Vec result = (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+  __m256 halves[2];
+  for (int i = 0; i < 2; i++) halves[i] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * i));
+  const Vec result = load_as<Vec>(halves);
+#else
+  const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits), size = (bits & 0x7fffu) << 13;
+  const Vec scaled = load_as<Vec>(&size) * 0x1p112f;
+  const Bits is_special = (Bits)(size >= 0x0f800000u);  // infinity and NaN have the largest exponent in both
+  const Bits whole = (is_special & (size | 0x7f800000u)) | (~is_special & load_as<Bits>(&scaled)) | (bits & 0x8000u) << 16;
+  const Vec result = load_as<Vec>(&whole);
+#endif
+  return result == result ? result : fill(__builtin_nanf(""));
+}
+
 inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
 
 // The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16.
@@ -77,6 +119,16 @@ inline void store(BFloat16* p, Vec vec) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// The lowest bytes of sixteen numbers.
+inline void store(int8_t* p, Ints vec) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)vec);
+#else
+  const Bytes bytes = __builtin_convertvector(vec, Bytes);
+#endif
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
 inline Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
@@ -86,8 +138,6 @@ inline Vec dot2(Vec total, Bits a, Bits b) {
   return total + load_as<Vec>(&a_low) * load_as<Vec>(&b_low) + load_as<Vec>(&a_high) * load_as<Vec>(&b_high);
 #endif
 }
-
-inline Vec fill(float value) { return value - Vec{}; }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -101,6 +151,11 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float sum(Vec v) {
   const auto add = [](Vec a, Vec b) { return a + b; };
+  QWEN3FAST_FOLD(add)
+}
+
+inline int32_t sum(Ints v) {
+  const auto add = [](Ints a, Ints b) { return a + b; };
   QWEN3FAST_FOLD(add)
 }
 

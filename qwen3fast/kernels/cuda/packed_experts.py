@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, group_scales, num_parts, unpack
+from qwen3fast.kernels.cpu.structures import span_and_record
+from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, num_parts, unpack, word_scales
 
 
 def packed_experts(
@@ -32,9 +33,8 @@ def packed_experts(
     C = num_parts(blocks * P, J)
     y_CPN = torch.empty(C, P, blocks * LANES, dtype=torch.float32, device=x_PK.device)
     words = packed.view(torch.int32)  # (X * N/16, J, 16, 1)
-    _multiply_chosen[(blocks, C, P)](
-        x_PK.contiguous(), words, scale, expert_P, y_CPN, J, triton.cdiv(J, C), K // J, is_fp8, LANES, BLOCK_J, GROUP
-    )
+    sizes = (J, triton.cdiv(J, C), K // J, is_fp8, *span_and_record(packed, scale), LANES, BLOCK_J, GROUP)
+    _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), words, scale, expert_P, y_CPN, *sizes)
     return y_CPN
 
 
@@ -49,6 +49,8 @@ def _multiply_chosen(
     share,
     channels: tl.constexpr,
     is_fp8: tl.constexpr,
+    span: tl.constexpr,
+    record: tl.constexpr,
     lanes: tl.constexpr,
     block: tl.constexpr,
     group: tl.constexpr,
@@ -64,11 +66,9 @@ def _multiply_chosen(
         j = first + tl.arange(0, block)
         is_real = j < end
         word = tl.load(words + (at * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0)
-        word_scale = 1.0
-        if channels == 8:
-            word_scale = group_scales(scale, at, j, is_real, lane, num_words, channels, lanes, group)
+        word_scale, minimum = word_scales(scale, at, j, is_real, lane, num_words, span, record, channels, lanes, group)
         for part in tl.static_range(channels):
-            weight = unpack(word, word_scale, part, channels, is_fp8)
+            weight = unpack(word, word_scale, minimum, record != 0, part, channels, is_fp8)
             numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
             total += tl.sum(weight * numbers[:, None], axis=0)
     if channels == 4:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import span_and_record
+
 BLOCK_J = 64  # words per row that a program reads at a time
 LANES = 16  # rows of the weight in a block, as in formats.py; also the smallest side of Triton's matrix product
 GROUP = 32  # channels that share a scale in 4 bits
@@ -34,9 +36,8 @@ def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> 
     C, rows = num_parts(blocks, J), max(LANES, triton.next_power_of_2(M))
     y_CMN = torch.empty(C, M, blocks * LANES, dtype=torch.float32, device=x_MK.device)
     words = packed.view(torch.int32)  # (N/16, J, 16, 1)
-    _multiply[(blocks, C)](
-        x_MK.contiguous(), words, scale, y_CMN, M, J, triton.cdiv(J, C), K // J, is_fp8, rows, LANES, BLOCK_J, GROUP
-    )
+    sizes = (M, J, triton.cdiv(J, C), K // J, is_fp8, *span_and_record(packed, scale), rows, LANES, BLOCK_J, GROUP)
+    _multiply[(blocks, C)](x_MK.contiguous(), words, scale, y_CMN, *sizes)
     return y_CMN
 
 
@@ -64,7 +65,59 @@ def group_scales(
 
 
 @triton.jit
-def unpack(word, scale, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.constexpr):
+def group_minimums(
+    records,
+    at,
+    j,
+    is_real,
+    lane,
+    num_words,
+    span: tl.constexpr,
+    record: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Return the scales and minimums of uint4's words j in the weight's block `at`, (block, lanes) float32 each."""
+    mask, words = is_real[:, None], span // 8  # of a record
+    place = records + ((at * num_words // words + j // words) * record)[:, None]
+    d = tl.load((place + 2 * lane[None, :]).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
+    if record == 3 * lanes:
+        minimum = d * tl.load(place + (2 * lanes + lane)[None, :], mask=mask, other=0).to(tl.float32)
+    else:
+        half = (place + (2 * lanes + 2 * lane)[None, :]).to(tl.pointer_type(tl.float16))
+        group = place + (4 * lanes + j % words // 4 * 2 * lanes)[:, None] + lane[None, :]
+        minimum = tl.load(half, mask=mask, other=0.0).to(tl.float32)
+        minimum *= tl.load(group + lanes, mask=mask, other=0).to(tl.float32)
+        d *= tl.load(group, mask=mask, other=0).to(tl.float32)
+    return d, minimum
+
+
+@triton.jit
+def word_scales(
+    scale,
+    at,
+    j,
+    is_real,
+    lane,
+    num_words,
+    span: tl.constexpr,
+    record: tl.constexpr,
+    channels: tl.constexpr,
+    lanes: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Return the scale and the minimum that is taken off of words j: (block, lanes) float32, or a number."""
+    word_scale, minimum = 1.0, 0.0
+    if record != 0:
+        word_scale, minimum = group_minimums(scale, at, j, is_real, lane, num_words, span, record, lanes)
+    elif channels == 8:
+        word_scale = group_scales(scale, at, j, is_real, lane, num_words, channels, lanes, group)
+    return word_scale, minimum
+
+
+@triton.jit
+def unpack(
+    word, scale, minimum, has_minimum: tl.constexpr, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.constexpr
+):
     """Return channel `part` of each word, dequantized to float32; of 8-bit words without the row's scale.
 
     A word holds 4 channels of 8 bits, one per byte, or 8 channels of 4 bits: the low halves of its bytes first.
@@ -76,6 +129,8 @@ def unpack(word, scale, part: tl.constexpr, channels: tl.constexpr, is_fp8: tl.c
         weight = half.to(tl.float32) * 256.0
     elif channels == 4:
         weight = (bits - 128).to(tl.float32)
+    elif has_minimum:
+        weight = bits.to(tl.float32) * scale - minimum
     else:
         weight = (bits - 8).to(tl.float32) * scale
     return weight
@@ -92,6 +147,8 @@ def _multiply(
     share,
     channels: tl.constexpr,
     is_fp8: tl.constexpr,
+    span: tl.constexpr,
+    record: tl.constexpr,
     rows: tl.constexpr,
     lanes: tl.constexpr,
     block: tl.constexpr,
@@ -109,11 +166,11 @@ def _multiply(
         word = tl.load(
             words + (b.to(tl.int64) * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0
         )
-        word_scale = 1.0
-        if channels == 8:
-            word_scale = group_scales(scale, b.to(tl.int64), j, is_real, lane, num_words, channels, lanes, group)
+        word_scale, minimum = word_scales(
+            scale, b.to(tl.int64), j, is_real, lane, num_words, span, record, channels, lanes, group
+        )
         for part in tl.static_range(channels):
-            weight = unpack(word, word_scale, part, channels, is_fp8)
+            weight = unpack(word, word_scale, minimum, record != 0, part, channels, is_fp8)
             numbers = tl.load(
                 x + row[:, None] * num_channels + (j * channels + part)[None, :],
                 mask=(row < num_rows)[:, None] & is_real[None, :],

@@ -10,9 +10,12 @@ import triton
 from qwen3fast.kernels.cuda import chunk_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
-from qwen3fast.kernels.cuda.decode_step.weights import CHANNELS, FP8, INT4, INT8, PLAIN, tile_shape
+from qwen3fast.kernels.cuda.decode_step.weights import FP8, INT4, INT8, PLAIN, channels_of, tile_shape, uint4_kind
 
-FORMATS = {"bf16": PLAIN, "int8": INT8, "fp8": FP8, "int4": INT4}
+FORMATS = {
+    "bf16": PLAIN, "int8": INT8, "fp8": FP8, "int4": INT4,
+    "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48),
+}  # fmt: skip
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
@@ -56,6 +59,8 @@ def _cases(size: str, R: int) -> Iterator[Case]:
     for name, kind in FORMATS.items():
         label = f"{size}, {name}, {R} rows"
         weights = {"w": "*i32" if kind else "*bf16", "scale": "*bf16" if kind in (PLAIN, INT4) else "*fp32"}
+        if kind > INT4:
+            weights["scale"] = "*u8"
         for part, N, width, has_norm, use in (
             ("qkv", (H + 2 * K) * HEAD_DIM, E, True, linear.STORE),
             ("output", E, H * HEAD_DIM, False, linear.ADD),
@@ -74,7 +79,7 @@ def _cases(size: str, R: int) -> Iterator[Case]:
             part = "vocabulary and logits" if has_logits else "vocabulary"
             own = {"HAS_LOGITS": has_logits}
             yield Case(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own, {})
-        P = CHANNELS[kind]
+        P = channels_of(kind)
         signature = {"token": "*i64", **weights, "x": "*bf16"}
         constants = {"E": E, "J": E // P, "KIND": kind, "P": P, "BLOCK": tail.EMBEDDING_BLOCK}
         yield Case(f"embed, {size}, {name}", tail.embed_kernel, signature, constants, {})
@@ -140,4 +145,4 @@ def _chunk_cases(size: str, H: int, K: int) -> Iterator[Case]:
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
     BN, BK = tile_shape(R, K, kind, num_tiles)
-    return {"R": R, "ROWS": R, "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": CHANNELS[kind]}
+    return {"R": R, "ROWS": R, "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": channels_of(kind)}

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.weights import (
-    CHANNELS,
     Weight,
+    channels_of,
     finish,
     load_channels,
     load_weights,
     multiply,
+    scale_numbers,
     sum_channels,
     tile_shape,
 )
@@ -94,7 +95,7 @@ def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_R
         BN=BN,
         BK=BK,
         KIND=weight.kind,
-        P=CHANNELS[weight.kind],
+        P=channels_of(weight.kind),
         HAS_NORM=norm_K is not None,
         USE=use,
     )
@@ -122,7 +123,7 @@ def linear_kernel(
 ):
     """Program i: columns i*BN.. of the result."""
     n0 = tl.program_id(0) * BN
-    up_w, up_scale = w + N * (K // P), scale + (N * (K // 32) if KIND == 3 else N)  # the second half of a gated weight
+    up_w, up_scale = w + N * (K // P), scale + scale_numbers(N, K, KIND)  # the second half of a gated weight
     # Weights do not depend on the previous kernel: they are loaded while it ends.
     if P == 1:
         raw = load_weights(w, n0, 0, N, K, BN, BK, P)

@@ -24,11 +24,13 @@ from qwen3fast.kernels.cuda.decode_step.linear import (
     rounded,
 )
 from qwen3fast.kernels.cuda.decode_step.weights import (
-    CHANNELS,
     Weight,
+    channels_of,
     finish,
     load_channels,
     multiply,
+    record_bytes,
+    record_scales,
     tile_shape,
     unpack,
 )
@@ -53,7 +55,7 @@ class Best(NamedTuple):
 def embed(token_R: Tensor, weight: Weight, x_RE: Tensor) -> None:
     """Write the embeddings of token_R (int64) to x_RE; weight: (V, E)."""
     R, E = x_RE.shape
-    P = CHANNELS[weight.kind]
+    P = channels_of(weight.kind)
     words = E // P
     launch(
         embed_kernel,
@@ -97,7 +99,7 @@ def vocabulary(
         BK=BK,
         TILES=ROWS_OF_PROGRAM // BN,
         KIND=weight.kind,
-        P=CHANNELS[weight.kind],
+        P=channels_of(weight.kind),
         HAS_LOGITS=logits_RV is not None,
     )
 
@@ -162,6 +164,12 @@ def embed_kernel(
         if KIND == 3:
             word_scale = tl.load(scale + block * (E // 32 * 16) + j // 4 * 16 + lane, mask=is_real, other=0.0)
             channels *= word_scale.to(tl.float32)[:, None]
+        elif KIND > 3:
+            WORDS: tl.constexpr = KIND // 64
+            RECORD: tl.constexpr = record_bytes(KIND)
+            record = scale + block * (J // WORDS * RECORD) + j // WORDS * RECORD
+            word_scale, minimum = record_scales(record, j % WORDS // 4, lane, is_real, KIND)
+            channels = channels * word_scale[:, None] - minimum[:, None]
         else:
             channels *= tl.load(scale + row)
         tl.store(x + r * E + j[:, None] * P + p[None, :], channels.to(dtype), mask=is_real[:, None])

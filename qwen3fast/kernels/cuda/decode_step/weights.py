@@ -20,10 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import span_and_record
+
 LANES = 16  # rows in a block of packed weights, as in quantization/formats.py
 GROUP = 32  # channels that share a scale in 4 bits
-PLAIN, INT8, FP8, INT4 = 0, 1, 2, 3  # how a weight is stored
-CHANNELS = {PLAIN: 1, INT8: 4, FP8: 4, INT4: 8}  # in a word
+# How a weight is stored. Kinds of uint4 hold its layout of scales as well: 8 * span + 4 with minimums, + 5 with zero
+# points; each layout has kernels of its own.
+PLAIN, INT8, FP8, INT4, UINT4 = 0, 1, 2, 3, 4
+ZERO_RECORD = 3 * LANES
 # Weights in a tile; more would not fit into registers. Chosen by compiling: no kernel spills (tests hold this).
 TILE = {1: 8192, 2: 8192, 4: 4096, 8: 4096}
 LARGEST_BK = {1: 4096, 2: 4096, 4: 1024, 8: 1024}
@@ -44,6 +48,8 @@ class Weight(NamedTuple):
             return cls(tensor, None, PLAIN)
         if scale.dim() == 1:
             return cls(tensor.view(torch.int32), scale, FP8 if is_fp8 else INT8)
+        if scale.dtype == torch.uint8:
+            return cls(tensor.view(torch.int32), scale, uint4_kind(*span_and_record(tensor, scale)))
         return cls(tensor.view(torch.int32), scale, INT4)
 
     @property
@@ -51,7 +57,17 @@ class Weight(NamedTuple):
         """The shape (N, K)."""
         if self.kind == PLAIN:
             return self.tensor.shape[0], self.tensor.shape[1]
-        return self.tensor.shape[0] * LANES, self.tensor.shape[1] * CHANNELS[self.kind]
+        return self.tensor.shape[0] * LANES, self.tensor.shape[1] * channels_of(self.kind)
+
+
+def uint4_kind(span: int, record: int) -> int:
+    """Return the kind of uint4 with records of so many bytes for so many channels."""
+    return 8 * span + UINT4 + (record == ZERO_RECORD)
+
+
+def channels_of(kind: int) -> int:
+    """Return P, the channels in a word."""
+    return {PLAIN: 1, INT8: 4, FP8: 4}.get(kind, 8)
 
 
 def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
@@ -131,6 +147,8 @@ def multiply(
     """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
     if KIND == 3:
         scales = group_scales(scale, n0, k0, N, K, BN, BK)
+    elif KIND > 3:
+        scales, minimums = group_minimums(scale, n0, k0, N, K, BN, BK, KIND)
     raw = load_weights(w, n0, k0, N, K, BN, BK, P)
     if KIND == 0:
         sums = tl.sum(raw.to(tl.float32) * x, 2)
@@ -138,6 +156,8 @@ def multiply(
         sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
         if KIND == 3:
             sums *= scales
+        elif KIND > 3:
+            sums = sums * scales - tl.sum(x, 3) * minimums
     return sums
 
 
@@ -160,13 +180,62 @@ def group_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
+def group_minimums(
+    scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+):
+    """Load the scales and minimums of a tile in uint4, for each of its words: [1, BK/8, BN] float32 each."""
+    WORDS: tl.constexpr = KIND // 64  # of a record
+    RECORD: tl.constexpr = record_bytes(KIND)
+    j, n = (k0 // 8 + tl.arange(0, BK // 8))[None, :, None], (n0 // 8 % 2 * 8 + tl.arange(0, BN))[None, None, :]
+    mask = (j < K // 8) & (n0 + n - n0 // 8 % 2 * 8 < N)
+    record = scale + (n0 // 16).to(tl.int64) * (K // 8 // WORDS * RECORD) + j // WORDS * RECORD
+    return record_scales(record, j % WORDS // 4, n, mask, KIND)
+
+
+@triton.jit
+def record_scales(record, group, lane, mask, KIND: tl.constexpr):
+    """Load the scales and minimums of groups in records of uint4, float32; their shape is the arguments'."""
+    scales = tl.load((record + 2 * lane).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
+    if KIND % 8 == 5:
+        minimums = scales * tl.load(record + 32 + lane, mask=mask, other=0).to(tl.float32)
+    else:
+        half = (record + 32 + 2 * lane).to(tl.pointer_type(tl.float16))
+        levels = record + 64 + group * 32 + lane
+        minimums = tl.load(half, mask=mask, other=0.0).to(tl.float32)
+        minimums *= tl.load(levels + 16, mask=mask, other=0).to(tl.float32)
+        scales *= tl.load(levels, mask=mask, other=0).to(tl.float32)
+    return scales, minimums
+
+
+@triton.constexpr_function
+def record_bytes(KIND):
+    """Return the bytes of a record of uint4's scales."""
+    return 48 if KIND % 8 == 5 else 64 + KIND // 8
+
+
+@triton.constexpr_function
+def scale_numbers(N, K, KIND):
+    """Return the numbers in the scales of an (N, K) weight: how far the scales of a weight below it are."""
+    if KIND > 3:
+        return N // 16 * (K // (KIND // 8)) * (48 if KIND % 8 == 5 else 64 + KIND // 8)
+    return N * (K // 32) if KIND == 3 else N
+
+
+@triton.jit
 def unpack(words, KIND: tl.constexpr):
     """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first)."""
     # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
-    if KIND == 3:
+    if KIND >= 3:
+        ZERO: tl.constexpr = 8388616.0 if KIND == 3 else 8388608.0  # 2^23, and the level of a weight of zero
         pairs = tl.join(
-            tl.join(tl.join(_half(words, 0), _half(words, 4)), tl.join(_half(words, 16), _half(words, 20))),
-            tl.join(tl.join(_half(words, 8), _half(words, 12)), tl.join(_half(words, 24), _half(words, 28))),
+            tl.join(
+                tl.join(_half(words, 0, ZERO), _half(words, 4, ZERO)),
+                tl.join(_half(words, 16, ZERO), _half(words, 20, ZERO)),
+            ),
+            tl.join(
+                tl.join(_half(words, 8, ZERO), _half(words, 12, ZERO)),
+                tl.join(_half(words, 24, ZERO), _half(words, 28, ZERO)),
+            ),
         )
         channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 8)
     else:
@@ -179,9 +248,9 @@ def unpack(words, KIND: tl.constexpr):
 
 
 @triton.jit
-def _half(words, SHIFT: tl.constexpr):
-    """Return 4 bits with zero point 8 as float32. As the low bits of 2^23, they need no slow integer conversion."""
-    return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+def _half(words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
+    """Return 4 bits less ZERO as float32. As the low bits of 2^23, they need no slow integer conversion."""
+    return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - ZERO
 
 
 @triton.jit

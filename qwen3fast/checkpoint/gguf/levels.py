@@ -1,0 +1,84 @@
+"""Types of 4 bits in GGUF whose levels our formats keep: their blocks of bytes -> packed weights.
+
+A block holds channels of a row. Of Q4_0's and Q4_1's 32 channels, the first 16 are in the low halves of 16 bytes; of
+Q4_K's 256, each 32 bytes hold 32 channels in the low halves and the next 32 in the high ones.
+Source: block_q4_0, block_q4_1 and block_q4_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both in
+github.com/ggml-org/ggml.
+
+R rows   K in_features   B blocks   G = K/32 groups
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3fast.quantization.formats import FORMATS, GROUP, Format, Packed, pack_int4
+from qwen3fast.quantization.uint4 import Layout, pack_minimums, pack_zeros
+
+
+class Kept(NamedTuple):
+    """A format that keeps a type's levels, and the function that packs rows of it, (R, bytes of a row) uint8."""
+
+    format: Format
+    pack: Callable[[np.ndarray], Packed]
+
+
+def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0: the scale in float16, then 16 bytes."""
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 2 + GROUP // 2)
+    return _halves(block_RGB[..., 2:]), _float16(block_RGB, 0)
+
+
+def pack_q4_0(rows: np.ndarray) -> Packed:
+    """Pack rows of Q4_0: the same levels, scales rounded to bfloat16 (by a share of 2^-9 at most)."""
+    return pack_int4(*levels_of_q4_0(rows))
+
+
+def pack_q4_0_exactly(rows: np.ndarray) -> Packed:
+    """Pack rows of Q4_0, exactly, with 8 as the zero point."""
+    level_RK, scale_RG = levels_of_q4_0(rows)
+    return pack_zeros(level_RK, scale_RG, torch.full_like(scale_RG, 8))
+
+
+def pack_q4_1(rows: np.ndarray) -> Packed:
+    """Pack rows of Q4_1, exactly: the scale and the smallest number in float16, then 16 bytes."""
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 4 + GROUP // 2)
+    one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
+    return pack_minimums(_halves(block_RGB[..., 4:]), _float16(block_RGB, 0), -_float16(block_RGB, 2), one_RG, one_RG)
+
+
+def pack_q4_k(rows: np.ndarray) -> Packed:
+    """Pack rows of Q4_K, exactly: d and dmin in float16, 12 bytes of s and m in 6 bits each, then 128 bytes."""
+    block_RBX = torch.from_numpy(rows).view(len(rows), -1, 144)
+    a, b, c = block_RBX[..., 4:16].unflatten(2, (3, 4)).unbind(2)  # (R, B, 4) each
+    s_RB8 = torch.cat([a & 63, (c & 15) | (a >> 6 << 4)], dim=2)
+    m_RB8 = torch.cat([b & 63, (c >> 4) | (b >> 6 << 4)], dim=2)
+    level_RK = _halves(block_RBX[..., 16:].unflatten(2, (4, 32)))
+    return pack_minimums(level_RK, _float16(block_RBX, 0), _float16(block_RBX, 2), s_RB8.flatten(1), m_RB8.flatten(1))
+
+
+def _halves(byte: Tensor) -> Tensor:
+    """Return low halves, then high halves of the last dimension, row by row: (R, ..., C) -> (R, K) uint8."""
+    return torch.cat([byte & 15, byte >> 4], dim=-1).flatten(1)
+
+
+def _float16(block_RBX: Tensor, first: int) -> Tensor:
+    """Return the float16 number at a byte of each block, (R, B) float32."""
+    return block_RBX[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
+
+
+def _uint4(span: int, has_zero: bool = False) -> Format:
+    return FORMATS["uint4"].with_layout(lambda _: Layout(span, has_zero))
+
+
+# The formats that keep each type's levels; the first one is the default.
+KEPT = {
+    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(32, has_zero=True), pack_q4_0_exactly)),
+    "Q4_1": (Kept(_uint4(32), pack_q4_1),),
+    "Q4_K": (Kept(_uint4(256), pack_q4_k),),
+}

@@ -1,0 +1,77 @@
+"""The formats of the layers in a folder that `save_quantized` wrote: its tensors tell them, layer by layer.
+
+config.json names the format of most layers. A model that was loaded from a mixture (such as Q4_K_M of GGUF) has
+several formats, and uint4 has several layouts of scales.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
+from qwen3fast.model import Qwen3
+from qwen3fast.quantization import get_format
+from qwen3fast.quantization.formats import Format
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.uint4 import Layout, is_layout
+
+
+class StoredScale(NamedTuple):
+    """The scales of a layer in a file; dtype: as safetensors spells it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def use_stored_formats(model: Qwen3, folder: Path) -> None:
+    """Replace empty quantized layers of a model (on meta) whose scales in the folder are another format's.
+
+    Raises: FileNotFoundError or ValueError for missing or damaged files.
+    """
+    scales = _scales_in(folder)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedLinear | QuantizedEmbedding) or f"{name}.weight_scale" not in scales:
+            continue
+        stored = scales[f"{name}.weight_scale"]
+        sizes = module.weight_packed.shape[0] * 16, module.weight_packed.shape[1] * 32 // module.format.bits
+        format = _format_of(stored, sizes, module.format)
+        if format is None:
+            continue
+        linear = QuantizedLinear(format.empty(*sizes, "meta"), format, getattr(module, "bias", None))
+        if isinstance(module, QuantizedLinear):
+            model.set_submodule(name, linear)
+            continue
+        model.set_submodule(name, QuantizedEmbedding(linear, module.dtype))
+        if model.config.tie_word_embeddings:
+            model.set_submodule("lm_head", linear)
+
+
+def _format_of(stored: StoredScale, sizes: tuple[int, int], own: Format) -> Format | None:
+    """Return the format that scales of an (N, K) weight belong to; None if it is the layer's own, or none."""
+    if stored.dtype == "U8" and is_layout(stored.shape, *sizes):
+        layout = Layout.of_shape(stored.shape, sizes[1])
+        return get_format("uint4").with_layout(lambda _: layout)
+    if stored.dtype == "F32" and len(stored.shape) == 1 and own.bits == 4:
+        return get_format("int8")
+    if stored.dtype == "BF16" and len(stored.shape) == 3 and own.name != "int4":
+        return get_format("int4")
+    return None
+
+
+def _scales_in(folder: Path) -> dict[str, StoredScale]:
+    found = {}
+    for file, names in tensors_by_file(folder).items():
+        with open_tensors(file) as tensors:
+            for name in {*names} & {*tensors.keys()}:
+                if name.endswith(".weight_scale"):
+                    stored = tensors.get_slice(name)
+                    found[name] = StoredScale(tuple(stored.get_shape()), stored.get_dtype())
+    return found
+
+
+def formats_in(model: nn.Module) -> list[str]:
+    """Return the format of each quantized layer, in the order of the model."""
+    return [m.format.name for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]

@@ -1,0 +1,42 @@
+"""The model's plain layers, changed in place to run by the fast forms of kernels/. Weights and names stay as they are.
+
+N tokens   C active experts per token   E hidden_size
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from qwen3fast.kernels.experts import chosen_linear, run_few, run_many
+from qwen3fast.kernels.grouped import grouped_linear
+from qwen3fast.kernels.linear import Linear
+from qwen3fast.model.moe import Experts
+
+
+class FastExperts(Experts):
+    """Experts whose products read the weights of active experts in place."""
+
+    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """Return the outputs of each token's active experts, (N, C, E), same dtype. expert_NC: int64, their numbers."""
+        gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
+        return run_few(x_NE, expert_NC, gate_up, down)
+
+    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """Return the result of `few`, computed with one product per expert for all of its tokens."""
+        gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
+        return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, Experts: FastExperts}
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Change the class of plain layers to their fast one's, which has the same parameters and returns the same results.
+
+    The model stays usable without an engine. Layers of other classes (quantized ones, wrappers) do not change.
+    """
+    for module in model.modules():
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]

@@ -1,0 +1,125 @@
+// The experts that a router chose, with weights in 8 or 4 bits; see quantized.cpp for the products. Shared by experts.cpp
+// and decode_layers.cpp.
+//
+// Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
+// at all. A token's result does not depend on the tokens beside it.
+//
+//   N tokens   C experts per token   P = N * C pairs   X experts   E hidden size   I intermediate size
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "ops.h"
+#include "parallel.h"
+#include "products.h"
+
+namespace {
+
+constexpr int64_t kReading = 2;      // rows that a block of weights could be multiplied with while it is read
+
+// The pairs of one expert, from `first` on in the sorted order; their rows, quantized.
+struct Group {
+  int64_t expert, first, count;
+  Activations x, inner;
+};
+
+// Pairs sorted by expert. Returns an empty order if there is a number that is no expert's.
+std::vector<int64_t> sorted_pairs(const int64_t* expert, int64_t P, int64_t X, std::vector<int64_t>& counts) {
+  for (int64_t p = 0; p < P; p++) {
+    if (expert[p] < 0 || expert[p] >= X) return {};
+    counts[expert[p]]++;
+  }
+  std::vector<int64_t> next(X), order(P);
+  for (int64_t e = 1; e < X; e++) next[e] = next[e - 1] + counts[e - 1];
+  for (int64_t p = 0; p < P; p++) order[next[expert[p]]++] = p;
+  return order;
+}
+
+// Calls work(group, row of the group, pair in the sorted order) for this thread's share of the pairs.
+template <typename Work>
+void share_pairs(std::vector<Group>& groups, int64_t P, int thread, int threads, const Work& work) {
+  const int64_t begin = P * thread / threads, end = P * (thread + 1) / threads;
+  for (Group& group : groups)
+    for (int64_t p = std::max(begin, group.first); p < std::min(end, group.first + group.count); p++)
+      work(group, p - group.first, p);
+}
+
+// Multiplies this thread's share of the blocks of all groups: y (P, N) = rows of the groups times their experts' weights,
+// (N, K) each. Calls done(group, first column, column after the last) for each part of the result.
+template <typename Done>
+void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, const Linear& all, int64_t X, BFloat16* y,
+                  int thread, int threads, const Done& done) {
+  const int64_t N = all.N / X, blocks = N / kLanes;
+  const int64_t bytes = N * all.K * all.bits / 8, scales = scale_bytes(all, N);  // an expert's
+  int64_t total = 0, before = 0;
+  for (const Group& group : groups) total += (group.count + kReading) * blocks;
+  for (const Group& group : groups) {
+    const int64_t cost = group.count + kReading;
+    const auto block = [&](int64_t work) {
+      return std::clamp<int64_t>((work - before + cost - 1) / cost, 0, blocks);
+    };
+    const int64_t begin = block(total * thread / threads), end = block(total * (thread + 1) / threads);
+    Linear weight = all;
+    weight.weight = static_cast<const uint8_t*>(all.weight) + group.expert * bytes;
+    weight.scale = static_cast<const uint8_t*>(all.scale) + group.expert * scales;
+    if (begin < end) {
+      packed_blocks(group.*rows, group.count, weight, y + group.first * N, begin, end, N);
+      done(group, begin * kLanes, end * kLanes);
+    }
+    before += cost * blocks;
+  }
+}
+
+// The pairs of some tokens, and the memory that their results need.
+class RoutedExperts {
+ public:
+  // Sorts the pairs. expert: (N, C). Returns false for a number that is no expert's.
+  bool plan(const int64_t* expert, int64_t N, int64_t C, const Linear& gate_up, const Linear& down) {
+    P_ = N * C, C_ = C, E_ = gate_up.K, I_ = down.K, X_ = down.N / E_;
+    std::vector<int64_t> counts(X_);
+    groups_.clear();
+    order_ = sorted_pairs(expert, P_, X_, counts);
+    if (order_.empty()) return P_ == 0;
+    for (int64_t e = 0, first = 0; e < X_; first += counts[e++])
+      if (counts[e] > 0) groups_.push_back({e, first, counts[e], Activations(counts[e], E_), Activations(counts[e], I_)});
+    inner_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * 2 * I_);
+    sorted_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * E_);
+    return true;
+  }
+
+  // y (N, C, E) = down(silu(gate(x)) * up(x)). All threads call it, and it ends with some results unfinished: they are
+  // there when all threads have ended. row_of(n): the address of token n's x, (E,).
+  template <typename RowOf>
+  void run(const RowOf& row_of, const Linear& gate_up, const Linear& down, BFloat16* y, Barrier& barrier, int thread,
+           int threads) {
+    share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
+      group.x.quantize_row(row_of(order_[p] / C_), row, E_);
+    });
+    barrier.wait();
+    share_blocks(groups_, &Group::x, gate_up, X_, inner_.get(), thread, threads, [](const Group&, int64_t, int64_t) {});
+    barrier.wait();
+    share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
+      BFloat16* gate = inner_.get() + p * 2 * I_;
+      gate_values(gate, gate + I_, I_);
+      group.inner.quantize_row(gate, row, I_);
+    });
+    barrier.wait();
+    share_blocks(groups_, &Group::inner, down, X_, sorted_.get(), thread, threads,
+                 [&](const Group& group, int64_t begin, int64_t end) {
+                   for (int64_t p = group.first; p < group.first + group.count; p++)
+                     std::copy_n(sorted_.get() + p * E_ + begin, end - begin, y + order_[p] * E_ + begin);
+                 });
+  }
+
+ private:
+  int64_t P_ = 0, C_ = 0, E_ = 0, I_ = 0, X_ = 0;
+  std::vector<int64_t> order_;  // the pair at each place of the sorted order
+  std::vector<Group> groups_;
+  std::unique_ptr<BFloat16[]> inner_, sorted_;  // (P, 2I), gate, then up; (P, E)
+};
+
+}  // namespace

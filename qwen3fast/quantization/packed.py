@@ -1,0 +1,68 @@
+"""The order of quantized weights in memory and on disk, which all formats share.
+
+Rows lie in blocks of 16, and in a block, 32 bits hold four or eight neighboring channels of a row, next to those of the
+next row: a decode step streams through memory once, in order, and one vector instruction takes 16 rows.
+
+    N out_features   K in_features   R rows
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LANES = 16  # rows in a block
+GROUP = 32  # channels that share a scale in 4 bits
+
+
+class Packed(NamedTuple):
+    """A quantized (N, K) weight.
+
+    int8:  weight (N/16, K/4, 16, 4) uint8; scale (N,) float32, one per row.
+    fp8:   the same, with the bytes of float8_e4m3fn numbers.
+    int4:  weight (N/16, K/8, 16, 4) uint8, channel 8j+i in the low half and 8j+4+i in the high half of byte i;
+           scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row.
+    uint4: weight as in int4; scale (N/16, K/span, bytes of a record) uint8, see uint4.py.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+
+def pack_bytes(byte_NK: Tensor) -> Tensor:
+    """Return one byte per weight in the order of 8-bit formats, (N/16, K/4, 16, 4)."""
+    N, K = byte_NK.shape
+    return byte_NK.view(N // LANES, LANES, K // 4, 4).transpose(1, 2).contiguous()
+
+
+def bytes_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
+    """Return the bytes of some rows in 8 bits, (R, K)."""
+    return packed.weight[row_R // LANES, :, row_R % LANES].flatten(1)
+
+
+def pack_halves(level_NK: Tensor) -> Tensor:
+    """Return 4-bit levels (uint8, 0 to 15) in the order of 4-bit formats, (N/16, K/8, 16, 4)."""
+    N, K = level_NK.shape
+    # (block, row, 8 channels, half, 4 channels): the second four channels go to the high halves.
+    low, high = level_NK.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
+    return (low | high << 4).transpose(1, 2).contiguous()
+
+
+def levels_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
+    """Return the levels of some rows in 4 bits, (R, K/32, 32) uint8."""
+    byte = packed.weight[row_R // LANES, :, row_R % LANES]  # (R, K/8, 4)
+    return torch.stack([byte & 15, byte >> 4], dim=2).view(len(row_R), -1, GROUP)
+
+
+def by_blocks(number_NX: Tensor) -> Tensor:
+    """Return numbers of each row with rows of a block side by side, (N, X) -> (N/16, X, 16)."""
+    return number_NX.view(len(number_NX) // LANES, LANES, -1).transpose(1, 2).contiguous()
+
+
+def sum_of_halves(x: Tensor) -> Tensor:
+    """Return sums over the last dimension (a power of two; kept) in an order that no machine changes."""
+    while (half := x.shape[-1] // 2) > 0:
+        x = x[..., :half] + x[..., half:]
+    return x

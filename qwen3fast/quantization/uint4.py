@@ -1,0 +1,158 @@
+"""uint4: 4 bits with a minimum or a zero point per group of channels, as AWQ, GPTQ and K-quants of GGUF have them.
+
+Levels are 0 to 15. A record of scales covers `span` neighboring channels of 16 rows; each of its fields holds 16
+numbers, one per row:
+
+    with a zero point, 48 bytes        d float16, zero uint8                        weight = d * (level - zero)
+    with minimums, 64 + span bytes     d float16, dmin float16, then for each       weight = d * s * level - dmin * m
+                                       32 channels s uint8, m uint8
+
+The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_K (span 256, s and m of 6
+bits) and Q4_1 (span 32). Source of the second: K-quants, pull request 1684 of github.com/ggml-org/llama.cpp.
+
+    N out_features   K in_features   G = K/32 groups   P = K/span   R rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3fast.quantization.packed import GROUP, LANES, Packed, by_blocks, levels_of_rows, pack_halves, sum_of_halves
+
+SPANS = (256, 128, 64, 32)
+HEAD = 4 * LANES  # bytes of d and dmin
+ZERO_RECORD = 3 * LANES
+# Ends of the range, as shares of the group's smallest and largest weight; the least squared error decides.
+RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+class Layout(NamedTuple):
+    """The record of scales: channels that it covers, and whether it has a zero point instead of minimums."""
+
+    span: int
+    has_zero: bool = False
+
+    @classmethod
+    def of(cls, packed: Packed) -> Layout:
+        """Return the layout of a packed weight."""
+        return cls.of_shape(tuple(packed.scale.shape), packed.weight.shape[1] * 8)
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, ...], in_features: int) -> Layout:
+        """Return the layout of scales of this shape."""
+        return cls(in_features // shape[1], shape[2] == ZERO_RECORD)
+
+    @classmethod
+    def default(cls, in_features: int) -> Layout:
+        """Return the layout in which weights are quantized: minimums, the largest span that divides K."""
+        return cls(next(span for span in SPANS if in_features % span == 0))
+
+    @property
+    def record(self) -> int:
+        """Return the bytes of a record."""
+        return ZERO_RECORD if self.has_zero else HEAD + self.span
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """Return the shape of the scales of an (N, K) weight."""
+        return out_features // LANES, in_features // self.span, self.record
+
+
+def is_layout(shape: tuple[int, ...], out_features: int, in_features: int) -> bool:
+    """Return whether scales of this shape are some layout's of an (N, K) weight."""
+    if len(shape) != 3 or not shape[1] or in_features % shape[1]:
+        return False
+    span = in_features // shape[1]
+    return span % GROUP == 0 and shape in {Layout(span, z).shape(out_features, in_features) for z in (False, True)}
+
+
+def pack_zeros(level_NK: Tensor, d_NP: Tensor, zero_NP: Tensor) -> Packed:
+    """Pack levels (uint8, 0 to 15), a scale, rounded to float16, and a zero point (0 to 255) per span."""
+    d, zero = by_blocks(d_NP.to(torch.float16)), by_blocks(zero_NP.to(torch.uint8))
+    return Packed(pack_halves(level_NK), torch.cat([d.view(torch.uint8), zero], dim=2))
+
+
+def pack_minimums(level_NK: Tensor, d_NP: Tensor, dmin_NP: Tensor, s_NG: Tensor, m_NG: Tensor) -> Packed:
+    """Pack levels (uint8, 0 to 15), d and dmin per span, rounded to float16, and s and m (0 to 255) per 32 channels."""
+    N, P = d_NP.shape
+    heads = [by_blocks(x.to(torch.float16)).view(torch.uint8) for x in (d_NP, dmin_NP)]
+    of_groups = [by_blocks(x.to(torch.uint8)).view(N // LANES, P, -1, LANES) for x in (s_NG, m_NG)]
+    tail = torch.stack(of_groups, dim=3).flatten(2)  # (N/16, P, groups * 2 * 16)
+    return Packed(pack_halves(level_NK), torch.cat([*heads, tail], dim=2))
+
+
+def rows_uint4(packed: Packed, row_R: Tensor) -> Tensor:
+    """Return rows of the weight, (R, K) float32."""
+    level_RGC = levels_of_rows(packed, row_R).float()
+    scale_RG, minimum_RG = _scales(packed, row_R)
+    return (level_RGC * scale_RG[..., None] - minimum_RG[..., None]).flatten(1)
+
+
+def _scales(packed: Packed, row_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale and the minimum of each group of some rows, (R, G) float32."""
+    layout, block_R, lane_R = Layout.of(packed), row_R // LANES, row_R % LANES
+    groups = layout.span // GROUP
+
+    def half(first: int) -> Tensor:
+        byte_RP2 = torch.stack([packed.scale[block_R, :, first + 2 * lane_R + i] for i in (0, 1)], dim=2)
+        return byte_RP2.view(torch.float16).float()  # (R, P, 1)
+
+    d_RP1 = half(0)
+    if layout.has_zero:
+        zero_RP1 = packed.scale[..., 2 * LANES :][block_R, :, lane_R].float()[..., None]
+        return tuple(x.expand(-1, -1, groups).flatten(1) for x in (d_RP1, d_RP1 * zero_RP1))  # type: ignore[return-value]
+    tail = packed.scale[..., HEAD:].unflatten(2, (groups, 2, LANES))
+    s_RPg, m_RPg = tail[block_R, ..., lane_R].float().unbind(-1)
+    return (d_RP1 * s_RPg).flatten(1), (half(2 * LANES) * m_RPg).flatten(1)
+
+
+def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layout.default) -> Packed:
+    """Quantize to 4 bits: with a scale and a minimum per 32 channels, both in 8 bits of a float16 per span, by default.
+
+    Each group's range includes 0 and is the one of `RANGES` with the least squared error. A span with NaN or infinity
+    becomes NaN. layout_of: the layout of scales, given K; groups of one with zero points are spans.
+    """
+    N, K = weight_NK.shape
+    span, has_zero = layout_of(K)
+    group = weight_NK.float().view(N, -1, span if has_zero else GROUP)
+    is_sound = group.view(N, -1, span).isfinite().all(dim=2)
+    scale_NG, minimum_NG = _best_range(group)
+    if has_zero:
+        d_NP = scale_NG.to(torch.float16).float()
+        zero_NP = torch.round(minimum_NG / d_NP.where(d_NP > 0, 1.0)).nan_to_num(0).clamp(0, 15)
+        level = _levels(group, d_NP[..., None], (d_NP * zero_NP)[..., None])
+        return pack_zeros(level.to(torch.uint8).view(N, K), d_NP.where(is_sound, torch.nan), zero_NP)
+    d_NP, s_NG = _in_bytes(scale_NG, span)
+    dmin_NP, m_NG = _in_bytes(minimum_NG, span)
+    step, minimum = ((s * d.repeat_interleave(span // GROUP, 1)) for s, d in ((s_NG, d_NP), (m_NG, dmin_NP)))
+    level = _levels(group, step[..., None], minimum[..., None])
+    d_NP = d_NP.where(is_sound, torch.nan)
+    return pack_minimums(level.to(torch.uint8).view(N, K), d_NP, dmin_NP, s_NG, m_NG)
+
+
+def _best_range(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale and the minimum (what is taken off) of each group, (N, G)."""
+    high, low = (end.amax(dim=2, keepdim=True).clamp(min=0) for end in (group, -group))
+    best = [torch.zeros_like(high), torch.zeros_like(high), torch.full_like(high, torch.inf)]
+    for share in RANGES:
+        scale, minimum = (high + low) * (share / 15), low * share
+        error = (_levels(group, scale, minimum) * scale - minimum - group).square()
+        error = sum_of_halves(error) if group.shape[2] == GROUP else error.sum(dim=2, keepdim=True)
+        is_better = error < best[2]
+        best = [x.where(is_better, old) for x, old in zip((scale, minimum, error), best, strict=True)]
+    return best[0].squeeze(2), best[1].squeeze(2)
+
+
+def _levels(group: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    return torch.round((group + minimum) / scale.where(scale > 0, 1.0)).nan_to_num(0).clamp(0, 15)
+
+
+def _in_bytes(number_NG: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Return numbers from 0 on as a float16 per span (as float32), (N, P), times 0 to 255, (N, G)."""
+    largest_NP = number_NG.unflatten(1, (-1, span // GROUP)).amax(dim=2)
+    unit_NP = (largest_NP / 255).to(torch.float16).float()
+    unit_NG = unit_NP.repeat_interleave(span // GROUP, 1)
+    return unit_NP, torch.round(number_NG / unit_NG.where(unit_NG > 0, 1.0)).nan_to_num(0).clamp(0, 255)

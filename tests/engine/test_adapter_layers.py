@@ -1,0 +1,102 @@
+"""Adapters in the C++ operation for all blocks, beside the blocks run one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_near, random_tensor, randomised, small_config
+
+from qwen3fast.engine import Engine
+from qwen3fast.engine.decode import _run_blocks
+from qwen3fast.engine.state import StepKind
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.compiling import operations
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
+
+CPU = torch.device("cpu")
+SLOTS = [2, 0, 1, 2, 0]
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
+
+
+def make_engine(quantization=None, rank=6):
+    """An engine with prompts in all rows, with adapters and without."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
+    model = randomised(small_config(**sizes)).bfloat16()
+    if quantization is not None:
+        quantize_model(model, quantization, torch.bfloat16)
+    cache = StaticKVCache(model.config, len(SLOTS), 64, torch.bfloat16, CPU)
+    engine = Engine(model, cache, CPU, "auto", max_adapters=2, max_adapter_rank=rank)
+    for slot in (1, 2):
+        found = {}
+        for i, (name, layer) in enumerate(engine.adapters.layers.items()):
+            k, n = layer.base.in_features, layer.base.out_features
+            a_RK = random_tensor(rank, k, seed=100 * slot + i) / k**0.5
+            found[name] = (a_RK, random_tensor(n, rank, seed=200 * slot + i) / rank**0.5)
+        engine.write_adapter(slot, found)
+    for row, slot in enumerate(SLOTS):
+        engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7 + row], slot), StepKind())
+        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+    return engine
+
+
+def outputs(engine, has_adapters):
+    """The last block's output of the next step, by the operation and block by block."""
+    model, parts = engine._forms_for(has_adapters)
+    rows, tables = slice(len(SLOTS)), (engine.cos_SD, engine.sin_SD)
+    x_B1E = model.embed(engine.state.input_R[rows, None])
+    together = parts.decode_layers(x_B1E, *tables, engine.state.position_R[rows, None])
+    with torch.no_grad(), operations():
+        alone = _run_blocks(model, parts, engine.cache, *tables, engine.state, rows, 64)
+    return together, alone
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_all_blocks_together_add_what_each_block_adds(quantization, threads):
+    engine = make_engine(quantization)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        adapted, expected = outputs(engine, True)
+        plain, _ = outputs(engine, False)
+    finally:
+        torch.set_num_threads(before)
+    assert_near(adapted, expected, torch.bfloat16)
+    for row, slot in enumerate(SLOTS):
+        change = (adapted[row] - plain[row]).abs().max() / plain[row].abs().max()
+        assert change == 0 if slot == 0 else change > 0.1
+
+
+def test_each_layers_product_is_added_at_its_place():
+    """With one adapted layer at a time, so that none hides behind the others."""
+    engine = make_engine()
+    for layer in engine.adapters.layers.values():
+        layer.lora_B.zero_()
+    for name, layer in engine.adapters.layers.items():
+        layer.lora_B.copy_(random_tensor(*layer.lora_B.shape, seed=3))
+        layer.lora_B[0].zero_()
+        adapted, expected = outputs(engine, True)
+        assert_near(adapted, expected, torch.bfloat16)
+        plain, _ = outputs(engine, False)
+        assert (adapted[0] - plain[0]).abs().max() > 0.02 * plain[0].abs().max(), name
+        layer.lora_B.zero_()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7, 16])
+def test_every_rank_is_served(rank):
+    assert_near(*outputs(make_engine(rank=rank), True), torch.bfloat16)
+
+
+def test_matrices_of_other_shapes_are_refused():
+    engine = make_engine()
+    run = engine.parts.decode_layers._run
+    pairs = [(layer.lora_A, layer.lora_B) for layer in engine.adapters.layers.values()]
+    slot_R = engine.state.adapter_R
+    for bad in (pairs[1:], [(a, b.float()) for a, b in pairs], [(b, a) for a, b in pairs]):
+        with pytest.raises(ValueError, match="decode_layers: "):
+            run.adapters(bad, slot_R)
+    for bad_slots in (slot_R[1:], slot_R.int()):
+        with pytest.raises(ValueError, match=r"decode_layers: slots must be \(R,\) int64"):
+            run.adapters(pairs, bad_slots)
