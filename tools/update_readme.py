@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.plot import where_measured
 from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.suites import SUITES, cache
@@ -73,6 +74,16 @@ def quantization_table(record: Record, with_errors: bool = True) -> str:
 def speed_table(record: Record) -> str:
     """Return the suite quantization's table without errors."""
     return quantization_table(record, with_errors=False)
+
+
+def quality_bits_table(record: Record) -> str:
+    """Return a row per format of the suite quality with its bits per weight (of all parameters, if kernels ran it)."""
+    names = ("perplexity", "kl_divergence", "kl_p99", "same_token")
+    rows = [["format", "bits per weight", *(METRICS[name].title for name in names)]]
+    for case in record.cases:
+        bits = case.facts.get("bits_per_weight") or case.facts["weight_bytes"] * 8 / record.model["parameters"]
+        rows.append([str(case.labels["format"]), f"{bits:.2f}", *(tables.cell(case, name) for name in names)])
+    return as_markdown(rows, left=1)
 
 
 def best_peers_table(record: Record) -> str:
@@ -142,6 +153,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
 KINDS: dict[tuple[str, str], Callable[[Record], str]] = {
     ("peers", "best"): best_peers_table,
     ("quantization", "speed"): speed_table,
+    ("quality", "bits"): quality_bits_table,
 }
 
 

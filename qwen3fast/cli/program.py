@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import NamedTuple
 
 from qwen3fast._version import __version__
-from qwen3fast.cli import chat, generate, info
+from qwen3fast.cli import chat, generate, info, quantize
 from qwen3fast.cli.arguments import num_processes
 from qwen3fast.cli.console import abandon_output, flush_output, prepare_streams
 
-COMMANDS = {"generate": generate, "chat": chat, "info": info}
+COMMANDS = {"generate": generate, "chat": chat, "info": info, "quantize": quantize}
 BROKEN_PIPE = 141  # a shell's status of a program ended by SIGPIPE
 INTERRUPTED = 130  # and by SIGINT
 

@@ -122,7 +122,20 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     """
     N, K = weight_NK.shape
     group = weight_NK.float().view(N, K // GROUP, GROUP)
-    largest = group.gather(2, group.abs().argmax(dim=2, keepdim=True))
+    scale, level = _best_int4(group)
+    # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
+    scale = torch.where(group.isfinite().all(dim=2, keepdim=True), scale, torch.nan)
+    return pack_int4(level.view(N, K), scale.view(N, K // GROUP))
+
+
+def int4_scales(group_NC: Tensor) -> Tensor:
+    """Return the scale, (N,) float32, that `quantize_int4` chooses for each group of weights (N, 32), float32."""
+    return _best_int4(group_NC)[0][:, 0]
+
+
+def _best_int4(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales, (..., 1) float32, and levels, (..., 32) uint8, of groups of weights (..., 32), float32."""
+    largest = group.gather(-1, group.abs().argmax(dim=-1, keepdim=True))
     best_scale, best_level = torch.zeros_like(largest), torch.full_like(group, 8, dtype=torch.uint8)
     best_error = torch.full_like(largest, torch.inf)
     for share in INT4_RANGES:
@@ -133,9 +146,7 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
         best_level = torch.where(is_better, level.add_(8).to(torch.uint8), best_level)
-    # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
-    best_scale = torch.where(group.isfinite().all(dim=2, keepdim=True), best_scale, torch.nan)
-    return pack_int4(best_level.view(N, K), best_scale.view(N, K // GROUP))
+    return best_scale, best_level
 
 
 def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:

@@ -260,3 +260,17 @@ def test_every_suite_of_the_package_has_a_readme_table_of_its_own_names():
             columns = update_readme.COLUMNS[name]
             assert set(columns.labels) <= set(suite.columns.labels)
             assert set(columns.metrics) <= set(suite.columns.metrics)
+
+
+def test_quality_table_with_bits_per_weight():
+    sample = {"perplexity": [12.0], "kl_divergence": [0.25], "kl_p99": [1.5], "same_token": [0.75]}
+    ran = Case({"format": "int4", "context": 512}, {"weight_bytes": 50.0, "positions": 9.0}, sample)
+    alone = Case({"format": "Q4_0", "what": "weights alone", "context": 512}, {"bits_per_weight": 4.56}, sample)
+    lines = update_readme.record_table(
+        Record("quality", RUN, ENVIRONMENT, {"name": "english", "parameters": 100}, [ran, alone]), "bits"
+    ).splitlines()
+    assert lines[0] == "| format | bits per weight | perplexity | KL divergence | KL p99 | same most likely token |"
+    assert lines[2:] == [
+        "| int4 | 4.00 | 12.0000 | 0.25 | 1.5 | 75.0% |",
+        "| Q4_0 | 4.56 | 12.0000 | 0.25 | 1.5 | 75.0% |",
+    ]

@@ -77,7 +77,7 @@ def run(session: Session) -> None:
         raise ValueError(
             f"{o.model} is quantized ({', '.join(formats)}): formats are compared with unquantized weights"
         )
-    ids = _token_ids(session)
+    ids = token_ids(session)
     models = {format: _model(session, split_format(format)[0]) for format in o.formats}
     work = [(n, window) for n in o.contexts for window in windows(ids, n, o.repetitions)]
     session.harness.progress.expect(float(len(work) * len(models)))
@@ -102,7 +102,7 @@ def windows(ids: list[int], length: int, most: int) -> Iterator[list[int]]:
         yield ids[begin : begin + length]
 
 
-def _token_ids(session: Session) -> list[int]:
+def token_ids(session: Session) -> list[int]:
     """Return the text's tokens, and note in the record which text it is."""
     o = session.options
     if o.model.startswith("random:"):
