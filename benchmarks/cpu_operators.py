@@ -30,7 +30,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
-from qwen3fast.kernels.linear import linears
+from qwen3fast.model.linears import linears
 from qwen3fast.sampling.samplers import SamplerKind
 
 FORMATS = ("bf16", "int8", "int4")
