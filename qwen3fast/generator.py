@@ -6,7 +6,6 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -204,7 +203,7 @@ class Generator(ChatMethods, AdapterMethods):
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
         results = [[next(replies) for _ in group] for group in groups]
-        merged = [_merged(group) for group in results]
+        merged = [GenerationResult.of_samples(group) for group in results]
         return merged[0] if is_single else merged
 
     @overload
@@ -397,11 +396,3 @@ class Generator(ChatMethods, AdapterMethods):
             raise ValueError("adapters need a model in one process; merge one with adapter=... to use tensor_parallel")
         engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, None, options.forms, slots, rank)
         return engine if ranks is None else lead_or_follow(engine, ranks)
-
-
-def _merged(group: list[GenerationResult]) -> GenerationResult:
-    """Return the first of a prompt's replies, which holds them all; each has the prompt's log-probabilities."""
-    if len(group) == 1:
-        return group[0]
-    samples = [replace(result, prompt_logprobs=group[0].prompt_logprobs) for result in group]
-    return replace(samples[0], samples=samples)

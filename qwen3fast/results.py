@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwen3fast.kernels.forms_file import Choice
 from qwen3fast.text.tool_calls import ToolCall
@@ -88,6 +88,14 @@ class GenerationResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     samples: list[GenerationResult] = field(default_factory=list)
+
+    @classmethod
+    def of_samples(cls, group: list[GenerationResult]) -> GenerationResult:
+        """Return the first of a prompt's replies, which holds them all; each has the prompt's log-probabilities."""
+        if len(group) == 1:
+            return group[0]
+        samples = [replace(result, prompt_logprobs=group[0].prompt_logprobs) for result in group]
+        return replace(samples[0], samples=samples)
 
 
 @dataclass(frozen=True)
