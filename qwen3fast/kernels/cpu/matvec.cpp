@@ -13,40 +13,44 @@ namespace {
 // Rows of x and of the weight whose sums fit the registers. With more than one row of x, products are also bound by
 // arithmetic and by reading x, which several rows of the weight share.
 #ifdef __AVX512F__
-constexpr int64_t kTileRows = 4, kTileWeights = 3;
+constexpr int64_t kTileRows = 4, kTileWeights = 4;
 #else
 constexpr int64_t kTileRows = 4, kTileWeights = 1;
 #endif
+static_assert(kTileRows * kTileWeights <= kLanes);
 
-// Rows n..n+kN-1 of the weight times kM rows of x. Two sums per result let additions overlap. `next`: distance of
-// prefetches in bytes; 0 for a weight that is in the cache.
+// Rows n..n+kN-1 of the weight times kM rows of x. `next`: distance of prefetches in bytes; 0 for a weight that is in the
+// cache.
 template <int kM, int kN>
 void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, int64_t next) {
   const BFloat16* w = weight + n * K;
-  Vec total[kN][kM][2] = {};
+  Vec total[kM][kN] = {};
   int64_t k = 0;
-  for (; k + 4 * kLanes <= K; k += 4 * kLanes) {
-    for (int half = 0; half < 2; half++) {
-      const int64_t i = k + half * 2 * kLanes;
-      Bits ws[kN];
-#pragma GCC unroll 3
-      for (int j = 0; j < kN; j++) {
-        if (next) __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + i) + next, 0, kIntoL2);
-        ws[j] = load_as<Bits>(w + j * K + i);
-      }
+  for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+    Bits ws[kN];
 #pragma GCC unroll 4
-      for (int m = 0; m < kM; m++) {
-        const Bits xs = load_as<Bits>(x + m * K + i);
-#pragma GCC unroll 3
-        for (int j = 0; j < kN; j++) total[j][m][half] = dot2(total[j][m][half], ws[j], xs);
-      }
+    for (int j = 0; j < kN; j++) {
+      if (next) __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + next, 0, kIntoL2);
+      ws[j] = load_as<Bits>(w + j * K + k);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; m++) {
+      const Bits xs = load_as<Bits>(x + m * K + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; j++) total[m][j] = dot2(total[m][j], ws[j], xs);
     }
   }
   for (; k < K; k += kLanes)
     for (int m = 0; m < kM; m++)
-      for (int j = 0; j < kN; j++) total[j][m][0] += load(w + j * K + k) * load(x + m * K + k);
-  for (int m = 0; m < kM; m++)
-    for (int j = 0; j < kN; j++) y[m * N + n + j] = BFloat16(sum(total[j][m][0] + total[j][m][1]));
+      for (int j = 0; j < kN; j++) total[m][j] += load(w + j * K + k) * load(x + m * K + k);
+  if (kM * kN == 1) {
+    y[n] = BFloat16(sum(total[0][0]));
+    return;
+  }
+  Vec all[kLanes] = {};
+  for (int i = 0; i < kM * kN; i++) all[i] = total[i / kN][i % kN];
+  const Vec sum_of = sums(all);
+  for (int i = 0; i < kM * kN; i++) y[i / kN * N + n + i % kN] = BFloat16(sum_of[i]);
 }
 
 // Up to kTileRows rows of x.

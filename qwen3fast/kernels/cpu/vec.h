@@ -161,6 +161,30 @@ inline int32_t sum(Ints v) {
 
 inline float largest(Vec v) { QWEN3FAST_FOLD(larger) }
 
+// Each of sixteen vectors taken together by an operation, as one vector: each step takes halves of two vectors side by
+// side.
+template <typename Combine>
+inline Vec fold(Vec* v, const Combine& combine) {
+#define HALVES(a, b, lo, hi) combine(__builtin_shufflevector(a, b, lo), __builtin_shufflevector(a, b, hi))
+#define LO8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HI8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LO4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HI4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LO2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HI2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LO1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HI1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+  for (int i = 0; i < 8; i++) v[i] = HALVES(v[i], v[i + 8], LO8, HI8);
+  for (int i = 0; i < 4; i++) v[i] = HALVES(v[i], v[i + 4], LO4, HI4);
+  for (int i = 0; i < 2; i++) v[i] = HALVES(v[i], v[i + 2], LO2, HI2);
+  return HALVES(v[0], v[1], LO1, HI1);
+}
+
+// The sum of each of sixteen vectors, with the same additions as in `sum`.
+inline Vec sums(Vec* v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
+}
+
 // exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
 // At least exp(-87); NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
