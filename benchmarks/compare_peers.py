@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import finish
 from peers.checkpoint import SOURCE
 from peers.field import CHECK_PROMPT, CHECK_STEPS, Field
 from peers.picture import draw
@@ -37,10 +38,9 @@ from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import check_tokens, make_prompts
 from qwen3fast.bench.options import counts
-from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import Case, Record, write_json
-from qwen3fast.bench.table import as_text, where_measured
+from qwen3fast.bench.record import Case, Record
+from qwen3fast.bench.table import where_measured
 from qwen3fast.engine.threads import use_threads
 
 PAUSE_S = 0.05  # before each reply and probe: threads of the work before may spin for a moment
@@ -206,17 +206,7 @@ def main() -> int:
         return set_up(args)
     require_set_up(args)
     record = measure(args)
-    if record.interrupted:
-        tell("interrupted: writing the rounds so far", sys.stderr)
-    write_json(record.to_dict(), args.output)
-    if not record.cases:
-        raise SystemExit(f"nothing was measured; see {args.output}")
-    tell(as_text(peers_rows(record, ratios=True), left=2))
-    for reason in record.noise:
-        tell(f"noise: {reason}", sys.stderr)
-    save(draw(record), args.output.with_suffix(".png"))
-    tell(f"wrote {args.output} and {args.output.with_suffix('.png')}")
-    return 130 if record.interrupted else int(not record.passed)
+    return finish(record, args.output, partial(peers_rows, ratios=True), draw)
 
 
 if __name__ == "__main__":

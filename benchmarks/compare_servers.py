@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import finish
 from peers.protocol import CACHE
 from peers.registry import tell
 from servers.kinds import KINDS, Kind, Settings, set_up
@@ -34,11 +35,10 @@ from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import check_tokens
 from qwen3fast.bench.options import counts
-from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.serving import Work, make_work, run_http, tokens_of, word_tokenizer
-from qwen3fast.bench.table import as_text, where_measured
+from qwen3fast.bench.table import where_measured
 
 FORMATS = tuple(dict.fromkeys(kind.format for kind in KINDS))
 CHECK_TOKENS, ORDER_SEED = 8, 0
@@ -101,7 +101,7 @@ def work_of(args: argparse.Namespace, tokenizer: Any, requests: int, tokens: int
 
 
 def check(args: argparse.Namespace, servers: Servers, tokenizer: Any, record: Record) -> None:
-    """Compare the first tokens of each server with the reference logits; only those of bfloat16 must agree."""
+    """Compare the first tokens of each server with the reference logits; only bfloat16 servers must agree."""
     model = load_model(args.weights, "cpu")
     work, texts = work_of(args, tokenizer, 1, CHECK_TOKENS, seed=1)
     for kind in [server.kind for server in servers.running.values()]:
@@ -197,17 +197,7 @@ def main() -> int:
     if not args.weights.is_dir():
         raise SystemExit(f"{args.weights} is missing; run: python benchmarks/compare_servers.py --setup")
     record = measure(args)
-    if record.interrupted:
-        tell("interrupted: writing the rounds so far", sys.stderr)
-    write_json(record.to_dict(), args.output)
-    if not record.cases:
-        raise SystemExit(f"nothing was measured; see {args.output}")
-    tell(as_text(servers_rows(record), left=2))
-    for reason in record.noise:
-        tell(f"noise: {reason}", sys.stderr)
-    save(draw(record), args.output.with_suffix(".png"))
-    tell(f"wrote {args.output} and {args.output.with_suffix('.png')}")
-    return 130 if record.interrupted else int(not record.passed)
+    return finish(record, args.output, servers_rows, draw)
 
 
 if __name__ == "__main__":

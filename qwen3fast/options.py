@@ -44,7 +44,7 @@ class GeneratorOptions:
             and kept in the cache folder; "first" uses the same ones everywhere, for runs that can be repeated on other
             machines. The environment variable QWEN3FAST_FORMS=first does so for all Generators.
         adapters: LoRA adapters to load, folders or hub ids by name; `SamplingParams(adapter=name)` chooses one.
-        max_adapters: adapters that are loaded at the same time; None leaves room for those of `adapters` only.
+        max_adapters: adapters that are loaded at the same time; None leaves room for `adapters` only.
         max_adapter_rank: the largest rank of an adapter; None takes the largest one of `adapters`, or 16. Room for
             max_adapters of this rank is allocated at once.
     """

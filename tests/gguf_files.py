@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf_metadata import add_config, add_tokenizer
 from torch import Tensor
 
 from qwen3fast.model import Qwen3
@@ -56,46 +56,6 @@ def gguf_tensors(model: Qwen3) -> dict[str, Tensor]:
     return tensors
 
 
-def add_config(writer: gguf.GGUFWriter, model: Qwen3) -> None:
-    """Write the metadata of a config as convert_hf_to_gguf.py does."""
-    c = model.config
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    if c.num_experts:
-        writer.add_expert_count(c.num_experts)
-        writer.add_expert_used_count(c.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(c.moe_intermediate_size)
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int, pre: str) -> None:
-    """Write the metadata of a tokenizer as convert_hf_to_gguf.py does; ids without a token are padding."""
-    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
-    for token, i in stored["model"]["vocab"].items():
-        tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
-    for added in stored["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])
-    writer.add_eos_token_id(tokens.index(settings["eos_token"]))
-    writer.add_pad_token_id(tokens.index(settings["pad_token"]))
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(settings["chat_template"])
-
-
 def write_gguf(
     file: Path,
     model: Qwen3,
@@ -113,7 +73,7 @@ def write_gguf(
     Returns: what was written under each name, and its type.
     """
     writer = gguf.GGUFWriter(file, "qwen3moe" if model.config.num_experts else "qwen3", **options)
-    add_config(writer, model)
+    add_config(writer, model.config)
     if tokenizer_folder is not None:
         add_tokenizer(writer, tokenizer_folder, model.config.vocab_size, pre)
     change(writer)

@@ -164,7 +164,7 @@ def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, cap
     module.add_options = lambda parser: parser.add_argument("--port", type=int)
     module.run_it = lambda args: args.port
     monkeypatch.setitem(sys.modules, "loaded_command", module)
-    loaded = program.Loaded("serve it", "loaded_command", run="run_it", add_arguments="add_options")
+    loaded = program.LoadedCommand("serve it", "loaded_command", run="run_it", add_arguments="add_options")
     monkeypatch.setitem(program.LOADED, "serve", loaded)
     assert main(["serve", "--port", "5"]) == 5
     with pytest.raises(SystemExit, match="0"):
@@ -173,7 +173,7 @@ def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, cap
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(program.LOADED, "bench", program.Loaded("", "no_such_package.main", "bench"))
+    monkeypatch.setitem(program.LOADED, "bench", program.LoadedCommand("", "no_such_package.main", "bench"))
     assert main(["bench", "--anything"]) == 1
     assert "bench needs no_such_package; run: pip install 'qwen3fast[bench]'" in capsys.readouterr().err
 

@@ -153,6 +153,13 @@ def test_imports_of_the_model_are_torch_and_one_function():
     assert names == ["cached_attention"]
 
 
+def test_no_two_classes_have_one_name():
+    """Except in reference.py, whose classes are the model's in one file."""
+    trees = {module: tree for module, tree in TREES.items() if part_of(module) != "reference"}
+    names = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_imports_of_the_bench_come_from_itself_and_the_command_line():
     importers = {part_of(m) for m, targets in IMPORTS.items() if any(part_of(t) == "bench" for t in targets)}
     assert importers <= {"bench", "cli"}

@@ -3,7 +3,7 @@
     python tools/serve_soak.py --minutes 2 --seed 1
 
 Clients ask over real sockets, streamed or not, with random sampling; some leave at a random point, some send bad or
-huge requests, some never read, some come in floods. Then complete replies are compared with those of a second
+huge requests, some never read, some come in floods. Then complete replies are compared with the replies of a second
 Generator without HTTP and prefix cache: most in batches of its own making, each tenth alone, in random order until the
 time for it is over (the rest counts as "unchecked"). At the end all slots are free, the server still answers, and
 resident memory has not grown. The bound on the whole run is said first. Exit status: 0, or 1 with what was wrong.

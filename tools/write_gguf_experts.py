@@ -14,14 +14,14 @@ Qwen/Qwen3-Coder-30B-A3B-Instruct.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
+from gguf_metadata import add_config, add_tokenizer
 from tqdm import tqdm
 
 from qwen3fast.checkpoint.source import TINY_FOLDER
@@ -127,45 +127,13 @@ def parts(tensor: Planned, rng: np.random.Generator) -> Iterator[np.ndarray]:
         left -= count
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    """Write the model's numbers, and the shipped model's tokenizer, padded to the vocabulary."""
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    stored: dict[str, Any] = json.loads((TINY_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = json.loads((TINY_FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
-    size = max(config.vocab_size, len(stored["model"]["vocab"]))
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
-    for token, i in stored["model"]["vocab"].items():
-        tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
-    for added in stored["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen3fast-tiny")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])
-    writer.add_eos_token_id(tokens.index(settings["eos_token"]))
-    writer.add_chat_template(settings["chat_template"])
-
-
 def write(file: Path, config: ModelConfig, seed: int = 0) -> int:
     """Write the file, with a progress bar. Returns: its tensors' bytes."""
     tensors, rng = plan(config), np.random.default_rng(seed)
     total = sum(map(num_bytes, tensors))
     writer = gguf.GGUFWriter(file, "qwen3moe")
-    add_metadata(writer, config)
+    add_config(writer, config)
+    add_tokenizer(writer, TINY_FOLDER, config.vocab_size, "qwen3fast-tiny")
     for name, shape, kind in tensors:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         is_float = kind == Kind.F32

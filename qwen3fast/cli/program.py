@@ -18,7 +18,7 @@ BROKEN_PIPE = 141  # a shell's status of a program ended by SIGPIPE
 INTERRUPTED = 130  # and by SIGINT
 
 
-class Loaded(NamedTuple):
+class LoadedCommand(NamedTuple):
     """A command whose module is imported when the command is used, because it needs optional packages.
 
     Attributes:
@@ -38,13 +38,13 @@ class Loaded(NamedTuple):
 
 
 LOADED = {
-    "bench": Loaded(
+    "bench": LoadedCommand(
         "measure tokens per second, with and without a KV cache; see bench --help", "qwen3fast.bench.__main__"
     ),
-    "serve": Loaded(
+    "serve": LoadedCommand(
         "serve OpenAI's API over HTTP", "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments"
     ),
-    "batch": Loaded(
+    "batch": LoadedCommand(
         "run the requests of a file", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
     ),
 }

@@ -23,7 +23,7 @@ from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LONG, ROWS, SDPA, Calls, l
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.kernels.cpu.structures import NEVER
-from qwen3fast.kernels.forms import PART_S, Case, choose, machine_key, measure_and_keep, used_from
+from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
@@ -114,7 +114,7 @@ class Forms:
         return {format: layers[0].dequantize_from for format, layers in self._layers.items()}
 
 
-def cases_of(model: Qwen3, cache: StaticKVCache) -> list[Case]:
+def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
     """Return the work of an engine's steps that several forms can do, part by part; nothing for devices but CPUs."""
     weight, config = model.model.norm.weight, model.config
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
@@ -128,7 +128,7 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[Case]:
     return cases + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
 
 
-def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[Case]:
+def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[FormCase]:
     """Return attention of each class of chunks, alone and after earlier ones; the largest, which cost most, first."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     chunks = [chunk for chunk in reversed(CHUNKS) if chunk <= allocated_len]
@@ -139,7 +139,7 @@ def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -
     ]
 
 
-def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[Case]:
+def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[FormCase]:
     """Return some blocks of a decode step, for each number of rows that steps have; nothing without an operation."""
     config, blocks = model.config, len(model.model.layers)
     block_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
@@ -153,7 +153,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     formats = ", ".join(quantized_layers(model)) or "bfloat16"
     kind = str(dtype).removeprefix("torch.")
     return [
-        Case(
+        FormCase(
             "decode",
             f"{rows} row{'s' * (rows > 1)}, {blocks} blocks, {sizes}, {formats}, {kind} cache",
             (CPP, BLOCKS),
@@ -206,5 +206,5 @@ def _from_length(names: Mapping[tuple[int, ...], str], chunk: int) -> int:
     return 0 if at and limit == at[0][0] else limit
 
 
-def _label(case: Case) -> str:
+def _label(case: FormCase) -> str:
     return f"{case.what}, {case.key}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.structures import NEVER
-from qwen3fast.kernels.forms import Case
+from qwen3fast.kernels.forms import FormCase
 
 CPP, SDPA, DEQUANTIZED, LINEAR = "C++", "SDPA", "dequantized", "F.linear"
 LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
@@ -24,7 +24,7 @@ ROWS = (32, 128, 512)  # at which products are measured
 Calls = Mapping[str, Callable[[], Any]]
 
 
-def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Case:
+def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int], dtype: torch.dtype) -> FormCase:
     """Return attention of a chunk of `tokens` that ends at `length`. heads: H, K, D. dtype: of the cache.
 
     Heads are alike and are shared out among threads, so two or one per thread are measured in place of all.
@@ -33,7 +33,7 @@ def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int]
     measured_K = min(K, max(2, torch.get_num_threads()))
     key = f"{tokens} tokens at {length}, {H}/{K} heads of {D}, {str(dtype).removeprefix('torch.')}"
     calls = partial(_prefill_attention, tokens, length, (H // K * measured_K, measured_K, D), dtype)
-    return Case("prefill attention", key, (CPP, SDPA), calls, (tokens, length))
+    return FormCase("prefill attention", key, (CPP, SDPA), calls, (tokens, length))
 
 
 @torch.no_grad()
@@ -49,11 +49,11 @@ def _prefill_attention(tokens: int, length: int, heads: tuple[int, int, int], dt
     return {name: _without_grad(torch.ops.qwen3fast.prefill_attention, *fixed, at) for name, at in limits.items()}
 
 
-def linear_case(rows: int, packed: Tensor, scale: Tensor, format: str) -> Case:
+def linear_case(rows: int, packed: Tensor, scale: Tensor, format: str) -> FormCase:
     """Return the product of `rows` rows with a quantized weight; see `quantized_linear` in kernels/cpu/ops.py."""
     N, K = packed.shape[0] * packed.shape[2], packed.shape[1] * (4 if scale.dim() == 1 else 8)
     calls = partial(_linear, rows, K, packed, scale)
-    return Case(f"linear {format}", f"{rows} rows, {N} x {K}", (CPP, DEQUANTIZED), calls, (rows,))
+    return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", (CPP, DEQUANTIZED), calls, (rows,))
 
 
 def _linear(rows: int, K: int, packed: Tensor, scale: Tensor) -> Calls:
@@ -63,7 +63,7 @@ def _linear(rows: int, K: int, packed: Tensor, scale: Tensor) -> Calls:
     return {name: _without_grad(operation, x_MK, [packed], [scale], at) for name, at in limits.items()}
 
 
-def matvec_case(rows: int, weight_NK: Tensor) -> Case:
+def matvec_case(rows: int, weight_NK: Tensor) -> FormCase:
     """Return the product of up to 15 rows with a bfloat16 weight."""
     x_MK = torch.full((rows, weight_NK.shape[1]), 0.1, dtype=torch.bfloat16)
     both = {
@@ -71,7 +71,7 @@ def matvec_case(rows: int, weight_NK: Tensor) -> Case:
         LINEAR: _without_grad(F.linear, x_MK, weight_NK),
     }
     sizes = " x ".join(map(str, weight_NK.shape))
-    return Case("linear bfloat16", f"{rows} rows, {sizes}", tuple(both), lambda: both, (rows,))
+    return FormCase("linear bfloat16", f"{rows} rows, {sizes}", tuple(both), lambda: both, (rows,))
 
 
 def _without_grad(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

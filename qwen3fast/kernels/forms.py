@@ -39,7 +39,7 @@ _lock = threading.RLock()
 _used: dict[str, Choice] = {}  # by key: what one engine of this process uses, all engines built later use, too
 
 
-class Case(NamedTuple):
+class FormCase(NamedTuple):
     """Work that several forms can do.
 
     what: the computation, such as "prefill attention". key: its sizes in words. names: of the forms; the first is used
@@ -65,7 +65,7 @@ def is_pinned() -> bool:
     return value == FIRST
 
 
-def choose(case: Case, may_measure: bool = True, is_first: bool = False) -> Choice:
+def choose(case: FormCase, may_measure: bool = True, is_first: bool = False) -> Choice:
     """Return the form to use for a case; measurements of this and earlier processes are kept.
 
     may_measure: False returns the first form where nothing is known. is_first: take the first form in any case.
@@ -92,7 +92,7 @@ def choose(case: Case, may_measure: bool = True, is_first: bool = False) -> Choi
         return _used[key]
 
 
-def measure_and_keep(case: Case) -> Choice:
+def measure_and_keep(case: FormCase) -> Choice:
     """Measure a case and write the result into the cache folder; engines that are built later use it.
 
     Nothing is written if the machine was too busy; the first form is returned then, without times.
@@ -178,6 +178,6 @@ def used_from(choices: Iterable[tuple[int, str]], form: str) -> int:
     return least
 
 
-def machine_key(case: Case) -> str:
+def machine_key(case: FormCase) -> str:
     """Return the case and what its times depend on: processor, threads, versions of PyTorch, qwen3fast and its C++."""
     return f"{case.what} | {case.key} | {machine()}"

@@ -44,7 +44,7 @@ class AnswerStream:
         return self._news(parsed.content, parsed.tool_calls)
 
     def finish(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
-        """Return what is left to say of the whole reply, whose content and tool calls are given."""
+        """Return the rest of the whole reply, whose content and tool calls are given."""
         assert content.startswith(self._shown), "what was shown is how the content begins"
         return self._news(content, tool_calls)
 

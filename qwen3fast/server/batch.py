@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import add_model_arguments, load_models
 from qwen3fast.server.in_process import call
-from qwen3fast.server.jobs import Job, read_jobs
+from qwen3fast.server.jobs import BatchJob, read_jobs
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
 
@@ -67,7 +67,7 @@ class Output:
         self._file.close()
 
 
-async def run_jobs(app: Starlette, jobs: list[Job], output: Output, at_once: int, bar: Any) -> int:
+async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, bar: Any) -> int:
     """Answer all jobs, at most so many at once. Returns how many failed."""
     waiting = iter(jobs)
     failed = 0
@@ -108,7 +108,7 @@ def run_batch(args: argparse.Namespace) -> int:
     output = Output(args.output)
     jobs, bad = [], 0
     for found in read_jobs(args.input):
-        if isinstance(found, Job):
+        if isinstance(found, BatchJob):
             jobs.append(found)
         else:
             bad += 1
@@ -133,7 +133,7 @@ def run_batch(args: argparse.Namespace) -> int:
     return 1 if failed or bad else 0
 
 
-def _run_here(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+def _run_here(args: argparse.Namespace, jobs: list[BatchJob], output: Output, bar: Any) -> int:
     """Answer the jobs in this process. Returns how many failed."""
     app = create_app(load_models(args), OPTIONS)
     at_once = min(2 * args.max_batch_size, args.max_queue)  # the next ones are ready when a slot is free
@@ -143,7 +143,7 @@ def _run_here(args: argparse.Namespace, jobs: list[Job], output: Output, bar: An
         app.state.server.models.close()
 
 
-def _run_on_ray(args: argparse.Namespace, jobs: list[Job], output: Output, bar: Any) -> int:
+def _run_on_ray(args: argparse.Namespace, jobs: list[BatchJob], output: Output, bar: Any) -> int:
     """Answer the jobs on a cluster. Returns how many failed."""
     failed = 0
     for row in answers(jobs, args, OPTIONS):

@@ -109,7 +109,7 @@ def run_serve(args: argparse.Namespace) -> int:
     )
     app = create_app(load_models(args), options)
     if args.warmup is None:
-        logger.info("compiling meanwhile: replies are slower at first; /ready tells what is left")
+        logger.info("compiling meanwhile: replies are slower at first; /ready tells how much remains")
         compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
 

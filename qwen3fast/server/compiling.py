@@ -1,6 +1,6 @@
 """Compilation while the server answers already: short requests of its own make each Generator compile what it needs.
 
-They run like any other request, in free slots; those of clients are not held up beyond a step.
+They run like any other request, in free slots; requests of clients wait for one step at most.
 """
 
 from __future__ import annotations

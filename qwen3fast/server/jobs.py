@@ -19,7 +19,7 @@ URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """A request of the input. key: identifies it in the output. line: counted from 1."""
 
     line: int
@@ -45,7 +45,7 @@ class BadLineError(ValueError):
     """A line of the input that is not a request."""
 
 
-def read_jobs(path: Path) -> Iterator[Job | tuple[int, str]]:
+def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
     """Yield the jobs of a file; for a bad line, its number and the error.
 
     Raises: FileNotFoundError; ImportError for Parquet without pyarrow.
@@ -94,7 +94,7 @@ def _csv_value(name: str, text: str) -> Any:
         return text
 
 
-def _job(line: int, row: Any) -> Job:
+def _job(line: int, row: Any) -> BatchJob:
     if not isinstance(row, dict):
         raise BadLineError(f"expected a JSON object, got {type(row).__name__}")
     if "custom_id" in row and "body" in row:
@@ -105,7 +105,7 @@ def _job(line: int, row: Any) -> Job:
             raise BadLineError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
         if not isinstance(body, dict):
             raise BadLineError("body must be an object")
-        return Job(line, key, url, {**body, "stream": False}, True)
+        return BatchJob(line, key, url, {**body, "stream": False}, True)
     if ("prompt" in row) == ("messages" in row):
         raise BadLineError("needs either prompt or messages (or custom_id, method, url and body)")
-    return Job(line, str(line), COMPLETIONS if "prompt" in row else CHAT, {**row, "stream": False}, False)
+    return BatchJob(line, str(line), COMPLETIONS if "prompt" in row else CHAT, {**row, "stream": False}, False)

@@ -14,7 +14,7 @@ from typing import Any
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import load_models
 from qwen3fast.server.in_process import call
-from qwen3fast.server.jobs import Job
+from qwen3fast.server.jobs import BatchJob
 from qwen3fast.server.options import ServerOptions
 
 
@@ -27,17 +27,17 @@ class Worker:
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
         """Return the output lines of a block of jobs, which run together as far as there are slots."""
-        jobs = [Job(**json.loads(text)) for text in block["json"]]
+        jobs = [BatchJob(**json.loads(text)) for text in block["json"]]
         return {"json": asyncio.run(self._answer(jobs))}
 
-    async def _answer(self, jobs: list[Job]) -> list[str]:
-        async def one(job: Job) -> str:
+    async def _answer(self, jobs: list[BatchJob]) -> list[str]:
+        async def one(job: BatchJob) -> str:
             return json.dumps(job.answer(*await call(self._app, job.url, job.body)))
 
         return list(await asyncio.gather(*(one(job) for job in jobs)))
 
 
-def answers(jobs: list[Job], args: argparse.Namespace, options: ServerOptions) -> Iterator[dict[str, Any]]:
+def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptions) -> Iterator[dict[str, Any]]:
     """Yield the output lines of all jobs as they come. Raises: ImportError without Ray."""
     try:
         import ray

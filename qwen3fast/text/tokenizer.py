@@ -170,7 +170,7 @@ class IncrementalDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """Return what is left at the end: U+FFFD for a character that was never completed."""
+        """Return the text that remains at the end: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import gguf
 import pytest
-from gguf_files import add_tokenizer, write_gguf
+from gguf_files import write_gguf
+from gguf_metadata import add_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken

@@ -37,7 +37,7 @@ class Clock:
 
 
 def case(what="x", key="k", names=("a", "b")):
-    return forms.Case(what, key, names, dict)
+    return forms.FormCase(what, key, names, dict)
 
 
 def told(monkeypatch, **seconds):

@@ -16,7 +16,7 @@ from serving import tiny_generator  # noqa: F401  fixtures
 from qwen3fast import SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.batch import Output
-from qwen3fast.server.jobs import Job, read_jobs
+from qwen3fast.server.jobs import BatchJob, read_jobs
 
 OPTIONS = ["--max-batch-size", "4", "--max-seq-len", "256", "--no-warmup"]
 
@@ -73,7 +73,7 @@ def test_bad_lines_are_told_by_number_and_the_rest_is_answered(tmp_path, capsys)
 def test_csv_and_parquet_are_read(tmp_path):
     (tmp_path / "in.csv").write_text('prompt,max_tokens\n"a, b",3\n12,4\n', encoding="utf-8")
     jobs = list(read_jobs(tmp_path / "in.csv"))
-    assert [(job.line, job.body["prompt"], job.body["max_tokens"]) for job in jobs if isinstance(job, Job)] == [
+    assert [(job.line, job.body["prompt"], job.body["max_tokens"]) for job in jobs if isinstance(job, BatchJob)] == [
         (2, "a, b", 3),
         (3, "12", 4),
     ]
@@ -81,7 +81,7 @@ def test_csv_and_parquet_are_read(tmp_path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "max_tokens": [3, None]}), tmp_path / "in.parquet")
-    bodies = [job.body for job in read_jobs(tmp_path / "in.parquet") if isinstance(job, Job)]
+    bodies = [job.body for job in read_jobs(tmp_path / "in.parquet") if isinstance(job, BatchJob)]
     assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
 
 

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 from compile_for_gpu.binaries import describe_kernel
 from compile_for_gpu.devices import Gpu
 from qwen3fast.kernels.cuda import packed_experts, packed_matvec, split_attention
-from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, SIZES, Case, compile_cases
+from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, SIZES, FusedCase, compile_cases
 
 
 class KernelCase(NamedTuple):
@@ -56,7 +56,7 @@ def own_cases() -> list[KernelCase]:
     return cases
 
 
-def fused_cases(gpu: Gpu, sizes: Sequence[str], weights: Sequence[str]) -> list[Case]:
+def fused_cases(gpu: Gpu, sizes: Sequence[str], weights: Sequence[str]) -> list[FusedCase]:
     """Return the fused step's kernels for one and eight rows of those sizes that it serves, in formats of weights."""
     known = {size.partition("/")[0] for size in sizes} & set(SIZES)
     others = set(FORMATS) - set(weights)
@@ -64,11 +64,11 @@ def fused_cases(gpu: Gpu, sizes: Sequence[str], weights: Sequence[str]) -> list[
     return [case for case in cases if others.isdisjoint(case.name.split(", "))]
 
 
-def compile_own_kernels(gpu: Gpu, cases: Sequence[KernelCase | Case]) -> list[dict[str, Any]]:
+def compile_own_kernels(gpu: Gpu, cases: Sequence[KernelCase | FusedCase]) -> list[dict[str, Any]]:
     """Compile kernels for a GPU. Returns what `describe_kernel` says of each."""
     results = []
     for case in cases:
-        if isinstance(case, Case):
+        if isinstance(case, FusedCase):
             compiled = triton.compile(case.source(), target=gpu.target, options=case.options or None)
             results.append(describe_kernel(case.name, compiled))
             continue

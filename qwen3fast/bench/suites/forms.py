@@ -41,7 +41,7 @@ def run(session: Session) -> None:
     session.harness.run(list(groups.values()), session.options.repetitions)
 
 
-def _cases(session: Session, format: str) -> Iterator[forms.Case]:
+def _cases(session: Session, format: str) -> Iterator[forms.FormCase]:
     o, config = session.options, session.config
     quantization, kv_cache_dtype = split_format(format)
     model = session.model(quantization)
@@ -60,7 +60,7 @@ def _cases(session: Session, format: str) -> Iterator[forms.Case]:
     yield from decode_cases(model, dtype, max(o.batch_sizes))
 
 
-def _tasks(case: forms.Case) -> Iterator[Task]:
+def _tasks(case: forms.FormCase) -> Iterator[Task]:
     """Yield a task per form; what they work on is made when the first of them runs."""
     made: dict[str, Callable[[], Any]] = {}
     for name in case.names:

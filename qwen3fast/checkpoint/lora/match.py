@@ -27,7 +27,7 @@ PlainLayer = nn.Linear | nn.Embedding | RMSNorm
 Layer = PlainLayer | QuantizedLinear
 
 
-class Adapter(NamedTuple):
+class LayerAdapter(NamedTuple):
     """One module's adapter: the names of its tensors in the file, and the scale of their product.
 
     whole: the name of a tensor that replaces the weight (`modules_to_save`); a and b are empty then.
@@ -45,7 +45,7 @@ def layers_of(model: Qwen3) -> dict[str, PlainLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PlainLayer)}
 
 
-def match_tensors(config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> list[Adapter]:
+def match_tensors(config: LoraConfig, layers: Mapping[str, Layer], shapes: dict[str, Shape]) -> list[LayerAdapter]:
     """Return the adapters whose tensors are in a file. shapes: of all of its tensors, by name.
 
     Raises: ValueError naming all tensors that are missing, unexpected or misshaped.
@@ -67,7 +67,7 @@ class _Matcher:
         self._saved: dict[str, str] = {}
         self._problems: list[str] = []
 
-    def match(self) -> list[Adapter]:
+    def match(self) -> list[LayerAdapter]:
         for name, shape in self._shapes.items():
             if (problem := self._place(name, shape)) is not None:
                 self._problems.append(f"{name}: {problem}")
@@ -83,9 +83,9 @@ class _Matcher:
         if not self._shapes:
             self._problems.append("it holds no tensors")
         refuse(self._problems, "the adapter's tensors do not fit the model and adapter_config.json")
-        saved = [Adapter(self._modules[own], "", "", 1.0, name) for own, name in self._saved.items()]
+        saved = [LayerAdapter(self._modules[own], "", "", 1.0, name) for own, name in self._saved.items()]
         scale = self._config.scale
-        return saved + [Adapter(self._modules[own], s["A"], s["B"], scale(own)) for own, s in self._found.items()]
+        return saved + [LayerAdapter(self._modules[own], s["A"], s["B"], scale(own)) for own, s in self._found.items()]
 
     def _place(self, name: str, shape: Shape) -> str | None:
         """Record the module that a tensor belongs to. Returns: the problem with it, if any."""

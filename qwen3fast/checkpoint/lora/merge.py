@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwen3fast.checkpoint.assign import assign
 from qwen3fast.checkpoint.checks import refuse
 from qwen3fast.checkpoint.lora.files import find_adapter, refuse_numbers
-from qwen3fast.checkpoint.lora.match import COPY_NAME, Adapter, PlainLayer, layers_of, match_tensors
+from qwen3fast.checkpoint.lora.match import COPY_NAME, LayerAdapter, PlainLayer, layers_of, match_tensors
 from qwen3fast.checkpoint.safetensors import open_tensors
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
@@ -63,7 +63,7 @@ def merged(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scale: float) -> Tenso
     return torch.addmm(weight_NK.detach().float(), b_NR, a_RK, alpha=scale).to(weight_NK.dtype)
 
 
-def _new_weight(tensors: Any, adapter: Adapter, layer: PlainLayer) -> Tensor:
+def _new_weight(tensors: Any, adapter: LayerAdapter, layer: PlainLayer) -> Tensor:
     weight = layer.weight
     if adapter.whole:
         whole: Tensor = tensors.get_tensor(adapter.whole)

@@ -15,7 +15,7 @@ from qwen3fast.kernels.cpu.structures import (
     LANES,
     Adapters,
     Layer,
-    Linear,
+    LinearPointers,
     LowRank,
     Sizes,
     cache,
@@ -177,14 +177,14 @@ def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
             setattr(layer, name, _linear(*weight))
 
 
-def _linear(weight: Tensor, scale: Tensor | None) -> Linear:
+def _linear(weight: Tensor, scale: Tensor | None) -> LinearPointers:
     if scale is not None:
         return packed_linear(weight, scale)
     require(
         weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu",
         "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
     )
-    return Linear(weight.data_ptr(), None, *weight.shape, 16)
+    return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
 
 
 def _vector(vector: Tensor, size: int) -> int:

@@ -16,7 +16,7 @@ from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import (
     LANES,
     NEVER,
-    Linear,
+    LinearPointers,
     checked_cache,
     checked_positions,
     packed_linear,
@@ -98,7 +98,7 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], dequa
     require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
     require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
     try:
-        linears = (Linear * len(packed))(*map(packed_linear, packed, scale))
+        linears = (LinearPointers * len(packed))(*map(packed_linear, packed, scale))
     except ValueError as err:
         raise ValueError(f"quantized_linear: {err}") from None
     for linear in linears:

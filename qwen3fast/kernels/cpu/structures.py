@@ -14,7 +14,7 @@ ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quanti
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
-class Linear(ctypes.Structure):
+class LinearPointers(ctypes.Structure):
     """`Linear` of ops.h."""
 
     _fields_ = [
@@ -35,7 +35,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down", "router")),
+        *((name, LinearPointers) for name in ("q", "k", "v", "o", "gate", "up", "down", "router")),
         *((name, c_int64) for name in ("chosen", "renormalizes")),
         ("cache", Cache),
     ]
@@ -65,7 +65,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
+def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     """Return quantized weights as quantized.cpp describes them.
 
     Raises: ValueError for tensors that are not.
@@ -95,7 +95,9 @@ def packed_linear(packed: Tensor, scale: Tensor) -> Linear:
         "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span) "
         "uint8",
     )
-    return Linear(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record)
+    return LinearPointers(
+        packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record
+    )
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:

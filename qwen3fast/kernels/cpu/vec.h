@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -53,30 +54,19 @@ inline Vec load(const BFloat16* p) {
   return load_as<Vec>(&bits);
 }
 
-// With intrinsics, since GCC 12 makes __builtin_convertvector convert each byte by itself.
-inline Vec load(const int8_t* p) {
+// Signed or unsigned bytes. With intrinsics, since GCC 12 makes __builtin_convertvector convert each byte by itself.
+template <typename Byte, typename = std::enable_if_t<sizeof(Byte) == 1>>
+inline Vec load(const Byte* p) {
+  constexpr bool kIsSigned = std::is_signed_v<Byte>;
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+  const __m128i bytes = load_as<__m128i>(p);
+  return (Vec)_mm512_cvtepi32_ps(kIsSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined(__AVX2__)
   __m256 halves[2];
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i))));
-  return load_as<Vec>(halves);
-#else
-  float numbers[kLanes];
-  for (int64_t i = 0; i < kLanes; i++) numbers[i] = p[i];
-  return load_as<Vec>(numbers);
-#endif
-}
-
-// Bytes that are unsigned.
-inline Vec load(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
-#elif defined(__AVX2__)
-  __m256 halves[2];
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i))));
+  for (int i = 0; i < 2; i++) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+    halves[i] = _mm256_cvtepi32_ps(kIsSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  }
   return load_as<Vec>(halves);
 #else
   float numbers[kLanes];

@@ -21,7 +21,7 @@ SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
 
 
-class Case(NamedTuple):
+class FusedCase(NamedTuple):
     """A kernel with its arguments: Triton's type names by argument ("*bf16"), constants and options."""
 
     name: str
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def compile_cases(
     capability: tuple[int, int], sizes: tuple[str, ...] = ("0.6b", "8b"), rows: tuple[int, ...] = (1, 8)
-) -> list[Case]:
+) -> list[FusedCase]:
     """Return all kernels of steps with these sizes and numbers of rows, compiled for a GPU of this capability."""
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
@@ -48,13 +48,13 @@ def compile_cases(
     return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
 
 
-def _dependent(case: Case, dependent: bool) -> Case:
+def _dependent(case: FusedCase, dependent: bool) -> FusedCase:
     """Return the case of a kernel that overlaps the one before it, or does not."""
     options = case.options | ({"launch_pdl": True} if dependent else {})
     return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
 
 
-def _cases(size: str, R: int) -> Iterator[Case]:
+def _cases(size: str, R: int) -> Iterator[FusedCase]:
     E, F, H, K = SIZES[size]
     for name, kind in FORMATS.items():
         label = f"{size}, {name}, {R} rows"
@@ -70,7 +70,7 @@ def _cases(size: str, R: int) -> Iterator[Case]:
             constants = _constants(R, N, width, kind, 2 if use == linear.GATE else 1)
             constants |= {"HAS_NORM": has_norm, "USE": use}
             signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
-            yield Case(f"{part}, {label}", linear.linear_kernel, signature, constants, {})
+            yield FusedCase(f"{part}, {label}", linear.linear_kernel, signature, constants, {})
         signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
         signature |= {"best_logit": "*fp32", "best_token": "*i32"}
         constants = _constants(R, VOCABULARY, E, kind)
@@ -78,21 +78,21 @@ def _cases(size: str, R: int) -> Iterator[Case]:
         for has_logits in (False, True):
             part = "vocabulary and logits" if has_logits else "vocabulary"
             own = {"HAS_LOGITS": has_logits}
-            yield Case(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own, {})
+            yield FusedCase(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own, {})
         P = channels_of(kind)
         signature = {"token": "*i64", **weights, "x": "*bf16"}
         constants = {"E": E, "J": E // P, "KIND": kind, "P": P, "BLOCK": tail.EMBEDDING_BLOCK}
-        yield Case(f"embed, {size}, {name}", tail.embed_kernel, signature, constants, {})
+        yield FusedCase(f"embed, {size}, {name}", tail.embed_kernel, signature, constants, {})
     yield from _attention_cases(size, R, H, K)
     C = VOCABULARY // tail.ROWS_OF_PROGRAM
     signature = {"best_logit": "*fp32", "best_token": "*i32"}
     signature |= dict.fromkeys(("advance", "input", "output", "position", "step"), "*i64")
-    yield Case("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
+    yield FusedCase("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
     yield from _sampler_cases()
     yield from _chunk_cases(size, H, K)
 
 
-def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
+def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[FusedCase]:
     splits = dict.fromkeys(("values", "maximum", "total"), "*fp32")
     for positions in (64, 4097):
         N = attention.num_splits(R * K, positions)
@@ -104,14 +104,14 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[Case]:
             signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
             own = {"K": K, "G": H // K, "ROWS": attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
-            yield Case(name, attention.attention_kernel, signature, constants | own, {})
+            yield FusedCase(name, attention.attention_kernel, signature, constants | own, {})
         if N > 1:
             signature = {"position": "*i64", "y": "*bf16"} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
-            yield Case(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
+            yield FusedCase(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
 
 
-def _sampler_cases() -> Iterator[Case]:
+def _sampler_cases() -> Iterator[FusedCase]:
     C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
     tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
     row = tokens | {
@@ -123,16 +123,16 @@ def _sampler_cases() -> Iterator[Case]:
     best = {"best_logit": "*fp32", "best_token": "*i32"}
     types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
     types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
-    yield Case("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
-    yield Case("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens, {})
+    yield FusedCase("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
+    yield FusedCase("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens, {})
     for index in (0, 1, sample.PASSES, sample.PASSES + 1, 2 * sample.PASSES - 1):
         own = {"INDEX": index, "TILE": sample.TILE}
-        yield Case(f"search, pass {index}", sample.search_kernel, types, row | own, {})
+        yield FusedCase(f"search, pass {index}", sample.search_kernel, types, row | own, {})
     types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
-    yield Case("draw", sample.draw_kernel, types, row, {})
+    yield FusedCase("draw", sample.draw_kernel, types, row, {})
 
 
-def _chunk_cases(size: str, H: int, K: int) -> Iterator[Case]:
+def _chunk_cases(size: str, H: int, K: int) -> Iterator[FusedCase]:
     for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
         signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
         signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
@@ -140,7 +140,7 @@ def _chunk_cases(size: str, H: int, K: int) -> Iterator[Case]:
         constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
         constants |= {"QUERIES": chunk_attention.QUERIES, "BLOCK": chunk_attention.BLOCK}
         name = f"chunk attention, {size}, {cache} cache"
-        yield Case(name, chunk_attention.chunk_kernel, signature, constants, {})
+        yield FusedCase(name, chunk_attention.chunk_kernel, signature, constants, {})
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
