@@ -16,7 +16,7 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
-class Block(NamedTuple):
+class CallBlock(NamedTuple):
     """A block of tool calls.
 
     calls: in their order; empty for a malformed block. end: the position behind the block.
@@ -41,7 +41,7 @@ class CallFormat(Protocol):
         """Return where the next block begins, at the position or later; None if there is none."""
         ...
 
-    def read(self, answer: str, begin: int) -> Block:
+    def read(self, answer: str, begin: int) -> CallBlock:
         """Return the block that begins there. A malformed one ends where the next search starts."""
         ...
 

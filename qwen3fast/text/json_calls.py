@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, Block, ToolCall, length_of_partial
+from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, CallBlock, ToolCall, length_of_partial
 from qwen3fast.text.plain_data import replace_surrogates
 
 _END = re.compile(r"\s*(</tool_call>|\Z)")
@@ -31,7 +31,7 @@ class JsonCalls:
         begin = answer.find(BEGIN_CALL, position)
         return begin if begin >= 0 else None
 
-    def read(self, answer: str, begin: int) -> Block:
+    def read(self, answer: str, begin: int) -> CallBlock:
         """Return the block that begins there."""
         # JSON is read before the closing tag is looked for: a string among the arguments may hold that tag.
         # Only where an object or a list begins: an error costs json a walk over all text before it, to name the line,
@@ -44,14 +44,14 @@ class JsonCalls:
                 value, json_end = _JSON.raw_decode(answer, at)
                 values += value if isinstance(value, list) else [value]
                 if end := _END.match(answer, json_end):
-                    return Block(_to_calls(values), end.end(), bool(end[1]))
+                    return CallBlock(_to_calls(values), end.end(), bool(end[1]))
                 at = _skip_space(answer, json_end)
         except (ValueError, RecursionError):  # RecursionError: nested too deeply
             pass
         tag = _TAG.search(answer, body)
         if tag is None:
-            return Block([], len(answer), False)
-        return Block([], tag.end() if tag[0] == END_CALL else tag.start(), False)
+            return CallBlock([], len(answer), False)
+        return CallBlock([], tag.end() if tag[0] == END_CALL else tag.start(), False)
 
     def num_held_back(self, answer: str) -> int:
         """Return how many characters at the end may become a `<tool_call>`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, Block, ToolCall, length_of_partial
+from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, CallBlock, ToolCall, length_of_partial
 from qwen3fast.text.plain_data import replace_surrogates
 from qwen3fast.text.schema_types import parameters_of, properties_of, read_value, types_of
 
@@ -63,7 +63,7 @@ class XmlCalls:
                 return begin.start()
         return None
 
-    def read(self, answer: str, begin: int) -> Block:
+    def read(self, answer: str, begin: int) -> CallBlock:
         """Return the block that begins there. Costs no more than the text that the block takes."""
         has_opener = answer.startswith(BEGIN_CALL, begin)
         at = begin + len(BEGIN_CALL) if has_opener else begin
@@ -75,12 +75,12 @@ class XmlCalls:
             calls.append(ToolCall(replace_surrogates(opening[1]), replace_surrogates(arguments)))
         end = _END.match(answer, at)
         if end is not None and calls:
-            return Block(calls, end.end(), bool(end[1]))
+            return CallBlock(calls, end.end(), bool(end[1]))
         following = _skip_space(answer, at)
         rest = answer[following : following + len(END_CALL)]
         if has_opener or rest.startswith(_FUNCTION):
             return self._malformed(answer, at)
-        return Block(calls, at, not any(tag.startswith(rest) for tag in (END_CALL, _FUNCTION)))
+        return CallBlock(calls, at, not any(tag.startswith(rest) for tag in (END_CALL, _FUNCTION)))
 
     def num_held_back(self, answer: str) -> int:
         """Return how many characters at the end may become a `<tool_call>` or the opening tag of a function."""
@@ -118,12 +118,12 @@ class XmlCalls:
                 return None
         return None
 
-    def _malformed(self, answer: str, at: int) -> Block:
+    def _malformed(self, answer: str, at: int) -> CallBlock:
         """Return a malformed block, wrong at a position: it reaches to the next tag that begins or ends a block."""
         begin = self.find(answer, at)
         limit = len(answer) if begin is None else begin
         end = answer.find(END_CALL, at, limit)
-        return Block([], limit if end < 0 else end + len(END_CALL), False)
+        return CallBlock([], limit if end < 0 else end + len(END_CALL), False)
 
 
 def _skip_space(answer: str, position: int) -> int:
