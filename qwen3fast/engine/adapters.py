@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.engine.parts import MAX_PROMPTS
 from qwen3fast.kernels.low_rank import low_rank
 from qwen3fast.model import Qwen3
 from qwen3fast.model.linears import linears
@@ -30,11 +29,11 @@ class AdaptedLinear(nn.Module):
     """A linear layer of any kind, to whose output each batch row's adapter is added.
 
     A call of one token per row is a decode step: row b has the adapter in slot decode_slot_R[b]. A call of more tokens
-    per row is a part of one prompt per row: row b has the adapter in slot chunk_slot_B[b].
+    per row is a part of one prompt per row: row b has the adapter in slot chunk_slot_R[b].
     """
 
     def __init__(self, base: Any, slots: int, rank: int, dtype: torch.dtype, rows: tuple[Tensor, Tensor]) -> None:
-        """base: the layer. dtype: of activations. rows: decode_slot_R and chunk_slot_B, int64, of the engine."""
+        """base: the layer. dtype: of activations. rows: decode_slot_R and chunk_slot_R, int64, of the engine."""
         super().__init__()
         device = rows[0].device
         self.base = base
@@ -44,7 +43,7 @@ class AdaptedLinear(nn.Module):
         self.lora_B = nn.Parameter(
             torch.zeros(slots, rank, base.out_features, dtype=dtype, device=device), requires_grad=False
         )
-        for name, slot in zip(("decode_slot_R", "chunk_slot_B"), rows, strict=True):
+        for name, slot in zip(("decode_slot_R", "chunk_slot_R"), rows, strict=True):
             self.register_buffer(name, slot, persistent=False)
 
     def forward(self, x_BTK: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ class AdaptedLinear(nn.Module):
 
     def _product(self, x_BTK: Tensor) -> Tensor:
         is_step = x_BTK.shape[1] == 1
-        slots = self.get_buffer("decode_slot_R" if is_step else "chunk_slot_B")
+        slots = self.get_buffer("decode_slot_R" if is_step else "chunk_slot_R")
         return low_rank(x_BTK, self.lora_A, self.lora_B, slots[: x_BTK.shape[0]])
 
 
@@ -69,7 +68,7 @@ class AdapterSlots:
 
     Attributes:
         model: shares the weights of the base model; for steps in which a row has an adapter.
-        layers: the adapted layers by name, in the order of the model. decode_slot_R, chunk_slot_B: the slots of the
+        layers: the adapted layers by name, in the order of the model. decode_slot_R, chunk_slot_R: the slots of the
             rows of decode steps, and of the prompts that are computed next.
         num_bytes: memory of all matrices.
     """
@@ -78,14 +77,14 @@ class AdapterSlots:
         """Allocate the matrices, all zero. decode_slot_R: the slot of each row's adapter, int64, written by others."""
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.decode_slot_R = decode_slot_R
-        self.chunk_slot_B = decode_slot_R.new_zeros(MAX_PROMPTS)
+        self.chunk_slot_R = torch.zeros_like(decode_slot_R)
         self.layers: dict[str, AdaptedLinear] = {}
         self.model, self.model.model = _copy(model), _copy(model.model)
         self._arguments = (
             1 + max_adapters,
             max_rank,
             model.model.norm.weight.dtype,
-            (decode_slot_R, self.chunk_slot_B),
+            (decode_slot_R, self.chunk_slot_R),
         )
         blocks = [self._adapt(block, f"model.layers.{i}") for i, block in enumerate(model.model.layers)]
         self.model.model.layers = nn.ModuleList(blocks)

@@ -212,7 +212,7 @@ class Engine(Rows):
         has_adapters = any(adapter != NO_ADAPTER for adapter in adapters)
         if has_adapters:
             assert self.adapters is not None, "the engine was built for adapters"
-            self.adapters.chunk_slot_B[: len(adapters)].copy_(to_device(adapters, self.device))
+            self.adapters.chunk_slot_R[: len(adapters)].copy_(to_device(adapters, self.device))
         return self._forms_for(has_adapters)
 
     @on_device

@@ -109,7 +109,7 @@ def sdpa_prefill(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_BT: Te
 
 
 def _read(x_RKSD: Tensor, scale_RKS: Tensor | None, row: int, length: int) -> Tensor:
-    """Return keys or values of a slot at the first positions, (1, K, L, D) bfloat16; those in bfloat16 are not copied."""
+    """Return keys or values of a slot at the first positions, (1, K, L, D) bfloat16."""
     x_1KLD = x_RKSD[row : row + 1, :, :length]
     if scale_RKS is None:
         return x_1KLD
