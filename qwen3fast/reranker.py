@@ -21,7 +21,7 @@ from qwen3fast.engine.last_token import checked_max_length, checked_texts, last_
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -150,6 +150,5 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
     if isinstance(head, QuantizedLinear):
-        row_RE: Tensor = QuantizedEmbedding(head, torch.float32)(id_R)
-        return row_RE
+        return head.rows(id_R)
     return head.weight[id_R].float()

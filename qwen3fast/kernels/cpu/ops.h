@@ -14,10 +14,12 @@
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
 // Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
-// channels that a record of scales covers, otherwise 0. record: its bytes.
+// channels that a record of scales covers, otherwise 0. record: its bytes. order (K,): the input's channel that each
+// column is for, or null for the same; decode_layers.cpp alone reads it, for packed weights other than experts.
 struct Linear {
   const void *weight, *scale;
   int64_t N, K, bits, span, record;
+  const int32_t* order;
 };
 
 // The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).

@@ -21,6 +21,7 @@ class LinearPointers(ctypes.Structure):
         ("weight", c_void_p),
         ("scale", c_void_p),
         *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
+        ("order", c_void_p),
     ]
 
 
