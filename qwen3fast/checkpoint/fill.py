@@ -71,8 +71,8 @@ def load_weights(
     tensors instead of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
 
     options: the other fields of FillOptions. prequantized: how other software stored the linear layers; quantization,
-    expert_quantization: the formats that these and prequantized experts get, None for plain weights. on_assigned: called after each parameter. check_weights: refuse
-    NaN and infinity, in `dtype`. split: the shard that `model` is.
+    expert_quantization: the formats that these and prequantized experts get, None for plain weights. on_assigned:
+    called after each parameter. check_weights: refuse NaN and infinity, in `dtype`. split: the shard that `model` is.
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors, for wrong dtypes, and for damaged files. On an error the model must be discarded.
     """

@@ -86,7 +86,7 @@ def _feed_forward(mlp: FeedForward) -> list[nn.Module]:
 
 def _tensors(block: Block, cache: Sequence[Tensor]) -> cpu.LayerTensors:
     mlp = block.mlp
-    feed_forward: list[cpu.Weight] | cpu.ExpertWeights
+    feed_forward: list[cpu.LayerWeight] | cpu.ExpertWeights
     if isinstance(mlp, MoE):
         experts: nn.Module = mlp.experts
         assert isinstance(experts, QuantizedExperts), "checked before"
@@ -97,7 +97,7 @@ def _tensors(block: Block, cache: Sequence[Tensor]) -> cpu.LayerTensors:
     return cpu.LayerTensors(_norms(block), _weights(_attention(block)), feed_forward, cache)
 
 
-def _weights(layers: Sequence[nn.Module]) -> list[cpu.Weight]:
+def _weights(layers: Sequence[nn.Module]) -> list[cpu.LayerWeight]:
     """Return the weights of layers of which all but the last have the same input; equal orders are the same tensor."""
     first, *others = map(_weight, layers)
     is_shared = isinstance(layers[0], OrderedLinear) and layers[0].shares_order
@@ -105,13 +105,13 @@ def _weights(layers: Sequence[nn.Module]) -> list[cpu.Weight]:
     return [first, *shared, others[-1]]
 
 
-def _weight(layer: nn.Module) -> cpu.Weight:
+def _weight(layer: nn.Module) -> cpu.LayerWeight:
     if isinstance(layer, OrderedLinear):
-        return cpu.Weight(*layer.packed, layer.input_order)
+        return cpu.LayerWeight(*layer.packed, layer.input_order)
     if isinstance(layer, QuantizedLinear):
-        return cpu.Weight(*layer.packed)
+        return cpu.LayerWeight(*layer.packed)
     assert isinstance(layer, nn.Linear), "checked before"
-    return cpu.Weight(layer.weight)
+    return cpu.LayerWeight(layer.weight)
 
 
 def _is_block_served(block: Block) -> bool:

@@ -36,11 +36,11 @@ class OrderedLinear(QuantizedLinear):
     def empty_like(cls, linear: QuantizedLinear) -> OrderedLinear:
         """Return the same layer with an order, which is empty, to be loaded."""
         order_K = torch.empty(linear.in_features, dtype=torch.int32, device=linear.weight_packed.device)
-        return cls(linear.packed, linear.format, order_K, linear.bias)
+        return cls(linear.packed, linear.format, order_K, getattr(linear, "bias", None))
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: Sequence[QuantizedLinear]) -> list[Tensor]:
-        """Return each layer's product with the same x, (..., K): one (..., N) per layer. One gather serves equal orders."""
+        """Return each layer's product with the same x, (..., K): (..., N) per layer. A shared order has one gather."""
         first = layers[0]
         assert isinstance(first, OrderedLinear), "layers of one type share a call"
         if len(layers) > 1 and not first.shares_order:

@@ -391,6 +391,7 @@ EXPERT_LAYOUTS = {
     "gptq": {**GPTQ, "group_size": 32},
     "gptq, zero points": {**GPTQ, "sym": False, "group_size": 128},
     "gptq, 8 bits": {**GPTQ, "bits": 8, "group_size": 64},
+    "gptq, act order": {**GPTQ, "desc_act": True, "group_size": 32},
     "compressed": compressed("pack-quantized", "group", 4, group_size=32),
     "compressed, fp8": compressed("float-quantized", "channel"),
 }
@@ -407,6 +408,8 @@ EXPERT_LAYOUTS = {
         ("awq", "int4", "int4"),
         ("gptq", None, "int4"),
         ("gptq, 8 bits", None, "int8"),
+        ("gptq, act order", None, "int8"),
+        ("gptq, act order", "int4", "int4"),
         ("compressed", None, "int4"),
         ("compressed, fp8", None, None),
         ("compressed, fp8", "int8", "int8"),

@@ -26,7 +26,7 @@ from qwen3fast.kernels.cpu.structures import (
 MAX_DECODE_ROWS = 32
 
 
-class Weight(NamedTuple):
+class LayerWeight(NamedTuple):
     """A weight in bfloat16, or packed, with its scales.
 
     order: (K,) int32, the input's channel that each column of a packed weight is for; None for the same.
@@ -44,8 +44,8 @@ class ExpertWeights(NamedTuple):
     """
 
     router: Tensor
-    gate_up: Weight
-    down: Weight
+    gate_up: LayerWeight
+    down: LayerWeight
     num_chosen: int
     is_renormalized: bool
 
@@ -58,8 +58,8 @@ class LayerTensors(NamedTuple):
     """
 
     norms: Sequence[Tensor]
-    attention: Sequence[Weight]
-    feed_forward: Sequence[Weight] | ExpertWeights
+    attention: Sequence[LayerWeight]
+    feed_forward: Sequence[LayerWeight] | ExpertWeights
     cache: Sequence[Tensor]
 
 
