@@ -11,6 +11,7 @@ from qwen3fast.kernels import cpu
 
 EXACT = {
     "GGUF, Q4_1", "GGUF, Q4_K", "AWQ, groups of 128", "AWQ, groups of 32", "GPTQ, 4 bits, zero points",
+    "GPTQ, 4 bits, desc_act",
 }  # fmt: skip
 
 
