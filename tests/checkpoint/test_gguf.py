@@ -150,7 +150,11 @@ def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "quantization", "layout"),
-    [("Q4_K", None, Layout(256)), ("Q4_1", None, Layout(32)), ("Q4_0", "uint4", Layout(32, has_zero=True))],
+    [
+        ("Q4_K", None, Layout(256, is_short=True)),
+        ("Q4_1", None, Layout(32)),
+        ("Q4_0", "uint4", Layout(32, has_zero=True)),
+    ],
 )
 def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantization, layout):
     file = tmp_path / "model.gguf"

@@ -15,6 +15,8 @@
 //   48 bytes          d float16, zero uint8:       weight = d * level - d * zero
 //   64 + span bytes   d, dmin float16, then per    weight = (d * s) * level - dmin * m
 //                     32 channels s, m uint8:
+//   256, span 256     d, dmin, then per 32 channels s in 6 bits, the high bits of m above them; then the low bits of m,
+//                     of groups 0 to 3 and, in high halves, 4 to 7
 //
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
@@ -59,6 +61,9 @@ enum Kind { kInt8, kInt4, kUint4 };
 
 constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero points
 
+// Whether s and m of a weight's records have 6 bits.
+bool is_short(const Linear& weight) { return weight.span == 256 && weight.record == 16 * kLanes; }
+
 // Reads the records of a block of a weight of 4 bits with a minimum, group after group.
 class Records {
  public:
@@ -67,6 +72,9 @@ class Records {
     record_ = weight.record;
     groups_ = weight.span / kGroup;
     left_ = 0;
+    is_short_ = is_short(weight);
+    to_minimum_ = is_short_ ? 8 * kLanes : kLanes;
+    step_ = is_short_ ? kLanes : 2 * kLanes;
   }
 
   // Sets the factor of levels, and the minimum that is taken off, of the next group.
@@ -76,6 +84,7 @@ class Records {
       minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)
                                         : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
       levels_ = next_ + 4 * kLanes;
+      if (is_short_) unfold();
       next_ += record_;
       left_ = groups_;
     }
@@ -84,13 +93,29 @@ class Records {
     minimum = minimum_;
     if (record_ == kZeroRecord) return;
     scale *= load(levels_);
-    minimum *= load(levels_ + kLanes);
-    levels_ += 2 * kLanes;
+    minimum *= load(levels_ + to_minimum_);
+    levels_ += step_;
   }
 
  private:
+  typedef uint8_t Levels __attribute__((vector_size(4 * kLanes)));  // of four groups
+
+  // Sets levels_ to bytes: s of all groups, then m.
+  void unfold() {
+    const auto low = load_as<Levels>(levels_ + 8 * kLanes);
+    for (int i = 0; i < 2; i++) {
+      const auto first = load_as<Levels>(levels_ + i * 4 * kLanes);
+      const Levels s = first & 63, m = (first >> 2 & 48) | (i ? low >> 4 : low & 15);
+      std::memcpy(unfolded_ + i * 4 * kLanes, &s, sizeof s);
+      std::memcpy(unfolded_ + (8 + i * 4) * kLanes, &m, sizeof m);
+    }
+    levels_ = unfolded_;
+  }
+
   const uint8_t *next_, *levels_;
-  int64_t record_, groups_, left_;
+  int64_t record_, groups_, left_, to_minimum_, step_;
+  bool is_short_;
+  uint8_t unfolded_[16 * kLanes];
   Vec factor_, minimum_;
 };
 
@@ -109,8 +134,11 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
   const float d = load(reinterpret_cast<const Float16*>(record))[lane];
   if (weight.record == kZeroRecord) return {record[2 * kLanes + lane], d, 0};
   const float dmin = load(reinterpret_cast<const Float16*>(record + 2 * kLanes))[lane];
-  const uint8_t* levels = record + 4 * kLanes + g % groups * 2 * kLanes;
-  return {0, d * levels[lane], dmin * levels[kLanes + lane]};
+  const uint8_t* levels = record + 4 * kLanes;
+  const int64_t i = g % groups;
+  if (!is_short(weight)) return {0, d * levels[i * 2 * kLanes + lane], dmin * levels[(i * 2 + 1) * kLanes + lane]};
+  const int first = levels[i * kLanes + lane], low = levels[(8 + i % 4) * kLanes + lane] >> (i / 4 * 4) & 15;
+  return {0, d * static_cast<float>(first & 63), dmin * static_cast<float>(low | first >> 6 << 4)};
 }
 
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y.

@@ -84,10 +84,18 @@ def group_minimums(
         minimum = d * tl.load(place + (2 * lanes + lane)[None, :], mask=mask, other=0).to(tl.float32)
     else:
         half = (place + (2 * lanes + 2 * lane)[None, :]).to(tl.pointer_type(tl.float16))
-        group = place + (4 * lanes + j % words // 4 * 2 * lanes)[:, None] + lane[None, :]
         minimum = tl.load(half, mask=mask, other=0.0).to(tl.float32)
-        minimum *= tl.load(group + lanes, mask=mask, other=0).to(tl.float32)
-        d *= tl.load(group, mask=mask, other=0).to(tl.float32)
+        levels, group = place + 4 * lanes + lane[None, :], (j % words // 4)[:, None]
+        if span == 256 and record == 16 * lanes:  # in 6 bits
+            s = tl.load(levels + group * lanes, mask=mask, other=0).to(tl.int32)
+            m = tl.load(levels + (8 + group % 4) * lanes, mask=mask, other=0).to(tl.int32)
+            m = ((m >> (group // 4 * 4)) & 15) | ((s >> 6) << 4)
+            s = s & 63
+        else:
+            s = tl.load(levels + group * 2 * lanes, mask=mask, other=0)
+            m = tl.load(levels + (group * 2 + 1) * lanes, mask=mask, other=0)
+        minimum *= m.to(tl.float32)
+        d *= s.to(tl.float32)
     return d, minimum
 
 
