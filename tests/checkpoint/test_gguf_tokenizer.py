@@ -106,9 +106,13 @@ def test_padding_tokens_are_no_text(qwen_tokenizers):
     ("key", "value", "message"),
     [
         ("model", "llama", "tokenizer.ggml.model 'llama' is not supported; only 'gpt2'"),
-        ("pre", "llama-bpe", "tokenizer.ggml.pre 'llama-bpe' is not supported; supported: qwen2, qwen3fast-tiny"),
+        (
+            "pre",
+            "llama-bpe",
+            "tokenizer.ggml.pre 'llama-bpe' is not supported; supported: qwen2, deepseek-r1-qwen, qwen3fast-tiny",
+        ),
         ("pre", None, "tokenizer.ggml.pre None is not supported"),
-        ("add_bos_token", True, "tokenizer.ggml.add_bos_token is not supported"),
+        ("add_bos_token", True, "tokenizer.ggml.bos_token_id None names no token, but it is used"),
         ("token_type", [1, 1], "token_type must give the type of each of 1024 tokens"),
         ("tokens", None, "tokenizer.ggml.tokens is missing, or holds no strings"),
         ("merges", ["a nonsense"], "its tokenizer cannot be built: .*out of vocabulary"),

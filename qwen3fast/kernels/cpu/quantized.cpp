@@ -73,8 +73,6 @@ class Records {
     groups_ = weight.span / kGroup;
     left_ = 0;
     is_short_ = is_short(weight);
-    to_minimum_ = is_short_ ? 8 * kLanes : kLanes;
-    step_ = is_short_ ? kLanes : 2 * kLanes;
   }
 
   // Sets the factor of levels, and the minimum that is taken off, of the next group.
@@ -84,7 +82,6 @@ class Records {
       minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)
                                         : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
       levels_ = next_ + 4 * kLanes;
-      if (is_short_) unfold();
       next_ += record_;
       left_ = groups_;
     }
@@ -92,30 +89,24 @@ class Records {
     scale = factor_;
     minimum = minimum_;
     if (record_ == kZeroRecord) return;
+    if (is_short_) {
+      typedef uint8_t Levels __attribute__((vector_size(kLanes)));
+      const auto first = load_as<Levels>(levels_), low = load_as<Levels>(levels_ + (left_ < 4 ? 4 : 8) * kLanes);
+      const Levels s = first & 63, m = (first >> 2 & 48) | (left_ < 4 ? low >> 4 : low & 15);
+      scale *= load(reinterpret_cast<const uint8_t*>(&s));
+      minimum *= load(reinterpret_cast<const uint8_t*>(&m));
+      levels_ += kLanes;
+      return;
+    }
     scale *= load(levels_);
-    minimum *= load(levels_ + to_minimum_);
-    levels_ += step_;
+    minimum *= load(levels_ + kLanes);
+    levels_ += 2 * kLanes;
   }
 
  private:
-  typedef uint8_t Levels __attribute__((vector_size(4 * kLanes)));  // of four groups
-
-  // Sets levels_ to bytes: s of all groups, then m.
-  void unfold() {
-    const auto low = load_as<Levels>(levels_ + 8 * kLanes);
-    for (int i = 0; i < 2; i++) {
-      const auto first = load_as<Levels>(levels_ + i * 4 * kLanes);
-      const Levels s = first & 63, m = (first >> 2 & 48) | (i ? low >> 4 : low & 15);
-      std::memcpy(unfolded_ + i * 4 * kLanes, &s, sizeof s);
-      std::memcpy(unfolded_ + (8 + i * 4) * kLanes, &m, sizeof m);
-    }
-    levels_ = unfolded_;
-  }
-
   const uint8_t *next_, *levels_;
-  int64_t record_, groups_, left_, to_minimum_, step_;
+  int64_t record_, groups_, left_;
   bool is_short_;
-  uint8_t unfolded_[16 * kLanes];
   Vec factor_, minimum_;
 };
 
