@@ -22,7 +22,7 @@ from qwen3fast.text.reasoning import ReasoningFormat
 from qwen3fast.text.tokenizer import Tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 1040}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": False}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 
 GUARD_TEMPLATE = """\
 {%- set ns = namespace(last='', text='') -%}
@@ -40,11 +40,7 @@ Rate the safety of the last {{ ns.last }} message.
 
 Answer with Safety: and Categories:{% if ns.last == 'assistant' %} and Refusal:{% endif %}.<|im_end|>
 <|im_start|>assistant
-<think>
-
-</think>
-
-"""
+{{ '<think>\n\n</think>\n\n' }}"""
 DEEPSEEK_TEMPLATE = """\
 {%- set ns = namespace(system='') -%}
 {%- for message in messages if message['role'] == 'system' -%}
@@ -60,6 +56,8 @@ DEEPSEEK_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}{%- endif -%}"""
+OPTIONS = {"device": "cpu", "dtype": "float32", "compile": False}
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 ASKED = [{"role": "user", "content": "What is a fuse?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "It burns.\n"}]
@@ -98,18 +96,14 @@ def test_qwen3guard_renders_what_transformers_renders(guard, tmp_path, messages,
 
 @CONVERSATIONS
 def test_qwen3guard_replies_as_in_transformers_without_reasoning(guard, tmp_path, messages):
-    with Generator.from_pretrained(
-        tmp_path, device="cpu", dtype="float32", compile=False, max_seq_len=256
-    ) as generator:
+    with Generator.from_pretrained(tmp_path, max_seq_len=256, **OPTIONS) as generator:
         ids = generator.tokenizer.apply_chat_template(messages, tokenize=True)
         assert not ReasoningFormat(generator.tokenizer).may_begin(ids)
         reply = generator.chat(messages, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     with torch.no_grad():
-        theirs = guard.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
-        )
+        theirs = guard.generate(torch.tensor([ids]), **GREEDY)
     assert reply.token_ids == theirs[0, len(ids) :].tolist()
-    assert reply.reasoning is None
+    assert reply.reasoning == ""
 
 
 def deepseek_config(**changes):
@@ -122,10 +116,8 @@ def deepseek_config(**changes):
 def deepseek(request, tmp_path, tokenizer_folder):
     """DeepSeek-R1-0528-Qwen3-8B's layout; tokenizer.json decides whether texts get the bos_token."""
     tokenizer = Tokenizer.from_folder(tokenizer_folder)
-    specials = [
-        AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, "<｜User｜>", "<｜Assistant｜>")
-    ]
-    tokenizer.base.add_special_tokens(specials)
+    names = (BOS, EOS, "<｜User｜>", "<｜Assistant｜>")
+    tokenizer.base.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     if request.param:
         bos = (BOS, tokenizer.base.token_to_id(BOS))
         tokenizer.base.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
@@ -168,17 +160,14 @@ def test_deepseek_gives_the_logits_of_transformers_with_yarn(deepseek, tmp_path)
 def test_deepseek_replies_as_in_transformers(deepseek, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with Generator.from_pretrained(
-        tmp_path, device="cpu", dtype="float32", compile=False, max_seq_len=128
-    ) as generator:
+    with Generator.from_pretrained(tmp_path, max_seq_len=128, **OPTIONS) as generator:
         chat = tokenizer.apply_chat_template(FOLLOWED, add_generation_prompt=True, return_dict=False)
         replies = [generator.chat(FOLLOWED, params).token_ids, generator.generate("A fuse.", params).token_ids]
         whole = generator.score("A fuse.", " burns")
         assert whole.token_ids == generator.tokenizer.encode(" burns")  # a continuation has nothing before it
     for ids, reply in zip((chat, tokenizer("A fuse.").input_ids), replies, strict=True):
         with torch.no_grad():
-            options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
-            assert reply == deepseek.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+            assert reply == deepseek.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist()
 
 
 def test_deepseek_reasons_between_tags_in_turns_of_its_own(deepseek, tmp_path):
@@ -188,9 +177,7 @@ def test_deepseek_reasons_between_tags_in_turns_of_its_own(deepseek, tmp_path):
     assert tracker.may_open and not tracker.is_open
     tracker.push(reasoning.begin_id)
     assert tracker.is_open
-    opened = DEEPSEEK_TEMPLATE.replace(
-        "'<｜Assistant｜>' -}}{%- endif -%}", "'<｜Assistant｜><think>\n' -}}{%- endif -%}"
-    )
-    assert opened != DEEPSEEK_TEMPLATE
+    closed, end = DEEPSEEK_TEMPLATE.rsplit("<｜Assistant｜>", 1)
+    opened = f"{closed}<｜Assistant｜><think>\n{end}"
     ids = tokenizer.apply_chat_template(FOLLOWED, tokenize=True, chat_template=opened)
     assert reasoning.tracker_after(ids).is_open

@@ -73,13 +73,13 @@ def _float16(block_RBX: Tensor, first: int) -> Tensor:
     return block_RBX[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
 
 
-def _uint4(*layout: int) -> Format:
-    return FORMATS["uint4"].with_layout(lambda _: Layout(*layout))
+def _uint4(layout: Layout) -> Format:
+    return FORMATS["uint4"].with_layout(lambda _: layout)
 
 
 # The formats that keep each type's levels; the first one is the default.
 KEPT = {
-    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(32, True), pack_q4_0_exactly)),
-    "Q4_1": (Kept(_uint4(32), pack_q4_1),),
-    "Q4_K": (Kept(_uint4(256, False, True), pack_q4_k),),
+    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
+    "Q4_1": (Kept(_uint4(Layout(32)), pack_q4_1),),
+    "Q4_K": (Kept(_uint4(Layout(256, is_short=True)), pack_q4_k),),
 }

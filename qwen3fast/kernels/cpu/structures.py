@@ -117,7 +117,8 @@ def is_record(span: int, record: int) -> bool:
 def record_levels(tail: Tensor, groups: int) -> Tensor:
     """Return s and m of each group of records with minimums, (..., groups, 2, 16) uint8. tail: the bytes after dmin."""
     if tail.shape[-1] == groups * 2 * LANES:
-        return tail.unflatten(-1, (groups, 2, LANES))
+        levels: Tensor = tail.unflatten(-1, (groups, 2, LANES))
+        return levels
     first, low = tail.split([8 * LANES, 4 * LANES], dim=-1)
     first, low = first.unflatten(-1, (8, LANES)), low.unflatten(-1, (4, LANES))
     m = torch.cat([low & 15, low >> 4], dim=-2) | (first >> 6 << 4)
