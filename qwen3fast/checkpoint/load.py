@@ -95,8 +95,7 @@ def empty_model(source: Path) -> Qwen3:
     if source.is_file():
         header = read_header(source)
         model = build_on_meta(config_of(header))
-        wanted = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
-        replace_layers(model, choose_formats(header, model.config, wanted), model.config.dtype)
+        replace_layers(model, choose_formats(header, model.config, None), model.config.dtype)
         return model
     stored = CheckpointConfig.from_folder(source)
     format, kept = (

@@ -169,6 +169,35 @@ def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantiza
             assert_same(ours, decode(*written[name]))  # bit for bit
 
 
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_language_model_of_qwen3_vl_is_loaded_as_qwen3(tmp_path, num_experts):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    model = randomised(small_config(**SIZES, **(experts if num_experts else {})))
+    name = "qwen3vlmoe" if num_experts else "qwen3vl"
+
+    def add_vision(writer):
+        writer.add_rope_dimension_sections([4, 2, 2, 0])
+        writer.add_uint32(f"{name}.n_deepstack_layers", 3)
+
+    write_gguf(tmp_path / "model.gguf", model, architecture=name, change=add_vision)
+    loaded, tokens = load_model(tmp_path / "model.gguf", "cpu"), random_ids(1, 9, vocab_size=96)
+    assert_near(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_K", "Q6_K"])
+def test_info_states_the_bytes_that_experts_take(tmp_path, capsys, kind):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES, **experts)), kind)
+    assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
+    assert f"{load_model(tmp_path / 'model.gguf', 'cpu').num_bytes():,} bytes" in capsys.readouterr().out
+
+
+def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
+    write_gguf(tmp_path / "mmproj.gguf", randomised(small_config(**SIZES)), architecture="clip")
+    with pytest.raises(ValueError, match="'clip' is not supported; it reads images: load the language model's file"):
+        load_model(tmp_path / "mmproj.gguf", "cpu")
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
