@@ -47,6 +47,8 @@ FUNCTIONS = tuple(
         "prefill_attention",
         "quantized_linear",
         "quantized_rows",
+        "tile_linear",
+        "try_tiles",
         "quantized_experts",
         "round_weight",
         "decode_layers",

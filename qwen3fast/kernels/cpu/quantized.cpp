@@ -28,6 +28,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
+#include "records.h"
 
 namespace {
 
@@ -56,43 +57,6 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
 
 // How a weight's levels become numbers: see above.
 enum Kind { kInt8, kInt4, kUint4 };
-
-constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero points
-
-// Reads the records of a block of a weight of 4 bits with a minimum, group after group.
-class Records {
- public:
-  void start(const Linear& weight, int64_t block) {
-    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / weight.span) * weight.record;
-    record_ = weight.record;
-    groups_ = weight.span / kGroup;
-    left_ = 0;
-  }
-
-  // Sets the factor of levels, and the minimum that is taken off, of the next group.
-  void read(Vec& scale, Vec& minimum) {
-    if (left_ == 0) {
-      factor_ = load(reinterpret_cast<const Float16*>(next_));
-      minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)
-                                        : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
-      levels_ = next_ + 4 * kLanes;
-      next_ += record_;
-      left_ = groups_;
-    }
-    left_--;
-    scale = factor_;
-    minimum = minimum_;
-    if (record_ == kZeroRecord) return;
-    scale *= load(levels_);
-    minimum *= load(levels_ + kLanes);
-    levels_ += 2 * kLanes;
-  }
-
- private:
-  const uint8_t *next_, *levels_;
-  int64_t record_, groups_, left_;
-  Vec factor_, minimum_;
-};
 
 // What the levels of a group stand for: (level - zero) * scale - minimum.
 struct GroupScale {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
+
+
+class RowLimits(NamedTuple):
+    """The numbers of rows from which other forms of a quantized product serve; where both would, `dequantized` does."""
+
+    tiles: int = NEVER
+    dequantized: int = NEVER
 
 
 class LinearPointers(ctypes.Structure):
