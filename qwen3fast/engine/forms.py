@@ -110,8 +110,8 @@ class Forms:
         for case, name in names.items():
             by_what.setdefault(case.what, {})[case.sizes] = name
         attention = by_what.get("prefill attention", {})
-        limits = [_from_length(attention, chunk) for chunk in CHUNKS]
-        self.sdpa_from = tuple(limits) if any(limit != NEVER for limit in limits) else ()
+        lengths = tuple(_from_length(attention, chunk) for chunk in CHUNKS)
+        self.sdpa_from = lengths if any(length != NEVER for length in lengths) else ()
         self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
         for format, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]

@@ -522,7 +522,7 @@ def test_every_uint4_layout_is_multiplied_and_dequantized(layout, rows):
     layer, x = QuantizedLinear(packed, UINT4), random_tensor(rows, 288, seed=1).bfloat16()
     assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
     assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
-    dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], 0)
+    dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], RowLimits(dequantized=0))
     assert_same(dense, F.linear(x, layer.dequantize().bfloat16()))
 
 

@@ -100,7 +100,7 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
     require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
     require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
     try:
-        linears = (LinearPointers * len(packed))(*map(packed_linear, packed, scale))
+        linears = list(map(packed_linear, packed, scale))
     except ValueError as err:
         raise ValueError(f"quantized_linear: {err}") from None
     for linear in linears:
@@ -111,8 +111,9 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
     if rows >= at.tiles and tiles.are_usable():
         return tiles.tile_linear(x, linears)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
+    pointers = (LinearPointers * len(linears))(*linears)
     _functions.qwen3fast_quantized_linear(
-        x.data_ptr(), linears, len(linears), y.data_ptr(), rows, torch.get_num_threads()
+        x.data_ptr(), pointers, len(linears), y.data_ptr(), rows, torch.get_num_threads()
     )
     return y
 
