@@ -68,7 +68,7 @@ def attention_cases() -> Iterator[Case]:
         if is_rounded:
             (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
             keys, values, scales = k * k_scale[..., None], v * v_scale[..., None], (k_scale, v_scale)
-        for name, tokens in (("decode", 1), ("prefill", 40)):
+        for name, tokens in (("decode", 1), ("prefill", 40), ("tiledpre", 40)):
             q, position = bfloat16(1, tokens, H, D), torch.arange(100, 100 + tokens)
             mask = torch.arange(S) <= position[:, None]
             heads = q.transpose(1, 2).float()

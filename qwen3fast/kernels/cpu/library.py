@@ -49,6 +49,7 @@ FUNCTIONS = tuple(
         "quantized_rows",
         "tile_linear",
         "try_tiles",
+        "use_tiles",
         "quantized_experts",
         "round_weight",
         "decode_layers",

@@ -69,6 +69,9 @@ QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weight
 // it before the first product by tiles.
 QWEN3FAST_API bool qwen3fast_try_tiles();
 
+// Has attention of prefill multiply by tiles, or not (as at first).
+QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
+
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
 
