@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
 PARAMETER_NAMES = ("weight_packed", "weight_scale", "input_order")  # in checkpoints; their dtypes are the format's
@@ -26,11 +26,11 @@ def can_use_operations(format: Format, x: Tensor) -> bool:
 class QuantizedLinear(nn.Module):
     """A linear layer with its weight in 8 or 4 bits (see formats.py).
 
-    dequantize_from: rows from which PyTorch's product with the dequantized weight takes the C++ operation's place;
-    engines set it where that is faster (engine/forms.py).
+    limits: the numbers of rows from which other forms take the C++ operation's place; engines set them where those are
+    faster (engine/forms.py).
     """
 
-    dequantize_from: int = NEVER
+    limits: RowLimits = RowLimits()
 
     def __init__(self, packed: Packed, format: Format, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def forward_together(cls, x: Tensor, layers: Sequence[QuantizedLinear]) -> list[Tensor]:
         """Return each layer's product with the same x, (..., K), from one call: one (..., N) per layer, same dtype."""
-        if any(layer.dequantize_from != layers[0].dequantize_from for layer in layers):
+        if any(layer.limits != layers[0].limits for layer in layers):
             return [y for layer in layers for y in QuantizedLinear.forward_together(x, [layer])]
         if all(can_use_operations(layer.format, x) for layer in layers):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(),
                 [layer.weight_packed for layer in layers],
                 [layer.weight_scale for layer in layers],
-                layers[0].dequantize_from,
+                layers[0].limits,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
         elif cuda.can_packed_matvec(x):

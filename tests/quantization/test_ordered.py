@@ -22,6 +22,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears
 from qwen3fast.model.stacking import STACKS
@@ -109,7 +110,7 @@ def test_layers_of_one_input_give_what_each_gives_alone(shared):
     x = random_tensor(2, 3, CONFIG.hidden_size).bfloat16()
     for y, layer in zip(linears(x, *layers), layers, strict=True):
         assert_same(y, layer(x))
-    layers[1].dequantize_from = 1  # run on its own
+    layers[1].limits = RowLimits(dequantized=1)  # another form of its own
     for y, layer in zip(linears(x, *layers), layers, strict=True):
         assert_same(y, layer(x))
 

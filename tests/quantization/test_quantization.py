@@ -21,6 +21,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
@@ -542,7 +543,7 @@ def test_every_uint4_layout_is_multiplied_and_dequantized(layout, rows):
     layer, x = QuantizedLinear(packed, UINT4), random_tensor(rows, K, seed=1).bfloat16()
     assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
     assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
-    dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], 0)
+    dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], RowLimits(dequantized=0))
     assert_same(dense, F.linear(x, layer.dequantize().bfloat16()))
 
 
@@ -553,7 +554,7 @@ def test_layers_of_several_formats_together_give_what_each_gives_alone(rows):
     x = random_tensor(rows, 64).bfloat16()
     for y, layer in zip(linears(x, *layers), layers, strict=True):
         assert_same(y, layer(x))
-    layers[1].dequantize_from = 2  # another form of its own
+    layers[1].limits = RowLimits(dequantized=2)  # another form of its own
     for y, layer in zip(linears(x, *layers), layers, strict=True):
         assert_same(y, layer(x))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ GROUP = 32  # channels that share a scale
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
+
+
+class RowLimits(NamedTuple):
+    """The numbers of rows from which other forms of a quantized product serve; where both would, `dequantized` does."""
+
+    tiles: int = NEVER
+    dequantized: int = NEVER
 
 
 class LinearPointers(ctypes.Structure):
