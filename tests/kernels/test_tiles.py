@@ -37,6 +37,13 @@ def test_packed_weights(format, rows):
     assert_near(y, expected, torch.bfloat16)
 
 
+def test_scales_of_6_bits_are_read():
+    weight = quantize(random_tensor(48, 512), FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True)))
+    x = random_tensor(33, 512).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight)])
+    assert_near(y, dequantized_linear(x, *weight).float(), torch.bfloat16)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_weights_in_bfloat16(rows):
     weights = [random_tensor(n, 160, seed=n).bfloat16() for n in (16, 80)]
