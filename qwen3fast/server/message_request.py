@@ -13,14 +13,13 @@ from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
 from qwen3fast.server.sampling import Sampling
+from qwen3fast.text.tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
-class MessagesRequest:
+class MessagesRequest(Conversation):
     """A request for a message."""
 
-    conversation: Conversation
-    stream: bool = False
     id: str = field(default_factory=lambda: new_id("msg"))
 
     def envelope(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
@@ -29,7 +28,7 @@ class MessagesRequest:
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.conversation.served.name,
+            "model": self.served.name,
             "content": content,
             "stop_reason": None,
             "stop_sequence": None,
@@ -42,10 +41,9 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
     tokenizer_of(served)
     tools, choice = _read_tools(fields)
     sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
-    stream = fields.flag("stream")
     fields.take("metadata", "service_tier")
-    conversation = Conversation(served, _read_messages(fields), sampling, tools, must_call)
-    return MessagesRequest(conversation, stream)
+    messages, stream = _read_messages(fields), fields.flag("stream")
+    return MessagesRequest(served, sampling, messages, must_call, tools=tools, stream=stream)
 
 
 def _read_sampling(fields: Fields) -> Sampling:
@@ -148,9 +146,8 @@ def _assistant(fields: Fields) -> list[dict[str, Any]]:
             message["reasoning_content"] = block.required("thinking", block.text("thinking"))
         elif kind == "tool_use":
             name = block.required("name", block.text("name"))
-            arguments = block.mapping("input") or {}
-            calls = message.setdefault("tool_calls", [])
-            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+            call = ToolCall(name, block.mapping("input") or {})
+            message.setdefault("tool_calls", []).append(call.to_message())
     return [message]
 
 

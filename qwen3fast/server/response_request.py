@@ -19,13 +19,11 @@ WITHOUT_EFFECT = ("user", "service_tier", "include", "parallel_tool_calls", "saf
 
 
 @dataclass(frozen=True)
-class ResponseRequest:
+class ResponseRequest(Conversation):
     """A request for a response. given: the fields of the request that the response object repeats."""
 
-    conversation: Conversation
     given: dict[str, Any]
-    is_stored: bool = True
-    stream: bool = False
+    is_stored: bool
     id: str = field(default_factory=lambda: new_id("resp"))
 
     def to_response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -33,11 +31,11 @@ class ResponseRequest:
         return {
             "id": self.id,
             "object": "response",
-            "created_at": self.conversation.created,
+            "created_at": self.created,
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self.conversation.served.name,
+            "model": self.served.name,
             "output": output,
             "usage": None,
             **self.given,
@@ -45,7 +43,7 @@ class ResponseRequest:
         }
 
 
-def read_response_request(fields: Fields, served: ServedModel, store: ResponseStore) -> ResponseRequest:
+def read_response_request(store: ResponseStore, fields: Fields, served: ServedModel) -> ResponseRequest:
     """Read the fields of a response. Raises: ApiError (400) naming the field; 404 for an unknown earlier response."""
     tokenizer_of(served)
     tools, choice = _read_tools(fields)
@@ -72,8 +70,8 @@ def read_response_request(fields: Fields, served: ServedModel, store: ResponseSt
         "top_p": sampling.params.top_p,
         "truncation": fields.text("truncation", "disabled", choices=("auto", "disabled")),
     }
-    conversation = Conversation(served, prompt, sampling, tools, must_call)
-    return ResponseRequest(conversation, given, bool(given["store"]), fields.flag("stream"))
+    stream = fields.flag("stream")
+    return ResponseRequest(served, sampling, prompt, must_call, given, bool(given["store"]), tools=tools, stream=stream)
 
 
 def _read_sampling(fields: Fields) -> Sampling:

@@ -15,6 +15,10 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    def to_message(self) -> dict[str, Any]:
+        """Return the call as an entry of a message's "tool_calls", in the form that chat templates read."""
+        return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
 
 class CallBlock(NamedTuple):
     """A block of tool calls.
