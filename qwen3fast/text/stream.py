@@ -55,11 +55,6 @@ class TextStream:
         """The answer so far, without line breaks at its ends; empty while the reasoning goes on."""
         return self._answer.of(self.text)
 
-    @property
-    def is_reasoning(self) -> bool:
-        """Whether the reply, with the last token pushed, is inside its reasoning."""
-        return self._tracker.is_open
-
     def push(self, token_id: int) -> bool:
         """Add a token. Returns whether a stop string is now complete; it and all after it are cut from the text."""
         if self._decoder is None:

@@ -12,8 +12,9 @@ import torch
 import triton
 
 from compile_for_gpu.binaries import is_unsafe
+from compile_for_gpu.cases import own_cases
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.kernels import compile_own_kernels, fused_cases, own_cases
+from compile_for_gpu.kernels import compile_own_kernels, fused_cases
 from compile_for_gpu.steps import inspect
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, write_json

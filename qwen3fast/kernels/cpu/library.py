@@ -48,7 +48,7 @@ FUNCTIONS = tuple(
         "quantized_linear",
         "quantized_rows",
         "quantized_experts",
-        "round_weight",
+        "quantize_weight",
         "decode_layers",
     )
 )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # positions that a program reads at a time
+BLOCK = 64  # positions that a program reads at a time, and the smallest split of a decode step
 MIN_DOT = 16  # rows that Triton's matrix product needs
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_SPLITS = 64

@@ -21,11 +21,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import plain_norm
-
-BLOCK = 64  # positions that a program reads at a time, and the smallest split
-MIN_DOT = 16  # rows that Triton's matrix product needs
-PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
-MAX_SPLITS = 64
+from qwen3fast.kernels.cuda.split_attention import BLOCK, MIN_DOT, num_splits
 
 
 class Splits(NamedTuple):
@@ -36,12 +32,7 @@ class Splits(NamedTuple):
     total: Tensor
 
     @classmethod
-    def allocate(cls, B: int, H: int, K: int, S: int, D: int, device: torch.device) -> Splits:
-        """Return the workspace for B rows of a cache of S positions."""
-        return cls.allocate_all([B], H, K, S, D, device)[B]
-
-    @classmethod
-    def allocate_all(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
+    def allocate(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
         """Return the workspaces for several numbers of rows, in the same memory."""
         shapes = {B: (B * H, num_splits(B * K, S)) for B in rows}
         most = max(heads * N for heads, N in shapes.values())
@@ -54,11 +45,6 @@ class Splits(NamedTuple):
             )
             for B, (heads, N) in shapes.items()
         }
-
-
-def num_splits(heads: int, positions: int) -> int:
-    """Return N, the maximum number of splits per key/value head. heads: of all rows together."""
-    return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
 
 
 def attend(
