@@ -171,3 +171,24 @@ def test_usage_in_each_event_grows_to_that_of_the_whole_reply(tiny_generator, pa
     counts = [used["completion_tokens"] for used in during]
     assert counts == sorted(counts) and len(set(counts)) > 1
     assert {name: last[name] for name in during[-1]} == during[-1]
+
+
+def test_a_conversation_that_takes_long_to_render_holds_up_no_other_client(tiny_generator, monkeypatch):  # noqa: F811
+    is_rendering, is_answered, render = threading.Event(), threading.Event(), tiny_generator.render
+
+    def slowly(*arguments):
+        is_rendering.set()
+        assert is_answered.wait(5), "nobody else was answered meanwhile"
+        return render(*arguments)
+
+    async def ask_twice():
+        reply = asyncio.create_task(call(app, "/v1/chat/completions", CHAT))
+        while not is_rendering.is_set():
+            await asyncio.sleep(0.001)
+        tokens = await call(app, "/tokenize", {"prompt": "a"})
+        is_answered.set()
+        return tokens, await reply
+
+    monkeypatch.setattr(tiny_generator, "render", slowly)
+    app = create_app({"tiny": tiny_generator})
+    assert [status for status, _ in asyncio.run(ask_twice())] == [200, 200]
