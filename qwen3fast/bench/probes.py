@@ -25,7 +25,7 @@ class BandwidthProbe:
 
     def measure(self, repetitions: int = 2) -> float:
         """Return GB/s, the median of some runs."""
-        return self._buffer.nbytes / _median_s(self._buffer.sum, repetitions, self._device) / 1e9
+        return self._buffer.nbytes / median_s(self._buffer.sum, repetitions, self._device) / 1e9
 
 
 class GemmProbe:
@@ -48,7 +48,7 @@ class GemmProbe:
                 F.linear(self._x, self._weight)
 
         flop = 8 * 2 * self._x.numel() * self._weight.shape[0]
-        return flop / _median_s(products, repetitions, self._device)
+        return flop / median_s(products, repetitions, self._device)
 
 
 class PeakMemory:
@@ -77,8 +77,8 @@ class PeakMemory:
             return None
 
 
-def _median_s(work: Callable[[], object], repetitions: int, device: torch.device) -> float:
-    """Return the median of the seconds that a device takes for some work."""
+def median_s(work: Callable[[], object], repetitions: int, device: torch.device) -> float:
+    """Return the seconds that a device takes for some work, the median of some runs."""
     seconds = []
     for _ in range(repetitions):
         synchronize(device)

@@ -18,6 +18,7 @@ from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.state import DecodeState, RowSampling, StepKind
 from qwen3fast.kernels import cuda
+from qwen3fast.kernels.cuda import split_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
@@ -199,7 +200,8 @@ def test_a_step_launches_six_kernels_a_layer_and_three_beside(rows, monkeypatch)
 def test_a_short_cache_needs_no_combining(monkeypatch):
     model = make_model()
     cache = StaticKVCache(model.config, 1, 40, torch.float32, torch.device(DEVICE), granularity=32)
-    monkeypatch.setattr(attention, "BLOCK", 128)
+    for module in (attention, split_attention):
+        monkeypatch.setattr(module, "BLOCK", 128)
     fused = FusedDecodeStep(model, cache)
     launched = count_launches(monkeypatch)
     state = [torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(5)]

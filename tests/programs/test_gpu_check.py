@@ -239,15 +239,19 @@ def test_options_are_set_over_those_of_the_caller(monkeypatch):
         settings.apply_options({"no_such_option": True})
 
 
-def test_switches_are_set_or_refused(monkeypatch):
+def test_every_switch_of_the_variants_is_set(monkeypatch):
     from qwen3fast.kernels import cuda
 
-    monkeypatch.setattr(cuda, "decode_attention", "sdpa")
-    settings.apply_switches({"attention": "split"})
-    assert cuda.decode_attention == "split"
-    monkeypatch.setitem(settings.SWITCHES, "other", ("qwen3fast.kernels.cuda", "no_such_switch"))
-    with pytest.raises(settings.UnavailableError, match=r"no qwen3fast.kernels.cuda.no_such_switch"):
-        settings.apply_switches({"other": True})
+    monkeypatch.setattr(cuda, "decode_attention", "split")
+    monkeypatch.delenv("QWEN3FAST_FUSED_STEP", raising=False)
+    wanted = [variant.switches for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
+    assert {name for switches in wanted for name in switches} == {"attention", "fused"}
+    settings.apply_switches({})
+    assert cuda.decode_attention == "split" and cuda.use_fused_step()
+    for is_fused in (False, True):
+        monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "1")  # which is restored after the test
+        settings.apply_switches({"attention": "sdpa", "fused": is_fused})
+        assert cuda.decode_attention == "sdpa" and cuda.use_fused_step() == is_fused
 
 
 def test_float32_logits_are_those_of_the_model_in_float32():
