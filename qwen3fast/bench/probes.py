@@ -25,7 +25,7 @@ class BandwidthProbe:
 
     def measure(self, repetitions: int = 2) -> float:
         """Return GB/s, the median of some runs."""
-        return self._buffer.nbytes / median_s(self._buffer.sum, repetitions, self._device) / 1e9
+        return median_rate(self._buffer.sum, self._buffer.nbytes / 1e9, repetitions, self._device)
 
 
 class GemmProbe:
@@ -48,7 +48,7 @@ class GemmProbe:
                 F.linear(self._x, self._weight)
 
         flop = 8 * 2 * self._x.numel() * self._weight.shape[0]
-        return flop / median_s(products, repetitions, self._device)
+        return median_rate(products, flop, repetitions, self._device)
 
 
 class PeakMemory:
@@ -77,16 +77,16 @@ class PeakMemory:
             return None
 
 
-def median_s(work: Callable[[], object], repetitions: int, device: torch.device) -> float:
-    """Return the seconds that a device takes for some work, the median of some runs."""
-    seconds = []
+def median_rate(work: Callable[[], object], amount: float, repetitions: int, device: torch.device) -> float:
+    """Return the amount of work that a device does per second, the median of some runs. amount: of one run."""
+    rates = []
     for _ in range(repetitions):
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return median(seconds)
+        rates.append(amount / (time.perf_counter() - started))
+    return median(rates)
 
 
 def synchronize(device: torch.device) -> None:

@@ -69,7 +69,7 @@ def own_cases() -> list[KernelCase]:
             numbers = [channels, kind, rows, packed_matvec.BLOCK_J]
             title = f"packed_matvec, {name}, {rows} rows"
             cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
-        kinds, numbers = [bf16, "*i32", scale, "*i64", fp32, index, index], [channels, kind, packed_experts.BLOCK_J]
+        kinds, numbers = [bf16, "*i32", scale, "*i64", fp32, index, index], [channels, kind, packed_matvec.BLOCK_J]
         cases.append(KernelCase.in_order(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
     return cases
 
@@ -133,14 +133,14 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
 def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[KernelCase]:
     splits = dict.fromkeys(("values", "maximum", "total"), "*fp32")
     for positions in (64, 4097):
-        N = attention.num_splits(R * K, positions)
-        constants = {"D": HEAD_DIM, "N": N, "BLOCK": attention.BLOCK}
+        N = split_attention.num_splits(R * K, positions)
+        constants = {"D": HEAD_DIM, "N": N, "BLOCK": split_attention.BLOCK}
         for cache in ("bf16", "int8"):
             kind = "*bf16" if cache == "bf16" else "*i8"
             signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
             signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
-            own = {"K": K, "G": H // K, "ROWS": attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
+            own = {"K": K, "G": H // K, "ROWS": split_attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
             yield KernelCase(name, attention.attention_kernel, signature, constants | own)
         if N > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3fast.bench.probes import median_s
+from qwen3fast.bench.probes import median_rate
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
@@ -25,4 +25,4 @@ class CopyProbe:
             for _ in range(copies):
                 self._to.copy_(self._from)
 
-        return 2 * copies * self._from.numel() / median_s(work, repetitions, self._device) / 1e9
+        return median_rate(work, 2 * copies * self._from.numel() / 1e9, repetitions, self._device)

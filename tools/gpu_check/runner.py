@@ -16,7 +16,7 @@ from gpu_check.processes import StoppedError, environment_with_caches, last_line
 from gpu_check.results import Results
 from gpu_check.variants import Variant
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Record, write_json
 
 MAX_SHARE = 0.45  # of a part's time for one variant: one that hangs leaves time for others
