@@ -170,34 +170,42 @@ def read_call(function: Fields) -> dict[str, Any]:
     return ToolCall(name, arguments).to_message()
 
 
-def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
+def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, Any]] | None, str | None]:
     """Return the functions that the model may call, and the one that it must: None, a name, or "" for any.
 
+    is_flat: a tool holds the fields of its function itself, as in the Responses API, not in an object `function`.
     Raises: ApiError (400) naming the field.
     """
-    tools = [_tool(tool) for tool in fields.objects("tools")] or None
-    choice = fields.raw("tool_choice", "auto" if tools else "none")
+    tools = [_tool(tool, is_flat) for tool in fields.objects("tools")] or None
+    choice, path = fields.raw("tool_choice"), fields.name("tool_choice")
     if choice == "none":
         return None, None
-    path = fields.name("tool_choice")
+    if choice is None or (choice == "auto" and (tools or is_flat)):
+        return tools, None
     if choice in ("auto", "required"):
         if not tools:
             raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
-        return tools, "" if choice == "required" else None
-    function = choice.get("function") if isinstance(choice, dict) else None
+        return tools, ""
+    function = choice if is_flat or not isinstance(choice, dict) else choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if name is None:
-        expected = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        form = "'name': ..." if is_flat else "'function': {'name': ...}"
+        expected = f"'none', 'auto', 'required' or {{'type': 'function', {form}}}"
         raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
-    if name not in [tool["function"]["name"] for tool in tools or []]:
-        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+    check_chosen(name, tools, path)
     return tools, name
 
 
-def _tool(fields: Fields) -> dict[str, Any]:
-    if fields.text("type", "function") != "function":
+def check_chosen(name: str, tools: list[dict[str, Any]] | None, path: str) -> None:
+    """Check that a tool that must be called is there. Raises: ApiError (400) naming the path."""
+    if name not in [tool["function"]["name"] for tool in tools or []]:
+        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+
+
+def _tool(fields: Fields, is_flat: bool) -> dict[str, Any]:
+    if fields.text("type", None if is_flat else "function") != "function":
         raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
-    function = fields.required("function", fields.object("function"))
+    function = fields if is_flat else fields.required("function", fields.object("function"))
     function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
     return {"type": "function", "function": read_function(function)}
 

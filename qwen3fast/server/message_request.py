@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, read_function
+from qwen3fast.server.conversation import Conversation, check_chosen, read_function
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
-from qwen3fast.server.sampling import Sampling
+from qwen3fast.server.sampling import Sampling, checked_params
 from qwen3fast.text.tool_calls import ToolCall
 
 
@@ -56,17 +55,15 @@ def _read_sampling(fields: Fields) -> Sampling:
         kind = thinking.text("type", choices=("enabled", "disabled", "adaptive"))
         budget = thinking.integer("budget_tokens", 1)
         enable = kind != "disabled"
-    try:
-        params = SamplingParams(
-            temperature=fields.number("temperature"),
-            top_p=fields.number("top_p"),
-            top_k=fields.integer("top_k", 0, 2**31),
-            max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, 2**31)),
-            stop=tuple(stop for stop in stops if stop),
-            thinking_budget=budget if enable else None,
-        )
-    except ValueError as err:
-        raise ApiError(400, str(err), code="invalid_value") from err
+    params = checked_params(
+        fields,
+        temperature=fields.number("temperature"),
+        top_p=fields.number("top_p"),
+        top_k=fields.integer("top_k", 0, 2**31),
+        max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, 2**31)),
+        stop=tuple(stop for stop in stops if stop),
+        thinking_budget=budget if enable else None,
+    )
     return Sampling(params, enable_thinking=enable)
 
 
@@ -91,8 +88,7 @@ def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None
     if kind != "tool":
         return tools, "" if kind == "any" else None
     name = choice.required("name", choice.text("name"))
-    if name not in [tool["function"]["name"] for tool in tools]:
-        raise ApiError(400, f"{name!r} is not among the tools", choice.name("name"), "invalid_value")
+    check_chosen(name, tools, choice.name("name"))
     return tools, name
 
 

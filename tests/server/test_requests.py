@@ -86,6 +86,31 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT["messages"], "temperature": -1}, "temperature"),
+        ("/v1/responses", {"input": "a", "top_p": 2}, "top_p"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}}, None),
+        ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL}], "tool_choice": 3}, "tool_choice"),
+        ("/v1/completions", {"prompt": "a", "min_p": 2}, "min_p"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_the_name_of_their_field(client, path, more, param):
+    reply = client.post(path, json=more)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_tools_without_a_choice_and_the_other_way_round(client):
+    tool = {"type": "function", **TOOL}
+    for more in ({"tool_choice": "auto"}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"}):
+        reply = client.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, **more})
+        assert reply.status_code == 200, reply.text
+    reply = client.post("/v1/messages", json={**CHAT, "temperature": 2e6})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("temperature: temperature must be")
+
+
 def test_documents_are_ranked_in_each_form(client, models):  # noqa: F811
     documents = ["Paris", "a stone", "Rome"]
     scores = models["ranks"].score("q", documents)
