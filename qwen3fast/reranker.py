@@ -4,7 +4,7 @@ The model reads query and document together and is asked for "yes" or "no"; the 
 relative to "no", as the next token. Nothing is generated: only these two rows of the output projection are computed.
 Source: the model cards of Qwen3-Reranker-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
-N documents   E hidden_size   L labels: "no" and "yes", or those of a score head
+N documents   E hidden_size   L labels: "no" and "yes", or a score head's
 """
 
 from __future__ import annotations

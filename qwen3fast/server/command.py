@@ -108,7 +108,7 @@ def run_serve(args: argparse.Namespace) -> int:
     options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
     app = create_app(load_models(args), options)
     if args.warmup is None:
-        logger.info("compiling meanwhile: replies are slower at first; /ready tells how much remains")
+        logger.info("compiling meanwhile: replies are slower at first; /ready reports how much remains")
         compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: texts or token ids continued as they are. Source: OpenAI API reference, "Completions"."""
+"""`POST /v1/completions`: continuations of texts or token ids. Source: OpenAI API reference, "Completions"."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class CompletionRequest(ReplyRequest):
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt's tokens stand before those of the reply's."""
+        """True if log-probabilities of the prompt's tokens precede the reply's."""
         return self.echo and self.sampling.params.logprobs is not None
 
     def first_id(self, index: int) -> int:

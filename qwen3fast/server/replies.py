@@ -59,7 +59,7 @@ class ReplyRequest(ABC):
     @property
     @abstractmethod
     def prompt(self) -> Any:
-        """What is replied to, for the log."""
+        """The prompts or messages, for the log."""
 
     @abstractmethod
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:

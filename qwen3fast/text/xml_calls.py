@@ -98,7 +98,7 @@ class XmlCalls:
         return not self._parameters or name in self._parameters
 
     def _read_arguments(self, answer: str, function: str, at: int) -> tuple[dict[str, Any] | None, int]:
-        """Return the arguments and the position behind the function; or None and the position of what is wrong."""
+        """Return the arguments and the position behind the function; or None and the position of the error."""
         schema = self._parameters.get(function, {})
         properties, arguments = properties_of(schema), dict[str, Any]()
         while tag := _NEXT.match(answer, at):

@@ -420,11 +420,11 @@ def test_parts_are_merged_and_held_against_the_targets(tmp_path):
     speed = found["0.6B, one row, context 32"]
     assert (speed["wanted"], speed["measured"], speed["reached"]) == (1700, pytest.approx(1000), False)
     assert found["0.6B, over transformers, compiled"]["measured"] == pytest.approx(1)
-    assert found["0.6B, kernels a token"]["reached"] is True
+    assert found["0.6B, kernels per token"]["reached"] is True
     assert "0.6B, one row, context 4,096" not in found
     text = report.as_report(merged)
     assert "1,700 wanted    1,000 measured tokens/s not reached" in text
-    assert "170 kernels a step" in text
+    assert "170 kernels per step" in text
     assert report.draw(merged, tmp_path / "gpu.png") == "" and (tmp_path / "gpu.png").stat().st_size > 10_000
     write_json(record_of("large", gpu="NVIDIA H100").to_dict(), tmp_path / "large.json")
     with pytest.raises(ValueError, match="part large ran with gpu 'NVIDIA H100', others with 'NVIDIA H200'"):

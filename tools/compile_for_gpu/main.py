@@ -78,7 +78,7 @@ def kernels_of(record: Record) -> list[dict[str, Any]]:
 
 
 def faults_of(record: Record) -> list[str]:
-    """Return what did not compile and what is wrong with the record's kernels, in words; nothing if all can run."""
+    """Return the parts that did not compile and the faults of the record's kernels, in words; empty if all can run."""
     large = {k["name"] for k in kernels_of(record) if k["shared_bytes"] > GPUS[k["gpu"]].shared_bytes}
     unsafe = {k["name"] for k in kernels_of(record) if is_unsafe(k)}
     faults = [f"more shared memory than there is: {', '.join(sorted(large))}"] if large else []

@@ -60,7 +60,7 @@ def measure_cached(variant: Variant, device: torch.device, results: Results, clo
 
 
 class CachedRun:
-    """One engine of a variant, and what is measured with it."""
+    """One engine of a variant, and its measurements."""
 
     def __init__(self, variant: Variant, model: Qwen3, device: torch.device, results: Results) -> None:
         self.variant, self.model, self.device, self.results = variant, model, device, results

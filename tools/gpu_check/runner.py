@@ -21,7 +21,7 @@ from qwen3fast.bench.record import Record, write_json
 
 MAX_SHARE = 0.45  # of a part's time for one variant: one that hangs leaves time for others
 MIN_S = 15.0  # time left that a variant is started with
-SPARE_S = 5.0  # between the end that a variant is told and its own end, and between that and the part's
+SPARE_S = 5.0  # between the end that a variant is given and its process's, and between that and the part's
 
 
 @dataclass
