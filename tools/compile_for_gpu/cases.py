@@ -139,7 +139,7 @@ def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[KernelCase]:
             kind = "*bf16" if cache == "bf16" else "*i8"
             signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
-            signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
+            signature |= {"eps": "fp32", "scale": "fp32", "num_positions": "i32", "position": "*i64"}
             own = {"K": K, "G": H // K, "ROWS": split_attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
             yield KernelCase(name, attention.attention_kernel, signature, constants | own)
