@@ -31,7 +31,7 @@ FINAL_TOKENS = 65_536  # of held-out text, for the perplexity in the README
 
 
 def export(run: Run, folder: Path, sources: list[dict[str, Any]], command: str, tokens: int) -> None:
-    """Write the checkpoint in Hugging Face layout, in bfloat16, with what is known about it."""
+    """Write the checkpoint in Hugging Face layout, in bfloat16, with a model card."""
     model = Qwen3(CONFIG)
     model.load_state_dict(run.model.state_dict())
     model = model.to(torch.bfloat16).requires_grad_(False)

@@ -206,8 +206,7 @@ class Scheduler:
         self._release_finished()
 
     def _sample_first(self, slot: int, request: Request, logits_1V: Tensor) -> None:
-        sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
-        self.engine.set_row(slot, len(request.prompt_ids), *sampling, request.adapter_slot)
+        self.engine.set_row(slot, len(request.prompt_ids), request.sampling)
         if request.is_processed:
             self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
         self._restrict(slot, request)

@@ -8,7 +8,7 @@ from conftest import assert_near, random_tensor, randomised, small_config
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import _run_blocks
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -38,7 +38,7 @@ def make_engine(quantization=None, rank=6, reorder=lambda model: None):
         engine.write_adapter(slot, found)
     for row, slot in enumerate(SLOTS):
         engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7 + row], slot), StepKind())
-        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, 3, RowSampling(adapter=slot))
     return engine
 
 
@@ -117,7 +117,7 @@ def test_with_experts_steps_with_adapters_run_block_by_block():
     engine.write_adapter(1, found)
     for row, slot in enumerate((1, 0)):
         engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7], slot), StepKind())
-        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, 3, RowSampling(adapter=slot))
     _, parts = engine._forms_for(True)
     assert parts.decode_layers is None
     prompt = [5, 6, 7, int(engine.state.input_R[0])]

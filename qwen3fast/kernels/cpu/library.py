@@ -51,7 +51,7 @@ FUNCTIONS = tuple(
         "try_tiles",
         "use_tiles",
         "quantized_experts",
-        "round_weight",
+        "quantize_weight",
         "decode_layers",
     )
 )
