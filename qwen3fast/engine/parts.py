@@ -23,6 +23,7 @@ from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 CHUNK_SIZES = (32, 64, 128, 256, 512)  # tokens of a prompt that are computed together
+MAX_PROMPTS = CHUNK_SIZES[-1] // CHUNK_SIZES[0]  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
@@ -32,6 +33,7 @@ MAX_SORTED_PAIRS = 2**14
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
+PROMPTS = (Dynamic(example=3, least=2, most=MAX_PROMPTS),)
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
@@ -167,7 +169,8 @@ class Parts:
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
-        chunk: Sizes = {1: (CHUNK,)}
+        chunk: Sizes = {0: PROMPTS, 1: (CHUNK,)}
+        prompts: Sizes = {0: PROMPTS}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
@@ -184,7 +187,8 @@ class Parts:
             fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(
-                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+                partial(run_prefill_block, forms),
+                dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions}, {}, {}, prompts),
             ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
             embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),

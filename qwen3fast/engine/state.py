@@ -77,11 +77,12 @@ class DecodeState:
         for name, number in {"position": length, "advance": 1, "step": 0, **sampling._asdict()}.items():
             getattr(self, f"{name}_R")[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
 
-    def sampler_rows(self, rows: slice) -> SamplerRows:
-        """Return the sampling parameters of some rows."""
+    def sampler_rows(self, rows: slice | Tensor) -> SamplerRows:
+        """Return the sampling parameters of some rows, a slice or int64 indices."""
         every = (self.temperature_R, self.top_k_R, self.top_p_R, self.min_p_R, self.seed_R, self.step_R)
         # Compiled samplers expect memory that is aligned as by an allocator.
-        return SamplerRows(*(t[rows] if not rows.start else t[rows].clone() for t in every))
+        is_aligned = isinstance(rows, Tensor) or not rows.start
+        return SamplerRows(*(t[rows] if is_aligned else t[rows].clone() for t in every))
 
 
 class ProcessorState:

@@ -96,7 +96,7 @@ def buffers_of(engine):
     """Return the buffers that steps write to; some are allocated when a request first needs them."""
     processors = engine.processors.tensors if engine.processors is not None else []
     logprobs = vars(engine.logprobs).values() if engine.logprobs is not None else []
-    chunks = [engine.captured._logits_1V] if engine.captured is not None else []
+    chunks = [engine.captured._logits_BV] if engine.captured is not None else []
     return [*engine.cache.tensors(), *vars(engine.state).values(), *processors, *logprobs, *chunks]
 
 
