@@ -262,8 +262,7 @@ class Scheduler:
 
     def _begin_row(self, request: Request) -> None:
         assert request.slot is not None, "it was admitted"
-        sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
-        self.engine.set_row(request.slot, len(request.prompt_ids), *sampling, request.adapter_slot)
+        self.engine.set_row(request.slot, len(request.prompt_ids), request.sampling)
         if request.is_processed:
             self.engine.set_processors(request.slot, request.prompt_ids, *request.processor_arguments)
         self._restrict(request.slot, request)

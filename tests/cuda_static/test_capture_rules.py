@@ -8,7 +8,7 @@ import torch
 from conftest import randomised, small_config
 from cuda_static.capture_rules import capture_faults
 
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
@@ -37,7 +37,7 @@ def make_engine(rows=4, cache_dtype=torch.float32, quantization=None, **changes)
     engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
     for row in range(min(rows, 2)):
         engine.prefill_whole(row, [5, 7, 11 + row])
-        engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
+        engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))
     return engine
 
 
@@ -196,8 +196,13 @@ def test_chosen_experts_change_from_replay_to_replay_without_the_host(quantizati
     """The operations of two steps are the same ones, though the experts that they read are not."""
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     engine, chosen = make_engine(**PACKABLE_EXPERTS, quantization=quantization, tie_word_embeddings=False), []
-    few = QuantizedExperts.few
-    monkeypatch.setattr(QuantizedExperts, "few", lambda self, x, e: (chosen.append(e.clone()), few(self, x, e))[1])
+    gathered = QuantizedExperts.gathered
+
+    def note(self, x_NE, expert_NC):
+        chosen.append(expert_NC.clone())
+        return gathered(self, x_NE, expert_NC)
+
+    monkeypatch.setattr(QuantizedExperts, "gathered", note)
     assert capture_faults(lambda: run_step(engine), lambda: buffers_of(engine), RESULTS) == []
     layers = sum(isinstance(block.mlp, MoE) for block in engine.model.model.layers)
     assert len(chosen) == 3 * layers and not torch.equal(chosen[layers], chosen[2 * layers])

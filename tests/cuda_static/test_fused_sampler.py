@@ -13,7 +13,7 @@ from kernel_device import DEVICE
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.fused_sampler import FusedSampler
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import sample as sample_kernels
 from qwen3fast.kernels.cuda.decode_step import tail
@@ -170,7 +170,8 @@ def run(engine, kind, temperature, is_processed):
     results = []
     for row, prompt in enumerate(PROMPTS):
         logits_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), temperature, 20 if kind.sampler is SamplerKind.WINDOW else 0, 0.9, 0.0, row)
+        top_k = 20 if kind.sampler is SamplerKind.WINDOW else 0
+        engine.set_row(row, len(prompt), RowSampling(temperature, top_k, 0.9, seed=row))
         if is_processed:
             engine.set_processors(row, prompt, 1.3, 0.5, 0.2, {5: 3.0})
         results.append(engine.sample_first(row, logits_1V, kind))

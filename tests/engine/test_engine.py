@@ -63,7 +63,7 @@ def test_decode_addresses_never_change(model):
     tensors = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
     before = [t.data_ptr() for t in tensors]
     engine.prefill_whole(0, [1, 2, 3])
-    engine.set_row(0, 3, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(0, 3)
     for used in range(4, 10):
         engine.decode(1, used, StepKind())
     after = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
@@ -73,7 +73,7 @@ def test_decode_addresses_never_change(model):
 def test_decode_leaves_empty_rows_where_they_are(model):
     engine = make_engine(model)
     engine.prefill_whole(1, [1, 2, 3])
-    engine.set_row(1, 3, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(1, 3)
     engine.decode(2, 4, StepKind())
     assert engine.state.position_R.tolist() == [-1, 4, -1]
 
@@ -86,7 +86,7 @@ def test_empty_rows_leave_what_they_hold_as_it_is(model, cache_dtype, compile):
     for tensor in cache.tensors():
         tensor.copy_((100 * torch.randn(tensor.shape, generator=rng)).clamp(-127, 127))
     before = [tensor.clone() for tensor in cache.tensors()]
-    engine.set_row(1, 120, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(1, 120)
     for used in range(121, 129):  # to the end of the cache
         engine.decode(3, used, StepKind())
     is_new = torch.zeros(3, 129, dtype=torch.bool)

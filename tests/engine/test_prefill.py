@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import CHUNK_SIZES, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.state import RowSampling
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
@@ -124,7 +126,7 @@ def test_several_rows_sample_their_first_tokens_as_each_alone():
     for is_together in (True, False):
         engine = make_engine(torch.float32, torch.float32)
         for row in (3, 0, 2):
-            engine.set_row(row, 5 + row, 0.7, 20, 0.9, 0.0, row)
+            engine.set_row(row, 5 + row, RowSampling(0.7, 20, 0.9, 0.0, row))
         kind = StepKind(SamplerKind.WINDOW)
         if is_together:
             tokens = engine.sample_first([3, 0, 2], logits_BV, kind).tokens
@@ -141,5 +143,5 @@ def test_more_prompts_do_not_change_the_form_of_a_quantized_product():
     [layers] = engine.parts.forms._layers.values()
     assert [engine.max_prompts(size) for size in CHUNK_SIZES] == [4, 4, 4, 2, 1]
     for layer in layers:
-        layer.dequantize_from = 128
+        layer.limits = RowLimits(dequantized=128)
     assert [engine.max_prompts(size) for size in CHUNK_SIZES] == [3, 1, 4, 2, 1]

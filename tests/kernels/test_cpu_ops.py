@@ -495,7 +495,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     sequences = [list(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
         first_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt))
         sequences[row] += engine.sample_first(row, first_1V, StepKind()).tokens
     for _ in range(5):
         logits.clear()
@@ -518,7 +518,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
         logits.append([])
         for row, length in enumerate((30, 150)):
             engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
-            engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
+            engine.set_row(row, length % 100 + 70)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
             engine.decode(2, 130, StepKind())

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import FastExperts, use_fast_layers
@@ -80,9 +80,9 @@ def test_few_and_many_are_the_same(is_fast, tokens):
     if is_fast:
         use_fast_layers(moe)
     _, expert_NC = moe.route(x_NE)
-    expected = plain.experts.few(x_NE, expert_NC)
-    assert_near(moe.experts.many(x_NE, expert_NC), expected)
-    assert_near(moe.experts.few(x_NE, expert_NC), expected)
+    expected = plain.experts.gathered(x_NE, expert_NC)
+    assert_near(moe.experts.grouped(x_NE, expert_NC), expected)
+    assert_near(moe.experts.gathered(x_NE, expert_NC), expected)
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
@@ -92,7 +92,7 @@ def test_many_serves_experts_without_tokens_and_all_tokens_of_one(is_fast):
         use_fast_layers(moe)
     for expert in (0, 5, 7):
         expert_NC = torch.full((6, 1), expert)
-        assert_near(moe.experts.many(x_NE, expert_NC), moe.experts.few(x_NE, expert_NC))
+        assert_near(moe.experts.grouped(x_NE, expert_NC), moe.experts.gathered(x_NE, expert_NC))
 
 
 def test_a_token_does_not_depend_on_those_beside_it():
@@ -208,7 +208,7 @@ def decode_reads(rows, **changes):
     engine = make_engine(model, rows=rows)
     for row in range(rows):
         engine.prefill_whole(row, [5, 7, 11 + row])
-        engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
+        engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))
     reads = ExpertReads(model)
     with torch.no_grad(), reads:
         decode_step(

@@ -67,7 +67,7 @@ def test_prefill_and_decode_equal_transformers(shape):
         logits_V = engine.prefill_whole(row, prompt)[0]
         assert_near(logits_V, reference(torch.tensor([prompt])).logits[0, -1])
         prompt.append(int(logits_V.argmax()))
-        engine.set_row(row, len(prompt) - 1, 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt) - 1)
         engine.state.input_R[row] = prompt[-1]
     for _ in range(6):
         expected = [reference(torch.tensor([prompt])).logits[0, -1].argmax().item() for prompt in prompts]

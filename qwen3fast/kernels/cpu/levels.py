@@ -29,11 +29,13 @@ _V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
 _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 _ARM = frozenset("asimd atomics crc32 asimdrdm".split())
 
-# Of each kind of machine, the best comes first. A form for AMX would be a level before avx512.
+_AVX512 = _V4 | {"avx512_vnni", "avx512_bf16"}
+_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+
+# Of each kind of machine, the best comes first.
 LEVELS = (
-    Level(
-        "avx512", "x86_64", _V4 | {"avx512_vnni", "avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
-    ),
+    Level("amx", "x86_64", _AVX512 | {"amx_tile", "amx_bf16"}, (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16")),
+    Level("avx512", "x86_64", _AVX512, _AVX512_FLAGS),
     Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
     Level("i8mm", "aarch64", _ARM | {"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
     Level("dotprod", "aarch64", _ARM | {"asimddp"}, ("-march=armv8.2-a+dotprod",)),
@@ -51,13 +53,19 @@ def usable_levels(machine: str, features: Iterable[str]) -> tuple[Level, ...]:
     return tuple(level for level in levels_of(machine) if level.needs <= features)
 
 
-def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
+def cpu_info(field: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return a field of the first processor, such as "model name", as Linux lists it; empty where it does not."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), "")
+
+
+def processor_features() -> str:
+    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
+    return cpu_info("flags") or cpu_info("Features")
 
 
 def this_machine() -> tuple[Level, ...]:

@@ -47,8 +47,11 @@ FUNCTIONS = tuple(
         "prefill_attention",
         "quantized_linear",
         "quantized_rows",
+        "tile_linear",
+        "try_tiles",
+        "use_tiles",
         "quantized_experts",
-        "round_weight",
+        "quantize_weight",
         "decode_layers",
     )
 )

@@ -114,7 +114,7 @@ def choose(
 ) -> None:
     """Write the token of the largest logit, and move rows on by advance_R; all int64, the fields of `DecodeState`.
 
-    output_R: -1 for logits that hold NaN or +inf, or nothing but -inf; what is fed on to input_R is an id then, too.
+    output_R: -1 for logits that hold NaN or +inf, or only -inf; input_R then gets 0, which is an id.
     """
     C = best.logit.shape[1]
     launch(
