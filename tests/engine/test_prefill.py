@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3fast.engine import Engine, StepKind
-from qwen3fast.engine.prefill import CHUNK_SIZES, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -145,3 +146,28 @@ def test_more_prompts_do_not_change_the_form_of_a_quantized_product():
     for layer in layers:
         layer.limits = RowLimits(dequantized=128)
     assert [engine.max_prompts(size) for size in CHUNK_SIZES] == [3, 1, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reused", "wanted", "fits"),
+    [
+        (20, 0, None, [32, 64]),  # padded by 32, not by 96
+        (60, 0, None, [64]),  # not by 64
+        (70, 0, None, [64]),  # 64 and 32: the first one is whole
+        (90, 64, None, [32, 64]),
+        (220, 200, None, [32]),  # 200 + 64 tokens have no room
+        (20, 0, WantedLogprobs(1, 1), []),
+    ],
+)
+def test_a_chunk_fits_its_size_and_one_that_padding_reaches(tokens, reused, wanted, fits):
+    prefill = Prefill.begin(0, [1] * tokens, reused, 256, wanted)
+    assert [size for size in CHUNK_SIZES if prefill.fits(size)] == fits
+
+
+def test_a_padded_chunk_is_computed_as_at_its_own_size():
+    engine = make_engine(torch.float32, torch.float32)
+    short, long = (random_ids(1, n)[0].tolist() for n in (20, 60))
+    together = engine.prefill_together([engine.begin_prefill(row, ids) for row, ids in enumerate((short, long))])
+    for row, (ids, logits_1V) in enumerate(zip((short, long), together, strict=True), start=2):
+        assert logits_1V is not None
+        assert_near(logits_1V, engine.prefill_whole(row, ids))
