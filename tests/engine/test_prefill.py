@@ -107,6 +107,8 @@ def test_prompts_computed_together_are_computed_as_alone(dtype, cache_dtype, cha
         for row, ids, reused in zip((3, 1, 2), PROMPTS, REUSED, strict=True):
             used = slice(reused + len(ids))
             assert_near(ours[row, :, used].float(), theirs[row, :, used].float(), dtype)
+            if changes.get("quantization") == "int4":  # by kernels whose sums do not depend on the number of rows
+                assert torch.equal(ours[row, :, used], theirs[row, :, used])
         assert not ours[0].any()  # no other row was written
 
 
