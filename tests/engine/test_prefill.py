@@ -114,12 +114,12 @@ def test_prompts_computed_together_are_computed_as_alone(dtype, cache_dtype, cha
 
 def test_prompts_that_are_not_at_their_ends_have_no_logits():
     engine = make_engine(torch.float32, torch.float32)
-    ids = random_ids(1, 80)[0].tolist()
-    begun = [engine.begin_prefill(0, ids), engine.begin_prefill(1, ids[:60])]  # 64 + 32 tokens, 64
+    ids = random_ids(1, 130)[0].tolist()
+    begun = [engine.begin_prefill(0, ids), engine.begin_prefill(1, ids[:120])]  # 128 tokens and more, 128
     first, second = engine.prefill_together(begun)
-    assert first is None and second is not None and begun[0].done == 64
+    assert first is None and second is not None and begun[0].done == 128
     assert_near(engine.prefill_step(begun[0]), engine.prefill_whole(2, ids))
-    assert_near(second, engine.prefill_whole(3, ids[:60]))
+    assert_near(second, engine.prefill_whole(3, ids[:120]))
 
 
 def test_several_rows_sample_their_first_tokens_as_each_alone():
