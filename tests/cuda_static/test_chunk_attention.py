@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomised, small_config
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.kernel_checks import TOLERANCES, assert_near
 from cuda_static.program_order import watch_programs
@@ -101,9 +101,8 @@ class Replays:
 
 
 def make_engine(is_captured) -> Engine:
-    device = torch.device(DEVICE)
     model = randomised(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
-    engine = Engine(model, StaticKVCache(model.config, 2, 384, torch.float32, device), device, compile=False)
+    engine = engine_of(model, 2, 384)
     if is_captured:
         engine._use_graphs(GraphCache(Replays()))
     return engine
