@@ -21,7 +21,7 @@ from qwen3fast.checks import checked_text
 from qwen3fast.engine.last_token import checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text_model import TextModel
 
@@ -131,6 +131,5 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
     if isinstance(head, QuantizedLinear):
-        row_RE: Tensor = QuantizedEmbedding(head, torch.float32)(id_R)
-        return row_RE
+        return head.rows(id_R)
     return head.weight[id_R].float()

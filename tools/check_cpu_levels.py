@@ -4,7 +4,8 @@ python tools/check_cpu_levels.py
 
 Each level that this machine has runs tests/kernels/test_cpu_ops.py, pinned by QWEN3FAST_CPU_LEVEL. With qemu-user and a
 compiler for the machine (Debian: g++-aarch64-linux-gnu), each level also runs the cases below in an emulator; the
-expected results are computed here, by PyTorch in float32. Emulation says nothing about speed.
+expected results are computed here, by PyTorch in float32. AMX's instructions are emulated on any machine that has the
+rest of that level (emulate_amx.cpp). Emulation says nothing about speed.
 """
 
 from __future__ import annotations
@@ -48,12 +49,16 @@ def product_cases() -> Iterator[Case]:
         x, weight = bfloat16(M, K), bfloat16(N, K)
         yield "matvec", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
     zeros = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
-    for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros):
-        for M in (1, 4, 11):
-            x, packed = bfloat16(M, 96), quantize(torch.randn(48, 96), format)
+    short = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
+    for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros, short):
+        K = 256 if format is short else 96
+        for name, M in (("linear", 1), ("linear", 4), ("linear", 11), ("tiles", 33)):
+            x, packed = bfloat16(M, K), quantize(torch.randn(48, K), format)
             expected = F.linear(x.float(), format.dequantize(packed).float())
             linear = packed_linear(*packed)
-            yield "linear", (M, 48, 96, linear.bits, linear.span, linear.record), (x, *packed), expected
+            yield name, (M, 48, K, linear.bits, linear.span, linear.record), (x, *packed), expected
+    x, weight = bfloat16(33, 96), bfloat16(48, 96)
+    yield "tiles", (33, 48, 96, 16, 0, 0), (x, weight, NONE), F.linear(x.float(), weight.float())
 
 
 def attention_cases() -> Iterator[Case]:
@@ -65,7 +70,7 @@ def attention_cases() -> Iterator[Case]:
         if is_rounded:
             (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
             keys, values, scales = k * k_scale[..., None], v * v_scale[..., None], (k_scale, v_scale)
-        for name, tokens in (("decode", 1), ("prefill", 40)):
+        for name, tokens in (("decode", 1), ("prefill", 40), ("tiledpre", 40)):
             q, position = bfloat16(1, tokens, H, D), torch.arange(100, 100 + tokens)
             mask = torch.arange(S) <= position[:, None]
             heads = q.transpose(1, 2).float()
@@ -87,22 +92,32 @@ def write_cases(path: Path) -> None:
                 file.write(struct.pack("<q", len(content)) + content)
 
 
+def emulator_of(level: Level) -> tuple[list[str], list[str], str] | None:
+    """Return a command before the program, further sources, and what it is; None for a level that is not emulated."""
+    here, qemu = this_machine(), shutil.which(f"qemu-{level.machine}")
+    if level.name == "amx" and level not in here and "avx512" in [usable.name for usable in here]:
+        return [], ["emulate_amx.cpp"], "this processor, with AMX's instructions emulated"
+    if level.name in EMULATED and qemu is not None:
+        return [qemu, "-cpu", EMULATED[level.name]], [], f"{EMULATED[level.name]} ({Path(qemu).name})"
+    return None
+
+
 def emulate(level: Level, cases: Path, folder: Path) -> str:
     """Run the cases in an emulator. Returns: what came of it, in a line."""
-    compiler = shutil.which(f"{level.machine}-linux-gnu-g++")
-    emulator = shutil.which(f"qemu-{level.machine}")
-    if level.name not in EMULATED or compiler is None or emulator is None:
+    compiler, emulator = shutil.which(f"{level.machine}-linux-gnu-g++"), emulator_of(level)
+    if compiler is None or emulator is None:
         return "not emulated"
+    before, others, where = emulator
     program, objects = folder / level.name, []
-    for source in (*(FOLDER / name for name in SOURCES), ROOT / "tools" / "kernel_cases.cpp"):
+    tools = (ROOT / "tools" / name for name in ("kernel_cases.cpp", *others))
+    for source in (*(FOLDER / name for name in SOURCES), *tools):
         objects.append(str(folder / f"{level.name}-{source.stem}.o"))
         flags = (*FLAGS, *level.flags, *EXTRA_FLAGS.get(source.name, ()))
         subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
     subprocess.run([compiler, *FLAGS, *objects, "-o", str(program)], check=True)
-    command = [emulator, "-cpu", EMULATED[level.name], str(program), str(cases)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*before, str(program), str(cases)], capture_output=True, text=True)
     print(done.stdout + done.stderr, end="", flush=True)
-    return f"{'passed' if done.returncode == 0 else 'FAILED'} on {EMULATED[level.name]} ({Path(emulator).name})"
+    return f"{'passed' if done.returncode == 0 else f'FAILED ({done.returncode})'} on {where}"
 
 
 def run_tests(level: Level) -> str:

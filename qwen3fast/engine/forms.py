@@ -19,10 +19,20 @@ import torch
 
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LONG, ROWS, SDPA, Calls, linear_case, prefill_attention_case
+from qwen3fast.kernels.cases import (
+    CPP,
+    DEQUANTIZED,
+    LONG,
+    ROWS,
+    SDPA,
+    TILES,
+    Calls,
+    linear_case,
+    prefill_attention_case,
+)
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.prefill import CHUNKS
-from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.cpu.structures import NEVER, RowLimits
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.model import Qwen3, rope_tables
@@ -43,7 +53,7 @@ class Forms:
 
     sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
     operation for all blocks. choices: why, by computation and sizes. Quantized layers hold their own choice
-    (`QuantizedLinear.dequantize_from`), which engines with the same model share.
+    (`QuantizedLinear.limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -65,14 +75,14 @@ class Forms:
         Returns: whether a choice has changed; code that was compiled with the earlier one must be compiled again.
         Raises: ValueError as `kernels.forms.is_pinned`.
         """
-        before = (self.sdpa_from, self.block_rows, self._dequantize_from())
+        before = (self.sdpa_from, self.block_rows, self._limits())
         for _, cases in groupby(self._cases, lambda case: case.what):
             ends = time.perf_counter() + PART_S
             for case in cases:
                 is_in_time = may_measure and cpu.is_loaded() and time.perf_counter() < ends
                 self.choices[_label(case)] = choose(case, is_in_time, self._is_first)
         self._use()
-        return before != (self.sdpa_from, self.block_rows, self._dequantize_from())
+        return before != (self.sdpa_from, self.block_rows, self._limits())
 
     def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
         """Measure what is not known yet, and keep it without using it.
@@ -100,18 +110,18 @@ class Forms:
         for case, name in names.items():
             by_what.setdefault(case.what, {})[case.sizes] = name
         attention = by_what.get("prefill attention", {})
-        limits = [_from_length(attention, chunk) for chunk in CHUNKS]
-        self.sdpa_from = tuple(limits) if any(limit != NEVER for limit in limits) else ()
+        lengths = tuple(_from_length(attention, chunk) for chunk in CHUNKS)
+        self.sdpa_from = lengths if any(length != NEVER for length in lengths) else ()
         self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
         for format, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
-            limit = used_from(at, DEQUANTIZED)
+            limits = RowLimits(used_from(at, TILES, DEQUANTIZED), used_from(at, DEQUANTIZED))
             for layer in layers:
-                if layer.dequantize_from != limit:
-                    layer.dequantize_from = limit
+                if layer.limits != limits:
+                    layer.limits = limits
 
-    def _dequantize_from(self) -> dict[str, int]:
-        return {format: layers[0].dequantize_from for format, layers in self._layers.items()}
+    def _limits(self) -> dict[str, RowLimits]:
+        return {format: layers[0].limits for format, layers in self._layers.items()}
 
 
 def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:

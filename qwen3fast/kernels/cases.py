@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.cpu import tiles
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.kernels.forms import FormCase
 
-CPP, SDPA, DEQUANTIZED, LINEAR = "C++", "SDPA", "dequantized", "F.linear"
+CPP, SDPA, TILES, DEQUANTIZED, LINEAR = "C++", "SDPA", "tiles", "dequantized", "F.linear"
 LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
 ROWS = (32, 128, 512)  # at which products are measured
 
@@ -52,15 +53,16 @@ def _prefill_attention(tokens: int, length: int, heads: tuple[int, int, int], dt
 def linear_case(rows: int, packed: Tensor, scale: Tensor, format: str) -> FormCase:
     """Return the product of `rows` rows with a quantized weight; see `quantized_linear` in kernels/cpu/ops.py."""
     N, K = packed.shape[0] * packed.shape[2], packed.shape[1] * (4 if scale.dim() == 1 else 8)
-    calls = partial(_linear, rows, K, packed, scale)
-    return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", (CPP, DEQUANTIZED), calls, (rows,))
+    names = (CPP, TILES, DEQUANTIZED) if tiles.are_announced() else (CPP, DEQUANTIZED)
+    calls = partial(_linear, rows, K, packed, scale, names)
+    return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))
 
 
-def _linear(rows: int, K: int, packed: Tensor, scale: Tensor) -> Calls:
+def _linear(rows: int, K: int, packed: Tensor, scale: Tensor, names: tuple[str, ...]) -> Calls:
     x_MK = torch.full((rows, K), 0.1, dtype=torch.bfloat16)
-    limits = {CPP: NEVER, DEQUANTIZED: 0}
+    limits = {CPP: RowLimits(), TILES: RowLimits(tiles=0), DEQUANTIZED: RowLimits(dequantized=0)}
     operation = torch.ops.qwen3fast.quantized_linear
-    return {name: _without_grad(operation, x_MK, [packed], [scale], at) for name, at in limits.items()}
+    return {name: _without_grad(operation, x_MK, [packed], [scale], limits[name]) for name in names}
 
 
 def matvec_case(rows: int, weight_NK: Tensor) -> FormCase:

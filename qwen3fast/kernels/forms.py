@@ -165,14 +165,14 @@ def _is_first_clear(rounds: Mapping[str, list[float]]) -> bool:
     return all(_beats(first, times, CLEAR) for times in others)
 
 
-def used_from(choices: Iterable[tuple[int, str]], form: str) -> int:
-    """Return the smallest measured size from which a form was chosen at that and all larger ones, or NEVER.
+def used_from(choices: Iterable[tuple[int, str]], *forms: str) -> int:
+    """Return the smallest measured size from which one of these forms was chosen at that and all larger ones, or NEVER.
 
     choices: each measured size and the form that was chosen there, sizes ascending.
     """
     least = NEVER
     for size, name in reversed(list(choices)):
-        if name != form:
+        if name not in forms:
             break
         least = size
     return least

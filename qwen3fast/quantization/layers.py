@@ -5,15 +5,17 @@ K in_features   N out_features
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.cpu.structures import NEVER
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
-PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
+PARAMETER_NAMES = ("weight_packed", "weight_scale", "input_order")  # in checkpoints; their dtypes are the format's
 
 
 def can_use_operations(format: Format, x: Tensor) -> bool:
@@ -24,11 +26,11 @@ def can_use_operations(format: Format, x: Tensor) -> bool:
 class QuantizedLinear(nn.Module):
     """A linear layer with its weight in 8 or 4 bits (see formats.py).
 
-    dequantize_from: rows from which PyTorch's product with the dequantized weight takes the C++ operation's place;
-    engines set it where that is faster (engine/forms.py).
+    limits: the numbers of rows from which other forms take the C++ operation's place; engines set them where those are
+    faster (engine/forms.py).
     """
 
-    dequantize_from: int = NEVER
+    limits: RowLimits = RowLimits()
 
     def __init__(self, packed: Packed, format: Format, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -57,22 +59,22 @@ class QuantizedLinear(nn.Module):
         return y
 
     @classmethod
-    def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
+    def forward_together(cls, x: Tensor, layers: Sequence[QuantizedLinear]) -> list[Tensor]:
         """Return each layer's product with the same x, (..., K), from one call: one (..., N) per layer, same dtype."""
-        if any(layer.dequantize_from != layers[0].dequantize_from for layer in layers):
-            return [layer(x) for layer in layers]
+        if any(layer.limits != layers[0].limits for layer in layers):
+            return [y for layer in layers for y in QuantizedLinear.forward_together(x, [layer])]
         if all(can_use_operations(layer.format, x) for layer in layers):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(),
                 [layer.weight_packed for layer in layers],
                 [layer.weight_scale for layer in layers],
-                layers[0].dequantize_from,
+                layers[0].limits,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
         elif cuda.can_packed_matvec(x):
             parts = [layer._few_rows(x) for layer in layers]
         else:
-            parts = [F.linear(x, layer.dequantize().to(x.dtype)) for layer in layers]
+            parts = [F.linear(x, layer.format.dequantize(layer.packed).to(x.dtype)) for layer in layers]
         return [y if layer.bias is None else y + layer.bias for y, layer in zip(parts, layers, strict=True)]
 
     def _few_rows(self, x: Tensor) -> Tensor:
@@ -80,9 +82,18 @@ class QuantizedLinear(nn.Module):
         y_CMN: Tensor = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
+    @property
+    def packed(self) -> Packed:
+        """Return the weight as its format stores it."""
+        return Packed(self.weight_packed, self.weight_scale)
+
+    def rows(self, row_R: Tensor) -> Tensor:
+        """Return dequantized rows of the weight, (R, K) float32. row_R: int64."""
+        return self.format.rows(self.packed, row_R)
+
     def dequantize(self) -> Tensor:
         """Return the dequantized weight, (N, K) float32."""
-        return self.format.dequantize(Packed(self.weight_packed, self.weight_scale))
+        return self.rows(torch.arange(self.out_features, device=self.weight_packed.device))
 
 
 class QuantizedEmbedding(nn.Module):

@@ -25,6 +25,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
 from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.sampling.samplers import SamplerKind
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
@@ -278,6 +279,15 @@ def test_wrapped_layers_and_other_dtypes_are_not_served():
     assert "among several" in FusedDecodeStep(model, cache).obstacle
     half = StaticKVCache(model.config, 1, 64, torch.float16, torch.device(DEVICE))
     assert "float16" in FusedDecodeStep(make_model(), half).obstacle
+
+
+def test_layers_with_an_order_of_channels_are_not_served():
+    model = make_model("int4")
+    layer = model.model.layers[1].mlp.down_proj
+    order_K = torch.arange(layer.in_features, dtype=torch.int32, device=DEVICE)
+    model.model.layers[1].mlp.down_proj = OrderedLinear(layer.packed, layer.format, order_K)
+    cache = StaticKVCache(model.config, 1, 64, torch.float32, torch.device(DEVICE))
+    assert "an order of channels" in FusedDecodeStep(model, cache).obstacle
 
 
 def test_it_serves_few_rows():

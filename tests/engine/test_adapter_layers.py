@@ -18,12 +18,13 @@ SLOTS = [2, 0, 1, 2, 0]
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
 
 
-def make_engine(quantization=None, rank=6):
-    """An engine with prompts in all rows, with adapters and without."""
+def make_engine(quantization=None, rank=6, reorder=lambda model: None):
+    """An engine with prompts in all rows, with adapters and without. reorder: changes the quantized model."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
     model = randomised(small_config(**sizes)).bfloat16()
     if quantization is not None:
         quantize_model(model, quantization, torch.bfloat16)
+    reorder(model)
     engine = engine_of(model, len(SLOTS), 64, compile="auto", max_adapters=2, max_adapter_rank=rank)
     for slot in (1, 2):
         found = {}

@@ -14,10 +14,11 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
-from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.kernels.cpu import prefill
+from qwen3fast.kernels.cpu import prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.structures import RowLimits, packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
@@ -146,9 +147,12 @@ def test_quantized_products_are_dequantized_from_a_number_of_rows(format):
     weights = [quantize(random_tensor(n, 96, seed=n).bfloat16(), FORMATS[format]) for n in (16, 48)]
     x = random_tensor(6, 96).bfloat16()
     packed, scale = ([w[i] for w in weights] for i in (0, 1))
-    in_cpp, at_limit, below = (torch.ops.qwen3fast.quantized_linear(x, packed, scale, n) for n in (NEVER, 6, 7))
+    limits = [(), *(RowLimits(dequantized=n) for n in (6, 7)), RowLimits(tiles=5, dequantized=6)]
+    in_cpp, at_limit, below, before_tiles = (
+        torch.ops.qwen3fast.quantized_linear(x, packed, scale, at) for at in limits
+    )
     expected = torch.cat([dequantized_linear(x, *weight) for weight in weights], dim=-1)
-    assert torch.equal(at_limit, expected) and torch.equal(below, in_cpp)
+    assert torch.equal(at_limit, expected) and torch.equal(below, in_cpp) and torch.equal(before_tiles, expected)
     assert not torch.equal(in_cpp, expected)
 
 
@@ -183,12 +187,25 @@ def test_an_engine_uses_the_faster_forms(format, faster):
     assert engine.parts.forms.sdpa_from == (0, 0, NEVER)  # chunks of 512 do not fit its cache: nothing to measure
     assert engine.parts.forms.block_rows == {1, 2}
     layer = engine.model.model.layers[0].mlp.down_proj
-    assert format is None or layer.dequantize_from == ROWS[0]
+    assert format is None or layer.limits.dequantized == ROWS[0]
     faster(
         CPP,
     )
     again = small_engine(small_model(format))
     assert again.parts.forms.sdpa_from == (0, 0, NEVER)  # within a process it does not change
+
+
+def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_they_win(faster, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    faster(TILES)
+    engine = small_engine(small_model("int4"))
+    layer = engine.model.model.layers[0].mlp.down_proj
+    assert layer.limits == RowLimits(tiles=ROWS[0])
+    x = random_tensor(ROWS[0], layer.in_features).bfloat16()
+    before = layer(x)  # in C++ without tiles: trying them failed
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    assert torch.equal(layer(x), tiles.tile_linear(x, [packed_linear(layer.weight_packed, layer.weight_scale)]))
+    assert not torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])
@@ -201,7 +218,7 @@ def test_the_first_forms_are_used_where_they_are_faster_or_pinned_or_nothing_is_
         )
     engine = small_engine(small_model("int8"), **options)
     assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
-    assert engine.model.model.layers[0].mlp.down_proj.dequantize_from == NEVER
+    assert engine.model.model.layers[0].mlp.down_proj.limits == RowLimits()
 
 
 @pytest.mark.parametrize("format", [None, "int8"])

@@ -115,6 +115,10 @@ def test_a_form_is_used_from_the_size_above_which_it_always_won(names, least):
     assert forms.used_from(list(enumerate(names, 1)), "b") == least
 
 
+def test_of_two_forms_either_may_be_used_from_a_size():
+    assert forms.used_from([(1, "a"), (2, "b"), (3, "c")], "b", "c") == 2
+
+
 def test_a_measurement_is_kept_for_its_key_alone(monkeypatch, own_cache):
     told(monkeypatch, a=1.0, b=0.5)
     assert forms.choose(case()).reason == "measured now"

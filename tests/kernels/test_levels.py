@@ -21,6 +21,7 @@ NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dc
         ("x86_64", HASWELL.replace(" fma", ""), []),
         ("x86_64", ICE_LAKE, ["avx2"]),
         ("x86_64", ICE_LAKE + " avx512_bf16", ["avx512", "avx2"]),
+        ("x86_64", ICE_LAKE + " avx512_bf16 amx_tile amx_bf16", ["amx", "avx512", "avx2"]),
         ("aarch64", NEOVERSE_N1, ["dotprod"]),
         ("aarch64", NEOVERSE_N1 + " i8mm bf16", ["i8mm", "dotprod"]),
         ("aarch64", "fp asimd aes crc32", []),

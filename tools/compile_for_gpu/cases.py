@@ -14,7 +14,7 @@ from qwen3fast.kernels.cuda.decode_step.weights import FP8, INT4, INT8, PLAIN, c
 
 FORMATS = {
     "bf16": PLAIN, "int8": INT8, "fp8": FP8, "int4": INT4,
-    "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48),
+    "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48), "uint4 of Q4_K": uint4_kind(256, 256),
 }  # fmt: skip
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}

@@ -26,7 +26,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     DecodeLayersCall,
     ExpertWeights,
     LayerTensors,
-    Weight,
+    LayerWeight,
 )
 from qwen3fast.kernels.cpu.ops import MAX_ROWS, quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
@@ -39,7 +39,7 @@ __all__ = [
     "DecodeLayersCall",
     "ExpertWeights",
     "LayerTensors",
-    "Weight",
+    "LayerWeight",
     "can_decode_attention",
     "can_matvec",
     "can_prefill_attention",

@@ -29,11 +29,13 @@ _V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
 _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 _ARM = frozenset("asimd atomics crc32 asimdrdm".split())
 
-# Of each kind of machine, the best comes first. A form for AMX would be a level before avx512.
+_AVX512 = _V4 | {"avx512_vnni", "avx512_bf16"}
+_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+
+# Of each kind of machine, the best comes first.
 LEVELS = (
-    Level(
-        "avx512", "x86_64", _V4 | {"avx512_vnni", "avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
-    ),
+    Level("amx", "x86_64", _AVX512 | {"amx_tile", "amx_bf16"}, (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16")),
+    Level("avx512", "x86_64", _AVX512, _AVX512_FLAGS),
     Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
     Level("i8mm", "aarch64", _ARM | {"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
     Level("dotprod", "aarch64", _ARM | {"asimddp"}, ("-march=armv8.2-a+dotprod",)),

@@ -14,10 +14,12 @@
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
 // Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
-// channels that a record of scales covers, otherwise 0. record: its bytes.
+// channels that a record of scales covers, otherwise 0. record: its bytes. order (K,): the input's channel that each
+// column is for, or null for the same; decode_layers.cpp alone reads it, for packed weights other than experts.
 struct Linear {
   const void *weight, *scale;
   int64_t N, K, bits, span, record;
+  const int32_t* order;
 };
 
 // The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).
@@ -59,6 +61,18 @@ QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, B
 // The same for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
+
+// The same by tiles (tiles.cpp), with x in bfloat16: for many rows; also for weights of 16 bits, if all are. N multiples of
+// 16, K of 32.
+QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
+                                         int64_t threads);
+
+// Returns whether this processor has tiles, and the system lets this process use them: tried in a process of its own. Call
+// it before the first product by tiles.
+QWEN3FAST_API bool qwen3fast_try_tiles();
+
+// Has attention of prefill multiply by tiles, or not (as at first).
+QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
 
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);

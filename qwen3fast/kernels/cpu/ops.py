@@ -6,17 +6,18 @@ Each raises ValueError for arguments that it does not serve. `quantize_weight` i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu import experts, prefill
+from qwen3fast.kernels.cpu import experts, prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import (
     LANES,
-    NEVER,
     LinearPointers,
+    RowLimits,
     checked_cache,
     checked_positions,
     packed_linear,
@@ -57,7 +58,7 @@ def register(functions: ctypes.CDLL) -> None:
         for schema, function, fake in (
             ("matvec(Tensor x, Tensor weight) -> Tensor", matvec, _matvec_shape),
             (
-                f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int dequantize_from={NEVER}) -> Tensor",
+                "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int[] limits=[]) -> Tensor",
                 quantized_linear,
                 _quantized_linear_shape,
             ),
@@ -69,6 +70,7 @@ def register(functions: ctypes.CDLL) -> None:
             _registered.impl(name, function, "CPU")
             if fake is not None:
                 torch.library.register_fake(f"qwen3fast::{name}", fake, lib=_registered)
+    tiles.register(functions)
     for other in (prefill, experts):
         other.register(functions, _registered if is_first else None)
 
@@ -89,32 +91,34 @@ def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], dequantize_from: int = NEVER) -> Tensor:
+def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
     """Return x @ weight.T for packed weights of the same K, in any formats, side by side. x: (..., K) bfloat16.
 
-    dequantize_from: for so many rows and more, weights are dequantized and PyTorch's product in bfloat16 is used.
+    limits: `RowLimits`, as a sequence of numbers; empty for this operation's own form alone.
     """
     K = x.shape[-1]
     require(x.dtype == torch.bfloat16, "quantized_linear: x must be bfloat16")
     require(len(packed) == len(scale) > 0, "quantized_linear: there must be a scale for each weight")
     try:
-        linears = (LinearPointers * len(packed))(*map(packed_linear, packed, scale))
+        linears = list(map(packed_linear, packed, scale))
     except ValueError as err:
         raise ValueError(f"quantized_linear: {err}") from None
     for linear in linears:
         require(linear.K == K, f"quantized_linear: x has {K} channels, a weight has {linear.K}")
-    if x.numel() // K >= dequantize_from:
+    rows, at = x.numel() // K, RowLimits(*limits)
+    if rows >= at.dequantized:
         return torch.cat([dequantized_linear(x, *weight) for weight in zip(packed, scale, strict=True)], dim=-1)
+    if rows >= at.tiles and tiles.are_usable():
+        return tiles.tile_linear(x, linears)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
+    pointers = (LinearPointers * len(linears))(*linears)
     _functions.qwen3fast_quantized_linear(
-        x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, torch.get_num_threads()
+        x.data_ptr(), pointers, len(linears), y.data_ptr(), rows, torch.get_num_threads()
     )
     return y
 
 
-def _quantized_linear_shape(
-    x: Tensor, packed: list[Tensor], scale: list[Tensor], dequantize_from: int = NEVER
-) -> Tensor:
+def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 

@@ -15,6 +15,8 @@
 //   48 bytes          d float16, zero uint8:       weight = d * level - d * zero
 //   64 + span bytes   d, dmin float16, then per    weight = (d * s) * level - dmin * m
 //                     32 channels s, m uint8:
+//   256, span 256     d, dmin, then per 32 channels s in 6 bits, the high bits of m above them; then the low bits of m,
+//                     of groups 0 to 3 and, in high halves, 4 to 7
 //
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
@@ -28,6 +30,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
+#include "records.h"
 
 namespace {
 
@@ -57,43 +60,6 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
 // How a weight's levels become numbers: see above.
 enum Kind { kInt8, kInt4, kUint4 };
 
-constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero points
-
-// Reads the records of a block of a weight of 4 bits with a minimum, group after group.
-class Records {
- public:
-  void start(const Linear& weight, int64_t block) {
-    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / weight.span) * weight.record;
-    record_ = weight.record;
-    groups_ = weight.span / kGroup;
-    left_ = 0;
-  }
-
-  // Sets the factor of levels, and the minimum that is taken off, of the next group.
-  void read(Vec& scale, Vec& minimum) {
-    if (left_ == 0) {
-      factor_ = load(reinterpret_cast<const Float16*>(next_));
-      minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)
-                                        : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
-      levels_ = next_ + 4 * kLanes;
-      next_ += record_;
-      left_ = groups_;
-    }
-    left_--;
-    scale = factor_;
-    minimum = minimum_;
-    if (record_ == kZeroRecord) return;
-    scale *= load(levels_);
-    minimum *= load(levels_ + kLanes);
-    levels_ += 2 * kLanes;
-  }
-
- private:
-  const uint8_t *next_, *levels_;
-  int64_t record_, groups_, left_;
-  Vec factor_, minimum_;
-};
-
 // What the levels of a group stand for: (level - zero) * scale - minimum.
 struct GroupScale {
   int zero;
@@ -109,8 +75,11 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
   const float d = load(reinterpret_cast<const Float16*>(record))[lane];
   if (weight.record == kZeroRecord) return {record[2 * kLanes + lane], d, 0};
   const float dmin = load(reinterpret_cast<const Float16*>(record + 2 * kLanes))[lane];
-  const uint8_t* levels = record + 4 * kLanes + g % groups * 2 * kLanes;
-  return {0, d * levels[lane], dmin * levels[kLanes + lane]};
+  const uint8_t* levels = record + 4 * kLanes;
+  const int64_t i = g % groups;
+  if (!is_short(weight)) return {0, d * levels[i * 2 * kLanes + lane], dmin * levels[(i * 2 + 1) * kLanes + lane]};
+  const int first = levels[i * kLanes + lane], low = levels[(8 + i % 4) * kLanes + lane] >> (i / 4 * 4) & 15;
+  return {0, d * static_cast<float>(first & 63), dmin * static_cast<float>(low | first >> 6 << 4)};
 }
 
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y.

@@ -170,6 +170,21 @@ inline Vec fold(Vec* v, const Combine& combine) {
   return HALVES(v[0], v[1], LO1, HI1);
 }
 
+// A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
+inline void transpose(Bits* v) {
+#define EXCHANGE(step, lo, hi)                               \
+  for (int i = 0; i < kLanes; i++)                           \
+    if (!(i & step)) {                                       \
+      const Bits a = v[i], b = v[i + step];                  \
+      v[i] = __builtin_shufflevector(a, b, lo);              \
+      v[i + step] = __builtin_shufflevector(a, b, hi);       \
+    }
+  EXCHANGE(8, LO8, HI8)
+  EXCHANGE(4, LO4, HI4)
+  EXCHANGE(2, LO2, HI2)
+  EXCHANGE(1, LO1, HI1)
+}
+
 // The sum of each of sixteen vectors, with the same additions as in `sum`.
 inline Vec sums(Vec* v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });

@@ -1,0 +1,65 @@
+"""Products of many rows by tiles (tiles.cpp), for processors with AMX; elsewhere the same code is plain C++, and slow.
+
+A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
+tried when the operations are loaded, in a child process. Attention of prefill in C++ then uses them, and they are among
+the forms of products that are measured (engine/forms.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.levels import processor_features
+from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, require
+
+_functions: ctypes.CDLL
+_are_usable = False
+
+
+def register(functions: ctypes.CDLL) -> None:
+    """Declare the functions of ops.h, and try tiles where they are announced."""
+    global _functions, _are_usable
+    _functions = functions
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    functions.qwen3fast_tile_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
+    functions.qwen3fast_tile_linear.restype = None
+    functions.qwen3fast_try_tiles.argtypes = []
+    functions.qwen3fast_try_tiles.restype = ctypes.c_bool
+    functions.qwen3fast_use_tiles.argtypes = [ctypes.c_bool]
+    functions.qwen3fast_use_tiles.restype = None
+    if are_announced():
+        _are_usable = functions.qwen3fast_try_tiles()
+        functions.qwen3fast_use_tiles(_are_usable)
+
+
+def are_announced() -> bool:
+    """Return whether the processor lists tiles of bfloat16 among its features."""
+    return {"amx_tile", "amx_bf16"} <= set(processor_features().split())
+
+
+def are_usable() -> bool:
+    """Return whether tiles were tried with success: by `register`, in a child process (milliseconds)."""
+    return _are_usable
+
+
+def tile_linear(x: Tensor, weights: Sequence[LinearPointers]) -> Tensor:
+    """Return x @ weight.T for weights of the same K, side by side, (..., N) bfloat16. x: (..., K) bfloat16.
+
+    weights: all packed, of any formats, or all in bfloat16. K: a multiple of 32; each N: of 16.
+    Raises: ValueError for other sizes.
+    """
+    K = x.shape[-1]
+    require(
+        K % 32 == 0 and all(linear.K == K and linear.N % LANES == 0 for linear in weights),
+        "tile_linear: K must be a multiple of 32, N of 16",
+    )
+    linears = (LinearPointers * len(weights))(*weights)
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in weights)))
+    _functions.qwen3fast_tile_linear(
+        x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, torch.get_num_threads()
+    )
+    return y

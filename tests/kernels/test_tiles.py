@@ -1,0 +1,123 @@
+"""Products by tiles against PyTorch's. Where there is no AMX, the same code runs with tiles in plain C++."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_near, random_tensor
+
+from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import building, levels, tiles
+from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.structures import LinearPointers, packed_linear
+from qwen3fast.model.kv_cache import quantize_vectors
+from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.uint4 import Layout
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+ZERO_POINTS = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
+PACKED = [FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], ZERO_POINTS]
+ROWS = [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 70]
+
+
+def plain(weight_NK):
+    return LinearPointers(weight_NK.data_ptr(), None, *weight_NK.shape, 16, 0, 0)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("format", PACKED, ids=["int8", "int4", "uint4", "zero points"])
+def test_packed_weights(format, rows):
+    weights = [quantize(random_tensor(n, 96, seed=n), format) for n in (48, 16, 64)]
+    x = random_tensor(rows, 96).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights])
+    expected = torch.cat([dequantized_linear(x, *weight).float() for weight in weights], dim=-1)
+    assert_near(y, expected, torch.bfloat16)
+
+
+def test_scales_of_6_bits_are_read():
+    weight = quantize(random_tensor(48, 512), FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True)))
+    x = random_tensor(33, 512).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight)])
+    assert_near(y, dequantized_linear(x, *weight).float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_weights_in_bfloat16(rows):
+    weights = [random_tensor(n, 160, seed=n).bfloat16() for n in (16, 80)]
+    x = random_tensor(rows, 160).bfloat16()
+    y = tiles.tile_linear(x, [plain(weight) for weight in weights])
+    assert_near(y, torch.cat([F.linear(x.float(), weight.float()) for weight in weights], dim=-1), torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", [None, *PACKED], ids=["bfloat16", "int8", "int4", "uint4", "zero points"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(format):
+    weight = random_tensor(32, 64, seed=1)
+    linear = (
+        plain(weight := weight.bfloat16()) if format is None else packed_linear(*(weight := quantize(weight, format)))
+    )
+    x = random_tensor(70, 64).bfloat16()
+    whole = tiles.tile_linear(x, [linear])
+    for rows in (slice(0, 1), slice(3, 20), slice(16, 70)):
+        assert torch.equal(tiles.tile_linear(x[rows], [linear]), whole[rows])
+
+
+def test_not_a_number_stays_in_its_row():
+    x = random_tensor(20, 64).bfloat16()
+    x[3, 5] = float("nan")
+    y = tiles.tile_linear(x, [packed_linear(*quantize(random_tensor(32, 64), FORMATS["int8"]))])
+    assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+@pytest.fixture
+def attention_by_tiles():
+    cpu.functions().qwen3fast_use_tiles(True)
+    yield
+    cpu.functions().qwen3fast_use_tiles(tiles.are_usable())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("tokens", "first"), [(1, 0), (7, 90), (40, 0), (70, 3), (150, 0)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)])
+def test_attention_of_prefill(heads, tokens, first, dtype, attention_by_tiles):
+    (H, K), D, S = heads, 64, 160
+    q = random_tensor(1, tokens, H, D).bfloat16()
+    k, v = (random_tensor(2, K, S, D, seed=s).bfloat16() for s in (1, 2))
+    k[:, :, first + tokens :] = v[:, :, first + tokens :] = float("nan")  # unused positions
+    (keys, k_scale), (values, v_scale) = (
+        ((k, None), (v, None)) if dtype == torch.bfloat16 else map(quantize_vectors, (k, v))
+    )
+    position = torch.arange(first, first + tokens)[None]
+    y = torch.ops.qwen3fast.prefill_attention(q, keys, values, position, torch.tensor([1]), k_scale, v_scale)
+    used = first + tokens
+    k, v = (
+        (x if s is None else x * s[..., None])[1:, :, :used].float() for x, s in ((keys, k_scale), (values, v_scale))
+    )
+    mask = torch.arange(used) <= position[0, :, None]
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2).float(), k, v, attn_mask=mask, enable_gqa=True)
+    assert_near(y, expected.transpose(1, 2), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("N", "K"), [(16, 48), (24, 64)])
+def test_sizes_that_are_not_served_are_refused(N, K):
+    with pytest.raises(ValueError, match="K must be a multiple of 32, N of 16"):
+        tiles.tile_linear(random_tensor(4, K).bfloat16(), [plain(random_tensor(N, K).bfloat16())])
+
+
+def test_tiles_are_usable_only_where_the_processor_announces_them():
+    assert tiles.are_usable() <= tiles.are_announced()
+    assert tiles.are_usable() is tiles.are_usable()
+
+
+@pytest.mark.skipif(not shutil.which("objdump") or not building.find_compiler(), reason="no objdump or no compiler")
+def test_the_level_of_amx_multiplies_by_its_instructions(tmp_path):
+    [amx] = [level for level in levels.LEVELS if level.name == "amx"]
+    compiler = building.find_compiler()
+    if building.target_machine(compiler) != amx.machine:
+        pytest.skip("the compiler is for another kind of machine")
+    command = [*compiler, *building.FLAGS, *amx.flags, "-O1", "-c", str(building.FOLDER / "tiles.cpp"), "-o", "tiles.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = subprocess.run(["objdump", "-d", "tiles.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"} <= set(code.split())
