@@ -42,7 +42,7 @@ def random_prompts(model, lengths, seed=0):
 def test_prefill_logits_equal_the_plain_model(model, length):
     [prompt] = random_prompts(model, [length])
     expected_V = model(torch.tensor([prompt]))[0, -1]
-    engine = engine_of(model, positions=300)
+    engine = engine_of(model, positions=MAX_SEQ_LEN)
     torch.testing.assert_close(engine.prefill_whole(1, prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_nothing_compiles_after_warmup(model, compiled):
 
 
 def test_uncached_mode_compiles_once_for_all_lengths(model):
-    engine = engine_of(model, compile=True)
+    engine = engine_of(model, positions=MAX_SEQ_LEN, compile=True)
     engine.logits_uncached([1])
     compilations = engine.compiler.compilations
     for length in (2, 16, 17, 96, 128, 299):
