@@ -124,9 +124,9 @@ class Engine(Rows):
 
     @on_device
     def prefill_together(self, prefills: list[Prefill]) -> list[Tensor | None]:
-        """Compute one chunk of each of several prompts, all of one size, up to `max_prompts` of them.
+        """Compute one chunk of each of several prompts, up to `max_prompts` of them.
 
-        None of them may want log-probabilities. Returns: for each prompt, what `prefill_step` returns.
+        Each must fit the size of the largest (`Prefill.fits`). Returns: for each prompt, what `prefill_step` returns.
         """
         self.compiler.share_processor()
         with self.compiler.quiet:

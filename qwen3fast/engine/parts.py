@@ -33,7 +33,6 @@ MAX_SORTED_PAIRS = 2**14
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
 CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
-PROMPTS = (Dynamic(example=3, least=2, most=MAX_PROMPTS),)
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
 
@@ -169,8 +168,9 @@ class Parts:
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
-        chunk: Sizes = {0: PROMPTS, 1: (CHUNK,)}
-        prompts: Sizes = {0: PROMPTS}
+        most = min(MAX_PROMPTS, cache.max_batch_size)
+        prompts: Sizes = {0: (Dynamic(3, 2, most),)} if most > 2 else {}  # several; one has a form of its own
+        chunk: Sizes = prompts | {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)

@@ -61,7 +61,7 @@ def max_prompts(size: int, slots: int) -> int:
 
     Together they have no more tokens than the largest chunk, for which running replies wait anyway.
     """
-    return min(CHUNK_SIZES[-1] // size, slots)
+    return min(CHUNK_SIZES[-1] // size, MAX_PROMPTS, slots)
 
 
 def graph_prompts(size: int, slots: int) -> list[int]:
@@ -86,6 +86,7 @@ class Prefill:
     Attributes:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
+        room: positions of a row, which padding may take.
         adapter: the slot of the prompt's adapter; 0 for none.
         wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
             each token computed so far, in order; the caller may take them out between chunks.
@@ -95,6 +96,7 @@ class Prefill:
     token_ids: list[int]
     done: int
     chunks: list[int]
+    room: int
     wanted: WantedLogprobs | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     adapter: int = 0
@@ -112,11 +114,21 @@ class Prefill:
         """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
         assert wanted is None or reused < wanted.first, "reused tokens give no logits"
         chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused)
-        return cls(row, token_ids, reused, chunks, wanted, adapter=adapter)
+        return cls(row, token_ids, reused, chunks, allocated_len, wanted, adapter=adapter)
 
-    def take_chunk(self) -> Chunk:
-        """Return the next chunk, which is counted as done from now on."""
-        start, size = self.done, self.chunks.pop(0)
+    def fits(self, size: int) -> bool:
+        """Return whether the next chunk can be computed with others of this size.
+
+        It is of this size; or it is the last one, and padding it costs less than another chunk.
+        """
+        if self.wanted is not None or self.chunks[0] == size:
+            return self.wanted is None
+        has_room = self.done + size <= self.room
+        return len(self.chunks) == 1 and 0 < size - self.chunks[0] <= CHUNK_COST and has_room
+
+    def take_chunk(self, size: int = 0) -> Chunk:
+        """Return the next chunk, which is counted as done from now on. size: to pad it to, where it `fits`."""
+        start, size = self.done, max(size, self.chunks.pop(0))
         token_ids = self.token_ids[start : start + size]
         self.done += len(token_ids)
         return Chunk(token_ids + [0] * (size - len(token_ids)), start, len(token_ids) - 1)
@@ -167,14 +179,15 @@ def prefill_together(
     prefills: Sequence[Prefill],
     captured: CapturedChunks | None = None,
 ) -> list[Tensor | None]:
-    """Compute the next chunks of several prompts, all of one size, in one forward pass.
+    """Compute the next chunks of several prompts in one forward pass.
 
-    Prompts whose log-probabilities are wanted cannot take part. captured: as in `prefill_step`.
+    Each must fit the size of the largest (`Prefill.fits`). captured: as in `prefill_step`.
     Returns: for each prompt, what `prefill_step` returns.
     """
-    assert all(prefill.wanted is None for prefill in prefills), "log-probabilities need a chunk of their own"
+    size = max(prefill.chunks[0] for prefill in prefills)
+    assert all(prefill.fits(size) for prefill in prefills), "each chunk has the same size, or is padded"
     device, fixed, logits = cos_SD.device, (model, parts, cache, cos_SD, sin_SD), dict[int, Tensor]()
-    chunks, rows = [prefill.take_chunk() for prefill in prefills], [prefill.row for prefill in prefills]
+    chunks, rows = [prefill.take_chunk(size) for prefill in prefills], [prefill.row for prefill in prefills]
     ends = [b for b, prefill in enumerate(prefills) if not prefill.chunks]
     if captured is not None:
         logits_BV = captured.run(fixed, rows, chunks, any(prefill.adapter > 0 for prefill in prefills))
@@ -183,7 +196,7 @@ def prefill_together(
         token_ids, starts, lasts = zip(*chunks, strict=True)
         token_BT, (row_B, start_B) = to_device(token_ids, device), to_device([rows, starts], device)
         needs_mask = not finds_used_length_of_chunks(device, model.config.head_dim)
-        length = max(starts) + len(token_ids[0]) if needs_mask else None
+        length = max(starts) + size if needs_mask else None
         x_BTE = prefill_chunk(*fixed, row_B, token_BT, start_B, length)
         if ends:
             logits_BV = logits_at(parts, x_BTE, ends, [lasts[b] for b in ends])

@@ -110,11 +110,6 @@ class Request:
         return len(self.prompt_ids) + self.launched
 
     @property
-    def next_chunk(self) -> int:
-        """The size of the prompt's next chunk; 0 if all are computed."""
-        return self.prefill.chunks[0] if self.prefill is not None else 0
-
-    @property
     def most_reused(self) -> int:
         """How many of the prompt's first tokens need not be computed, if their keys and values are in the cache.
 

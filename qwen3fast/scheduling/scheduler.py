@@ -154,22 +154,21 @@ class Scheduler:
     def _next_to_prefill(self) -> list[Request]:
         """Return the requests whose prompts are computed in this step; requests are admitted in the order they came.
 
-        They are the oldest one's and others with a chunk of the same size, as many as may be computed together.
+        They are the oldest one's and others that fit the size of its chunk, as many as may be computed together.
         A request whose whole prompt is reused is among them, without a chunk.
         """
         prompts = sorted((r for r in self.active.values() if r.prefill is not None), key=lambda r: r.prefill_started_s)
         first = prompts[0] if prompts else self._admit_next()
         if first is None:
             return []
-        size, most = first.next_chunk, 1
-        if first.prefill is not None and first.wanted_logprobs is None:
-            most = self.engine.max_prompts(size)
-        together = [first, *(r for r in prompts[1:] if r.wanted_logprobs is None and r.next_chunk == size)][:most]
+        size = first.prefill.chunks[0] if first.prefill is not None else 0
+        most = self.engine.max_prompts(size) if first.prefill is not None and first.prefill.fits(size) else 1
+        together = [first, *(r for r in prompts[1:] if r.prefill is not None and r.prefill.fits(size))][:most]
         while len(together) < most and not self._gains_by_waiting():
             request = self._admit_next()
             if request is None:
                 break
-            if request.wanted_logprobs is None and request.next_chunk in (size, 0):
+            if request.prefill is None or request.prefill.fits(size):
                 together.append(request)
         return together
 

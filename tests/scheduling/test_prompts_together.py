@@ -35,8 +35,8 @@ class Forwards:
         return self._one(prefill)
 
     def _note_several(self, prefills):
-        [size] = {prefill.chunks[0] for prefill in prefills}
-        assert all(prefill.wanted is None for prefill in prefills)
+        size = max(prefill.chunks[0] for prefill in prefills)
+        assert size == prefills[0].chunks[0], "of the oldest"
         self.passes.append((len(prefills), size))
         return self._several(prefills)
 
@@ -79,7 +79,7 @@ def alone(*arguments, **changes):
 def test_prompts_that_come_together_are_computed_together():
     scheduler = make_scheduler(8)
     forwards = Forwards(scheduler)
-    lengths = (5, 31, 32, 7, 9, 20)
+    lengths = (31, 5, 32, 7, 9, 20)
     requests = [make_request(n, 6, seed) for seed, n in enumerate(lengths)]
     for request in requests:
         scheduler.add(request)
@@ -95,8 +95,10 @@ def test_prompts_that_come_together_are_computed_together():
         ([60] * 9, [(8, 64), (1, 64)]),
         ([250, 128, 250, 100], [(2, 256), (2, 128)]),
         ([512, 512, 20], [(1, 512), (1, 512), (1, 32)]),
-        ([40, 20, 50, 30], [(2, 64), (2, 32)]),  # the first one's size first
-        ([300, 290, 310], [(2, 256), (2, 64), (1, 256), (1, 64)]),
+        ([60, 20, 50, 30], [(4, 64)]),  # others are padded to the first one's size
+        ([20, 60, 30, 50], [(2, 32), (2, 64)]),  # but not the first one
+        ([120, 20], [(1, 128), (1, 32)]),  # nor by more than another chunk costs
+        ([320, 310, 320], [(2, 256), (2, 64), (1, 256), (1, 64)]),
     ],
 )
 def test_as_many_tokens_as_the_largest_chunk_are_computed_together(lengths, passes):

@@ -176,7 +176,8 @@ def _chunk_cases(size: str, H: int, K: int) -> Iterator[KernelCase]:
         signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
         signature |= dict.fromkeys(("position", "row"), "*i64")
         constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
-        constants |= {"QUERIES": chunk_attention.QUERIES, "BLOCK": chunk_attention.BLOCK}
+        constants |= {"QUERIES": chunk_attention.QUERIES}
+        constants["BLOCK"] = chunk_attention.INT8_BLOCK if cache == "int8" else chunk_attention.BLOCK
         name = f"chunk attention, {size}, {cache} cache"
         yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants)
 
