@@ -5,15 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 from cuda_static.capture_rules import capture_faults
 
-from qwen3fast.engine import Engine, RowSampling
+from qwen3fast.engine import RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.sampling.samplers import SamplerKind
@@ -34,7 +33,7 @@ def make_engine(rows=4, cache_dtype=torch.float32, quantization=None, **changes)
     model = randomised(small_config(max_position_embeddings=1024, **changes)).to(changes.get("dtype", torch.float32))
     if quantization is not None:
         quantize_model(model, quantization, model.config.dtype)
-    engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
+    engine = engine_of(model, rows, 200, cache_dtype)
     for row in range(min(rows, 2)):
         engine.prefill_whole(row, [5, 7, 11 + row])
         engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))

@@ -207,7 +207,7 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     assert counts["decode"] <= 2 * 6 + 3 and counts["sampled"] <= 2 * 6 + 2 + 19
     notes = record.notes["steps"]
     assert all(notes[steps[name].name]["parts"] == {} for name in ("decode", "sampled"))  # none by Inductor
-    assert notes[steps["prefill"].name]["parts"]["run_block"]["runs"] == 2
+    assert notes[steps["prefill"].name]["parts"]["run_prefill_block"]["runs"] == 2
     kernels = main.kernels_of(record)
     assert len(kernels) > 30 and not any(binaries.is_unsafe(kernel) for kernel in kernels)
     assert any(kernel["launch_pdl"] for kernel in kernels)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fill_randomly, randomised, small_config
+from conftest import engine_of, fill_randomly, randomised, small_config
 from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.program_order import watch_programs
@@ -43,8 +43,7 @@ def make_model(quantization=None, **changes) -> Qwen3:
 
 def make_engine(model, cache_dtype=torch.float32, rows=2) -> Engine:
     """An engine whose first two rows hold prompts; a third one is empty."""
-    device = torch.device(DEVICE)
-    engine = Engine(model, StaticKVCache(model.config, rows, 120, cache_dtype, device), device, compile=False)
+    engine = engine_of(model, rows, 120, cache_dtype)
     for row, prompt in enumerate(PROMPTS[:rows]):
         engine.set_row(row, len(prompt))
         engine.sample_first(row, engine.prefill_whole(row, prompt), StepKind())

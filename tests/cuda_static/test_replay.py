@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config
+from conftest import assert_near, engine_of, randomised, small_config
 from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen3fast.engine import Engine
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.kernels import attention
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
 from qwen3fast.scheduling import Request, Scheduler
@@ -83,8 +81,7 @@ def model():
 
 
 def make_engine(model, lookahead=0, recorder=None):
-    cache = StaticKVCache(model.config, 3, 256, torch.float32, CPU)
-    engine = Engine(model, cache, CPU, compile=False, lookahead=lookahead)
+    engine = engine_of(model, lookahead=lookahead)
     if recorder is not None:
         engine._use_graphs(GraphCache(recorder))
     elif lookahead:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
@@ -147,7 +147,7 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
     model = randomised(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
-    engine = Engine(model, StaticKVCache(config, ROWS, 1024, dtype, CPU), CPU, True)
+    engine = engine_of(model, ROWS, 1024, compile=True)
     engine.warmup()
     forms = engine.compiler.compilations
     batches = 1 + len(row_ranges(config, CPU, ROWS))
@@ -167,7 +167,7 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
 
 def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
     config = small_config(num_hidden_layers=3, max_position_embeddings=1024)
-    engine = Engine(randomised(config), StaticKVCache(config, 1, 1024, torch.float32, CPU), CPU, True)
+    engine = engine_of(randomised(config), 1, 1024, compile=True)
     engine.logits_uncached([1])
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (2, 16, 17, 96, 500, 1024):
@@ -181,7 +181,7 @@ def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_threa
     model = randomised(config)
     expected_V = model(torch.arange(300)[None] % config.vocab_size)[0, -1]
     for rows, length in ((3, 128), (8, 384), (2, 64)):
-        engine = Engine(model, StaticKVCache(config, rows, length, torch.float32, CPU), CPU, True)
+        engine = engine_of(model, rows, length, compile=True)
         engine.logits_uncached([1] * 40)
         for batch in {2, rows}:
             neutral = ProcessorRows.neutral(batch, config.vocab_size, CPU)

@@ -2,17 +2,14 @@
 feels the others."""
 
 import random
-import time
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, randomised, small_config
+from conftest import assert_near, assert_same, engine_of, randomised, slowly, small_config, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3fast.engine import Engine
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.scheduling import EngineWorker, Request, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
 
@@ -25,8 +22,7 @@ MODEL = randomised(small_config(max_position_embeddings=2048, eos_token_ids=()),
 
 
 def make_scheduler(rows, positions=256, lookahead=0, reuse=True, cache_dtype=torch.float32):
-    cache = StaticKVCache(MODEL.config, rows, positions, cache_dtype, CPU)
-    return Scheduler(Engine(MODEL, cache, CPU, compile=False, lookahead=lookahead), reuse)
+    return Scheduler(engine_of(MODEL, rows, positions, cache_dtype, lookahead=lookahead), reuse)
 
 
 def random_prompt(length, seed=0):
@@ -599,28 +595,15 @@ def test_a_request_that_cannot_be_moved_ends(monkeypatch):
 PATIENCE_S = 20  # for what comes at once on a machine that nobody else uses
 
 
-def slowly(logits_V, output_T):
-    """A logits_processor that changes nothing but the time a token takes: its reply still runs when it is looked at."""
-    time.sleep(0.002)
-    return logits_V
-
-
-def wait_for(condition):
-    until = time.perf_counter() + PATIENCE_S
-    while not condition() and time.perf_counter() < until:
-        time.sleep(0.002)
-    return condition()
-
-
 def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch):
     scheduler = make_scheduler(2, 1300)
     runner = EngineWorker(scheduler)
     short, long = (make_request(n, 1000, logits_processor=slowly) for n in (10, 20))
     runner.add([short, long])
-    assert wait_for(lambda: long.output_ids)
+    wait_until(lambda: long.output_ids)
     runner.call(monkeypatch.setattr, scheduler.engine, "swap_rows", refuse)
     runner.cancel(short)  # the other moves to its row
-    assert wait_for(lambda: long.finish_reason is not None)
+    wait_until(lambda: long.finish_reason is not None)
     assert (short.finish_reason, long.finish_reason) == ("cancelled", "error")
     assert isinstance(long.error, MemoryError) and runner._thread.is_alive()
 
@@ -631,23 +614,22 @@ def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
     running, waiting = make_request(10, 1000, logits_processor=slowly), make_request(20, 5, seed=1)
     runner = EngineWorker(scheduler)
     runner.add([running, waiting])
-    assert wait_for(lambda: running.output_ids)
+    wait_until(lambda: running.output_ids)
 
     def lose_device():
         for name in ("launch", "begin_prefill", "clear_row", "erase"):
             monkeypatch.setattr(scheduler.engine, name, refuse)
 
     runner.call(lose_device)
-    assert wait_for(lambda: running.finish_reason == "error")
-    assert wait_for(lambda: waiting.finish_reason == "error")
+    wait_until(lambda: running.finish_reason == "error")
+    wait_until(lambda: waiting.finish_reason == "error")
 
 
 def spoilt_scheduler(token, lookahead=0, reuse=True):
     """One row, and a model that gives NaN after this token, as float16 overflows at some."""
     model = randomised(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
     model.model.embed_tokens.weight[token] = torch.nan
-    cache = StaticKVCache(model.config, 1, 1300, torch.float32, CPU)
-    return Scheduler(Engine(model, cache, CPU, compile=False, lookahead=lookahead), reuse)
+    return Scheduler(engine_of(model, 1, 1300, lookahead=lookahead), reuse)
 
 
 def assert_next_one_is_right(scheduler, token):

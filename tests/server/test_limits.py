@@ -9,7 +9,8 @@ import socket
 import threading
 
 import pytest
-from serving import running, tiny_generator, wait_until  # noqa: F401  fixtures
+from conftest import wait_until
+from serving import running, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
 from qwen3fast.server.app import ROUTES, create_app

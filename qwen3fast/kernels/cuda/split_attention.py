@@ -85,7 +85,6 @@ def attend_block(
     """
     channel = tl.arange(0, head_dim)
     key = tl.load(k + vector[None, :] * head_dim + channel[:, None], mask=is_used[None, :], other=0.0)
-    value = tl.load(v + vector[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
     score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
     if is_quantized:
         score *= tl.load(k_scale + vector, mask=is_used, other=0.0)[None, :]
@@ -96,6 +95,7 @@ def attend_block(
     weight_sum = weight_sum * shrink + tl.sum(weight, 1)
     if is_quantized:
         weight *= tl.load(v_scale + vector, mask=is_used, other=0.0)[None, :]
+    value = tl.load(v + vector[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
     product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
     return new_most, weight_sum, sums * shrink[:, None] + product
 
