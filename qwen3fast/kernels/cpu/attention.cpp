@@ -179,21 +179,6 @@ inline void store_nearest(BFloat16* p, Vec vec) {
 #endif
 }
 
-// A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
-inline void transpose(Bits* v) {
-#define EXCHANGE(step, lo, hi)                               \
-  for (int i = 0; i < kLanes; i++)                           \
-    if (!(i & step)) {                                       \
-      const Bits a = v[i], b = v[i + step];                  \
-      v[i] = __builtin_shufflevector(a, b, lo);              \
-      v[i + step] = __builtin_shufflevector(a, b, hi);       \
-    }
-  EXCHANGE(8, LO8, HI8)
-  EXCHANGE(4, LO4, HI4)
-  EXCHANGE(2, LO2, HI2)
-  EXCHANGE(1, LO1, HI1)
-}
-
 // Keys in columns: pairs (D/2, kKeys), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
 // repeated up to a multiple of sixteen.
 void key_columns(const BFloat16* k, int64_t count, int64_t D, uint32_t* pairs) {

@@ -139,29 +139,6 @@ void put_into_pairs(const BFloat16* x, int64_t m0, int64_t M, int64_t K, int64_t
   }
 }
 
-// Vector i of the result holds number i of each of sixteen vectors.
-void transpose(const float* from, Vec* to) {
-  for (int i = 0; i < kLanes; i++) to[i] = load(from + i * kLanes);
-#define QWEN3FAST_SWAP(distance, low, high)                                                            \
-  for (int i = 0; i < kLanes; i++)                                                                     \
-    if (!(i & distance)) {                                                                             \
-      const Vec a = to[i], b = to[i + distance];                                                       \
-      to[i] = __builtin_shufflevector(a, b, low), to[i + distance] = __builtin_shufflevector(a, b, high); \
-    }
-#define QWEN3FAST_LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define QWEN3FAST_HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define QWEN3FAST_LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define QWEN3FAST_HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define QWEN3FAST_LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define QWEN3FAST_HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define QWEN3FAST_LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define QWEN3FAST_HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-  QWEN3FAST_SWAP(8, QWEN3FAST_LOW8, QWEN3FAST_HIGH8)
-  QWEN3FAST_SWAP(4, QWEN3FAST_LOW4, QWEN3FAST_HIGH4)
-  QWEN3FAST_SWAP(2, QWEN3FAST_LOW2, QWEN3FAST_HIGH2)
-  QWEN3FAST_SWAP(1, QWEN3FAST_LOW1, QWEN3FAST_HIGH1)
-}
-
 // All rows of x, in pairs, with a panel of bfloat16.
 void plain_panel(const Panel& panel, const Bits* x, int64_t M, int64_t width) {
   const int64_t K = panel.weight->K;
@@ -172,10 +149,11 @@ void plain_panel(const Panel& panel, const Bits* x, int64_t M, int64_t width) {
     multiply(weight, panel.blocks, x + m0 * K / kTileDepth, tiles, K, results);
     for (int64_t j = 0; j < panel.blocks; j++)
       for (int64_t tile = 0; tile < tiles; tile++) {
-        Vec columns[kLanes];
-        transpose(results + (j * tiles + tile) * kResult, columns);
+        Bits columns[kLanes];
+        for (int i = 0; i < kLanes; i++) columns[i] = load_as<Bits>(results + (j * tiles + tile) * kResult + i * kLanes);
+        transpose(columns);
         const int64_t first = m0 + tile * kTileRows, rows = std::min(M - first, kTileRows);
-        for (int64_t m = 0; m < rows; m++) store(panel.y + (first + m) * width + j * kLanes, columns[m]);
+        for (int64_t m = 0; m < rows; m++) store(panel.y + (first + m) * width + j * kLanes, load_as<Vec>(&columns[m]));
       }
   }
 }
