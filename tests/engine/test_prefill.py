@@ -11,6 +11,7 @@ from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
 from qwen3fast.engine.prefill import Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
@@ -183,3 +184,21 @@ def test_a_padded_chunk_is_computed_as_at_its_own_size():
     for row, (ids, logits_1V) in enumerate(zip((short, long), together, strict=True), start=2):
         assert logits_1V is not None
         assert_near(logits_1V, engine.prefill_whole(row, ids))
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
+def test_the_form_of_a_prompts_attention_does_not_depend_on_the_lengths_beside_it():
+    """Of two prompts, PyTorch's attention serves the longer one, and the C++ the shorter one: to the bit."""
+    q_BTHD = random_tensor(2, 32, 4, 32).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(2, 2, 200, 32, seed=seed).bfloat16() for seed in (1, 2))
+    position_BT, row_B = torch.arange(32) + torch.tensor([[5], [150]]), torch.tensor([1, 0])
+
+    def run(rows, sdpa_from):
+        q, position, row = (x[rows] for x in (q_BTHD, position_BT, row_B))
+        return torch.ops.qwen3fast.prefill_attention(q, k_RKSD, v_RKSD, position, row, None, None, sdpa_from)
+
+    first, second = slice(0, 1), slice(1, 2)
+    together = run(slice(2), (100, 100, 100))
+    assert torch.equal(together[first], run(first, ()))
+    assert torch.equal(together[second], run(second, (0, 0, 0)))
+    assert not torch.equal(together[second], run(second, ()))  # the two forms round differently
