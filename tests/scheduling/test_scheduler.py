@@ -9,6 +9,7 @@ from conftest import assert_near, assert_same, engine_of, randomised, slowly, sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3fast.engine.parts import chunk_sizes
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.scheduling import EngineWorker, Request, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
@@ -62,7 +63,7 @@ def alone(length, max_tokens, seed, temperature):
 def test_a_running_reply_gets_a_token_after_each_chunk_of_anothers_prompt():
     scheduler = make_scheduler(2, 1300)
     first, second = make_request(5, 50), make_request(1100, 3)
-    chunks = split_into_chunks(1100, scheduler.engine.cache.allocated_len)
+    chunks = split_into_chunks(1100, scheduler.engine.cache.allocated_len, chunk_sizes(CPU))
     assert len(chunks) > 2
     scheduler.add(first)
     scheduler.step()
@@ -470,9 +471,9 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_a_prompt_moves_down_while_it_is_computed(cache_dtype, lookahead, monkeypatch):
-    scheduler = make_scheduler(2, 1300, lookahead, cache_dtype=cache_dtype)
+    scheduler = make_scheduler(2, 1900, lookahead, cache_dtype=cache_dtype)
     moves = calls_of(monkeypatch, scheduler.engine, "swap_rows")
-    other, late = make_request(10, 4), make_request(1100, 20, seed=1)
+    other, late = make_request(10, 4), make_request(1700, 20, seed=1)
     scheduler.add(other)
     scheduler.step()
     scheduler.add(late)
@@ -481,9 +482,9 @@ def test_a_prompt_moves_down_while_it_is_computed(cache_dtype, lookahead, monkey
         scheduler.step()
         places += [late.prefill.row] if late.prefill is not None else []
     assert (places[0], places[-1], late.slot, len(moves)) == (1, 0, 0, 1)
-    alone = make_scheduler(1, 1300, cache_dtype=cache_dtype)
+    alone = make_scheduler(1, 1900, cache_dtype=cache_dtype)
     finish(scheduler, [late])
-    assert [late.output_ids] == run(alone, make_request(1100, 20, seed=1))
+    assert [late.output_ids] == run(alone, make_request(1700, 20, seed=1))
 
 
 def test_a_gap_stays_while_there_is_a_request_to_fill_it(monkeypatch):
