@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_near, engine_of, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, random_ids, random_tensor, randomized, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ def make_engine(dtype, cache_dtype, compile=False, quantization=None, **changes)
     config = small_config(
         dtype=dtype, hidden_size=64, intermediate_size=96, head_dim=32, max_position_embeddings=512, **changes
     )
-    model = randomised(config).to(dtype)
+    model = randomized(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
     return engine_of(model, 4, 256, cache_dtype, compile)

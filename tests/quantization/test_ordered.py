@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from prequantized_layouts import GPTQ, write_prequantized
 from safetensors.torch import load_file, save_file
 from test_adapter_layers import SLOTS, make_engine, outputs
@@ -80,7 +80,7 @@ def ordered_layers(model) -> dict[str, OrderedLinear]:
 
 
 def make_ordered(format: str, shared: bool):
-    model = randomised(CONFIG).bfloat16()
+    model = randomized(CONFIG).bfloat16()
     quantize_model(model, format, torch.bfloat16)
     return with_orders(model, shared)
 
