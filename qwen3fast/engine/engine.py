@@ -17,7 +17,7 @@ from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
 from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_rows
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
-from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts
+from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts, chunk_sizes
 from qwen3fast.engine.prefill import (
     CapturedChunks,
     Prefill,
@@ -112,7 +112,8 @@ class Engine(Rows):
         adapter: the slot of the prompt's adapter.
         """
         self.clear_row(row)
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter)
+        sizes = chunk_sizes(self.device)
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter, sizes)
 
     @on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:

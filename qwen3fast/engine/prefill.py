@@ -1,7 +1,7 @@
 """Prefill: a prompt is computed in chunks of a few fixed sizes, and its keys and values fill one row of the KV cache.
 
-A chunk has 32, 64, 128, 256 or 512 tokens (`CHUNK_SIZES`), the last one with padding: prompts of all lengths run
-the same compiled code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
+A chunk has one of a few sizes (`chunk_sizes`), the last one with padding: prompts of all lengths run the same compiled
+code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
 Small chunks of several prompts are computed together, one batch row each: a few tokens are bound by reading the
 weights, or by launches. `Parts` holds the functions of a forward pass, compiled or not (parts.py).
 
@@ -110,10 +110,14 @@ class Prefill:
         allocated_len: int,
         wanted: WantedLogprobs | None = None,
         adapter: int = 0,
+        sizes: tuple[int, ...] = CHUNK_SIZES,
     ) -> Prefill:
-        """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already."""
+        """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already.
+
+        sizes: of chunks, see `chunk_sizes`.
+        """
         assert wanted is None or reused < wanted.first, "reused tokens give no logits"
-        chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused)
+        chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused, sizes)
         return cls(row, token_ids, reused, chunks, allocated_len, wanted, adapter=adapter)
 
     def fits(self, size: int) -> bool:

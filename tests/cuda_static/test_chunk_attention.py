@@ -188,8 +188,8 @@ def requests():
     """Prompts that share graphs, some behind common prefixes; greedy and sampled."""
     fields = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
     common = [i * 7 % 90 for i in range(40)]
-    prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (5, 20, 31, 60, 50, 33, 12)]
-    prompts += [[*common, *prompt[:9]] for prompt in prompts[1:4]]
+    prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (20, 31, 60, 50, 25, 30, 18)]
+    prompts += [[*common, *prompt[:20]] for prompt in prompts[1:4]]
     return [Request(prompt, 0.0 if i % 2 else 30.0, max_tokens=5, seed=i, **fields) for i, prompt in enumerate(prompts)]
 
 

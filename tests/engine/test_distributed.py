@@ -54,6 +54,8 @@ def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypa
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)
         leader = generator.debug.engine
+    names = {pickle.loads(message)[0] for message in tape.messages if isinstance(message, bytes)}
+    assert {"prefill_step", "prefill_together", "sample_first", "launch"} <= names
     follower = make_engine()
     follow(follower, Tape(is_leader=False, messages=tape.messages))
     assert not tape.messages, "it has received all"

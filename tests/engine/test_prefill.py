@@ -7,20 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3fast.engine import StepKind
-from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
+from qwen3fast.engine.prefill import Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
 
 
+@pytest.mark.parametrize("sizes", [CHUNK_SIZES, CPU_CHUNK_SIZES])
 @given(blocks=st.integers(1, 40), data=st.data())
-def test_chunks_cover_the_prompt_and_fit_the_cache(blocks, data):
+def test_chunks_cover_the_prompt_and_fit_the_cache(sizes, blocks, data):
     room = 128 * blocks
     num_tokens = data.draw(st.integers(1, room))
-    chunks = split_into_chunks(num_tokens, room)
-    assert set(chunks) <= set(CHUNK_SIZES)
+    chunks = split_into_chunks(num_tokens, room, sizes)
+    assert set(chunks) <= set(sizes)
     assert sum(chunks[:-1]) < num_tokens <= sum(chunks) <= room
 
 
@@ -30,6 +33,14 @@ def test_chunks_cover_the_prompt_and_fit_the_cache(blocks, data):
 )
 def test_chunks_are_padded_where_that_is_cheaper_than_one_more(num_tokens, chunks):
     assert split_into_chunks(num_tokens, 4096) == chunks
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "chunks"),
+    [(1, [8]), (9, [16]), (33, [48]), (70, [96]), (130, [128, 8]), (300, [256, 48]), (390, [384, 8]), (512, [512])],
+)
+def test_chunks_on_cpus_have_less_padding(num_tokens, chunks):
+    assert split_into_chunks(num_tokens, 4096, CPU_CHUNK_SIZES) == chunks
 
 
 def test_chunks_stay_narrow_where_room_is_short():
@@ -172,3 +183,21 @@ def test_a_padded_chunk_is_computed_as_at_its_own_size():
     for row, (ids, logits_1V) in enumerate(zip((short, long), together, strict=True), start=2):
         assert logits_1V is not None
         assert_near(logits_1V, engine.prefill_whole(row, ids))
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
+def test_the_form_of_a_prompts_attention_does_not_depend_on_the_lengths_beside_it():
+    """Of two prompts, PyTorch's attention serves the longer one, and the C++ the shorter one: to the bit."""
+    q_BTHD = random_tensor(2, 32, 4, 32).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(2, 2, 200, 32, seed=seed).bfloat16() for seed in (1, 2))
+    position_BT, row_B = torch.arange(32) + torch.tensor([[5], [150]]), torch.tensor([1, 0])
+
+    def run(rows, sdpa_from):
+        q, position, row = (x[rows] for x in (q_BTHD, position_BT, row_B))
+        return torch.ops.qwen3fast.prefill_attention(q, k_RKSD, v_RKSD, position, row, None, None, sdpa_from)
+
+    first, second = slice(0, 1), slice(1, 2)
+    together = run(slice(2), (100, 100, 100))
+    assert torch.equal(together[first], run(first, ()))
+    assert torch.equal(together[second], run(second, (0, 0, 0)))
+    assert not torch.equal(together[second], run(second, ()))  # the two forms round differently

@@ -21,6 +21,7 @@ SOURCES = (
     "decode_layers.cpp",
     "attention.cpp",
     "matvec.cpp",
+    "linear.cpp",
     "tiles.cpp",
     "experts.cpp",
     "quantize_weight.cpp",

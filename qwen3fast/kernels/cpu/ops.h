@@ -55,7 +55,7 @@ struct Sizes {
 };
 
 // y[m, n] = sum_k x[m, k] weight[n, k]: x (M, K), weight (N, K), y (M, N), K a multiple of 16.
-QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
+QWEN3FAST_API void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
 // The same for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
