@@ -45,9 +45,9 @@ def bfloat16(*shape: int) -> Tensor:
 
 def product_cases() -> Iterator[Case]:
     """Yield products: name, integers, arrays, expected."""
-    for M, N, K in ((1, 7, 48), (3, 20, 64), (15, 33, 1024)):
+    for M, N, K in ((1, 7, 48), (3, 20, 64), (15, 33, 1024), (8, 24, 112), (50, 32, 64)):
         x, weight = bfloat16(M, K), bfloat16(N, K)
-        yield "matvec", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
+        yield "plain", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
     zeros = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
     short = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
     for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros, short):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -16,12 +16,15 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cases import (
+    BFLOAT16,
     CPP,
     DEQUANTIZED,
+    LINEAR,
     LONG,
     ROWS,
     SDPA,
@@ -35,6 +38,7 @@ from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.kernels.cpu.structures import NEVER, RowLimits
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
+from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -52,8 +56,8 @@ class Forms:
     """Which forms the parts of one engine use.
 
     sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
-    operation for all blocks. choices: why, by computation and sizes. Quantized layers hold their own choice
-    (`QuantizedLinear.limits`), which engines with the same model share.
+    operation for all blocks. choices: why, by computation and sizes. Linear layers hold their own choice (`limits`),
+    which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -63,7 +67,7 @@ class Forms:
         faster.
         """
         self._is_first = is_first
-        self._layers = {} if model is None else quantized_layers(model)
+        self._layers = {} if model is None else layers_by_format(model)
         self._cases = [] if model is None else cases_of(model, cache)
         self.sdpa_from: tuple[int, ...] = ()
         self.block_rows: frozenset[int] = frozenset()
@@ -104,6 +108,11 @@ class Forms:
                     choice = replace(choice, name=used.name, reason=WAITING)
                 self.choices[_label(case)] = choice
 
+    def max_rows_as(self, rows: int) -> int:
+        """Return the most rows whose products are of the same form as those of `rows` rows, which chunks have."""
+        every = [limit for limits in self._limits().values() for limit in limits]
+        return min((limit for limit in every if limit > rows), default=NEVER) - 1
+
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}
         by_what: dict[str, dict[tuple[int, ...], str]] = {}
@@ -115,7 +124,7 @@ class Forms:
         self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
         for format, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
-            limits = RowLimits(used_from(at, TILES, DEQUANTIZED), used_from(at, DEQUANTIZED))
+            limits = RowLimits(used_from(at, TILES, DEQUANTIZED, LINEAR), used_from(at, DEQUANTIZED, LINEAR))
             for layer in layers:
                 if layer.limits != limits:
                     layer.limits = limits
@@ -132,9 +141,9 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
     cases = []
     if config.head_dim % (2 * cpu.LANES) == 0:
         cases = prefill_cases(config, cache.keys[0].dtype, cache.allocated_len)
-    for format, layers in quantized_layers(model).items():
-        largest = max(layers[: 7 * 4], key=lambda layer: layer.weight_packed.numel())
-        cases += [linear_case(rows, largest.weight_packed, largest.weight_scale, format) for rows in ROWS]
+    for format, layers in layers_by_format(model).items():
+        largest = largest_weight(layers[: 7 * 4])
+        cases += [linear_case(rows, largest, format) for rows in ROWS]
     return cases + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
 
 
@@ -160,7 +169,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     all_rows = {min(1 << (n - 1).bit_length(), max_batch_size) for n in range(1, max_batch_size + 1)}
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
-    formats = ", ".join(quantized_layers(model)) or "bfloat16"
+    formats = ", ".join(layers_by_format(model))
     kind = str(dtype).removeprefix("torch.")
     return [
         FormCase(
@@ -200,13 +209,24 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
     return {CPP: all_blocks, BLOCKS: block_by_block}
 
 
-def quantized_layers(model: Qwen3) -> Mapping[str, list[QuantizedLinear]]:
-    """Return the layers of each format that has C++ operations, in the order of the model."""
-    found: dict[str, list[QuantizedLinear]] = {}
+def layers_by_format(model: Qwen3) -> Mapping[str, list[Linear | QuantizedLinear]]:
+    """Return the blocks' linear layers of each format that has C++ operations, in the order of the model."""
+    found: dict[str, list[Linear | QuantizedLinear]] = {}
     for layer in model.model.layers.modules():
         if isinstance(layer, QuantizedLinear) and "cpu" in layer.format.devices:
             found.setdefault(layer.format.name, []).append(layer)
+        elif isinstance(layer, Linear) and layer.weight.dtype == torch.bfloat16:
+            found.setdefault(BFLOAT16, []).append(layer)
     return found
+
+
+def largest_weight(layers: Iterable[Linear | QuantizedLinear]) -> tuple[Tensor, ...]:
+    """Return the weight of the largest layer, for `linear_case`."""
+    weights = [
+        (layer.weight_packed, layer.weight_scale) if isinstance(layer, QuantizedLinear) else (layer.weight,)
+        for layer in layers
+    ]
+    return max(weights, key=lambda weight: weight[0].numel())
 
 
 def _from_length(names: Mapping[tuple[int, ...], str], chunk: int) -> int:

@@ -14,7 +14,7 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
-from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -22,7 +22,11 @@ from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
-CHUNK_SIZES = (32, 64, 128, 256, 512)  # tokens of a prompt that are computed together
+# Tokens of a prompt that are computed together. On CUDA devices each size is captured; on CPUs one compiled form serves
+# all sizes, and padding takes time.
+CHUNK_SIZES = (32, 64, 128, 256, 512)
+CPU_CHUNK_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MAX_PROMPTS = 16  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
@@ -31,15 +35,20 @@ MAX_SORTED_PAIRS = 2**14
 # which then finds what was compiled for others in Inductor's cache.
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
-CHUNK = Dynamic(example=101, least=CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
+CHUNK = Dynamic(example=101, least=CPU_CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
-POSITIONS = Dynamic(example=67, least=CHUNK_SIZES[0])
+POSITIONS = Dynamic(example=67, least=CPU_CHUNK_SIZES[0])
+
+
+def chunk_sizes(device: torch.device) -> tuple[int, ...]:
+    """Return the sizes of chunks on a device, in ascending order."""
+    return CPU_CHUNK_SIZES if device.type == "cpu" else CHUNK_SIZES
 
 
 def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tuple[Dynamic, ...]:
     """Return ranges of the number of rows, from 2 to max_rows, with one form each; one row has a form of its own."""
     # The largest numbers of rows for which products stream their weight.
-    ends = {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4, cpu.MAX_ROWS}
+    ends = {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4}
     if device.type != cuda.DEVICE_TYPE and config.num_experts:
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
     ranges, least = [], 2
@@ -167,7 +176,9 @@ class Parts:
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
-        chunk: Sizes = {1: (CHUNK,)}
+        most = min(MAX_PROMPTS, cache.max_batch_size)
+        prompts: Sizes = {0: (Dynamic(3, 2, most),)} if most > 2 else {}  # several; one has a form of its own
+        chunk: Sizes = prompts | {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
@@ -184,7 +195,8 @@ class Parts:
             fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(
-                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+                partial(run_prefill_block, forms),
+                dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions}, {}, {}, prompts),
             ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
             embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),

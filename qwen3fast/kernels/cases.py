@@ -5,12 +5,11 @@ T query tokens   L cache positions read   H query heads   K key/value heads   D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
@@ -19,6 +18,7 @@ from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.kernels.forms import FormCase
 
 CPP, SDPA, TILES, DEQUANTIZED, LINEAR = "C++", "SDPA", "tiles", "dequantized", "F.linear"
+BFLOAT16 = "bfloat16"  # the format of weights that are not quantized
 LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
 ROWS = (32, 128, 512)  # at which products are measured
 
@@ -50,30 +50,27 @@ def _prefill_attention(tokens: int, length: int, heads: tuple[int, int, int], dt
     return {name: _without_grad(torch.ops.qwen3fast.prefill_attention, *fixed, at) for name, at in limits.items()}
 
 
-def linear_case(rows: int, packed: Tensor, scale: Tensor, format: str) -> FormCase:
-    """Return the product of `rows` rows with a quantized weight; see `quantized_linear` in kernels/cpu/ops.py."""
-    N, K = packed.shape[0] * packed.shape[2], packed.shape[1] * (4 if scale.dim() == 1 else 8)
-    names = (CPP, TILES, DEQUANTIZED) if tiles.are_announced() else (CPP, DEQUANTIZED)
-    calls = partial(_linear, rows, K, packed, scale, names)
+def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> FormCase:
+    """Return the product of `rows` rows with a weight; see `linear` and `quantized_linear` in kernels/cpu/ops.py.
+
+    weight: one tensor in bfloat16, or packed weight and scale.
+    """
+    (N, K), plain = weight[0].shape[:2], LINEAR
+    if len(weight) > 1:
+        N, K, plain = N * weight[0].shape[2], K * (4 if weight[1].dim() == 1 else 8), DEQUANTIZED
+    names = (CPP, TILES, plain) if tiles.are_announced() else (CPP, plain)
+    calls = partial(_linear, rows, K, weight, names)
     return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))
 
 
-def _linear(rows: int, K: int, packed: Tensor, scale: Tensor, names: tuple[str, ...]) -> Calls:
+def _linear(rows: int, K: int, weight: Sequence[Tensor], names: tuple[str, ...]) -> Calls:
     x_MK = torch.full((rows, K), 0.1, dtype=torch.bfloat16)
-    limits = {CPP: RowLimits(), TILES: RowLimits(tiles=0), DEQUANTIZED: RowLimits(dequantized=0)}
-    operation = torch.ops.qwen3fast.quantized_linear
-    return {name: _without_grad(operation, x_MK, [packed], [scale], limits[name]) for name in names}
-
-
-def matvec_case(rows: int, weight_NK: Tensor) -> FormCase:
-    """Return the product of up to 15 rows with a bfloat16 weight."""
-    x_MK = torch.full((rows, weight_NK.shape[1]), 0.1, dtype=torch.bfloat16)
-    both = {
-        CPP: _without_grad(torch.ops.qwen3fast.matvec, x_MK, weight_NK),
-        LINEAR: _without_grad(F.linear, x_MK, weight_NK),
-    }
-    sizes = " x ".join(map(str, weight_NK.shape))
-    return FormCase("linear bfloat16", f"{rows} rows, {sizes}", tuple(both), lambda: both, (rows,))
+    limits = {CPP: RowLimits(), TILES: RowLimits(tiles=0)}
+    if len(weight) == 1:
+        operation = partial(torch.ops.qwen3fast.linear, x_MK, *weight)
+    else:
+        operation = partial(torch.ops.qwen3fast.quantized_linear, x_MK, *([tensor] for tensor in weight))
+    return {name: _without_grad(operation, limits.get(name, RowLimits(dequantized=0))) for name in names}
 
 
 def _without_grad(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""Linear layers. With few rows, a linear layer is bound by reading its weight: it has forms of its own.
+"""Linear layers in the form that suits device, dtype and number of rows.
 
 M rows   N out_features   K in_features
 """
@@ -9,25 +9,32 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.cpu.structures import RowLimits
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` that may run as a streamed matrix-vector product, compiled or in C++."""
+    """An `nn.Linear` that may run in C++ or, with one row, as a compiled reduction.
+
+    limits: the numbers of rows from which other forms take the place of the C++ operation's own; engines set them where
+    these are faster (engine/forms.py).
+    """
+
+    limits: RowLimits = RowLimits()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, (..., N) in the dtype of x, (..., K)."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.limits)
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias, (..., N), same dtype. x: (..., K).
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, limits: RowLimits | None = None) -> Tensor:
+    """Return x @ weight.T + bias, (..., N), same dtype. x: (..., K). limits: of the C++ operation.
 
     The form depends on the number of rows, the device, and whether code is compiled (kernels/compiling.py). The
     reduction must run compiled: eagerly it would materialize an (M, N, K) product. With more than one row, it would
     read the weight once per row.
     """
-    if cpu.can_matvec(x, weight_NK):
-        y: Tensor = torch.ops.qwen3fast.matvec(x, weight_NK)
+    if cpu.can_linear(x, weight_NK):
+        y: Tensor = torch.ops.qwen3fast.linear(x, weight_NK, limits or ())
         return y if bias_N is None else y + bias_N
     is_one_row = x.numel() == x.shape[-1]
     if is_one_row and is_compiling() and x.device.type == "cpu":

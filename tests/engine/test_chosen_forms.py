@@ -236,7 +236,7 @@ def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, 
     logits = engine.prefill_whole(0, ids)
     assert_near(logits, plain.prefill_whole(0, ids), torch.bfloat16)
     engine.sample_first(0, logits, StepKind())
-    engine.set_row(0, 40, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(0, 40)
     engine.decode(1, 41, StepKind())
     expected = {"__call__"} if chosen[0] == CPP else {"sdpa_prefill", *(["dequantized_linear"] if format else [])}
     assert set(calls) == expected

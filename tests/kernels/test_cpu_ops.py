@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCES, assert_near, assert_same, random_tensor, randomised, small_config
+from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomised, small_config
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
@@ -25,19 +26,33 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
 
-@pytest.mark.parametrize("rows", range(1, cpu.MAX_ROWS + 1))
-@pytest.mark.parametrize(("out_features", "in_features"), [(1, 16), (7, 48), (300, 1024), (1001, 80)])
-def test_matvec_equals_linear(rows, out_features, in_features):
+@pytest.mark.parametrize("rows", [*range(1, 18), 31, 33, 48, 49, 95, 260])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 16), (7, 48), (304, 1024), (1001, 80), (24, 112)])
+def test_linear_equals_the_plain_product(rows, out_features, in_features):
     x = random_tensor(rows, in_features).bfloat16()
     weight = random_tensor(out_features, in_features, seed=1).bfloat16()
     expected = F.linear(x.float(), weight.float())
-    assert_near(torch.ops.qwen3fast.matvec(x, weight), expected, torch.bfloat16)
+    assert_near(torch.ops.qwen3fast.linear(x, weight), expected, torch.bfloat16)
 
 
-def test_matvec_keeps_leading_dimensions_and_accepts_strides():
+def test_rows_of_a_product_do_not_depend_on_each_other():
+    x, weight = random_tensor(100, 96).bfloat16(), random_tensor(40, 96, seed=1).bfloat16()
+    y = torch.ops.qwen3fast.linear(x, weight)
+    for first, last in ((0, 16), (3, 20), (50, 100)):
+        assert torch.equal(torch.ops.qwen3fast.linear(x[first:last], weight), y[first:last])
+
+
+def test_linear_uses_the_forms_that_limits_name():
+    x, weight = random_tensor(40, 96).bfloat16(), random_tensor(48, 96, seed=1).bfloat16()
+    run = torch.ops.qwen3fast.linear
+    assert torch.equal(run(x, weight, RowLimits(dequantized=40)), F.linear(x, weight))
+    assert torch.equal(run(x, weight, RowLimits(dequantized=41)), run(x, weight))
+
+
+def test_linear_keeps_leading_dimensions_and_accepts_strides():
     x = random_tensor(32, 2, 3).bfloat16().permute(1, 2, 0)
     weight = random_tensor(5, 32, seed=1).bfloat16()
-    y = torch.ops.qwen3fast.matvec(x, weight)
+    y = torch.ops.qwen3fast.linear(x, weight)
     assert y.shape == (2, 3, 5)
     assert_near(y, F.linear(x.float(), weight.float()), torch.bfloat16)
 
@@ -46,15 +61,14 @@ def test_matvec_keeps_leading_dimensions_and_accepts_strides():
     ("x", "weight"),
     [
         (torch.zeros(1, 20).bfloat16(), torch.zeros(4, 20).bfloat16()),
-        (torch.zeros(cpu.MAX_ROWS + 1, 16).bfloat16(), torch.zeros(4, 16).bfloat16()),
         (torch.zeros(1, 16), torch.zeros(4, 16)),
         (torch.zeros(1, 32).bfloat16(), torch.zeros(4, 16).bfloat16()),
     ],
-    ids=["odd width", "too many rows", "float32", "other width"],
+    ids=["odd width", "float32", "other width"],
 )
-def test_matvec_refuses_what_it_cannot_do(x, weight):
-    with pytest.raises(ValueError, match="matvec: "):
-        torch.ops.qwen3fast.matvec(x, weight)
+def test_linear_refuses_what_it_cannot_do(x, weight):
+    with pytest.raises(ValueError, match="linear: "):
+        torch.ops.qwen3fast.linear(x, weight)
 
 
 def stored(x_RKSD, dtype):
@@ -447,7 +461,7 @@ def test_operations_for_other_processors(processor, tmp_path):
     k, v = (random_tensor(1, 2, 150, 64, seed=s).bfloat16() for s in (1, 2))
     position = torch.arange(100, 140)[None]
     cases = [
-        ("matvec", (random_tensor(3, 64).bfloat16(), random_tensor(20, 64).bfloat16())),
+        *(("linear", (random_tensor(m, 64).bfloat16(), random_tensor(24, 64).bfloat16())) for m in (3, 12, 50)),
         ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
@@ -481,8 +495,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     """Through the engine, which uses the operations: logits of the same forced ids."""
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
     model = randomised(config).bfloat16()
-    cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)
-    engine = Engine(model, cache, CPU, compile=True)
+    engine = engine_of(model, rows, 200, compile=True)
     logits = []
     run_logits = engine.parts.logits
 
@@ -495,7 +508,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     sequences = [list(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
         first_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt))
         sequences[row] += engine.sample_first(row, first_1V, StepKind()).tokens
     for _ in range(5):
         logits.clear()
@@ -510,7 +523,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, dtype=torch.bfloat16, **changes)
     model, logits = randomised(config).bfloat16(), []
     for compile in (True, False):
-        engine = Engine(model, StaticKVCache(config, 2, 200, torch.int8, CPU), CPU, compile)
+        engine = engine_of(model, 2, 200, torch.int8, compile)
         run_logits = engine.parts.logits
         object.__setattr__(
             engine.parts, "logits", lambda *a, run=run_logits: logits[-1].append(run(*a)) or logits[-1][-1]
@@ -518,7 +531,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
         logits.append([])
         for row, length in enumerate((30, 150)):
             engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
-            engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
+            engine.set_row(row, length % 100 + 70)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
             engine.decode(2, 130, StepKind())

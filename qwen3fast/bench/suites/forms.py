@@ -1,7 +1,7 @@
 """Every form of a computation beside every other, on CPUs: the cases that engines choose by, and more sizes.
 
 The first form of each is the C++ of this package; the others are plainer. Where one of them is faster, engines on this
-machine use it (docs/how_it_works/kernels.md), except products of few rows in bfloat16, which are shown only.
+machine use it (docs/how_it_works/kernels.md), except products of fewer rows than 32, which are shown only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
-from qwen3fast.engine.forms import decode_cases, quantized_layers
+from qwen3fast.engine.fast_layers import use_fast_layers
+from qwen3fast.engine.forms import decode_cases, largest_weight, layers_by_format
 from qwen3fast.kernels import cpu, forms
-from qwen3fast.kernels.cases import CPP, ROWS, linear_case, matvec_case, prefill_attention_case
+from qwen3fast.kernels.cases import CPP, ROWS, linear_case, prefill_attention_case
 from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.model.kv_cache import parse_cache_dtype
 
-FEW_ROWS = (1, 4, 8, cpu.MAX_ROWS)
+FEW_ROWS = (1, 4, 8, 16)
 SAMPLE_S = 0.05  # a sample is the mean over calls of this time together
 
 
@@ -50,13 +51,10 @@ def _cases(session: Session, format: str) -> Iterator[forms.FormCase]:
     for chunk in CHUNKS:
         for length in sorted({chunk, *(n for n in o.contexts if n > chunk)}):
             yield prefill_attention_case(chunk, length, heads, dtype)
-    for name, layers in quantized_layers(model).items():
-        largest = max(layers, key=lambda layer: layer.weight_packed.numel())
-        yield from (linear_case(rows, largest.weight_packed, largest.weight_scale, name) for rows in ROWS)
-    if quantization is None:
-        weights = [p for p in model.model.layers[0].parameters() if p.dim() == 2]
-        largest_weight = max(weights, key=lambda weight: weight.numel())
-        yield from (matvec_case(rows, largest_weight) for rows in FEW_ROWS)
+    use_fast_layers(model)
+    for name, layers in layers_by_format(model).items():
+        largest = largest_weight(layers)
+        yield from (linear_case(rows, largest, name) for rows in FEW_ROWS + ROWS)
     yield from decode_cases(model, dtype, max(o.batch_sizes))
 
 

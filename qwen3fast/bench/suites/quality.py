@@ -41,7 +41,7 @@ MAX_LOGITS = 2**23  # compared at a time
 
 @dataclass
 class Totals:
-    """What was found at the positions so far. nll: negative log-likelihoods of the text's tokens, summed, in nats."""
+    """Sums over the positions so far. nll: negative log-likelihoods of the text's tokens, summed, in nats."""
 
     nll: float = 0.0
     same: int = 0

@@ -28,20 +28,19 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerTensors,
     LayerWeight,
 )
-from qwen3fast.kernels.cpu.ops import MAX_ROWS, quantize_weight
+from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
 
 __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
-    "MAX_ROWS",
     "AdaptersOfLayers",
     "DecodeLayersCall",
     "ExpertWeights",
     "LayerTensors",
     "LayerWeight",
     "can_decode_attention",
-    "can_matvec",
+    "can_linear",
     "can_prefill_attention",
     "functions",
     "is_loaded",
@@ -116,13 +115,12 @@ def _load(jobs: int | None) -> ctypes.CDLL | None:
     return functions
 
 
-def can_matvec(x: Tensor, weight_NK: Tensor) -> bool:
-    """Return whether `torch.ops.qwen3fast.matvec` serves this product."""
+def can_linear(x: Tensor, weight_NK: Tensor) -> bool:
+    """Return whether `torch.ops.qwen3fast.linear` serves this product."""
     return (
         may_use_operations()
         and x.device.type == "cpu"
         and x.dtype == weight_NK.dtype == torch.bfloat16
-        and x.numel() // x.shape[-1] <= MAX_ROWS
         and x.shape[-1] % LANES == 0
         and is_loaded()
     )

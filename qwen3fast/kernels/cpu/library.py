@@ -42,7 +42,7 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 FUNCTIONS = tuple(
     f"qwen3fast_{name}"
     for name in (
-        "matvec",
+        "linear",
         "decode_attention",
         "prefill_attention",
         "quantized_linear",
@@ -51,7 +51,7 @@ FUNCTIONS = tuple(
         "try_tiles",
         "use_tiles",
         "quantized_experts",
-        "round_weight",
+        "quantize_weight",
         "decode_layers",
     )
 )

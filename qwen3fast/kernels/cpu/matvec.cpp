@@ -1,11 +1,9 @@
 // Products of a few rows with a bfloat16 weight: streams the weight once. Sums are in float32, in the same order for any
-// number of rows; the plain PyTorch form is in kernels/linear.py.
+// number of rows.
 
 #include <algorithm>
 #include <cstdint>
 
-#include "ops.h"
-#include "parallel.h"
 #include "products.h"
 
 namespace {
@@ -87,10 +85,4 @@ void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16*
     for (; n + kTileWeights <= n1; n += kTileWeights)
       all_rows<kTileWeights>(x, M, weight, y, n, N, K, kTileWeights * K * int64_t{sizeof(BFloat16)});
   for (; n < n1; n++) all_rows<1>(x, M, weight, y, n, N, K, kAhead);
-}
-
-void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,
-                      int64_t threads) {
-  parallel_for(N, std::max<int64_t>(64, 16384 / K), threads,
-               [&](int64_t n0, int64_t n1) { matvec_rows(x, M, weight, y, n0, n1, N, K); });
 }

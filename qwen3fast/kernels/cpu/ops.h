@@ -55,7 +55,7 @@ struct Sizes {
 };
 
 // y[m, n] = sum_k x[m, k] weight[n, k]: x (M, K), weight (N, K), y (M, N), K a multiple of 16.
-QWEN3FAST_API void qwen3fast_matvec(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
+QWEN3FAST_API void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
 // The same for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
@@ -78,7 +78,7 @@ QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
 
 // Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
-QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
+QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
                                           void* scale, int64_t threads);
 
 // The output of each expert for its tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ctypes import byref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.cpu import experts, prefill, tiles
@@ -24,10 +25,6 @@ from qwen3fast.kernels.cpu.structures import (
     require,
 )
 
-# Rows of a product that streams its weight. More rows are bound by arithmetic, where PyTorch's product is as fast.
-# Chunks of a prompt, and steps without a cache, always have more: they need no second form.
-MAX_ROWS = 15
-
 _registered: torch.library.Library | None = None
 _functions: ctypes.CDLL
 
@@ -37,7 +34,7 @@ def register(functions: ctypes.CDLL) -> None:
     global _registered, _functions
     _functions = functions
     for name, pointers, integers in (
-        ("matvec", 3, 4),
+        ("linear", 3, 4),
         ("decode_attention", 4, 6),
     ):
         function = getattr(functions, f"qwen3fast_{name}")
@@ -46,8 +43,8 @@ def register(functions: ctypes.CDLL) -> None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     functions.qwen3fast_quantized_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
     functions.qwen3fast_quantized_linear.restype = None
-    functions.qwen3fast_round_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
-    functions.qwen3fast_round_weight.restype = None
+    functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
+    functions.qwen3fast_quantize_weight.restype = None
     functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
     functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
     is_first = _registered is None
@@ -56,7 +53,7 @@ def register(functions: ctypes.CDLL) -> None:
         caches = "Tensor q, Tensor k, Tensor v, Tensor position"
         scales = "Tensor? k_scale=None, Tensor? v_scale=None"
         for schema, function, fake in (
-            ("matvec(Tensor x, Tensor weight) -> Tensor", matvec, _matvec_shape),
+            ("linear(Tensor x, Tensor weight, int[] limits=[]) -> Tensor", linear, _linear_shape),
             (
                 "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int[] limits=[]) -> Tensor",
                 quantized_linear,
@@ -75,19 +72,26 @@ def register(functions: ctypes.CDLL) -> None:
         other.register(functions, _registered if is_first else None)
 
 
-def matvec(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x @ weight.T for few rows, (..., N). x: (..., K) bfloat16, up to MAX_ROWS rows."""
+def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
+    """Return x @ weight.T, (..., N) bfloat16. x: (..., K) bfloat16.
+
+    limits: `RowLimits`, as a sequence of numbers; empty for this operation's own form alone.
+    """
     N, K = weight_NK.shape
-    M = x.numel() // K
-    require(x.dtype == weight_NK.dtype == torch.bfloat16, "matvec: bfloat16 only")
-    require(weight_NK.is_contiguous() and x.shape[-1] == K, "matvec: weight (N, K) contiguous, x (..., K)")
-    require(K % LANES == 0 and 1 <= M <= MAX_ROWS, f"matvec: K a multiple of 16, 1 to {MAX_ROWS} rows")
+    rows, at = x.numel() // K, RowLimits(*limits)
+    require(x.dtype == weight_NK.dtype == torch.bfloat16, "linear: bfloat16 only")
+    require(weight_NK.is_contiguous() and x.shape[-1] == K, "linear: weight (N, K) contiguous, x (..., K)")
+    require(K % LANES == 0, "linear: K a multiple of 16")
+    if rows >= at.dequantized:
+        return F.linear(x, weight_NK)
+    if rows >= at.tiles and K % (2 * LANES) == N % LANES == 0 and tiles.are_usable():
+        return tiles.tile_linear(x, [LinearPointers(weight_NK.data_ptr(), None, N, K, 16, 0, 0)])
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
-    _functions.qwen3fast_matvec(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), M, N, K, torch.get_num_threads())
+    _functions.qwen3fast_linear(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), rows, N, K, torch.get_num_threads())
     return y
 
 
-def _matvec_shape(x: Tensor, weight: Tensor) -> Tensor:
+def _linear_shape(x: Tensor, weight: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -137,7 +141,7 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     sizes = (linear.N, linear.K, linear.bits)
-    _functions.qwen3fast_round_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
+    _functions.qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
 
 
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
 class RowLimits(NamedTuple):
-    """The numbers of rows from which other forms of a quantized product serve; where both would, `dequantized` does."""
+    """The numbers of rows from which other forms of a product serve; where both would, `dequantized` does.
+
+    That is PyTorch's product, with the dequantized weight where the weight is quantized.
+    """
 
     tiles: int = NEVER
     dequantized: int = NEVER

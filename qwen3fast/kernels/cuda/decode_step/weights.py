@@ -35,17 +35,17 @@ SMALLEST_BK = 1024
 
 
 class Weight(NamedTuple):
-    """An (N, K) weight as a kernel's argument. scale: None for PLAIN; otherwise the tensors are as in `Packed`."""
+    """An (N, K) weight as a kernel's arguments, as in `Packed`. scale: of PLAIN the weight again, and not read."""
 
     tensor: Tensor
-    scale: Tensor | None
+    scale: Tensor
     kind: int
 
     @classmethod
     def of(cls, tensor: Tensor, scale: Tensor | None, is_fp8: bool) -> Weight:
         """Return the weight with its kind, known from the shapes."""
         if scale is None:
-            return cls(tensor, None, PLAIN)
+            return cls(tensor, tensor, PLAIN)
         if scale.dim() == 1:
             return cls(tensor.view(torch.int32), scale, FP8 if is_fp8 else INT8)
         if scale.dtype == torch.uint8:
