@@ -140,6 +140,14 @@ def test_all_blocks_in_one_operation_gather_as_each_block_does(format, shared, r
 
 
 @needs_operation
+def test_the_operation_refuses_an_order_that_would_read_elsewhere():
+    model = make_ordered("int4", shared=False)
+    model.model.layers[1].mlp.down_proj.input_order[7] = CONFIG.intermediate_size
+    with pytest.raises(ValueError, match="an order must be a permutation of 0 to K - 1"):
+        DecodeLayers(model, StaticKVCache(model.config, 1, 64, torch.bfloat16, CPU))
+
+
+@needs_operation
 def test_of_three_layers_two_may_share_an_order():
     model = make_ordered("int4", shared=False)
     for block in model.model.layers:
