@@ -19,6 +19,7 @@ from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.quantization.layers import load_operations
 from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
@@ -169,6 +170,8 @@ class Parts:
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
         use_fast_layers(model)
+        if not compiler.mode:  # otherwise the compiler loads them, and warns
+            load_operations(model)
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist
