@@ -27,7 +27,7 @@ from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint import choose_device
 from qwen3fast.engine import Engine
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.model.kv_cache import StaticKVCache
 
 PROMPT_TOKENS, CHECKED_TOKENS = 32, 8
@@ -59,7 +59,7 @@ def reply(engine: Engine, prompts: list[list[int]], adapters: int, new_tokens: i
     for row, prompt in enumerate(prompts):
         slot = 1 + row % adapters if adapters else 0
         logits_1V = engine.prefill_whole(row, prompt, slot)
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, len(prompt), RowSampling(adapter=slot))
         first.append(engine.sample_first(row, logits_1V, StepKind()).tokens[0])
     tokens, step_s = [first[0]], []
     for i in range(new_tokens):

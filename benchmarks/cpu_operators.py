@@ -57,7 +57,7 @@ def time_decode(engine: Engine, context: int) -> dict[str, float]:
     """
     model, parts, state, rows = engine.model, engine.parts, engine.state, slice(1)
     assert parts.decode_layers is not None and parts.decode_layers.serves(1), "the C++ operations are not there"
-    engine.set_row(0, context - 1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+    engine.set_row(0, context - 1)
     first_11, last_11 = torch.zeros(1, 1, dtype=torch.int64), state.position_R[rows, None].clone()
     watch = Stopwatch()
     x_11E = model.embed(state.input_R[rows, None])

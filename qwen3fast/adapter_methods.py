@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from qwen3fast.checkpoint.lora import largest_rank
 from qwen3fast.options import GeneratorOptions
@@ -12,21 +11,17 @@ from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 DEFAULT_RANK = 16  # of the slots, where no adapter is there to tell
 
 
-class _HasAdapters(Protocol):
-    """What these methods need of a Generator."""
-
-    _adapters: AdapterRegistry
-
-
 class AdapterMethods:
     """Adapters by name: `SamplingParams(adapter=name)` chooses one for a request."""
 
+    _adapters: AdapterRegistry  # set by the Generator
+
     @property
-    def adapters(self: _HasAdapters) -> list[str]:
+    def adapters(self) -> list[str]:
         """The names of the loaded adapters, in the order of loading."""
         return self._adapters.names
 
-    def load_adapter(self: _HasAdapters, name: str, source: str | Path, *, check_weights: bool = False) -> None:
+    def load_adapter(self, name: str, source: str | Path, *, check_weights: bool = False) -> None:
         """Load a LoRA adapter for `SamplingParams(adapter=name)`; other requests go on meanwhile.
 
         The adapter stays apart from the model's weights, which may be quantized.
@@ -42,7 +37,7 @@ class AdapterMethods:
         """
         self._adapters.load(name, source, check_weights)
 
-    def unload_adapter(self: _HasAdapters, name: str) -> None:
+    def unload_adapter(self, name: str) -> None:
         """Unload an adapter, and free its slot for another one.
 
         New requests with it are refused at once. Requests that wait or run already finish first: the call returns

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
@@ -13,41 +13,19 @@ from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
-class Replies(Protocol):
-    """What these methods need of a Generator."""
-
-    tokenizer: Tokenizer | None
-    default_params: SamplingParams
-    has_warned_greedy_reasoning: bool
-
-    def generate(
-        self, prompts: Any, params: Any = ..., *, on_overflow: Overflow = ..., tools: Tools | None = ...
-    ) -> Any:
-        """Return the reply to a prompt."""
-
-    def stream(
-        self, prompt: Any, params: Any = ..., *, on_overflow: Overflow = ..., tools: Tools | None = ...
-    ) -> Iterator[StreamChunk]:
-        """Yield the reply to a prompt."""
-
-    def render(
-        self,
-        messages: list[Message],
-        params: SamplingParams | None = ...,
-        enable_thinking: bool = ...,
-        tools: Tools | None = ...,
-        continue_final_message: bool | str = ...,
-    ) -> list[int]:
-        """Return the prompt of a conversation."""
-
-
 class ChatMethods:
     """Replies to conversations."""
 
-    has_warned_greedy_reasoning = False
+    # Set or defined by the Generator.
+    tokenizer: Tokenizer | None
+    default_params: SamplingParams
+    generate: Callable[..., Any]
+    stream: Callable[..., Iterator[StreamChunk]]
+
+    _has_warned_greedy_reasoning = False
 
     def chat(
-        self: Replies,
+        self,
         messages: list[Message],
         params: SamplingParams | None = None,
         *,
@@ -67,7 +45,7 @@ class ChatMethods:
         return reply
 
     def stream_chat(
-        self: Replies,
+        self,
         messages: list[Message],
         params: SamplingParams | None = None,
         *,
@@ -84,7 +62,7 @@ class ChatMethods:
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(
-        self: Replies,
+        self,
         messages: list[Message],
         params: SamplingParams | None = None,
         enable_thinking: bool = True,
@@ -100,8 +78,8 @@ class ChatMethods:
             raise ValueError("this model has no tokenizer, so it cannot chat")
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
         can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
-        if enable_thinking and can_think and temperature == 0 and not self.has_warned_greedy_reasoning:
-            self.has_warned_greedy_reasoning = True
+        if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_reasoning:
+            self._has_warned_greedy_reasoning = True
             warnings.warn(
                 "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
                 "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",

@@ -104,9 +104,6 @@ class ChatSession:
         if result.reasoning:
             reply["reasoning_content"] = result.reasoning
         if result.tool_calls:
-            reply["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in result.tool_calls
-            ]
+            reply["tool_calls"] = [call.to_message() for call in result.tool_calls]
         self.messages += [message, reply]
         self._last, self._ids = handle, [*prompt, *result.token_ids]

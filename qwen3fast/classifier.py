@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.score_head import ARCHITECTURE, ScoreHead, find_score_head
-from qwen3fast.checks import checked_source
-from qwen3fast.engine.last_token import TextFrame, checked_max_length, checked_texts, last_states
+from qwen3fast.engine.last_token import TextFrame, checked_texts, last_states
 from qwen3fast.engine.threads import on_live_threads
-from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text_model import TextModel
 
 
-class Classifier:
+class Classifier(TextModel):
     """Gives texts labels with a fine-tuned Qwen3 that has a score head.
 
     Attributes:
@@ -38,38 +38,17 @@ class Classifier:
 
         Raises: ValueError for a max_length the model cannot have.
         """
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        super().__init__(model, tokenizer, max_length)
         self.labels, self.is_multi_label = head.labels, head.is_multi_label
-        self.max_length = checked_max_length(max_length, model.config)
         self._frame = TextFrame(tokenizer)
         self._head_LE = head.weight_LE.to(model.model.norm.weight.device)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        max_length: int | None = None,
-        revision: str | None = None,
-        check_weights: bool = False,
-        threads: int | None = None,
-    ) -> Classifier:
-        """Load a model, its score head and its tokenizer.
-
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
-        or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
-        core. The score head stays in float32.
-        Raises: FileNotFoundError or ValueError, saying what was wrong and what to do.
-        """
-        checked_source(source, quantization, revision, check_weights=check_weights)
+    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
         head = find_score_head(source, revision)
         if head is None:
             raise ValueError(f"{str(source)!r} has no score head; a Classifier needs a {ARCHITECTURE}")
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights, threads)
-        return cls(*parts, head, max_length=max_length)
+        return {"head": head}
 
     def logits(self, texts: str | Iterable[str], *, batch_size: int = 8, progress: bool = False) -> Tensor:
         """Return the scores of each text, (N, L) float32, in the order of the texts.

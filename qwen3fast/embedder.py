@@ -11,23 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.checkpoint.sentence_transformers import SentenceSettings, find_sentence_settings
-from qwen3fast.checks import checked_flag, checked_integer, checked_source, checked_text
-from qwen3fast.engine.last_token import TextFrame, checked_max_length, checked_texts, last_states, token_id
+from qwen3fast.checks import checked_flag, checked_integer, checked_text
+from qwen3fast.engine.last_token import TextFrame, checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
-from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text_model import TextModel
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-class Embedder:
+class Embedder(TextModel):
     """A Qwen3-Embedding model, or any other dense Qwen3 with a tokenizer, that computes vectors of texts.
 
     Attributes:
@@ -50,37 +50,16 @@ class Embedder:
         Raises: ValueError for a max_length beyond the model's, or, without settings, a tokenizer without an end-of-text
         token.
         """
-        self.model, self.config, self.tokenizer, self.settings = model, model.config, tokenizer, settings
         if max_length is None and settings is not None and settings.max_length is not None:
             max_length = min(settings.max_length, model.config.max_position_embeddings)
-        self.max_length = checked_max_length(max_length, model.config)
+        super().__init__(model, tokenizer, max_length)
+        self.settings = settings
         self._frame = TextFrame(tokenizer) if settings is not None else None
         self._end_id = token_id(tokenizer, END_OF_TEXT) if settings is None else None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        max_length: int | None = None,
-        revision: str | None = None,
-        check_weights: bool = False,
-        threads: int | None = None,
-    ) -> Embedder:
-        """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B".
-
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes the
-        value of sentence-transformers' files, otherwise 8192, or as many tokens as the model has positions. threads:
-        CPU threads, for the whole process; None takes one per core.
-        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
-        """
-        checked_source(source, quantization, revision, check_weights=check_weights)
-        settings = find_sentence_settings(source, revision)
-        parts = load_model_and_tokenizer(source, device, dtype, quantization, revision, False, check_weights, threads)
-        return cls(*parts, max_length=max_length, settings=settings)
+    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
+        return {"settings": find_sentence_settings(source, revision)}
 
     def encode(
         self,

@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
 
         Args:
             pretrained: the checkpoint, as `Generator.from_pretrained` takes it.
-            device: None chooses one. So does "cuda:0", which the harness passes if it is told nothing, without a GPU.
+            device: None chooses one. So does "cuda:0", the harness' default, where there is no GPU.
             batch_size: requests that run at once; "auto" is 8. max_batch_size: the same, if given.
             max_length: tokens of context and continuation that the model sees, at most; longer contexts lose their
                 beginning. None takes 4096, or as many as the model has positions.

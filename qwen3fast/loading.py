@@ -1,8 +1,7 @@
-"""Loading for `from_pretrained` of Generator, Embedder and Reranker: small files, which may be damaged, come first."""
+"""Loading for `Generator.from_pretrained`: small files, which may be damaged, come first."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,9 @@ from qwen3fast.checkpoint import (
     find_tokenizer,
     load_model,
     read_generation_config,
-    read_tokenizer,
     resolve_source,
 )
 from qwen3fast.checks import checked_flag, checked_source
-from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
 from qwen3fast.sampling_params import SamplingParams
@@ -60,32 +57,6 @@ def load(
         adapter=adapter, check_weights=check_weights, ranks=ranks,
     )  # fmt: skip
     return Loaded(model, tokenizer, generation_config, folder, ranks)
-
-
-def load_model_and_tokenizer(
-    source: str | Path,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    quantization: str | None,
-    revision: str | None,
-    output_projection: bool,
-    check_weights: bool = False,
-    threads: int | None = None,
-) -> tuple[Qwen3, Tokenizer]:
-    """Return a model, loaded by `load_model`, and its tokenizer, which is read first.
-
-    Raises: FileNotFoundError; ValueError, also for random weights, which have no tokenizer.
-    """
-    checked_source(source, quantization, revision, check_weights=check_weights)
-    use_threads(threads)  # before loading, which quantizes
-    if str(source).startswith("random:"):
-        raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
-    folder = resolve_source(source, revision)
-    tokenizer = read_tokenizer(folder)
-    load_there = partial(
-        load_model, quantization=quantization, output_projection=output_projection, check_weights=check_weights
-    )
-    return on_live_threads(load_there, folder, device, dtype), tokenizer
 
 
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:

@@ -4,25 +4,26 @@ The model reads query and document together and is asked for "yes" or "no"; the 
 relative to "no", as the next token. Nothing is generated: only these two rows of the output projection are computed.
 Source: the model cards of Qwen3-Reranker-0.6B, 4B and 8B; Qwen3 Embedding report, arXiv:2506.05176, section 2.
 
-N documents   E hidden_size   L labels: "no" and "yes", or those of a score head
+N documents   E hidden_size   L labels: "no" and "yes", or a score head's
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head
-from qwen3fast.checks import checked_source, checked_text
-from qwen3fast.engine.last_token import checked_max_length, checked_texts, last_states, token_id
+from qwen3fast.checks import checked_text
+from qwen3fast.engine.last_token import checked_texts, last_states, token_id
 from qwen3fast.engine.threads import on_live_threads
-from qwen3fast.loading import load_model_and_tokenizer
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text_model import TextModel
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 PREFIX = (
@@ -32,7 +33,7 @@ PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # empty reasoning: the answer comes at once
 
 
-class Reranker:
+class Reranker(TextModel):
     """A Qwen3-Reranker model, or any other dense Qwen3 with a tokenizer, that scores documents against a query.
 
     A model converted to Qwen3ForSequenceClassification reads the same prompt; its score head takes the place of "yes"
@@ -51,8 +52,7 @@ class Reranker:
         Raises: ValueError for a max_length beyond the model's, a tokenizer without the tokens "yes" and "no" where
         there is no score head, or a head of more than two labels.
         """
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        self.max_length = checked_max_length(max_length, model.config)
+        super().__init__(model, tokenizer, max_length)
         self._prefix, self._suffix = tokenizer.encode(PREFIX), tokenizer.encode(SUFFIX)
         if score_head is None:
             no_yes = [token_id(tokenizer, "no"), token_id(tokenizer, "yes")]
@@ -63,31 +63,12 @@ class Reranker:
             raise ValueError(f"the score head has {len(score_head.labels)} labels; a Reranker takes one or two")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        max_length: int | None = None,
-        revision: str | None = None,
-        check_weights: bool = False,
-        threads: int | None = None,
-    ) -> Reranker:
-        """Load a model and its tokenizer, such as "Qwen/Qwen3-Reranker-0.6B".
+    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
+        return {"score_head": find_score_head(source, revision)}
 
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`. max_length: None takes 8192,
-        or as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per
-        core.
-        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint.
-        """
-        checked_source(source, quantization, revision, check_weights=check_weights)
-        head = find_score_head(source, revision)
-        parts = load_model_and_tokenizer(
-            source, device, dtype, quantization, revision, head is None, check_weights, threads
-        )
-        return cls(*parts, max_length=max_length, score_head=head)
+    @classmethod
+    def _needs_output_projection(cls, own: dict[str, Any]) -> bool:
+        return own["score_head"] is None
 
     def score(
         self,
@@ -150,6 +131,5 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
     if isinstance(head, QuantizedLinear):
-        row_RE: Tensor = QuantizedEmbedding(head, torch.float32)(id_R)
-        return row_RE
+        return head.rows(id_R)
     return head.weight[id_R].float()

@@ -151,7 +151,7 @@ class SamplingParams:
 
     @property
     def is_structured(self) -> bool:
-        """Whether a schema, a pattern or a grammar shapes the reply."""
+        """True if a schema, a pattern or a grammar shapes the reply."""
         return self.json_schema is not None or self.regex is not None or self.grammar is not None
 
     def _check_number(self, name: str, low: float, high: float, note: str = "", allowed: str = "") -> None:

@@ -1,9 +1,12 @@
-"""Benchmark records made up for tests: no model, no clock."""
+"""Benchmark records made up for tests, and probes that take no time."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from qwen3fast.bench import probes
 from qwen3fast.bench.record import Case, Record
 
 ENVIRONMENT = {
@@ -38,3 +41,10 @@ def make_record(*cases: Case, utc: str = "2026-01-02T03:04:05Z", commit: str | N
     fields = {"suite": "cache", "run": run, "environment": dict(ENVIRONMENT), "model": dict(MODEL)}
     fields |= {"cases": list(cases), "checks": checks, "conditions": conditions}
     return Record(**fields | changes)
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Probes that tell a speed without taking the time to measure it well."""
+    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from torch import Tensor
 
 from qwen3fast import Generator
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.engine import Engine
+from qwen3fast.engine.compile import CompileMode
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.text.tokenizer import Tokenizer
 
 os.environ.setdefault("QWEN3FAST_FORMS", "first")  # what a test runs must not depend on what is fast on a machine
@@ -123,6 +128,34 @@ def randomised(config: ModelConfig, seed: int = 0) -> Qwen3:
     model = Qwen3(config)
     fill_randomly(model, seed)
     return model
+
+
+def engine_of(
+    model: Qwen3,
+    rows: int = 3,
+    positions: int = 256,
+    cache_dtype: torch.dtype | None = None,
+    compile: CompileMode = False,
+    **options,
+) -> Engine:
+    """An engine with a cache of this size, of the model's dtype unless told otherwise. options: of Engine."""
+    weight = model.model.norm.weight
+    cache = StaticKVCache(model.config, rows, positions, cache_dtype or weight.dtype, weight.device)
+    return Engine(model, cache, weight.device, compile, **options)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what comes at once on a machine that nobody else uses."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def slowly(logits_V: Tensor, output_T: Tensor) -> Tensor:
+    """A logits processor that changes only the time a token takes: its reply still runs when it is looked at."""
+    time.sleep(0.002)
+    return logits_V
 
 
 def random_tensor(*shape: int, seed: int = 0) -> Tensor:

@@ -63,6 +63,7 @@ def write_gguf(
     *,
     tokenizer_folder: Path | None = None,
     pre: str = "qwen3fast-tiny",
+    architecture: str | None = None,
     change: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
     tensors: dict[str, Tensor] | None = None,
     **options: Any,
@@ -72,7 +73,8 @@ def write_gguf(
     change: what to do to the writer before tensors come. tensors: those to write instead of the model's.
     Returns: what was written under each name, and its type.
     """
-    writer = gguf.GGUFWriter(file, "qwen3moe" if model.config.num_experts else "qwen3", **options)
+    architecture = architecture or ("qwen3moe" if model.config.num_experts else "qwen3")
+    writer = gguf.GGUFWriter(file, architecture, **options)
     add_config(writer, model.config)
     if tokenizer_folder is not None:
         add_tokenizer(writer, tokenizer_folder, model.config.vocab_size, pre)

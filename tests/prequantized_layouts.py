@@ -58,7 +58,7 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight rows each half byte of a 
 
 def fp8_layer(rng: np.random.Generator, N: int, K: int, scale_dtype=torch.float32) -> tuple[dict[str, Tensor], Tensor]:
     """Tensors of a layer, and its weight in float64."""
-    number = torch.from_numpy(rng.normal(size=(N, K)) * 100).float().to(torch.float8_e4m3fn)
+    number = torch.from_numpy(rng.normal(size=(N, K)) * 100).float().clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.from_numpy(rng.uniform(0.5, 1.5, (-(-N // 128), -(-K // 128))) * K**-0.5 / 100).to(scale_dtype)
     weight = number.double()
     for n in range(N):
@@ -105,7 +105,7 @@ def compressed_layer(rng: np.random.Generator, N: int, K: int, config: dict) -> 
     """Tensors of a layer of compressed-tensors, and its weight in float64."""
     weights, layout = config["config_groups"]["group_0"]["weights"], config["format"]
     if layout == "float-quantized":
-        number = torch.from_numpy(rng.normal(size=(N, K)) * 100).float().to(torch.float8_e4m3fn)
+        number = torch.from_numpy(rng.normal(size=(N, K)) * 100).float().clamp(-448, 448).to(torch.float8_e4m3fn)
         shape = {"tensor": (1,), "channel": (N, 1), "block": (-(-N // 128), -(-K // 128))}[weights["strategy"]]
         scale = torch.from_numpy(rng.uniform(0.5, 1.5, shape) * K**-0.5 / 100).bfloat16()
         place = {"tensor": lambda n, k: 0, "channel": lambda n, k: (n, 0), "block": lambda n, k: (n // 128, k // 128)}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -20,20 +18,12 @@ from conftest import randomised, small_config
 from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
+from qwen3fast.server import background
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import bind
 from qwen3fast.server.models import AnyModel
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
-
-
-def wait_until(condition) -> None:
-    """Wait for something that happens soon."""
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it did not happen")
 
 
 @contextmanager
@@ -47,23 +37,15 @@ def running(
 
     send_buffer: bytes that the system takes from the server before the client reads.
     """
-    app = app or create_app(models, options)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
-    server, listening = uvicorn.Server(config), bind(config, app.state.server.options.send_timeout_s)
-    if send_buffer is not None:
+
+    def bind_with_buffer(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
+        listening = bind(config, send_timeout_s)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-        assert thread.is_alive(), "the server ended before it listened"
-    port = listening.getsockname()[1]
-    try:
+        return listening
+
+    patch = nullcontext() if send_buffer is None else mock.patch.object(background, "bind", bind_with_buffer)
+    with patch, background.in_background(app or create_app(models, options)) as port:
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        listening.close()
 
 
 @pytest.fixture(scope="session")

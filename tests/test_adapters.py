@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config, write_text_checkpoint
-from serving import wait_until
+from conftest import assert_near, randomised, small_config, wait_until, write_text_checkpoint
 from test_lora import ALL, ATTENTION, delta, modules_of, write_adapter
 from torch import nn
 

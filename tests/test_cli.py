@@ -8,9 +8,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from bench_fakes import quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import Generator
-from qwen3fast.bench import harness, measure, probes, self_test
+from qwen3fast.bench import harness, measure, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, program
@@ -206,13 +207,6 @@ def test_info_states_experts_without_making_them(capsys):
     out = capsys.readouterr().out
     assert "30,532,122,624, 3,041,867,776 of them active per token" in out
     assert "6.084 GB of weights" in out and "128, 8 per token, of 768" in out
-
-
-@pytest.fixture
-def quick_probes(monkeypatch, one_thread):
-    """Probes that tell a speed without taking the time to measure it well."""
-    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
 
 
 @pytest.mark.usefixtures("quick_probes")

@@ -33,6 +33,7 @@ ORDER = [
     "options",
     "scheduling",
     "loading",
+    "text_model",
     "embedder",
     "reranker",
     "classifier",

@@ -49,12 +49,14 @@ def product_cases() -> Iterator[Case]:
         x, weight = bfloat16(M, K), bfloat16(N, K)
         yield "plain", (M, N, K), (x, weight), F.linear(x.float(), weight.float())
     zeros = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
-    for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros):
+    short = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
+    for format in (FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], zeros, short):
+        K = 256 if format is short else 96
         for name, M in (("linear", 1), ("linear", 4), ("linear", 11), ("tiles", 33)):
-            x, packed = bfloat16(M, 96), quantize(torch.randn(48, 96), format)
+            x, packed = bfloat16(M, K), quantize(torch.randn(48, K), format)
             expected = F.linear(x.float(), format.dequantize(packed).float())
             linear = packed_linear(*packed)
-            yield name, (M, 48, 96, linear.bits, linear.span, linear.record), (x, *packed), expected
+            yield name, (M, 48, K, linear.bits, linear.span, linear.record), (x, *packed), expected
     x, weight = bfloat16(33, 96), bfloat16(48, 96)
     yield "tiles", (33, 48, 96, 16, 0, 0), (x, weight, NONE), F.linear(x.float(), weight.float())
 
@@ -68,7 +70,7 @@ def attention_cases() -> Iterator[Case]:
         if is_rounded:
             (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
             keys, values, scales = k * k_scale[..., None], v * v_scale[..., None], (k_scale, v_scale)
-        for name, tokens in (("decode", 1), ("prefill", 40)):
+        for name, tokens in (("decode", 1), ("prefill", 40), ("tiledpre", 40)):
             q, position = bfloat16(1, tokens, H, D), torch.arange(100, 100 + tokens)
             mask = torch.arange(S) <= position[:, None]
             heads = q.transpose(1, 2).float()

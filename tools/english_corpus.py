@@ -1,7 +1,7 @@
 """The corpus of tools/train_english.py: English prose of Debian packages, split by document, and its tokenizer.
 
 Writes into a folder: train.txt and held_out.txt (documents between <|endoftext|> lines), sources.json, tokenizer.json,
-and the token ids as train.bin and held_out.bin (uint16). What is there already is kept.
+and the token ids as train.bin and held_out.bin (uint16). Existing files are kept.
 """
 
 from __future__ import annotations

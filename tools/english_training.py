@@ -1,8 +1,8 @@
 """The training of tools/train_english.py: the model, its optimizers, the schedule by time, and the checkpoint.
 
 The learning rate depends on the share of the given hours that has passed, so a run ends on time on any machine: a
-short warmup, a constant rate, and a linear decay to 0 over the last quarter. A run that was stopped continues from its
-checkpoint.
+short warmup, a constant rate, and a linear decay to 0 over the last quarter. Hours are the processor time of a thread:
+pauses do not count. A run that was stopped continues from its checkpoint.
 
 B sequences   T tokens of a sequence
 """
@@ -135,20 +135,23 @@ class Run:
 
     def train(self, ids: np.ndarray, held_out: np.ndarray, args: Any, export: Any) -> None:
         """Train until the hours have passed; every args.save_minutes, measure, write the checkpoint and call export."""
-        state, limit_s, rows = self.state, args.hours * 3600, args.batch_tokens // LENGTH
-        bar = tqdm(total=round(limit_s), initial=round(state.seconds), desc="training", unit="s", mininterval=5)
+        state, rows, threads = self.state, args.batch_tokens // LENGTH, torch.get_num_threads()
+        limit_s = args.hours * 3600 * threads
+        bar = tqdm(total=round(limit_s), initial=round(state.cpu_seconds), desc="training", unit="s", mininterval=5)
         recent: list[float] = []
         begun, before, saved = time.monotonic(), state.seconds, state.seconds
         cpu_before = state.cpu_seconds - time.process_time()
-        while state.seconds < limit_s:
+        while state.cpu_seconds < limit_s:
             batch = batch_at(ids, state.step, rows, self.seed)
-            recent.append(train_step(self.model, self.optimizers, batch, scale_at(state.step, state.seconds / limit_s)))
+            recent.append(
+                train_step(self.model, self.optimizers, batch, scale_at(state.step, state.cpu_seconds / limit_s))
+            )
             state.step, state.tokens = state.step + 1, state.tokens + rows * LENGTH
             state.seconds = before + time.monotonic() - begun
             state.cpu_seconds = cpu_before + time.process_time()
             bar.set_postfix(step=state.step, loss=f"{recent[-1]:.3f}", refresh=False)
-            bar.update(min(round(state.seconds), bar.total) - bar.n)
-            if state.seconds - saved > args.save_minutes * 60 or state.seconds >= limit_s:
+            bar.update(min(round(state.cpu_seconds), bar.total) - bar.n)
+            if state.seconds - saved > args.save_minutes * 60 or state.cpu_seconds >= limit_s:
                 saved = state.seconds
                 self._note(sum(recent) / len(recent), held_out_loss(self.model, held_out, args.eval_tokens))
                 bar.write(str(state.curve[-1]))

@@ -42,10 +42,11 @@ bool run(const std::string& name, const std::vector<int64_t>& n, std::vector<std
     const Linear weight{as<void>(a[1]), as<void>(a[2]), n[1], n[2], n[3], n[4], n[5]};
     const auto operation = name == "linear" ? qwen3fast_quantized_linear : qwen3fast_tile_linear;
     operation(as<BFloat16>(a[0]), &weight, 1, y, n[0], 1);
-  } else if (name == "decode" || name == "prefill") {
+  } else if (name == "decode" || name == "prefill" || name == "tiledpre") {
     const Cache cache{as<void>(a[1]), as<void>(a[2]), as<float>(a[3]), as<float>(a[4])};
     const BFloat16* q = as<BFloat16>(a[0]);
     const int64_t* position = as<int64_t>(a[5]);
+    qwen3fast_use_tiles(name == "tiledpre");
     if (name == "decode")
       qwen3fast_decode_attention(q, &cache, position, y, n[0], n[1], n[2], n[3], n[4], 1);
     else

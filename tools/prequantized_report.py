@@ -99,7 +99,8 @@ def load_layout(config: dict[str, object], N: int, K: int) -> Loaded:
     layer = PrequantizedLayer(stored, (N, K), tensors)
     assert stored.loaded_as is not None, "these layouts are quantized"
     format = stored.as_format(get_format(stored.loaded_as))
-    return Loaded(format, layer.packed(format), layer.plain(torch.float32), file_bytes)
+    order_K, exact = layer.input_order(format), layer.plain(torch.float32)
+    return Loaded(format, layer.packed(format, order_K), exact if order_K is None else exact[:, order_K], file_bytes)
 
 
 def product_times(

@@ -31,7 +31,7 @@ FINAL_TOKENS = 65_536  # of held-out text, for the perplexity in the README
 
 
 def export(run: Run, folder: Path, sources: list[dict[str, Any]], command: str, tokens: int) -> None:
-    """Write the checkpoint in Hugging Face layout, in bfloat16, with what is known about it."""
+    """Write the checkpoint in Hugging Face layout, in bfloat16, with a model card."""
     model = Qwen3(CONFIG)
     model.load_state_dict(run.model.state_dict())
     model = model.to(torch.bfloat16).requires_grad_(False)
@@ -97,7 +97,12 @@ def main() -> None:
     """Parse the command line, make the corpus and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; texts there are used again")
-    parser.add_argument("--hours", type=float, default=2.0, help="of training in all; the learning rate ends at 0 then")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        default=2.0,
+        help="of training in all, each thread's processor time; the learning rate ends at 0 then [%(default)s]",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak; half of it for embeddings [%(default)s]")

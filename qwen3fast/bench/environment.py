@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwen3fast._version import __version__
+from qwen3fast.kernels.cpu.levels import cpu_info, processor_features
 
 # Instruction sets that inference uses.
 NOTED_FLAGS = (
@@ -70,24 +71,16 @@ def git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
     return done.stdout.strip()
 
 
-def _cpu_info(field: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
-
-
 def _cpu_model() -> str:
-    name = _cpu_info("model name") or platform.processor() or platform.machine()
-    family, model = _cpu_info("cpu family"), _cpu_info("model")
+    name = cpu_info("model name") or platform.processor() or platform.machine()
+    family, model = cpu_info("cpu family"), cpu_info("model")
     # The name may be no more than a brand in virtual machines.
     return f"{name}, family {family} model {model}" if family and model else name
 
 
 def cpu_flags() -> set[str]:
     """Return the instruction sets of the processor, in Linux's names; empty elsewhere."""
-    return set((_cpu_info("flags") or _cpu_info("Features") or "").split())
+    return set(processor_features().split())
 
 
 def _cpu_caches(cpu: Path = Path("/sys/devices/system/cpu/cpu0")) -> dict[str, str]:

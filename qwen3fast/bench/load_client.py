@@ -1,9 +1,9 @@
-"""A program that puts load on a server and tells when each event came; Python's standard library alone, to start fast.
+"""A program that puts load on a server and times each event; with Python's standard library alone, to start fast.
 
 Closed loop: each client sends its next request when its last reply has ended. Standard input: a JSON object with port,
-path, clients, and bodies (a JSON object per request). Standard output: one JSON list per request, in their order:
-status, and pairs of seconds since the request was sent and an event's data, in seconds of this process's clock.
-What comes is only kept while replies run, and parsed when all have ended.
+path, clients, and bodies (a JSON object per request). Standard output: a JSON list with
+the result of `parse` for each request, in their order, in seconds of this process's clock. Received bytes are only
+stored while replies run, and parsed when all have ended.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parse(sent: float, reads: list[tuple[float, bytes]]) -> dict[str, Any]:
 
 
 async def run(port: int, path: str, clients: int, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Send all requests. Returns what `parse` tells of each reply."""
+    """Send all requests. Returns the result of `parse` for each reply."""
     replies: dict[int, tuple[float, list[tuple[float, bytes]]]] = {}
     requests = [request_bytes(path, body) for body in bodies]
     waiting = iter(range(len(requests)))

@@ -145,7 +145,7 @@ def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sam
     token_ids = []
     for row, prompt in zip(rows, prompts, strict=True):
         logits_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+        engine.set_row(row, len(prompt))
         token_ids.append(engine.sample_first(row, logits_1V, StepKind()).tokens)
     times = [time.perf_counter()]
     launched = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,14 +25,7 @@ class BandwidthProbe:
 
     def measure(self, repetitions: int = 2) -> float:
         """Return GB/s, the median of some runs."""
-        rates = []
-        for _ in range(repetitions):
-            synchronize(self._device)
-            started = time.perf_counter()
-            self._buffer.sum()
-            synchronize(self._device)
-            rates.append(self._buffer.nbytes / (time.perf_counter() - started) / 1e9)
-        return median(rates)
+        return median_rate(self._buffer.sum, self._buffer.nbytes / 1e9, repetitions, self._device)
 
 
 class GemmProbe:
@@ -48,15 +42,13 @@ class GemmProbe:
 
     def measure(self, repetitions: int = 3) -> float:
         """Return FLOP/s, the median of some runs."""
-        rates = []
-        for _ in range(repetitions):
-            synchronize(self._device)
-            started = time.perf_counter()
+
+        def products() -> None:
             for _ in range(8):
                 F.linear(self._x, self._weight)
-            synchronize(self._device)
-            rates.append(8 * 2 * self._x.numel() * self._weight.shape[0] / (time.perf_counter() - started))
-        return median(rates)
+
+        flop = 8 * 2 * self._x.numel() * self._weight.shape[0]
+        return median_rate(products, flop, repetitions, self._device)
 
 
 class PeakMemory:
@@ -83,6 +75,18 @@ class PeakMemory:
             return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
         except (OSError, StopIteration):
             return None
+
+
+def median_rate(work: Callable[[], object], amount: float, repetitions: int, device: torch.device) -> float:
+    """Return the amount of work that a device does per second, the median of some runs. amount: of one run."""
+    rates = []
+    for _ in range(repetitions):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        rates.append(amount / (time.perf_counter() - started))
+    return median(rates)
 
 
 def synchronize(device: torch.device) -> None:

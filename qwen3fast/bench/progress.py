@@ -31,7 +31,7 @@ class Progress:
         self.end: float | None = None  # on the clock: when the run ends at the latest
         self._is_shown, self._stream, self._clock = is_shown, stream, clock
         self._line_every_s = line_every_s
-        self._started, self._told, self._is_open = clock(), float("-inf"), False
+        self._started, self._printed_s, self._is_open = clock(), float("-inf"), False
 
     def expect(self, work: float) -> None:
         """Raise the total to include this much work beyond the work done."""
@@ -47,8 +47,8 @@ class Progress:
         if stream.isatty():
             self._is_open = True
             print(f"\r{line}\x1b[K", end="", file=stream, flush=True)
-        elif self._clock() - self._told >= self._line_every_s:
-            self._told = self._clock()
+        elif self._clock() - self._printed_s >= self._line_every_s:
+            self._printed_s = self._clock()
             print(line, file=stream, flush=True)
 
     def close(self) -> None:

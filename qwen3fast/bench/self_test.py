@@ -123,7 +123,7 @@ def check_on_fake_clock() -> list[Finding]:
     findings.append(_near("A, slowest ms", 50.0, case_p99(record), 1e-9))
     findings.append(_ratio_is_two(record, 1e-9))
     told = any("bandwidth moved between 10 and 20 GB/s" in reason for reason in record.noise)
-    findings.append(Finding("slower memory is told", "yes", "yes" if told else "no", told))
+    findings.append(Finding("slower memory is reported", "yes", "yes" if told else "no", told))
     return findings
 
 

@@ -88,7 +88,7 @@ class Reply:
 
     @property
     def is_good(self) -> bool:
-        """Whether it kept within the limits of goodput."""
+        """True if it kept within the limits of goodput."""
         return self.ttft_s <= MAX_TTFT_S and max(self.gaps_s, default=0.0) <= MAX_GAP_S
 
 

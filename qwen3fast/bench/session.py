@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Group, Harness, Measurement, Task
-from qwen3fast.bench.measure import Workbench, is_cached, is_compiled, make_prompts
+from qwen3fast.bench.measure import Workbench, is_cached, is_compiled, make_prompts, with_graphs
 from qwen3fast.bench.options import Options, label_of, split_format
 from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 from qwen3fast.bench.progress import in_words
@@ -97,6 +97,17 @@ class Session:
     def label(self, format: str) -> str:
         """Return the format's name in tables."""
         return label_of(format, self.dtype)
+
+    def compare_formats(self, mode: str, shapes: Sequence[tuple[int, int]], **labels: Label) -> None:
+        """Measure a mode at each (context, batch size) of `shapes`; the formats take turns."""
+        o, mode = self.options, with_graphs(mode, self.device)
+        benches = {f: self.workbench(f, (mode,), o.contexts, max(o.batch_sizes), o.new_tokens) for f in o.formats}
+        groups = []
+        for context, size in shapes:
+            tasks = [self.task(b, mode, f, context, size, o.new_tokens, **labels) for f, b in benches.items()]
+            groups.append(Group(f"{context:,} tokens, batch {size}", tasks))
+        sizes = dict.fromkeys(size for _, size in shapes)
+        self.execute([Preparation(bench, mode, f, size) for f, bench in benches.items() for size in sizes], groups)
 
     def execute(self, preparations: Sequence[Preparation], groups: Sequence[Group]) -> None:
         """Announce the expected time; compile and check all modes; measure the groups, cheapest first.

@@ -123,14 +123,17 @@ def as_csv(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
+def line_of(record: Record, metric: str, axis: str, **wanted: Label) -> dict[int, float]:
+    """Return value of the label `axis` -> median of a metric, over the cases with all of `wanted`."""
+    cases = [case for case in record.cases if wanted.items() <= case.labels.items() and metric in case.metrics]
+    return {int(case.labels[axis]): case.metrics[metric].median for case in cases}
+
+
 def medians(record: Record, metric: str, axis: str, **wanted: Label) -> dict[str, dict[int, float]]:
-    """Return format -> value of the label `axis` -> median of a metric, over the cases with all of `wanted`."""
-    lines: dict[str, dict[int, float]] = {}
-    for case in record.cases:
-        if wanted.items() <= case.labels.items() and metric in case.metrics:
-            line = lines.setdefault(str(case.labels["format"]), {})
-            line[int(case.labels[axis])] = case.metrics[metric].median
-    return lines
+    """Return format -> `line_of` its cases, for the formats that have any."""
+    formats = dict.fromkeys(str(case.labels["format"]) for case in record.cases)
+    lines = {format: line_of(record, metric, axis, format=format, **wanted) for format in formats}
+    return {format: line for format, line in lines.items() if line}
 
 
 def where_measured(record: Record) -> str:

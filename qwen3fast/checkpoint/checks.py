@@ -9,7 +9,7 @@ from torch import Tensor
 
 # In safetensors' names. Other dtypes (integers, booleans, float8) have a meaning that a conversion would ignore.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PACKED = {"U8": torch.uint8, **FLOATS}
+PACKED = {"U8": torch.uint8, "I32": torch.int32, **FLOATS}
 CHECKED_AT_ONCE = 2**22  # elements: the intermediate results of a pass stay small
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

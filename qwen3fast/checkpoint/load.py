@@ -14,8 +14,10 @@ from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Ranks, connect
-from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_experts, quantize_model
+from qwen3fast.quantization.ordered import add_empty_orders
 
 
 def load_model(
@@ -93,8 +95,7 @@ def empty_model(source: Path) -> Qwen3:
     if source.is_file():
         header = read_header(source)
         model = build_on_meta(config_of(header))
-        wanted = DEQUANTIZE if model.config.num_experts else None  # experts are loaded plain only
-        replace_layers(model, choose_formats(header, model.config, wanted), model.config.dtype)
+        replace_layers(model, choose_formats(header, model.config, None), model.config.dtype)
         return model
     stored = CheckpointConfig.from_folder(source)
     format, kept = (
@@ -106,7 +107,12 @@ def empty_model(source: Path) -> Qwen3:
         format, kept = theirs.as_format(get_format(theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
     if format is not None:
+        has_orders = theirs is not None and theirs.has_scattered_groups and theirs.loaded_as != "int8"
+        for name in [n for n, module in model.named_modules() if has_orders and isinstance(module, Experts)]:
+            quantize_experts(model, "int8", name)
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
+        if has_orders:
+            add_empty_orders(model)
     if stored.quantization is not None:
         use_stored_formats(model, source)
     return model

@@ -16,6 +16,7 @@ from qwen3fast.model import Qwen3
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import Format
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.quantization.uint4 import Layout, is_layout
 
 
@@ -27,22 +28,23 @@ class StoredScale(NamedTuple):
 
 
 def use_stored_formats(model: Qwen3, folder: Path) -> None:
-    """Replace empty quantized layers of a model (on meta) whose scales in the folder are another format's.
+    """Replace empty quantized layers of a model (on meta) that the folder holds in another format, or with an order.
 
     Raises: FileNotFoundError or ValueError for missing or damaged files.
     """
-    scales = _scales_in(folder)
+    scales, ordered = _scales_in(folder)
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding) or f"{name}.weight_scale" not in scales:
             continue
         stored = scales[f"{name}.weight_scale"]
         sizes = module.weight_packed.shape[0] * 16, module.weight_packed.shape[1] * 32 // module.format.bits
         format = _format_of(stored, sizes, module.format)
-        if format is None:
+        if format is None and name not in ordered:
             continue
+        format = format or module.format
         linear = QuantizedLinear(format.empty(*sizes, "meta"), format, getattr(module, "bias", None))
         if isinstance(module, QuantizedLinear):
-            model.set_submodule(name, linear)
+            model.set_submodule(name, OrderedLinear.empty_like(linear) if name in ordered else linear)
             continue
         model.set_submodule(name, QuantizedEmbedding(linear, module.dtype))
         if model.config.tie_word_embeddings:
@@ -61,15 +63,18 @@ def _format_of(stored: StoredScale, sizes: tuple[int, int], own: Format) -> Form
     return None
 
 
-def _scales_in(folder: Path) -> dict[str, StoredScale]:
-    found = {}
+def _scales_in(folder: Path) -> tuple[dict[str, StoredScale], set[str]]:
+    """Return the scales in the files by layer, and the layers that have an order of input channels."""
+    found, ordered = {}, set()
     for file, names in tensors_by_file(folder).items():
         with open_tensors(file) as tensors:
             for name in {*names} & {*tensors.keys()}:
                 if name.endswith(".weight_scale"):
                     stored = tensors.get_slice(name)
                     found[name] = StoredScale(tuple(stored.get_shape()), stored.get_dtype())
-    return found
+                elif name.endswith(".input_order"):
+                    ordered.add(name.removesuffix(".input_order"))
+    return found, ordered
 
 
 def formats_in(model: nn.Module) -> list[str]:

@@ -11,7 +11,6 @@ from qwen3fast.checkpoint import read_config
 from qwen3fast.checks import checked_text
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
-from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
 from qwen3fast.options import GeneratorOptions
 from qwen3fast.quantization import DEQUANTIZE
@@ -83,7 +82,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
     """Return the Generator of the options, warmed up with --compile always. Raises: as `from_pretrained`."""
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
-        max_seq_len = min(GeneratorOptions.max_seq_len, config_of(args.model, args.revision).longest_context)
+        max_seq_len = min(GeneratorOptions.max_seq_len, read_config(args.model, args.revision).longest_context)
     has_terminal = sys.stderr is not None and sys.stderr.isatty()
     generator = Generator.from_pretrained(
         args.model,
@@ -112,11 +111,6 @@ def num_processes() -> int:
             f"the environment's WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}"
         )
     return int(size)
-
-
-def config_of(model: str, revision: str | None) -> ModelConfig:
-    """Return the config of a model without its weights. Raises: FileNotFoundError or ValueError."""
-    return read_config(model, revision)
 
 
 def _model(text: str) -> str:

@@ -6,8 +6,8 @@ import argparse
 
 import torch
 
-from qwen3fast.checkpoint import empty_model, read_checkpoint_config, resolve_source
-from qwen3fast.cli.arguments import add_source_arguments, config_of
+from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_config, resolve_source
+from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.cli.console import replace_surrogates
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.kernels import forms, forms_file
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table. Returns: the exit status."""
     prequantized = None
     if args.model.startswith("random:"):
-        model = build_on_meta(config_of(args.model, args.revision))
+        model = build_on_meta(read_config(args.model, args.revision))
     else:
         source = resolve_source(args.model, args.revision)
         prequantized, model = read_checkpoint_config(source).prequantized, empty_model(source)

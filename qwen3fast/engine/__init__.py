@@ -7,6 +7,6 @@ last_token.py stand alone.
 
 from qwen3fast.engine.distributed import lead_or_follow
 from qwen3fast.engine.engine import Engine
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 
-__all__ = ["Engine", "StepKind", "lead_or_follow"]
+__all__ = ["Engine", "RowSampling", "StepKind", "lead_or_follow"]

@@ -29,11 +29,11 @@ class AdaptedLinear(nn.Module):
     """A linear layer of any kind, to whose output each batch row's adapter is added.
 
     A call of one token per row is a decode step: row b has the adapter in slot decode_slot_R[b]. A call of more tokens
-    is a part of one prompt, with the adapter in slot chunk_slot_1.
+    per row is a part of one prompt per row: row b has the adapter in slot chunk_slot_R[b].
     """
 
     def __init__(self, base: Any, slots: int, rank: int, dtype: torch.dtype, rows: tuple[Tensor, Tensor]) -> None:
-        """base: the layer. dtype: of activations. rows: decode_slot_R and chunk_slot_1, int64, of the engine."""
+        """base: the layer. dtype: of activations. rows: decode_slot_R and chunk_slot_R, int64, of the engine."""
         super().__init__()
         device = rows[0].device
         self.base = base
@@ -43,7 +43,7 @@ class AdaptedLinear(nn.Module):
         self.lora_B = nn.Parameter(
             torch.zeros(slots, rank, base.out_features, dtype=dtype, device=device), requires_grad=False
         )
-        for name, slot in zip(("decode_slot_R", "chunk_slot_1"), rows, strict=True):
+        for name, slot in zip(("decode_slot_R", "chunk_slot_R"), rows, strict=True):
             self.register_buffer(name, slot, persistent=False)
 
     def forward(self, x_BTK: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class AdaptedLinear(nn.Module):
 
     def _product(self, x_BTK: Tensor) -> Tensor:
         is_step = x_BTK.shape[1] == 1
-        slot_B = self.get_buffer("decode_slot_R")[: x_BTK.shape[0]] if is_step else self.get_buffer("chunk_slot_1")
-        return low_rank(x_BTK, self.lora_A, self.lora_B, slot_B)
+        slots = self.get_buffer("decode_slot_R" if is_step else "chunk_slot_R")
+        return low_rank(x_BTK, self.lora_A, self.lora_B, slots[: x_BTK.shape[0]])
 
 
 class AdapterSlots:
@@ -68,8 +68,8 @@ class AdapterSlots:
 
     Attributes:
         model: shares the weights of the base model; for steps in which a row has an adapter.
-        layers: the adapted layers by name, in the order of the model. decode_slot_R, chunk_slot_1: the slots of the
-            rows of decode steps, and of the prompt that is computed next.
+        layers: the adapted layers by name, in the order of the model. decode_slot_R, chunk_slot_R: the slots of the
+            rows of decode steps, and of the prompts that are computed next.
         num_bytes: memory of all matrices.
     """
 
@@ -77,14 +77,14 @@ class AdapterSlots:
         """Allocate the matrices, all zero. decode_slot_R: the slot of each row's adapter, int64, written by others."""
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.decode_slot_R = decode_slot_R
-        self.chunk_slot_1 = torch.zeros_like(decode_slot_R[:1])
+        self.chunk_slot_R = torch.zeros_like(decode_slot_R)
         self.layers: dict[str, AdaptedLinear] = {}
         self.model, self.model.model = _copy(model), _copy(model.model)
         self._arguments = (
             1 + max_adapters,
             max_rank,
             model.model.norm.weight.dtype,
-            (decode_slot_R, self.chunk_slot_1),
+            (decode_slot_R, self.chunk_slot_R),
         )
         blocks = [self._adapt(block, f"model.layers.{i}") for i, block in enumerate(model.model.layers)]
         self.model.model.layers = nn.ModuleList(blocks)

@@ -127,11 +127,6 @@ class GraphCache:
             )
         self.failures[key] = reason
 
-    @property
-    def failure(self) -> str:
-        """The reasons why steps could not be captured; empty if there are none."""
-        return "; ".join(dict.fromkeys(self.failures.values()))
-
     def __len__(self) -> int:
         return len(self._replays)
 

@@ -22,7 +22,7 @@ from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import count_token, log_probabilities
-from qwen3fast.sampling.samplers import SamplerKind
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
 # Changes the logits of a step, (B, V) float32; row b is row b of the cache.
 Hook = Callable[[Tensor], Tensor]
@@ -161,11 +161,16 @@ def choose_tokens(
 
     Hook, processors, sampler and log-probabilities are applied as in a step.
     """
-    token_B: Tensor
     processed_BV = _processed(parts, logits_BV, rows, processors, hook)
-    if parts.fused_sampler is not None:
-        token_B = parts.fused_sampler.choose(processed_BV, state.sampler_rows(rows), sampler)
-    else:
-        token_B = parts.samplers[sampler](None, processed_BV, *state.sampler_rows(rows))
+    token_B = sample_rows(parts, processed_BV, state.sampler_rows(rows), sampler)
     _record(logits_BV, token_B, state, rows, processors, logprobs)
+    return token_B
+
+
+def sample_rows(parts: Parts, logits_BV: Tensor, rows: SamplerRows, sampler: SamplerKind) -> Tensor:
+    """Return a token for each row, (B,) int64: what `sample` returns, in memory that the next call may overwrite."""
+    if parts.fused_sampler is not None:
+        token_B: Tensor = parts.fused_sampler.choose(logits_BV, rows, sampler)
+        return token_B
+    token_B = parts.samplers[sampler](None, logits_BV, *rows)
     return token_B

@@ -17,6 +17,7 @@ from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.ordered import OrderedLinear
 
 
 class DecodeLayers:
@@ -85,22 +86,32 @@ def _feed_forward(mlp: FeedForward) -> list[nn.Module]:
 
 def _tensors(block: Block, cache: Sequence[Tensor]) -> cpu.LayerTensors:
     mlp = block.mlp
-    feed_forward: list[cpu.Weight] | cpu.ExpertWeights
+    feed_forward: list[cpu.LayerWeight] | cpu.ExpertWeights
     if isinstance(mlp, MoE):
         experts: nn.Module = mlp.experts
         assert isinstance(experts, QuantizedExperts), "checked before"
         gate_up, down = _weight(experts.gate_up_proj), _weight(experts.down_proj)
         feed_forward = cpu.ExpertWeights(mlp.gate.weight, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
     else:
-        feed_forward = [_weight(layer) for layer in _feed_forward(mlp)]
-    return cpu.LayerTensors(_norms(block), [_weight(layer) for layer in _attention(block)], feed_forward, cache)
+        feed_forward = _weights(_feed_forward(mlp))
+    return cpu.LayerTensors(_norms(block), _weights(_attention(block)), feed_forward, cache)
 
 
-def _weight(layer: nn.Module) -> cpu.Weight:
+def _weights(layers: Sequence[nn.Module]) -> list[cpu.LayerWeight]:
+    """Return the weights of layers of which all but the last have the same input; equal orders are the same tensor."""
+    first, *others = map(_weight, layers)
+    is_shared = isinstance(layers[0], OrderedLinear) and layers[0].shares_order
+    shared = [w._replace(order=first.order) for w in others[:-1]] if is_shared else others[:-1]
+    return [first, *shared, others[-1]]
+
+
+def _weight(layer: nn.Module) -> cpu.LayerWeight:
+    if isinstance(layer, OrderedLinear):
+        return cpu.LayerWeight(*layer.packed, layer.input_order)
     if isinstance(layer, QuantizedLinear):
-        return layer.weight_packed, layer.weight_scale
+        return cpu.LayerWeight(*layer.packed)
     assert isinstance(layer, nn.Linear), "checked before"
-    return layer.weight, None
+    return cpu.LayerWeight(layer.weight)
 
 
 def _is_block_served(block: Block) -> bool:

@@ -22,7 +22,7 @@ from qwen3fast.parallel import Ranks
 logger = logging.getLogger(__name__)
 
 # Methods that only rank 0 runs. All other methods are broadcast.
-NOT_BROADCAST = {"batch_bucket", "batch_buckets", "num_warmup_parts", "collect", "forget"}
+NOT_BROADCAST = {"batch_bucket", "batch_buckets", "max_prompts", "num_warmup_parts", "collect", "forget"}
 CLOSE = "close"
 
 
@@ -55,10 +55,12 @@ class LeadingEngine:
             return attribute
         return lambda *arguments: self._lead(attribute, name, arguments)
 
-    def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
+    def sample_first(
+        self, row: int | list[int], logits_BV: Tensor, kind: StepKind, hook: Hook | None = None
+    ) -> StepResult:
         """Call `Engine.sample_first` on all ranks. The others get the logits, which may be of an earlier request."""
-        message = (row, logits_1V.cpu(), kind, hook is not None)
-        arguments = (row, logits_1V, kind, self._shared(hook))
+        message = (row, logits_BV.cpu(), kind, hook is not None)
+        arguments = (row, logits_BV, kind, self._shared(hook))
         result: StepResult = self._lead(self._engine.sample_first, "sample_first", arguments, message)
         return result
 

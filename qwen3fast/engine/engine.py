@@ -1,4 +1,4 @@
-"""Engine: a model with its cache and compiled parts. It prefills one row at a time and decodes all rows together.
+"""Engine: a model with its cache and compiled parts. It prefills rows in chunks and decodes all rows together.
 
 It knows tokens and rows; it does not know requests and text. Row r is slot r of the cache; operations on single rows,
 such as copies, are in rows.py. Results on their way to the host are in in_flight.py.
@@ -6,7 +6,7 @@ such as copies, are in rows.py. Results on their way to the host are in in_fligh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,10 +15,17 @@ from torch import Tensor
 from qwen3fast.engine.adapters import NO_ADAPTER, AdapterSlots, Matrices
 from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
-from qwen3fast.engine.decode import Hook, choose_tokens, decode_step
+from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_rows
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
 from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts, chunk_sizes
-from qwen3fast.engine.prefill import CapturedChunks, Prefill, prefill_step
+from qwen3fast.engine.prefill import (
+    CapturedChunks,
+    Prefill,
+    graph_prompts,
+    max_prompts,
+    prefill_step,
+    prefill_together,
+)
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
@@ -86,7 +93,8 @@ class Engine(Rows):
         self.graphs = graphs
         config = self.model.config
         serves_later = finds_used_length_of_chunks(self.device, config.head_dim)
-        self.captured = CapturedChunks(graphs, config.vocab_size, self.device, serves_later)
+        slots = self.cache.max_batch_size
+        self.captured = CapturedChunks(graphs, config.vocab_size, slots, self.device, serves_later)
 
     @on_device
     def begin_prefill(
@@ -115,6 +123,27 @@ class Engine(Rows):
             model, parts = self._forms_with(prefill.adapter)
             return prefill_step(model, parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
 
+    @on_device
+    def prefill_together(self, prefills: list[Prefill]) -> list[Tensor | None]:
+        """Compute one chunk of each of several prompts, up to `max_prompts` of them.
+
+        Each must fit the size of the largest (`Prefill.fits`). Returns: for each prompt, what `prefill_step` returns.
+        """
+        self.compiler.share_processor()
+        with self.compiler.quiet:
+            model, parts = self._forms_with(*(prefill.adapter for prefill in prefills))
+            return prefill_together(model, parts, self.cache, self.cos_SD, self.sin_SD, prefills, self.captured)
+
+    def max_prompts(self, size: int) -> int:
+        """Return how many prompts `prefill_together` takes, with a chunk of this size each; 1 if it takes none.
+
+        Their products are of the same form as the product of one chunk: replies do not depend on each other.
+        """
+        if self.captured is not None and not self.captured.serves_later:
+            return 1
+        most = self.parts.forms.max_rows_as(size) // size
+        return min(max_prompts(size, self.cache.max_batch_size), most)
+
     def prefill_whole(self, row: int, token_ids: list[int], adapter: int = NO_ADAPTER) -> Tensor:
         """Compute all chunks of a prompt. Returns: the logits of its last token, (1, V)."""
         prefill, logits_1V = self.begin_prefill(row, token_ids, adapter=adapter), None
@@ -123,16 +152,27 @@ class Engine(Rows):
         return logits_1V
 
     @on_device
-    def sample_first(self, row: int, logits_1V: Tensor, kind: StepKind, hook: Hook | None = None) -> StepResult:
-        """Sample a row's first token from the logits of its prompt, and make it the input of the next step.
+    def sample_first(
+        self, row: int | list[int], logits_BV: Tensor, kind: StepKind, hook: Hook | None = None
+    ) -> StepResult:
+        """Sample the first token of one row, or of several, from the logits of their prompts: the next step's inputs.
 
-        The token is -1 for invalid logits.
+        Several rows cannot have processors, log-probabilities or hooks. A token is -1 for invalid logits.
         """
-        rows, (processors, logprobs) = slice(row, row + 1), self._extras(kind)
-        token_1 = choose_tokens(self.parts, logits_1V, self.state, rows, kind.sampler, processors, logprobs, hook)
-        self.state.input_R[rows] = token_1.clamp(min=0)
-        self.state.step_R[row] += 1
-        return StepResult([int(token_1.item())], [logprobs.read(row)] if logprobs is not None else None)
+        if isinstance(row, int):
+            rows: slice | Tensor = slice(row, row + 1)
+            processors, logprobs = self._extras(kind)
+            token_B = choose_tokens(
+                self.parts, logits_BV, self.state, slice(row, row + 1), kind.sampler, processors, logprobs, hook
+            )
+            read = [logprobs.read(row)] if logprobs is not None else None
+        else:
+            assert kind == StepKind(kind.sampler) and hook is None, "several rows share the sampler alone"
+            rows, read = to_device(row, self.device), None
+            token_B = sample_rows(self.parts, logits_BV, self.state.sampler_rows(rows), kind.sampler)
+        self.state.input_R[rows] = token_B.clamp(min=0)
+        self.state.step_R[rows] += 1
+        return StepResult(token_B.tolist(), read)
 
     @on_device
     def launch(self, num_rows: int, used_length: int, kind: StepKind, hook: Hook | None = None) -> None:
@@ -168,12 +208,13 @@ class Engine(Rows):
         assert self.adapters is not None, "the engine was built for adapters"
         return self.adapters.model, replace(self.parts, decode_layers=self._adapted_layers, fused_step=None)
 
-    def _forms_with(self, adapter: int) -> tuple[Qwen3, Parts]:
-        """Return the model and the parts of a sequence, and let it use the adapter of this slot."""
-        if adapter != NO_ADAPTER:
+    def _forms_with(self, *adapters: int) -> tuple[Qwen3, Parts]:
+        """Return the model and the parts of some sequences, and let each use the adapter of its slot."""
+        has_adapters = any(adapter != NO_ADAPTER for adapter in adapters)
+        if has_adapters:
             assert self.adapters is not None, "the engine was built for adapters"
-            self.adapters.chunk_slot_1.fill_(adapter)
-        return self._forms_for(adapter != NO_ADAPTER)
+            self.adapters.chunk_slot_R[: len(adapters)].copy_(to_device(adapters, self.device))
+        return self._forms_for(has_adapters)
 
     @on_device
     def write_adapter(self, slot: int, matrices: Matrices) -> None:
@@ -293,7 +334,17 @@ class Engine(Rows):
                 assert later.chunks == [size], "the size is that of one chunk"
                 self.prefill_step(later)
             logits_1V = self.prefill_whole(0, [0] * size, adapter)
+        self._warm_up_together(sizes, adapter)
         return logits_1V
+
+    def _warm_up_together(self, sizes: Sequence[int], adapter: int) -> None:
+        """Compute prompts together, for each graph of several prompts, or else for two prompts."""
+        slots = self.cache.max_batch_size
+        for size in [
+            size for size in reversed(sizes) if size <= self.cache.allocated_len and self.max_prompts(size) > 1
+        ]:
+            for prompts in graph_prompts(size, slots)[::-1] if self.graphs is not None else [2]:
+                self.prefill_together([self.begin_prefill(row, [0] * size, 0, None, adapter) for row in range(prompts)])
 
     def num_warmup_parts(self) -> int:
         """Return the number of parts that `warmup` reports."""

@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from qwen3fast.kernels.experts import chosen_linear, run_few, run_many
+from qwen3fast.kernels.experts import chosen_linear, run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.moe import Experts
@@ -18,15 +18,15 @@ from qwen3fast.model.moe import Experts
 class FastExperts(Experts):
     """Experts whose products read the weights of active experts in place."""
 
-    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+    def gathered(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the outputs of each token's active experts, (N, C, E), same dtype. expert_NC: int64, their numbers."""
         gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
-        return run_few(x_NE, expert_NC, gate_up, down)
+        return run_gathered(x_NE, expert_NC, gate_up, down)
 
-    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """Return the result of `few`, computed with one product per expert for all of its tokens."""
+    def grouped(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """Return the result of `gathered`, computed with one product per expert for all of its tokens."""
         gate_up, down = (partial(grouped_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
-        return run_many(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
+        return run_grouped(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, Experts: FastExperts}

@@ -108,6 +108,11 @@ class Forms:
                     choice = replace(choice, name=used.name, reason=WAITING)
                 self.choices[_label(case)] = choice
 
+    def max_rows_as(self, rows: int) -> int:
+        """Return the most rows whose products are of the same form as those of `rows` rows, which chunks have."""
+        every = [limit for limits in self._limits().values() for limit in limits]
+        return min((limit for limit in every if limit > rows), default=NEVER) - 1
+
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}
         by_what: dict[str, dict[tuple[int, ...], str]] = {}

@@ -88,17 +88,6 @@ class FusedDecodeStep:
         """Return whether it supports a step of this many rows; `obstacle` says why it supports none."""
         return not self.obstacle and num_rows in self._workspaces
 
-    def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
-        """Run all blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
-
-        x_B1E: the model's dtype. cos_SD, sin_SD: float32, tables of all positions.
-        Returns: (B, 1, E), in memory that the next step overwrites.
-        """
-        work = self._workspaces[len(x_B1E)]
-        work.x.copy_(x_B1E.squeeze(1))
-        self._run_blocks(work, cos_SD, sin_SD, position_B1.flatten())
-        return work.x[:, None]
-
     def logits(self, input_B: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B: Tensor) -> Tensor:
         """Return the logits after the tokens input_B at position_B, (B, V) float32, in memory that is reused."""
         work = self._workspaces[len(input_B)]
@@ -167,7 +156,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
         return "layers that read the same input must be in one format, without biases"
     every = [*layers, *(layer for together in stacks for layer in together), model.lm_head]
     if not all(_is_served(layer, dtype) for layer in every):
-        return "a linear layer has a bias, another dtype, or is of a process among several"
+        return "a linear layer has a bias, an order of channels, another dtype, or is of a process among several"
     embedding: nn.Module = model.model.embed_tokens
     is_plain = type(embedding) is nn.Embedding and embedding.weight.dtype == dtype
     return "" if is_plain or type(embedding) is QuantizedEmbedding else "the embedding is of a process among several"
@@ -217,7 +206,7 @@ def _workspaces(model: Qwen3, cache: StaticKVCache, rows: range) -> dict[int, Wo
     best = Best.allocate(rows[-1], config.vocab_size, norm.device)
     logits = torch.zeros(rows[-1], config.vocab_size, device=norm.device)
     positions = cache.keys[0].shape[2]
-    splits = Splits.allocate_all(list(rows), H, K, positions, D, norm.device)
+    splits = Splits.allocate(list(rows), H, K, positions, D, norm.device)
     return {
         B: Workspace(
             x[:B], qkv[:B], attended[:B], hidden[:B], splits[B], Best(best.logit[:B], best.token[:B]), logits[:B]

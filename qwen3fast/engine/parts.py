@@ -27,6 +27,7 @@ from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 # all sizes, and padding takes time.
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 CPU_CHUNK_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MAX_PROMPTS = CHUNK_SIZES[-1] // CHUNK_SIZES[0]  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
@@ -178,7 +179,9 @@ class Parts:
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
-        chunk: Sizes = {1: (CHUNK,)}
+        most = min(MAX_PROMPTS, cache.max_batch_size)
+        prompts: Sizes = {0: (Dynamic(3, 2, most),)} if most > 2 else {}  # several; one has a form of its own
+        chunk: Sizes = prompts | {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
@@ -195,7 +198,8 @@ class Parts:
             fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
             prefill_block=compiler.part(
-                partial(run_prefill_block, forms), dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions})
+                partial(run_prefill_block, forms),
+                dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions}, {}, {}, prompts),
             ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
             embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),

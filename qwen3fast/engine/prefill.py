@@ -1,30 +1,38 @@
 """Prefill: a prompt is computed in chunks of a few fixed sizes, and its keys and values fill one row of the KV cache.
 
-A chunk has one of a few sizes (`chunk_sizes`), the last one with padding: prompts of all lengths run the same compiled
-code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
-`Parts` holds the functions of a forward pass, compiled or not (parts.py).
+A chunk has one of a few sizes (`chunk_sizes`), the last one with padding: prompts of all lengths run the same
+compiled code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
+Small chunks of several prompts are computed together, one batch row each: a few tokens are bound by reading the
+weights, or by launches. `Parts` holds the functions of a forward pass, compiled or not (parts.py).
 
-    T tokens of a chunk   L cache positions read   E hidden_size   D head_dim
+    B prompts   T tokens of a chunk   L cache positions read   E hidden_size   D head_dim   V vocabulary
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen3fast.engine.cuda_graph import GraphCache
-from qwen3fast.engine.parts import CHUNK_SIZES, Parts
+from qwen3fast.engine.parts import CHUNK_SIZES, MAX_PROMPTS, Parts
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
-from qwen3fast.engine.staging import to_device
-from qwen3fast.engine.state import Logprobs
+from qwen3fast.engine.staging import staged, to_device
+from qwen3fast.engine.state import EMPTY, Logprobs
+from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
 CHUNK_COST = 40
+# Prompts in one graph, where that many tokens make a chunk of the largest size at most; missing ones are padding.
+GRAPH_PROMPTS = (4, MAX_PROMPTS)
+
+NOWHERE = -CHUNK_SIZES[-1]  # the start of a batch row without a prompt: all of its positions are EMPTY
 
 Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # the first arguments of `prefill_chunk`
 
@@ -48,6 +56,19 @@ def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK
     return chunks
 
 
+def max_prompts(size: int, slots: int) -> int:
+    """Return how many prompts may share a forward pass, each with a chunk of this size.
+
+    Together they have no more tokens than the largest chunk, for which running replies wait anyway.
+    """
+    return min(CHUNK_SIZES[-1] // size, MAX_PROMPTS, slots)
+
+
+def graph_prompts(size: int, slots: int) -> list[int]:
+    """Return the numbers of prompts, at least 2, for which chunks of this size have a graph."""
+    return sorted({min(number, max_prompts(size, slots)) for number in GRAPH_PROMPTS} - {0, 1})
+
+
 def usable_prefix(shared: int, num_tokens: int, allocated_len: int, multiple: int = 1) -> int:
     """Return how many tokens of a prompt to reuse, if keys and values of its first `shared` tokens are in the cache.
 
@@ -65,6 +86,7 @@ class Prefill:
     Attributes:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
+        room: positions of a row, which padding may take.
         adapter: the slot of the prompt's adapter; 0 for none.
         wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
             each token computed so far, in order; the caller may take them out between chunks.
@@ -74,6 +96,7 @@ class Prefill:
     token_ids: list[int]
     done: int
     chunks: list[int]
+    room: int
     wanted: WantedLogprobs | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     adapter: int = 0
@@ -95,7 +118,32 @@ class Prefill:
         """
         assert wanted is None or reused < wanted.first, "reused tokens give no logits"
         chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused, sizes)
-        return cls(row, token_ids, reused, chunks, wanted, adapter=adapter)
+        return cls(row, token_ids, reused, chunks, allocated_len, wanted, adapter=adapter)
+
+    def fits(self, size: int) -> bool:
+        """Return whether the next chunk can be computed with others of this size.
+
+        It is of this size; or it is the last one, and padding it costs less than another chunk.
+        """
+        if self.wanted is not None or self.chunks[0] == size:
+            return self.wanted is None
+        has_room = self.done + size <= self.room
+        return len(self.chunks) == 1 and 0 < size - self.chunks[0] <= CHUNK_COST and has_room
+
+    def take_chunk(self, size: int = 0) -> Chunk:
+        """Return the next chunk, which is counted as done from now on. size: to pad it to, where it `fits`."""
+        start, size = self.done, max(size, self.chunks.pop(0))
+        token_ids = self.token_ids[start : start + size]
+        self.done += len(token_ids)
+        return Chunk(token_ids + [0] * (size - len(token_ids)), start, len(token_ids) - 1)
+
+
+class Chunk(NamedTuple):
+    """The next tokens of a prompt: their ids, padded; the position of the first; the index of the last real one."""
+
+    token_ids: list[int]
+    start: int
+    last: int
 
 
 def prefill_step(
@@ -111,28 +159,64 @@ def prefill_step(
 
     captured: the graphs of chunks, on CUDA; chunks whose log-probabilities are wanted run without.
     """
-    device, start, size = cos_SD.device, prefill.done, prefill.chunks.pop(0)
-    chunk = prefill.token_ids[start : start + size]
-    row_1 = to_device([prefill.row], device)
-    token_1T = to_device([chunk + [0] * (size - len(chunk))], device)
-    fixed, last = (model, parts, cache, cos_SD, sin_SD), len(chunk) - 1
-    prefill.done += len(chunk)
-    wanted = prefill.wanted.after(start, len(chunk), len(prefill.token_ids)) if prefill.wanted is not None else None
+    chunk, device, fixed = prefill.take_chunk(), cos_SD.device, (model, parts, cache, cos_SD, sin_SD)
+    start, count = chunk.start, chunk.last + 1
+    wanted = prefill.wanted.after(start, count, len(prefill.token_ids)) if prefill.wanted is not None else None
     if captured is not None and captured.serves(start) and not wanted:
-        logits_1V = captured.run(fixed, row_1, token_1T, start, last, prefill.adapter > 0)
+        logits_1V = captured.run(fixed, [prefill.row], [chunk], prefill.adapter > 0)
         return None if prefill.chunks else logits_1V.clone()
+    row_1, token_1T = to_device([prefill.row], device), to_device([chunk.token_ids], device)
     x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
     if prefill.wanted is not None and wanted:
         targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
         states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
         prefill.logprobs += chunk_logprobs(parts.head, model.config.vocab_size, states_1TE, targets, prefill.wanted.top)
-    if prefill.chunks:
-        return None
-    # Only the last position goes through the output projection. The copy has the same strides for all sizes of chunks,
-    # which one compiled form serves.
-    x_11E = x_1TE[:, last : last + 1].clone(memory_format=torch.contiguous_format)
-    logits_11V: Tensor = parts.logits(parts.head, x_11E)
-    return logits_11V.squeeze(1)
+    return None if prefill.chunks else logits_at(parts, x_1TE, [0], [chunk.last])
+
+
+def prefill_together(
+    model: Qwen3,
+    parts: Parts,
+    cache: StaticKVCache,
+    cos_SD: Tensor,
+    sin_SD: Tensor,
+    prefills: Sequence[Prefill],
+    captured: CapturedChunks | None = None,
+) -> list[Tensor | None]:
+    """Compute the next chunks of several prompts in one forward pass.
+
+    Each must fit the size of the largest (`Prefill.fits`). captured: as in `prefill_step`.
+    Returns: for each prompt, what `prefill_step` returns.
+    """
+    size = max(prefill.chunks[0] for prefill in prefills)
+    assert all(prefill.fits(size) for prefill in prefills), "each chunk has the same size, or is padded"
+    device, fixed, logits = cos_SD.device, (model, parts, cache, cos_SD, sin_SD), dict[int, Tensor]()
+    chunks, rows = [prefill.take_chunk(size) for prefill in prefills], [prefill.row for prefill in prefills]
+    ends = [b for b, prefill in enumerate(prefills) if not prefill.chunks]
+    if captured is not None:
+        logits_BV = captured.run(fixed, rows, chunks, any(prefill.adapter > 0 for prefill in prefills))
+        logits = {b: logits_BV[b : b + 1].clone() for b in ends}
+    else:
+        token_ids, starts, lasts = zip(*chunks, strict=True)
+        token_BT, (row_B, start_B) = to_device(token_ids, device), to_device([rows, starts], device)
+        needs_mask = not finds_used_length_of_chunks(device, model.config.head_dim)
+        length = max(starts) + size if needs_mask else None
+        x_BTE = prefill_chunk(*fixed, row_B, token_BT, start_B, length)
+        if ends:
+            logits_BV = logits_at(parts, x_BTE, ends, [lasts[b] for b in ends])
+            logits = {b: logits_BV[i : i + 1].clone() for i, b in enumerate(ends)}
+    return [logits.get(b) for b in range(len(prefills))]
+
+
+def logits_at(parts: Parts, x_BTE: Tensor, rows: list[int], tokens: list[int]) -> Tensor:
+    """Return the logits after one token of each of some batch rows, (rows, V), from the last block's output.
+
+    Only these go through the output projection. They are a copy: it has the same strides for chunks of all sizes, which
+    one compiled form serves.
+    """
+    row, token = to_device([rows, tokens], x_BTE.device)
+    logits_R1V: Tensor = parts.logits(parts.head, x_BTE[row, token][:, None])
+    return logits_R1V.squeeze(1)
 
 
 def prefill_chunk(
@@ -141,69 +225,87 @@ def prefill_chunk(
     cache: StaticKVCache,
     cos_SD: Tensor,
     sin_SD: Tensor,
-    row_1: Tensor,
-    token_1T: Tensor,
+    row_B: Tensor,
+    token_BT: Tensor,
     start: int | Tensor,
+    length: int | None = None,
 ) -> Tensor:
-    """Run all blocks over one chunk, at positions start, start + 1, ... of one row. Returns: their output, (1, T, E).
+    """Run all blocks over one chunk per batch row, at positions start, start + 1, ... of the cache's rows row_B.
 
-    start: a number; or, where attention needs no mask, an int64 tensor (1,), which the host does not read.
-    Padding at the end writes keys and values as well; real tokens overwrite them before attention can see them.
+    start: a number, for one batch row; or an int64 tensor (B,), which the host does not read, with `length`, the number
+    of positions that are read, or None where attention needs no mask. A batch row that begins at NOWHERE writes nothing
+    that is read. Padding at the end of a chunk writes keys and values as well; real tokens overwrite them before
+    attention can see them.
+    Returns: the output of the last block, (B, T, E).
     """
-    size = token_1T.shape[1]
-    mask_1TL = None
+    size, device, mask_BTL = token_BT.shape[1], token_BT.device, None
     if isinstance(start, Tensor):
-        position_1T = (torch.arange(size, device=token_1T.device) + start)[None]
+        position_BT = (torch.arange(size, device=device) + start[:, None]).clamp(min=EMPTY)
     else:
-        position_1T = torch.arange(start, start + size, device=token_1T.device)[None]
-        mask_1TL = torch.arange(start + size, device=token_1T.device) <= position_1T[..., None]
-    cos_1TD, sin_1TD = cos_SD[position_1T], sin_SD[position_1T]
-    x_1TE = model.embed(token_1T)
-    for block, layer in zip(model.model.layers, cache.layers(row_1), strict=True):
-        x_1TE = parts.prefill_block(block, x_1TE, cos_1TD, sin_1TD, position_1T, mask_1TL, *layer.tensors)
-    return x_1TE
+        position_BT = torch.arange(start, start + size, device=device)[None]
+        length = start + size
+    if length is not None:
+        mask_BTL = torch.arange(length, device=device) <= position_BT[..., None]
+    cos_BTD, sin_BTD = cos_SD[position_BT], sin_SD[position_BT]
+    x_BTE = model.embed(token_BT)
+    for block, layer in zip(model.model.layers, cache.layers(row_B), strict=True):
+        x_BTE = parts.prefill_block(block, x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, *layer.tensors)
+    return x_BTE
 
 
 class CapturedChunks:
-    """CUDA graphs of a chunk and the logits after it, two per size: for a prompt's first chunk, and for later ones.
+    """CUDA graphs of chunks and the logits after them: two per size for one prompt, and one or two for several prompts.
 
-    A first chunk begins at position 0: only its tokens, its row and the index of its last token vary, which a graph
-    reads from buffers. A later chunk has its start in a buffer as well, and needs attention that reads it there
-    (`finds_used_length_of_chunks`); without such attention, later chunks are launched kernel by kernel.
+    Tokens, rows, starts and the indices of the last tokens vary; a graph reads them from buffers. The first chunk of a
+    prompt begins at position 0, and its attention knows its length. Other graphs need attention that reads the starts
+    on the device (`finds_used_length_of_chunks`); without it, later chunks are launched kernel by kernel, and prompts
+    are computed one by one.
     """
 
-    def __init__(self, graphs: GraphCache, vocab_size: int, device: torch.device, serves_later: bool) -> None:
-        """Allocate the buffers. serves_later: whether attention reads a chunk's positions on the device."""
-        self._graphs = graphs
+    def __init__(
+        self, graphs: GraphCache, vocab_size: int, slots: int, device: torch.device, serves_later: bool
+    ) -> None:
+        """Allocate the buffers. slots: of the cache. serves_later: whether attention reads starts on the device."""
+        self._graphs, self._slots = graphs, slots
         self.serves_later = serves_later
-        self._row_1, self._start_1, self._last_1 = torch.zeros(3, 1, dtype=torch.int64, device=device)
-        self._token_1T = torch.zeros(1, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
-        self._logits_1V = torch.zeros(1, vocab_size, device=device)
+        self._token, self._number = torch.zeros(2, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
+        self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, device=device)
 
     def serves(self, start: int) -> bool:
-        """Return whether there are graphs for chunks that begin at this position."""
+        """Return whether there are graphs for a prompt's chunks that begin at this position."""
         return start == 0 or self.serves_later
 
-    def run(
-        self, fixed: Fixed, row_1: Tensor, token_1T: Tensor, start: int, last: int, has_adapter: bool = False
-    ) -> Tensor:
-        """Run a chunk; capture its graph first if its size is new.
+    def run(self, fixed: Fixed, rows: list[int], chunks: list[Chunk], has_adapter: bool = False) -> Tensor:
+        """Run a chunk of each prompt, all of one size; capture the graph first if it is new.
 
-        has_adapter: whether the model in `fixed` adds an adapter, which has graphs of its own.
-        Returns: the logits after token `last`, (1, V), in a buffer that the next chunk overwrites.
+        rows: of the cache. has_adapter: whether the model in `fixed` adds adapters, which has graphs of its own.
+        Returns: the logits after the last tokens, in the order of the prompts, in a buffer that the next chunk
+        overwrites; rows beyond the prompts have no meaning.
         """
-        size, parts = token_1T.shape[1], fixed[1]
-        self._row_1.copy_(row_1)
-        self._token_1T[:, :size].copy_(token_1T)
-        self._start_1.fill_(start)
-        self._last_1.fill_(last)
+        T, is_first, name = len(chunks[0].token_ids), False, "prompts"
+        if len(chunks) > 1:
+            missing = self._num_prompts(len(chunks), T) - len(chunks)
+            rows, chunks = rows + rows[:1] * missing, chunks + [Chunk([0] * T, NOWHERE, 0)] * missing
+        else:
+            is_first = chunks[0].start == 0
+            name = "prefill" if is_first else "later chunk"
+        token_ids, starts, lasts = zip(*chunks, strict=True)
+        B, device = len(chunks), self._token.device
+        token, numbers = self._token[: B * T].view(B, T), self._number[: 3 * B].view(3, B)
+        for buffer, values in ((token, token_ids), (numbers, [rows, starts, lasts])):
+            buffer.copy_(staged(torch.tensor(values, dtype=torch.int64, device="cpu"), device), non_blocking=True)
+        row, start, last = numbers
 
         def step() -> None:
-            begin = self._start_1 if start else 0
-            x_1TE = prefill_chunk(*fixed, self._row_1, self._token_1T[:, :size], begin)
-            logits_11V = parts.logits(parts.head, x_1TE.index_select(1, self._last_1))
-            self._logits_1V.copy_(logits_11V.squeeze(1))
+            x_BTE = prefill_chunk(*fixed, row, token, 0 if is_first else start)
+            x_B1E = x_BTE.gather(1, last[:, None, None].expand(-1, -1, x_BTE.shape[2]))
+            parts = fixed[1]
+            self._logits_BV[:B].copy_(parts.logits(parts.head, x_B1E).squeeze(1))
 
-        name = "later chunk" if start else "prefill"
-        self._graphs.run((f"{name} with adapter" if has_adapter else name, size), step)
-        return self._logits_1V
+        key = (f"{name} with adapter" if has_adapter else name, T)
+        self._graphs.run((*key, B) if name == "prompts" else key, step)
+        return self._logits_BV[:B]
+
+    def _num_prompts(self, prompts: int, size: int) -> int:
+        """Return the number of prompts in the graph that serves so many prompts with chunks of this size."""
+        return next(number for number in graph_prompts(size, self._slots) if number >= prompts)

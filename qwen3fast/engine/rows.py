@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from qwen3fast.engine.state import EMPTY, DecodeState, ProcessorState
+from qwen3fast.engine.state import EMPTY, GREEDY, DecodeState, ProcessorState, RowSampling
 from qwen3fast.model.kv_cache import StaticKVCache
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -57,22 +57,12 @@ class Rows:
             others.copy_(kept)
 
     @on_device
-    def set_row(
-        self,
-        row: int,
-        length: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
-        adapter: int = 0,
-    ) -> None:
-        """Begin a request in a row whose cache holds `length` tokens. adapter: the slot of its adapter, 0 for none.
+    def set_row(self, row: int, length: int, sampling: RowSampling = GREEDY) -> None:
+        """Begin a request in a row whose cache holds `length` tokens.
 
         Steps of a row with an adapter must be of a kind with `has_adapters`.
         """
-        self.state.begin(row, length, temperature, top_k, top_p, min_p, seed, adapter)
+        self.state.begin(row, length, sampling)
 
     @on_device
     def set_processors(self, row: int, *arguments: Any) -> None:

@@ -21,6 +21,20 @@ EMPTY = -1  # the position of a row without a request, which takes part in steps
 MAX_LOGPROBS = 20  # most likely tokens whose log-probabilities a request can ask for
 
 
+class RowSampling(NamedTuple):
+    """Sampling parameters of one row, as in `SamplerRows`; greedy by default. adapter: its slot, 0 for none."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    adapter: int = 0
+
+
+GREEDY = RowSampling()
+
+
 @dataclass(frozen=True)
 class DecodeState:
     """Buffers that a step reads and writes, one entry per row.
@@ -58,28 +72,17 @@ class DecodeState:
         state.position_R.fill_(EMPTY)
         return state
 
-    def begin(
-        self,
-        row: int,
-        length: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
-        adapter: int = 0,
-    ) -> None:
-        """Begin a request in a row whose cache holds `length` tokens. adapter: the slot of its adapter, 0 for none."""
-        names = ("position", "advance", "step", "temperature", "top_k", "top_p", "min_p", "seed", "adapter")
-        numbers = (length, 1, 0, temperature, top_k, top_p, min_p, seed, adapter)
-        for name, number in zip(names, numbers, strict=True):
+    def begin(self, row: int, length: int, sampling: RowSampling = GREEDY) -> None:
+        """Begin a request in a row whose cache holds `length` tokens."""
+        for name, number in {"position": length, "advance": 1, "step": 0, **sampling._asdict()}.items():
             getattr(self, f"{name}_R")[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
 
-    def sampler_rows(self, rows: slice) -> SamplerRows:
-        """Return the sampling parameters of some rows."""
+    def sampler_rows(self, rows: slice | Tensor) -> SamplerRows:
+        """Return the sampling parameters of some rows, a slice or int64 indices."""
         every = (self.temperature_R, self.top_k_R, self.top_p_R, self.min_p_R, self.seed_R, self.step_R)
         # Compiled samplers expect memory that is aligned as by an allocator.
-        return SamplerRows(*(t[rows] if not rows.start else t[rows].clone() for t in every))
+        is_aligned = isinstance(rows, Tensor) or not rows.start
+        return SamplerRows(*(t[rows] if is_aligned else t[rows].clone() for t in every))
 
 
 class ProcessorState:

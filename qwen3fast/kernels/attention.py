@@ -41,8 +41,8 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     position_BT: int64, where the queries stand; their keys and values are in the cache already.
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
     It may be None in steps where `finds_used_length` and in chunks where `finds_used_length_of_chunks`. Without rows
-    (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries stand at the last of the L
-    positions.
+    (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries of a batch row stand at
+    consecutive positions, and those of a single batch row at the last of the L positions.
     cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
@@ -153,7 +153,7 @@ FORMS = (
     ),
     AttentionForm(
         "flash_prefill",
-        lambda q, cache: cache.row_B is not None and cuda.can_flash_attention(q),
+        lambda q, cache: cache.row_B is not None and q.shape[0] == 1 and cuda.can_flash_attention(q),
         _flash_prefill,
         has_mask=True,
     ),

@@ -23,7 +23,7 @@ from qwen3fast.kernels.compiling import is_compiling
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
+def run_gathered(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) -> Tensor:
     """Return the outputs of each token's active experts, (N, C, E), by products that take the expert of each row.
 
     expert_NC: int64, the experts' numbers.
@@ -35,8 +35,8 @@ def run_few(x_NE: Tensor, expert_NC: Tensor, gate_up: Product, down: Product) ->
     return down(F.silu(gate_PI) * up_PI, expert_P).view(N, C, -1)
 
 
-def run_many(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
-    """Return the result of `run_few` by products of rows that are sorted by expert; see grouped.py."""
+def run_grouped(x_NE: Tensor, expert_NC: Tensor, num_experts: int, gate_up: Product, down: Product) -> Tensor:
+    """Return the result of `run_gathered` by products of rows that are sorted by expert; see grouped.py."""
     N, C = expert_NC.shape
     expert_P, order_P = expert_NC.flatten().sort(stable=True)
     end_X = torch.searchsorted(expert_P, torch.arange(num_experts, device=expert_P.device), right=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from qwen3fast._version import __version__
+from qwen3fast.kernels.cpu.levels import cpu_info
 from qwen3fast.kernels.cpu.library import source_key
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,8 @@ def machine() -> str:
 @cache
 def processor() -> str:
     """Return the processor's name, or its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        named = {name.strip(): value.strip() for name, value in fields.items()}
-        return f"{named['model name']} ({named.get('cpu family', '?')}/{named.get('model', '?')})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
+    name, family, model = (cpu_info(field) for field in ("model name", "cpu family", "model"))
+    return f"{name} ({family or '?'}/{model or '?'})" if name else platform.processor() or platform.machine()
 
 
 def kept(key: str) -> Choice | None:

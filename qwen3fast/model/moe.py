@@ -29,7 +29,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
-    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+    def gathered(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the outputs of each token's active experts, (N, C, E), same dtype. expert_NC: int64, their numbers.
 
         It gathers the weights of these experts, once per token: right for a few tokens, as in a decode step.
@@ -38,8 +38,8 @@ class Experts(nn.Module):
         gate_NCI, up_NCI = gate_up_NCI.chunk(2, dim=-1)
         return torch.einsum("ncei,nci->nce", self.down_proj[expert_NC], F.silu(gate_NCI) * up_NCI)
 
-    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """Return the result of `few`, reading each expert's weights once for all of its tokens, as in prefill."""
+    def grouped(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """Return the result of `gathered`, reading each expert's weights once for all of its tokens, as in prefill."""
         y_NCE = x_NE.new_empty(*expert_NC.shape, x_NE.shape[1])
         for expert in expert_NC.unique().tolist():
             n, c = torch.where(expert_NC == expert)
@@ -72,9 +72,9 @@ class MoE(nn.Module):
         B, T, _ = x_BTE.shape
         x_NE = x_BTE.flatten(0, 1)
         share_NC, expert_NC = self.route(x_NE)
-        # With more rows, `many` reads fewer weights. But its host may read the groups, for which a step on CUDA devices
-        # must not wait.
+        # With more rows, `grouped` reads fewer weights. But its host may read the groups, for which a step on CUDA
+        # devices must not wait.
         is_few = T == 1 and (x_NE.device.type == "cuda" or B * self.num_chosen <= self.gate.weight.shape[0])
-        y_NCE = self.experts.few(x_NE, expert_NC) if is_few else self.experts.many(x_NE, expert_NC)
+        y_NCE = self.experts.gathered(x_NE, expert_NC) if is_few else self.experts.grouped(x_NE, expert_NC)
         y_NE = (y_NCE.float() * share_NC[..., None]).sum(dim=1)
         return y_NE.to(x_BTE.dtype).view(x_BTE.shape)

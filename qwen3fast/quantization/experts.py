@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
-from qwen3fast.kernels.experts import run_few, run_many
+from qwen3fast.kernels.experts import run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
@@ -45,19 +45,20 @@ class QuantizedExperts(nn.Module):
         """Return whether the C++ operation serves these weights on the device of x."""
         return all(can_use_operations(layer.format, x) for layer in (self.gate_up_proj, self.down_proj))
 
-    def few(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+    def gathered(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the output of each token's active experts, (N, C, E); only their weights are read."""
         if self.can_use_operation(x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         product = self._chosen_by_kernel if cuda.can_packed_experts(x_NE) else self._chosen
-        return run_few(x_NE, expert_NC, *(partial(product, layer) for layer in (self.gate_up_proj, self.down_proj)))
+        gate_up, down = (partial(product, layer) for layer in (self.gate_up_proj, self.down_proj))
+        return run_gathered(x_NE, expert_NC, gate_up, down)
 
-    def many(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        """Return the same as `few`, in the way that is fast for many tokens."""
+    def grouped(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        """Return the same as `gathered`, in the way that is fast for many tokens."""
         if self.can_use_operation(x_NE):
             return self._in_one_operation(x_NE, expert_NC)
         gate_up, down = (partial(self._grouped, layer) for layer in (self.gate_up_proj, self.down_proj))
-        return run_many(x_NE, expert_NC, self.num_experts, gate_up, down)
+        return run_grouped(x_NE, expert_NC, self.num_experts, gate_up, down)
 
     def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         gate_up, down = ([layer.weight_packed, layer.weight_scale] for layer in (self.gate_up_proj, self.down_proj))

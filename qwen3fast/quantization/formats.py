@@ -33,7 +33,7 @@ __all__ = ["FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
 
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
 # Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
-IN_CPP = ("int8", "int4")  # formats that rounding.cpp quantizes to
+IN_CPP = ("int8", "int4")  # formats that quantize_weight.cpp quantizes to
 INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 

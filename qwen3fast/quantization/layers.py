@@ -6,6 +6,7 @@ K in_features   N out_features
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
-PARAMETER_NAMES = ("weight_packed", "weight_scale")  # in checkpoints; their dtypes are the format's
+PARAMETER_NAMES = ("weight_packed", "weight_scale", "input_order")  # in checkpoints; their dtypes are the format's
 
 
 def can_use_operations(format: Format, x: Tensor) -> bool:
@@ -75,10 +76,10 @@ class QuantizedLinear(nn.Module):
         return y
 
     @classmethod
-    def forward_together(cls, x: Tensor, layers: list[QuantizedLinear]) -> list[Tensor]:
+    def forward_together(cls, x: Tensor, layers: Sequence[QuantizedLinear]) -> list[Tensor]:
         """Return each layer's product with the same x, (..., K), from one call: one (..., N) per layer, same dtype."""
         if any(layer.limits != layers[0].limits for layer in layers):
-            return [layer(x) for layer in layers]
+            return [y for layer in layers for y in QuantizedLinear.forward_together(x, [layer])]
         if all(can_use_operations(layer.format, x) for layer in layers):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(),
@@ -90,7 +91,7 @@ class QuantizedLinear(nn.Module):
         elif cuda.can_packed_matvec(x):
             parts = [layer._few_rows(x) for layer in layers]
         else:
-            parts = [F.linear(x, layer.dequantize().to(x.dtype)) for layer in layers]
+            parts = [F.linear(x, layer.format.dequantize(layer.packed).to(x.dtype)) for layer in layers]
         return [y if layer.bias is None else y + layer.bias for y, layer in zip(parts, layers, strict=True)]
 
     def _few_rows(self, x: Tensor) -> Tensor:
@@ -98,9 +99,18 @@ class QuantizedLinear(nn.Module):
         y_CMN: Tensor = torch.ops.qwen3fast.packed_matvec(x_MK, self.weight_packed, self.weight_scale, is_fp8)
         return y_CMN.sum(0).to(x.dtype).view(*x.shape[:-1], -1)
 
+    @property
+    def packed(self) -> Packed:
+        """Return the weight as its format stores it."""
+        return Packed(self.weight_packed, self.weight_scale)
+
+    def rows(self, row_R: Tensor) -> Tensor:
+        """Return dequantized rows of the weight, (R, K) float32. row_R: int64."""
+        return self.format.rows(self.packed, row_R)
+
     def dequantize(self) -> Tensor:
         """Return the dequantized weight, (N, K) float32."""
-        return self.format.dequantize(Packed(self.weight_packed, self.weight_scale))
+        return self.rows(torch.arange(self.out_features, device=self.weight_packed.device))
 
 
 class QuantizedEmbedding(nn.Module):

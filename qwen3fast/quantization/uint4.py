@@ -6,9 +6,11 @@ numbers, one per row:
     with a zero point, 48 bytes        d float16, zero uint8                        weight = d * (level - zero)
     with minimums, 64 + span bytes     d float16, dmin float16, then for each       weight = d * s * level - dmin * m
                                        32 channels s uint8, m uint8
+    short, 256 bytes, span 256         d, dmin, then for each 32 channels s in 6 bits, above it the 2 high bits of m;
+                                       then the 4 low bits of m: groups 0 to 3, and in high halves 4 to 7
 
-The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_K (span 256, s and m of 6
-bits) and Q4_1 (span 32). Source of the second: K-quants, pull request 1684 of github.com/ggml-org/llama.cpp.
+The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_1 (span 32), the third Q4_K.
+Source of minimums: K-quants, pull request 1684 of github.com/ggml-org/llama.cpp.
 
     N out_features   K in_features   G = K/32 groups   P = K/span   R rows
 """
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, is_record, record_levels
 from qwen3fast.quantization.packed import GROUP, LANES, Packed, by_blocks, levels_of_rows, pack_halves, sum_of_halves
 
 SPANS = (256, 128, 64, 32)
@@ -31,10 +34,14 @@ RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 class Layout(NamedTuple):
-    """The record of scales: channels that it covers, and whether it has a zero point instead of minimums."""
+    """The record of scales.
+
+    span: channels that it covers. has_zero: it has a zero point instead of minimums. is_short: s and m have 6 bits.
+    """
 
     span: int
     has_zero: bool = False
+    is_short: bool = False
 
     @classmethod
     def of(cls, packed: Packed) -> Layout:
@@ -44,7 +51,8 @@ class Layout(NamedTuple):
     @classmethod
     def of_shape(cls, shape: tuple[int, ...], in_features: int) -> Layout:
         """Return the layout of scales of this shape."""
-        return cls(in_features // shape[1], shape[2] == ZERO_RECORD)
+        span = in_features // shape[1]
+        return cls(span, shape[2] == ZERO_RECORD, (span, shape[2]) == (SHORT_SPAN, SHORT_RECORD))
 
     @classmethod
     def default(cls, in_features: int) -> Layout:
@@ -54,7 +62,7 @@ class Layout(NamedTuple):
     @property
     def record(self) -> int:
         """Return the bytes of a record."""
-        return ZERO_RECORD if self.has_zero else HEAD + self.span
+        return ZERO_RECORD if self.has_zero else SHORT_RECORD if self.is_short else HEAD + self.span
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
         """Return the shape of the scales of an (N, K) weight."""
@@ -66,7 +74,8 @@ def is_layout(shape: tuple[int, ...], out_features: int, in_features: int) -> bo
     if len(shape) != 3 or not shape[1] or in_features % shape[1]:
         return False
     span = in_features // shape[1]
-    return span % GROUP == 0 and shape in {Layout(span, z).shape(out_features, in_features) for z in (False, True)}
+    is_whole = span % GROUP == 0 and shape[:2] == Layout(span).shape(out_features, in_features)[:2]
+    return is_whole and is_record(span, shape[2])
 
 
 def pack_zeros(level_NK: Tensor, d_NP: Tensor, zero_NP: Tensor) -> Packed:
@@ -75,12 +84,22 @@ def pack_zeros(level_NK: Tensor, d_NP: Tensor, zero_NP: Tensor) -> Packed:
     return Packed(pack_halves(level_NK), torch.cat([d.view(torch.uint8), zero], dim=2))
 
 
-def pack_minimums(level_NK: Tensor, d_NP: Tensor, dmin_NP: Tensor, s_NG: Tensor, m_NG: Tensor) -> Packed:
-    """Pack levels (uint8, 0 to 15), d and dmin per span, rounded to float16, and s and m (0 to 255) per 32 channels."""
+def pack_minimums(
+    level_NK: Tensor, d_NP: Tensor, dmin_NP: Tensor, s_NG: Tensor, m_NG: Tensor, is_short: bool = False
+) -> Packed:
+    """Pack levels (uint8, 0 to 15), d and dmin per span, rounded to float16, and s and m per 32 channels.
+
+    s and m are from 0 to 255; is_short: to 63, in 6 bits.
+    """
     N, P = d_NP.shape
     heads = [by_blocks(x.to(torch.float16)).view(torch.uint8) for x in (d_NP, dmin_NP)]
     of_groups = [by_blocks(x.to(torch.uint8)).view(N // LANES, P, -1, LANES) for x in (s_NG, m_NG)]
-    tail = torch.stack(of_groups, dim=3).flatten(2)  # (N/16, P, groups * 2 * 16)
+    if is_short:
+        s, m = of_groups
+        low, high = (m & 15).chunk(2, dim=2)
+        tail = torch.cat([s | m >> 4 << 6, low | high << 4], dim=2).flatten(2)
+    else:
+        tail = torch.stack(of_groups, dim=3).flatten(2)  # (N/16, P, groups * 2 * 16)
     return Packed(pack_halves(level_NK), torch.cat([*heads, tail], dim=2))
 
 
@@ -104,7 +123,7 @@ def _scales(packed: Packed, row_R: Tensor) -> tuple[Tensor, Tensor]:
     if layout.has_zero:
         zero_RP1 = packed.scale[..., 2 * LANES :][block_R, :, lane_R].float()[..., None]
         return tuple(x.expand(-1, -1, groups).flatten(1) for x in (d_RP1, d_RP1 * zero_RP1))  # type: ignore[return-value]
-    tail = packed.scale[..., HEAD:].unflatten(2, (groups, 2, LANES))
+    tail = record_levels(packed.scale[..., HEAD:], groups)
     s_RPg, m_RPg = tail[block_R, ..., lane_R].float().unbind(-1)
     return (d_RP1 * s_RPg).flatten(1), (half(2 * LANES) * m_RPg).flatten(1)
 
@@ -116,7 +135,7 @@ def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layou
     becomes NaN. layout_of: the layout of scales, given K; groups of one with zero points are spans.
     """
     N, K = weight_NK.shape
-    span, has_zero = layout_of(K)
+    span, has_zero, is_short = layout_of(K)
     group = weight_NK.float().view(N, -1, span if has_zero else GROUP)
     is_sound = group.view(N, -1, span).isfinite().all(dim=2)
     scale_NG, minimum_NG = _best_range(group)
@@ -125,12 +144,12 @@ def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layou
         zero_NP = torch.round(minimum_NG / d_NP.where(d_NP > 0, 1.0)).nan_to_num(0).clamp(0, 15)
         level = _levels(group, d_NP[..., None], (d_NP * zero_NP)[..., None])
         return pack_zeros(level.to(torch.uint8).view(N, K), d_NP.where(is_sound, torch.nan), zero_NP)
-    d_NP, s_NG = _in_bytes(scale_NG, span)
-    dmin_NP, m_NG = _in_bytes(minimum_NG, span)
+    d_NP, s_NG = _in_steps(scale_NG, span, 63 if is_short else 255)
+    dmin_NP, m_NG = _in_steps(minimum_NG, span, 63 if is_short else 255)
     step, minimum = ((s * d.repeat_interleave(span // GROUP, 1)) for s, d in ((s_NG, d_NP), (m_NG, dmin_NP)))
     level = _levels(group, step[..., None], minimum[..., None])
     d_NP = d_NP.where(is_sound, torch.nan)
-    return pack_minimums(level.to(torch.uint8).view(N, K), d_NP, dmin_NP, s_NG, m_NG)
+    return pack_minimums(level.to(torch.uint8).view(N, K), d_NP, dmin_NP, s_NG, m_NG, is_short)
 
 
 def _best_range(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +169,9 @@ def _levels(group: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
     return torch.round((group + minimum) / scale.where(scale > 0, 1.0)).nan_to_num(0).clamp(0, 15)
 
 
-def _in_bytes(number_NG: Tensor, span: int) -> tuple[Tensor, Tensor]:
-    """Return numbers from 0 on as a float16 per span (as float32), (N, P), times 0 to 255, (N, G)."""
+def _in_steps(number_NG: Tensor, span: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Return numbers from 0 on as a float16 per span (as float32), (N, P), times 0 to `steps`, (N, G)."""
     largest_NP = number_NG.unflatten(1, (-1, span // GROUP)).amax(dim=2)
-    unit_NP = (largest_NP / 255).to(torch.float16).float()
+    unit_NP = (largest_NP / steps).to(torch.float16).float()
     unit_NG = unit_NP.repeat_interleave(span // GROUP, 1)
-    return unit_NP, torch.round(number_NG / unit_NG.where(unit_NG > 0, 1.0)).nan_to_num(0).clamp(0, 255)
+    return unit_NP, torch.round(number_NG / unit_NG.where(unit_NG > 0, 1.0)).nan_to_num(0).clamp(0, steps)

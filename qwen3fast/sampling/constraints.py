@@ -1,4 +1,4 @@
-"""What may come next in a reply, decided on the host token by token, and how several such rules combine.
+"""Constraints on the next token of a reply, evaluated on the host token by token, and their combination.
 
 Knows token ids and masks only: no text, no model, no engine. A mask has one bit per token: bit v % 32 of word v // 32
 says whether token v is allowed. Key of names: W words of a mask, ceil(vocab_size / 32).
@@ -68,7 +68,7 @@ class AfterReasoning:
 
     A reply that is not inside reasoning from the start may open it with its first token; if it does not, the
     constraint holds from that token on. Between the reasoning and the answer, the format's separator tokens must
-    stand, such as those of two line breaks, which Qwen3 has learned to write there.
+    stand, such as two line breaks, which Qwen3 has learned to write there.
 
     tracker: in its state after the prompt. separator_ids: what of the separator must come first, where the prompt ends
     behind the reasoning. end_ids: the tokens that would end the reply, which needs an answer first.
@@ -108,7 +108,7 @@ class AfterReasoning:
             self._constraint.fill_mask(words_W)
 
     def accept(self, token: int) -> None:
-        """Take note of a token; the inner constraint hears only of those of the answer."""
+        """Take note of a token; the inner constraint sees only tokens of the answer."""
         was_open = self._tracker.is_open
         self._tracker.push(token)
         if self._tracker.is_open:

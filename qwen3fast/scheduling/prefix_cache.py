@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import usable_prefix
 from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.request import Request
@@ -91,6 +92,24 @@ class PrefixCache:
             if reused == len(cached.tokens) or (continues is not None and cached.owner is continues):
                 evicted = source
         return Plan(free[0], evicted, source, reused, logits_1V)
+
+    def is_coming(
+        self, prompt_ids: list[int], active: Mapping[int, Request], most_reused: int, adapter: Adapter | None
+    ) -> bool:
+        """Return whether prompts that are being computed will hold more of this one than the slots do now.
+
+        Only a difference of the smallest chunk or more counts, or one that leaves the last token alone to compute.
+        Arguments are as in `plan`.
+        """
+        others = [r.prompt_ids for r in active.values() if r.prefill is not None and r.adapter is adapter]
+        if not self._is_enabled or not others:
+            return False
+        most, last = min(most_reused, len(prompt_ids)), len(prompt_ids) - 1
+        coming = max(min(most, common_prefix(prompt_ids, other)) for other in others)
+        if coming < min(CHUNK_SIZES[0], last):
+            return False
+        reused = self._longest(prompt_ids, active, most, adapter)[1]
+        return coming > reused and coming - reused >= min(CHUNK_SIZES[0], last - reused)
 
     def _longest(
         self, prompt_ids: list[int], active: Mapping[int, Request], most: int, adapter: Adapter | None

@@ -57,7 +57,8 @@ def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, nam
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"this model has no tokenizer; pass the {name} as a list of token ids")
-        ids = tokenizer.encode(checked_text(name, prompt))
+        text = checked_text(name, prompt)
+        ids = tokenizer.encode(text) if name == "continuation" else tokenizer.encode_prompt(text)
     else:
         ids = [_token_id(item) for item in prompt]
     if not ids:

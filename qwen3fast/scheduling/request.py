@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3fast.engine.prefill import Prefill
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
-from qwen3fast.engine.state import Logprobs
+from qwen3fast.engine.state import Logprobs, RowSampling
 from qwen3fast.sampling.constraints import TokenConstraint
 from qwen3fast.scheduling.adapters import Adapter
 
@@ -82,6 +82,11 @@ class Request:
     def adapter_slot(self) -> int:
         """The slot of its adapter; 0 for none."""
         return self.adapter.slot if self.adapter is not None else 0
+
+    @property
+    def sampling(self) -> RowSampling:
+        """The sampling of its row."""
+        return RowSampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.adapter_slot)
 
     @property
     def processor_arguments(self) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
 """Scheduler: requests wait for a slot of the cache, are prefilled, decode together, and leave when they end.
 
 Continuous batching (Orca, OSDI 2022) with prompts in chunks between decode steps (Sarathi, arXiv:2308.16369): a
-running reply waits for at most one chunk of another prompt, and a free slot goes to the next request at once. A slot
-keeps its contents after its request has ended, and prompts with the same beginning reuse them (prefix_cache.py).
+running reply waits for at most one chunk, of one prompt or of several prompts together, and a free slot goes to the
+next request at once. A slot keeps its contents after its request has ended, and prompts with the same beginning reuse
+them (prefix_cache.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future
 
+import torch
 from torch import Tensor
 
 from qwen3fast.engine.decode import Hook
@@ -84,10 +86,10 @@ class Scheduler:
         return not self.waiting and not self.active
 
     def step(self) -> None:
-        """Compute one chunk of a prompt, if there is one, and one decode step for all requests past their prompt."""
-        request = self._next_to_prefill()
-        if request is not None:
-            self._prefill(request)
+        """Compute a chunk of one prompt or more, if there is one, and one decode step for all requests past theirs."""
+        requests = self._next_to_prefill()
+        if requests:
+            self._prefill(requests)
         # Before the first token, a request has launched 0; once all are launched, it only waits for results.
         slots = {slot: r for slot, r in self.active.items() if 0 < r.launched < r.max_tokens}
         if slots:
@@ -149,11 +151,29 @@ class Scheduler:
             request.accept(result.tokens[slot], result.logprobs[slot] if result.logprobs else None)
         self._release_finished()
 
-    def _next_to_prefill(self) -> Request | None:
-        """Return the request whose prompt is being computed, or admit the next one; None without any."""
-        for request in self.active.values():
-            if request.prefill is not None:
-                return request
+    def _next_to_prefill(self) -> list[Request]:
+        """Return the requests whose prompts are computed in this step; requests are admitted in the order they came.
+
+        They are the oldest one's and others that fit the size of its chunk, as many as may be computed together.
+        A request whose whole prompt is reused is among them, without a chunk.
+        """
+        prompts = sorted((r for r in self.active.values() if r.prefill is not None), key=lambda r: r.prefill_started_s)
+        first = prompts[0] if prompts else self._admit_next()
+        if first is None:
+            return []
+        size = first.prefill.chunks[0] if first.prefill is not None else 0
+        most = self.engine.max_prompts(size) if first.prefill is not None and first.prefill.fits(size) else 1
+        together = [first, *(r for r in prompts[1:] if r.prefill is not None and r.prefill.fits(size))][:most]
+        while len(together) < most and not self._gains_by_waiting():
+            request = self._admit_next()
+            if request is None:
+                break
+            if request.prefill is None or request.prefill.fits(size):
+                together.append(request)
+        return together
+
+    def _admit_next(self) -> Request | None:
+        """Give the oldest waiting request a slot; None if none waits or none is free."""
         while self.waiting and len(self.active) < self.engine.cache.max_batch_size:
             request = self.waiting.popleft()
             request.leave_queue()
@@ -165,6 +185,13 @@ class Scheduler:
                     raise
                 return request
         return None
+
+    def _gains_by_waiting(self) -> bool:
+        """Return whether the next request can reuse more of its prompt once the prompts at hand are computed."""
+        if not self.waiting:
+            return False
+        request = self.waiting[0]
+        return self.prefixes.is_coming(request.prompt_ids, self.active, request.most_reused, request.adapter)
 
     def _admit(self, request: Request) -> None:
         """Give a request a slot, and copy the part of its prompt that another slot holds."""
@@ -189,38 +216,65 @@ class Scheduler:
                 plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.adapter_slot
             )
 
-    def _prefill(self, request: Request) -> None:
-        """Compute one chunk; after the last one, sample the first token. A prompt reused as a whole has no chunk."""
-        assert request.slot is not None, "it was admitted"
+    def _prefill(self, requests: list[Request]) -> None:
+        """Compute one chunk of each; after a prompt's last one, sample its first token.
+
+        If this fails, the requests without a token fail.
+        """
         try:
-            logits_1V = request.prompt_logits_1V
-            if request.prefill is not None:
-                logits_1V = self.engine.prefill_step(request.prefill)
-                logprobs, request.prefill.logprobs = request.prefill.logprobs, []
-                request.accept_prompt(logprobs)
-            if logits_1V is not None:
-                request.prefill, request.prompt_logits_1V = None, logits_1V
-                self._sample_first(request.slot, request, logits_1V)
+            self._compute_chunks([request for request in requests if request.prefill is not None])
+            self._sample_first([request for request in requests if request.prompt_logits_1V is not None])
         except Exception as err:
-            request.fail(err)
+            for request in requests:
+                if request.finish_reason is None and not request.output_ids:
+                    request.fail(err)
         self._release_finished()
 
-    def _sample_first(self, slot: int, request: Request, logits_1V: Tensor) -> None:
-        sampling = (request.temperature, request.top_k, request.top_p, request.min_p, request.seed)
-        self.engine.set_row(slot, len(request.prompt_ids), *sampling, request.adapter_slot)
+    def _compute_chunks(self, requests: list[Request]) -> None:
+        prefills = [request.prefill for request in requests if request.prefill is not None]
+        if len(prefills) > 1:
+            logits = self.engine.prefill_together(prefills)
+        else:
+            logits = [self.engine.prefill_step(prefill) for prefill in prefills]
+        for request, prefill, logits_1V in zip(requests, prefills, logits, strict=True):
+            logprobs, prefill.logprobs = prefill.logprobs, []
+            request.accept_prompt(logprobs)
+            if logits_1V is not None:
+                request.prefill, request.prompt_logits_1V = None, logits_1V
+
+    def _sample_first(self, requests: list[Request]) -> None:
+        """Sample the first tokens: in one call, except of requests with processors, log-probabilities or a hook."""
+        for request in requests:
+            self._begin_row(request)
+        requests = [request for request in requests if request.error is None]
+        plain = [r for r in requests if not r.is_processed and r.logits_processor is None and r.logprobs is None]
+        if len(plain) > 1:
+            kind = StepKind(kind_for((request.temperature, request.top_k) for request in plain))
+            logits_BV = torch.cat([r.prompt_logits_1V for r in plain if r.prompt_logits_1V is not None])
+            result = self.engine.sample_first([r.slot for r in plain if r.slot is not None], logits_BV, kind)
+            for request, token in zip(plain, result.tokens, strict=True):
+                request.launched = 1
+                request.accept(token)
+        for request in requests:
+            if len(plain) < 2 or request not in plain:
+                self._sample_alone(request)
+
+    def _begin_row(self, request: Request) -> None:
+        assert request.slot is not None, "it was admitted"
+        self.engine.set_row(request.slot, len(request.prompt_ids), request.sampling)
         if request.is_processed:
-            self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
-        self._restrict(slot, request)
-        if request.error is not None:
-            return
+            self.engine.set_processors(request.slot, request.prompt_ids, *request.processor_arguments)
+        self._restrict(request.slot, request)
+
+    def _sample_alone(self, request: Request) -> None:
+        assert request.slot is not None and request.prompt_logits_1V is not None, "its prompt was computed"
         request.launched = 1
         kind = StepKind(
             kind_for([(request.temperature, request.top_k)]), request.is_processed, request.logprobs is not None
         )
-        result = self.engine.sample_first(slot, logits_1V, kind, _hook_for({0: request}))
-        if request.error is not None:
-            return
-        request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
+        result = self.engine.sample_first(request.slot, request.prompt_logits_1V, kind, _hook_for({0: request}))
+        if request.error is None:
+            request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
 
     def _restrict(self, slot: int, request: Request) -> None:
         """Send the mask of a constraint to the device. If the constraint fails, its request fails."""

@@ -1,6 +1,6 @@
-"""AnswerStream: the answer of a reply as it comes, told apart into text and finished tool calls, exactly.
+"""AnswerStream: splits the answer of a streamed reply into text and finished tool calls, exactly.
 
-Joined, what it gives is what `parse_tool_calls` makes of the whole answer, wherever the pieces were cut.
+Its joined output equals the result of `parse_tool_calls` for the whole answer, wherever the pieces were cut.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from qwen3fast.text.tool_calls import CallFormat, JsonCalls, ToolCall, parse_too
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """News of an answer: text to show, and tool calls that are complete."""
+    """A new part of an answer: text to show, and complete tool calls."""
 
     content: str
     tool_calls: list[ToolCall]
 
 
 class AnswerStream:
-    """Takes an answer piece by piece.
+    """An incremental parser of an answer.
 
-    What a later piece could change is held back: whitespace at the end (a tool call takes it away), the beginning of a
-    tag that opens a call, and everything from one on until its block is closed and well formed. A malformed block is
-    held back to the end of the reply: its closing tag may turn out to stand inside a string.
+    Text that a later piece could change is held back: whitespace at the end (a tool call takes it away), the beginning
+    of a tag that opens a call, and everything from such a tag on until its block is closed and well formed. A malformed
+    block is held back to the end of the reply: its closing tag may turn out to stand inside a string.
     """
 
     def __init__(self, call_format: CallFormat | None = None) -> None:
@@ -35,7 +35,7 @@ class AnswerStream:
         self._tried = 0  # tags before this position do not end the first block that is not closed yet
 
     def push(self, text: str) -> AnswerPiece:
-        """Add a piece of the answer. Returns what is certain now."""
+        """Add a piece of the answer. Returns the part that no later piece changes."""
         self._answer += text
         certain = self._answer[: self._certain_end()].rstrip()
         if self._read == 0:  # no call yet

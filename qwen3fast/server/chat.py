@@ -8,28 +8,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from qwen3fast._version import __version__
 from qwen3fast.results import GenerationResult, TokenLogprobs
-from qwen3fast.server.conversation import (
-    Conversation,
-    Delta,
-    complete,
-    content_and_calls,
-    deltas,
-    read_messages,
-    read_tools,
-)
+from qwen3fast.server.conversation import Conversation, Delta, deltas, read_messages, read_tools
 from qwen3fast.server.errors import ApiError
-from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
+from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import read_prompt_logprobs, to_prompt_logprobs
-from qwen3fast.server.replies import new_id, read_stream_options, usage, usage_so_far
+from qwen3fast.server.prompt_scores import LOWEST, read_prompt_logprobs, to_prompt_logprobs
+from qwen3fast.server.replies import answer, new_id, read_stream_options, usage, usage_so_far
 from qwen3fast.server.sampling import read_sampling
-from qwen3fast.server.state import state_of
-from qwen3fast.server.stream import DONE, event, unless_disconnected
+from qwen3fast.server.stream import DONE, event
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall
 
@@ -39,45 +30,30 @@ WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "service_t
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A chat completion that was asked for.
+class ChatRequest(Conversation):
+    """A request for a chat completion.
 
     include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
     """
 
-    conversation: Conversation
-    stream: bool = False
     include_usage: bool = False
     counts_tokens: bool = False
     id: str = field(default_factory=lambda: new_id("chatcmpl"))
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its model."""
-        return tokenizer_of(self.conversation.served)
 
     def envelope(self, kind: str) -> dict[str, Any]:
         """Return the fields that every object of this completion has."""
         return {
             "id": self.id,
             "object": kind,
-            "created": self.conversation.created,
-            "model": self.conversation.served.name,
+            "created": self.created,
+            "model": self.served.name,
             "system_fingerprint": f"qwen3fast-{__version__}",
         }
 
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
-    state = state_of(request)
-    fields = await read_fields(request)
-    chat = read_chat(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, chat.conversation.served, chat.conversation.messages)
-    if chat.stream:
-        return await state.event_stream(request, _events(request, chat), headers)
-    finished = await unless_disconnected(request, state.in_time(complete(request, chat.conversation)))
-    return JSONResponse(to_completion(chat, finished), headers=headers)
+    return await answer(request, read_chat, to_completion, _events)
 
 
 def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
@@ -93,16 +69,14 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     prompt_logprobs = read_prompt_logprobs(fields)
     if prompt_logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
-    stream = fields.flag("stream")
-    include_usage, counts_tokens = read_stream_options(fields)
+    usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
     fields.take(*WITHOUT_EFFECT)
-    conversation = Conversation(served, read_messages(fields), sampling, tools, must_call)
-    return ChatRequest(conversation, stream, include_usage, counts_tokens)
+    return ChatRequest(served, sampling, messages, must_call, *usage_options, tools=tools, stream=stream)
 
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
     """Return the `chat.completion` object of finished replies."""
-    tokenizer, num_top = chat.tokenizer, chat.conversation.sampling.params.prompt_logprobs
+    tokenizer, num_top = chat.tokenizer, chat.sampling.params.prompt_logprobs
     completion = {
         **chat.envelope("chat.completion"),
         "choices": [_choice(chat, i, result, tokenizer) for i, result in enumerate(finished)],
@@ -114,7 +88,7 @@ def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[s
 
 
 def _choice(chat: ChatRequest, index: int, result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:
-    content, calls = content_and_calls(chat.conversation.must_call, result)
+    content, calls = chat.content_and_calls(result)
     message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
     if result.reasoning:
         message |= {"reasoning_content": result.reasoning, "reasoning": result.reasoning}
@@ -138,7 +112,7 @@ def to_logprob(at: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST), "bytes": list(raw)}
 
     return {**one(at.token_id, at.logprob), "top_logprobs": [one(*entry) for entry in at.top]}
 
@@ -150,9 +124,9 @@ def finish_reason(result: GenerationResult, has_calls: bool) -> str:
 
 async def _events(request: Request, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed completion."""
-    num_replies = chat.conversation.sampling.n
+    num_replies = chat.sampling.n
     calls, finished = [0] * num_replies, dict[int, GenerationResult]()
-    async for delta in deltas(request, chat.conversation):
+    async for delta in deltas(request, chat):
         if delta is None:
             for i in range(num_replies):
                 yield _chunk(chat, i, {"role": "assistant", "content": ""})

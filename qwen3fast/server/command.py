@@ -7,6 +7,8 @@ import asyncio
 import json
 import logging
 import socket
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -82,16 +84,19 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
     parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
-    parser.add_argument("--api-key", action="append", default=[], help="required from clients; may be repeated")
+    parser.add_argument(
+        "--api-key", action="append", dest="api_keys", default=[], help="required from clients; may be repeated"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse requests with unknown fields")
     defaults = ServerOptions()
     parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
-    parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="s [%(default)s]")
-    parser.add_argument(
+    add_seconds = partial(parser.add_argument, type=float, metavar="S")
+    add_seconds("--request-timeout", dest="request_timeout_s", default=defaults.request_timeout_s, help="[%(default)s]")
+    add_seconds(
         "--stream-interval",
-        type=float,
+        dest="stream_interval_s",
         default=defaults.stream_interval_s,
-        help="s between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
+        help="between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
     )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
@@ -99,17 +104,11 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Returns the exit status. Raises: ValueError, FileNotFoundError, ImportError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    options = ServerOptions(
-        api_keys=tuple(args.api_key),
-        strict=args.strict,
-        max_body_bytes=args.max_body_bytes,
-        request_timeout_s=args.request_timeout,
-        stream_interval_s=args.stream_interval,
-        log_prompts=args.log_prompts,
-    )
+    names = {field.name for field in fields(ServerOptions)}
+    options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
     app = create_app(load_models(args), options)
     if args.warmup is None:
-        logger.info("compiling meanwhile: replies are slower at first; /ready tells how much remains")
+        logger.info("compiling meanwhile: replies are slower at first; /ready reports how much remains")
         compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: texts or token ids continued as they are. Source: OpenAI API reference, "Completions"."""
+"""`POST /v1/completions`: continuations of texts or token ids. Source: OpenAI API reference, "Completions"."""
 
 from __future__ import annotations
 
@@ -7,33 +7,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from qwen3fast.results import GenerationResult, TokenLogprobs
+from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.errors import ApiError
-from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
+from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import (
-    only_prompt,
-    only_prompt_chunk,
-    read_prompt_logprobs,
-    to_prompt_logprobs,
-    with_top,
-)
+from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
 from qwen3fast.server.replies import (
     Prompt,
+    ReplyRequest,
+    answer,
     new_id,
-    now,
     pieces,
     read_stream_options,
-    results,
     started,
     usage,
     usage_so_far,
 )
-from qwen3fast.server.sampling import Sampling, read_sampling
+from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.state import state_of
-from qwen3fast.server.stream import DONE, event, unless_disconnected
+from qwen3fast.server.stream import DONE, event
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
@@ -41,30 +36,30 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 @dataclass(frozen=True)
-class CompletionRequest:
+class CompletionRequest(ReplyRequest):
     """A request for a completion.
 
     echo: the text begins with the prompt. prompt_logprobs: alternatives per token of the prompt, apart from the text
-    (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also
-    in each event.
+    (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
     """
 
-    served: ServedModel
     prompts: list[Prompt]
-    sampling: Sampling
-    prompt_logprobs: int | None = None
-    echo: bool = False
-    stream: bool = False
-    include_usage: bool = False
-    counts_tokens: bool = False
+    prompt_logprobs: int | None
+    echo: bool
+    include_usage: bool
+    counts_tokens: bool
     id: str = field(default_factory=lambda: new_id("cmpl"))
-    created: int = field(default_factory=now)
+
+    @property
+    def prompt(self) -> list[Prompt]:
+        """The prompts."""
+        return self.prompts
 
     def envelope(self) -> dict[str, Any]:
         """Return the fields that every object of this completion has."""
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
 
-    def jobs(self) -> list[Any]:
+    def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply; replies to the same prompt follow one another."""
         return [(prompt, params) for prompt in self.prompts for params in self.sampling.each()]
 
@@ -77,7 +72,7 @@ class CompletionRequest:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt's tokens stand before those of the reply's."""
+        """True if log-probabilities of the prompt's tokens precede the reply's."""
         return self.echo and self.sampling.params.logprobs is not None
 
     def first_id(self, index: int) -> int:
@@ -88,18 +83,7 @@ class CompletionRequest:
 
 async def completions(request: Request) -> Response:
     """Continue one or several prompts, at once or as a stream."""
-    state = state_of(request)
-    fields = await read_fields(request)
-    wanted = read_completion(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, wanted.served, wanted.prompts)
-    if wanted.stream:
-        return await state.event_stream(request, _events(request, wanted), headers)
-    finished = await unless_disconnected(request, state.in_time(_complete(request, wanted)))
-    tokenizer = wanted.served.model.tokenizer
-    choices = [_choice(wanted, i, result, tokenizer) for i, result in enumerate(finished)]
-    count = usage(finished, len(wanted.prompts), tokenizer)
-    return JSONResponse({**wanted.envelope(), "choices": choices, "usage": count}, headers=headers)
+    return await answer(request, read_completion, to_completions, _events)
 
 
 def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
@@ -119,7 +103,8 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     if wanted:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=max(wanted)))
     prompts = read_prompts(fields, "prompt")
-    return CompletionRequest(served, prompts, sampling, prompt_logprobs, echo, stream, *read_stream_options(fields))
+    options = read_stream_options(fields)
+    return CompletionRequest(served, sampling, prompts, prompt_logprobs, echo, *options, stream=stream)
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -140,14 +125,11 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-async def _complete(request: Request, wanted: CompletionRequest) -> list[GenerationResult]:
-    state = state_of(request)
-    async with started(wanted.served, wanted.jobs(), state.options.compile_timeout_s) as handles:
-        finished = await results(handles)
-    if wanted.sampling.only_prompt:
-        finished = [only_prompt(result) for result in finished]
-    state.count(request, wanted.served, finished)
-    return finished
+def to_completions(wanted: CompletionRequest, finished: list[GenerationResult]) -> dict[str, Any]:
+    """Return the `text_completion` object of finished replies."""
+    tokenizer = wanted.served.model.tokenizer
+    choices = [_choice(wanted, i, result, tokenizer) for i, result in enumerate(finished)]
+    return {**wanted.envelope(), "choices": choices, "usage": usage(finished, len(wanted.prompts), tokenizer)}
 
 
 def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tokenizer: Any) -> dict[str, Any]:
@@ -180,9 +162,9 @@ def to_logprobs(
     offsets = [offset + sum(len(token) for token in tokens[:i]) for i in range(len(tokens))]
     return {
         "tokens": tokens,
-        "token_logprobs": [None if at is None else max(at.logprob, -9999.0) for at in ats],
+        "token_logprobs": [None if at is None else max(at.logprob, LOWEST) for at in ats],
         "top_logprobs": [
-            None if at is None else {text_of(i): max(logprob, -9999.0) for i, logprob in at.top} for at in ats
+            None if at is None else {text_of(i): max(logprob, LOWEST) for i, logprob in at.top} for at in ats
         ],
         "text_offset": offsets,
     }
@@ -193,9 +175,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     state, tokenizer = state_of(request), wanted.served.model.tokenizer
     num_replies = len(wanted.prompts) * wanted.sampling.n
     finished: dict[int, GenerationResult] = {}
-    offsets = [0] * num_replies
-
-    new_tokens = [0] * num_replies
+    offsets, new_tokens = [0] * num_replies, [0] * num_replies
 
     def chunk(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -204,7 +184,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             extra = {"usage": usage_so_far(len(handles[index].request.prompt_ids), new_tokens[index])}
         return event({**wanted.envelope(), "choices": [choice], **extra})
 
-    async with started(wanted.served, wanted.jobs(), state.options.compile_timeout_s) as handles:
+    async with started(wanted, state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield chunk(i, wanted.echoed(i))
         async for piece in pieces(handles, state.options.stream_interval_s):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -14,31 +14,36 @@ from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.answer_stream import AnswerStream
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
-from qwen3fast.server.models import ServedModel, generator_of, tokenizer_of
-from qwen3fast.server.replies import now, pieces, results, started
-from qwen3fast.server.sampling import Sampling
+from qwen3fast.server.models import generator_of, tokenizer_of
+from qwen3fast.server.replies import Prompt, ReplyRequest, pieces, started
 from qwen3fast.server.state import state_of
-from qwen3fast.text.tool_calls import CallFormat, ToolCall, call_format_of
+from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text.tool_calls import ToolCall, call_format_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A conversation to reply to.
+class Conversation(ReplyRequest):
+    """A conversation to reply to; each endpoint has a class of its own for the form of its responses.
 
-    messages, tools: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
-    created: seconds since 1970.
+    messages: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
     """
 
-    served: ServedModel
     messages: list[dict[str, Any]]
-    sampling: Sampling
-    tools: list[dict[str, Any]] | None = None
-    must_call: bool = False
-    created: int = field(default_factory=now)
+    must_call: bool
 
-    def jobs(self) -> list[tuple[list[int], SamplingParams]]:
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages."""
+        return self.messages
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of its model."""
+        return tokenizer_of(self.served)
+
+    def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
@@ -46,9 +51,15 @@ class Conversation:
         )
         return [(prompt, params) for params in self.sampling.each()]
 
-    def call_format(self) -> CallFormat:
-        """Return the format of the tool calls in its replies."""
-        return call_format_of(tokenizer_of(self.served).chat_template, self.tools)
+    def content_and_calls(self, result: GenerationResult) -> tuple[str, list[ToolCall]]:
+        """Return a reply's text for the user and its tool calls; with must_call the whole answer is one call."""
+        if not self.must_call:
+            return result.answer, result.tool_calls
+        try:
+            call = json.loads(result.answer)
+            return "", [ToolCall(call["name"], call["arguments"])]
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
+            return result.answer, []
 
 
 @dataclass(frozen=True)
@@ -68,28 +79,17 @@ class Delta:
     new_tokens: int = 0
 
 
-async def complete(request: Request, conversation: Conversation) -> list[GenerationResult]:
-    """Return all replies, once they have ended. Raises: the error that ended one of them."""
-    state = state_of(request)
-    compile_timeout_s = state.options.compile_timeout_s
-    async with started(conversation.served, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
-        finished = await results(handles)
-    state.count(request, conversation.served, finished)
-    return finished
-
-
 async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[Delta | None]:
     """Yield None once the replies are queued, then their new parts as they come.
 
     Reasoning, content and tool calls of all deltas, joined, are equal to the whole reply's.
     Raises: the error that ended one of them.
     """
-    state = state_of(request)
-    compile_timeout_s, call_format = state.options.compile_timeout_s, conversation.call_format()
+    state, call_format = state_of(request), call_format_of(conversation.tokenizer.chat_template, conversation.tools)
     streams = [AnswerStream(call_format) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
     new_tokens = [0] * conversation.sampling.n
-    async with started(conversation.served, conversation.jobs(), compile_timeout_s, conversation.tools) as handles:
+    async with started(conversation, state.options.compile_timeout_s) as handles:
         prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
         async for piece in pieces(handles, state.options.stream_interval_s):
@@ -99,22 +99,11 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
-                last = stream.finish(*content_and_calls(conversation.must_call, result))
+                last = stream.finish(*conversation.content_and_calls(result))
                 content, calls = content + last.content, calls + last.tool_calls
             counts = prompt_tokens, new_tokens[piece.index]
             yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result, *counts)
     state.count(request, conversation.served, finished)
-
-
-def content_and_calls(must_call: bool, result: GenerationResult) -> tuple[str, list[ToolCall]]:
-    """Return a reply's text for the user and its tool calls; with must_call the whole answer is one call."""
-    if not must_call:
-        return result.answer, result.tool_calls
-    try:
-        call = json.loads(result.answer)
-        return "", [ToolCall(call["name"], call["arguments"])]
-    except (ValueError, KeyError, TypeError, RecursionError):  # cut off by max_tokens
-        return result.answer, []
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -178,37 +167,45 @@ def read_call(function: Fields) -> dict[str, Any]:
         raise ApiError(400, f"must be the JSON text of an object: {err}", function.name("arguments")) from err
     if not isinstance(arguments, dict):
         raise ApiError(400, f"must be an object, got {describe(arguments)}", function.name("arguments"))
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return ToolCall(name, arguments).to_message()
 
 
-def read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
+def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, Any]] | None, str | None]:
     """Return the functions that the model may call, and the one that it must: None, a name, or "" for any.
 
+    is_flat: a tool holds the fields of its function itself, as in the Responses API, not in an object `function`.
     Raises: ApiError (400) naming the field.
     """
-    tools = [_tool(tool) for tool in fields.objects("tools")] or None
-    choice = fields.raw("tool_choice", "auto" if tools else "none")
+    tools = [_tool(tool, is_flat) for tool in fields.objects("tools")] or None
+    choice, path = fields.raw("tool_choice"), fields.name("tool_choice")
     if choice == "none":
         return None, None
-    path = fields.name("tool_choice")
+    if choice is None or (choice == "auto" and (tools or is_flat)):
+        return tools, None
     if choice in ("auto", "required"):
         if not tools:
             raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
-        return tools, "" if choice == "required" else None
-    function = choice.get("function") if isinstance(choice, dict) else None
+        return tools, ""
+    function = choice if is_flat or not isinstance(choice, dict) else choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if name is None:
-        expected = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        form = "'name': ..." if is_flat else "'function': {'name': ...}"
+        expected = f"'none', 'auto', 'required' or {{'type': 'function', {form}}}"
         raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
-    if name not in [tool["function"]["name"] for tool in tools or []]:
-        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+    check_chosen(name, tools, path)
     return tools, name
 
 
-def _tool(fields: Fields) -> dict[str, Any]:
-    if fields.text("type", "function") != "function":
+def check_chosen(name: str, tools: list[dict[str, Any]] | None, path: str) -> None:
+    """Check that a tool that must be called is there. Raises: ApiError (400) naming the path."""
+    if name not in [tool["function"]["name"] for tool in tools or []]:
+        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+
+
+def _tool(fields: Fields, is_flat: bool) -> dict[str, Any]:
+    if fields.text("type", None if is_flat else "function") != "function":
         raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
-    function = fields.required("function", fields.object("function"))
+    function = fields if is_flat else fields.required("function", fields.object("function"))
     function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
     return {"type": "function", "function": read_function(function)}
 

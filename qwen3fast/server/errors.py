@@ -14,12 +14,13 @@ from starlette.responses import JSONResponse
 from qwen3fast.sampling.grammar import GrammarError
 from qwen3fast.scheduling import ClosedError, QueueFullError
 
+ANTHROPIC_PATH = "/v1/messages"
 RETRY_AFTER_S = 1
 TOO_LONG = "exceeds max_seq_len"  # in the engine's messages
 OF_PROMPT = ("prompt ", "the prompt ", "token id ")  # how its messages on a prompt begin
 PROMPT_FIELDS = {
     "/v1/chat/completions": "messages",
-    "/v1/messages": "messages",
+    ANTHROPIC_PATH: "messages",
     "/v1/completions": "prompt",
     "/v1/responses": "input",
 }
@@ -62,16 +63,18 @@ class ApiError(Exception):
             return {"Retry-After": str(RETRY_AFTER_S)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
-    def to_openai(self) -> dict[str, Any]:
-        """Return the body `{"error": {...}}` of OpenAI's API."""
+    def body(self, path: str) -> dict[str, Any]:
+        """Return the error in the form of the API that a path belongs to, Anthropic's or OpenAI's."""
+        if path == ANTHROPIC_PATH:
+            kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+            message = f"{self.param}: {self.message}" if self.param else self.message
+            return {"type": "error", "error": {"type": kind, "message": message}}
         kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def to_anthropic(self) -> dict[str, Any]:
-        """Return the body `{"type": "error", ...}` of Anthropic's API."""
-        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-        message = f"{self.param}: {self.message}" if self.param else self.message
-        return {"type": "error", "error": {"type": kind, "message": message}}
+    def response(self, path: str) -> JSONResponse:
+        """Return the response to a request of a path."""
+        return JSONResponse(self.body(path), self.status, self.headers)
 
 
 def to_api_error(error: BaseException) -> ApiError:
@@ -100,5 +103,4 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     api_error = to_api_error(error)
     if api_error.param is None and not isinstance(error, ApiError) and api_error.message.startswith(OF_PROMPT):
         api_error.param = PROMPT_FIELDS.get(request.url.path)
-    body = api_error.to_anthropic() if request.url.path == "/v1/messages" else api_error.to_openai()
-    return JSONResponse(body, api_error.status, api_error.headers)
+    return api_error.response(request.url.path)

@@ -38,7 +38,7 @@ class Fields:
         return f"{self._path}.{key}" if self._path else key
 
     def raw(self, key: str, default: Any = None) -> Any:
-        """Return the value as it is, or the default if it is absent or null."""
+        """Return the unchecked value, or the default if it is absent or null."""
         self._taken.add(key)
         value = self._values.get(key)
         return default if value is None else value

@@ -13,7 +13,6 @@ import secrets
 import time
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3fast.server.errors import ApiError
@@ -67,8 +66,7 @@ class Limits:
             await self._app(scope, body.receive, send_with_id)
         except ApiError as err:
             if status == 499:  # nothing was sent yet
-                content = err.to_anthropic() if request.url.path == "/v1/messages" else err.to_openai()
-                await JSONResponse(content, err.status, err.headers)(scope, receive, send_with_id)
+                await err.response(request.url.path)(scope, receive, send_with_id)
         finally:
             self._state.in_flight -= 1
             route = scope.get("route")

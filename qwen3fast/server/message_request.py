@@ -5,22 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, read_function
+from qwen3fast.server.conversation import Conversation, check_chosen, read_function
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
-from qwen3fast.server.sampling import Sampling
+from qwen3fast.server.sampling import Sampling, checked_params
+from qwen3fast.text.tool_calls import ToolCall
 
 
 @dataclass(frozen=True)
-class MessagesRequest:
+class MessagesRequest(Conversation):
     """A request for a message."""
 
-    conversation: Conversation
-    stream: bool = False
     id: str = field(default_factory=lambda: new_id("msg"))
 
     def envelope(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
@@ -29,7 +27,7 @@ class MessagesRequest:
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.conversation.served.name,
+            "model": self.served.name,
             "content": content,
             "stop_reason": None,
             "stop_sequence": None,
@@ -42,10 +40,9 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
     tokenizer_of(served)
     tools, choice = _read_tools(fields)
     sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
-    stream = fields.flag("stream")
     fields.take("metadata", "service_tier")
-    conversation = Conversation(served, _read_messages(fields), sampling, tools, must_call)
-    return MessagesRequest(conversation, stream)
+    messages, stream = _read_messages(fields), fields.flag("stream")
+    return MessagesRequest(served, sampling, messages, must_call, tools=tools, stream=stream)
 
 
 def _read_sampling(fields: Fields) -> Sampling:
@@ -58,17 +55,15 @@ def _read_sampling(fields: Fields) -> Sampling:
         kind = thinking.text("type", choices=("enabled", "disabled", "adaptive"))
         budget = thinking.integer("budget_tokens", 1)
         enable = kind != "disabled"
-    try:
-        params = SamplingParams(
-            temperature=fields.number("temperature"),
-            top_p=fields.number("top_p"),
-            top_k=fields.integer("top_k", 0, 2**31),
-            max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, 2**31)),
-            stop=tuple(stop for stop in stops if stop),
-            thinking_budget=budget if enable else None,
-        )
-    except ValueError as err:
-        raise ApiError(400, str(err), code="invalid_value") from err
+    params = checked_params(
+        fields,
+        temperature=fields.number("temperature"),
+        top_p=fields.number("top_p"),
+        top_k=fields.integer("top_k", 0, 2**31),
+        max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, 2**31)),
+        stop=tuple(stop for stop in stops if stop),
+        thinking_budget=budget if enable else None,
+    )
     return Sampling(params, enable_thinking=enable)
 
 
@@ -93,8 +88,7 @@ def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None
     if kind != "tool":
         return tools, "" if kind == "any" else None
     name = choice.required("name", choice.text("name"))
-    if name not in [tool["function"]["name"] for tool in tools]:
-        raise ApiError(400, f"{name!r} is not among the tools", choice.name("name"), "invalid_value")
+    check_chosen(name, tools, choice.name("name"))
     return tools, name
 
 
@@ -148,9 +142,8 @@ def _assistant(fields: Fields) -> list[dict[str, Any]]:
             message["reasoning_content"] = block.required("thinking", block.text("thinking"))
         elif kind == "tool_use":
             name = block.required("name", block.text("name"))
-            arguments = block.mapping("input") or {}
-            calls = message.setdefault("tool_calls", [])
-            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+            call = ToolCall(name, block.mapping("input") or {})
+            message.setdefault("tool_calls", []).append(call.to_message())
     return [message]
 
 

@@ -7,35 +7,25 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from qwen3fast.results import GenerationResult
-from qwen3fast.server.conversation import complete, content_and_calls, deltas
-from qwen3fast.server.fields import read_fields, refuse_or_name
+from qwen3fast.server.conversation import deltas
 from qwen3fast.server.message_request import MessagesRequest, read_message_request
-from qwen3fast.server.models import tokenizer_of
-from qwen3fast.server.replies import new_id
-from qwen3fast.server.state import state_of
-from qwen3fast.server.stream import event, unless_disconnected
+from qwen3fast.server.replies import answer, new_id
+from qwen3fast.server.stream import event
 from qwen3fast.text.tool_calls import ToolCall
 
 
 async def messages(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
-    state = state_of(request)
-    fields = await read_fields(request)
-    wanted = read_message_request(fields, state.models.choose(fields, "generate"))
-    headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, wanted.conversation.served, wanted.conversation.messages)
-    if wanted.stream:
-        return await state.event_stream(request, _events(request, wanted), headers)
-    finished = await unless_disconnected(request, state.in_time(complete(request, wanted.conversation)))
-    return JSONResponse(to_message(wanted, finished[0]), headers=headers)
+    return await answer(request, read_message_request, to_message, _events)
 
 
-def to_message(wanted: MessagesRequest, result: GenerationResult) -> dict[str, Any]:
-    """Return Anthropic's message object of a finished reply."""
-    text, calls = content_and_calls(wanted.conversation.must_call, result)
+def to_message(wanted: MessagesRequest, finished: list[GenerationResult]) -> dict[str, Any]:
+    """Return Anthropic's message object of the one finished reply."""
+    [result] = finished
+    text, calls = wanted.content_and_calls(result)
     content: list[dict[str, Any]] = []
     if result.reasoning:
         content.append({"type": "thinking", "thinking": result.reasoning, "signature": ""})
@@ -63,10 +53,10 @@ def _stop(wanted: MessagesRequest, result: GenerationResult, has_calls: bool) ->
     """Return the fields of a message that say why it ended."""
     if result.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    stops = wanted.conversation.sampling.params.stop
+    stops = wanted.sampling.params.stop
     if stops:
         # The text ends before the stop string; the tokens contain it.
-        raw = tokenizer_of(wanted.conversation.served).decode(result.token_ids)
+        raw = wanted.tokenizer.decode(result.token_ids)
         found = [(raw.find(stop), stop) for stop in stops if stop in raw]
         if found:
             return {"stop_reason": "stop_sequence", "stop_sequence": min(found)[1]}
@@ -117,7 +107,7 @@ async def _events(request: Request, wanted: MessagesRequest) -> AsyncGenerator[b
     """Yield the events of a streamed message."""
     blocks, has_calls = _Blocks(), False
     no_usage = {"input_tokens": 0, "output_tokens": 0}
-    async for delta in deltas(request, wanted.conversation):
+    async for delta in deltas(request, wanted):
         if delta is None:
             yield _event({"type": "message_start", "message": wanted.envelope([], no_usage)})
             continue

@@ -1,4 +1,4 @@
-"""PrefixTable: which replica has answered requests that begin alike, for routing to the one whose KV cache holds them.
+"""PrefixTable: routes requests to the replica whose KV cache holds their beginning.
 
 Requests are compared as text, in blocks: a router need not tokenize. A conversation's next turn begins with the text
 of the turn before. Source: prefix-aware routing in SGLang's router and Ray Serve LLM.

@@ -5,32 +5,31 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.server.fields import Fields
+from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, generator_of
-from qwen3fast.text.chat_template import Tools
+from qwen3fast.server.prompt_scores import only_prompt
+from qwen3fast.server.sampling import Sampling
+from qwen3fast.server.state import state_of
+from qwen3fast.server.stream import unless_disconnected
 from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
 END_OF_REASONING = "</think>"
 # Threads of their own: schemas that take long to compile, which no thread can give up, hold up one another alone.
 _COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A new part of a reply. index: of the reply in the request. chunk: the new part."""
-
-    index: int
-    chunk: StreamChunk
 
 
 def new_id(prefix: str) -> str:
@@ -43,34 +42,88 @@ def now() -> int:
     return int(time.time())
 
 
-@asynccontextmanager
-async def started(
-    served: ServedModel,
-    jobs: Sequence[tuple[Prompt, SamplingParams]],
-    compile_timeout_s: float,
-    tools: Tools | None = None,
-) -> AsyncIterator[list[RequestHandle]]:
-    """Start one reply per job, and cancel unfinished ones at the end of the block.
+@dataclass(frozen=True)
+class ReplyRequest(ABC):
+    """A request for replies of a Generator, as an endpoint has read it.
 
-    served: the model, which may be an adapter of a Generator.
-    tools: the functions that the prompts offer.
+    tools: the functions that the prompts offer, as the chat template reads them. stream: send the replies as events.
+    created: seconds since 1970.
+    """
+
+    served: ServedModel
+    sampling: Sampling
+    tools: list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    stream: bool = field(default=False, kw_only=True)
+    created: int = field(default_factory=now, kw_only=True)
+
+    @property
+    @abstractmethod
+    def prompt(self) -> Any:
+        """The prompts or messages, for the log."""
+
+    @abstractmethod
+    def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
+        """Return prompt and parameters of each reply. Raises: ValueError for prompts that cannot be rendered."""
+
+
+R = TypeVar("R", bound=ReplyRequest)
+
+
+async def answer(
+    request: Request,
+    read: Callable[[Fields, ServedModel], R],
+    to_body: Callable[[R, list[GenerationResult]], dict[str, Any]],
+    events: Callable[[Request, R], AsyncGenerator[bytes, None]],
+) -> Response:
+    """Return the response to a request for replies: one JSON object, or a stream of events if it asks for one.
+
+    read: the endpoint's reading of the fields, for the model that they name.
+    Raises: ApiError; the error that ended a reply.
+    """
+    state = state_of(request)
+    fields = await read_fields(request)
+    wanted = read(fields, state.models.choose(fields, "generate"))
+    headers = refuse_or_name(fields, state.options.strict)
+    state.note(request, wanted.served, wanted.prompt)
+    if wanted.stream:
+        return await state.event_stream(request, events(request, wanted), headers)
+    finished = await unless_disconnected(request, state.in_time(_complete(request, wanted)))
+    return JSONResponse(to_body(wanted, finished), headers=headers)
+
+
+async def _complete(request: Request, wanted: ReplyRequest) -> list[GenerationResult]:
+    """Return all replies, once they have ended. Raises: the error that ended one of them."""
+    state = state_of(request)
+    async with started(wanted, state.options.compile_timeout_s) as handles:
+        finished = list(await asyncio.gather(*(handle.aresult() for handle in handles)))
+    if wanted.sampling.only_prompt:
+        finished = [only_prompt(result) for result in finished]
+    state.count(request, wanted.served, finished)
+    return finished
+
+
+@asynccontextmanager
+async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterator[list[RequestHandle]]:
+    """Start the replies of a request, and cancel unfinished ones at the end of the block.
+
     Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
-    generator = generator_of(served)
+    generator = generator_of(wanted.served)
     is_wanted = True
+    # In threads: rendering, tokenizing and compiling schemas must not hold up other clients.
+    jobs = await asyncio.to_thread(wanted.jobs)
 
-    def start_all() -> None:  # in a thread: tokenizing and compiling schemas must not hold up other clients
+    def start_all() -> None:
         for prompt, params in jobs:
-            with_adapter = replace(params, adapter=served.adapter)
-            handles.append(generator.submit(prompt, with_adapter, timeout=0, tools=tools))
+            with_adapter = replace(params, adapter=wanted.served.adapter)
+            handles.append(generator.submit(prompt, with_adapter, timeout=0, tools=wanted.tools))
             if not is_wanted:  # a thread cannot be stopped, so it looks for itself
                 handles[-1].cancel()
                 return
 
-    has_grammar = any(params.is_structured for _, params in jobs)
     try:
-        if has_grammar:
+        if wanted.sampling.params.is_structured:
             work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
             await _in_time(work, compile_timeout_s)
         else:
@@ -89,9 +142,12 @@ async def _in_time(work: Any, timeout_s: float) -> None:
         raise ValueError(f"this schema, pattern or grammar takes more than {timeout_s} s to compile") from err
 
 
-async def results(handles: list[RequestHandle]) -> list[GenerationResult]:
-    """Wait for all replies. Raises: the error that ended one of them."""
-    return list(await asyncio.gather(*(handle.aresult() for handle in handles)))
+@dataclass(frozen=True)
+class Piece:
+    """A new part of a reply. index: of the reply in the request. chunk: the new part."""
+
+    index: int
+    chunk: StreamChunk
 
 
 async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIterator[Piece]:

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3fast.results import GenerationResult
-from qwen3fast.server.conversation import content_and_calls
 from qwen3fast.server.replies import new_id
 from qwen3fast.text.tool_calls import ToolCall
 
 
-def to_output(result: GenerationResult, must_call: bool) -> list[dict[str, Any]]:
-    """Return the output items of a finished reply. must_call: see `Conversation`."""
-    text, calls = content_and_calls(must_call, result)
+def to_output(result: GenerationResult, text: str, calls: list[ToolCall]) -> list[dict[str, Any]]:
+    """Return the output items of a finished reply with this text for the user and these tool calls."""
     output = [_reasoning_item(result.reasoning)] if result.reasoning else []
     if text or not calls:
         output.append(_message_item(text))

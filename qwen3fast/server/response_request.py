@@ -5,27 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.conversation import Conversation, read_call, read_function, text_of
+from qwen3fast.server.conversation import Conversation, read_call, read_tools, text_of
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
-from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling
+from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling, checked_params
 from qwen3fast.server.store import ResponseStore
 
 WITHOUT_EFFECT = ("user", "service_tier", "include", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
-class ResponseRequest:
+class ResponseRequest(Conversation):
     """A request for a response. given: the fields of the request that the response object repeats."""
 
-    conversation: Conversation
     given: dict[str, Any]
-    is_stored: bool = True
-    stream: bool = False
+    is_stored: bool
     id: str = field(default_factory=lambda: new_id("resp"))
 
     def to_response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -33,11 +30,11 @@ class ResponseRequest:
         return {
             "id": self.id,
             "object": "response",
-            "created_at": self.conversation.created,
+            "created_at": self.created,
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self.conversation.served.name,
+            "model": self.served.name,
             "output": output,
             "usage": None,
             **self.given,
@@ -45,10 +42,10 @@ class ResponseRequest:
         }
 
 
-def read_response_request(fields: Fields, served: ServedModel, store: ResponseStore) -> ResponseRequest:
+def read_response_request(store: ResponseStore, fields: Fields, served: ServedModel) -> ResponseRequest:
     """Read the fields of a response. Raises: ApiError (400) naming the field; 404 for an unknown earlier response."""
     tokenizer_of(served)
-    tools, choice = _read_tools(fields)
+    tools, choice = read_tools(fields, is_flat=True)
     sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
     instructions, previous = fields.text("instructions"), fields.text("previous_response_id")
     history = list(store.get(previous).messages) if previous is not None else []
@@ -72,8 +69,8 @@ def read_response_request(fields: Fields, served: ServedModel, store: ResponseSt
         "top_p": sampling.params.top_p,
         "truncation": fields.text("truncation", "disabled", choices=("auto", "disabled")),
     }
-    conversation = Conversation(served, prompt, sampling, tools, must_call)
-    return ResponseRequest(conversation, given, bool(given["store"]), fields.flag("stream"))
+    stream = fields.flag("stream")
+    return ResponseRequest(served, sampling, prompt, must_call, given, bool(given["store"]), tools=tools, stream=stream)
 
 
 def _read_sampling(fields: Fields) -> Sampling:
@@ -88,39 +85,16 @@ def _read_sampling(fields: Fields) -> Sampling:
             schema = {"type": "object"}
     reasoning = fields.object("reasoning")
     effort = reasoning.text("effort", choices=tuple(REASONING_BUDGETS)) if reasoning is not None else None
-    try:
-        params = SamplingParams(
-            temperature=fields.number("temperature"),
-            top_p=fields.number("top_p"),
-            max_tokens=fields.integer("max_output_tokens", 1, 2**31),
-            seed=fields.integer("seed"),
-            json_schema=schema,
-            thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,
-        )
-    except ValueError as err:
-        raise ApiError(400, str(err), code="invalid_value") from err
+    params = checked_params(
+        fields,
+        temperature=fields.number("temperature"),
+        top_p=fields.number("top_p"),
+        max_tokens=fields.integer("max_output_tokens", 1, 2**31),
+        seed=fields.integer("seed"),
+        json_schema=schema,
+        thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,
+    )
     return Sampling(params, enable_thinking=None if effort is None else effort != "none")
-
-
-def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any."""
-    tools: list[dict[str, Any]] = []
-    for tool in fields.objects("tools"):
-        if tool.text("type") != "function":
-            raise ApiError(400, "only tools of type 'function' are supported", tool.name("type"), "unsupported")
-        tool.take("strict")
-        tools.append({"type": "function", "function": read_function(tool)})
-    choice = fields.raw("tool_choice", "auto")
-    if choice == "none":
-        return None, None
-    if choice == "auto":
-        return tools or None, None
-    if choice == "required" and tools:
-        return tools, ""
-    name = choice.get("name") if isinstance(choice, dict) else None
-    if name not in [tool["function"]["name"] for tool in tools]:
-        raise ApiError(400, f"must be none, auto, required or one of the tools, got {describe(choice)}", "tool_choice")
-    return tools, str(name)
 
 
 def _read_input(fields: Fields) -> list[dict[str, Any]]:

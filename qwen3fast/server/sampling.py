@@ -75,10 +75,18 @@ def read_sampling(
     }
     budget, enable_thinking = _reasoning(fields)
     n = fields.integer("n", 1, MAX_CHOICES) or 1
+    return Sampling(checked_params(fields, **values, thinking_budget=budget), n, enable_thinking, limit == 0)
+
+
+def checked_params(fields: Fields, **values: Any) -> SamplingParams:
+    """Return the SamplingParams of these values.
+
+    Raises: ApiError (400) for a value out of range, naming it if the request has a field of this name.
+    """
     try:
-        return Sampling(SamplingParams(**values, thinking_budget=budget), n, enable_thinking, limit == 0)
+        return SamplingParams(**values)
     except ValueError as err:
-        name = next((name for name in values if str(err).startswith(name)), None)
+        name = next((name for name in values if str(err).startswith(name) and fields.raw(name) is not None), None)
         raise ApiError(400, str(err), name, "invalid_value") from err
 
 

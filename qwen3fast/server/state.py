@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from qwen3fast.results import GenerationResult
-from qwen3fast.server.errors import to_api_error
+from qwen3fast.server.errors import ANTHROPIC_PATH, to_api_error
 from qwen3fast.server.metrics import Metrics
 from qwen3fast.server.models import Models, ServedModel
 from qwen3fast.server.options import ServerOptions
@@ -77,9 +77,8 @@ class ServerState:
             error = to_api_error(err)
             if error.status == 500:
                 logger.error("%s failed while streaming", request.state.id, exc_info=err)
-            if request.url.path == "/v1/messages":
-                return event(error.to_anthropic(), "error")
-            return event(error.to_openai())
+            name = "error" if request.url.path == ANTHROPIC_PATH else None
+            return event(error.body(request.url.path), name)
 
         options = self.options
         times = StreamTimes(options.heartbeat_s, options.send_timeout_s, options.request_timeout_s)

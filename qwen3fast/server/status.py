@@ -47,4 +47,4 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """Describe the endpoints in OpenAPI's form."""
-    return JSONResponse(description())
+    return JSONResponse(description(request.app.routes))

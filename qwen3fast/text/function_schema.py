@@ -41,7 +41,7 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     Every parameter needs a type hint and a description under "Args:" in the docstring, which may end in
     `(choices: ["a", "b"])`. An untyped first parameter `self` or `cls` is left out.
 
-    Raises: ValueError naming the function and what is missing or has no JSON type.
+    Raises: ValueError naming the function, and the part that is missing or has no JSON type.
     """
     name = getattr(function, "__name__", "operation")
     try:

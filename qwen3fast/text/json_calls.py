@@ -6,12 +6,18 @@ import json
 import re
 from typing import Any
 
-from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, CallBlock, ToolCall, length_of_partial
+from qwen3fast.text.call_blocks import (
+    BEGIN_CALL,
+    END_CALL,
+    END_OF_BLOCK,
+    CallBlock,
+    ToolCall,
+    length_of_partial,
+    skip_space,
+)
 from qwen3fast.text.plain_data import replace_surrogates
 
-_END = re.compile(r"\s*(</tool_call>|\Z)")
 _TAG = re.compile(r"</?tool_call>")
-_SPACE = re.compile(r"\s*")
 _JSON = json.JSONDecoder(strict=False)  # models write line breaks inside strings
 
 
@@ -38,14 +44,14 @@ class JsonCalls:
         # and a model that repeats itself may write <tool_call> to the end of its context (40,000 times: 2.8 s; with
         # this check, 0.04 s).
         values: list[Any] = []
-        body = at = _skip_space(answer, begin + len(BEGIN_CALL))
+        body = at = skip_space(answer, begin + len(BEGIN_CALL))
         try:
             while answer.startswith(("{", "["), at):
                 value, json_end = _JSON.raw_decode(answer, at)
                 values += value if isinstance(value, list) else [value]
-                if end := _END.match(answer, json_end):
+                if end := END_OF_BLOCK.match(answer, json_end):
                     return CallBlock(_to_calls(values), end.end(), bool(end[1]))
-                at = _skip_space(answer, json_end)
+                at = skip_space(answer, json_end)
         except (ValueError, RecursionError):  # RecursionError: nested too deeply
             pass
         tag = _TAG.search(answer, body)
@@ -56,11 +62,6 @@ class JsonCalls:
     def num_held_back(self, answer: str) -> int:
         """Return how many characters at the end may become a `<tool_call>`."""
         return length_of_partial(answer, BEGIN_CALL)
-
-
-def _skip_space(answer: str, position: int) -> int:
-    space = _SPACE.match(answer, position)
-    return space.end() if space else position
 
 
 def _to_calls(values: list[Any]) -> list[ToolCall]:

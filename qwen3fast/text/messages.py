@@ -13,7 +13,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Return a copy of the messages for a chat template; the caller's objects stay as they are.
+    """Return a copy of the messages for a chat template; the caller's objects are not changed.
 
     messages: a list of dicts, dataclasses or pydantic objects with a "role". A field that is None is left out, as in
     transformers. "content" is text or a list of text parts (`{"type": "text", "text": ...}`), which are joined; None

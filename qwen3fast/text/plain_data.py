@@ -1,4 +1,4 @@
-"""What applications pass in, as plain JSON values of valid Unicode. Every refusal names the place of the value."""
+"""Conversion of arguments to plain JSON values of valid Unicode. Every error names the place of the value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model reasons before it answers: told by token ids, for a reply and for the prompt that it continues."""
+"""Reasoning and answer separated by token ids, in a reply and in the prompt that it continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReasoningTracker:
     """The state of one reply: whether it is inside its reasoning. Push every token of the reply, in order.
 
     Reasoning stands between the tokens `<think>`, with only whitespace before it, and `</think>`. There is one at most.
-    A token `<tool_call>` inside ends it, too: the call belongs to the answer.
+    A token `<tool_call>` inside also ends it: the call belongs to the answer.
 
     Attributes:
         is_open: the reply, with the last token pushed, is inside its reasoning.

@@ -1,5 +1,5 @@
 """From token ids to text that may be shown: whole characters only, never any part of a stop string, and the reasoning
-apart from the answer. Knows nothing of prompts or of what tool calls hold."""
+apart from the answer. Knows neither prompts nor the contents of tool calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextPiece(NamedTuple):
 
 
 class TextStream:
-    """The text of one reply, collected token by token, with the reasoning told from the answer.
+    """The text of one reply, collected token by token, and split into reasoning and answer.
 
     Where the reasoning begins and ends is `ReasoningTracker`'s to say; reasoning that is never closed takes the whole
     reply. Tags that stand elsewhere or are spelled out in other tokens are ordinary text.
@@ -54,11 +54,6 @@ class TextStream:
     def answer(self) -> str:
         """The answer so far, without line breaks at its ends; empty while the reasoning goes on."""
         return self._answer.of(self.text)
-
-    @property
-    def is_reasoning(self) -> bool:
-        """Whether the reply, with the last token pushed, is inside its reasoning."""
-        return self._tracker.is_open
 
     def push(self, token_id: int) -> bool:
         """Add a token. Returns whether a stop string is now complete; it and all after it are cut from the text."""

@@ -1,4 +1,4 @@
-"""What operations of a chat template may cost before they run: the largest result that they can make of their input.
+"""Upper bounds on the cost of a chat template's operations, computed from their input before they run.
 
 A cost is an integer of characters or items. Anything that is not named here makes no more than it is given.
 """

@@ -1,4 +1,4 @@
-"""The sandbox of chat templates, which are programs of other people: no way out, and a bound on time and size.
+"""The sandbox of chat templates, which are untrusted programs: no way out, and a bound on time and size.
 
 A thread cannot be killed, so a template counts instead. The environment compiles it to code that charges each loop
 iteration, call, filter and output, and each character or item that an operation makes, to a budget of the render.
@@ -236,7 +236,7 @@ _INTERNAL = ("count_items", "check_value", "join_values")
 
 
 class _Budget:
-    """What one rendering may still cost. A unit is a character or a step."""
+    """The remaining cost of one rendering. A unit is a character or a step."""
 
     def __init__(self, limits: TemplateLimits) -> None:
         self._limits = limits

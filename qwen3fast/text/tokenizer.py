@@ -88,6 +88,22 @@ class Tokenizer:
             checked_text("text", text)
             raise
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that stands at the beginning, with the tokens that the tokenizer puts before it.
+
+        Qwen3's puts none there; some fine-tunes' put a bos_token. A text that begins with them gets no second ones.
+        Raises: ValueError as `encode`.
+        """
+        ids, before = self.encode(text), self._prefix_ids()
+        return ids if ids[: len(before)] == before else before + ids
+
+    def _prefix_ids(self) -> list[int]:
+        """Return the ids that tokenizer.json's post-processor puts before a text."""
+        encoding = self.base.encode("a")
+        count = next((i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added), 0)
+        ids: list[int] = encoding.ids[:count]
+        return ids
+
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; ids without a token are left out."""
         decoder = IncrementalDecoder(self, skip_special_tokens)

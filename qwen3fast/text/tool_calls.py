@@ -1,4 +1,4 @@
-"""The tool calls that a model writes in its answer, told from the text around them. Knows text only: no tokens."""
+"""Tool calls in a model's answer, separated from the text around them. Knows text only: no tokens."""
 
 from __future__ import annotations
 

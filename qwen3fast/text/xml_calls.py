@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qwen3fast.text.call_blocks import BEGIN_CALL, END_CALL, CallBlock, ToolCall, length_of_partial
+from qwen3fast.text.call_blocks import (
+    BEGIN_CALL,
+    END_CALL,
+    END_OF_BLOCK,
+    CallBlock,
+    ToolCall,
+    length_of_partial,
+    skip_space,
+)
 from qwen3fast.text.plain_data import replace_surrogates
 from qwen3fast.text.schema_types import parameters_of, properties_of, read_value, types_of
 
@@ -16,8 +24,6 @@ NAME = r"[^<>\n]+"  # of a function or parameter
 _BEGIN = re.compile(rf"<tool_call>|^[ \t]*<function=({NAME})>", re.MULTILINE)
 _OPENING = re.compile(rf"\s*<function=({NAME})>")
 _NEXT = re.compile(rf"\s*(?:<parameter=({NAME})>|(</function>))")
-_END = re.compile(r"\s*(</tool_call>|\Z)")
-_SPACE = re.compile(r"\s*")
 # What may end a value. The last two begin another block: the value, and with it its block, was not closed.
 _VALUE_END = re.compile(
     r"(?P<closed></parameter>)(?=\s*(?:<parameter=|</function>))"
@@ -73,10 +79,10 @@ class XmlCalls:
             if arguments is None:
                 return self._malformed(answer, at)
             calls.append(ToolCall(replace_surrogates(opening[1]), replace_surrogates(arguments)))
-        end = _END.match(answer, at)
+        end = END_OF_BLOCK.match(answer, at)
         if end is not None and calls:
             return CallBlock(calls, end.end(), bool(end[1]))
-        following = _skip_space(answer, at)
+        following = skip_space(answer, at)
         rest = answer[following : following + len(END_CALL)]
         if has_opener or rest.startswith(_FUNCTION):
             return self._malformed(answer, at)
@@ -92,7 +98,7 @@ class XmlCalls:
         return not self._parameters or name in self._parameters
 
     def _read_arguments(self, answer: str, function: str, at: int) -> tuple[dict[str, Any] | None, int]:
-        """Return the arguments and the position behind the function; or None and the position of what is wrong."""
+        """Return the arguments and the position behind the function; or None and the position of the error."""
         schema = self._parameters.get(function, {})
         properties, arguments = properties_of(schema), dict[str, Any]()
         while tag := _NEXT.match(answer, at):
@@ -124,8 +130,3 @@ class XmlCalls:
         limit = len(answer) if begin is None else begin
         end = answer.find(END_CALL, at, limit)
         return CallBlock([], limit if end < 0 else end + len(END_CALL), False)
-
-
-def _skip_space(answer: str, position: int) -> int:
-    space = _SPACE.match(answer, position)
-    return space.end() if space else position

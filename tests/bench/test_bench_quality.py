@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_bench_suites import labels_of, quick_probes, run_suite  # noqa: F401  the fixture is used by all tests
+from bench_fakes import quick_probes  # noqa: F401  a fixture
+from test_bench_suites import labels_of, run_suite
 
 from qwen3fast import load_model
 from qwen3fast.bench import session
@@ -10,6 +11,8 @@ from qwen3fast.bench.__main__ import main
 from qwen3fast.bench.suites import quality, quantization
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_probes")
 
 
 def test_suite_quality(tmp_path, capsys):

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_fakes import make_case, make_record
+from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import load_model
-from qwen3fast.bench import measure, probes, self_test, session
+from qwen3fast.bench import measure, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
@@ -28,14 +28,8 @@ from qwen3fast.bench.suites import (
 )
 from qwen3fast.kernels import cpu
 
+pytestmark = pytest.mark.usefixtures("quick_probes")
 SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def quick_probes(monkeypatch, one_thread):
-    """Probes that tell a speed without taking the time to measure it well."""
-    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
 
 
 @pytest.fixture

@@ -150,7 +150,11 @@ def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "quantization", "layout"),
-    [("Q4_K", None, Layout(256)), ("Q4_1", None, Layout(32)), ("Q4_0", "uint4", Layout(32, has_zero=True))],
+    [
+        ("Q4_K", None, Layout(256, is_short=True)),
+        ("Q4_1", None, Layout(32)),
+        ("Q4_0", "uint4", Layout(32, has_zero=True)),
+    ],
 )
 def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantization, layout):
     file = tmp_path / "model.gguf"
@@ -163,6 +167,35 @@ def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantiza
     for name, ours in layers_by_gguf_name(loaded).items():
         if ours.dim() == 2:
             assert_same(ours, decode(*written[name]))  # bit for bit
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_language_model_of_qwen3_vl_is_loaded_as_qwen3(tmp_path, num_experts):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    model = randomised(small_config(**SIZES, **(experts if num_experts else {})))
+    name = "qwen3vlmoe" if num_experts else "qwen3vl"
+
+    def add_vision(writer):
+        writer.add_rope_dimension_sections([4, 2, 2, 0])
+        writer.add_uint32(f"{name}.n_deepstack_layers", 3)
+
+    write_gguf(tmp_path / "model.gguf", model, architecture=name, change=add_vision)
+    loaded, tokens = load_model(tmp_path / "model.gguf", "cpu"), random_ids(1, 9, vocab_size=96)
+    assert_near(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_K", "Q6_K"])
+def test_info_states_the_bytes_that_experts_take(tmp_path, capsys, kind):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES, **experts)), kind)
+    assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
+    assert f"{load_model(tmp_path / 'model.gguf', 'cpu').num_bytes():,} bytes" in capsys.readouterr().out
+
+
+def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
+    write_gguf(tmp_path / "mmproj.gguf", randomised(small_config(**SIZES)), architecture="clip")
+    with pytest.raises(ValueError, match="'clip' is not supported; it reads images: load the language model's file"):
+        load_model(tmp_path / "mmproj.gguf", "cpu")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])

@@ -102,13 +102,32 @@ def test_padding_tokens_are_no_text(qwen_tokenizers):
     assert ours.decode(ours.encode("[PAD1050]")) == "[PAD1050]"
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_bos_token_is_known_to_templates_that_use_it_and_added_where_the_file_says_so(tiny_file, adds):
+    """As in models distilled from DeepSeek-R1; other Qwen3 files name a bos_token that nothing uses."""
+    header, bos = read_header(tiny_file), 5
+    assert "bos_token" not in tokenizer_of(header).special_tokens
+    more = {"add_bos_token": adds, "bos_token_id": bos, "pre": "deepseek-r1-qwen"}
+    metadata = {**header.metadata, **{f"tokenizer.ggml.{key}": value for key, value in more.items()}}
+    metadata["tokenizer.chat_template"] = "{{ bos_token }}{{ messages[0].content }}"
+    tokenizer = tokenizer_of(replace(header, metadata=metadata))
+    ids = tokenizer.encode("It's 17.")
+    assert tokenizer.encode_prompt("It's 17.") == [bos] * adds + ids
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "It's 17."}], tokenize=True)[1:] == ids
+    assert tokenizer.special_tokens["bos_token"] == tokenizer.base.id_to_token(bos)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("model", "llama", "tokenizer.ggml.model 'llama' is not supported; only 'gpt2'"),
-        ("pre", "llama-bpe", "tokenizer.ggml.pre 'llama-bpe' is not supported; supported: qwen2, qwen3fast-tiny"),
+        (
+            "pre",
+            "llama-bpe",
+            "'llama-bpe' is not supported; supported: qwen2, deepseek-r1-qwen, qwen3fast-tiny",
+        ),
         ("pre", None, "tokenizer.ggml.pre None is not supported"),
-        ("add_bos_token", True, "tokenizer.ggml.add_bos_token is not supported"),
+        ("add_bos_token", True, "tokenizer.ggml.bos_token_id None names no token, but it is used"),
         ("token_type", [1, 1], "token_type must give the type of each of 1024 tokens"),
         ("tokens", None, "tokenizer.ggml.tokens is missing, or holds no strings"),
         ("merges", ["a nonsense"], "its tokenizer cannot be built: .*out of vocabulary"),

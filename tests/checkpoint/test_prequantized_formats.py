@@ -62,6 +62,7 @@ LAYOUTS = {
     "gptq, zero points, cut group": (CUT, {**GPTQ, "sym": False}, {}),
     "gptq, zero points, a group a row": (CUT, {**GPTQ, "sym": False, "desc_act": True, "group_size": -1}, {}),
     "gptq, act order": (CONFIG, {**GPTQ, "desc_act": True, "group_size": 32}, {}),
+    "gptq, zero points, act order": (CUT, {**GPTQ, "sym": False, "desc_act": True, "group_size": 32}, {}),
     "gptq, 8 bits": (CONFIG, {**GPTQ, "bits": 8}, {}),
     "gptq, 8 bits, zero points, act order": (CONFIG, {**GPTQ, "bits": 8, "sym": False, "desc_act": True}, {}),
     "gptq, 8 bits, a group a row": (CONFIG, {**GPTQ, "bits": 8, "group_size": -1}, {}),
@@ -76,6 +77,11 @@ LAYOUTS = {
     "compressed, W4A16, act order": (
         CONFIG,
         compressed("pack-quantized", "group", 4, group_size=32, actorder="group"),
+        {},
+    ),
+    "compressed, W4A16, zero points, act order": (
+        CONFIG,
+        compressed("pack-quantized", "group", 4, group_size=64, symmetric=False, actorder="group"),
         {},
     ),
     "compressed, W8A16": (CONFIG, compressed("pack-quantized", "group", 8, group_size=128), {}),
@@ -93,7 +99,9 @@ TAKEN_OVER = [
     "gptq, cut group",
     "gptq without g_idx",
     "gptq, a group a row",
+    "gptq, act order",
     "compressed, W4A16",
+    "compressed, W4A16, act order",
     "compressed, W4A16, 32",
     "compressed, W4A16, rows",
 ]
@@ -105,8 +113,11 @@ EXACT = {  # the channels that a record of scales covers, by the channels of a r
     "gptq, zero points, second format": {128: 128, 256: 128},
     "gptq, zero points, cut group": {128: 128, 160: 32, 224: 32},
     "gptq, zero points, a group a row": {128: 128, 160: 160, 224: 224},
+    "gptq, zero points, act order": {96: 32, 128: 32, 160: 32, 224: 32},
     "compressed, W4A16, zero points": {128: 64, 256: 64},
+    "compressed, W4A16, zero points, act order": {128: 64, 256: 64},
 }
+G_IDX = ("g_idx", "weight_g_idx")
 ROUNDED = [name for name in LAYOUTS if name not in TAKEN_OVER and name not in EXACT and "fp8" not in name]
 UP = "model.layers.1.mlp.up_proj"
 MOE = small_config(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)
@@ -218,7 +229,9 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
         group = next(
             size for size in (32, 64, 128, weight.shape[1]) if -(-weight.shape[1] // size) == scale_NG.shape[1]
         )
-        scale_NK = scale_NG.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        group_K = torch.arange(weight.shape[1]) // group
+        group_K = next((tensors[f"{layer_name}.{n}"] for n in G_IDX if f"{layer_name}.{n}" in tensors), group_K)
+        scale_NK = scale_NG.float()[:, group_K]
         level_NK = torch.round(weight / scale_NK)
         assert_same(layer.dequantize(), level_NK * scale_NK.bfloat16().float())
         assert ((layer.dequantize() - weight).abs() <= weight.abs() * 2**-8).all()
@@ -275,7 +288,7 @@ def test_other_levels_become_int8_within_half_a_step(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, act order", "int4")],
+    [("fp8", "int4"), ("awq", "int8"), ("gptq", "int4"), ("gptq", "int8"), ("gptq, zero points, act order", "int4")],
 )
 def test_a_format_that_is_asked_for_rounds_the_dequantized_weights(tmp_path, name, format):
     write_layout(name, tmp_path)
@@ -378,6 +391,7 @@ EXPERT_LAYOUTS = {
     "gptq": {**GPTQ, "group_size": 32},
     "gptq, zero points": {**GPTQ, "sym": False, "group_size": 128},
     "gptq, 8 bits": {**GPTQ, "bits": 8, "group_size": 64},
+    "gptq, act order": {**GPTQ, "desc_act": True, "group_size": 32},
     "compressed": compressed("pack-quantized", "group", 4, group_size=32),
     "compressed, fp8": compressed("float-quantized", "channel"),
 }
@@ -394,6 +408,8 @@ EXPERT_LAYOUTS = {
         ("awq", "int4", "int4"),
         ("gptq", None, "int4"),
         ("gptq, 8 bits", None, "int8"),
+        ("gptq, act order", None, "int8"),
+        ("gptq, act order", "int4", "int4"),
         ("compressed", None, "int4"),
         ("compressed, fp8", None, None),
         ("compressed, fp8", "int8", "int8"),

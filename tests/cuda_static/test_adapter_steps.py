@@ -4,19 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomised, small_config
 from cuda_static.capture_rules import HostWatch
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.test_replay import CpuRecorder, buffers_of
 
-from qwen3fast.engine import Engine
 from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import prefill_chunk
-from qwen3fast.engine.state import DecodeState, StepKind
+from qwen3fast.engine.state import DecodeState, RowSampling, StepKind
 from qwen3fast.model import rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -40,8 +39,7 @@ def matrices(engine, seed):
 
 def make_engine(lookahead=0, rows=3):
     model = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
-    cache = StaticKVCache(model.config, rows, 256, torch.float32, CPU)
-    engine = Engine(model, cache, CPU, False, lookahead=lookahead, max_adapters=2, max_adapter_rank=4)
+    engine = engine_of(model, rows, lookahead=lookahead, max_adapters=2, max_adapter_rank=4)
     for slot in (1, 2):
         engine.write_adapter(slot, matrices(engine, 100 * slot))
     if lookahead:
@@ -107,7 +105,7 @@ def test_matrices_and_slots_stay_at_their_addresses():
 
 def test_swapped_and_cleared_rows_take_their_adapter_along():
     engine = make_engine()
-    engine.set_row(0, 3, 0.0, 0, 1.0, 0.0, 0, 2)
+    engine.set_row(0, 3, RowSampling(adapter=2))
     engine.swap_rows(0, 2, 1)
     assert engine.state.adapter_R.tolist() == [0, 0, 2]
     engine.clear_row(2)
@@ -129,7 +127,7 @@ def test_a_fused_step_is_left_to_steps_without_adapters():
     engine = make_engine()
     for row, slot in enumerate((1, 0, 2)):
         logits_1V = engine.prefill_whole(row, [5, 6, 7 + row], slot)
-        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, 3, RowSampling(adapter=slot))
         engine.sample_first(row, logits_1V, StepKind())
     engine.cache.buckets = [32, 256]
     engine.parts = replace(engine.parts, fused_step=Fused())

@@ -5,15 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 from cuda_static.capture_rules import capture_faults
 
-from qwen3fast.engine import Engine
+from qwen3fast.engine import RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.sampling.samplers import SamplerKind
@@ -34,10 +33,10 @@ def make_engine(rows=4, cache_dtype=torch.float32, quantization=None, **changes)
     model = randomised(small_config(max_position_embeddings=1024, **changes)).to(changes.get("dtype", torch.float32))
     if quantization is not None:
         quantize_model(model, quantization, model.config.dtype)
-    engine = Engine(model, StaticKVCache(model.config, rows, 200, cache_dtype, CPU), CPU, compile=False)
+    engine = engine_of(model, rows, 200, cache_dtype)
     for row in range(min(rows, 2)):
         engine.prefill_whole(row, [5, 7, 11 + row])
-        engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
+        engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))
     return engine
 
 
@@ -196,8 +195,13 @@ def test_chosen_experts_change_from_replay_to_replay_without_the_host(quantizati
     """The operations of two steps are the same ones, though the experts that they read are not."""
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     engine, chosen = make_engine(**PACKABLE_EXPERTS, quantization=quantization, tie_word_embeddings=False), []
-    few = QuantizedExperts.few
-    monkeypatch.setattr(QuantizedExperts, "few", lambda self, x, e: (chosen.append(e.clone()), few(self, x, e))[1])
+    gathered = QuantizedExperts.gathered
+
+    def note(self, x_NE, expert_NC):
+        chosen.append(expert_NC.clone())
+        return gathered(self, x_NE, expert_NC)
+
+    monkeypatch.setattr(QuantizedExperts, "gathered", note)
     assert capture_faults(lambda: run_step(engine), lambda: buffers_of(engine), RESULTS) == []
     layers = sum(isinstance(block.mlp, MoE) for block in engine.model.model.layers)
     assert len(chosen) == 3 * layers and not torch.equal(chosen[layers], chosen[2 * layers])

@@ -1,12 +1,19 @@
 """The attention kernel for chunks of prompts against PyTorch's attention, and later chunks captured with it."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomised, small_config
+from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.kernel_checks import TOLERANCES, assert_near
 from cuda_static.program_order import watch_programs
+from cuda_static.test_capture_rules import buffers_of
+from cuda_static.test_replay import CpuRecorder
+from cuda_static.test_replay import buffers_of as written_by
 from kernel_device import DEVICE
 
 from qwen3fast.engine import Engine
@@ -14,11 +21,13 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import prefill_chunk
+from qwen3fast.engine.state import EMPTY
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.cuda import chunk_attention as kernel
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
+from qwen3fast.scheduling import Request, Scheduler
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 
@@ -100,10 +109,9 @@ class Replays:
         return step
 
 
-def make_engine(is_captured) -> Engine:
-    device = torch.device(DEVICE)
+def make_engine(is_captured, slots=2, positions=384) -> Engine:
     model = randomised(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
-    engine = Engine(model, StaticKVCache(model.config, 2, 384, torch.float32, device), device, compile=False)
+    engine = engine_of(model, slots, positions)
     if is_captured:
         engine._use_graphs(GraphCache(Replays()))
     return engine
@@ -143,3 +151,109 @@ def test_on_cuda_later_chunks_ask_the_host_for_nothing():
         row_1, start_1, token_1T = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((1,), (1,), (1, 64)))
         x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, token_1T, start_1)
         assert x_1TE.shape == (1, 64, config.hidden_size)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_prompts_of_unequal_starts_and_a_row_without_a_prompt(is_quantized):
+    """As in a graph of four prompts with three: the fourth has no positions, in a row of the cache that another has."""
+    q, k, v, position_BT, row_B = case(4, 2, 32, 32, [0, 137, 40, 0])
+    position_BT[3], row_B[3] = EMPTY, row_B[0]
+    scales = ()
+    if is_quantized:
+        (k, k_scale), (v, v_scale) = (quantize_vectors(x.nan_to_num()) for x in (k, v))
+        scales = (k_scale, v_scale)
+        for scale in scales:
+            scale[0] = torch.nan
+            for row, position_T in zip(row_B.tolist()[:3], position_BT, strict=False):
+                scale[row, :, int(position_T[-1]) + 1 :] = torch.nan
+        plain = [(x * scale[..., None]).nan_to_num() for x, scale in ((k, k_scale), (v, v_scale))]
+    else:
+        plain = [k, v]
+    actual = kernel.chunk_attention(q, k, v, position_BT, row_B, *scales)
+    assert_near(actual[:3], expected(q[:3], *plain, position_BT[:3], row_B[:3]))
+    assert not actual[3].any()
+    for b in range(3):
+        one = [x[b : b + 1] for x in (q, position_BT, row_B)]
+        assert torch.equal(kernel.chunk_attention(one[0], k, v, *one[1:], *scales)[0], actual[b])
+
+
+def read_starts(monkeypatch):
+    """Let attention of chunks be the kernel's from now on, on tensors of the CPU."""
+    assert cuda.load()
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda, "can_split", lambda device, head_dim: False)
+
+
+def requests():
+    """Prompts that share graphs, some behind common prefixes; greedy and sampled."""
+    fields = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
+    common = [i * 7 % 90 for i in range(40)]
+    prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (5, 20, 31, 60, 50, 33, 12)]
+    prompts += [[*common, *prompt[:9]] for prompt in prompts[1:4]]
+    return [Request(prompt, 0.0 if i % 2 else 30.0, max_tokens=5, seed=i, **fields) for i, prompt in enumerate(prompts)]
+
+
+def run(engine, mine, reuse=True):
+    scheduler = Scheduler(engine, reuse)
+    for request in mine:
+        scheduler.add(request)
+    while not scheduler.is_idle:
+        scheduler.step()
+    return [(request.output_ids, request.finish_reason) for request in mine]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu captures on a GPU")
+def test_prompts_share_graphs_and_get_the_tokens_that_each_gets_alone(monkeypatch):
+    """Recorded with the numbers of the host frozen, then replayed: no graph is made after the warm-up."""
+    alone = make_engine(False, slots=1)
+    expected = [result for request in requests() for result in run(alone, [request], reuse=False)]
+    read_starts(monkeypatch)
+    engine = make_engine(False, slots=6, positions=128)
+    engine._use_graphs(GraphCache(CpuRecorder(lambda: written_by(engine))))
+    engine._warm_up_prefill(0)
+    recorded, used = set(engine.graphs._replays), set()
+    together = {key for key in recorded if key[0] == "prompts"}
+    assert together == {("prompts", *sizes) for sizes in ((32, 4), (32, 6), (64, 4), (64, 6), (128, 4))}
+    run_graph = engine.graphs.run
+    engine.graphs.run = lambda key, step: (used.add(key), run_graph(key, step))[1]
+    assert run(engine, requests()) == expected
+    assert len(used & together) >= 2
+    assert {key for key in engine.graphs._replays if isinstance(key[0], str)} == recorded  # others are decode steps
+
+
+def test_without_attention_that_reads_starts_graphs_hold_one_prompt():
+    engine = make_engine(True, slots=4)
+    assert not engine.captured.serves_later and engine.max_prompts(32) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the rules of capture")
+def test_a_graph_of_several_prompts_can_be_captured(monkeypatch):
+    read_starts(monkeypatch)
+    engine = make_engine(True, slots=4)
+    captured, steps = engine.captured, []
+    captured._graphs = SimpleNamespace(run=lambda key, step: steps.append(step))
+    begun = [engine.begin_prefill(row, [row + 1] * (20 + row)) for row in range(3)]
+    engine.prefill_together(begun)
+    [step] = steps
+
+    def buffers():
+        own = {"token": captured._token, "number": captured._number, "logits": captured._logits_BV}
+        return {**buffers_of(engine), **own}
+
+    assert capture_faults(step, buffers, {"logits", "keys.0", "values.1"}) == []
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_on_cuda_several_prompts_ask_the_host_for_nothing(quantization, cache_dtype):
+    with fake_cuda() as device:
+        assert cuda.load()
+        config = replace(ModelConfig.named("0.6b"), num_hidden_layers=2)
+        cache = StaticKVCache(config, 8, 1024, cache_dtype, device)
+        model = fake_model(config, device, quantization)
+        parts = Parts.build(StepCompiler(False, device), model, cache)
+        cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
+        row_B, start_B, token_BT = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((4,), (4,), (4, 64)))
+        with HostWatch() as watch:
+            x_BTE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_B, token_BT, start_B)
+        assert watch.faults == [] and x_BTE.shape == (4, 64, config.hidden_size) and x_BTE.device == device

@@ -9,7 +9,7 @@ import sys
 import pytest
 from cuda_static import kernel_checks  # noqa: F401  which skips without Triton
 
-from qwen3fast.kernels.cuda.decode_step.cases import FORMATS, compile_cases
+from compile_for_gpu.cases import FORMATS, compile_cases  # isort: skip  needs Triton
 
 pytestmark = pytest.mark.triton
 
@@ -21,7 +21,7 @@ COMPILE = """
 import json, re, subprocess, sys, tempfile, triton
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
-from qwen3fast.kernels.cuda.decode_step.cases import compile_cases
+from compile_for_gpu.cases import compile_cases
 found = {}
 chosen = [
     (capability, case)
@@ -30,7 +30,7 @@ chosen = [
     if any(case.name.startswith(name) for name in names)
 ]
 for capability, case in chosen:
-    kernel = triton.compile(case.source(), target=GPUTarget("cuda", capability, 32), options=case.options)
+    kernel = case.compile(GPUTarget("cuda", capability, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -37,7 +37,8 @@ def call(args):
 COMPILE = """
 import json
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.kernels import compile_own_kernels, own_cases
+from compile_for_gpu.cases import own_cases
+from compile_for_gpu.kernels import compile_own_kernels
 kernels, cases = {}, own_cases()
 for (name, gpu), chosen in zip(GPUS.items(), (cases[::5], cases, cases[2::5])):  # all of them for one
     with pretended(gpu):
@@ -50,10 +51,11 @@ WAITING = """
 import json, triton, triton.language as tl
 from compile_for_gpu.binaries import is_unsafe
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.kernels import KernelCase, compile_own_kernels
+from compile_for_gpu.cases import KernelCase
+from compile_for_gpu.kernels import compile_own_kernels
 {kernel}
-options = {{"launch_pdl": True, "num_warps": 4}}
-cases = [KernelCase("copy", copy, ["*fp32", "*fp32"], [wait, 128], options) for wait in (True, False)]
+waits = [KernelCase.in_order("copy", copy, ["*fp32", "*fp32"], [wait, 128]) for wait in (True, False)]
+cases = [case._replace(options={{"launch_pdl": True, "num_warps": 4}}) for case in waits]
 with pretended(GPUS["sm_90"]):
     kernels = compile_own_kernels(GPUS["sm_90"], cases)
 print(json.dumps([[kernel, is_unsafe(kernel)] for kernel in kernels]))
@@ -205,7 +207,7 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     assert counts["decode"] <= 2 * 6 + 3 and counts["sampled"] <= 2 * 6 + 2 + 19
     notes = record.notes["steps"]
     assert all(notes[steps[name].name]["parts"] == {} for name in ("decode", "sampled"))  # none by Inductor
-    assert notes[steps["prefill"].name]["parts"]["run_block"]["runs"] == 2
+    assert notes[steps["prefill"].name]["parts"]["run_prefill_block"]["runs"] == 2
     kernels = main.kernels_of(record)
     assert len(kernels) > 30 and not any(binaries.is_unsafe(kernel) for kernel in kernels)
     assert any(kernel["launch_pdl"] for kernel in kernels)

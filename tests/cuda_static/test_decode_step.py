@@ -19,6 +19,7 @@ pytestmark = pytest.mark.triton
 EPS = 1e-6
 KINDS = ("plain", *FORMATS, "uint4 with zero points")
 ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))
+SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))  # Q4_K's
 
 
 def make_weight(kind, N, K, dtype, seed=1):
@@ -26,7 +27,7 @@ def make_weight(kind, N, K, dtype, seed=1):
     weight = random_tensor(N, K, seed=seed) * K**-0.5
     if kind == "plain":
         return Weight.of(weight.to(DEVICE, dtype), None, False), weight.to(dtype)
-    format = FORMATS.get(kind, ZEROS)
+    format = SHORT if kind == "uint4 of Q4_K" else FORMATS.get(kind, ZEROS)
     packed = quantize(weight, format)
     return Weight.of(*(t.to(DEVICE) for t in packed), kind == "fp8"), format.dequantize(packed)
 
@@ -99,6 +100,17 @@ def test_linear_add_equals_its_plain_form(kind, rows, any_order):
     y = residual.to(DEVICE, copy=True)
     linear.linear_add(x.to(DEVICE), weight, y)
     assert_near(y, linear.plain_linear_add(x, plain, residual))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_scales_of_6_bits_are_read(rows):
+    weight, plain = make_weight("uint4 of Q4_K", 64, 512, torch.float32)
+    x, y, norm = random_tensor(rows, 512), nan(rows, 32), norm_weight(512, torch.float32)
+    linear.norm_gated_linear(x.to(DEVICE), norm.to(DEVICE), EPS, weight, y)
+    assert_near(y, linear.plain_norm_gated_linear(x, norm, EPS, plain))
+    token, row = torch.tensor([47, 0, 17]), nan(3, 512)
+    tail.embed(token.to(DEVICE), weight, row)
+    assert_near(row, tail.plain_embed(token, plain, torch.float32))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -194,7 +206,7 @@ def run_attend(arguments, heads):
     """The output, and the cache with its scales afterwards."""
     given = [t.to(DEVICE, copy=True) if isinstance(t, torch.Tensor) else t for t in arguments]
     B, D, (_, K, S, _) = len(given[0]), len(given[1]), given[7].shape
-    splits = attention.Splits.allocate(B, heads, K, S, D, torch.device(DEVICE))
+    splits = attention.Splits.allocate([B], heads, K, S, D, torch.device(DEVICE))[B]
     for t in splits:
         t.fill_(torch.nan)
     y = nan(B, heads * D, dtype=given[0].dtype)
@@ -249,11 +261,6 @@ def test_nan_in_a_new_key_is_not_lost():
         arguments = attention_case(torch.float32, 1, 1, 16, [3], 60, is_quantized)
         arguments[0][0, 20] = torch.nan
         assert run_attend(arguments, 1)[0].isnan().all()
-
-
-@pytest.mark.parametrize(("heads", "positions", "splits"), [(8, 4097, 33), (1, 4097, 64), (8, 64, 1), (1024, 4097, 1)])
-def test_num_splits_keeps_a_gpu_busy(heads, positions, splits):
-    assert attention.num_splits(heads, positions) == splits
 
 
 # ------------------------------------------------------------------------------------------------------------ tail

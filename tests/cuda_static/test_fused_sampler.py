@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fill_randomly, small_config
+from conftest import engine_of, fill_randomly, small_config
 from cuda_static import kernel_checks  # noqa: F401  which skips without Triton
 from cuda_static.capture_rules import capture_faults
 from cuda_static.program_order import watch_programs
@@ -13,12 +13,11 @@ from kernel_device import DEVICE
 
 from qwen3fast.engine import Engine
 from qwen3fast.engine.fused_sampler import FusedSampler
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step import sample as sample_kernels
 from qwen3fast.kernels.cuda.decode_step import tail
 from qwen3fast.model import Qwen3
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, gumbel_noise, sample
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "small_programs")]
@@ -158,7 +157,7 @@ def make_engine(is_fused) -> Engine:
     device = torch.device(DEVICE)
     model = Qwen3(small_config(vocab_size=150, num_hidden_layers=1))
     fill_randomly(model)
-    engine = Engine(model.to(DEVICE), StaticKVCache(model.config, 3, 96, torch.float32, device), device, compile=False)
+    engine = engine_of(model.to(DEVICE), 3, 96)
     assert engine.parts.fused_sampler is None  # on the CPU nothing has changed
     if is_fused:
         engine.parts = replace(engine.parts, fused_sampler=FusedSampler(3, 150, device))
@@ -170,7 +169,8 @@ def run(engine, kind, temperature, is_processed):
     results = []
     for row, prompt in enumerate(PROMPTS):
         logits_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), temperature, 20 if kind.sampler is SamplerKind.WINDOW else 0, 0.9, 0.0, row)
+        top_k = 20 if kind.sampler is SamplerKind.WINDOW else 0
+        engine.set_row(row, len(prompt), RowSampling(temperature, top_k, 0.9, seed=row))
         if is_processed:
             engine.set_processors(row, prompt, 1.3, 0.5, 0.2, {5: 3.0})
         results.append(engine.sample_first(row, logits_1V, kind))

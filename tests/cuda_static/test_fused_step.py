@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fill_randomly, randomised, small_config
+from conftest import engine_of, fill_randomly, randomised, small_config
 from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.program_order import watch_programs
@@ -16,14 +16,16 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
 from qwen3fast.engine.parts import Parts
-from qwen3fast.engine.state import DecodeState, StepKind
+from qwen3fast.engine.state import DecodeState, RowSampling, StepKind
 from qwen3fast.kernels import cuda
+from qwen3fast.kernels.cuda import split_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
 from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.sampling.samplers import SamplerKind
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
@@ -41,12 +43,11 @@ def make_model(quantization=None, **changes) -> Qwen3:
 
 def make_engine(model, cache_dtype=torch.float32, rows=2) -> Engine:
     """An engine whose first two rows hold prompts; a third one is empty."""
-    device = torch.device(DEVICE)
-    engine = Engine(model, StaticKVCache(model.config, rows, 120, cache_dtype, device), device, compile=False)
+    engine = engine_of(model, rows, 120, cache_dtype)
     for row, prompt in enumerate(PROMPTS[:rows]):
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt))
         engine.sample_first(row, engine.prefill_whole(row, prompt), StepKind())
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt))
     return engine
 
 
@@ -98,17 +99,14 @@ def test_greedy_steps_give_the_plain_tokens(quantization, cache_dtype, changes, 
             torch.testing.assert_close(new[:2, :, :-1], old[:2, :, :-1], rtol=1e-4, atol=1e-4)
 
 
-def test_logits_and_blocks_equal_the_plain_ones():
+def test_logits_equal_the_plain_ones():
     engine = make_engine(make_model())
     fused, rows = FusedDecodeStep(engine.model, engine.cache), len(PROMPTS)
     position, token = engine.state.position_R.clone(), engine.state.input_R.clone()
-    tables = (engine.cos_SD, engine.sin_SD)
-    x_B1E = fused(engine.model.embed(token[:, None]), *tables, position[:, None]).clone()
-    logits = fused.logits(token, *tables, position).clone()
+    logits = fused.logits(token, engine.cos_SD, engine.sin_SD, position)
     for row, prompt in enumerate(PROMPTS):
         expected = engine.model(torch.tensor([[*prompt, int(token[row])]], device=DEVICE))[:, -1]
-        for actual in (logits[row : row + 1], engine.model.logits(x_B1E[row : row + 1])[:, 0]):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
     assert logits.shape == (rows, engine.model.config.vocab_size)
 
 
@@ -119,7 +117,7 @@ def test_an_engine_gives_the_same_tokens_with_it(kind):
     for is_fused in (False, True):
         engine = make_engine(make_model(num_hidden_layers=1))
         for row, prompt in enumerate(PROMPTS):
-            engine.set_row(row, len(prompt), temperature, 0, 0.9, 0.0, row)
+            engine.set_row(row, len(prompt), RowSampling(temperature, top_p=0.9, seed=row))
         assert engine.parts.fused_step is None  # on the CPU nothing has changed
         if is_fused:
             engine.parts = replace(engine.parts, fused_step=FusedDecodeStep(engine.model, engine.cache))
@@ -202,7 +200,8 @@ def test_a_step_launches_six_kernels_a_layer_and_three_beside(rows, monkeypatch)
 def test_a_short_cache_needs_no_combining(monkeypatch):
     model = make_model()
     cache = StaticKVCache(model.config, 1, 40, torch.float32, torch.device(DEVICE), granularity=32)
-    monkeypatch.setattr(attention, "BLOCK", 128)
+    for module in (attention, split_attention):
+        monkeypatch.setattr(module, "BLOCK", 128)
     fused = FusedDecodeStep(model, cache)
     launched = count_launches(monkeypatch)
     state = [torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(5)]
@@ -280,6 +279,15 @@ def test_wrapped_layers_and_other_dtypes_are_not_served():
     assert "among several" in FusedDecodeStep(model, cache).obstacle
     half = StaticKVCache(model.config, 1, 64, torch.float16, torch.device(DEVICE))
     assert "float16" in FusedDecodeStep(make_model(), half).obstacle
+
+
+def test_layers_with_an_order_of_channels_are_not_served():
+    model = make_model("int4")
+    layer = model.model.layers[1].mlp.down_proj
+    order_K = torch.arange(layer.in_features, dtype=torch.int32, device=DEVICE)
+    model.model.layers[1].mlp.down_proj = OrderedLinear(layer.packed, layer.format, order_K)
+    cache = StaticKVCache(model.config, 1, 64, torch.float32, torch.device(DEVICE))
+    assert "an order of channels" in FusedDecodeStep(model, cache).obstacle
 
 
 def test_it_serves_few_rows():

@@ -13,6 +13,7 @@ from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
 ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))  # one of AWQ's layouts
+SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))  # Q4_K's
 
 
 def product(x_PK, packed, expert_P, num_experts, format):
@@ -33,6 +34,13 @@ def test_packed_experts_equal_dequantized_products(format, dtype, shape):
     assert y_CPN.shape == (num_parts(blocks * rows, packed.weight.shape[1]), rows, out_features)
     weight_XNK = format.dequantize(packed).view(num_experts, out_features, in_features)
     assert_near(y_CPN.sum(0), torch.einsum("pk,pnk->pn", x_PK.float(), weight_XNK[expert_P]), dtype)
+
+
+def test_scales_of_6_bits_are_read_for_each_expert():
+    packed, expert_P = quantize(random_tensor(3 * 32, 512), SHORT), torch.tensor([2, 0])
+    x_PK, weight_XNK = random_tensor(2, 512, seed=1), SHORT.dequantize(packed).view(3, 32, 512)
+    y_CPN = product(x_PK, packed, expert_P, 3, SHORT)
+    assert_near(y_CPN.sum(0), torch.einsum("pk,pnk->pn", x_PK, weight_XNK[expert_P]))
 
 
 @pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS], ids=["int8", "int4", "uint4", "fp8", "uint4, zeros"])

@@ -12,6 +12,7 @@ from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
 ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))  # one of AWQ's layouts
+SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))  # Q4_K's
 
 
 def product(x_MK, packed, format):
@@ -29,6 +30,13 @@ def test_packed_matvec_equals_the_dequantized_product(format, dtype, shape):
     y_CMN = product(x_MK, packed, format)
     assert y_CMN.shape == (kernel.num_parts(*packed.weight.shape[:2]), rows, out_features)
     assert_near(y_CMN.sum(0), x_MK.float() @ format.dequantize(packed).T, dtype)
+
+
+@pytest.mark.parametrize("in_features", [256, 768])
+def test_scales_of_6_bits_are_read(in_features):
+    packed, x_MK = quantize(random_tensor(32, in_features), SHORT), random_tensor(2, in_features, seed=1)
+    assert packed.scale.shape == (2, in_features // 256, 256)
+    assert_near(product(x_MK, packed, SHORT).sum(0), x_MK @ SHORT.dequantize(packed).T)
 
 
 def test_fp8_numbers_are_read_exactly():

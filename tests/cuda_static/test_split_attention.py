@@ -73,6 +73,8 @@ def test_large_scores_do_not_overflow():
     assert torch.equal(y.cpu(), torch.full((1, 1, 1, 16), 150.0))
 
 
-@pytest.mark.parametrize(("heads", "positions", "splits"), [(8, 4097, 33), (1, 4097, 64), (8, 100, 2), (1024, 4097, 1)])
+@pytest.mark.parametrize(
+    ("heads", "positions", "splits"), [(8, 4097, 33), (1, 4097, 64), (8, 100, 2), (8, 64, 1), (1024, 4097, 1)]
+)
 def test_num_splits_keeps_a_gpu_busy_without_empty_parts(heads, positions, splits):
     assert kernel.num_splits(heads, positions) == splits

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_near, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, random_tensor, randomised, small_config
 
-from qwen3fast.engine import Engine
 from qwen3fast.engine.decode import _run_blocks
-from qwen3fast.engine.state import StepKind
+from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 
 CPU = torch.device("cpu")
@@ -20,14 +18,14 @@ SLOTS = [2, 0, 1, 2, 0]
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
 
 
-def make_engine(quantization=None, rank=6):
-    """An engine with prompts in all rows, with adapters and without."""
+def make_engine(quantization=None, rank=6, reorder=lambda model: None):
+    """An engine with prompts in all rows, with adapters and without. reorder: changes the quantized model."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
     model = randomised(small_config(**sizes)).bfloat16()
     if quantization is not None:
         quantize_model(model, quantization, torch.bfloat16)
-    cache = StaticKVCache(model.config, len(SLOTS), 64, torch.bfloat16, CPU)
-    engine = Engine(model, cache, CPU, "auto", max_adapters=2, max_adapter_rank=rank)
+    reorder(model)
+    engine = engine_of(model, len(SLOTS), 64, compile="auto", max_adapters=2, max_adapter_rank=rank)
     for slot in (1, 2):
         found = {}
         for i, (name, layer) in enumerate(engine.adapters.layers.items()):
@@ -37,7 +35,7 @@ def make_engine(quantization=None, rank=6):
         engine.write_adapter(slot, found)
     for row, slot in enumerate(SLOTS):
         engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7 + row], slot), StepKind())
-        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, 3, RowSampling(adapter=slot))
     return engine
 
 
@@ -108,7 +106,7 @@ def test_with_experts_steps_with_adapters_run_block_by_block():
     sizes = {"hidden_size": 64, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
     model = randomised(small_config(**sizes, **experts)).bfloat16()
     quantize_model(model, "int8", torch.bfloat16)
-    engine = Engine(model, StaticKVCache(model.config, 2, 64, torch.bfloat16, CPU), CPU, "auto", max_adapters=1)
+    engine = engine_of(model, 2, 64, compile="auto", max_adapters=1)
     found = {}
     for i, (name, layer) in enumerate(engine.adapters.layers.items()):
         k, n = layer.base.in_features, layer.base.out_features
@@ -116,7 +114,7 @@ def test_with_experts_steps_with_adapters_run_block_by_block():
     engine.write_adapter(1, found)
     for row, slot in enumerate((1, 0)):
         engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7], slot), StepKind())
-        engine.set_row(row, 3, 0.0, 0, 1.0, 0.0, 0, slot)
+        engine.set_row(row, 3, RowSampling(adapter=slot))
     _, parts = engine._forms_for(True)
     assert parts.decode_layers is None
     prompt = [5, 6, 7, int(engine.state.input_R[0])]

@@ -12,6 +12,7 @@ from qwen3fast import Generator
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LINEAR, ROWS, SDPA, TILES
@@ -171,6 +172,7 @@ def test_uncompiled_quantized_layers_warn_where_operations_are_missing(format, i
 @torch.no_grad()
 def test_all_cases_run_in_all_forms(format):
     model = small_model(format)
+    use_fast_layers(model)
     cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
     cases = cases_of(model, cache)
     assert {case.what for case in cases} == {"prefill attention", "decode", f"linear {format or 'bfloat16'}"}
@@ -247,7 +249,7 @@ def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, 
     logits = engine.prefill_whole(0, ids)
     assert_near(logits, plain.prefill_whole(0, ids), torch.bfloat16)
     engine.sample_first(0, logits, StepKind())
-    engine.set_row(0, 40, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(0, 40)
     engine.decode(1, 41, StepKind())
     expected = {"__call__"} if chosen[0] == CPP else {"sdpa_prefill", *(["dequantized_linear"] if format else [])}
     assert set(calls) == expected

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, assert_same, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_tensor, randomised, small_config, wait_until
 from torch import nn
 
 from qwen3fast import Generator, SamplingParams
@@ -152,13 +152,6 @@ def auto_compiler():
     return compiler
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_auto_runs_uncompiled_until_the_compiled_form_is_there():
     compiler = auto_compiler()
     go = threading.Event()
@@ -176,8 +169,8 @@ def test_auto_runs_uncompiled_until_the_compiled_form_is_there():
     assert_same(part(module, x), module(x))
     assert len(calls) == 2 and (compiler.compilations, compiler.waiting) == (0, 1)
     go.set()
-    wait_for(lambda: compiler.compilations == 1 and compiler.waiting == 0)
-    wait_for(lambda: part.choose(module, x) not in part._uncompiled())
+    wait_until(lambda: compiler.compilations == 1 and compiler.waiting == 0)
+    wait_until(lambda: part.choose(module, x) not in part._uncompiled())
     num_calls = len(calls)
     assert_near(part(module, x), module(x))
     assert len(calls) == num_calls
@@ -213,8 +206,8 @@ def test_auto_keeps_what_is_faster():
 
     part, x = compiler.part(slow_if_compiled), random_tensor(300, 300)
     part(None, x)
-    wait_for(lambda: compiler.compilations == 1)
-    wait_for(lambda: part(None, x) is not None and part._choices)
+    wait_until(lambda: compiler.compilations == 1)
+    wait_until(lambda: part(None, x) is not None and part._choices)
     assert part.choose(None, x) in part._uncompiled()
 
 
@@ -227,7 +220,7 @@ def test_auto_goes_on_where_compiling_fails():
     part = compiler.part(never_compiles)
     part(None, torch.zeros(2))
     with pytest.warns(UserWarning, match="never_compiles.* could not be compiled and runs uncompiled, slower: "):
-        wait_for(lambda: part(None, torch.zeros(2)).tolist() != [1, 1] or part._choices)
+        wait_until(lambda: part(None, torch.zeros(2)).tolist() != [1, 1] or part._choices)
     assert part(None, torch.zeros(2)).tolist() == [1, 1]
 
 
@@ -272,7 +265,7 @@ def test_compiled_code_runs_while_another_thread_compiles(mode, monkeypatch):
     compiler.auto_from_s = 0
     part, [module, *_], x = compiler.part(scaled), layers(), random_tensor(4, 6)
     part(module, x, x)
-    wait_for(lambda: compiler.compilations == 1)
+    wait_until(lambda: compiler.compilations == 1)
     results = [part(module, x, x)]
     monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)  # as another thread does meanwhile
     caller = threading.Thread(target=lambda: results.append(part(module, x, x)))  # has called nothing compiled before

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections import deque
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, randomised, small_config
+from conftest import assert_same, engine_of, randomised, small_config
 from parallel_worker import everything
 
 from qwen3fast import Generator
 from qwen3fast.engine import Engine
 from qwen3fast.engine.distributed import NOT_BROADCAST, LeadingEngine, follow
-from qwen3fast.model.kv_cache import StaticKVCache
 
 CPU = torch.device("cpu")
 
@@ -45,19 +45,16 @@ def model(tokenizer):
     return randomised(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
 
 
-def make_engine(model, lookahead: int = 0) -> Engine:
-    return Engine(model, StaticKVCache(model.config, 3, 200, torch.float32, CPU), CPU, False, lookahead=lookahead)
-
-
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypatch, lookahead):
     # So that attention of steps reads as much in both: this engine's lookahead is a CUDA device's.
-    monkeypatch.setattr("qwen3fast.generator.Engine", lambda model, cache, *_, **__: make_engine(model, lookahead))
+    make_engine = partial(engine_of, model, positions=200, lookahead=lookahead)
+    monkeypatch.setattr("qwen3fast.generator.Engine", lambda *_, **__: make_engine())
     tape = Tape()
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)
         leader = generator.debug.engine
-    follower = make_engine(model, lookahead)
+    follower = make_engine()
     follow(follower, Tape(is_leader=False, messages=tape.messages))
     assert not tape.messages, "it has received all"
     for name, tensor in vars(leader.state).items():
@@ -83,16 +80,16 @@ def test_methods_that_are_not_broadcast_are_some_of_the_engines():
 def test_every_method_of_the_engine_is_broadcast_or_named_as_not_broadcast(model, monkeypatch, name):
     tape, done = Tape(), []
     monkeypatch.setattr(Engine, name, lambda *arguments: done.append(arguments))
-    getattr(LeadingEngine(make_engine(model), tape), name)(*ARGUMENTS.get(name, ()))
+    getattr(LeadingEngine(engine_of(model), tape), name)(*ARGUMENTS.get(name, ()))
     assert len(done) == 1
     assert [pickle.loads(message)[0] for message in tape.messages] == ([] if name in NOT_BROADCAST else [name])
 
 
 def test_methods_are_broadcast_with_their_arguments_and_give_what_the_engine_gives(model):
     tape = Tape()
-    engine = LeadingEngine(make_engine(model), tape)
+    engine = LeadingEngine(engine_of(model), tape)
     engine.copy_row(0, 1, 5)
-    assert_same(engine.prefill_whole(0, [1, 2, 3]), make_engine(model).prefill_whole(0, [1, 2, 3]))
+    assert_same(engine.prefill_whole(0, [1, 2, 3]), engine_of(model).prefill_whole(0, [1, 2, 3]))
     assert engine.batch_bucket(3) == 3
     sent = [pickle.loads(message) for message in tape.messages]
     assert sent == [("copy_row", (0, 1, 5)), ("prefill_whole", (0, [1, 2, 3]))]
@@ -100,14 +97,14 @@ def test_methods_are_broadcast_with_their_arguments_and_give_what_the_engine_giv
 
 def test_warmup_is_broadcast_without_what_reports(model):
     tape, parts = Tape(), []
-    LeadingEngine(make_engine(model), tape).warmup(parts.append)
+    LeadingEngine(engine_of(model), tape).warmup(parts.append)
     assert parts[0] == "prefill"
     assert pickle.loads(tape.messages[0]) == ("warmup", ())
     assert len(tape.messages) == 1
 
 
 def test_a_leader_whose_step_failed_refuses_all_later_calls(model, monkeypatch):
-    engine = LeadingEngine(make_engine(model), Tape())
+    engine = LeadingEngine(engine_of(model), Tape())
     monkeypatch.setattr(Engine, "copy_row", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.copy_row(0, 1, 5)
@@ -129,5 +126,5 @@ def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
         def broadcast(self, message: Any) -> None:
             raise RuntimeError("connection closed by peer")
 
-    LeadingEngine(make_engine(model), Gone()).close()
+    LeadingEngine(engine_of(model), Gone()).close()
     assert "could not tell the other ranks to end: connection closed by peer" in caplog.text

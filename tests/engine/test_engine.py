@@ -4,11 +4,10 @@ import random
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.engine import Engine, StepKind
-from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.engine import StepKind
 from qwen3fast.scheduling import Request, Scheduler
 
 MAX_SEQ_LEN = 300
@@ -18,11 +17,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
-
-
-def make_engine(model, compile=False, rows=3):
-    cache = StaticKVCache(model.config, rows, MAX_SEQ_LEN, torch.float32, CPU)
-    return Engine(model, cache, CPU, compile)
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +42,23 @@ def random_prompts(model, lengths, seed=0):
 def test_prefill_logits_equal_the_plain_model(model, length):
     [prompt] = random_prompts(model, [length])
     expected_V = model(torch.tensor([prompt]))[0, -1]
-    torch.testing.assert_close(make_engine(model).prefill_whole(1, prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
+    engine = engine_of(model, positions=MAX_SEQ_LEN)
+    torch.testing.assert_close(engine.prefill_whole(1, prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 100])
 def test_uncached_logits_equal_the_plain_model(model, length):
     [prompt] = random_prompts(model, [length])
     expected_V = model(torch.tensor([prompt]))[0, -1]
-    torch.testing.assert_close(make_engine(model).logits_uncached(prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(engine_of(model).logits_uncached(prompt)[0], expected_V, rtol=1e-4, atol=1e-4)
 
 
 def test_decode_addresses_never_change(model):
-    engine = make_engine(model)
+    engine = engine_of(model)
     tensors = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
     before = [t.data_ptr() for t in tensors]
     engine.prefill_whole(0, [1, 2, 3])
-    engine.set_row(0, 3, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(0, 3)
     for used in range(4, 10):
         engine.decode(1, used, StepKind())
     after = [*engine.cache.keys, *engine.cache.values, *vars(engine.state).values()]
@@ -71,9 +66,9 @@ def test_decode_addresses_never_change(model):
 
 
 def test_decode_leaves_empty_rows_where_they_are(model):
-    engine = make_engine(model)
+    engine = engine_of(model)
     engine.prefill_whole(1, [1, 2, 3])
-    engine.set_row(1, 3, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(1, 3)
     engine.decode(2, 4, StepKind())
     assert engine.state.position_R.tolist() == [-1, 4, -1]
 
@@ -81,12 +76,12 @@ def test_decode_leaves_empty_rows_where_they_are(model):
 @pytest.mark.parametrize(("cache_dtype", "compile"), [(torch.float32, False), (torch.int8, False), (torch.int8, True)])
 def test_empty_rows_leave_what_they_hold_as_it_is(model, cache_dtype, compile):
     """They write to the last position, which nothing reads: one past those that a bucket can hold."""
-    cache = StaticKVCache(model.config, 3, 128, cache_dtype, CPU)
-    engine, rng = Engine(model, cache, CPU, compile), torch.Generator().manual_seed(0)
+    engine, rng = engine_of(model, 3, 128, cache_dtype, compile), torch.Generator().manual_seed(0)
+    cache = engine.cache
     for tensor in cache.tensors():
         tensor.copy_((100 * torch.randn(tensor.shape, generator=rng)).clamp(-127, 127))
     before = [tensor.clone() for tensor in cache.tensors()]
-    engine.set_row(1, 120, 0.0, 0, 1.0, 0.0, 0)
+    engine.set_row(1, 120)
     for used in range(121, 129):  # to the end of the cache
         engine.decode(3, used, StepKind())
     is_new = torch.zeros(3, 129, dtype=torch.bool)
@@ -109,7 +104,7 @@ def test_reused_row_does_not_remember_the_request_before(model):
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 5])
 def test_batch_buckets_hold_every_batch(model, max_batch_size):
-    engine = make_engine(model, rows=max_batch_size)
+    engine = engine_of(model, rows=max_batch_size)
     for num_rows in range(1, max_batch_size + 1):
         assert num_rows <= engine.batch_bucket(num_rows) <= max_batch_size
         assert engine.batch_bucket(num_rows) in engine.batch_buckets()
@@ -117,7 +112,7 @@ def test_batch_buckets_hold_every_batch(model, max_batch_size):
 
 @pytest.mark.parametrize("max_batch_size", [1, 3])
 def test_warmup_reports_as_often_as_it_says(model, max_batch_size):
-    engine, parts = make_engine(model, rows=max_batch_size), []
+    engine, parts = engine_of(model, rows=max_batch_size), []
     engine.warmup(parts.append)
     assert len(parts) == len(set(parts)) == engine.num_warmup_parts()
     assert f"decode step, batch {max_batch_size}" in parts
@@ -184,7 +179,7 @@ def test_nothing_compiles_after_warmup(model, compiled):
 
 
 def test_uncached_mode_compiles_once_for_all_lengths(model):
-    engine = make_engine(model, compile=True)
+    engine = engine_of(model, positions=MAX_SEQ_LEN, compile=True)
     engine.logits_uncached([1])
     compilations = engine.compiler.compilations
     for length in (2, 16, 17, 96, 128, 299):
@@ -204,7 +199,7 @@ def test_missing_cpp_compiler_falls_back_with_a_warning(model, monkeypatch):
 
 
 def test_scheduler_gives_a_freed_row_to_the_next_request(model):
-    engine = make_engine(model, rows=2)
+    engine = engine_of(model, rows=2)
     scheduler = Scheduler(engine)
     requests = [Request([1, 2, i], 0.0, 0, 1.0, 0.0, 0, n, frozenset()) for i, n in enumerate([2, 30, 5, 5])]
     for request in requests:
@@ -219,7 +214,7 @@ def test_scheduler_gives_a_freed_row_to_the_next_request(model):
 
 
 def test_scheduler_cancel_frees_the_row_at_once(model):
-    scheduler = Scheduler(make_engine(model, rows=1))
+    scheduler = Scheduler(engine_of(model, rows=1))
     running, waiting = (Request([1, 2], 0.0, 0, 1.0, 0.0, 0, 50, frozenset()) for _ in range(2))
     scheduler.add(running)
     scheduler.add(waiting)

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import CHUNK_SIZES, Parts, chunk_sizes, row_ranges
-from qwen3fast.engine.prefill import prefill_chunk
+from qwen3fast.engine.prefill import max_prompts, prefill_chunk
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import build_on_meta, rope_tables
@@ -48,11 +48,20 @@ def graphs(monkeypatch):
     return graphs
 
 
-def prefill(engine, size, start):
-    row_1, token_1T = (
-        torch.zeros(*shape, dtype=torch.int64, device=engine.cos_SD.device) for shape in ((1,), (1, size))
+def prefill(engine, size, start, prompts=1, length=None):
+    row_B, token_BT = (
+        torch.zeros(*shape, dtype=torch.int64, device=engine.cos_SD.device) for shape in ((prompts,), (prompts, size))
     )
-    prefill_chunk(engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, row_1, token_1T, start)
+    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
+    prefill_chunk(*fixed, row_B, token_BT, start, length)
+
+
+def prefill_together(engine, size, prompts, starts=(0, 37)):
+    """Several prompts: where attention needs a mask, it reads as many positions as the longest has."""
+    for start in starts:
+        start_B = torch.full((prompts,), start, dtype=torch.int64, device=engine.cos_SD.device)
+        length = start + size if engine.cos_SD.device.type == "cpu" else None
+        prefill(engine, size, start_B, prompts, length)
 
 
 def decode(engine, rows, length, sampler=SamplerKind.GREEDY):
@@ -65,6 +74,8 @@ def run_everything(engine):
     for size in chunk_sizes(engine.cos_SD.device):
         for start in (0, 1, 37, engine.cache.allocated_len - size):
             prefill(engine, size, start)
+        for prompts in range(2, max_prompts(size, ROWS) + 1):
+            prefill_together(engine, size, prompts)
     for rows in range(1, ROWS + 1):
         for length in engine.cache.buckets[:: 3 if rows > 1 else 1]:
             decode(engine, rows, length)
@@ -107,11 +118,13 @@ def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantiza
         later = torch.zeros(1, dtype=torch.int64, device=META)  # where a captured chunk begins
         prefill(engine, 32, 0)
         prefill(engine, 32, later)
+        prefill_together(engine, 32, 2)
         for rows in (1, 2):
             for sampler in SamplerKind:
                 decode(engine, rows, 128, sampler)
-        # Two blocks for prompts; for steps of one row and of more: embedding, block, logits, the rest, two samplers.
-        assert engine.compiler.compilations == len(graphs) == 2 + 2 * (4 + len(SamplerKind) - 1)
+        # Blocks for a prompt's first chunk, a later one, and chunks of several prompts. For steps of one row and of
+        # more: embedding, block, logits, the rest, two samplers.
+        assert engine.compiler.compilations == len(graphs) == 3 + 2 * (4 + len(SamplerKind) - 1)
         with torch.compiler.set_stance("fail_on_recompile"):
             run_everything(engine)
             for size in CHUNK_SIZES:
@@ -134,12 +147,12 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
     model = randomised(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
-    engine = Engine(model, StaticKVCache(config, ROWS, 1024, dtype, CPU), CPU, True)
+    engine = engine_of(model, ROWS, 1024, compile=True)
     engine.warmup()
     forms = engine.compiler.compilations
     batches = 1 + len(row_ranges(config, CPU, ROWS))
-    # Block, logits, processors and three samplers for each range of batches, and a block for prompts.
-    assert forms == len(graphs) == 1 + batches * (3 + len(SamplerKind))
+    # Block, logits, processors and three samplers for each range of batches; blocks for one prompt, and for several.
+    assert forms == len(graphs) == 2 + batches * (3 + len(SamplerKind))
     assert batches == 3
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         run_everything(engine)
@@ -148,12 +161,13 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
             engine.parts.processors(None, torch.zeros(rows, config.vocab_size), *neutral)
         for row in range(ROWS):  # a row's first token
             engine.sample_first(row, torch.zeros(1, config.vocab_size), StepKind(SamplerKind.WINDOW))
+            engine.sample_first(list(range(row + 1)), torch.zeros(row + 1, config.vocab_size), StepKind())
     assert engine.compiler.compilations == len(graphs) == forms
 
 
 def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
     config = small_config(num_hidden_layers=3, max_position_embeddings=1024)
-    engine = Engine(randomised(config), StaticKVCache(config, 1, 1024, torch.float32, CPU), CPU, True)
+    engine = engine_of(randomised(config), 1, 1024, compile=True)
     engine.logits_uncached([1])
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (2, 16, 17, 96, 500, 1024):
@@ -167,7 +181,7 @@ def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_threa
     model = randomised(config)
     expected_V = model(torch.arange(300)[None] % config.vocab_size)[0, -1]
     for rows, length in ((3, 128), (8, 384), (2, 64)):
-        engine = Engine(model, StaticKVCache(config, rows, length, torch.float32, CPU), CPU, True)
+        engine = engine_of(model, rows, length, compile=True)
         engine.logits_uncached([1] * 40)
         for batch in {2, rows}:
             neutral = ProcessorRows.neutral(batch, config.vocab_size, CPU)

@@ -4,11 +4,9 @@ import random
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import engine_of, randomised, small_config
 
-from qwen3fast.engine import Engine
 from qwen3fast.engine.token_ring import TokenRing
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.scheduling import Request, Scheduler
 
 CPU = torch.device("cpu")
@@ -22,8 +20,7 @@ def model():
 
 
 def make_scheduler(model, lookahead, rows=3):
-    cache = StaticKVCache(model.config, rows, 256, torch.float32, CPU)
-    return Scheduler(Engine(model, cache, CPU, compile=False, lookahead=lookahead))
+    return Scheduler(engine_of(model, rows, lookahead=lookahead))
 
 
 def make_requests(seed=0, count=9):

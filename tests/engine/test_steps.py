@@ -5,13 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_same, randomised, small_config
+from conftest import assert_same, engine_of, randomised, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import finish, make_request, run
 
-from qwen3fast.engine import Engine
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.constraints import bits_of
 from qwen3fast.sampling.processors import process_logits
 from qwen3fast.scheduling import Scheduler, run_uncached
@@ -23,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 97
 # Softer than the other tests' weights: processors change tokens, and log-probabilities are not all 0.
 MODEL = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
-
-
-def make_engine(rows=3, lookahead=0):
-    return Engine(MODEL, StaticKVCache(MODEL.config, rows, 256, torch.float32, CPU), CPU, False, lookahead=lookahead)
 
 
 class Remainder:
@@ -108,7 +102,7 @@ def featured(name, length, max_tokens, seed, temperature):
 def uncached(*arguments):
     """The same request, run by the slow reference."""
     request = featured(*arguments)
-    run_uncached(make_engine(1), request)
+    run_uncached(engine_of(MODEL, 1), request)
     return request
 
 
@@ -146,7 +140,7 @@ def test_every_feature_changes_the_tokens_of_these_tests():
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_request_gets_the_tokens_of_the_reference_beside_plain_ones(name, temperature, lookahead):
-    scheduler = Scheduler(make_engine(3, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 3, lookahead=lookahead))
     arguments = [("plain", 30, 12, 1, temperature), (name, 12, 20, 2, temperature), ("plain", 3, 25, 3, 3.0)]
     requests = [featured(*each) for each in arguments]
     run(scheduler, *requests)
@@ -172,7 +166,7 @@ arrivals = st.lists(
 @settings(max_examples=40)
 @given(arrivals=arrivals, rows=st.integers(1, 4), lookahead=st.sampled_from([0, 2]))
 def test_requests_of_all_kinds_in_any_order_get_the_tokens_of_the_reference(arrivals, rows, lookahead):
-    scheduler, requests, expected, length = Scheduler(make_engine(rows, lookahead)), [], [], 1
+    scheduler, requests, expected, length = Scheduler(engine_of(MODEL, rows, lookahead=lookahead)), [], [], 1
     for i, (wait, name, new_length, max_tokens, temperature, is_again) in enumerate(arrivals):
         for _ in range(wait):
             scheduler.step()
@@ -189,7 +183,7 @@ def test_requests_of_all_kinds_in_any_order_get_the_tokens_of_the_reference(arri
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_a_constraint_sees_every_token_once_and_in_order(lookahead):
-    scheduler = Scheduler(make_engine(2, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 2, lookahead=lookahead))
     constraint = Remainder()
     request = make_request(9, 12, constraint=constraint)
     run(scheduler, make_request(20, 40, seed=1), request)
@@ -209,9 +203,9 @@ def test_a_constraint_holds_while_it_is_active_and_no_longer(is_always_active, l
 
     constraint = Remainder(is_always_active)
     request, hooked = make_request(9, 40, constraint=constraint), make_request(9, 40, logits_processor=forbid)
-    scheduler = Scheduler(make_engine(2, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 2, lookahead=lookahead))
     run(scheduler, make_request(20, 50, seed=1), request)
-    assert [request.output_ids] == run(Scheduler(make_engine(1)), hooked)
+    assert [request.output_ids] == run(Scheduler(engine_of(MODEL, 1)), hooked)
     assert all(token % 3 == i % 3 for i, token in enumerate(request.output_ids)) == is_always_active
 
 
@@ -223,30 +217,30 @@ def test_a_hook_sees_the_logits_of_its_own_request_at_each_token_once(lookahead)
         seen.append((logits_V.clone(), output_T.tolist()))
         return logits_V
 
-    scheduler = Scheduler(make_engine(3, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 3, lookahead=lookahead))
     request = make_request(9, 12, logits_processor=note)
     run(scheduler, make_request(20, 5, seed=1), request, make_request(30, 4, seed=2))
     assert [output_ids for _, output_ids in seen] == [request.output_ids[:i] for i in range(12)]
     for logits_V, output_ids in seen:
         assert logits_V.shape == (VOCABULARY,) and logits_V.dtype is torch.float32
-        expected_1V = make_engine(1).logits_uncached(request.prompt_ids + output_ids)
+        expected_1V = engine_of(MODEL, 1).logits_uncached(request.prompt_ids + output_ids)
         torch.testing.assert_close(logits_V, expected_1V[0], rtol=1e-4, atol=1e-4)
 
 
 def test_log_probabilities_are_of_the_model_itself_whatever_was_done_to_its_logits():
-    scheduler = Scheduler(make_engine(2))
+    scheduler = Scheduler(engine_of(MODEL, 2))
     request = make_request(9, 12, logprobs=2, constraint=Remainder(), presence_penalty=2.0, logits_processor=shifted)
     run(scheduler, make_request(20, 5, seed=1), request)
     for i, at in enumerate(request.output_logprobs):
         ids = request.prompt_ids + request.output_ids[:i]
-        exact_V = make_engine(1).logits_uncached(ids)[0].double().log_softmax(-1)
+        exact_V = engine_of(MODEL, 1).logits_uncached(ids)[0].double().log_softmax(-1)
         assert at.ids == exact_V.topk(2).indices.tolist()
         assert at.chosen == pytest.approx(exact_V[request.output_ids[i]].item(), abs=1e-4)
         assert at.values == pytest.approx(exact_V.topk(2).values.tolist(), abs=1e-4)
 
 
 def test_rows_are_cleared_of_what_a_request_brought_along():
-    scheduler = Scheduler(make_engine(2))
+    scheduler = Scheduler(engine_of(MODEL, 2))
     run(scheduler, featured("everything", 9, 12, 1, 3.0), featured("negative penalties", 20, 30, 2, 3.0))
     state = scheduler.engine.processors
     for tensor, neutral in zip(state.tensors, (1, 0, 0, 0, 0, 0, -1), strict=True):
@@ -254,7 +248,7 @@ def test_rows_are_cleared_of_what_a_request_brought_along():
 
 
 def test_a_request_that_is_cancelled_leaves_no_trace():
-    scheduler = Scheduler(make_engine(2, 2))
+    scheduler = Scheduler(engine_of(MODEL, 2, lookahead=2))
     cancelled, other = featured("everything", 9, 12, 1, 3.0), featured("bias", 20, 30, 2, 3.0)
     scheduler.add(cancelled)
     scheduler.add(other)
@@ -303,7 +297,7 @@ FAILURES = ["is_active", "fill_mask", "accept", "logits_processor", "on_token"]
 def test_what_fails_of_a_request_fails_that_request_alone(place, what, call, lookahead):
     """place: its row, beside a plain request and one whose every token is watched."""
     error = ValueError("of its own")
-    scheduler = Scheduler(make_engine(3, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 3, lookahead=lookahead))
     failing = failing_request(what, call, error)
     others = {("plain", 30, 20, 1, 3.0): None, ("everything", 12, 20, 2, 3.0): None}
     for arguments in others:
@@ -330,11 +324,11 @@ def test_the_reference_fails_as_the_batch_does(what):
     error = ValueError("of its own")
     request = failing_request(what, 3, error)
     if what in ("accept", "on_token"):
-        run_uncached(make_engine(1), request)
+        run_uncached(engine_of(MODEL, 1), request)
         assert request.error is error
     else:
         with pytest.raises(ValueError, match="of its own"):
-            run_uncached(make_engine(1), request)
+            run_uncached(engine_of(MODEL, 1), request)
 
 
 def test_a_hook_is_not_called_again_because_another_failed():
@@ -344,14 +338,14 @@ def test_a_hook_is_not_called_again_because_another_failed():
         lengths.append(len(output_T))
         return logits_V
 
-    scheduler = Scheduler(make_engine(2))
+    scheduler = Scheduler(engine_of(MODEL, 2))
     run(scheduler, make_request(20, 8, logits_processor=note), failing_request("logits_processor", 3, ValueError("no")))
     assert lengths == list(range(8))
 
 
 def test_several_may_fail_in_one_step():
     errors = [ValueError(what) for what in FAILURES]
-    scheduler = Scheduler(make_engine(6))
+    scheduler = Scheduler(engine_of(MODEL, 6))
     failing = [failing_request(what, 3, error) for what, error in zip(FAILURES, errors, strict=True)]
     other = featured("everything", 20, 20, 2, 3.0)
     run(scheduler, *failing, other)
@@ -363,7 +357,7 @@ def test_several_may_fail_in_one_step():
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_constraint_that_forbids_everything_says_so(tokens, lookahead):
-    scheduler = Scheduler(make_engine(2, lookahead))
+    scheduler = Scheduler(engine_of(MODEL, 2, lookahead=lookahead))
     stuck, other = make_request(9, 12, constraint=ForbidAll(tokens)), featured("plain", 30, 20, 1, 3.0)
     run(scheduler, stuck, other)
     assert isinstance(stuck.error, FloatingPointError) and len(stuck.output_ids) == tokens
@@ -374,12 +368,12 @@ def test_a_constraint_that_forbids_everything_says_so(tokens, lookahead):
 
 def test_a_bias_that_forbids_everything_says_so():
     request = make_request(9, 12, logit_bias=dict.fromkeys(range(VOCABULARY), -float("inf")))
-    run(Scheduler(make_engine(1)), request)
+    run(Scheduler(engine_of(MODEL, 1)), request)
     assert "no token is allowed" in str(request.error)
 
 
 def test_invalid_logits_of_a_plain_request_are_not_blamed_on_what_it_allows():
-    engine = make_engine(1)
+    engine = engine_of(MODEL, 1)
     object.__setattr__(engine.parts, "logits", lambda head, x_B1E: torch.full((len(x_B1E), 1, VOCABULARY), torch.nan))
     request = make_request(9, 12)
     run(Scheduler(engine), request)
@@ -390,7 +384,7 @@ def test_invalid_logits_of_a_plain_request_are_not_blamed_on_what_it_allows():
     "bad", [lambda x, ids: x[:-1], lambda x, ids: x[None], lambda x, ids: None, lambda x, ids: 3.0]
 )
 def test_a_hook_that_gives_no_logits_is_told_so(bad):
-    scheduler = Scheduler(make_engine(2))
+    scheduler = Scheduler(engine_of(MODEL, 2))
     request, other = make_request(9, 12, logits_processor=bad), featured("plain", 30, 20, 1, 3.0)
     run(scheduler, request, other)
     assert isinstance(request.error, ValueError)
@@ -399,7 +393,7 @@ def test_a_hook_that_gives_no_logits_is_told_so(bad):
 
 
 def test_a_step_that_breaks_ends_all_requests_in_it_and_nothing_is_kept():
-    scheduler, error = Scheduler(make_engine(3, 2)), RuntimeError("the device is gone")
+    scheduler, error = Scheduler(engine_of(MODEL, 3, lookahead=2)), RuntimeError("the device is gone")
     kept = featured("plain", 40, 3, 4, 3.0)
     run(scheduler, kept)
     running = [featured("plain", 30, 20, 1, 3.0), featured("everything", 12, 20, 2, 3.0)]

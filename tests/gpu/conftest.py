@@ -136,5 +136,5 @@ def prompts() -> list[list[int]]:
 def assert_captured(generator: Generator) -> None:
     """Check that steps were captured as graphs, none of them in vain."""
     if DEVICE.type == "cuda":
-        assert not generator.debug.engine.graphs.failure
+        assert not generator.debug.engine.graphs.failures
         assert generator.stats.cuda_graphs > 0

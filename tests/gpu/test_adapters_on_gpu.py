@@ -22,7 +22,7 @@ def test_adapters_in_a_batch_give_the_merged_models_tokens(model, twin, mode, tm
     compile, graphs = MODES[mode]
     options = {"max_seq_len": MAX_SEQ_LEN, "max_batch_size": SLOTS, "compile": compile, "cuda_graphs": graphs}
     with Generator(copy.deepcopy(twin), adapters=folders, **options) as generator:
-        assert generator.debug.engine.adapters.chunk_slot_1.device.type == DEVICE.type
+        assert generator.debug.engine.adapters.chunk_slot_R.device.type == DEVICE.type
         names = [None, "one", "two", "one", "two", None, "one", "two"]
         params = [SamplingParams(temperature=0, max_tokens=20, adapter=name) for name in names]
         for _ in range(2):  # captured, then replayed

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_near, random_ids, random_tensor, randomised, small_config
 
 from gpu.conftest import DEVICE
-from qwen3fast import Generator
+from qwen3fast import Generator, SamplingParams
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import attend, attend_last
 
@@ -35,3 +35,17 @@ def test_prefill_in_bfloat16_equals_the_plain_model(compile):
     with Generator(copy.deepcopy(model).bfloat16().to(DEVICE), max_seq_len=1300, compile=compile) as generator:
         logits_1V = generator.debug.engine.prefill_whole(0, ids[0].tolist())
     assert_near(logits_1V.cpu(), model(ids)[:, -1], torch.bfloat16)
+
+
+def test_prompts_that_come_together_get_the_tokens_that_each_gets_alone():
+    """In float32, captured where there is a GPU; two of them in two chunks."""
+    model = randomised(small_config(head_dim=64, hidden_size=128, max_position_embeddings=512), seed=3).to(DEVICE)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 20, 31, 70, 72, 50, 33, 12)]
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    options = {"max_seq_len": 256, "max_batch_size": 8, "prefix_reuse": False}
+    with Generator(model, compile=DEVICE.type == "cuda", **options) as generator:
+        together = [result.token_ids for result in generator.generate(prompts, params)]
+        alone = [generator.generate(prompt, params).token_ids for prompt in prompts]
+        graphs = generator.debug.engine.graphs
+        assert graphs is None or any(key[0] == "prompts" for key in graphs._replays)
+    assert together == alone

@@ -1,13 +1,11 @@
 """On a GPU: what a step launches, and steps that run ahead of the host."""
 
 import pytest
-import torch
+from conftest import engine_of
 from gpu_check.replay import step_profile
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, assert_captured
 from qwen3fast import SamplingParams
-from qwen3fast.engine import Engine
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.scheduling import Request, Scheduler
 
 LAYERS = 2
@@ -44,8 +42,7 @@ def test_without_graphs_the_same_kernels_are_launched_one_by_one(generators):
 
 
 def test_steps_run_ahead_and_stop_tokens_are_never_passed(twin):
-    cache = StaticKVCache(twin.config, 2, MAX_SEQ_LEN, torch.float32, DEVICE)
-    engine = Engine(twin, cache, DEVICE, compile=True)
+    engine = engine_of(twin, 2, MAX_SEQ_LEN, compile=True)
     scheduler = Scheduler(engine)
 
     def run(stop_ids):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCES, assert_near, assert_same, random_tensor, randomised, small_config
+from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomised, small_config
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
@@ -495,8 +495,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     """Through the engine, which uses the operations: logits of the same forced ids."""
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
     model = randomised(config).bfloat16()
-    cache = StaticKVCache(config, rows, 200, torch.bfloat16, CPU)
-    engine = Engine(model, cache, CPU, compile=True)
+    engine = engine_of(model, rows, 200, compile=True)
     logits = []
     run_logits = engine.parts.logits
 
@@ -509,7 +508,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     sequences = [list(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
         first_1V = engine.prefill_whole(row, prompt)
-        engine.set_row(row, len(prompt), 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt))
         sequences[row] += engine.sample_first(row, first_1V, StepKind()).tokens
     for _ in range(5):
         logits.clear()
@@ -524,7 +523,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, dtype=torch.bfloat16, **changes)
     model, logits = randomised(config).bfloat16(), []
     for compile in (True, False):
-        engine = Engine(model, StaticKVCache(config, 2, 200, torch.int8, CPU), CPU, compile)
+        engine = engine_of(model, 2, 200, torch.int8, compile)
         run_logits = engine.parts.logits
         object.__setattr__(
             engine.parts, "logits", lambda *a, run=run_logits: logits[-1].append(run(*a)) or logits[-1][-1]
@@ -532,7 +531,7 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
         logits.append([])
         for row, length in enumerate((30, 150)):
             engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
-            engine.set_row(row, length % 100 + 70, 0.0, 0, 1.0, 0.0, 0)
+            engine.set_row(row, length % 100 + 70)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
             engine.decode(2, 130, StepKind())

@@ -35,8 +35,9 @@ def test_a_processor_gets_the_levels_it_has_all_features_of(machine, features, e
 @pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 fma", "Features\t: fpu avx2 fma"])
 def test_features_are_read_from_cpuinfo(line, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\nbugs\t: none\n")
-    assert levels.processor_features(tmp_path / "cpuinfo").split() == ["fpu", "avx2", "fma"]
-    assert levels.processor_features(tmp_path / "missing") == ""
+    field = line.partition(":")[0].strip()
+    assert levels.cpu_info(field, tmp_path / "cpuinfo").split() == ["fpu", "avx2", "fma"]
+    assert levels.cpu_info("model name", tmp_path / "cpuinfo") == levels.cpu_info(field, tmp_path / "missing") == ""
 
 
 def test_a_pin_that_this_machine_has_not_is_refused(monkeypatch):

@@ -12,6 +12,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import LinearPointers, packed_linear
+from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
 
@@ -34,6 +35,13 @@ def test_packed_weights(format, rows):
     y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights])
     expected = torch.cat([dequantized_linear(x, *weight).float() for weight in weights], dim=-1)
     assert_near(y, expected, torch.bfloat16)
+
+
+def test_scales_of_6_bits_are_read():
+    weight = quantize(random_tensor(48, 512), FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True)))
+    x = random_tensor(33, 512).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight)])
+    assert_near(y, dequantized_linear(x, *weight).float(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -61,6 +69,35 @@ def test_not_a_number_stays_in_its_row():
     x[3, 5] = float("nan")
     y = tiles.tile_linear(x, [packed_linear(*quantize(random_tensor(32, 64), FORMATS["int8"]))])
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+@pytest.fixture
+def attention_by_tiles():
+    cpu.functions().qwen3fast_use_tiles(True)
+    yield
+    cpu.functions().qwen3fast_use_tiles(tiles.are_usable())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("tokens", "first"), [(1, 0), (7, 90), (40, 0), (70, 3), (150, 0)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)])
+def test_attention_of_prefill(heads, tokens, first, dtype, attention_by_tiles):
+    (H, K), D, S = heads, 64, 160
+    q = random_tensor(1, tokens, H, D).bfloat16()
+    k, v = (random_tensor(2, K, S, D, seed=s).bfloat16() for s in (1, 2))
+    k[:, :, first + tokens :] = v[:, :, first + tokens :] = float("nan")  # unused positions
+    (keys, k_scale), (values, v_scale) = (
+        ((k, None), (v, None)) if dtype == torch.bfloat16 else map(quantize_vectors, (k, v))
+    )
+    position = torch.arange(first, first + tokens)[None]
+    y = torch.ops.qwen3fast.prefill_attention(q, keys, values, position, torch.tensor([1]), k_scale, v_scale)
+    used = first + tokens
+    k, v = (
+        (x if s is None else x * s[..., None])[1:, :, :used].float() for x, s in ((keys, k_scale), (values, v_scale))
+    )
+    mask = torch.arange(used) <= position[0, :, None]
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2).float(), k, v, attn_mask=mask, enable_gqa=True)
+    assert_near(y, expected.transpose(1, 2), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("N", "K"), [(16, 48), (24, 64)])

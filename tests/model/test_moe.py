@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, fill_randomly, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, fill_randomly, random_ids, random_tensor, randomised, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.engine import Engine
+from qwen3fast.engine import RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import FastExperts, use_fast_layers
@@ -80,9 +80,9 @@ def test_few_and_many_are_the_same(is_fast, tokens):
     if is_fast:
         use_fast_layers(moe)
     _, expert_NC = moe.route(x_NE)
-    expected = plain.experts.few(x_NE, expert_NC)
-    assert_near(moe.experts.many(x_NE, expert_NC), expected)
-    assert_near(moe.experts.few(x_NE, expert_NC), expected)
+    expected = plain.experts.gathered(x_NE, expert_NC)
+    assert_near(moe.experts.grouped(x_NE, expert_NC), expected)
+    assert_near(moe.experts.gathered(x_NE, expert_NC), expected)
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
@@ -92,7 +92,7 @@ def test_many_serves_experts_without_tokens_and_all_tokens_of_one(is_fast):
         use_fast_layers(moe)
     for expert in (0, 5, 7):
         expert_NC = torch.full((6, 1), expert)
-        assert_near(moe.experts.many(x_NE, expert_NC), moe.experts.few(x_NE, expert_NC))
+        assert_near(moe.experts.grouped(x_NE, expert_NC), moe.experts.gathered(x_NE, expert_NC))
 
 
 def test_a_token_does_not_depend_on_those_beside_it():
@@ -113,11 +113,6 @@ def test_layers_with_experts_are_those_the_config_names(layers):
 # -------------------------------------------------------------------------------------------------------- the engine
 
 
-def make_engine(model, compile=False, rows=3):
-    cache = StaticKVCache(model.config, rows, 200, model.config.dtype, CPU)
-    return Engine(model, cache, CPU, compile)
-
-
 @pytest.mark.parametrize(
     ("length", "changes"), [(1, {}), (2, MIXED), (33, {"norm_topk_prob": True}), (150, MIXED)], ids=str
 )
@@ -125,7 +120,7 @@ def test_prefill_logits_equal_the_plain_model(changes, length):
     model = randomised(replace(CONFIG, **changes))
     ids = random_ids(length).tolist()
     expected_V = model(torch.tensor([ids]))[0, -1]
-    assert_near(make_engine(model).prefill_whole(1, ids)[0], expected_V)
+    assert_near(engine_of(model).prefill_whole(1, ids)[0], expected_V)
 
 
 def check_replies(model, generator, prompts):
@@ -160,14 +155,14 @@ def test_a_compiled_model_in_bfloat16_is_near_the_plain_one():
     config = small_config(hidden_size=64, head_dim=32, **EXPERTS, dtype=torch.bfloat16)
     model = randomised(config).bfloat16()
     ids = random_ids(40).tolist()
-    compiled, eager = make_engine(model, compile=True), make_engine(model)
+    compiled, eager = engine_of(model, compile=True), engine_of(model)
     assert_near(compiled.prefill_whole(0, ids), eager.prefill_whole(0, ids), torch.bfloat16)
 
 
 def test_an_engine_uses_the_fast_layers_and_keeps_the_weights():
     model = randomised(CONFIG)
     before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
-    make_engine(model)
+    engine_of(model)
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
     assert type(model.model.layers[0].mlp.experts) is FastExperts
     assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
@@ -205,10 +200,10 @@ class ExpertReads(TorchDispatchMode):
 def decode_reads(rows, **changes):
     """Elements of expert weights that a decode step of so many rows reads."""
     model = randomised(replace(CONFIG, num_experts=32, **changes))
-    engine = make_engine(model, rows=rows)
+    engine = engine_of(model, rows=rows)
     for row in range(rows):
         engine.prefill_whole(row, [5, 7, 11 + row])
-        engine.set_row(row, 3, 0.8, 20, 0.9, 0.0, 7)
+        engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))
     reads = ExpertReads(model)
     with torch.no_grad(), reads:
         decode_step(

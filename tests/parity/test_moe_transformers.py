@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, randomised, small_config
+from conftest import assert_near, assert_same, engine_of, random_ids, randomised, small_config
 from safetensors import safe_open
 from test_quantization import relative_error
 from test_quantized_experts import with_dequantized_weights
@@ -14,10 +14,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
@@ -61,13 +60,12 @@ def test_prefill_and_decode_equal_transformers(shape):
     """Two rows of different lengths, decoded together on tokens of their own."""
     model = randomised(replace(CONFIG, **SHAPES[shape]))
     reference, prompts = reference_of(model), [random_ids(n, seed=n).tolist() for n in (37, 5)]
-    cpu = torch.device("cpu")
-    engine = Engine(model, StaticKVCache(model.config, 2, 128, torch.float32, cpu), cpu, compile=False)
+    engine = engine_of(model, 2, 128)
     for row, prompt in enumerate(prompts):
         logits_V = engine.prefill_whole(row, prompt)[0]
         assert_near(logits_V, reference(torch.tensor([prompt])).logits[0, -1])
         prompt.append(int(logits_V.argmax()))
-        engine.set_row(row, len(prompt) - 1, 0.0, 0, 1.0, 0.0, 0)
+        engine.set_row(row, len(prompt) - 1)
         engine.state.input_R[row] = prompt[-1]
     for _ in range(6):
         expected = [reference(torch.tensor([prompt])).logits[0, -1].argmax().item() for prompt in prompts]

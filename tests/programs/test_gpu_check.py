@@ -239,15 +239,19 @@ def test_options_are_set_over_those_of_the_caller(monkeypatch):
         settings.apply_options({"no_such_option": True})
 
 
-def test_switches_are_set_or_refused(monkeypatch):
+def test_every_switch_of_the_variants_is_set(monkeypatch):
     from qwen3fast.kernels import cuda
 
-    monkeypatch.setattr(cuda, "decode_attention", "sdpa")
-    settings.apply_switches({"attention": "split"})
-    assert cuda.decode_attention == "split"
-    monkeypatch.setitem(settings.SWITCHES, "other", ("qwen3fast.kernels.cuda", "no_such_switch"))
-    with pytest.raises(settings.UnavailableError, match=r"no qwen3fast.kernels.cuda.no_such_switch"):
-        settings.apply_switches({"other": True})
+    monkeypatch.setattr(cuda, "decode_attention", "split")
+    monkeypatch.delenv("QWEN3FAST_FUSED_STEP", raising=False)
+    wanted = [variant.switches for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
+    assert {name for switches in wanted for name in switches} == {"attention", "fused"}
+    settings.apply_switches({})
+    assert cuda.decode_attention == "split" and cuda.use_fused_step()
+    for is_fused in (False, True):
+        monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "1")  # which is restored after the test
+        settings.apply_switches({"attention": "sdpa", "fused": is_fused})
+        assert cuda.decode_attention == "sdpa" and cuda.use_fused_step() == is_fused
 
 
 def test_float32_logits_are_those_of_the_model_in_float32():
@@ -416,11 +420,11 @@ def test_parts_are_merged_and_held_against_the_targets(tmp_path):
     speed = found["0.6B, one row, context 32"]
     assert (speed["wanted"], speed["measured"], speed["reached"]) == (1700, pytest.approx(1000), False)
     assert found["0.6B, over transformers, compiled"]["measured"] == pytest.approx(1)
-    assert found["0.6B, kernels a token"]["reached"] is True
+    assert found["0.6B, kernels per token"]["reached"] is True
     assert "0.6B, one row, context 4,096" not in found
     text = report.as_report(merged)
     assert "1,700 wanted    1,000 measured tokens/s not reached" in text
-    assert "170 kernels a step" in text
+    assert "170 kernels per step" in text
     assert report.draw(merged, tmp_path / "gpu.png") == "" and (tmp_path / "gpu.png").stat().st_size > 10_000
     write_json(record_of("large", gpu="NVIDIA H100").to_dict(), tmp_path / "large.json")
     with pytest.raises(ValueError, match="part large ran with gpu 'NVIDIA H100', others with 'NVIDIA H200'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -25,8 +26,10 @@ from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.packed import levels_of_rows
 from qwen3fast.quantization.uint4 import Layout
 
+SHORT = Layout(256, is_short=True)  # Q4_K's
 INT8, INT4, UINT4, FP8 = (FORMATS[name] for name in ("int8", "int4", "uint4", "fp8"))
 PACKABLE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
 formats = pytest.mark.parametrize("format", [INT8, INT4, UINT4], ids=lambda f: f.name)
@@ -492,6 +495,19 @@ def test_uint4_is_dequantized_by_compiled_code_as_by_uncompiled(has_zero):
     assert_same(torch.compile(layer.dequantize, fullgraph=True)(), layer.dequantize())
 
 
+def test_short_records_hold_6_bits_as_described():
+    """Each number of a record from its bytes: s and the high bits of m together, the low bits of two m in a byte."""
+    packed = UINT4.with_layout(lambda _: SHORT).quantize(random_tensor(2 * LANES, 512))
+    assert packed.scale.shape == (2, 2, 256)
+    level_RGC, actual_RGC = levels_of_rows(packed, torch.arange(32)), UINT4.dequantize(packed).view(32, 16, 32)
+    for row, group in itertools.product((0, 7, 19, 31), range(16)):
+        record, lane, i = packed.scale[row // 16, group // 8], row % 16, group % 8
+        d, dmin = (record[32 * j : 32 * j + 32].view(torch.float16)[lane].float() for j in (0, 1))
+        first, low = int(record[64 + 16 * i + lane]), int(record[192 + 16 * (i % 4) + lane]) >> 4 * (i // 4) & 15
+        s, m = first % 64, low + 16 * (first // 64)
+        assert_same(actual_RGC[row, group], level_RGC[row, group].float() * (d * s) - dmin * m)
+
+
 def test_uint4_layout_is_the_described_one():
     """A number at a time, from the bytes: minimums of 32 channels, then a zero point per span."""
     weight, row, channel = random_tensor(2 * LANES, 256), 19, 173
@@ -514,12 +530,17 @@ def test_uint4_layout_is_the_described_one():
             assert_same(rows, UINT4.dequantize(packed)[[row]].bfloat16())
 
 
+LAYOUTS = [Layout(32), Layout(96), Layout(32, True), Layout(96, True), Layout(288, True), SHORT]
+
+
 @needs_operation
-@pytest.mark.parametrize("layout", [Layout(32), Layout(96), Layout(32, True), Layout(96, True), Layout(288, True)])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_every_uint4_layout_is_multiplied_and_dequantized(layout, rows):
-    packed = UINT4.with_layout(lambda _: layout).quantize(random_tensor(48, 288))
-    layer, x = QuantizedLinear(packed, UINT4), random_tensor(rows, 288, seed=1).bfloat16()
+    K = 512 if layout.is_short else 288
+    packed = UINT4.with_layout(lambda _: layout).quantize(random_tensor(48, K))
+    assert Layout.of(packed) == layout
+    layer, x = QuantizedLinear(packed, UINT4), random_tensor(rows, K, seed=1).bfloat16()
     assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
     assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
     dense = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale], RowLimits(dequantized=0))

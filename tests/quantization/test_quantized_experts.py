@@ -102,27 +102,27 @@ def one_by_one(experts: QuantizedExperts, x_NE, expert_NC):
 def test_operation_equals_linear_layers_one_by_one(format, tokens, sizes, chosen):
     experts = make_experts(format, sizes=sizes)
     x_NE, expert_NC = random_tensor(tokens, sizes[1], seed=5).bfloat16(), choice(tokens, chosen, sizes[0])
-    y_NCE = experts.few(x_NE, expert_NC)
+    y_NCE = experts.gathered(x_NE, expert_NC)
     assert y_NCE.dtype == torch.bfloat16 and y_NCE.shape == (tokens, chosen, sizes[1])
     # silu's last bit differs; a rounding that falls the other way then moves a result a little.
     assert relative_error(y_NCE, one_by_one(experts, x_NE, expert_NC)) < 4e-3
-    assert_same(experts.many(x_NE, expert_NC), y_NCE)
+    assert_same(experts.grouped(x_NE, expert_NC), y_NCE)
 
 
 @needs_operation
 @formats
 def test_operation_is_near_the_unrounded_products(format):
     experts, x_NE, expert_NC = make_experts(format), random_tensor(5, E, seed=5), choice(5)
-    assert relative_error(experts.few(x_NE, expert_NC), dequantized(experts).few(x_NE, expert_NC)) < 1.6e-2
+    assert relative_error(experts.gathered(x_NE, expert_NC), dequantized(experts).gathered(x_NE, expert_NC)) < 1.6e-2
 
 
 @all_formats
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_plain_forms_equal_experts_with_the_dequantized_weights(format, tokens, plainly):
     experts, x_NE, expert_NC = make_experts(format), random_tensor(tokens, E, seed=5), choice(tokens)
-    expected = dequantized(experts).few(x_NE, expert_NC)
-    assert_near(experts.few(x_NE, expert_NC), expected)
-    assert_near(experts.many(x_NE, expert_NC), expected)
+    expected = dequantized(experts).gathered(x_NE, expert_NC)
+    assert_near(experts.gathered(x_NE, expert_NC), expected)
+    assert_near(experts.grouped(x_NE, expert_NC), expected)
 
 
 @all_formats
@@ -146,8 +146,8 @@ def test_each_expert_is_quantized_by_itself(format):
 def test_a_token_does_not_depend_on_those_beside_it(format, tokens, chosen, seed):
     experts, x_NE = make_experts(format), random_tensor(tokens, E, seed=seed).bfloat16()
     expert_NC = choice(tokens, chosen, seed=seed)
-    alone = [experts.few(x_NE[n : n + 1], expert_NC[n : n + 1]) for n in range(tokens)]
-    assert_same(experts.few(x_NE, expert_NC), torch.cat(alone))
+    alone = [experts.gathered(x_NE[n : n + 1], expert_NC[n : n + 1]) for n in range(tokens)]
+    assert_same(experts.gathered(x_NE, expert_NC), torch.cat(alone))
 
 
 @needs_operation
@@ -155,12 +155,12 @@ def test_a_token_does_not_depend_on_those_beside_it(format, tokens, chosen, seed
 def test_operation_on_zeros_and_what_is_not_finite(format):
     experts, expert_NC = make_experts(format), choice(3)
     x_NE = random_tensor(3, E).bfloat16()
-    expected = experts.few(x_NE, expert_NC)
+    expected = experts.gathered(x_NE, expert_NC)
     x_NE[1] = torch.inf
-    y_NCE = experts.few(x_NE, expert_NC)
+    y_NCE = experts.gathered(x_NE, expert_NC)
     assert y_NCE[1].isnan().all()
     assert_same(y_NCE[[0, 2]], expected[[0, 2]])
-    assert not experts.few(torch.zeros(3, E).bfloat16(), expert_NC).any()
+    assert not experts.gathered(torch.zeros(3, E).bfloat16(), expert_NC).any()
 
 
 @needs_operation
@@ -209,11 +209,11 @@ def test_experts_that_are_not_chosen_are_not_read(format, is_plain, tokens, monk
     if is_plain:
         monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     experts, x_NE, expert_NC = make_experts(format), random_tensor(tokens, E), choice(tokens, 2)
-    expected = experts.few(x_NE, expert_NC)
+    expected = experts.gathered(x_NE, expert_NC)
     poison(experts, set(expert_NC.flatten().tolist()))
-    assert_same(experts.few(x_NE, expert_NC), expected)
+    assert_same(experts.gathered(x_NE, expert_NC), expected)
     assert expected.isfinite().all()
-    assert experts.few(x_NE, choice(tokens, X)).isnan().any()  # the test can fail
+    assert experts.gathered(x_NE, choice(tokens, X)).isnan().any()  # the test can fail
 
 
 @formats

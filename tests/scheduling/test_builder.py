@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomised, slowly, small_config
 
 from qwen3fast import Generator, SamplingParams, ToolCall
 
@@ -190,10 +189,6 @@ def test_logprobs_of_a_vocabulary_smaller_than_the_list():
 
 
 def test_a_cancelled_reply_has_logprobs_for_what_there_is(generator):
-    def slowly(logits, output):
-        time.sleep(0.002)
-        return logits
-
     params = replace(GREEDY, max_tokens=400, logprobs=2, ignore_eos=True, logits_processor=slowly)
     handle = generator.submit(PROMPT, params)
     next(iter(handle))

@@ -17,7 +17,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from conftest import randomised, small_config
+from conftest import randomised, slowly, small_config, wait_until
 
 from qwen3fast import Generator, QueueFullError, SamplingParams
 from qwen3fast.scheduling.waiter import Waiter, wake_all
@@ -25,12 +25,6 @@ from qwen3fast.scheduling.waiter import Waiter, wake_all
 PATIENCE_S = 20  # for what comes at once on a machine that nobody else uses
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]
-
-
-def slowly(logits, output):
-    """A logits_processor that changes nothing but the time a token takes."""
-    time.sleep(0.002)
-    return logits
 
 
 SLOW = SamplingParams(temperature=0, max_tokens=1500, logits_processor=slowly)
@@ -66,14 +60,6 @@ def narrow(model, tokenizer):
 def tiny():
     with Generator.from_pretrained("tiny", dtype="float32", max_batch_size=2, compile=False) as generator:
         yield generator
-
-
-def wait_until(is_so):
-    """Poll until something is so."""
-    end = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.001)
 
 
 def state(generator):

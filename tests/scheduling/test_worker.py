@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, small_config, write_text_checkpoint
+from conftest import randomised, slowly, small_config, write_text_checkpoint
 
 from qwen3fast import ChatSession, Embedder, Generator, Reranker, SamplingParams
 from qwen3fast.text.tokenizer import Tokenizer
@@ -35,11 +35,6 @@ def model(tokenizer):
 def generator(model, tokenizer):
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=2, max_queue=1, compile=False) as generator:
         yield generator
-
-
-def slowly(logits, output):
-    time.sleep(0.01)
-    return logits
 
 
 async def read_all(generator):

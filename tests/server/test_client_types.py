@@ -7,7 +7,8 @@ import json
 import threading
 
 import pytest
-from serving import models, running, tiny_generator, wait_until  # noqa: F401  fixtures
+from conftest import wait_until
+from serving import models, running, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.server.app import create_app

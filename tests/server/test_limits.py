@@ -9,11 +9,12 @@ import socket
 import threading
 
 import pytest
-from serving import running, tiny_generator, wait_until  # noqa: F401  fixtures
+from conftest import wait_until
+from serving import running, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
 from qwen3fast.server.app import ROUTES, create_app
-from qwen3fast.server.openapi import description
+from qwen3fast.server.openapi import REQUIRED
 from qwen3fast.server.options import ServerOptions
 
 httpx = pytest.importorskip("httpx")
@@ -187,9 +188,15 @@ def test_the_log_holds_no_prompts_unless_asked(small, caplog):
     assert "17 + 25" not in caplog.text
 
 
-def test_the_description_names_every_route():
-    described = set(description()["paths"]) | {"/openapi.json", "/"}
+def test_the_description_names_every_route_and_what_a_body_must_have(small):
+    paths = small[1].get("/openapi.json").json()["paths"]
+    described = {*paths, "/openapi.json", "/"}
     assert {route.path.replace("{name:path}", "{name}") for route in ROUTES} <= described
+    assert set(REQUIRED) <= described
+    assert set(paths["/v1/responses/{id}"]) == {"get", "delete"}
+    assert paths["/v1/responses/{id}"]["delete"]["summary"] == "Delete a stored response"
+    content = paths["/v1/messages"]["post"]["requestBody"]["content"]
+    assert content["application/json"]["schema"]["required"] == ["messages", "max_tokens"]
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer first"}, {}])

@@ -86,6 +86,31 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT["messages"], "temperature": -1}, "temperature"),
+        ("/v1/responses", {"input": "a", "top_p": 2}, "top_p"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}}, None),
+        ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL}], "tool_choice": 3}, "tool_choice"),
+        ("/v1/completions", {"prompt": "a", "min_p": 2}, "min_p"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_the_name_of_their_field(client, path, more, param):
+    reply = client.post(path, json=more)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_tools_without_a_choice_and_the_other_way_round(client):
+    tool = {"type": "function", **TOOL}
+    for more in ({"tool_choice": "auto"}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"}):
+        reply = client.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, **more})
+        assert reply.status_code == 200, reply.text
+    reply = client.post("/v1/messages", json={**CHAT, "temperature": 2e6})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("temperature: temperature must be")
+
+
 def test_documents_are_ranked_in_each_form(client, models):  # noqa: F811
     documents = ["Paris", "a stone", "Rome"]
     scores = models["ranks"].score("q", documents)
@@ -171,3 +196,24 @@ def test_usage_in_each_event_grows_to_that_of_the_whole_reply(tiny_generator, pa
     counts = [used["completion_tokens"] for used in during]
     assert counts == sorted(counts) and len(set(counts)) > 1
     assert {name: last[name] for name in during[-1]} == during[-1]
+
+
+def test_a_conversation_that_takes_long_to_render_holds_up_no_other_client(tiny_generator, monkeypatch):  # noqa: F811
+    is_rendering, is_answered, render = threading.Event(), threading.Event(), tiny_generator.render
+
+    def slowly(*arguments):
+        is_rendering.set()
+        assert is_answered.wait(5), "nobody else was answered meanwhile"
+        return render(*arguments)
+
+    async def ask_twice():
+        reply = asyncio.create_task(call(app, "/v1/chat/completions", CHAT))
+        while not is_rendering.is_set():
+            await asyncio.sleep(0.001)
+        tokens = await call(app, "/tokenize", {"prompt": "a"})
+        is_answered.set()
+        return tokens, await reply
+
+    monkeypatch.setattr(tiny_generator, "render", slowly)
+    app = create_app({"tiny": tiny_generator})
+    assert [status for status, _ in asyncio.run(ask_twice())] == [200, 200]

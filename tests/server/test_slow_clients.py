@@ -9,7 +9,8 @@ import threading
 import time
 
 import pytest
-from serving import running, wait_until
+from conftest import wait_until
+from serving import running
 
 from qwen3fast import Generator
 from qwen3fast.server.options import ServerOptions

@@ -401,13 +401,13 @@ def test_text_stream_is_reasoning_from_the_opening_to_the_closing_tag():
     stream, states = TextStream(tokenizer), []
     for piece in ["\n", *REPLY]:
         stream.push(tokenizer.id_of(piece))
-        states.append(stream.is_reasoning)
+        states.append(stream._tracker.is_open)
     assert states == [False, True, True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(("has_tags", "expected"), [(True, True), (False, False)])
 def test_text_stream_is_reasoning_before_the_first_token_if_it_is_open(has_tags, expected):
-    assert stream_of(Pieces([], has_tags), is_open=True).is_reasoning == expected
+    assert stream_of(Pieces([], has_tags), is_open=True)._tracker.is_open == expected
 
 
 def test_text_stream_stop_string_in_the_reasoning_ends_the_reply():

@@ -1,7 +1,7 @@
 """In the place of the engine's StepCompiler: compiles as it does, keeps what Inductor makes, runs parts uncompiled.
 
 Private parts of PyTorch: where Inductor hands over its source, where its kernels are compiled, and where its code is
-called, which needs a device. Nothing public tells what compiled code launches.
+called, which needs a device. PyTorch has no public way to list what compiled code launches.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Inspector(StepCompiler):
         with captured() as (sources, tuners):
             try:
                 super().compile(function, *arguments, **keywords)
-                raise AssertionError(f"{function} was not compiled: torch.compile ran it as it is")
+                raise AssertionError(f"{function} was not compiled: torch.compile ran it eagerly")
             except CompiledError:
                 pass
         name = self._new_name(getattr(function, "__name__", None) or function.func.__name__)

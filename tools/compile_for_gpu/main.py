@@ -12,8 +12,9 @@ import torch
 import triton
 
 from compile_for_gpu.binaries import is_unsafe
+from compile_for_gpu.cases import own_cases
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.kernels import compile_own_kernels, fused_cases, own_cases
+from compile_for_gpu.kernels import compile_own_kernels, fused_cases
 from compile_for_gpu.steps import inspect
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, write_json
@@ -77,7 +78,7 @@ def kernels_of(record: Record) -> list[dict[str, Any]]:
 
 
 def faults_of(record: Record) -> list[str]:
-    """Return what did not compile and what is wrong with the record's kernels, in words; nothing if all can run."""
+    """Return the parts that did not compile and the faults of the record's kernels, in words; empty if all can run."""
     large = {k["name"] for k in kernels_of(record) if k["shared_bytes"] > GPUS[k["gpu"]].shared_bytes}
     unsafe = {k["name"] for k in kernels_of(record) if is_unsafe(k)}
     faults = [f"more shared memory than there is: {', '.join(sorted(large))}"] if large else []

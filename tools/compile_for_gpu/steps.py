@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from compile_for_gpu.inspector import Inspector
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Parts
-from qwen3fast.engine.prefill import Prefill, prefill_step
+from qwen3fast.engine.prefill import Prefill, prefill_step, prefill_together
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import Qwen3, build_on_meta, rope_tables
@@ -25,6 +25,7 @@ from qwen3fast.quantization import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
 
 CHUNK = 512  # tokens of the prompt that is inspected
+PROMPTS = 4  # that are inspected together, with as many tokens
 
 
 def config_of(size: str) -> ModelConfig:
@@ -50,7 +51,7 @@ def model_without_memory(config: ModelConfig, device: torch.device, quantization
 
 @torch.no_grad()
 def inspect(size: str, batch_size: int, context: int, quantization: str | None) -> list[dict[str, Any]]:
-    """Return what a greedy and a sampled decode step launch and, with one row, a chunk of a prompt; or an `error`.
+    """Return what a greedy and a sampled decode step launch, and a chunk of a prompt, or of several; or an `error`.
 
     To be called inside of `pretended`. context: positions of the KV cache.
     """
@@ -72,8 +73,13 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
             prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
             prefill_step(*fixed, prompt)
 
+        def prompts() -> None:
+            rows = range(min(PROMPTS, batch_size))
+            size = min(CHUNK // PROMPTS, context)
+            prefill_together(*fixed, [Prefill.begin(row, [0] * size, 0, cache.allocated_len) for row in rows])
+
         steps = [("decode", decode), ("sampled", lambda: decode(SamplerKind.FULL))]
-        steps += [("prefill", prefill)] if batch_size == 1 else []
+        steps += [("prefill", prefill) if batch_size == 1 else ("prompts", prompts)]
         labels = {"model": size, "weights": quantization or "bf16", "batch_size": batch_size, "context": context}
         return [{"step": name, **labels, **_found(inspector, run)} for name, run in steps]
 

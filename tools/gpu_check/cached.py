@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -61,7 +60,7 @@ def measure_cached(variant: Variant, device: torch.device, results: Results, clo
 
 
 class CachedRun:
-    """One engine of a variant, and what is measured with it."""
+    """One engine of a variant, and its measurements."""
 
     def __init__(self, variant: Variant, model: Qwen3, device: torch.device, results: Results) -> None:
         self.variant, self.model, self.device, self.results = variant, model, device, results
@@ -125,8 +124,8 @@ class CachedRun:
         notes["compilations"] = engine.compiler.compilations
         if engine.graphs is not None:
             notes["graphs"] = len(engine.graphs)
-            if failure := graph_failure(engine):
-                self.results.errors.append(f"not captured: {failure}")
+            if engine.graphs.failures:
+                self.results.errors.append(f"not captured: {'; '.join(engine.graphs.failures.values())}")
         if self.device.type == "cuda":
             notes["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self.results.save()
@@ -140,12 +139,6 @@ class CachedRun:
         elif self.variant.mode == "graphs" and notes["step"]["graph_launches"] != 1:
             self.results.errors.append(f"a step launched {notes['step']['graph_launches']} graphs, expected 1")
         self.results.save()
-
-
-def graph_failure(engine: Engine) -> str:
-    """Return why steps could not be captured; "" if all could."""
-    failure: Any = getattr(engine.graphs, "failure", None) or getattr(engine.graphs, "failures", None)
-    return "; ".join(map(str, failure.values())) if isinstance(failure, dict) else str(failure or "")
 
 
 def measure_generator(variant: Variant, model: Qwen3, results: Results) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpu_check.parts import PARTS
 from gpu_check.targets import targets_of
-from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Record, load_record
 
 SAME = ("gpu", "torch")  # what all parts must have run on

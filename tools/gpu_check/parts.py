@@ -115,7 +115,7 @@ PARTS = ("tests", *MEASURED)
 
 
 def variants_of(part: str, device: str, only: str = "") -> list[Variant]:
-    """Return the variants of a part: as they are on CUDA, for a dry run elsewhere. only: part of the names wanted.
+    """Return the variants of a part: for CUDA, or for a dry run elsewhere. only: a part of the wanted names.
 
     In a dry run, variants that would be the same are kept once.
     """

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from statistics import median
-
 import torch
 
-from qwen3fast.bench.probes import synchronize
+from qwen3fast.bench.probes import median_rate
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
@@ -23,12 +20,9 @@ class CopyProbe:
 
     def measure(self, repetitions: int = 3, copies: int = 10) -> float:
         """Return GB/s, bytes read and bytes written added up: the median of some runs."""
-        rates = []
-        for _ in range(repetitions):
-            synchronize(self._device)
-            started = time.perf_counter()
+
+        def work() -> None:
             for _ in range(copies):
                 self._to.copy_(self._from)
-            synchronize(self._device)
-            rates.append(2 * copies * self._from.numel() / (time.perf_counter() - started) / 1e9)
-        return median(rates)
+
+        return median_rate(work, 2 * copies * self._from.numel() / 1e9, repetitions, self._device)

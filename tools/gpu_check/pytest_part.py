@@ -62,7 +62,7 @@ def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results
 
 
 def read_log(log: Path) -> dict[str, Any]:
-    """Return what the output of `pytest -v` tells, whole or cut off, of one process or several (pytest-xdist).
+    """Return the results in the output of `pytest -v`, whole or cut off, of one process or several (pytest-xdist).
 
     Returns: counts of `passed`, `failed` (errors included) and `skipped` tests, names of the `failures`, files
     `not_collected` because a package is missing, and why; pytest's own `summary` line ("" if it did not come to that);

@@ -27,7 +27,7 @@ class Profile:
     launches: Counter[str] = field(default_factory=Counter)
 
     def minus(self, other: Profile) -> Profile:
-        """Return this profile without what is in the other one."""
+        """Return this profile less the other one."""
         pairs = ((self.kernels, other.kernels), (self.micros, other.micros), (self.launches, other.launches))
         return Profile(*(_difference(mine, others) for mine, others in pairs))
 

@@ -29,7 +29,9 @@ def as_report(record: Record) -> str:
     for name, notes in record.notes["variants"].items():
         if notes.get("step", {}).get("kernels"):
             step = notes["step"]
-            text = f"{step['kernels']:.0f} kernels a step, {step['kernel_us']:.0f} us, {step['launches']:.1f} launches"
+            text = (
+                f"{step['kernels']:.0f} kernels per step, {step['kernel_us']:.0f} us, {step['launches']:.1f} launches"
+            )
             lines.append(f"{name}: {text}; eager: {', '.join(step['eager_kernels'])[:200] or 'none'}")
         if "exit_status" in notes:
             counts = f"{notes['passed']} passed, {notes['failed']} failed, {notes['skipped']} skipped"

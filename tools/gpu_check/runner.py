@@ -16,12 +16,12 @@ from gpu_check.processes import StoppedError, environment_with_caches, last_line
 from gpu_check.results import Results
 from gpu_check.variants import Variant
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.harness import noise_of
+from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Record, write_json
 
 MAX_SHARE = 0.45  # of a part's time for one variant: one that hangs leaves time for others
 MIN_S = 15.0  # time left that a variant is started with
-SPARE_S = 5.0  # between the end that a variant is told and its own end, and between that and the part's
+SPARE_S = 5.0  # between the end that a variant is given and its process's, and between that and the part's
 
 
 @dataclass

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._inductor
 
-# Switches of the package: the module and the attribute that hold each.
-SWITCHES = {
-    "attention": ("qwen3fast.kernels.cuda", "decode_attention"),
-    "fused": ("qwen3fast.kernels.cuda", "fused_kernels"),
-}
+from qwen3fast.kernels import cuda
 
 
 class UnavailableError(Exception):
-    """Something that this machine, this PyTorch or this version of the package does not have; says what."""
+    """The error for something that this machine or this PyTorch does not have; names it."""
 
 
 def apply_options(options: dict[str, Any]) -> None:
@@ -50,13 +46,7 @@ def _with_options(compile: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 
 def apply_switches(switches: dict[str, Any]) -> None:
-    """Set switches of the package.
-
-    Raises: UnavailableError for one that this version of the package does not have.
-    """
-    for name, value in switches.items():
-        module_name, attribute = SWITCHES[name]
-        module = importlib.import_module(module_name)
-        if not hasattr(module, attribute):
-            raise UnavailableError(f"this version of the package has no {module_name}.{attribute}")
-        setattr(module, attribute, value)
+    """Set switches of the package: "attention" of decode steps ("split", "sdpa"), and whether steps are "fused"."""
+    cuda.decode_attention = switches.get("attention", cuda.decode_attention)
+    if "fused" in switches:
+        os.environ["QWEN3FAST_FUSED_STEP"] = str(int(switches["fused"]))

@@ -26,7 +26,7 @@ class Target:
         return next((value for name, value in self.wanted.items() if name in gpu), None)
 
     def line(self, record: Record) -> dict[str, Any] | None:
-        """Return what is wanted and what was measured; None if the record has nothing to say on it."""
+        """Return the target and the measured figure; None if the record does not have it."""
         measured, wanted = self.find(record), self.wanted_on(str(record.environment.get("gpu", "")))
         if measured is None:
             return None
@@ -80,7 +80,7 @@ TARGETS = (
     Target("0.6B, one row, context 32", "tokens/s", {"H200": 1700, "H100": 1400},
            best("decode_tok_s", **SMALL, context=32)),
     Target("0.6B, one row, context 4,096", "tokens/s", {"H200": 1500}, best("decode_tok_s", **SMALL, context=4096)),
-    Target("0.6B, kernels a token", "", {"": 175}, fewest_kernels("0.6b"), False),
+    Target("0.6B, kernels per token", "", {"": 175}, fewest_kernels("0.6b"), False),
     Target("8B, one row, of the copy's bandwidth", "", {"": 0.85}, best("share_of_bandwidth", **LARGE, context=32)),
     *(
         Target(f"8B, {weights} over bf16", "times", {"": 1.7},

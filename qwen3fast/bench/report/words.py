@@ -25,7 +25,7 @@ def environment_sentence(record: Record) -> str:
 
 def trouble(record: Record) -> list[str]:
     """Return the reasons why figures are wrong or incomplete: failed checks, an interruption."""
-    failed = [name for name, check in record.checks.items() if not is_passed(check)]
+    failed = [name for name, check in record.checks.items() if not check["passed"]]
     sentences = []
     if failed:
         names = "; ".join(failed)
@@ -46,25 +46,18 @@ def noise_sentences(record: Record) -> list[str]:
     return sentences
 
 
-def is_passed(check: Any) -> bool:
-    """Return True if a check passed."""
-    return isinstance(check, Mapping) and check.get("passed") is True
-
-
 def check_rows(record: Record) -> list[tuple[str, bool, str]]:
     """Return (name, passed, its other values) of each check."""
-    rows = []
-    for name, check in record.checks.items():
-        rest = {k: v for k, v in check.items() if k != "passed"} if isinstance(check, Mapping) else check
-        rows.append((name, is_passed(check), words(rest)))
-    return rows
+    return [
+        (name, check["passed"], words({k: v for k, v in check.items() if k != "passed"}))
+        for name, check in record.checks.items()
+    ]
 
 
 def condition_rows(record: Record) -> list[tuple[str, str]]:
     """Return the machine's own speeds: median and range."""
     rows = []
-    for name, values in record.conditions.items():
-        numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list) else []
+    for name, numbers in record.conditions.items():
         if numbers:
             title, unit, scale = CONDITIONS.get(name, (name.replace("_", " "), "", 1.0))
             middle, low, high = (f"{v * scale:,.3g}" for v in (median(numbers), min(numbers), max(numbers)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen3fast.bench.harness import Group
-from qwen3fast.bench.measure import with_graphs
+from itertools import product
+
 from qwen3fast.bench.record import Record
-from qwen3fast.bench.session import Preparation, Session
+from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, medians
@@ -13,18 +13,7 @@ from qwen3fast.bench.table import Columns, medians
 
 def run(session: Session) -> None:
     """Measure every batch size of every format; the formats of a size take turns."""
-    o, mode = session.options, with_graphs(MODE, session.device)
-    benches = {f: session.workbench(f, (mode,), o.contexts, max(o.batch_sizes), o.new_tokens) for f in o.formats}
-    preparations = [Preparation(bench, mode, f, size) for f, bench in benches.items() for size in o.batch_sizes]
-    groups = [
-        Group(
-            f"{context:,} tokens, batch {size}",
-            [session.task(bench, mode, f, context, size, o.new_tokens) for f, bench in benches.items()],
-        )
-        for context in o.contexts
-        for size in o.batch_sizes
-    ]
-    session.execute(preparations, groups)
+    session.compare_formats(MODE, list(product(session.options.contexts, session.options.batch_sizes)))
 
 
 def by_batch(record: Record, metric: str) -> dict[str, dict[int, float]]:

@@ -19,7 +19,7 @@ from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Preparation, Session
 from qwen3fast.bench.statistics import ratio
 from qwen3fast.bench.suites.suite import Suite
-from qwen3fast.bench.table import Columns
+from qwen3fast.bench.table import Columns, line_of
 
 LONG = 512  # tokens: longer prompts are not warmed up, since they take seconds and all modes ran for their check
 FAULT = 1.05  # a cached prefill may take this much longer than a forward pass without a cache: noise
@@ -51,12 +51,7 @@ def run(session: Session) -> None:
 
 def speeds(record: Record, mode: str, batch_size: int, format: str, metric: str = "decode_tok_s") -> dict[int, float]:
     """Return a mode's metric by context."""
-    wanted = {"mode": mode, "batch_size": batch_size, "format": format}
-    return {
-        int(case.labels["context"]): case.metrics[metric].median
-        for case in record.cases
-        if wanted.items() <= case.labels.items() and metric in case.metrics
-    }
+    return line_of(record, metric, "context", mode=mode, batch_size=batch_size, format=format)
 
 
 def best_speeds(record: Record, cached: bool, batch_size: int, format: str) -> dict[int, float]:

@@ -54,7 +54,7 @@ class DeepCache:
         logits_1V = self._compute(depth, depth + 1)
         self._filled = depth
         length = depth + 1
-        engine.set_row(0, length, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+        engine.set_row(0, length)
         engine.sample_first(0, logits_1V, kind)
         synchronize(engine.device)
         started = time.perf_counter()

@@ -41,7 +41,7 @@ MAX_LOGITS = 2**23  # compared at a time
 
 @dataclass
 class Totals:
-    """What was found at the positions so far. nll: negative log-likelihoods of the text's tokens, summed, in nats."""
+    """Sums over the positions so far. nll: negative log-likelihoods of the text's tokens, summed, in nats."""
 
     nll: float = 0.0
     same: int = 0
@@ -164,7 +164,7 @@ SUITE = Suite(
     run=run,
     columns=Columns(("format", "context"), ("perplexity", "kl_divergence", "kl_p99", "same_token")),
     defaults={
-        "formats": ("plain", "plain-kv8", "int8", "int8-kv8", "int4", "int4-kv8", "fp8"),
+        "formats": ("plain", "plain-kv8", "int8", "int8-kv8", "int4", "int4-kv8", "uint4", "fp8"),
         "contexts": (512,), "text": "", "repetitions": 8,
     },
     quick={"formats": ("plain", "int8", "int4"), "repetitions": 2},

@@ -1,4 +1,4 @@
-"""The text of the suite `quality` where none is given: short English prose, so that the suite runs; give a longer one.
+"""The text of the suite `quality` where none is given: short English prose that lets the suite run; give a longer one.
 
 Lewis Carroll, Alice's Adventures in Wonderland (1865), the beginning. In the public domain.
 """

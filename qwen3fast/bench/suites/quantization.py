@@ -10,15 +10,14 @@ from collections.abc import Iterator
 
 import torch
 
-from qwen3fast.bench.harness import Group
-from qwen3fast.bench.measure import make_prompts, with_graphs
+from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.metrics import short
 from qwen3fast.bench.options import split_format
 from qwen3fast.bench.record import Case, Record
-from qwen3fast.bench.session import Preparation, Session
+from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
-from qwen3fast.bench.table import Columns
+from qwen3fast.bench.table import Columns, line_of
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 
@@ -42,25 +41,21 @@ def logits_through_cache(model: Qwen3, token_T: torch.Tensor, kv_cache_dtype: st
 
 def run(session: Session) -> None:
     """Compute the errors, then measure speed at each context; the formats take turns."""
-    o, mode = session.options, with_graphs(MODE, session.device)
+    o = session.options
     [prompt] = make_prompts(session.config.vocab_size, ERROR_TOKENS, 1, seed=2)
     token_T = torch.tensor(prompt, device=session.device)
     exact_TV = logits_through_cache(session.model(None), token_T, "auto")
-    benches = {f: session.workbench(f, (mode,), o.contexts, 1, o.new_tokens) for f in o.formats}
-    for format, bench in benches.items():
+    for format in o.formats:
         quantization, kv_cache_dtype = split_format(format)
-        logits_TV = logits_through_cache(session.model(quantization), token_T, kv_cache_dtype)
+        model = session.model(quantization)
+        logits_TV = logits_through_cache(model, token_T, kv_cache_dtype)
         error = float((logits_TV - exact_TV).norm() / exact_TV.norm())
         same = float((logits_TV.argmax(-1) == exact_TV.argmax(-1)).float().mean())
-        facts = {"weight_bytes": float(bench.model.num_bytes())}
+        facts = {"weight_bytes": float(model.num_bytes())}
         case = Case({"format": session.label(format), "what": "error"}, facts)
         case.add({"logit_error": error, "same_token": same})
         session.record.cases.append(case)
-    groups = []
-    for context in o.contexts:
-        tasks = [session.task(b, mode, f, context, 1, o.new_tokens, what="speed") for f, b in benches.items()]
-        groups.append(Group(f"{context:,} tokens", tasks))
-    session.execute([Preparation(bench, mode, f) for f, bench in benches.items()], groups)
+    session.compare_formats(MODE, [(context, 1) for context in o.contexts], what="speed")
 
 
 def formats(record: Record) -> Iterator[tuple[str, float, float, float]]:
@@ -69,12 +64,7 @@ def formats(record: Record) -> Iterator[tuple[str, float, float, float]]:
         if "logit_error" not in case.metrics:
             continue
         name = str(case.labels["format"])
-        speeds = {
-            int(c.labels["context"]): c.metrics["decode_tok_s"].median
-            for c in record.cases
-            if c.labels["format"] == name and "decode_tok_s" in c.metrics
-        }
-        if speeds:
+        if speeds := line_of(record, "decode_tok_s", "context", format=name):
             error = case.metrics["logit_error"].median
             yield name, speeds[min(speeds)], case.facts["weight_bytes"] / 1e9, error
 

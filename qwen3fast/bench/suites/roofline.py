@@ -7,11 +7,9 @@ Waterman and Patterson, Roofline, CACM 52(4), 2009.
 
 from __future__ import annotations
 
-from qwen3fast.bench.harness import Group
-from qwen3fast.bench.measure import with_graphs
 from qwen3fast.bench.metrics import short
 from qwen3fast.bench.record import Record
-from qwen3fast.bench.session import Preparation, Session
+from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, medians
 
@@ -20,15 +18,8 @@ MODE = "cached-compiled"
 
 def run(session: Session) -> None:
     """Measure all contexts at the first batch size, then the other sizes at the first context; formats take turns."""
-    o, mode = session.options, with_graphs(MODE, session.device)
-    benches = {f: session.workbench(f, (mode,), o.contexts, max(o.batch_sizes), o.new_tokens) for f in o.formats}
-    preparations = [Preparation(bench, mode, f, size) for f, bench in benches.items() for size in o.batch_sizes]
-    shapes = [(n, o.batch_sizes[0]) for n in o.contexts] + [(o.contexts[0], b) for b in o.batch_sizes[1:]]
-    groups = []
-    for context, size in shapes:
-        tasks = [session.task(b, mode, f, context, size, o.new_tokens) for f, b in benches.items()]
-        groups.append(Group(f"{context:,} tokens, batch {size}", tasks))
-    session.execute(preparations, groups)
+    contexts, sizes = session.options.contexts, session.options.batch_sizes
+    session.compare_formats(MODE, [(n, sizes[0]) for n in contexts] + [(contexts[0], size) for size in sizes[1:]])
 
 
 def summary(record: Record) -> list[str]:

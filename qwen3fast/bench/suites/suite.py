@@ -1,4 +1,4 @@
-"""The description of a suite: how it measures, its options, and how its record is told."""
+"""The description of a suite: how it measures, its options, and the table and sentences of its record."""
 
 from __future__ import annotations
 

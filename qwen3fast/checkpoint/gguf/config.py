@@ -14,7 +14,14 @@ from qwen3fast.checkpoint.gguf.tokenizer import stop_ids
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model.config import ModelConfig
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
+# Of Qwen3-VL, files hold the language model; what reads images is in a file of its own, of the architecture "clip".
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3vl": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3vlmoe": "Qwen3MoeForCausalLM",
+}
+WITH_EXPERTS = ("qwen3moe", "qwen3vlmoe")
 MAX_SIZE = 2**18  # no Qwen3 comes near it, and products of a few sizes still fit 64 bits
 SAMPLING = {
     "temp": "temperature",
@@ -40,8 +47,9 @@ def config_of(header: Header) -> ModelConfig:
     """
     kind = header.get("general.architecture", str)
     if kind not in ARCHITECTURES:
+        hint = "; it reads images: load the language model's file" if kind == "clip" else ""
         raise ValueError(
-            f"{header.file}: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            f"{header.file}: architecture {kind!r} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}"
         )
     if EMBEDDING not in header.tensors or len(header.tensors[EMBEDDING].shape) != 2:
         raise ValueError(f"{header.file}: {EMBEDDING} is missing, or no matrix")
@@ -57,8 +65,8 @@ def config_of(header: Header) -> ModelConfig:
         "dtype": _dtype(header),
         "eos_token_id": list(stop_ids(header)),
     }
-    if kind == "qwen3moe":
-        raw["norm_topk_prob"] = True  # llama.cpp's graph of qwen3moe always does
+    if kind in WITH_EXPERTS:
+        raw["norm_topk_prob"] = True  # llama.cpp's graphs of both always do
     return CheckpointConfig.from_dict(raw, str(header.file)).model
 
 
@@ -80,7 +88,7 @@ def _sizes(header: Header, kind: str) -> dict[str, int]:
         "num_key_value_heads": _size(header, f"{kind}.attention.head_count_kv", heads),
         "head_dim": _size(header, f"{kind}.attention.key_length", 128),
     }
-    if kind == "qwen3moe":
+    if kind in WITH_EXPERTS:
         sizes["num_experts"] = _size(header, f"{kind}.expert_count")
         sizes["num_experts_per_tok"] = _size(header, f"{kind}.expert_used_count")
         sizes["moe_intermediate_size"] = _size(header, f"{kind}.expert_feed_forward_length")

@@ -59,7 +59,8 @@ def pack_q4_k(rows: np.ndarray) -> Packed:
     s_RB8 = torch.cat([a & 63, (c & 15) | (a >> 6 << 4)], dim=2)
     m_RB8 = torch.cat([b & 63, (c >> 4) | (b >> 6 << 4)], dim=2)
     level_RK = _halves(block_RBX[..., 16:].unflatten(2, (4, 32)))
-    return pack_minimums(level_RK, _float16(block_RBX, 0), _float16(block_RBX, 2), s_RB8.flatten(1), m_RB8.flatten(1))
+    d_RB, dmin_RB = _float16(block_RBX, 0), _float16(block_RBX, 2)
+    return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True)
 
 
 def _halves(byte: Tensor) -> Tensor:
@@ -72,13 +73,13 @@ def _float16(block_RBX: Tensor, first: int) -> Tensor:
     return block_RBX[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
 
 
-def _uint4(span: int, has_zero: bool = False) -> Format:
-    return FORMATS["uint4"].with_layout(lambda _: Layout(span, has_zero))
+def _uint4(layout: Layout) -> Format:
+    return FORMATS["uint4"].with_layout(lambda _: layout)
 
 
 # The formats that keep each type's levels; the first one is the default.
 KEPT = {
-    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(32, has_zero=True), pack_q4_0_exactly)),
-    "Q4_1": (Kept(_uint4(32), pack_q4_1),),
-    "Q4_K": (Kept(_uint4(256), pack_q4_k),),
+    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
+    "Q4_1": (Kept(_uint4(Layout(32)), pack_q4_1),),
+    "Q4_K": (Kept(_uint4(Layout(256, is_short=True)), pack_q4_k),),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast.checkpoint.gguf.header import Header
@@ -18,14 +18,15 @@ EMBEDDING = "token_embd.weight"
 SPECIAL = {"eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # names that chat templates use
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of token_type
 # The splitting of text into words, before pairs are merged, by llama.cpp's name for it.
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
-    # Qwen2's and Qwen3's; text is composed first (NFC).
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
+    # Qwen2's and Qwen3's, and the same in models distilled from DeepSeek-R1; text is composed first (NFC).
+    "qwen2": QWEN,
+    "deepseek-r1-qwen": QWEN,
     # The shipped tiny model's (tools/train_tiny.py), which llama.cpp has no name for.
     "qwen3fast-tiny": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-COMPOSED = ("qwen2",)
+COMPOSED = ("qwen2", "deepseek-r1-qwen")
 # Control tokens that end a reply even if the file does not name them: generation_config.json of chat models has both.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -40,8 +41,6 @@ def tokenizer_of(header: Header) -> Tokenizer:
         raise ValueError(f"{header.file}: {PREFIX}model {kind!r} is not supported; only 'gpt2' (byte-level BPE) is")
     if pre not in PATTERNS:
         raise ValueError(f"{header.file}: {PREFIX}pre {pre!r} is not supported; supported: {', '.join(PATTERNS)}")
-    if header.get(PREFIX + "add_bos_token", bool, False):
-        raise ValueError(f"{header.file}: {PREFIX}add_bos_token is not supported: no Qwen3 has a first token")
     tokens, types = _tokens(header)
     if EMBEDDING in header.tensors and len(tokens) > (rows := header.tensors[EMBEDDING].shape[0]):
         raise ValueError(f"{header.file}: there are {len(tokens)} tokens, but {EMBEDDING} has {rows} rows")
@@ -56,7 +55,15 @@ def tokenizer_of(header: Header) -> Tokenizer:
     _add_rules(base, pre, tokens, types)
     ids = {ours: header.get(f"{PREFIX}{name}_token_id", int) for ours, name in SPECIAL.items()}
     special = {name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
-    return Tokenizer(base, header.get("tokenizer.chat_template", str), special)
+    template, adds_bos = header.get("tokenizer.chat_template", str), header.get(PREFIX + "add_bos_token", bool, False)
+    if adds_bos or "bos_token" in (template or ""):  # other files name one, too, that their models do not know
+        bos_id = header.get(PREFIX + "bos_token_id", int)
+        if bos_id is None or not 0 <= bos_id < len(tokens):
+            raise ValueError(f"{header.file}: {PREFIX}bos_token_id {bos_id} names no token, but it is used")
+        bos = special["bos_token"] = tokens[bos_id]
+        if adds_bos:
+            base.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, bos_id)])
+    return Tokenizer(base, template, special)
 
 
 def _add_rules(base: BaseTokenizer, pre: str, tokens: list[str], types: list[int]) -> None:

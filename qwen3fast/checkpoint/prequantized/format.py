@@ -128,14 +128,21 @@ class PrequantizedFormat:
         """
         if self.is_float:
             return None
-        if not self.has_levels_of_4_bits:
-            return "int8"
-        return "int4" if self.is_symmetric else "uint4"
+        return next((name for name in ("int4", "uint4") if self.keeps_levels(name)), "int8")
 
     @property
-    def has_levels_of_4_bits(self) -> bool:
-        """Return whether our formats can hold the stored levels: 4 bits, a group's channels being neighbors."""
-        return not self.is_float and self.bits == 4 and (not self.has_act_order or self.group_size == -1)
+    def experts_loaded_as(self) -> str | None:
+        """Return the same for experts, of which each would have an order of channels of its own."""
+        return "int8" if self.has_scattered_groups else self.loaded_as
+
+    @property
+    def has_scattered_groups(self) -> bool:
+        """Return whether groups are neighbors only after sorting the channels, which has an order of them as result."""
+        return self.has_act_order and self.group_size != -1
+
+    def keeps_levels(self, name: str) -> bool:
+        """Return whether our format of this name can hold the stored levels of 4 bits."""
+        return not self.is_float and self.bits == 4 and (name == "uint4" or (name == "int4" and self.is_symmetric))
 
     def layout_of(self, in_features: int) -> Layout:
         """Return the layout of uint4's scales that holds the groups of K channels, each with its zero point."""
@@ -145,7 +152,7 @@ class PrequantizedFormat:
 
     def as_format(self, format: Format) -> Format:
         """Return one of our formats as these layers get it: uint4 with their own groups where it keeps their levels."""
-        return format.with_layout(self.layout_of) if format.name == "uint4" and self.has_levels_of_4_bits else format
+        return format.with_layout(self.layout_of) if format.name == "uint4" and self.keeps_levels("uint4") else format
 
     def describe(self) -> str:
         """Return the format in words."""

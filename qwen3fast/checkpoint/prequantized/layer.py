@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED
 from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
-from qwen3fast.quantization.formats import Format, Packed, pack_by_rows, row_slices
+from qwen3fast.quantization.formats import LANES, Format, Packed, pack_by_rows, row_slices
 
 _READERS: dict[str, Any] = {"awq": awq, "gptq": gptq, COMPRESSED: compressed_tensors}
 
@@ -37,21 +37,32 @@ class PrequantizedLayer:
             result_NK[rows] = self._weight(rows)
         return result_NK
 
-    def packed(self, format: Format) -> Packed:
+    def packed(self, format: Format, order_K: Tensor | None = None) -> Packed:
         """Return the weight in one of our formats: with the stored levels where it has them, otherwise quantized again.
 
-        format: as `PrequantizedFormat.as_format` returns it.
+        format: as `PrequantizedFormat.as_format` returns it. order_K: the order of channels that the result has, of
+        `input_order`; without it, levels in groups that are scattered over the channels are quantized again.
         Raises: ValueError for tensors that contradict each other, or quantization_config.
         """
-        return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format))
+        return pack_by_rows(*self.shape, format, self.device, lambda rows: self._pack(rows, format, order_K))
 
-    def _pack(self, rows: slice, format: Format) -> Packed:
+    def input_order(self, format: Format) -> Tensor | None:
+        """Return the order of channels, (K,) int32, in which groups are neighbors and the format can hold the levels.
+
+        None: the format cannot, or groups are neighbors as they are.
+        """
+        if not (self.stored.has_scattered_groups and self.stored.keeps_levels(format.name)):
+            return None
+        levels = self._levels(slice(0, LANES))
+        return None if levels.has_sorted_groups else levels.group_K.argsort(stable=True).to(torch.int32)
+
+    def _pack(self, rows: slice, format: Format, order_K: Tensor | None) -> Packed:
         if not self.stored.is_float:
-            levels = self._levels(rows)
-            if format.name == "int4" and self.stored.loaded_as == "int4":
-                return levels.as_int4()
-            if format.name == "uint4" and self.stored.has_levels_of_4_bits:
-                return levels.as_uint4(format.layout_of(self.shape[1]).span)
+            levels = self._levels(rows) if order_K is None else self._levels(rows).in_order(order_K)
+            is_in_groups = not self.stored.has_scattered_groups or levels.has_sorted_groups
+            if self.stored.keeps_levels(format.name) and is_in_groups:
+                is_affine = format.name == "uint4"
+                return levels.as_uint4(format.layout_of(self.shape[1]).span) if is_affine else levels.as_int4()
             if format.name == "int8" and self.stored.bits == 8 and levels.is_int8():
                 return levels.as_int8()
         return format.quantize(self._weight(rows))

@@ -27,6 +27,15 @@ class Levels(NamedTuple):
     scale_nG: Tensor
     group_K: Tensor
 
+    @property
+    def has_sorted_groups(self) -> bool:
+        """Return whether the channels of each group are neighbors, in the order of groups."""
+        return bool((self.group_K.diff() >= 0).all())
+
+    def in_order(self, order_K: Tensor) -> Levels:
+        """Return the same rows with their channels in this order."""
+        return self._replace(level_nK=self.level_nK[:, order_K], group_K=self.group_K[order_K])
+
     def weight(self) -> Tensor:
         """Return the dequantized rows, (n, K) float32; exact for scales in float16 or bfloat16."""
         distance_nK = self.level_nK.float() - self.zero_nG.float()[:, self.group_K]
@@ -56,7 +65,9 @@ class Levels(NamedTuple):
         """Return the groups of each `span` neighboring channels."""
         group = self.group_K.view(-1, span)
         if (group != group[:, :1]).any():
-            raise ValueError(f"g_idx mixes channels, though 'desc_act' is false; {OTHER_WAY}")
+            unequal = f"groups must be multiples of {span} channels"
+            problem = unequal if self.has_sorted_groups else "g_idx mixes channels, though 'desc_act' is false"
+            raise ValueError(f"{problem}; {OTHER_WAY}")
         return group[:, 0]
 
     def is_int8(self) -> bool:

@@ -26,7 +26,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     DecodeLayersCall,
     ExpertWeights,
     LayerTensors,
-    Weight,
+    LayerWeight,
 )
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES
@@ -38,7 +38,7 @@ __all__ = [
     "DecodeLayersCall",
     "ExpertWeights",
     "LayerTensors",
-    "Weight",
+    "LayerWeight",
     "can_decode_attention",
     "can_linear",
     "can_prefill_attention",

@@ -7,12 +7,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "attend.h"
 #include "ops.h"
 #include "parallel.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace {
@@ -180,9 +182,9 @@ inline void store_nearest(BFloat16* p, Vec vec) {
 }
 
 // Keys in columns: pairs (D/2, kKeys), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
-// repeated up to a multiple of sixteen.
-void key_columns(const BFloat16* k, int64_t count, int64_t D, uint32_t* pairs) {
-  for (int64_t t = 0; t < count; t += kLanes)
+// repeated up to `padded`, a multiple of sixteen.
+void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, uint32_t* pairs) {
+  for (int64_t t = 0; t < padded; t += kLanes)
     for (int64_t d = 0; d < D; d += 2 * kLanes) {
       Bits square[kLanes];
       for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(k + std::min(t + i, count - 1) * D + d);
@@ -213,9 +215,10 @@ void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
   }
 }
 
-// The same for any number of columns that is a multiple of sixteen.
+// The same for any number of columns that is a multiple of sixteen; by tiles, rows and pairs must be multiples of it, too.
 inline void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
                         int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
+  if (tiles_are_used) return add_by_tiles(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
   int64_t c = 0;
   for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
     add_product<4>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
@@ -236,6 +239,12 @@ const BFloat16* tile_keys(const int8_t* k, const float* scale, int64_t count, in
   return room;
 }
 
+// Products take four rows at a time, or a tile's.
+inline int64_t padded_rows(int64_t rows) {
+  const int64_t multiple = tiles_are_used ? kTileRows : 4;
+  return (rows + multiple - 1) / multiple * multiple;
+}
+
 // Room for one tile, kept by a thread from tile to tile.
 struct Tile {
   std::vector<BFloat16> q, keys, weight;
@@ -254,8 +263,8 @@ template <typename T>
 void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* position, int64_t count,
                  const Cached<T>& cached, int64_t S, int64_t G, int64_t D, float scale, BFloat16* y) {
   const auto [k, v, k_scale, v_scale] = cached;
-  const int64_t used = count * G, rows = (used + 3) / 4 * 4;
-  for (int64_t r = 0; r < rows; r++)  // the last row is repeated up to a multiple of four
+  const int64_t used = count * G, rows = padded_rows(used), multiple = tiles_are_used ? kTileDepth : kLanes;
+  for (int64_t r = 0; r < rows; r++)  // the last row is repeated
     std::copy_n(q + std::min(r, used - 1) / G * stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
   std::fill_n(tile.out.begin(), rows * D, 0.f);
   std::fill(tile.total.begin(), tile.total.end(), 0.f);
@@ -263,9 +272,9 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* p
   for (int64_t r = 0; r < rows; r++) tile.visible[r] = position[std::min(r, used - 1) / G] + 1;
   const int64_t end = std::min(*std::max_element(position, position + count) + 1, S);
   for (int64_t start = 0; start < end; start += kKeys) {
-    const int64_t keys = std::min(kKeys, end - start), padded = (keys + kLanes - 1) / kLanes * kLanes;
+    const int64_t keys = std::min(kKeys, end - start), padded = (keys + multiple - 1) / multiple * multiple;
     const BFloat16* key = tile_keys(k + start * D, k_scale + (k_scale ? start : 0), keys, D, tile.keys.data());
-    key_columns(key, keys, D, tile.columns.data());
+    key_columns(key, keys, padded, D, tile.columns.data());
     std::fill_n(tile.score.begin(), rows * kKeys, 0.f);
     add_columns(tile.q.data(), D, tile.columns.data(), kKeys, rows, D / 2, padded, tile.score.data(), kKeys);
     for (int64_t r = 0; r < rows; r += kLanes) {  // sixteen rows at a time share the latency of their reductions
@@ -314,7 +323,9 @@ void prefill_heads(const BFloat16* q, const Cached<N>& cached, const int64_t* po
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
   parallel_for(B * K * tiles, 1, threads, [&](int64_t begin, int64_t end) {
-    Tile tile((std::min(queries, T) * G + 3) / 4 * 4, D);
+    std::optional<TileUse> use;
+    if (tiles_are_used) use.emplace();
+    Tile tile(padded_rows(std::min(queries, T) * G), D);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
       const int64_t offset = ((b * T + first) * H + head * G) * D;

@@ -24,11 +24,11 @@ SOURCES = (
     "linear.cpp",
     "tiles.cpp",
     "experts.cpp",
-    "rounding.cpp",
+    "quantize_weight.cpp",
 )  # what takes longest first
 HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "experts.h", "low_rank.h", "records.h", "tiles.h")
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
-EXTRA_FLAGS = {"rounding.cpp": ["-ffp-contract=off"]}
+EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}
 
 
 def find_compiler() -> list[str]:

@@ -34,14 +34,25 @@ Range share(int64_t count, int thread, int threads) {
 
 // A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
 struct Input {
-  std::vector<BFloat16> rows;
+  std::vector<BFloat16> rows, ordered;
   Activations quantized;
+  const int32_t* order = nullptr;  // in which `quantized` holds the channels
 
-  Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
+  Input(int64_t M, int64_t K) : rows(M * K), ordered(K), quantized(M, K) {}
 
-  // Only for weights that are quantized: `weight`, and others with the same input.
+  // Only for weights that are quantized: `weight`, and others with the same input and order of channels.
   void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    for (int64_t m = 0; weight.bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K);
+    order = weight.order;
+    for (int64_t m = 0; weight.bits < 16 && m < M; m++) {
+      const BFloat16* row = from + m * K;
+      for (int64_t k = 0; order && k < K; k++) ordered[k] = row[order[k]];
+      quantized.quantize_row(order ? ordered.data() : row, m, K);
+    }
+  }
+
+  // The same for a further weight with the same input.
+  void reorder(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
+    if (weight.order != order) quantize(from, M, K, weight);
   }
 };
 
@@ -148,6 +159,7 @@ void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adap
   const Range columns = share(E / kLanes, thread, threads), inner = share(I / kLanes, thread, threads);
   input.quantize(input.rows.data(), M, E, layer.gate);
   multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
+  input.reorder(input.rows.data(), M, E, layer.up);
   multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
   adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
   adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
@@ -221,6 +233,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
       const int64_t blocks = w->N / kLanes;
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
+      input.reorder(input.rows.data(), M, E, *w);
       multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
       adapt(j++, *w, input.rows.data(), own, &s.qkv[first * kLanes], width);
       first += blocks;

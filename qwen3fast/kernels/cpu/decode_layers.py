@@ -26,7 +26,15 @@ from qwen3fast.kernels.cpu.structures import (
 MAX_DECODE_ROWS = 32
 
 
-Weight = tuple[Tensor, Tensor | None]  # in bfloat16, or packed, with its scales
+class LayerWeight(NamedTuple):
+    """A weight in bfloat16, or packed, with its scales.
+
+    order: (K,) int32, the input's channel that each column of a packed weight is for; None for the same.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    order: Tensor | None = None
 
 
 class ExpertWeights(NamedTuple):
@@ -36,8 +44,8 @@ class ExpertWeights(NamedTuple):
     """
 
     router: Tensor
-    gate_up: Weight
-    down: Weight
+    gate_up: LayerWeight
+    down: LayerWeight
     num_chosen: int
     is_renormalized: bool
 
@@ -50,8 +58,8 @@ class LayerTensors(NamedTuple):
     """
 
     norms: Sequence[Tensor]
-    attention: Sequence[Weight]
-    feed_forward: Sequence[Weight] | ExpertWeights
+    attention: Sequence[LayerWeight]
+    feed_forward: Sequence[LayerWeight] | ExpertWeights
     cache: Sequence[Tensor]
 
 
@@ -169,22 +177,34 @@ def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
         setattr(layer, name, _linear(*weight))
     mlp = tensors.feed_forward
     if isinstance(mlp, ExpertWeights):
-        require(mlp.gate_up[1] is not None and mlp.down[1] is not None, "decode_layers: experts must be packed")
-        layer.gate, layer.down, layer.router = _linear(*mlp.gate_up), _linear(*mlp.down), _linear(mlp.router, None)
+        require(mlp.gate_up.scale is not None and mlp.down.scale is not None, "decode_layers: experts must be packed")
+        require(mlp.gate_up.order is mlp.down.order is None, "decode_layers: experts have no order of channels")
+        layer.gate, layer.down, layer.router = _linear(*mlp.gate_up), _linear(*mlp.down), _linear(mlp.router)
         layer.chosen, layer.renormalizes = mlp.num_chosen, mlp.is_renormalized
     else:
         for name, weight in zip(("gate", "up", "down"), mlp, strict=True):
             setattr(layer, name, _linear(*weight))
 
 
-def _linear(weight: Tensor, scale: Tensor | None) -> LinearPointers:
+def _linear(weight: Tensor, scale: Tensor | None = None, order: Tensor | None = None) -> LinearPointers:
     if scale is not None:
-        return packed_linear(weight, scale)
+        linear = packed_linear(weight, scale)
+        linear.order = None if order is None else _order(order, linear.K)
+        return linear
     require(
         weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu",
         "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
     )
     return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
+
+
+def _order(order_K: Tensor, K: int) -> int:
+    expected_K = torch.arange(K, dtype=torch.int32)
+    require(
+        order_K.dtype == torch.int32 and order_K.is_contiguous() and order_K.sort().values.equal(expected_K),
+        "decode_layers: an order must be a permutation of 0 to K - 1, int32, contiguous",
+    )
+    return order_K.data_ptr()
 
 
 def _vector(vector: Tensor, size: int) -> int:

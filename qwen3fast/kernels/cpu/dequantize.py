@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import GROUP, LANES, ZERO_RECORD
+from qwen3fast.kernels.cpu.structures import GROUP, LANES, ZERO_RECORD, record_levels
 
 NUMBERS_AT_ONCE = 2**20  # in float32
 
@@ -59,7 +59,7 @@ def _uint4_scales(scale: Tensor, K: int) -> tuple[Tensor, Tensor]:
         factors = [d.expand(-1, -1, groups, -1), (d * rest[:, :, None].float()).expand(-1, -1, groups, -1)]
     else:
         dmin = rest[..., : 2 * LANES].contiguous().view(torch.float16).float()[:, :, None]
-        s, m = rest[..., 2 * LANES :].unflatten(2, (groups, 2, LANES)).float().unbind(3)
+        s, m = record_levels(rest[..., 2 * LANES :], groups).float().unbind(3)
         factors = [d * s, dmin * m]
     first, second = (x.flatten(1, 2).transpose(1, 2).reshape(blocks * LANES, -1, 1) for x in factors)
     return first, second

@@ -53,13 +53,19 @@ def usable_levels(machine: str, features: Iterable[str]) -> tuple[Level, ...]:
     return tuple(level for level in levels_of(machine) if level.needs <= features)
 
 
-def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
+def cpu_info(field: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return a field of the first processor, such as "model name", as Linux lists it; empty where it does not."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), "")
+
+
+def processor_features() -> str:
+    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
+    return cpu_info("flags") or cpu_info("Features")
 
 
 def this_machine() -> tuple[Level, ...]:

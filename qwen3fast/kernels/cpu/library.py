@@ -49,8 +49,9 @@ FUNCTIONS = tuple(
         "quantized_rows",
         "tile_linear",
         "try_tiles",
+        "use_tiles",
         "quantized_experts",
-        "round_weight",
+        "quantize_weight",
         "decode_layers",
     )
 )

@@ -14,10 +14,12 @@
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
 // Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
-// channels that a record of scales covers, otherwise 0. record: its bytes.
+// channels that a record of scales covers, otherwise 0. record: its bytes. order (K,): the input's channel that each
+// column is for, or null for the same; decode_layers.cpp alone reads it, for packed weights other than experts.
 struct Linear {
   const void *weight, *scale;
   int64_t N, K, bits, span, record;
+  const int32_t* order;
 };
 
 // The cache of keys and values: (R, K, S, D) bfloat16, or int8 with scales (R, K, S) float32 (null for bfloat16).
@@ -69,11 +71,14 @@ QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weight
 // it before the first product by tiles.
 QWEN3FAST_API bool qwen3fast_try_tiles();
 
+// Has attention of prefill multiply by tiles, or not (as at first).
+QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
+
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
 
 // Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
-QWEN3FAST_API void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
+QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
                                           void* scale, int64_t threads);
 
 // The output of each expert for its tokens, down(silu(gate(x)) * up(x)): x (N, E), expert (N, C) -> y (N, C, E). gate_up holds

@@ -43,8 +43,8 @@ def register(functions: ctypes.CDLL) -> None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     functions.qwen3fast_quantized_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
     functions.qwen3fast_quantized_linear.restype = None
-    functions.qwen3fast_round_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
-    functions.qwen3fast_round_weight.restype = None
+    functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
+    functions.qwen3fast_quantize_weight.restype = None
     functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
     functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
     is_first = _registered is None
@@ -141,7 +141,7 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     sizes = (linear.N, linear.K, linear.bits)
-    _functions.qwen3fast_round_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
+    _functions.qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
 
 
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:

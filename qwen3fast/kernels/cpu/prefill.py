@@ -65,11 +65,15 @@ def prefill_attention(
         "prefill_attention: a row of the cache for each batch row, int64",
     )
     require(len(sdpa_from) in (0, len(CHUNKS)), f"prefill_attention: sdpa_from needs {len(CHUNKS)} lengths, or none")
+    if sdpa_from and B > 1:  # a row's form does not depend on the lengths beside it
+        each = zip(q.split(1), position.view(B, T).split(1), row.split(1), strict=True)
+        scales = (k_scale_RKS, v_scale_RKS)
+        return torch.cat([prefill_attention(x, k_RKSD, v_RKSD, at, r, *scales, sdpa_from) for x, at, r in each])
     if sdpa_from:
         used = min(int(position.max()) + 1, S)
         if used >= sdpa_from[chunk_class(T)]:
-            k_BKLD, v_BKLD = _read(k_RKSD, k_scale_RKS, row, used), _read(v_RKSD, v_scale_RKS, row, used)
-            return sdpa_prefill(q, k_BKLD, v_BKLD, position.view(B, T))
+            k_1KLD, v_1KLD = _read(k_RKSD, k_scale_RKS, rows[0], used), _read(v_RKSD, v_scale_RKS, rows[0], used)
+            return sdpa_prefill(q, k_1KLD, v_1KLD, position.view(B, T))
     y_BTHD = q.new_empty(q.shape)
     _functions.qwen3fast_prefill_attention(
         q.data_ptr(),
@@ -104,14 +108,12 @@ def sdpa_prefill(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_BT: Te
     return y_BHTD.transpose(1, 2).contiguous()
 
 
-def _read(x_RKSD: Tensor, scale_RKS: Tensor | None, row_B: Tensor, length: int) -> Tensor:
-    """Return keys or values of slots at the first positions, (B, K, L, D) bfloat16; one slot's are not copied."""
-    if len(row_B) == 1:
-        rows: slice | Tensor = slice(int(row_B[0]), int(row_B[0]) + 1)
-    else:
-        rows = row_B
-    x_BKLD = x_RKSD[:, :, :length][rows]
-    return x_BKLD if scale_RKS is None else (x_BKLD * scale_RKS[:, :, :length][rows][..., None]).to(torch.bfloat16)
+def _read(x_RKSD: Tensor, scale_RKS: Tensor | None, row: int, length: int) -> Tensor:
+    """Return keys or values of a slot at the first positions, (1, K, L, D) bfloat16."""
+    x_1KLD = x_RKSD[row : row + 1, :, :length]
+    if scale_RKS is None:
+        return x_1KLD
+    return (x_1KLD * scale_RKS[row : row + 1, :, :length, None]).to(torch.bfloat16)
 
 
 def _shape(q: Tensor, *others: Tensor | None, **named: object) -> Tensor:

@@ -15,6 +15,8 @@
 //   48 bytes          d float16, zero uint8:       weight = d * level - d * zero
 //   64 + span bytes   d, dmin float16, then per    weight = (d * s) * level - dmin * m
 //                     32 channels s, m uint8:
+//   256, span 256     d, dmin, then per 32 channels s in 6 bits, the high bits of m above them; then the low bits of m,
+//                     of groups 0 to 3 and, in high halves, 4 to 7
 //
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
@@ -73,8 +75,11 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
   const float d = load(reinterpret_cast<const Float16*>(record))[lane];
   if (weight.record == kZeroRecord) return {record[2 * kLanes + lane], d, 0};
   const float dmin = load(reinterpret_cast<const Float16*>(record + 2 * kLanes))[lane];
-  const uint8_t* levels = record + 4 * kLanes + g % groups * 2 * kLanes;
-  return {0, d * levels[lane], dmin * levels[kLanes + lane]};
+  const uint8_t* levels = record + 4 * kLanes;
+  const int64_t i = g % groups;
+  if (!is_short(weight)) return {0, d * levels[i * 2 * kLanes + lane], dmin * levels[(i * 2 + 1) * kLanes + lane]};
+  const int first = levels[i * kLanes + lane], low = levels[(8 + i % 4) * kLanes + lane] >> (i / 4 * 4) & 15;
+  return {0, d * static_cast<float>(first & 63), dmin * static_cast<float>(low | first >> 6 << 4)};
 }
 
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y.

@@ -10,6 +10,9 @@ constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero poin
 
 namespace {
 
+// Whether the numbers of a weight's records, beside their units, have 6 bits.
+inline bool is_short(const Linear& weight) { return weight.span == 256 && weight.record == 16 * kLanes; }
+
 // Reads the records of a block of a weight of 4 bits with a minimum, group after group.
 class Records {
  public:
@@ -18,6 +21,7 @@ class Records {
     record_ = weight.record;
     groups_ = weight.span / kGroup;
     left_ = 0;
+    is_short_ = is_short(weight);
   }
 
   // Sets the factor of levels, and the minimum that is taken off, of the next group.
@@ -34,6 +38,15 @@ class Records {
     scale = factor_;
     minimum = minimum_;
     if (record_ == kZeroRecord) return;
+    if (is_short_) {
+      typedef uint8_t Levels __attribute__((vector_size(kLanes)));
+      const auto first = load_as<Levels>(levels_), low = load_as<Levels>(levels_ + (left_ < 4 ? 4 : 8) * kLanes);
+      const Levels s = first & 63, m = (first >> 2 & 48) | (left_ < 4 ? low >> 4 : low & 15);
+      scale *= load(reinterpret_cast<const uint8_t*>(&s));
+      minimum *= load(reinterpret_cast<const uint8_t*>(&m));
+      levels_ += kLanes;
+      return;
+    }
     scale *= load(levels_);
     minimum *= load(levels_ + kLanes);
     levels_ += 2 * kLanes;
@@ -42,6 +55,7 @@ class Records {
  private:
   const uint8_t *next_, *levels_;
   int64_t record_, groups_, left_;
+  bool is_short_;
   Vec factor_, minimum_;
 };
 

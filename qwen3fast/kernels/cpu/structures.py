@@ -12,6 +12,7 @@ from torch import Tensor
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
+SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
@@ -32,6 +33,7 @@ class LinearPointers(ctypes.Structure):
         ("weight", c_void_p),
         ("scale", c_void_p),
         *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
+        ("order", c_void_p),
     ]
 
 
@@ -96,15 +98,15 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     shapes = {
         torch.float32: (N,) if bits == 8 else None,
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
-        torch.uint8: (N // LANES, K // span, record) if record in (ZERO_RECORD, 4 * LANES + span) else None,
+        torch.uint8: (N // LANES, K // span, record) if is_record(span, record) else None,
     }
     require(
         scale.shape == shapes.get(scale.dtype)
         and span % GROUP == K % span == 0
         and scale.device.type == "cpu"
         and scale.is_contiguous(),
-        "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span) "
-        "uint8",
+        "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span, "
+        "or 256 for a span of 256) uint8",
     )
     return LinearPointers(
         packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record
@@ -116,6 +118,22 @@ def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
     if scale.dtype != torch.uint8 or scale.dim() != 3 or not scale.shape[1]:
         return GROUP, 0
     return max(GROUP, packed.shape[1] * 8 // scale.shape[1]), scale.shape[2]
+
+
+def is_record(span: int, record: int) -> bool:
+    """Return whether a record of uint4's scales for so many channels may have so many bytes."""
+    return record in (ZERO_RECORD, 4 * LANES + span) or (span, record) == (SHORT_SPAN, SHORT_RECORD)
+
+
+def record_levels(tail: Tensor, groups: int) -> Tensor:
+    """Return s and m of each group of records with minimums, (..., groups, 2, 16) uint8. tail: the bytes after dmin."""
+    if tail.shape[-1] == groups * 2 * LANES:
+        levels: Tensor = tail.unflatten(-1, (groups, 2, LANES))
+        return levels
+    first, low = tail.split([8 * LANES, 4 * LANES], dim=-1)
+    first, low = first.unflatten(-1, (8, LANES)), low.unflatten(-1, (4, LANES))
+    m = torch.cat([low & 15, low >> 4], dim=-2) | (first >> 6 << 4)
+    return torch.stack([first & 63, m], dim=-2)
 
 
 def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:

@@ -25,9 +25,9 @@
 
 namespace {
 
-constexpr int64_t kResult = kTileRows * kTileRows;  // numbers in a tile of results
-constexpr int64_t kTwo = 2 * kTileRows;             // rows of each side that are multiplied at a time: 2 x 2 tiles
-typedef std::vector<Bits> Pairs;                    // a Bits is a row of a tile: a pair of channels of 16 rows
+constexpr int64_t kTwo = 2 * kTileRows;  // rows of each side that are multiplied at a time: 2 x 2 tiles
+// Pairs of neighboring channels, one per row of what they come from: K/2 lines of 16 or 32. A Bits is half a line, or one.
+typedef std::vector<Bits> Pairs;
 
 // One or two blocks of 16 rows of a weight, and where their columns of y begin.
 struct Panel {
@@ -44,47 +44,9 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
   return panels;
 }
 
-// c = a @ b.T in kA x kB tiles of results, one after the other. a: 16 kA rows of K numbers. b: for every 32 channels, kB
-// tiles of pairs.
-template <int kA, int kB>
-void multiply(const BFloat16* a, const Bits* b, int64_t K, float* c) {
-  TILE_BARRIER();
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
-  const int64_t stride = K * sizeof(BFloat16);
-  for (int64_t k = 0; k < K; k += kTileDepth, b += kB * kTileRows) {
-    TILE_LOAD(4, a + k, stride);
-    TILE_LOAD(6, b, kTileBytes);
-    TILE_MULTIPLY(0, 4, 6);
-    if constexpr (kB == 2) {
-      TILE_LOAD(7, b + kTileRows, kTileBytes);
-      TILE_MULTIPLY(1, 4, 7);
-    }
-    if constexpr (kA == 2) {
-      TILE_LOAD(5, a + kTileRows * K + k, stride);
-      TILE_MULTIPLY(2, 5, 6);
-      if constexpr (kB == 2) TILE_MULTIPLY(3, 5, 7);
-    }
-  }
-  TILE_STORE(0, c, kTileBytes);
-  if constexpr (kB == 2) TILE_STORE(1, c + kResult, kTileBytes);
-  if constexpr (kA == 2) TILE_STORE(2, c + kB * kResult, kTileBytes);
-  if constexpr (kA == 2 && kB == 2) TILE_STORE(3, c + 3 * kResult, kTileBytes);
-  TILE_BARRIER();
-}
-
-void multiply(const BFloat16* a, int64_t a_tiles, const Bits* b, int64_t b_tiles, int64_t K, float* c) {
-  if (a_tiles == 2)
-    (b_tiles == 2 ? multiply<2, 2> : multiply<2, 1>)(a, b, K, c);
-  else
-    (b_tiles == 2 ? multiply<1, 2> : multiply<1, 1>)(a, b, K, c);
-}
-
 inline Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
 
-// Dequantizes block `j` of a panel into its tiles of pairs; those of 8 bits without their scales.
+// Dequantizes block `j` of a panel into pairs; those of 8 bits without their scales.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const Linear& weight = *panel.weight;
   const int64_t block = panel.block + j, G = weight.K / kGroup;
@@ -101,13 +63,14 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
       minimum = 8 * scale;
     }
     const uint32_t mask = (1u << step) - 1;
-    Bits* out = pairs + (g * panel.blocks + j) * kTileRows;
+    Bits* out = pairs + g * kGroup / 2 * panel.blocks + j;
     for (int i = 0; i < words; i++) {
       const Bits word = load_as<Bits>(w + i * kTileBytes);
       for (int part = 0; part < 8; part += step)
         for (int shift = part; shift < 32; shift += 16) {
           const auto number = [&](int at) { return __builtin_convertvector((Ints)(word >> at & mask), Vec) * scale - minimum; };
-          *out++ = pair(number(shift), number(shift + 8));
+          *out = pair(number(shift), number(shift + 8));
+          out += panel.blocks;
         }
     }
   }
@@ -117,43 +80,41 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
 void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, int64_t M, int64_t width, Bits* pairs) {
   const Linear& weight = *panel.weight;
   for (int64_t j = 0; j < panel.blocks; j++) dequantize(panel, j, pairs);
-  alignas(64) float results[4 * kResult];
+  alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
-    const int64_t rows = std::min(M - m0, kTwo);
-    multiply(rows == kTwo ? x + m0 * weight.K : rest, rows > kTileRows ? 2 : 1, pairs, panel.blocks, weight.K, results);
+    const int64_t rows = std::min(M - m0, kTwo), padded = rows > kTileRows ? kTwo : kTileRows;
+    add_by_tiles<false>(rows == kTwo ? x + m0 * weight.K : rest, weight.K, reinterpret_cast<uint32_t*>(pairs),
+                             panel.blocks * kLanes, padded, weight.K / 2, panel.blocks * kLanes, results, kTwo);
     for (int64_t m = 0; m < rows; m++)
       for (int64_t j = 0; j < panel.blocks; j++) {
-        Vec sums = load(results + (m / kTileRows * panel.blocks + j) * kResult + m % kTileRows * kLanes);
+        Vec sums = load(results + m * kTwo + j * kLanes);
         if (weight.bits == 8) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
         store(panel.y + (m0 + m) * width + j * kLanes, sums);
       }
   }
 }
 
-// Puts rows m0.. of x, up to 32, into pairs for `tiles` tiles side by side.
-void put_into_pairs(const BFloat16* x, int64_t m0, int64_t M, int64_t K, int64_t tiles, Bits* pairs) {
-  for (int64_t m = m0; m < std::min(M, m0 + kTwo); m++) {
-    const int64_t tile = (m - m0) / kTileRows, lane = (m - m0) % kTileRows;
-    for (int64_t k = 0; k < K; k += 2)
-      pairs[(k / kTileDepth * tiles + tile) * kTileRows + k % kTileDepth / 2][lane] = load_as<uint32_t>(x + m * K + k);
-  }
+// Puts rows m0.. of x, up to 32, into pairs, one after the other in lines of `width`.
+void put_into_pairs(const BFloat16* x, int64_t m0, int64_t M, int64_t K, int64_t width, uint32_t* pairs) {
+  for (int64_t m = m0; m < std::min(M, m0 + kTwo); m++)
+    for (int64_t k = 0; k < K; k += 2) pairs[k / 2 * width + m - m0] = load_as<uint32_t>(x + m * K + k);
 }
 
 // All rows of x, in pairs, with a panel of bfloat16.
-void plain_panel(const Panel& panel, const Bits* x, int64_t M, int64_t width) {
-  const int64_t K = panel.weight->K;
+void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width) {
+  const int64_t K = panel.weight->K, rows = panel.blocks * kLanes;
   const auto* weight = static_cast<const BFloat16*>(panel.weight->weight) + panel.block * kLanes * K;
-  alignas(64) float results[4 * kResult];
+  alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
-    const int64_t tiles = M - m0 > kTileRows ? 2 : 1;
-    multiply(weight, panel.blocks, x + m0 * K / kTileDepth, tiles, K, results);
-    for (int64_t j = 0; j < panel.blocks; j++)
-      for (int64_t tile = 0; tile < tiles; tile++) {
-        Bits columns[kLanes];
-        for (int i = 0; i < kLanes; i++) columns[i] = load_as<Bits>(results + (j * tiles + tile) * kResult + i * kLanes);
-        transpose(columns);
-        const int64_t first = m0 + tile * kTileRows, rows = std::min(M - first, kTileRows);
-        for (int64_t m = 0; m < rows; m++) store(panel.y + (first + m) * width + j * kLanes, load_as<Vec>(&columns[m]));
+    const int64_t columns = M - m0 > kTileRows ? kTwo : kTileRows;
+    add_by_tiles<false>(weight, K, x + m0 * K / 2, columns, rows, K / 2, columns, results, kTwo);
+    for (int64_t n = 0; n < rows; n += kLanes)
+      for (int64_t first = 0; first < columns; first += kLanes) {
+        Bits square[kLanes];
+        for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(results + (n + i) * kTwo + first);
+        transpose(square);
+        for (int64_t m = first; m < std::min(M - m0, first + kLanes); m++)
+          store(panel.y + (m0 + m) * width + n, load_as<Vec>(square + m - first));
       }
   }
 }
@@ -168,12 +129,12 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   std::vector<BFloat16> rest;
-  Pairs x_pairs;
+  Pairs x_pairs(is_plain ? (M + kTileRows - 1) / kTileRows * K / 2 : 0);
+  auto* x_start = reinterpret_cast<uint32_t*>(x_pairs.data());
   if (is_plain) {
-    x_pairs.resize((M + kTileRows - 1) / kTileRows * K / 2);
     parallel_for((M + kTwo - 1) / kTwo, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t m0 = begin * kTwo; m0 < end * kTwo; m0 += kTwo)
-        put_into_pairs(x, m0, M, K, M - m0 > kTileRows ? 2 : 1, x_pairs.data() + m0 * K / kTileDepth);
+        put_into_pairs(x, m0, M, K, M - m0 > kTileRows ? kTwo : kTileRows, x_start + m0 * K / 2);
     });
   } else {
     rest.assign(x + whole * K, x + M * K);
@@ -184,11 +145,15 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
     Pairs pairs(is_plain ? 0 : K);
     for (int64_t i = begin; i < end; i++)
       if (is_plain)
-        plain_panel(panels[i], x_pairs.data(), M, width);
+        plain_panel(panels[i], x_start, M, width);
       else
         packed_panel(panels[i], x, rest.data(), M, width, pairs.data());
   });
 }
+
+bool tiles_are_used = false;
+
+void qwen3fast_use_tiles(bool are_used) { tiles_are_used = are_used; }
 
 bool qwen3fast_try_tiles() {
 #if QWEN3FAST_HAS_AMX

@@ -18,6 +18,9 @@
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
 constexpr int64_t kTileDepth = 32;  // channels that one product of tiles sums over
 
+// Whether attention of prefill multiplies by tiles; set by qwen3fast_use_tiles.
+extern bool tiles_are_used;
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define QWEN3FAST_HAS_AMX 1
 
@@ -53,14 +56,14 @@ class TileUse {
 #else
 #define QWEN3FAST_HAS_AMX 0
 
-#define TILE_ZERO(c) (emulated[c] = Tile{})
+#define TILE_ZERO(c) (emulated[c] = EmulatedTile{})
 #define TILE_LOAD(t, from, stride) emulated[t].load(from, stride)
 #define TILE_STORE(t, to, stride) emulated[t].store(to, stride)
 #define TILE_MULTIPLY(c, a, b) emulated[c].add_product(emulated[a], emulated[b])
 
 namespace {
 
-struct Tile {
+struct EmulatedTile {
   uint8_t rows[kTileRows][kTileBytes];
 
   void load(const void* from, int64_t stride) {
@@ -69,7 +72,7 @@ struct Tile {
   void store(void* to, int64_t stride) const {
     for (int64_t m = 0; m < kTileRows; m++) std::memcpy(static_cast<uint8_t*>(to) + m * stride, rows[m], kTileBytes);
   }
-  void add_product(const Tile& a, const Tile& b) {
+  void add_product(const EmulatedTile& a, const EmulatedTile& b) {
     for (int64_t m = 0; m < kTileRows; m++) {
       Vec sum = load_as<Vec>(rows[m]);
       for (int64_t pair = 0; pair < kTileDepth / 2; pair++) {
@@ -81,7 +84,7 @@ struct Tile {
   }
 };
 
-thread_local Tile emulated[8];
+thread_local EmulatedTile emulated[8];
 
 struct TileUse {
   TileUse() {}
@@ -89,3 +92,60 @@ struct TileUse {
 
 }  // namespace
 #endif
+
+namespace {
+
+template <int kA, int kB, bool kAdds>
+void multiply_tiles(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t num_pairs, float* c,
+                    int64_t c_stride) {
+  const int64_t a_bytes = a_stride * sizeof(BFloat16), b_bytes = b_stride * sizeof(uint32_t);
+  const int64_t c_bytes = c_stride * sizeof(float);
+  float* const below = c + kTileRows * c_stride;
+  TILE_BARRIER();
+  if constexpr (kAdds) {
+    TILE_LOAD(0, c, c_bytes);
+    if constexpr (kB == 2) TILE_LOAD(1, c + kTileRows, c_bytes);
+    if constexpr (kA == 2) TILE_LOAD(2, below, c_bytes);
+    if constexpr (kA == 2 && kB == 2) TILE_LOAD(3, below + kTileRows, c_bytes);
+  } else {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+  for (int64_t pair = 0; pair < num_pairs; pair += kTileDepth / 2) {
+    TILE_LOAD(4, a + 2 * pair, a_bytes);
+    TILE_LOAD(6, b + pair * b_stride, b_bytes);
+    TILE_MULTIPLY(0, 4, 6);
+    if constexpr (kB == 2) {
+      TILE_LOAD(7, b + pair * b_stride + kTileRows, b_bytes);
+      TILE_MULTIPLY(1, 4, 7);
+    }
+    if constexpr (kA == 2) {
+      TILE_LOAD(5, a + kTileRows * a_stride + 2 * pair, a_bytes);
+      TILE_MULTIPLY(2, 5, 6);
+      if constexpr (kB == 2) TILE_MULTIPLY(3, 5, 7);
+    }
+  }
+  TILE_STORE(0, c, c_bytes);
+  if constexpr (kB == 2) TILE_STORE(1, c + kTileRows, c_bytes);
+  if constexpr (kA == 2) TILE_STORE(2, below, c_bytes);
+  if constexpr (kA == 2 && kB == 2) TILE_STORE(3, below + kTileRows, c_bytes);
+  TILE_BARRIER();
+}
+
+// c += a b; with kAdds false, c = a b. a: (rows, 2 num_pairs) bfloat16; b: num_pairs lines of pairs of bfloat16, one pair per
+// column; c: (rows, columns) float32. Strides are in numbers, of b in pairs. rows, num_pairs, columns: multiples of 16.
+template <bool kAdds = true>
+void add_by_tiles(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
+                  int64_t num_pairs, int64_t columns, float* c, int64_t c_stride) {
+  for (int64_t r = 0; r < rows; r += 2 * kTileRows)
+    for (int64_t n = 0; n < columns; n += 2 * kTileRows) {
+      const bool two_rows = rows - r > kTileRows, two_columns = columns - n > kTileRows;
+      const auto multiply = two_rows ? two_columns ? multiply_tiles<2, 2, kAdds> : multiply_tiles<2, 1, kAdds>
+                                     : two_columns ? multiply_tiles<1, 2, kAdds> : multiply_tiles<1, 1, kAdds>;
+      multiply(a + r * a_stride, a_stride, b + n, b_stride, num_pairs, c + r * c_stride + n, c_stride);
+    }
+}
+
+}  // namespace

@@ -1,7 +1,8 @@
 """Products of many rows by tiles (tiles.cpp), for processors with AMX; elsewhere the same code is plain C++, and slow.
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
-tried once per process, in a child of its own. Whether they are used is measured (engine/forms.py).
+tried when the operations are loaded, in a child process. Attention of prefill in C++ then uses them, and they are among
+the forms of products that are measured (engine/forms.py).
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from qwen3fast.kernels.cpu.levels import processor_features
 from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, require
 
 _functions: ctypes.CDLL
-_are_usable: bool | None = None  # unknown
+_are_usable = False
 
 
 def register(functions: ctypes.CDLL) -> None:
-    """Declare the functions. functions: of ops.h."""
+    """Declare the functions of ops.h, and try tiles where they are announced."""
     global _functions, _are_usable
-    _functions, _are_usable = functions, None
+    _functions = functions
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     functions.qwen3fast_tile_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
     functions.qwen3fast_tile_linear.restype = None
     functions.qwen3fast_try_tiles.argtypes = []
     functions.qwen3fast_try_tiles.restype = ctypes.c_bool
+    functions.qwen3fast_use_tiles.argtypes = [ctypes.c_bool]
+    functions.qwen3fast_use_tiles.restype = None
+    if are_announced():
+        _are_usable = functions.qwen3fast_try_tiles()
+        functions.qwen3fast_use_tiles(_are_usable)
 
 
 def are_announced() -> bool:
@@ -36,10 +42,7 @@ def are_announced() -> bool:
 
 
 def are_usable() -> bool:
-    """Return whether this machine has tiles that give the right products; they are tried at the first call."""
-    global _are_usable
-    if _are_usable is None:
-        _are_usable = _functions.qwen3fast_try_tiles()
+    """Return whether tiles were tried with success: by `register`, in a child process (milliseconds)."""
     return _are_usable
 
 

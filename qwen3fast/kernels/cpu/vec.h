@@ -170,11 +170,6 @@ inline Vec fold(Vec* v, const Combine& combine) {
   return HALVES(v[0], v[1], LO1, HI1);
 }
 
-// The sum of each of sixteen vectors, with the same additions as in `sum`.
-inline Vec sums(Vec* v) {
-  return fold(v, [](Vec a, Vec b) { return a + b; });
-}
-
 // A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
 inline void transpose(Bits* v) {
 #define EXCHANGE(step, lo, hi)                               \
@@ -188,6 +183,11 @@ inline void transpose(Bits* v) {
   EXCHANGE(4, LO4, HI4)
   EXCHANGE(2, LO2, HI2)
   EXCHANGE(1, LO1, HI1)
+}
+
+// The sum of each of sixteen vectors, with the same additions as in `sum`.
+inline Vec sums(Vec* v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.

@@ -72,8 +72,7 @@ def can_split_attention(q_BTHD: Tensor) -> bool:
 
 def can_split(device: torch.device, head_dim: int) -> bool:
     """Return whether `split_attention` serves queries of this size on this device; call `load` first."""
-    is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return decode_attention == "split" and is_served and device.type == DEVICE_TYPE and _is_loaded
+    return decode_attention == "split" and can_chunk_attention(device, head_dim)
 
 
 def can_chunk_attention(device: torch.device, head_dim: int) -> bool:

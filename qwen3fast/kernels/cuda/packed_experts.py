@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import span_and_record
-from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, GROUP, LANES, num_parts, unpack, word_scales
+from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight
+from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, num_parts, unpack_channel, word_scales
 
 
 def packed_experts(
@@ -32,9 +32,9 @@ def packed_experts(
     blocks, J = packed.shape[0] // num_experts, packed.shape[1]
     C = num_parts(blocks * P, J)
     y_CPN = torch.empty(C, P, blocks * LANES, dtype=torch.float32, device=x_PK.device)
-    words = packed.view(torch.int32)  # (X * N/16, J, 16, 1)
-    sizes = (J, triton.cdiv(J, C), K // J, is_fp8, *span_and_record(packed, scale), LANES, BLOCK_J, GROUP)
-    _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), words, scale, expert_P, y_CPN, *sizes)
+    weight = Weight.of(packed, scale, is_fp8)  # (X * N/16, J, 16, 1)
+    sizes = (J, triton.cdiv(J, C), K // J, weight.kind, BLOCK_J)
+    _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
     return y_CPN
 
 
@@ -48,30 +48,26 @@ def _multiply_chosen(
     num_words,
     share,
     channels: tl.constexpr,
-    is_fp8: tl.constexpr,
-    span: tl.constexpr,
-    record: tl.constexpr,
-    lanes: tl.constexpr,
+    kind: tl.constexpr,
     block: tl.constexpr,
-    group: tl.constexpr,
 ):
     """Program (b, c, p): part c of the channels of weight rows 16b..16b+15 of row p's expert."""
     b, c, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    lane = tl.arange(0, lanes)
+    lane = tl.arange(0, 16)
     num_channels = num_words * channels
     at = tl.load(expert + p) * tl.num_programs(0) + b  # int64: the block, counted over all experts
-    total = tl.zeros([lanes], tl.float32)
+    total = tl.zeros([16], tl.float32)
     end = tl.minimum(share * (c + 1), num_words)
     for first in range(share * c, end, block):
         j = first + tl.arange(0, block)
         is_real = j < end
-        word = tl.load(words + (at * num_words + j[:, None]) * lanes + lane[None, :], mask=is_real[:, None], other=0)
-        word_scale, minimum = word_scales(scale, at, j, is_real, lane, num_words, span, record, channels, lanes, group)
+        word = tl.load(words + (at * num_words + j[:, None]) * 16 + lane[None, :], mask=is_real[:, None], other=0)
+        word_scale, minimum = word_scales(scale, at, j, is_real, lane, num_words, kind)
         for part in tl.static_range(channels):
-            weight = unpack(word, word_scale, minimum, record != 0, part, channels, is_fp8)
+            weight = unpack_channel(word, word_scale, minimum, part, kind)
             numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
             total += tl.sum(weight * numbers[:, None], axis=0)
     if channels == 4:
-        total *= tl.load(scale + at * lanes + lane)
-    to = (c * tl.num_programs(2) + p).to(tl.int64) * (tl.num_programs(0) * lanes) + b * lanes + lane
+        total *= tl.load(scale + at * 16 + lane)
+    to = (c * tl.num_programs(2) + p).to(tl.int64) * (tl.num_programs(0) * 16) + b * 16 + lane
     tl.store(y + to, total)

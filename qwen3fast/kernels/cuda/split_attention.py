@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # positions that a program reads at a time
+BLOCK = 64  # positions that a program reads at a time, and the smallest split of a decode step
 MIN_DOT = 16  # rows that Triton's matrix product needs
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_SPLITS = 64
@@ -62,6 +62,45 @@ def num_splits(heads: int, positions: int) -> int:
 
 
 @triton.jit
+def attend_block(
+    query,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    vector,
+    is_used,
+    is_seen,
+    scale,
+    most,
+    weight_sum,
+    sums,
+    head_dim: tl.constexpr,
+    is_quantized: tl.constexpr,
+):
+    """Add a block of the cache to the sums of an online softmax. Returns: its maximum, sum of weights and sums.
+
+    vector: the numbers of the block's keys and values. is_used: which of them are read. is_seen: the same for each row
+    of the query, [rows or 1, block].
+    """
+    channel = tl.arange(0, head_dim)
+    key = tl.load(k + vector[None, :] * head_dim + channel[:, None], mask=is_used[None, :], other=0.0)
+    score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
+    if is_quantized:
+        score *= tl.load(k_scale + vector, mask=is_used, other=0.0)[None, :]
+    score = tl.where(is_seen, score, -1e30)
+    new_most = tl.maximum(most, tl.max(score, 1))
+    weight = tl.where(is_seen, tl.exp(score - new_most[:, None]), 0.0)
+    shrink = tl.exp(most - new_most)
+    weight_sum = weight_sum * shrink + tl.sum(weight, 1)
+    if is_quantized:
+        weight *= tl.load(v_scale + vector, mask=is_used, other=0.0)[None, :]
+    value = tl.load(v + vector[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
+    product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
+    return new_most, weight_sum, sums * shrink[:, None] + product
+
+
+@triton.jit
 def _attend_split(
     q,
     k,
@@ -96,22 +135,23 @@ def _attend_split(
     for first in range(start, end, block):
         at = first + tl.arange(0, block)
         is_used = at < end
-        place = i.to(tl.int64) * num_positions + at
-        key = tl.load(k + place[None, :] * head_dim + channel[:, None], mask=is_used[None, :], other=0.0)
-        score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
-        if is_quantized:
-            score *= tl.load(k_scale + place, mask=is_used, other=0.0)[None, :]
-        score = tl.where(is_used[None, :], score, -1e30)
-        new_most = tl.maximum(most, tl.max(score, 1))
-        weight = tl.where(is_used[None, :], tl.exp(score - new_most[:, None]), 0.0)
-        shrink = tl.exp(most - new_most)
-        weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-        if is_quantized:
-            weight *= tl.load(v_scale + place, mask=is_used, other=0.0)[None, :]
-        value = tl.load(v + place[:, None] * head_dim + channel[None, :], mask=is_used[:, None], other=0.0)
-        product = tl.dot(weight.to(query.dtype), value.to(query.dtype), input_precision="ieee")
-        values = values * shrink[:, None] + product
-        most = new_most
+        vector, seen = i.to(tl.int64) * num_positions + at, is_used[None, :]
+        most, weight_sum, values = attend_block(
+            query,
+            k,
+            v,
+            k_scale,
+            v_scale,
+            vector,
+            is_used,
+            seen,
+            scale,
+            most,
+            weight_sum,
+            values,
+            head_dim,
+            is_quantized,
+        )
     out = (i * group + row) * num_parts + split
     tl.store(maximum + out, most, mask=is_real)
     tl.store(total + out, weight_sum, mask=is_real)

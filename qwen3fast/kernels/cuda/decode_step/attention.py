@@ -21,11 +21,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import plain_norm
-
-BLOCK = 64  # positions that a program reads at a time, and the smallest split
-MIN_DOT = 16  # rows that Triton's matrix product needs
-PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
-MAX_SPLITS = 64
+from qwen3fast.kernels.cuda.split_attention import BLOCK, MIN_DOT, attend_block, num_splits
 
 
 class Splits(NamedTuple):
@@ -36,12 +32,7 @@ class Splits(NamedTuple):
     total: Tensor
 
     @classmethod
-    def allocate(cls, B: int, H: int, K: int, S: int, D: int, device: torch.device) -> Splits:
-        """Return the workspace for B rows of a cache of S positions."""
-        return cls.allocate_all([B], H, K, S, D, device)[B]
-
-    @classmethod
-    def allocate_all(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
+    def allocate(cls, rows: list[int], H: int, K: int, S: int, D: int, device: torch.device) -> dict[int, Splits]:
         """Return the workspaces for several numbers of rows, in the same memory."""
         shapes = {B: (B * H, num_splits(B * K, S)) for B in rows}
         most = max(heads * N for heads, N in shapes.values())
@@ -54,11 +45,6 @@ class Splits(NamedTuple):
             )
             for B, (heads, N) in shapes.items()
         }
-
-
-def num_splits(heads: int, positions: int) -> int:
-    """Return N, the maximum number of splits per key/value head. heads: of all rows together."""
-    return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
 
 
 def attend(
@@ -203,7 +189,7 @@ def attention_kernel(
     total,
     y,
     num_positions,
-    softmax_scale,
+    scale,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -244,29 +230,17 @@ def attention_kernel(
             value = tl.load(own + (G * K + K + head + one)[:, None] * D + d[None, :]).to(tl.float32)
             key = write_vector(key, k, k_scale, first_vector + place, D, IS_QUANTIZED).to(dtype).to(tl.float32)
             value = write_vector(value, v, v_scale, first_vector + place, D, IS_QUANTIZED).to(dtype).to(tl.float32)
-            most = tl.sum(query * key, 1) * softmax_scale
+            most = tl.sum(query * key, 1) * scale
             weight_sum += 1.0
             sums += value
         query = query.to(dtype)
         for first in range(start, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
             is_used = at < end
-            vector = first_vector + at
-            keys = tl.load(k + vector[None, :] * D + d[:, None], mask=is_used[None, :], other=0.0)
-            rows = tl.load(v + vector[:, None] * D + d[None, :], mask=is_used[:, None], other=0.0)
-            score = tl.dot(query, keys.to(dtype), input_precision="ieee") * softmax_scale
-            if IS_QUANTIZED:
-                score *= tl.load(k_scale + vector, mask=is_used, other=0.0)[None, :]
-            score = tl.where(is_used[None, :], score, -1e30)
-            new_most = tl.maximum(most, tl.max(score, 1))
-            weight = tl.where(is_used[None, :], tl.exp(score - new_most[:, None]), 0.0)
-            shrink = tl.exp(most - new_most)
-            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-            if IS_QUANTIZED:
-                weight *= tl.load(v_scale + vector, mask=is_used, other=0.0)[None, :]
-            product = tl.dot(weight.to(dtype), rows.to(dtype), input_precision="ieee")
-            sums = sums * shrink[:, None] + product
-            most = new_most
+            vector, seen = first_vector + at, is_used[None, :]
+            most, weight_sum, sums = attend_block(
+                query, k, v, k_scale, v_scale, vector, is_used, seen, scale, most, weight_sum, sums, D, IS_QUANTIZED
+            )
         if N == 1:
             tl.store(y + y_at, (sums / weight_sum[:, None]).to(dtype), mask=is_real[:, None])
         else:

@@ -84,7 +84,7 @@ def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_R
         x_RK,
         x_RK if norm_K is None else norm_K,
         weight.tensor,
-        weight.tensor if weight.scale is None else weight.scale,
+        weight.scale,
         y_RN,
         eps,
         device=x_RK.device,

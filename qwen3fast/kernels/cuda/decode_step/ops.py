@@ -1,4 +1,4 @@
-"""The kernels as operations `torch.ops.qwen3fast.step_*`, which compilers take as they are. All write what they give.
+"""The kernels as operations `torch.ops.qwen3fast.step_*`, which compilers do not trace. Results go to arguments.
 
 Weights come as the parameters of `Linear` (weight, no scale) or `QuantizedLinear` (packed weight and scale).
 """

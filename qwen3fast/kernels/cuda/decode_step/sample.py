@@ -168,7 +168,7 @@ def narrowed(
     BITS: tl.constexpr,
     PASSES: tl.constexpr,
 ):
-    """Return the state that pass INDEX begins with: (bits that top-k keeps, leading digits found, what is to reach).
+    """Return the state that pass INDEX begins with: (bits that top-k keeps, leading digits found, target).
 
     The pass before has stored the state that it began with, and its programs' sums by digit.
     """

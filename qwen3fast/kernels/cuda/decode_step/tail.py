@@ -60,7 +60,7 @@ def embed(token_R: Tensor, weight: Weight, x_RE: Tensor) -> None:
     launch(
         embed_kernel,
         (R, triton.cdiv(words, EMBEDDING_BLOCK)),
-        *(token_R, weight.tensor, weight.tensor if weight.scale is None else weight.scale, x_RE),
+        *(token_R, weight.tensor, weight.scale, x_RE),
         device=x_RE.device,
         E=E,
         J=words,
@@ -88,7 +88,7 @@ def vocabulary(
     launch(
         vocabulary_kernel,
         (best.logit.shape[1],),
-        *(x_RE, norm_E, weight.tensor, weight.tensor if weight.scale is None else weight.scale),
+        *(x_RE, norm_E, weight.tensor, weight.scale),
         *(*best, best.logit if logits_RV is None else logits_RV, eps),
         device=x_RE.device,
         R=R,
@@ -114,7 +114,7 @@ def choose(
 ) -> None:
     """Write the token of the largest logit, and move rows on by advance_R; all int64, the fields of `DecodeState`.
 
-    output_R: -1 for logits that hold NaN or +inf, or nothing but -inf; what is fed on to input_R is an id then, too.
+    output_R: -1 for logits that hold NaN or +inf, or only -inf; input_R then gets 0, which is an id.
     """
     C = best.logit.shape[1]
     launch(

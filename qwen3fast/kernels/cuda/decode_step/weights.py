@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import span_and_record
+from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, span_and_record
 
 LANES = 16  # rows in a block of packed weights, as in quantization/formats.py
 GROUP = 32  # channels that share a scale in 4 bits
 # How a weight is stored. Kinds of uint4 hold its layout of scales as well: 8 * span + 4 with minimums, + 5 with zero
-# points; each layout has kernels of its own.
+# points, + 6 with minimums whose numbers have 6 bits; each layout has kernels of its own.
 PLAIN, INT8, FP8, INT4, UINT4 = 0, 1, 2, 3, 4
 ZERO_RECORD = 3 * LANES
 # Weights in a tile; more would not fit into registers. Chosen by compiling: no kernel spills (tests hold this).
@@ -35,17 +35,17 @@ SMALLEST_BK = 1024
 
 
 class Weight(NamedTuple):
-    """An (N, K) weight as a kernel's argument. scale: None for PLAIN; otherwise the tensors are as in `Packed`."""
+    """An (N, K) weight as a kernel's arguments, as in `Packed`. scale: of PLAIN the weight again, and not read."""
 
     tensor: Tensor
-    scale: Tensor | None
+    scale: Tensor
     kind: int
 
     @classmethod
     def of(cls, tensor: Tensor, scale: Tensor | None, is_fp8: bool) -> Weight:
         """Return the weight with its kind, known from the shapes."""
         if scale is None:
-            return cls(tensor, None, PLAIN)
+            return cls(tensor, tensor, PLAIN)
         if scale.dim() == 1:
             return cls(tensor.view(torch.int32), scale, FP8 if is_fp8 else INT8)
         if scale.dtype == torch.uint8:
@@ -62,7 +62,7 @@ class Weight(NamedTuple):
 
 def uint4_kind(span: int, record: int) -> int:
     """Return the kind of uint4 with records of so many bytes for so many channels."""
-    return 8 * span + UINT4 + (record == ZERO_RECORD)
+    return 8 * span + UINT4 + (record == ZERO_RECORD) + 2 * ((span, record) == (SHORT_SPAN, SHORT_RECORD))
 
 
 def channels_of(kind: int) -> int:
@@ -200,24 +200,32 @@ def record_scales(record, group, lane, mask, KIND: tl.constexpr):
         minimums = scales * tl.load(record + 32 + lane, mask=mask, other=0).to(tl.float32)
     else:
         half = (record + 32 + 2 * lane).to(tl.pointer_type(tl.float16))
-        levels = record + 64 + group * 32 + lane
         minimums = tl.load(half, mask=mask, other=0.0).to(tl.float32)
-        minimums *= tl.load(levels + 16, mask=mask, other=0).to(tl.float32)
-        scales *= tl.load(levels, mask=mask, other=0).to(tl.float32)
+        if KIND % 8 == 6:
+            s = tl.load(record + 64 + group * 16 + lane, mask=mask, other=0).to(tl.int32)
+            m = tl.load(record + 192 + group % 4 * 16 + lane, mask=mask, other=0).to(tl.int32)
+            m = ((m >> (group // 4 * 4)) & 15) | ((s >> 6) << 4)
+            s = s & 63
+        else:
+            s = tl.load(record + 64 + group * 32 + lane, mask=mask, other=0)
+            m = tl.load(record + 80 + group * 32 + lane, mask=mask, other=0)
+        minimums *= m.to(tl.float32)
+        scales *= s.to(tl.float32)
     return scales, minimums
 
 
 @triton.constexpr_function
 def record_bytes(KIND):
     """Return the bytes of a record of uint4's scales."""
-    return 48 if KIND % 8 == 5 else 64 + KIND // 8
+    return 48 if KIND % 8 == 5 else 256 if KIND % 8 == 6 else 64 + KIND // 8
 
 
 @triton.constexpr_function
 def scale_numbers(N, K, KIND):
     """Return the numbers in the scales of an (N, K) weight: how far the scales of a weight below it are."""
     if KIND > 3:
-        return N // 16 * (K // (KIND // 8)) * (48 if KIND % 8 == 5 else 64 + KIND // 8)
+        record = 48 if KIND % 8 == 5 else 256 if KIND % 8 == 6 else 64 + KIND // 8
+        return N // 16 * (K // (KIND // 8)) * record
     return N * (K // 32) if KIND == 3 else N
 
 

@@ -1,6 +1,6 @@
 // Weights to 8 and 4 bits, in the layout that quantized.cpp describes: the same bytes and scales, bit for bit, as the
 // plain PyTorch form in quantization/formats.py, which passes over memory many times. For equal sums, the compiler must
-// not contract products and sums in this file (library.py has the flag).
+// not contract products and sums in this file (building.py has the flag).
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 Vec size_of(Vec x) { return x < 0 ? -x : x; }
 
 // One row; lane: its place in the block.
-void round_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
+void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
   Vec most = {}, poison = {};
   for (int64_t k = 0; k < K; k += kLanes) {
     const Vec x = load(row + k);
@@ -51,7 +51,7 @@ Vec squared_error(Ints level, Vec scale, Vec x) {
 }
 
 // One group of 32 channels of a row: of all ranges, the first with the least squared error. Returns its scale.
-BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) {
+BFloat16 quantize_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) {
   const Vec low = load(group), high = load(group + kLanes);
   const float most = largest(larger(size_of(low), size_of(high)));
   float end = 0;  // the first of the largest weights, with its sign
@@ -87,7 +87,7 @@ BFloat16 round_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) 
 
 }  // namespace
 
-void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed, void* scale,
+void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed, void* scale,
                             int64_t threads) {
   const int64_t block_bytes = kLanes * K * bits / 8, groups = K / kGroup;
   parallel_for(N / kLanes, 1, threads, [&](int64_t begin, int64_t end) {
@@ -96,12 +96,12 @@ void qwen3fast_round_weight(const BFloat16* weight, int64_t N, int64_t K, int64_
       const BFloat16* row = weight + n * K;
       uint8_t* bytes = packed + block * block_bytes;
       if (bits == 8) {
-        round_row_to_8(row, K, lane, bytes, static_cast<float*>(scale) + n);
+        quantize_row_to_8(row, K, lane, bytes, static_cast<float*>(scale) + n);
         continue;
       }
       for (int64_t g = 0; g < groups; g++)
         static_cast<BFloat16*>(scale)[(block * groups + g) * kLanes + lane] =
-            round_group_to_4(row + g * kGroup, lane, bytes + g * kGroup * kLanes / 2);
+            quantize_group_to_4(row + g * kGroup, lane, bytes + g * kGroup * kLanes / 2);
     }
   });
 }

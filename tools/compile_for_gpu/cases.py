@@ -1,4 +1,4 @@
-"""The kernels of the decode step as cases to compile without a GPU (tools/compile_for_gpu.py)."""
+"""Our own Triton kernels, in the shapes of the published models, as cases to compile without a GPU."""
 
 from __future__ import annotations
 
@@ -7,40 +7,80 @@ from typing import Any, NamedTuple
 
 import triton
 
-from qwen3fast.kernels.cuda import chunk_attention
+from qwen3fast.kernels.cuda import chunk_attention, packed_experts, packed_matvec, split_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 from qwen3fast.kernels.cuda.decode_step.weights import FP8, INT4, INT8, PLAIN, channels_of, tile_shape, uint4_kind
 
 FORMATS = {
     "bf16": PLAIN, "int8": INT8, "fp8": FP8, "int4": INT4,
-    "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48),
+    "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48), "uint4 of Q4_K": uint4_kind(256, 256),
 }  # fmt: skip
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
 
 
-class FusedCase(NamedTuple):
+class KernelCase(NamedTuple):
     """A kernel with its arguments: Triton's type names by argument ("*bf16"), constants and options."""
 
     name: str
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  never changed
 
-    def source(self) -> Any:
-        """Return the argument of `triton.compile`; pointers are aligned to 16 bytes, as in PyTorch."""
+    @classmethod
+    def in_order(cls, name: str, kernel: Any, kinds: list[str], constants: list[Any]) -> KernelCase:
+        """Return the case of a kernel whose first arguments have these types, and its last ones these values."""
+        names = kernel.arg_names
+        signature = dict(zip(names[: len(kinds)], kinds, strict=True))
+        return cls(name, kernel, signature, dict(zip(names[len(kinds) :], constants, strict=True)))
+
+    def compile(self, target: Any) -> Any:
+        """Return the compiled kernel; pointers are aligned to 16 bytes, as in PyTorch."""
         names = self.kernel.arg_names
         signature = {name: self.signature.get(name, "constexpr") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-        return triton.compiler.ASTSource(self.kernel, signature, self.constants, aligned)
+        source = triton.compiler.ASTSource(self.kernel, signature, self.constants, aligned)
+        return triton.compile(source, target=target, options=dict(self.options) or None)
+
+
+def own_cases() -> list[KernelCase]:
+    """Return the kernels of steps that are not fused, for bfloat16 in the shapes of the 0.6B and 8B models."""
+    bf16, fp32, index = "*bf16", "*fp32", "i32"
+    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    cases = []
+    for group in (2, 4):
+        numbers = [8, group, 128, 16, split_attention.BLOCK]
+        for name, kinds in (("bf16", split_types), ("int8", int8_types)):
+            title = f"attend_split, {name}, {group} heads a group"
+            cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, [*numbers, name == "int8"]))
+    for width in (32, 64):
+        merge = [fp32, fp32, fp32, bf16, index]
+        cases.append(KernelCase.in_order(f"merge_splits, {width}", split_attention._merge_splits, merge, [width, 128]))
+    for name, kind in FORMATS.items():
+        if kind == PLAIN:
+            continue
+        channels, scale = channels_of(kind), _scale_type(kind)
+        for rows in (16, 64):
+            kinds = [bf16, "*i32", scale, fp32, index, index, index]
+            numbers = [channels, kind, rows, packed_matvec.BLOCK_J]
+            title = f"packed_matvec, {name}, {rows} rows"
+            cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
+        kinds, numbers = [bf16, "*i32", scale, "*i64", fp32, index, index], [channels, kind, packed_matvec.BLOCK_J]
+        cases.append(KernelCase.in_order(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
+    return cases
+
+
+def _scale_type(kind: int) -> str:
+    return "*u8" if kind > INT4 else "*bf16" if kind in (PLAIN, INT4) else "*fp32"
 
 
 def compile_cases(
     capability: tuple[int, int], sizes: tuple[str, ...] = ("0.6b", "8b"), rows: tuple[int, ...] = (1, 8)
-) -> list[FusedCase]:
+) -> list[KernelCase]:
     """Return all kernels of steps with these sizes and numbers of rows, compiled for a GPU of this capability."""
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
@@ -48,19 +88,17 @@ def compile_cases(
     return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
 
 
-def _dependent(case: FusedCase, dependent: bool) -> FusedCase:
+def _dependent(case: KernelCase, dependent: bool) -> KernelCase:
     """Return the case of a kernel that overlaps the one before it, or does not."""
     options = case.options | ({"launch_pdl": True} if dependent else {})
     return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
 
 
-def _cases(size: str, R: int) -> Iterator[FusedCase]:
+def _cases(size: str, R: int) -> Iterator[KernelCase]:
     E, F, H, K = SIZES[size]
     for name, kind in FORMATS.items():
         label = f"{size}, {name}, {R} rows"
-        weights = {"w": "*i32" if kind else "*bf16", "scale": "*bf16" if kind in (PLAIN, INT4) else "*fp32"}
-        if kind > INT4:
-            weights["scale"] = "*u8"
+        weights = {"w": "*i32" if kind else "*bf16", "scale": _scale_type(kind)}
         for part, N, width, has_norm, use in (
             ("qkv", (H + 2 * K) * HEAD_DIM, E, True, linear.STORE),
             ("output", E, H * HEAD_DIM, False, linear.ADD),
@@ -70,7 +108,7 @@ def _cases(size: str, R: int) -> Iterator[FusedCase]:
             constants = _constants(R, N, width, kind, 2 if use == linear.GATE else 1)
             constants |= {"HAS_NORM": has_norm, "USE": use}
             signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
-            yield FusedCase(f"{part}, {label}", linear.linear_kernel, signature, constants, {})
+            yield KernelCase(f"{part}, {label}", linear.linear_kernel, signature, constants)
         signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
         signature |= {"best_logit": "*fp32", "best_token": "*i32"}
         constants = _constants(R, VOCABULARY, E, kind)
@@ -78,40 +116,40 @@ def _cases(size: str, R: int) -> Iterator[FusedCase]:
         for has_logits in (False, True):
             part = "vocabulary and logits" if has_logits else "vocabulary"
             own = {"HAS_LOGITS": has_logits}
-            yield FusedCase(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own, {})
+            yield KernelCase(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own)
         P = channels_of(kind)
         signature = {"token": "*i64", **weights, "x": "*bf16"}
         constants = {"E": E, "J": E // P, "KIND": kind, "P": P, "BLOCK": tail.EMBEDDING_BLOCK}
-        yield FusedCase(f"embed, {size}, {name}", tail.embed_kernel, signature, constants, {})
+        yield KernelCase(f"embed, {size}, {name}", tail.embed_kernel, signature, constants)
     yield from _attention_cases(size, R, H, K)
     C = VOCABULARY // tail.ROWS_OF_PROGRAM
     signature = {"best_logit": "*fp32", "best_token": "*i32"}
     signature |= dict.fromkeys(("advance", "input", "output", "position", "step"), "*i64")
-    yield FusedCase("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
+    yield KernelCase("choose", tail.choose_kernel, signature, {"C": C, "BLOCK": 4096}, {"num_warps": 8})
     yield from _sampler_cases()
     yield from _chunk_cases(size, H, K)
 
 
-def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[FusedCase]:
+def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[KernelCase]:
     splits = dict.fromkeys(("values", "maximum", "total"), "*fp32")
     for positions in (64, 4097):
-        N = attention.num_splits(R * K, positions)
-        constants = {"D": HEAD_DIM, "N": N, "BLOCK": attention.BLOCK}
+        N = split_attention.num_splits(R * K, positions)
+        constants = {"D": HEAD_DIM, "N": N, "BLOCK": split_attention.BLOCK}
         for cache in ("bf16", "int8"):
             kind = "*bf16" if cache == "bf16" else "*i8"
             signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
-            signature |= {"eps": "fp32", "softmax_scale": "fp32", "num_positions": "i32", "position": "*i64"}
-            own = {"K": K, "G": H // K, "ROWS": attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
+            signature |= {"eps": "fp32", "scale": "fp32", "num_positions": "i32", "position": "*i64"}
+            own = {"K": K, "G": H // K, "ROWS": split_attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
-            yield FusedCase(name, attention.attention_kernel, signature, constants | own, {})
+            yield KernelCase(name, attention.attention_kernel, signature, constants | own)
         if N > 1:
             signature = {"position": "*i64", "y": "*bf16"} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
-            yield FusedCase(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own, {})
+            yield KernelCase(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own)
 
 
-def _sampler_cases() -> Iterator[FusedCase]:
+def _sampler_cases() -> Iterator[KernelCase]:
     C = triton.cdiv(VOCABULARY, sample.TOKENS_OF_PROGRAM)
     tokens = {"V": VOCABULARY, "TOKENS": sample.TOKENS_OF_PROGRAM}
     row = tokens | {
@@ -123,24 +161,25 @@ def _sampler_cases() -> Iterator[FusedCase]:
     best = {"best_logit": "*fp32", "best_token": "*i32"}
     types = dict.fromkeys(("logits", "largest", "temperature", "top_p"), "*fp32")
     types |= dict.fromkeys(("state", "sums", "top_k"), "*i64")
-    yield FusedCase("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens, {})
-    yield FusedCase("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens, {})
+    yield KernelCase("largest", sample.largest_kernel, {"logits": "*fp32", "largest": "*fp32"}, tokens)
+    yield KernelCase("best", sample.best_kernel, {"logits": "*fp32"} | best, tokens)
     for index in (0, 1, sample.PASSES, sample.PASSES + 1, 2 * sample.PASSES - 1):
         own = {"INDEX": index, "TILE": sample.TILE}
-        yield FusedCase(f"search, pass {index}", sample.search_kernel, types, row | own, {})
+        yield KernelCase(f"search, pass {index}", sample.search_kernel, types, row | own)
     types |= {"min_p": "*fp32", "seed": "*i64", "step": "*i64"} | best
-    yield FusedCase("draw", sample.draw_kernel, types, row, {})
+    yield KernelCase("draw", sample.draw_kernel, types, row)
 
 
-def _chunk_cases(size: str, H: int, K: int) -> Iterator[FusedCase]:
+def _chunk_cases(size: str, H: int, K: int) -> Iterator[KernelCase]:
     for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
         signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
         signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
         signature |= dict.fromkeys(("position", "row"), "*i64")
         constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
-        constants |= {"QUERIES": chunk_attention.QUERIES, "BLOCK": chunk_attention.BLOCK}
+        constants |= {"QUERIES": chunk_attention.QUERIES}
+        constants["BLOCK"] = chunk_attention.INT8_BLOCK if cache == "int8" else chunk_attention.BLOCK
         name = f"chunk attention, {size}, {cache} cache"
-        yield FusedCase(name, chunk_attention.chunk_kernel, signature, constants, {})
+        yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants)
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:

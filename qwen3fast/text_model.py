@@ -1,0 +1,78 @@
+"""TextModel: the common part of Embedder, Reranker and Classifier, which read texts and generate nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checks import checked_source
+from qwen3fast.engine.last_token import checked_max_length
+from qwen3fast.engine.threads import on_live_threads, use_threads
+from qwen3fast.model import Qwen3
+from qwen3fast.text.tokenizer import Tokenizer
+
+Own = TypeVar("Own", bound="TextModel")
+
+
+class TextModel:
+    """A model and its tokenizer.
+
+    Attributes:
+        model: the Qwen3 module. config: its ModelConfig. tokenizer: the checkpoint's.
+        max_length: the maximum number of tokens that the model reads at once.
+    """
+
+    def __init__(self, model: Qwen3, tokenizer: Tokenizer, max_length: int | None) -> None:
+        """Wrap a loaded model. Raises: ValueError for a max_length beyond the model's."""
+        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        self.max_length = checked_max_length(max_length, model.config)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Own],
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        max_length: int | None = None,
+        revision: str | None = None,
+        check_weights: bool = False,
+        threads: int | None = None,
+    ) -> Own:
+        """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B" or "Qwen/Qwen3-Reranker-0.6B".
+
+        source, device, dtype, quantization, revision, check_weights: as in `load_model`; a score head stays in float32.
+        max_length: None takes the value of sentence-transformers' files, which an Embedder reads, otherwise 8192, or
+        as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per core.
+        Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options, a damaged checkpoint, or
+        one without what the class needs: a tokenizer, and for a Classifier a score head.
+        """
+        checked_source(source, quantization, revision, check_weights=check_weights)
+        use_threads(threads)  # before loading, which quantizes
+        if str(source).startswith("random:"):
+            raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
+        own = cls._read_own(source, revision)
+        folder = resolve_source(source, revision)
+        tokenizer = read_tokenizer(folder)
+        load = partial(
+            load_model,
+            quantization=quantization,
+            output_projection=cls._needs_output_projection(own),
+            check_weights=check_weights,
+        )
+        return cls(on_live_threads(load, folder, device, dtype), tokenizer, max_length=max_length, **own)
+
+    @classmethod
+    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
+        """Return the arguments that only this class has, from the checkpoint's small files."""
+        raise NotImplementedError
+
+    @classmethod
+    def _needs_output_projection(cls, own: dict[str, Any]) -> bool:
+        """Return whether the model needs its output projection, which is left out otherwise if it is untied."""
+        return False
