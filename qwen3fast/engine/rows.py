@@ -65,6 +65,11 @@ class Rows:
         self.state.begin(row, length, sampling)
 
     @on_device
+    def set_rows(self, rows: list[int], lengths: list[int], samplings: list[RowSampling]) -> None:
+        """Begin requests in several rows: as `set_row` for each."""
+        self.state.begin_together(rows, lengths, samplings)
+
+    @on_device
     def set_processors(self, row: int, *arguments: Any) -> None:
         """Set the logits processors of a row until it is cleared; see `ProcessorState.begin` for the arguments.
 

@@ -77,6 +77,17 @@ class DecodeState:
         for name, number in {"position": length, "advance": 1, "step": 0, **sampling._asdict()}.items():
             getattr(self, f"{name}_R")[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
 
+    def begin_together(self, rows: list[int], lengths: list[int], samplings: list[RowSampling]) -> None:
+        """Begin requests in several rows: as `begin` for each, in a fixed number of operations."""
+        index_B = to_device(rows, self.position_R.device)
+        columns = {"position": lengths, "advance": [1] * len(rows), "step": [0] * len(rows)}
+        columns |= {name: [getattr(sampling, name) for sampling in samplings] for name in RowSampling._fields}
+        for dtype in (torch.int64, torch.float32):
+            names = [name for name in columns if getattr(self, f"{name}_R").dtype == dtype]
+            numbers = to_device([columns[name] for name in names], index_B.device, dtype)
+            for name, column_B in zip(names, numbers, strict=True):
+                getattr(self, f"{name}_R").index_copy_(0, index_B, column_B)
+
     def sampler_rows(self, rows: slice | Tensor) -> SamplerRows:
         """Return the sampling parameters of some rows, a slice or int64 indices."""
         every = (self.temperature_R, self.top_k_R, self.top_p_R, self.min_p_R, self.seed_R, self.step_R)

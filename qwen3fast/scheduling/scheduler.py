@@ -244,8 +244,7 @@ class Scheduler:
 
     def _sample_first(self, requests: list[Request]) -> None:
         """Sample the first tokens: in one call, except of requests with processors, log-probabilities or a hook."""
-        for request in requests:
-            self._begin_row(request)
+        self._begin_rows(requests)
         requests = [request for request in requests if request.error is None]
         plain = [r for r in requests if not r.is_processed and r.logits_processor is None and r.logprobs is None]
         if len(plain) > 1:
@@ -259,12 +258,17 @@ class Scheduler:
             if len(plain) < 2 or request not in plain:
                 self._sample_alone(request)
 
-    def _begin_row(self, request: Request) -> None:
-        assert request.slot is not None, "it was admitted"
-        self.engine.set_row(request.slot, len(request.prompt_ids), request.sampling)
-        if request.is_processed:
-            self.engine.set_processors(request.slot, request.prompt_ids, *request.processor_arguments)
-        self._restrict(request.slot, request)
+    def _begin_rows(self, requests: list[Request]) -> None:
+        slots = {request.slot: request for request in requests if request.slot is not None}
+        if len(slots) > 1:
+            lengths = [len(request.prompt_ids) for request in requests]
+            self.engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
+        for slot, request in slots.items():
+            if len(slots) == 1:
+                self.engine.set_row(slot, len(request.prompt_ids), request.sampling)
+            if request.is_processed:
+                self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
+            self._restrict(slot, request)
 
     def _sample_alone(self, request: Request) -> None:
         assert request.slot is not None and request.prompt_logits_1V is not None, "its prompt was computed"

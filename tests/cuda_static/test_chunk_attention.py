@@ -21,7 +21,7 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.prefill import prefill_chunk
-from qwen3fast.engine.state import EMPTY
+from qwen3fast.engine.state import EMPTY, GREEDY, DecodeState, RowSampling
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.cuda import chunk_attention as kernel
@@ -256,4 +256,5 @@ def test_on_cuda_several_prompts_ask_the_host_for_nothing(quantization, cache_dt
         row_B, start_B, token_BT = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((4,), (4,), (4, 64)))
         with HostWatch() as watch:
             x_BTE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_B, token_BT, start_B)
+            DecodeState.allocate(8, device).begin_together([3, 1], [64, 64], [GREEDY, RowSampling(0.7)])
         assert watch.faults == [] and x_BTE.shape == (4, 64, config.hidden_size) and x_BTE.device == device

@@ -138,16 +138,21 @@ def test_several_rows_sample_their_first_tokens_as_each_alone():
     found = []
     for is_together in (True, False):
         engine = make_engine(torch.float32, torch.float32)
-        for row in (3, 0, 2):
-            engine.set_row(row, 5 + row, RowSampling(0.7, 20, 0.9, 0.0, row))
+        samplings = [RowSampling(0.7, 20, 0.9, 0.01, 2**40 + row, row) for row in (3, 0, 2)]
+        if is_together:
+            engine.set_rows([3, 0, 2], [8, 5, 7], samplings)
+        else:
+            for row, sampling in zip((3, 0, 2), samplings, strict=True):
+                engine.set_row(row, 5 + row, sampling)
         kind = StepKind(SamplerKind.WINDOW)
         if is_together:
             tokens = engine.sample_first([3, 0, 2], logits_BV, kind).tokens
         else:
             tokens = [engine.sample_first(row, logits_BV[i : i + 1], kind).tokens[0] for i, row in enumerate((3, 0, 2))]
-        found.append((tokens, engine.state.input_R.tolist(), engine.state.step_R.tolist()))
+        found.append((tokens, {name: tensor.tolist() for name, tensor in vars(engine.state).items()}))
     assert found[0] == found[1]
-    assert found[0][0][1] == -1 and found[0][2] == [1, 0, 1, 1]
+    tokens, state = found[0]
+    assert tokens[1] == -1 and state["step_R"] == [1, 0, 1, 1] and state["position_R"] == [5, -1, 7, 8]
 
 
 def test_more_prompts_do_not_change_the_form_of_a_quantized_product():
