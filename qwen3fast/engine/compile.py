@@ -78,6 +78,7 @@ class StepCompiler:
         """Raises: ValueError for a mode other than True, False and "auto"."""
         if mode not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
+        self.mode = mode
         self.enabled = bool(mode) and (device.type != "cpu" or _has_cpp_compiler())
         self.thread: ThreadPoolExecutor | None = None
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S

@@ -19,6 +19,7 @@ from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.quantization.layers import load_operations
 from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
@@ -26,7 +27,7 @@ from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 # all sizes, and padding takes time.
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 CPU_CHUNK_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-MAX_PROMPTS = 16  # that are computed together, with as many tokens as the largest chunk
+MAX_PROMPTS = CHUNK_SIZES[-1] // CHUNK_SIZES[0]  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
@@ -170,6 +171,8 @@ class Parts:
     def build(cls, compiler: StepCompiler, model: Qwen3, cache: StaticKVCache, is_first: bool = False) -> Parts:
         """Wrap each part with the compiler; nothing is compiled before its first call. is_first: see `Forms`."""
         use_fast_layers(model)
+        if not compiler.mode:  # otherwise the compiler loads them, and warns
+            load_operations(model)
         config, device = model.config, cache.keys[0].device
         if device.type == cuda.DEVICE_TYPE:
             cuda.load(device)  # before anything is traced: it decides which forms exist

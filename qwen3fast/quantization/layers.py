@@ -5,6 +5,7 @@ K in_features   N out_features
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,22 @@ PARAMETER_NAMES = ("weight_packed", "weight_scale", "input_order")  # in checkpo
 def can_use_operations(format: Format, x: Tensor) -> bool:
     """Return whether the C++ operations serve weights of this format on the device of x."""
     return x.device.type == "cpu" and "cpu" in format.devices and cpu.is_loaded()
+
+
+def load_operations(model: nn.Module) -> None:
+    """Load the C++ operations for a model with quantized layers on the CPU; warn if there are none."""
+    is_served = any(
+        isinstance(layer, QuantizedLinear)
+        and layer.weight_packed.device.type == "cpu"
+        and "cpu" in layer.format.devices
+        for layer in model.modules()
+    )
+    if is_served and not cpu.load():
+        warnings.warn(
+            "quantized layers run without the C++ operations, many times slower: install a wheel of qwen3fast for this "
+            "machine, or a compiler (Debian, Ubuntu: apt-get install g++), which builds them at the first use",
+            stacklevel=2,
+        )
 
 
 class QuantizedLinear(nn.Module):

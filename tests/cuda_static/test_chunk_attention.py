@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import engine_of, random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomized, small_config
 from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.kernel_checks import TOLERANCES, assert_near
@@ -110,7 +110,7 @@ class Replays:
 
 
 def make_engine(is_captured, slots=2, positions=384) -> Engine:
-    model = randomised(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
+    model = randomized(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
     engine = engine_of(model, slots, positions)
     if is_captured:
         engine._use_graphs(GraphCache(Replays()))

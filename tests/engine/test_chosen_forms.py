@@ -6,15 +6,16 @@ import threading
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, random_ids, random_tensor, randomized, small_config
 
 from qwen3fast import Generator
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
-from qwen3fast.kernels.cases import CPP, DEQUANTIZED, ROWS, SDPA, TILES
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
@@ -68,7 +69,7 @@ def uncompiled(monkeypatch):
 
 def small_model(format=None):
     config = small_config(hidden_size=64, intermediate_size=96, head_dim=32, dtype=torch.bfloat16)
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
     return model
@@ -156,13 +157,25 @@ def test_quantized_products_are_dequantized_from_a_number_of_rows(format):
     assert not torch.equal(in_cpp, expected)
 
 
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_uncompiled_quantized_layers_warn_where_operations_are_missing(format, is_loaded, monkeypatch, recwarn):
+    model = small_model(format)
+    monkeypatch.setattr(cpu, "load", lambda: is_loaded)
+    small_engine(model, compile=False)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (format is not None and not is_loaded)
+    assert all("install a wheel of qwen3fast" in text and "apt-get install g++" in text for text in told)
+
+
 @pytest.mark.parametrize("format", [None, "int4"])
 @torch.no_grad()
 def test_all_cases_run_in_all_forms(format):
     model = small_model(format)
+    use_fast_layers(model)
     cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
     cases = cases_of(model, cache)
-    assert {case.what for case in cases} == {"prefill attention", "decode", *([f"linear {format}"] if format else [])}
+    assert {case.what for case in cases} == {"prefill attention", "decode", f"linear {format or 'bfloat16'}"}
     assert [case.sizes for case in cases if case.what == "decode"] == [(1,), (2,), (4,)]
     assert len({forms.machine_key(case) for case in cases}) == len(cases)
     for case in cases:
@@ -173,7 +186,7 @@ def test_all_cases_run_in_all_forms(format):
 
 
 def test_no_cases_but_for_bfloat16_on_cpus():
-    model = randomised(small_config())
+    model = randomized(small_config())
     assert cases_of(model, StaticKVCache(model.config, 1, 100, torch.float32, CPU)) == []
 
 
@@ -182,12 +195,12 @@ def test_no_cases_but_for_bfloat16_on_cpus():
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_an_engine_uses_the_faster_forms(format, faster):
-    faster(SDPA, DEQUANTIZED, BLOCKS)
+    faster(SDPA, DEQUANTIZED, LINEAR, BLOCKS)
     engine = small_engine(small_model(format))
     assert engine.parts.forms.sdpa_from == (0, 0, NEVER)  # chunks of 512 do not fit its cache: nothing to measure
     assert engine.parts.forms.block_rows == {1, 2}
     layer = engine.model.model.layers[0].mlp.down_proj
-    assert format is None or layer.limits.dequantized == ROWS[0]
+    assert layer.limits.dequantized == ROWS[0]
     faster(
         CPP,
     )
@@ -328,7 +341,7 @@ def test_measuring_ends_with_its_budget(faster, monkeypatch):
     monkeypatch.setattr("qwen3fast.engine.forms.time.perf_counter", lambda: 0.2 * next(times))
     engine = small_engine(small_model())
     reasons = [choice.reason for choice in engine.parts.forms.choices.values()]
-    assert reasons.count("measured now") == 2  # one of attention, one of decoding
+    assert reasons.count("measured now") == 3  # one of attention, one of products, one of decoding
     assert set(reasons) == {"measured now", "not measured yet"}
     assert engine.parts.forms.sdpa_from == (NEVER, NEVER, NEVER) or not engine.parts.forms.sdpa_from
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, engine_of, randomised, small_config
+from conftest import assert_same, engine_of, randomized, small_config
 from parallel_worker import everything
 
 from qwen3fast import Generator
@@ -42,7 +42,7 @@ class Tape:
 @pytest.fixture(scope="module")
 def model(tokenizer):
     eos = (tokenizer.base.token_to_id("<|im_end|>"),)
-    return randomised(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
+    return randomized(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, random_ids, random_tensor, randomized, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
 from qwen3fast.engine.prefill import Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
 
@@ -74,10 +73,10 @@ def make_engine(dtype, cache_dtype, compile=False, quantization=None, **changes)
     config = small_config(
         dtype=dtype, hidden_size=64, intermediate_size=96, head_dim=32, max_position_embeddings=512, **changes
     )
-    model = randomised(config).to(dtype)
+    model = randomized(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
-    return Engine(model, StaticKVCache(config, 4, 256, cache_dtype, CPU), CPU, compile)
+    return engine_of(model, 4, 256, cache_dtype, compile)
 
 
 def prefill_all(engine, is_together):

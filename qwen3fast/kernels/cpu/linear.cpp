@@ -15,11 +15,10 @@ namespace {
 constexpr int64_t kPanel = 8;  // rows of the weight that are multiplied together
 #ifdef __AVX512F__
 constexpr int64_t kMaxVectors = 3;  // of rows of x: kMaxVectors * kPanel sums fit the registers
-constexpr int64_t kManyRows = 8;    // from which lanes are rows
 #else
 constexpr int64_t kMaxVectors = 1;
-constexpr int64_t kManyRows = 16;
 #endif
+constexpr int64_t kManyRows = 8;  // from which lanes are rows; all chunks of prompts have as many
 constexpr int64_t kVectorsInCache = 12;  // rows of x, in vectors, that pass while a panel of the weight is in the cache
 
 // Puts rows of x into pairs: (blocks of 16 rows, K / 2, 16 rows), two channels of a row in 32 bits. Missing rows are zero.

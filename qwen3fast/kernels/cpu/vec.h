@@ -190,21 +190,6 @@ inline Vec sums(Vec* v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
-// A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
-inline void transpose(Bits* v) {
-#define EXCHANGE(step, lo, hi)                               \
-  for (int i = 0; i < kLanes; i++)                           \
-    if (!(i & step)) {                                       \
-      const Bits a = v[i], b = v[i + step];                  \
-      v[i] = __builtin_shufflevector(a, b, lo);              \
-      v[i + step] = __builtin_shufflevector(a, b, hi);       \
-    }
-  EXCHANGE(8, LO8, HI8)
-  EXCHANGE(4, LO4, HI4)
-  EXCHANGE(2, LO2, HI2)
-  EXCHANGE(1, LO1, HI1)
-}
-
 // exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
 // At least exp(-87); NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
