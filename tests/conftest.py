@@ -123,7 +123,7 @@ def fill_randomly(module: torch.nn.Module, seed: int = 0) -> None:
     module.eval().requires_grad_(False)
 
 
-def randomised(config: ModelConfig, seed: int = 0) -> Qwen3:
+def randomized(config: ModelConfig, seed: int = 0) -> Qwen3:
     """A Qwen3 on the CPU in float32, every parameter random."""
     model = Qwen3(config)
     fill_randomly(model, seed)
@@ -218,7 +218,7 @@ def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) ->
 def yes_no_checkpoint(tmp_path: Path, yes_no_folder: Path) -> Path:
     """A checkpoint of random weights that a Reranker takes: its tokenizer has the tokens "yes" and "no"."""
     config = small_config(vocab_size=1026, max_position_embeddings=1024)
-    return write_text_checkpoint(tmp_path / "yes-no-checkpoint", randomised(config), yes_no_folder)
+    return write_text_checkpoint(tmp_path / "yes-no-checkpoint", randomized(config), yes_no_folder)
 
 
 @pytest.fixture

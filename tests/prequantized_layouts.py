@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import randomised
+from conftest import randomized
 from safetensors.torch import save_file
 from test_checkpoint import tensors_of, write_index
 from test_expert_checkpoints import tensors_by_expert
@@ -191,7 +191,7 @@ def write_prequantized(
     prefix: of names, in place of "model.". Tensors are dealt out to the files in turn, so that those of a layer lie in
     several. Returns: the model that the tensors stand for, in float32.
     """
-    model, rng = randomised(config), np.random.default_rng(0)
+    model, rng = randomized(config), np.random.default_rng(0)
     tensors = tensors_of(model)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and not name.endswith(kept):
@@ -219,7 +219,7 @@ def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tupl
     Returns: its tensors, and what they stand for, in bfloat16, by the names of an unquantized checkpoint.
     """
     rng = np.random.default_rng(0)
-    tensors = {name: tensor.bfloat16() for name, tensor in tensors_by_expert(randomised(config)).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_by_expert(randomized(config)).items()}
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         layer, weight = fp8_layer(rng, *tensors[name].shape, scale_dtype=torch.bfloat16)

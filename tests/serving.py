@@ -14,7 +14,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 import uvicorn
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
@@ -58,7 +58,7 @@ def tiny_generator() -> Iterator[Generator]:
 @pytest.fixture(scope="session")
 def models(tiny_generator: Generator, yes_no_folder: Path) -> dict[str, AnyModel]:
     """One model of each kind."""
-    reranker = Reranker(randomised(small_config(vocab_size=1026)), Tokenizer.from_folder(yes_no_folder))
+    reranker = Reranker(randomized(small_config(vocab_size=1026)), Tokenizer.from_folder(yes_no_folder))
     return {"tiny": tiny_generator, "vectors": Embedder.from_pretrained("tiny", max_length=128), "ranks": reranker}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config, wait_until, write_text_checkpoint
+from conftest import assert_near, randomized, small_config, wait_until, write_text_checkpoint
 from test_lora import ALL, ATTENTION, delta, modules_of, write_adapter
 from torch import nn
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(**changes) -> Qwen3:
-    return randomised(small_config(**{"eos_token_ids": (), "tie_word_embeddings": False, **changes}))
+    return randomized(small_config(**{"eos_token_ids": (), "tie_word_embeddings": False, **changes}))
 
 
 def write(folder: Path, model: Qwen3, targets: list[str], r: int, **config) -> Path:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast import ChatSession, Generator, SamplingParams
 
@@ -175,7 +175,7 @@ def test_append_refuses_a_template_that_renders_a_message_otherwise_alone(tokeni
     template = "{% for m in messages %}{{ loop.index }}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
     config = small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=())
     counting = type(tokenizer)(tokenizer.base, template)
-    with Generator(randomised(config), counting, max_seq_len=128, compile=False) as generator:
+    with Generator(randomized(config), counting, max_seq_len=128, compile=False) as generator:
         session = ChatSession(generator, mode="append")
         session.send("a", replace(GREEDY, max_tokens=3))
         messages = list(session.messages)
@@ -372,7 +372,7 @@ def test_an_unknown_mode_is_refused(alone):
 
 
 def test_a_generator_that_cannot_chat_is_refused(tokenizer):
-    model = randomised(small_config(vocab_size=tokenizer.vocab_size))
+    model = randomized(small_config(vocab_size=tokenizer.vocab_size))
     for bare in (None, type(tokenizer)(tokenizer.base)):
         with (
             Generator(model, bare, max_seq_len=64, compile=False) as generator,

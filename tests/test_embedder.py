@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, randomised, small_config, write_text_checkpoint
+from conftest import assert_same, randomized, small_config, write_text_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qwen3fast import Embedder, load_model
@@ -31,7 +31,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def embedder(tokenizer) -> Embedder:
     """A small random model behind an Embedder."""
-    return Embedder(randomised(small_config(vocab_size=1024)), tokenizer)
+    return Embedder(randomized(small_config(vocab_size=1024)), tokenizer)
 
 
 def reference(embedder: Embedder, text: str) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_encode_of_nothing_is_empty(embedder):
 
 
 def test_encode_cuts_long_texts_and_keeps_the_end_token(tokenizer):
-    embedder = Embedder(randomised(small_config(vocab_size=1024)), tokenizer, max_length=6)
+    embedder = Embedder(randomized(small_config(vocab_size=1024)), tokenizer, max_length=6)
     ids = embedder._token_ids("a b c d e f g h i j")
     assert ids == [*tokenizer.encode("a b c d e f g h i j")[:5], tokenizer.base.token_to_id("<|endoftext|>")]
 
@@ -92,7 +92,7 @@ def test_encode_gives_vectors_that_autograd_can_use(embedder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_pretrained_gives_the_same_vectors(tmp_path, tokenizer, tokenizer_folder, tied):
-    model = randomised(small_config(vocab_size=1024, tie_word_embeddings=tied))
+    model = randomized(small_config(vocab_size=1024, tie_word_embeddings=tied))
     loaded = Embedder.from_pretrained(write_text_checkpoint(tmp_path, model, tokenizer_folder), device="cpu")
     assert_same(loaded.encode(TEXTS), Embedder(model, tokenizer).encode(TEXTS))
     assert loaded.max_length == 256
@@ -101,7 +101,7 @@ def test_from_pretrained_gives_the_same_vectors(tmp_path, tokenizer, tokenizer_f
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_pretrained_reads_names_without_model_and_no_output_projection(tmp_path, tokenizer_folder, tied):
-    model = randomised(small_config(vocab_size=1024, tie_word_embeddings=tied))
+    model = randomized(small_config(vocab_size=1024, tie_word_embeddings=tied))
     folder = write_text_checkpoint(tmp_path, model, tokenizer_folder)
     expected = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)
     tensors = load_file(folder / "model.safetensors")
@@ -114,7 +114,7 @@ def test_from_pretrained_reads_names_without_model_and_no_output_projection(tmp_
 
 
 def test_from_pretrained_names_a_misshaped_tensor_once(tmp_path, tokenizer_folder):
-    folder = write_text_checkpoint(tmp_path, randomised(small_config(vocab_size=1024)), tokenizer_folder)
+    folder = write_text_checkpoint(tmp_path, randomized(small_config(vocab_size=1024)), tokenizer_folder)
     tensors = {n.removeprefix("model."): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file({**tensors, "norm.weight": torch.ones(5)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"norm\.weight in .*: shape \(5,\), expected \(48,\)") as error:
@@ -123,7 +123,7 @@ def test_from_pretrained_names_a_misshaped_tensor_once(tmp_path, tokenizer_folde
 
 
 def test_from_pretrained_refuses_a_tensor_under_both_names(tmp_path, tokenizer_folder):
-    folder = write_text_checkpoint(tmp_path, randomised(small_config(vocab_size=1024)), tokenizer_folder)
+    folder = write_text_checkpoint(tmp_path, randomized(small_config(vocab_size=1024)), tokenizer_folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "norm.weight": torch.ones(48)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"norm\.weight in model\.safetensors: .*was there already"):
@@ -134,7 +134,7 @@ def test_from_pretrained_refuses_a_tensor_under_both_names(tmp_path, tokenizer_f
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_pretrained_quantizes(tmp_path, tokenizer_folder, quantization, tied):
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
-    folder = write_text_checkpoint(tmp_path, randomised(config), tokenizer_folder)
+    folder = write_text_checkpoint(tmp_path, randomized(config), tokenizer_folder)
     exact = Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)
     loaded = Embedder.from_pretrained(folder, device="cpu", quantization=quantization)
     assert formats_of(loaded.model) == ([quantization] if quantization else [])
@@ -163,7 +163,7 @@ def test_embedder_errors(embedder, tokenizer, tmp_path, tokenizer_folder):
         with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'"):
             embedder.encode("a", **{flag: "no"})
     with pytest.raises(ValueError, match=r"gave the id .*vocab_size is 97; they are not of the same checkpoint"):
-        Embedder(randomised(small_config()), tokenizer).encode("a")
+        Embedder(randomized(small_config()), tokenizer).encode("a")
     with pytest.raises(ValueError, match=r"'random:0\.6b' has random weights and no tokenizer"):
         Embedder.from_pretrained("random:0.6b")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json not found"):

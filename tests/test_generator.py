@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast import Generator, RequestMetrics, SamplingParams
 from qwen3fast.model.yarn import Yarn
@@ -19,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=())
-    return randomised(config, seed=1)
+    return randomized(config, seed=1)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_max_seq_len_beyond_the_model_is_refused(model):
 
 
 def test_max_seq_len_may_go_as_far_as_yarn_reaches(model):
-    stretched = randomised(replace(model.config, yarn=Yarn(2.0, 512)), seed=1)
+    stretched = randomized(replace(model.config, yarn=Yarn(2.0, 512)), seed=1)
     with Generator(stretched, max_seq_len=1024, compile=False) as generator:
         ids = [i % 90 for i in range(700)]
         cached, plain = (generator.generate(ids, GREEDY, use_cache=use).token_ids for use in (True, False))
@@ -208,7 +208,7 @@ def test_every_eos_id_of_both_configs_stops_and_no_other(model, tokenizer, gener
             logits[forced] = 0
         return logits
 
-    ending = randomised(replace(model.config, eos_token_ids=of_config), seed=1)
+    ending = randomized(replace(model.config, eos_token_ids=of_config), seed=1)
     preset = {"eos_token_id": of_preset}
     with Generator(ending, tokenizer, generation_config=preset, max_seq_len=64, compile=False) as generator:
         result = generator.generate("hello", replace(GREEDY, logits_processor=force))
@@ -282,7 +282,7 @@ def test_generate_may_be_called_from_threads(generator):
 
 def test_nan_logits_raise_and_leave_the_generator_usable(tokenizer):
     config = small_config(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False, eos_token_ids=())
-    model = randomised(config, seed=2)
+    model = randomized(config, seed=2)
     # Without reuse: what was computed with other weights must not be gone on from.
     with Generator(model, max_seq_len=64, max_batch_size=2, compile=False, prefix_reuse=False) as generator:
         before = generator.generate([1, 2], GREEDY).token_ids

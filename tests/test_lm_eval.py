@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomised, small_config, write_text_checkpoint
+from conftest import randomized, small_config, write_text_checkpoint
 
 from qwen3fast import SamplingParams
 
@@ -43,7 +43,7 @@ def adapter(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, tokenizer, tokenizer_folder):
     config = small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.base.token_to_id("<|im_end|>"),))
-    return write_text_checkpoint(tmp_path / "model", randomised(config, seed=4), tokenizer_folder)
+    return write_text_checkpoint(tmp_path / "model", randomized(config, seed=4), tokenizer_folder)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast import Embedder, Generator, Reranker, SamplingParams
 from qwen3fast.options import GeneratorOptions
@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 @pytest.fixture(scope="module")
 def model():
-    return randomised(small_config(eos_token_ids=()), seed=1)
+    return randomized(small_config(eos_token_ids=()), seed=1)
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size", "max_queue"])

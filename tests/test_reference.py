@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, randomised, small_config
+from conftest import assert_near, random_ids, randomized, small_config
 
 from qwen3fast import Generator, ModelConfig, SamplingParams, load_model, reference
 
@@ -34,7 +34,7 @@ def test_logits_equal_the_engines_model(tiny):
 @torch.inference_mode()
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_on_random_weights(tied):
-    engine_model = randomised(small_config(tie_word_embeddings=tied))
+    engine_model = randomized(small_config(tie_word_embeddings=tied))
     model = reference.Qwen3(engine_model.config)
     model.load_state_dict(engine_model.state_dict())
     token_BT = random_ids(2, 40)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, small_config, write_text_checkpoint
+from conftest import randomized, small_config, write_text_checkpoint
 
 from qwen3fast import Reranker
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
@@ -25,7 +25,7 @@ CONFIG = small_config(vocab_size=1026, max_position_embeddings=512)
 @pytest.fixture(scope="module")
 def reranker(yes_no_folder) -> Reranker:
     """A small random model behind a Reranker."""
-    return Reranker(randomised(CONFIG), Tokenizer.from_folder(yes_no_folder))
+    return Reranker(randomized(CONFIG), Tokenizer.from_folder(yes_no_folder))
 
 
 def probability(model: Qwen3, tokenizer: Tokenizer, prompt: str) -> float:
@@ -87,7 +87,7 @@ def test_score_of_a_document_that_fits_just(reranker):
 def test_from_pretrained_scores_alike_in_every_format(tmp_path, yes_no_folder, tied, quantization):
     # 1,040 rows can be packed: the output projection is quantized as well.
     config = replace(CONFIG, vocab_size=1040, hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
-    folder = write_text_checkpoint(tmp_path, randomised(config), yes_no_folder)
+    folder = write_text_checkpoint(tmp_path, randomized(config), yes_no_folder)
     loaded = Reranker.from_pretrained(folder, device="cpu", quantization=quantization)
     assert formats_of(loaded.model) == ([quantization] if quantization else [])
     expected = [probability(loaded.model, loaded.tokenizer, prompt_of(QUERY, document)) for document in DOCUMENTS]
@@ -113,7 +113,7 @@ def test_reranker_errors(reranker, tokenizer, yes_no_folder, tmp_path):
     with pytest.raises(ValueError, match="tokenizer has no token 'no'"):
         Reranker(reranker.model, tokenizer)
     with pytest.raises(ValueError, match=r"has the id 1025, but the model's vocab_size is 97"):
-        Reranker(randomised(small_config()), reranker.tokenizer)
+        Reranker(randomized(small_config()), reranker.tokenizer)
     with pytest.raises(ValueError, match="has random weights and no tokenizer"):
         Reranker.from_pretrained("random:0.6b")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json not found"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config, write_text_checkpoint
+from conftest import assert_near, randomized, small_config, write_text_checkpoint
 from tokenizers.processors import TemplateProcessing
 
 from qwen3fast import Embedder
@@ -27,7 +27,7 @@ def write(
     **prompts,
 ) -> Path:
     """Write a small random model as sentence-transformers does."""
-    write_text_checkpoint(folder, randomised(small_config(vocab_size=1024)), tokenizer_folder)
+    write_text_checkpoint(folder, randomized(small_config(vocab_size=1024)), tokenizer_folder)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     for i, kind in enumerate(kinds, 1):
         path = f"{i}_{kind}"

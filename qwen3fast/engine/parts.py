@@ -27,7 +27,7 @@ from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 # all sizes, and padding takes time.
 CHUNK_SIZES = (32, 64, 128, 256, 512)
 CPU_CHUNK_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-MAX_PROMPTS = CHUNK_SIZES[-1] // CHUNK_SIZES[0]  # that are computed together, with as many tokens as the largest chunk
+MAX_PROMPTS = 16  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14

@@ -1,7 +1,7 @@
 """Prefill: a prompt is computed in chunks of a few fixed sizes, and its keys and values fill one row of the KV cache.
 
-A chunk has one of a few sizes (`chunk_sizes`), the last one with padding: prompts of all lengths run the same
-compiled code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
+A chunk has one of a few sizes (`chunk_sizes`), the last one with padding: prompts of all lengths run the same compiled
+code and graphs. Decode steps of other rows can run between two chunks. Row r is slot r of the cache.
 Small chunks of several prompts are computed together, one batch row each: a few tokens are bound by reading the
 weights, or by launches. `Parts` holds the functions of a forward pass, compiled or not (parts.py).
 

@@ -32,8 +32,11 @@ def quantize_int4_with(weight_NK: Tensor, hessian_KK: Tensor, damping: float) ->
     scale_NG = torch.empty(N, K // GROUP, device=weight.device)
     for begin in range(0, K, BLOCK):
         end = min(begin + BLOCK, K)
-        error = _quantize_columns(weight, factor, begin, end, level_NK, scale_NG)
-        weight[:, end:] -= error @ factor[begin:end, end:]
+        block_CN = weight[:, begin:end].T.contiguous()
+        level_NK[:, begin:end], scale_NG[:, begin // GROUP : end // GROUP], error_CN = _quantize_columns(
+            block_CN, factor[begin:end, begin:end]
+        )
+        weight[:, end:] -= error_CN.T @ factor[begin:end, end:]
     scale_NG[~is_finite_NG] = torch.nan
     return pack_int4(level_NK, scale_NG)
 
@@ -45,23 +48,27 @@ def inverse_factor(hessian_KK: Tensor, damping: float) -> Tensor:
     """
     added = (damping * hessian_KK.diagonal().double().mean()).clamp(min=1e-12)
     damped = hessian_KK.double() + added * torch.eye(len(hessian_KK), dtype=torch.float64, device=hessian_KK.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    lower = torch.linalg.cholesky(damped.flip(0, 1))  # of the channels in reverse: its inverse, reversed, is U
+    identity = torch.eye(len(damped), dtype=torch.float64, device=damped.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
     return factor
 
 
-def _quantize_columns(
-    weight: Tensor, factor: Tensor, begin: int, end: int, level_NK: Tensor, scale_NG: Tensor
-) -> Tensor:
-    """Quantize some columns, correcting those after each up to `end`. Returns: the errors that later columns need."""
-    error = torch.empty(len(weight), end - begin, device=weight.device)
-    for k in range(begin, end):
-        if k % GROUP == 0:
-            scale_NG[:, k // GROUP] = int4_scales(weight[:, k : k + GROUP])
-        scale_N = scale_NG[:, k // GROUP]
-        level_N = torch.round(weight[:, k] / torch.where(scale_N == 0, 1.0, scale_N)).clamp_(-8, 7)
-        level_NK[:, k] = (level_N + 8).to(torch.uint8)
-        error_N = (weight[:, k] - level_N * scale_N) / factor[k, k]
-        weight[:, k:end] -= error_N[:, None] * factor[k, k:end]
-        error[:, k - begin] = error_N
-    return error
+def _quantize_columns(weight_CN: Tensor, factor_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize columns of a weight, each a row of weight_CN; the columns after each make up for its error, in place.
+
+    Returns: levels (N, C), scales (N, C / 32), and the errors (C, N) that later columns need.
+    """
+    level_CN, error_CN, scales = torch.empty_like(weight_CN, dtype=torch.uint8), torch.empty_like(weight_CN), []
+    for begin in range(0, len(weight_CN), GROUP):
+        end = begin + GROUP
+        scale_N = int4_scales(weight_CN[begin:end].T.contiguous())
+        divisor_N = torch.where(scale_N == 0, 1.0, scale_N)
+        for k in range(begin, end):
+            level_N = torch.round(weight_CN[k] / divisor_N).clamp_(-8, 7)
+            level_CN[k] = level_N + 8
+            error_CN[k] = (weight_CN[k] - level_N * scale_N) / factor_CC[k, k]
+            weight_CN[k + 1 : end].addr_(factor_CC[k, k + 1 : end], error_CN[k], alpha=-1)
+        weight_CN[end:] -= factor_CC[begin:end, end:].T @ error_CN[begin:end]
+        scales.append(scale_N)
+    return level_CN.T, torch.stack(scales, dim=1), error_CN

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, randomised, small_config
+from conftest import random_ids, randomized, small_config
 
 from qwen3fast.bench.measure import QUANTIZED_TOLERANCE, TIE_TOLERANCE, check_tokens
 from qwen3fast.quantization import quantize_model
@@ -19,7 +19,7 @@ def greedy(model, prompt, count):
 
 
 def test_tokens_of_the_plain_model_are_exact_and_others_are_not():
-    model = randomised(small_config(), seed=3)
+    model = randomized(small_config(), seed=3)
     prompts = [random_ids(1, 9)[0].tolist(), random_ids(1, 5, seed=1)[0].tolist()]
     ids = [greedy(model, prompt, 6) for prompt in prompts]
     check = check_tokens(model, prompts, ids)
@@ -42,7 +42,7 @@ def test_tokens_of_the_plain_model_are_exact_and_others_are_not():
     ids=str,
 )
 def test_rounded_activations_allow_more_in_bfloat16_only(dtype, quantization, tolerance):
-    model = randomised(small_config(**SIZES, dtype=dtype)).to(dtype)
+    model = randomized(small_config(**SIZES, dtype=dtype)).to(dtype)
     if quantization:
         quantize_model(model, quantization, dtype)
     assert check_tokens(model, [[1, 2, 3]], [greedy(model, [1, 2, 3], 2)]).tolerance == tolerance

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomised, small_config, write_text_checkpoint
+from conftest import randomized, small_config, write_text_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ Header = dict[str, Any]
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
     """The tensors of a small random model."""
-    return tensors_of(randomised(small_config()))
+    return tensors_of(randomized(small_config()))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def folder(tmp_path, tensors) -> Path:
 def good_folder(tmp_path_factory) -> Path:
     """A good checkpoint in two files, for properties, which copy what they damage."""
     folder = tmp_path_factory.mktemp("good")
-    write_checkpoint(folder, small_config(), tensors_of(randomised(small_config())), files=2)
+    write_checkpoint(folder, small_config(), tensors_of(randomized(small_config())), files=2)
     return folder
 
 
@@ -157,7 +157,7 @@ def test_load_converts_every_float_dtype(tmp_path, tensors):
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
 def test_load_names_quantized_tensors_of_a_wrong_dtype(tmp_path, part):
-    model = randomised(small_config(hidden_size=64))
+    model = randomized(small_config(hidden_size=64))
     quantize_model(model, "int8", torch.float32)
     save_model(model, tmp_path)
     state = {name: p.clone() for name, p in model.named_parameters()}
@@ -179,7 +179,7 @@ def test_load_copies_tensors_that_are_not_aligned(folder, tensors):
 
 
 def test_load_names_a_tensor_that_comes_alone_and_with_its_experts(tmp_path):
-    model = randomised(EXPERTS_CONFIG)
+    model = randomized(EXPERTS_CONFIG)
     stack = "model.layers.0.mlp.experts.down_proj"
     tensors = {stack: tensors_of(model)[stack], **tensors_by_expert(model)}
     write_checkpoint(tmp_path, model.config, tensors, files=2)
@@ -316,7 +316,7 @@ def test_load_refuses_experts_of_no_heads(tmp_path):
 @pytest.fixture
 def text_folder(tmp_path, tokenizer_folder) -> Path:
     """A good checkpoint with a tokenizer."""
-    return write_text_checkpoint(tmp_path / "text", randomised(small_config(vocab_size=1100)), tokenizer_folder)
+    return write_text_checkpoint(tmp_path / "text", randomized(small_config(vocab_size=1100)), tokenizer_folder)
 
 
 @pytest.mark.parametrize(
@@ -393,14 +393,14 @@ def test_check_weights_finds_what_the_dtype_cannot_hold(tmp_path, tensors):
 
 
 def test_check_weights_looks_at_experts_and_scales(tmp_path):
-    model = randomised(EXPERTS_CONFIG)
+    model = randomized(EXPERTS_CONFIG)
     tensors = tensors_by_expert(model)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     tensors[name][3, 4] = torch.nan
     write_checkpoint(tmp_path, model.config, tensors)
     with pytest.raises(ValueError, match=f"{name} in .*: 1 NaN"):
         load_model(tmp_path, device="cpu", check_weights=True)
-    quantized = randomised(small_config(hidden_size=64))
+    quantized = randomized(small_config(hidden_size=64))
     quantized.model.layers[0].mlp.up_proj.weight[2, 2] = torch.inf
     quantize_model(quantized, "int8", torch.float32)
     save_model(quantized, tmp_path)
@@ -419,7 +419,7 @@ def test_check_weights_counts_a_tensor_in_parts(monkeypatch, tmp_path, tensors):
 @pytest.mark.parametrize("kind", [Generator, Embedder, Reranker])
 def test_check_weights_reaches_the_loader(text_folder, yes_no_folder, kind):
     shutil.copytree(yes_no_folder, text_folder, dirs_exist_ok=True)
-    tensors = tensors_of(randomised(small_config(vocab_size=1100)))
+    tensors = tensors_of(randomized(small_config(vocab_size=1100)))
     tensors[NORM][0] = torch.nan
     save_file(tensors, text_folder / SINGLE)
     changes = {"compile": False, "max_seq_len": 64} if kind is Generator else {"max_length": 64}
@@ -429,7 +429,7 @@ def test_check_weights_reaches_the_loader(text_folder, yes_no_folder, kind):
 
 
 def test_check_weights_on_the_command_line(text_folder, capsys):
-    tensors = tensors_of(randomised(small_config(vocab_size=1100)))
+    tensors = tensors_of(randomized(small_config(vocab_size=1100)))
     tensors[NORM][0] = torch.nan
     save_file(tensors, text_folder / SINGLE)
     assert main(["generate", "x", "--model", str(text_folder), "--compile", "never", "--check-weights"]) == 2
@@ -443,7 +443,7 @@ def test_check_weights_on_the_command_line(text_folder, capsys):
 def adapter(tmp_path_factory) -> Path:
     """An adapter that fits the small model."""
     folder = tmp_path_factory.mktemp("adapter")
-    model = randomised(small_config())
+    model = randomized(small_config())
     patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 16}}
     write_adapter(folder, model, modules_of(model, ["q_proj"]), **patterns)
     return folder
@@ -490,7 +490,7 @@ def load_or_refuse(folder: Path) -> bool:
         assert folder.name in str(error)
         return False
     assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in randomised(model.config).named_parameters()
+        n: p.shape for n, p in randomized(model.config).named_parameters()
     }
     return True
 

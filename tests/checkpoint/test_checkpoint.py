@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, random_ids, randomised, small_config
+from conftest import assert_same, random_ids, randomized, small_config
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import save_file
 from torch import Tensor
@@ -85,19 +85,19 @@ def config() -> ModelConfig:
 @pytest.fixture
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of a random model of `config`."""
-    return tensors_of(randomised(config))
+    return tensors_of(randomized(config))
 
 
 @pytest.mark.parametrize("files", [1, 2, 5])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}], ids=str)
 def test_load_gives_back_what_was_saved(tmp_path, files, changes):
-    model = randomised(small_config(**changes))
+    model = randomized(small_config(**changes))
     write_checkpoint(tmp_path, model.config, tensors_of(model), files)
     assert_same_weights(load_model(tmp_path, device="cpu"), model)
 
 
 def test_load_gives_a_model_that_computes_the_same(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_checkpoint(tmp_path, model.config, tensors_of(model))
     token_BT = random_ids(2, 5)
     assert_same(load_model(tmp_path, device="cpu")(token_BT), model(token_BT))
@@ -121,7 +121,7 @@ def test_load_accepts_a_tied_checkpoint_that_repeats_the_embedding(tmp_path, con
 
 
 def test_load_reads_the_output_projection_of_an_untied_model(tmp_path):
-    model = randomised(small_config(tie_word_embeddings=False))
+    model = randomized(small_config(tie_word_embeddings=False))
     write_checkpoint(tmp_path, model.config, tensors_of(model))
     loaded = load_model(tmp_path, device="cpu")
     assert_same(loaded.lm_head.weight, model.lm_head.weight)
@@ -240,7 +240,7 @@ def test_load_names_an_unexpected_tensor(tmp_path, config, tensors, files):
 
 
 def test_load_does_not_drop_biases_that_the_config_does_not_announce(tmp_path, config):
-    tensors = tensors_of(randomised(small_config(attention_bias=True)))
+    tensors = tensors_of(randomized(small_config(attention_bias=True)))
     write_checkpoint(tmp_path, config, tensors)
     with pytest.raises(ValueError, match=r"self_attn\.q_proj\.bias in model\.safetensors: unexpected"):
         load_model(tmp_path, device="cpu")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint
 
 from qwen3fast import load_model
@@ -36,7 +36,7 @@ def tensors_by_expert(model: Qwen3) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def model() -> Qwen3:
     """A random model, one layer with experts and one without."""
-    return randomised(replace(CONFIG, mlp_only_layers=(0,)))
+    return randomized(replace(CONFIG, mlp_only_layers=(0,)))
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint, write_index
 from test_lora import modules_of, write_adapter
@@ -32,7 +32,7 @@ def rewrite_config(folder, **changes):
 
 @pytest.mark.parametrize("has_shards", [False, True])
 def test_a_whole_file_beside_a_stale_index_is_read(tmp_path, caplog, has_shards):
-    old, new = randomised(small_config(), seed=1), randomised(small_config(), seed=2)
+    old, new = randomized(small_config(), seed=1), randomized(small_config(), seed=2)
     write_checkpoint(tmp_path, old.config, tensors_of(old), files=2)
     if not has_shards:
         for file in tmp_path.glob("model-*.safetensors"):
@@ -43,7 +43,7 @@ def test_a_whole_file_beside_a_stale_index_is_read(tmp_path, caplog, has_shards)
 
 
 def test_a_shard_that_is_named_as_a_whole_file_is_a_shard(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     tensors = tensors_of(model)
     write_checkpoint(tmp_path, model.config, {})
     names = sorted(tensors)
@@ -74,14 +74,14 @@ def test_a_shard_that_is_named_as_a_whole_file_is_a_shard(tmp_path):
 )
 def test_tensors_without_use_are_skipped_and_named_in_the_log(tmp_path, caplog, name):
     caplog.set_level(logging.WARNING)
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_checkpoint(tmp_path, model.config, {**tensors_of(model), name: torch.zeros(8)})
     assert_same_weights(load_model(tmp_path, device="cpu"), model)
     assert name in caplog.text
 
 
 def test_a_tensor_that_nobody_knows_is_still_refused(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_checkpoint(tmp_path, model.config, {**tensors_of(model), "model.layers.0.extra.weight": torch.zeros(8)})
     with pytest.raises(ValueError, match=r"model\.layers\.0\.extra\.weight in .*unexpected"):
         load_model(tmp_path, device="cpu")
@@ -91,7 +91,7 @@ def test_a_tensor_that_nobody_knows_is_still_refused(tmp_path):
 
 
 def test_a_tied_model_with_another_output_projection_keeps_both(tmp_path):
-    untied = randomised(small_config(tie_word_embeddings=False))
+    untied = randomized(small_config(tie_word_embeddings=False))
     write_checkpoint(tmp_path, untied.config, tensors_of(untied))
     rewrite_config(tmp_path, tie_word_embeddings=True)
     with pytest.warns(UserWarning, match=r"lm_head\.weight holds other numbers than the embedding; both are used"):
@@ -103,7 +103,7 @@ def test_a_tied_model_with_another_output_projection_keeps_both(tmp_path):
 
 def test_transformers_keeps_both_as_well(tmp_path):
     transformers = pytest.importorskip("transformers")
-    untied = randomised(small_config(tie_word_embeddings=False))
+    untied = randomized(small_config(tie_word_embeddings=False))
     write_checkpoint(tmp_path, untied.config, tensors_of(untied))
     rewrite_config(tmp_path, tie_word_embeddings=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_transformers_keeps_both_as_well(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)])
 def test_tied_weights_are_read_under_either_name(tmp_path, names):
-    model = randomised(small_config())
+    model = randomized(small_config())
     tensors = tensors_of(model)
     embedding = tensors.pop(EMBEDDING)
     write_checkpoint(tmp_path, model.config, {**tensors, **{name: embedding.clone() for name in names}})
@@ -188,7 +188,7 @@ def rename(folder, change):
 
 
 def test_names_with_the_adapters_own_name_in_them_are_read(tmp_path):
-    first, second = randomised(small_config()), randomised(small_config())
+    first, second = randomized(small_config()), randomized(small_config())
     write_adapter(tmp_path, first, modules_of(first, ["q_proj", "up_proj"]))
     merge_lora(first, tmp_path)
     rename(tmp_path, lambda name: name.replace(".weight", ".default.weight"))
@@ -198,7 +198,7 @@ def test_names_with_the_adapters_own_name_in_them_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["lora_embedding_A", "lora_embedding_A.default"])
 def test_an_adapter_of_the_embedding_is_added_row_by_row(tmp_path, name):
-    model, before = (randomised(small_config(tie_word_embeddings=False)) for _ in range(2))
+    model, before = (randomized(small_config(tie_word_embeddings=False)) for _ in range(2))
     write_adapter(tmp_path, model, [], target_modules=["embed_tokens"])
     a, b = random_tensor(4, 97, seed=1), random_tensor(48, 4, seed=2)
     prefix = "base_model.model.model.embed_tokens"
@@ -212,7 +212,7 @@ def test_an_adapter_of_the_embedding_is_added_row_by_row(tmp_path, name):
 
 @pytest.mark.parametrize("spelling", ["", ".modules_to_save", ".modules_to_save.default"])
 def test_modules_that_were_trained_whole_take_the_place_of_the_old(tmp_path, spelling):
-    model = randomised(small_config(tie_word_embeddings=False))
+    model = randomized(small_config(tie_word_embeddings=False))
     saved = {"lm_head": random_tensor(97, 48, seed=5), "model.norm": random_tensor(48, seed=6)}
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), modules_to_save=["lm_head", "norm"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -224,7 +224,7 @@ def test_modules_that_were_trained_whole_take_the_place_of_the_old(tmp_path, spe
 
 
 def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
-    model = randomised(small_config(tie_word_embeddings=False))
+    model = randomized(small_config(tie_word_embeddings=False))
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"lm_head\.weight: missing, modules_to_save names it"):
         merge_lora(model, tmp_path)
@@ -234,7 +234,7 @@ def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_never_ends_is_refused_soon(tmp_path, monkeypatch, pattern, field):
     monkeypatch.setattr("qwen3fast.checkpoint.lora.patterns.MAX_SECONDS", 0.5)
-    model = randomised(small_config())
+    model = randomized(small_config())
     value = {pattern: 4} if field.endswith("_pattern") else pattern
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **{field: value})
     started = time.monotonic()
@@ -255,7 +255,7 @@ def test_mlx_adapters_are_refused_by_name(tmp_path):
 
 
 def test_a_hub_id_of_an_adapter_is_downloaded(tmp_path, monkeypatch):
-    model, asked = randomised(small_config()), []
+    model, asked = randomized(small_config()), []
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
     monkeypatch.setattr(
         "qwen3fast.checkpoint.source.snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path)
@@ -279,7 +279,7 @@ def test_a_hub_id_of_an_adapter_is_downloaded(tmp_path, monkeypatch):
     ids=str,
 )
 def test_hostile_values_of_an_adapter_are_refused_by_name(tmp_path, changes):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **changes)
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         merge_lora(model, tmp_path)
@@ -288,7 +288,7 @@ def test_hostile_values_of_an_adapter_are_refused_by_name(tmp_path, changes):
 @pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
 @pytest.mark.parametrize("has_copy", [False, True])
 def test_an_adapter_of_one_of_two_tied_weights_unties_them(tmp_path, module, has_copy):
-    model, before = (randomised(small_config()) for _ in range(2))
+    model, before = (randomized(small_config()) for _ in range(2))
     write_adapter(tmp_path, model, [], target_modules=[module.split(".")[-1]])
     is_embedding = module != "lm_head"
     a, b = (random_tensor(4, 97, seed=1), random_tensor(48, 4, seed=2))
@@ -311,7 +311,7 @@ def test_an_adapter_of_one_of_two_tied_weights_unties_them(tmp_path, module, has
 
 @pytest.mark.parametrize("ensures", [False, True])
 def test_a_whole_embedding_of_a_tied_model_takes_its_place(tmp_path, ensures):
-    model, before = (randomised(small_config()) for _ in range(2))
+    model, before = (randomized(small_config()) for _ in range(2))
     options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensures}
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **options)
     tensors, saved = load_file(tmp_path / "adapter_model.safetensors"), random_tensor(97, 48, seed=7)
@@ -323,7 +323,7 @@ def test_a_whole_embedding_of_a_tied_model_takes_its_place(tmp_path, ensures):
 
 
 def test_a_copy_of_another_embedding_is_refused(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.model.model.embed_tokens.base_layer.weight"] = random_tensor(97, 48, seed=7)
@@ -333,7 +333,7 @@ def test_a_copy_of_another_embedding_is_refused(tmp_path):
 
 
 def test_an_untied_model_is_quantized_and_saved_with_both_weights(tmp_path):
-    untied = randomised(small_config(hidden_size=64, vocab_size=96, tie_word_embeddings=False))
+    untied = randomized(small_config(hidden_size=64, vocab_size=96, tie_word_embeddings=False))
     (tmp_path / "theirs").mkdir()
     write_checkpoint(tmp_path / "theirs", untied.config, tensors_of(untied))
     rewrite_config(tmp_path / "theirs", tie_word_embeddings=True)
@@ -346,7 +346,7 @@ def test_an_untied_model_is_quantized_and_saved_with_both_weights(tmp_path):
 
 
 def test_an_embedder_needs_no_output_projection_of_its_own(tmp_path):
-    untied = randomised(small_config(tie_word_embeddings=False))
+    untied = randomized(small_config(tie_word_embeddings=False))
     write_checkpoint(tmp_path, untied.config, tensors_of(untied))
     rewrite_config(tmp_path, tie_word_embeddings=True)
     model = load_model(tmp_path, device="cpu", output_projection=False)
@@ -355,7 +355,7 @@ def test_an_embedder_needs_no_output_projection_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}'])
 def test_a_whole_file_beside_a_damaged_index_is_read(tmp_path, index):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_checkpoint(tmp_path, model.config, tensors_of(model))
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert_same_weights(load_model(tmp_path, device="cpu"), model)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.checkpoint.source import TINY_FOLDER
@@ -89,20 +89,20 @@ def test_transformers_has_the_same_defaults():
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 5), (3, 3), (9, 9)])
 def test_max_new_tokens_is_the_default_of_max_tokens(asked, expected):
-    model = randomised(small_config(eos_token_ids=()))
+    model = randomized(small_config(eos_token_ids=()))
     with Generator(model, generation_config={"max_new_tokens": 5}, max_seq_len=64, compile=False) as generator:
         result = generator.generate([1, 2, 3], SamplingParams(max_tokens=asked))
     assert len(result.token_ids) == expected
 
 
 def test_max_new_tokens_never_makes_a_prompt_too_long():
-    model = randomised(small_config(eos_token_ids=()))
+    model = randomized(small_config(eos_token_ids=()))
     with Generator(model, generation_config={"max_new_tokens": 2048}, max_seq_len=16, compile=False) as generator:
         assert len(generator.generate([1, 2, 3]).token_ids) == 13
 
 
 @pytest.mark.parametrize("ids", [-1, [-1], [-1, 3]])
 def test_negative_end_ids_are_no_tokens(ids):
-    model = randomised(small_config(eos_token_ids=()))
+    model = randomized(small_config(eos_token_ids=()))
     with Generator(model, generation_config={"eos_token_id": ids}, max_seq_len=16, compile=False) as generator:
         assert generator._builder._eos_ids == ({3} if ids == [-1, 3] else set())

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from gguf_files import YARN, add_yarn, decode, gguf_tensors, write_gguf
 from test_cpu_ops import run_layers, run_layers_plainly
 from test_lora import modules_of, write_adapter
@@ -49,7 +49,7 @@ QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 
 def layers_by_gguf_name(model: Qwen3) -> dict[str, torch.Tensor]:
     """The weight that each layer computes with, be it packed or plain, in float32."""
-    plain = randomised(model.config)
+    plain = randomized(model.config)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.dequantize()
@@ -76,7 +76,7 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_floats_load_as_they_are(tmp_path, tied):
-    model = randomised(small_config(tie_word_embeddings=tied))
+    model = randomized(small_config(tie_word_embeddings=tied))
     write_gguf(tmp_path / "model.gguf", model)
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     expected = replace(model.config, rms_norm_eps=loaded.config.rms_norm_eps, eos_token_ids=())
@@ -90,7 +90,7 @@ def test_floats_load_as_they_are(tmp_path, tied):
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_floats_keep_their_dtype_and_are_the_mapped_pages(tmp_path, kind):
-    model = randomised(small_config())
+    model = randomized(small_config())
     file = tmp_path / "model.gguf"
     written = write_gguf(file, model, kind)
     before = file.read_bytes()
@@ -114,7 +114,7 @@ KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantize_gives_the_numbers_that_gguf_defines(tmp_path, kind):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(small_config(**SIZES)), kind)
+    written = write_gguf(file, randomized(small_config(**SIZES)), kind)
     loaded = load_model(file, "cpu", "float32", quantization="dequantize")
     assert not formats_of(loaded) and loaded.config.dtype == torch.bfloat16
     for name, tensor in gguf_tensors(loaded).items():
@@ -123,9 +123,9 @@ def test_dequantize_gives_the_numbers_that_gguf_defines(tmp_path, kind):
 
 def test_logits_are_those_of_the_dequantized_weights(tmp_path):
     file = tmp_path / "model.gguf"
-    model = randomised(small_config(**SIZES, tie_word_embeddings=False))
+    model = randomized(small_config(**SIZES, tie_word_embeddings=False))
     written = write_gguf(file, model, "Q4_K")
-    reference = randomised(model.config)
+    reference = randomized(model.config)
     for name, tensor in gguf_tensors(reference).items():
         tensor.copy_(decode(*written[name]))
     ids = random_ids(2, 9, vocab_size=96)
@@ -134,7 +134,7 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path):
 
 def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(small_config(**SIZES)), "Q4_0")
+    written = write_gguf(file, randomized(small_config(**SIZES)), "Q4_0")
     loaded = load_model(file, "cpu")
     assert formats_of(loaded) == ["int4"]
     assert {module.format.name for module in loaded.modules() if isinstance(module, QuantizedLinear)} == {"int4"}
@@ -158,7 +158,7 @@ def test_q4_0_keeps_its_levels_and_rounds_its_scales(tmp_path):
 )
 def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantization, layout):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(small_config(**SIZES, tie_word_embeddings=False)), kind)
+    written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
     loaded = load_model(file, "cpu", quantization=quantization)
     assert formats_of(loaded) == ["uint4"]
     for layer in loaded.modules():
@@ -172,7 +172,7 @@ def test_levels_and_minimums_of_4_bits_are_kept_exactly(tmp_path, kind, quantiza
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_language_model_of_qwen3_vl_is_loaded_as_qwen3(tmp_path, num_experts):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
-    model = randomised(small_config(**SIZES, **(experts if num_experts else {})))
+    model = randomized(small_config(**SIZES, **(experts if num_experts else {})))
     name = "qwen3vlmoe" if num_experts else "qwen3vl"
 
     def add_vision(writer):
@@ -187,13 +187,13 @@ def test_language_model_of_qwen3_vl_is_loaded_as_qwen3(tmp_path, num_experts):
 @pytest.mark.parametrize("kind", ["F32", "Q4_K", "Q6_K"])
 def test_info_states_the_bytes_that_experts_take(tmp_path, capsys, kind):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES, **experts)), kind)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES, **experts)), kind)
     assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
     assert f"{load_model(tmp_path / 'model.gguf', 'cpu').num_bytes():,} bytes" in capsys.readouterr().out
 
 
 def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
-    write_gguf(tmp_path / "mmproj.gguf", randomised(small_config(**SIZES)), architecture="clip")
+    write_gguf(tmp_path / "mmproj.gguf", randomized(small_config(**SIZES)), architecture="clip")
     with pytest.raises(ValueError, match="'clip' is not supported; it reads images: load the language model's file"):
         load_model(tmp_path / "mmproj.gguf", "cpu")
 
@@ -201,7 +201,7 @@ def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(small_config(**SIZES, tie_word_embeddings=False)), kind)
+    written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
     loaded = load_model(file, "cpu")
     assert formats_of(loaded) == ["int8"]
     for name, ours in layers_by_gguf_name(loaded).items():
@@ -214,7 +214,7 @@ def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
 @pytest.mark.parametrize("name", ["int8", "int4", "uint4"])
 def test_quantization_rounds_anew(tmp_path, name):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(small_config(**SIZES)), "Q6_K")
+    written = write_gguf(file, randomized(small_config(**SIZES)), "Q6_K")
     loaded = load_model(file, "cpu", quantization=name)
     assert formats_of(loaded) == [name]
     ours = layers_by_gguf_name(loaded)
@@ -235,7 +235,7 @@ def mixed(name: str) -> str:
 
 
 def test_a_mixture_keeps_each_layer_in_its_form(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), mixed)
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     found = {n: m.format.name for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)}
     first, second = ({n[15:]: f for n, f in found.items() if n.startswith(f"model.layers.{i}.")} for i in (0, 1))
@@ -249,7 +249,7 @@ def test_a_mixture_keeps_each_layer_in_its_form(tmp_path):
 
 @pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 def test_a_mixture_decodes_in_one_call_like_its_blocks(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), mixed)
     model = load_model(tmp_path / "model.gguf", "cpu")
     cache = StaticKVCache(model.config, 3, 64, torch.bfloat16, torch.device("cpu"))
     x_B1E, position_B1 = model.embed(torch.tensor([[5], [17]])), torch.tensor([[0], [0]])
@@ -259,7 +259,7 @@ def test_a_mixture_decodes_in_one_call_like_its_blocks(tmp_path):
 
 
 def test_layers_of_one_input_in_two_formats_run_in_one_call(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), mixed)
     model = load_model(tmp_path / "model.gguf", "cpu")
     attention = model.model.layers[1].self_attn
     assert attention.v_proj.format.name == "int8" and attention.q_proj.format.name == "int4"
@@ -281,7 +281,7 @@ def test_blocks_of_other_formats_do_not_share_a_compiled_form(tmp_path, monkeypa
     seen = []
     monkeypatch.setattr(StepCompiler, "compile", compile)
     monkeypatch.setattr(DecodeLayers, "serves", lambda self, rows: False)
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES, num_hidden_layers=4)), mixed)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES, num_hidden_layers=4)), mixed)
     model = load_model(tmp_path / "model.gguf", "cpu")
     with Generator(model, max_seq_len=64, compile=True) as generator:
         generator.generate([5, 17, 3], GREEDY)
@@ -294,7 +294,7 @@ def test_blocks_of_other_formats_do_not_share_a_compiled_form(tmp_path, monkeypa
 
 
 def test_yarn_is_that_of_config_json(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_gguf(tmp_path / "model.gguf", model, change=add_yarn)
     expected = CheckpointConfig.from_dict({**CheckpointConfig(model.config).to_dict(), "rope_scaling": YARN}).model
     assert read_config(tmp_path / "model.gguf").yarn == expected.yarn
@@ -306,9 +306,9 @@ def test_sampling_defaults_are_the_preset(tmp_path):
         writer.add_int32("general.sampling.top_k", 20)
 
     file = tmp_path / "model.gguf"
-    write_gguf(file, randomised(small_config()), change=add_sampling)
+    write_gguf(file, randomized(small_config()), change=add_sampling)
     assert read_generation_config(file) == {"temperature": 0.5, "top_k": 20, "do_sample": True}
-    write_gguf(file, randomised(small_config()))
+    write_gguf(file, randomized(small_config()))
     assert read_generation_config(file) is None
 
 
@@ -316,7 +316,7 @@ def test_a_preset_that_no_request_could_set_is_refused(tmp_path, tokenizer_folde
     def add_sampling(writer):
         writer.add_float32("general.sampling.temp", -1.0)
 
-    file, model = tmp_path / "model.gguf", randomised(small_config(vocab_size=1024))
+    file, model = tmp_path / "model.gguf", randomized(small_config(vocab_size=1024))
     write_gguf(file, model, tokenizer_folder=tokenizer_folder, change=add_sampling)
     with pytest.raises(ValueError, match=r"model\.gguf: its sampling settings are damaged: temperature must be"):
         Generator.from_pretrained(file, device="cpu", compile=False)
@@ -328,7 +328,7 @@ def moe_config(**changes) -> ModelConfig:
 
 
 def test_experts_load_into_their_stacks(tmp_path):
-    model = randomised(moe_config())
+    model = randomized(moe_config())
     write_gguf(tmp_path / "model.gguf", model)
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     for name, parameter in model.named_parameters():
@@ -338,7 +338,7 @@ def test_experts_load_into_their_stacks(tmp_path):
 
 def test_quantized_experts_load_dequantized(tmp_path):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(moe_config()), lambda name: "Q8_0" if "exps" in name else "F16")
+    written = write_gguf(file, randomized(moe_config()), lambda name: "Q8_0" if "exps" in name else "F16")
     for name, tensor in gguf_tensors(load_model(file, "cpu", "float32", quantization="dequantize")).items():
         assert_same(tensor, decode(*written[name]))
     assert main(["info", "--model", str(file)]) == 0
@@ -361,7 +361,7 @@ def kinds_of_experts(name: str) -> str:
 )
 def test_quantized_experts_load_packed(tmp_path, kinds, quantization, format):
     file = tmp_path / "model.gguf"
-    written = write_gguf(file, randomised(moe_config()), kinds)
+    written = write_gguf(file, randomized(moe_config()), kinds)
     model = load_model(file, "cpu", "float32", quantization=quantization)
     for layer, block in enumerate(model.model.layers):
         experts = block.mlp.experts
@@ -386,7 +386,7 @@ def test_quantized_experts_load_packed(tmp_path, kinds, quantization, format):
 
 
 def test_adapters_need_plain_weights(tmp_path):
-    model = randomised(small_config(**SIZES))
+    model = randomized(small_config(**SIZES))
     write_gguf(tmp_path / "model.gguf", model, "Q8_0")
     modules = modules_of(model, ["q_proj"])
     write_adapter(tmp_path / "adapter", model, modules)
@@ -402,7 +402,7 @@ def test_adapters_need_plain_weights(tmp_path):
 
 
 def test_embedder_leaves_the_output_projection_out(tmp_path, tokenizer_folder):
-    model = randomised(small_config(vocab_size=1024, tie_word_embeddings=False))
+    model = randomized(small_config(vocab_size=1024, tie_word_embeddings=False))
     write_gguf(tmp_path / "model.gguf", model, tokenizer_folder=tokenizer_folder)
     embedder = Embedder.from_pretrained(tmp_path / "model.gguf", device="cpu")
     assert embedder.model.lm_head is None
@@ -449,7 +449,7 @@ def kinds_of_k_quants(name: str) -> str:
 def test_a_saved_mixture_loads_as_it_was(tmp_path, experts, tied, capsys):
     write_gguf(
         tmp_path / "model.gguf",
-        randomised(small_config(**SIZES, tie_word_embeddings=tied, **experts)),
+        randomized(small_config(**SIZES, tie_word_embeddings=tied, **experts)),
         kinds_of_k_quants,
     )
     with Generator(load_model(tmp_path / "model.gguf", "cpu"), max_seq_len=32, compile=False) as generator:
@@ -478,7 +478,7 @@ def test_command_line_takes_gguf_files(tiny_file, capsys):
 
 
 def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), mixed)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), mixed)
     assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
     loaded = load_model(tmp_path / "model.gguf", "cpu")
     assert f"{loaded.num_bytes():,} bytes in int4, int8\n" in capsys.readouterr().out
@@ -492,7 +492,7 @@ def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
 
 
 def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
-    write_gguf(tmp_path / "model.gguf", randomised(small_config(**SIZES)), kinds_of_k_quants)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), kinds_of_k_quants)
     own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int8", "attn_output": "uint4"}
     own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
     assert formats_chosen(tmp_path / "model.gguf", None) == own
@@ -506,7 +506,7 @@ def test_gate_and_up_of_experts_get_one_format(tmp_path, up):
     config = small_config(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256)
     kinds = {"ffn_up_exps": up, "ffn_gate_exps": "Q4_K", "ffn_down_exps": "Q4_K"}
     written = write_gguf(
-        tmp_path / "model.gguf", randomised(config), lambda name: kinds.get(name.split(".")[-2], "F32")
+        tmp_path / "model.gguf", randomized(config), lambda name: kinds.get(name.split(".")[-2], "F32")
     )
     model = load_model(tmp_path / "model.gguf", "cpu", "float32")
     experts = model.model.layers[0].mlp.experts

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, randomised, small_config
+from conftest import assert_same, randomized, small_config
 from gguf_files import add_yarn, gguf_tensors, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ def test_header_is_what_gguf_reads(tiny_file):
 
 
 def test_a_folder_stands_for_its_only_gguf_file(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_gguf(tmp_path / "one.gguf", model)
     assert resolve_source(tmp_path) == tmp_path / "one.gguf"
     assert_same(load_model(tmp_path, "cpu").model.norm.weight, model.model.norm.weight)
@@ -54,7 +54,7 @@ def test_a_folder_stands_for_its_only_gguf_file(tmp_path):
 
 
 def test_split_files_load_as_one(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_gguf(tmp_path / "model.gguf", model, split_max_tensors=7)
     parts = sorted(tmp_path.glob("model-*-of-*.gguf"))
     assert len(parts) == 4
@@ -72,11 +72,11 @@ def test_split_files_load_as_one(tmp_path):
 
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path):
-    tensors = gguf_tensors(randomised(small_config()))
+    tensors = gguf_tensors(randomized(small_config()))
     del tensors["blk.1.ffn_up.weight"], tensors["output_norm.weight"]
     tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_q.weight"][:32].contiguous()
     tensors["blk.0.attn_q.bias"] = torch.zeros(64)
-    write_gguf(tmp_path / "model.gguf", randomised(small_config()), tensors=tensors)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config()), tensors=tensors)
     with pytest.raises(ValueError, match="do not fit its metadata") as error:
         load_model(tmp_path / "model.gguf", "cpu")
     for problem in (
@@ -92,7 +92,7 @@ def test_types_that_gguf_cannot_decode_are_named(tmp_path):
     def add_integers(writer):
         writer.add_tensor("output.weight", np.zeros((97, 48), np.int32))
 
-    write_gguf(tmp_path / "model.gguf", randomised(small_config()), change=add_integers)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config()), change=add_integers)
     with pytest.raises(ValueError, match=r"output.weight in model.gguf: type I32 is not supported"):
         load_model(tmp_path / "model.gguf", "cpu")
 
@@ -125,7 +125,7 @@ def test_metadata_that_are_not_supported_are_refused(tmp_path, change, message):
         writer.kv_data[0] = Last(writer.kv_data[0])
         change(writer)
 
-    write_gguf(tmp_path / "model.gguf", randomised(small_config()), change=replace_values)
+    write_gguf(tmp_path / "model.gguf", randomized(small_config()), change=replace_values)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "model.gguf", "cpu")
 
@@ -203,7 +203,7 @@ def small_bytes(tmp_path_factory) -> tuple[bytes, Path]:
     """A whole file, small, and where to write damaged ones."""
     folder = tmp_path_factory.mktemp("damaged")
     config = small_config(vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    write_gguf(folder / "whole.gguf", randomised(config), "Q4_0", tokenizer_folder=TINY_FOLDER, change=add_yarn)
+    write_gguf(folder / "whole.gguf", randomized(config), "Q4_0", tokenizer_folder=TINY_FOLDER, change=add_yarn)
     return (folder / "whole.gguf").read_bytes(), folder / "damaged.gguf"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint
 
 from qwen3fast import load_model
@@ -107,7 +107,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     """A hub that serves a small model to `load_model`, and an empty cache."""
     folder = tmp_path / "served"
     folder.mkdir()
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_checkpoint(folder, model.config, tensors_of(model), files=2)
     (folder / "pytorch_model.bin").write_bytes(b"never asked for")
     server = Hub(folder)
@@ -130,14 +130,14 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
 
 def test_a_model_of_the_hub_is_downloaded_once(hub, tmp_path):
     for _ in range(2):
-        assert_same_weights(load_model(NAME, device="cpu"), randomised(small_config()))
+        assert_same_weights(load_model(NAME, device="cpu"), randomized(small_config()))
     assert sorted(hub.asked) == [(FIRST, None), (SECOND, None)]
     assert [path.name for path in (tmp_path / "cache").rglob("*.bin")] == []
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub):
     hub.breaks_at = 50_000
-    assert_same_weights(load_model(NAME, device="cpu"), randomised(small_config()))
+    assert_same_weights(load_model(NAME, device="cpu"), randomized(small_config()))
     assert [asked for name, asked in hub.asked if name == SECOND] == [None, "bytes=50000-"]
 
 
@@ -146,5 +146,5 @@ def test_a_failed_download_is_named_and_the_next_call_keeps_finished_files(hub):
     with pytest.raises(FileNotFoundError, match=f"'{NAME}' is neither a local folder nor available from the hub .*503"):
         load_model(NAME, device="cpu")
     hub.is_down = False
-    assert_same_weights(load_model(NAME, device="cpu"), randomised(small_config()))
+    assert_same_weights(load_model(NAME, device="cpu"), randomized(small_config()))
     assert [asked for name, asked in hub.asked if name == FIRST] == [None]

@@ -14,7 +14,7 @@ from conftest import (
     assert_same,
     random_ids,
     random_tensor,
-    randomised,
+    randomized,
     small_config,
     write_text_checkpoint,
 )
@@ -72,7 +72,7 @@ def assert_merged(merged: Qwen3, base: Qwen3, tensors: dict[str, Tensor], scale_
 
 @pytest.mark.parametrize("target", ALL)
 def test_merge_adds_the_product_to_each_kind_of_layer(tmp_path, target):
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     tensors = write_adapter(tmp_path, base, modules_of(base, [target]))
     merge_lora(merged, tmp_path)
     assert_merged(merged, base, tensors, lambda module: 8 / 4)
@@ -80,7 +80,7 @@ def test_merge_adds_the_product_to_each_kind_of_layer(tmp_path, target):
 
 def test_merge_adapts_the_output_projection_of_an_untied_model(tmp_path):
     config = small_config(tie_word_embeddings=False)
-    base, merged = randomised(config), randomised(config)
+    base, merged = randomized(config), randomized(config)
     tensors = write_adapter(tmp_path, base, ["lm_head"])
     merge_lora(merged, tmp_path)
     assert_merged(merged, base, tensors, lambda module: 2)
@@ -88,22 +88,22 @@ def test_merge_adapts_the_output_projection_of_an_untied_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_accepts_the_copy_of_the_output_projection_that_peft_writes_beside_it(tmp_path, dtype):
-    base = randomised(small_config(tie_word_embeddings=False))
+    base = randomized(small_config(tie_word_embeddings=False))
     tensors = write_adapter(tmp_path, base, ["lm_head"])
     copy = "base_model.model.lm_head.base_layer.weight"
     save_file({**tensors, copy: base.lm_head.weight.detach().clone()}, tmp_path / "adapter_model.safetensors")
-    merged = randomised(small_config(tie_word_embeddings=False)).to(dtype)
+    merged = randomized(small_config(tie_word_embeddings=False)).to(dtype)
     merge_lora(merged, tmp_path)
     assert_near(merged.lm_head.weight, base.lm_head.weight.double() + delta(tensors, "lm_head", 2), dtype)
     save_file({**tensors, copy: 1 + base.lm_head.weight.detach()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
         ValueError, match=r"base_layer\.weight: differs from the model's; the adapter is for another one"
     ):
-        merge_lora(randomised(small_config(tie_word_embeddings=False)), tmp_path)
+        merge_lora(randomized(small_config(tie_word_embeddings=False)), tmp_path)
 
 
 def test_merge_scales_by_the_root_of_the_rank_for_rslora(tmp_path):
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     tensors = write_adapter(tmp_path, base, modules_of(base, ALL), rank=9, r=9, use_rslora=True)
     merge_lora(merged, tmp_path)
     assert_merged(merged, base, tensors, lambda module: 8 / 3)
@@ -116,7 +116,7 @@ def test_merge_follows_patterns_of_rank_and_alpha(tmp_path):
     def alpha(module: str) -> float:
         return 3 if module == "model.layers.0.self_attn.k_proj" else 16 if module.endswith("down_proj") else 8
 
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     patterns = {
         "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6},
         "alpha_pattern": {"^model.layers.0.self_attn.k_proj": 3, "down_proj": 16, "proj": 5},  # "proj" means no layer
@@ -142,7 +142,7 @@ def test_merge_follows_patterns_of_rank_and_alpha(tmp_path):
     ids=lambda value: str(value) if isinstance(value, dict) else "chosen",
 )
 def test_merge_wants_just_the_layers_that_the_config_names(tmp_path, config, chosen):
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     modules = [module for module in modules_of(base, ALL) if chosen(module)]
     tensors = write_adapter(tmp_path, base, modules, **config)
     merge_lora(merged, tmp_path)
@@ -154,7 +154,7 @@ def test_merge_wants_just_the_layers_that_the_config_names(tmp_path, config, cho
 
 
 def test_merge_reads_adapters_of_models_without_output_projection(tmp_path):
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     # Patterns mean the names that the adapter itself uses.
     config = {"alpha_pattern": {"^layers.0.self_attn.q_proj": 4}, "target_modules": r"layers\.\d+\.self_attn\.q_proj"}
     tensors = write_adapter(tmp_path, base, modules_of(base, ["q_proj"]), **config)
@@ -166,7 +166,7 @@ def test_merge_reads_adapters_of_models_without_output_projection(tmp_path):
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_rounds_once_to_the_dtype_of_the_weight(tmp_path, adapter_dtype):
-    base, merged = randomised(small_config()).bfloat16(), randomised(small_config()).bfloat16()
+    base, merged = randomized(small_config()).bfloat16(), randomized(small_config()).bfloat16()
     tensors = write_adapter(tmp_path, base, modules_of(base, ["q_proj"]))
     tensors = {name: tensor.to(adapter_dtype) for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -179,7 +179,7 @@ def test_merge_rounds_once_to_the_dtype_of_the_weight(tmp_path, adapter_dtype):
 
 
 def test_merged_logits_are_those_of_base_and_adapter_side_by_side(tmp_path):
-    base, merged = randomised(small_config()), randomised(small_config())
+    base, merged = randomized(small_config()), randomized(small_config())
     tensors = write_adapter(tmp_path, base, modules_of(base, ALL), lora_alpha=1)
     merge_lora(merged, tmp_path)
 
@@ -201,7 +201,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_load_merges_before_quantizing_and_leaves_the_files_alone(tmp_path, tokenizer_folder, quantization):
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96)
-    base, expected = randomised(config), randomised(config)
+    base, expected = randomized(config), randomized(config)
     checkpoint = write_text_checkpoint(tmp_path / "base", base, tokenizer_folder)
     tensors = write_adapter(tmp_path / "adapter", base, modules_of(base, ALL))
     before = digests(checkpoint), digests(tmp_path / "adapter")
@@ -217,7 +217,7 @@ def test_load_merges_before_quantizing_and_leaves_the_files_alone(tmp_path, toke
 
 
 def test_merge_leaves_weights_without_adapter_mapped(tmp_path, tokenizer_folder):
-    model = randomised(small_config(vocab_size=1024))
+    model = randomized(small_config(vocab_size=1024))
     checkpoint = write_text_checkpoint(tmp_path / "base", model, tokenizer_folder)
     write_adapter(tmp_path / "adapter", model, modules_of(model, ["q_proj"]))
     loaded = load_model(checkpoint, device="cpu")
@@ -229,7 +229,7 @@ def test_merge_leaves_weights_without_adapter_mapped(tmp_path, tokenizer_folder)
 
 
 def test_generator_answers_with_the_merged_weights(tmp_path, tokenizer_folder):
-    model = randomised(small_config(vocab_size=1024))
+    model = randomized(small_config(vocab_size=1024))
     checkpoint = write_text_checkpoint(tmp_path / "base", model, tokenizer_folder)
     write_adapter(tmp_path / "adapter", model, modules_of(model, ALL))
     merge_lora(model, tmp_path / "adapter")
@@ -263,7 +263,7 @@ def test_generator_answers_with_the_merged_weights(tmp_path, tokenizer_folder):
     ids=str,
 )
 def test_merge_refuses_what_is_not_supported_by_name(tmp_path, config, message):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **config)
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
         merge_lora(model, tmp_path)
@@ -272,7 +272,7 @@ def test_merge_refuses_what_is_not_supported_by_name(tmp_path, config, message):
 
 
 def test_merge_names_all_tensors_that_do_not_fit_at_once(tmp_path):
-    model, untouched = randomised(small_config()), randomised(small_config())
+    model, untouched = randomized(small_config()), randomized(small_config())
     write_adapter(tmp_path, model, modules_of(model, ["q_proj", "up_proj"]))
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -296,14 +296,14 @@ def test_merge_names_all_tensors_that_do_not_fit_at_once(tmp_path):
 
 
 def test_merge_refuses_an_adapter_without_tensors(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     write_adapter(tmp_path, model, [], target_modules=["c_attn"])
     with pytest.raises(ValueError, match="it holds no tensors"):
         merge_lora(model, tmp_path)
 
 
 def test_merge_says_which_file_is_missing(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json not found"):
         merge_lora(model, tmp_path)
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
@@ -317,7 +317,7 @@ def test_merge_says_which_file_is_missing(tmp_path):
 
 def test_merge_refuses_quantized_weights(tmp_path):
     config = small_config(hidden_size=64, intermediate_size=96)
-    model = randomised(config)
+    model = randomized(config)
     write_adapter(tmp_path / "adapter", model, modules_of(model, ["q_proj"]))
     quantize_model(model, "int8", torch.float32)
     with pytest.raises(ValueError, match="needs the original weights; these are in int8 already"):

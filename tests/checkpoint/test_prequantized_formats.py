@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prequantized_layouts import (
@@ -376,7 +376,7 @@ def test_fp8_experts_are_dequantized(tmp_path, files):
 def write_experts(folder, quantization_config, kept=()):
     """A checkpoint whose experts are stored in a layout, but for `kept`. Returns: what all tensors stand for."""
     config = replace(MOE, hidden_size=128, moe_intermediate_size=64, dtype=torch.bfloat16)
-    rng, tensors = np.random.default_rng(0), tensors_by_expert(randomised(config))
+    rng, tensors = np.random.default_rng(0), tensors_by_expert(randomized(config))
     expected = dict(tensors)
     for name in [name for name in tensors if ".experts." in name and name not in kept]:
         parts, expected[name] = drawn_layer(rng, *tensors.pop(name).shape, quantization_config)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config
+from conftest import assert_near, randomized, small_config
 from safetensors.torch import load_file, save_file
 from test_lora import ALL, delta, modules_of, write_adapter
 
@@ -34,7 +34,7 @@ def read(folder, model, max_rank=16):
 )
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_the_product_is_what_merging_adds(tmp_path, rank, config, scale, quantization):
-    model = randomised(small_config(hidden_size=64, intermediate_size=96))
+    model = randomized(small_config(hidden_size=64, intermediate_size=96))
     tensors = write_adapter(tmp_path, model, modules_of(model, ALL), rank, **config)
     if quantization is not None:
         quantize_model(model, quantization, torch.float32)
@@ -45,7 +45,7 @@ def test_the_product_is_what_merging_adds(tmp_path, rank, config, scale, quantiz
 
 
 def test_adapters_of_models_without_output_projection_are_read(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     tensors = write_adapter(tmp_path, model, modules_of(model, ["q_proj"]))
     bare = {name.replace("model.model.", "model."): tensor for name, tensor in tensors.items()}
     save_file(bare, tmp_path / "adapter_model.safetensors")
@@ -54,7 +54,7 @@ def test_adapters_of_models_without_output_projection_are_read(tmp_path):
 
 def test_of_experts_only_attention_can_be_adapted(tmp_path):
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    model = randomised(small_config(**experts))
+    model = randomized(small_config(**experts))
     assert {name.split(".")[-1] for name in adaptable_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     write_adapter(tmp_path, model, modules_of(model, ["q_proj", "gate"]))
     with pytest.raises(ValueError, match=r"mlp\.gate is no linear layer of a block's attention or feed-forward part"):
@@ -63,7 +63,7 @@ def test_of_experts_only_attention_can_be_adapted(tmp_path):
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
 def test_embedding_and_output_projection_can_only_be_merged(tmp_path, module):
-    model = randomised(small_config(tie_word_embeddings=False))
+    model = randomized(small_config(tie_word_embeddings=False))
     write_adapter(tmp_path, model, [*modules_of(model, ["q_proj"]), module])
     if module == "model.embed_tokens":
         tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -74,7 +74,7 @@ def test_embedding_and_output_projection_can_only_be_merged(tmp_path, module):
 
 
 def test_ranks_beyond_the_room_are_all_named(tmp_path):
-    model = randomised(small_config())
+    model = randomized(small_config())
     ranks = {"rank_pattern": {"k_proj": 6}}
     write_adapter(
         tmp_path, model, modules_of(model, ["q_proj", "k_proj"]), lambda m: 6 if "k_proj" in m else 4, **ranks
@@ -87,7 +87,7 @@ def test_ranks_beyond_the_room_are_all_named(tmp_path):
 
 
 def test_tensors_that_do_not_fit_are_named_as_in_merging(tmp_path):
-    model, other = randomised(small_config()), randomised(small_config(num_hidden_layers=3))
+    model, other = randomized(small_config()), randomized(small_config(num_hidden_layers=3))
     write_adapter(tmp_path, other, modules_of(other, ["q_proj"]))
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.q_proj\.lora_A\.weight: unexpected"):
         read(tmp_path, model)

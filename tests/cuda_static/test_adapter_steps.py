@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import engine_of, random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomized, small_config
 from cuda_static.capture_rules import HostWatch
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.test_replay import CpuRecorder, buffers_of
@@ -38,7 +38,7 @@ def matrices(engine, seed):
 
 
 def make_engine(lookahead=0, rows=3):
-    model = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+    model = randomized(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
     engine = engine_of(model, rows, lookahead=lookahead, max_adapters=2, max_adapter_rank=4)
     for slot in (1, 2):
         engine.write_adapter(slot, matrices(engine, 100 * slot))

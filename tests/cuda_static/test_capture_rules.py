@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import engine_of, randomised, small_config
+from conftest import engine_of, randomized, small_config
 from cuda_static.capture_rules import capture_faults
 
 from qwen3fast.engine import RowSampling
@@ -30,7 +30,7 @@ LOGPROB_RESULTS = {"logprobs.chosen_R", "logprobs.id_RN", "logprobs.value_RN"}
 
 def make_engine(rows=4, cache_dtype=torch.float32, quantization=None, **changes):
     """An uncompiled engine with two rows in use."""
-    model = randomised(small_config(max_position_embeddings=1024, **changes)).to(changes.get("dtype", torch.float32))
+    model = randomized(small_config(max_position_embeddings=1024, **changes)).to(changes.get("dtype", torch.float32))
     if quantization is not None:
         quantize_model(model, quantization, model.config.dtype)
     engine = engine_of(model, rows, 200, cache_dtype)

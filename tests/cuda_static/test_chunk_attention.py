@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import engine_of, random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomized, small_config
 from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.kernel_checks import TOLERANCES, assert_near
@@ -110,7 +110,7 @@ class Replays:
 
 
 def make_engine(is_captured, slots=2, positions=384) -> Engine:
-    model = randomised(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
+    model = randomized(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
     engine = engine_of(model, slots, positions)
     if is_captured:
         engine._use_graphs(GraphCache(Replays()))
@@ -188,8 +188,8 @@ def requests():
     """Prompts that share graphs, some behind common prefixes; greedy and sampled."""
     fields = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
     common = [i * 7 % 90 for i in range(40)]
-    prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (5, 20, 31, 60, 50, 33, 12)]
-    prompts += [[*common, *prompt[:9]] for prompt in prompts[1:4]]
+    prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (20, 31, 60, 50, 25, 30, 18)]
+    prompts += [[*common, *prompt[:20]] for prompt in prompts[1:4]]
     return [Request(prompt, 0.0 if i % 2 else 30.0, max_tokens=5, seed=i, **fields) for i, prompt in enumerate(prompts)]
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import engine_of, fill_randomly, randomised, small_config
+from conftest import engine_of, fill_randomly, randomized, small_config
 from cuda_static.capture_rules import HostWatch, capture_faults
 from cuda_static.fake_cuda import fake_cuda, fake_model
 from cuda_static.program_order import watch_programs
@@ -35,7 +35,7 @@ PROMPTS = ([1], list(range(2, 72)))
 
 def make_model(quantization=None, **changes) -> Qwen3:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 80, "max_position_embeddings": 160}
-    model = randomised(small_config(**{**sizes, "tie_word_embeddings": False, **changes}))
+    model = randomized(small_config(**{**sizes, "tie_word_embeddings": False, **changes}))
     if quantization is not None:
         quantize_model(model, quantization, torch.float32)
     return model.to(DEVICE)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, engine_of, randomised, small_config
+from conftest import assert_near, engine_of, randomized, small_config
 from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,7 +77,7 @@ def replay(entries):
 
 @pytest.fixture(scope="module")
 def model():
-    return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+    return randomized(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
 
 
 def make_engine(model, lookahead=0, recorder=None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_near, engine_of, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, random_tensor, randomized, small_config
 
 from qwen3fast.engine.decode import _run_blocks
 from qwen3fast.engine.state import RowSampling, StepKind
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ operations on thi
 def make_engine(quantization=None, rank=6, reorder=lambda model: None):
     """An engine with prompts in all rows, with adapters and without. reorder: changes the quantized model."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
-    model = randomised(small_config(**sizes)).bfloat16()
+    model = randomized(small_config(**sizes)).bfloat16()
     if quantization is not None:
         quantize_model(model, quantization, torch.bfloat16)
     reorder(model)
@@ -104,7 +104,7 @@ def test_with_experts_steps_with_adapters_run_block_by_block():
     """The operation has no adapters beside experts: it is left to steps without."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     sizes = {"hidden_size": 64, "head_dim": 32, "dtype": torch.bfloat16, "eos_token_ids": ()}
-    model = randomised(small_config(**sizes, **experts)).bfloat16()
+    model = randomized(small_config(**sizes, **experts)).bfloat16()
     quantize_model(model, "int8", torch.bfloat16)
     engine = engine_of(model, 2, 64, compile="auto", max_adapters=1)
     found = {}

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, random_ids, random_tensor, randomized, small_config
 
 from qwen3fast import Generator
 from qwen3fast.engine import Engine, StepKind
@@ -69,7 +69,7 @@ def uncompiled(monkeypatch):
 
 def small_model(format=None):
     config = small_config(hidden_size=64, intermediate_size=96, head_dim=32, dtype=torch.bfloat16)
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
     return model
@@ -186,7 +186,7 @@ def test_all_cases_run_in_all_forms(format):
 
 
 def test_no_cases_but_for_bfloat16_on_cpus():
-    model = randomised(small_config())
+    model = randomized(small_config())
     assert cases_of(model, StaticKVCache(model.config, 1, 100, torch.float32, CPU)) == []
 
 

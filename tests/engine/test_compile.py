@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, assert_same, random_tensor, randomised, small_config, wait_until
+from conftest import assert_near, assert_same, random_tensor, randomized, small_config, wait_until
 from torch import nn
 
 from qwen3fast import Generator, SamplingParams
@@ -226,7 +226,7 @@ def test_auto_goes_on_where_compiling_fails():
 
 @pytest.mark.filterwarnings("error:.*could not be compiled")  # says why
 def test_auto_gives_the_tokens_of_the_other_modes():
-    model = randomised(small_config(eos_token_ids=()), seed=4)
+    model = randomized(small_config(eos_token_ids=()), seed=4)
     params = SamplingParams(temperature=0, max_tokens=100)
     with Generator(model, max_seq_len=128, compile=False) as generator:
         expected = generator.generate([1, 2, 3], params).token_ids
@@ -242,7 +242,7 @@ def test_auto_gives_the_tokens_of_the_other_modes():
 
 
 def test_warmup_ends_auto():
-    model = randomised(small_config(), seed=4)
+    model = randomized(small_config(), seed=4)
     with Generator(model, max_seq_len=128, compile="auto") as generator:
         generator.warmup()
         compilations = generator.stats.compilations

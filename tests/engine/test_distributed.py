@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, engine_of, randomised, small_config
+from conftest import assert_same, engine_of, randomized, small_config
 from parallel_worker import everything
 
 from qwen3fast import Generator
@@ -42,7 +42,7 @@ class Tape:
 @pytest.fixture(scope="module")
 def model(tokenizer):
     eos = (tokenizer.base.token_to_id("<|im_end|>"),)
-    return randomised(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
+    return randomized(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
@@ -54,6 +54,8 @@ def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypa
     with Generator(model, tokenizer, max_seq_len=200, max_batch_size=3, compile=False, ranks=tape) as generator:
         everything(generator)
         leader = generator.debug.engine
+    names = {pickle.loads(message)[0] for message in tape.messages if isinstance(message, bytes)}
+    assert {"prefill_step", "prefill_together", "sample_first", "launch"} <= names
     follower = make_engine()
     follow(follower, Tape(is_leader=False, messages=tape.messages))
     assert not tape.messages, "it has received all"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import engine_of, randomised, small_config
+from conftest import engine_of, randomized, small_config
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import StepKind
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model():
-    return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+    return randomized(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import engine_of, randomised, small_config
+from conftest import engine_of, randomized, small_config
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.compile import StepCompiler
@@ -144,7 +144,7 @@ def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantiza
 def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, graphs, monkeypatch, one_thread):
     monkeypatch.setattr("qwen3fast.engine.decode_layers.DecodeLayers.serves", lambda self, rows: False)
     config = small_config(max_position_embeddings=1024, num_hidden_layers=3, dtype=dtype, **changes)
-    model = randomised(config).to(dtype)
+    model = randomized(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
     engine = engine_of(model, ROWS, 1024, compile=True)
@@ -167,7 +167,7 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
 
 def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
     config = small_config(num_hidden_layers=3, max_position_embeddings=1024)
-    engine = engine_of(randomised(config), 1, 1024, compile=True)
+    engine = engine_of(randomized(config), 1, 1024, compile=True)
     engine.logits_uncached([1])
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (2, 16, 17, 96, 500, 1024):
@@ -178,7 +178,7 @@ def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):
 def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_thread):
     """Ranges that depend on the engine made the code of one violate the ranges of the next."""
     config = small_config(num_hidden_layers=2, max_position_embeddings=1024)
-    model = randomised(config)
+    model = randomized(config)
     expected_V = model(torch.arange(300)[None] % config.vocab_size)[0, -1]
     for rows, length in ((3, 128), (8, 384), (2, 64)):
         engine = engine_of(model, rows, length, compile=True)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import engine_of, randomised, small_config
+from conftest import engine_of, randomized, small_config
 
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.scheduling import Request, Scheduler
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def model():
-    return randomised(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+    return randomized(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
 
 
 def make_scheduler(model, lookahead, rows=3):

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, random_ids, random_tensor, randomized, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3fast.engine import Engine, StepKind
+from qwen3fast.engine import StepKind
 from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
 from qwen3fast.engine.prefill import Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
 
@@ -73,10 +73,10 @@ def make_engine(dtype, cache_dtype, compile=False, quantization=None, **changes)
     config = small_config(
         dtype=dtype, hidden_size=64, intermediate_size=96, head_dim=32, max_position_embeddings=512, **changes
     )
-    model = randomised(config).to(dtype)
+    model = randomized(config).to(dtype)
     if quantization is not None:
         quantize_model(model, quantization, dtype)
-    return Engine(model, StaticKVCache(config, 4, 256, cache_dtype, CPU), CPU, compile)
+    return engine_of(model, 4, 256, cache_dtype, compile)
 
 
 def prefill_all(engine, is_together):
@@ -183,3 +183,21 @@ def test_a_padded_chunk_is_computed_as_at_its_own_size():
     for row, (ids, logits_1V) in enumerate(zip((short, long), together, strict=True), start=2):
         assert logits_1V is not None
         assert_near(logits_1V, engine.prefill_whole(row, ids))
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
+def test_the_form_of_a_prompts_attention_does_not_depend_on_the_lengths_beside_it():
+    """Of two prompts, PyTorch's attention serves the longer one, and the C++ the shorter one: to the bit."""
+    q_BTHD = random_tensor(2, 32, 4, 32).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(2, 2, 200, 32, seed=seed).bfloat16() for seed in (1, 2))
+    position_BT, row_B = torch.arange(32) + torch.tensor([[5], [150]]), torch.tensor([1, 0])
+
+    def run(rows, sdpa_from):
+        q, position, row = (x[rows] for x in (q_BTHD, position_BT, row_B))
+        return torch.ops.qwen3fast.prefill_attention(q, k_RKSD, v_RKSD, position, row, None, None, sdpa_from)
+
+    first, second = slice(0, 1), slice(1, 2)
+    together = run(slice(2), (100, 100, 100))
+    assert torch.equal(together[first], run(first, ()))
+    assert torch.equal(together[second], run(second, (0, 0, 0)))
+    assert not torch.equal(together[second], run(second, ()))  # the two forms round differently

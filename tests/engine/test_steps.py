@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_same, engine_of, randomised, small_config
+from conftest import assert_same, engine_of, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import finish, make_request, run
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 97
 # Softer than the other tests' weights: processors change tokens, and log-probabilities are not all 0.
-MODEL = randomised(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+MODEL = randomized(small_config(max_position_embeddings=1024, eos_token_ids=(), tie_word_embeddings=False), seed=3)
 
 
 class Remainder:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast import Generator
 from qwen3fast.bench.measure import check_tokens
@@ -92,7 +92,7 @@ def exact_products() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model() -> Qwen3:
     """The reference, on the CPU in float32."""
-    return randomised(small_config(head_dim=32, hidden_size=64, max_position_embeddings=1024, eos_token_ids=()), seed=3)
+    return randomized(small_config(head_dim=32, hidden_size=64, max_position_embeddings=1024, eos_token_ids=()), seed=3)
 
 
 @pytest.fixture(scope="session")

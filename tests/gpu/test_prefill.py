@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, random_ids, random_tensor, randomized, small_config
 
 from gpu.conftest import DEVICE
 from qwen3fast import Generator, SamplingParams
@@ -30,7 +30,7 @@ def test_flash_attention_over_the_last_positions_equals_the_masked_form(tokens, 
 def test_prefill_in_bfloat16_equals_the_plain_model(compile):
     """In chunks, the later ones over what is in the cache already."""
     sizes = {"head_dim": 64, "hidden_size": 128, "max_position_embeddings": 2048}
-    model = randomised(small_config(**sizes, dtype=torch.bfloat16), seed=3)
+    model = randomized(small_config(**sizes, dtype=torch.bfloat16), seed=3)
     ids = random_ids(1, 1100)
     with Generator(copy.deepcopy(model).bfloat16().to(DEVICE), max_seq_len=1300, compile=compile) as generator:
         logits_1V = generator.debug.engine.prefill_whole(0, ids[0].tolist())
@@ -39,7 +39,7 @@ def test_prefill_in_bfloat16_equals_the_plain_model(compile):
 
 def test_prompts_that_come_together_get_the_tokens_that_each_gets_alone():
     """In float32, captured where there is a GPU; two of them in two chunks."""
-    model = randomised(small_config(head_dim=64, hidden_size=128, max_position_embeddings=512), seed=3).to(DEVICE)
+    model = randomized(small_config(head_dim=64, hidden_size=128, max_position_embeddings=512), seed=3).to(DEVICE)
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 20, 31, 70, 72, 50, 33, 12)]
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     options = {"max_seq_len": 256, "max_batch_size": 8, "prefix_reuse": False}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from gpu_check.tokens import check_against_float32
 from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 
@@ -32,7 +32,7 @@ def replies_of(model, is_captured):
 @pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_tokens_are_those_of_the_dequantized_weights(name, is_captured):
-    model = randomised(small_config(**SIZES), seed=5)
+    model = randomized(small_config(**SIZES), seed=5)
     quantize_model(model, name, torch.float32)  # on the CPU: on the GPU, scales may differ in their last bit
     if DEVICE.type == "cpu" and name == "fp8":
         pytest.skip("fp8 runs on CUDA devices only")
@@ -44,7 +44,7 @@ def test_tokens_are_those_of_the_dequantized_weights(name, is_captured):
 @pytest.mark.parametrize(("name", "is_captured"), [*((name, False) for name in FORMATS), ("int4", True)])
 def test_tokens_of_quantized_experts_are_those_of_the_plain_form(name, is_captured, monkeypatch):
     monkeypatch.setattr("qwen3fast.kernels.cpu.is_loaded", lambda: False)  # on the CPU, the form in PyTorch
-    plain = randomised(small_config(**SIZES, **EXPERTS), seed=5)
+    plain = randomized(small_config(**SIZES, **EXPERTS), seed=5)
     quantize_model(plain, name, torch.float32)
     with Generator(plain, max_seq_len=128, max_batch_size=2, compile=False) as generator:
         expected = [r.token_ids for r in generator.generate(TEXTS, PARAMS)]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids, randomised, small_config
+from conftest import random_ids, randomized, small_config
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, MODES, SLOTS, assert_captured, assert_greedy, prompts
 from qwen3fast import Generator, SamplingParams
@@ -56,7 +56,7 @@ def test_every_batch_size_and_length_is_right_and_compiles_nothing_after_warmup(
 
 def test_bfloat16_tokens_are_the_argmax_up_to_rounding():
     config = small_config(head_dim=64, hidden_size=128, dtype=torch.bfloat16, eos_token_ids=())
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     prompt = random_ids(1, 90)[0].tolist()
     with Generator(copy.deepcopy(model).to(DEVICE), max_seq_len=256) as generator:
         reply = generator.generate(prompt, GREEDY).token_ids

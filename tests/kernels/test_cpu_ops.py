@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomised, small_config
+from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomized, small_config
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
@@ -203,7 +203,7 @@ def test_prefill_attention_refuses_what_it_cannot_do(q, k):
 def layers_case(format=None, rows=3, positions=300, cache_dtype=torch.bfloat16, **changes):
     """A model of two blocks, a cache full of other numbers, and inputs for a decode step at various positions."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16} | changes
-    model = randomised(small_config(**sizes)).bfloat16()
+    model = randomized(small_config(**sizes)).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
     cache = StaticKVCache(model.config, rows + 1, positions, cache_dtype, CPU)
@@ -494,7 +494,7 @@ def test_operations_for_other_processors(processor, tmp_path):
 def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     """Through the engine, which uses the operations: logits of the same forced ids."""
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, attention_bias=True)
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     engine = engine_of(model, rows, 200, compile=True)
     logits = []
     run_logits = engine.parts.logits
@@ -521,7 +521,7 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {}], ids=["block by block", "all blocks at once"])
 def test_compiled_int8_cache_equals_the_eager_one(changes):
     config = small_config(hidden_size=64, head_dim=32, vocab_size=128, dtype=torch.bfloat16, **changes)
-    model, logits = randomised(config).bfloat16(), []
+    model, logits = randomized(config).bfloat16(), []
     for compile in (True, False):
         engine = engine_of(model, 2, 200, torch.int8, compile)
         run_logits = engine.parts.logits

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, engine_of, fill_randomly, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, engine_of, fill_randomly, random_ids, random_tensor, randomized, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -106,7 +106,7 @@ def test_a_token_does_not_depend_on_those_beside_it():
 def test_layers_with_experts_are_those_the_config_names(layers):
     changes = {0: {}, 2: {"decoder_sparse_step": 2}, 3: {"decoder_sparse_step": 2, "mlp_only_layers": (1,)}}
     config = replace(CONFIG, num_hidden_layers=4, **changes[layers.count(False)])
-    assert tuple(isinstance(block.mlp, MoE) for block in randomised(config).model.layers) == layers
+    assert tuple(isinstance(block.mlp, MoE) for block in randomized(config).model.layers) == layers
     assert tuple(config.is_sparse(layer) for layer in range(4)) == layers
 
 
@@ -117,7 +117,7 @@ def test_layers_with_experts_are_those_the_config_names(layers):
     ("length", "changes"), [(1, {}), (2, MIXED), (33, {"norm_topk_prob": True}), (150, MIXED)], ids=str
 )
 def test_prefill_logits_equal_the_plain_model(changes, length):
-    model = randomised(replace(CONFIG, **changes))
+    model = randomized(replace(CONFIG, **changes))
     ids = random_ids(length).tolist()
     expected_V = model(torch.tensor([ids]))[0, -1]
     assert_near(engine_of(model).prefill_whole(1, ids)[0], expected_V)
@@ -136,13 +136,13 @@ def check_replies(model, generator, prompts):
 
 @pytest.mark.parametrize("changes", [{"norm_topk_prob": True}, MIXED], ids=["experts", "mixed"])
 def test_cached_and_batched_tokens_are_those_of_the_plain_model(changes):
-    model = randomised(replace(CONFIG, eos_token_ids=(), **changes), seed=3)
+    model = randomized(replace(CONFIG, eos_token_ids=(), **changes), seed=3)
     with Generator(model, max_seq_len=128, max_batch_size=5, compile=False) as generator:
         check_replies(model, generator, [random_ids(n, seed=n).tolist() for n in (1, 5, 40, 63, 2)])
 
 
 def test_compiled_tokens_are_those_of_the_plain_model():
-    model = randomised(replace(CONFIG, eos_token_ids=(), **MIXED), seed=3)
+    model = randomized(replace(CONFIG, eos_token_ids=(), **MIXED), seed=3)
     prompts = [random_ids(n, seed=n).tolist() for n in (40, 5)]
     with Generator(model, max_seq_len=128, max_batch_size=2, compile=True) as generator:
         check_replies(model, generator, prompts)
@@ -153,14 +153,14 @@ def test_compiled_tokens_are_those_of_the_plain_model():
 
 def test_a_compiled_model_in_bfloat16_is_near_the_plain_one():
     config = small_config(hidden_size=64, head_dim=32, **EXPERTS, dtype=torch.bfloat16)
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     ids = random_ids(40).tolist()
     compiled, eager = engine_of(model, compile=True), engine_of(model)
     assert_near(compiled.prefill_whole(0, ids), eager.prefill_whole(0, ids), torch.bfloat16)
 
 
 def test_an_engine_uses_the_fast_layers_and_keeps_the_weights():
-    model = randomised(CONFIG)
+    model = randomized(CONFIG)
     before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     engine_of(model)
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
@@ -170,7 +170,7 @@ def test_an_engine_uses_the_fast_layers_and_keeps_the_weights():
 
 def test_blocks_with_plain_experts_are_not_run_in_one_operation():
     for changes in ({}, MIXED):
-        model = randomised(replace(CONFIG, head_dim=32, **changes)).bfloat16()
+        model = randomized(replace(CONFIG, head_dim=32, **changes)).bfloat16()
         assert not DecodeLayers(model, StaticKVCache(model.config, 1, 128, torch.bfloat16, CPU)).serves(1)
 
 
@@ -199,7 +199,7 @@ class ExpertReads(TorchDispatchMode):
 
 def decode_reads(rows, **changes):
     """Elements of expert weights that a decode step of so many rows reads."""
-    model = randomised(replace(CONFIG, num_experts=32, **changes))
+    model = randomized(replace(CONFIG, num_experts=32, **changes))
     engine = engine_of(model, rows=rows)
     for row in range(rows):
         engine.prefill_whole(row, [5, 7, 11 + row])
@@ -228,6 +228,6 @@ def test_reads_of_one_row_are_those_that_decode_parameters_count():
 
 
 def test_reads_do_not_grow_with_the_number_of_experts():
-    model = randomised(replace(CONFIG, num_experts=64))
+    model = randomized(replace(CONFIG, num_experts=64))
     experts = model.model.layers[0].mlp.experts
     assert decode_reads(1).total() == 2 * 2 * (experts.gate_up_proj[0].numel() + experts.down_proj[0].numel())

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, randomized, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3fast.model import build_on_meta
 
-MODEL = randomised(small_config())
+MODEL = randomized(small_config())
 
 
 @given(changed=st.integers(0, 11), seed=st.integers(0, 1000))
@@ -38,7 +38,7 @@ def test_qwen3_looks_embeddings_up():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_qwen3_ties_the_output_projection_where_the_config_says_so(tied):
-    model = randomised(small_config(tie_word_embeddings=tied))
+    model = randomized(small_config(tie_word_embeddings=tied))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import parallel_worker
 import pytest
 import torch
-from conftest import assert_near, randomised, small_config, write_text_checkpoint
+from conftest import assert_near, randomized, small_config, write_text_checkpoint
 
 from qwen3fast import cli
 from qwen3fast.parallel import Ranks
@@ -61,7 +61,7 @@ def checkpoint(tokenizer, tokenizer_folder, tmp_path_factory):
             **changes,
         )
         assert config.vocab_size % 2, "so that the ranks' parts differ"
-        return write_text_checkpoint(tmp_path_factory.mktemp("model"), randomised(config, seed=5), tokenizer_folder)
+        return write_text_checkpoint(tmp_path_factory.mktemp("model"), randomized(config, seed=5), tokenizer_folder)
 
     return write
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same, randomised, small_config
+from conftest import assert_same, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -51,7 +51,7 @@ def assert_parts_make(parts: list[Qwen3], whole: Qwen3) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(("changes", "layout"), [({}, tensors_of), (EXPERTS, tensors_of), (EXPERTS, tensors_by_expert)])
 def test_parts_that_are_loaded_make_the_whole(tmp_path, changes, layout, size):
-    whole = randomised(small_config(**{**vars(CONFIG), **changes}))
+    whole = randomized(small_config(**{**vars(CONFIG), **changes}))
     write_checkpoint(tmp_path, whole.config, layout(whole), files=3)
     assert_parts_make([load_part(whole.config, tmp_path, rank, size) for rank in range(size)], whole)
 
@@ -63,7 +63,7 @@ def test_parts_of_random_weights_make_the_whole():
 
 
 def test_a_rank_reads_its_part_alone(tmp_path, monkeypatch):
-    whole = randomised(CONFIG)
+    whole = randomized(CONFIG)
     write_checkpoint(tmp_path, CONFIG, tensors_of(whole))
     read: dict[str, int] = {}
 
@@ -138,7 +138,7 @@ def test_split_says_what_divides(changes, message):
 
 
 def test_shapes_in_files_are_those_of_the_whole_model(tmp_path):
-    tensors = tensors_of(randomised(CONFIG))
+    tensors = tensors_of(randomized(CONFIG))
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][:40].clone()
     write_checkpoint(tmp_path, CONFIG, tensors)
     with pytest.raises(ValueError, match=r"up_proj.weight in .*: shape \(40, 48\), expected \(80, 48\)"):

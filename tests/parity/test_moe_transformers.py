@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, engine_of, random_ids, randomised, small_config
+from conftest import assert_near, assert_same, engine_of, random_ids, randomized, small_config
 from safetensors import safe_open
 from test_quantization import relative_error
 from test_quantized_experts import with_dequantized_weights
@@ -50,7 +50,7 @@ def reference_of(model: Qwen3, dtype: torch.dtype = torch.float32) -> Qwen3MoeFo
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 21), (1, 1), (3, 1)])
 def test_logits_equal_transformers(shape, batch, tokens):
-    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    model = randomized(replace(CONFIG, **SHAPES[shape]))
     token_BT = random_ids(batch, tokens)
     assert_near(model(token_BT), reference_of(model)(token_BT).logits)
 
@@ -58,7 +58,7 @@ def test_logits_equal_transformers(shape, batch, tokens):
 @pytest.mark.parametrize("shape", ["plain", "renormalized", "dense layers"])
 def test_prefill_and_decode_equal_transformers(shape):
     """Two rows of different lengths, decoded together on tokens of their own."""
-    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    model = randomized(replace(CONFIG, **SHAPES[shape]))
     reference, prompts = reference_of(model), [random_ids(n, seed=n).tolist() for n in (37, 5)]
     engine = engine_of(model, 2, 128)
     for row, prompt in enumerate(prompts):
@@ -77,7 +77,7 @@ def test_prefill_and_decode_equal_transformers(shape):
 
 def test_bfloat16_is_within_rounding_of_transformers():
     # All experts are active: rounding cannot change the choice.
-    model = randomised(replace(CONFIG, **SHAPES["all experts"])).bfloat16()
+    model = randomized(replace(CONFIG, **SHAPES["all experts"])).bfloat16()
     token_BT = random_ids(2, 21)
     assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
 
@@ -98,7 +98,7 @@ def test_quantized_experts_equal_transformers_with_the_same_numbers(format, shap
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     config = replace(config, **SHAPES[shape])
-    model = randomised(config)
+    model = randomized(config)
     quantize_model(model, format, torch.float32)
     token_BT = random_ids(batch, tokens, vocab_size=96)
     reference = reference_of(with_dequantized_weights(model, config))
@@ -111,7 +111,7 @@ def test_rounded_experts_of_the_operation_are_near_transformers(format):
     """The operation also quantizes activations. All experts are active: rounding cannot change the choice."""
     config = replace(CONFIG, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     config = replace(config, **SHAPES["all experts"])
-    model = randomised(config)
+    model = randomized(config)
     quantize_model(model, format.name, torch.float32)
     token_BT = random_ids(2, 21, vocab_size=96)
     logits_BTV = reference_of(with_dequantized_weights(model, config))(token_BT).logits
@@ -135,7 +135,7 @@ def test_head_dim_that_the_config_does_not_name_is_transformers():
 
 @pytest.mark.parametrize("shape", ["renormalized", "dense layers"])
 def test_checkpoint_that_transformers_writes_is_read(tmp_path, shape):
-    model = randomised(replace(CONFIG, **SHAPES[shape]))
+    model = randomized(replace(CONFIG, **SHAPES[shape]))
     reference_of(model).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
         assert "model.layers.1.mlp.experts.7.gate_proj.weight" in tensors.keys()  # noqa: SIM118

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_ids, randomised, small_config
+from conftest import random_ids, randomized, small_config
 from test_transformers import SHAPES, reference_of
 
 from qwen3fast import Generator, SamplingParams
@@ -21,7 +21,7 @@ def reference_logprobs(model, ids):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [5, 64, 97, 190])  # a padded chunk, a full one, two, and near the end of the cache
 def test_prompt_logprobs_equal_transformers(shape, length):
-    model = randomised(small_config(**SHAPES[shape], eos_token_ids=()))
+    model = randomized(small_config(**SHAPES[shape], eos_token_ids=()))
     ids = random_ids(1, length)[0].tolist()
     expected = reference_logprobs(model, ids)
     with Generator(model, compile=False, max_seq_len=192) as generator:
@@ -34,7 +34,7 @@ def test_prompt_logprobs_equal_transformers(shape, length):
 
 
 def test_scores_equal_transformers_with_a_prefix_in_the_cache():
-    model = randomised(small_config(eos_token_ids=()), seed=2)
+    model = randomized(small_config(eos_token_ids=()), seed=2)
     prompt = random_ids(1, 70, seed=5)[0].tolist()
     continuations = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 2, 31, 33, 64)]
     with Generator(model, compile=False, max_seq_len=192, max_batch_size=2) as generator:

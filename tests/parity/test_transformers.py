@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, randomised, small_config
+from conftest import assert_near, random_ids, randomized, small_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
@@ -66,28 +66,28 @@ def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers_in_float32(shape):
-    model = randomised(small_config(**SHAPES[shape]))
+    model = randomized(small_config(**SHAPES[shape]))
     token_BT = random_ids(2, 21)
     assert_near(model(token_BT), reference_of(model)(token_BT).logits)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_logits_equal_transformers_for_other_weights(seed):
-    model = randomised(small_config(), seed=seed)
+    model = randomized(small_config(), seed=seed)
     token_BT = random_ids(1, 40, seed=seed)
     assert_near(model(token_BT), reference_of(model)(token_BT).logits)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_within_rounding_of_transformers_in_bfloat16(shape):
-    model = randomised(small_config(**SHAPES[shape])).bfloat16()
+    model = randomized(small_config(**SHAPES[shape])).bfloat16()
     token_BT = random_ids(2, 21)
     assert_near(model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_errors_are_no_larger_than_those_of_transformers(shape):
-    model = randomised(small_config(**SHAPES[shape])).bfloat16()
+    model = randomized(small_config(**SHAPES[shape])).bfloat16()
     token_BT = random_ids(2, 21)
     ours, theirs = model(token_BT), reference_of(model, torch.bfloat16)(token_BT).logits
     exact = model.float()(token_BT)
@@ -97,7 +97,7 @@ def test_bfloat16_errors_are_no_larger_than_those_of_transformers(shape):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_part_equals_transformers(part, bias):
-    model = randomised(small_config(attention_bias=bias))
+    model = randomized(small_config(attention_bias=bias))
     reference, token_BT = reference_of(model), random_ids(2, 9)
     seen = {}
 
@@ -115,7 +115,7 @@ def test_part_equals_transformers(part, bias):
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(16, 10_000.0), (128, 1_000_000.0), (64, 5_000_000.0)])
 def test_rope_tables_equal_transformers(head_dim, theta):
-    model = randomised(small_config(head_dim=head_dim, rope_theta=theta))
+    model = randomized(small_config(head_dim=head_dim, rope_theta=theta))
     ours = torch.stack(rope_tables(head_dim, theta, 500, torch.device("cpu")))
     theirs = torch.cat(reference_of(model).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
     assert_near(ours, theirs)
@@ -139,17 +139,17 @@ YARNS = {
 def test_yarn_tables_equal_transformers(head_dim, theta, yarn):
     config = small_config(head_dim=head_dim, rope_theta=theta, yarn=yarn)
     ours = torch.stack(rope_tables(head_dim, theta, 500, torch.device("cpu"), yarn))
-    theirs = torch.cat(reference_of(randomised(config)).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
+    theirs = torch.cat(reference_of(randomized(config)).model.rotary_emb(torch.zeros(1), torch.arange(500)[None]))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("yarn", YARNS.values(), ids=YARNS)
 def test_yarn_logits_equal_transformers_beyond_the_original_length(yarn):
     yarn = replace(yarn, original_max_position_embeddings=32)
-    model, token_BT = randomised(small_config(yarn=yarn)), random_ids(2, 100)
+    model, token_BT = randomized(small_config(yarn=yarn)), random_ids(2, 100)
     expected = reference_of(model)(token_BT).logits
     assert_near(model(token_BT), expected)
-    plain = randomised(replace(model.config, yarn=None))(token_BT)
+    plain = randomized(replace(model.config, yarn=None))(token_BT)
     assert yarn.factor == 1 or largest_error(plain, expected) > 1e-2
 
 

@@ -6,7 +6,7 @@ import sys
 import compare_peers
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from peers import field, worker
 
 from qwen3fast.bench.record import load_record
@@ -22,7 +22,7 @@ def run(monkeypatch, tmp_path, one_thread):
     flaw: the engine whose tokens are wrong. crash: (engine, number of the reply at which it ends; 0: while loading).
     at_reply: called with the number of each reply of all engines together.
     """
-    model = randomised(small_config(**SIZES, eos_token_ids=()), seed=3)
+    model = randomized(small_config(**SIZES, eos_token_ids=()), seed=3)
     save_model(model, tmp_path / "bf16")
 
     class Worker:

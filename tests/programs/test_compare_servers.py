@@ -9,7 +9,7 @@ from pathlib import Path
 import compare_servers
 import pytest
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 from servers import kinds, process, weights
 from transformers import AutoTokenizer
 
@@ -65,7 +65,7 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.fixture
 def folder(tmp_path, one_thread):
     """A folder of weights, and beside it the right words after the prompt that is checked, by ids and by text."""
-    model = randomised(small_config(vocab_size=VOCAB, eos_token_ids=()), seed=3)
+    model = randomized(small_config(vocab_size=VOCAB, eos_token_ids=()), seed=3)
     save_model(model, tmp_path / "weights")
     args = compare_servers.parse(["--model", "tiny", "--prompt-tokens", "6"])
     args.vocab_size = VOCAB

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_near, random_ids, randomised, small_config
+from conftest import assert_near, random_ids, randomized, small_config
 from gpu_check import child, main, parts, pytest_part, replay, report, runner, settings, targets, tokens
 from gpu_check.budget import Clock
 from gpu_check.merge import merge
@@ -255,12 +255,12 @@ def test_every_switch_of_the_variants_is_set(monkeypatch):
 
 
 def test_float32_logits_are_those_of_the_model_in_float32():
-    model = randomised(small_config(head_dim=32), seed=3)
+    model = randomized(small_config(head_dim=32), seed=3)
     ids = random_ids(1, 20)
     expected = model(ids)[0, -5:]
     assert_near(tokens.float32_logits(model, ids[0].tolist(), 5), expected)
-    half = randomised(small_config(head_dim=32, dtype=torch.bfloat16), seed=3).bfloat16()
-    twin = randomised(small_config(head_dim=32), seed=3)
+    half = randomized(small_config(head_dim=32, dtype=torch.bfloat16), seed=3).bfloat16()
+    twin = randomized(small_config(head_dim=32), seed=3)
     twin.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
     assert_near(tokens.float32_logits(half, ids[0].tolist(), 5), twin(ids)[0, -5:])
     assert half.lm_head.weight.dtype == torch.bfloat16
@@ -268,9 +268,9 @@ def test_float32_logits_are_those_of_the_model_in_float32():
 
 def test_quantized_weights_are_checked_against_what_their_bits_stand_for():
     config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, head_dim=32)
-    model = randomised(config, seed=3)
+    model = randomized(config, seed=3)
     quantize_model(model, "int8", torch.float32)
-    plain = randomised(config, seed=3)
+    plain = randomized(config, seed=3)
     for name, layer in model.named_modules():
         if hasattr(layer, "dequantize"):
             plain.get_submodule(name).weight.data.copy_(layer.dequantize())
@@ -280,7 +280,7 @@ def test_quantized_weights_are_checked_against_what_their_bits_stand_for():
 
 
 def test_wrong_tokens_are_found_and_give_exit_status_1():
-    model = randomised(small_config(eos_token_ids=()), seed=3)
+    model = randomized(small_config(eos_token_ids=()), seed=3)
     prompt, ids = [1, 2, 3], []
     for _ in range(5):
         ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))

@@ -9,7 +9,7 @@ import pytest
 import quality_peers
 import torch
 from awq_scaling import scale_channels
-from conftest import random_ids, random_tensor, randomised, small_config
+from conftest import random_ids, random_tensor, randomized, small_config
 from ggml_quants import Ggml, bits, type_of
 from quality_formats import OURS
 from tiny_text import tiny_text
@@ -46,7 +46,7 @@ def test_without_a_library_the_package_gguf_quantizes():
 
 @torch.no_grad()
 def test_scaled_channels_compute_the_same_and_quantize_better():
-    model = randomised(small_config(vocab_size=96, hidden_size=64, intermediate_size=96))
+    model = randomized(small_config(vocab_size=96, hidden_size=64, intermediate_size=96))
     model.model.layers[0].input_layernorm.weight[::7] *= 30  # channels with large activations
     scaled, token_BT = copy.deepcopy(model), random_ids(2, 32, vocab_size=96)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

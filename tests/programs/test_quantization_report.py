@@ -3,7 +3,7 @@
 import quantization_errors
 import tables
 import torch
-from conftest import randomised, small_config
+from conftest import randomized, small_config
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.suites.quantization import logits_through_cache
@@ -13,7 +13,7 @@ SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_posi
 
 
 def test_errors_of_layers_cache_and_model_are_cases_that_a_record_keeps():
-    exact, rounded = (randomised(small_config(**SIZES, eos_token_ids=()), seed=3) for _ in range(2))
+    exact, rounded = (randomized(small_config(**SIZES, eos_token_ids=()), seed=3) for _ in range(2))
     quantize_model(rounded, "int8", torch.float32)
     tokens = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(0))
     logits = logits_through_cache(exact, tokens[0], "auto")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, random_tensor, randomised, small_config
+from conftest import random_ids, random_tensor, randomized, small_config
 from tiny_text import tiny_text
 
 from qwen3fast import Generator, SamplingParams, load_model
@@ -104,7 +104,7 @@ def test_second_moments_are_means_over_all_tokens():
 @pytest.mark.parametrize("tied", [True, False])
 def test_models_have_the_layers_of_int4(tied):
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
-    plain, corrected = (randomised(small_config(**sizes)) for _ in range(2))
+    plain, corrected = (randomized(small_config(**sizes)) for _ in range(2))
     quantize_model(plain, "int4", torch.float32)
     quantize_calibrated(corrected, random_ids(4, 16, vocab_size=96))
     kinds = [{name: type(module) for name, module in model.named_modules()} for model in (plain, corrected)]
@@ -118,7 +118,7 @@ def test_models_have_the_layers_of_int4(tied):
 def test_experts_are_quantized_plainly_and_routers_stay():
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    plain, corrected = (randomised(small_config(**sizes, **experts)) for _ in range(2))
+    plain, corrected = (randomized(small_config(**sizes, **experts)) for _ in range(2))
     quantize_model(plain, "int4", torch.float32)
     quantize_calibrated(corrected, random_ids(4, 16, vocab_size=96))
     for ours, theirs in zip(corrected.modules(), plain.modules(), strict=True):

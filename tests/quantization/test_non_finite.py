@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import random_tensor, randomised, small_config
+from conftest import random_tensor, randomized, small_config
 from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 from safetensors.torch import load_file, save_file
 from test_checkpoint import tensors_of, write_checkpoint
@@ -69,7 +69,7 @@ def test_experts_keep_them(name, dtype, number):
 @bad_numbers
 @on_cpu
 def test_saving_and_loading_keep_them(tmp_path, name, number):
-    model = randomised(small_config(**SIZES, dtype=torch.bfloat16)).to(torch.bfloat16)
+    model = randomized(small_config(**SIZES, dtype=torch.bfloat16)).to(torch.bfloat16)
     tensors = tensors_of(model)
     tensors[f"{UP}.weight"][3, 5] = number
     (tmp_path / "plain").mkdir()
@@ -129,7 +129,7 @@ def test_gguf_files_keep_them(tmp_path, kind, number, quantization):
     pytest.importorskip("gguf")
     from gguf_files import write_gguf
 
-    model = randomised(small_config(**SIZES | {"hidden_size": 256}))
+    model = randomized(small_config(**SIZES | {"hidden_size": 256}))
     if kind == "F16":
         model.get_submodule(UP).weight[3, 5] = float(number)
     file = tmp_path / "model.gguf"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from prequantized_layouts import GPTQ, write_prequantized
 from safetensors.torch import load_file, save_file
 from test_adapter_layers import SLOTS, make_engine, outputs
@@ -80,7 +80,7 @@ def ordered_layers(model) -> dict[str, OrderedLinear]:
 
 
 def make_ordered(format: str, shared: bool):
-    model = randomised(CONFIG).bfloat16()
+    model = randomized(CONFIG).bfloat16()
     quantize_model(model, format, torch.bfloat16)
     return with_orders(model, shared)
 
@@ -137,6 +137,14 @@ def test_all_blocks_in_one_operation_gather_as_each_block_does(format, shared, r
         difference = (run_layers(model, cache, x_B1E, position_B1) - actual).abs().max()
         assert (difference > 0) == (layer.shares_order is False or not name.endswith(FOLLOWERS)), name
         layer.input_order.copy_(own)
+
+
+@needs_operation
+def test_the_operation_refuses_an_order_that_would_read_elsewhere():
+    model = make_ordered("int4", shared=False)
+    model.model.layers[1].mlp.down_proj.input_order[7] = CONFIG.intermediate_size
+    with pytest.raises(ValueError, match="an order must be a permutation of 0 to K - 1"):
+        DecodeLayers(model, StaticKVCache(model.config, 1, 64, torch.bfloat16, CPU))
 
 
 @needs_operation

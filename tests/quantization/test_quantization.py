@@ -9,7 +9,7 @@ import pytest
 import tiny_tasks
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tiny import GREEDY, share_right, task_examples
@@ -271,7 +271,7 @@ def test_operation_refuses_what_it_cannot_do(x, weight, scale):
 
 
 def quantized_model(format, **changes):
-    model = randomised(small_config(**PACKABLE, **changes))
+    model = randomized(small_config(**PACKABLE, **changes))
     quantize_model(model, format.name, torch.float32)
     return model
 
@@ -285,7 +285,7 @@ def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, tie
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert len(layers) == 2 * 7 + 1 and isinstance(model.model.embed_tokens, QuantizedEmbedding)
     assert not [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    reference = randomised(small_config(**PACKABLE, tie_word_embeddings=tied, attention_bias=bias))
+    reference = randomized(small_config(**PACKABLE, tie_word_embeddings=tied, attention_bias=bias))
     with torch.no_grad():
         for name, module in reference.named_modules():
             if isinstance(module, nn.Linear):
@@ -309,13 +309,13 @@ def test_tied_weights_are_stored_once(format):
 
 
 def test_layers_that_cannot_be_packed_stay_as_they_are():
-    model = randomised(small_config())  # hidden_size 48, vocab_size 97
+    model = randomized(small_config())  # hidden_size 48, vocab_size 97
     quantize_model(model, "int8", torch.float32)
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert "lm_head" in kept and "model.layers.0.self_attn.q_proj" in kept
     assert isinstance(model.model.embed_tokens, nn.Embedding)
     assert isinstance(model.model.layers[0].self_attn.o_proj, QuantizedLinear)  # 64 -> 48
-    assert_near(model(random_ids(1, 5)), randomised(small_config())(random_ids(1, 5)), torch.bfloat16)
+    assert_near(model(random_ids(1, 5)), randomized(small_config())(random_ids(1, 5)), torch.bfloat16)
 
 
 @formats

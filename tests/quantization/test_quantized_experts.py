@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, assert_same, random_ids, random_tensor, randomised, small_config
+from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import tensors_of, write_checkpoint
@@ -218,7 +218,7 @@ def test_experts_that_are_not_chosen_are_not_read(format, is_plain, tokens, monk
 
 @formats
 def test_bytes_that_a_token_reads_are_those_of_chosen_experts(format):
-    model = randomised(CONFIG)
+    model = randomized(CONFIG)
     quantize_model(model, format.name, torch.float32)
     one = sum(p.numel() * p.element_size() for p in model.model.layers[0].mlp.experts.parameters()) / X
     embedding = sum(p.numel() * p.element_size() for p in model.model.embed_tokens.parameters())
@@ -234,7 +234,7 @@ def test_bytes_that_a_token_reads_are_those_of_chosen_experts(format):
 
 def with_dequantized_weights(model, config):
     """Return a plain model with the dequantized weights of a quantized one, and its routers."""
-    plain = randomised(config)
+    plain = randomized(config)
     with torch.no_grad():
         for name, module in plain.named_modules():
             twin = model.get_submodule(name)
@@ -251,7 +251,7 @@ def with_dequantized_weights(model, config):
 @all_formats
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["experts", "mixed"])
 def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, config, plainly):
-    model = randomised(config)
+    model = randomized(config)
     quantize_model(model, format.name, torch.float32)
     assert formats_of(model) == [format.name]
     sparse = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
@@ -265,16 +265,16 @@ def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, con
 
 
 def test_experts_that_cannot_be_packed_stay_as_they_are():
-    model = randomised(replace(CONFIG, moe_intermediate_size=24))
+    model = randomized(replace(CONFIG, moe_intermediate_size=24))
     quantize_model(model, "int8", torch.float32)
     assert isinstance(model.model.layers[0].mlp.experts, Experts)
     assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
-    assert_near(model(random_ids(1, 5)), randomised(model.config)(random_ids(1, 5)), torch.bfloat16)
+    assert_near(model(random_ids(1, 5)), randomized(model.config)(random_ids(1, 5)), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("format", "compile"), [(FORMATS["int8"], False), (FORMATS["int4"], True)])
 def test_cached_batched_and_compiled_tokens_are_those_of_the_plain_model(format, compile):
-    model = randomised(MIXED, seed=3)
+    model = randomized(MIXED, seed=3)
     quantize_model(model, format.name, torch.float32)
     prompts = [random_ids(n, vocab_size=96, seed=n).tolist() for n in (40, 5)]
     with Generator(model, max_seq_len=128, max_batch_size=2, compile=compile) as generator:
@@ -298,7 +298,7 @@ def assert_same_parameters(actual, expected):
 def test_experts_are_quantized_while_loading(format, layout, tmp_path, monkeypatch):
     """As afterwards, but with no more than one layer's experts in memory as they were, as layers come in turn."""
     config = replace(CONFIG, num_hidden_layers=3)
-    expected = randomised(config)
+    expected = randomized(config)
     write_checkpoint(tmp_path, config, layout(expected))
     quantize_model(expected, format.name, torch.float32)
     whole = watch_experts(monkeypatch)
@@ -335,7 +335,7 @@ def test_random_experts_are_quantized_layer_by_layer(monkeypatch):
 @all_formats
 def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qwen3fast.checkpoint.loaders.prepare_quantization", lambda *_: cpu.load())  # also for fp8
-    model = randomised(MIXED)
+    model = randomized(MIXED)
     quantize_model(model, format.name, torch.float32)
     save_model(model, tmp_path / "saved")
     loaded = load_model(tmp_path / "saved", device="cpu")
@@ -348,7 +348,7 @@ def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
 
 
 def test_damaged_quantized_experts_are_refused_by_name(tmp_path):
-    model = randomised(CONFIG)
+    model = randomized(CONFIG)
     quantize_model(model, "int8", torch.float32)
     layers = model.model.layers
     layers[1].mlp.experts.down_proj.weight_packed = nn.Parameter(

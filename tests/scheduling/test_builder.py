@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, slowly, small_config
+from conftest import randomized, slowly, small_config
 
 from qwen3fast import Generator, SamplingParams, ToolCall
 
@@ -35,7 +35,7 @@ def model(tokenizer):
     """Random weights that end their replies with either of two ids, now and then."""
     ids = tuple(tokenizer.base.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=ids)
-    return randomised(config, seed=1)
+    return randomized(config, seed=1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def generator(model, tokenizer):
 @pytest.fixture
 def wordless(model):
     """No tokenizer, and no end of sequence but by length."""
-    endless = randomised(replace(model.config, eos_token_ids=()), seed=1)
+    endless = randomized(replace(model.config, eos_token_ids=()), seed=1)
     with Generator(endless, max_seq_len=128, compile=False) as generator:
         yield generator
 
@@ -181,7 +181,7 @@ def test_logprobs_are_none_unless_asked_for(generator):
 
 
 def test_logprobs_of_a_vocabulary_smaller_than_the_list():
-    model = randomised(small_config(vocab_size=11, eos_token_ids=()))
+    model = randomized(small_config(vocab_size=11, eos_token_ids=()))
     with Generator(model, max_seq_len=64, compile=False) as generator:
         result = generator.generate([1, 2], SamplingParams(max_tokens=2, logprobs=20))
     assert [len(at.top) for at in result.logprobs] == [11, 11]

@@ -17,7 +17,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from conftest import randomised, slowly, small_config, wait_until
+from conftest import randomized, slowly, small_config, wait_until
 
 from qwen3fast import Generator, QueueFullError, SamplingParams
 from qwen3fast.scheduling.waiter import Waiter, wake_all
@@ -33,7 +33,7 @@ SLOW = SamplingParams(temperature=0, max_tokens=1500, logits_processor=slowly)
 @pytest.fixture(scope="module")
 def model(tokenizer):
     config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=2048, eos_token_ids=())
-    return randomised(config, seed=1)
+    return randomized(config, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def make_request(prompt_ids, output_ids=()):
 def half_way(prompt_ids, done):
     """A request of whose prompt so many tokens are in the cache."""
     request = make_request(prompt_ids)
-    request.prefill = Prefill(0, request.prompt_ids, done, [32], room=4096)
+    request.prefill = Prefill(0, request.prompt_ids, done, [32], 256)
     return request
 
 

@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import random_ids, randomised, small_config
+from conftest import random_ids, randomized, small_config
 from test_scheduler import finish, make_request, make_scheduler, random_prompt
 
 from qwen3fast import Generator, SamplingParams, StreamChunk
@@ -16,7 +16,7 @@ from qwen3fast.quantization import quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODEL = randomised(small_config(max_position_embeddings=2048, eos_token_ids=()), seed=3)
+MODEL = randomized(small_config(max_position_embeddings=2048, eos_token_ids=()), seed=3)
 GREEDY = SamplingParams(temperature=0, max_tokens=2)
 ALL = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3)
 # One token less and more than each chunk, prompts of several chunks, and the longest ones that fit.
@@ -79,7 +79,7 @@ def test_a_result_has_none_unless_asked(generator):
 
 
 def test_a_small_vocabulary_has_no_more_than_its_tokens():
-    model = randomised(small_config(vocab_size=7, eos_token_ids=()))
+    model = randomized(small_config(vocab_size=7, eos_token_ids=()))
     with Generator(model, compile=False, max_seq_len=64) as generator:
         found = generator.generate([1, 2], SamplingParams(max_tokens=1, prompt_logprobs=20)).prompt_logprobs
     assert sorted(i for i, _ in found[1].top) == list(range(7))
@@ -113,7 +113,7 @@ def test_prompts_with_and_without_run_together(generator):
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantized_weights(name):
     config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, eos_token_ids=(), dtype=torch.bfloat16)
-    model = randomised(config).bfloat16()
+    model = randomized(config).bfloat16()
     quantize_model(model, name, torch.bfloat16)
     ids = random_ids(1, 90, vocab_size=96)[0].tolist()
     with Generator(model, compile=False, max_seq_len=128) as generator:
@@ -169,7 +169,7 @@ def test_a_handle_of_a_cancelled_prompt_has_an_entry_per_token(generator):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_logits_that_are_not_finite_are_an_error(use_cache):
-    model = randomised(small_config(tie_word_embeddings=False, eos_token_ids=()))
+    model = randomized(small_config(tie_word_embeddings=False, eos_token_ids=()))
     model.lm_head.weight[7, 0] = math.nan
     with Generator(model, compile=False, max_seq_len=64) as generator:
         with pytest.raises(FloatingPointError, match="NaN or infinite within the prompt"):
@@ -251,7 +251,7 @@ def test_what_cannot_be_scored_is_refused(generator, prompts, continuations, mes
 
 
 def test_texts_are_encoded_separately(tokenizer):
-    model = randomised(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=()))
+    model = randomized(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=()))
     with Generator(model, tokenizer, compile=False, max_seq_len=64) as generator:
         score = generator.score("the do", "g is")
         assert score.token_ids == tokenizer.encode("g is")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_tensor, randomised, small_config
+from conftest import engine_of, random_tensor, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from qwen3fast.scheduling import Request, Scheduler
 from qwen3fast.scheduling.adapters import Adapter
 
 CPU = torch.device("cpu")
-MODEL = randomised(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+MODEL = randomized(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
 ADAPTERS = (Adapter("one", 1), Adapter("two", 2))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,9 +200,9 @@ def test_a_failed_forward_pass_ends_the_requests_in_it_and_no_other():
 
 
 def test_nan_logits_of_one_prompt_end_its_request_alone():
-    model = randomised(small_config(max_position_embeddings=512, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+    model = randomized(small_config(max_position_embeddings=512, eos_token_ids=(), tie_word_embeddings=False), seed=3)
     model.model.embed_tokens.weight[96] = torch.nan
-    scheduler = Scheduler(Engine(model, StaticKVCache(model.config, 3, 256, torch.float32, CPU), CPU, compile=False))
+    scheduler = Scheduler(engine_of(model))
     requests = [make_request(20, 5, seed) for seed in range(3)]
     for request in requests:
         request.prompt_ids = [token % 90 for token in request.prompt_ids]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import assert_near, assert_same, engine_of, randomised, slowly, small_config, wait_until
+from conftest import assert_near, assert_same, engine_of, randomized, slowly, small_config, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CACHE_DTYPES = [torch.float32, torch.int8]
-MODEL = randomised(small_config(max_position_embeddings=2048, eos_token_ids=()), seed=3)
+MODEL = randomized(small_config(max_position_embeddings=2048, eos_token_ids=()), seed=3)
 
 
 def make_scheduler(rows, positions=256, lookahead=0, reuse=True, cache_dtype=torch.float32):
@@ -627,7 +627,7 @@ def test_a_device_that_is_gone_ends_all_requests(monkeypatch):
 
 def spoilt_scheduler(token, lookahead=0, reuse=True):
     """One row, and a model that gives NaN after this token, as float16 overflows at some."""
-    model = randomised(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
+    model = randomized(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
     model.model.embed_tokens.weight[token] = torch.nan
     return Scheduler(engine_of(model, 1, 1300, lookahead=lookahead), reuse)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomised, slowly, small_config, write_text_checkpoint
+from conftest import randomized, slowly, small_config, write_text_checkpoint
 
 from qwen3fast import ChatSession, Embedder, Generator, Reranker, SamplingParams
 from qwen3fast.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ can_fork = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return randomised(small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=()), 1)
+    return randomized(small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=()), 1)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_forked_process_may_build_its_own(generator, quantization, busy_thread
 @pytest.mark.parametrize("kind", [Embedder, Reranker])
 def test_embedder_and_reranker_work_in_a_forked_process(yes_no_folder, tmp_path, kind, busy_threads):
     config = small_config(vocab_size=Tokenizer.from_folder(yes_no_folder).vocab_size, max_position_embeddings=512)
-    folder = write_text_checkpoint(tmp_path, randomised(config, 1), yes_no_folder)
+    folder = write_text_checkpoint(tmp_path, randomized(config, 1), yes_no_folder)
 
     def results(made):
         return made.encode([LONG, "x"]).tolist() if kind is Embedder else made.score("x", [LONG, "y"])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import randomised, small_config, write_text_checkpoint
+from conftest import randomized, small_config, write_text_checkpoint
 from serving import running
 from test_lora import ALL, modules_of, write_adapter
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def folders(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
     """A checkpoint, "base", and two adapters for it."""
     root = tmp_path_factory.mktemp("served")
-    model = randomised(small_config(vocab_size=1024, tie_word_embeddings=False))
+    model = randomized(small_config(vocab_size=1024, tie_word_embeddings=False))
     folders = {"base": write_text_checkpoint(root / "base", model, tokenizer_folder)}
     for name, targets in (("one", ALL), ("two", ["q_proj", "up_proj"])):
         write_adapter(root / name, model, modules_of(model, targets))
