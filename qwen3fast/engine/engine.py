@@ -112,7 +112,7 @@ class Engine(Rows):
         adapter: the slot of the prompt's adapter.
         """
         self.clear_row(row)
-        sizes = chunk_sizes(self.device)
+        sizes = chunk_sizes(self.device) if self.graphs is None else CHUNK_SIZES
         return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter, sizes)
 
     @on_device

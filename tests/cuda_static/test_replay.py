@@ -206,7 +206,8 @@ def test_first_chunks_are_replayed_with_their_own_tokens_row_and_end(model):
         assert_near(engine.prefill_whole(row % 3, prompt), expected_1V)
     assert {key for key in engine.graphs._replays} == {("prefill", 32), ("prefill", 128), ("prefill", 256)}
     for ours, theirs in zip(engine.cache.tensors(), plain.cache.tensors(), strict=True):
-        assert_near(ours, theirs)
+        for row, prompt in enumerate(prompts[3:]):  # padding differs
+            assert_near(ours[row, :, : len(prompt)], theirs[row, :, : len(prompt)])
 
 
 def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
