@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from tables import OURS, peers_columns
 
+from qwen3fast.bench.metrics import short
 from qwen3fast.bench.plot import FAINT, PALETTE, draw_bars, new_figure
 from qwen3fast.bench.record import Record
 
@@ -26,7 +27,7 @@ def draw(record: Record) -> Figure:
         values = [speeds.get(name, 0.0) for name in names]
         colors = [PALETTE[0] if engine.startswith(OURS) else OTHERS for _, engine in names]
         engines = [engine for _, engine in names] if i == 0 else [""] * len(names)
-        draw_bars(axes, values, [f"{v:.3g}" if v else "" for v in values], colors, engines, title, places)
+        draw_bars(axes, values, [short(v) if v else "" for v in values], colors, engines, title, places)
         if i == 0:
             for format in formats:
                 at = next(place for place, (name, _) in zip(places, names, strict=True) if name == format)
