@@ -109,7 +109,7 @@ class Forms:
                 self.choices[_label(case)] = choice
 
     def max_rows_as(self, rows: int) -> int:
-        """Return the most rows whose products are of the same form as those of `rows` rows, which chunks have."""
+        """Return the largest number of rows whose products have the same form as products of `rows` rows."""
         every = [limit for limits in self._limits().values() for limit in limits]
         return min((limit for limit in every if limit > rows), default=NEVER) - 1
 

@@ -42,7 +42,7 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     mask_BTL: bool, True where query t may see position l, up to its own: the first L positions of the cache are read.
     It may be None in steps where `finds_used_length` and in chunks where `finds_used_length_of_chunks`. Without rows
     (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries of a batch row stand at
-    consecutive positions, and those of a single batch row at the last of the L positions.
+    consecutive positions, and the queries of a single batch row at the last of the L positions.
     cache.sdpa_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,9 +107,24 @@ def test_sizes_that_are_not_served_are_refused(N, K):
         tiles.tile_linear(random_tensor(4, K).bfloat16(), [plain(random_tensor(N, K).bfloat16())])
 
 
-def test_tiles_are_usable_only_where_the_processor_announces_them():
-    assert tiles.are_usable() <= tiles.are_announced()
-    assert tiles.are_usable() is tiles.are_usable()
+@pytest.mark.parametrize("is_right", [True, False])
+def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypatch):
+    used = []
+    fake = SimpleNamespace(
+        qwen3fast_tile_linear=SimpleNamespace(),
+        qwen3fast_try_tiles=lambda: is_right,
+        qwen3fast_use_tiles=lambda are_used: used.append(are_used),
+    )
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    for name in ("_functions", "_are_usable"):
+        monkeypatch.setattr(tiles, name, getattr(tiles, name))  # restored afterwards
+    tiles.register(fake)
+    assert tiles.are_usable() is is_right and used == [is_right]
+
+
+@pytest.mark.skipif(tiles.are_announced(), reason="this processor has tiles")
+def test_the_trial_fails_where_there_are_no_tiles():
+    assert cpu.functions().qwen3fast_try_tiles() is False
 
 
 @pytest.mark.skipif(not shutil.which("objdump") or not building.find_compiler(), reason="no objdump or no compiler")

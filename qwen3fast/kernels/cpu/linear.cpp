@@ -21,19 +21,6 @@ constexpr int64_t kMaxVectors = 1;
 constexpr int64_t kManyRows = 8;  // from which lanes are rows; all chunks of prompts have as many
 constexpr int64_t kVectorsInCache = 12;  // rows of x, in vectors, that pass while a panel of the weight is in the cache
 
-// Puts rows of x into pairs: (blocks of 16 rows, K / 2, 16 rows), two channels of a row in 32 bits. Missing rows are zero.
-void put_into_pairs(const BFloat16* x, int64_t M, int64_t K, Bits* pairs, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; block++)
-    for (int64_t k = 0; k < K; k += 2 * kLanes) {
-      const int64_t count = std::min(2 * kLanes, K - k);  // channels: K is a multiple of 16
-      Bits square[kLanes] = {};
-      for (int64_t i = 0; i < kLanes && block * kLanes + i < M; i++)
-        std::memcpy(&square[i], x + (block * kLanes + i) * K + k, count * sizeof(BFloat16));
-      transpose(square);
-      std::copy_n(square, count / 2, pairs + (block * K + k) / 2);
-    }
-}
-
 // Writes sums of up to 16 rows, which are lanes, with the weight's rows of a panel: y (rows, kPanel), N apart.
 void store_panel(const Vec* sums, BFloat16* y, int64_t rows, int64_t N) {
   Bits two[4];  // columns, for each row
@@ -107,7 +94,10 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
   }
   const int64_t blocks = (M + kLanes - 1) / kLanes;
   const std::unique_ptr<Bits[]> pairs(new Bits[blocks * K / 2]);
-  parallel_for(blocks, 2, threads, [&](int64_t begin, int64_t end) { put_into_pairs(x, M, K, pairs.get(), begin, end); });
+  parallel_for(blocks, 2, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin * kLanes; m < std::min(M, end * kLanes); m += kLanes)
+      put_into_pairs(x + m * K, std::min(M - m, kLanes), K, kLanes, reinterpret_cast<uint32_t*>(pairs.get()) + m * K / 2);
+  });
   parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
                [&](int64_t begin, int64_t end) { multiply_panels(pairs.get(), M, weight, y, begin, end, N, K); });
 }

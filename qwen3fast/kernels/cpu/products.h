@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -44,6 +45,18 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
                    int64_t width);
 
 namespace {
+
+// Puts up to 16 rows of x into pairs of neighboring channels: K/2 lines, `width` numbers of 32 bits apart, with a pair per
+// row; pairs of missing rows are zero. K: a multiple of 16.
+inline void put_into_pairs(const BFloat16* x, int64_t rows, int64_t K, int64_t width, uint32_t* pairs) {
+  for (int64_t k = 0; k < K; k += 2 * kLanes) {
+    const int64_t count = std::min(2 * kLanes, K - k);  // channels
+    Bits square[kLanes] = {};
+    for (int64_t i = 0; i < rows; i++) std::memcpy(&square[i], x + i * K + k, count * sizeof(BFloat16));
+    transpose(square);
+    for (int64_t i = 0; i < count / 2; i++) std::memcpy(pairs + (k / 2 + i) * width, &square[i], sizeof square[i]);
+  }
+}
 
 // silu(gate) * up, in place of gate: between the two products of a feed-forward layer.
 inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {

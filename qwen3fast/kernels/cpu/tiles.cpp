@@ -94,12 +94,6 @@ void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, i
   }
 }
 
-// Puts rows m0.. of x, up to 32, into pairs, one after the other in lines of `width`.
-void put_into_pairs(const BFloat16* x, int64_t m0, int64_t M, int64_t K, int64_t width, uint32_t* pairs) {
-  for (int64_t m = m0; m < std::min(M, m0 + kTwo); m++)
-    for (int64_t k = 0; k < K; k += 2) pairs[k / 2 * width + m - m0] = load_as<uint32_t>(x + m * K + k);
-}
-
 // All rows of x, in pairs, with a panel of bfloat16.
 void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width) {
   const int64_t K = panel.weight->K, rows = panel.blocks * kLanes;
@@ -132,9 +126,11 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   Pairs x_pairs(is_plain ? (M + kTileRows - 1) / kTileRows * K / 2 : 0);
   auto* x_start = reinterpret_cast<uint32_t*>(x_pairs.data());
   if (is_plain) {
-    parallel_for((M + kTwo - 1) / kTwo, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t m0 = begin * kTwo; m0 < end * kTwo; m0 += kTwo)
-        put_into_pairs(x, m0, M, K, M - m0 > kTileRows ? kTwo : kTileRows, x_start + m0 * K / 2);
+    parallel_for((M + kTileRows - 1) / kTileRows, 2, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin * kTileRows; m < std::min(M, end * kTileRows); m += kTileRows) {
+        const int64_t first = m / kTwo * kTwo, columns = M - first > kTileRows ? kTwo : kTileRows;
+        put_into_pairs(x + m * K, std::min(M - m, kTileRows), K, columns, x_start + first * K / 2 + m - first);
+      }
     });
   } else {
     rest.assign(x + whole * K, x + M * K);
