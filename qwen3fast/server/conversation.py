@@ -27,16 +27,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Conversation(ReplyRequest):
     """A conversation to reply to; each endpoint has a class of its own for the form of its responses.
 
-    messages: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
+    must_call: the reply is the JSON of one tool call, without tags.
     """
 
-    messages: list[dict[str, Any]]
     must_call: bool
-
-    @property
-    def prompt(self) -> list[dict[str, Any]]:
-        """The messages."""
-        return self.messages
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -47,7 +41,7 @@ class Conversation(ReplyRequest):
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
-            self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
+            self.prompts, self.sampling.params, True if thinking is None else thinking, self.tools
         )
         return [(prompt, params) for params in self.sampling.each()]
 
@@ -92,17 +86,16 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     async with started(conversation, state.options.compile_timeout_s) as handles:
         prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
-        async for piece in pieces(handles, state.options.stream_interval_s):
-            stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
-            new_tokens[piece.index] += len(news.token_ids)
-            answer = stream.push("" if conversation.must_call else news.answer)
+        async for i, chunk in pieces(handles, state.options.stream_interval_s):
+            stream, result = streams[i], chunk.result
+            new_tokens[i] += len(chunk.token_ids)
+            answer = stream.push("" if conversation.must_call else chunk.answer)
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
                 last = stream.finish(*conversation.content_and_calls(result))
                 content, calls = content + last.content, calls + last.tool_calls
-            counts = prompt_tokens, new_tokens[piece.index]
-            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result, *counts)
+            yield Delta(i, chunk.reasoning, content, calls, chunk.logprobs, result, prompt_tokens, new_tokens[i])
     state.count(request, conversation.served, finished)
 
 

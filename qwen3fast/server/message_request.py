@@ -46,9 +46,7 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
 
 
 def _read_sampling(fields: Fields) -> Sampling:
-    stops = fields.items("stop_sequences") or []
-    if not all(isinstance(stop, str) for stop in stops):
-        raise ApiError(400, f"must be a list of strings, got {describe(stops)}", fields.name("stop_sequences"))
+    stops = fields.items("stop_sequences", lambda item: isinstance(item, str), "a list of strings") or []
     thinking = fields.object("thinking")
     enable, budget = False, None
     if thinking is not None:

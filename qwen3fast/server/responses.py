@@ -58,7 +58,7 @@ def _finish(
     status = "incomplete" if is_cut else "completed"
     response = wanted.to_response(status, output, usage=usage, incomplete_details=details)
     if wanted.is_stored:
-        messages = wanted.messages[1:] if wanted.given["instructions"] else wanted.messages  # which are not inherited
+        messages = wanted.prompts[1:] if wanted.given["instructions"] else wanted.prompts  # which are not inherited
         text, calls = wanted.content_and_calls(result)
         reply: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
