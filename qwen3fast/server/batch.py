@@ -20,9 +20,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import add_model_arguments, load_models
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob, read_jobs
+from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
 

@@ -15,20 +15,11 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
-from qwen3fast.server.replies import (
-    Prompt,
-    ReplyRequest,
-    answer,
-    new_id,
-    pieces,
-    read_stream_options,
-    started,
-    usage,
-    usage_so_far,
-)
+from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
 from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
+from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.server.conversation import Conversation, check_chosen, read_function
+from qwen3fast.server.chat_fields import check_chosen, read_function
+from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced

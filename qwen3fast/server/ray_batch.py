@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import load_models
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob
+from qwen3fast.server.loading import load_models
 from qwen3fast.server.options import ServerOptions
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.server.conversation import Conversation, read_call, read_tools, text_of
+from qwen3fast.server.chat_fields import read_call, read_tools, text_of
+from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced

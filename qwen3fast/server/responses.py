@@ -12,12 +12,13 @@ from starlette.responses import JSONResponse, Response
 from qwen3fast.results import GenerationResult
 from qwen3fast.server.conversation import deltas
 from qwen3fast.server.errors import to_api_error
-from qwen3fast.server.replies import answer, reasoning_tokens
+from qwen3fast.server.replies import answer
 from qwen3fast.server.response_items import ItemEvents, to_output
 from qwen3fast.server.response_request import ResponseRequest, read_response_request
 from qwen3fast.server.state import state_of
 from qwen3fast.server.store import ResponseStore, Stored
 from qwen3fast.server.stream import event
+from qwen3fast.server.usage import reasoning_tokens
 
 
 async def create_response(request: Request) -> Response:

@@ -7,7 +7,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen3fast.server.conversation import read_messages, read_tools
+from qwen3fast.server.chat_fields import read_messages, read_tools
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of

@@ -16,8 +16,8 @@ from serving import address, models, tiny_generator  # noqa: F401  fixtures
 from qwen3fast import Embedder
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import _base_of_adapter
 from qwen3fast.server.in_process import call, post
+from qwen3fast.server.loading import _base_of_adapter
 from qwen3fast.server.options import ServerOptions
 
 httpx = pytest.importorskip("httpx")
@@ -91,7 +91,11 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
     [
         ("/v1/chat/completions", {"messages": CHAT["messages"], "temperature": -1}, "temperature"),
         ("/v1/responses", {"input": "a", "top_p": 2}, "top_p"),
-        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}}, "text.format.schema"),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}},
+            "text.format.schema",
+        ),
         ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [2**31]}, "stop_token_ids"),
         ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),

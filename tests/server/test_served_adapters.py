@@ -13,7 +13,7 @@ from serving import running
 from test_lora import ALL, modules_of, write_adapter
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.server.command import add_model_arguments, load_models
+from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.models import Models
 
 httpx = pytest.importorskip("httpx")
