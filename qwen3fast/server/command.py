@@ -45,23 +45,20 @@ class DrainingServer(uvicorn.Server):
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `serve` to a parser."""
     add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
-    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
-    parser.add_argument(
-        "--api-key", action="append", dest="api_keys", default=[], help="required from clients; may be repeated"
-    )
-    parser.add_argument("--strict", action="store_true", help="refuse requests with unknown fields")
-    defaults = ServerOptions()
-    parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
-    add_seconds = partial(parser.add_argument, type=float, metavar="S")
-    add_seconds("--request-timeout", dest="request_timeout_s", default=defaults.request_timeout_s, help="[%(default)s]")
-    add_seconds(
-        "--stream-interval",
-        dest="stream_interval_s",
-        default=defaults.stream_interval_s,
-        help="between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
-    )
-    parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
+    add, defaults = parser.add_argument, ServerOptions()
+    add_seconds = partial(add, type=float, metavar="S")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0: every one [%(default)s]")
+    add("--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one [%(default)s]")
+    add("--api-key", action="append", dest="api_keys", default=[], metavar="KEY", help="key that clients must send; "
+        "repeatable [none is needed]")  # fmt: skip
+    add("--strict", action="store_true", help="refuse requests with fields that the server does not know")
+    add("--max-body-bytes", type=int, default=defaults.max_body_bytes, metavar="N", help="size of the largest request "
+        "[%(default)s]")  # fmt: skip
+    add_seconds("--request-timeout", dest="request_timeout_s", default=defaults.request_timeout_s, help="time limit of "
+                "a request, in seconds [%(default)s]")  # fmt: skip
+    add_seconds("--stream-interval", dest="stream_interval_s", default=defaults.stream_interval_s, help="seconds "
+                "between events of a streamed reply; 0 sends each token when it comes [%(default)s]")  # fmt: skip
+    add("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 from qwen3fast.embedder import Embedder
 from qwen3fast.generator import Generator
+from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel
 
@@ -17,34 +20,24 @@ logger = logging.getLogger("qwen3fast.server")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `load_models` to a parser."""
-    parser.add_argument(
-        "--model",
-        action="append",
-        metavar="[NAME=]SOURCE",
-        help="model, or folder of a LoRA adapter; repeatable [tiny]",
-    )
-    parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
-    parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="LoRA adapter over the one --model, chosen by requests with its name as model; repeatable",
-    )
-    parser.add_argument("--max-batch-size", type=int, default=8, help="requests decoded together [%(default)s]")
-    parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
-    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait [%(default)s]")
-    parser.add_argument("--quantization", help="int8, int4, ... [none]")
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
-    parser.add_argument("--dtype", default="auto", help="[%(default)s]")
-    parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
-    parser.add_argument(
-        "--warmup",
-        action=argparse.BooleanOptionalAction,
-        help="compile before the first request; --no-warmup: only what requests need "
-        "[answer at once and compile meanwhile; on GPUs compile before]",
-    )
+    add = parser.add_argument
+    add_source = partial(add, action="append", default=[])
+    add_source("--model", metavar="[NAME=]SOURCE", help="model that generates: hub id, folder, .gguf file, or folder "
+               "of a LoRA adapter; repeatable [tiny]")  # fmt: skip
+    add_source("--embedder", metavar="[NAME=]SOURCE", help="model for /v1/embeddings")
+    add_source("--reranker", metavar="[NAME=]SOURCE", help="model for /v1/rerank and /v1/score")
+    add_source("--adapter", metavar="NAME=SOURCE", help="LoRA adapter of the one --model, which requests choose by its "
+               "name; repeatable")  # fmt: skip
+    add("--max-batch-size", type=int, default=8, metavar="N", help="requests that run together [%(default)s]")
+    add("--max-seq-len", type=int, default=4096, metavar="N", help="tokens of prompt and reply together [%(default)s]")
+    add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
+    add("--quantization", choices=[*FORMATS, DEQUANTIZE], help="quantize the weights while loading; dequantize: use a "
+        "prequantized checkpoint unquantized")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
+    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
+    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
+        "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
@@ -52,10 +45,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     models: dict[str, AnyModel] = {}
 
     def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
-        name, _, source = spec.rpartition("=")
-        name = name or source
-        if name in models:
-            raise ValueError(f"two models are named {name!r}; write NAME=SOURCE")
+        name, source = _name_and_source(spec)
         logger.info("loading %s", name)
         common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
         base = _base_of_adapter(source)
@@ -64,6 +54,9 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
 
     adapters = _adapters(args)
+    names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
     for spec in generators:
         add(
@@ -88,6 +81,11 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     return models
 
 
+def _name_and_source(spec: str) -> tuple[str, str]:
+    name, _, source = spec.rpartition("=")
+    return name or source, source
+
+
 def _adapters(args: argparse.Namespace) -> dict[str, str]:
     """Return the sources of the adapters by name. Raises: ValueError for a bad or repeated name, or several models."""
     adapters: dict[str, str] = {}
@@ -96,7 +94,7 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
         if not name or not source or name in adapters:
             raise ValueError(f"--adapter must be NAME=SOURCE, each name once, got {spec!r:.200}")
         adapters[name] = source
-    if adapters and (len(args.model or ()) > 1 or (not args.model and (args.embedder or args.reranker))):
+    if adapters and (len(args.model) > 1 or (not args.model and (args.embedder or args.reranker))):
         raise ValueError("--adapter needs a single --model, which the adapters belong to")
     return adapters
 
