@@ -162,5 +162,5 @@ def test_a_name_given_twice_is_refused_before_anything_is_loaded(options, monkey
     monkeypatch.setattr(Generator, "from_pretrained", None)  # calling it would fail
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
-    with pytest.raises(ValueError, match="two models or adapters are named '(a|tiny)'"):
+    with pytest.raises(ValueError, match=r"two models or adapters are named '(a|tiny)'"):
         load_models(parser.parse_args(options))
