@@ -170,7 +170,7 @@ def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, cap
     assert main(["serve", "--port", "5"]) == 5
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
-    assert capsys.readouterr().out.startswith("usage: qwen3fast serve [-h] [--port PORT]\n\nserve it\n")
+    assert capsys.readouterr().out.startswith("usage: qwen3fast serve [-h] [--port PORT]\n\nServe it.\n")
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, capsys):

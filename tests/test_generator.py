@@ -142,7 +142,7 @@ def test_generate_refuses_too_few_params(generator):
 
 
 def test_overflow_is_refused_with_the_arithmetic(generator):
-    message = r"prompt \(190 tokens\) \+ max_tokens \(20\) = 210 exceeds max_seq_len 200.*max_seq_len=210"
+    message = r"prompt \(190 tokens\) \+ max_tokens \(20\) = 210 exceeds max_seq_len 200.*to 210"
     with pytest.raises(ValueError, match=message):
         generator.generate([1] * 190, SamplingParams(max_tokens=20))
 

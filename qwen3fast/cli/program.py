@@ -38,16 +38,15 @@ class LoadedCommand(NamedTuple):
 
 
 LOADED = {
-    "bench": LoadedCommand(
-        "measure tokens per second, with and without a KV cache; see bench --help", "qwen3fast.bench.__main__"
-    ),
+    "bench": LoadedCommand("measure tokens per second, with and without a KV cache", "qwen3fast.bench.__main__"),
     "serve": LoadedCommand(
-        "serve OpenAI's API over HTTP", "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments"
+        "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on",
+        "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments",
     ),
     "batch": LoadedCommand(
-        "run the requests of a file", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
+        "answer a file of requests", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
     ),
-}
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`."""
-    parser = argparse.ArgumentParser(prog="qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.")
+    epilog = "qwen3fast COMMAND --help lists the options of a command."
+    parser = argparse.ArgumentParser("qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"qwen3fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*COMMANDS, *LOADED]))
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP)
+        command = commands.add_parser(name, help=module.HELP, description=_sentence(module.HELP))
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     for name, loaded in LOADED.items():
@@ -89,6 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("options", nargs="*")
         command.set_defaults(run=_run_loaded)
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -119,7 +123,7 @@ def _run_loaded(args: argparse.Namespace) -> int:
         raise ImportError(f"{args.command} needs {err.name}; run: pip install 'qwen3fast[{loaded.extra}]'") from err
     arguments = args.options
     if loaded.add_arguments:
-        parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=loaded.help)
+        parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=_sentence(loaded.help))
         getattr(module, loaded.add_arguments)(parser)
         arguments = parser.parse_args(arguments)
     status: int = getattr(module, loaded.run)(arguments)

@@ -135,7 +135,7 @@ class RequestBuilder:
         if needed > self._max_seq_len:
             raise ValueError(
                 f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
-                f"max_seq_len {self._max_seq_len}; shorten one, or build Generator(max_seq_len={needed})"
+                f"max_seq_len {self._max_seq_len}; shorten one, or set max_seq_len to {needed} or more"
             )
         request = Request(
             prompt_ids=ids + continuation_ids,

@@ -9,7 +9,6 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
 
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
@@ -69,13 +68,9 @@ def _compile(generator: Generator, waiting: dict[str, int], name: str) -> int:
     return before
 
 
-def _counts(most: int) -> Iterator[int]:
-    """Yield numbers of requests that run together: 1, 2, 4, ... and the most."""
-    count = 1
-    while count < most:
-        yield count
-        count *= 2
-    yield most
+def _counts(most: int) -> list[int]:
+    """Return numbers of requests that run together: 1, 2, 4, ... and the most."""
+    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 def _run(generator: Generator, count: int, params: SamplingParams, rng: random.Random) -> None:

@@ -48,7 +48,7 @@ def test_every_line_is_answered_as_the_generator_would(tmp_path, tiny_generator,
     assert found["mine"]["response"]["body"]["choices"][0]["text"] == alone[1].text
     assert len(read_lines(target)) == 11
     assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
-    assert "11 of 11 results are there already" in capsys.readouterr().err
+    assert "11 of 11 requests were answered before" in capsys.readouterr().err
     assert len(read_lines(target)) == 11
 
 
@@ -103,7 +103,7 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
 def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes\nmore\n")
-    with pytest.raises(ValueError, match="no results"):
+    with pytest.raises(ValueError, match="not replies of this command"):
         Output(path)
     assert path.read_text() == "my notes\nmore\n"
 
