@@ -59,7 +59,7 @@ def _forms(config: ModelConfig) -> list[str]:
     if forms.is_pinned():
         return [f"forms on this machine: the first of each, as {forms.VARIABLE} says"]
     if not found:
-        return ["forms on this machine: not measured yet for these sizes (Generator.warmup() does)"]
+        return ["forms on this machine: not measured yet for these sizes; Generator.warmup() measures them"]
     title = f"forms on this machine, as measured with {torch.get_num_threads()} threads (kept in {forms_file.path()}):"
     return [title, *(f"  {name}: {choice.name} ({choice.times})" for name, choice in sorted(found.items()))]
 

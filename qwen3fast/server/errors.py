@@ -38,7 +38,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than success.
+    """An error response.
 
     Attributes:
         status: HTTP status code, from 400 to 599. message: the error, the expected value, the remedy.
@@ -71,7 +71,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """Return the answer to an exception of the engine; status 500 unless it is the client's fault."""
+    """Return the error response for an exception; its status is 500 unless the request caused the exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

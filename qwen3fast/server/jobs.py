@@ -51,7 +51,7 @@ def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
         try:
             job = _job(line, raw() if callable(raw) else raw)
             if job.key in keys:
-                raise ValueError(f"custom_id {job.key!r} is there twice")
+                raise ValueError(f"custom_id {job.key!r} appears twice")
             keys.add(job.key)
             yield job
         except (ValueError, RecursionError) as err:
