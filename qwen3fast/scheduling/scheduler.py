@@ -149,10 +149,10 @@ class Scheduler:
         self._release_finished()
 
     def _next_to_prefill(self) -> list[Request]:
-        """Return the requests whose prompts are computed in this step; requests are admitted in the order they came.
+        """Return the requests that compute a chunk of their prompt in this step; admit waiting ones, oldest first.
 
-        They are the oldest one's and others that fit the size of its chunk, as many as may be computed together.
-        A request whose whole prompt is reused is among them, without a chunk.
+        Other prompts join the oldest one if their next chunk fits the size of its chunk, up to `Engine.max_prompts`.
+        A request whose whole prompt was found in the cache has no chunk left; only its first token is sampled.
         """
         prompts = sorted((r for r in self.active.values() if r.prefill is not None), key=lambda r: r.prefill_started_s)
         first = prompts[0] if prompts else self._admit_next()

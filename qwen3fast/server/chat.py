@@ -27,7 +27,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall
 
 MAX_TOP_LOGPROBS = 20
-# Fields that do not concern how a reply is made.
+# Fields that do not change a reply.
 WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier")
 
 

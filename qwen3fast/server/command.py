@@ -23,7 +23,7 @@ logger = logging.getLogger("qwen3fast.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that answers `/ready` with 503 and goes on until all requests have ended, then stops listening."""
+    """Uvicorn with draining: from the first signal on, `/ready` answers 503, and the server stops once it is idle."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; end at once at the second."""
@@ -32,7 +32,9 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         state.is_draining = True
-        logger.warning("draining: %d requests go on; signal again to end now", state.in_flight)
+        logger.warning(
+            "draining: waiting for %d running requests; send the signal again to stop at once", state.in_flight
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; called by uvicorn ten times a second."""
@@ -68,7 +70,7 @@ def run_serve(args: argparse.Namespace) -> int:
     options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
     app = create_app(load_models(args), options)
     if args.warmup is None:
-        logger.info("compiling meanwhile: replies are slower at first; /ready reports how much remains")
+        logger.info("compiling in the background: replies are slower at first; /ready reports how much remains")
         compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
 

@@ -28,10 +28,10 @@ SAMPLINGS = (
 
 
 def compile_meanwhile(state: ServerState) -> threading.Thread:
-    """Start a thread that makes the Generators compile, and notes in `state.compiling` what they have still to do.
+    """Start a thread that makes the Generators compile, and keeps the number of remaining forms in `state.compiling`.
 
-    It logs when a Generator is done, and ends early when one is closed. Only Generators with compile="auto", which
-    is of CPUs alone, are concerned.
+    It logs when a Generator is done, and ends early when one is closed. It leaves out Generators on GPUs, where
+    compile="auto" means True.
     """
     served = [(m.name, m.model) for m in state.models.served]
     generators = {name: m for name, m in served if isinstance(m, Generator) and m.device.type == "cpu"}

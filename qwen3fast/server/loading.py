@@ -72,7 +72,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         model = list(models.values())[-1]
         assert isinstance(model, Generator), "just added"
         if args.warmup or (args.warmup is None and model.device.type == "cuda"):
-            logger.info("compiling for this machine, up to minutes at the first start")
+            logger.info("compiling for this machine; the first start can take minutes")
             model.warmup(progress=True)
     for spec in args.embedder:
         add(spec, Embedder)

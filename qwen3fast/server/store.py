@@ -36,7 +36,11 @@ class ResponseStore:
         """Return a response. Raises: ApiError (404)."""
         stored = self._stored.get(response_id)
         if stored is None:
-            raise ApiError(404, f"response {response_id!r:.100} is not stored here (any more)", code="not_found")
+            raise ApiError(
+                404,
+                f"response {response_id!r:.100} is not stored; only the latest {self._most} are kept",
+                code="not_found",
+            )
         return stored
 
     def delete(self, response_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Server-sent events: heartbeats while nothing comes, an end when the client goes away or takes nothing.
+"""Server-sent events, with heartbeats while there is no news. Clients that leave or do not read are disconnected.
 
 Source: WHATWG HTML standard, "Server-sent events".
 """
@@ -56,7 +56,7 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events; end early when the client goes away or takes nothing, and close what makes the events."""
+        """Send all events, or stop early when the client leaves or does not read. Close the generator of events."""
         self._last = asyncio.get_running_loop().time()
         sending = asyncio.create_task(self._send_all(send))
         gone = asyncio.create_task(_disconnection(receive))
@@ -84,7 +84,7 @@ class EventStream(Response):
             await self._send_last(send, b"")
 
     async def _watch(self, sending: asyncio.Task[None], gone: asyncio.Task[None], send: Send) -> None:
-        """Return when the events are sent, or the client is not worth waiting for."""
+        """Return once the events are sent, the client has left, or it has read nothing for too long."""
         now, options = asyncio.get_running_loop().time, self._options
         deadline = now() + options.request_timeout_s
         tick_s = min(options.heartbeat_s, options.send_timeout_s) / 4
