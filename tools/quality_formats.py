@@ -30,7 +30,8 @@ class Formats:
         self.exact = self._plain()
         layers = {n: m for n, m in self.exact.named_modules() if isinstance(m, nn.Linear)}
         with torch.no_grad():
-            self._moments = second_moments(layers, self.exact, list(windows[:, None].unbind()))
+            moments = second_moments(layers, self.exact, list(windows[:, None].unbind()))
+        self._moments = {name: moment.mean() for name, moment in moments.items()}
 
     def __iter__(self) -> Iterator[tuple[str, float, Qwen3]]:
         """Yield (name, bits per weight of the matrices, float32 model); one model at a time is in memory."""
