@@ -12,13 +12,15 @@ from awq_scaling import scale_channels
 from ggml_quants import Ggml, bits, type_of
 from torch import Tensor, nn
 
-from qwen3fast.checkpoint import load_model
+from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint.metadata import find_tokenizer
+from qwen3fast.cli.quantize import own_text
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules, quantize_model
-from qwen3fast.quantization.calibrate import quantize_calibrated, second_moments
+from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated, second_moments
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-OURS = ("int8", "int4")
+OURS = ("int8", "int4", "uint4")
 MIXTURES = ("Q8_0", "Q4_0 pure", "Q4_0", "Q4_K_M")  # pure: no matrix is kept in more bits
 
 
@@ -44,9 +46,12 @@ class Formats:
         model.load_state_dict(scaled.state_dict())
         quantize_model(model, "int4", torch.float32)
         yield "int4 AWQ-scaled", *self._dequantized(model, scaled)
-        model = self._plain()
-        quantize_calibrated(model, self._windows)
-        yield "int4 calibrated", *self._dequantized(model, self._plain())
+        own_BT = own_text(self.exact, find_tokenizer(resolve_source(self._source)), self._windows.numel())
+        for name, text_BT in (("int4", self._windows), *((name, own_BT) for name in CALIBRATED)):
+            model = self._plain()
+            quantize_calibrated(model, text_BT, name)
+            kind = "calibrated" if text_BT is self._windows else "on own text"
+            yield f"{name} {kind}", *self._dequantized(model, self._plain())
         for mixture in filter(self._can, MIXTURES):
             yield mixture, *self._in_types(self._types(mixture), with_importance=False)
         if self._can("Q4_K_M"):

@@ -81,7 +81,12 @@ def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch,
     assert quality_peers.main() == 0
     record = load_record(tmp_path / "r.json")
     kl = {case.labels["format"]: case.metrics["kl_divergence"].median for case in record.cases}
-    alone = [f"{name} weights" for name in OURS] + ["int4 AWQ-scaled", "int4 calibrated"]
+    alone = [f"{name} weights" for name in OURS] + [
+        "int4 AWQ-scaled",
+        "int4 calibrated",
+        "int4 on own text",
+        "uint4 on own text",
+    ]
     assert list(kl) == ["bf16", "int4", *alone, "Q8_0", "Q4_0 pure"]
     assert kl["Q8_0"] < kl["int8 weights"] < kl["int4 calibrated"] < kl["int4 weights"]
     assert record.run["command"].startswith("python tools/quality_peers.py --model tiny --text ")

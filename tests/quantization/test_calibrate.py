@@ -1,5 +1,7 @@
 """4 bits with error correction: equal to its definition, better on the calibration text, and saved as any int4 is."""
 
+import logging
+
 import pytest
 import torch
 from conftest import random_ids, random_tensor, randomized, small_config
@@ -313,6 +315,17 @@ def test_a_model_with_nan_writes_no_text():
     model.model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="logits are not finite"):
         write_texts(model, [[1], [2]], 4)
+
+
+@pytest.mark.parametrize(("name", "tells"), [("int4", True), ("uint4", True), ("int8", False)])
+def test_loading_and_info_tell_that_the_command_is_more_exact(name, tells, caplog, capsys):
+    caplog.set_level(logging.DEBUG, "qwen3fast")
+    load_model("tiny", "cpu", quantization=name)
+    assert (
+        f"tiny without calibration: `python -m qwen3fast quantize` writes a more exact {name}" in caplog.text
+    ) == tells
+    assert main(["info", "--model", "tiny", "--quantization", name]) == 0
+    assert ("without calibration; `qwen3fast quantize` is more exact" in capsys.readouterr().out) == tells
 
 
 def test_only_4_bits_are_calibrated():
