@@ -49,7 +49,8 @@ def feedback(hessian_KK: Tensor, damping: float) -> Tensor:
     if failed:
         lower = torch.linalg.cholesky(damped.double()).float()
     upper = lower.flip(0, 1)
-    return upper.div_(upper.diagonal().clone())
+    factor: Tensor = upper.div_(upper.diagonal().clone())
+    return factor
 
 
 def _levels(weight_NK: Tensor, step_NG: Tensor, minimum_NG: Tensor, feedback_KK: Tensor) -> Tensor:
