@@ -54,9 +54,10 @@ def add_formats(session: Session, formats: Formats, ids: list[int]) -> None:
     progress.close()
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return a table by columns, which take a line each."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a table by columns, which take a line of the record each; texts are joined."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: ", ".join(values) if isinstance(values[0], str) else values for name, values in columns.items()}
 
 
 def main() -> int:
