@@ -249,3 +249,22 @@ def test_imports_do_not_hide_behind_type_checking():
         m for m, tree in TREES.items() if "TYPE_CHECKING" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     ]
     assert hidden == []
+
+
+def private_names_of_torch(tree: ast.Module) -> set[str]:
+    """Return the private parts of dotted names that begin with `torch`, imported ones included."""
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {name for node in ast.walk(tree) for name in names_imported(node)}
+    dotted = {name for name in names if name.split(".")[0] == "torch"}
+    return {part for name in dotted for part in name.split(".") if part.startswith("_") and not part.startswith("__")}
+
+
+def test_private_parts_of_pytorch_are_used_in_one_file():
+    found = {module: names for module, tree in TREES.items() if (names := private_names_of_torch(tree))}
+    described = ast.get_docstring(TREES["qwen3fast.engine.compile"]) or ""
+    assert all(name in described for name in found.pop("qwen3fast.engine.compile") - {"_inductor", "_C"})
+    operators = {
+        "attention": "_scaled_dot_product_flash_attention",
+        "grouped": "_grouped_mm",
+    }  # without public names in torch 2.9
+    assert found == {f"qwen3fast.kernels.{module}": {name} for module, name in operators.items()}
