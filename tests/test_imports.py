@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -242,6 +243,15 @@ def test_imports_name_what_they_import():
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert starred == []
+
+
+def test_imports_of_other_packages_are_declared():
+    declared = re.findall(
+        r'^ *"([\w-]+)', (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    names = {name.split(".")[0] for tree in TREES.values() for node in ast.walk(tree) for name in names_imported(node)}
+    others = names - sys.stdlib_module_names - {"qwen3fast"}
+    assert {name.replace("_", "-") for name in others} <= {name.replace("_", "-") for name in declared}
 
 
 def test_imports_do_not_hide_behind_type_checking():
