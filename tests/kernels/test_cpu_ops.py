@@ -153,8 +153,8 @@ def test_results_do_not_depend_on_which_thread_does_a_part(format):
             results.append((y, torch.ops.qwen3fast.prefill_attention(q, k, v, position, row)))
     finally:
         torch.set_num_threads(threads)
-    for product, attention in results[1:]:
-        assert torch.equal(product, results[0][0])
+    for other, attention in results[1:]:
+        assert torch.equal(other, results[0][0])
         assert torch.equal(attention, results[0][1])
 
 
