@@ -135,6 +135,29 @@ def test_decode_attention_over_an_int8_cache_passes_nan_on(value):
     assert y_BHTD[0, 1].isnan().all() and y_BHTD[0, [0, 2, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4", "uint4"])
+def test_results_do_not_depend_on_which_thread_does_a_part(format):
+    """Threads take parts from each other: bit for bit, a product and attention are those of one thread."""
+    x, weight = random_tensor(70, 256).bfloat16(), random_tensor(1040, 256, seed=1).bfloat16()
+    packed = None if format == "bfloat16" else quantize(weight, FORMATS[format])
+    q, k, v = (random_tensor(1, *shape, seed=2).bfloat16() for shape in ((70, 8, 32), (4, 80, 32), (4, 80, 32)))
+    position, row, threads = torch.arange(70)[None], torch.tensor([0]), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            if packed is None:
+                y = torch.ops.qwen3fast.linear(x, weight)
+            else:
+                y = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale])
+            results.append((y, torch.ops.qwen3fast.prefill_attention(q, k, v, position, row)))
+    finally:
+        torch.set_num_threads(threads)
+    for other, attention in results[1:]:
+        assert torch.equal(other, results[0][0])
+        assert torch.equal(attention, results[0][1])
+
+
 @pytest.fixture
 def two_threads():
     """With more of them than key/value heads, a row's result depends on the rows beside it, by rounding."""
