@@ -9,7 +9,7 @@ import threading
 from numbers import Real
 from typing import Any
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def checked_integer(name: str, value: Any, low: int, high: int, note: str = "") -> int:
@@ -71,7 +71,7 @@ def checked_text(name: str, text: Any) -> str:
     if not isinstance(text, str):
         hint = "; decode it first, as in data.decode('utf-8')" if isinstance(text, bytes | bytearray) else ""
         raise ValueError(f"{name} must be a string, got {type(text).__name__}{hint}")
-    found = None if text.isascii() else _SURROGATE.search(text)
+    found = None if text.isascii() else SURROGATE.search(text)
     if found is not None:
         raise ValueError(
             f"{name} holds the lone surrogate {found.group()!a} at character {found.start()}, which UTF-8 cannot encode"

@@ -24,7 +24,7 @@ from qwen3fast.text_model import TextModel
 
 
 class Classifier(TextModel):
-    """Gives texts labels with a fine-tuned Qwen3 that has a score head.
+    """A fine-tuned Qwen3 with a score head, which labels texts.
 
     Attributes:
         model: the Qwen3 module; an untied output projection is left out. config: its ModelConfig.

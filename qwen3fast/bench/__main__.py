@@ -1,7 +1,4 @@
-"""`python -m qwen3fast.bench`: measure tokens per second with and without the KV cache, and more (`--suite`).
-
-Without a command, a suite is measured; commands show, compare or test.
-"""
+"""`python -m qwen3fast.bench`: measure a suite, or show, compare and test records with a command."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ from qwen3fast.bench import commands, compare_command, history, self_test
 from qwen3fast.bench.main import add_bench_arguments, run_bench
 from qwen3fast.bench.text import visible
 
+DESCRIPTION = "Measure tokens per second with and without the KV cache, or another suite. Commands show the records."
+
 
 class Command(NamedTuple):
     """A subcommand. run: returns the exit status."""
@@ -25,17 +24,17 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "report": Command("records as one HTML page that needs no network", commands.add_report, commands.run_report),
-    "table": Command("records as Markdown, CSV or text", commands.add_table, commands.run_table),
-    "plot": Command("draw the pictures of records again", commands.add_plot, commands.run_plot),
+    "report": Command("write records as one HTML page that works offline", commands.add_report, commands.run_report),
+    "table": Command("print records as Markdown, CSV or text", commands.add_table, commands.run_table),
+    "plot": Command("draw the pictures of records", commands.add_plot, commands.run_plot),
     "compare": Command(
-        "what changed between two records beyond noise",
+        "show what changed between two records beyond noise",
         compare_command.add_arguments,
         compare_command.run,
         compare_command.EPILOG,
     ),
-    "history": Command("a metric over commits: a table and a picture", history.add_arguments, history.run),
-    "self-test": Command("the harness on fake work of known speed; 3 seconds", lambda _: None, self_test.run),
+    "history": Command("show a metric over commits, as a table and a picture", history.add_arguments, history.run),
+    "self-test": Command("test the harness on fake work of known speed; 3 seconds", lambda _: None, self_test.run),
 }
 
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of a measurement and of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m qwen3fast.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m qwen3fast.bench", description=DESCRIPTION)
     add_bench_arguments(parser)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():

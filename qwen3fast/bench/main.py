@@ -19,8 +19,10 @@ from qwen3fast.bench.view import drawing, picture, sentences
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a measurement to a parser."""
-    names = "; ".join(f"{name}: {suite.title[0].lower()}{suite.title[1:]}" for name, suite in SUITES.items())
-    parser.add_argument("--suite", choices=list(SUITES), default="cache", help=f"{names} [%(default)s]")
+    titles = "; ".join(f"{name}: {suite.title}" for name, suite in SUITES.items())
+    parser.add_argument(
+        "--suite", choices=list(SUITES), default="cache", metavar="NAME", help=f"{titles} [%(default)s]"
+    )
     add_options(parser)
 
 

@@ -14,7 +14,8 @@ PLAIN = "plain"
 CACHE_SUFFIX = "-kv8"
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MEASURED = ("formats", "modes", "contexts", "batch_sizes", "new_tokens", "repetitions", "text")
-FORMAT_NAMES = tuple(f"{name}{suffix}" for name in (PLAIN, *FORMATS) for suffix in ("", CACHE_SUFFIX))
+WEIGHTS = (PLAIN, *FORMATS)
+FORMAT_NAMES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", CACHE_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser. An option that is not given is None: each suite has its own defaults."""
     add = parser.add_argument
     add("--model", default="random:0.6b", help="hub id, folder, 'tiny' or 'random:SIZE' [%(default)s]")
-    add("--formats", type=_formats, help=f"comma-separated, of {', '.join(FORMAT_NAMES)} ('plain' or 'bf16': the "
-        "weights' own dtype; '-kv8': int8 keys and values)")  # fmt: skip
-    add("--modes", type=_modes, help=f"comma-separated, of {', '.join(MODES)}")
-    add("--contexts", "--lengths", type=counts, help="prompt lengths, comma-separated")
-    add("--batch-sizes", type=counts, help="requests decoded together, comma-separated")
-    add("--new-tokens", type=_count, help="tokens to time after the first, per repetition")
-    add("--repetitions", type=_count, help="rounds over all cases, taking turns; suite quality: windows of the text")
+    add("--formats", type=_formats, metavar="NAMES", help=f"weight formats, comma-separated: {', '.join(WEIGHTS)} "
+        f"(plain, or bf16: as in the checkpoint), or one of them and {CACHE_SUFFIX}: int8 keys and values")  # fmt: skip
+    add("--modes", type=_modes, metavar="NAMES", help=f"comma-separated: {', '.join(MODES)}")
+    add("--contexts", "--lengths", type=counts, metavar="N,N", help="prompt lengths in tokens, comma-separated")
+    add("--batch-sizes", type=counts, metavar="N,N", help="requests decoded together, comma-separated")
+    add("--new-tokens", type=_count, metavar="N", help="tokens timed after the first, per repetition")
+    add("--repetitions", type=_count, metavar="N", help="rounds over all cases; suite quality: windows of the text")
     add("--text", metavar="FILE", help="suite quality: text in UTF-8, of the kind that the model will meet")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="[%(default)s: the checkpoint's]")
-    add("--threads", type=_count, help="CPU threads [one per core]")
-    add("--device", default="auto", help="auto, cpu, cuda, ... [%(default)s]")
+    add(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="dtype of the weights; auto: the checkpoint's [%(default)s]",
+    )
+    add("--threads", type=_count, metavar="N", help="CPU threads [one per core]")
+    add("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="about a minute: fewer cases, one repetition")
     extent.add_argument("--full", action="store_true", help="every case and repetition, without a time limit")
-    add("--output", type=Path, default=Path("bench_results"), help="folder for the JSON and the PNG, or the JSON's "
-        "name [%(default)s]")  # fmt: skip
+    add("--output", type=Path, default=Path("bench_results"), metavar="PATH", help="folder for record and picture, or "
+        "the record's file [%(default)s]")  # fmt: skip
     add("--json", action="store_true", help="print the record as JSON instead of the table")
 
 

@@ -19,7 +19,7 @@ from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.validate import KINDS, MAX_FILE_BYTES, check_record, parse_json
 
 SCHEMA_VERSION = 2
-LINE = 240  # characters: JSON values up to this length share a line
+LINE = 500  # characters: JSON values up to this length share a line, as most cases do
 DIGITS = 7  # of a written metric
 Label = str | int | float | bool
 
@@ -178,11 +178,13 @@ def _finite(value: Any) -> Any:
 
 
 def _case_to_dict(case: Case) -> dict[str, Any]:
-    metrics = {
-        name: {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in asdict(e).items()}
-        for name, e in case.metrics.items()
-    }
-    return asdict(case) | {"metrics": metrics}
+    return asdict(case) | {"metrics": {name: _written(estimate) for name, estimate in case.metrics.items()}}
+
+
+def _written(estimate: Estimate) -> dict[str, Any]:
+    """Return the JSON form; a single measurement has no spread."""
+    values = {name: value for name, value in asdict(estimate).items() if estimate.n > 1 or name in ("median", "n")}
+    return {name: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for name, v in values.items()}
 
 
 def _compare_metrics(case: Case, written: dict[str, Any], where: str) -> None:

@@ -10,7 +10,8 @@ Version 2 is an object with these keys, all of them required:
 - `checks`: name -> {"passed": true or false, ...}, tokens against the reference.
 - `notes`: anything else; `interrupted`: true if cases are missing.
 - `cases`: objects of `labels` (name -> text, number or boolean), `facts` (name -> number), `samples` (name -> list
-  with one entry per repetition, a number or a list of numbers) and `metrics` (name -> median, p10, p90, low, high, n).
+  with one entry per repetition, a number or a list of numbers) and `metrics` (name -> median, n, and with more than one
+  repetition p10, p90, low, high).
 
 Numbers are finite. Control characters in text are replaced by their escaped form.
 """

@@ -19,50 +19,45 @@ from qwen3fast.sampling_params import SamplingParams
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
 MODEL_HELP = (
-    "hub id (Qwen/Qwen3-0.6B), local folder ('' is the current one) or .gguf file, 'tiny' (shipped), or 'random:0.6b' "
-    "(random weights) [%(default)s]"
+    "hub id such as Qwen/Qwen3-0.6B, local folder or .gguf file, 'tiny' (comes with the package), or 'random:0.6b' "
+    "(random weights of that size) [%(default)s]"
 )
-QUANTIZATION_HELP = "quantize the weights while loading; dequantize: plain weights of a prequantized checkpoint"
+QUANTIZATION_HELP = "quantize the weights while loading; dequantize: use a prequantized checkpoint unquantized"
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
     """Add the options that name a model."""
     group.add_argument("--model", type=_model, default="tiny", help=MODEL_HELP)
-    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `open_generator`."""
     group = parser.add_argument_group("model")
     add_source_arguments(group)
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
-    group.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32 [%(default)s]")
-    group.add_argument("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
-    group.add_argument("--max-seq-len", type=int, help="tokens of prompt and reply [4096 or the model's maximum]")
-    group.add_argument(
-        "--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half the size [%(default)s]"
-    )
-    group.add_argument("--check-weights", action="store_true", help="refuse weights with NaN or infinity (reads all)")
-    group.add_argument("--threads", type=int, help="CPU threads [one per core]")
-    group.add_argument(
-        "--compile",
-        choices=list(COMPILE_MODES),
-        default="auto",
-        help="auto: compile while replies run; always: before the first; never [%(default)s]",
-    )
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
+    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
+    add("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
+    add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and reply [4096 or the model's maximum]")
+    add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
+    add("--check-weights", action="store_true", help="refuse weights with NaN or infinity")
+    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--compile", choices=list(COMPILE_MODES), default="auto", help="auto: compile while tokens are generated; "
+        "always: before the first token; never [%(default)s]")  # fmt: skip
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sampling_params`."""
-    group = parser.add_argument_group("sampling (unset values come from the checkpoint)")
-    group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--top-k", type=int, help="keep the k most likely tokens; 0 keeps all")
-    group.add_argument("--top-p", type=float, help="keep the smallest set of tokens with this probability")
-    group.add_argument("--min-p", type=float, help="keep tokens with this probability, relative to the most likely")
-    group.add_argument("--max-tokens", type=int, help="maximum number of new tokens [the rest of the context]")
-    group.add_argument("--stop", action="append", default=[], help="end the reply before this text; repeatable")
-    group.add_argument("--seed", type=int, help="same seed, same reply")
-    group.add_argument("--think", action="store_true", help="let the model reason before it answers")
+    add = parser.add_argument_group("sampling", "Values that are not given come from the checkpoint.").add_argument
+    add("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
+    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
+    add("--top-p", type=float, metavar="P", help="keep the smallest set of tokens whose probability reaches P")
+    add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the most likely one")
+    add("--max-tokens", type=int, metavar="N", help="new tokens at most [the rest of --max-seq-len]")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before this text; repeatable")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same reply [random]")
+    add("--think", action="store_true", help="let the model reason before it answers")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

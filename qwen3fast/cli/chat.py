@@ -7,17 +7,18 @@ import sys
 
 from qwen3fast.checks import checked_text
 from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
-from qwen3fast.cli.console import read_line, replace_surrogates
+from qwen3fast.cli.console import read_line
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.text.plain_data import replace_surrogates
 from qwen3fast.text.tokenizer import Message
 
-HELP = "talk to a model; /reset forgets the conversation, /exit leaves"
+HELP = "talk to a model; type /reset to forget the conversation, /exit to leave"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--system", help="system message at the start of the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
 

@@ -7,6 +7,8 @@ import os
 import sys
 from contextlib import suppress
 
+from qwen3fast.text.plain_data import replace_surrogates
+
 STRICT = ("strict", "surrogateescape")  # Python's error handlers, unless PYTHONIOENCODING sets another one
 
 
@@ -39,11 +41,6 @@ def read_input() -> str:
 def read_line() -> str | None:
     """Return one line of standard input, characters that UTF-8 cannot encode replaced; None at its end."""
     try:
-        return replace_surrogates(input("> " if sys.stdin is not None and sys.stdin.isatty() else ""))
+        return str(replace_surrogates(input("> " if sys.stdin is not None and sys.stdin.isatty() else "")))
     except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
         return None
-
-
-def replace_surrogates(text: str) -> str:
-    """Return a text that UTF-8 can encode."""
-    return text.encode("utf-8", "replace").decode("utf-8")

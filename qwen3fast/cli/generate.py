@@ -15,11 +15,11 @@ HELP = "answer one prompt, streamed to standard output"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    parser.add_argument("prompt", help="a message, or with --raw any text to continue; - reads standard input")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without a chat template")
     parser.add_argument(
-        "prompt", help="a question (sent through the chat template), or any text with --raw; - reads standard input"
+        "--stats", action="store_true", help="print token counts and speed to standard error at the end"
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text itself, without a chat template")
-    parser.add_argument("--stats", action="store_true", help="print speed to standard error at the end")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
 

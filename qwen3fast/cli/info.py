@@ -8,7 +8,6 @@ import torch
 
 from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_config, resolve_source
 from qwen3fast.cli.arguments import add_source_arguments
-from qwen3fast.cli.console import replace_surrogates
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.kernels import forms, forms_file
 from qwen3fast.model import Qwen3, build_on_meta
@@ -16,6 +15,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.text.plain_data import replace_surrogates
 
 HELP = "show a model's sizes, and the memory of weights and KV cache"
 
@@ -63,7 +63,7 @@ def _forms(config: ModelConfig) -> list[str]:
     if forms.is_pinned():
         return [f"forms on this machine: the first of each, as {forms.VARIABLE} says"]
     if not found:
-        return ["forms on this machine: not measured yet for these sizes (Generator.warmup() does)"]
+        return ["forms on this machine: not measured yet for these sizes; Generator.warmup() measures them"]
     title = f"forms on this machine, as measured with {torch.get_num_threads()} threads (kept in {forms_file.path()}):"
     return [title, *(f"  {name}: {choice.name} ({choice.times})" for name, choice in sorted(found.items()))]
 

@@ -29,7 +29,7 @@ class TokenConstraint(Protocol):
         ...
 
     def accept(self, token: int) -> None:
-        """Take note of a chosen token, whether the rule was active or not."""
+        """Record a chosen token, whether the rule was active or not."""
         ...
 
 
@@ -123,9 +123,9 @@ class AfterReasoning:
 
 
 class ThinkingBudget:
-    """Ends reasoning that takes too long: after max_tokens tokens of it, `</think>` and the separator are forced.
+    """A limit on reasoning: after max_tokens tokens of it, `</think>` and the separator are forced.
 
-    Counted are the tokens of the reply after `<think>`, or all of them in a reply that starts inside reasoning.
+    It counts the tokens of the reply after `<think>`, or all of them in a reply that starts inside reasoning.
     Reasoning that ends by itself is left alone. tracker: in its state after the prompt.
 
     Raises: ValueError for a negative budget, or for a format without tags.
@@ -183,5 +183,5 @@ class _ForcedTokens:
     def accept(self, token: int) -> None:
         expected = self._token_ids[self._position]
         if token != expected:
-            raise RuntimeError(f"token {expected} had to come next, but {token} came")
+            raise RuntimeError(f"expected token {expected} next, got {token}")
         self._position += 1

@@ -79,9 +79,9 @@ class GrammarCompiler:
         return self._compile(self._llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
 
     def lark(self, grammar: str) -> Grammar:
-        """A grammar in llguidance's form of Lark, whose start rule is `start`.
+        """Compile a grammar in llguidance's form of Lark, whose start rule is `start`.
 
-        Raises: ValueError for an invalid grammar, or one that allows nothing.
+        Raises: ValueError for an invalid grammar, or one that allows no text.
         """
         if not isinstance(grammar, str):
             raise ValueError(f"a grammar must be a string, got {grammar!r}")

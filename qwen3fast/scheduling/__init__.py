@@ -1,7 +1,7 @@
 """Scheduling of requests onto the slots of the KV cache.
 
-Read prompt.py, request.py, prefix_cache.py, scheduler.py, worker.py, admission.py, uncached.py, handle.py, dispatch.py
-and builder.py, in this order.
+Read prompt.py, request.py, prefix_cache.py, first_token.py, scheduler.py, worker.py, admission.py, uncached.py,
+reply.py, handle.py, dispatch.py and builder.py, in this order.
 """
 
 from qwen3fast.scheduling.admission import Admission, QueueFullError

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from qwen3fast.checks import checked_timeout
-from qwen3fast.engine.state import Logprobs
-from qwen3fast.results import GenerationResult, RequestMetrics, StreamChunk, TokenLogprobs
+from qwen3fast.results import GenerationResult, StreamChunk
+from qwen3fast.scheduling.reply import logprobs_of, prompt_logprobs_of, result_of
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.waiter import For, Waiter
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.stream import TextStream
-from qwen3fast.text.tool_calls import CallFormat, JsonCalls, parse_tool_calls
+from qwen3fast.text.tool_calls import CallFormat, JsonCalls
 
 
 class RequestHandle:
@@ -156,7 +156,7 @@ class RequestHandle:
             self._pieces.append(self._stream.take())
             self._num_seen = len(request.output_ids)
             if request.finish_reason is not None and request.error is None:
-                self._finished = self._make_result()
+                self._finished = result_of(request, self._stream, self._call_format)
             self._changed.notify_all()
             woken = [waiter for waiter in self._waiters if waiter.is_woken_by(self.is_done)]
         for waiter in woken:
@@ -171,8 +171,8 @@ class RequestHandle:
         pieces, self._pieces = self._pieces, []
         text, reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True)) if pieces else ("", "", "")
         new = self.request.output_ids[self._num_given : self._num_seen]
-        logprobs = self._logprobs(self._num_given, self._num_seen)
-        prompt_logprobs = self._prompt_logprobs() if not self._num_given else None
+        logprobs = logprobs_of(self.request, self._num_given, self._num_seen)
+        prompt_logprobs = prompt_logprobs_of(self.request) if not self._num_given else None
         self._num_given = self._num_seen
         result = self._result() if self.is_done else None
         self._is_over = result is not None
@@ -184,53 +184,3 @@ class RequestHandle:
             raise self.request.error
         assert self._finished is not None, "asked for when it is done"
         return self._finished
-
-    def _make_result(self) -> GenerationResult:
-        request, stream = self.request, self._stream
-        first_s = request.first_token_s or request.finished_s  # cancelled before there was one
-        prefill_started_s = request.prefill_started_s or request.finished_s
-        metrics = RequestMetrics(
-            prompt_tokens=len(request.prompt_ids),
-            new_tokens=len(request.output_ids),
-            queue_s=prefill_started_s - request.submitted_s,
-            time_to_first_token_s=first_s - request.submitted_s,
-            prefill_s=first_s - prefill_started_s,
-            decode_s=request.finished_s - first_s,
-            reused_tokens=request.reused_tokens,
-        )
-        parsed = parse_tool_calls(stream.answer, self._call_format)
-        logprobs = self._logprobs(0, len(request.output_ids))
-        return GenerationResult(
-            stream.text,
-            list(request.output_ids),
-            str(request.finish_reason),
-            metrics,
-            stream.reasoning,
-            parsed.content,
-            parsed.tool_calls,
-            parsed.malformed,
-            logprobs,
-            self._prompt_logprobs(),
-        )
-
-    def _logprobs(self, begin: int, end: int) -> list[TokenLogprobs] | None:
-        """Return the log-probabilities of tokens begin..end - 1, if they were asked for."""
-        request = self.request
-        if request.logprobs is None:
-            return None
-        return _token_logprobs(request.output_ids[begin:end], request.output_logprobs[begin:end])
-
-    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """Return an entry per token of the prompt, if they were asked for; None where there is no log-probability."""
-        request = self.request
-        if request.wanted_logprobs is None:
-            return None
-        first, known = request.wanted_logprobs.first, request.prompt_logprobs
-        end = first + len(known)  # of a prompt that was cancelled, before its end
-        found = _token_logprobs(request.prompt_ids[first:end], known)
-        return [*[None] * min(first, len(request.prompt_ids)), *found, *[None] * (len(request.prompt_ids) - end)]
-
-
-def _token_logprobs(token_ids: list[int], logprobs: list[Logprobs]) -> list[TokenLogprobs]:
-    pairs = zip(token_ids, logprobs, strict=True)
-    return [TokenLogprobs(token, at.chosen, list(zip(at.ids, at.values, strict=True))) for token, at in pairs]

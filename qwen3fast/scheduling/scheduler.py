@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future
 
-import torch
-from torch import Tensor
-
-from qwen3fast.engine.decode import Hook
 from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
 from qwen3fast.scheduling.adapters import Adapter
+from qwen3fast.scheduling.first_token import hook_for, restrict, sample_first
 from qwen3fast.scheduling.prefix_cache import PrefixCache
 from qwen3fast.scheduling.request import Request
 
@@ -123,7 +120,7 @@ class Scheduler:
 
     def _launch(self, slots: dict[int, Request]) -> None:
         for slot, request in slots.items():
-            self._restrict(slot, request)
+            restrict(self.engine, slot, request)
         slots = {slot: request for slot, request in slots.items() if request.error is None}
         if not slots:
             return self._release_finished()
@@ -135,7 +132,7 @@ class Scheduler:
             any(request.logprobs is not None for request in slots.values()),
             any(request.adapter is not None for request in slots.values()),
         )
-        self.engine.launch(max(slots) + 1, used, kind, _hook_for(slots))
+        self.engine.launch(max(slots) + 1, used, kind, hook_for(slots))
         self._in_flight.append(slots)
         for slot, request in slots.items():
             request.launched += 1
@@ -152,10 +149,10 @@ class Scheduler:
         self._release_finished()
 
     def _next_to_prefill(self) -> list[Request]:
-        """Return the requests whose prompts are computed in this step; requests are admitted in the order they came.
+        """Return the requests that compute a chunk of their prompt in this step; admit waiting ones, oldest first.
 
-        They are the oldest one's and others that fit the size of its chunk, as many as may be computed together.
-        A request whose whole prompt is reused is among them, without a chunk.
+        Other prompts join the oldest one if their next chunk fits the size of its chunk, up to `Engine.max_prompts`.
+        A request whose whole prompt was found in the cache has no chunk left; only its first token is sampled.
         """
         prompts = sorted((r for r in self.active.values() if r.prefill is not None), key=lambda r: r.prefill_started_s)
         first = prompts[0] if prompts else self._admit_next()
@@ -223,7 +220,7 @@ class Scheduler:
         """
         try:
             self._compute_chunks([request for request in requests if request.prefill is not None])
-            self._sample_first([request for request in requests if request.prompt_logits_1V is not None])
+            sample_first(self.engine, [request for request in requests if request.prompt_logits_1V is not None])
         except Exception as err:
             for request in requests:
                 if request.finish_reason is None and not request.output_ids:
@@ -241,53 +238,6 @@ class Scheduler:
             request.accept_prompt(logprobs)
             if logits_1V is not None:
                 request.prefill, request.prompt_logits_1V = None, logits_1V
-
-    def _sample_first(self, requests: list[Request]) -> None:
-        """Sample the first tokens: in one call, except of requests with processors, log-probabilities or a hook."""
-        self._begin_rows(requests)
-        requests = [request for request in requests if request.error is None]
-        plain = [r for r in requests if not r.is_processed and r.logits_processor is None and r.logprobs is None]
-        if len(plain) > 1:
-            kind = StepKind(kind_for((request.temperature, request.top_k) for request in plain))
-            logits_BV = torch.cat([r.prompt_logits_1V for r in plain if r.prompt_logits_1V is not None])
-            result = self.engine.sample_first([r.slot for r in plain if r.slot is not None], logits_BV, kind)
-            for request, token in zip(plain, result.tokens, strict=True):
-                request.launched = 1
-                request.accept(token)
-        for request in requests:
-            if len(plain) < 2 or request not in plain:
-                self._sample_alone(request)
-
-    def _begin_rows(self, requests: list[Request]) -> None:
-        slots = {request.slot: request for request in requests if request.slot is not None}
-        if len(slots) > 1:
-            lengths = [len(request.prompt_ids) for request in requests]
-            self.engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
-        for slot, request in slots.items():
-            if len(slots) == 1:
-                self.engine.set_row(slot, len(request.prompt_ids), request.sampling)
-            if request.is_processed:
-                self.engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
-            self._restrict(slot, request)
-
-    def _sample_alone(self, request: Request) -> None:
-        assert request.slot is not None and request.prompt_logits_1V is not None, "its prompt was computed"
-        request.launched = 1
-        kind = StepKind(
-            kind_for([(request.temperature, request.top_k)]), request.is_processed, request.logprobs is not None
-        )
-        result = self.engine.sample_first(request.slot, request.prompt_logits_1V, kind, _hook_for({0: request}))
-        if request.error is None:
-            request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)
-
-    def _restrict(self, slot: int, request: Request) -> None:
-        """Send the mask of a constraint to the device. If the constraint fails, its request fails."""
-        try:
-            words_W = request.allowed_words(self.engine.model.config.vocab_size)
-        except Exception as err:
-            return request.fail(err)
-        if words_W is not None:
-            self.engine.set_allowed(slot, words_W)
 
     def _release_finished(self) -> None:
         for slot in [slot for slot, request in self.active.items() if request.finish_reason is not None]:
@@ -340,24 +290,3 @@ class Scheduler:
         if length:
             self.engine.swap_rows(slot, other, length)
         self.prefixes.swap(slot, other)
-
-
-def _hook_for(slots: dict[int, Request]) -> Hook | None:
-    """Return a hook that runs the logits_processor of each slot that has one; None if none has.
-
-    If a processor fails, its request ends, and the token that the step samples for it is dropped.
-    """
-    hooked = {slot: request for slot, request in slots.items() if request.logits_processor is not None}
-    if not hooked:
-        return None
-
-    def hook(logits_BV: Tensor) -> Tensor:
-        logits_BV = logits_BV.clone()
-        for slot, request in hooked.items():
-            try:
-                logits_BV[slot] = request.process(logits_BV[slot])
-            except Exception as err:
-                request.fail(err)
-        return logits_BV
-
-    return hook

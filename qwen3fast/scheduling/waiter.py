@@ -16,12 +16,12 @@ class For(Enum):
 
 
 class Waiter:
-    """Wakes a coroutine in its event loop.
+    """A coroutine that waits, and what it waits for (`waits_for`, which the lock of the reply guards).
 
-    A wake-up from another thread costs a system call and a turn of the loop, so nobody is woken who does not wait, and
-    `wake_all` wakes all waiters of a loop with one call. `waits_for` is guarded by the lock of the reply.
+    A wake-up from another thread costs a system call and a turn of the loop. So only coroutines that wait are woken,
+    and `wake_all` wakes all waiters of a loop with one call.
 
-    lost: called when the loop is closed, as nobody can be woken any more.
+    lost: called when the loop is closed and the coroutine can no longer be woken.
     """
 
     def __init__(self, lost: Callable[[], None]) -> None:

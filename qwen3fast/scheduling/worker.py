@@ -29,8 +29,8 @@ FORKED = (
     "there, or fork before the first use (gunicorn: without --preload; multiprocessing: start method 'spawn')"
 )
 OWN_THREAD = (
-    "this call would wait for itself: it comes from the Generator's own thread, out of a logits_processor or another "
-    "callback of a request; make it in another thread, after the callback has returned"
+    "this call would wait for itself: it was made in the Generator's own thread, by a logits_processor or another "
+    "callback of a request; make it from another thread, after the callback has returned"
 )
 
 

@@ -45,7 +45,7 @@ class AnswerStream:
 
     def finish(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
         """Return the rest of the whole reply, whose content and tool calls are given."""
-        assert content.startswith(self._shown), "what was shown is how the content begins"
+        assert content.startswith(self._shown), "the content begins with the text that was shown"
         return self._news(content, tool_calls)
 
     def _certain_end(self) -> int:

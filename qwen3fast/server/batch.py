@@ -20,9 +20,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import add_model_arguments, load_models
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob, read_jobs
+from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
 
@@ -50,7 +50,7 @@ class Output:
             self.done.add(str(row.get("custom_id", row.get("key"))))
         rest = self._file.seek(0, 2) - good
         if rest and b"\n" in self._tail(good):
-            raise ValueError(f"{path} holds lines that are no results; name another output file")
+            raise ValueError(f"{path} has lines that are not replies of this command; choose another output file")
         self._file.truncate(good)
 
     def _tail(self, begin: int) -> bytes:
@@ -90,21 +90,22 @@ async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once
     return failed
 
 
-def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `batch` to a parser."""
-    parser.add_argument("input", type=Path, help="requests: .jsonl, .csv or .parquet")
-    parser.add_argument("-o", "--output", type=Path, required=True, help=".jsonl; results that it holds are kept")
+    parser.add_argument("input", type=Path, help="file of requests: .jsonl, .csv or .parquet")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file of replies, .jsonl; "
+                        "those that it holds are kept")  # fmt: skip
     add_model_arguments(parser)
     add_ray_arguments(parser)
 
 
-def run_batch(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Answer a file. Returns the exit status: 0, 1 if a line was bad or failed, 130 after Ctrl-C or SIGTERM.
 
     Raises: ValueError, FileNotFoundError, ImportError.
     """
     if not args.input.is_file():
-        raise FileNotFoundError(f"{args.input} is no file")
+        raise FileNotFoundError(f"{args.input} not found; expected a file of requests: .jsonl, .csv or .parquet")
     output = Output(args.output)
     jobs, bad = [], 0
     for found in read_jobs(args.input):
@@ -115,7 +116,7 @@ def run_batch(args: argparse.Namespace) -> int:
             print(f"{args.input}:{found[0]}: {found[1]}", file=sys.stderr)
     rest = [job for job in jobs if job.key not in output.done]
     if len(rest) < len(jobs):
-        print(f"{len(jobs) - len(rest)} of {len(jobs)} results are there already", file=sys.stderr)
+        print(f"{len(jobs) - len(rest)} of {len(jobs)} requests were answered before", file=sys.stderr)
     failed = 0
     if rest:
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(rest), desc="batch", unit="request")
@@ -123,7 +124,7 @@ def run_batch(args: argparse.Namespace) -> int:
         try:
             failed = (_run_on_ray if args.ray else _run_here)(args, rest, output, bar)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted; run the same command again to continue", file=sys.stderr)
             return 130
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -12,20 +12,22 @@ from starlette.responses import Response
 
 from qwen3fast._version import __version__
 from qwen3fast.results import GenerationResult, TokenLogprobs
-from qwen3fast.server.conversation import Conversation, Delta, deltas, read_messages, read_tools
+from qwen3fast.server.chat_fields import read_messages, read_tools
+from qwen3fast.server.conversation import Conversation, Delta, deltas
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, read_prompt_logprobs, to_prompt_logprobs
-from qwen3fast.server.replies import answer, new_id, read_stream_options, usage, usage_so_far
+from qwen3fast.server.replies import answer, new_id
 from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.stream import DONE, event
+from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall
 
 MAX_TOP_LOGPROBS = 20
-# Fields that do not concern how a reply is made.
+# Fields that do not change a reply.
 WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier")
 
 

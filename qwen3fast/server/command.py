@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import socket
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
 
-from qwen3fast.embedder import Embedder
-from qwen3fast.generator import Generator
-from qwen3fast.reranker import Reranker
 from qwen3fast.server.app import create_app
 from qwen3fast.server.compiling import compile_meanwhile
-from qwen3fast.server.models import AnyModel
+from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 
 logger = logging.getLogger("qwen3fast.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that answers `/ready` with 503 and goes on until all requests have ended, then stops listening."""
+    """Uvicorn with draining: from the first signal on, `/ready` answers 503, and the server stops once it is idle."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; end at once at the second."""
@@ -37,7 +32,9 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         state.is_draining = True
-        logger.warning("draining: %d requests go on; signal again to end now", state.in_flight)
+        logger.warning(
+            "draining: waiting for %d running requests; send the signal again to stop at once", state.in_flight
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; called by uvicorn ten times a second."""
@@ -47,138 +44,35 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `load_models` to a parser."""
-    parser.add_argument(
-        "--model",
-        action="append",
-        metavar="[NAME=]SOURCE",
-        help="model, or folder of a LoRA adapter; repeatable [tiny]",
-    )
-    parser.add_argument("--embedder", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/embeddings")
-    parser.add_argument("--reranker", action="append", default=[], metavar="[NAME=]SOURCE", help="for /v1/rerank")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="LoRA adapter over the one --model, chosen by requests with its name as model; repeatable",
-    )
-    parser.add_argument("--max-batch-size", type=int, default=8, help="requests decoded together [%(default)s]")
-    parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and reply, tokens [%(default)s]")
-    parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait [%(default)s]")
-    parser.add_argument("--quantization", help="int8, int4, ... [none]")
-    parser.add_argument("--device", default="auto", help="[%(default)s]")
-    parser.add_argument("--dtype", default="auto", help="[%(default)s]")
-    parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
-    parser.add_argument(
-        "--warmup",
-        action=argparse.BooleanOptionalAction,
-        help="compile before the first request; --no-warmup: only what requests need "
-        "[answer at once and compile meanwhile; on GPUs compile before]",
-    )
-
-
-def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `serve` to a parser."""
     add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all [%(default)s]")
-    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]; 0 takes a free one")
-    parser.add_argument(
-        "--api-key", action="append", dest="api_keys", default=[], help="required from clients; may be repeated"
-    )
-    parser.add_argument("--strict", action="store_true", help="refuse requests with unknown fields")
-    defaults = ServerOptions()
-    parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="[%(default)s]")
-    add_seconds = partial(parser.add_argument, type=float, metavar="S")
-    add_seconds("--request-timeout", dest="request_timeout_s", default=defaults.request_timeout_s, help="[%(default)s]")
-    add_seconds(
-        "--stream-interval",
-        dest="stream_interval_s",
-        default=defaults.stream_interval_s,
-        help="between events of a streamed reply; 0 sends each token when it comes [%(default)s]",
-    )
-    parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log")
+    add, defaults = parser.add_argument, ServerOptions()
+    add_seconds = partial(add, type=float, metavar="S")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0: every one [%(default)s]")
+    add("--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one [%(default)s]")
+    add("--api-key", action="append", dest="api_keys", default=[], metavar="KEY", help="key that clients must send; "
+        "repeatable [none is needed]")  # fmt: skip
+    add("--strict", action="store_true", help="refuse requests with fields that the server does not know")
+    add("--max-body-bytes", type=int, default=defaults.max_body_bytes, metavar="N", help="size of the largest request "
+        "[%(default)s]")  # fmt: skip
+    add_seconds("--request-timeout", dest="request_timeout_s", default=defaults.request_timeout_s, help="time limit of "
+                "a request, in seconds [%(default)s]")  # fmt: skip
+    add_seconds("--stream-interval", dest="stream_interval_s", default=defaults.stream_interval_s, help="seconds "
+                "between events of a streamed reply; 0 sends each token when it comes [%(default)s]")  # fmt: skip
+    add("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
-def run_serve(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Returns the exit status. Raises: ValueError, FileNotFoundError, ImportError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = {field.name for field in fields(ServerOptions)}
     options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
     app = create_app(load_models(args), options)
     if args.warmup is None:
-        logger.info("compiling meanwhile: replies are slower at first; /ready reports how much remains")
+        logger.info("compiling in the background: replies are slower at first; /ready reports how much remains")
         compile_meanwhile(app.state.server)
     return serve(app, args.host, args.port)
-
-
-def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
-    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
-    models: dict[str, AnyModel] = {}
-
-    def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
-        name, _, source = spec.rpartition("=")
-        name = name or source
-        if name in models:
-            raise ValueError(f"two models are named {name!r}; write NAME=SOURCE")
-        logger.info("loading %s", name)
-        common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
-        base = _base_of_adapter(source)
-        if base is not None:
-            source, common["adapter"] = base, source
-        models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
-
-    adapters = _adapters(args)
-    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
-    for spec in generators:
-        add(
-            spec,
-            Generator,
-            max_batch_size=args.max_batch_size,
-            max_seq_len=args.max_seq_len,
-            max_queue=args.max_queue,
-            adapters=adapters,
-            threads=args.threads,
-            compile=True if args.warmup else "auto",
-        )
-        model = list(models.values())[-1]
-        assert isinstance(model, Generator), "just added"
-        if args.warmup or (args.warmup is None and model.device.type == "cuda"):
-            logger.info("compiling for this machine, up to minutes at the first start")
-            model.warmup(progress=True)
-    for spec in args.embedder:
-        add(spec, Embedder)
-    for spec in args.reranker:
-        add(spec, Reranker)
-    return models
-
-
-def _adapters(args: argparse.Namespace) -> dict[str, str]:
-    """Return the sources of the adapters by name. Raises: ValueError for a bad or repeated name, or several models."""
-    adapters: dict[str, str] = {}
-    for spec in args.adapter:
-        name, _, source = spec.partition("=")
-        if not name or not source or name in adapters:
-            raise ValueError(f"--adapter must be NAME=SOURCE, each name once, got {spec!r:.200}")
-        adapters[name] = source
-    if adapters and (len(args.model or ()) > 1 or (not args.model and (args.embedder or args.reranker))):
-        raise ValueError("--adapter needs a single --model, which the adapters belong to")
-    return adapters
-
-
-def _base_of_adapter(source: str) -> str | None:
-    """Return the model that a folder with a LoRA adapter, as PEFT writes it, belongs to; None for other sources.
-
-    Raises: ValueError if the adapter does not name it.
-    """
-    config = Path(source) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{config} names no base_model_name_or_path")
-    return base
 
 
 def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:

@@ -9,7 +9,6 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
 
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
@@ -29,10 +28,10 @@ SAMPLINGS = (
 
 
 def compile_meanwhile(state: ServerState) -> threading.Thread:
-    """Start a thread that makes the Generators compile, and notes in `state.compiling` what they have still to do.
+    """Start a thread that makes the Generators compile, and keeps the number of remaining forms in `state.compiling`.
 
-    It logs when a Generator is done, and ends early when one is closed. Only Generators with compile="auto", which
-    is of CPUs alone, are concerned.
+    It logs when a Generator is done, and ends early when one is closed. It leaves out Generators on GPUs, where
+    compile="auto" means True.
     """
     served = [(m.name, m.model) for m in state.models.served]
     generators = {name: m for name, m in served if isinstance(m, Generator) and m.device.type == "cpu"}
@@ -69,13 +68,9 @@ def _compile(generator: Generator, waiting: dict[str, int], name: str) -> int:
     return before
 
 
-def _counts(most: int) -> Iterator[int]:
-    """Yield numbers of requests that run together: 1, 2, 4, ... and the most."""
-    count = 1
-    while count < most:
-        yield count
-        count *= 2
-    yield most
+def _counts(most: int) -> list[int]:
+    """Return numbers of requests that run together: 1, 2, 4, ... and the most."""
+    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 def _run(generator: Generator, count: int, params: SamplingParams, rng: random.Random) -> None:

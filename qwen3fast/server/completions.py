@@ -15,20 +15,11 @@ from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
-from qwen3fast.server.replies import (
-    Prompt,
-    ReplyRequest,
-    answer,
-    new_id,
-    pieces,
-    read_stream_options,
-    started,
-    usage,
-    usage_so_far,
-)
+from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
 from qwen3fast.server.sampling import read_sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
+from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
@@ -43,17 +34,11 @@ class CompletionRequest(ReplyRequest):
     (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
     """
 
-    prompts: list[Prompt]
     prompt_logprobs: int | None
     echo: bool
     include_usage: bool
     counts_tokens: bool
     id: str = field(default_factory=lambda: new_id("cmpl"))
-
-    @property
-    def prompt(self) -> list[Prompt]:
-        """The prompts."""
-        return self.prompts
 
     def envelope(self) -> dict[str, Any]:
         """Return the fields that every object of this completion has."""
@@ -177,7 +162,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     finished: dict[int, GenerationResult] = {}
     offsets, new_tokens = [0] * num_replies, [0] * num_replies
 
-    def chunk(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
+    def to_event(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         extra: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
         if wanted.counts_tokens:
@@ -186,9 +171,9 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
 
     async with started(wanted, state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
-            yield chunk(i, wanted.echoed(i))
-        async for piece in pieces(handles, state.options.stream_interval_s):
-            i, news = piece.index, only_prompt_chunk(piece.chunk) if wanted.sampling.only_prompt else piece.chunk
+            yield to_event(i, wanted.echoed(i))
+        async for i, chunk in pieces(handles, state.options.stream_interval_s):
+            news = only_prompt_chunk(chunk) if wanted.sampling.only_prompt else chunk
             new_tokens[i] += len(news.token_ids)
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]
@@ -201,7 +186,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             if news.result is not None:
                 finished[i] = news.result
             if text or logprobs or news.finish_reason:
-                yield chunk(i, text, logprobs, news.finish_reason)
+                yield to_event(i, text, logprobs, news.finish_reason)
     every = [finished[i] for i in range(num_replies)]
     state.count(request, wanted.served, every)
     if wanted.include_usage:

@@ -1,42 +1,31 @@
-"""Conversations: the common part of chat completions, responses and messages, apart from the names of fields."""
+"""Replies to conversations: the common part of chat completions, responses and messages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request
 
 from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.answer_stream import AnswerStream
-from qwen3fast.server.errors import ApiError
-from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import generator_of, tokenizer_of
 from qwen3fast.server.replies import Prompt, ReplyRequest, pieces, started
 from qwen3fast.server.state import state_of
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall, call_format_of
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
 
 @dataclass(frozen=True)
 class Conversation(ReplyRequest):
     """A conversation to reply to; each endpoint has a class of its own for the form of its responses.
 
-    messages: as the chat template reads them. must_call: the reply is the JSON of one tool call, without tags.
+    must_call: the reply is the JSON of one tool call, without tags.
     """
 
-    messages: list[dict[str, Any]]
     must_call: bool
-
-    @property
-    def prompt(self) -> list[dict[str, Any]]:
-        """The messages."""
-        return self.messages
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -47,7 +36,7 @@ class Conversation(ReplyRequest):
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
-            self.messages, self.sampling.params, True if thinking is None else thinking, self.tools
+            self.prompts, self.sampling.params, True if thinking is None else thinking, self.tools
         )
         return [(prompt, params) for params in self.sampling.each()]
 
@@ -92,129 +81,14 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     async with started(conversation, state.options.compile_timeout_s) as handles:
         prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
-        async for piece in pieces(handles, state.options.stream_interval_s):
-            stream, news, result = streams[piece.index], piece.chunk, piece.chunk.result
-            new_tokens[piece.index] += len(news.token_ids)
-            answer = stream.push("" if conversation.must_call else news.answer)
+        async for i, chunk in pieces(handles, state.options.stream_interval_s):
+            stream, result = streams[i], chunk.result
+            new_tokens[i] += len(chunk.token_ids)
+            answer = stream.push("" if conversation.must_call else chunk.answer)
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
                 last = stream.finish(*conversation.content_and_calls(result))
                 content, calls = content + last.content, calls + last.tool_calls
-            counts = prompt_tokens, new_tokens[piece.index]
-            yield Delta(piece.index, news.reasoning, content, calls, news.logprobs, result, *counts)
+            yield Delta(i, chunk.reasoning, content, calls, chunk.logprobs, result, prompt_tokens, new_tokens[i])
     state.count(request, conversation.served, finished)
-
-
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """Return the conversation as the chat template reads it. Raises: ApiError (400) naming the message and field."""
-    if not fields.required("messages", fields.items("messages")):
-        raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
-    return [_message(message) for message in fields.objects("messages")]
-
-
-def _message(fields: Fields) -> dict[str, Any]:
-    role = fields.required("role", fields.text("role", choices=ROLES))
-    content = fields.raw("content")
-    calls = fields.objects("tool_calls")
-    fields.take("tool_call_id", "refusal", "annotations")  # results stand in the order of their calls
-    if content is None and not (role == "assistant" and calls):
-        raise ApiError(400, "this field is required", fields.name("content"), "missing_required_parameter")
-    message: dict[str, Any] = {
-        "role": "system" if role == "developer" else role,
-        "content": text_of(fields, "content"),
-    }
-    reasoning = fields.text("reasoning_content") or fields.text("reasoning")
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-    return message
-
-
-def text_of(fields: Fields, key: str) -> str:
-    """Return the text of a field: a string or a list of text parts, "" if it is absent. Raises: ApiError (400)."""
-    content = fields.raw(key, "")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"must be a string or a list of text parts, got {describe(content)}", fields.name(key))
-    texts = []
-    for part in fields.objects(key):
-        part.take("annotations", "logprobs", "prompt_cache_breakpoint")
-        kind = part.required("type", part.text("type"))
-        if kind not in ("text", "input_text", "output_text"):
-            raise ApiError(400, f"{kind!r} parts are not supported: this server's models read text", part.name("type"))
-        texts.append(part.required("text", part.text("text")))
-    return "".join(texts)
-
-
-def _call(fields: Fields) -> dict[str, Any]:
-    fields.take("id", "type", "index")
-    return read_call(fields.required("function", fields.object("function")))
-
-
-def read_call(function: Fields) -> dict[str, Any]:
-    """Return an earlier tool call as the chat template reads it, from an object with name and arguments.
-
-    Raises: ApiError (400) naming the field.
-    """
-    name = function.required("name", function.text("name"))
-    arguments = function.raw("arguments", "{}")
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError) as err:
-        raise ApiError(400, f"must be the JSON text of an object: {err}", function.name("arguments")) from err
-    if not isinstance(arguments, dict):
-        raise ApiError(400, f"must be an object, got {describe(arguments)}", function.name("arguments"))
-    return ToolCall(name, arguments).to_message()
-
-
-def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any.
-
-    is_flat: a tool holds the fields of its function itself, as in the Responses API, not in an object `function`.
-    Raises: ApiError (400) naming the field.
-    """
-    tools = [_tool(tool, is_flat) for tool in fields.objects("tools")] or None
-    choice, path = fields.raw("tool_choice"), fields.name("tool_choice")
-    if choice == "none":
-        return None, None
-    if choice is None or (choice == "auto" and (tools or is_flat)):
-        return tools, None
-    if choice in ("auto", "required"):
-        if not tools:
-            raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
-        return tools, ""
-    function = choice if is_flat or not isinstance(choice, dict) else choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if name is None:
-        form = "'name': ..." if is_flat else "'function': {'name': ...}"
-        expected = f"'none', 'auto', 'required' or {{'type': 'function', {form}}}"
-        raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
-    check_chosen(name, tools, path)
-    return tools, name
-
-
-def check_chosen(name: str, tools: list[dict[str, Any]] | None, path: str) -> None:
-    """Check that a tool that must be called is there. Raises: ApiError (400) naming the path."""
-    if name not in [tool["function"]["name"] for tool in tools or []]:
-        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
-
-
-def _tool(fields: Fields, is_flat: bool) -> dict[str, Any]:
-    if fields.text("type", None if is_flat else "function") != "function":
-        raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
-    function = fields if is_flat else fields.required("function", fields.object("function"))
-    function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
-    return {"type": "function", "function": read_function(function)}
-
-
-def read_function(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
-    """Return a function as the chat template reads it. parameters: the field of its JSON schema.
-
-    Raises: ApiError (400) naming the field.
-    """
-    function: dict[str, Any] = {"name": fields.required("name", fields.text("name"))}
-    optional = {"description": fields.text("description"), "parameters": fields.mapping(parameters)}
-    return function | {key: value for key, value in optional.items() if value is not None}

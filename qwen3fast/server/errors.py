@@ -24,27 +24,21 @@ PROMPT_FIELDS = {
     "/v1/completions": "prompt",
     "/v1/responses": "input",
 }
-_OPENAI_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "service_unavailable_error",
-    504: "timeout_error",
-}
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-    504: "timeout_error",
+# The types of errors by status: OpenAI's and Anthropic's; other statuses are as 400.
+_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    404: ("not_found_error", "not_found_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    500: ("server_error", "api_error"),
+    503: ("service_unavailable_error", "overloaded_error"),
+    504: ("timeout_error", "timeout_error"),
 }
 
 
 class ApiError(Exception):
-    """An answer other than success.
+    """An error response.
 
     Attributes:
         status: HTTP status code, from 400 to 599. message: the error, the expected value, the remedy.
@@ -65,12 +59,11 @@ class ApiError(Exception):
 
     def body(self, path: str) -> dict[str, Any]:
         """Return the error in the form of the API that a path belongs to, Anthropic's or OpenAI's."""
+        openai_type, anthropic_type = _TYPES.get(self.status, _TYPES[400])
         if path == ANTHROPIC_PATH:
-            kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
             message = f"{self.param}: {self.message}" if self.param else self.message
-            return {"type": "error", "error": {"type": kind, "message": message}}
-        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+            return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+        return {"error": {"message": self.message, "type": openai_type, "param": self.param, "code": self.code}}
 
     def response(self, path: str) -> JSONResponse:
         """Return the response to a request of a path."""
@@ -78,7 +71,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """Return the answer to an exception of the engine; status 500 unless it is the client's fault."""
+    """Return the error response for an exception; its status is 500 unless the request caused the exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

@@ -43,45 +43,47 @@ class Fields:
         value = self._values.get(key)
         return default if value is None else value
 
-    def _typed(self, key: str, default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
+    def _typed(
+        self, key: str, kind: type[T], expected: str, accepts: Callable[[Any], bool] = lambda v: True
+    ) -> T | None:
         value = self.raw(key)
-        if value is None:
-            return default
-        if not accepts(value):
-            raise ApiError(400, f"must be {expected}, got {describe(value)}", self.name(key), "invalid_type")
-        return value
+        if value is None or (isinstance(value, kind) and accepts(value)):
+            return value
+        raise ApiError(400, f"must be {expected}, got {describe(value)}", self.name(key), "invalid_type")
 
     def text(self, key: str, default: str | None = None, choices: Collection[str] | None = None) -> str | None:
         """Return a string, one of `choices` if they are given. Raises: ApiError (400)."""
         expected = "a string" if choices is None else f"one of {', '.join(choices)}"
-        value: str | None = self._typed(
-            key, default, lambda v: isinstance(v, str) and (choices is None or v in choices), expected
-        )
-        return value
+        value = self._typed(key, str, expected, lambda v: choices is None or v in choices)
+        return default if value is None else value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return a boolean. Raises: ApiError (400)."""
-        return bool(self._typed(key, default, lambda v: isinstance(v, bool), "true or false"))
+        value = self._typed(key, bool, "true or false")
+        return default if value is None else value
 
     def number(self, key: str) -> float | None:
         """Return a finite number or None. Raises: ApiError (400)."""
-        value: float | None = self._typed(key, None, is_number, "a finite number")
-        return value
+        value: Any = self._typed(key, object, "a finite number", is_number)
+        return None if value is None else float(value)
 
     def integer(self, key: str, least: int = -(2**63), most: int = 2**63 - 1) -> int | None:
         """Return an integer within bounds or None; 5.0 counts as 5. Raises: ApiError (400)."""
-        value = self._typed(
-            key,
-            None,
-            lambda v: is_number(v) and float(v).is_integer() and least <= v <= most,
-            f"an integer from {least} to {most}",
+        expected = f"an integer from {least} to {most}"
+        value: Any = self._typed(
+            key, object, expected, lambda v: is_number(v) and float(v).is_integer() and least <= v <= most
         )
         return None if value is None else int(value)
 
-    def items(self, key: str) -> list[Any] | None:
-        """Return a list or None. Raises: ApiError (400)."""
-        value: list[Any] | None = self._typed(key, None, lambda v: isinstance(v, list), "a list")
-        return value
+    def items(
+        self, key: str, accepts: Callable[[Any], bool] = lambda item: True, expected: str = "a list"
+    ) -> list[Any] | None:
+        """Return a list of acceptable items or None. Raises: ApiError (400)."""
+        return self._typed(key, list, expected, lambda items: all(map(accepts, items)))
+
+    def ids(self, key: str) -> list[int] | None:
+        """Return a list of token ids or None. Raises: ApiError (400)."""
+        return self.items(key, lambda item: type(item) is int and 0 <= item < 2**31, "a list of token ids")
 
     def object(self, key: str) -> Fields | None:
         """Return an object's fields or None. Raises: ApiError (400)."""
@@ -90,8 +92,7 @@ class Fields:
 
     def mapping(self, key: str) -> dict[str, Any] | None:
         """Return an object whose fields are not checked, such as a JSON schema. Raises: ApiError (400)."""
-        value: dict[str, Any] | None = self._typed(key, None, lambda v: isinstance(v, dict), "a JSON object")
-        return value
+        return self._typed(key, dict, "a JSON object")
 
     def objects(self, key: str) -> list[Fields]:
         """Return the fields of each object of a list, which is empty if it is absent. Raises: ApiError (400)."""

@@ -41,10 +41,6 @@ class BatchJob:
         return {"key": self.key, **given, **reply, "finish_reason": choice["finish_reason"], "usage": body["usage"]}
 
 
-class BadLineError(ValueError):
-    """A line of the input that is not a request."""
-
-
 def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
     """Yield the jobs of a file; for a bad line, its number and the error.
 
@@ -55,7 +51,7 @@ def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
         try:
             job = _job(line, raw() if callable(raw) else raw)
             if job.key in keys:
-                raise BadLineError(f"custom_id {job.key!r} is there twice")
+                raise ValueError(f"custom_id {job.key!r} appears twice")
             keys.add(job.key)
             yield job
         except (ValueError, RecursionError) as err:
@@ -67,7 +63,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             from pyarrow import parquet
         except ImportError as err:
-            raise ImportError("Parquet files need pyarrow; run: pip install pyarrow") from err
+            raise ImportError("Parquet files need pyarrow; run: pip install 'qwen3fast[parquet]'") from err
         line = 0
         for batch in parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
@@ -96,16 +92,16 @@ def _csv_value(name: str, text: str) -> Any:
 
 def _job(line: int, row: Any) -> BatchJob:
     if not isinstance(row, dict):
-        raise BadLineError(f"expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     if "custom_id" in row and "body" in row:
         key, url, body = row["custom_id"], row.get("url"), row["body"]
         if not isinstance(key, str) or not key:
-            raise BadLineError("custom_id must be a non-empty string")
+            raise ValueError("custom_id must be a non-empty string")
         if row.get("method", "POST") != "POST" or url not in URLS:
-            raise BadLineError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
+            raise ValueError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
         if not isinstance(body, dict):
-            raise BadLineError("body must be an object")
+            raise ValueError("body must be an object")
         return BatchJob(line, key, url, {**body, "stream": False}, True)
     if ("prompt" in row) == ("messages" in row):
-        raise BadLineError("needs either prompt or messages (or custom_id, method, url and body)")
+        raise ValueError("needs either prompt or messages (or custom_id, method, url and body)")
     return BatchJob(line, str(line), COMPLETIONS if "prompt" in row else CHAT, {**row, "stream": False}, False)

@@ -22,8 +22,8 @@ from qwen3fast.server.state import ServerState
 logger = logging.getLogger("qwen3fast.server")
 REQUEST_ID = "X-Request-Id"
 OPEN_PATHS = ("/health", "/ready", "/")
-DISCARDED_BYTES = 2**26  # taken at most from a client whose request is refused
-DISCARD_PAUSE_S = 0.5  # after which such a client is taken to wait for the response
+DISCARDED_BYTES = 2**26  # read at most from a client whose request is refused
+DISCARD_PAUSE_S = 0.5  # of silence, after which such a client is assumed to wait for the response
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -113,14 +113,16 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), timeout_s)
         except asyncio.TimeoutError as err:
-            raise ApiError(408, f"nothing of the body came for {timeout_s} s", code="request_timeout") from err
+            raise ApiError(
+                408, f"no part of the request body arrived for {timeout_s} s", code="request_timeout"
+            ) from err
         self._note(message)
         if self._size > self._options.max_body_bytes:
             raise _too_large(self._options)
         return message
 
     async def discard(self) -> None:
-        """Take what still comes, until the client has sent all, pauses, or sends too much."""
+        """Read and drop the rest, until the client has sent all of it, pauses, or sends too much."""
         most = self._size + DISCARDED_BYTES
         while not self.is_whole and self._size <= most:
             try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.server.conversation import Conversation, check_chosen, read_function
+from qwen3fast.server.chat_fields import check_chosen, read_function
+from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
@@ -46,9 +47,7 @@ def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest
 
 
 def _read_sampling(fields: Fields) -> Sampling:
-    stops = fields.items("stop_sequences") or []
-    if not all(isinstance(stop, str) for stop in stops):
-        raise ApiError(400, f"must be a list of strings, got {describe(stops)}", fields.name("stop_sequences"))
+    stops = fields.items("stop_sequences", lambda item: isinstance(item, str), "a list of strings") or []
     thinking = fields.object("thinking")
     enable, budget = False, None
     if thinking is not None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import load_models
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob
+from qwen3fast.server.loading import load_models
 from qwen3fast.server.options import ServerOptions
 
 
@@ -47,10 +47,9 @@ def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptio
     ray.data.DataContext.get_current().enable_progress_bars = False
     block_size = min(2 * args.max_batch_size, args.max_queue)
     texts = [{"json": json.dumps(vars(job))} for job in jobs]
-    plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "run"})
     replies = ray.data.from_items(texts, override_num_blocks=-(-len(texts) // block_size)).map_batches(
         Worker,
-        fn_constructor_kwargs={"args": plain, "options": options},
+        fn_constructor_kwargs={"args": args, "options": options},
         batch_size=block_size,
         compute=ray.data.ActorPoolStrategy(size=args.workers),
         num_cpus=args.worker_cpus,
@@ -62,9 +61,9 @@ def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptio
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `batch --ray` to a parser."""
-    group = parser.add_argument_group("Ray")
-    group.add_argument("--ray", action="store_true", help="over a Ray cluster or local workers (extra 'ray')")
-    group.add_argument("--ray-address", help="of the cluster [RAY_ADDRESS, or a local one that is started]")
-    group.add_argument("--workers", type=int, default=1, help="processes, each with the whole model [%(default)s]")
-    group.add_argument("--worker-cpus", type=float, default=1, help="CPUs of each [%(default)s]")
-    group.add_argument("--worker-gpus", type=float, default=0, help="GPUs of each [%(default)s]")
+    add = parser.add_argument_group("Ray").add_argument
+    add("--ray", action="store_true", help="run on a Ray cluster, or on local workers (extra 'ray')")
+    add("--ray-address", metavar="ADDRESS", help="address of the cluster [RAY_ADDRESS, else a local one is started]")
+    add("--workers", type=int, default=1, metavar="N", help="processes, each with the whole model [%(default)s]")
+    add("--worker-cpus", type=float, default=1, metavar="N", help="CPUs per worker [%(default)s]")
+    add("--worker-gpus", type=float, default=0, metavar="N", help="GPUs per worker [%(default)s]")

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -24,10 +24,8 @@ from qwen3fast.server.prompt_scores import only_prompt
 from qwen3fast.server.sampling import Sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import unless_disconnected
-from qwen3fast.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
-END_OF_REASONING = "</think>"
 # Threads of their own: schemas that take long to compile, which no thread can give up, hold up one another alone.
 _COMPILERS = ThreadPoolExecutor(2, "compile-grammar")
 
@@ -46,20 +44,16 @@ def now() -> int:
 class ReplyRequest(ABC):
     """A request for replies of a Generator, as an endpoint has read it.
 
-    tools: the functions that the prompts offer, as the chat template reads them. stream: send the replies as events.
-    created: seconds since 1970.
+    prompts: the prompts, or the messages of a conversation as the chat template reads them. tools: the functions that
+    they offer, as the chat template reads them. stream: send the replies as events. created: seconds since 1970.
     """
 
     served: ServedModel
     sampling: Sampling
+    prompts: list[Any]
     tools: list[dict[str, Any]] | None = field(default=None, kw_only=True)
     stream: bool = field(default=False, kw_only=True)
     created: int = field(default_factory=now, kw_only=True)
-
-    @property
-    @abstractmethod
-    def prompt(self) -> Any:
-        """The prompts or messages, for the log."""
 
     @abstractmethod
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
@@ -84,7 +78,7 @@ async def answer(
     fields = await read_fields(request)
     wanted = read(fields, state.models.choose(fields, "generate"))
     headers = refuse_or_name(fields, state.options.strict)
-    state.note(request, wanted.served, wanted.prompt)
+    state.note(request, wanted.served, wanted.prompts)
     if wanted.stream:
         return await state.event_stream(request, events(request, wanted), headers)
     finished = await unless_disconnected(request, state.in_time(_complete(request, wanted)))
@@ -142,26 +136,21 @@ async def _in_time(work: Any, timeout_s: float) -> None:
         raise ValueError(f"this schema, pattern or grammar takes more than {timeout_s} s to compile") from err
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A new part of a reply. index: of the reply in the request. chunk: the new part."""
+async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIterator[tuple[int, StreamChunk]]:
+    """Yield the chunks of all replies, each with the index of its reply.
 
-    index: int
-    chunk: StreamChunk
-
-
-async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIterator[Piece]:
-    """Yield new parts of all replies, each at least `min_interval_s` apart. Raises: the error that ended a reply."""
+    min_interval_s: between two chunks of a reply. Raises: the error that ended a reply.
+    """
     if len(handles) == 1:  # no tasks and no queue between the engine and its only reader
         async for chunk in handles[0].chunks(min_interval_s):
-            yield Piece(0, chunk)
+            yield 0, chunk
         return
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
+    queue: asyncio.Queue[tuple[int, StreamChunk] | BaseException | None] = asyncio.Queue(maxsize=2 * len(handles))
 
     async def read(index: int, handle: RequestHandle) -> None:
         try:
             async for chunk in handle.chunks(min_interval_s):
-                await queue.put(Piece(index, chunk))
+                await queue.put((index, chunk))
         except Exception as err:
             await queue.put(err)
         else:
@@ -174,48 +163,10 @@ async def pieces(handles: list[RequestHandle], min_interval_s: float) -> AsyncIt
             news = await queue.get()
             if news is None:
                 running -= 1
-            elif isinstance(news, Piece):
+            elif isinstance(news, tuple):
                 yield news
             else:
                 raise news
     finally:
         for task in tasks:
             task.cancel()
-
-
-def usage(all_results: Iterable[GenerationResult], num_prompts: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return OpenAI's `usage` of finished replies; the replies to one prompt count its tokens once."""
-    every = list(all_results)
-    per_prompt = max(1, len(every) // max(1, num_prompts))
-    firsts = every[::per_prompt]
-    prompt = sum(result.metrics.prompt_tokens for result in firsts)
-    completion = sum(result.metrics.new_tokens for result in every)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(result.metrics.reused_tokens for result in firsts)},
-        "completion_tokens_details": {"reasoning_tokens": sum(reasoning_tokens(r, tokenizer) for r in every)},
-    }
-
-
-def usage_so_far(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Return `usage` of a reply that is not finished."""
-    total = prompt_tokens + new_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": total}
-
-
-def read_stream_options(fields: Fields) -> tuple[bool, bool]:
-    """Return `include_usage` and vLLM's `continuous_usage_stats`. Raises: ApiError (400) naming the field."""
-    options = fields.object("stream_options")
-    if options is None:
-        return False, False
-    return options.flag("include_usage"), options.flag("continuous_usage_stats")
-
-
-def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:
-    """Return the number of reasoning tokens of a reply, the closing tag included."""
-    if tokenizer is None or not result.reasoning:
-        return 0
-    end = tokenizer.base.token_to_id(END_OF_REASONING)
-    return result.token_ids.index(end) + 1 if end in result.token_ids else len(result.token_ids)

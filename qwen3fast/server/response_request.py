@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.server.conversation import Conversation, read_call, read_tools, text_of
+from qwen3fast.server.chat_fields import read_call, read_tools, text_of
+from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import new_id
-from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling, checked_params
+from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling, checked_params, read_format
 from qwen3fast.server.store import ResponseStore
 
 WITHOUT_EFFECT = ("user", "service_tier", "include", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
@@ -74,15 +75,7 @@ def read_response_request(store: ResponseStore, fields: Fields, served: ServedMo
 
 
 def _read_sampling(fields: Fields) -> Sampling:
-    schema, text = None, fields.object("text")
-    form = text.object("format") if text is not None else None
-    if form is not None:
-        kind = form.text("type", choices=("text", "json_object", "json_schema"))
-        form.take("name", "description", "strict")  # a schema is always followed strictly
-        if kind == "json_schema":
-            schema = form.required("schema", form.raw("schema"))
-        elif kind == "json_object":
-            schema = {"type": "object"}
+    text = fields.object("text")
     reasoning = fields.object("reasoning")
     effort = reasoning.text("effort", choices=tuple(REASONING_BUDGETS)) if reasoning is not None else None
     params = checked_params(
@@ -91,7 +84,7 @@ def _read_sampling(fields: Fields) -> Sampling:
         top_p=fields.number("top_p"),
         max_tokens=fields.integer("max_output_tokens", 1, 2**31),
         seed=fields.integer("seed"),
-        json_schema=schema,
+        json_schema=read_format(text.object("format"), is_flat=True) if text is not None else None,
         thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,
     )
     return Sampling(params, enable_thinking=None if effort is None else effort != "none")

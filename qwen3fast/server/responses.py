@@ -12,12 +12,13 @@ from starlette.responses import JSONResponse, Response
 from qwen3fast.results import GenerationResult
 from qwen3fast.server.conversation import deltas
 from qwen3fast.server.errors import to_api_error
-from qwen3fast.server.replies import answer, reasoning_tokens
+from qwen3fast.server.replies import answer
 from qwen3fast.server.response_items import ItemEvents, to_output
 from qwen3fast.server.response_request import ResponseRequest, read_response_request
 from qwen3fast.server.state import state_of
 from qwen3fast.server.store import ResponseStore, Stored
 from qwen3fast.server.stream import event
+from qwen3fast.server.usage import reasoning_tokens
 
 
 async def create_response(request: Request) -> Response:
@@ -58,7 +59,7 @@ def _finish(
     status = "incomplete" if is_cut else "completed"
     response = wanted.to_response(status, output, usage=usage, incomplete_details=details)
     if wanted.is_stored:
-        messages = wanted.messages[1:] if wanted.given["instructions"] else wanted.messages  # which are not inherited
+        messages = wanted.prompts[1:] if wanted.given["instructions"] else wanted.prompts  # which are not inherited
         text, calls = wanted.content_and_calls(result)
         reply: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:

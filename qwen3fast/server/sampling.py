@@ -62,14 +62,14 @@ def read_sampling(
         "min_p": fields.number("min_p"),
         "max_tokens": 1 if limit == 0 else limit,
         "stop": _stop(fields),
-        "stop_token_ids": _ids(fields, "stop_token_ids") or (),
+        "stop_token_ids": fields.ids("stop_token_ids") or (),
         "ignore_eos": fields.flag("ignore_eos"),
         "seed": fields.integer("seed"),
         "repetition_penalty": fields.number("repetition_penalty"),
         "presence_penalty": fields.number("presence_penalty") or 0.0,
         "frequency_penalty": fields.number("frequency_penalty") or 0.0,
         "logit_bias": _logit_bias(fields),
-        "allowed_token_ids": _ids(fields, "allowed_token_ids"),
+        "allowed_token_ids": fields.ids("allowed_token_ids"),
         "logprobs": logprobs,
         **_structure(fields),
     }
@@ -105,15 +105,6 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return tuple(s for s in stops if s)
 
 
-def _ids(fields: Fields, key: str) -> tuple[int, ...] | None:
-    ids = fields.items(key)
-    if ids is None:
-        return None
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ApiError(400, f"must be a list of token ids, got {describe(ids)}", fields.name(key))
-    return tuple(ids)
-
-
 def _logit_bias(fields: Fields) -> dict[int, float] | None:
     bias = fields.raw("logit_bias")
     if bias is None:
@@ -136,7 +127,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
         given |= _guides(outputs, "")
         if outputs.flag("json_object"):
             given[outputs.name("json_object")] = ("json_schema", {"type": "object"})
-    response_format = _response_format(fields)
+    response_format = read_format(fields.object("response_format"))
     if response_format is not None:
         given["response_format"] = ("json_schema", response_format)
     if len(given) > 1:
@@ -164,21 +155,23 @@ def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
     return given
 
 
-def _response_format(fields: Fields) -> dict[str, Any] | None:
-    form = fields.object("response_format")
+def read_format(form: Fields | None, is_flat: bool = False) -> dict[str, Any] | None:
+    """Return the JSON schema that a reply must follow; None for free text.
+
+    is_flat: the object holds the schema itself, as in the Responses API, not in an object `json_schema`.
+    Raises: ApiError (400) naming the field.
+    """
     if form is None:
         return None
     kind = form.required("type", form.text("type", choices=("text", "json_object", "json_schema")))
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
-    described = form.required("json_schema", form.object("json_schema"))
+    if is_flat:
+        form.take("name", "description", "strict")
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    described = form if is_flat else form.required("json_schema", form.object("json_schema"))
     described.take("name", "description", "strict")  # a schema is always followed strictly
-    schema = described.raw("schema", {"type": "object"})
-    if not isinstance(schema, dict):
-        raise ApiError(400, f"must be a JSON schema, got {describe(schema)}", described.name("schema"))
-    return schema
+    schema = described.mapping("schema")
+    return {"type": "object"} if schema is None and not is_flat else described.required("schema", schema)
 
 
 def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:

@@ -17,7 +17,7 @@ from qwen3fast.server.metrics import Metrics
 from qwen3fast.server.models import Models, ServedModel
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.store import ResponseStore
-from qwen3fast.server.stream import EventStream, StreamTimes, event
+from qwen3fast.server.stream import EventStream, event
 
 logger = logging.getLogger("qwen3fast.server")
 T = TypeVar("T")
@@ -80,9 +80,7 @@ class ServerState:
             name = "error" if request.url.path == ANTHROPIC_PATH else None
             return event(error.body(request.url.path), name)
 
-        options = self.options
-        times = StreamTimes(options.heartbeat_s, options.send_timeout_s, options.request_timeout_s)
-        return EventStream(whole(), times, error_event, headers)
+        return EventStream(whole(), self.options, error_event, headers)
 
 
 def state_of(request: Request) -> ServerState:

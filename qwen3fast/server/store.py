@@ -22,21 +22,24 @@ class Stored:
 class ResponseStore:
     """The latest responses, in memory."""
 
-    def __init__(self, most: int = MAX_STORED) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
     def add(self, stored: Stored) -> None:
         """Store a response, and delete the oldest ones beyond the limit."""
         self._stored[stored.response["id"]] = stored
-        while len(self._stored) > self._most:
+        while len(self._stored) > MAX_STORED:
             self._stored.popitem(last=False)
 
     def get(self, response_id: str) -> Stored:
         """Return a response. Raises: ApiError (404)."""
         stored = self._stored.get(response_id)
         if stored is None:
-            raise ApiError(404, f"response {response_id!r:.100} is not stored here (any more)", code="not_found")
+            raise ApiError(
+                404,
+                f"response {response_id!r:.100} is not stored; only the latest {MAX_STORED} are kept",
+                code="not_found",
+            )
         return stored
 
     def delete(self, response_id: str) -> None:

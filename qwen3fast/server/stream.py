@@ -1,4 +1,4 @@
-"""Server-sent events: heartbeats while nothing comes, an end when the client goes away or takes nothing.
+"""Server-sent events, with heartbeats while there is no news. Clients that leave or do not read are disconnected.
 
 Source: WHATWG HTML standard, "Server-sent events".
 """
@@ -9,7 +9,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -17,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from qwen3fast.server.errors import ApiError
+from qwen3fast.server.options import ServerOptions
 
 HEARTBEAT = b": heartbeat\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -28,19 +28,6 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """Return one event as bytes; name: the `event:` line that Anthropic's and the Responses API have."""
     line = f"data: {_encode(data)}\n\n"
     return (f"event: {name}\n{line}" if name else line).encode("utf-8", "replace")
-
-
-@dataclass(frozen=True)
-class StreamTimes:
-    """Seconds of a stream.
-
-    heartbeat_s: without news, until a comment is sent. send_timeout_s: until a client that takes nothing is dropped.
-    limit_s: for the whole stream, until it ends with an error event.
-    """
-
-    heartbeat_s: float
-    send_timeout_s: float
-    limit_s: float
 
 
 class EventStream(Response):
@@ -56,20 +43,20 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        times: StreamTimes,
+        options: ServerOptions,
         error_event: Callable[[Exception], bytes],
         headers: dict[str, str] | None = None,
     ) -> None:
-        """error_event: makes the last event of a stream that ends in an exception."""
+        """error_event: makes the last event of a stream that ends in an exception or takes longer than the limit."""
         self.status_code, self.background, self.body = 200, None, b""
-        self._events, self._times, self._error_event = events, times, error_event
+        self._events, self._options, self._error_event = events, options, error_event
         self._sending_since: float | None = None
         self._last = 0.0  # when the latest event was sent
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events; end early when the client goes away or takes nothing, and close what makes the events."""
+        """Send all events, or stop early when the client leaves or does not read. Close the generator of events."""
         self._last = asyncio.get_running_loop().time()
         sending = asyncio.create_task(self._send_all(send))
         gone = asyncio.create_task(_disconnection(receive))
@@ -97,10 +84,10 @@ class EventStream(Response):
             await self._send_last(send, b"")
 
     async def _watch(self, sending: asyncio.Task[None], gone: asyncio.Task[None], send: Send) -> None:
-        """Return when the events are sent, or the client is not worth waiting for."""
-        now, times = asyncio.get_running_loop().time, self._times
-        deadline = now() + times.limit_s
-        tick_s = min(times.heartbeat_s, times.send_timeout_s) / 4
+        """Return once the events are sent, the client has left, or it has read nothing for too long."""
+        now, options = asyncio.get_running_loop().time, self._options
+        deadline = now() + options.request_timeout_s
+        tick_s = min(options.heartbeat_s, options.send_timeout_s) / 4
         while True:
             wait_s = max(0.0, min(tick_s, deadline - now()))
             await asyncio.wait((sending, gone), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
@@ -109,16 +96,16 @@ class EventStream(Response):
             if gone.done():
                 return
             if self._sending_since is not None:
-                if now() - self._sending_since >= times.send_timeout_s:
+                if now() - self._sending_since >= options.send_timeout_s:
                     return
             elif now() >= deadline:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
                 end = self._send_last(send, self._error_event(TimeoutError()))
-                return await asyncio.wait_for(end, times.send_timeout_s)
-            elif now() - self._last >= times.heartbeat_s:
+                return await asyncio.wait_for(end, options.send_timeout_s)
+            elif now() - self._last >= options.heartbeat_s:
                 beat = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
-                await asyncio.wait_for(self._send(send, beat), times.send_timeout_s)
+                await asyncio.wait_for(self._send(send, beat), options.send_timeout_s)
 
     async def _send_last(self, send: Send, data: bytes) -> None:
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": False})

@@ -7,10 +7,10 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen3fast.server.conversation import read_messages, read_tools
+from qwen3fast.server.chat_fields import read_messages, read_tools
 from qwen3fast.server.errors import ApiError
-from qwen3fast.server.fields import describe, read_fields, refuse_or_name
-from qwen3fast.server.models import tokenizer_of
+from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
+from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.state import state_of
 
 
@@ -20,10 +20,7 @@ async def tokenize(request: Request) -> Response:
     add_special_tokens: put before it what the tokenizer puts before a text (bos_token), if it does not begin so; by
     default for a prompt, as requests do, but not for a conversation, whose template writes them.
     """
-    state = state_of(request)
-    fields = await read_fields(request)
-    name = fields.text("model")
-    served = state.models.find(name) if name is not None else state.models.served[0]
+    fields, served = await _read(request)
     tokenizer = tokenizer_of(served)
     text = fields.text("prompt")
     is_whole = fields.flag("add_special_tokens", text is not None)
@@ -38,7 +35,7 @@ async def tokenize(request: Request) -> Response:
         rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add)
         ids = await asyncio.to_thread(encode, str(rendered))
     with_texts = fields.flag("return_token_strs")
-    headers = refuse_or_name(fields, state.options.strict)
+    headers = refuse_or_name(fields, state_of(request).options.strict)
     body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}
     if with_texts:
         body["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
@@ -47,12 +44,14 @@ async def tokenize(request: Request) -> Response:
 
 async def detokenize(request: Request) -> Response:
     """Return the text of token ids."""
-    state = state_of(request)
-    fields = await read_fields(request)
-    name = fields.text("model")
-    served = state.models.find(name) if name is not None else state.models.served[0]
-    ids = fields.required("tokens", fields.items("tokens"))
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ApiError(400, f"must be a list of token ids, got {describe(ids)}", "tokens", "invalid_type")
-    headers = refuse_or_name(fields, state.options.strict)
+    fields, served = await _read(request)
+    ids = fields.required("tokens", fields.ids("tokens"))
+    headers = refuse_or_name(fields, state_of(request).options.strict)
     return JSONResponse({"prompt": tokenizer_of(served).decode(ids)}, headers=headers)
+
+
+async def _read(request: Request) -> tuple[Fields, ServedModel]:
+    """Return the fields and the model that they name, of any kind; by default the first one."""
+    models, fields = state_of(request).models, await read_fields(request)
+    name = fields.text("model")
+    return fields, models.served[0] if name is None else models.find(name)

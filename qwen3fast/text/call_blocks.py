@@ -39,7 +39,7 @@ class CallFormat(Protocol):
     """A format of tool calls. Thread-safe, and shared by all replies to a request.
 
     Attributes:
-        end_tags: the tags of which one must come before a block can be closed.
+        end_tags: the tags that can close a block.
     """
 
     end_tags: tuple[str, ...]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qwen3fast.checks import checked_text
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from qwen3fast.checks import SURROGATE, checked_text
 
 
 def replace_surrogates(value: Any) -> Any:
     """Return JSON values with lone surrogates in texts and keys replaced by U+FFFD, and pairs joined."""
     if isinstance(value, str):
-        if value.isascii() or not _SURROGATE.search(value):
+        if value.isascii() or not SURROGATE.search(value):
             return value
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, dict):

@@ -19,7 +19,7 @@ _QUESTION = [{"role": "user", "content": "?"}]
 class ReasoningTracker:
     """The state of one reply: whether it is inside its reasoning. Push every token of the reply, in order.
 
-    Reasoning stands between the tokens `<think>`, with only whitespace before it, and `</think>`. There is one at most.
+    Reasoning stands between `<think>`, which only whitespace may precede, and `</think>`; a reply has one at most.
     A token `<tool_call>` inside also ends it: the call belongs to the answer.
 
     Attributes:
@@ -74,15 +74,15 @@ class ReasoningFormat:
         return not self._tokenizer.token_bytes(token_id).decode("utf-8", "replace").strip()
 
     def tracker(self) -> ReasoningTracker:
-        """Return a tracker for a reply to a prompt that has said nothing of it yet."""
+        """Return a tracker for a reply that begins with its first token, not in the prompt."""
         return ReasoningTracker(self)
 
     def tracker_after(self, prompt_ids: Sequence[int]) -> ReasoningTracker:
         """Return a tracker for the reply to a prompt: the prompt's whole last assistant turn is part of the reply.
 
-        A prompt whose last turn is somebody else's says nothing of the reply. In a prompt without turns, the reply is
-        inside reasoning if the last tag is `<think>`. Where the chat template itself opens the reasoning, a reply that
-        begins a turn is reasoning even without the tag.
+        If the last turn belongs to another role, the reply begins with its first token. In a prompt without turns, the
+        reply is inside reasoning if the last tag is `<think>`. Where the chat template itself opens the reasoning, a
+        turn begins inside it even without the tag.
         """
         if not self.has_tags:
             return self.tracker()

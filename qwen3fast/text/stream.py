@@ -1,5 +1,7 @@
-"""From token ids to text that may be shown: whole characters only, never any part of a stop string, and the reasoning
-apart from the answer. Knows neither prompts nor the contents of tool calls."""
+"""TextStream: token ids become text that is safe to show: whole characters, no part of a stop string.
+
+It separates the reasoning from the answer, and knows neither prompts nor the contents of tool calls.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from qwen3fast.text.tokenizer import IncrementalDecoder, Tokenizer
 class TextPiece(NamedTuple):
     """Text that has become safe to show: all of it, tags included, and its shares of reasoning and answer.
 
-    The three need not keep step: line breaks wait in reasoning and answer until something follows, but not in text.
+    Reasoning and answer may lag behind text: in them, line breaks wait until something follows.
     """
 
     text: str
@@ -23,8 +25,8 @@ class TextPiece(NamedTuple):
 class TextStream:
     """The text of one reply, collected token by token, and split into reasoning and answer.
 
-    Where the reasoning begins and ends is `ReasoningTracker`'s to say; reasoning that is never closed takes the whole
-    reply. Tags that stand elsewhere or are spelled out in other tokens are ordinary text.
+    `ReasoningTracker` decides where the reasoning begins and ends; reasoning that is never closed takes the whole
+    reply. Tags in other places, or written with other tokens, are ordinary text.
 
     text: everything, tags included. Stop strings count wherever they stand, in the reasoning also, and across the tags.
     Without a tokenizer (random weights) everything stays empty; if the tokenizer lacks the tags, all is answer.

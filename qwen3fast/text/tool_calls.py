@@ -36,12 +36,12 @@ def call_format_of(chat_template: str | None, tools: list[dict[str, Any]] | None
 def parse_tool_calls(answer: str, call_format: CallFormat = _JSON_CALLS) -> ParsedAnswer:
     """Find the tool calls in an answer (or any text).
 
-    A block of calls may stand anywhere, in a code block also, and the end of the text closes the last one. What a block
-    may hold is the format's to say (`JsonCalls`, `XmlCalls`). Everything else between the tags is malformed, and so is
-    a block that is not closed before the next one: one bad call spoils its block.
+    A block of calls may stand anywhere, also inside a code block, and the end of the text closes the last one. The
+    format (`JsonCalls`, `XmlCalls`) defines what a block may hold; other contents are malformed, and so is a block that
+    is not closed before the next one. One malformed call makes its whole block malformed.
 
     Whitespace around a block goes with it; where text stands on both sides, a line break takes its place. Pass the
-    answer without its reasoning: a call that the model only considers is none. Names and arguments are valid Unicode:
+    answer without its reasoning: calls in there are only considered, not made. Names and arguments are valid Unicode:
     U+FFFD replaces lone surrogates. Never raises, for any string.
     """
     tool_calls: list[ToolCall] = []

@@ -80,9 +80,9 @@ def as_read(x_RKSD, scale_RKS):
     return x_RKSD.float() if scale_RKS is None else x_RKSD.float() * scale_RKS[..., None]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 1)])
-@pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("lengths", [[1], [2, 127], [128, 129, 300]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 2), (7, 1), (16, 2)])
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 160])
+@pytest.mark.parametrize("lengths", [[1], [2, 63], [64, 65, 300], [15, 16, 17, 33, 127]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths, dtype):
     batch = len(lengths)
@@ -104,12 +104,12 @@ def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths, dtype)
 
 
 def test_decode_attention_survives_large_scores():
-    q = torch.full((1, 1, 1, 16), 100.0).bfloat16()
-    k = torch.zeros(1, 1, 4, 16).bfloat16()
+    q = torch.full((1, 1, 1, 32), 100.0).bfloat16()
+    k = torch.zeros(1, 1, 4, 32).bfloat16()
     k[0, 0, 2] = 100.0
-    v = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 16).bfloat16().contiguous()
+    v = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 32).bfloat16().contiguous()
     assert torch.equal(
-        torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 16), 2.0).bfloat16()
+        torch.ops.qwen3fast.decode_attention(q, k, v, torch.tensor([[3]])), torch.full((1, 1, 1, 32), 2.0).bfloat16()
     )
 
 
@@ -124,6 +124,15 @@ def test_attention_passes_nan_on(spoiled):
     q_B1HD = tensors.pop("q")[:, :1]
     decode = torch.ops.qwen3fast.decode_attention(q_B1HD, *tensors.values(), position[:, -1:])
     assert decode[0, 0].isnan().any() and not decode[0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_decode_attention_over_an_int8_cache_passes_nan_on(value):
+    q_BTHD = random_tensor(1, 1, 4, 32).bfloat16()
+    (k, k_scale), (v, v_scale) = (quantize_vectors(random_tensor(1, 2, 40, 32, seed=s)) for s in (1, 2))
+    q_BTHD[0, 0, 1, 3] = value
+    y_BHTD = torch.ops.qwen3fast.decode_attention(q_BTHD, k, v, torch.tensor([[39]]), k_scale, v_scale)
+    assert y_BHTD[0, 1].isnan().all() and y_BHTD[0, [0, 2, 3]].isfinite().all()
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_thinking_budget_refuses_a_negative_number():
 
 
 def test_thinking_budget_reports_a_token_other_than_the_one_that_had_to_come():
-    with pytest.raises(RuntimeError, match=f"token {CLOSE} had to come next, but 7 came"):
+    with pytest.raises(RuntimeError, match=f"expected token {CLOSE} next, got 7"):
         budget(0).accept(7)
 
 

@@ -19,7 +19,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 PATIENCE_S = 60
-OWN_THREAD = "this call would wait for itself: it comes from the Generator's own thread"
+OWN_THREAD = "this call would wait for itself: it was made in the Generator's own thread"
 FORKED = "was used before os.fork"
 LONG = "hello world " * 150
 MESSAGES = [{"role": "user", "content": "Hi"}]

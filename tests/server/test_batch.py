@@ -48,7 +48,7 @@ def test_every_line_is_answered_as_the_generator_would(tmp_path, tiny_generator,
     assert found["mine"]["response"]["body"]["choices"][0]["text"] == alone[1].text
     assert len(read_lines(target)) == 11
     assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
-    assert "11 of 11 results are there already" in capsys.readouterr().err
+    assert "11 of 11 requests were answered before" in capsys.readouterr().err
     assert len(read_lines(target)) == 11
 
 
@@ -85,6 +85,12 @@ def test_csv_and_parquet_are_read(tmp_path):
     assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
 
 
+def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'qwen3fast\[parquet\]'"):
+        list(read_jobs(tmp_path / "in.parquet"))
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"
@@ -103,7 +109,7 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
 def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes\nmore\n")
-    with pytest.raises(ValueError, match="no results"):
+    with pytest.raises(ValueError, match="not replies of this command"):
         Output(path)
     assert path.read_text() == "my notes\nmore\n"
 

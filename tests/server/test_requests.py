@@ -16,8 +16,8 @@ from serving import address, models, tiny_generator  # noqa: F401  fixtures
 from qwen3fast import Embedder
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import _base_of_adapter
 from qwen3fast.server.in_process import call, post
+from qwen3fast.server.loading import _base_of_adapter
 from qwen3fast.server.options import ServerOptions
 
 httpx = pytest.importorskip("httpx")
@@ -91,7 +91,13 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
     [
         ("/v1/chat/completions", {"messages": CHAT["messages"], "temperature": -1}, "temperature"),
         ("/v1/responses", {"input": "a", "top_p": 2}, "top_p"),
-        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}}, None),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "schema": 3}}},
+            "text.format.schema",
+        ),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [2**31]}, "stop_token_ids"),
         ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL}], "tool_choice": 3}, "tool_choice"),
         ("/v1/completions", {"prompt": "a", "min_p": 2}, "min_p"),
@@ -109,6 +115,8 @@ def test_tools_without_a_choice_and_the_other_way_round(client):
         assert reply.status_code == 200, reply.text
     reply = client.post("/v1/messages", json={**CHAT, "temperature": 2e6})
     assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("temperature: temperature must be")
+    reply = client.post("/v1/messages", json={**CHAT, "stop_sequences": [3]})
+    assert reply.json()["error"]["message"] == "stop_sequences: must be a list of strings, got [3]"
 
 
 def test_documents_are_ranked_in_each_form(client, models):  # noqa: F811

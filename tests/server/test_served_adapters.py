@@ -13,7 +13,7 @@ from serving import running
 from test_lora import ALL, modules_of, write_adapter
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.server.command import add_model_arguments, load_models
+from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.models import Models
 
 httpx = pytest.importorskip("httpx")
@@ -148,3 +148,19 @@ def test_the_command_takes_adapters_of_one_model(folders):
             load_models(parse(words[0], f"--adapter={bad}"))
     with pytest.raises(ValueError, match="each name once, got 'one="):
         load_models(parse(*words, words[1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "a=tiny", "--model", "a=elsewhere"],
+        ["--model", "tiny", "--embedder", "tiny"],
+        ["--model", "a=tiny", "--adapter", "a=folder"],
+    ],
+)
+def test_a_name_given_twice_is_refused_before_anything_is_loaded(options, monkeypatch):
+    monkeypatch.setattr(Generator, "from_pretrained", None)  # calling it would fail
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    with pytest.raises(ValueError, match=r"two models or adapters are named '(a|tiny)'"):
+        load_models(parser.parse_args(options))

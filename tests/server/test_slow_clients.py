@@ -14,7 +14,7 @@ from serving import running
 
 from qwen3fast import Generator
 from qwen3fast.server.options import ServerOptions
-from qwen3fast.server.stream import EventStream, StreamTimes
+from qwen3fast.server.stream import EventStream
 
 httpx = pytest.importorskip("httpx")
 
@@ -97,7 +97,7 @@ def test_an_event_stream_ends_when_nothing_is_taken():
     async def run() -> None:
         source = events()
         await anext(source)
-        stream = EventStream(source, StreamTimes(9, 0.01, 9), lambda err: b"")
+        stream = EventStream(source, ServerOptions(send_timeout_s=0.01), lambda err: b"")
         await asyncio.wait_for(stream({"type": "http"}, silent, stuck), 10)
 
     asyncio.run(run())

@@ -134,7 +134,7 @@ def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
         and q_BTHD.shape[1] == 1
         and q_BTHD.dtype == torch.bfloat16
         and k_RKSD.dtype in (torch.bfloat16, torch.int8)
-        and q_BTHD.shape[-1] % LANES == 0
+        and q_BTHD.shape[-1] % (2 * LANES) == 0
         and is_loaded()
     )
 

@@ -1,4 +1,4 @@
-// One query over keys and values: the part of attention that decode_attention and decode_layers share (attention.cpp).
+// One query over keys and values: what decode_attention and decode_layers share (decode_attention.cpp).
 // T is the type of a cached number: BFloat16, or int8_t with one scale per vector.
 
 #pragma once
@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "ops.h"
@@ -13,12 +15,13 @@
 
 constexpr int64_t kMinSplit = 256;  // positions that are worth a thread of their own
 
-// One head's keys and values, (S, D) each, and for int8_t their scales, (S,) each; or all heads' together.
+// One head's keys and values, (S, D) each, and for int8_t their scales, (S,) each; or all heads' together; or nothing.
 template <typename T>
 struct Cached {
-  const T *keys, *values;
-  const float *key_scale, *value_scale;
+  const T *keys = nullptr, *values = nullptr;
+  const float *key_scale = nullptr, *value_scale = nullptr;
 
+  Cached() = default;
   explicit Cached(const Cache& c)
       : Cached(static_cast<const T*>(c.keys), static_cast<const T*>(c.values), c.key_scale, c.value_scale) {}
   Cached(const T* keys, const T* values, const float* key_scale, const float* value_scale)
@@ -30,8 +33,27 @@ struct Cached {
   }
 };
 
+// The next 32 channels of a value as two vectors, in an order that depends on the type; and the same in bfloat16, in order.
+inline void load_two(const BFloat16* p, Vec* two) {
+  const Bits pairs = load_as<Bits>(p), even = pairs << 16, odd = pairs & 0xffff0000u;
+  two[0] = load_as<Vec>(&even), two[1] = load_as<Vec>(&odd);
+}
+
+inline void load_two(const int8_t* p, Vec* two) { two[0] = load(p), two[1] = load(p + kLanes); }
+
+template <typename T>
+inline void store_two(BFloat16* p, Vec first, Vec second) {
+  if (std::is_same_v<T, int8_t>) {
+    store(p, first), store(p + kLanes, second);
+    return;
+  }
+  const Bits pairs = as_bfloat16(first) | as_bfloat16(second) << 16;
+  std::memcpy(p, &pairs, sizeof pairs);
+}
+
 // The result of one key/value head for its G query heads over some positions: the largest score, the sum of
-// exp(score - maximum), and the values weighted by these, (G, D). Parts over different positions can be merged.
+// exp(score - maximum), and the values weighted by these, (G, D) in the order of `load_two`. Parts
+// over different positions can be merged.
 // Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867.
 struct Part {
   std::vector<float> maximum, total, out;
@@ -45,7 +67,8 @@ struct Part {
 
   // Makes room for scores up to `limit` of head g. Returns the new maximum.
   float raise(int64_t g, int64_t D, float limit) {
-    const float next = std::max(maximum[g], limit), shrink = std::exp(maximum[g] - next);
+    if (limit <= maximum[g]) return maximum[g];
+    const float next = limit, shrink = std::exp(maximum[g] - next);
     maximum[g] = next;
     total[g] *= shrink;
     for (int64_t d = 0; d < D; d++) out[g * D + d] *= shrink;
@@ -59,10 +82,17 @@ struct Part {
       for (int64_t d = 0; d < D; d++) out[g * D + d] += other.out[g * D + d] * scale;
     }
   }
+
+  // Writes the weighted means, (G, D), of values of type T.
+  template <typename T>
+  void write(int64_t G, int64_t D, BFloat16* y) const {
+    for (int64_t i = 0; i < G * D; i += 2 * kLanes)
+      store_two<T>(y + i, load(&out[i]) / total[i / D], load(&out[i + kLanes]) / total[i / D]);
+  }
 };
 
 // Positions begin..end of one key/value head, into `part`; each key and value is read once for all G query heads.
-// `following`: the keys that the caller reads next, which are asked for ahead; or nullptr.
+// D: a multiple of 32. `following`: what the caller reads next, which is asked for ahead; or nothing.
 template <typename T>
 void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
-            const T* following, Part& part);
+            const Cached<T>& following, Part& part);

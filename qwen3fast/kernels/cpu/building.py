@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parent
 SOURCES = (
     "quantized.cpp",
     "decode_layers.cpp",
-    "attention.cpp",
+    "prefill_attention.cpp",
+    "decode_attention.cpp",
     "matvec.cpp",
     "linear.cpp",
     "tiles.cpp",

@@ -257,7 +257,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
     for (int64_t i = tasks.begin; i < tasks.end; i++) {
       const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = std::max<int64_t>(s.position[m], 0) + 1;
-      const T* following = i + 1 < tasks.end && s.splits == 1 ? keys + (head + 1) * S * D : nullptr;
+      const Cached<T> following = i + 1 < tasks.end && s.splits == 1 ? cached.head(head + 1, S, D) : Cached<T>{};
       attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
              length * (split + 1) / s.splits, scale, following, s.parts[i]);
     }
@@ -265,7 +265,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     for (int64_t head = heads.begin; head < heads.end; head++) {
       Part& whole = s.parts[head * s.splits];
       for (int64_t split = 1; split < s.splits; split++) whole.merge(s.parts[head * s.splits + split], G, D);
-      for (int64_t i = 0; i < G * D; i += kLanes) store(&s.y[head * G * D + i], load(&whole.out[i]) / whole.total[i / D]);
+      whole.write<T>(G, D, &s.y[head * G * D]);
     }
     s.barrier.wait();
 

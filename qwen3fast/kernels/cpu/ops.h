@@ -88,7 +88,7 @@ QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t*
                                                const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
                                                int64_t threads);
 
-// q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 16.
+// q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 32.
 QWEN3FAST_API void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y,
                                               int64_t B, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads);
 

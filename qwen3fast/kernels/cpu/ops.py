@@ -169,7 +169,8 @@ def decode_attention(
     (B, T, H, D), (R, K, S, _) = q_BTHD.shape, k_RKSD.shape
     layer = checked_cache("decode_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
     require(
-        D % LANES == 0 and T == 1 and 1 <= B <= R, "decode_attention: q (B, 1, H, D), D a multiple of 16, B from 1 to R"
+        D % (2 * LANES) == 0 and T == 1 and 1 <= B <= R,
+        "decode_attention: q (B, 1, H, D), D a multiple of 32, B from 1 to R",
     )
     q, position = q_BTHD.contiguous(), checked_positions("decode_attention", position_B1, B)
     y_BH1D = q.new_empty(B, H, 1, D)

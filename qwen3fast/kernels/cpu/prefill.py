@@ -1,4 +1,4 @@
-"""Attention of a chunk of a prompt over the KV cache, in two forms: tiles in C++ (attention.cpp), and PyTorch's own.
+"""Attention of a chunk of a prompt over the KV cache: tiles in C++ (prefill_attention.cpp), or PyTorch's own form.
 
 The operation chooses between them by the sizes of the call, from limits that were measured (kernels/forms.py): code
 that is compiled around it serves all sizes.

@@ -129,6 +129,22 @@ inline Vec dot2(Vec total, Bits a, Bits b) {
 #endif
 }
 
+// The same for pairs of 16-bit integers.
+inline Ints dot2(Ints total, Bits a, Bits b) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  __m256i x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int i = 0; i < 2; i++) x[i] = _mm256_madd_epi16(x[i], y[i]);
+  return total + load_as<Ints>(x);
+#else
+  const Ints first = (Ints)a, second = (Ints)b;
+  return total + (first << 16 >> 16) * (second << 16 >> 16) + (first >> 16) * (second >> 16);
+#endif
+}
+
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // All lanes taken together by an operation, in halves: the order does not depend on compiler or flags.

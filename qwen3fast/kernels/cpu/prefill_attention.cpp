@@ -1,14 +1,13 @@
-// One query a row over the used part of a KV cache, and many queries a row, where scores exist for a small tile only.
+// Attention of many queries per slot over the used part of a KV cache: scores exist for a small tile only.
 //
-// Keys and values are bfloat16, or int8 with a factor for each vector: k_scale, v_scale (R, K, S) float32.
-// Arithmetic is in float32. Softmax runs online, block by block. Source: Milakov and Gimelshein, arXiv:1805.02867; the
-// tiles of prefill: FlashAttention, arXiv:2205.14135. The plain PyTorch form is in model/attention.py.
+// Keys and values are bfloat16, or int8 with a scale for each vector: k_scale, v_scale (R, K, S) float32. Sums are in
+// float32. Softmax runs online, tile by tile. Source: FlashAttention, arXiv:2205.14135. The plain PyTorch form is in
+// kernels/attention.py.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "attend.h"
@@ -16,154 +15,6 @@
 #include "parallel.h"
 #include "tiles.h"
 #include "vec.h"
-
-namespace {
-
-constexpr int64_t kBlock = 128;     // positions between two updates of the running maximum
-
-// The product of a key and a query, summed up to sixteen lanes.
-inline Vec dot(const BFloat16* key, const BFloat16* query, int64_t D) {
-  Vec total = {};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) total = dot2(total, load_as<Bits>(key + d), load_as<Bits>(query + d));
-  for (; d < D; d += kLanes) total += load(key + d) * load(query + d);
-  return total;
-}
-
-inline Vec dot(const int8_t* key, const float* query, int64_t D) {
-  Vec total = {};
-  for (int64_t d = 0; d < D; d += kLanes) total += load(key + d) * load(query + d);
-  return total;
-}
-
-// Rows of keys or values to ask memory for before they are needed. The hardware does so, too, but stops at page borders.
-constexpr int64_t kRowsAhead = 24;
-
-template <typename T>
-inline void prefetch(const T* p, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof *p;
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
-}
-
-// out[g] += sum_t score[g][t] v[t] over kChunks * 16 channels of two query heads; all sums stay in registers.
-template <int kChunks, typename T>
-void add_values(const float* score, const float* other_score, const T* v, int64_t D, int64_t count, const T* next,
-                float* out, float* other_out) {
-  Vec a[kChunks], b[kChunks];
-  for (int c = 0; c < kChunks; c++) a[c] = load(out + c * kLanes), b[c] = load(other_out + c * kLanes);
-  for (int64_t t = 0; t < count; t++) {
-    const Vec weight = fill(score[t]), other_weight = fill(other_score[t]);
-    if (next) prefetch(t + kRowsAhead < count ? v + (t + kRowsAhead) * D : next + (t + kRowsAhead - count) * D, kChunks * kLanes);
-    for (int c = 0; c < kChunks; c++) {
-      const Vec value = load(v + t * D + c * kLanes);
-      a[c] += weight * value;
-      b[c] += other_weight * value;
-    }
-  }
-  // An odd last head is computed twice, with the same result.
-  for (int c = 0; c < kChunks; c++) store(other_out + c * kLanes, b[c]), store(out + c * kLanes, a[c]);
-}
-
-}  // namespace
-
-template <typename T>
-void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
-            const T* following, Part& part) {
-  constexpr bool kIsRounded = std::is_same_v<T, int8_t>;
-  using Query = std::conditional_t<kIsRounded, float, BFloat16>;
-  const auto [k, v, k_scale, v_scale] = cached;
-  thread_local std::vector<Query> query;  // kept from call to call: with few positions, allocation takes as long as they do
-  thread_local std::vector<float> score;
-  query.assign(q, q + G * D);
-  score.resize(G * kBlock);
-  part.clear(G, D);
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t count = std::min(kBlock, end - start);
-    for (int64_t t = 0; t < count; t += kLanes) {
-      for (int64_t i = 0; i < kLanes; i++) {
-        const int64_t row = t + i + kRowsAhead;
-        prefetch(row < count ? k + (start + row) * D : v + (start + row - count) * D, D);
-      }
-      for (int64_t g = 0; g < G; g++) {
-        Vec dots[kLanes];
-        for (int64_t i = 0; i < kLanes; i++) dots[i] = dot(k + (start + std::min(t + i, count - 1)) * D, &query[g * D], D);
-        store(score.data() + g * kBlock + t, sums(dots) * scale);
-      }
-    }
-    for (int64_t g = 0; g < G; g++) {
-      float* s = score.data() + g * kBlock;
-      if (kIsRounded)
-        for (int64_t t = 0; t < count; t++) s[t] *= k_scale[start + t];
-      for (int64_t t = count; t % kLanes; t++) s[t] = -1e30f;
-      Vec most = load(s), total = {};
-      for (int64_t t = kLanes; t < count; t += kLanes) most = larger(most, load(s + t));
-      const float maximum = part.raise(g, D, largest(most));
-      for (int64_t t = 0; t < count; t += kLanes) {
-        const Vec weight = exp_of_negative(load(s + t) - maximum);
-        store(s + t, weight);
-        total += weight;
-      }
-      // What the padding added: exp(-87) at most, 1e-38.
-      part.total[g] += sum(total);
-      if (kIsRounded)
-        for (int64_t t = 0; t < count; t++) s[t] *= v_scale[start + t];
-    }
-    for (int64_t g = 0; g < G; g += 2) {
-      const int64_t other = std::min(g + 1, G - 1);
-      const float *s = score.data() + g * kBlock, *other_s = score.data() + other * kBlock;
-      float *out = part.out.data() + g * D, *other_out = part.out.data() + other * D;
-      const T *value = v + start * D, *next = g > 0 ? nullptr : start + count < end ? k + (start + count) * D : following;
-      int64_t d = 0;
-      for (; d + 8 * kLanes <= D; d += 8 * kLanes) add_values<8>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
-      for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_values<4>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
-      for (; d < D; d += kLanes) add_values<1>(s, other_s, value + d, D, count, next ? next + d : nullptr, out + d, other_out + d);
-    }
-  }
-}
-
-template void attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float, const BFloat16*, Part&);
-template void attend(const BFloat16*, const Cached<int8_t>&, int64_t, int64_t, int64_t, int64_t, float, const int8_t*, Part&);
-
-namespace {
-
-template <typename T>
-void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* position, int64_t B, int64_t K,
-                  int64_t G, int64_t S, int64_t D, BFloat16* out, int64_t threads) {
-  const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
-  // An empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
-  const auto length_of = [&](int64_t b) { return std::clamp<int64_t>(position[b] + 1, 1, S); };
-  int64_t longest = 1;
-  for (int64_t b = 0; b < B; b++) longest = std::max(longest, length_of(b));
-  const int64_t splits = std::clamp<int64_t>(threads / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
-  std::vector<Part> parts(B * K * splits);
-  parallel_for(B * K * splits, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t head = i / splits, split = i % splits, length = length_of(head / K);
-      const T* following = i + 1 < last && splits == 1 ? cached.keys + (head + 1) * S * D : nullptr;
-      attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits, length * (split + 1) / splits, scale,
-             following, parts[i]);
-    }
-  });
-  for (int64_t head = 0; head < B * K; head++) {
-    Part& whole = parts[head * splits];
-    for (int64_t split = 1; split < splits; split++) whole.merge(parts[head * splits + split], G, D);
-    for (int64_t i = 0; i < G * D; i++)
-      out[head * G * D + i] = BFloat16(whole.out[i] / whole.total[i / D]);
-  }
-}
-
-}  // namespace
-
-void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y, int64_t B,
-                                int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
-  if (cache->key_scale)
-    decode_heads(q, Cached<int8_t>(*cache), position, B, K, H / K, S, D, y, threads);
-  else
-    decode_heads(q, Cached<BFloat16>(*cache), position, B, K, H / K, S, D, y, threads);
-}
-
-// ----------------------------------------------------------------------------------------------- prefill attention
 
 namespace {
 

@@ -1,0 +1,233 @@
+// Attention of one query per slot over the used part of a KV cache, which is read once, at the speed of memory: keys and
+// values of the next block are asked for while a block is computed.
+//
+// Sums are in float32; for int8, those of a query and a key in integers, exactly: the query has 16 bits there. Softmax runs
+// online, block by block. The plain PyTorch form is in kernels/attention.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "attend.h"
+#include "ops.h"
+#include "parallel.h"
+#include "products.h"
+#include "vec.h"
+
+namespace {
+
+// Positions between two updates of the running maximum, and as many are asked for ahead.
+constexpr int64_t kBlock = 64;
+// Query heads that share the loads of a key, and of a value. kSums: vectors of sums that fit the registers.
+#ifdef __AVX512F__
+constexpr int kHeadsOfKeys = 4, kHeadsOfValues = 2, kSums = 16;
+#else
+constexpr int kHeadsOfKeys = 2, kHeadsOfValues = 2, kSums = 4;
+#endif
+
+// Numbers that keys of type T are multiplied with.
+template <typename T>
+using Query = std::conditional_t<std::is_same_v<T, int8_t>, int16_t, BFloat16>;
+
+// Sixteen pairs of neighboring channels.
+inline Bits pairs_of(const BFloat16* p) { return load_as<Bits>(p); }
+inline Bits pairs_of(const int16_t* p) { return load_as<Bits>(p); }
+inline Bits pairs_of(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (Bits)_mm512_cvtepi8_epi16(load_as<__m256i>(p));
+#elif defined(__AVX2__)
+  const __m256i halves[2] = {_mm256_cvtepi8_epi16(load_as<__m128i>(p)), _mm256_cvtepi8_epi16(load_as<__m128i>(p + kLanes))};
+  return load_as<Bits>(halves);
+#else
+  int16_t numbers[2 * kLanes];
+  for (int64_t i = 0; i < 2 * kLanes; i++) numbers[i] = p[i];
+  return load_as<Bits>(numbers);
+#endif
+}
+
+// Asks memory for a line of numbers.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL2); }
+
+// score[h][t] = the product of query h with key t, for kHeads queries and `count` keys, padded to sixteen by the last one.
+// Keys are read in the order of memory: with several at a time, one core reads at two thirds of the speed. `ahead`: the
+// distance of the keys that are asked for meanwhile, in numbers.
+template <int kHeads, typename T>
+void multiply_keys(const Query<T>* q, const T* k, int64_t D, int64_t count, int64_t ahead, float* score) {
+  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, Ints, Vec>;
+  for (int64_t start = 0; start < count; start += kLanes) {
+    Vec dots[kHeads][kLanes];
+    for (int64_t i = 0; i < kLanes; i++) {
+      const T* key = k + std::min(start + i, count - 1) * D;
+      Sum total[kHeads] = {};
+      for (int64_t d = 0; d < D; d += 2 * kLanes) {
+        if (d % kLine<T> == 0) prefetch(key + d + ahead);
+        const Bits pairs = pairs_of(key + d);
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; h++) total[h] = dot2(total[h], pairs, pairs_of(q + h * D + d));
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; h++) dots[h][i] = __builtin_convertvector(total[h], Vec);
+    }
+    for (int h = 0; h < kHeads; h++) store(score + h * kBlock + start, sums(dots[h]));
+  }
+}
+
+// out[h] += sum_t weight[h][t] v[t] over kVectors * 16 channels of kHeads query heads: all sums stay in registers. `ahead`:
+// as above.
+template <int kHeads, int kVectors, typename T>
+void add_values(const float* weight, const T* v, int64_t D, int64_t count, int64_t ahead, float* out) {
+  Vec total[kHeads][kVectors];
+  for (int h = 0; h < kHeads; h++)
+    for (int c = 0; c < kVectors; c++) total[h][c] = load(out + h * D + c * kLanes);
+  for (int64_t t = 0; t < count; t++) {
+    Vec weights[kHeads];
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; h++) weights[h] = fill(weight[h * kBlock + t]);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; c += 2) {
+      if (c * kLanes % kLine<T> == 0) prefetch(v + t * D + c * kLanes + ahead);
+      Vec value[2];
+      load_two(v + t * D + c * kLanes, value);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; h++) {
+        total[h][c] += weights[h] * value[0];
+        total[h][c + 1] += weights[h] * value[1];
+      }
+    }
+  }
+  for (int h = 0; h < kHeads; h++)
+    for (int c = 0; c < kVectors; c++) store(out + h * D + c * kLanes, total[h][c]);
+}
+
+// One block for kHeads heads.
+template <int kHeads, typename T>
+void add_block(const float* weight, const T* v, int64_t D, int64_t count, int64_t ahead, float* out) {
+  constexpr int kVectors = std::min(8, kSums / kHeads);
+  int64_t d = 0;
+  for (; d + kVectors * kLanes <= D; d += kVectors * kLanes)
+    add_values<kHeads, kVectors>(weight, v + d, D, count, ahead, out + d);
+  for (; d < D; d += 2 * kLanes)
+    add_values<kHeads, 2>(weight, v + d, D, count, ahead, out + d);
+}
+
+// Calls work.template operator()<count>(first head) for groups of up to kMax of G heads.
+template <int kMax, typename Work>
+void for_heads(int64_t G, const Work& work) {
+  int64_t g = 0;
+  for (; g + kMax <= G; g += kMax) work.template operator()<kMax>(g);
+  for (; g + 2 <= G; g += 2) work.template operator()<2>(g);
+  if (g < G) work.template operator()<1>(g);
+}
+
+// Writes a query as keys of its type are multiplied with. Returns the scale of the result.
+float write_query(const BFloat16* from, int64_t D, BFloat16* to) {
+  std::copy_n(from, D, to);
+  return 1;
+}
+
+float write_query(const BFloat16* from, int64_t D, int16_t* to) {
+  constexpr float kMost = 32767, kLeast = 1e-30f;
+  Vec most = {}, poison = {};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Vec x = load(from + d);
+    most = larger(most, x < 0 ? -x : x);
+    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
+  }
+  const float size = largest(most), to_ints = size > kLeast ? kMost / size : 0.f;
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Ints ints = round_to_ints(load(from + d) * to_ints);
+    for (int64_t i = 0; i < kLanes; i++) to[d + i] = static_cast<int16_t>(ints[i]);
+  }
+  return size / kMost + sum(poison);
+}
+
+// Turns scores of a block into weights, exp(score - maximum), and makes the part ready for them.
+void weigh(float* score, int64_t count, int64_t g, int64_t D, Part& part) {
+  for (int64_t t = count; t % kLanes; t++) score[t] = -1e30f;
+  Vec most = load(score), total = {};
+  for (int64_t t = kLanes; t < count; t += kLanes) most = larger(most, load(score + t));
+  const float maximum = part.raise(g, D, largest(most));
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const Vec weight = exp_of_negative(load(score + t) - maximum);
+    store(score + t, weight);
+    total += weight;
+  }
+  part.total[g] += sum(total);  // the padding adds exp(-87) at most, 1e-38
+}
+
+}  // namespace
+
+template <typename T>
+void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
+            const Cached<T>& following, Part& part) {
+  const auto [k, v, k_scale, v_scale] = cached;
+  thread_local std::vector<Query<T>> query;  // kept from call to call: with few positions, allocation takes as long as they do
+  thread_local std::vector<float> score, query_scale;
+  query.resize(G * D), score.resize(G * kBlock), query_scale.resize(G);
+  for (int64_t g = 0; g < G; g++) query_scale[g] = scale * write_query(q + g * D, D, &query[g * D]);
+  part.clear(G, D);
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t count = std::min(kBlock, end - start);
+    const bool is_last = start + kBlock >= end;
+    const int64_t ahead = !is_last ? kBlock * D : following.keys ? following.keys - (k + start * D) : 0;
+    for_heads<kHeadsOfKeys>(G, [&]<int kHeads>(int64_t g) {
+      multiply_keys<kHeads>(&query[g * D], k + start * D, D, count, g ? 0 : ahead, &score[g * kBlock]);
+    });
+    for (int64_t g = 0; g < G; g++) {
+      float* s = &score[g * kBlock];
+      for (int64_t t = 0; t < count; t++) s[t] *= query_scale[g] * (k_scale ? k_scale[start + t] : 1.f);
+      weigh(s, count, g, D, part);
+      for (int64_t t = 0; v_scale && t < count; t++) s[t] *= v_scale[start + t];
+    }
+    for_heads<kHeadsOfValues>(G, [&]<int kHeads>(int64_t g) {
+      add_block<kHeads>(&score[g * kBlock], v + start * D, D, count, g ? 0 : ahead, &part.out[g * D]);
+    });
+  }
+}
+
+template void attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float,
+                     const Cached<BFloat16>&, Part&);
+template void attend(const BFloat16*, const Cached<int8_t>&, int64_t, int64_t, int64_t, int64_t, float,
+                     const Cached<int8_t>&, Part&);
+
+namespace {
+
+template <typename T>
+void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* position, int64_t B, int64_t K,
+                  int64_t G, int64_t S, int64_t D, BFloat16* out, int64_t threads) {
+  const float scale = 1.f / std::sqrt(static_cast<float>(D));
+  // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
+  // An empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
+  const auto length_of = [&](int64_t b) { return std::clamp<int64_t>(position[b] + 1, 1, S); };
+  int64_t longest = 1;
+  for (int64_t b = 0; b < B; b++) longest = std::max(longest, length_of(b));
+  const int64_t splits = std::clamp<int64_t>(threads / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
+  std::vector<Part> parts(B * K * splits);
+  parallel_for(B * K * splits, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t head = i / splits, split = i % splits, length = length_of(head / K);
+      const Cached<T> following = i + 1 < last && splits == 1 ? cached.head(head + 1, S, D) : Cached<T>{};
+      attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits, length * (split + 1) / splits, scale,
+             following, parts[i]);
+    }
+  });
+  for (int64_t head = 0; head < B * K; head++) {
+    Part& whole = parts[head * splits];
+    for (int64_t split = 1; split < splits; split++) whole.merge(parts[head * splits + split], G, D);
+    whole.write<T>(G, D, out + head * G * D);
+  }
+}
+
+}  // namespace
+
+void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y, int64_t B,
+                                int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
+  if (cache->key_scale)
+    decode_heads(q, Cached<int8_t>(*cache), position, B, K, H / K, S, D, y, threads);
+  else
+    decode_heads(q, Cached<BFloat16>(*cache), position, B, K, H / K, S, D, y, threads);
+}

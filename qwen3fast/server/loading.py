@@ -1,0 +1,113 @@
+"""The models of `serve` and `batch`: command-line options, and the models that they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+from qwen3fast.embedder import Embedder
+from qwen3fast.generator import Generator
+from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.reranker import Reranker
+from qwen3fast.server.models import AnyModel
+
+logger = logging.getLogger("qwen3fast.server")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_models` to a parser."""
+    add = parser.add_argument
+    add_source = partial(add, action="append", default=[])
+    add_source("--model", metavar="[NAME=]SOURCE", help="model that generates: hub id, folder, .gguf file, or folder "
+               "of a LoRA adapter; repeatable [tiny]")  # fmt: skip
+    add_source("--embedder", metavar="[NAME=]SOURCE", help="model for /v1/embeddings")
+    add_source("--reranker", metavar="[NAME=]SOURCE", help="model for /v1/rerank and /v1/score")
+    add_source("--adapter", metavar="NAME=SOURCE", help="LoRA adapter of the one --model, which requests choose by its "
+               "name; repeatable")  # fmt: skip
+    add("--max-batch-size", type=int, default=8, metavar="N", help="requests that run together [%(default)s]")
+    add("--max-seq-len", type=int, default=4096, metavar="N", help="tokens of prompt and reply together [%(default)s]")
+    add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
+    add("--quantization", choices=[*FORMATS, DEQUANTIZE], help="quantize the weights while loading; dequantize: use a "
+        "prequantized checkpoint unquantized")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
+    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
+    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
+        "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
+
+
+def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
+    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
+    models: dict[str, AnyModel] = {}
+
+    def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
+        name, source = _name_and_source(spec)
+        logger.info("loading %s", name)
+        common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        base = _base_of_adapter(source)
+        if base is not None:
+            source, common["adapter"] = base, source
+        models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
+
+    adapters = _adapters(args)
+    names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
+    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
+    for spec in generators:
+        add(
+            spec,
+            Generator,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=args.max_seq_len,
+            max_queue=args.max_queue,
+            adapters=adapters,
+            threads=args.threads,
+            compile=True if args.warmup else "auto",
+        )
+        model = list(models.values())[-1]
+        assert isinstance(model, Generator), "just added"
+        if args.warmup or (args.warmup is None and model.device.type == "cuda"):
+            logger.info("compiling for this machine; the first start can take minutes")
+            model.warmup(progress=True)
+    for spec in args.embedder:
+        add(spec, Embedder)
+    for spec in args.reranker:
+        add(spec, Reranker)
+    return models
+
+
+def _name_and_source(spec: str) -> tuple[str, str]:
+    name, _, source = spec.rpartition("=")
+    return name or source, source
+
+
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Return the sources of the adapters by name. Raises: ValueError for a bad or repeated name, or several models."""
+    adapters: dict[str, str] = {}
+    for spec in args.adapter:
+        name, _, source = spec.partition("=")
+        if not name or not source or name in adapters:
+            raise ValueError(f"--adapter must be NAME=SOURCE, each name once, got {spec!r:.200}")
+        adapters[name] = source
+    if adapters and (len(args.model) > 1 or (not args.model and (args.embedder or args.reranker))):
+        raise ValueError("--adapter needs a single --model, which the adapters belong to")
+    return adapters
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """Return the model that a folder with a LoRA adapter, as PEFT writes it, belongs to; None for other sources.
+
+    Raises: ValueError if the adapter does not name it.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{config} names no base_model_name_or_path")
+    return base
