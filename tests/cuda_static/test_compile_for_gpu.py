@@ -176,6 +176,18 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     ]  # fmt: skip
 
 
+def test_cases_of_an_earlier_run_are_kept_if_it_had_the_same_code():
+    facts = {"triton_launches": 1, "library_calls": {}, "eager_calls": {}, "own_launches": {}, "parts": {}}
+    earlier, record = record_of(**facts), record_of(**facts)
+    record.cases = []
+    main.keep_cases(record, earlier)
+    assert record.cases == earlier.cases and list(record.notes["steps"]) == [record.cases[0].name]
+    assert record.run["command"] == "x; x"
+    earlier.environment["triton"] = "3.6.0"
+    with pytest.raises(ValueError, match=r"made with triton 3\.6\.0"):
+        main.keep_cases(record, earlier)
+
+
 def test_the_recorded_step_launches_few_kernels():
     record = load_record(RECORD)
     cases = {

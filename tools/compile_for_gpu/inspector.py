@@ -32,6 +32,7 @@ OWN_LAUNCHES = {
     "torch.ops.qwen3fast.packed_matvec.default": 1,
     "torch.ops.qwen3fast.packed_experts.default": 1,
     "torch.ops.qwen3fast.split_attention.default": 2,
+    "torch.ops.aten.view.dtype": 0,  # no kernel: the same memory under another dtype
 }
 
 

@@ -17,7 +17,7 @@ from compile_for_gpu.devices import GPUS, pretended
 from compile_for_gpu.kernels import compile_own_kernels, fused_cases
 from compile_for_gpu.steps import inspect
 from qwen3fast.bench.environment import describe_environment, describe_run
-from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.record import Case, Record, load_record, write_json
 from qwen3fast.bench.table import Columns, as_text, table_rows
 
 DESCRIPTION = """Compile decode steps and prompt chunks for NVIDIA GPUs on a machine that has none.
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", default="1,16", help="[%(default)s]")
     parser.add_argument("--context", type=int, default=1024, help="positions of the KV cache [%(default)s]")
     parser.add_argument("--gpus", default=",".join(GPUS), help="[%(default)s]")
+    parser.add_argument("--add", action="store_true", help="keep the cases that OUTPUT has")
     parser.add_argument("--output", type=Path, default=Path("bench_results/gpu-compile.json"), help="[%(default)s]")
     return parser
 
@@ -66,6 +67,21 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
     case.add(counts | {"shared_bytes": max((kernel["shared_bytes"] for kernel in kernels), default=0)})
     record.cases.append(case)
     record.notes["steps"][case.name] = {name: step[name] for name in NOTED}
+
+
+def keep_cases(record: Record, earlier: Record) -> None:
+    """Put what an earlier record found before the cases of a new one.
+
+    Raises: ValueError if its commit or its versions differ.
+    """
+    for name in ("git_commit", "torch", "triton"):
+        new, old = ((r.run | r.environment).get(name) for r in (record, earlier))
+        if new != old:
+            raise ValueError(f"the record to add to was made with {name} {old}, but this is {new}; make it again")
+    record.cases += earlier.cases
+    record.run["command"] = f"{earlier.run['command']}; {record.run['command']}"
+    for name in ("steps", "own_kernels", "errors"):
+        record.notes[name] = earlier.notes[name]
 
 
 def kernels_of(record: Record) -> list[dict[str, Any]]:
@@ -98,12 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
     notes |= {"own_kernels": [], "errors": {}}
     model = {"name": f"a greedy and a sampled decode step and a chunk of a prompt over {args.context:,} positions"}
     record = Record("compiled", describe_run("python tools/compile_for_gpu.py"), environment, model, notes=notes)
+    if args.add:
+        keep_cases(record, load_record(args.output))
     for gpu_name in args.gpus.split(","):
         with pretended(GPUS[gpu_name]):
             fused = fused_cases(GPUS[gpu_name], args.models.split(","), args.weights.split(","))
             cases = [*own_cases(), *fused]
             own = compile_own_kernels(GPUS[gpu_name], cases)
-            notes["own_kernels"] += [{"gpu": gpu_name, **kernel} for kernel in own]
+            named = {(kernel["gpu"], kernel["name"]): kernel for kernel in notes["own_kernels"]}
+            named |= {(gpu_name, kernel["name"]): {"gpu": gpu_name, **kernel} for kernel in own}
+            notes["own_kernels"] = list(named.values())
             for size in args.models.split(","):
                 for weights in args.weights.split(","):
                     for batch_size in map(int, args.batch_sizes.split(",")):
