@@ -51,8 +51,9 @@ AUTO_DELAY_S = 1.0
 LONG_WORK_S = 2.0
 
 # Read when a step is compiled for a CUDA device; switches to measure the worth of each.
-# coordinate_descent_tuning: products of one row become fused reductions. triton.enable_pdl: a kernel is launched while
-# the one before it still runs (programmatic dependent launch, compute capability 9.0 and newer).
+# coordinate_descent_tuning: products of one row become fused reductions; forms of more rows go without it, since it
+# tries dozens of variants of each kernel. triton.enable_pdl: a kernel is launched while the one before it still runs
+# (programmatic dependent launch, compute capability 9.0 and newer).
 CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 
 
@@ -149,7 +150,8 @@ class StepCompiler:
         Raises: exceptions of `torch.compile`; nothing is kept then.
         """
         started = time.perf_counter()
-        compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=self._options())
+        options = self._options(tensors, ranges)
+        compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=options)
         # Inductor's cache ignores ranges: it would return code with a guard of another range, which torch.compile then
         # refuses (ConstraintViolationError).
         settings: Any = torch.compiler.config
@@ -159,7 +161,7 @@ class StepCompiler:
         self.seconds += time.perf_counter() - started
         return compiled
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, tensors: Sequence[Tensor | None], ranges: Ranges) -> dict[str, Any]:
         options: dict[str, Any] = {
             "triton.cudagraphs": False,  # a whole step is captured by engine/cuda_graph.py, not part by part
             "size_asserts": False,  # forms are chosen by sizes
@@ -169,6 +171,8 @@ class StepCompiler:
         if self._is_cuda:
             known = torch._inductor.list_options()  # named by torch.compile's documentation
             options |= {name: value for name, value in CUDA_OPTIONS.items() if name in known}
+            if not _is_one_row(tensors[0], ranges[0]):
+                options.pop("coordinate_descent_tuning", None)
         elif cpu.is_loaded():  # built for this processor: Inductor need not try what the compiler can do
             options["cpp.vec_isa_ok"] = True
         return options
@@ -313,6 +317,11 @@ def _own_code(function: Function) -> Function:
 
     code = part_of_step.__code__.replace(co_name=getattr(function, "__name__", "part_of_step"))
     return FunctionType(code, part_of_step.__globals__, code.co_name, None, part_of_step.__closure__)
+
+
+def _is_one_row(x: Tensor | None, sizes: dict[int, Dynamic]) -> bool:
+    """Return whether a form serves a single token: all dimensions of its first tensor but the last are 1."""
+    return x is not None and not sizes and x.numel() == x.shape[-1]
 
 
 def _keep_guards(guards: Sequence[Any]) -> list[bool]:

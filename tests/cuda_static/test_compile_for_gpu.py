@@ -107,6 +107,17 @@ def test_a_kernel_that_does_not_wait_for_the_one_before_it_is_found(tmp_path):
     assert starts["loads_before_wait"] > 0 and starts["stores_before_wait"] > 0
 
 
+@pytest.mark.parametrize(("name", "is_fault"), [("triton_red_fused_mm_1", True), ("qkv, 0.6b", False)])
+def test_inductors_kernels_must_not_start_the_next_before_their_own_wait(name, is_fault):
+    """The next one may load, before it waits, what the kernels before this one have written; ours never does."""
+    lines = ["ld.global.b32 a", "griddepcontrol.launch_dependents", "griddepcontrol.wait", "st.global.b32 b"]
+    facts = kernel(name, **binaries.waits_of("\n".join(lines)))
+    assert (facts["loads_before_wait"], facts["launches_before_wait"]) == (1, True)
+    assert binaries.is_unsafe(facts) == is_fault
+    in_order = [lines[0], lines[2], lines[1], lines[3]]
+    assert not binaries.is_unsafe(kernel(name, **binaries.waits_of("\n".join(in_order))))
+
+
 def test_registers_and_spills_are_read(monkeypatch):
     printed = (
         "Resource usage:\n Common:\n  GLOBAL:0\n Function f:\n  REG:40 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560\n"

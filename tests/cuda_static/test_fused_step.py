@@ -281,6 +281,15 @@ def test_wrapped_layers_and_other_dtypes_are_not_served():
     assert "float16" in FusedDecodeStep(make_model(), half).obstacle
 
 
+def test_weights_with_other_strides_are_not_served():
+    """The kernels read a weight row by row."""
+    model = make_model()
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.weight = nn.Parameter(layer.weight.T.contiguous().T, requires_grad=False)
+    cache = StaticKVCache(model.config, 1, 64, torch.float32, torch.device(DEVICE))
+    assert "other strides" in FusedDecodeStep(model, cache).obstacle
+
+
 def test_layers_with_an_order_of_channels_are_not_served():
     model = make_model("int4")
     layer = model.model.layers[1].mlp.down_proj

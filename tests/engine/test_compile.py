@@ -310,6 +310,27 @@ def test_operations_switched_off_come_back():
     assert cpu.is_loaded()
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_dynamic", "is_tuned"),
+    [((1, 1, 6), False, True), ((1, 6), False, True), ((2, 1, 6), False, False), ((1, 11, 6), True, False)],
+)
+def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkeypatch):
+    """On CUDA: dozens of variants of each kernel take long to compile, and make only one-row products faster."""
+    given = {}
+
+    def compile_nothing(function, **keywords):
+        given.update(keywords["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    compiler = StepCompiler(True, CPU)
+    compiler._is_cuda = True
+    part = compiler.part(lambda module, x: x + 1, dynamic=({1: (Dynamic(11),)},) if is_dynamic else ())
+    part(None, torch.zeros(shape))
+    assert given.get("coordinate_descent_tuning", False) == is_tuned
+    assert given["triton.enable_pdl"]
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'fast'"):
         StepCompiler("fast", CPU)

@@ -245,13 +245,30 @@ def test_every_switch_of_the_variants_is_set(monkeypatch):
     monkeypatch.setattr(cuda, "decode_attention", "split")
     monkeypatch.delenv("QWEN3FAST_FUSED_STEP", raising=False)
     wanted = [variant.switches for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
-    assert {name for switches in wanted for name in switches} == {"attention", "fused"}
+    assert {name for switches in wanted for name in switches} == {"attention", "fused", "pdl"}
     settings.apply_switches({})
     assert cuda.decode_attention == "split" and cuda.use_fused_step()
     for is_fused in (False, True):
         monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "1")  # which is restored after the test
         settings.apply_switches({"attention": "sdpa", "fused": is_fused})
         assert cuda.decode_attention == "sdpa" and cuda.use_fused_step() == is_fused
+
+
+@pytest.mark.parametrize("has_pdl", [False, True])
+def test_kernels_of_the_package_overlap_unless_a_variant_switches_it_off(has_pdl, monkeypatch):
+    launch = pytest.importorskip("qwen3fast.kernels.cuda.decode_step.launch", exc_type=ImportError)
+    monkeypatch.setenv("QWEN3FAST_PDL", "1")  # which is restored after the test
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings.apply_switches({} if has_pdl else {"pdl": False})
+    assert launch.uses_dependent_launch.__wrapped__(torch.device("cuda", 0)) == has_pdl
+
+
+def test_no_variant_sets_what_its_steps_do_not_use():
+    """A fused step, of few rows, knows neither options of Inductor nor other attentions."""
+    every = [variant for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
+    changed = [v for v in every if v.kind == "cached" and (v.options or "attention" in v.switches)]
+    assert len(changed) >= 6
+    assert [v.name for v in changed if v.batch_size <= 8 and v.switches.get("fused", True)] == []
 
 
 def test_float32_logits_are_those_of_the_model_in_float32():

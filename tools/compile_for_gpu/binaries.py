@@ -33,13 +33,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 def waits_of(ptx: str) -> dict[str, Any]:
     """Return what a kernel does for programmatic dependent launch.
 
-    Returns: whether it `waits` for the kernels before it, whether it lets the next one `launch` early, and how many
-    loads and stores of global memory stand before the wait (all of them if there is none).
+    Returns: whether it `waits` for the kernels before it, whether it lets the next one `launch` early, also before its
+    own wait, and how many loads and stores of global memory stand before the wait (all of them if there is none).
     """
     before, wait, _ = ptx.partition(WAIT)
     return {
         "waits": bool(wait),
         "launches_dependents": LAUNCH in ptx,
+        "launches_before_wait": LAUNCH in before,
         "loads_before_wait": len(re.findall(r"\bld\.global", before)) + before.count("cp.async"),
         "stores_before_wait": len(re.findall(r"\b(?:st|red|atom)\.global", before)),
     }
@@ -53,5 +54,10 @@ def describe_kernel(name: str, compiled: Any) -> dict[str, Any]:
 
 
 def is_unsafe(kernel: dict[str, Any]) -> bool:
-    """Return whether a kernel may start before the ones it depends on have ended, and does not wait for them."""
-    return bool(kernel["launch_pdl"]) and (not kernel["waits"] or kernel["stores_before_wait"] > 0)
+    """Return whether a kernel may start before the ones it depends on have ended, and does not wait for them.
+
+    Inductor's kernels (named triton_*) load before their wait what the kernel just before them has not written. That
+    holds only if that kernel, which is Inductor's as well, let them start after its own wait. Ours load weights alone.
+    """
+    is_early = kernel["name"].startswith("triton_") and kernel.get("launches_before_wait", False)
+    return bool(kernel["launch_pdl"]) and (not kernel["waits"] or kernel["stores_before_wait"] > 0 or is_early)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from qwen3fast.kernels.cuda import chunk_attention, packed_experts, packed_matvec, split_attention
@@ -19,6 +20,7 @@ FORMATS = {
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 class KernelCase(NamedTuple):
@@ -130,21 +132,38 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
     yield from _chunk_cases(size, H, K)
 
 
-def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[KernelCase]:
-    splits = dict.fromkeys(("values", "maximum", "total"), "*fp32")
+def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
+    """Return the attention kernels of models in float32, which need the most shared memory."""
+    _, _, H, K = SIZES["8b"]
+    cases = [*_attention_cases("8b", 1, H, K, torch.float32), *_chunk_cases("8b", H, K, torch.float32)]
+    kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
+    numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False], _stages(torch.float32)
+    split = KernelCase.in_order("attend_split", split_attention._attend_split, kinds, numbers)
+    every = [case for case in (*cases, split._replace(options=options)) if not case.name.startswith("combine")]
+    dependent = capability >= MIN_CAPABILITY
+    every = [case._replace(name=f"{case.name}, float32") for case in every]
+    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]
+
+
+def _stages(dtype: torch.dtype) -> dict[str, Any]:
+    return {"num_stages": split_attention.num_stages(dtype)}
+
+
+def _attention_cases(size: str, R: int, H: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[KernelCase]:
+    splits, own_type = dict.fromkeys(("values", "maximum", "total"), "*fp32"), POINTERS[dtype]
     for positions in (64, 4097):
         N = split_attention.num_splits(R * K, positions)
         constants = {"D": HEAD_DIM, "N": N, "BLOCK": split_attention.BLOCK}
-        for cache in ("bf16", "int8"):
-            kind = "*bf16" if cache == "bf16" else "*i8"
-            signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
+        for cache in (own_type[1:], "int8"):
+            kind = "*i8" if cache == "int8" else own_type
+            signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), own_type) | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
             signature |= {"eps": "fp32", "scale": "fp32", "num_positions": "i32", "position": "*i64"}
             own = {"K": K, "G": H // K, "ROWS": split_attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
-            yield KernelCase(name, attention.attention_kernel, signature, constants | own)
+            yield KernelCase(name, attention.attention_kernel, signature, constants | own, _stages(dtype))
         if N > 1:
-            signature = {"position": "*i64", "y": "*bf16"} | splits
+            signature = {"position": "*i64", "y": own_type} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
             yield KernelCase(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own)
 
@@ -170,16 +189,16 @@ def _sampler_cases() -> Iterator[KernelCase]:
     yield KernelCase("draw", sample.draw_kernel, types, row)
 
 
-def _chunk_cases(size: str, H: int, K: int) -> Iterator[KernelCase]:
-    for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
-        signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
-        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
+def _chunk_cases(size: str, H: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[KernelCase]:
+    own_type = POINTERS[dtype]
+    for cache, kind in ((own_type[1:], own_type), ("int8", "*i8")):
+        signature = {"q": own_type, "y": own_type, "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
+        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else own_type)
         signature |= dict.fromkeys(("position", "row"), "*i64")
         constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
-        constants |= {"QUERIES": chunk_attention.QUERIES}
-        constants["BLOCK"] = chunk_attention.INT8_BLOCK if cache == "int8" else chunk_attention.BLOCK
+        constants["QUERIES"], constants["BLOCK"] = chunk_attention.tile_shape(dtype, cache == "int8")
         name = f"chunk attention, {size}, {cache} cache"
-        yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants)
+        yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants, _stages(dtype))
 
 
 def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from gpu_check.variants import Variant
 
 COORDINATE, PDL = "coordinate_descent_tuning", "triton.enable_pdl"
 FORMATS = ("int8", "fp8", "int4")
+# The fused step, of up to 8 rows, knows neither options of Inductor nor other attentions.
+UNFUSED = {"fused": False}
 
 
 def _random(part: str, size: str, **fields: object) -> Variant:
@@ -20,14 +22,14 @@ def _decode() -> list[Variant]:
 
     return [
         variant(),
-        variant(label="without pdl", options={PDL: False}),
-        variant(label="without coordinate descent", options={COORDINATE: False}),
-        variant(label="without both", options={COORDINATE: False, PDL: False}),
-        variant(label="fused kernels", switches={"fused": True}),
-        variant(label="without fused kernels", switches={"fused": False}),
+        variant(label="without pdl", switches={"pdl": False}),
+        variant(label="by Inductor", switches=UNFUSED),
+        variant(label="by Inductor without pdl", options={PDL: False}, switches=UNFUSED),
+        variant(label="by Inductor without coordinate descent", options={COORDINATE: False}, switches=UNFUSED),
+        variant(label="by Inductor without both", options={COORDINATE: False, PDL: False}, switches=UNFUSED),
         variant(mode="compiled"),
         variant(mode="eager", rounds=2, new_tokens=40),
-        variant(label="sdpa attention", switches={"attention": "sdpa"}),
+        variant(label="by Inductor, sdpa attention", switches=UNFUSED | {"attention": "sdpa"}),
     ]
 
 
@@ -45,7 +47,7 @@ def _large() -> list[Variant]:
     return [
         variant("8b"),
         variant("8b", mode="eager", new_tokens=40),
-        variant("8b", label="sdpa attention", switches={"attention": "sdpa"}, profiled=False),
+        variant("8b", label="by Inductor, sdpa attention", switches=UNFUSED | {"attention": "sdpa"}, profiled=False),
         variant("4b", profiled=False),
         variant("1.7b", profiled=False),
         variant("14b", profiled=False),

@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.split_attention import attend_block
-
-QUERIES = 64  # that a program takes
-# Positions that it takes at a time. With 64 of an int8 cache, registers are spilled: on sm_100 144 bytes by Triton 3.6.
-BLOCK, INT8_BLOCK = 64, 32
+from qwen3fast.kernels.cuda.decode_step.launch import current
+from qwen3fast.kernels.cuda.split_attention import attend_block, num_stages
 
 
 def chunk_attention(
@@ -41,17 +38,30 @@ def chunk_attention(
     y_BTHD = torch.empty_like(q_BTHD)
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (y_BTHD, y_BTHD)  # not read then
-    chunk_kernel[(triton.cdiv(T, QUERIES), B * H)](
-        *(q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5),
-        H=H,
-        G=H // K,
-        D=D,
-        QUERIES=QUERIES,
-        BLOCK=INT8_BLOCK if is_quantized else BLOCK,
-        IS_QUANTIZED=is_quantized,
-        num_warps=4,
-    )
+    queries, block = tile_shape(q_BTHD.dtype, is_quantized)
+    with current(q_BTHD.device):
+        chunk_kernel[(triton.cdiv(T, queries), B * H)](
+            *(q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5),
+            H=H,
+            G=H // K,
+            D=D,
+            QUERIES=queries,
+            BLOCK=block,
+            IS_QUANTIZED=is_quantized,
+            num_warps=4,
+            num_stages=num_stages(q_BTHD.dtype),
+        )
     return y_BTHD
+
+
+def tile_shape(dtype: torch.dtype, is_quantized: bool) -> tuple[int, int]:
+    """Return how many queries a program takes, and how many positions at a time.
+
+    Chosen by compiling: larger ones would not fit into registers (int8: on sm_100 144 bytes were spilled) or, in
+    float32, into shared memory.
+    """
+    queries, block = (32, 32) if dtype == torch.float32 else (64, 64)
+    return queries, block // 2 if is_quantized else block
 
 
 @triton.jit

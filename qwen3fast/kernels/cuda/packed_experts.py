@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight
 from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, num_parts, unpack_channel, word_scales
 
@@ -34,7 +35,8 @@ def packed_experts(
     y_CPN = torch.empty(C, P, blocks * LANES, dtype=torch.float32, device=x_PK.device)
     weight = Weight.of(packed, scale, is_fp8)  # (X * N/16, J, 16, 1)
     sizes = (J, triton.cdiv(J, C), K // J, weight.kind, BLOCK_J)
-    _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
+    with current(x_PK.device):
+        _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
     return y_CPN
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight, record_bytes, record_scales
 
 BLOCK_J = 64  # words per row that a program reads at a time
@@ -33,7 +34,8 @@ def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> 
     C, rows = num_parts(blocks, J), max(LANES, triton.next_power_of_2(M))
     y_CMN = torch.empty(C, M, blocks * LANES, dtype=torch.float32, device=x_MK.device)
     sizes = (M, J, triton.cdiv(J, C), K // J, weight.kind, rows, BLOCK_J)
-    _multiply[(blocks, C)](x_MK.contiguous(), weight.tensor, scale, y_CMN, *sizes)
+    with current(x_MK.device):
+        _multiply[(blocks, C)](x_MK.contiguous(), weight.tensor, scale, y_CMN, *sizes)
     return y_CMN
 
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cuda.decode_step.launch import current
+
 BLOCK = 64  # positions that a program reads at a time, and the smallest split of a decode step
 MIN_DOT = 16  # rows that Triton's matrix product needs
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
@@ -49,11 +51,16 @@ def split_attention(
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (maximum, total)  # not read then
     rows = max(MIN_DOT, triton.next_power_of_2(G))
-    _attend_split[(B * K, N)](
-        q, k_RKSD, v_RKSD, *scales, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, BLOCK, is_quantized
-    )
-    _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
+    inputs, sizes = (q, k_RKSD, v_RKSD, *scales, position_B1), (S, D**-0.5, K, G, D, rows, BLOCK, is_quantized)
+    with current(q.device):
+        _attend_split[(B * K, N)](*inputs, part, maximum, total, *sizes, num_stages=num_stages(q.dtype))
+        _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
     return y
+
+
+def num_stages(dtype: torch.dtype) -> int:
+    """Return how many blocks are loaded at the same time: in float32, three would not fit into shared memory."""
+    return 2 if dtype == torch.float32 else 3
 
 
 def num_splits(heads: int, positions: int) -> int:

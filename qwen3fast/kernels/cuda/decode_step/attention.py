@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import plain_norm
-from qwen3fast.kernels.cuda.split_attention import BLOCK, MIN_DOT, attend_block, num_splits
+from qwen3fast.kernels.cuda.split_attention import BLOCK, MIN_DOT, attend_block, num_splits, num_stages
 
 
 class Splits(NamedTuple):
@@ -86,6 +86,7 @@ def attend(
         BLOCK=BLOCK,
         N=N,
         IS_QUANTIZED=is_quantized,
+        num_stages=num_stages(y_BN.dtype),
     )
     if N > 1:
         width = triton.next_power_of_2(N)

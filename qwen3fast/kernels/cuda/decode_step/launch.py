@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,13 +30,18 @@ def uses_dependent_launch(device: torch.device) -> bool:
     )
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches kernels on this device: it takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, num_warps: int = 4, **constants: Any
 ) -> None:
     """Launch `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with current(device):
         kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
 
 
