@@ -13,20 +13,22 @@ from compile_for_gpu.cases import FORMATS, compile_cases  # isort: skip  needs T
 
 pytestmark = pytest.mark.triton
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_SPILLED_BYTES = 32  # per thread, in loops that run for microseconds
+# In float32, products in full precision run on ordinary cores: the form is there to compare with, not to be fast.
+MAX_SPILLED_BYTES_FLOAT32 = 512
 
 # In a process of its own: in this one, Triton's kernels are Python functions.
 COMPILE = """
 import json, re, subprocess, sys, tempfile, triton
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
-from compile_for_gpu.cases import compile_cases
+from compile_for_gpu.cases import compile_cases, float32_cases
 found = {}
 chosen = [
     (capability, case)
     for capability, names in json.loads(sys.argv[1])
-    for case in compile_cases((capability // 10, capability % 10))
+    for case in compile_cases((capability // 10, capability % 10)) + float32_cases()
     if any(case.name.startswith(name) for name in names)
 ]
 for capability, case in chosen:
@@ -46,6 +48,7 @@ CHOSEN = [
     (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
     (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4", "uint4")]),
     (80, ["search, pass 9", "draw"]),
+    (89, ["attention, float32", "chunk attention, float32", "chunk attention, 0.6b, bf16"]),
     (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),
     (
         90,
@@ -78,13 +81,14 @@ def kernels():
 
 def test_kernels_fit_into_registers_and_shared_memory(kernels):
     for name, (registers, stack, shared, _) in kernels.items():
-        assert registers <= 255 and stack <= MAX_SPILLED_BYTES, name
+        most = MAX_SPILLED_BYTES_FLOAT32 if "float32" in name else MAX_SPILLED_BYTES
+        assert registers <= 255 and stack <= most, name
         assert shared <= SHARED_BYTES[int(name.split(":")[0])], name
 
 
 def test_kernels_touch_nothing_before_the_previous_kernel_has_ended(kernels):
     for name, (*_, ptx) in kernels.items():
-        if name.startswith("80") or "chunk" in name:
+        if name.startswith("8") or "chunk" in name:
             assert "griddepcontrol" not in ptx, name
             continue
         assert ptx.count("griddepcontrol.wait") == 1, name

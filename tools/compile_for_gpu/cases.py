@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from qwen3fast.kernels.cuda import chunk_attention, packed_experts, packed_matvec, split_attention
@@ -19,6 +20,7 @@ FORMATS = {
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
+TYPES = {torch.bfloat16: ("*bf16", "bf16"), torch.float32: ("*fp32", "fp32")}  # Triton's pointer, and the name
 
 
 class KernelCase(NamedTuple):
@@ -53,8 +55,9 @@ def own_cases() -> list[KernelCase]:
     int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
     cases = []
     for group in (2, 4):
-        numbers = [8, group, 128, 16, split_attention.BLOCK]
         for name, kinds in (("bf16", split_types), ("int8", int8_types)):
+            block = split_attention.block_size(torch.bfloat16, name == "int8")
+            numbers = [8, group, 128, 16, block]
             title = f"attend_split, {name}, {group} heads a group"
             cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, [*numbers, name == "int8"]))
     for width in (32, 64):
@@ -130,21 +133,29 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
     yield from _chunk_cases(size, H, K)
 
 
-def _attention_cases(size: str, R: int, H: int, K: int) -> Iterator[KernelCase]:
+def float32_cases() -> list[KernelCase]:
+    """Return the attention kernels of a 0.6B model in float32, for any GPU."""
+    H, K = SIZES["0.6b"][2:]
+    cases = [*_attention_cases("float32", 1, H, K, torch.float32), *_chunk_cases("float32", H, K, torch.float32)]
+    return [_dependent(case, False) if "DEPENDENT" in case.kernel.arg_names else case for case in cases]
+
+
+def _attention_cases(size: str, R: int, H: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[KernelCase]:
+    number, label = TYPES[dtype]
     splits = dict.fromkeys(("values", "maximum", "total"), "*fp32")
     for positions in (64, 4097):
         N = split_attention.num_splits(R * K, positions)
-        constants = {"D": HEAD_DIM, "N": N, "BLOCK": split_attention.BLOCK}
-        for cache in ("bf16", "int8"):
-            kind = "*bf16" if cache == "bf16" else "*i8"
-            signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), "*bf16") | splits
+        constants = {"D": HEAD_DIM, "N": N}
+        for cache, kind in ((label, number), ("int8", "*i8")):
+            constants["BLOCK"] = split_attention.block_size(dtype, cache == "int8")
+            signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "y"), number) | splits
             signature |= dict.fromkeys(("cos", "sin", "k_scale", "v_scale"), "*fp32") | {"k": kind, "v": kind}
             signature |= {"eps": "fp32", "scale": "fp32", "num_positions": "i32", "position": "*i64"}
             own = {"K": K, "G": H // K, "ROWS": split_attention.MIN_DOT, "IS_QUANTIZED": cache == "int8"}
             name = f"attention, {size}, {cache} cache, {N} splits"
             yield KernelCase(name, attention.attention_kernel, signature, constants | own)
         if N > 1:
-            signature = {"position": "*i64", "y": "*bf16"} | splits
+            signature = {"position": "*i64", "y": number} | splits
             own = {"H": H, "W": triton.next_power_of_2(N)}
             yield KernelCase(f"combine, {size}, {N} splits", attention.combine_kernel, signature, constants | own)
 
@@ -170,14 +181,15 @@ def _sampler_cases() -> Iterator[KernelCase]:
     yield KernelCase("draw", sample.draw_kernel, types, row)
 
 
-def _chunk_cases(size: str, H: int, K: int) -> Iterator[KernelCase]:
-    for cache, kind in (("bf16", "*bf16"), ("int8", "*i8")):
-        signature = {"q": "*bf16", "y": "*bf16", "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
-        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else "*bf16")
+def _chunk_cases(size: str, H: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[KernelCase]:
+    number, label = TYPES[dtype]
+    for cache, kind in ((label, number), ("int8", "*i8")):
+        signature = {"q": number, "y": number, "k": kind, "v": kind, "T": "i32", "S": "i32", "scale": "fp32"}
+        signature |= dict.fromkeys(("k_scale", "v_scale"), "*fp32" if cache == "int8" else number)
         signature |= dict.fromkeys(("position", "row"), "*i64")
         constants = {"H": H, "G": H // K, "D": HEAD_DIM, "IS_QUANTIZED": cache == "int8"}
-        constants |= {"QUERIES": chunk_attention.QUERIES}
-        constants["BLOCK"] = chunk_attention.INT8_BLOCK if cache == "int8" else chunk_attention.BLOCK
+        tile = chunk_attention.tile_of(dtype, cache == "int8")
+        constants |= {"QUERIES": tile.queries, "BLOCK": tile.block}
         name = f"chunk attention, {size}, {cache} cache"
         yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants)
 

@@ -9,6 +9,8 @@ Source: Dao, "FlashAttention-2", arXiv:2307.08691; online softmax: arXiv:1805.02
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,23 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.split_attention import attend_block
 
-QUERIES = 64  # that a program takes
-# Positions that it takes at a time. With 64 of an int8 cache, registers are spilled: on sm_100 144 bytes by Triton 3.6.
-BLOCK, INT8_BLOCK = 64, 32
+
+class Tile(NamedTuple):
+    """The queries that a program takes, and the positions that it takes at a time."""
+
+    queries: int
+    block: int
+
+
+def tile_of(dtype: torch.dtype, is_quantized: bool) -> Tile:
+    """Return the largest tile for queries of this dtype that fits into registers and 99 KB of shared memory.
+
+    With 64 positions of an int8 cache, registers are spilled (on sm_100 144 bytes by Triton 3.6); in float32, with 64
+    queries and positions, 7,280 bytes, and 180 KB of shared memory are more than an A100 has for a program.
+    """
+    if dtype.itemsize < 4:
+        return Tile(64, 32 if is_quantized else 64)
+    return Tile(32, 16 if is_quantized else 32)
 
 
 def chunk_attention(
@@ -41,13 +57,14 @@ def chunk_attention(
     y_BTHD = torch.empty_like(q_BTHD)
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (y_BTHD, y_BTHD)  # not read then
-    chunk_kernel[(triton.cdiv(T, QUERIES), B * H)](
+    tile = tile_of(q_BTHD.dtype, is_quantized)
+    chunk_kernel[(triton.cdiv(T, tile.queries), B * H)](
         *(q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5),
         H=H,
         G=H // K,
         D=D,
-        QUERIES=QUERIES,
-        BLOCK=INT8_BLOCK if is_quantized else BLOCK,
+        QUERIES=tile.queries,
+        BLOCK=tile.block,
         IS_QUANTIZED=is_quantized,
         num_warps=4,
     )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # positions that a program reads at a time, and the smallest split of a decode step
+BLOCK = 64  # positions that a program reads at a time in 16 bits, and the smallest split of a decode step
 MIN_DOT = 16  # rows that Triton's matrix product needs
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_SPLITS = 64
@@ -48,9 +48,9 @@ def split_attention(
     maximum, total = torch.empty(2, B * H, N, dtype=torch.float32, device=q.device).unbind()
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (maximum, total)  # not read then
-    rows = max(MIN_DOT, triton.next_power_of_2(G))
+    rows, block = max(MIN_DOT, triton.next_power_of_2(G)), block_size(q.dtype, is_quantized)
     _attend_split[(B * K, N)](
-        q, k_RKSD, v_RKSD, *scales, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, BLOCK, is_quantized
+        q, k_RKSD, v_RKSD, *scales, position_B1, part, maximum, total, S, D**-0.5, K, G, D, rows, block, is_quantized
     )
     _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
     return y
@@ -59,6 +59,17 @@ def split_attention(
 def num_splits(heads: int, positions: int) -> int:
     """Return N, the number of splits per key/value head, for any used length. heads: of all rows together."""
     return max(1, min(-(-PROGRAMS // heads), -(-positions // BLOCK), MAX_SPLITS))
+
+
+def block_size(dtype: torch.dtype, is_quantized: bool) -> int:
+    """Return the positions that a program reads at a time, for queries of this dtype.
+
+    In float32, 64 of them would need 143 KB of shared memory, more than the 99 KB that most GPUs have for a program;
+    those of an int8 cache would not fit into registers.
+    """
+    if dtype.itemsize < 4:
+        return BLOCK
+    return BLOCK // 4 if is_quantized else BLOCK // 2
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import plain_norm
-from qwen3fast.kernels.cuda.split_attention import BLOCK, MIN_DOT, attend_block, num_splits
+from qwen3fast.kernels.cuda.split_attention import MIN_DOT, attend_block, block_size, num_splits
 
 
 class Splits(NamedTuple):
@@ -72,7 +72,7 @@ def attend(
     N = splits.maximum.shape[1]
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (splits.maximum, splits.total)  # not read then
-    device = y_BN.device
+    device, block = y_BN.device, block_size(y_BN.dtype, is_quantized)
     launch(
         attention_kernel,
         (B * K, N),
@@ -83,13 +83,13 @@ def attend(
         G=H // K,
         D=D,
         ROWS=max(MIN_DOT, triton.next_power_of_2(H // K)),
-        BLOCK=BLOCK,
+        BLOCK=block,
         N=N,
         IS_QUANTIZED=is_quantized,
     )
     if N > 1:
         width = triton.next_power_of_2(N)
-        launch(combine_kernel, (B * H,), position_B, *splits, y_BN, device=device, H=H, D=D, N=N, W=width, BLOCK=BLOCK)
+        launch(combine_kernel, (B * H,), position_B, *splits, y_BN, device=device, H=H, D=D, N=N, W=width, BLOCK=block)
 
 
 def plain_attend(
