@@ -242,16 +242,28 @@ def test_options_are_set_over_those_of_the_caller(monkeypatch):
 def test_every_switch_of_the_variants_is_set(monkeypatch):
     from qwen3fast.kernels import cuda
 
+    launch = pytest.importorskip("qwen3fast.kernels.cuda.decode_step.launch", reason="needs Triton")
     monkeypatch.setattr(cuda, "decode_attention", "split")
     monkeypatch.delenv("QWEN3FAST_FUSED_STEP", raising=False)
     wanted = [variant.switches for part in parts.MEASURED for variant in parts.variants_of(part, "cuda")]
-    assert {name for switches in wanted for name in switches} == {"attention", "fused"}
+    assert {name for switches in wanted for name in switches} == {"attention", "fused", "pdl"}
     settings.apply_switches({})
     assert cuda.decode_attention == "split" and cuda.use_fused_step()
     for is_fused in (False, True):
         monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "1")  # which is restored after the test
         settings.apply_switches({"attention": "sdpa", "fused": is_fused})
         assert cuda.decode_attention == "sdpa" and cuda.use_fused_step() == is_fused
+    monkeypatch.setenv("QWEN3FAST_PDL", "1")
+    settings.apply_switches({"pdl": False})
+    assert not launch.uses_dependent_launch.__wrapped__(torch.device("cuda"))  # before it asks the device
+
+
+def test_variants_of_parts_that_fused_steps_do_not_run_are_not_fused():
+    """Otherwise they would measure the default once more."""
+    for part in parts.MEASURED:
+        for variant in parts.variants_of(part, "cuda"):
+            if variant.options or "attention" in variant.switches:
+                assert variant.switches["fused"] is False, variant.name
 
 
 def test_float32_logits_are_those_of_the_model_in_float32():

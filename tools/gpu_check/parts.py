@@ -8,6 +8,7 @@ from gpu_check.variants import Variant
 
 COORDINATE, PDL = "coordinate_descent_tuning", "triton.enable_pdl"
 FORMATS = ("int8", "fp8", "int4")
+SDPA = {"attention": "sdpa", "fused": False}  # the fused kernels have an attention of their own
 
 
 def _random(part: str, size: str, **fields: object) -> Variant:
@@ -18,16 +19,17 @@ def _decode() -> list[Variant]:
     def variant(**fields: object) -> Variant:
         return _random("decode", "0.6b", **fields)
 
+    # Where the fused kernels serve a step, neither options of Inductor nor the choice of attention have an effect.
+    plain = {"fused": False}
     return [
         variant(),
-        variant(label="without pdl", options={PDL: False}),
-        variant(label="without coordinate descent", options={COORDINATE: False}),
-        variant(label="without both", options={COORDINATE: False, PDL: False}),
-        variant(label="fused kernels", switches={"fused": True}),
-        variant(label="without fused kernels", switches={"fused": False}),
+        variant(label="without fused kernels", switches=plain),
+        variant(label="fused, without pdl", switches={"pdl": False}),
+        variant(label="not fused, without pdl", switches=plain, options={PDL: False}),
+        variant(label="not fused, without coordinate descent", switches=plain, options={COORDINATE: False}),
+        variant(label="not fused, sdpa attention", switches=SDPA),
         variant(mode="compiled"),
         variant(mode="eager", rounds=2, new_tokens=40),
-        variant(label="sdpa attention", switches={"attention": "sdpa"}),
     ]
 
 
@@ -45,7 +47,7 @@ def _large() -> list[Variant]:
     return [
         variant("8b"),
         variant("8b", mode="eager", new_tokens=40),
-        variant("8b", label="sdpa attention", switches={"attention": "sdpa"}, profiled=False),
+        variant("8b", label="not fused, sdpa attention", switches=SDPA, profiled=False),
         variant("4b", profiled=False),
         variant("1.7b", profiled=False),
         variant("14b", profiled=False),
@@ -62,7 +64,7 @@ def _batches() -> list[Variant]:
         variant("0.6b", 64, rounds=2),
         variant("0.6b", 16, rounds=2),
         variant("0.6b", 4, rounds=2),
-        variant("0.6b", 64, rounds=2, label="sdpa attention", switches={"attention": "sdpa"}, profiled=False),
+        variant("0.6b", 64, rounds=2, label="not fused, sdpa attention", switches=SDPA, profiled=False),
         variant("8b", 16, rounds=2, profiled=False),
         variant("8b", 64, rounds=2, profiled=False),
         variant("0.6b", 16, rounds=1, mode="eager", new_tokens=40, profiled=False),

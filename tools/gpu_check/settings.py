@@ -46,7 +46,12 @@ def _with_options(compile: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 
 def apply_switches(switches: dict[str, Any]) -> None:
-    """Set switches of the package: "attention" of decode steps ("split", "sdpa"), and whether steps are "fused"."""
+    """Set switches of the package.
+
+    "attention": of decode steps that are not fused ("split", "sdpa"). "fused": whether steps are fused. "pdl": whether
+    their kernels overlap.
+    """
     cuda.decode_attention = switches.get("attention", cuda.decode_attention)
-    if "fused" in switches:
-        os.environ["QWEN3FAST_FUSED_STEP"] = str(int(switches["fused"]))
+    for name, variable in (("fused", "QWEN3FAST_FUSED_STEP"), ("pdl", "QWEN3FAST_PDL")):
+        if name in switches:
+            os.environ[variable] = str(int(switches[name]))
