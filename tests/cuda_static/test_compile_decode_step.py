@@ -48,7 +48,7 @@ CHOSEN = [
     (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
     (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4", "uint4")]),
     (80, ["search, pass 9", "draw"]),
-    (89, ["attention, float32", "chunk attention, float32", "chunk attention, 0.6b, bf16"]),
+    (89, ["attention, float32", "chunk attention, float32", "packed_matvec, float32", "chunk attention, 0.6b, bf16"]),
     (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),
     (
         90,

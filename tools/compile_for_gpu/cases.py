@@ -134,9 +134,14 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
 
 
 def float32_cases() -> list[KernelCase]:
-    """Return the attention kernels of a 0.6B model in float32, for any GPU."""
+    """Return the kernels of a 0.6B model in float32 that need the most shared memory, for any GPU."""
     H, K = SIZES["0.6b"][2:]
     cases = [*_attention_cases("float32", 1, H, K, torch.float32), *_chunk_cases("float32", H, K, torch.float32)]
+    for rows in (16, 64):
+        kinds = ["*fp32", "*i32", _scale_type(INT4), "*fp32", "i32", "i32", "i32"]
+        numbers = [channels_of(INT4), INT4, rows, packed_matvec.block_words(torch.float32, rows)]
+        title = f"packed_matvec, float32, int4, {rows} rows"
+        cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
     return [_dependent(case, False) if "DEPENDENT" in case.kernel.arg_names else case for case in cases]
 
 
