@@ -63,8 +63,8 @@ class HarnessModel(TemplateLM):
             max_length: tokens of context and continuation that the model sees, at most; longer contexts lose their
                 beginning. None takes 4096, or as many as the model has positions.
             max_gen_toks: new tokens, for tasks that do not say how many.
-            prefix_token_id: the token that comes before texts without a context. None takes the tokenizer's bos_token,
-                else its eos_token.
+            prefix_token_id: the token that comes before texts without a context. None takes the one that the tokenizer
+                puts before a text, else its bos_token, else its eos_token.
             enable_thinking: chat templates let the model reason. Stop strings then apply to the answer only.
             options: as in `Generator.from_pretrained`: dtype, quantization, kv_cache_dtype, compile and others.
 
@@ -99,8 +99,8 @@ class HarnessModel(TemplateLM):
         """The token before texts without a context."""
         if self._prefix_token_id is not None:
             return self._prefix_token_id
-        found = self._special("bos_token")
-        return self.eot_token_id if found is None else found
+        first = [*self.tokenizer.encode_prompt(""), self._special("bos_token"), self.eot_token_id]
+        return next(token_id for token_id in first if token_id is not None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -119,13 +119,13 @@ class HarnessModel(TemplateLM):
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of a text. Qwen3's tokenizers add no special tokens."""
-        return self.tokenizer.encode(string)
+        """Return the token ids of a text, after the tokens that the tokenizer puts before one (Qwen3's puts none)."""
+        return self.tokenizer.encode(string) if add_special_tokens is False else self.tokenizer.encode_prompt(string)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text, in windows of max_length tokens."""
         windows = [
-            list(rolling_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length))
+            list(rolling_windows(self.tokenizer.encode(request.args[0]), self.prefix_token_id, self.max_length))
             for request in requests
         ]
         scored = self._loglikelihood_tokens([(None, *pair) for some in windows for pair in some], disable_tqdm)
@@ -142,6 +142,9 @@ class HarnessModel(TemplateLM):
 
         Requests run sorted by their contexts: what one of them shares with the next, the KV cache keeps.
         """
+        # Of an empty context, the harness encodes the continuation as a text, with the same token before it.
+        start = [self.prefix_token_id]
+        requests = [(key, x, y[1:] if x == start == y[:1] else y) for key, x, y in requests]
         results: dict[int, tuple[float, bool]] = {i: (0.0, True) for i, r in enumerate(requests) if not r[2]}
         order = sorted((i for i in range(len(requests)) if i not in results), key=lambda i: requests[i][1:])
         with tqdm(total=len(order), desc="loglikelihood", unit="request", disable=disable_tqdm) as bar:

@@ -162,10 +162,10 @@ def test_bench_refuses_several_processes(monkeypatch, capsys):
 
 def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, capsys):
     module = ModuleType("loaded_command")
-    module.add_options = lambda parser: parser.add_argument("--port", type=int)
-    module.run_it = lambda args: args.port
+    module.add_arguments = lambda parser: parser.add_argument("--port", type=int)
+    module.run = lambda args: args.port
     monkeypatch.setitem(sys.modules, "loaded_command", module)
-    loaded = program.LoadedCommand("serve it", "loaded_command", run="run_it", add_arguments="add_options")
+    loaded = program.LoadedCommand("serve it", "loaded_command")
     monkeypatch.setitem(program.LOADED, "serve", loaded)
     assert main(["serve", "--port", "5"]) == 5
     with pytest.raises(SystemExit, match="0"):

@@ -1,5 +1,6 @@
 """Generator on a small random model: arguments, errors, streams, and staying usable after trouble."""
 
+import asyncio
 import signal
 import threading
 from dataclasses import replace
@@ -158,6 +159,31 @@ def test_overflow_cut_keeps_the_newest_tokens_of_a_long_prompt(generator):
     ids = [i % 90 for i in range(300)]
     cut = generator.generate(ids, SamplingParams(temperature=0, max_tokens=20), on_overflow="cut")
     assert cut.token_ids == generator.generate(ids[-180:], SamplingParams(temperature=0, max_tokens=20)).token_ids
+
+
+def test_overflow_cut_is_the_same_in_every_method(generator):
+    ids, params = [i % 90 for i in range(300)], SamplingParams(temperature=0, max_tokens=20)
+    expected = generator.generate(ids, params, on_overflow="cut").token_ids
+
+    async def streamed() -> list[int]:
+        return [i async for chunk in generator.astream(ids, params, on_overflow="cut") for i in chunk.token_ids]
+
+    assert generator.submit(ids, params, on_overflow="cut").result().token_ids == expected
+    assert [i for chunk in generator.stream(ids, params, on_overflow="cut") for i in chunk.token_ids] == expected
+    assert asyncio.run(streamed()) == expected
+    for method in (generator.submit, generator.stream):
+        with pytest.raises(ValueError, match="exceeds max_seq_len"):
+            method(ids, params)
+
+
+def test_overflow_cut_is_passed_on_by_chats():
+    messages, params = [{"role": "user", "content": "word " * 80}], SamplingParams(temperature=0, max_tokens=4)
+    with Generator.from_pretrained("tiny", max_seq_len=64, compile=False) as generator:
+        with pytest.raises(ValueError, match="exceeds max_seq_len"):
+            generator.chat(messages, params, enable_thinking=False)
+        *_, last = generator.stream_chat(messages, params, enable_thinking=False, on_overflow="cut")
+        whole = generator.chat(messages, params, enable_thinking=False, on_overflow="cut")
+    assert (whole.metrics.prompt_tokens, last.result.token_ids) == (60, whole.token_ids)
 
 
 def test_overflow_cut_needs_room_for_a_reply(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -244,8 +245,36 @@ def test_imports_name_what_they_import():
     assert starred == []
 
 
+def test_imports_of_other_packages_are_declared():
+    declared = re.findall(
+        r'^ *"([\w-]+)', (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    names = {name.split(".")[0] for tree in TREES.values() for node in ast.walk(tree) for name in names_imported(node)}
+    others = names - sys.stdlib_module_names - {"qwen3fast"}
+    assert {name.replace("_", "-") for name in others} <= {name.replace("_", "-") for name in declared}
+
+
 def test_imports_do_not_hide_behind_type_checking():
     hidden = [
         m for m, tree in TREES.items() if "TYPE_CHECKING" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     ]
     assert hidden == []
+
+
+def private_names_of_torch(tree: ast.Module) -> set[str]:
+    """Return the private parts of dotted names that begin with `torch`, imported ones included."""
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {name for node in ast.walk(tree) for name in names_imported(node)}
+    dotted = {name for name in names if name.split(".")[0] == "torch"}
+    return {part for name in dotted for part in name.split(".") if part.startswith("_") and not part.startswith("__")}
+
+
+def test_private_parts_of_pytorch_are_used_in_one_file():
+    found = {module: names for module, tree in TREES.items() if (names := private_names_of_torch(tree))}
+    described = ast.get_docstring(TREES["qwen3fast.engine.compile"]) or ""
+    assert all(name in described for name in found.pop("qwen3fast.engine.compile") - {"_inductor", "_C"})
+    operators = {
+        "attention": "_scaled_dot_product_flash_attention",
+        "grouped": "_grouped_mm",
+    }  # without public names in torch 2.9
+    assert found == {f"qwen3fast.kernels.{module}": {name} for module, name in operators.items()}

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import randomized, small_config, write_text_checkpoint
+from tokenizers.processors import TemplateProcessing
 
 from qwen3fast import SamplingParams
 
@@ -115,6 +116,21 @@ def test_loglikelihood_rolling_sums_windows(model):
     assert found[0] == pytest.approx(expected, abs=1e-2)
     assert found[1] == 0 and found[2] == plain_score(model, [prefix], model.tok_encode("a"))[0]
     assert [entry[:2] for entry in model.cached] == [("loglikelihood_rolling", (t,)) for t in (text, "", "a")]
+
+
+def test_a_bos_token_comes_first_where_the_tokenizer_puts_one(model):
+    base = model.tokenizer.base
+    bos, ids = base.token_to_id("<|endoftext|>"), model.tok_encode("the dog")
+    plain = model.loglikelihood_rolling([request("the dog")], disable_tqdm=True)
+    base.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)])
+    assert model.prefix_token_id == bos
+    assert model.tok_encode("the dog") == [bos, *ids] and model.tok_encode("the dog", add_special_tokens=False) == ids
+    assert model._job("the dog", {"max_gen_toks": 4})[0] == [bos, *ids] and model._job("", {})[0] == [bos]
+    expected = plain_score(model, [bos], ids)[0]
+    # The harness gives an empty context as the prefix, and encodes the continuation as it encodes any text.
+    found = model._loglikelihood_tokens([(("", "the dog"), [bos], [bos, *ids]), (None, [bos], ids)])
+    assert [score for score, _ in found] == [expected, expected]
+    assert model.loglikelihood_rolling([request("the dog")], disable_tqdm=True) == [expected] != plain
 
 
 def test_generate_until_ends_before_a_stop_string(model):

@@ -12,13 +12,15 @@ from awq_scaling import scale_channels
 from ggml_quants import Ggml, bits, type_of
 from torch import Tensor, nn
 
-from qwen3fast.checkpoint import load_model
+from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint.metadata import find_tokenizer
+from qwen3fast.cli.quantize import own_text
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules, quantize_model
-from qwen3fast.quantization.calibrate import quantize_calibrated, second_moments
+from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated, second_moments
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
-OURS = ("int8", "int4")
+OURS = ("int8", "int4", "uint4")
 MIXTURES = ("Q8_0", "Q4_0 pure", "Q4_0", "Q4_K_M")  # pure: no matrix is kept in more bits
 
 
@@ -30,7 +32,8 @@ class Formats:
         self.exact = self._plain()
         layers = {n: m for n, m in self.exact.named_modules() if isinstance(m, nn.Linear)}
         with torch.no_grad():
-            self._moments = second_moments(layers, self.exact, list(windows[:, None].unbind()))
+            moments = second_moments(layers, self.exact, list(windows[:, None].unbind()))
+        self._moments = {name: moment.mean() for name, moment in moments.items()}
 
     def __iter__(self) -> Iterator[tuple[str, float, Qwen3]]:
         """Yield (name, bits per weight of the matrices, float32 model); one model at a time is in memory."""
@@ -43,9 +46,12 @@ class Formats:
         model.load_state_dict(scaled.state_dict())
         quantize_model(model, "int4", torch.float32)
         yield "int4 AWQ-scaled", *self._dequantized(model, scaled)
-        model = self._plain()
-        quantize_calibrated(model, self._windows)
-        yield "int4 calibrated", *self._dequantized(model, self._plain())
+        own_BT = own_text(self.exact, find_tokenizer(resolve_source(self._source)), self._windows.numel())
+        for name, text_BT in (("int4", self._windows), *((name, own_BT) for name in CALIBRATED)):
+            model = self._plain()
+            quantize_calibrated(model, text_BT, name)
+            kind = "calibrated" if text_BT is self._windows else "on own text"
+            yield f"{name} {kind}", *self._dequantized(model, self._plain())
         for mixture in filter(self._can, MIXTURES):
             yield mixture, *self._in_types(self._types(mixture), with_importance=False)
         if self._can("Q4_K_M"):

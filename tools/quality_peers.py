@@ -5,9 +5,9 @@
 
 First the suite runs: formats as the package's kernels compute them, activations in 8 bits included. In the cases after
 these, weights are quantized, dequantized and put into a float32 model, and only their error is measured, each by its
-software's own quantizer: "int8 weights" and "int4 weights" as the package quantizes, then AWQ's scaling, calibration
-(`qwen3fast quantize --calibrate`), and llama.cpp's formats. Without --ggml and llama-cpp-python the latter are Q8_0 and
-Q4_0 pure, which the package gguf can write.
+software's own quantizer: "int8 weights" and others as the package quantizes while loading, then AWQ's scaling, then
+`qwen3fast quantize`, with a text ("calibrated") and without ("on own text"), and llama.cpp's formats. Without --ggml
+and llama-cpp-python the latter are Q8_0 and Q4_0 pure, which the package gguf can write.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from ggml_quants import Ggml, find_library
@@ -53,12 +54,18 @@ def add_formats(session: Session, formats: Formats, ids: list[int]) -> None:
     progress.close()
 
 
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a table by columns, which take a line of the record each; texts are joined."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: ", ".join(values) if isinstance(values[0], str) else values for name, values in columns.items()}
+
+
 def main() -> int:
     """Measure and write the record and its picture. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--calibrate", type=Path, required=True, metavar="FILE", help="text, not the one of --text")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768, help="[%(default)s]")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="of each text [%(default)s]")
     parser.add_argument("--ggml", type=Path, default=find_library(), help="libggml-base.so [of llama-cpp-python]")
     args = parser.parse_args()
     source = resolve_source(args.model)
@@ -70,7 +77,9 @@ def main() -> int:
         add_formats(session, Formats(args.model, windows, Ggml(args.ggml)), quality.token_ids(session))
     session.record.notes["calibration"] = {"name": args.calibrate.name, "tokens": windows.numel()}
     if (source / "training.json").is_file():  # of tools/train_english.py: sources, seed and curve
-        session.record.notes["training"] = json.loads((source / "training.json").read_text(encoding="utf-8"))
+        training = json.loads((source / "training.json").read_text(encoding="utf-8"))
+        columns = {name: _columns(training.pop(name)) for name in ("sources", "curve")}
+        session.record.notes["training"] = training | columns
     session.record.model["name"] = source.parent.name if source.name == "model" else source.name
     session.harness.finish()
     return finish(session.record, quality.SUITE, (args.output, args.output.with_suffix(".png")), args.json)

@@ -182,7 +182,7 @@ def _timed_request(prompt: list[int], new_tokens: int, times: list[float]) -> Re
         times.append(time.perf_counter())
         return False
 
-    return Request(prompt, 0.0, 0, 1.0, 0.0, 0, new_tokens, frozenset(), on_token)
+    return Request(prompt, max_tokens=new_tokens, on_token=on_token)
 
 
 def _sample(started: float, token_times: list[float], token_ids: list[list[int]]) -> Sample:

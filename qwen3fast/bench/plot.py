@@ -107,11 +107,9 @@ def draw_formats(
     return ends
 
 
-def name_ends(axes: Axes, ends: Sequence[End], gap: float = 0.055) -> None:
-    """Write names beside the last points of lines, moved apart where they would overlap.
-
-    gap: height of a line of text, as a share of the axis.
-    """
+def name_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Write names beside the last points of lines, moved apart where they would overlap."""
+    gap = 0.055  # height of a line of text, as a share of the axis
     low, high = axes.get_ylim()
     is_log = axes.get_yscale() == "log"
     previous: float | None = None

@@ -13,6 +13,7 @@ from qwen3fast.kernels import forms, forms_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import formats_of, plain_modules, quantize_model
+from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 
@@ -33,9 +34,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         source = resolve_source(args.model, args.revision)
         prequantized, model = read_checkpoint_config(source).prequantized, empty_model(source)
-    if args.quantization is not None and not formats_of(model):
+    is_quantized_here = args.quantization is not None and not formats_of(model)
+    if is_quantized_here:
         quantize_model(model, args.quantization, model.config.dtype)
     lines = _describe(model, model.config)
+    if is_quantized_here and args.quantization in CALIBRATED:
+        lines["quantized while loading"] = "without calibration; `qwen3fast quantize` is more exact"
     if prequantized is not None:
         lines["stored in"] = prequantized.describe()
     print(replace_surrogates(args.model))

@@ -19,34 +19,25 @@ INTERRUPTED = 130  # and by SIGINT
 
 
 class LoadedCommand(NamedTuple):
-    """A command whose module is imported when the command is used, because it needs optional packages.
+    """A command whose module is imported when the command is used, because it needs optional packages or much time.
+
+    The module has `add_arguments` and `run`, as the modules of COMMANDS, or `main`, which parses the options itself.
 
     Attributes:
-        help: one line.
-        module: its dotted name.
-        extra: the extra of this package to install for it.
-        run: the module's function that runs the command and returns the exit status. It gets the arguments parsed if
-            there is add_arguments, otherwise as strings.
-        add_arguments: the module's function that adds the options to a parser.
+        help: one line. module: its dotted name. extra: the extra of this package to install for it.
     """
 
     help: str
     module: str
     extra: str = ""
-    run: str = "main"
-    add_arguments: str = ""
 
 
+SERVE_HELP = "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on"
 LOADED = {
     "bench": LoadedCommand("measure tokens per second, with and without a KV cache", "qwen3fast.bench.__main__"),
-    "serve": LoadedCommand(
-        "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on",
-        "qwen3fast.server.command", "server", "run_serve", "add_serve_arguments",
-    ),
-    "batch": LoadedCommand(
-        "answer a file of requests", "qwen3fast.server.batch", "server", "run_batch", "add_batch_arguments"
-    ),
-}  # fmt: skip
+    "serve": LoadedCommand(SERVE_HELP, "qwen3fast.server.command", "server"),
+    "batch": LoadedCommand("answer a file of requests", "qwen3fast.server.batch", "server"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,10 +112,10 @@ def _run_loaded(args: argparse.Namespace) -> int:
         if not loaded.extra:
             raise
         raise ImportError(f"{args.command} needs {err.name}; run: pip install 'qwen3fast[{loaded.extra}]'") from err
-    arguments = args.options
-    if loaded.add_arguments:
-        parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=_sentence(loaded.help))
-        getattr(module, loaded.add_arguments)(parser)
-        arguments = parser.parse_args(arguments)
-    status: int = getattr(module, loaded.run)(arguments)
+    if not hasattr(module, "add_arguments"):
+        status: int = module.main(args.options)
+        return status
+    parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=_sentence(loaded.help))
+    module.add_arguments(parser)
+    status = module.run(parser.parse_args(args.options))
     return status

@@ -1,4 +1,4 @@
-"""`qwen3fast quantize`: write a quantized checkpoint, with errors corrected on calibration text if one is given."""
+"""`qwen3fast quantize`: write a quantized checkpoint; to 4 bits with errors corrected on a text, by default its own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli.arguments import add_source_arguments
+from qwen3fast.engine.own_text import write_texts
 from qwen3fast.engine.threads import use_threads
+from qwen3fast.kernels import cpu
+from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, quantize_model
-from qwen3fast.quantization.calibrate import quantize_calibrated
+from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.text.tokenizer import Tokenizer
 
-HELP = "write a quantized checkpoint; --calibrate makes int4 more accurate"
-WINDOW = 512  # tokens of calibration text at a time
+HELP = "write a quantized checkpoint, in 4 bits more accurate than quantizing while loading"
+WINDOW = 512  # tokens of a calibration text at a time
+OWN_WINDOW = 128  # tokens of a text that the model writes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; from_pretrained loads it")
     parser.add_argument("--quantization", choices=list(FORMATS), default="int4", help="[%(default)s]")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, of the kind that the model will "
-                        "meet: int4 then corrects each layer's rounding errors on it (GPTQ)")  # fmt: skip
-    parser.add_argument("--calibration-tokens", type=int, default=32_768, help="of the text, at most [%(default)s]")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, of the kind that the model will "
+                      "meet, on which 4 bits correct rounding errors (GPTQ) [text that the model writes]")  # fmt: skip
+    text.add_argument("--no-calibrate", action="store_true", help="correct none: faster, as quantizing while loading")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="of the text, at most [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and save. Returns: the exit status."""
-    if args.calibrate is not None and args.quantization != "int4":
-        raise ValueError(f"--calibrate is for int4, not for {args.quantization}")
+    is_calibrated = args.quantization in CALIBRATED and not args.no_calibrate
+    if args.calibrate is not None and not is_calibrated:
+        raise ValueError(f"--calibrate is for {' and '.join(CALIBRATED)}, not for {args.quantization}")
+    if args.calibration_tokens < OWN_WINDOW:
+        raise ValueError(f"--calibration-tokens must be at least {OWN_WINDOW}, got {args.calibration_tokens}")
     use_threads(args.threads)
     source = resolve_source(args.model, args.revision)
     token_BT = None
@@ -44,13 +55,48 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(source, args.device, progress=True)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")
-    if token_BT is None:
-        quantize_model(model, args.quantization, model.model.norm.weight.dtype, progress=True)
+    weight = model.model.norm.weight
+    if weight.device.type == "cpu":
+        cpu.load()
+    if is_calibrated:
+        if token_BT is None:
+            token_BT = own_text(model, find_tokenizer(source), args.calibration_tokens, progress=True)
+        quantize_calibrated(model, token_BT.to(weight.device), args.quantization, progress=True)
     else:
-        quantize_calibrated(model, token_BT.to(model.model.norm.weight.device), progress=True)
+        quantize_model(model, args.quantization, weight.dtype, progress=True)
     save_model(model, args.output, source)
     print(f"wrote {args.output}: {args.quantization}, {model.num_bytes():,} bytes of weights")
     return 0
+
+
+def own_text(model: Qwen3, tokenizer: Tokenizer | None, tokens: int, progress: bool = False) -> Tensor:
+    """Return about as many tokens that the model writes, (B, T) int64, in windows of OWN_WINDOW.
+
+    Half of the windows begin as a conversation does, where there is a chat template, the others with a random token.
+    Raises: ValueError if the model's logits are not finite.
+    """
+    first_B = torch.randint(
+        model.config.vocab_size, (tokens // OWN_WINDOW,), generator=torch.Generator().manual_seed(0)
+    )
+    starts = [[token] for token in first_B.tolist()]
+    if chat := _beginning_of_chat(tokenizer):
+        starts[1::2] = [chat] * len(starts[1::2])
+    batches = [starts[i : i + cpu.MAX_DECODE_ROWS] for i in range(0, len(starts), cpu.MAX_DECODE_ROWS)]
+    return torch.cat([write_texts(model, batch, OWN_WINDOW, seed, progress) for seed, batch in enumerate(batches)])
+
+
+def _beginning_of_chat(tokenizer: Tokenizer | None) -> list[int]:
+    """Return the tokens before the first user's message; none without a chat template that has such a beginning."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return []
+    message = "A message."
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": "user", "content": message}]))
+    except ValueError:  # the template wants other messages
+        return []
+    before, found, _ = text.partition(message)
+    ids = tokenizer.encode(before)
+    return ids if found and len(ids) < OWN_WINDOW // 2 else []
 
 
 def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:
@@ -58,7 +104,11 @@ def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:
 
     Raises: OSError or ValueError for a file that cannot be read or is shorter than one window.
     """
-    ids = read_tokenizer(source).encode(file.read_text(encoding="utf-8"))[: max(max_tokens, WINDOW)]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{file} is not text in UTF-8: {err}") from err
+    ids = read_tokenizer(source).encode(text)[: max(max_tokens, WINDOW)]
     count = len(ids) // WINDOW
     if count == 0:
         raise ValueError(f"{file} has {len(ids)} tokens; calibration needs at least {WINDOW}, better 16,000")

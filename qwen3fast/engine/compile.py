@@ -4,7 +4,7 @@ The unit is one transformer block: compiled once, it serves all layers, because 
 the compiled code. Each combination of static shapes is compiled into a form of its own. Sizes that vary at run time are
 marked as dynamic, with their range, and `torch.compile` raises an error if it would specialize on them.
 
-Private parts of PyTorch are used only here:
+Private parts of PyTorch are used only here, except for two operators in kernels/ (attention.py, grouped.py):
 - `torch._dynamo.mark_dynamic`, the documented function for dynamic shapes, which has no public name.
 - `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, PyTorch takes calls of compiled code in
   other threads for calls inside a trace and refuses them. Without the error, they run uncompiled for that moment.

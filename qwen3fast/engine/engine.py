@@ -31,6 +31,7 @@ from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepKind
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
+from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -301,6 +302,7 @@ class Engine(Rows):
         report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
+        use_huge_pages((*self.model.parameters(), *self.model.buffers(), *self.cache.tensors()))
         self.parts.decide_forms()
         adapters = [NO_ADAPTER] if self.adapters is None else [NO_ADAPTER, 1]  # one slot stands for all
         for adapter in adapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length
+from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
@@ -189,7 +191,8 @@ class Parts:
             is_auto = compiler.thread is not None
             forms.decide(may_measure=not is_auto)
             if is_auto:
-                compiler.when_compiling = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
+                measure = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
+                compiler.when_compiling = partial(_behind_compilation, model, cache, measure)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
@@ -224,6 +227,11 @@ class Parts:
             parts = (self.decode_block, self.prefill_block, self.block_uncached, self.embed, self.logits)
             for part in parts:
                 part.forget()
+
+
+def _behind_compilation(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:
+    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()))
+    measure()
 
 
 def _max_uncached(config: ModelConfig) -> int:

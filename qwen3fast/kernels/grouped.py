@@ -9,6 +9,7 @@ P rows   X experts   N out_features   K in_features
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,7 +27,8 @@ def grouped_linear(weight_XNK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
 def _product(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
     is_aligned = x_PK.shape[1] % 8 == 0 and weight_XNK.is_contiguous()
     if x_PK.device.type == "cuda" and x_PK.dtype == torch.bfloat16 and is_aligned:
-        return torch._grouped_mm(x_PK, weight_XNK.transpose(1, 2), offs=end_X.int()).contiguous()
+        grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # PyTorch 2.9 has no public name for it
+        return grouped_mm(x_PK, weight_XNK.transpose(1, 2), offs=end_X.int()).contiguous()
     y_PN, start = x_PK.new_empty(x_PK.shape[0], weight_XNK.shape[1]), 0
     for expert, end in enumerate(end_X.tolist()):
         if end > start:

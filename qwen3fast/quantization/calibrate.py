@@ -1,4 +1,4 @@
-"""Quantize a model to int4 with calibration text: the inputs that its layers see there decide how errors are corrected.
+"""Quantize a model to 4 bits with calibration text: the inputs that its layers see there decide about corrections.
 
 Blocks are quantized one after another, each with the inputs that the quantized blocks before it give. Experts, and
 layers whose shape cannot be packed, are treated as `quantize_model` does.
@@ -9,6 +9,7 @@ B windows   T tokens of a window   K in_features   E hidden_size
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -16,79 +17,107 @@ from torch import Tensor, nn
 
 from qwen3fast.model import MoE, Qwen3, rope_tables
 from qwen3fast.quantization.convert import quantize_model
-from qwen3fast.quantization.formats import FORMATS, fits
-from qwen3fast.quantization.gptq import quantize_int4_with
+from qwen3fast.quantization.formats import FORMATS, Format, fits
+from qwen3fast.quantization.gptq import feedback, quantize_with
 from qwen3fast.quantization.layers import QuantizedLinear
 
+CALIBRATED = ("int4", "uint4")
 DAMPING = 0.01
 TIED_DAMPING = 0.3  # the rows of a tied output projection are embeddings, too: their own error counts for more
+TOKENS_AT_ONCE = 2048
+SIDE = 512  # of the blocks in which products of inputs are computed
 Function = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def quantize_calibrated(model: Qwen3, token_BT: Tensor, progress: bool = False) -> None:
-    """Quantize a model's linear layers and embedding to int4, in place, with errors corrected on calibration text.
+def quantize_calibrated(model: Qwen3, token_BT: Tensor, name: str = "int4", progress: bool = False) -> None:
+    """Quantize a model's linear layers and embedding to 4 bits, in place, with errors corrected on calibration text.
 
-    token_BT: int64 ids of B windows of text. progress: show a bar.
-    The result has the layers of `quantize_model(model, "int4", ...)`, with other numbers in them.
+    token_BT: int64 ids of B windows of text. name: a format in CALIBRATED. progress: show a bar.
+    The result has the layers of `quantize_model(model, name, ...)`, with other numbers in them.
+    Raises: ValueError for another format.
     """
-    config, norm = model.config, model.model.norm.weight
-    cos_TD, sin_TD = rope_tables(config.head_dim, config.rope_theta, token_BT.shape[1], norm.device, config.yarn)
-    inputs = [model.embed(window[None]) for window in token_BT]
-    for block in tqdm(model.model.layers, desc="quantizing to int4", unit="block", disable=not progress):
-        inputs = _correct_block(block, inputs, cos_TD[None], sin_TD[None])
-    head = nn.ModuleDict({"lm_head": model.lm_head})
-    damping = TIED_DAMPING if config.tie_word_embeddings else DAMPING
-    _correct_layers(head, lambda x_1TE: head["lm_head"](model.model.norm(x_1TE)), inputs, damping)
-    model.set_submodule("lm_head", head["lm_head"])
-    quantize_model(model, "int4", norm.dtype)
+    if name not in CALIBRATED:
+        raise ValueError(f"only {' and '.join(CALIBRATED)} are calibrated, not {name}")
+    format = FORMATS[name]
+    config, norm = model.config, model.model.norm
+    T, device = token_BT.shape[1], norm.weight.device
+    cos_TD, sin_TD = rope_tables(config.head_dim, config.rope_theta, T, device, config.yarn)
+    inputs = [model.embed(some_BT) for some_BT in token_BT.split(max(1, TOKENS_AT_ONCE // T))]
+    for block in tqdm(model.model.layers, desc=f"quantizing to {name}", unit="block", disable=not progress):
+        run = partial(block, cos_BTD=cos_TD[None], sin_BTD=sin_TD[None])
+        _correct_block(block, run, inputs, format)
+        inputs = [run(x_BTE) for x_BTE in inputs]
+    lm_head = model.lm_head
+    if isinstance(lm_head, nn.Linear) and fits(*lm_head.weight.shape):
+        moment = SecondMoment()
+        for x_BTE in inputs:
+            moment.add(norm(x_BTE))
+        factor = feedback(moment.mean(), TIED_DAMPING if config.tie_word_embeddings else DAMPING)
+        model.set_submodule("lm_head", QuantizedLinear(quantize_with(lm_head.weight, format, factor), format))
+    quantize_model(model, name, norm.weight.dtype)
 
 
-def _correct_block(block: nn.Module, inputs: list[Tensor], cos_1TD: Tensor, sin_1TD: Tensor) -> list[Tensor]:
-    """Quantize a block's layers. inputs: (1, T, E) per window. Returns: the quantized block's outputs."""
-
-    def run(x_1TE: Tensor) -> Tensor:
-        y_1TE: Tensor = block(x_1TE, cos_1TD, sin_1TD)
-        return y_1TE
-
-    _correct_layers(block, run, inputs, DAMPING)
-    return [run(x_1TE) for x_1TE in inputs]
-
-
-def _correct_layers(parent: nn.Module, run: Function, inputs: list[Tensor], damping: float) -> None:
-    """Quantize the linear layers inside a module, except routers. run: calls the module, on one window's input."""
-    routers = {module.gate for module in parent.modules() if isinstance(module, MoE)}
+def _correct_block(block: nn.Module, run: Function, inputs: list[Tensor], format: Format) -> None:
+    """Quantize the linear layers of a block, except routers. run: calls the block on some windows' input."""
+    routers = {module.gate for module in block.modules() if isinstance(module, MoE)}
     layers: dict[str, nn.Linear] = {
         name: layer
-        for name, layer in parent.named_modules()
+        for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and layer not in routers and fits(*layer.weight.shape)
     }
-    moments = second_moments(layers, run, inputs)
+    moments, factors = second_moments(layers, run, inputs), dict[SecondMoment, Tensor]()
     for name, layer in layers.items():
-        packed = quantize_int4_with(layer.weight, moments[name], damping)
-        parent.set_submodule(name, QuantizedLinear(packed, FORMATS["int4"], layer.bias))
+        moment = moments[name]
+        if moment not in factors:
+            factors = {moment: feedback(moment.mean(), DAMPING)}  # layers with the same input follow each other
+        packed = quantize_with(layer.weight, format, factors[moment])
+        block.set_submodule(name, QuantizedLinear(packed, format, layer.bias))
 
 
-def second_moments(layers: dict[str, nn.Linear], run: Function, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """Return, for each layer, the mean over all tokens of the products of its input channels, (K, K) float32."""
-    sums: dict[str, Tensor] = {}
-    tokens = sum(x_1TE.shape[1] for x_1TE in inputs)
-    last: tuple[Tensor, Tensor] | None = None  # an input and its product: layers that share an input run in a row
+class SecondMoment:
+    """The mean over tokens of the products of each two channels of an input."""
+
+    def __init__(self) -> None:
+        self._sum_KK, self._tokens = torch.empty(0), 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of an input, (..., K)."""
+        x_MK = x.reshape(-1, x.shape[-1]).float()
+        M, K = x_MK.shape
+        if not self._tokens:
+            self._sum_KK = torch.zeros(K, K, device=x.device)
+        self._tokens += M
+        for begin in range(0, K, SIDE):  # above the diagonal: the other half mirrors it
+            rows = slice(begin, begin + SIDE)
+            self._sum_KK[rows, begin:].addmm_(x_MK[:, rows].T, x_MK[:, begin:])
+
+    def mean(self) -> Tensor:
+        """Return the mean, (K, K) float32."""
+        mean_KK = self._sum_KK / max(self._tokens, 1)
+        return mean_KK.triu() + mean_KK.triu(1).T
+
+
+def second_moments(layers: dict[str, nn.Linear], run: Function, inputs: list[Tensor]) -> dict[str, SecondMoment]:
+    """Return each layer's moment of its input. Layers that are called in a row with one tensor share theirs."""
+    moments: dict[str, SecondMoment] = {}
+    last: tuple[Tensor, SecondMoment] | None = None
 
     def add(name: str, x: Tensor) -> None:
         nonlocal last
-        if last is None or last[0] is not x:
-            x_MK = x.reshape(-1, x.shape[-1]).float()
-            last = x, x_MK.T @ x_MK
-        sums[name] = sums[name] + last[1] if name in sums else last[1]
+        if last is not None and last[0] is x:
+            moments[name] = last[1]
+            return
+        last = x, moments.setdefault(name, SecondMoment())
+        last[1].add(x)
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, layer in layers.items()
     ]
     try:
-        for x_1TE in inputs:
-            run(x_1TE)
+        for x_BTE in inputs:
+            run(x_BTE)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / tokens for name, total in sums.items()}
+    return moments

@@ -27,7 +27,7 @@ from qwen3fast.quantization.packed import (
     pack_halves,
     sum_of_halves,
 )
-from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4
+from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4, scales_uint4
 
 __all__ = ["FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
 
@@ -65,6 +65,15 @@ class Format:
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the whole weight, (N, K) float32."""
         return self.rows(packed, torch.arange(packed.weight.shape[0] * LANES, device=packed.weight.device))
+
+    def steps(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Return step and minimum of each group in 4 bits, (N, K/32) float32: weight = level * step - minimum."""
+        assert self.bits == 4, "other formats have no groups"
+        row_N = torch.arange(packed.weight.shape[0] * LANES, device=packed.weight.device)
+        if self.is_affine:
+            return scales_uint4(packed, row_N)
+        step_NG = packed.scale.transpose(1, 2).flatten(0, 1).float()
+        return step_NG, step_NG * 8
 
     def empty(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> Packed:
         """Return uninitialized tensors of an (N, K) weight."""
@@ -126,11 +135,6 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
     scale = torch.where(group.isfinite().all(dim=2, keepdim=True), scale, torch.nan)
     return pack_int4(level.view(N, K), scale.view(N, K // GROUP))
-
-
-def int4_scales(group_NC: Tensor) -> Tensor:
-    """Return the scale, (N,) float32, that `quantize_int4` chooses for each group of weights (N, 32), float32."""
-    return _best_int4(group_NC)[0][:, 0]
 
 
 def _best_int4(group: Tensor) -> tuple[Tensor, Tensor]:

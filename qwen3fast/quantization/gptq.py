@@ -1,10 +1,11 @@
-"""Quantize a weight to int4 with error correction: each column's rounding error is made up for by the columns after it.
+"""Quantize a weight to 4 bits with error correction: each column makes up for rounding errors of the columns before.
 
 The squared error of a layer's outputs on calibration inputs, not of its weights, is made small. The result is an
-ordinary int4 weight: same bytes, same kernels.
-Source: Frantar et al., GPTQ, arXiv:2210.17323, with each group's scale chosen before its first column is quantized.
+ordinary weight of its format, with other levels: same scales, same bytes, same kernels.
+Source: Frantar et al., GPTQ, arXiv:2210.17323, with scales chosen before any column is quantized; in the equivalent
+form of Chee et al., QuIP, arXiv:2307.13304, section 3 (LDLQ), which inverts no matrix.
 
-N out_features   K in_features   G groups of 32 channels
+N out_features   K in_features   G groups of 32 channels   C columns of a group
 """
 
 from __future__ import annotations
@@ -12,63 +13,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import GROUP, Packed, int4_scales, pack_int4
+from qwen3fast.quantization.formats import GROUP, Format, Packed, put_rows, quantize
+from qwen3fast.quantization.packed import pack_halves
 
-BLOCK = 128  # columns between two updates of all later columns; a multiple of GROUP
+BLOCK = 128  # columns whose corrections for all earlier columns are computed together; a multiple of GROUP
+ROWS = 4096  # quantized together: a block of their columns fits the processor's cache
 
 
-def quantize_int4_with(weight_NK: Tensor, hessian_KK: Tensor, damping: float) -> Packed:
-    """Quantize a weight to int4, given the second moment of its inputs.
+def quantize_with(weight_NK: Tensor, format: Format, feedback_KK: Tensor) -> Packed:
+    """Quantize a weight to a format of 4 bits, given the `feedback` of its inputs.
 
-    weight_NK: any float dtype; N is a multiple of 16, K of 32. hessian_KK: float32, the mean of the products of each
-    two input channels. damping: as in `inverse_factor`. Groups with NaN or infinity become NaN.
+    weight_NK: any float dtype; N is a multiple of 16, K of 32. What is NaN without correction is NaN here.
     """
-    weight = weight_NK.float().clone()
-    N, K = weight.shape
-    is_finite_NG = weight.view(N, K // GROUP, GROUP).isfinite().all(dim=2)
-    weight.nan_to_num_(0.0, 0.0, 0.0)
-    factor = inverse_factor(hessian_KK, damping)
-    level_NK = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
-    scale_NG = torch.empty(N, K // GROUP, device=weight.device)
-    for begin in range(0, K, BLOCK):
-        end = min(begin + BLOCK, K)
-        block_CN = weight[:, begin:end].T.contiguous()
-        level_NK[:, begin:end], scale_NG[:, begin // GROUP : end // GROUP], error_CN = _quantize_columns(
-            block_CN, factor[begin:end, begin:end]
-        )
-        weight[:, end:] -= error_CN.T @ factor[begin:end, end:]
-    scale_NG[~is_finite_NG] = torch.nan
-    return pack_int4(level_NK, scale_NG)
+    N, K = weight_NK.shape
+    packed = format.empty(N, K, weight_NK.device)
+    for begin in range(0, N, ROWS):
+        rows = weight_NK[begin : begin + ROWS]
+        plain = quantize(rows, format)
+        level_KN = _levels(rows, *format.steps(plain), feedback_KK)
+        put_rows(packed, N, begin, plain._replace(weight=pack_halves(level_KN.T.contiguous())))
+    return packed
 
 
-def inverse_factor(hessian_KK: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular U with U.T @ U the inverse of the damped Hessian, (K, K) float32.
+def feedback(hessian_KK: Tensor, damping: float) -> Tensor:
+    """Return the share of each column's error that later columns make up for: U, (K, K) float32, upper triangular.
 
-    damping: a share of the diagonal's mean, added to the diagonal: the error of the weights counts that much.
+    U @ D @ U.T is the damped Hessian, with D diagonal and ones on U's diagonal.
+    hessian_KK: float32, the mean of the products of each two input channels. damping: a share of its diagonal's mean,
+    added to the diagonal: the error of the weights themselves counts that much.
     """
     added = (damping * hessian_KK.diagonal().double().mean()).clamp(min=1e-12)
-    damped = hessian_KK.double() + added * torch.eye(len(hessian_KK), dtype=torch.float64, device=hessian_KK.device)
-    lower = torch.linalg.cholesky(damped.flip(0, 1))  # of the channels in reverse: its inverse, reversed, is U
-    identity = torch.eye(len(damped), dtype=torch.float64, device=damped.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    damped = hessian_KK.flip(0, 1)  # of the channels in reverse, L @ L.T; in their order, its triangle is the upper
+    damped.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        lower = torch.linalg.cholesky(damped.double()).float()
+    upper = lower.flip(0, 1)
+    factor: Tensor = upper.div_(upper.diagonal().clone())
     return factor
 
 
-def _quantize_columns(weight_CN: Tensor, factor_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize columns of a weight, each a row of weight_CN; the columns after each make up for its error, in place.
+def _levels(weight_NK: Tensor, step_NG: Tensor, minimum_NG: Tensor, feedback_KK: Tensor) -> Tensor:
+    """Return the levels, (K, N) uint8 from 0 to 15; a level stands for level * step - minimum."""
+    N, K = weight_NK.shape
+    # Columns that are quantized are replaced by their errors.
+    column_KN = weight_NK.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    step_GN, minimum_GN = (x.T.contiguous().nan_to_num_(0.0, 0.0, 0.0) for x in (step_NG, minimum_NG))
+    column_KN.nan_to_num_(0.0, 0.0, 0.0)
+    level_KN = torch.empty(K, N, dtype=torch.uint8, device=weight_NK.device)
+    for begin in range(0, K, BLOCK):
+        end = min(begin + BLOCK, K)
+        wanted_CN = torch.addmm(column_KN[begin:end], feedback_KK[:begin, begin:end].T, column_KN[:begin])
+        for first in range(begin, end, GROUP):
+            group, g = slice(first, first + GROUP), first // GROUP
+            wanted = wanted_CN[first - begin : first - begin + GROUP]
+            wanted.addmm_(feedback_KK[begin:first, group].T, column_KN[begin:first])
+            scales = step_GN[g], minimum_GN[g]
+            level_KN[group] = _quantize_group(column_KN[group], wanted, *scales, feedback_KK[group, group])
+    return level_KN
 
-    Returns: levels (N, C), scales (N, C / 32), and the errors (C, N) that later columns need.
+
+def _quantize_group(
+    column_CN: Tensor, wanted_CN: Tensor, step_N: Tensor, minimum_N: Tensor, feedback_CC: Tensor
+) -> Tensor:
+    """Return the levels of a group, (C, N) float32, and replace its columns by their errors.
+
+    wanted_CN: the columns, and what they make up for of columns before the group.
     """
-    level_CN, error_CN, scales = torch.empty_like(weight_CN, dtype=torch.uint8), torch.empty_like(weight_CN), []
-    for begin in range(0, len(weight_CN), GROUP):
-        end = begin + GROUP
-        scale_N = int4_scales(weight_CN[begin:end].T.contiguous())
-        divisor_N = torch.where(scale_N == 0, 1.0, scale_N)
-        for k in range(begin, end):
-            level_N = torch.round(weight_CN[k] / divisor_N).clamp_(-8, 7)
-            level_CN[k] = level_N + 8
-            error_CN[k] = (weight_CN[k] - level_N * scale_N) / factor_CC[k, k]
-            weight_CN[k + 1 : end].addr_(factor_CC[k, k + 1 : end], error_CN[k], alpha=-1)
-        weight_CN[end:] -= factor_CC[begin:end, end:].T @ error_CN[begin:end]
-        scales.append(scale_N)
-    return level_CN.T, torch.stack(scales, dim=1), error_CN
+    wanted_CN.add_(minimum_N)
+    column_CN.add_(minimum_N)
+    divisor_N = torch.where(step_N == 0, 1.0, step_N)
+    for k in range(len(column_CN)):
+        wanted_N = torch.addmv(wanted_CN[k], column_CN[:k].T, feedback_CC[:k, k])
+        level_N = torch.div(wanted_N, divisor_N, out=wanted_CN[k]).round_().clamp_(0, 15)
+        column_CN[k].addcmul_(level_N, step_N, value=-1)
+    return wanted_CN

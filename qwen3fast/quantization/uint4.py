@@ -106,11 +106,11 @@ def pack_minimums(
 def rows_uint4(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
     level_RGC = levels_of_rows(packed, row_R).float()
-    scale_RG, minimum_RG = _scales(packed, row_R)
+    scale_RG, minimum_RG = scales_uint4(packed, row_R)
     return (level_RGC * scale_RG[..., None] - minimum_RG[..., None]).flatten(1)
 
 
-def _scales(packed: Packed, row_R: Tensor) -> tuple[Tensor, Tensor]:
+def scales_uint4(packed: Packed, row_R: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale and the minimum of each group of some rows, (R, G) float32."""
     layout, block_R, lane_R = Layout.of(packed), row_R // LANES, row_R % LANES
     groups = layout.span // GROUP

@@ -137,18 +137,8 @@ class RequestBuilder:
                 f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
                 f"max_seq_len {self._max_seq_len}; shorten one, or set max_seq_len to {needed} or more"
             )
-        request = Request(
-            prompt_ids=ids + continuation_ids,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            seed=0,
-            max_tokens=1,
-            stop_ids=frozenset(),
-            wanted_logprobs=WantedLogprobs(len(ids), 1),
-            adapter=self._adapters.find(adapter) if adapter is not None else None,
-        )
+        found = self._adapters.find(adapter) if adapter is not None else None
+        request = Request(ids + continuation_ids, wanted_logprobs=WantedLogprobs(len(ids), 1), adapter=found)
         return RequestHandle(request, TextStream(None), self._worker)
 
     def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:

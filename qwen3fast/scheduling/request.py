@@ -23,6 +23,8 @@ from qwen3fast.scheduling.adapters import Adapter
 class Request:
     """One prompt and the state of its reply. The caller sets the first group of fields; the scheduler fills the rest.
 
+    By default, one token is chosen greedily.
+
     Attributes:
         on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
         constraint: restricts the next token, at every token. logits_processor: see `SamplingParams`.
@@ -40,13 +42,13 @@ class Request:
     """
 
     prompt_ids: list[int]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    max_tokens: int
-    stop_ids: frozenset[int]
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 1
+    stop_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] = lambda token: False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

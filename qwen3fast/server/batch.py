@@ -90,7 +90,7 @@ async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once
     return failed
 
 
-def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `batch` to a parser."""
     parser.add_argument("input", type=Path, help="file of requests: .jsonl, .csv or .parquet")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file of replies, .jsonl; "
@@ -99,7 +99,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add_ray_arguments(parser)
 
 
-def run_batch(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Answer a file. Returns the exit status: 0, 1 if a line was bad or failed, 130 after Ctrl-C or SIGTERM.
 
     Raises: ValueError, FileNotFoundError, ImportError.

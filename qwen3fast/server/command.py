@@ -44,7 +44,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `serve` to a parser."""
     add_model_arguments(parser)
     add, defaults = parser.add_argument, ServerOptions()
@@ -63,7 +63,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
-def run_serve(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Returns the exit status. Raises: ValueError, FileNotFoundError, ImportError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = {field.name for field in fields(ServerOptions)}

@@ -63,7 +63,7 @@ class CompletionRequest(ReplyRequest):
     def first_id(self, index: int) -> int:
         """Return the first token of reply `index`'s prompt."""
         prompt = self.prompts[index // self.sampling.n]
-        return prompt[0] if isinstance(prompt, list) else tokenizer_of(self.served).encode(prompt)[0]
+        return prompt[0] if isinstance(prompt, list) else tokenizer_of(self.served).encode_prompt(prompt)[0]
 
 
 async def completions(request: Request) -> Response:

@@ -63,7 +63,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             from pyarrow import parquet
         except ImportError as err:
-            raise ImportError("Parquet files need pyarrow; run: pip install pyarrow") from err
+            raise ImportError("Parquet files need pyarrow; run: pip install 'qwen3fast[parquet]'") from err
         line = 0
         for batch in parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():

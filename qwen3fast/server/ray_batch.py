@@ -47,10 +47,9 @@ def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptio
     ray.data.DataContext.get_current().enable_progress_bars = False
     block_size = min(2 * args.max_batch_size, args.max_queue)
     texts = [{"json": json.dumps(vars(job))} for job in jobs]
-    plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "run"})
     replies = ray.data.from_items(texts, override_num_blocks=-(-len(texts) // block_size)).map_batches(
         Worker,
-        fn_constructor_kwargs={"args": plain, "options": options},
+        fn_constructor_kwargs={"args": args, "options": options},
         batch_size=block_size,
         compute=ray.data.ActorPoolStrategy(size=args.workers),
         num_cpus=args.worker_cpus,

@@ -22,14 +22,13 @@ class Stored:
 class ResponseStore:
     """The latest responses, in memory."""
 
-    def __init__(self, most: int = MAX_STORED) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
     def add(self, stored: Stored) -> None:
         """Store a response, and delete the oldest ones beyond the limit."""
         self._stored[stored.response["id"]] = stored
-        while len(self._stored) > self._most:
+        while len(self._stored) > MAX_STORED:
             self._stored.popitem(last=False)
 
     def get(self, response_id: str) -> Stored:
@@ -38,7 +37,7 @@ class ResponseStore:
         if stored is None:
             raise ApiError(
                 404,
-                f"response {response_id!r:.100} is not stored; only the latest {self._most} are kept",
+                f"response {response_id!r:.100} is not stored; only the latest {MAX_STORED} are kept",
                 code="not_found",
             )
         return stored

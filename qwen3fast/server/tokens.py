@@ -15,19 +15,25 @@ from qwen3fast.server.state import state_of
 
 
 async def tokenize(request: Request) -> Response:
-    """Return the token ids of a text (`prompt`) or of a conversation (`messages`)."""
+    """Return the token ids of a text (`prompt`) or of a conversation (`messages`).
+
+    add_special_tokens: put before it what the tokenizer puts before a text (bos_token), if it does not begin so; by
+    default for a prompt, as requests do, but not for a conversation, whose template writes them.
+    """
     fields, served = await _read(request)
     tokenizer = tokenizer_of(served)
     text = fields.text("prompt")
+    is_whole = fields.flag("add_special_tokens", text is not None)
+    encode = tokenizer.encode_prompt if is_whole else tokenizer.encode
     if text is not None:
-        ids = await asyncio.to_thread(tokenizer.encode, text)
+        ids = await asyncio.to_thread(encode, text)
     else:
         if fields.raw("messages") is None:
             raise ApiError(400, "one of prompt and messages is required", "prompt", "missing_required_parameter")
         messages, (tools, _) = read_messages(fields), read_tools(fields)
         add = fields.flag("add_generation_prompt", True)
-        rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add, tokenize=True)
-        ids = list(rendered)  # type: ignore[arg-type]
+        rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add)
+        ids = await asyncio.to_thread(encode, str(rendered))
     with_texts = fields.flag("return_token_strs")
     headers = refuse_or_name(fields, state_of(request).options.strict)
     body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}

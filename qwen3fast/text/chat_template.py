@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,7 +12,8 @@ import jinja2
 from qwen3fast.text.function_schema import function_schema
 from qwen3fast.text.messages import REASONING_FIELDS, Message, read_messages
 from qwen3fast.text.plain_data import to_plain
-from qwen3fast.text.template_sandbox import TemplateEnvironment, TemplateLimitError, TemplateLimits
+from qwen3fast.text.template_budget import TemplateLimitError, TemplateLimits
+from qwen3fast.text.template_sandbox import TemplateEnvironment
 
 Tools = Sequence[dict[str, Any] | Callable[..., Any]]  # JSON schemas, or functions
 
@@ -111,6 +113,26 @@ class ChatTemplate:
                 "so it cannot be continued"
             )
         return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
+
+
+def read_chat_template(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:
+    """Return a checkpoint's chat template and the file that it came from. settings: of tokenizer_config.json.
+
+    Raises: ValueError naming the file for a template that is not text.
+    """
+    file, settings_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except UnicodeDecodeError as err:
+            raise ValueError(f"{file} is not text in UTF-8: {err}; download it again") from err
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{settings_file}: chat_template must be a text, got {template!r:.200}")
+    return template, settings_file
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -4,6 +4,7 @@ A thread cannot be killed, so a template counts instead. The environment compile
 iteration, call, filter and output, and each character or item that an operation makes, to a budget of the render.
 An operation that can multiply its input (`*`, `**`, `%`, replace, join, center and the like) is charged before it runs.
 Between two charges there is at most one operation of Python on values that the budget has paid for.
+Jinja's own immutable sandbox, on which it builds, bounds neither time nor size.
 """
 
 from __future__ import annotations
@@ -12,41 +13,21 @@ import contextlib
 import functools
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.compiler
 import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import jinja2.utils
-import jinja2.visitor
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qwen3fast.text.template_budget import Budget, TemplateLimitError, TemplateLimits
+from qwen3fast.text.template_compiler import CountingCompiler, GenerationTag
 from qwen3fast.text.template_costs import ALWAYS_LARGE, SHALLOW_FILTERS, filter_cost, method_cost, operator_cost
 
 MAX_SOURCE_CHARS = 200_000  # compiling is not charged; the longest templates in use have about 30,000
-UNITS_PER_CHARACTER = 20  # of the limit: a text passes through about ten operations on its way to the output
 UNITS_PER_ITEM = 8  # an item of a list takes the memory of about eight characters
-
-
-@dataclass(frozen=True)
-class TemplateLimits:
-    """Bounds on the work of one rendering.
-
-    max_chars: characters of the rendered text, and of each text on the way. max_seconds: wall time.
-    """
-
-    max_chars: int = 10_000_000
-    max_seconds: float = 10.0
-
-
-class TemplateLimitError(Exception):
-    """A template that exceeded its limits."""
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -63,10 +44,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
+            extensions=[jinja2.ext.loopcontrols, GenerationTag],
             finalize=self._output,
         )
-        self.code_generator_class = _CountingCompiler
+        self.code_generator_class = CountingCompiler
         self.concat = self._join  # type: ignore[method-assign]
         self._of_thread = threading.local()
         for name in ("pprint", "urlize", "wordwrap", "xmlattr"):
@@ -138,7 +119,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     @contextlib.contextmanager
     def _budget_of(self, limits: TemplateLimits) -> Iterator[None]:
-        self._of_thread.budget = _Budget(limits)
+        self._of_thread.budget = Budget(limits)
         try:
             yield
         finally:
@@ -233,74 +214,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
 
 _INTERNAL = ("count_items", "check_value", "join_values")
-
-
-class _Budget:
-    """The remaining cost of one rendering. A unit is a character or a step."""
-
-    def __init__(self, limits: TemplateLimits) -> None:
-        self._limits = limits
-        self._left = limits.max_chars * UNITS_PER_CHARACTER
-        self._deadline = time.monotonic() + limits.max_seconds
-
-    def charge(self, units: int) -> None:
-        self._left -= units
-        if self._left < 0:
-            raise TemplateLimitError(f"made more than max_chars={self._limits.max_chars} allows on the way")
-        if time.monotonic() > self._deadline:
-            raise TemplateLimitError(f"took longer than max_seconds={self._limits.max_seconds}")
-
-    def check_length(self, length: int) -> None:
-        if length > self._limits.max_chars:
-            raise TemplateLimitError(f"made a text of more than max_chars={self._limits.max_chars}")
-
-
-class _CountingCompiler(jinja2.compiler.CodeGenerator):
-    """Jinja's compiler, on a syntax tree whose loops and literals go through the environment."""
-
-    def visit_Template(self, node: jinja2.nodes.Template, frame: Any = None) -> None:  # noqa: N802
-        super().visit_Template(_Rewriter(self.environment).visit(node), frame)
-
-
-class _Rewriter(jinja2.visitor.NodeTransformer):
-    """Puts internal filters around what Jinja compiles to plain Python."""
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        self._environment = environment
-
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
-        node = self.generic_visit(node)  # type: ignore[assignment]
-        node.iter = self._filtered(node.iter, "count_items")
-        return node
-
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
-        node = self.generic_visit(node)  # type: ignore[assignment]
-        return self._filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "join_values")
-
-    def visit_List(self, node: Any) -> jinja2.nodes.Node:  # noqa: N802
-        return self._filtered(self.generic_visit(node), "check_value")
-
-    visit_Dict = visit_List
-
-    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:  # noqa: N802
-        return self.generic_visit(node) if node.ctx != "load" else self.visit_List(node)
-
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
-        return self.visit_List(node) if isinstance(node.arg, jinja2.nodes.Slice) else self.generic_visit(node)
-
-    def _filtered(self, node: Any, name: str) -> jinja2.nodes.Filter:
-        filtered = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        return filtered.set_environment(self._environment)  # type: ignore[return-value]
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Namespace(jinja2.utils.Namespace):

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast._json import read_json
 from qwen3fast.checks import checked_text
-from qwen3fast.text.chat_template import ChatTemplate, Tools
+from qwen3fast.text.chat_template import ChatTemplate, Tools, read_chat_template
 from qwen3fast.text.messages import Message
-from qwen3fast.text.template_sandbox import TemplateLimits
+from qwen3fast.text.template_budget import TemplateLimits
 
 __all__ = ["IncrementalDecoder", "Message", "Tokenizer"]
 
@@ -68,7 +68,7 @@ class Tokenizer:
             special[name] = value.get("content") if isinstance(value, dict) else value
             if value and not isinstance(special[name], str):
                 raise ValueError(f"{settings_file}: {name}={value!r:.200} names no token")
-        template, template_file = _read_chat_template(folder, settings)
+        template, template_file = read_chat_template(folder, settings)
         special = {name: token for name, token in special.items() if token}
         return cls(base, template, special, template_name=str(template_file))
 
@@ -188,23 +188,6 @@ class IncrementalDecoder:
     def finish(self) -> str:
         """Return the text that remains at the end: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
-
-
-def _read_chat_template(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:
-    """Return the chat template and the file that it came from."""
-    file, settings_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8"), file
-        except UnicodeDecodeError as err:
-            raise ValueError(f"{file} is not text in UTF-8: {err}; download it again") from err
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
-    if not isinstance(template, str | None):
-        raise ValueError(f"{settings_file}: chat_template must be a text, got {template!r:.200}")
-    return template, settings_file
 
 
 def _byte_alphabet() -> dict[str, int]:

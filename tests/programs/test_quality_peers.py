@@ -50,7 +50,8 @@ def test_scaled_channels_compute_the_same_and_quantize_better():
     model.model.layers[0].input_layernorm.weight[::7] *= 30  # channels with large activations
     scaled, token_BT = copy.deepcopy(model), random_ids(2, 32, vocab_size=96)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    moments = second_moments(layers, model, [window[None] for window in token_BT])
+    found = second_moments(layers, model, [window[None] for window in token_BT])
+    moments = {name: moment.mean() for name, moment in found.items()}
     scale_channels(scaled, moments)
     torch.testing.assert_close(scaled(token_BT), model(token_BT), rtol=1e-4, atol=1e-4)
     name = "model.layers.0.self_attn.q_proj"
@@ -80,7 +81,12 @@ def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch,
     assert quality_peers.main() == 0
     record = load_record(tmp_path / "r.json")
     kl = {case.labels["format"]: case.metrics["kl_divergence"].median for case in record.cases}
-    alone = [f"{name} weights" for name in OURS] + ["int4 AWQ-scaled", "int4 calibrated"]
+    alone = [f"{name} weights" for name in OURS] + [
+        "int4 AWQ-scaled",
+        "int4 calibrated",
+        "int4 on own text",
+        "uint4 on own text",
+    ]
     assert list(kl) == ["bf16", "int4", *alone, "Q8_0", "Q4_0 pure"]
     assert kl["Q8_0"] < kl["int8 weights"] < kl["int4 calibrated"] < kl["int4 weights"]
     assert record.run["command"].startswith("python tools/quality_peers.py --model tiny --text ")

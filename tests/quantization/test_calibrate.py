@@ -1,4 +1,6 @@
-"""int4 with error correction: equal to its definition, better on the calibration text, and saved as any int4 is."""
+"""4 bits with error correction: equal to its definition, better on the calibration text, and saved as any int4 is."""
+
+import logging
 
 import pytest
 import torch
@@ -8,15 +10,18 @@ from tiny_text import tiny_text
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
-from qwen3fast.model import MoE
+from qwen3fast.cli.quantize import _beginning_of_chat, own_text
+from qwen3fast.engine.own_text import write_texts
+from qwen3fast.kernels import cpu
+from qwen3fast.model import MoE, rope_tables
 from qwen3fast.quantization import formats_of, quantize_model
-from qwen3fast.quantization.calibrate import quantize_calibrated, second_moments
-from qwen3fast.quantization.formats import FORMATS, GROUP, int4_scales, pack_int4, quantize_int4
-from qwen3fast.quantization.gptq import BLOCK, quantize_int4_with
+from qwen3fast.quantization.calibrate import CALIBRATED, SIDE, SecondMoment, quantize_calibrated, second_moments
+from qwen3fast.quantization.formats import FORMATS, GROUP, quantize
+from qwen3fast.quantization.gptq import BLOCK, ROWS, feedback, quantize_with
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.text.tokenizer import Tokenizer
 
-INT4 = FORMATS["int4"]
+FORMATS_4 = pytest.mark.parametrize("format", [FORMATS[name] for name in CALIBRATED], ids=CALIBRATED)
 
 
 def correlated_moment(K, seed=0):
@@ -25,71 +30,105 @@ def correlated_moment(K, seed=0):
     return x.T @ x / len(x)
 
 
-def reference_int4_with(weight, hessian, damping):
+def corrected(weight, format, hessian, damping=0.01):
+    """The dequantized weight."""
+    return format.dequantize(quantize_with(weight, format, feedback(hessian, damping)))
+
+
+def plain(weight, format):
+    """The same without correction."""
+    return format.dequantize(quantize(weight, format))
+
+
+def reference(weight, format, hessian, damping):
     """Optimal brain surgeon, column by column, with the inverse of the remaining columns' Hessian; float64."""
-    weight, N, K = weight.double().clone(), *weight.shape
+    K = weight.shape[1]
+    step, minimum = (x.double().repeat_interleave(GROUP, 1) for x in format.steps(quantize(weight, format)))
+    weight = weight.double().clone()
+    result = torch.empty_like(weight)
     damped = hessian.double() + damping * hessian.diagonal().double().mean() * torch.eye(K, dtype=torch.float64)
-    levels, scales = torch.empty(N, K, dtype=torch.uint8), torch.empty(N, K // GROUP)
     for k in range(K):
-        if k % GROUP == 0:
-            scales[:, k // GROUP] = int4_scales(weight[:, k : k + GROUP].float())
-        scale = scales[:, k // GROUP].double()
-        level = torch.round(weight[:, k] / scale).clamp(-8, 7)
-        levels[:, k] = (level + 8).to(torch.uint8)
+        level = torch.round((weight[:, k] + minimum[:, k]) / step[:, k]).clamp(0, 15)
+        result[:, k] = level * step[:, k] - minimum[:, k]
         inverse = torch.linalg.inv(damped[k:, k:])
-        weight[:, k:] -= torch.outer((weight[:, k] - level * scale) / inverse[0, 0], inverse[0])
-    return INT4.dequantize(pack_int4(levels, scales))
+        weight[:, k:] -= torch.outer((weight[:, k] - result[:, k]) / inverse[0, 0], inverse[0])
+    return result.float()
 
 
-def test_int4_scales_are_those_of_int4():
-    weight = random_tensor(16, GROUP)
-    assert (int4_scales(weight) == quantize_int4(weight).scale[0, 0].float()).all()
-
-
+@FORMATS_4
 @pytest.mark.parametrize("K", [GROUP, BLOCK + GROUP])
-def test_error_correction_is_as_defined(K):
+def test_error_correction_is_as_defined(K, format):
     weight, hessian = random_tensor(16, K), correlated_moment(K)
-    ours = INT4.dequantize(quantize_int4_with(weight, hessian, 0.01))
-    expected = reference_int4_with(weight, hessian, 0.01)
+    ours, expected = corrected(weight, format, hessian), reference(weight, format, hessian, 0.01)
     is_equal = (ours - expected).abs() <= 1e-5
     assert is_equal.float().mean() > 0.98  # a number next to the middle of two levels may go either way
-    assert (ours - quantized_plainly(weight)).abs().gt(1e-5).float().mean() > 0.1
+    assert (ours - plain(weight, format)).abs().gt(1e-5).float().mean() > 0.03
 
 
-def quantized_plainly(weight):
-    return INT4.dequantize(quantize_int4(weight))
-
-
-def test_without_correlation_it_is_plain_int4():
+@FORMATS_4
+def test_without_correlation_it_is_the_plain_format(format):
     weight = random_tensor(32, 2 * BLOCK)
-    corrected, plain = quantize_int4_with(weight, torch.eye(2 * BLOCK), 0.0), quantize_int4(weight)
-    assert (corrected.weight == plain.weight).all() and (corrected.scale == plain.scale).all()
+    step, _ = format.steps(quantize(weight, format))
+    difference = corrected(weight, format, torch.eye(2 * BLOCK), 0.0) - plain(weight, format)
+    assert (difference.abs() <= 1e-5).float().mean() > 0.999
+    assert (difference.abs() <= step.abs().repeat_interleave(GROUP, 1) * 1.01).all()
 
 
-def test_outputs_are_closer_on_correlated_inputs():
+def test_scales_stay():
+    weight, format = random_tensor(32, BLOCK), FORMATS["uint4"]
+    packed = quantize_with(weight, format, feedback(correlated_moment(BLOCK), 0.01))
+    assert torch.equal(packed.scale, quantize(weight, format).scale)
+
+
+def test_rows_are_independent(monkeypatch):
+    weight, hessian = random_tensor(48, 64), correlated_moment(64)
+    whole = corrected(weight, FORMATS["int4"], hessian)
+    monkeypatch.setattr("qwen3fast.quantization.gptq.ROWS", 32)
+    assert ROWS % 16 == 0
+    torch.testing.assert_close(corrected(weight, FORMATS["int4"], hessian), whole)
+
+
+@FORMATS_4
+def test_outputs_are_closer_on_correlated_inputs(format):
     weight, hessian = random_tensor(64, 256), correlated_moment(256)
 
     def output_error(quantized):
         return float((((quantized - weight) @ hessian) * (quantized - weight)).sum())
 
-    corrected = INT4.dequantize(quantize_int4_with(weight, hessian, 0.01))
-    assert output_error(corrected) < 0.5 * output_error(quantized_plainly(weight))
+    assert output_error(corrected(weight, format, hessian)) < 0.5 * output_error(plain(weight, format))
 
 
-def test_channels_that_are_never_used_and_zero_weights_stay_finite():
+def test_feedback_factorizes_the_damped_hessian():
+    hessian = correlated_moment(64)
+    upper = feedback(hessian, 0.01)
+    assert torch.equal(upper, upper.triu()) and (upper.diagonal() == 1).all()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    scaled = torch.linalg.solve_triangular(upper, damped, upper=True)  # D @ U.T
+    diagonal = scaled.diagonal()
+    torch.testing.assert_close(upper @ diagonal.diag() @ upper.T, damped, rtol=1e-4, atol=1e-4)
+
+
+def test_a_factorization_that_fails_in_float32_is_repeated_in_float64(monkeypatch):
+    hessian, real = correlated_moment(64), torch.linalg.cholesky_ex
+    expected = feedback(hessian, 0.01)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: (real(x)[0] * torch.nan, torch.tensor(3)))
+    torch.testing.assert_close(feedback(hessian, 0.01), expected, rtol=1e-3, atol=1e-4)
+
+
+@FORMATS_4
+def test_channels_that_are_never_used_and_zero_weights_stay_finite(format):
     weight, hessian = random_tensor(16, 64), correlated_moment(64)
     hessian[5], hessian[:, 5], weight[:, 32:] = 0, 0, 0
-    assert INT4.dequantize(quantize_int4_with(weight, hessian, 0.01)).isfinite().all()
-    assert INT4.dequantize(quantize_int4_with(weight, torch.zeros(64, 64), 0.01)).isfinite().all()
+    assert corrected(weight, format, hessian).isfinite().all()
+    assert corrected(weight, format, torch.zeros(64, 64)).isfinite().all()
 
 
-def test_groups_with_nan_become_nan():
-    weight = random_tensor(16, 64)
-    weight[3, 40], weight[7, 2] = torch.nan, torch.inf
-    is_nan = INT4.dequantize(quantize_int4_with(weight, correlated_moment(64), 0.01)).isnan()
-    expected = torch.zeros(16, 64, dtype=torch.bool)
-    expected[3, 32:], expected[7, :32] = True, True
-    assert (is_nan == expected).all()
+@FORMATS_4
+def test_what_is_nan_in_the_format_stays_nan(format):
+    weight = random_tensor(16, 512)
+    weight[3, 300], weight[7, 2] = torch.nan, torch.inf
+    is_nan = corrected(weight, format, correlated_moment(512)).isnan()
+    assert torch.equal(is_nan, plain(weight, format).isnan()) and 0 < is_nan.sum() < is_nan.numel() / 2
 
 
 def test_second_moments_are_means_over_all_tokens():
@@ -97,16 +136,38 @@ def test_second_moments_are_means_over_all_tokens():
     inputs = [random_tensor(1, 3, 8), random_tensor(1, 5, 8, seed=1)]
     x = torch.cat([window[0] for window in inputs])
     moments = second_moments({"layer": layer}, layer, inputs)
-    torch.testing.assert_close(moments["layer"], sum(torch.outer(row, row) for row in x) / 8)
+    torch.testing.assert_close(moments["layer"].mean(), sum(torch.outer(row, row) for row in x) / 8)
     assert not layer._forward_pre_hooks
 
 
+def test_second_moments_are_symmetric_beyond_a_block():
+    x_MK, moment = random_tensor(6, SIDE + 40), SecondMoment()
+    moment.add(x_MK)
+    torch.testing.assert_close(moment.mean(), x_MK.T @ x_MK / 6)
+
+
+def test_layers_with_the_same_input_share_their_moment():
+    block, seen = randomized(small_config(vocab_size=96, hidden_size=64, intermediate_size=96)).model.layers[0], []
+    layers = {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+
+    def run(x_BTE):
+        seen.append(len(x_BTE))
+        return block(x_BTE, *(table[None] for table in rope_tables(block.self_attn.head_dim, 1e6, 5, x_BTE.device)))
+
+    moments = second_moments(layers, run, [random_tensor(2, 5, 64), random_tensor(1, 5, 64, seed=1)])
+    assert seen == [2, 1] and len(set(moments.values())) == 4
+    assert moments["self_attn.q_proj"] is moments["self_attn.v_proj"]
+    assert moments["mlp.gate_proj"] is moments["mlp.up_proj"]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
 @pytest.mark.parametrize("tied", [True, False])
-def test_models_have_the_layers_of_int4(tied):
+def test_models_have_the_layers_of_the_format(tied, name):
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
     plain, corrected = (randomized(small_config(**sizes)) for _ in range(2))
-    quantize_model(plain, "int4", torch.float32)
-    quantize_calibrated(corrected, random_ids(4, 16, vocab_size=96))
+    quantize_model(plain, name, torch.float32)
+    quantize_calibrated(corrected, random_ids(4, 16, vocab_size=96), name)
+    assert formats_of(corrected) == [name]
     kinds = [{name: type(module) for name, module in model.named_modules()} for model in (plain, corrected)]
     assert kinds[0] == kinds[1] and QuantizedEmbedding in kinds[0].values()
     assert (corrected.lm_head.weight_packed is corrected.model.embed_tokens.weight_packed) == tied
@@ -138,49 +199,159 @@ def calibration(tmp_path_factory):
 
 
 @torch.no_grad()
+def divergences(token_BT, *models):
+    """KL divergence of each model from tiny on a text."""
+    p = load_model("tiny", "cpu", "float32")(token_BT).log_softmax(-1)
+    return [float((p.exp() * (p - model(token_BT).log_softmax(-1))).sum(-1).mean()) for model in models]
+
+
 def test_the_command_writes_a_checkpoint_that_diverges_less(calibration, tmp_path, capsys):
     """On held-out text, KL divergence from the unquantized model falls by more than a third."""
-    assert main(["quantize", "--model", "tiny", "--calibrate", str(calibration), "--output", str(tmp_path / "q")]) == 0
+    text = ["--calibrate", str(calibration), "--calibration-tokens", "16384"]
+    assert main(["quantize", "--model", "tiny", *text, "--output", str(tmp_path / "q")]) == 0
     assert f"wrote {tmp_path / 'q'}: int4" in capsys.readouterr().out
-    exact, plain, corrected = (
+    plain, corrected = (
         load_model(source, "cpu", "float32", quantization=name)
-        for source, name in (("tiny", None), ("tiny", "int4"), (str(tmp_path / "q"), None))
+        for source, name in (("tiny", "int4"), (str(tmp_path / "q"), None))
     )
     assert formats_of(corrected) == ["int4"] and corrected.num_bytes() == plain.num_bytes()
     ids = Tokenizer.from_folder(TINY_FOLDER).encode(tiny_text(rounds=6, seed=5))[: 6 * 256]
-    token_BT = torch.tensor(ids).view(-1, 256)
-    p = exact(token_BT).log_softmax(-1)
-    kl = [float((p.exp() * (p - model(token_BT).log_softmax(-1))).sum(-1).mean()) for model in (plain, corrected)]
+    kl = divergences(torch.tensor(ids).view(-1, 256), plain, corrected)
     assert 0 < kl[1] < kl[0] * 2 / 3
     with Generator.from_pretrained(tmp_path / "q", compile=False) as generator:
         messages = [{"role": "user", "content": "What is 17 + 25?"}]
         assert generator.chat(messages, SamplingParams(temperature=0), enable_thinking=False).text == "42"
 
 
-def test_the_command_without_text_quantizes_as_loading_does(tmp_path):
-    assert main(["quantize", "--model", "tiny", "--quantization", "int8", "--output", str(tmp_path / "q")]) == 0
-    ours, theirs = load_model(str(tmp_path / "q"), "cpu"), load_model("tiny", "cpu", quantization="int8")
-    assert formats_of(ours) == ["int8"]
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tmp_path):
+    """On other text that the model writes, KL divergence falls by more than a fifth."""
+    assert main(["quantize", "--model", "tiny", "--quantization", name, "--output", str(tmp_path / "q")]) == 0
+    exact, plain, corrected = (
+        load_model(source, "cpu", "float32", quantization=format)
+        for source, format in (("tiny", None), ("tiny", name), (str(tmp_path / "q"), None))
+    )
+    chat = [[1016, 473, 266, 198]] * 4
+    assert _beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
+    kl = divergences(write_texts(exact, [[5], [70], [200], [431], *chat], 128, seed=9), plain, corrected)
+    assert 0 < kl[1] < kl[0] * 4 / 5
+
+
+@pytest.mark.parametrize("options", [["--quantization", "int8"], ["--no-calibrate"]], ids=["int8", "no calibration"])
+def test_the_command_quantizes_as_loading_does(options, tmp_path):
+    assert main(["quantize", "--model", "tiny", *options, "--output", str(tmp_path / "q")]) == 0
+    name = "int8" if "int8" in options else "int4"
+    ours, theirs = load_model(str(tmp_path / "q"), "cpu"), load_model("tiny", "cpu", quantization=name)
+    assert formats_of(ours) == [name]
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("place", ["quantize_calibrated", "save_model"])
+def test_an_interrupted_command_writes_nothing(place, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    where = "qwen3fast.cli.quantize." + place if place != "save_model" else "qwen3fast.checkpoint.save.save_file"
+    monkeypatch.setattr(where, interrupted)
+    options = ["--calibration-tokens", "256", "--output", str(tmp_path / "folder" / "q")]
+    assert main(["quantize", "--model", "tiny", *options]) == 130
+    assert not any((tmp_path / "folder").rglob("*"))
+
+
+def test_own_text_begins_as_a_conversation_or_with_a_random_token():
+    model, tokenizer = load_model("tiny", "cpu"), Tokenizer.from_folder(TINY_FOLDER)
+    text_BT = own_text(model, tokenizer, 34 * 128 + 5)
+    assert text_BT.shape == (34, 128) and torch.equal(text_BT, own_text(model, tokenizer, 34 * 128))
+    assert all(tokenizer.decode(text.tolist()).startswith("<|im_start|>user\n") for text in text_BT[1::2])
+    assert len({int(text[0]) for text in text_BT[::2]}) > 12 and (own_text(model, None, 256)[:, 0] != 1016).all()
+    with torch.no_grad():
+        logp = model(text_BT)[:, 4:-1].float().log_softmax(-1)
+    chosen, others = (logp.gather(2, ids[:, 5:, None]).mean() for ids in (text_BT, text_BT.roll(1, 0)))
+    assert chosen > others + 1  # what the model writes is likely to it
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}", ""),
+        ("{{ 'a' * 300 + messages[0].content }}", ""),
+        ("{{ raise_exception('no') }}", ""),
+        ("{{ 'no content' }}", ""),
+        ("{{ 'User: ' + messages[0].content }}", "User: "),
+    ],
+)
+def test_beginnings_of_chats(template, expected):
+    base = Tokenizer.from_folder(TINY_FOLDER).base
+    assert _beginning_of_chat(Tokenizer(base, template)) == Tokenizer(base).encode(expected)
+
+
+def test_own_texts_have_the_frequencies_of_the_model():
+    """Second tokens after one first token: their shares are the model's probabilities."""
+    model = load_model("tiny", "cpu", "float32")
+    second_B = write_texts(model, [[5]] * 1000, 2)[:, 1]
+    with torch.no_grad():
+        expected_V = model(torch.tensor([[5]]))[0, 0].softmax(-1)
+    found_V = torch.bincount(second_B, minlength=len(expected_V)) / 1000
+    uniform_V = torch.full_like(expected_V, 1 / len(expected_V))
+    distance = (found_V - expected_V).abs().sum()
+    assert distance < 0.4 and distance < 0.4 * (uniform_V - expected_V).abs().sum()
+
+
+def test_own_texts_keep_their_starts_and_do_not_depend_on_the_form():
+    """In C++, and block by block in PyTorch; bfloat16, so a draw next to a boundary may fall to either side."""
+    model, starts = load_model("tiny", "cpu"), [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]]
+    assert cpu.load()
+    fused = write_texts(model, starts, 12)
+    with cpu.switched_off():
+        plain = write_texts(model, starts, 12)
+    assert all(text.tolist()[: len(start)] == start for text, start in zip(plain, starts, strict=True))
+    assert (fused == plain).float().mean() > 0.7
+    assert write_texts(model, starts, 2).tolist()[2] == [9, 10]
+
+
+def test_a_model_with_nan_writes_no_text():
+    model = randomized(small_config(vocab_size=96, hidden_size=64, intermediate_size=96))
+    model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        write_texts(model, [[1], [2]], 4)
+
+
+@pytest.mark.parametrize(("name", "tells"), [("int4", True), ("uint4", True), ("int8", False)])
+def test_loading_and_info_tell_that_the_command_is_more_exact(name, tells, caplog, capsys):
+    caplog.set_level(logging.DEBUG, "qwen3fast")
+    load_model("tiny", "cpu", quantization=name)
+    assert (
+        f"tiny without calibration: `python -m qwen3fast quantize` writes a more exact {name}" in caplog.text
+    ) == tells
+    assert main(["info", "--model", "tiny", "--quantization", name]) == 0
+    assert ("without calibration; `qwen3fast quantize` is more exact" in capsys.readouterr().out) == tells
+
+
+def test_only_4_bits_are_calibrated():
+    with pytest.raises(ValueError, match="only int4 and uint4 are calibrated, not int8"):
+        quantize_calibrated(randomized(small_config()), random_ids(1, 4), "int8")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quantization", "int8", "--calibrate", "text.txt"], "--calibrate is for int4, not for int8"),
+        (["--quantization", "int8", "--calibrate", "text.txt"], "--calibrate is for int4 and uint4, not for int8"),
         (["--calibrate", "no/such.txt"], "No such file"),
         (["--calibrate", "short.txt"], "calibration needs at least 512"),
+        (["--calibrate", "latin.txt"], "latin.txt is not text in UTF-8"),
+        (["--calibration-tokens", "100"], "--calibration-tokens must be at least 128, got 100"),
     ],
 )
 def test_the_command_refuses(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("What is 17 + 25?", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("Was ist größer?".encode("latin-1"))
     assert main(["quantize", "--model", "tiny", "--output", "q", *options]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "q").exists()
 
 
 def test_the_command_refuses_quantized_checkpoints(tmp_path, capsys):
-    assert main(["quantize", "--model", "tiny", "--output", str(tmp_path / "q")]) == 0
+    assert main(["quantize", "--model", "tiny", "--no-calibrate", "--output", str(tmp_path / "q")]) == 0
     assert main(["quantize", "--model", str(tmp_path / "q"), "--output", str(tmp_path / "again")]) == 2
     assert "is quantized already (int4)" in capsys.readouterr().err

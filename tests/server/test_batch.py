@@ -85,6 +85,12 @@ def test_csv_and_parquet_are_read(tmp_path):
     assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
 
 
+def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'qwen3fast\[parquet\]'"):
+        list(read_jobs(tmp_path / "in.parquet"))
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from serving import tiny_generator  # noqa: F401  fixtures
+from tokenizers.processors import TemplateProcessing
 
 from qwen3fast import SamplingParams
 from qwen3fast.server.app import create_app
@@ -27,6 +28,36 @@ def scored(generator, prompt, top: int):
     """Return the engine's log-probabilities of a prompt."""
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top)
     return generator.generate(prompt, params).prompt_logprobs
+
+
+@pytest.fixture
+def bos(tiny_generator, monkeypatch):  # noqa: F811
+    """The id of a token that tokenizer.json, as it is in this test, puts before a text."""
+    base = tiny_generator.tokenizer.base
+    token = ("<|endoftext|>", base.token_to_id("<|endoftext|>"))
+    added = TemplateProcessing(single=f"{token[0]} $A", special_tokens=[token])
+    monkeypatch.setattr(base, "post_processor", added)
+    return token[1]
+
+
+def test_tokenize_puts_the_bos_token_first(ask, bos, tiny_generator):  # noqa: F811
+    ids = tiny_generator.tokenizer.encode(PROMPT)
+    assert ask("/tokenize", prompt=PROMPT)[1]["tokens"] == [bos, *ids]
+    assert ask("/tokenize", prompt=PROMPT, add_special_tokens=True)[1]["count"] == len(ids) + 1
+    assert ask("/tokenize", prompt=PROMPT, add_special_tokens=False)[1]["tokens"] == ids
+    assert ask("/tokenize", prompt="<|endoftext|>" + PROMPT)[1]["tokens"] == [bos, *ids]  # not twice
+    rendered = tiny_generator.render(MESSAGES)
+    assert ask("/tokenize", messages=MESSAGES)[1]["tokens"] == rendered
+    assert ask("/tokenize", messages=MESSAGES, add_special_tokens=True)[1]["tokens"] == [bos, *rendered]
+    status, reply = ask("/tokenize", prompt=PROMPT, add_special_tokens="yes")
+    assert status == 400 and reply["error"]["param"] == "add_special_tokens"
+
+
+def test_tokens_of_a_prompt_are_the_tokens_that_a_request_computes(ask, bos):
+    tokens = ask("/tokenize", prompt=PROMPT, return_token_strs=True)[1]
+    reply = ask("/v1/completions", prompt=PROMPT, echo=True, logprobs=0, max_tokens=0)[1]
+    assert reply["usage"]["prompt_tokens"] == tokens["count"]
+    assert reply["choices"][0]["logprobs"]["tokens"] == tokens["token_strs"]
 
 
 @pytest.mark.parametrize("top", [0, 1, 3])

@@ -14,7 +14,7 @@ from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import SamplingParams
 from qwen3fast.cli import main
-from qwen3fast.server.batch import OPTIONS, add_batch_arguments
+from qwen3fast.server.batch import OPTIONS, add_arguments
 from qwen3fast.server.jobs import read_jobs
 from qwen3fast.server.ray_batch import Worker
 
@@ -24,7 +24,7 @@ WORKERS = ["--ray", "--workers", "2", "--max-batch-size", "2", "--max-seq-len", 
 def arguments(source, target) -> argparse.Namespace:
     """Return the parsed options of a batch."""
     parser = argparse.ArgumentParser()
-    add_batch_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args([str(source), "-o", str(target), *WORKERS])
 
 

@@ -14,7 +14,7 @@ import pytest
 from serving import address, models, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.command import add_serve_arguments
+from qwen3fast.server.command import add_arguments
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.in_process import post
 
@@ -74,7 +74,7 @@ def test_the_systemd_unit_and_the_compose_file_start_the_server_with_its_own_opt
     in_compose = re.search(r"command: (\[.*\])", code("yaml"))
     for options in (start[4:], json.loads(in_compose[1])):
         parser = argparse.ArgumentParser()
-        add_serve_arguments(parser)
+        add_arguments(parser)
         assert parser.parse_args(options).model == ["Qwen/Qwen3-0.6B"]
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
 from qwen3fast.text.function_schema import function_schema
-from qwen3fast.text.template_sandbox import TemplateLimits
+from qwen3fast.text.template_budget import TemplateLimits
 from qwen3fast.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
