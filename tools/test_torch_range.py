@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -60,9 +61,11 @@ def stated_range(text: str) -> tuple[str, str]:
 
 
 def requirements_of(text: str) -> list[str]:
-    """Return what the package and its tests need beside torch, from pyproject.toml's text."""
-    blocks = re.findall(r"^(dependencies|structured|gguf|test) = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
-    wanted = [line for _, block in blocks for line in re.findall(r'^\s*"([^"]+)"', block, re.MULTILINE)]
+    """Return what the package, its tests and their builds need beside torch, from pyproject.toml's text."""
+    extras = r"^(?:dependencies|structured|gguf|server|test) = \[\n(.*?)^\]"
+    blocks = re.findall(extras, text, re.MULTILINE | re.DOTALL)
+    wanted = [line for block in blocks for line in re.findall(r'^\s*"([^"]+)"', block, re.MULTILINE)]
+    wanted += re.findall(r'^requires = \["([^"]+)"\]', text, re.MULTILINE)  # test_wheel.py builds without isolation
     return [name for name in wanted if not name.startswith(("torch", "qwen3fast", "triton"))]
 
 
@@ -142,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Make the environments that are missing and run the tests. Returns the exit status."""
     args = build_parser().parse_args(arguments)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     requirements = versions_of(text)
     given = {name: Path(python) for name, _, python in (item.partition("=") for item in args.environment)}

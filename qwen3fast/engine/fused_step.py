@@ -148,8 +148,12 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
     dtype, D = model.model.norm.weight.dtype, config.head_dim
     if dtype not in DTYPES or cache.keys[0].dtype not in (dtype, torch.int8):
         return f"activations in {dtype} with a cache in {cache.keys[0].dtype} are not served"
-    if D < 16 or D & (D - 1) or config.num_attention_heads // config.num_key_value_heads > MAX_GROUP:
-        return "head_dim must be a power of two from 16 on, and at most 16 query heads share a key/value head"
+    if (
+        not 16 <= D <= cuda.MAX_HEAD_DIM
+        or D & (D - 1)
+        or config.num_attention_heads // config.num_key_value_heads > MAX_GROUP
+    ):
+        return "head_dim must be 16, 32, 64 or 128, and at most 16 query heads share a key/value head"
     layers = [block.get_submodule(name) for block in blocks for name in ("self_attn.o_proj", "mlp.down_proj")]
     stacks = [[getattr(b.get_submodule(part), n) for n in names] for b in blocks for part, names in STACKS.items()]
     if not all(can_stack(together) for together in stacks):

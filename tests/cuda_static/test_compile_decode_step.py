@@ -47,7 +47,16 @@ CHOSEN = [
     (80, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, int8"]),
     (90, [f"{part}, 0.6b, {kind}, 1" for part in ("qkv", "vocabulary") for kind in ("bf16", "int8", "int4", "uint4")]),
     (80, ["search, pass 9", "draw"]),
-    (89, ["chunk attention, 8b, bf16", "chunk attention, 8b, fp32", "attention, 8b, fp32 cache, 33", "attend_split"]),
+    (
+        89,
+        [
+            "chunk attention, 8b, bf16",
+            "chunk attention, 8b, fp32",
+            "attention, 8b, fp32 cache, 33",
+            "attend_split",
+            "packed_matvec, int4",
+        ],
+    ),
     (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),
     (
         90,

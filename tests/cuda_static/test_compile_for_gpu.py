@@ -215,6 +215,7 @@ def test_a_pytorch_without_cuda_is_refused(monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch was built without CUDA")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu counts the kernels of a real step")
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="fake CUDA tensors of PyTorch 2.9 need a driver to be sliced")
 def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     file = tmp_path / "record.json"
     command = [str(Path(main.__file__).parents[1] / "compile_for_gpu.py"), "--gpus", "sm_90", "--models", "0.6b/2"]

@@ -1,5 +1,6 @@
 """tools/test_torch_range.py: which versions, which packages, what is said of tests that fail or cannot be run."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def test_packages_beside_torch_are_those_of_the_package_and_its_tests():
     assert {"safetensors", "numpy", "jinja2", "llguidance", "gguf", "pytest-xdist", "hypothesis", "transformers"} <= {
         *names
     }
+    assert {"starlette", "uvicorn", "openai", "setuptools"} <= {*names}
     assert not {"torch", "triton", "ruff", "mypy", "ray[data]"} & {*names}
 
 
@@ -65,6 +67,17 @@ def test_tests_that_pass_fail_or_cannot_be_run_are_told_apart(tmp_path, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "FAILED", "a.py::one", "FAILED"]
     assert lines[1].endswith("1 failed in 0.10s") and lines[3].endswith("gone-python does not import torch")
+
+
+def test_tests_can_be_interrupted_although_the_tool_was_started_in_the_background(tmp_path, monkeypatch):
+    """A shell starts jobs in the background with SIGINT ignored, and children would inherit this."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(tool, "describe", lambda python: "")
+        tool.main(["--folder", str(tmp_path), "--versions", "2.9", "--environment", "2.9=python"])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_cannot_be_installed_is_said_and_the_others_run(tmp_path, monkeypatch, capsys):

@@ -133,13 +133,19 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
 
 
 def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
-    """Return the attention kernels of models in float32, which need the most shared memory."""
+    """Return the kernels of models in float32 that need the most shared memory."""
     _, _, H, K = SIZES["8b"]
     cases = [*_attention_cases("8b", 1, H, K, torch.float32), *_chunk_cases("8b", H, K, torch.float32)]
     kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
     numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False], _stages(torch.float32)
     split = KernelCase.in_order("attend_split", split_attention._attend_split, kinds, numbers)
-    every = [case for case in (*cases, split._replace(options=options)) if not case.name.startswith("combine")]
+    cases.append(split._replace(options=options))
+    for rows in (16, 64):
+        kinds = ["*fp32", "*i32", _scale_type(INT4), "*fp32", "i32", "i32", "i32"]
+        numbers = [channels_of(INT4), INT4, rows, packed_matvec.block_words(torch.float32, rows)]
+        title = f"packed_matvec, int4, {rows} rows"
+        cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
+    every = [case for case in cases if not case.name.startswith("combine")]
     dependent = capability >= MIN_CAPABILITY
     every = [case._replace(name=f"{case.name}, float32") for case in every]
     return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]

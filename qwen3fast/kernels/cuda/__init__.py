@@ -18,6 +18,7 @@ from torch import Tensor
 # 598, in the first run of a prototype); "sdpa": PyTorch's attention over the whole bucket.
 decode_attention: Literal["sdpa", "split"] = "split"
 DEVICE_TYPE = "cuda"  # of tensors that the operations support; tests of traced code replace it by "meta"
+MAX_HEAD_DIM = 128  # of attention kernels; Qwen3 has no larger one
 MAX_ROWS = 64  # of packed_matvec; more rows are bound by arithmetic and use PyTorch's products
 
 _loading = threading.Lock()
@@ -77,7 +78,8 @@ def can_split(device: torch.device, head_dim: int) -> bool:
 
 def can_chunk_attention(device: torch.device, head_dim: int) -> bool:
     """Return whether `torch.ops.qwen3fast.chunk_attention` serves queries of this size on this device."""
-    is_served = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    # Larger heads would need more shared memory than most GPUs have for a program.
+    is_served = 16 <= head_dim <= MAX_HEAD_DIM and head_dim & (head_dim - 1) == 0
     return is_served and device.type == DEVICE_TYPE and _is_loaded
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight, record_bytes, record_scales
 
-BLOCK_J = 64  # words per row that a program reads at a time
+BLOCK_J = 64  # words per row that a program reads at a time in 16 bits
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
 MAX_ROWS = 64
 
@@ -33,10 +33,18 @@ def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> 
     weight, (M, K), (blocks, J) = Weight.of(packed, scale, is_fp8), x_MK.shape, packed.shape[:2]
     C, rows = num_parts(blocks, J), max(LANES, triton.next_power_of_2(M))
     y_CMN = torch.empty(C, M, blocks * LANES, dtype=torch.float32, device=x_MK.device)
-    sizes = (M, J, triton.cdiv(J, C), K // J, weight.kind, rows, BLOCK_J)
+    sizes = (M, J, triton.cdiv(J, C), K // J, weight.kind, rows, block_words(x_MK.dtype, rows))
     with current(x_MK.device):
         _multiply[(blocks, C)](x_MK.contiguous(), weight.tensor, scale, y_CMN, *sizes)
     return y_CMN
+
+
+def block_words(dtype: torch.dtype, rows: int) -> int:
+    """Return the words per row that a program reads at a time, for rows of this dtype.
+
+    In float32, 64 words for 64 rows would need 279 KB of shared memory, more than any GPU has for a program.
+    """
+    return BLOCK_J if dtype.itemsize < 4 else min(BLOCK_J, 1024 // rows)
 
 
 def num_parts(blocks: int, words: int) -> int:
