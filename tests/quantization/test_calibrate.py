@@ -225,7 +225,7 @@ def test_the_command_writes_a_checkpoint_that_diverges_less(calibration, tmp_pat
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tmp_path):
-    """On other text that the model writes, KL divergence falls by more than a fifth."""
+    """On other text that the model writes, KL divergence falls by more than a tenth."""
     assert main(["quantize", "--model", "tiny", "--quantization", name, "--output", str(tmp_path / "q")]) == 0
     exact, plain, corrected = (
         load_model(source, "cpu", "float32", quantization=format)
@@ -234,7 +234,7 @@ def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tm
     chat = [[1016, 473, 266, 198]] * 4
     assert _beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
     kl = divergences(write_texts(exact, [[5], [70], [200], [431], *chat], 128, seed=9), plain, corrected)
-    assert 0 < kl[1] < kl[0] * 4 / 5
+    assert 0 < kl[1] < kl[0] * 9 / 10
 
 
 @pytest.mark.parametrize("options", [["--quantization", "int8"], ["--no-calibrate"]], ids=["int8", "no calibration"])
