@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=list(FORMATS), default="int4", help="[%(default)s]")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, of the kind that the model will "
-                      "meet, on which 4 bits correct quantization errors (GPTQ) [text that the model writes]")  # fmt: skip
+                      "meet, on which 4 bits correct their errors (GPTQ) [text that the model writes]")  # fmt: skip
     text.add_argument("--no-calibrate", action="store_true", help="correct none: faster, as quantizing while loading")
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="of the text, at most [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")

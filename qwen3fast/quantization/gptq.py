@@ -1,4 +1,4 @@
-"""Quantize a weight to 4 bits with error correction: each column makes up for quantization errors of the columns before.
+"""Quantize a weight to 4 bits with error correction: each column makes up for the errors of earlier columns.
 
 The squared error of a layer's outputs on calibration inputs, not of its weights, is made small. The result is an
 ordinary weight of its format, with other levels: same scales, same bytes, same kernels.
