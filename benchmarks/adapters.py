@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import tables
 import torch
 
 from qwen3fast import load_model
@@ -96,18 +97,6 @@ def tasks_of(args: argparse.Namespace, engine: Engine, format: str, rows: int, r
     return tasks
 
 
-def rows_of(record: Record) -> list[list[str]]:
-    """Return the table: milliseconds per step, and their share of those without adapters."""
-    rows = [["format", "batch", "adapters", "step ms", "beside none"]]
-    none: dict[tuple[Label, Label], float] = {}
-    for case in record.cases:
-        step = case.metrics["step_ms"].median
-        key = (case.labels["format"], case.labels["batch_size"])
-        none.setdefault(key, step)  # the smallest number of adapters comes first
-        rows.append([*map(str, case.labels.values()), f"{step:.2f}", f"{step / none[key]:.3f}x"])
-    return rows
-
-
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,7 +136,7 @@ def main() -> int:
     harness.finish()
     record.cases = [case for case in record.cases if case.samples]
     write_json(record.to_dict(), args.output)
-    print(as_text(rows_of(record), left=1))
+    print(as_text(tables.adapters_rows(record), left=1))
     print(f"wrote {args.output}")
     return 130 if record.interrupted else 0
 

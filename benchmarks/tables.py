@@ -145,6 +145,17 @@ def quantization_rows(record: Record) -> Rows:
     return rows
 
 
+def adapters_rows(record: Record) -> Rows:
+    """Milliseconds per step, and their share of those without adapters."""
+    rows, none = [["format", "batch", "adapters", "step ms", "beside none"]], dict[tuple[Any, Any], float]()
+    for case in record.cases:
+        step = case.metrics["step_ms"].median
+        format, batch_size, adapters = case.labels.values()
+        least = none.setdefault((format, batch_size), step)  # the smallest number of adapters comes first
+        rows.append([str(format), str(batch_size), str(adapters), f"{step:.2f}", f"{step / least:.2f}x"])
+    return rows
+
+
 def prequantized_rows(record: Record) -> Rows:
     """Return the table of tools/prequantized_report.py."""
     rows = [["type", "loaded as", "error", "bits in the file", "bits in memory", "time over int4's", "over int8's"]]
