@@ -120,7 +120,18 @@ def quantize_fp8(weight_NK: Tensor) -> Packed:
 
 def rows_fp8(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
-    return bytes_of_rows(packed, row_R).contiguous().view(torch.float8_e4m3fn).float() * packed.scale[row_R, None]
+    return from_fp8(bytes_of_rows(packed, row_R)) * packed.scale[row_R, None]
+
+
+def from_fp8(byte: Tensor) -> Tensor:
+    """Return the float8_e4m3fn numbers of bytes (uint8), as float32.
+
+    By their bits, since Triton converts them only on GPUs of compute capability 8.9 and later: exponent and fraction
+    are those of a float16 that is 2^8 times as small.
+    """
+    bits = byte.contiguous().view(torch.int8).to(torch.int16)
+    number = ((bits << 7) & ~0x4000).view(torch.float16).float() * 256.0
+    return torch.where(bits & 0x7F == 0x7F, torch.nan, number)
 
 
 def quantize_int4(weight_NK: Tensor) -> Packed:

@@ -24,7 +24,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
-from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
+from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, from_fp8, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.packed import levels_of_rows
 from qwen3fast.quantization.uint4 import Layout
@@ -71,6 +71,14 @@ def test_int4_is_never_worse_than_its_widest_range(rows, groups, exponent, seed)
 
 
 @needs_operation
+def test_all_fp8_numbers_are_read_from_their_bits():
+    byte = torch.arange(256, dtype=torch.uint8)
+    for convert in (from_fp8, torch.compile(from_fp8, fullgraph=True)):
+        torch.testing.assert_close(
+            convert(byte), byte.view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @rounded_in_cpp
 @given(
