@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qwen3fast.bench.metrics import METRICS
 from qwen3fast.bench.plot import where_measured
-from qwen3fast.bench.record import Record, load_record
+from qwen3fast.bench.record import Case, Record, load_record
 from qwen3fast.bench.suites import SUITES, cache
 from qwen3fast.bench.suites.quantization import formats
 from qwen3fast.bench.table import Columns, as_markdown, speedup, table_rows
@@ -52,10 +52,15 @@ def compiled_table(record: Record) -> str:
     """Return what one token, or one chunk of a prompt, launches on the GPU most cases were compiled for."""
     names = [case.labels["gpu"] for case in record.cases]
     most = max(dict.fromkeys(names), key=names.count)
-    shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == most])
+    shown = replace(record, cases=[case for case in record.cases if case.labels["gpu"] == most and _is_shown(case)])
     labels = ("gpu", "step", "model", "weights", "batch_size")
     metrics = ("triton_kernels", "library_calls", "eager_calls", "shared_bytes")
     return as_markdown(table_rows(shown, Columns(labels, metrics)), left=len(labels))
+
+
+def _is_shown(case: Case) -> bool:
+    """Return whether a row is worth it: decode steps of more requests launch as many kernels as those of one."""
+    return case.labels["batch_size"] == 1 or case.labels["step"] == "prompts"
 
 
 def quantization_table(record: Record, with_errors: bool = True) -> str:
