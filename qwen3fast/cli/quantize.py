@@ -104,6 +104,8 @@ def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:
 
     Raises: OSError or ValueError for a file that cannot be read or is shorter than one window.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; expected a text file for --calibrate")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as err:

@@ -126,8 +126,8 @@ def rows_fp8(packed: Packed, row_R: Tensor) -> Tensor:
 def from_fp8(byte: Tensor) -> Tensor:
     """Return the float8_e4m3fn numbers of bytes (uint8), as float32.
 
-    By their bits, since Triton converts them only on GPUs of compute capability 8.9 and later: exponent and fraction
-    are those of a float16 that is 2^8 times as small.
+    By their bits, since Triton converts them only on GPUs of compute capability 8.9 and later: a float16 with the same
+    exponent and fraction is 2^8 times as small.
     """
     bits = byte.contiguous().view(torch.int8).to(torch.int16)
     number = ((bits << 7) & ~0x4000).view(torch.float16).float() * 256.0

@@ -137,7 +137,7 @@ def test_decode_attention_over_an_int8_cache_passes_nan_on(value):
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8", "int4", "uint4"])
 def test_results_do_not_depend_on_which_thread_does_a_part(format):
-    """Threads take parts from each other: bit for bit, a product and attention are those of one thread."""
+    """A product and attention are bit for bit as one thread computes them."""
     x, weight = random_tensor(70, 256).bfloat16(), random_tensor(1040, 256, seed=1).bfloat16()
     packed = None if format == "bfloat16" else quantize(weight, FORMATS[format])
     q, k, v = (random_tensor(1, *shape, seed=2).bfloat16() for shape in ((70, 8, 32), (4, 80, 32), (4, 80, 32)))

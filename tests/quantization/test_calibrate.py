@@ -337,9 +337,9 @@ def test_only_4_bits_are_calibrated():
     ("options", "message"),
     [
         (["--quantization", "int8", "--calibrate", "text.txt"], "--calibrate is for int4 and uint4, not for int8"),
-        (["--calibrate", "no/such.txt"], "No such file"),
         (["--calibrate", "short.txt"], "calibration needs at least 512"),
         (["--calibrate", "latin.txt"], "latin.txt is not text in UTF-8"),
+        (["--calibrate", "no/such.txt"], "such.txt not found; expected a text file"),
         (["--calibration-tokens", "100"], "--calibration-tokens must be at least 128, got 100"),
     ],
 )

@@ -1,8 +1,8 @@
 // Attention of one query per slot over the used part of a KV cache, which is read once, at the speed of memory: keys and
 // values of the next block are asked for while a block is computed.
 //
-// Sums are in float32; for int8, those of a query and a key in integers, exactly: the query has 16 bits there. Softmax runs
-// online, block by block. The plain PyTorch form is in kernels/attention.py.
+// Sums are in float32; over an int8 cache, products of a query and a key are summed in integers, exactly: the query has 16
+// bits there. Softmax runs online, block by block. The plain PyTorch form is in kernels/attention.py.
 
 #include <algorithm>
 #include <cmath>
