@@ -26,7 +26,7 @@ def test_every_kind_of_step_is_checked_and_timed(monkeypatch, tmp_path, one_thre
     assert len(record.checks) == len(labels) and record.passed
     assert all([len(steps) for steps in case.samples["step_s"]] == [3, 3] for case in record.cases)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[4] for line in lines if line[:1] == ["plain"] and line[2] == "0"] == ["1.000x"] * 2
+    assert [line[4] for line in lines if line[:1] == ["plain"] and line[2] == "0"] == ["1.00x"] * 2
 
 
 def test_tokens_of_another_adapter_are_found(monkeypatch, tmp_path, one_thread):
