@@ -59,7 +59,7 @@ def compiled_table(record: Record) -> str:
 
 
 def _is_shown(case: Case) -> bool:
-    """Return whether a row is worth it: decode steps of more requests launch as many kernels as those of one."""
+    """Return whether a case gets a row: a decode step launches as many kernels for 8 requests as for one."""
     return case.labels["batch_size"] == 1 or case.labels["step"] == "prompts"
 
 

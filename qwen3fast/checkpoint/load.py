@@ -47,7 +47,7 @@ def load_model(
         revision: a branch, tag or commit on the hub.
         progress: show a bar while weights load.
         quantization: "int8", "int4", "uint4" or, on CUDA devices, "fp8" quantizes the weights while loading;
-            `python -m qwen3fast quantize` halves the error of 4 bits, in minutes instead of seconds. None keeps
+            `python -m qwen3fast quantize` corrects errors of 4 bits, in minutes instead of seconds. None keeps
             the format of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8,
             AWQ, GPTQ, compressed-tensors), None loads symmetric 4-bit levels in int4 (the same levels, scales rounded
             to bfloat16), the ones with zero points in uint4, other levels in int8, and fp8 in plain weights, embedding

@@ -56,3 +56,27 @@ def test_result_tells_what_the_system_did():
 def test_switch_leaves_memory_alone(monkeypatch):
     monkeypatch.setenv(huge_pages.VARIABLE, "0")
     assert use_huge_pages([torch.ones(8 * HUGE_PAGE, dtype=torch.uint8)]) == 0
+
+
+@linux_only
+def test_whole_pages_inside_the_tensor_are_asked_for_and_counted(monkeypatch):
+    """With a system that moves all pages except the last one it is asked for."""
+    calls = []
+
+    class System:
+        def __init__(self, name):
+            pass
+
+        def madvise(self, address, size, advice):
+            calls.append((address.value, size.value, advice))
+            return -1 if len(calls) == 4 else 0
+
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", System)
+    first, second = (torch.zeros(4 * HUGE_PAGE, dtype=torch.uint8) for _ in range(2))
+    monkeypatch.setattr(huge_pages, "MAX_GAP", -1)  # the tensors may lie side by side
+    moved = use_huge_pages([first, second])
+    assert [advice for *_, advice in calls] == [huge_pages.MADV_HUGEPAGE, huge_pages.MADV_COLLAPSE] * 2
+    for (begin, size, _), tensor in zip(calls[::2], sorted((first, second), key=torch.Tensor.data_ptr), strict=True):
+        assert begin % HUGE_PAGE == size % HUGE_PAGE == 0 and size >= 3 * HUGE_PAGE
+        assert tensor.data_ptr() <= begin and begin + size <= tensor.data_ptr() + tensor.nbytes
+    assert moved == calls[1][1]
