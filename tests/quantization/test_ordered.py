@@ -239,10 +239,12 @@ def test_a_folded_model_gives_the_bits_of_the_unfolded_one(format, shared):
     cache = StaticKVCache(model.config, 2, 64, torch.bfloat16, CPU)
     step = (model.embed(random_ids(2, 1)), torch.zeros(2, 1, dtype=torch.int64))
     expected, num_bytes = (model(token_BT), run_layers(model, copy.deepcopy(cache), *step)), model.num_bytes()
+    per_token = model.num_bytes(per_token=True)
     fold(model)
     assert_same(model(token_BT), expected[0])
     assert_same(run_layers(model, cache, *step), expected[1])
     assert model.num_bytes() == num_bytes
+    assert per_token - model.num_bytes(per_token=True) == 4 * CONFIG.intermediate_size * CONFIG.num_hidden_layers
 
 
 @pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS, SHORT], ids=[*FORMATS, "uint4, zeros", "uint4, short"])
