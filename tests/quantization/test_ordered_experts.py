@@ -45,7 +45,7 @@ CONFIG = small_config(
 SCATTERED = {**GPTQ, "desc_act": True, "group_size": 32}
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 formats = pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
-orders = pytest.mark.parametrize("shared", [True, False], ids=["gate and up alike", "gate and up differ"])
+orders = pytest.mark.parametrize("shared", [True, False], ids=["one order per expert", "two orders"])
 
 
 def random_orders(count: int, size: int, seed: int) -> torch.Tensor:
