@@ -25,8 +25,8 @@ struct Activations {
   Activations(int64_t M, int64_t K)
       : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
 
-  // Quantizes row m to 8 bits.
-  void quantize_row(const BFloat16* x, int64_t m, int64_t K);
+  // Quantizes row m to 8 bits: its channel k is x[order[k]], or x[k] without an order.
+  void quantize_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr);
 };
 
 // Bytes of the scales of some rows (a multiple of 16) of a packed weight.
