@@ -8,6 +8,7 @@ them (prefix_cache.py).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
 
@@ -127,7 +128,7 @@ class Scheduler:
         # Of a slot's tokens, all but the newest are in the cache already; this step writes the newest.
         used = max(request.positions for request in slots.values())
         kind = StepKind(
-            kind_for((request.temperature, request.top_k) for request in slots.values()),
+            kind_for(request.sampling[:2] for request in slots.values()),
             any(request.is_processed for request in slots.values()),
             any(request.logprobs is not None for request in slots.values()),
             any(request.adapter is not None for request in slots.values()),
@@ -204,13 +205,13 @@ class Scheduler:
         self.reused_tokens += plan.reused
         self.prefilled_tokens += len(request.prompt_ids) - plan.reused
         self.active[plan.slot] = request
-        request.begin_prompt(plan.logits_1V)
+        request.prefill_started_s, request.prompt_logits_1V = time.perf_counter(), plan.logits_1V
         unproven = self.prefixes.take(plan.slot)
         if unproven > plan.reused:
             self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
             request.prefill = self.engine.begin_prefill(
-                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.adapter_slot
+                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.sampling.adapter
             )
 
     def _prefill(self, requests: list[Request]) -> None:
