@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen3fast._json import read_json
-from qwen3fast.checkpoint.source import resolve_source
 
 POOLINGS = ("lasttoken", "mean")
 # Names of the fields that older versions have in place of `pooling_mode`.
@@ -35,14 +34,11 @@ class SentenceSettings:
     max_length: int | None = None
 
 
-def find_sentence_settings(source: str | Path, revision: str | None = None) -> SentenceSettings | None:
+def find_sentence_settings(folder: Path) -> SentenceSettings | None:
     """Return the settings of a folder that sentence-transformers wrote; None for other checkpoints.
 
-    source, revision: as in `load_model`.
     Raises: FileNotFoundError or ValueError naming the file that is missing or damaged, or what is not supported.
     """
-    if str(source).startswith("random:") or (folder := resolve_source(source, revision)).is_file():
-        return None
     if not (folder / "modules.json").is_file():
         return None
     modules = _read_modules(folder / "modules.json")
