@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +14,6 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-import uvicorn
 from conftest import randomized, small_config
 from starlette.applications import Starlette
 
@@ -38,8 +38,8 @@ def running(
     send_buffer: bytes that the system takes from the server before the client reads.
     """
 
-    def bind_with_buffer(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
-        listening = bind(config, send_timeout_s)
+    def bind_with_buffer(*arguments: Any) -> socket.socket:
+        listening = bind(*arguments)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         return listening
 

@@ -19,8 +19,8 @@ def in_background(app: Starlette) -> Iterator[int]:
 
     Raises: RuntimeError if the server does not start.
     """
-    config = uvicorn_config(app, "127.0.0.1", 0, lifespan="off")
-    server, listening = uvicorn.Server(config), bind(config, app.state.server.options.send_timeout_s)
+    server = uvicorn.Server(uvicorn_config(app, lifespan="off"))
+    listening = bind("127.0.0.1", 0, app.state.server.options.send_timeout_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     try:
