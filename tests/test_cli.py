@@ -8,11 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench_fakes import quick_probes  # noqa: F401  a fixture
+from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import Generator
 from qwen3fast.bench import harness, measure, self_test
 from qwen3fast.bench.__main__ import main as bench_main
+from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, program
 from qwen3fast.kernels import forms, forms_file
@@ -340,3 +341,34 @@ def test_bench_self_test_waits_as_long_as_it_says(monkeypatch):
     assert all(finding.is_right for finding in self_test.check_in_real_time())
     monkeypatch.setattr(self_test, "wait", lambda seconds: clock.wait(0.01))
     assert [finding.is_right for finding in self_test.check_in_real_time()] == [False, True, False]
+
+
+NEEDLESS = ["--model", "tiny", "--suite", "cache"]  # refused before anything is measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*NEEDLESS, "--output", "file"], "{0}/file is not a folder, so "),
+        ([*NEEDLESS, "--output", "file/more"], "{0}/file/more is not a folder, so "),
+        ([*NEEDLESS, "--output", "folder.json"], "{0}/folder.json is a folder; expected the name of a file to write"),
+        (["--model", "tiny", "--suite", "quality", "--text", "none"], "{0}/none not found; expected a text for --text"),
+        (["--model", "tiny", "--suite", "quality", "--text", "folder.json"], "{0}/folder.json is a folder; expected a"),
+        (["--model", "tiny", "--suite", "quality", "--text", "latin"], "{0}/latin is not text in UTF-8: 'utf-8' codec"),
+        (["table", "record.json", "-o", "folder.json"], "{0}/folder.json is a folder; expected the name of a file"),
+        (["report", "record.json", "-o", "file/page.html"], "{0}/file is not a folder, so page.html cannot be written"),
+        (["plot", "record.json", "-o", "file"], "{0}/file is not a folder, so record.png cannot be written there"),
+        (["compare", "folder.json", "record.json"], "{0}/folder.json is a folder; expected a record that a benchmark"),
+        (["table", "file"], "{0}/file is not valid JSON: "),
+        (["table", "latin"], "{0}/latin is not text in UTF-8: "),
+    ],
+)
+@pytest.mark.usefixtures("quick_probes")
+def test_bench_names_a_path_that_cannot_be_used(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "latin").write_bytes("\xe9".encode("latin-1"))
+    (tmp_path / "folder.json").mkdir()
+    write_json(make_record(make_case([10.0])).to_dict(), tmp_path / "record.json")
+    names = {"file", "file/more", "folder.json", "none", "latin", "record.json", "file/page.html"}
+    assert bench_main([str(tmp_path / word) if word in names else word for word in arguments]) == 2
+    assert f"qwen3fast.bench: error: {message.format(tmp_path)}" in capsys.readouterr().err

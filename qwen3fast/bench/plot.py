@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.table import where_measured
+from qwen3fast.checks import file_to_write
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # In an order that stays distinct in gray and for color-blind readers.
@@ -45,8 +46,7 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the file's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(file_to_write(path), dpi=160, facecolor="white")
 
 
 def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:

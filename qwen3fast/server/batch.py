@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
 
+from qwen3fast.checks import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob, read_jobs
@@ -34,9 +35,8 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         """Open for appending; half a line at the end, of a run that was killed, is cut off."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self._file = path.open("a+b")
+        self._file = file_to_write(path).open("a+b")
         self._file.seek(0)
         good = 0
         for raw in self._file:
@@ -102,10 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer a file. Returns the exit status: 0, 1 if a line was bad or failed, 130 after Ctrl-C or SIGTERM.
 
-    Raises: ValueError, FileNotFoundError, ImportError.
+    Raises: ValueError, FileNotFoundError, FileExistsError, ImportError.
     """
-    if not args.input.is_file():
-        raise FileNotFoundError(f"{args.input} not found; expected a file of requests: .jsonl, .csv or .parquet")
+    file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
     output = Output(args.output)
     jobs, bad = [], 0
     for found in read_jobs(args.input):
