@@ -33,27 +33,16 @@ def to_prompt_logprobs(
 
     The rank of a token that is not among the most likely ones is null.
     """
-    if ats is None:
-        return None
-    found: list[dict[str, Any] | None] = []
-    for at in ats:
-        if at is None:
-            found.append(None)
-            continue
-        entries = {at.token_id: (at.logprob, None)} | {
-            token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(at.top[:num_top], 1)
-        }
-        found.append(
-            {
-                str(token_id): {
-                    "logprob": max(logprob, LOWEST),
-                    "rank": rank,
-                    "decoded_token": tokenizer.token_bytes(token_id).decode("utf-8", "replace"),
-                }
-                for token_id, (logprob, rank) in entries.items()
-            }
-        )
-    return found
+
+    def entry(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
+
+    def entries(at: TokenLogprobs) -> dict[str, Any]:
+        top = {str(i): entry(i, logprob, rank) for rank, (i, logprob) in enumerate(at.top[:num_top], 1)}
+        return {str(at.token_id): entry(at.token_id, at.logprob, None), **top}
+
+    return None if ats is None else [None if at is None else entries(at) for at in ats]
 
 
 def with_top(at: TokenLogprobs | None, num_top: int) -> TokenLogprobs | None:
