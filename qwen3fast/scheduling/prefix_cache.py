@@ -41,8 +41,8 @@ class CachedPrefix:
 class Plan:
     """The slot that a request gets.
 
-    The contents of `slot` are first swapped with slot `evicted`. Then the first `reused` tokens of the prompt are
-    copied from slot `source` (numbered as before the swap).
+    evicted: the slot whose contents are dropped: they are first swapped with those of `slot`. source: the slot, as
+    numbered before the swap, from which keys and values of the prompt's first `reused` tokens are then copied.
     logits_1V: the logits after the prompt, if the whole prompt is reused.
     """
 
