@@ -7,7 +7,6 @@ import os
 import re
 import threading
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -107,32 +106,3 @@ def checked_option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r:.200}")
     return value
-
-
-def file_to_read(path: Path, expected: str) -> Path:
-    """Return the path of a file. Raises: FileNotFoundError naming what was expected, if it is missing or a folder."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'not found'}; expected {expected}")
-    return path
-
-
-def read_text(path: Path, expected: str) -> str:
-    """Return the text of a file. Raises: as `file_to_read`; ValueError if it is not UTF-8."""
-    try:
-        return file_to_read(path, expected).read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ValueError(f"{path} is not text in UTF-8: {err}") from err
-
-
-def file_to_write(path: Path) -> Path:
-    """Return the path of a file, whose folder is created if need be.
-
-    Raises: FileExistsError if it is a folder, or a file stands in the place of its folder.
-    """
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder; expected the name of a file to write")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as err:
-        raise FileExistsError(f"{path.parent} is not a folder, so {path.name} cannot be written there") from err
-    return path

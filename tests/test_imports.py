@@ -18,7 +18,7 @@ PACKAGE = Path(qwen3fast.__file__).parent
 # Each part may import the parts before it. "qwen3fast" is the package's own __init__.
 ORDER = [
     "_version",
-    "_json",
+    "files",
     "reference",
     "checks",
     "kernels",

@@ -15,7 +15,7 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites import SUITES, Suite
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import drawing, picture, sentences
-from qwen3fast.checks import file_to_write
+from qwen3fast.files import file_to_write
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:

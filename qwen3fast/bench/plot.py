@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.table import where_measured
-from qwen3fast.checks import file_to_write
+from qwen3fast.files import file_to_write
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # In an order that stays distinct in gray and for color-blind readers.

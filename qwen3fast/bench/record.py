@@ -17,7 +17,7 @@ from typing import Any
 from qwen3fast.bench.metrics import derive
 from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.validate import KINDS, MAX_FILE_BYTES, check_record, parse_json
-from qwen3fast.checks import file_to_read, file_to_write, read_text
+from qwen3fast.files import file_to_read, file_to_write, read_text
 
 SCHEMA_VERSION = 2
 LINE = 500  # characters: JSON values up to this length share a line, as most cases do

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.checks import FLOATS
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
+from qwen3fast.files import read_json
 
 ARCHITECTURE, WEIGHT = "Qwen3ForSequenceClassification", "score.weight"
 

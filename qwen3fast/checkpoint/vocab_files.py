@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BaseTokenizer
 
-from qwen3fast._json import read_json
+from qwen3fast.files import read_optional_json
 
 VOCAB_FILES = ("vocab.json", "merges.txt")
 CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3Tokenizer", "Qwen3TokenizerFast")
@@ -33,7 +33,7 @@ def tokenizer_from_vocab(folder: Path) -> BaseTokenizer:
 
     Raises: ValueError naming the file that is damaged, or the class of another tokenizer.
     """
-    settings = _read_optional(folder / "tokenizer_config.json")
+    settings = read_optional_json(folder / "tokenizer_config.json")
     if (kind := settings.get("tokenizer_class")) not in CLASSES:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: tokenizer_class={kind!r:.100} needs a tokenizer.json")
     try:
@@ -69,8 +69,8 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
     stored, file = settings.get("added_tokens_decoder"), folder / "tokenizer_config.json"
     if stored is None:
         file = folder / "added_tokens.json"
-        special = _special_texts(_read_optional(folder / "special_tokens_map.json")) | _special_texts(settings)
-        ids = _read_optional(file)
+        special = _special_texts(read_optional_json(folder / "special_tokens_map.json")) | _special_texts(settings)
+        ids = read_optional_json(file)
         stored = {i: {"content": text, "special": text in special} for text, i in ids.items()}
     try:
         tokens = {int(i): token for i, token in stored.items()}
@@ -93,7 +93,3 @@ def _special_texts(names: dict[str, Any]) -> set[str]:
 def _text_of(token: Any) -> str | None:
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

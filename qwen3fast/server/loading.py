@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from qwen3fast._json import read_json
 from qwen3fast.embedder import Embedder
+from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
 from qwen3fast.quantization import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS

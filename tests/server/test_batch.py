@@ -131,12 +131,13 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
 
 
-def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("notes", ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"'])
+def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\nmore\n")
+    path.write_text(notes)
     with pytest.raises(ValueError, match="not replies of this command"):
         Output(path)
-    assert path.read_text() == "my notes\nmore\n"
+    assert path.read_text() == notes
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -31,7 +31,7 @@ from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
-from qwen3fast.checks import read_text
+from qwen3fast.files import read_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import parse_cache_dtype
 from qwen3fast.quantization import formats_of, quantize_model

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.lora.patterns import OPTIONAL_PATH, Matches, match_patterns
+from qwen3fast.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 MAX_ALPHA, MAX_RANK = 1e6, 2**16  # far beyond any adapter
