@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from qwen3fast.results import GenerationResult, StreamChunk, TokenLogprobs
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -22,7 +21,7 @@ def read_prompt_logprobs(fields: Fields) -> int | None:
     """Return the number of alternatives per token of the prompt. Raises: ApiError (400), also for a stream."""
     wanted = fields.integer("prompt_logprobs", 0, MAX_PROMPT_LOGPROBS)
     if wanted is not None and fields.flag("stream"):
-        raise ApiError(400, "is not available in a stream", fields.name("prompt_logprobs"), "invalid_value")
+        raise fields.error("prompt_logprobs", "is not available in a stream", "invalid_value")
     return wanted
 
 
