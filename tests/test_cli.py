@@ -4,13 +4,14 @@ import io
 import json
 import re
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
 import torch
 from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
 
-from qwen3fast import Generator
+from qwen3fast import Generator, __main__
 from qwen3fast.bench import harness, measure, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.bench.record import write_json
@@ -45,6 +46,12 @@ def test_generate_stats_go_to_standard_error(capsys):
         (["generate", "hi", "--max-seq-len", "100000"], "exceeds the model's max_position_embeddings"),
         (["generate", "", "--raw"], "the prompt is empty"),
         (["info", "--model", "random:7b"], "unknown Qwen3 shape '7b'"),
+        (
+            ["quantize", "--model", "random:0.6b", "--output", "x"],
+            "random:0.6b has random weights, which are quantized",
+        ),
+        (["quantize", "--output", __file__], "test_cli.py is a file; expected the name of a folder to write"),
+        (["quantize", "--output", "x", "--calibrate", "/"], "/ is a folder; expected a text file for --calibrate"),
     ],
 )
 def test_bad_values_give_one_line_and_status_2(capsys, arguments, message):
@@ -153,6 +160,14 @@ def test_a_bad_world_size_is_named(monkeypatch, capsys, size):
     for command in (["generate", "hi"], ["bench"]):
         assert main(command) == 2
         assert f"WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}" in capsys.readouterr().err
+
+
+def test_warnings_are_lines_of_the_program_without_source_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # set back at the end
+    monkeypatch.setattr(sys, "argv", ["qwen3fast", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main()
+    assert warnings.formatwarning("no tokenizer", UserWarning, __file__, 3) == "qwen3fast: warning: no tokenizer\n"
 
 
 def test_bench_refuses_several_processes(monkeypatch, capsys):

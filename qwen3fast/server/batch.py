@@ -44,8 +44,8 @@ class Output:
                 break
             try:
                 row = json.loads(raw)
-                self.done.add(str(row.get("custom_id", row.get("key"))))
-            except (ValueError, AttributeError) as err:
+                self.done.add(row["custom_id"] if "response" in row else row["key"])
+            except (ValueError, KeyError, TypeError) as err:
                 raise ValueError(
                     f"{path} has lines that are not replies of this command; choose another output file"
                 ) from err

@@ -43,7 +43,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
-    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
+    """Load the models of the options.
+
+    Raises: ValueError for a repeated or missing name; as `Generator.from_pretrained`.
+    """
     models: dict[str, AnyModel] = {}
 
     def load(spec: str, kind: type[M], **more: object) -> M:
@@ -85,6 +88,8 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
 
 def _name_and_source(spec: str) -> tuple[str, str]:
     name, _, source = spec.rpartition("=")
+    if not source:
+        raise ValueError(f"{spec!r} names no model; expected [NAME=]SOURCE")
     return name or source, source
 
 

@@ -88,3 +88,9 @@ def test_the_config_of_an_adapter_that_is_damaged_is_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{")
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     assert f"{tmp_path}/adapter_config.json is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["", "mine="])
+def test_a_model_without_a_source_is_refused(capsys, spec):
+    assert main(["serve", "--port", "0", "--model", spec]) == 2
+    assert f"{spec!r} names no model; expected [NAME=]SOURCE" in capsys.readouterr().err
