@@ -5,10 +5,12 @@ This module and those that import it load matplotlib; only `view.picture` and pr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -47,6 +49,20 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the file's suffix."""
     figure.savefig(file_to_write(path), dpi=160, facecolor="white")
+
+
+def svg_text(figure: Figure, *, facecolor: str = "white", is_trimmed: bool = False) -> str:
+    """Return a figure as SVG: text stays text, and the same figure gives the same bytes.
+
+    facecolor: behind the axes, or "none". is_trimmed: cut off empty margins.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen3fast"}):
+        figure.savefig(
+            text, format="svg", facecolor=facecolor, metadata={"Date": None}, transparent=facecolor == "none",
+            bbox_inches="tight" if is_trimmed else None, pad_inches=0.08,
+        )  # fmt: skip
+    return text.getvalue()
 
 
 def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:

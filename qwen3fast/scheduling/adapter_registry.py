@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3fast.checkpoint.lora import read_lora
-from qwen3fast.scheduling.adapters import Adapter, checked_name
+from qwen3fast.checks import checked_text
+from qwen3fast.scheduling.request import Adapter
 from qwen3fast.scheduling.worker import EngineWorker
 
 
@@ -111,3 +112,10 @@ class AdapterRegistry:
         with self._lock:
             self._changing.discard(name)
             self._free.insert(0, slot)
+
+
+def checked_name(name: object) -> str:
+    """Return the name of an adapter. Raises: ValueError unless it is a non-empty string."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
+    return checked_text("an adapter's name", name)

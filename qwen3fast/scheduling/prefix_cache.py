@@ -15,8 +15,7 @@ from torch import Tensor
 
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import usable_prefix
-from qwen3fast.scheduling.adapters import Adapter
-from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.request import Adapter, Request
 
 
 @dataclass

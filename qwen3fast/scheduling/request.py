@@ -1,4 +1,4 @@
-"""Request: one prompt and the state of its reply, in token ids."""
+"""Request: one prompt and the state of its reply, in token ids; and the LoRA adapter that it may run with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,23 @@ from qwen3fast.engine.prefill import Prefill
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import GREEDY, Logprobs, RowSampling
 from qwen3fast.sampling.constraints import TokenConstraint
-from qwen3fast.scheduling.adapters import Adapter
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A LoRA adapter in a slot of the engine. Requests refer to the object, not to its name, which may be reused.
+
+    is_loaded: False once it is being unloaded: requests that are queued later are refused, earlier ones finish.
+    """
+
+    name: str
+    slot: int
+    is_loaded: bool = True
+
+    def check_loaded(self) -> None:
+        """Raises: RuntimeError if it is being unloaded."""
+        if not self.is_loaded:
+            raise RuntimeError(f"adapter {self.name!r} was unloaded before this request began")
 
 
 @dataclass(eq=False)

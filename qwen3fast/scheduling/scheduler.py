@@ -16,10 +16,9 @@ from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
-from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.first_token import hook_for, restrict, sample_first
 from qwen3fast.scheduling.prefix_cache import PrefixCache
-from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.request import Adapter, Request
 
 
 class Scheduler:

@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import logging
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from types import FrameType
@@ -103,6 +105,28 @@ def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * send_timeout_s))
     return listening
+
+
+@contextmanager
+def in_background(app: Starlette) -> Iterator[int]:
+    """Serve an application in a thread, on a free port of 127.0.0.1, and yield the port. Its models stay open.
+
+    Raises: RuntimeError if the server does not start.
+    """
+    server = uvicorn.Server(uvicorn_config(app, lifespan="off"))
+    listening = bind("127.0.0.1", 0, app.state.server.options.send_timeout_s)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise RuntimeError("the server ended before it listened")
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listening.close()
 
 
 def uvicorn_config(app: Starlette, lifespan: Literal["on", "off"]) -> uvicorn.Config:

@@ -21,7 +21,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.samplers import SamplerKind
 from qwen3fast.scheduling import Request, Scheduler
-from qwen3fast.scheduling.adapters import Adapter
+from qwen3fast.scheduling.request import Adapter
 
 CPU = torch.device("cpu")
 
