@@ -276,7 +276,7 @@ def test_bench_interrupted_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure.Workbench, "run", interrupted)
     monkeypatch.setattr(harness, "STABLE", 1e9)
-    options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
+    options = ["--model", "tiny", "--contexts", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
     assert bench_main([*options, "--repetitions", "2", "--output", str(tmp_path)]) == 130
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["interrupted"]

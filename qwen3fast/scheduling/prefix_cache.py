@@ -73,7 +73,7 @@ class PrefixCache:
         most_reused: int | None = None,
         adapter: Adapter | None = None,
     ) -> Plan:
-        """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
+        """Return a free slot for a prompt: the lowest one.
 
         Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
         (`continues`), or contains completely, are taken over instead of copied.

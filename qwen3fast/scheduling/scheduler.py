@@ -24,6 +24,8 @@ from qwen3fast.scheduling.request import Adapter, Request
 class Scheduler:
     """Runs any number of requests through the slots of an engine. Not thread-safe: one caller at a time.
 
+    A step runs all slots up to the last one in use, so requests get the lowest free one.
+
     Steps may run ahead (`Engine.lookahead`). A request's end by length is known in advance; its end by a stop token is
     found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
     while a request's next token depends on the host (constraints, logits processors).
@@ -264,11 +266,8 @@ class Scheduler:
             self._retiring.pop(adapter).set_result(None)
 
     def _close_gaps(self) -> None:
-        """Move requests to lower free slots where this makes steps smaller: steps run all slots up to the last in use.
-
-        Nothing moves while requests wait: they will fill the gaps.
-        """
-        if self.waiting:
+        """Move requests to lower free slots where this makes steps smaller."""
+        if self.waiting:  # they will fill the gaps
             return
         bucket = self.engine.batch_bucket
         while self.active and bucket(max(self.active) + 1) > bucket(len(self.active)):
