@@ -20,6 +20,8 @@ def sample_first(engine: Engine, requests: list[Request]) -> None:
 
     It takes one call for all, except for requests with processors, log-probabilities or a hook.
     """
+    if not requests:
+        return
     _begin_rows(engine, requests)
     requests = [request for request in requests if request.error is None]
     plain = [r for r in requests if not r.is_processed and r.logits_processor is None and r.logprobs is None]
@@ -37,12 +39,9 @@ def sample_first(engine: Engine, requests: list[Request]) -> None:
 
 def _begin_rows(engine: Engine, requests: list[Request]) -> None:
     slots = {request.slot: request for request in requests if request.slot is not None}
-    if len(slots) > 1:
-        lengths = [len(request.prompt_ids) for request in requests]
-        engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
+    lengths = [len(request.prompt_ids) for request in requests]
+    engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
     for slot, request in slots.items():
-        if len(slots) == 1:
-            engine.set_row(slot, len(request.prompt_ids), request.sampling)
         if request.is_processed:
             engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
         restrict(engine, slot, request)
