@@ -89,7 +89,11 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, without cases that have no sample."""
         head = {name: getattr(self, name) for name in KINDS if name != "cases"}
-        cases = [_case_to_dict(case) for case in self.cases if case.samples]
+        cases = [
+            asdict(case) | {"metrics": {name: _written(estimate) for name, estimate in case.metrics.items()}}
+            for case in self.cases
+            if case.samples
+        ]
         return {"schema_version": SCHEMA_VERSION, **head, "stable": not self.noise, "cases": cases}
 
     @classmethod
@@ -173,10 +177,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _case_to_dict(case: Case) -> dict[str, Any]:
-    return asdict(case) | {"metrics": {name: _written(estimate) for name, estimate in case.metrics.items()}}
 
 
 def _written(estimate: Estimate) -> dict[str, Any]:

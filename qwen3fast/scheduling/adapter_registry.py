@@ -60,7 +60,9 @@ class AdapterRegistry:
 
     def _load(self, name: str, source: str | Path, check_weights: bool, is_started: bool) -> None:
         """is_started: False where nothing runs yet: writing then must not start the worker's thread, see `FORKED`."""
-        slot = self._take_slot(checked_name(name))
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
+        slot = self._take_slot(checked_text("an adapter's name", name))
         engine = self._worker.scheduler.engine
         assert engine.adapters is not None, "it has a free slot"
         try:
@@ -112,10 +114,3 @@ class AdapterRegistry:
         with self._lock:
             self._changing.discard(name)
             self._free.insert(0, slot)
-
-
-def checked_name(name: object) -> str:
-    """Return the name of an adapter. Raises: ValueError unless it is a non-empty string."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
-    return checked_text("an adapter's name", name)
