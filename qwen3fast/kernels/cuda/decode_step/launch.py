@@ -9,15 +9,25 @@ Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchroni
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (9, 0)
+
+# Inside `compile_ahead`: the kernels that were launched so far. Otherwise None.
+_compiled_ahead: ContextVar[set[Any] | None] = ContextVar("compiled_ahead", default=None)
 
 
 @functools.cache
@@ -41,8 +51,34 @@ def launch(
     """Launch `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
+    constants |= {"DEPENDENT": is_dependent, "num_warps": num_warps}
+    ahead = _compiled_ahead.get()
     with current(device):
-        kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
+        if ahead is None:
+            kernel[grid](*arguments, **constants, **options)
+            return
+        types = [argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments]
+        key = (id(kernel), *types, *constants.items())
+        if key not in ahead:
+            ahead.add(key)
+            kernel.warmup(*arguments, grid=grid, **constants, **options)
+
+
+def compile_ahead(steps: Callable[[], None]) -> None:
+    """Compile all kernels that `launch` is called with in `steps`, several at a time. None of them is launched.
+
+    What does not compile here is compiled, and its error raised, when it is launched.
+    """
+    copy_context().run(_compile_ahead, steps)  # after an error, Triton may leave its mode on in the context
+
+
+def _compile_ahead(steps: Callable[[], None]) -> None:
+    _compiled_ahead.set(set())
+    try:
+        with ThreadPoolExecutor(thread_name_prefix="qwen3fast-triton") as pool, triton.AsyncCompileMode(pool):
+            steps()
+    except Exception as err:
+        logger.warning("not all kernels could be compiled ahead: %s", err)
 
 
 @triton.jit
