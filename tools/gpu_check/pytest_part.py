@@ -1,4 +1,4 @@
-"""The part `tests`: pytest on the folders that concern CUDA, its output kept as it comes."""
+"""The part `tests`: pytest on the files that concern CUDA, its output kept as it comes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gpu_check.processes import CAUSE, environment_with_caches, last_line, run_l
 from gpu_check.results import Results
 from gpu_check.runner import PartRun
 
-# Name -> arguments of pytest and the share of the time left that they may take, the most telling first. Each is a process
-# of its own, since a device may keep an error until its process ends.
+# Name -> arguments of pytest and the share of the time left that they may take, the most telling first. Each is a
+# process of its own, since a device may keep an error until its process ends.
 KERNELS = ("fused_step", "decode_step", "fused_sampler", "chunk_attention", "split_attention", "packed_matvec")
 RUNS = {
     "steps": (["tests/gpu/test_steps.py", "tests/gpu/test_tokens.py"], 0.5),
@@ -32,7 +32,7 @@ ENOUGH = (0, 5)  # exit statuses of pytest: all passed, or no test was selected
 
 
 def run_tests(run: PartRun, only: str = "", arguments: tuple[str, ...] = ()) -> None:
-    """Run pytest once for each folder and keep the outcomes; saves the part's record after each.
+    """Run pytest once for each entry of RUNS and keep the outcomes; saves the part's record after each.
 
     only: part of the names of the runs wanted. arguments: more for pytest.
     """
@@ -70,8 +70,8 @@ def read_log(log: Path) -> dict[str, Any]:
     """Return the results in the output of `pytest -v`, whole or cut off, of one process or several (pytest-xdist).
 
     Returns: counts of `passed`, `failed` (errors included) and `skipped` tests, names of the `failures`, their
-    `causes`, files `not_collected` because a package is missing, and why; pytest's own `summary` line ("" if it did not come to that);
-    the `last` test that was begun.
+    `causes`, files `not_collected` because a package is missing, and why; pytest's own `summary` line ("" if it did not
+    come to that); the `last` test that was begun.
     """
     text = log.read_text(encoding="utf-8", errors="replace")
     outcomes = dict(OUTCOME.findall(text)) | {test: outcome for outcome, test in IN_PARALLEL.findall(text)}
