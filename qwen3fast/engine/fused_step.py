@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step.attention import Splits
-from qwen3fast.kernels.cuda.decode_step.launch import compile_ahead
+from qwen3fast.kernels.cuda.decode_step.compile_ahead import compile_ahead
 from qwen3fast.kernels.cuda.decode_step.tail import Best
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Block, FeedForward, Qwen3
@@ -91,7 +91,7 @@ class FusedDecodeStep:
         return not self.obstacle and num_rows in self._workspaces
 
     def compile_ahead(self, steps: Callable[[], None]) -> None:
-        """Compile the kernels of some steps, several at a time, without running the steps; see launch.py."""
+        """Compile the kernels of steps, several at a time, without launching them; see compile_ahead.py."""
         compile_ahead(steps)
 
     def logits(self, input_B: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B: Tensor) -> Tensor:

@@ -9,12 +9,10 @@ Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchroni
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,12 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 MIN_CAPABILITY = (9, 0)
 
-# Inside `compile_ahead`: the kernels that were launched so far. Otherwise None.
-_compiled_ahead: ContextVar[set[Any] | None] = ContextVar("compiled_ahead", default=None)
+# Inside `only_compile`: the kernels that `launch` was called with so far. Otherwise None.
+_compiled: ContextVar[set[Any] | None] = ContextVar("compiled", default=None)
 
 
 @functools.cache
@@ -52,33 +48,25 @@ def launch(
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
     constants |= {"DEPENDENT": is_dependent, "num_warps": num_warps}
-    ahead = _compiled_ahead.get()
+    compiled = _compiled.get()
     with current(device):
-        if ahead is None:
+        if compiled is None:
             kernel[grid](*arguments, **constants, **options)
             return
         types = [argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments]
         key = (id(kernel), *types, *constants.items())
-        if key not in ahead:
-            ahead.add(key)
-            kernel.warmup(*arguments, grid=grid, **constants, **options)
+        if key not in compiled:
+            compiled.add(key)
+            kernel.run(*arguments, grid=grid, warmup=True, **constants, **options)
 
 
-def compile_ahead(steps: Callable[[], None]) -> None:
-    """Compile all kernels that `launch` is called with in `steps`, several at a time. None of them is launched.
-
-    What does not compile here is compiled, and its error raised, when it is launched.
-    """
-    copy_context().run(_compile_ahead, steps)  # after an error, Triton may leave its mode on in the context
-
-
-def _compile_ahead(steps: Callable[[], None]) -> None:
-    _compiled_ahead.set(set())
+def only_compile(steps: Callable[[], None]) -> None:
+    """Run steps in which `launch` compiles kernels, each once, and launches none."""
+    token = _compiled.set(set())
     try:
-        with ThreadPoolExecutor(thread_name_prefix="qwen3fast-triton") as pool, triton.AsyncCompileMode(pool):
-            steps()
-    except Exception as err:
-        logger.warning("not all kernels could be compiled ahead: %s", err)
+        steps()
+    finally:
+        _compiled.reset(token)
 
 
 @triton.jit
