@@ -72,10 +72,12 @@ class CudaRecorder:
                 ):
                     step()
             except RuntimeError as err:
-                # If ending a capture fails, PyTorch leaves the stream and the allocator in the capture.
+                # If ending a capture fails, PyTorch leaves the stream, the allocator and the generator in the capture.
                 torch.cuda.set_stream(stream)
                 end_broken_capture(self._device, self._pool)
                 self._pool = torch.cuda.graph_pool_handle()
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())  # equal, and not in a capture
                 if isinstance(err, torch.OutOfMemoryError):
                     raise
                 # Ending a failed capture raises as well; its cause is the earlier error.

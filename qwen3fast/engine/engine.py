@@ -305,6 +305,7 @@ class Engine(Rows):
         self.compiler.end_auto()
         use_huge_pages((*self.model.parameters(), *self.model.buffers(), *self.cache.tensors()))
         self.parts.decide_forms()
+        self._compile_kernels()
         adapters = [NO_ADAPTER] if self.adapters is None else [NO_ADAPTER, 1]  # one slot stands for all
         for adapter in adapters:
             report("prefill with adapter" if adapter else "prefill")
@@ -323,6 +324,22 @@ class Engine(Rows):
             neutral = ProcessorRows.neutral(num_rows, self.model.config.vocab_size, self.device)
             self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
         self.clear_all()
+
+    def _compile_kernels(self) -> None:
+        """Compile the kernels of fused steps, several at a time: the steps of `warmup` would do so one by one."""
+        fused, sampling = self.parts.fused_step, self.parts.fused_sampler
+        if fused is None:
+            return
+        fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
+        logits_1V = torch.zeros(1, self.model.config.vocab_size, device=self.device)
+
+        def steps() -> None:
+            for sampler in SamplerKind:
+                sampling.choose(logits_1V, self.state.sampler_rows(slice(1)), sampler)
+                for num_rows in filter(fused.serves, self.batch_buckets()):
+                    decode_step(*fixed, num_rows, self.cache.allocated_len, sampler)
+
+        fused.compile_ahead(steps)
 
     def _warm_up_prefill(self, adapter: int) -> Tensor:
         """Compute prompts of all sizes of chunks that requests need. Returns: the logits of the last one, (1, V)."""

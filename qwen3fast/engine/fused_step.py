@@ -9,6 +9,7 @@ graphs can capture them. `parts.py` and `decode.py` decide which steps use them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda.decode_step.attention import Splits
+from qwen3fast.kernels.cuda.decode_step.compile_ahead import compile_ahead
 from qwen3fast.kernels.cuda.decode_step.tail import Best
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Block, FeedForward, Qwen3
@@ -87,6 +89,10 @@ class FusedDecodeStep:
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows; `obstacle` says why it supports none."""
         return not self.obstacle and num_rows in self._workspaces
+
+    def compile_ahead(self, steps: Callable[[], None]) -> None:
+        """Compile the kernels of steps, several at a time, without launching them; see compile_ahead.py."""
+        compile_ahead(steps)
 
     def logits(self, input_B: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B: Tensor) -> Tensor:
         """Return the logits after the tokens input_B at position_B, (B, V) float32, in memory that is reused."""

@@ -38,6 +38,7 @@ MAX_SORTED_PAIRS = 2**14
 # which then finds what was compiled for others in Inductor's cache.
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
+MAX_ELEMENTS = 2**31 - 1  # of a tensor whose size varies: for CUDA devices, compiled code counts them in 32 bits
 CHUNK = Dynamic(example=101, least=CPU_CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
 TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
 POSITIONS = Dynamic(example=67, least=CPU_CHUNK_SIZES[0])
@@ -235,7 +236,10 @@ def _behind_compilation(model: Qwen3, cache: StaticKVCache, measure: Callable[[]
 
 
 def _max_uncached(config: ModelConfig) -> int:
-    return MAX_SORTED_PAIRS // config.num_experts_per_tok if config.num_experts else MAX_TOKENS
+    if config.num_experts:
+        return MAX_SORTED_PAIRS // config.num_experts_per_tok
+    widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+    return min(MAX_TOKENS, MAX_ELEMENTS // widest)
 
 
 def _fused_parts(model: Qwen3, cache: StaticKVCache) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels.compiling import is_compiling
 
 # One layer's KV cache, `model.kv_cache.CacheLayer`; it cannot be imported, as the model imports this file.
 Cache = Any
@@ -70,10 +71,35 @@ def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> 
     if T == 1:
         # One query: the G heads of a group become the "tokens" of a smaller attention that reads each key once.
         q_BKGD = q_BTHD.view(B, k_BKLD.shape[1], -1, D)
-        y_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None])
-        return y_BKGD.reshape(B, H, 1, D)
-    q_BHTD = q_BTHD.transpose(1, 2)
-    return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_BTL[:, None], enable_gqa=True)
+        return sdpa(q_BKGD, k_BKLD, v_BKLD, mask_BTL[:, None]).reshape(B, H, 1, D)
+    return sdpa(q_BTHD.transpose(1, 2), k_BKLD, v_BKLD, mask_BTL[:, None])
+
+
+def sdpa(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1TL: Tensor | None = None) -> Tensor:
+    """Return PyTorch's attention with grouped heads, (B, H, T, D), same dtype; causal without a mask.
+
+    Compiled for a CUDA device it is an operation that is not traced: PyTorch would choose between its kernels by sizes,
+    and compile them for a part of the sizes that vary.
+    """
+    if is_compiling() and q_BHTD.device.type == cuda.DEVICE_TYPE:
+        y_BTHD: Tensor = torch.ops.qwen3fast.sdpa(q_BHTD, k_BKLD, v_BKLD, mask_B1TL)
+        return y_BTHD.transpose(1, 2)
+    return _sdpa(q_BHTD, k_BKLD, v_BKLD, mask_B1TL)
+
+
+def _sdpa(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1TL: Tensor | None) -> Tensor:
+    is_causal, is_grouped = mask_B1TL is None, q_BHTD.shape[1] != k_BKLD.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_B1TL, is_causal=is_causal, enable_gqa=is_grouped
+    )
+
+
+_library = torch.library.Library("qwen3fast", "FRAGMENT")
+_library.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor")
+_library.impl("sdpa", lambda *tensors: _sdpa(*tensors).transpose(1, 2).contiguous(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "qwen3fast::sdpa", lambda q, *others: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]), lib=_library
+)
 
 
 def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ H query heads   K key/value heads   G = H/K query heads per group   D head_dim  
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels.attention import cached_attention
+from qwen3fast.kernels.attention import cached_attention, sdpa
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer
 from qwen3fast.model.linears import linears
@@ -62,8 +61,7 @@ class Attention(nn.Module):
         v_BTKD = v.view(B, T, self.num_kv_heads, self.head_dim)
         q_BTHD, k_BTKD = apply_rope(q_BTHD, cos_BTD, sin_BTD), apply_rope(k_BTKD, cos_BTD, sin_BTD)
         if cache is None:
-            q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
-            y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y_BHTD = sdpa(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)))
         else:
             assert position_BT is not None, "a cache needs positions"
             cache.write(k_BTKD, v_BTKD, position_BT)

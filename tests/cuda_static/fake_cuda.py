@@ -73,6 +73,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
         FakeTensorMode(),
         _Indexing(),
         torch.no_grad(),
+        patch.object(torch.cuda, "is_available", lambda: False),  # on a machine with a GPU as on others
         patch.object(torch.cuda, "mem_get_info", lambda device: free_and_total),
         patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
         patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True),

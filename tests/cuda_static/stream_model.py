@@ -68,6 +68,27 @@ class Graph:
         self.device.current.queue.extend(self.work)
 
 
+class Generator:
+    """The default generator of random numbers, which every capture puts into another mode until its end."""
+
+    def __init__(self) -> None:
+        self.state = {"offset": 0, "is_capturing": False}
+
+    def clone_state(self) -> Generator:
+        clone = Generator()
+        clone.state = self.state | {"is_capturing": False}
+        return clone
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.state = other.state
+
+    def draw(self) -> int:
+        """Return the next number: as PyTorch, which refuses outside of a capture what it began inside of one."""
+        assert not self.state["is_capturing"], "Offset increment outside graph capture encountered unexpectedly."
+        self.state["offset"] += 1
+        return self.state["offset"]
+
+
 class Device:
     """Streams, the one that is current, and the choice of what runs next. choose: of so many streams, one."""
 
@@ -77,6 +98,7 @@ class Device:
         self.current = Stream(self)
         self.capturing: Graph | None = None
         self.pool: dict[str, Any] = {}
+        self.generator = Generator()
 
     def queue(self, work: Work) -> None:
         """Launch: queue, or capture."""
@@ -110,9 +132,11 @@ class Device:
         assert self.capturing is None, "one capture at a time"
         self.synchronize()
         self.capturing = graph
+        self.generator.state["is_capturing"] = True
         with self.stream(stream):
             yield
         self.capturing = None
+        self.generator.state["is_capturing"] = False
 
 
 class QueuedCopies(TorchDispatchMode):
@@ -143,7 +167,9 @@ def model_of_cuda(device: Device, monkeypatch: Any) -> Iterator[None]:
             "Stream": lambda: Stream(device),
             "Event": lambda: Event(device),
             "CUDAGraph": lambda: Graph(device),
+            "current_device": lambda: 0,
             "current_stream": lambda: device.current,
+            "default_generators": (device.generator,),
             "stream": device.stream,
             "set_stream": lambda stream: setattr(device, "current", stream),
             "graph": device.capture,

@@ -220,6 +220,7 @@ def test_prompts_share_graphs_and_get_the_tokens_that_each_gets_alone(monkeypatc
     assert {key for key in engine.graphs._replays if isinstance(key[0], str)} == recorded  # others are decode steps
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU with Triton has such attention")
 def test_without_attention_that_reads_starts_graphs_hold_one_prompt():
     engine = make_engine(True, slots=4)
     assert not engine.captured.serves_later and engine.max_prompts(32) == 1

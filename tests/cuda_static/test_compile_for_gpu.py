@@ -226,7 +226,7 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     record = Record.from_dict(json.loads(file.read_text()))
     steps = {case.labels["step"]: case for case in record.cases}
-    assert list(steps) == ["decode", "sampled", "prefill"]
+    assert list(steps) == ["decode", "sampled", "prefill", "uncached"]
     counts = {name: sum(case.metrics[kind].median for kind in KINDS) for name, case in steps.items()}
     assert counts["decode"] <= 2 * 6 + 3 and counts["sampled"] <= 2 * 6 + 2 + 19
     notes = record.notes["steps"]

@@ -130,6 +130,7 @@ def test_an_engine_gives_the_same_tokens_with_it(kind):
 
 def test_the_graph_of_a_fused_step_serves_every_length():
     engine = make_engine(make_model())
+    engine.parts = replace(engine.parts, needs_mask=True)
     engine.cache.buckets = [32, 64, 128]
     assert engine.read_length(2, 20) == 32
     engine.parts = replace(engine.parts, fused_step=FusedDecodeStep(engine.model, engine.cache))
@@ -187,11 +188,11 @@ def test_a_step_launches_six_kernels_a_layer_and_three_beside(rows, monkeypatch)
     config = small_config(num_hidden_layers=28, hidden_size=16, intermediate_size=16)
     model = Qwen3(config)
     fill_randomly(model)
-    cache = StaticKVCache(config, MAX_ROWS, 4096, torch.float32, torch.device("cpu"))
+    cache = StaticKVCache(config, MAX_ROWS, 4096, torch.float32, torch.device(DEVICE))
     fused = FusedDecodeStep(model.to(DEVICE), cache)
     launched = count_launches(monkeypatch)
-    state = [torch.zeros(rows, dtype=torch.int64) for _ in range(5)]
-    tables = [torch.zeros(cache.allocated_len, config.head_dim)] * 2
+    state = [torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in range(5)]
+    tables = [torch.zeros(cache.allocated_len, config.head_dim, device=DEVICE)] * 2
     fused.greedy(state[0], *tables, *state[1:])
     assert len(launched) == 6 * 28 + 3 <= 175
     assert launched.count("combine_kernel") == 28
@@ -340,7 +341,7 @@ def test_prequantized_dense_sizes_are_served():
     for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b"):
         config = ModelConfig.named(size)
         model = build_on_meta(replace(config, num_hidden_layers=1))
-        cache = StaticKVCache(replace(config, num_hidden_layers=1), 1, 128, config.dtype, torch.device("cpu"))
+        cache = StaticKVCache(replace(config, num_hidden_layers=1), 1, 128, config.dtype, torch.device(DEVICE))
         for together in STACKS.items():
             layers = [getattr(model.model.layers[0].get_submodule(together[0]), n) for n in together[1]]
             assert can_stack(layers)

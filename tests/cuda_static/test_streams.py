@@ -126,8 +126,9 @@ def test_a_slot_that_is_filled_again_waits_for_its_own_copy():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-def test_a_broken_capture_leaves_stream_and_allocator_as_they_were(error, monkeypatch):
+def test_a_broken_capture_leaves_stream_allocator_and_generator_as_they_were(error, monkeypatch):
     device, ended = Device(lambda count: 0), []
+    assert device.generator.draw() == 1
 
     def end(of_device, pool):
         device.capturing = None
@@ -144,6 +145,7 @@ def test_a_broken_capture_leaves_stream_and_allocator_as_they_were(error, monkey
             recorder.record(step)
         assert device.current is before and device.capturing is None
         assert ended == [(torch.device("cuda", 1), (0, 1))]
+        assert device.generator.draw() == 2
         work = []
         recorder.record(lambda: device.queue(lambda: work.append(1)))()  # the next capture succeeds
         device.synchronize()

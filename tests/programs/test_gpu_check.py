@@ -360,7 +360,7 @@ def test_the_output_of_tests_is_read_whole_or_cut_off(tmp_path):
     log.write_text(whole + "===== 1 failed, 1 passed in 3.21s =====\n")
     assert pytest_part.read_log(log) == {
         "passed": 1, "failed": 1, "skipped": 0, "failures": ["tests/gpu/a.py::two[x y]"],
-        "summary": "1 failed, 1 passed in 3.21s", "not_collected": {}, "last": "tests/gpu/a.py::two[x",
+        "causes": {}, "summary": "1 failed, 1 passed in 3.21s", "not_collected": {}, "last": "tests/gpu/a.py::two[x",
     }  # fmt: skip
     log.write_text("[gw0] [ 50%] PASSED tests/a.py::one \n[gw1] [100%] FAILED tests/a.py::two[x y] \n")
     parallel = pytest_part.read_log(log)
@@ -384,10 +384,37 @@ def test_tests_that_hang_are_ended_and_those_before_them_are_counted(tmp_path, m
     notes = record.notes["variants"]["gpu"]
     assert (notes["passed"], notes["failed"], notes["exit_status"]) == (1, 1, None)
     assert [name.rpartition("::")[2] for name in notes["failures"]] == ["test_two"]
+    assert list(notes["causes"].values()) == ["assert 0"]
     [error] = record.notes["errors"]
     assert "test_it.py::test_three" in error and "not done after" in error
     assert "1 passed, 1 failed" in report.as_report(record)
-    assert "test_one PASSED" in (tmp_path / "tests" / "gpu.log").read_text()
+    log = (tmp_path / "tests" / "gpu.log").read_text()
+    assert "test_one PASSED" in log and "def test_two(): assert 0" in log
+    assert 'test_it.py", line 4 in test_three' in log  # where it was when it was ended
+
+
+def test_tests_end_once_the_device_keeps_an_error(tmp_path, monkeypatch):
+    """Those after it would fail with the same error; the failure itself is kept with its cause."""
+    (tmp_path / "lost.py").write_text("from gpu_check import at_once\nat_once.lasting_error = lambda: 'an error'\n")
+    (tmp_path / "test_it.py").write_text("import lost\ndef test_one(): raise ValueError('why')\ndef test_two(): pass\n")
+    monkeypatch.setattr(pytest_part, "RUNS", {"gpu": ([str(tmp_path)], 1.0)})
+    run = PartRun("tests", tmp_path, "cpu", Clock(60), tmp_path / "caches")
+    pytest_part.run_tests(run, arguments=("--rootdir", str(tmp_path), "-c", os.devnull))
+    record = load_record(tmp_path / "tests.json")
+    notes = record.notes["variants"]["gpu"]
+    assert (notes["passed"], notes["failed"]) == (0, 1)
+    assert list(notes["causes"].values()) == ["ValueError: why"]
+    assert "ValueError: why" in report.as_report(record) and record.notes["errors"]
+    assert "reports an error to every call: an error" in (tmp_path / "tests" / "gpu.log").read_text()
+
+
+def test_the_most_telling_tests_of_a_gpu_come_first_and_none_is_left_out():
+    files = [arg for selection, _ in pytest_part.RUNS.values() for arg in selection if arg.endswith(".py")]
+    assert files[0] == "tests/gpu/test_steps.py"
+    on_gpu = {str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    static = (ROOT / "tests" / "cuda_static").glob("test_*.py")
+    kernels = {str(path.relative_to(ROOT)) for path in static if "import TOLERANCES" in path.read_text("utf-8")}
+    assert on_gpu | kernels <= set(files)
 
 
 def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ def model_without_memory(config: ModelConfig, device: torch.device, quantization
 def inspect(size: str, batch_size: int, context: int, quantization: str | None) -> list[dict[str, Any]]:
     """Return what a greedy and a sampled decode step launch, and a chunk of a prompt, or of several; or an `error`.
 
+    For one row also a sequence without a cache.
     To be called inside of `pretended`. context: positions of the KV cache.
     """
     config, device = config_of(size), torch.device("cuda", 0)
@@ -78,8 +79,14 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
             size = min(CHUNK // PROMPTS, context)
             prefill_together(*fixed, [Prefill.begin(row, [0] * size, 0, cache.allocated_len) for row in rows])
 
+        def uncached() -> None:
+            tables = (t[None, :CHUNK].clone(memory_format=torch.contiguous_format) for t in (cos_SD, sin_SD))
+            x_1TE, rotation = model.embed(torch.zeros(1, CHUNK, dtype=torch.int64, device=device)), tuple(tables)
+            for block in model.model.layers:
+                x_1TE = parts.block_uncached(block, x_1TE, *rotation)
+
         steps = [("decode", decode), ("sampled", lambda: decode(SamplerKind.FULL))]
-        steps += [("prefill", prefill) if batch_size == 1 else ("prompts", prompts)]
+        steps += [("prefill", prefill), ("uncached", uncached)] if batch_size == 1 else [("prompts", prompts)]
         labels = {"model": size, "weights": quantization or "bf16", "batch_size": batch_size, "context": context}
         return [{"step": name, **labels, **_found(inspector, run)} for name, run in steps]
 

@@ -6,7 +6,9 @@ Whatever goes wrong ends up in the results; only a crash of the process itself d
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 import time
 import traceback
@@ -45,7 +47,9 @@ def run_variant(variant: Variant, device: torch.device, results: Results, clock:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the variant that the command line names."""
+    """Run the variant that the command line names. If it crashes or is ended, its log says where it was."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
     variant_file, results_file, device, end = arguments
     clock = Clock(float(end) - time.time())
     variant = Variant.from_json(json.loads(Path(variant_file).read_text(encoding="utf-8")))

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 GRACE_S = 5.0  # between asking a process to end and ending it
 POLL_S = 0.5
+CAUSE = "CAUSE "  # begins a line in a log of tests: a test's id and the first line of its error
 
 
 class StoppedError(BaseException):

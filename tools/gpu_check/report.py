@@ -37,6 +37,7 @@ def as_report(record: Record) -> str:
             counts = f"{notes['passed']} passed, {notes['failed']} failed, {notes['skipped']} skipped"
             lines.append(f"{name}: {counts} in {notes['seconds']:.0f} s")
             lines += [f"  failed: {test}" for test in notes["failures"]]
+            lines += [f"  {test}: {cause}" for test, cause in notes["causes"].items()]
     lines += as_lines(targets_of(record))
     lines += [f"left out: {what}" for what in record.notes["left_out"]]
     lines += [f"ERROR: {what}" for what in record.notes["errors"]]

@@ -64,7 +64,7 @@ def tile_shape(dtype: torch.dtype, is_quantized: bool) -> tuple[int, int]:
     return queries, block // 2 if is_quantized else block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one form for all chunks
 def chunk_kernel(
     q,
     k,

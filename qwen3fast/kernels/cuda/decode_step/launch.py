@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MIN_CAPABILITY = (9, 0)
+
+# Inside `only_compile`: the kernels that `launch` was called with so far. Otherwise None.
+_compiled: ContextVar[set[Any] | None] = ContextVar("compiled", default=None)
 
 
 @functools.cache
@@ -41,8 +47,26 @@ def launch(
     """Launch `kernel[grid](*arguments, **constants)`; its last constant, DEPENDENT, says whether it overlaps."""
     is_dependent = uses_dependent_launch(device)
     options = {"launch_pdl": True} if is_dependent else {}
+    constants |= {"DEPENDENT": is_dependent, "num_warps": num_warps}
+    compiled = _compiled.get()
     with current(device):
-        kernel[grid](*arguments, **constants, DEPENDENT=is_dependent, num_warps=num_warps, **options)
+        if compiled is None:
+            kernel[grid](*arguments, **constants, **options)
+            return
+        types = [argument.dtype if isinstance(argument, Tensor) else type(argument) for argument in arguments]
+        key = (id(kernel), *types, *constants.items())
+        if key not in compiled:
+            compiled.add(key)
+            kernel.run(*arguments, grid=grid, warmup=True, **constants, **options)
+
+
+def only_compile(steps: Callable[[], None]) -> None:
+    """Run steps in which `launch` compiles kernels, each once, and launches none."""
+    token = _compiled.set(set())
+    try:
+        steps()
+    finally:
+        _compiled.reset(token)
 
 
 @triton.jit
