@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3fast.checkpoint import load_model, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
-from qwen3fast.cli.quantize import own_text
+from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated, second_moments

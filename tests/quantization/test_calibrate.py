@@ -10,8 +10,7 @@ from tiny_text import tiny_text
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
-from qwen3fast.cli.quantize import _beginning_of_chat, own_text
-from qwen3fast.engine.own_text import write_texts
+from qwen3fast.engine.own_text import beginning_of_chat, own_text, write_texts
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.quantization import formats_of, quantize_model
@@ -232,7 +231,7 @@ def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tm
         for source, format in (("tiny", None), ("tiny", name), (str(tmp_path / "q"), None))
     )
     chat = [[1016, 473, 266, 198]] * 4
-    assert _beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
+    assert beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
     kl = divergences(write_texts(exact, [[5], [70], [200], [431], *chat], 128, seed=9), plain, corrected)
     assert 0 < kl[1] < kl[0] * 9 / 10
 
@@ -283,7 +282,7 @@ def test_own_text_begins_as_a_conversation_or_with_a_random_token():
 )
 def test_beginnings_of_chats(template, expected):
     base = Tokenizer.from_folder(TINY_FOLDER).base
-    assert _beginning_of_chat(Tokenizer(base, template)) == Tokenizer(base).encode(expected)
+    assert beginning_of_chat(Tokenizer(base, template)) == Tokenizer(base).encode(expected)
 
 
 def test_own_texts_have_the_frequencies_of_the_model():
