@@ -162,6 +162,9 @@ def test_copies_are_of_a_format_a_dtype_a_kind_of_device_and_a_version(checkpoin
     monkeypatch.setattr(kept_module, "VERSION", 2)
     assert len(places) == 4 and place() not in places
     assert place("float32") == place()  # the checkpoint's own
+    before = place()
+    (checkpoint / "generation_config.json").write_text('{"top_k": 7}', encoding="utf-8")
+    assert place() == before  # sampling of replies has no part in it
 
 
 def test_links_count_as_what_they_point_at(checkpoint, cache, tmp_path):

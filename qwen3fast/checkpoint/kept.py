@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of calibration: one more whenever the same source gets other weights
 SPARE = 2**26  # bytes of the disk that stay free
+PRESET = "generation_config.json"  # for replies alone: calibration samples at temperature 1
 FIRST_PART = re.compile(r"-00001-of-(\d{5}\.gguf)$")
 
 
@@ -55,8 +56,8 @@ class KeptCopy:
         Raises: FileNotFoundError or ValueError for missing or damaged files of the source; RuntimeError if there is no
         home folder.
         """
-        names = ("config.json", *COMPANIONS) if source.is_dir() else ()  # a GGUF file has them in it
-        small = {name: _digest(file.read_bytes()) for name in names if (file := source / name).is_file()}
+        names = {"config.json", *COMPANIONS} - {PRESET} if source.is_dir() else set()  # a GGUF file has them in it
+        small = {name: _digest(file.read_bytes()) for name in sorted(names) if (file := source / name).is_file()}
         identity = [VERSION, _weight_files(source), small, {name: str(value) for name, value in made_with.items()}]
         digest = _digest(json.dumps(identity, sort_keys=True).encode())[:20]
         name = re.sub(r"[^\w.-]", "_", _name_of(source))[:80].lstrip(".")
