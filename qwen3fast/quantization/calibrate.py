@@ -59,7 +59,7 @@ def quantize_calibrated(model: Qwen3, token_BT: Tensor, name: str = "int4", prog
         moment = SecondMoment()
         for x_BTE in inputs:
             moment.add(norm(x_BTE.to(norm.weight.dtype)))
-        factor = feedback(moment.mean(), TIED_DAMPING if config.tie_word_embeddings else DAMPING)
+        factor = feedback(moment.upper(), TIED_DAMPING if config.tie_word_embeddings else DAMPING)
         model.set_submodule("lm_head", QuantizedLinear(quantize_with(lm_head.weight, format, factor, dtype), format))
     quantize_model(model, name, norm.weight.dtype)
 
@@ -91,7 +91,7 @@ def _correct_block(
     for name, layer in layers.items():
         moment = moments[name]
         if moment not in factors:
-            factors = {moment: feedback(moment.mean(), DAMPING)}  # layers with the same input follow each other
+            factors = {moment: feedback(moment.upper(), DAMPING)}  # layers with the same input follow each other
         packed = quantize_with(layer.weight, format, factors[moment], outputs[0].dtype)
         block.set_submodule(name, QuantizedLinear(packed, format, layer.bias))
     return outputs
@@ -114,9 +114,13 @@ class SecondMoment:
             rows = slice(begin, begin + SIDE)
             self._sum_KK[rows, begin:].addmm_(x_MK[:, rows].T, x_MK[:, begin:])
 
+    def upper(self) -> Tensor:
+        """Return the mean, (K, K) float32; below the diagonal, the numbers are arbitrary."""
+        return self._sum_KK / max(self._tokens, 1)
+
     def mean(self) -> Tensor:
         """Return the mean, (K, K) float32."""
-        mean_KK = self._sum_KK / max(self._tokens, 1)
+        mean_KK = self.upper()
         return mean_KK.triu() + mean_KK.triu(1).T
 
 

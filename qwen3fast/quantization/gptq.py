@@ -43,8 +43,8 @@ def feedback(hessian_KK: Tensor, damping: float) -> Tensor:
     """Return the share of each column's error that later columns make up for: U, (K, K) float32, upper triangular.
 
     U @ D @ U.T is the damped Hessian, with D diagonal and ones on U's diagonal.
-    hessian_KK: float32, the mean of the products of each two input channels. damping: a share of its diagonal's mean,
-    added to the diagonal: the error of the weights themselves counts that much.
+    hessian_KK: float32, the mean of the products of each two input channels; read on and above the diagonal only.
+    damping: a share of its diagonal's mean, added to the diagonal: the error of the weights themselves counts that much.
     """
     added = (damping * hessian_KK.diagonal().double().mean()).clamp(min=1e-12)
     damped = hessian_KK.flip(0, 1)  # of the channels in reverse, L @ L.T; in their order, its triangle is the upper
@@ -71,7 +71,7 @@ def _levels(weight_NK: Tensor, step_NG: Tensor, minimum_NG: Tensor, feedback_KK:
     error_KN = column_KN.to(far_KK.dtype)  # the same tensor for float32
     for begin in range(0, K, BLOCK):
         end = min(begin + BLOCK, K)
-        wanted_CN = column_KN[begin:end] + far_KK[:begin, begin:end].T @ error_KN[:begin]
+        wanted_CN = (far_KK[:begin, begin:end].T @ error_KN[:begin]).float().add_(column_KN[begin:end])
         for first in range(begin, end, GROUP):
             group, g = slice(first, first + GROUP), first // GROUP
             wanted = wanted_CN[first - begin : first - begin + GROUP]

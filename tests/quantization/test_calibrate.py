@@ -111,6 +111,7 @@ def test_feedback_factorizes_the_damped_hessian():
     scaled = torch.linalg.solve_triangular(upper, damped, upper=True)  # D @ U.T
     diagonal = scaled.diagonal()
     torch.testing.assert_close(upper @ diagonal.diag() @ upper.T, damped, rtol=1e-4, atol=1e-4)
+    assert torch.equal(feedback(hessian.triu(), 0.01), upper)  # no other half is needed
 
 
 def test_a_factorization_that_fails_in_float32_is_repeated_in_float64(monkeypatch):
@@ -149,6 +150,7 @@ def test_second_moments_are_symmetric_beyond_a_block():
     x_MK, moment = random_tensor(6, SIDE + 40), SecondMoment()
     moment.add(x_MK)
     torch.testing.assert_close(moment.mean(), x_MK.T @ x_MK / 6)
+    assert torch.equal(moment.upper().triu(), moment.mean().triu())
 
 
 def test_layers_with_the_same_input_share_their_moment():
