@@ -44,7 +44,7 @@ def feedback(hessian_KK: Tensor, damping: float) -> Tensor:
 
     U @ D @ U.T is the damped Hessian, with D diagonal and ones on U's diagonal.
     hessian_KK: float32, the mean of the products of each two input channels; read on and above the diagonal only.
-    damping: a share of its diagonal's mean, added to the diagonal: the error of the weights themselves counts that much.
+    damping: a share of its diagonal's mean, added to the diagonal: the weights' own error counts that much.
     """
     added = (damping * hessian_KK.diagonal().double().mean()).clamp(min=1e-12)
     damped = hessian_KK.flip(0, 1)  # of the channels in reverse, L @ L.T; in their order, its triangle is the upper
