@@ -51,7 +51,7 @@ COPIES = "copies"  # the folder of calibrated copies, beside the shards
 class Load:
     """A way to load: options of `load_model`, then all pages or the first token, with or without reading ahead.
 
-    calibrates: int4 as by `Generator.from_pretrained`, calibrated and kept: a first load (True), or a later one (False).
+    calibrates: int4 as by `Generator.from_pretrained`, calibrated and kept: a first load (True), or a later one.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
