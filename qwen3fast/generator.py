@@ -112,6 +112,7 @@ class Generator(ChatMethods, AdapterMethods):
         revision: str | None = None,
         progress: bool = False,
         adapter: str | Path | None = None,
+        calibrate: bool | None = None,
         check_weights: bool = False,
         tensor_parallel: bool = False,
         **options: Any,
@@ -121,6 +122,11 @@ class Generator(ChatMethods, AdapterMethods):
         Args:
             source, device, dtype, quantization, revision, adapter, check_weights: as in `load_model`.
             progress: show a bar while weights load.
+            calibrate: for "int4" and "uint4", correct quantization errors on a text that the model writes (GPTQ). The
+                first load of a checkpoint calibrates, with progress bars, and keeps the result in the cache folder;
+                later loads read it, which is faster than quantizing. None does so for unquantized checkpoints without
+                experts, on CPUs up to 2 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True always, and
+                raises ValueError where that is impossible; False never.
             tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets
                 an ordinary Generator. In the other processes this call does not return: they run their shards until
                 rank 0 closes its Generator, then exit (SystemExit). compile="auto" means True.
@@ -133,7 +139,8 @@ class Generator(ChatMethods, AdapterMethods):
         adapter_room(checked)  # adapters that cannot be read are refused before weights are
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
-            load, source, device, dtype, quantization, revision, progress, adapter, check_weights, tensor_parallel
+            load, source, device, dtype, quantization, revision, progress, adapter, calibrate, check_weights,
+            tensor_parallel,
         )  # fmt: skip
         return cls(**loaded._asdict(), **vars(checked))
 

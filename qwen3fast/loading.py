@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import (
     as_id_tuple,
     choose_device,
@@ -40,22 +41,33 @@ def load(
     revision: str | None,
     progress: bool,
     adapter: str | Path | None,
+    calibrate: bool | None,
     check_weights: bool,
     tensor_parallel: bool,
 ) -> Loaded:
     """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
-    ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
+    if calibrate is not None:
+        calibrate = checked_flag("calibrate", calibrate, also="None")
+    chosen_device = choose_device(device)
+    ranks = Ranks.start(chosen_device.type) if checked_flag("tensor_parallel", tensor_parallel) else None
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
-    model = load_model(
-        source, device, dtype, revision, progress, quantization,
-        adapter=adapter, check_weights=check_weights, ranks=ranks,
-    )  # fmt: skip
+    has_adapter, is_split = adapter is not None, ranks is not None
+    if is_to_be_calibrated(calibrate, folder, quantization, chosen_device, has_adapter, is_split):
+        assert folder is not None and quantization is not None, "no others are calibrated"
+        model = CalibratedLoader(
+            folder, tokenizer, chosen_device, dtype, quantization, calibrate, progress, check_weights
+        ).load()
+    else:
+        model = load_model(
+            source, device, dtype, revision, progress, quantization,
+            adapter=adapter, check_weights=check_weights, ranks=ranks,
+        )  # fmt: skip
     return Loaded(model, tokenizer, generation_config, folder, ranks)
 
 

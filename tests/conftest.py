@@ -31,6 +31,7 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.text.tokenizer import Tokenizer
 
 os.environ.setdefault("QWEN3FAST_FORMS", "first")  # what a test runs must not depend on what is fast on a machine
+os.environ["QWEN3FAST_CALIBRATE"] = "0"  # tests keep nothing in the user's cache folder, except tests of that
 
 # The largest difference allowed, as a share of the largest absolute value of the reference.
 TOLERANCES = {

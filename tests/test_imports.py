@@ -33,6 +33,7 @@ ORDER = [
     "results",
     "options",
     "scheduling",
+    "calibrated",
     "loading",
     "text_model",
     "embedder",

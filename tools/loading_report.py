@@ -6,6 +6,7 @@ The shards hold random numbers in a temporary folder (below --folder) that is re
 of its own, timed after its imports: `load_s` is the time of `load_model` (mapped weights are not read then), `seconds`
 includes reading each page of the model once, as the first tokens do. Runs "to the first token" build a Generator and
 compute a prompt of 32 tokens instead, with compiled code from earlier runs; when cold, the files are read meanwhile.
+"int4, first load" calibrates, as `Generator.from_pretrained` does, and "int4, later load" reads what that load kept.
 "warm": the files are in the page cache; "cold": they were dropped from it, where the system allows that
 (`dropped_bytes` is how much). Beside them, the same cold files are read in order with plain reads: the disk's speed.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shutil
 import tempfile
 import threading
 import time
@@ -37,17 +39,38 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
-from qwen3fast.checkpoint import read_ahead
+from qwen3fast.calibrated import CalibratedLoader
+from qwen3fast.checkpoint import kept, read_ahead
+from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+
+COPIES = "copies"  # the folder of calibrated copies, beside the shards
 
 
 @dataclass(frozen=True)
 class Load:
-    """A way to load: options of `load_model`, then all pages or the first token, with or without reading ahead."""
+    """A way to load: options of `load_model`, then all pages or the first token, with or without reading ahead.
+
+    calibrates: int4 as by `Generator.from_pretrained`, calibrated and kept: a first load (True), or a later one.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     to_first_token: bool = False
     reads_ahead: bool = True
+    calibrates: bool | None = None
+
+    def load(self, folder: Path) -> Qwen3:
+        """Return the model of a checkpoint, on the CPU."""
+        if self.calibrates is None:
+            return load_model(folder, device="cpu", **self.options)
+        return CalibratedLoader(folder, None, torch.device("cpu"), "auto", "int4", calibrate=True).load()
+
+    def prepare(self, folder: Path) -> None:
+        """Delete the calibrated copies before a first load; make one before a later load."""
+        if self.calibrates:
+            shutil.rmtree(folder / COPIES, ignore_errors=True)
+        elif self.calibrates is False and not (folder / COPIES).exists():
+            self.load(folder)
 
 
 CASES = {
@@ -56,10 +79,13 @@ CASES = {
     "float32": Load({"dtype": "float32"}),
     "int8": Load({"quantization": "int8"}),
     "int4": Load({"quantization": "int4"}),
+    "int4, first load": Load(calibrates=True),
+    "int4, later load": Load(calibrates=False),
     "bfloat16 to the first token": Load(to_first_token=True),
     "bfloat16 to the first token, not read ahead": Load(to_first_token=True, reads_ahead=False),
     "int4 to the first token": Load({"quantization": "int4"}, to_first_token=True),
 }
+WARM_ONLY = {name for name, load in CASES.items() if load.calibrates is not None}  # the disk hardly matters
 PLAIN_READS = "plain reads"
 PAGE_BYTES = 4096
 
@@ -98,12 +124,18 @@ def resident_bytes() -> dict[str, int]:
 
 def load_here(folder: Path, load: Load) -> tuple[Measurement, int]:
     """Load in this process. Returns: seconds and peaks of memory, and the model's bytes."""
+    with patch.object(kept, "kept_root", lambda: folder / COPIES):
+        load.prepare(folder)
+        return _measure_here(folder, load)
+
+
+def _measure_here(folder: Path, load: Load) -> tuple[Measurement, int]:
     torch.empty(1).to(torch.bfloat16)  # PyTorch's own setup is not the loader's
     memory = MemoryPeak()
     memory.start()
     started = time.perf_counter()
     with nullcontext() if load.reads_ahead else patch.object(read_ahead, "populate"):
-        model = load_model(folder, device="cpu", **load.options)
+        model = load.load(folder)
     loaded = time.perf_counter()
     if load.to_first_token:
         with Generator(model, max_seq_len=64) as generator:
@@ -139,8 +171,11 @@ def tasks_of(folder: Path, names: list[str]) -> list[Task]:
     tasks = [Task(Case({"cache": "cold", "case": PLAIN_READS}, {"file_bytes": file_bytes}), read_plainly, False)]
     for cache in ("warm", "cold"):
         for name in names:
+            if cache == "cold" and name in WARM_ONLY:
+                continue
             load = CASES[name]
-            case = Case({"cache": cache, "case": name}, {} if load.to_first_token else {"file_bytes": file_bytes})
+            is_by_bytes = not load.to_first_token and name not in WARM_ONLY
+            case = Case({"cache": cache, "case": name}, {"file_bytes": file_bytes} if is_by_bytes else {})
             tasks.append(Task(case, partial(run, load, case, cache == "cold"), False))
     return tasks
 

@@ -12,9 +12,10 @@ from awq_scaling import scale_channels
 from ggml_quants import Ggml, bits, type_of
 from torch import Tensor, nn
 
+from qwen3fast.calibrated import TOKENS
 from qwen3fast.checkpoint import load_model, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
-from qwen3fast.cli.quantize import own_text
+from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated, second_moments
@@ -46,7 +47,7 @@ class Formats:
         model.load_state_dict(scaled.state_dict())
         quantize_model(model, "int4", torch.float32)
         yield "int4 AWQ-scaled", *self._dequantized(model, scaled)
-        own_BT = own_text(self.exact, find_tokenizer(resolve_source(self._source)), self._windows.numel())
+        own_BT = own_text(self.exact, find_tokenizer(resolve_source(self._source)), TOKENS)
         for name, text_BT in (("int4", self._windows), *((name, own_BT) for name in CALIBRATED)):
             model = self._plain()
             quantize_calibrated(model, text_BT, name)

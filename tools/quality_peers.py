@@ -5,9 +5,9 @@
 
 First the suite runs: formats as the package's kernels compute them, activations in 8 bits included. In the cases after
 these, weights are quantized, dequantized and put into a float32 model, and only their error is measured, each by its
-software's own quantizer: "int8 weights" and others as the package quantizes while loading, then AWQ's scaling, then
-`qwen3fast quantize`, with a text ("calibrated") and without ("on own text"), and llama.cpp's formats. Without --ggml
-and llama-cpp-python the latter are Q8_0 and Q4_0 pure, which the package gguf can write.
+software's own quantizer: "int8 weights" and others as the package quantizes without calibration, then AWQ's scaling,
+then `qwen3fast quantize` with a text ("calibrated"), the default of `from_pretrained` ("on own text"), and llama.cpp's
+formats. Without --ggml and llama-cpp-python the latter are Q8_0 and Q4_0 pure, which the package gguf can write.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--calibrate", type=Path, required=True, metavar="FILE", help="text, not the one of --text")
-    parser.add_argument("--calibration-tokens", type=int, default=4096, help="of each text [%(default)s]")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="of that text [%(default)s]")
     parser.add_argument("--ggml", type=Path, default=find_library(), help="libggml-base.so [of llama-cpp-python]")
     args = parser.parse_args()
     source = resolve_source(args.model)

@@ -38,12 +38,14 @@ class CheckpointConfig:
     model: the numbers of the model. quantization: the format of the linear layers and the embedding in a checkpoint
     that `Generator.save_quantized` wrote, except for `modules_to_not_convert`, which are in `model.dtype`.
     prequantized: the format of the linear layers in a checkpoint that other software quantized.
+    calibration_tokens: tokens of the text that 4 bits corrected their errors on; 0 for none, or not known.
     """
 
     model: ModelConfig
     quantization: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
     prequantized: PrequantizedFormat | None = None
+    calibration_tokens: int = 0
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> CheckpointConfig:
@@ -91,7 +93,8 @@ class CheckpointConfig:
         if self.quantization is None:
             return {}
         kept = {"modules_to_not_convert": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
-        return {"quantization_config": {**OWN_QUANTIZATION, "format": self.quantization, **kept}}
+        calibrated = {"calibration_tokens": self.calibration_tokens} if self.calibration_tokens else {}
+        return {"quantization_config": {**OWN_QUANTIZATION, "format": self.quantization, **kept, **calibrated}}
 
 
 def as_id_tuple(value: int | list[int] | None) -> tuple[int, ...]:
@@ -206,4 +209,9 @@ def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: quantization_config={given!r:.300} is not supported by this version of qwen3fast")
     if format not in FORMATS:
         raise ValueError(f"{where}: format {format!r:.50} is not supported; supported: {', '.join(FORMATS)}")
-    return {"quantization": format, "modules_to_not_convert": tuple(kept)}
+    tokens = given.get("calibration_tokens", 0)
+    return {
+        "quantization": format,
+        "modules_to_not_convert": tuple(kept),
+        "calibration_tokens": tokens if isinstance(tokens, int) else 0,
+    }

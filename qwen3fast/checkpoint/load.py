@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -17,10 +16,7 @@ from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.parallel import Ranks, connect
 from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
-from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.ordered import add_empty_orders
-
-logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -46,7 +42,7 @@ def load_model(
         revision: a branch, tag or commit on the hub.
         progress: show a bar while weights load.
         quantization: "int8", "int4", "uint4" or, on CUDA devices, "fp8" quantizes the weights while loading;
-            `python -m qwen3fast quantize` corrects errors of 4 bits, in minutes instead of seconds. None keeps
+            errors of 4 bits are corrected by `Generator.from_pretrained`, and not here. None keeps
             the format of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8,
             AWQ, GPTQ, compressed-tensors), None loads symmetric 4-bit levels in int4 (the same levels, scales rounded
             to bfloat16), the ones with zero points in uint4, other levels in int8, and fp8 in plain weights, embedding
@@ -85,10 +81,6 @@ def load_model(
         merge_lora(model, adapter, check_weights)
     if format is not None:
         quantize_model(model, format, choose_dtype(dtype, model.config), progress)
-        if format in CALIBRATED:
-            logger.debug(
-                "%s without calibration: `python -m qwen3fast quantize` writes a more exact %s", source, format
-            )
     if split is not None and ranks is not None:
         connect(model, split, ranks)
     return model

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
@@ -30,10 +31,11 @@ COMPANIONS = (
 )
 
 
-def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) -> None:
+def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, calibration_tokens: int = 0) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into `folder`.
 
     companions_from: the folder or GGUF file that the tokenizer is copied from.
+    calibration_tokens: of the text that the weights were calibrated on, for config.json; 0 for none.
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
     Of layers in several formats, config.json names the most frequent one; the tensors tell each layer's.
@@ -41,12 +43,17 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None) 
     """
     formats = [name for name, _ in Counter(formats_in(model)).most_common()]
     kept = plain_modules(model) if formats else ()
-    stored = CheckpointConfig(model.config, formats[0] if formats else None, kept)
+    stored = CheckpointConfig(
+        model.config, formats[0] if formats else None, kept, calibration_tokens=calibration_tokens
+    )
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary)
-        save_file(tensors, new / SINGLE_FILE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, new / SINGLE_FILE, metadata={"format": "pt"})
+        except SafetensorError as err:  # of a full disk, for example
+            raise OSError(f"{new / SINGLE_FILE} cannot be written: {err}") from err
         if companions_from is not None and companions_from.is_file():
             write_tokenizer_files(companions_from, new)
         for name in COMPANIONS:

@@ -23,6 +23,7 @@ MODEL_HELP = (
     "(random weights of that size) [%(default)s]"
 )
 QUANTIZATION_HELP = "quantize the weights while loading; dequantize: use a prequantized checkpoint unquantized"
+NO_CALIBRATE_HELP = "int4 and uint4 without correcting errors, which the first load of a model takes time for"
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
@@ -39,6 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
     add("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
+    add("--no-calibrate", action="store_true", help=NO_CALIBRATE_HELP)
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and reply [4096 or the model's maximum]")
     add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity")
@@ -85,6 +87,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        calibrate=False if args.no_calibrate else None,
         max_seq_len=max_seq_len,
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],

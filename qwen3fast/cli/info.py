@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
-from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_config, resolve_source
+from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
+from qwen3fast.checkpoint import choose_device, empty_model, read_checkpoint_config, read_config, resolve_source
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.kernels import forms, forms_file
@@ -28,26 +30,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns: the exit status."""
-    prequantized = None
+    stored, source = None, None
     if args.model.startswith("random:"):
         model = build_on_meta(read_config(args.model, args.revision))
     else:
         source = resolve_source(args.model, args.revision)
-        prequantized, model = read_checkpoint_config(source).prequantized, empty_model(source)
+        stored, model = read_checkpoint_config(source), empty_model(source)
     is_quantized_here = args.quantization is not None and not formats_of(model)
     if is_quantized_here:
         quantize_model(model, args.quantization, model.config.dtype)
     lines = _describe(model, model.config)
     if is_quantized_here and args.quantization in CALIBRATED:
-        lines["quantized while loading"] = "without calibration; `qwen3fast quantize` is more exact"
-    if prequantized is not None:
-        lines["stored in"] = prequantized.describe()
+        lines["calibration"] = _calibration(source, args.quantization)
+    if stored is not None and stored.calibration_tokens:
+        lines["calibration"] = f"on {stored.calibration_tokens:,} tokens"
+    if stored is not None and stored.prequantized is not None:
+        lines["stored in"] = stored.prequantized.describe()
     print(replace_surrogates(args.model))
     for name, value in lines.items():
         print(f"  {name:27} {value}")
     for line in _forms(model.config):
         print(line)
     return 0
+
+
+def _calibration(source: Path | None, quantization: str) -> str:
+    """Return whether loads by `Generator.from_pretrained` are calibrated, and where the result is kept."""
+    device = choose_device("auto")
+    if source is None or not is_to_be_calibrated(None, source, quantization, device):
+        return "none by default"
+    try:
+        kept = CalibratedLoader(source, None, device, "auto", quantization).place()
+    except RuntimeError as err:
+        return f"none: {err}"
+    return f"kept in {kept.folder}" if kept.exists() else f"by the first load, which keeps it in {kept.folder}"
 
 
 def _forms(config: ModelConfig) -> list[str]:

@@ -12,19 +12,16 @@ from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli.arguments import add_source_arguments
-from qwen3fast.engine.own_text import write_texts
+from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.files import read_text
 from qwen3fast.kernels import cpu
-from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
-from qwen3fast.text.tokenizer import Tokenizer
 
 HELP = "write a quantized checkpoint, in 4 bits more accurate than quantizing while loading"
 WINDOW = 512  # tokens of a calibration text at a time
-OWN_WINDOW = 128  # tokens of a text that the model writes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,39 +66,9 @@ def run(args: argparse.Namespace) -> int:
         quantize_calibrated(model, token_BT.to(weight.device), args.quantization, progress=True)
     else:
         quantize_model(model, args.quantization, weight.dtype, progress=True)
-    save_model(model, args.output, source)
+    save_model(model, args.output, source, calibration_tokens=0 if token_BT is None else token_BT.numel())
     print(f"wrote {args.output}: {args.quantization}, {model.num_bytes():,} bytes of weights")
     return 0
-
-
-def own_text(model: Qwen3, tokenizer: Tokenizer | None, tokens: int, progress: bool = False) -> Tensor:
-    """Return about as many tokens that the model writes, (B, T) int64, in windows of OWN_WINDOW.
-
-    Half of the windows begin as a conversation does, where there is a chat template, the others with a random token.
-    Raises: ValueError if the model's logits are not finite.
-    """
-    first_B = torch.randint(
-        model.config.vocab_size, (tokens // OWN_WINDOW,), generator=torch.Generator().manual_seed(0)
-    )
-    starts = [[token] for token in first_B.tolist()]
-    if chat := _beginning_of_chat(tokenizer):
-        starts[1::2] = [chat] * len(starts[1::2])
-    batches = [starts[i : i + cpu.MAX_DECODE_ROWS] for i in range(0, len(starts), cpu.MAX_DECODE_ROWS)]
-    return torch.cat([write_texts(model, batch, OWN_WINDOW, seed, progress) for seed, batch in enumerate(batches)])
-
-
-def _beginning_of_chat(tokenizer: Tokenizer | None) -> list[int]:
-    """Return the tokens before the first user's message; none without a chat template that has such a beginning."""
-    if tokenizer is None or tokenizer.chat_template is None:
-        return []
-    message = "A message."
-    try:
-        text = str(tokenizer.apply_chat_template([{"role": "user", "content": message}]))
-    except ValueError:  # the template wants other messages
-        return []
-    before, found, _ = text.partition(message)
-    ids = tokenizer.encode(before)
-    return ids if found and len(ids) < OWN_WINDOW // 2 else []
 
 
 def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:

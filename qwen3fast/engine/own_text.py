@@ -14,8 +14,42 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.text.tokenizer import Tokenizer
+
+OWN_WINDOW = 128  # tokens of a text for calibration
+
+
+def own_text(model: Qwen3, tokenizer: Tokenizer | None, tokens: int, progress: bool = False) -> Tensor:
+    """Return about as many tokens that the model writes, (B, T) int64, in windows of OWN_WINDOW.
+
+    Half of the windows begin as a conversation does, where there is a chat template, the others with a random token.
+    Raises: ValueError if the model's logits are not finite.
+    """
+    first_B = torch.randint(
+        model.config.vocab_size, (tokens // OWN_WINDOW,), generator=torch.Generator().manual_seed(0)
+    )
+    starts = [[token] for token in first_B.tolist()]
+    if chat := beginning_of_chat(tokenizer):
+        starts[1::2] = [chat] * len(starts[1::2])
+    batches = [starts[i : i + cpu.MAX_DECODE_ROWS] for i in range(0, len(starts), cpu.MAX_DECODE_ROWS)]
+    return torch.cat([write_texts(model, batch, OWN_WINDOW, seed, progress) for seed, batch in enumerate(batches)])
+
+
+def beginning_of_chat(tokenizer: Tokenizer | None) -> list[int]:
+    """Return the tokens before the first user's message; none without a chat template that has such a beginning."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return []
+    message = "A message."
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": "user", "content": message}]))
+    except ValueError:  # the template wants other messages
+        return []
+    before, found, _ = text.partition(message)
+    ids = tokenizer.encode(before)
+    return ids if found and len(ids) < OWN_WINDOW // 2 else []
 
 
 @torch.no_grad()

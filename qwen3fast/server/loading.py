@@ -35,6 +35,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
     add("--quantization", choices=[*FORMATS, DEQUANTIZE], help="quantize the weights while loading; dequantize: use a "
         "prequantized checkpoint unquantized")  # fmt: skip
+    add("--no-calibrate", action="store_true", help="int4 and uint4 without correcting errors, which the first load "
+        "of a model that generates takes time for")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
@@ -75,6 +77,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             adapters=adapters,
             threads=args.threads,
             compile=True if args.warmup else "auto",
+            calibrate=False if args.no_calibrate else None,
         )
         if args.warmup or (args.warmup is None and generator.device.type == "cuda"):
             logger.info("compiling for this machine; the first start can take minutes")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import small_config
 
+from qwen3fast import calibrated
 from qwen3fast.bench.record import load_record
 from qwen3fast.model.config import ModelConfig
 
@@ -37,6 +38,31 @@ def test_every_case_is_loaded_warm_and_cold_beside_plain_reads(monkeypatch, tmp_
     assert model_bytes["float32"] == 2 * model_bytes["bfloat16"] == 4 * CONFIG.num_parameters
     assert output.with_suffix(".png").is_file() and f"wrote {output}" in capsys.readouterr().out
     assert not list(tmp_path.glob("qwen3fast-loading-*"))  # the shards are gone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")
+def test_a_first_load_calibrates_and_a_later_one_reads_what_it_kept(monkeypatch, tmp_path):
+    runs, real = [], calibrated.quantize_calibrated
+
+    def quantize_calibrated(*arguments, **options):
+        runs.append(arguments[2])
+        real(*arguments, **options)
+
+    monkeypatch.setattr(calibrated, "quantize_calibrated", quantize_calibrated)
+    monkeypatch.setattr(calibrated, "TOKENS", 128)
+    loading_files.write_shards(tmp_path, CONFIG)
+    first, later = (loading_report.CASES[f"int4, {which} load"] for which in ("first", "later"))
+    counts = []
+    for load in (later, later, first, first, later):
+        loading_report.load_here(tmp_path, load)
+        counts.append(len(runs))
+    assert counts == [1, 1, 2, 3, 3] and set(runs) == {"int4"}
+    tasks = loading_report.tasks_of(tmp_path, ["int4", "int4, first load"])
+    assert [(task.case.labels["cache"], task.case.labels["case"]) for task in tasks[1:]] == [
+        ("warm", "int4"),
+        ("warm", "int4, first load"),
+        ("cold", "int4"),
+    ]
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):

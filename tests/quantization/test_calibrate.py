@@ -1,7 +1,5 @@
 """4 bits with error correction: equal to its definition, better on the calibration text, and saved as any int4 is."""
 
-import logging
-
 import pytest
 import torch
 from conftest import random_ids, random_tensor, randomized, small_config
@@ -10,12 +8,19 @@ from tiny_text import tiny_text
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
-from qwen3fast.cli.quantize import _beginning_of_chat, own_text
-from qwen3fast.engine.own_text import write_texts
+from qwen3fast.engine.own_text import beginning_of_chat, own_text, write_texts
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE, rope_tables
+from qwen3fast.model.attention import Attention
 from qwen3fast.quantization import formats_of, quantize_model
-from qwen3fast.quantization.calibrate import CALIBRATED, SIDE, SecondMoment, quantize_calibrated, second_moments
+from qwen3fast.quantization.calibrate import (
+    CALIBRATED,
+    SIDE,
+    SecondMoment,
+    fast_dtype,
+    quantize_calibrated,
+    second_moments,
+)
 from qwen3fast.quantization.formats import FORMATS, GROUP, quantize
 from qwen3fast.quantization.gptq import BLOCK, ROWS, feedback, quantize_with
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
@@ -106,6 +111,7 @@ def test_feedback_factorizes_the_damped_hessian():
     scaled = torch.linalg.solve_triangular(upper, damped, upper=True)  # D @ U.T
     diagonal = scaled.diagonal()
     torch.testing.assert_close(upper @ diagonal.diag() @ upper.T, damped, rtol=1e-4, atol=1e-4)
+    assert torch.equal(feedback(hessian.triu(), 0.01), upper)  # no other half is needed
 
 
 def test_a_factorization_that_fails_in_float32_is_repeated_in_float64(monkeypatch):
@@ -144,6 +150,7 @@ def test_second_moments_are_symmetric_beyond_a_block():
     x_MK, moment = random_tensor(6, SIDE + 40), SecondMoment()
     moment.add(x_MK)
     torch.testing.assert_close(moment.mean(), x_MK.T @ x_MK / 6)
+    assert torch.equal(moment.upper().triu(), moment.mean().triu())
 
 
 def test_layers_with_the_same_input_share_their_moment():
@@ -232,7 +239,7 @@ def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tm
         for source, format in (("tiny", None), ("tiny", name), (str(tmp_path / "q"), None))
     )
     chat = [[1016, 473, 266, 198]] * 4
-    assert _beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
+    assert beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
     kl = divergences(write_texts(exact, [[5], [70], [200], [431], *chat], 128, seed=9), plain, corrected)
     assert 0 < kl[1] < kl[0] * 9 / 10
 
@@ -283,7 +290,7 @@ def test_own_text_begins_as_a_conversation_or_with_a_random_token():
 )
 def test_beginnings_of_chats(template, expected):
     base = Tokenizer.from_folder(TINY_FOLDER).base
-    assert _beginning_of_chat(Tokenizer(base, template)) == Tokenizer(base).encode(expected)
+    assert beginning_of_chat(Tokenizer(base, template)) == Tokenizer(base).encode(expected)
 
 
 def test_own_texts_have_the_frequencies_of_the_model():
@@ -317,15 +324,40 @@ def test_a_model_with_nan_writes_no_text():
         write_texts(model, [[1], [2]], 4)
 
 
-@pytest.mark.parametrize(("name", "tells"), [("int4", True), ("uint4", True), ("int8", False)])
-def test_loading_and_info_tell_that_the_command_is_more_exact(name, tells, caplog, capsys):
-    caplog.set_level(logging.DEBUG, "qwen3fast")
-    load_model("tiny", "cpu", quantization=name)
-    assert (
-        f"tiny without calibration: `python -m qwen3fast quantize` writes a more exact {name}" in caplog.text
-    ) == tells
-    assert main(["info", "--model", "tiny", "--quantization", name]) == 0
-    assert ("without calibration; `qwen3fast quantize` is more exact" in capsys.readouterr().out) == tells
+@pytest.mark.parametrize("features", ["avx2 avx512f", "avx512_bf16"])
+def test_blocks_are_computed_in_the_dtype_that_the_processor_has_instructions_for(features, monkeypatch):
+    """In float32 and in bfloat16, weights are nearly the same, and plain layers keep their dtype."""
+    monkeypatch.setattr("qwen3fast.quantization.calibrate.processor_features", lambda: features)
+    expected = torch.bfloat16 if "bf16" in features else torch.float32
+    assert fast_dtype(torch.bfloat16, torch.device("cpu")) == expected
+    model, seen = load_model("tiny", "cpu"), set()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: seen.add(args[0].dtype) if isinstance(module, Attention) else None
+    )
+    with hook:
+        quantize_calibrated(model, random_ids(4, 64, vocab_size=1024))
+    assert seen == {expected} and model.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16
+    monkeypatch.undo()
+    other = load_model("tiny", "cpu", "float32")
+    quantize_calibrated(other, random_ids(4, 64, vocab_size=1024))
+    uncorrected = load_model("tiny", "cpu", quantization="int4")
+    packed = [m.model.layers[2].mlp.down_proj.weight_packed.view(torch.uint8) for m in (model, other, uncorrected)]
+    as_float32, as_uncorrected = ((packed[0] == levels).float().mean() for levels in packed[1:])
+    assert as_float32 > 0.7 > as_uncorrected
+
+
+def test_fast_dtypes_of_other_models_and_devices():
+    cpu_device, cuda = torch.device("cpu"), torch.device("cuda")
+    assert fast_dtype(torch.float16, cuda) == torch.float16 and fast_dtype(torch.bfloat16, cuda) == torch.bfloat16
+    assert {fast_dtype(dtype, cpu_device) for dtype in (torch.float16, torch.float32)} == {torch.float32}
+
+
+@FORMATS_4
+def test_products_in_bfloat16_hardly_change_levels(format):
+    weight, factor = random_tensor(32, 3 * BLOCK), feedback(correlated_moment(3 * BLOCK), 0.01)
+    exact, fast = (format.dequantize(quantize_with(weight, format, factor, t)) for t in (torch.float32, torch.bfloat16))
+    assert torch.equal(exact[:, :BLOCK], fast[:, :BLOCK])  # no product yet
+    assert 0.85 < (exact == fast).float().mean() < 1
 
 
 def test_only_4_bits_are_calibrated():

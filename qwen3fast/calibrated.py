@@ -1,0 +1,185 @@
+"""4 bits with errors corrected: calibrated on the first load of a checkpoint, kept, and read by later loads.
+
+The rule of which checkpoints are calibrated depends on the checkpoint and the kind of device, and on no measured speed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen3fast.checkpoint import empty_model, load_model, read_checkpoint_config
+from qwen3fast.checkpoint.choices import choose_dtype
+from qwen3fast.checkpoint.kept import KeptCopy
+from qwen3fast.engine.own_text import own_text
+from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.quantization import formats_of, prepare_quantization, quantize_model
+from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
+from qwen3fast.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "QWEN3FAST_CALIBRATE"
+TOKENS = 2048  # of the text
+MAX_PARAMETERS_ON_CPU = 2_000_000_000
+COMMAND = "python -m qwen3fast quantize"
+
+
+def is_to_be_calibrated(
+    calibrate: bool | None,
+    source: Path | None,
+    quantization: str | None,
+    device: torch.device,
+    has_adapter: bool = False,
+    is_split: bool = False,
+) -> bool:
+    """Return whether a checkpoint's weights are to be calibrated.
+
+    calibrate: False never; True always; None where it is reasonable: on CPUs for up to MAX_PARAMETERS_ON_CPU
+    parameters, and not with QWEN3FAST_CALIBRATE=0 in the environment.
+    source: as `resolve_source` returns it; None for random weights. is_split: over several processes.
+    Raises: ValueError where True is impossible, saying why.
+    """
+    if calibrate is False or (calibrate is None and os.environ.get(VARIABLE) == "0"):
+        return False
+    if quantization not in CALIBRATED:
+        reason: str | None = f"only {' and '.join(CALIBRATED)} are calibrated, not quantization={quantization!r}"
+    elif source is None:
+        reason = "random weights are not calibrated"
+    elif has_adapter:
+        reason = f"adapter= is merged without calibration; merge it into the weights first, then use `{COMMAND}`"
+    elif is_split:
+        reason = f"a model that is split over processes is not calibrated; load what `{COMMAND}` writes in one process"
+    else:
+        reason = _why_not(source)
+    if calibrate and reason is not None:
+        raise ValueError(f"calibrate=True is impossible: {reason}")
+    if reason is not None or source is None:
+        return False
+    num_parameters = read_checkpoint_config(source).model.num_parameters
+    if calibrate is None and device.type == "cpu" and num_parameters > MAX_PARAMETERS_ON_CPU:
+        logger.info(
+            "%s: %s without calibration, which takes long for %.1f billion parameters on a CPU; calibrate=True does it "
+            "once and keeps the result, and so does `%s`, in a folder of yours",
+            source, quantization, num_parameters / 1e9, COMMAND,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _why_not(source: Path) -> str | None:
+    """Return why a checkpoint cannot be calibrated; None if it can. Raises: as `read_checkpoint_config`."""
+    stored = read_checkpoint_config(source)
+    if stored.model.num_experts:
+        return "experts are not calibrated"
+    is_quantized = stored.quantization is not None or stored.prequantized is not None
+    if is_quantized or (source.is_file() and formats_of(empty_model(source))):
+        return f"{source} is quantized already"
+    return None
+
+
+@dataclass(frozen=True)
+class CalibratedLoader:
+    """Loading of one checkpoint in 4 bits with errors corrected.
+
+    source: as `resolve_source` returns it. tokenizer: the checkpoint's, for the form of its conversations. calibrate:
+    True requires calibration; with None, 4 bits without it are taken where it is impossible or its result cannot be
+    kept, with a warning. progress: show a bar while a kept copy loads; calibrating always shows bars, as downloads do.
+    """
+
+    source: Path
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: str | torch.dtype
+    quantization: str
+    calibrate: bool | None = None
+    progress: bool = False
+    check_weights: bool = False
+
+    def load(self) -> Qwen3:
+        """Return the model: read from the cache folder, where the first load of a checkpoint keeps it.
+
+        Raises: as `load_model`; ValueError if calibrate=True is impossible, since the model's logits are not finite.
+        """
+        prepare_quantization(self.quantization, self.device)
+        try:
+            kept = self.place()
+        except RuntimeError as err:
+            return self._load_unkept(str(err))
+        if (model := self._read(kept)) is not None:
+            return model
+        if (problem := kept.why_not(self._num_bytes())) is not None:
+            return self._load_unkept(problem)
+        with kept.locked():
+            if (model := self._read(kept, warn=True)) is not None:  # another process has written it
+                return model
+            logger.info("%s: calibrating %s, once; kept in %s", self.source, self.quantization, kept.folder)
+            model, num_tokens = self._calibrate()
+            if num_tokens:
+                try:
+                    kept.write(model, num_tokens)
+                except OSError as err:
+                    logger.warning("the calibrated weights cannot be kept (%s); the next load makes them again", err)
+        return model
+
+    def place(self) -> KeptCopy:
+        """Return where the calibrated copy is kept. Raises: RuntimeError if there is no home folder."""
+        config = read_checkpoint_config(self.source).model
+        dtype = choose_dtype(self.dtype, config)
+        return KeptCopy.of(self.source, format=self.quantization, dtype=dtype, device=self.device.type, tokens=TOKENS)
+
+    def _read(self, kept: KeptCopy, warn: bool = False) -> Qwen3 | None:
+        """Return the kept model; None if there is none, or it is damaged. warn: say so."""
+        if not kept.exists():
+            return None
+        try:
+            model = load_model(
+                kept.folder, self.device, self.dtype, progress=self.progress, check_weights=self.check_weights
+            )
+        except (OSError, ValueError) as err:
+            if warn:
+                logger.warning("the calibrated copy of %s is damaged and is made again: %s", self.source, err)
+            return None
+        logger.info("%s: calibrated %s, kept in %s", self.source, self.quantization, kept.folder)
+        return model
+
+    def _load_unkept(self, problem: str) -> Qwen3:
+        """Load where no copy can be kept."""
+        choice = "calibrating for this load alone" if self.calibrate else f"{self.quantization} without calibration"
+        advice = f"set XDG_CACHE_HOME to a folder with room, or use `{COMMAND}`, which writes a folder of yours"
+        logger.warning("a calibrated copy cannot be kept: %s; %s (%s)", problem, choice, advice)
+        if self.calibrate:
+            return self._calibrate()[0]
+        return self._load_plain(self.quantization)
+
+    def _load_plain(self, quantization: str | None) -> Qwen3:
+        return load_model(
+            self.source, self.device, self.dtype, progress=self.progress, quantization=quantization,
+            check_weights=self.check_weights,
+        )  # fmt: skip
+
+    def _calibrate(self) -> tuple[Qwen3, int]:
+        """Return the quantized model and the number of tokens that it was calibrated on, 0 if it could not be."""
+        model = self._load_plain(None)
+        weight = model.model.norm.weight
+        try:
+            token_BT = own_text(model, self.tokenizer, TOKENS, progress=True)
+        except (ValueError, MemoryError) as err:
+            if self.calibrate:
+                raise
+            logger.warning("%s: %s without calibration: %s", self.source, self.quantization, err)
+            quantize_model(model, self.quantization, weight.dtype, self.progress)
+            return model, 0
+        quantize_calibrated(model, token_BT, self.quantization, progress=True)
+        return model, token_BT.numel()
+
+    def _num_bytes(self) -> int:
+        """Return the size of the copy."""
+        config = read_checkpoint_config(self.source).model
+        model = build_on_meta(config)
+        quantize_model(model, self.quantization, choose_dtype(self.dtype, config))
+        return model.num_bytes()
