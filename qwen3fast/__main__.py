@@ -1,10 +1,12 @@
 """`python -m qwen3fast`, and the command `qwen3fast`."""
 
+import warnings
 from importlib import import_module
 
 
 def main() -> int:
     """Run the command line. Returns: the exit status."""
+    warnings.formatwarning = lambda message, *_: f"qwen3fast: warning: {message}\n"
     try:
         cli = import_module("qwen3fast.cli")  # by name, in here: PyTorch takes seconds, and Ctrl-C may come meanwhile
     except KeyboardInterrupt:

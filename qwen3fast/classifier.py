@@ -44,10 +44,10 @@ class Classifier(TextModel):
         self._head_LE = head.weight_LE.to(model.model.norm.weight.device)
 
     @classmethod
-    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
-        head = find_score_head(source, revision)
+    def _read_own(cls, folder: Path) -> dict[str, Any]:
+        head = find_score_head(folder)
         if head is None:
-            raise ValueError(f"{str(source)!r} has no score head; a Classifier needs a {ARCHITECTURE}")
+            raise ValueError(f"{folder} has no score head; a Classifier needs a {ARCHITECTURE}")
         return {"head": head}
 
     def logits(self, texts: str | Iterable[str], *, batch_size: int = 8, progress: bool = False) -> Tensor:

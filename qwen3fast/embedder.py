@@ -54,12 +54,13 @@ class Embedder(TextModel):
             max_length = min(settings.max_length, model.config.max_position_embeddings)
         super().__init__(model, tokenizer, max_length)
         self.settings = settings
+        self._settings = settings or SentenceSettings()
         self._frame = TextFrame(tokenizer) if settings is not None else None
         self._end_id = token_id(tokenizer, END_OF_TEXT) if settings is None else None
 
     @classmethod
-    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
-        return {"settings": find_sentence_settings(source, revision)}
+    def _read_own(cls, folder: Path) -> dict[str, Any]:
+        return {"settings": find_sentence_settings(folder)}
 
     def encode(
         self,
@@ -90,8 +91,7 @@ class Embedder(TextModel):
         that the checkpoint does not have.
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
-        settings = self.settings or SentenceSettings()
-        normalize = settings.normalize if normalize is None else checked_flag("normalize", normalize)
+        normalize = self._settings.normalize if normalize is None else checked_flag("normalize", normalize)
         size = self.config.hidden_size
         dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)
         prompt = self._prompt(prompt_name, instruction)
@@ -103,13 +103,13 @@ class Embedder(TextModel):
     def _encode(
         self, rows: list[list[int]], batch_size: int, progress: bool, dimensions: int, normalize: bool
     ) -> Tensor:
-        is_mean = self.settings is not None and self.settings.pooling == "mean"
+        is_mean = self._settings.pooling == "mean"
         vectors_NE = last_states(self.model, rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
         return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
 
     def _prompt(self, name: str | None, instruction: str | None) -> str:
         """Return the text to put before each text; empty with an instruction, which has a form of its own."""
-        settings = self.settings or SentenceSettings()
+        settings = self._settings
         if name is not None and instruction is not None:
             raise ValueError("pass prompt_name or instruction, not both")
         if name is None:

@@ -63,8 +63,8 @@ class Reranker(TextModel):
             raise ValueError(f"the score head has {len(score_head.labels)} labels; a Reranker takes one or two")
 
     @classmethod
-    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
-        return {"score_head": find_score_head(source, revision)}
+    def _read_own(cls, folder: Path) -> dict[str, Any]:
+        return {"score_head": find_score_head(folder)}
 
     @classmethod
     def _needs_output_projection(cls, own: dict[str, Any]) -> bool:
@@ -109,14 +109,11 @@ class Reranker(TextModel):
         """Return the ids of a prompt; prefix and suffix are encoded separately, as published."""
         room = self.max_length - len(self._prefix) - len(self._suffix)
         body = self.tokenizer.encode(f"{head} {document}")
-        if len(body) > room:
-            needed = len(self.tokenizer.encode(head))
-            if needed >= room:
-                raise ValueError(
-                    f"query and instruction take {needed} tokens and the rest of the prompt "
-                    f"{self.max_length - room}, which leaves no room for a document within max_length "
-                    f"{self.max_length}; shorten them or raise max_length"
-                )
+        if len(body) > room and (needed := len(self.tokenizer.encode(head))) >= room:
+            raise ValueError(
+                f"query and instruction take {needed} tokens and the rest of the prompt {self.max_length - room}, "
+                f"which leaves no room for a document within max_length {self.max_length}; shorten them or raise it"
+            )
         return [*self._prefix, *body[:room], *self._suffix]
 
 
@@ -130,6 +127,4 @@ def _output_rows(model: Qwen3, ids: list[int]) -> Tensor:
         )
     id_R = torch.tensor(ids, device=model.model.norm.weight.device)
     head = model.lm_head
-    if isinstance(head, QuantizedLinear):
-        return head.rows(id_R)
-    return head.weight[id_R].float()
+    return head.rows(id_R) if isinstance(head, QuantizedLinear) else head.weight[id_R].float()

@@ -56,9 +56,8 @@ class TextModel:
         use_threads(threads)  # before loading, which quantizes
         if str(source).startswith("random:"):
             raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
-        own = cls._read_own(source, revision)
         folder = resolve_source(source, revision)
-        tokenizer = read_tokenizer(folder)
+        own, tokenizer = cls._read_own(folder), read_tokenizer(folder)
         load = partial(
             load_model,
             quantization=quantization,
@@ -68,8 +67,8 @@ class TextModel:
         return cls(on_live_threads(load, folder, device, dtype), tokenizer, max_length=max_length, **own)
 
     @classmethod
-    def _read_own(cls, source: str | Path, revision: str | None) -> dict[str, Any]:
-        """Return the arguments that only this class has, from the checkpoint's small files."""
+    def _read_own(cls, folder: Path) -> dict[str, Any]:
+        """Return the arguments that only this class has, from the checkpoint's small files (or a GGUF file)."""
         raise NotImplementedError
 
     @classmethod

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from conftest import randomized
 from safetensors.torch import save_file
-from test_checkpoint import tensors_of, write_index
+from test_checkpoint import write_index
 from test_expert_checkpoints import tensors_by_expert
 from torch import Tensor, nn
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.moe import Experts
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 FP8_EXPERTS = {
@@ -186,31 +187,45 @@ def write_prequantized(
     tokenizer_folder: Path | None = None,
     **options,
 ) -> Qwen3:
-    """Write a checkpoint whose linear layers, except `kept` (by the ends of names), are stored in another layout.
+    """Write a checkpoint whose linear layers and experts, except `kept` (ends of names), are stored in another layout.
 
     prefix: of names, in place of "model.". Tensors are dealt out to the files in turn, so that those of a layer lie in
     several. Returns: the model that the tensors stand for, in float32.
     """
-    model, rng = randomized(config), np.random.default_rng(0)
-    tensors = tensors_of(model)
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and not name.endswith(kept):
+    model, rng = randomized(config).to(config.dtype).float(), np.random.default_rng(0)
+    tensors = tensors_by_expert(model)
+    for name, own_NK in matrices_of(model).items():
+        if not name.endswith(kept):
             del tensors[f"{name}.weight"]
-            parts, weight = drawn_layer(rng, *layer.weight.shape, quantization_config, **options)
+            parts, weight = drawn_layer(rng, *own_NK.shape, quantization_config, **options)
             tensors |= {f"{name}.{end}": part for end, part in parts.items()}
-            layer.weight.copy_(weight)
+            own_NK.copy_(weight)
     tensors = {n: t if is_of_layer(n, t) else t.to(config.dtype) for n, t in tensors.items()}
     for name in [n for n in tensors if n.startswith("model.")]:
         tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
     write_tensors(folder, config, quantization_config, tensors, files)
     if tokenizer_folder is not None:
         shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    with torch.no_grad():  # what is stored in the checkpoint's dtype was rounded to it
-        for name, parameter in model.named_parameters():
-            ends = ("qweight", "weight_scale_inv", "weight_scale")
-            if not any(f"{name.removesuffix('weight')}{end}" in tensors for end in ends):
-                parameter.copy_(parameter.to(config.dtype))
     return model
+
+
+def matrices_of(model: Qwen3) -> dict[str, Tensor]:
+    """The weights of linear layers and of each expert, by their names in a checkpoint, as views of the parameters."""
+    found = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            for i, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+                parts = zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True)
+                found |= {f"{name}.{i}.{part}": weight for part, weight in parts}
+    return found
+
+
+def in_hidden_order(model: Qwen3, name: str, weight_NK: Tensor) -> Tensor:
+    """A checkpoint's weight of the layer `name`, its hidden units in the order that loading gave them."""
+    order_F = getattr(model.get_submodule(name.rpartition(".")[0]), "hidden_order", None)
+    if order_F is None:
+        return weight_NK
+    return weight_NK[:, order_F] if name.endswith("down_proj") else weight_NK[order_F]
 
 
 def write_fp8_experts(folder: Path, config: ModelConfig, files: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,12 +14,11 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-import uvicorn
 from conftest import randomized, small_config
 from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
-from qwen3fast.server import background
+from qwen3fast.server import command
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import bind
 from qwen3fast.server.models import AnyModel
@@ -38,13 +38,13 @@ def running(
     send_buffer: bytes that the system takes from the server before the client reads.
     """
 
-    def bind_with_buffer(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
-        listening = bind(config, send_timeout_s)
+    def bind_with_buffer(*arguments: Any) -> socket.socket:
+        listening = bind(*arguments)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         return listening
 
-    patch = nullcontext() if send_buffer is None else mock.patch.object(background, "bind", bind_with_buffer)
-    with patch, background.in_background(app or create_app(models, options)) as port:
+    patch = nullcontext() if send_buffer is None else mock.patch.object(command, "bind", bind_with_buffer)
+    with patch, command.in_background(app or create_app(models, options)) as port:
         yield f"http://127.0.0.1:{port}"
 
 

@@ -4,15 +4,17 @@ import io
 import json
 import re
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
 import torch
-from bench_fakes import quick_probes  # noqa: F401  a fixture
+from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
 
-from qwen3fast import Generator
+from qwen3fast import Generator, __main__
 from qwen3fast.bench import harness, measure, self_test
 from qwen3fast.bench.__main__ import main as bench_main
+from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, program
 from qwen3fast.kernels import forms, forms_file
@@ -44,6 +46,12 @@ def test_generate_stats_go_to_standard_error(capsys):
         (["generate", "hi", "--max-seq-len", "100000"], "exceeds the model's max_position_embeddings"),
         (["generate", "", "--raw"], "the prompt is empty"),
         (["info", "--model", "random:7b"], "unknown Qwen3 shape '7b'"),
+        (
+            ["quantize", "--model", "random:0.6b", "--output", "x"],
+            "random:0.6b has random weights, which are quantized",
+        ),
+        (["quantize", "--output", __file__], "test_cli.py is a file; expected the name of a folder to write"),
+        (["quantize", "--output", "x", "--calibrate", "/"], "/ is a folder; expected a text file for --calibrate"),
     ],
 )
 def test_bad_values_give_one_line_and_status_2(capsys, arguments, message):
@@ -154,6 +162,14 @@ def test_a_bad_world_size_is_named(monkeypatch, capsys, size):
         assert f"WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}" in capsys.readouterr().err
 
 
+def test_warnings_are_lines_of_the_program_without_source_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # set back at the end
+    monkeypatch.setattr(sys, "argv", ["qwen3fast", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main()
+    assert warnings.formatwarning("no tokenizer", UserWarning, __file__, 3) == "qwen3fast: warning: no tokenizer\n"
+
+
 def test_bench_refuses_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["bench"]) == 2
@@ -260,7 +276,7 @@ def test_bench_interrupted_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure.Workbench, "run", interrupted)
     monkeypatch.setattr(harness, "STABLE", 1e9)
-    options = ["--model", "tiny", "--lengths", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
+    options = ["--model", "tiny", "--contexts", "16,40", "--new-tokens", "2", "--modes", "cached-eager"]
     assert bench_main([*options, "--repetitions", "2", "--output", str(tmp_path)]) == 130
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["interrupted"]
@@ -340,3 +356,34 @@ def test_bench_self_test_waits_as_long_as_it_says(monkeypatch):
     assert all(finding.is_right for finding in self_test.check_in_real_time())
     monkeypatch.setattr(self_test, "wait", lambda seconds: clock.wait(0.01))
     assert [finding.is_right for finding in self_test.check_in_real_time()] == [False, True, False]
+
+
+NEEDLESS = ["--model", "tiny", "--suite", "cache"]  # refused before anything is measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*NEEDLESS, "--output", "file"], "{0}/file is not a folder, so "),
+        ([*NEEDLESS, "--output", "file/more"], "{0}/file/more is not a folder, so "),
+        ([*NEEDLESS, "--output", "folder.json"], "{0}/folder.json is a folder; expected the name of a file to write"),
+        (["--model", "tiny", "--suite", "quality", "--text", "none"], "{0}/none not found; expected a text for --text"),
+        (["--model", "tiny", "--suite", "quality", "--text", "folder.json"], "{0}/folder.json is a folder; expected a"),
+        (["--model", "tiny", "--suite", "quality", "--text", "latin"], "{0}/latin is not text in UTF-8: 'utf-8' codec"),
+        (["table", "record.json", "-o", "folder.json"], "{0}/folder.json is a folder; expected the name of a file"),
+        (["report", "record.json", "-o", "file/page.html"], "{0}/file is not a folder, so page.html cannot be written"),
+        (["plot", "record.json", "-o", "file"], "{0}/file is not a folder, so record.png cannot be written there"),
+        (["compare", "folder.json", "record.json"], "{0}/folder.json is a folder; expected a record that a benchmark"),
+        (["table", "file"], "{0}/file is not valid JSON: "),
+        (["table", "latin"], "{0}/latin is not text in UTF-8: "),
+    ],
+)
+@pytest.mark.usefixtures("quick_probes")
+def test_bench_names_a_path_that_cannot_be_used(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "latin").write_bytes("\xe9".encode("latin-1"))
+    (tmp_path / "folder.json").mkdir()
+    write_json(make_record(make_case([10.0])).to_dict(), tmp_path / "record.json")
+    names = {"file", "file/more", "folder.json", "none", "latin", "record.json", "file/page.html"}
+    assert bench_main([str(tmp_path / word) if word in names else word for word in arguments]) == 2
+    assert f"qwen3fast.bench: error: {message.format(tmp_path)}" in capsys.readouterr().err

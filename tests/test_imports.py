@@ -18,7 +18,7 @@ PACKAGE = Path(qwen3fast.__file__).parent
 # Each part may import the parts before it. "qwen3fast" is the package's own __init__.
 ORDER = [
     "_version",
-    "_json",
+    "files",
     "reference",
     "checks",
     "kernels",
@@ -186,7 +186,7 @@ def test_imports_of_our_own_stand_at_the_top_of_the_file():
 BY_NAME = {
     "qwen3fast": {f"qwen3fast.{name}" for name in qwen3fast._MODULES.values()},
     "qwen3fast.__main__": {"qwen3fast.cli"},
-    "qwen3fast.bench.view": {f"qwen3fast.bench.{name}" for name in ("plot", "svg", "pictures", "report.page")},
+    "qwen3fast.bench.view": {f"qwen3fast.bench.{name}" for name in ("plot", "pictures", "report.page")},
     "qwen3fast.cli.program": {loaded.module for loaded in LOADED.values()},
 }
 

@@ -41,8 +41,8 @@ Reply = tuple[dict[str, Any], str]  # a request, and the text that came
 async def load(generator: Generator, seconds: float, seed: int, progress: Progress) -> list[Client]:
     """Serve, let clients loose for some seconds, and stop. Returns: the clients."""
     app = create_app({"model": generator}, OPTIONS)
-    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
-    server, listening = uvicorn.Server(config), bind(config, OPTIONS.send_timeout_s)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    listening = bind("127.0.0.1", 0, OPTIONS.send_timeout_s)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started:
         await asyncio.sleep(0.01)

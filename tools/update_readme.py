@@ -42,7 +42,7 @@ COLUMNS = {
     "forms": Columns(("computation", "sizes", "form"), ("operator_ms",)),
     "serve": Columns(("format", "what", "clients"),
                      ("tok_s", "requests_s", "goodput", "ttft_s", "ttft_p99_s", "tpot_ms", "http_over_engine")),
-    "llama-bench": Columns(("format", "test"), ("tok_s",)),
+    "llama-bench": Columns(("format", "depth", "test"), ("tok_s",)),
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip

@@ -70,7 +70,7 @@ def run_plot(args: argparse.Namespace) -> int:
         except ValueError as err:
             raise ValueError(f"{path}: {err}") from err
         if args.format == "svg":
-            write_text(drawing("svg").svg_text(figure), target)
+            write_text(drawing("plot").svg_text(figure), target)
         else:
             drawing("plot").save(figure, target)
         print(f"wrote {target}", file=sys.stderr)

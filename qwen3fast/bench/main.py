@@ -15,6 +15,7 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites import SUITES, Suite
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import drawing, picture, sentences
+from qwen3fast.files import file_to_write
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_bench(args: argparse.Namespace) -> int:
     """Measure, print and write. Returns: the exit status 0, 1 if tokens are wrong, 130 after Ctrl-C or SIGTERM."""
     suite = SUITES[args.suite]
+    paths = output_paths(args.output, f"{suite.name}-{Path(args.model).name}")
     session = Session(suite.name, suite.options(args))
     if args.contexts is None:
         session.fit_contexts()
@@ -37,15 +39,17 @@ def run_bench(args: argparse.Namespace) -> int:
     session.harness.finish()
     if session.record.interrupted:
         print("interrupted; keeping the measurements so far", file=sys.stderr)
-    return finish(session.record, suite, output_paths(args.output, f"{suite.name}-{Path(args.model).name}"), args.json)
+    return finish(session.record, suite, paths, args.json)
 
 
 def output_paths(output: Path, stem: str) -> tuple[Path, Path]:
-    """Return the paths of the record and its picture. output: a folder, or the name of a .json file."""
-    if output.suffix == ".json":
-        return output, output.with_suffix(".png")
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem.replace(':', '-')}"
-    return output / f"{stem}.json", output / f"{stem}.png"
+    """Return the paths of the record and its picture. output: a folder, or the name of a .json file.
+
+    Raises: FileExistsError if they cannot be written there.
+    """
+    if output.suffix != ".json":
+        output /= f"{time.strftime('%Y%m%d-%H%M%S')}-{stem.replace(':', '-')}.json"
+    return file_to_write(output), output.with_suffix(".png")
 
 
 def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool = False) -> int:

@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--formats", type=_formats, metavar="NAMES", help=f"weight formats, comma-separated: {', '.join(WEIGHTS)} "
         f"(plain, or bf16: as in the checkpoint), or one of them and {CACHE_SUFFIX}: int8 keys and values")  # fmt: skip
     add("--modes", type=_modes, metavar="NAMES", help=f"comma-separated: {', '.join(MODES)}")
-    add("--contexts", "--lengths", type=counts, metavar="N,N", help="prompt lengths in tokens, comma-separated")
+    add("--contexts", type=counts, metavar="N,N", help="prompt lengths in tokens, comma-separated")
     add("--batch-sizes", type=counts, metavar="N,N", help="requests decoded together, comma-separated")
     add("--new-tokens", type=_count, metavar="N", help="tokens timed after the first, per repetition")
     add("--repetitions", type=_count, metavar="N", help="rounds over all cases; suite quality: windows of the text")

@@ -5,16 +5,19 @@ This module and those that import it load matplotlib; only `view.picture` and pr
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.table import where_measured
+from qwen3fast.files import file_to_write
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # In an order that stays distinct in gray and for color-blind readers.
@@ -45,8 +48,21 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the file's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(file_to_write(path), dpi=160, facecolor="white")
+
+
+def svg_text(figure: Figure, *, facecolor: str = "white", is_trimmed: bool = False) -> str:
+    """Return a figure as SVG: text stays text, and the same figure gives the same bytes.
+
+    facecolor: behind the axes, or "none". is_trimmed: cut off empty margins.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qwen3fast"}):
+        figure.savefig(
+            text, format="svg", facecolor=facecolor, metadata={"Date": None}, transparent=facecolor == "none",
+            bbox_inches="tight" if is_trimmed else None, pad_inches=0.08,
+        )  # fmt: skip
+    return text.getvalue()
 
 
 def style_axes(axes: Axes, x_label: str, y_label: str, title: str = "") -> None:

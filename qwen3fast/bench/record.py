@@ -17,6 +17,7 @@ from typing import Any
 from qwen3fast.bench.metrics import derive
 from qwen3fast.bench.statistics import Estimate
 from qwen3fast.bench.validate import KINDS, MAX_FILE_BYTES, check_record, parse_json
+from qwen3fast.files import file_to_read, file_to_write, read_text
 
 SCHEMA_VERSION = 2
 LINE = 500  # characters: JSON values up to this length share a line, as most cases do
@@ -88,7 +89,11 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, without cases that have no sample."""
         head = {name: getattr(self, name) for name in KINDS if name != "cases"}
-        cases = [_case_to_dict(case) for case in self.cases if case.samples]
+        cases = [
+            asdict(case) | {"metrics": {name: _written(estimate) for name, estimate in case.metrics.items()}}
+            for case in self.cases
+            if case.samples
+        ]
         return {"schema_version": SCHEMA_VERSION, **head, "stable": not self.noise, "cases": cases}
 
     @classmethod
@@ -110,15 +115,10 @@ def load_record(path: Path) -> Record:
 
     Raises: FileNotFoundError; ValueError naming the file if it is not a valid record.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; expected a record that a benchmark wrote")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; expected a record that a benchmark wrote")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ValueError(f"{path} is not valid JSON: {err}") from err
-    return Record.from_dict(parse_json(text, str(path)), str(path))
+    expected = "a record that a benchmark wrote"
+    if file_to_read(path, expected).stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; expected {expected}")
+    return Record.from_dict(parse_json(read_text(path, expected), str(path)), str(path))
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
@@ -135,9 +135,11 @@ def json_text(value: dict[str, Any]) -> str:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file as a whole or not at all, readable for all users; create missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    """Write a file as a whole or not at all, readable for all users; create missing folders.
+
+    Raises: OSError, as `file_to_write`.
+    """
+    handle, temporary = tempfile.mkstemp(dir=file_to_write(path).parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -175,10 +177,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _case_to_dict(case: Case) -> dict[str, Any]:
-    return asdict(case) | {"metrics": {name: _written(estimate) for name, estimate in case.metrics.items()}}
 
 
 def _written(estimate: Estimate) -> dict[str, Any]:

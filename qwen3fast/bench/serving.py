@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -94,7 +94,8 @@ class Reply:
 
 def run_engine(generator: Generator, work: Work) -> Measurement:
     """Run all requests at once; nobody reads their tokens before they end."""
-    handles = [generator.submit(prompt, _params(n)) for prompt, n in work]
+    greedy = SamplingParams(temperature=0, ignore_eos=True)
+    handles = [generator.submit(prompt, replace(greedy, max_tokens=n)) for prompt, n in work]
     results = [handle.result() for handle in handles]
     for result, (_, n) in zip(results, work, strict=True):
         assert len(result.token_ids) == n, "no token ends a reply before its length"
@@ -166,7 +167,3 @@ def read_reply(raw: dict[str, Any], tokens: int) -> Reply:
     if raw["status"] != 200 or words != tokens or used not in (None, tokens):
         raise RuntimeError(f"expected status 200 and {tokens} tokens, got {raw['status']}, {words} words, usage {used}")
     return Reply(events, tokens, raw["sent_s"] + raw["seconds"])
-
-
-def _params(tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)

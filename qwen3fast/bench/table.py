@@ -56,17 +56,14 @@ def table_cells(record: Record, columns: Columns) -> list[list[Cell]]:
         if not derived.keys() & set(metrics):
             continue
         row = [_label_cell(case.labels.get(name)) for name in columns.labels]
-        row += [estimate_cell(name, derived[name]) if name in derived else Cell("") for name in metrics]
+        for name in metrics:
+            e, text = derived.get(name), METRICS[name].text
+            row.append(Cell("") if e is None else Cell(text(e.median), interval(name, e), e.median, is_number=True))
         if columns.baseline:
             gain = speedup(record, case, columns)
             row.append(Cell("") if gain is None else Cell(f"{gain:.1f}x", "", gain, is_number=True))
         rows.append(row)
     return rows
-
-
-def estimate_cell(name: str, estimate: Estimate) -> Cell:
-    """Return a metric's median with its interval below."""
-    return Cell(METRICS[name].text(estimate.median), interval(name, estimate), estimate.median, is_number=True)
 
 
 def interval(name: str, estimate: Estimate) -> str:

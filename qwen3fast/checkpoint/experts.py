@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from qwen3fast.quantization.formats import Format, Packed, put_rows
+from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.ordered import OrderedLinear
 
 Shape = tuple[int, ...]
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked: one after the other
@@ -39,6 +41,7 @@ class ExpertStacks:
         self._parameters, self._device, self._dtype = parameters, device, dtype
         self._stacks: dict[str, Tensor] = {}
         self._packed: dict[str, Packed] = {}
+        self._orders: dict[str, Tensor] = {}  # of input channels
         self._missing: dict[str, set[str]] = {}
         self._names: dict[str, list[str]] = {}  # of a stack's slices
         self.slices: dict[str, ExpertSlice] = {}
@@ -69,10 +72,13 @@ class ExpertStacks:
         missing.discard(name)
         return None if missing else (place.target, self._stacks.pop(place.target))
 
-    def put_packed(self, name: str, packed: Packed, format: Format) -> tuple[str, Packed] | None:
+    def put_packed(
+        self, name: str, packed: Packed, format: Format, order_K: Tensor | None
+    ) -> tuple[str, QuantizedLinear] | None:
         """Copy one expert's packed matrix to its place: a stack is one tall weight, expert after expert.
 
-        Returns: the name and the tensors of a stack whose last slice this was, otherwise None.
+        order_K: of its input channels, if it has one.
+        Returns: the name and the layer of a stack whose last slice this was, otherwise None.
         """
         place = self.slices[name]
         num_experts, rows, columns = self._parameters[place.target]
@@ -81,9 +87,18 @@ class ExpertStacks:
             self._missing[place.target] = set(self._names[place.target])
         first_row = place.expert * rows + place.first_row
         put_rows(self._packed[place.target], num_experts * rows, first_row, packed)
+        if order_K is not None:
+            matrices = num_experts * rows // place.shape[0]
+            own_K = torch.arange(columns, dtype=torch.int32, device=self._device)
+            orders = self._orders.setdefault(place.target, own_K.repeat(matrices, 1))
+            orders[first_row // place.shape[0]] = order_K
         missing = self._missing[place.target]
         missing.discard(name)
-        return None if missing else (place.target, self._packed.pop(place.target))
+        if missing:
+            return None
+        whole, order_MK = self._packed.pop(place.target), self._orders.pop(place.target, None)
+        layer = QuantizedLinear(whole, format) if order_MK is None else OrderedLinear(whole, format, order_MK)
+        return place.target, layer
 
     def unfinished(self) -> dict[str, list[str]]:
         """Return the parameters with some of their slices, and for each the names of the missing slices."""

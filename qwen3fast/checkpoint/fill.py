@@ -29,6 +29,7 @@ from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Split
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.experts import QuantizedExperts
+from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
 from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, find_shared_orders, order_problems
@@ -54,7 +55,6 @@ class FillOptions:
     device: torch.device
     dtype: torch.dtype
     quantization: str | None = None
-    expert_quantization: str | None = None
     on_assigned: OnAssigned | None = None
     check_weights: bool = False
     split: Split | None = None
@@ -70,9 +70,9 @@ def load_weights(
     Qwen3-Embedding) omit "model."; some store experts one by one (see experts.py); and prequantized layers have several
     tensors instead of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
 
-    options: the other fields of FillOptions. prequantized: how other software stored the linear layers; quantization,
-    expert_quantization: the formats that these and prequantized experts get, None for plain weights. on_assigned:
-    called after each parameter. check_weights: refuse NaN and infinity, in `dtype`. split: the shard that `model` is.
+    options: the other fields of FillOptions. prequantized: how other software stored the linear layers;
+    quantization: the format that these get, None for plain weights. on_assigned: called after each parameter.
+    check_weights: refuse NaN and infinity, in `dtype`. split: the shard that `model` is.
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors, for wrong dtypes, and for damaged files. On an error the model must be discarded.
     """
@@ -99,6 +99,7 @@ def load_weights(
     refuse(problems, f"the weights in {folder} do not fit its config.json")
     refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
+    fold_orders(model)
     find_shared_orders(model)
 
 
@@ -109,10 +110,8 @@ class _Filler:
         """names: of all tensors that will come. bar: advances with each parameter."""
         self._model, self._options, self._bar = model, options, bar
         device, split = options.device, options.split
-        self._format, self._expert_format = (
-            options.prequantized.as_format(get_format(name)) if name and options.prequantized else None
-            for name in (options.quantization, options.expert_quantization)
-        )
+        name, stored = options.quantization, options.prequantized
+        self._format = stored.as_format(get_format(name)) if name and stored else None
         self._expected = shapes_of(model)
         self._has_embedding = any(place_of(name) == EMBEDDING for name in names)
         self._stacks = ExpertStacks(self._expected, device, options.dtype)
@@ -191,8 +190,8 @@ class _Filler:
         if self._options.check_weights and (counts := non_finite(tensor)) is not None:
             self.bad_numbers.append(f"{where}: {counts}")
         self._loaded.add(place)
-        if self._expert_format is not None and self._is_packed_expert(place):
-            self._put_expert(place, quantize(tensor, self._expert_format))
+        if self._format is not None and self._is_packed_expert(place):
+            self._put_expert(place, quantize(tensor, self._format))
             return
         whole = self._stacks.put(place, tensor) if place in self._stacks.slices else (place, tensor)
         if whole is not None:
@@ -202,8 +201,9 @@ class _Filler:
 
     def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
-            if self._expert_format is not None and self._is_packed_expert(weight):
-                self._put_expert(weight, layer.packed(self._expert_format))
+            if self._format is not None and self._is_packed_expert(weight):
+                order_K = layer.input_order(self._format)
+                self._put_expert(weight, layer.packed(self._format, order_K), order_K)
                 self._loaded.add(weight)
                 return
             is_plain = weight in self._stacks.slices or weight.endswith(ROUTER) or not fits(*layer.shape)
@@ -221,7 +221,7 @@ class _Filler:
 
     def _stacks_to_pack(self) -> set[str]:
         """Return the stacks of experts that are packed expert by expert: a layer's both, or none."""
-        if self._expert_format is None:
+        if self._format is None:
             return set()
         slices = self._stacks.slices
         stored = {slices[weight].target for weight in self._layers.stored if weight in slices}
@@ -233,19 +233,18 @@ class _Filler:
         slices = self._stacks.slices
         return place in slices and slices[place].target in self._packed_stacks
 
-    def _put_expert(self, weight: str, packed: Packed) -> None:
+    def _put_expert(self, weight: str, packed: Packed, order_K: Tensor | None = None) -> None:
         """Put one expert's packed matrix in its stack, and the stack in the model with its last expert."""
-        assert self._expert_format is not None, "experts are packed in a format"
-        whole = self._stacks.put_packed(weight, packed, self._expert_format)
+        assert self._format is not None, "experts are packed in a format"
+        whole = self._stacks.put_packed(weight, packed, self._format, order_K)
         if whole is None:
             return
         target, stack = whole
         name = target.rpartition(".")[0]
         experts = self._model.get_submodule(name)
         if isinstance(experts, Experts):  # on meta; the other stack's comes or came
-            self._model.set_submodule(name, QuantizedExperts.of(experts, self._expert_format))
-        assign(self._model, f"{target}.weight_packed", stack.weight)
-        assign(self._model, f"{target}.weight_scale", stack.scale)
+            self._model.set_submodule(name, QuantizedExperts.of(experts, self._format))
+        self._model.set_submodule(target, stack)
         self._loaded.add(target)
         self._bar.update()
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.architectures import WITH_TEXT_PART, text_part, why_not
 from qwen3fast.checkpoint.choices import DTYPES
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.rope_config import read_rope_theta, read_yarn, refuse_rope, yarn_to_dict
+from qwen3fast.files import read_json
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization.formats import FORMATS
 

@@ -15,9 +15,8 @@ from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Ranks, connect
-from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_experts, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.ordered import add_empty_orders
 
@@ -117,8 +116,6 @@ def empty_model(source: Path) -> Qwen3:
     model = build_on_meta(stored.model)
     if format is not None:
         has_orders = theirs is not None and theirs.has_scattered_groups and theirs.loaded_as != "int8"
-        for name in [n for n, module in model.named_modules() if has_orders and isinstance(module, Experts)]:
-            quantize_experts(model, "int8", name)
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
         if has_orders:
             add_empty_orders(model)

@@ -75,7 +75,6 @@ class Loader:
             dtype,
             self.progress,
             quantization=format,
-            expert_quantization=self._format_of_experts(stored.prequantized, format),
             on_assigned=self._on_assigned,
             check_weights=self.check_weights,
             split=split,
@@ -139,10 +138,6 @@ class Loader:
             return None
         prepare_quantization(format, self.device)
         return format
-
-    def _format_of_experts(self, stored: PrequantizedFormat | None, format: str | None) -> str | None:
-        """Return the same for experts. format: of other layers."""
-        return stored.experts_loaded_as if stored is not None and self.quantization is None and format else format
 
     def _split(self, config: ModelConfig) -> Split | None:
         """Return this process's shard of the model; None in one process.

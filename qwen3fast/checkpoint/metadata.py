@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import parse_random
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checkpoint.vocab_files import has_vocab_files, tokenizer_from_vocab
+from qwen3fast.files import read_json
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.checks import no_weights
+from qwen3fast.files import read_json
 from qwen3fast.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)

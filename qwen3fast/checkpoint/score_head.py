@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.checks import FLOATS
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
-from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.files import read_json
 
 ARCHITECTURE, WEIGHT = "Qwen3ForSequenceClassification", "score.weight"
 
@@ -27,18 +26,18 @@ class ScoreHead(NamedTuple):
     is_multi_label: bool
 
 
-def find_score_head(source: str | Path, revision: str | None = None) -> ScoreHead | None:
+def find_score_head(source: Path) -> ScoreHead | None:
     """Return the score head of a checkpoint in float32; None if its architecture has none.
 
-    source, revision: as in `load_model`.
+    source: as `resolve_source` returns it.
     Raises: FileNotFoundError or ValueError, as `load_model`; ValueError for a head that is missing or does not fit.
     """
-    if str(source).startswith("random:") or (folder := resolve_source(source, revision)).is_file():
+    if source.is_file():  # GGUF files have none
         return None
-    raw = read_json(folder / "config.json")
+    raw = read_json(source / "config.json")
     if raw.get("architectures") != [ARCHITECTURE]:
         return None
-    weight_LE = _read_weight(folder, CheckpointConfig.from_folder(folder).model.hidden_size)
+    weight_LE = _read_weight(source, CheckpointConfig.from_folder(source).model.hidden_size)
     labels = _labels(raw, len(weight_LE))
     return ScoreHead(weight_LE, labels, raw.get("problem_type") == "multi_label_classification")
 

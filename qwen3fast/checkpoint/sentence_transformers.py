@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from qwen3fast._json import read_json
-from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.files import read_json, read_optional_json
 
 POOLINGS = ("lasttoken", "mean")
 # Names of the fields that older versions have in place of `pooling_mode`.
@@ -35,14 +33,11 @@ class SentenceSettings:
     max_length: int | None = None
 
 
-def find_sentence_settings(source: str | Path, revision: str | None = None) -> SentenceSettings | None:
+def find_sentence_settings(folder: Path) -> SentenceSettings | None:
     """Return the settings of a folder that sentence-transformers wrote; None for other checkpoints.
 
-    source, revision: as in `load_model`.
     Raises: FileNotFoundError or ValueError naming the file that is missing or damaged, or what is not supported.
     """
-    if str(source).startswith("random:") or (folder := resolve_source(source, revision)).is_file():
-        return None
     if not (folder / "modules.json").is_file():
         return None
     modules = _read_modules(folder / "modules.json")
@@ -50,7 +45,7 @@ def find_sentence_settings(source: str | Path, revision: str | None = None) -> S
     if unknown:
         raise ValueError(f"{folder / 'modules.json'}: the module {unknown[0]} is not supported")
     prompts, default = _read_prompts(folder)
-    length = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
+    length = read_optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
     pooling = _read_pooling(folder / modules["Pooling"] / "config.json") if "Pooling" in modules else "mean"
     return SentenceSettings(
         pooling, "Normalize" in modules, prompts, default, length if type(length) is int and length > 0 else None
@@ -83,14 +78,10 @@ def _read_pooling(file: Path) -> str:
 
 def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     file = folder / "config_sentence_transformers.json"
-    given = _optional(file)
+    given = read_optional_json(file)
     prompts, default = given.get("prompts") or {}, given.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise ValueError(f"{file}: prompts={prompts!r:.200} must be an object of texts")
     if default is not None and default not in prompts:
         raise ValueError(f"{file}: default_prompt_name={default!r:.200} is not among the prompts {sorted(prompts)}")
     return prompts, default
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

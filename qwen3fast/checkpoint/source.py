@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
 
@@ -71,9 +78,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         return downloaded
     except HUB_ERRORS as err:
         at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(
-            f"{str(source)!r}{at} is neither a local folder nor available from the hub ({type(err).__name__}: {err})"
-        ) from err
+        raise _not_on_hub(f"{str(source)!r}{at}", err) from err
 
 
 def resolve_adapter(source: str | Path) -> Path:
@@ -87,10 +92,20 @@ def resolve_adapter(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
     except HUB_ERRORS as err:
-        raise FileNotFoundError(
-            f"adapter {str(source)!r} is neither a local folder nor available from the hub "
-            f"({type(err).__name__}: {err})"
-        ) from err
+        raise _not_on_hub(f"adapter {str(source)!r}", err) from err
+
+
+def _not_on_hub(name: str, error: Exception) -> FileNotFoundError:
+    """Return the error for a name that the hub did not give. Without a connection, it may also be misspelled."""
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
+        advice = "the hub has no such name, or keeps it private: check the spelling, or set HF_TOKEN"
+    else:
+        advice = (
+            "no copy of it is cached, and either the hub cannot be reached or the name is wrong: check the spelling, "
+            "the network and HF_HUB_OFFLINE, or pass a local folder"
+        )
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return FileNotFoundError(f"{name} is neither a local folder nor available from the hub ({reason}); {advice}")
 
 
 def _gguf_inside(folder: Path) -> Path | None:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from torch import nn
 
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
-from qwen3fast.model import Qwen3
+from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import Format
-from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from qwen3fast.quantization.ordered import OrderedLinear
+from qwen3fast.quantization.layers import ORDERS, QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
 
 
@@ -30,21 +30,26 @@ class StoredScale(NamedTuple):
 def use_stored_formats(model: Qwen3, folder: Path) -> None:
     """Replace empty quantized layers of a model (on meta) that the folder holds in another format, or with an order.
 
+    Orders of hidden units become parameters of the model.
     Raises: FileNotFoundError or ValueError for missing or damaged files.
     """
-    scales, ordered = _scales_in(folder)
+    scales, orders = _scales_in(folder)
     for name, module in list(model.named_modules()):
+        if isinstance(module, FeedForward) and f"{name}.hidden_order" in orders:
+            module.hidden_order = empty_order(module.down_proj.in_features)
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding) or f"{name}.weight_scale" not in scales:
             continue
         stored = scales[f"{name}.weight_scale"]
         sizes = module.weight_packed.shape[0] * 16, module.weight_packed.shape[1] * 32 // module.format.bits
         format = _format_of(stored, sizes, module.format)
-        if format is None and name not in ordered:
+        has_order = f"{name}.input_order" in orders
+        if format is None and not has_order:
             continue
         format = format or module.format
         linear = QuantizedLinear(format.empty(*sizes, "meta"), format, getattr(module, "bias", None))
         if isinstance(module, QuantizedLinear):
-            model.set_submodule(name, OrderedLinear.empty_like(linear) if name in ordered else linear)
+            matrices = 2 * model.config.num_experts if ".experts." in name else 0
+            model.set_submodule(name, OrderedLinear.empty_like(linear, matrices) if has_order else linear)
             continue
         model.set_submodule(name, QuantizedEmbedding(linear, module.dtype))
         if model.config.tie_word_embeddings:
@@ -64,17 +69,17 @@ def _format_of(stored: StoredScale, sizes: tuple[int, int], own: Format) -> Form
 
 
 def _scales_in(folder: Path) -> tuple[dict[str, StoredScale], set[str]]:
-    """Return the scales in the files by layer, and the layers that have an order of input channels."""
-    found, ordered = {}, set()
+    """Return the scales in the files by name, and the names of orders of channels."""
+    found, orders = {}, set()
     for file, names in tensors_by_file(folder).items():
         with open_tensors(file) as tensors:
             for name in {*names} & {*tensors.keys()}:
                 if name.endswith(".weight_scale"):
                     stored = tensors.get_slice(name)
                     found[name] = StoredScale(tuple(stored.get_shape()), stored.get_dtype())
-                elif name.endswith(".input_order"):
-                    ordered.add(name.removesuffix(".input_order"))
-    return found, ordered
+                elif name.endswith(ORDERS):
+                    orders.add(name)
+    return found, orders
 
 
 def formats_in(model: nn.Module) -> list[str]:

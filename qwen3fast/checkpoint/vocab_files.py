@@ -11,10 +11,11 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BaseTokenizer
 
-from qwen3fast._json import read_json
+from qwen3fast.files import read_optional_json
 
 VOCAB_FILES = ("vocab.json", "merges.txt")
 CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3Tokenizer", "Qwen3TokenizerFast")
+# Qwen2's and Qwen3's splitting of text into words, before pairs are merged.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -32,7 +33,7 @@ def tokenizer_from_vocab(folder: Path) -> BaseTokenizer:
 
     Raises: ValueError naming the file that is damaged, or the class of another tokenizer.
     """
-    settings = _read_optional(folder / "tokenizer_config.json")
+    settings = read_optional_json(folder / "tokenizer_config.json")
     if (kind := settings.get("tokenizer_class")) not in CLASSES:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: tokenizer_class={kind!r:.100} needs a tokenizer.json")
     try:
@@ -45,17 +46,19 @@ def tokenizer_from_vocab(folder: Path) -> BaseTokenizer:
     except Exception as err:
         raise ValueError(f"{folder}: vocab.json and merges.txt do not fit each other: {err}") from err
     base.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    prefix = settings.get("add_prefix_space") is True
-    base.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
-    )
-    base.decoder = decoders.ByteLevel()
+    use_byte_level(base, WORDS, add_prefix_space=settings.get("add_prefix_space") is True)
     for token in added.values():  # those in the vocabulary keep their ids
         (base.add_special_tokens if token.special else base.add_tokens)([token])
     named = [_text_of(settings.get(name, DEFAULT_TOKEN if name != "bos_token" else None)) for name in NAMED]
     base.add_special_tokens([AddedToken(text, normalized=False) for text in named if text is not None])
     return base
+
+
+def use_byte_level(base: BaseTokenizer, words: str, add_prefix_space: bool = False) -> None:
+    """Let a tokenizer split text into words, by a regular expression, and words into bytes."""
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
+    base.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), behavior="isolated"), to_bytes])
+    base.decoder = decoders.ByteLevel()
 
 
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
@@ -66,8 +69,8 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
     stored, file = settings.get("added_tokens_decoder"), folder / "tokenizer_config.json"
     if stored is None:
         file = folder / "added_tokens.json"
-        special = _special_texts(_read_optional(folder / "special_tokens_map.json")) | _special_texts(settings)
-        ids = _read_optional(file)
+        special = _special_texts(read_optional_json(folder / "special_tokens_map.json")) | _special_texts(settings)
+        ids = read_optional_json(file)
         stored = {i: {"content": text, "special": text in special} for text, i in ids.items()}
     try:
         tokens = {int(i): token for i, token in stored.items()}
@@ -90,7 +93,3 @@ def _special_texts(names: dict[str, Any]) -> set[str]:
 def _text_of(token: Any) -> str | None:
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

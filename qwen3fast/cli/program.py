@@ -99,7 +99,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _fail(error: Exception) -> int:
     print(f"qwen3fast: error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else 1
 
 
 def _run_loaded(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import write_texts
 from qwen3fast.engine.threads import use_threads
+from qwen3fast.files import read_text
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import formats_of, quantize_model
@@ -47,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--calibrate is for {' and '.join(CALIBRATED)}, not for {args.quantization}")
     if args.calibration_tokens < OWN_WINDOW:
         raise ValueError(f"--calibration-tokens must be at least {OWN_WINDOW}, got {args.calibration_tokens}")
+    if args.model.startswith("random:"):
+        raise ValueError(f"{args.model} has random weights, which are quantized while loading; name a checkpoint")
+    if args.output.is_file():
+        raise FileExistsError(f"{args.output} is a file; expected the name of a folder to write")
     use_threads(args.threads)
     source = resolve_source(args.model, args.revision)
     token_BT = None
@@ -104,12 +109,7 @@ def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:
 
     Raises: OSError or ValueError for a file that cannot be read or is shorter than one window.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found; expected a text file for --calibrate")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise ValueError(f"{file} is not text in UTF-8: {err}") from err
+    text = read_text(file, "a text file for --calibrate")
     ids = read_tokenizer(source).encode(text)[: max(max_tokens, WINDOW)]
     count = len(ids) // WINDOW
     if count == 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.kernels.low_rank import low_rank
-from qwen3fast.model import Qwen3
+from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.model.linears import linears
 
 NO_ADAPTER = 0  # the slot of rows without an adapter; its matrices are zero
@@ -79,6 +79,7 @@ class AdapterSlots:
         self.decode_slot_R = decode_slot_R
         self.chunk_slot_R = torch.zeros_like(decode_slot_R)
         self.layers: dict[str, AdaptedLinear] = {}
+        self._hidden_orders: dict[str, Tensor] = {}  # of feed-forward layers whose hidden units are sorted, by name
         self.model, self.model.model = _copy(model), _copy(model.model)
         self._arguments = (
             1 + max_adapters,
@@ -93,22 +94,32 @@ class AdapterSlots:
     def write(self, slot: int, matrices: Matrices) -> None:
         """Fill a slot with an adapter's matrices; ranks below max_rank are padded with zeros.
 
-        matrices: of some of `layers`, by name; empty to clear the slot.
+        matrices: of some of `layers`, by name; empty to clear the slot. Hidden units are numbered as in the checkpoint.
         """
         assert slot != NO_ADAPTER, "slot 0 is that of rows without an adapter"
         for name, layer in self.layers.items():
             layer.lora_A[slot].zero_()
             layer.lora_B[slot].zero_()
             if name in matrices:
-                a_RK, b_NR = matrices[name]
+                a_RK, b_NR = self._in_hidden_order(name, *matrices[name])
                 layer.lora_A[slot, : len(a_RK)] = a_RK
                 layer.lora_B[slot, : len(a_RK)] = b_NR.T
+
+    def _in_hidden_order(self, name: str, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's matrices with hidden units in the order of the model's."""
+        order_F = self._hidden_orders.get(name.rpartition(".")[0])
+        if order_F is None:
+            return a_RK, b_NR
+        order_F = order_F.to(a_RK.device)
+        return (a_RK[:, order_F], b_NR) if name.endswith(".down_proj") else (a_RK, b_NR[order_F])
 
     def _adapt(self, block: nn.Module, name: str) -> nn.Module:
         """Return a copy of a block that shares all of its modules except the adapted layers."""
         adapted = _copy(block)
         for part, names in ADAPTED.items():
             owner = _copy(block.get_submodule(part))
+            if isinstance(owner, FeedForward) and owner.hidden_order is not None:
+                self._hidden_orders[f"{name}.{part}"] = owner.hidden_order
             for layer in names:
                 base = getattr(owner, layer, None)
                 if base is not None:  # a block with experts has no such feed-forward layers

@@ -2,7 +2,8 @@
 
 The step feeds itself: it samples, writes the token to the input buffer and advances the positions, on the device.
 `Parts` (parts.py) holds the functions that it runs, compiled or not. Each takes a module, or None if it uses none, and
-tensors. Some devices have faster forms of several parts in one: `fused_step`, `decode_layers`, `fused_sampler`.
+tensors. A form is one of several ways to compute the same. Some devices have faster forms of several parts in one:
+`fused_step`, `decode_layers`, `fused_sampler`.
 Row r is slot r of the cache. Rule of this file: no `.item()`, no shape that depends on data, no new address between
 steps.
 
@@ -66,7 +67,7 @@ def decode_step(
 def _logits(forward: Forward, state: DecodeState, rows: slice, length: int) -> Tensor:
     """Return the logits after the input tokens, (B, V) float32."""
     parts = forward.parts
-    is_fused = rows.stop not in parts.forms.block_rows  # numbers of rows for which block by block is faster
+    is_fused = rows.stop not in parts.forms.block_rows  # numbers of rows for which blocks one by one are faster here
     if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
         x_B1E = forward.model.embed(state.input_R[rows, None])
         x_B1E = parts.decode_layers(x_B1E, forward.cos_SD, forward.sin_SD, state.position_R[rows, None])

@@ -48,7 +48,8 @@ class Engine(Rows):
 
     compile: False runs the same code eagerly. cuda_graphs: False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
-    CUDA, otherwise 0. forms: "measured" uses what is the fastest on this machine; "first" the same everywhere.
+    CUDA, otherwise 0. forms: of several ways to compute a result, "measured" uses the fastest on this machine, "first"
+    the same one everywhere.
     max_adapters, max_adapter_rank: room for LoRA adapters, allocated at once; 0 adapters for none.
 
     Attributes:
@@ -139,7 +140,7 @@ class Engine(Rows):
 
         Their products are of the same form as the product of one chunk: replies do not depend on each other.
         """
-        if self.captured is not None and not self.captured.serves_later:
+        if self.captured is not None and not self.captured.serves_later:  # its graphs take one prompt each
             return 1
         most = self.parts.forms.max_rows_as(size) // size
         return min(max_prompts(size, self.cache.max_batch_size), most)
@@ -199,7 +200,7 @@ class Engine(Rows):
         self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
     def forward_args(self, has_adapters: bool = False) -> Forward:
-        """Return the arguments of a forward pass; the fused step knows no adapters."""
+        """Return the arguments of a forward pass with or without adapters; the fused step knows no adapters."""
         model, parts = self.model, self.parts
         if has_adapters:
             assert self.adapters is not None, "the engine was built for adapters"
@@ -207,7 +208,7 @@ class Engine(Rows):
         return Forward(model, parts, self.cache, self.cos_SD, self.sin_SD)
 
     def _forward_with(self, *adapters: int) -> Forward:
-        """Return the arguments for some sequences, and let each use the adapter of its slot."""
+        """Return the arguments for prompts with these adapters (their slots), one per batch row."""
         has_adapters = any(adapter != NO_ADAPTER for adapter in adapters)
         if has_adapters:
             assert self.adapters is not None, "the engine was built for adapters"

@@ -119,7 +119,8 @@ class Prefill:
     def fits(self, size: int) -> bool:
         """Return whether the next chunk can be computed with others of this size.
 
-        It is of this size; or it is the last one, and padding it costs less than another chunk.
+        It is of this size; or it is the last one, and padding it costs less than another chunk. A prompt whose
+        log-probabilities are wanted is computed alone.
         """
         if self.wanted is not None or self.chunks[0] == size:
             return self.wanted is None
@@ -245,6 +246,7 @@ class CapturedChunks:
         """Allocate the buffers. slots: of the cache. serves_later: whether attention reads starts on the device."""
         self._graphs, self._slots = graphs, slots
         self.serves_later = serves_later
+        # The ids; and of each prompt its row, its start and the index of its last token.
         self._token, self._number = torch.zeros(2, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
         self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, device=device)
 

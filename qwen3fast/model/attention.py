@@ -48,9 +48,11 @@ class Attention(nn.Module):
         """Return the attention's output, (B, T, E), in which each token sees the tokens up to itself.
 
         Without a cache, it is causal attention over the T tokens of the call. With a cache, keys and values are first
-        written at position_BT (int64), and `cached_attention` then reads the cache; see there for mask_BTL.
+        written at position_BT (int64), and `cached_attention` then reads the cache.
 
         x_BTE: normalized input. cos_BTD, sin_BTD: float32, rows of `rope_tables` at the tokens' positions.
+        mask_BTL: bool, True where token t may see position l of the cache; None where attention on this device finds
+        that out from position_BT.
         """
         B, T, _ = x_BTE.shape
         q, k, v = linears(x_BTE, self.q_proj, self.k_proj, self.v_proj)

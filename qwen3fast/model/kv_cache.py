@@ -120,8 +120,8 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, for an int8 cache one scale per key vector and per value vector; otherwise None.
-    sdpa_from: a setting, not memory: from which used lengths on PyTorch's attention computes a chunk of a prompt on
-        CPUs, see kernels/cpu/prefill.py; empty for never.
+    sdpa_from: a setting, not memory: the used lengths from which PyTorch's attention (SDPA) takes over from our C++ for
+        chunks of prompts on CPUs, one per size of chunk (kernels/cpu/prefill.py); empty for never.
     """
 
     k_RKSD: Tensor

@@ -20,14 +20,16 @@ from qwen3fast.kernels.compiling import is_compiling
 from qwen3fast.kernels.experts import run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization.formats import Format, Packed, fits, quantize
+from qwen3fast.quantization.formats import Format, fits, quantize
 from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
+from qwen3fast.quantization.ordered import OrderedLinear
 
 
 class QuantizedExperts(nn.Module):
     """The weights of all experts as two tall layers, which may have different formats.
 
-    Each expert's rows follow the previous expert's.
+    Each expert's rows follow the previous expert's. Where gate_up_proj is an OrderedLinear, gate_proj and up_proj of
+    each expert have orders of their own.
     """
 
     def __init__(self, gate_up_proj: QuantizedLinear, down_proj: QuantizedLinear, num_experts: int) -> None:
@@ -61,20 +63,25 @@ class QuantizedExperts(nn.Module):
         return run_grouped(x_NE, expert_NC, self.num_experts, gate_up, down)
 
     def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        gate_up, down = ([layer.weight_packed, layer.weight_scale] for layer in (self.gate_up_proj, self.down_proj))
+        gate_up, down = ([*layer.packed] for layer in (self.gate_up_proj, self.down_proj))
+        if isinstance(self.gate_up_proj, OrderedLinear):
+            gate_up.append(self.gate_up_proj.input_order)
         y_NCE: Tensor = torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down)
         return y_NCE.to(x_NE.dtype)
 
     def _chosen_by_kernel(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
-        packed, is_fp8 = (layer.weight_packed, layer.weight_scale), layer.format.name == "fp8"
-        y_SPN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *packed, expert_P, self.num_experts, is_fp8)
-        return y_SPN.sum(0).to(x_PK.dtype)
+        P, matrices, is_fp8 = len(x_PK), self.num_experts, layer.format.name == "fp8"
+        if isinstance(layer, OrderedLinear):  # gate_proj and up_proj as two rows, each with its own order
+            matrices = len(layer.input_order)
+            expert_P = (2 * expert_P[:, None] + torch.arange(2, device=expert_P.device)).flatten()
+            x_PK = x_PK.repeat_interleave(2, dim=0).gather(1, layer.input_order[expert_P].long())
+        y_SPN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *layer.packed, expert_P, matrices, is_fp8)
+        return y_SPN.sum(0).to(x_PK.dtype).view(P, -1)
 
     def _chosen(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
         rows = layer.out_features // self.num_experts
         row_PN = expert_P[:, None] * rows + torch.arange(rows, device=x_PK.device)
-        weight = layer.format.rows(Packed(layer.weight_packed, layer.weight_scale), row_PN.flatten())
-        weight_PNK = weight.view(*row_PN.shape, -1)
+        weight_PNK = layer.rows(row_PN.flatten()).view(*row_PN.shape, -1)
         if is_compiling():
             return (weight_PNK * x_PK[:, None].float()).sum(dim=-1).to(x_PK.dtype)
         return torch.bmm(weight_PNK.to(x_PK.dtype), x_PK[..., None]).squeeze(-1)
@@ -92,9 +99,9 @@ class QuantizedExperts(nn.Module):
             return weight_XNK
         rows, in_features = layer.out_features // self.num_experts, layer.in_features
         stack = torch.empty(self.num_experts, rows, in_features, dtype=dtype, device=layer.weight_packed.device)
-        parts = (part.chunk(self.num_experts) for part in (layer.weight_packed, layer.weight_scale))
-        for expert, packed in enumerate(zip(*parts, strict=True)):
-            stack[expert] = layer.format.dequantize(Packed(*packed))
+        row_XN = torch.arange(layer.out_features, device=stack.device).view(self.num_experts, rows)
+        for expert, row_N in enumerate(row_XN):
+            stack[expert] = layer.rows(row_N)
         return stack
 
 

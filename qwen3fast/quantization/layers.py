@@ -16,7 +16,8 @@ from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
-PARAMETER_NAMES = ("weight_packed", "weight_scale", "input_order")  # in checkpoints; their dtypes are the format's
+ORDERS = ("input_order", "hidden_order")  # of channels; see ordered.py and folding.py
+PARAMETER_NAMES = ("weight_packed", "weight_scale", *ORDERS)  # in checkpoints; their dtypes are the format's
 
 
 def can_use_operations(format: Format, x: Tensor) -> bool:

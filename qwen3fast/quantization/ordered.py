@@ -3,7 +3,7 @@
 GPTQ with `desc_act` quantizes channels by importance, and so scatters each group's over the input. With its columns
 sorted by group, a weight fits the formats whose groups are neighbors, with the same levels.
 
-K in_features   N out_features   R rows
+K in_features   N out_features   R rows   M matrices
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.model import Block
+from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.stacking import STACKS
 from qwen3fast.quantization.formats import Format, Packed
-from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.layers import ORDERS, QuantizedLinear
 
 
 class OrderedLinear(QuantizedLinear):
     """A quantized linear layer; column i of its packed weight is for input channel `input_order[i]`.
 
+    Of the matrices of experts, which lie one below the other in a tall layer, each has an order of its own.
     shares_order: the layers of a block with the same input have this order, too; see `find_shared_orders`.
     """
 
     shares_order: bool = False
 
     def __init__(self, packed: Packed, format: Format, order_K: Tensor, bias: nn.Parameter | None = None) -> None:
-        """order_K: int32, a permutation of 0 to K - 1."""
+        """order_K: int32, a permutation of 0 to K - 1; of experts (M, K), a permutation per matrix."""
         super().__init__(packed, format, bias)
         self.input_order = nn.Parameter(order_K, requires_grad=False)
 
     @classmethod
-    def empty_like(cls, linear: QuantizedLinear) -> OrderedLinear:
-        """Return the same layer with an order, which is empty, to be loaded."""
-        order_K = torch.empty(linear.in_features, dtype=torch.int32, device=linear.weight_packed.device)
+    def empty_like(cls, linear: QuantizedLinear, matrices: int = 0) -> OrderedLinear:
+        """Return the same layer with an order, which is empty, to be loaded. matrices: M of experts; 0 for others."""
+        order_K = empty_order(linear.in_features, matrices)
         return cls(linear.packed, linear.format, order_K, getattr(linear, "bias", None))
 
     @classmethod
@@ -49,24 +50,36 @@ class OrderedLinear(QuantizedLinear):
 
     def rows(self, row_R: Tensor) -> Tensor:
         """Return dequantized rows, (R, K) float32, their channels in the order of the input."""
-        sorted_RK = super().rows(row_R)
-        return sorted_RK.new_empty(sorted_RK.shape).index_copy_(1, self.input_order.long(), sorted_RK)
+        sorted_RK, order_MK = super().rows(row_R), self.input_order.view(-1, self.in_features)
+        channel_RK = order_MK[row_R // (self.out_features // len(order_MK))].long()
+        return torch.empty_like(sorted_RK).scatter_(1, channel_RK, sorted_RK)
 
 
-def add_empty_orders(model: nn.Module) -> None:
-    """Replace the quantized layers of a model's blocks, except experts, by ones with an empty order, in place."""
+def empty_order(K: int, matrices: int = 0) -> nn.Parameter:
+    """Return an order of K channels on meta, to be loaded. matrices: M of experts; 0 for others."""
+    shape = (matrices, K) if matrices else (K,)
+    return nn.Parameter(torch.empty(shape, dtype=torch.int32, device="meta"), requires_grad=False)
+
+
+def add_empty_orders(model: Qwen3) -> None:
+    """Replace the quantized layers of a model's blocks by ones with an empty order, in place; see folding.py."""
     for name, module in list(model.named_modules()):
-        if type(module) is QuantizedLinear and ".layers." in name and ".experts." not in name:
-            model.set_submodule(name, OrderedLinear.empty_like(module))
+        if type(module) is not QuantizedLinear or ".layers." not in name:
+            continue
+        if name.endswith(".mlp.down_proj"):
+            model.get_submodule(name.rpartition(".")[0]).hidden_order = empty_order(module.in_features)
+        elif not name.endswith(".experts.down_proj"):
+            matrices = 2 * model.config.num_experts if ".experts." in name else 0
+            model.set_submodule(name, OrderedLinear.empty_like(module, matrices))
 
 
 def order_problems(model: nn.Module) -> list[str]:
-    """Return a line per layer of a model whose `input_order` is not a permutation: products would read elsewhere."""
-    layers = ((name, module.input_order) for name, module in model.named_modules() if isinstance(module, OrderedLinear))
+    """Return a line per order of a model that is not a permutation: products would read elsewhere."""
+    orders = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] in ORDERS}
     return [
-        f"{name}.input_order: it must hold each number from 0 to {len(order_K) - 1} once"
-        for name, order_K in layers
-        if not order_K.sort().values.equal(torch.arange(len(order_K), dtype=order_K.dtype, device=order_K.device))
+        f"{name}: it must hold each number from 0 to {order_K.shape[-1] - 1} once"
+        for name, order_K in orders.items()
+        if not order_K.sort().values.equal(torch.arange(order_K.shape[-1]).to(order_K).expand_as(order_K))
     ]
 
 

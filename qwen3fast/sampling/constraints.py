@@ -126,16 +126,12 @@ class ThinkingBudget:
     """A limit on reasoning: after max_tokens tokens of it, `</think>` and the separator are forced.
 
     It counts the tokens of the reply after `<think>`, or all of them in a reply that starts inside reasoning.
-    Reasoning that ends by itself is left alone. tracker: in its state after the prompt.
-
-    Raises: ValueError for a negative budget, or for a format without tags.
+    Reasoning that ends by itself is left alone. max_tokens: 0 or more. reasoning: a format with tags. tracker: in its
+    state after the prompt.
     """
 
     def __init__(self, max_tokens: int, reasoning: ReasoningFormat, tracker: ReasoningTracker) -> None:
-        if max_tokens < 0:
-            raise ValueError(f"a thinking budget must be 0 tokens or more, got {max_tokens}")
-        if reasoning.end_id is None:
-            raise ValueError("a thinking budget needs a tokenizer with a token that ends reasoning")
+        assert reasoning.end_id is not None, "checked with the request"
         self._tokens_left = max_tokens
         self._tracker = tracker.copy()
         self._closing = _ForcedTokens([reasoning.end_id, *reasoning.separator_ids])

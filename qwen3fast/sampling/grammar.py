@@ -74,8 +74,6 @@ class GrammarCompiler:
         pattern: in the syntax of Rust's regex crate: without look-around and without references to groups.
         Raises: ValueError for an invalid pattern, or one that matches no text.
         """
-        if not isinstance(pattern, str):
-            raise ValueError(f"a regular expression must be a string, got {pattern!r}")
         return self._compile(self._llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
 
     def lark(self, grammar: str) -> Grammar:
@@ -83,8 +81,6 @@ class GrammarCompiler:
 
         Raises: ValueError for an invalid grammar, or one that allows no text.
         """
-        if not isinstance(grammar, str):
-            raise ValueError(f"a grammar must be a string, got {grammar!r}")
         return self._compile(self._llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
 
     def _compile(self, definition: str, kind: str) -> Grammar:

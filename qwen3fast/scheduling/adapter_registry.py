@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3fast.checkpoint.lora import read_lora
-from qwen3fast.scheduling.adapters import Adapter, checked_name
+from qwen3fast.checks import checked_text
+from qwen3fast.scheduling.request import Adapter
 from qwen3fast.scheduling.worker import EngineWorker
 
 
@@ -59,7 +60,9 @@ class AdapterRegistry:
 
     def _load(self, name: str, source: str | Path, check_weights: bool, is_started: bool) -> None:
         """is_started: False where nothing runs yet: writing then must not start the worker's thread, see `FORKED`."""
-        slot = self._take_slot(checked_name(name))
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
+        slot = self._take_slot(checked_text("an adapter's name", name))
         engine = self._worker.scheduler.engine
         assert engine.adapters is not None, "it has a free slot"
         try:

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
+from qwen3fast.engine.state import RowSampling
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
@@ -86,17 +87,13 @@ class RequestBuilder:
             stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker)
             request = Request(
                 prompt_ids=ids,
-                temperature=float(p.temperature or 0.0),
-                top_k=int(p.top_k or 0),
-                top_p=1.0 if p.top_p is None else p.top_p,
-                min_p=float(p.min_p or 0.0),
-                seed=seed,
+                sampling=RowSampling(p.temperature or 0.0, p.top_k or 0, p.top_p or 1.0, p.min_p or 0.0, seed),
                 max_tokens=max_tokens,
                 stop_ids=frozenset(p.stop_token_ids or ()) | (self._eos_ids if ends_at_eos else frozenset()),
                 on_token=stream.push,
-                repetition_penalty=float(p.repetition_penalty or 1.0),
-                presence_penalty=float(p.presence_penalty),
-                frequency_penalty=float(p.frequency_penalty),
+                repetition_penalty=p.repetition_penalty or 1.0,
+                presence_penalty=p.presence_penalty,
+                frequency_penalty=p.frequency_penalty,
                 logit_bias=p.logit_bias or None,
                 allowed_token_ids=frozenset(p.allowed_token_ids) if p.allowed_token_ids is not None else None,
                 constraint=constraint(),

@@ -20,11 +20,13 @@ def sample_first(engine: Engine, requests: list[Request]) -> None:
 
     It takes one call for all, except for requests with processors, log-probabilities or a hook.
     """
+    if not requests:
+        return
     _begin_rows(engine, requests)
     requests = [request for request in requests if request.error is None]
     plain = [r for r in requests if not r.is_processed and r.logits_processor is None and r.logprobs is None]
     if len(plain) > 1:
-        kind = StepKind(kind_for((request.temperature, request.top_k) for request in plain))
+        kind = StepKind(kind_for(request.sampling[:2] for request in plain))
         logits_BV = torch.cat([r.prompt_logits_1V for r in plain if r.prompt_logits_1V is not None])
         result = engine.sample_first([r.slot for r in plain if r.slot is not None], logits_BV, kind)
         for request, token in zip(plain, result.tokens, strict=True):
@@ -37,12 +39,9 @@ def sample_first(engine: Engine, requests: list[Request]) -> None:
 
 def _begin_rows(engine: Engine, requests: list[Request]) -> None:
     slots = {request.slot: request for request in requests if request.slot is not None}
-    if len(slots) > 1:
-        lengths = [len(request.prompt_ids) for request in requests]
-        engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
+    lengths = [len(request.prompt_ids) for request in requests]
+    engine.set_rows(list(slots), lengths, [request.sampling for request in requests])
     for slot, request in slots.items():
-        if len(slots) == 1:
-            engine.set_row(slot, len(request.prompt_ids), request.sampling)
         if request.is_processed:
             engine.set_processors(slot, request.prompt_ids, *request.processor_arguments)
         restrict(engine, slot, request)
@@ -51,9 +50,7 @@ def _begin_rows(engine: Engine, requests: list[Request]) -> None:
 def _sample_alone(engine: Engine, request: Request) -> None:
     assert request.slot is not None and request.prompt_logits_1V is not None, "its prompt was computed"
     request.launched = 1
-    kind = StepKind(
-        kind_for([(request.temperature, request.top_k)]), request.is_processed, request.logprobs is not None
-    )
+    kind = StepKind(kind_for([request.sampling[:2]]), request.is_processed, request.logprobs is not None)
     result = engine.sample_first(request.slot, request.prompt_logits_1V, kind, hook_for({0: request}))
     if request.error is None:
         request.accept(result.tokens[0], result.logprobs[0] if result.logprobs else None)

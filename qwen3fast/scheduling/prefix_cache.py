@@ -15,8 +15,7 @@ from torch import Tensor
 
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import usable_prefix
-from qwen3fast.scheduling.adapters import Adapter
-from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.request import Adapter, Request
 
 
 @dataclass
@@ -41,8 +40,8 @@ class CachedPrefix:
 class Plan:
     """The slot that a request gets.
 
-    The contents of `slot` are first swapped with slot `evicted`. Then the first `reused` tokens of the prompt are
-    copied from slot `source` (numbered as before the swap).
+    evicted: the slot whose contents are dropped: they are first swapped with those of `slot`. source: the slot, as
+    numbered before the swap, from which keys and values of the prompt's first `reused` tokens are then copied.
     logits_1V: the logits after the prompt, if the whole prompt is reused.
     """
 
@@ -74,7 +73,7 @@ class PrefixCache:
         most_reused: int | None = None,
         adapter: Adapter | None = None,
     ) -> Plan:
-        """Return a free slot for a prompt: the lowest one, since steps run all slots up to the last in use.
+        """Return a free slot for a prompt: the lowest one.
 
         Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
         (`continues`), or contains completely, are taken over instead of copied.

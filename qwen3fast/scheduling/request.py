@@ -1,4 +1,4 @@
-"""Request: one prompt and the state of its reply, in token ids."""
+"""Request: one prompt and the state of its reply, in token ids; and the LoRA adapter that it may run with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,25 @@ from torch import Tensor
 
 from qwen3fast.engine.prefill import Prefill
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
-from qwen3fast.engine.state import Logprobs, RowSampling
+from qwen3fast.engine.state import GREEDY, Logprobs, RowSampling
 from qwen3fast.sampling.constraints import TokenConstraint
-from qwen3fast.scheduling.adapters import Adapter
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A LoRA adapter in a slot of the engine. Requests refer to the object, not to its name, which may be reused.
+
+    is_loaded: False once it is being unloaded: requests that are queued later are refused, earlier ones finish.
+    """
+
+    name: str
+    slot: int
+    is_loaded: bool = True
+
+    def check_loaded(self) -> None:
+        """Raises: RuntimeError if it is being unloaded."""
+        if not self.is_loaded:
+            raise RuntimeError(f"adapter {self.name!r} was unloaded before this request began")
 
 
 @dataclass(eq=False)
@@ -42,11 +58,7 @@ class Request:
     """
 
     prompt_ids: list[int]
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    sampling: RowSampling = GREEDY
     max_tokens: int = 1
     stop_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] = lambda token: False
@@ -80,15 +92,10 @@ class Request:
     first_token_s: float = 0.0
     finished_s: float = 0.0
 
-    @property
-    def adapter_slot(self) -> int:
-        """The slot of its adapter; 0 for none."""
-        return self.adapter.slot if self.adapter is not None else 0
-
-    @property
-    def sampling(self) -> RowSampling:
-        """The sampling of its row."""
-        return RowSampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.adapter_slot)
+    def __post_init__(self) -> None:
+        """Note the adapter's slot among the parameters of the row."""
+        if self.adapter is not None:
+            self.sampling = self.sampling._replace(adapter=self.adapter.slot)
 
     @property
     def processor_arguments(self) -> tuple[Any, ...]:
@@ -135,10 +142,6 @@ class Request:
         """Call `on_leave_queue`, the first time."""
         call, self.on_leave_queue = self.on_leave_queue, lambda: None
         call()
-
-    def begin_prompt(self, logits_1V: Tensor | None) -> None:
-        """Record that the request has a slot. logits_1V: the logits after its prompt, if they are known."""
-        self.prefill_started_s, self.prompt_logits_1V = time.perf_counter(), logits_1V
 
     def allowed_words(self, vocab_size: int) -> np.ndarray | None:
         """Return the mask of the next token, one bit per token (see `TokenConstraint`); None if it has not changed.

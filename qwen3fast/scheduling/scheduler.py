@@ -8,6 +8,7 @@ them (prefix_cache.py).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
 
@@ -15,14 +16,15 @@ from qwen3fast.engine.engine import Engine
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.state import StepKind
 from qwen3fast.sampling.samplers import kind_for
-from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.first_token import hook_for, restrict, sample_first
 from qwen3fast.scheduling.prefix_cache import PrefixCache
-from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.request import Adapter, Request
 
 
 class Scheduler:
     """Runs any number of requests through the slots of an engine. Not thread-safe: one caller at a time.
+
+    A step runs all slots up to the last one in use, so requests get the lowest free one.
 
     Steps may run ahead (`Engine.lookahead`). A request's end by length is known in advance; its end by a stop token is
     found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
@@ -127,7 +129,7 @@ class Scheduler:
         # Of a slot's tokens, all but the newest are in the cache already; this step writes the newest.
         used = max(request.positions for request in slots.values())
         kind = StepKind(
-            kind_for((request.temperature, request.top_k) for request in slots.values()),
+            kind_for(request.sampling[:2] for request in slots.values()),
             any(request.is_processed for request in slots.values()),
             any(request.logprobs is not None for request in slots.values()),
             any(request.adapter is not None for request in slots.values()),
@@ -204,13 +206,13 @@ class Scheduler:
         self.reused_tokens += plan.reused
         self.prefilled_tokens += len(request.prompt_ids) - plan.reused
         self.active[plan.slot] = request
-        request.begin_prompt(plan.logits_1V)
+        request.prefill_started_s, request.prompt_logits_1V = time.perf_counter(), plan.logits_1V
         unproven = self.prefixes.take(plan.slot)
         if unproven > plan.reused:
             self._erase(plan.slot, plan.reused, unproven)
         if plan.logits_1V is None:
             request.prefill = self.engine.begin_prefill(
-                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.adapter_slot
+                plan.slot, request.prompt_ids, plan.reused, request.wanted_logprobs, request.sampling.adapter
             )
 
     def _prefill(self, requests: list[Request]) -> None:
@@ -264,11 +266,8 @@ class Scheduler:
             self._retiring.pop(adapter).set_result(None)
 
     def _close_gaps(self) -> None:
-        """Move requests to lower free slots where this makes steps smaller: steps run all slots up to the last in use.
-
-        Nothing moves while requests wait: they will fill the gaps.
-        """
-        if self.waiting:
+        """Move requests to lower free slots where this makes steps smaller."""
+        if self.waiting:  # they will fill the gaps
             return
         bucket = self.engine.batch_bucket
         while self.active and bucket(max(self.active) + 1) > bucket(len(self.active)):

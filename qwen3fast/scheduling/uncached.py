@@ -39,14 +39,14 @@ class UncachedRun:
             request.adapter.check_loaded()
         request.prefill_started_s = request.prefill_started_s or time.perf_counter()
         if request.wanted_logprobs is not None and not request.output_ids:
-            wanted = (request.prompt_ids, request.wanted_logprobs, request.adapter_slot)
+            wanted = (request.prompt_ids, request.wanted_logprobs, request.sampling.adapter)
             request.accept_prompt(engine.prompt_logprobs_uncached(*wanted))
-        logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids, request.adapter_slot)
+        logits_1V = engine.logits_uncached(request.prompt_ids + request.output_ids, request.sampling.adapter)
         words_W = request.allowed_words(self._vocab_size)
         if words_W is not None and self._processors is not None:
             self._processors.allow(0, words_W)
         hook = (lambda logits_1V: request.process(logits_1V[0])[None]) if request.logits_processor is not None else None
-        sampler = kind_for([(request.temperature, request.top_k)])
+        sampler = kind_for([request.sampling[:2]])
         extras = (self._processors, self._logprobs, hook)
         token_1 = choose_tokens(engine.parts, logits_1V, self._state, slice(1), sampler, *extras)
         self._state.step_R.add_(1)

@@ -50,6 +50,8 @@ class EngineWorker:
 
     It has no reference to its Generator: an unused Generator is garbage collected, which ends the thread. No lock is
     held where Python may collect garbage, as this may close a Generator.
+
+    thread: None before the first job.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -57,7 +59,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._starting = threading.RLock()
         self._process_id = os.getpid()  # of the thread, once it runs
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._to_wake: list[Waiter] = []  # after this step
         self._is_closed = False  # no more jobs are accepted
         self._has_ended = False  # no more jobs are run
@@ -72,19 +74,14 @@ class EngineWorker:
         return scheduler
 
     @property
-    def thread(self) -> threading.Thread | None:
-        """The thread; None before the first job."""
-        return self._thread
-
-    @property
     def is_own_thread(self) -> bool:
         """True if the caller runs in the worker's thread, as callbacks of requests do."""
-        return threading.current_thread() is self._thread
+        return threading.current_thread() is self.thread
 
     @property
     def is_forked(self) -> bool:
         """True in a child process that was forked after the thread had started: it does not have the thread."""
-        return self._thread is not None and os.getpid() != self._process_id
+        return self.thread is not None and os.getpid() != self._process_id
 
     def check_waiting(self) -> None:
         """Check that the caller may wait for the worker.
@@ -153,7 +150,7 @@ class EngineWorker:
             return
         self._inbox.put(Job(self._end))
         with self._starting:
-            thread = self._thread
+            thread = self.thread
             if thread is None:  # and none will start
                 self._end()
         if thread is not None and thread is not threading.current_thread():
@@ -167,15 +164,15 @@ class EngineWorker:
         if self._is_closed:
             raise ClosedError(CLOSED)
         self._check_process()
-        if self._thread is None:
+        if self.thread is None:
             with self._starting:
-                if self._thread is None and not self._has_ended:
+                if self.thread is None and not self._has_ended:
                     thread = threading.Thread(target=self._run, name="qwen3fast", daemon=True)
-                    self._process_id, self._thread = os.getpid(), thread
+                    self._process_id, self.thread = os.getpid(), thread
                     try:
                         thread.start()
                     except RuntimeError:  # the system refuses the process another thread
-                        self._thread = None
+                        self.thread = None
                         raise
         self._inbox.put(job)
         if self._has_ended:  # in the meantime: jobs that came too late are refused

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
 
+from qwen3fast.files import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call
 from qwen3fast.server.jobs import BatchJob, read_jobs
@@ -34,28 +35,22 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         """Open for appending; half a line at the end, of a run that was killed, is cut off."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self._file = path.open("a+b")
+        self._file = file_to_write(path).open("a+b")
         self._file.seek(0)
-        good = 0
+        length = 0
         for raw in self._file:
-            try:
-                row = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
+            if raw.startswith(b"{") and not raw.endswith(b"\n"):  # half of the last line
                 break
-            good += len(raw)
-            self.done.add(str(row.get("custom_id", row.get("key"))))
-        rest = self._file.seek(0, 2) - good
-        if rest and b"\n" in self._tail(good):
-            raise ValueError(f"{path} has lines that are not replies of this command; choose another output file")
-        self._file.truncate(good)
-
-    def _tail(self, begin: int) -> bytes:
-        self._file.seek(begin)
-        return self._file.read()
+            try:
+                row = json.loads(raw)
+                self.done.add(row["custom_id"] if "response" in row else row["key"])
+            except (ValueError, KeyError, TypeError) as err:
+                raise ValueError(
+                    f"{path} has lines that are not replies of this command; choose another output file"
+                ) from err
+            length += len(raw)
+        self._file.truncate(length)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line."""
@@ -102,10 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer a file. Returns the exit status: 0, 1 if a line was bad or failed, 130 after Ctrl-C or SIGTERM.
 
-    Raises: ValueError, FileNotFoundError, ImportError.
+    Raises: ValueError, FileNotFoundError, FileExistsError, ImportError.
     """
-    if not args.input.is_file():
-        raise FileNotFoundError(f"{args.input} not found; expected a file of requests: .jsonl, .csv or .parquet")
+    file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
     output = Output(args.output)
     jobs, bad = [], 0
     for found in read_jobs(args.input):

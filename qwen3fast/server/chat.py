@@ -14,7 +14,6 @@ from qwen3fast._version import __version__
 from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.server.chat_fields import read_messages, read_tools
 from qwen3fast.server.conversation import Conversation, Delta, deltas
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
@@ -65,7 +64,7 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     wants_logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not wants_logprobs:
-        raise ApiError(400, "needs logprobs to be true", fields.name("top_logprobs"), "invalid_value")
+        raise fields.error("top_logprobs", "needs logprobs to be true", "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
     sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
     prompt_logprobs = read_prompt_logprobs(fields)

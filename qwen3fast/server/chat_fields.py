@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.text.tool_calls import ToolCall
 
@@ -18,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
     """Return the conversation as the chat template reads it. Raises: ApiError (400) naming the message and field."""
     if not fields.required("messages", fields.items("messages")):
-        raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
+        raise fields.error("messages", "needs at least one message", "invalid_value")
     return [_message(message) for message in fields.objects("messages")]
 
 
@@ -28,7 +27,7 @@ def _message(fields: Fields) -> dict[str, Any]:
     calls = fields.objects("tool_calls")
     fields.take("tool_call_id", "refusal", "annotations")  # results stand in the order of their calls
     if content is None and not (role == "assistant" and calls):
-        raise ApiError(400, "this field is required", fields.name("content"), "missing_required_parameter")
+        raise fields.error("content", "this field is required", "missing_required_parameter")
     message: dict[str, Any] = {
         "role": "system" if role == "developer" else role,
         "content": text_of(fields, "content"),
@@ -47,13 +46,13 @@ def text_of(fields: Fields, key: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"must be a string or a list of text parts, got {describe(content)}", fields.name(key))
+        raise fields.error(key, f"must be a string or a list of text parts, got {describe(content)}")
     texts = []
     for part in fields.objects(key):
         part.take("annotations", "logprobs", "prompt_cache_breakpoint")
         kind = part.required("type", part.text("type"))
         if kind not in ("text", "input_text", "output_text"):
-            raise ApiError(400, f"{kind!r} parts are not supported: this server's models read text", part.name("type"))
+            raise part.error("type", f"{kind!r} parts are not supported: this server's models read text")
         texts.append(part.required("text", part.text("text")))
     return "".join(texts)
 
@@ -73,9 +72,9 @@ def read_call(function: Fields) -> dict[str, Any]:
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as err:
-        raise ApiError(400, f"must be the JSON text of an object: {err}", function.name("arguments")) from err
+        raise function.error("arguments", f"must be the JSON text of an object: {err}") from err
     if not isinstance(arguments, dict):
-        raise ApiError(400, f"must be an object, got {describe(arguments)}", function.name("arguments"))
+        raise function.error("arguments", f"must be an object, got {describe(arguments)}")
     return ToolCall(name, arguments).to_message()
 
 
@@ -86,34 +85,34 @@ def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, An
     Raises: ApiError (400) naming the field.
     """
     tools = [_tool(tool, is_flat) for tool in fields.objects("tools")] or None
-    choice, path = fields.raw("tool_choice"), fields.name("tool_choice")
+    choice = fields.raw("tool_choice")
     if choice == "none":
         return None, None
     if choice is None or (choice == "auto" and (tools or is_flat)):
         return tools, None
     if choice in ("auto", "required"):
         if not tools:
-            raise ApiError(400, f"{choice!r} needs tools", path, "invalid_value")
+            raise fields.error("tool_choice", f"{choice!r} needs tools", "invalid_value")
         return tools, ""
     function = choice if is_flat or not isinstance(choice, dict) else choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if name is None:
         form = "'name': ..." if is_flat else "'function': {'name': ...}"
         expected = f"'none', 'auto', 'required' or {{'type': 'function', {form}}}"
-        raise ApiError(400, f"must be {expected}, got {describe(choice)}", path)
-    check_chosen(name, tools, path)
+        raise fields.error("tool_choice", f"must be {expected}, got {describe(choice)}")
+    check_chosen(name, tools, fields, "tool_choice")
     return tools, name
 
 
-def check_chosen(name: str, tools: list[dict[str, Any]] | None, path: str) -> None:
-    """Check that a tool that must be called is there. Raises: ApiError (400) naming the path."""
+def check_chosen(name: str, tools: list[dict[str, Any]] | None, fields: Fields, key: str) -> None:
+    """Check that a tool that must be called is there. Raises: ApiError (400) naming the field with its name."""
     if name not in [tool["function"]["name"] for tool in tools or []]:
-        raise ApiError(400, f"names {name!r}, which is not among the tools", path, "invalid_value")
+        raise fields.error(key, f"names {name!r}, which is not among the tools", "invalid_value")
 
 
 def _tool(fields: Fields, is_flat: bool) -> dict[str, Any]:
     if fields.text("type", None if is_flat else "function") != "function":
-        raise ApiError(400, "only tools of type 'function' are supported", fields.name("type"), "unsupported")
+        raise fields.error("type", "only tools of type 'function' are supported", "unsupported")
     function = fields if is_flat else fields.required("function", fields.object("function"))
     function.take("strict")  # a forced call follows its parameters strictly, others as the model writes them
     return {"type": "function", "function": read_function(function)}

@@ -6,6 +6,9 @@ import argparse
 import asyncio
 import logging
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from types import FrameType
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, defaults = parser.add_argument, ServerOptions()
     add_seconds = partial(add, type=float, metavar="S")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0: every one [%(default)s]")
-    add("--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one [%(default)s]")
+    add("--port", type=_port, default=8000, metavar="N", help="port to listen on; 0 takes a free one [%(default)s]")
     add("--api-key", action="append", dest="api_keys", default=[], metavar="KEY", help="key that clients must send; "
         "repeatable [none is needed]")  # fmt: skip
     add("--strict", action="store_true", help="refuse requests with fields that the server does not know")
@@ -63,54 +66,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-prompts", action="store_true", help="write prompts and replies to the log")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal ends it. Returns the exit status. Raises: ValueError, FileNotFoundError, ImportError."""
+    """Serve until a signal ends it. Returns the exit status 0.
+
+    Raises: OSError for an address that cannot be had; ValueError, FileNotFoundError, ImportError.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = {field.name for field in fields(ServerOptions)}
     options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
+    listening = bind(args.host, args.port, options.send_timeout_s)  # first: loading may take minutes
     app = create_app(load_models(args), options)
     if args.warmup is None:
         logger.info("compiling in the background: replies are slower at first; /ready reports how much remains")
         compile_meanwhile(app.state.server)
-    return serve(app, args.host, args.port)
+    serve(app, listening)
+    return 0
 
 
-def bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
-    """Return a socket that listens. Connections whose clients read nothing are cut, after twice send_timeout_s.
+def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
+    """Return a socket with an address. Connections whose clients read nothing are cut, after twice send_timeout_s.
 
     The application only stops writing to them; written data would otherwise be kept as long as they are open.
+    Raises: OSError if the address cannot be had.
     Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
     """
-    listening = config.bind_socket()
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as err:
+        raise OSError(f"cannot listen on {host}, port {port}: {err.strerror}; choose other --host or --port") from err
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * send_timeout_s))
     return listening
 
 
-def uvicorn_config(app: Starlette, host: str, port: int, lifespan: Literal["on", "off"]) -> uvicorn.Config:
-    """Return uvicorn's settings. lifespan: "off" leaves the models open when the server ends."""
-    return uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        lifespan=lifespan,
-        timeout_graceful_shutdown=5,
-    )
+@contextmanager
+def in_background(app: Starlette) -> Iterator[int]:
+    """Serve an application in a thread, on a free port of 127.0.0.1, and yield the port. Its models stay open.
 
-
-def serve(app: Starlette, host: str, port: int) -> int:
-    """Listen until a signal. Returns the exit status 0.
-
-    Raises: OSError if the address cannot be had.
+    Raises: RuntimeError if the server does not start.
     """
-    config = uvicorn_config(app, host, port, lifespan="on")
-    listening = bind(config, app.state.server.options.send_timeout_s)  # here, to name the port that 0 has taken
-    names = ", ".join(served.name for served in app.state.server.models.with_adapters)
-    logger.info("serving %s on http://%s:%d", names, host, listening.getsockname()[1])
+    server = uvicorn.Server(uvicorn_config(app, lifespan="off"))
+    listening = bind("127.0.0.1", 0, app.state.server.options.send_timeout_s)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
     try:
-        asyncio.run(DrainingServer(config).serve(sockets=[listening]))
-    except KeyboardInterrupt:  # uvicorn raises the signals that it caught again, once it has ended
-        return 0
-    return 0
+        while not server.started:
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise RuntimeError("the server ended before it listened")
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listening.close()
+
+
+def uvicorn_config(app: Starlette, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    """Return uvicorn's settings. lifespan: "off" leaves the models open when the server ends."""
+    return uvicorn.Config(app, log_level="warning", access_log=False, lifespan=lifespan, timeout_graceful_shutdown=5)
+
+
+def serve(app: Starlette, listening: socket.socket) -> None:
+    """Serve on a socket of `bind` until a signal."""
+    names = ", ".join(served.name for served in app.state.server.models.with_adapters)
+    host, port = listening.getsockname()[:2]
+    logger.info("serving %s on http://%s:%d", names, f"[{host}]" if ":" in host else host, port)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signals that it caught again, once it has ended
+        asyncio.run(DrainingServer(uvicorn_config(app, lifespan="on")).serve(sockets=[listening]))

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
@@ -76,13 +75,13 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     logprobs = fields.integer("logprobs", 0, 20)
     for name in ("best_of", "suffix"):
         if fields.raw(name) not in (None, 1, ""):
-            raise ApiError(400, "is not supported", fields.name(name), "unsupported")
+            raise fields.error(name, "is not supported", "unsupported")
     fields.take("user")
     names = ("max_completion_tokens", "max_tokens")
     sampling = read_sampling(fields, names, logprobs, DEFAULT_MAX_TOKENS, least_max_tokens=0)
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if sampling.only_prompt and not echo:
-        raise ApiError(400, "0 tokens need echo", fields.name("max_tokens"), "invalid_value")
+        raise fields.error("max_tokens", "0 tokens need echo", "invalid_value")
     prompt_logprobs = read_prompt_logprobs(fields)
     wanted = [n for n in (prompt_logprobs, logprobs if echo else None) if n is not None]
     if wanted:
@@ -95,14 +94,13 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
     """Return the prompts of a field: a text, token ids, or a list of either. Raises: ApiError (400)."""
     value = fields.required(key, fields.raw(key))
-    path = fields.name(key)
     if isinstance(value, str) or _is_ids(value):
         return [value]
     if not isinstance(value, list) or not value or not all(isinstance(v, str) or _is_ids(v) for v in value):
         expected = "a string, a list of token ids, or a non-empty list of either"
-        raise ApiError(400, f"must be {expected}, got {describe(value)}", path, "invalid_type")
+        raise fields.error(key, f"must be {expected}, got {describe(value)}", "invalid_type")
     if len(value) > MAX_PROMPTS:
-        raise ApiError(400, f"at most {MAX_PROMPTS} prompts, got {len(value)}", path, "invalid_value")
+        raise fields.error(key, f"at most {MAX_PROMPTS} prompts, got {len(value)}", "invalid_value")
     return value
 
 

@@ -37,6 +37,10 @@ class Fields:
         """Return the field's path from the body's root."""
         return f"{self._path}.{key}" if self._path else key
 
+    def error(self, key: str, message: str, code: str | None = None) -> ApiError:
+        """Return the error (400) that names a field."""
+        return ApiError(400, message, self.name(key), code)
+
     def raw(self, key: str, default: Any = None) -> Any:
         """Return the unchecked value, or the default if it is absent or null."""
         self._taken.add(key)
@@ -49,7 +53,7 @@ class Fields:
         value = self.raw(key)
         if value is None or (isinstance(value, kind) and accepts(value)):
             return value
-        raise ApiError(400, f"must be {expected}, got {describe(value)}", self.name(key), "invalid_type")
+        raise self.error(key, f"must be {expected}, got {describe(value)}", "invalid_type")
 
     def text(self, key: str, default: str | None = None, choices: Collection[str] | None = None) -> str | None:
         """Return a string, one of `choices` if they are given. Raises: ApiError (400)."""
@@ -109,7 +113,7 @@ class Fields:
     def required(self, key: str, value: T | None) -> T:
         """Return the value that was read. Raises: ApiError (400) if it was absent."""
         if value is None:
-            raise ApiError(400, "this field is required", self.name(key), "missing_required_parameter")
+            raise self.error(key, "this field is required", "missing_required_parameter")
         return value
 
     def unknown(self) -> list[str]:

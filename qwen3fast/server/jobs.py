@@ -15,6 +15,7 @@ from typing import Any
 from qwen3fast.server.replies import new_id
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MAX_CELL = 2**27  # characters of a CSV file's cell; Python's default is less than a long prompt
 URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 
@@ -44,7 +45,7 @@ class BatchJob:
 def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
     """Yield the jobs of a file; for a bad line, its number and the error.
 
-    Raises: FileNotFoundError; ImportError for Parquet without pyarrow.
+    Raises: FileNotFoundError; ValueError for a damaged CSV file; ImportError for Parquet without pyarrow.
     """
     keys: set[str] = set()
     for line, raw in _rows(path):
@@ -70,9 +71,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 line += 1
                 yield line, {name: value for name, value in row.items() if value is not None}
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in enumerate(csv.DictReader(file), 2):
-                yield line, {name: _csv_value(name, text) for name, text in row.items() if name and text}
+        csv.field_size_limit(MAX_CELL)
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                for line, row in enumerate(csv.DictReader(file), 2):
+                    yield line, {name: _csv_value(name, text) for name, text in row.items() if name and text}
+        except (UnicodeDecodeError, csv.Error) as err:
+            raise ValueError(f"{path} is not a CSV file in UTF-8: {err}") from err
     else:
         with path.open("rb") as file:
             for line, text in enumerate(file, 1):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from qwen3fast.embedder import Embedder
+from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
 from qwen3fast.quantization import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS
@@ -16,6 +17,7 @@ from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel
 
 logger = logging.getLogger("qwen3fast.server")
+M = TypeVar("M", Generator, Embedder, Reranker)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,17 +43,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
-    """Load the models of the options. Raises: ValueError for a repeated name; as `Generator.from_pretrained`."""
+    """Load the models of the options.
+
+    Raises: ValueError for a repeated or missing name; as `Generator.from_pretrained`.
+    """
     models: dict[str, AnyModel] = {}
 
-    def add(spec: str, load: type[Generator] | type[Embedder] | type[Reranker], **more: object) -> None:
+    def load(spec: str, kind: type[M], **more: object) -> M:
         name, source = _name_and_source(spec)
         logger.info("loading %s", name)
         common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
         base = _base_of_adapter(source)
         if base is not None:
             source, common["adapter"] = base, source
-        models[name] = load.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
+        model: M = kind.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
+        models[name] = model
+        return model
 
     adapters = _adapters(args)
     names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
@@ -59,7 +66,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
     for spec in generators:
-        add(
+        generator = load(
             spec,
             Generator,
             max_batch_size=args.max_batch_size,
@@ -69,20 +76,20 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             threads=args.threads,
             compile=True if args.warmup else "auto",
         )
-        model = list(models.values())[-1]
-        assert isinstance(model, Generator), "just added"
-        if args.warmup or (args.warmup is None and model.device.type == "cuda"):
+        if args.warmup or (args.warmup is None and generator.device.type == "cuda"):
             logger.info("compiling for this machine; the first start can take minutes")
-            model.warmup(progress=True)
+            generator.warmup(progress=True)
     for spec in args.embedder:
-        add(spec, Embedder)
+        load(spec, Embedder)
     for spec in args.reranker:
-        add(spec, Reranker)
+        load(spec, Reranker)
     return models
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:
     name, _, source = spec.rpartition("=")
+    if not source:
+        raise ValueError(f"{spec!r} names no model; expected [NAME=]SOURCE")
     return name or source, source
 
 
@@ -102,12 +109,12 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
 def _base_of_adapter(source: str) -> str | None:
     """Return the model that a folder with a LoRA adapter, as PEFT writes it, belongs to; None for other sources.
 
-    Raises: ValueError if the adapter does not name it.
+    Raises: ValueError if the adapter does not name it, or its config is damaged.
     """
     config = Path(source) / "adapter_config.json"
     if not config.is_file():
         return None
-    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
+    base = read_json(config).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{config} names no base_model_name_or_path")
     return base

@@ -7,7 +7,6 @@ from typing import Any
 
 from qwen3fast.server.chat_fields import check_chosen, read_function
 from qwen3fast.server.conversation import Conversation
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
@@ -71,7 +70,7 @@ def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None
     tools: list[dict[str, Any]] = []
     for tool in fields.objects("tools"):
         if tool.text("type", "custom") != "custom":
-            raise ApiError(400, "only custom tools are supported", tool.name("type"), "unsupported")
+            raise tool.error("type", "only custom tools are supported", "unsupported")
         tool.required("input_schema", tool.raw("input_schema"))
         tool.take("cache_control")  # the prefix cache needs no marks
         tools.append({"type": "function", "function": read_function(tool, "input_schema")})
@@ -83,11 +82,11 @@ def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None
     if kind == "none":
         return None, None
     if not tools:
-        raise ApiError(400, "needs tools", fields.name("tool_choice"), "invalid_value")
+        raise fields.error("tool_choice", "needs tools", "invalid_value")
     if kind != "tool":
         return tools, "" if kind == "any" else None
     name = choice.required("name", choice.text("name"))
-    check_chosen(name, tools, choice.name("name"))
+    check_chosen(name, tools, choice, "name")
     return tools, name
 
 
@@ -98,7 +97,7 @@ def _read_messages(fields: Fields) -> list[dict[str, Any]]:
     if system is not None:
         found.append({"role": "system", "content": "\n".join(_texts(fields, "system"))})
     if not fields.required("messages", fields.items("messages")):
-        raise ApiError(400, "needs at least one message", fields.name("messages"), "invalid_value")
+        raise fields.error("messages", "needs at least one message", "invalid_value")
     for message in fields.objects("messages"):
         role = message.required("role", message.text("role", choices=("user", "assistant")))
         content = message.required("content", message.raw("content"))
@@ -112,14 +111,13 @@ def _read_messages(fields: Fields) -> list[dict[str, Any]]:
 def _blocks(fields: Fields, key: str, kinds: tuple[str, ...]) -> list[Fields]:
     content = fields.raw(key)
     if not isinstance(content, list):
-        message = f"must be a string or a list of content blocks, got {describe(content)}"
-        raise ApiError(400, message, fields.name(key))
+        raise fields.error(key, f"must be a string or a list of content blocks, got {describe(content)}")
     blocks = fields.objects(key)
     for block in blocks:
         block.take("cache_control", "citations")
         kind = block.required("type", block.text("type"))
         if kind not in kinds:
-            raise ApiError(400, f"{kind!r} blocks are not supported here", block.name("type"), "unsupported")
+            raise block.error("type", f"{kind!r} blocks are not supported here", "unsupported")
     return blocks
 
 

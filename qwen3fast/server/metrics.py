@@ -6,18 +6,28 @@ Source: vLLM documentation, "Production metrics".
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from qwen3fast.generator import Generator
-from qwen3fast.results import GenerationResult, GeneratorStats
+from qwen3fast.results import GenerationResult
 from qwen3fast.server.models import Models
 
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+MODEL = ["model_name"]  # the label of most metrics
+# Fields of GeneratorStats: name and description of their gauges.
+GAUGES = {
+    "slots_in_use": ("vllm:num_requests_running", "Requests in a slot."),
+    "waiting": ("vllm:num_requests_waiting", "Requests that wait for one."),
+    "max_batch_size": ("qwen3fast:slots", "Slots of the KV cache."),
+    "kv_cache_bytes": ("qwen3fast:kv_cache_bytes", "Bytes of the KV cache."),
+}
 
 
 class Metrics:
@@ -25,34 +35,23 @@ class Metrics:
 
     def __init__(self, models: Models) -> None:
         self.registry = CollectorRegistry()
-        model = ["model_name"]
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.", model)
-        self._cached_tokens = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the KV cache.", model)
-        self._queried_tokens = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up there.", model)
-        self._new_tokens = self._counter("vllm:generation_tokens", "Generated tokens.", model)
-        self._finished = self._counter(
-            "vllm:request_success", "Replies that have ended.", ["model_name", "finished_reason"]
+        counter = partial(Counter, registry=self.registry)
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.", MODEL)
+        self._cached_tokens = counter("vllm:prefix_cache_hits", "Prompt tokens found in the KV cache.", MODEL)
+        self._queried_tokens = counter("vllm:prefix_cache_queries", "Prompt tokens looked up there.", MODEL)
+        self._new_tokens = counter("vllm:generation_tokens", "Generated tokens.", MODEL)
+        self._finished = counter("vllm:request_success", "Replies that have ended.", [*MODEL, "finished_reason"])
+        self._responses = counter("qwen3fast:http_responses", "HTTP responses.", ["path", "status"])
+        histogram = partial(Histogram, labelnames=MODEL, registry=self.registry, buckets=REQUEST_BUCKETS_S)
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From the request to its first token.", buckets=FIRST_TOKEN_BUCKETS_S
         )
-        self._responses = self._counter("qwen3fast:http_responses", "HTTP responses.", ["path", "status"])
-        self._first_token = self._histogram(
-            "vllm:time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN_BUCKETS_S
+        self._per_token = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time between tokens.", buckets=TOKEN_BUCKETS_S
         )
-        self._per_token = self._histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time between tokens of a reply.", TOKEN_BUCKETS_S
-        )
-        self._whole = self._histogram(
-            "vllm:e2e_request_latency_seconds", "From the request to its last token.", REQUEST_BUCKETS_S
-        )
-        self._queue = self._histogram(
-            "vllm:request_queue_time_seconds", "From the request to the start of its prefill.", REQUEST_BUCKETS_S
-        )
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "From the request to its last token.")
+        self._queue = histogram("vllm:request_queue_time_seconds", "From the request to the start of its prefill.")
         self.registry.register(_EngineGauges(models))
-
-    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
 
     def observe(self, name: str, result: GenerationResult) -> None:
         """Count a finished reply of the model with that name."""
@@ -85,21 +84,11 @@ class _EngineGauges(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Return the current gauges; none before the server runs (registering calls this as well)."""
-        running = GaugeMetricFamily("vllm:num_requests_running", "Requests in a slot.", labels=["model_name"])
-        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for one.", labels=["model_name"])
-        slots = GaugeMetricFamily("qwen3fast:slots", "Slots of the KV cache.", labels=["model_name"])
-        memory = GaugeMetricFamily("qwen3fast:kv_cache_bytes", "Bytes of the KV cache.", labels=["model_name"])
-        for name, stats in self._stats():
-            running.add_metric([name], stats.slots_in_use)
-            waiting.add_metric([name], stats.waiting)
-            slots.add_metric([name], stats.max_batch_size)
-            memory.add_metric([name], stats.kv_cache_bytes)
-        return [running, waiting, slots, memory]
-
-    def _stats(self) -> Iterable[tuple[str, GeneratorStats]]:
+        gauges = {field: GaugeMetricFamily(name, text, labels=MODEL) for field, (name, text) in GAUGES.items()}
         for served in self._models.served:
             if isinstance(served.model, Generator):
-                try:
-                    yield served.name, served.model.stats
-                except RuntimeError:  # closed
-                    continue
+                with suppress(RuntimeError):  # closed
+                    stats = served.model.stats
+                    for field, gauge in gauges.items():
+                        gauge.add_metric([served.name], getattr(stats, field))
+        return gauges.values()

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from qwen3fast.results import GenerationResult, StreamChunk, TokenLogprobs
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -22,7 +21,7 @@ def read_prompt_logprobs(fields: Fields) -> int | None:
     """Return the number of alternatives per token of the prompt. Raises: ApiError (400), also for a stream."""
     wanted = fields.integer("prompt_logprobs", 0, MAX_PROMPT_LOGPROBS)
     if wanted is not None and fields.flag("stream"):
-        raise ApiError(400, "is not available in a stream", fields.name("prompt_logprobs"), "invalid_value")
+        raise fields.error("prompt_logprobs", "is not available in a stream", "invalid_value")
     return wanted
 
 
@@ -33,27 +32,16 @@ def to_prompt_logprobs(
 
     The rank of a token that is not among the most likely ones is null.
     """
-    if ats is None:
-        return None
-    found: list[dict[str, Any] | None] = []
-    for at in ats:
-        if at is None:
-            found.append(None)
-            continue
-        entries = {at.token_id: (at.logprob, None)} | {
-            token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(at.top[:num_top], 1)
-        }
-        found.append(
-            {
-                str(token_id): {
-                    "logprob": max(logprob, LOWEST),
-                    "rank": rank,
-                    "decoded_token": tokenizer.token_bytes(token_id).decode("utf-8", "replace"),
-                }
-                for token_id, (logprob, rank) in entries.items()
-            }
-        )
-    return found
+
+    def entry(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
+
+    def entries(at: TokenLogprobs) -> dict[str, Any]:
+        top = {str(i): entry(i, logprob, rank) for rank, (i, logprob) in enumerate(at.top[:num_top], 1)}
+        return {str(at.token_id): entry(at.token_id, at.logprob, None), **top}
+
+    return None if ats is None else [None if at is None else entries(at) for at in ats]
 
 
 def with_top(at: TokenLogprobs | None, num_top: int) -> TokenLogprobs | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from qwen3fast.server.chat_fields import read_call, read_tools, text_of
 from qwen3fast.server.conversation import Conversation
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
@@ -53,7 +52,7 @@ def read_response_request(store: ResponseStore, fields: Fields, served: ServedMo
     messages = [*history, *_read_input(fields)]
     fields.take(*WITHOUT_EFFECT)
     if fields.flag("background"):
-        raise ApiError(400, "responses in the background are not supported", "background", "unsupported")
+        raise fields.error("background", "responses in the background are not supported", "unsupported")
     prompt = [{"role": "system", "content": instructions}, *messages] if instructions else messages
     given = {
         "instructions": instructions,
@@ -96,7 +95,7 @@ def _read_input(fields: Fields) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise ApiError(400, f"must be a string or a list of items, got {describe(given)}", fields.name("input"))
+        raise fields.error("input", f"must be a string or a list of items, got {describe(given)}")
     found: list[dict[str, Any]] = []
     for item in fields.objects("input"):
         _add_item(item, item.text("type", "message") or "message", found)
@@ -127,7 +126,7 @@ def _add_item(item: Fields, kind: str, found: list[dict[str, Any]]) -> None:
         if any(texts):
             found.append({"role": "assistant", "reasoning_content": "".join(texts)})
     else:
-        raise ApiError(400, f"items of type {kind!r} are not supported", item.name("type"), "unsupported")
+        raise item.error("type", f"items of type {kind!r} are not supported", "unsupported")
 
 
 def _required_text(item: Fields, key: str) -> str:

@@ -99,9 +99,9 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     stop = fields.raw("stop", ())
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
-        raise ApiError(400, f"must be a string or a list of strings, got {describe(stop)}", fields.name("stop"))
+        raise fields.error("stop", f"must be a string or a list of strings, got {describe(stop)}")
     if len(stops) > MAX_STOP_STRINGS:
-        raise ApiError(400, f"at most {MAX_STOP_STRINGS} stop strings, got {len(stops)}", fields.name("stop"))
+        raise fields.error("stop", f"at most {MAX_STOP_STRINGS} stop strings, got {len(stops)}")
     return tuple(s for s in stops if s)
 
 
@@ -114,8 +114,7 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
         for key, value in bias.items()
     )
     if not is_right:
-        message = f"must map token ids to numbers from -100 to 100, got {describe(bias)}"
-        raise ApiError(400, message, fields.name("logit_bias"))
+        raise fields.error("logit_bias", f"must map token ids to numbers from -100 to 100, got {describe(bias)}")
     return {int(key): float(value) for key, value in bias.items()}
 
 
@@ -140,7 +139,7 @@ def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
     given: dict[str, tuple[str, Any]] = {}
     for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
         if fields.raw(key) is not None:
-            raise ApiError(400, "is not supported; use a JSON schema or a regular expression", fields.name(key))
+            raise fields.error(key, "is not supported; use a JSON schema or a regular expression")
     schema = fields.raw(f"{prefix}json")
     if schema is not None:
         given[fields.name(f"{prefix}json")] = ("json_schema", schema)
@@ -150,7 +149,7 @@ def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
     choices = fields.items(f"{prefix}choice")
     if choices is not None:
         if not choices or not all(isinstance(choice, str) and choice for choice in choices):
-            raise ApiError(400, "must be a list of non-empty strings", fields.name(f"{prefix}choice"))
+            raise fields.error(f"{prefix}choice", "must be a list of non-empty strings")
         given[fields.name(f"{prefix}choice")] = ("regex", "|".join(re.escape(choice) for choice in choices))
     return given
 

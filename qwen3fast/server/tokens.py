@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qwen3fast.server.chat_fields import read_messages, read_tools
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.state import state_of
@@ -29,7 +28,7 @@ async def tokenize(request: Request) -> Response:
         ids = await asyncio.to_thread(encode, text)
     else:
         if fields.raw("messages") is None:
-            raise ApiError(400, "one of prompt and messages is required", "prompt", "missing_required_parameter")
+            raise fields.error("prompt", "one of prompt and messages is required", "missing_required_parameter")
         messages, (tools, _) = read_messages(fields), read_tools(fields)
         add = fields.flag("add_generation_prompt", True)
         rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add)

@@ -17,7 +17,6 @@ from starlette.responses import JSONResponse, Response
 from qwen3fast.embedder import Embedder
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.completions import read_prompts
-from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel
 from qwen3fast.server.replies import new_id, now
@@ -148,5 +147,5 @@ def _documents(fields: Fields, key: str = "documents") -> list[str]:
     given = fields.required(key, fields.items(key))
     texts = [text for d in given if isinstance(text := d.get("text") if isinstance(d, dict) else d, str)]
     if not texts or len(texts) < len(given):
-        raise ApiError(400, f"must be a non-empty list of texts, got {describe(given)}", fields.name(key))
+        raise fields.error(key, f"must be a non-empty list of texts, got {describe(given)}")
     return texts

@@ -49,7 +49,8 @@ def method_cost(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], si
     if name == "replace":
         return _replace_cost(text, *args, **kwargs)
     if name == "join":
-        return _join_cost(text, args[0] if args else (), size)
+        items = args[0] if args else ()
+        return size(items) + _length(items) * len(text)
     if name in _PADDING:
         return max([len(text), *(x for x in args if isinstance(x, int))])
     return len(text) + 1
@@ -90,10 +91,6 @@ def _replace_cost(text: str, old: Any = "", new: Any = "", count: Any = -1, **_:
     if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
         times = min(times, count)
     return len(text) + times * len(str(new))
-
-
-def _join_cost(separator: str, items: Any, size: Size) -> int:
-    return size(items) + _length(items) * len(separator)
 
 
 def _length(value: Any) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as BaseTokenizer
 
-from qwen3fast._json import read_json
 from qwen3fast.checks import checked_text
+from qwen3fast.files import read_optional_json
 from qwen3fast.text.chat_template import ChatTemplate, Tools, read_chat_template
 from qwen3fast.text.messages import Message
 from qwen3fast.text.template_budget import TemplateLimits
@@ -61,7 +61,7 @@ class Tokenizer:
             base = BaseTokenizer.from_file(str(file)) if base is None else base
         except Exception as err:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is not a tokenizer: {err}; if it was downloaded, download it again") from err
-        settings = read_json(settings_file) if settings_file.is_file() else {}
+        settings = read_optional_json(settings_file)
         special: dict[str, Any] = {}
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = settings.get(name)

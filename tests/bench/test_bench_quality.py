@@ -64,7 +64,7 @@ def test_windows_of_a_text(length, most, expected):
     ("options", "message"),
     [
         (["--model", "random:0.6b"], "needs trained weights and a tokenizer"),
-        (["--model", "tiny", "--text", "no/such.txt"], "No such file"),
+        (["--model", "tiny", "--text", "no/such.txt"], "no/such.txt not found; expected a text for --text"),
     ],
 )
 def test_quality_refuses_what_it_cannot_read(options, message, capsys, tmp_path, monkeypatch):

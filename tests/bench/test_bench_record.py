@@ -59,10 +59,10 @@ def test_load_record_names_a_file_that_is_missing(tmp_path):
         load_record(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}"])
-def test_load_record_names_a_file_that_is_not_json(tmp_path, content):
+@pytest.mark.parametrize(("content", "kind"), [(b"{", "valid JSON"), (b"\xff\xfe{}", "text in UTF-8")])
+def test_load_record_names_a_file_that_is_not_json(tmp_path, content, kind):
     (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=rf"bad\.json is not {kind}"):
         load_record(tmp_path / "bad.json")
 
 

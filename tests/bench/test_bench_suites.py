@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fi
 from qwen3fast import load_model
 from qwen3fast.bench import measure, self_test, session
 from qwen3fast.bench.__main__ import build_parser, main
+from qwen3fast.bench.generic import panels_of
 from qwen3fast.bench.measure import MODES
 from qwen3fast.bench.record import load_record
 from qwen3fast.bench.suites import (
@@ -226,14 +228,16 @@ def test_suite_llama_bench(tmp_path, capsys, eager, monkeypatch):
         replace(SUITES["llama-bench"], defaults={**llama_bench.SUITE.defaults, "contexts": (0, 20)}),
     )
     record = run_suite("llama-bench", ["--formats", "plain,int4"], tmp_path, capsys)
-    tests = ["pp8", "tg3", "pp8 @ d20", "tg3 @ d20"]
-    assert labels_of(record, "format", "test") == [
-        (format, test) for depth in (0, 2) for format in ("bf16", "int4") for test in tests[depth : depth + 2]
-    ]
+    assert labels_of(record, "depth", "format", "test") == list(product((0, 20), ("bf16", "int4"), ("pp8", "tg3")))
     header, divider, *rows = llama_bench.markdown(record)
     assert header == "| model | size | params | backend | threads | test | t/s |" and set(divider) <= set("|:- ")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert cells[0][:6] == ["tiny bf16", "4.95 MiB", "2.60 M", "CPU", "1", "pp8"]
+    assert [row[5] for row in cells[::2]] == ["pp8", "pp8", "pp8 @ d20", "pp8 @ d20"]
+    [panel] = panels_of(record)  # of its picture
+    assert panel.axis == "depth" and {panel.series_of(case) for case in panel.cases} == {
+        f"{format}, {test}" for format in ("bf16", "int4") for test in ("pp8", "tg3")
+    }
     assert cells[2][0] == "tiny int4" and float(cells[2][1].removesuffix(" MiB")) < 3
     for row, case in zip(cells, record.cases, strict=True):
         first, second = (case.facts["tokens"] / s for s in case.samples["seconds"])

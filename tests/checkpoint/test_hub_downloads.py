@@ -19,6 +19,7 @@ from conftest import randomized, small_config
 from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint
 
 from qwen3fast import load_model
+from qwen3fast.checkpoint.source import resolve_adapter
 
 NAME, COMMIT = "owner/model", "0123456789abcdef0123456789abcdef01234567"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/{NAME}/resolve/") and path.rpartition("/")[2] in names:
             self._send_file(path.rpartition("/")[2])
         else:
-            self.send_error(404)
+            self._answer(b"", {"X-Error-Code": "RepoNotFound"}, 404)
 
     def _entry(self, name: str) -> dict[str, object]:
         content = (self.server.folder / name).read_bytes()
@@ -148,3 +149,23 @@ def test_a_failed_download_is_named_and_the_next_call_keeps_finished_files(hub):
     hub.is_down = False
     assert_same_weights(load_model(NAME, device="cpu"), randomized(small_config()))
     assert [asked for name, asked in hub.asked if name == FIRST] == [None]
+
+
+def test_a_name_that_the_hub_does_not_have_is_said_to_be_wrong(hub):
+    with pytest.raises(FileNotFoundError, match=r"'owner/modle' is .*; the hub has no such name, or keeps it private"):
+        load_model("owner/modle", device="cpu")
+
+
+@pytest.mark.parametrize("is_down", [True, False])
+def test_without_a_connection_the_network_or_the_name_may_be_at_fault(hub, monkeypatch, is_down):
+    if is_down:
+        hub.shutdown()
+        hub.server_close()
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    advice = (
+        "no copy of it is cached, and either the hub cannot be reached or the name is wrong: check the spelling, the"
+    )
+    for call in (load_model, resolve_adapter):
+        with pytest.raises(FileNotFoundError, match=f"'{NAME}' is neither .*; {advice} network"):
+            call(NAME)

@@ -17,6 +17,7 @@ from prequantized_layouts import (
     GPTQ,
     compressed,
     drawn_layer,
+    in_hidden_order,
     is_of_layer,
     write_fp8_experts,
     write_prequantized,
@@ -223,6 +224,7 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
     tensors = load_file(tmp_path / "model.safetensors")
     for layer_name, layer in layers_of(model).items():
         assert layer.format is FORMATS["int4"]
+        assert type(layer) is QuantizedLinear or "down_proj" not in layer_name
         weight = reference.get_submodule(layer_name).weight
         is_gptq = f"{layer_name}.scales" in tensors
         scale_NG = tensors[f"{layer_name}.scales"].T if is_gptq else tensors[f"{layer_name}.weight_scale"]
@@ -233,7 +235,9 @@ def test_symmetric_levels_of_4_bits_are_taken_over(tmp_path, name, quantization)
         group_K = next((tensors[f"{layer_name}.{n}"] for n in G_IDX if f"{layer_name}.{n}" in tensors), group_K)
         scale_NK = scale_NG.float()[:, group_K]
         level_NK = torch.round(weight / scale_NK)
-        assert_same(layer.dequantize(), level_NK * scale_NK.bfloat16().float())
+        expected = in_hidden_order(model, layer_name, level_NK * scale_NK.bfloat16().float())
+        assert_same(layer.dequantize(), expected)
+        weight = in_hidden_order(model, layer_name, weight)
         assert ((layer.dequantize() - weight).abs() <= weight.abs() * 2**-8).all()
 
 
@@ -249,7 +253,7 @@ def test_levels_of_4_bits_with_zero_points_are_taken_over_exactly(tmp_path, name
         weight = reference.get_submodule(layer_name).weight
         layout = Layout.of(Packed(layer.weight_packed, layer.weight_scale))
         assert layout == Layout(spans[weight.shape[1]], has_zero=True)
-        assert_same(layer.dequantize(), weight)  # bit for bit
+        assert_same(layer.dequantize(), in_hidden_order(model, layer_name, weight))  # bit for bit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -325,7 +329,8 @@ def test_layers_that_were_not_quantized_are_read_as_they_are(tmp_path, name):
     assert len(plain) == 4 and all(n.endswith(kept) for n in plain)
     assert set(plain_modules(model)) == {*plain, "model.embed_tokens"}
     for layer_name in plain:
-        assert_same(model.get_submodule(layer_name).weight, reference.get_submodule(layer_name).weight)
+        expected = in_hidden_order(model, layer_name, reference.get_submodule(layer_name).weight)
+        assert_same(model.get_submodule(layer_name).weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +397,9 @@ EXPERT_LAYOUTS = {
     "gptq, zero points": {**GPTQ, "sym": False, "group_size": 128},
     "gptq, 8 bits": {**GPTQ, "bits": 8, "group_size": 64},
     "gptq, act order": {**GPTQ, "desc_act": True, "group_size": 32},
+    "gptq, zero points, act order": {**GPTQ, "sym": False, "desc_act": True, "group_size": 32},
     "compressed": compressed("pack-quantized", "group", 4, group_size=32),
+    "compressed, act order": compressed("pack-quantized", "group", 4, group_size=32, actorder="group"),
     "compressed, fp8": compressed("float-quantized", "channel"),
 }
 
@@ -408,9 +415,13 @@ EXPERT_LAYOUTS = {
         ("awq", "int4", "int4"),
         ("gptq", None, "int4"),
         ("gptq, 8 bits", None, "int8"),
-        ("gptq, act order", None, "int8"),
+        ("gptq, act order", None, "int4"),
         ("gptq, act order", "int4", "int4"),
+        ("gptq, act order", "uint4", "uint4"),
+        ("gptq, act order", "int8", "int8"),
+        ("gptq, zero points, act order", None, "uint4"),
         ("compressed", None, "int4"),
+        ("compressed, act order", None, "int4"),
         ("compressed, fp8", None, None),
         ("compressed, fp8", "int8", "int8"),
         ("gptq", "dequantize", None),
@@ -420,6 +431,8 @@ def test_experts_are_read_in_every_layout(tmp_path, name, quantization, format):
     kept = ("model.layers.1.mlp.experts.2.up_proj.weight",)  # one that was not quantized
     expected = write_experts(tmp_path, EXPERT_LAYOUTS[name], kept)
     model = load_model(tmp_path, device="cpu", quantization=quantization)
+    orders = hidden_orders(tmp_path) if format in ("int4", "uint4") else {}
+    assert bool(orders) == ("act order" in name and format != "int8")
     assert isinstance(model.model.layers[1].mlp.gate, nn.Linear)
     for layer, block in enumerate(model.model.layers):
         experts, stacks = block.mlp.experts, {}
@@ -432,9 +445,11 @@ def test_experts_are_read_in_every_layout(tmp_path, name, quantization, format):
             for projection, actual in (("gate", gate), ("up", up), ("down", stacks["down_proj"][expert])):
                 weight_name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
                 weight = expected[weight_name].float()
+                if (order_F := orders.get(f"{layer}.{expert}")) is not None:  # hidden units are sorted
+                    weight = weight[:, order_F] if projection == "down" else weight[order_F]
                 if format is None:
                     assert_same(actual, weight.bfloat16().float())
-                elif quantization is None and format == "int4" and weight_name not in kept:
+                elif format == "int4" and weight_name not in kept and (quantization is None or "act order" in name):
                     assert ((actual - weight).abs() <= weight.abs() * 2**-8).all()  # the same levels
                 elif format == "uint4":
                     assert_same(actual, weight) if weight_name not in kept else assert_near_4_bits(actual, weight)
@@ -442,6 +457,16 @@ def test_experts_are_read_in_every_layout(tmp_path, name, quantization, format):
                     weight = weight.bfloat16().float() if weight_name in kept else weight
                     same = (actual == weight).all()  # levels of a row that are our own format's
                     assert same or torch.equal(actual, again(weight, format))
+
+
+def hidden_orders(folder) -> dict[str, torch.Tensor]:
+    """The order of down_proj's input channels in which their groups are neighbors, by "layer.expert"."""
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        f"{name.split('.')[2]}.{name.split('.')[5]}": group_F.argsort(stable=True)
+        for name, group_F in tensors.items()
+        if name.endswith(("down_proj.g_idx", "down_proj.weight_g_idx")) and (group_F.diff() < 0).any()
+    }
 
 
 def assert_near_4_bits(actual, weight):

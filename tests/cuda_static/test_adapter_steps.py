@@ -21,7 +21,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.samplers import SamplerKind
 from qwen3fast.scheduling import Request, Scheduler
-from qwen3fast.scheduling.adapters import Adapter
+from qwen3fast.scheduling.request import Adapter
 
 CPU = torch.device("cpu")
 
@@ -50,13 +50,13 @@ def make_engine(lookahead=0, rows=3):
 def requests():
     """Of both adapters and of none, in rows that are filled again, greedy and sampled."""
     one, two = Adapter("one", 1), Adapter("two", 2)
-    sampled = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset([3, 50])}
+    stop_ids = frozenset([3, 50])
     return [
-        Request([1, 2, 3], 0.0, max_tokens=30, seed=0, adapter=one, **sampled),
-        Request(list(range(90)), 30.0, max_tokens=60, seed=1, **sampled),
-        Request([7], 30.0, max_tokens=5, seed=2, adapter=two, **sampled),
-        Request([9, 9], 0.0, max_tokens=40, seed=3, adapter=two, **sampled),
-        Request([1, 2, 3], 0.0, max_tokens=20, seed=3, **sampled),
+        Request([1, 2, 3], RowSampling(0.0), 30, stop_ids, adapter=one),
+        Request(list(range(90)), RowSampling(30.0, seed=1), 60, stop_ids),
+        Request([7], RowSampling(30.0, seed=2), 5, stop_ids, adapter=two),
+        Request([9, 9], RowSampling(0.0), 40, stop_ids, adapter=two),
+        Request([1, 2, 3], RowSampling(0.0), 20, stop_ids),
     ]
 
 

@@ -186,11 +186,10 @@ def read_starts(monkeypatch):
 
 def requests():
     """Prompts that share graphs, some behind common prefixes; greedy and sampled."""
-    fields = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
     common = [i * 7 % 90 for i in range(40)]
     prompts = [[i * (n + 3) % 90 for i in range(n)] for n in (20, 31, 60, 50, 25, 30, 18)]
     prompts += [[*common, *prompt[:20]] for prompt in prompts[1:4]]
-    return [Request(prompt, 0.0 if i % 2 else 30.0, max_tokens=5, seed=i, **fields) for i, prompt in enumerate(prompts)]
+    return [Request(prompt, RowSampling(0.0 if i % 2 else 30.0, seed=i), 5) for i, prompt in enumerate(prompts)]
 
 
 def run(engine, mine, reuse=True):

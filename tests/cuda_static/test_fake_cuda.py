@@ -20,6 +20,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.sampling.samplers import SamplerKind
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b")
@@ -82,6 +83,22 @@ def test_quantized_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):
         engine = make_engine(device, "30b-a3b", format, num_hidden_layers=2)
         for rows in (1, ROWS):
             assert run_step(engine, rows, engine.cache.buckets[0], SamplerKind.GREEDY) == []
+
+
+def test_experts_with_orders_of_channels_run_on_cuda_tensors(monkeypatch):
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    monkeypatch.setattr(QuantizedExperts, "_chosen", None)  # not to be called
+    with fake_cuda() as device:
+        engine = make_engine(device, "30b-a3b", "uint4", num_hidden_layers=1)
+        experts = engine.model.model.layers[0].mlp.experts
+        order_MK = torch.zeros(2 * experts.num_experts, 2048, dtype=torch.int32, device=device)
+        experts.gate_up_proj = OrderedLinear(experts.gate_up_proj.packed, experts.gate_up_proj.format, order_MK)
+        for rows in (1, ROWS):
+            assert run_step(engine, rows, engine.cache.buckets[0], SamplerKind.GREEDY) == []
+        with HostWatch() as watch:
+            x_NE, expert_NC = (torch.zeros(64, n, dtype=d, device=device) for n, d in ((2048, None), (8, torch.int64)))
+            assert experts.grouped(x_NE.bfloat16(), expert_NC).shape == (64, 8, 2048)
+        assert watch.faults == []
 
 
 @pytest.mark.parametrize("format", FORMATS)

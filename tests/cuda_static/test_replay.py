@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
+from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import attention
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
@@ -99,26 +100,25 @@ def buffers_of(engine):
 
 def requests():
     """Greedy and sampled ones of different lengths, one of which crosses the border of a cache bucket."""
-    sampled = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset([3, 50])}
+    stop_ids = frozenset([3, 50])
     return [
-        Request([1, 2, 3], 0.0, max_tokens=30, seed=0, **sampled),
-        Request(list(range(90)), 30.0, max_tokens=80, seed=1, **sampled),
-        Request([7], 30.0, max_tokens=5, seed=2, **sampled),
-        Request([9, 9], 30.0, max_tokens=50, seed=3, **(sampled | {"top_k": 20})),
+        Request([1, 2, 3], RowSampling(0.0), 30, stop_ids),
+        Request(list(range(90)), RowSampling(30.0, seed=1), 80, stop_ids),
+        Request([7], RowSampling(30.0, seed=2), 5, stop_ids),
+        Request([9, 9], RowSampling(30.0, 20, seed=3), 50, stop_ids),
     ]
 
 
 def processed_requests():
     """Beside plain ones: penalties, which count tokens; a bias; log-probabilities; a constraint on the host."""
     plain = requests()
-    sampled = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": frozenset()}
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.5}
     return [
         plain[1],
-        Request([4, 5, 6], 30.0, max_tokens=40, seed=4, **sampled, **penalties),
-        Request([9, 8], 0.0, max_tokens=30, seed=5, logprobs=3, logit_bias={5: 20.0, 6: -torch.inf}, **sampled),
+        Request([4, 5, 6], RowSampling(30.0, seed=4), 40, **penalties),
+        Request([9, 8], max_tokens=30, logprobs=3, logit_bias={5: 20.0, 6: -torch.inf}),
         plain[0],
-        Request([2, 2], 30.0, max_tokens=20, seed=6, logprobs=1, constraint=Remainder(), **sampled, **penalties),
+        Request([2, 2], RowSampling(30.0, seed=6), 20, logprobs=1, constraint=Remainder(), **penalties),
         plain[3],
     ]
 
@@ -220,10 +220,8 @@ def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):
 
 def test_steps_with_a_hook_are_in_no_graph(model):
     """It runs on the host at every token; other requests get the same tokens as with graphs."""
-    plain = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 40, frozenset())
-    hooked = Request(
-        [5, 6], 30.0, 0, 1.0, 0.0, 8, 10, frozenset(), logits_processor=lambda x_V, ids: x_V.roll(len(ids))
-    )
+    plain = Request([1, 2, 3], RowSampling(30.0, seed=7), 40)
+    hooked = Request([5, 6], RowSampling(30.0, seed=8), 10, logits_processor=lambda x_V, ids: x_V.roll(len(ids)))
     requests = [replace(request, output_ids=[]) for request in (plain, hooked)]
     expected = run(make_engine(model), requests)
     engine = make_engine(model, 2)

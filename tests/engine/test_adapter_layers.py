@@ -26,6 +26,16 @@ def make_engine(quantization=None, rank=6, reorder=lambda model: None):
         quantize_model(model, quantization, torch.bfloat16)
     reorder(model)
     engine = engine_of(model, len(SLOTS), 64, compile="auto", max_adapters=2, max_adapter_rank=rank)
+    write_adapters(engine)
+    for row, slot in enumerate(SLOTS):
+        engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7 + row], slot), StepKind())
+        engine.set_row(row, 3, RowSampling(adapter=slot))
+    return engine
+
+
+def write_adapters(engine):
+    """Fill both slots with random matrices, the same for each engine."""
+    rank = engine.adapters.max_rank
     for slot in (1, 2):
         found = {}
         for i, (name, layer) in enumerate(engine.adapters.layers.items()):
@@ -33,10 +43,6 @@ def make_engine(quantization=None, rank=6, reorder=lambda model: None):
             a_RK = random_tensor(rank, k, seed=100 * slot + i) / k**0.5
             found[name] = (a_RK, random_tensor(n, rank, seed=200 * slot + i) / rank**0.5)
         engine.write_adapter(slot, found)
-    for row, slot in enumerate(SLOTS):
-        engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7 + row], slot), StepKind())
-        engine.set_row(row, 3, RowSampling(adapter=slot))
-    return engine
 
 
 def outputs(engine, has_adapters):

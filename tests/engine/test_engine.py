@@ -201,7 +201,7 @@ def test_missing_cpp_compiler_falls_back_with_a_warning(model, monkeypatch):
 def test_scheduler_gives_a_freed_row_to_the_next_request(model):
     engine = engine_of(model, rows=2)
     scheduler = Scheduler(engine)
-    requests = [Request([1, 2, i], 0.0, 0, 1.0, 0.0, 0, n, frozenset()) for i, n in enumerate([2, 30, 5, 5])]
+    requests = [Request([1, 2, i], max_tokens=n) for i, n in enumerate([2, 30, 5, 5])]
     for request in requests:
         scheduler.add(request)
     order = []
@@ -215,7 +215,7 @@ def test_scheduler_gives_a_freed_row_to_the_next_request(model):
 
 def test_scheduler_cancel_frees_the_row_at_once(model):
     scheduler = Scheduler(engine_of(model, rows=1))
-    running, waiting = (Request([1, 2], 0.0, 0, 1.0, 0.0, 0, 50, frozenset()) for _ in range(2))
+    running, waiting = (Request([1, 2], max_tokens=50) for _ in range(2))
     scheduler.add(running)
     scheduler.add(waiting)
     scheduler.step()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import engine_of, randomized, small_config
 
+from qwen3fast.engine import RowSampling
 from qwen3fast.engine.token_ring import TokenRing
 from qwen3fast.scheduling import Request, Scheduler
 
@@ -29,11 +30,7 @@ def make_requests(seed=0, count=9):
     return [
         Request(
             [rng.randrange(97) for _ in range(rng.randint(1, 60))],
-            temperature=30.0,  # these weights are sure of themselves
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            seed=i,
+            RowSampling(30.0, seed=i),  # these weights are sure of themselves
             max_tokens=rng.choice([1, 2, 5, 40, 120]),
             stop_ids=frozenset(rng.sample(range(97), rng.choice([0, 0, 6]))),
         )
@@ -71,18 +68,18 @@ def test_without_lookahead_nothing_is_dropped(model):
 
 def test_a_stop_token_is_noticed_late_and_what_follows_is_dropped(model):
     scheduler = make_scheduler(model, 3, rows=1)
-    [(reply, _)] = run(scheduler, [Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 20, frozenset())])
+    [(reply, _)] = run(scheduler, [Request([1, 2, 3], RowSampling(30.0, seed=7), 20)])
     stop = reply[10]
     first = reply.index(stop)
-    [(stopped, reason)] = run(scheduler, [Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 20, frozenset([stop]))])
+    [(stopped, reason)] = run(scheduler, [Request([1, 2, 3], RowSampling(30.0, seed=7), 20, frozenset([stop]))])
     assert (stopped, reason) == (reply[: first + 1], "stop")
     assert scheduler.dropped_tokens == 3
 
 
 def test_cancelling_drops_what_is_in_flight(model):
     scheduler = make_scheduler(model, 4, rows=2)
-    cancelled, other = (Request([1, 2], 30.0, 0, 1.0, 0.0, seed, 60, frozenset()) for seed in (1, 2))
-    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], 30.0, 0, 1.0, 0.0, 2, 60, frozenset())])
+    cancelled, other = (Request([1, 2], RowSampling(30.0, seed=seed), 60) for seed in (1, 2))
+    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], RowSampling(30.0, seed=2), 60)])
     scheduler.add(cancelled)
     scheduler.add(other)
     for _ in range(10):
@@ -102,9 +99,9 @@ def test_a_request_that_raises_costs_the_others_nothing(model):
             raise ValueError("no")
         return False
 
-    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], 30.0, 0, 1.0, 0.0, 2, 30, frozenset())])
+    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], RowSampling(30.0, seed=2), 30)])
     scheduler = make_scheduler(model, 2, rows=2)
-    failing, other = (Request([1, 2], 30.0, 0, 1.0, 0.0, seed, 30, frozenset()) for seed in (1, 2))
+    failing, other = (Request([1, 2], RowSampling(30.0, seed=seed), 30) for seed in (1, 2))
     failing.on_token = fail_at_third
     scheduler.add(failing)
     scheduler.add(other)

@@ -6,6 +6,7 @@ from gpu_check.replay import step_profile
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, assert_captured
 from qwen3fast import SamplingParams
+from qwen3fast.engine import RowSampling
 from qwen3fast.scheduling import Request, Scheduler
 
 LAYERS = 2
@@ -46,7 +47,7 @@ def test_steps_run_ahead_and_stop_tokens_are_never_passed(twin):
     scheduler = Scheduler(engine)
 
     def run(stop_ids):
-        request = Request([1, 2, 3], 30.0, 0, 1.0, 0.0, 7, 30, stop_ids)
+        request = Request([1, 2, 3], RowSampling(30.0, seed=7), 30, stop_ids)
         scheduler.add(request)
         while request.finish_reason is None:
             scheduler.step()

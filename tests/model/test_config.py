@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import small_config
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.files import read_json
 from qwen3fast.model import build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.yarn import Yarn

@@ -92,7 +92,7 @@ def test_classifier_refuses_what_it_cannot_score(tmp_path, tokenizer):
     classifier = Classifier.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(ValueError, match=r"texts\[1\] has no tokens"):
         classifier.logits(["a", ""])
-    with pytest.raises(ValueError, match="'tiny' has no score head; a Classifier needs a Qwen3For"):
+    with pytest.raises(ValueError, match="tiny has no score head; a Classifier needs a Qwen3For"):
         Classifier.from_pretrained("tiny")
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_near, assert_same, random_ids, random_tensor, randomized, small_config
-from prequantized_layouts import GPTQ, write_prequantized
+from prequantized_layouts import GPTQ, in_hidden_order, write_prequantized
 from safetensors.torch import load_file, save_file
-from test_adapter_layers import SLOTS, make_engine, outputs
+from test_adapter_layers import SLOTS, make_engine, outputs, write_adapters
 from test_checkpoint import assert_same_weights
 from test_cpu_ops import run_layers, run_layers_plainly
+from test_lora import modules_of, write_adapter
 from test_prequantized_models import assert_greedy
 
 from qwen3fast import Generator, Reranker, SamplingParams, load_model
@@ -27,9 +28,11 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears
 from qwen3fast.model.stacking import STACKS
 from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, find_shared_orders
+from qwen3fast.quantization.uint4 import Layout
 
 CPU = torch.device("cpu")
 CONFIG = small_config(
@@ -42,6 +45,8 @@ CONFIG = small_config(
     eos_token_ids=(),
 )
 FOLLOWERS = ("k_proj", "v_proj", "up_proj")  # they may share the order of the layer before
+ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))
+SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
 SCATTERED = {**GPTQ, "desc_act": True, "group_size": 32}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPT = "The capital of France is"
@@ -180,14 +185,16 @@ def test_eager_and_compiled_give_the_tokens_of_the_plain_weights(tmp_path, token
     options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
     with Generator.from_pretrained(tmp_path, compile=False, **options) as generator:
         assert formats_of(generator.model) == ["int4" if sym else "uint4"]
-        assert len(ordered_layers(generator.model)) == 7 * CONFIG.num_hidden_layers
+        names = {name.rpartition(".")[2] for name in ordered_layers(generator.model)}
+        assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}  # down_proj has none
         assert {x.shares_order for n, x in ordered_layers(generator.model).items() if "q_proj" in n} == {shared}
         expected = generator.generate(PROMPT, GREEDY).token_ids
         plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
-        for name, layer in ordered_layers(generator.model).items():
-            weight = plain.get_submodule(name).weight
-            assert ((layer.dequantize() - weight).abs() <= weight.abs() * (2**-8 if sym else 0)).all()
-            plain.get_submodule(name).weight.copy_(layer.dequantize())
+        for name, layer in generator.model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                weight = in_hidden_order(generator.model, name, plain.get_submodule(name).weight)
+                assert ((layer.dequantize() - weight).abs() <= weight.abs() * (2**-8 if sym else 0)).all()
+                plain.get_submodule(name).weight.copy_(layer.dequantize())
         prompt = generator.tokenizer.encode(PROMPT)
         for ids in (expected, generator.generate(PROMPT, GREEDY, use_cache=False).token_ids):
             assert_greedy(plain, [*prompt, *ids], len(prompt), tolerance=0.04)
@@ -211,7 +218,108 @@ def test_in_bfloat16_decode_steps_run_in_one_operation(tmp_path, tokenizer_folde
             assert_greedy(plain, ids, len(prompt), tolerance=0.04)
 
 
+# --------------------------------------------------------------------------------------------------------- the fold
+
+
+def fold(model):
+    """Fold the orders of a model that down_proj has; check that it has none then."""
+    order_F = [block.mlp.down_proj.input_order.clone() for block in model.model.layers]
+    fold_orders(model)
+    for block, own_F in zip(model.model.layers, order_F, strict=True):
+        assert type(block.mlp.down_proj) is QuantizedLinear
+        assert_same(block.mlp.hidden_order, own_F)
+    return model
+
+
+@needs_operation
+@orders
+@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+def test_a_folded_model_gives_the_bits_of_the_unfolded_one(format, shared):
+    model, token_BT = make_ordered(format, shared), random_ids(2, 9)
+    cache = StaticKVCache(model.config, 2, 64, torch.bfloat16, CPU)
+    step = (model.embed(random_ids(2, 1)), torch.zeros(2, 1, dtype=torch.int64))
+    expected, num_bytes = (model(token_BT), run_layers(model, copy.deepcopy(cache), *step)), model.num_bytes()
+    per_token = model.num_bytes(per_token=True)
+    fold(model)
+    assert_same(model(token_BT), expected[0])
+    assert_same(run_layers(model, cache, *step), expected[1])
+    assert model.num_bytes() == num_bytes
+    assert per_token - model.num_bytes(per_token=True) == 4 * CONFIG.intermediate_size * CONFIG.num_hidden_layers
+
+
+@pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS, SHORT], ids=[*FORMATS, "uint4, zeros", "uint4, short"])
+@pytest.mark.parametrize("kept", ["", "up_proj"])
+def test_rows_of_gate_and_up_are_sorted_in_every_format(format, kept, monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    model = randomized(replace(CONFIG, hidden_size=256, intermediate_size=512, dtype=torch.float32))
+    kept_names = [n for n, _ in model.named_modules() if ".mlp." not in n or (kept and n.endswith(kept))]
+    quantize_model(model, format, torch.float32, modules_to_not_convert=kept_names)
+    with_orders(model, shared=False)
+    mlp, token_BT = model.model.layers[0].mlp, random_ids(2, 9)
+    before = [weight_of(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    expected = model(token_BT)
+    fold(model)
+    gate, up, down = (weight_of(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    order_F = mlp.hidden_order.long()
+    assert_same(gate, before[0][order_F])
+    assert_same(up, before[1][order_F])
+    assert_same(down, before[2][:, order_F])
+    assert isinstance(mlp.up_proj, torch.nn.Linear) == bool(kept)
+    assert_near(model(token_BT), expected)
+
+
+def weight_of(layer):
+    return layer.dequantize() if isinstance(layer, QuantizedLinear) else layer.weight.clone()
+
+
+@needs_operation
+def test_adapters_are_for_the_hidden_units_before_the_fold():
+    expected, _ = outputs(make_engine("int4", reorder=lambda model: with_orders(model, True)), True)
+    engine = make_engine("int4", reorder=lambda model: fold(with_orders(model, True)))
+    adapted, alone = outputs(engine, True)
+    assert_near(adapted, expected, torch.bfloat16)
+    largest = expected.abs().max()
+    assert (alone - expected).abs().max() < 0.05 * largest  # as in the test above
+    engine.adapters._hidden_orders.clear()  # the test can fail
+    write_adapters(engine)
+    other, _ = outputs(engine, True)
+    assert (other - expected).abs().max() > 0.2 * largest
+
+
+@orders
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_folded_checkpoint_with_adapters_gives_the_tokens_of_the_merged_one(tmp_path, shared, is_saved, monkeypatch):
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)  # exact products
+    folder, plain = tmp_path / "theirs", {"device": "cpu", "dtype": "float32", "quantization": "dequantize"}
+    write_scattered(folder, shared, layout={"sym": False})
+    base = load_model(folder, **plain)
+    write_adapter(tmp_path / "adapter", base, modules_of(base, ["gate_proj", "up_proj", "down_proj"]))
+    merged = load_model(folder, adapter=tmp_path / "adapter", **plain)
+    assert base.model.layers[0].mlp.hidden_order is None
+    if is_saved:
+        save_model(load_model(folder, device="cpu"), tmp_path / "ours")
+        folder = tmp_path / "ours"
+    options = {"device": "cpu", "dtype": "float32", "compile": False, "max_seq_len": 64}
+    replies = {}
+    with Generator.from_pretrained(folder, adapters={"one": tmp_path / "adapter"}, **options) as generator:
+        assert generator.model.model.layers[0].mlp.hidden_order is not None
+        for name, expected in ((None, base), ("one", merged)):
+            replies[name] = generator.generate([5, 6, 7], replace(GREEDY, adapter=name)).token_ids
+            assert_greedy(expected, [5, 6, 7, *replies[name]], 3, tolerance=1e-3)
+    assert replies[None] != replies["one"]
+
+
 # ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_folders_that_were_saved_before_the_fold_load(tmp_path, monkeypatch):
+    write_scattered(tmp_path / "theirs", True)
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen3fast.checkpoint.fill.fold_orders", lambda model: None)
+        before = load_model(tmp_path / "theirs", device="cpu")
+    assert type(before.model.layers[0].mlp.down_proj) is OrderedLinear
+    save_model(before, tmp_path / "ours")
+    assert_same_weights(load_model(tmp_path / "ours", device="cpu"), load_model(tmp_path / "theirs", device="cpu"))
 
 
 @pytest.mark.parametrize("kept", [("lm_head",), ("lm_head", "q_proj", "o_proj")])
@@ -229,17 +337,19 @@ def test_saved_model_loads_as_it_was(tmp_path, kept, capsys):
         assert f"{model.num_bytes():,} bytes in int4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["self_attn.o_proj.input_order", "mlp.hidden_order"])
 @pytest.mark.parametrize(
     "change", [lambda order: order.fill_(3), lambda order: order.add_(1), lambda order: order.neg_()]
 )
-def test_an_order_that_is_no_permutation_is_refused(tmp_path, change):
+def test_an_order_that_is_no_permutation_is_refused(tmp_path, change, name):
     write_scattered(tmp_path / "theirs", True)
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
-    file, name = tmp_path / "ours" / "model.safetensors", "model.layers.1.mlp.down_proj.input_order"
+    file, name = tmp_path / "ours" / "model.safetensors", f"model.layers.1.{name}"
     tensors = load_file(file)
     change(tensors[name])
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"{name}: it must hold each number from 0 to 255 once"):
+    last = 255 if "mlp" in name else 127
+    with pytest.raises(ValueError, match=rf"{name}: it must hold each number from 0 to {last} once"):
         load_model(tmp_path / "ours", device="cpu")
 
 

@@ -227,17 +227,6 @@ def test_thinking_budget_is_never_exceeded(max_tokens, wishes, is_open):
     assert ends[0] - (not is_open) <= max_tokens
 
 
-def test_thinking_budget_refuses_a_format_without_tags():
-    tagless = ReasoningFormat(None)
-    with pytest.raises(ValueError, match="needs a tokenizer with a token that ends reasoning"):
-        ThinkingBudget(5, tagless, tagless.tracker())
-
-
-def test_thinking_budget_refuses_a_negative_number():
-    with pytest.raises(ValueError, match="0 tokens or more, got -1"):
-        budget(-1)
-
-
 def test_thinking_budget_reports_a_token_other_than_the_one_that_had_to_come():
     with pytest.raises(RuntimeError, match=f"expected token {CLOSE} next, got 7"):
         budget(0).accept(7)

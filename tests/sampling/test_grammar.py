@@ -364,7 +364,6 @@ def test_json_schema_refuses_what_it_cannot_follow(schema, reason, compiler):
         (r"a(?=b)", "cannot be used: .*look-around"),
         (r"(a)\1", "cannot be used: .*backreferences"),
         (r"[^\s\S]", "allows no reply at all: ."),
-        (b"a", "must be a string, got b'a'"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -399,8 +398,3 @@ def test_grammar_of_lark_is_followed(compiler, walk, tokenizer):
 def test_grammar_of_lark_that_is_none_is_refused(compiler, text):
     with pytest.raises(ValueError, match=r"^this grammar cannot be used"):
         compiler.lark(text)
-
-
-def test_grammar_of_lark_must_be_text(compiler):
-    with pytest.raises(ValueError, match="a grammar must be a string"):
-        compiler.lark(5)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, split_into_chunks, usable_prefix
 from qwen3fast.scheduling import Request
-from qwen3fast.scheduling.adapters import Adapter
 from qwen3fast.scheduling.prefix_cache import PrefixCache, common_prefix
+from qwen3fast.scheduling.request import Adapter
 
 POSITIONS = 256
 A, B, C, D = (list(range(start, start + 20)) for start in (0, 20, 40, 60))
@@ -19,7 +19,7 @@ A, B, C, D = (list(range(start, start + 20)) for start in (0, 20, 40, 60))
 
 def make_request(prompt_ids, output_ids=()):
     """A request that has its prompt in the cache and these tokens of its reply; logits tell prompts apart."""
-    request = Request(list(prompt_ids), 0.0, 0, 1.0, 0.0, 0, 100, frozenset())
+    request = Request(list(prompt_ids), max_tokens=100)
     request.output_ids, request.launched = list(output_ids), len(output_ids)
     if output_ids:
         request.prompt_logits_1V = torch.tensor([[float(len(prompt_ids)), float(sum(prompt_ids))]])

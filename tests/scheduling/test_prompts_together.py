@@ -6,13 +6,13 @@ from conftest import engine_of, random_tensor, randomized, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3fast.engine import Engine
+from qwen3fast.engine import Engine, RowSampling
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import max_prompts
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.scheduling import Request, Scheduler
-from qwen3fast.scheduling.adapters import Adapter
+from qwen3fast.scheduling.request import Adapter
 
 CPU = torch.device("cpu")
 MODEL = randomized(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)
@@ -57,9 +57,8 @@ def prompt_of(length, seed):
     return [(7 * i + 13 * seed + i * i * (seed + 1)) % 97 for i in range(length)]
 
 
-def make_request(length, max_tokens=4, seed=0, **changes):
-    fields = {"temperature": 30.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": seed, "stop_ids": frozenset()}
-    return Request(prompt_of(length, seed), max_tokens=max_tokens, **(fields | changes))
+def make_request(length, max_tokens=4, seed=0, temperature=30.0, top_k=0, **changes):
+    return Request(prompt_of(length, seed), RowSampling(temperature, top_k, seed=seed), max_tokens, **changes)
 
 
 def finish(scheduler, requests):
@@ -151,7 +150,7 @@ def test_a_prompt_waits_for_another_if_it_saves_a_chunk_of_its_own(common, passe
     assert len(forwards.passes) == passes
     assert [request.reused_tokens > 0 for request in requests] == [False, passes > 1, passes > 1]
     for request in requests:
-        again = make_request(1, 3, request.seed)
+        again = make_request(1, 3, request.sampling.seed)
         again.prompt_ids = request.prompt_ids
         assert finish(make_scheduler(1), [again]) == [request.output_ids]
 

@@ -9,6 +9,7 @@ from conftest import assert_near, assert_same, engine_of, randomized, slowly, sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3fast.engine import RowSampling
 from qwen3fast.engine.parts import chunk_sizes
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
 from qwen3fast.scheduling import EngineWorker, Request, Scheduler
@@ -31,12 +32,11 @@ def random_prompt(length, seed=0):
     return [rng.randrange(97) for _ in range(length)]
 
 
-def make_request(prompt, max_tokens, seed=0, **changes):
+def make_request(prompt, max_tokens, seed=0, temperature=30.0, top_k=0, **changes):
     """prompt: ids, or the length of a random one. Sampled unless told otherwise."""
     ids = random_prompt(prompt, seed) if isinstance(prompt, int) else list(prompt)
     # These weights are sure of themselves, so sampling takes a high temperature.
-    fields = {"temperature": 30.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": seed, "stop_ids": frozenset()}
-    return Request(ids, max_tokens=max_tokens, **(fields | changes))
+    return Request(ids, RowSampling(temperature, top_k, seed=seed), max_tokens, **changes)
 
 
 def finish(scheduler, requests):
@@ -463,7 +463,7 @@ def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monke
     alone = make_request(40, 80, seed=5, **changes)
     assert [long.output_ids] == run(make_scheduler(1, lookahead=lookahead), alone)
     for request in others:
-        expected = make_request(request.prompt_ids, request.max_tokens, request.seed)
+        expected = make_request(request.prompt_ids, request.max_tokens, request.sampling.seed)
         assert [request.output_ids] == run(make_scheduler(1), expected)
     assert [at.ids for at in long.output_logprobs] == [at.ids for at in alone.output_logprobs]
 
@@ -551,7 +551,7 @@ def test_a_reply_that_fills_the_cache_ends_there_while_others_run_on(lookahead):
     assert (len(full.output_ids), len(other.output_ids)) == (28, 100)
     for request in (full, other):
         assert [request.output_ids] == run(
-            make_scheduler(1, 128), make_request(request.prompt_ids, request.max_tokens, request.seed)
+            make_scheduler(1, 128), make_request(request.prompt_ids, request.max_tokens, request.sampling.seed)
         )
 
 
@@ -606,7 +606,7 @@ def test_a_request_that_cannot_be_cancelled_leaves_the_thread_alive(monkeypatch)
     runner.cancel(short)  # the other moves to its row
     wait_until(lambda: long.finish_reason is not None)
     assert (short.finish_reason, long.finish_reason) == ("cancelled", "error")
-    assert isinstance(long.error, MemoryError) and runner._thread.is_alive()
+    assert isinstance(long.error, MemoryError) and runner.thread.is_alive()
 
 
 def test_a_device_that_is_gone_ends_all_requests(monkeypatch):

@@ -85,6 +85,31 @@ def test_csv_and_parquet_are_read(tmp_path):
     assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
 
 
+def test_csv_may_hold_a_prompt_of_any_length(tmp_path):
+    (tmp_path / "in.csv").write_text(f"prompt\n{'a' * 2**18}\n", encoding="utf-8")
+    [job] = read_jobs(tmp_path / "in.csv")
+    assert job.body["prompt"] == "a" * 2**18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.jsonl", "-o", "out.jsonl"], "none.jsonl not found; expected a file of requests: .jsonl, .csv or"),
+        (["folder", "-o", "out.jsonl"], "folder is a folder; expected a file of requests"),
+        (["in.jsonl", "-o", "folder"], "folder is a folder; expected the name of a file to write"),
+        (["in.jsonl", "-o", "in.jsonl/out"], "in.jsonl is not a folder, so out cannot be written there"),
+        (["latin.csv", "-o", "out.jsonl"], "latin.csv is not a CSV file in UTF-8: 'utf-8' codec"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    (tmp_path / "latin.csv").write_bytes("prompt\n\xe9\n".encode("latin-1"))
+    assert main(["batch", *arguments, *OPTIONS]) == 2
+    assert f"qwen3fast: error: {message}" in capsys.readouterr().err
+
+
 def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'qwen3fast\[parquet\]'"):
@@ -106,12 +131,13 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
 
 
-def test_a_file_of_something_else_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("notes", ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"prompt": "a"}\n'])
+def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\nmore\n")
+    path.write_text(notes)
     with pytest.raises(ValueError, match="not replies of this command"):
         Output(path)
-    assert path.read_text() == "my notes\nmore\n"
+    assert path.read_text() == notes
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

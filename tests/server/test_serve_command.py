@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+from qwen3fast.cli import main
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -61,3 +64,33 @@ def test_the_second_signal_ends_at_once(process):
             pass
         server.send_signal(signal.SIGINT)
         assert server.wait(10) >= 0
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "1e3", "http", ""])
+def test_a_port_that_is_none_is_refused(capsys, port):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", f"--port={port}"])
+    assert f"argument --port: {port!r} is not a port from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"), [("127.0.0.1", "Address already in use"), ("no.such.host.invalid", "Name or service|failure")]
+)
+def test_an_address_that_cannot_be_had_is_told_before_models_load(monkeypatch, capsys, host, reason):
+    monkeypatch.setattr("qwen3fast.server.command.load_models", lambda args: pytest.fail("it loads"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--host", host, "--port", port]) == 1
+    assert re.search(f"cannot listen on {host}, port {port}: .*({reason}).*; choose other", capsys.readouterr().err)
+
+
+def test_the_config_of_an_adapter_that_is_damaged_is_named(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    assert f"{tmp_path}/adapter_config.json is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["", "mine="])
+def test_a_model_without_a_source_is_refused(capsys, spec):
+    assert main(["serve", "--port", "0", "--model", spec]) == 2
+    assert f"{spec!r} names no model; expected [NAME=]SOURCE" in capsys.readouterr().err

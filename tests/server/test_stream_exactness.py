@@ -39,7 +39,7 @@ class Scripted(RequestHandle):
     """A handle whose tokens come in chunks of given sizes; the last of them repeats."""
 
     def __init__(self, tokens: list[int], sizes: list[int], stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
-        request = Request([1, 2], 0.0, 0, 1.0, 0.0, 0, 100, frozenset(), logprobs=2)
+        request = Request([1, 2], max_tokens=100, logprobs=2)
         super().__init__(request, TextStream(tokenizer, stop), SimpleNamespace(cancel=lambda request: None))
         self._tokens, self._sizes = tokens, sizes
 

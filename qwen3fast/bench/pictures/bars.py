@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -11,6 +13,8 @@ from qwen3fast.bench.record import Case, Record
 from qwen3fast.bench.suites.ablation import speeds_at
 from qwen3fast.bench.suites.quantization import formats
 from qwen3fast.bench.suites.startup import PHASES
+
+Bars = tuple[str, Sequence[float], Callable[[float], str]]  # of a panel: title, values, and what is written beside each
 
 
 def draw_ablation(record: Record) -> Figure:
@@ -79,17 +83,11 @@ def _draw_phases(axes: Axes, row: int, case: Case, titles: dict[str, str]) -> No
 
 def draw_quantization(record: Record) -> Figure:
     """Draw bars of speed, memory and error, the formats in the same order in each panel."""
-    rows = list(formats(record))
-    names = [name for name, *_ in rows]
-    colors = [color_of(name, names) for name in names]
+    names, speeds, sizes, errors = zip(*formats(record), strict=True)
     title = "Speed, memory and error of quantized weights"
     figure = new_figure(record, title, f"{record.model['name']}, one request", (13.0, 5.4))
-    panels = (("tokens per second", 1, short), ("GB of weights", 2, short), ("error of the logits", 3, "{:.1%}".format))
-    for i, (name, column, as_text) in enumerate(panels):
-        axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
-        values = [float(row[column]) for row in rows]
-        draw_bars(axes, values, [as_text(v) for v in values], colors, names if i == 0 else [""] * len(rows), name)
-    return figure
+    panels = [("tokens per second", speeds, short), ("GB of weights", sizes, short)]
+    return _draw_panels(figure, names, [*panels, ("error of the logits", errors, "{:.1%}".format)])
 
 
 def draw_quality(record: Record) -> Figure:
@@ -97,17 +95,22 @@ def draw_quality(record: Record) -> Figure:
     longest = max(int(case.labels["context"]) for case in record.cases)
     cases = [case for case in record.cases if case.labels["context"] == longest]
     names = [str(case.labels["format"]) for case in cases]
-    colors = [color_of(name, names) for name in names]
     subtitle = f"{record.model['name']}, {cases[0].facts['positions']:,.0f} positions in windows of {longest:,} tokens"
     figure = new_figure(record, "Quality of quantized weights and caches", subtitle, (13.0, 5.4))
-    panels = ("perplexity", "kl_divergence", "same_token")
-    titles = ("perplexity", "KL divergence from the first, nats", "another most likely token")
-    for i, (name, title) in enumerate(zip(panels, titles, strict=True)):
+    perplexities, divergences, same = (
+        [case.metrics[name].median for case in cases] for name in ("perplexity", "kl_divergence", "same_token")
+    )
+    return _draw_panels(figure, names, [
+        ("perplexity", perplexities, METRICS["perplexity"].text),
+        ("KL divergence from the first, nats", divergences, METRICS["kl_divergence"].text),
+        ("another most likely token", [1 - value for value in same], "{:.1%}".format),
+    ])  # fmt: skip
+
+
+def _draw_panels(figure: Figure, names: Sequence[str], panels: Sequence[Bars]) -> Figure:
+    """Draw up to three panels of bars side by side, the formats in the same order in each. Returns: the figure."""
+    colors = [color_of(name, names) for name in names]
+    for i, (title, values, as_text) in enumerate(panels):
         axes = figure.add_axes((0.1 + i * 0.295, 0.16, 0.245, 0.62))
-        values = [case.metrics[name].median for case in cases]
-        texts = [METRICS[name].text(value) for value in values]
-        if name == "same_token":
-            values = [1 - value for value in values]
-            texts = [f"{value:.1%}" for value in values]
-        draw_bars(axes, values, texts, colors, names if i == 0 else [""] * len(cases), title)
+        draw_bars(axes, values, [as_text(v) for v in values], colors, names if i == 0 else [""] * len(names), title)
     return figure

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from qwen3fast.bench.plot import svg_text
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.report.tags import Series, is_bar, series_in, tag
-from qwen3fast.bench.svg import svg_text
 
 REFERENCE = re.compile(r"#([\w.-]+)")
 HIT_RADIUS = "9"

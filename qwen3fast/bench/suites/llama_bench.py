@@ -98,7 +98,7 @@ def run(session: Session) -> None:
 
 def _tests(session: Session, bench: Workbench, cache: DeepCache, format: str, depth: int) -> list[Task]:
     new, config = session.options.new_tokens, session.config
-    name: dict[str, Label] = {"format": session.label(format), "depth": depth}
+    labels: dict[str, Label] = {"format": session.label(format), "depth": depth}
     weight_bytes = float(bench.model.num_bytes(per_token=True))
     read = weight_bytes + config.kv_bytes_per_token(bench.cache_dtype) * (depth + new / 2)
     prompt_facts = {"prefill_flop": forward_flop(config, depth + PROMPT) - forward_flop(config, depth)}
@@ -111,17 +111,12 @@ def _tests(session: Session, bench: Workbench, cache: DeepCache, format: str, de
     def generate() -> Measurement:
         return {"seconds": cache.decode_s(depth, new)}
 
-    prompt_case = Case({**name, "test": test_name(f"pp{PROMPT}", depth)}, {"tokens": float(PROMPT)})
-    new_case = Case({**name, "test": test_name(f"tg{new}", depth)}, {"tokens": float(new)})
+    prompt_case = Case({**labels, "test": f"pp{PROMPT}"}, {"tokens": float(PROMPT)})
+    new_case = Case({**labels, "test": f"tg{new}"}, {"tokens": float(new)})
     return [
         Task(prompt_case, prompt, expected_s=session.expected_s(MODE, prompt_facts, 0)),
         Task(new_case, generate, expected_s=session.expected_s(MODE, new_facts, new)),
     ]
-
-
-def test_name(test: str, depth: int) -> str:
-    """Return a test's name as llama-bench prints it."""
-    return f"{test} @ d{depth}" if depth else test
 
 
 def markdown(record: Record) -> list[str]:
@@ -133,14 +128,14 @@ def markdown(record: Record) -> list[str]:
         speeds = per_repetition(case.labels, case.facts, case.samples)["tok_s"]
         spread = stdev(speeds) if len(speeds) > 1 else 0.0
         size = record.notes.get("weight_bytes", {}).get(case.labels["format"], model["weight_bytes"])
-        parameters = model["parameters"]
+        parameters, depth = model["parameters"], case.labels["depth"]
         rows.append([
             f"{record.model_name} {case.labels['format']}",
             f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB",
             f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M",
             "CUDA" if environment.get("gpu") else "CPU",
             str(environment.get("threads", "")),
-            str(case.labels["test"]),
+            str(case.labels["test"]) + (f" @ d{depth}" if depth else ""),
             f"{mean(speeds):.2f} ± {spread:.2f}",
         ])  # fmt: skip
     return as_markdown(rows, left=1).split("\n")
@@ -167,7 +162,7 @@ SUITE = Suite(
     name="llama-bench",
     title="llama-bench's tests: pp512 and tg128 by depth",
     run=run,
-    columns=Columns(("format", "test"), ("tok_s",)),
+    columns=Columns(("format", "depth", "test"), ("tok_s",)),
     defaults={"formats": ("plain", "int4"), "contexts": DEPTHS, "new_tokens": NEW, "repetitions": 3},
     quick={"formats": ("int4",), "contexts": (0, 1024), "new_tokens": 32, "repetitions": 1},
     summary=summary,

@@ -31,6 +31,7 @@ from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.files import read_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import parse_cache_dtype
 from qwen3fast.quantization import formats_of, quantize_model
@@ -109,7 +110,7 @@ def token_ids(session: Session) -> list[int]:
         raise ValueError(
             f"--suite quality needs trained weights and a tokenizer, which {o.model} lacks; name a --model"
         )
-    text = Path(o.text).read_text(encoding="utf-8") if o.text else TEXT
+    text = read_text(Path(o.text), "a text for --text") if o.text else TEXT
     ids = read_tokenizer(resolve_source(o.model)).encode(text)
     if len(ids) < 2:
         raise ValueError(f"{o.text} has {len(ids)} tokens; at least 2 are needed")

@@ -111,18 +111,18 @@ def _tasks(
     tokens: dict[str, list[list[float]]],
     options: dict[str, Any],
 ) -> list[Task]:
+    seconds = COLD_S if kind == "cold" else WARM_S
+
     def once(mode: str) -> Measurement:
-        if kind == "cold":
-            with tempfile.TemporaryDirectory() as caches:
-                imported, loaded, *times = run_once(folder, str(session.device), mode, COLD_S, Path(caches), **options)
-        else:
-            imported, loaded, *times = run_once(folder, str(session.device), mode, WARM_S, **options)
+        with tempfile.TemporaryDirectory() as empty:
+            caches = Path(empty) if kind == "cold" else None
+            imported, loaded, *times = run_once(folder, str(session.device), mode, seconds, caches, **options)
         tokens.setdefault(f"{kind} {mode}", []).append(times)
         return {"import_s": imported, "load_s": loaded, "first_token_s": times[0]}
 
     def task(mode: str) -> Task:
         labels: dict[str, Any] = {"format": session.label(format), "compile": mode, "caches": kind}
-        return Task(Case(labels), lambda: once(mode), False, WARM_S if kind == "warm" else COLD_S)
+        return Task(Case(labels), lambda: once(mode), False, seconds)
 
     return [task(mode) for mode in COMPILE]
 
@@ -146,9 +146,7 @@ SUITE = Suite(
     title="Starting up",
     run=run,
     columns=Columns(("format", "compile", "caches"), PHASES),
-    defaults={
-        "formats": ("plain", "int4"), "repetitions": 3,
-    },
+    defaults={"formats": ("plain", "int4"), "repetitions": 3},
     quick={"formats": ("plain",), "repetitions": 1},
     summary=summary,
-)  # fmt: skip
+)

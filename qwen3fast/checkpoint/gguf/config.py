@@ -6,6 +6,7 @@ Source: constants.py of gguf-py in github.com/ggml-org/llama.cpp.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from qwen3fast.checkpoint.gguf.header import Header
@@ -137,7 +138,7 @@ def _dtype(header: Header) -> str:
     matrices = [tensor for tensor in header.tensors.values() if len(tensor.shape) > 1]
     if not all(tensor.is_float for tensor in matrices):
         return "bfloat16"
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for tensor in matrices:
-        sizes[tensor.type] = sizes.get(tensor.type, 0) + math.prod(tensor.shape)
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[max(sizes, key=lambda kind: sizes[kind])]
+        sizes[tensor.type] += math.prod(tensor.shape)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[sizes.most_common(1)[0][0]]

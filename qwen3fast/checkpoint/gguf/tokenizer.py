@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast.checkpoint.gguf.header import Header
+from qwen3fast.checkpoint.vocab_files import WORDS, use_byte_level
 from qwen3fast.text.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
@@ -18,11 +19,10 @@ EMBEDDING = "token_embd.weight"
 SPECIAL = {"eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # names that chat templates use
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of token_type
 # The splitting of text into words, before pairs are merged, by llama.cpp's name for it.
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
     # Qwen2's and Qwen3's, and the same in models distilled from DeepSeek-R1; text is composed first (NFC).
-    "qwen2": QWEN,
-    "deepseek-r1-qwen": QWEN,
+    "qwen2": WORDS,
+    "deepseek-r1-qwen": WORDS,
     # The shipped tiny model's (tools/train_tiny.py), which llama.cpp has no name for.
     "qwen3fast-tiny": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -72,10 +72,7 @@ def _add_rules(base: BaseTokenizer, pre: str, tokens: list[str], types: list[int
         add([AddedToken(token, normalized=False) for token, i in zip(tokens, types, strict=True) if i == kind])
     if pre in COMPOSED:
         base.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    base.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    base.decoder = decoders.ByteLevel()
+    use_byte_level(base, PATTERNS[pre])
 
 
 def stop_ids(header: Header) -> tuple[int, ...]:

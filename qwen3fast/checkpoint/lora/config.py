@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3fast._json import read_json
 from qwen3fast.checkpoint.lora.patterns import OPTIONAL_PATH, Matches, match_patterns
+from qwen3fast.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 MAX_ALPHA, MAX_RANK = 1e6, 2**16  # far beyond any adapter
@@ -72,19 +72,10 @@ class LoraConfig:
             raise ValueError(f"{file} is of an adapter of mlx-lm, {NOT_MLX}")
         _refuse_features(raw, file)
         _refuse_values(raw, file)
-        layers = raw.get("layers_to_transform")
-        return cls(
-            r=raw["r"],
-            lora_alpha=raw["lora_alpha"],
-            use_rslora=bool(raw.get("use_rslora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            target_modules=raw.get("target_modules"),
-            exclude_modules=raw.get("exclude_modules"),
-            layers_to_transform=[layers] if isinstance(layers, int) else layers,
-            modules_to_save=raw.get("modules_to_save") or [],
-            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
-        )
+        given = {name: raw[name] for name in _FIELDS if raw.get(name) is not None}
+        if isinstance(layer := given.get("layers_to_transform"), int):
+            given["layers_to_transform"] = [layer]
+        return cls(**given)
 
     def for_modules(self, modules: Iterable[str]) -> LoraConfig:
         """Return the same config with its regular expressions matched against the names of modules.
@@ -130,6 +121,9 @@ class LoraConfig:
     def _of_pattern(self, pattern: dict[str, Any], module: str, default: Any) -> Any:
         """Return the value of the first key, a regular expression for the end of a name, that matches the module."""
         return next((value for key, value in pattern.items() if module in self.matches[_end(key)]), default)
+
+
+_FIELDS = [f.name for f in fields(LoraConfig) if f.name != "matches"]  # in the file
 
 
 def _end(key: str) -> str:

@@ -131,11 +131,6 @@ class PrequantizedFormat:
         return next((name for name in ("int4", "uint4") if self.keeps_levels(name)), "int8")
 
     @property
-    def experts_loaded_as(self) -> str | None:
-        """Return the same for experts, of which each would have an order of channels of its own."""
-        return "int8" if self.has_scattered_groups else self.loaded_as
-
-    @property
     def has_scattered_groups(self) -> bool:
         """Return whether groups are neighbors only after sorting the channels, which has an order of them as result."""
         return self.has_act_order and self.group_size != -1

@@ -34,20 +34,16 @@ Range share(int64_t count, int thread, int threads) {
 
 // A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
 struct Input {
-  std::vector<BFloat16> rows, ordered;
+  std::vector<BFloat16> rows;
   Activations quantized;
   const int32_t* order = nullptr;  // in which `quantized` holds the channels
 
-  Input(int64_t M, int64_t K) : rows(M * K), ordered(K), quantized(M, K) {}
+  Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
   // Only for weights that are quantized: `weight`, and others with the same input and order of channels.
   void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
     order = weight.order;
-    for (int64_t m = 0; weight.bits < 16 && m < M; m++) {
-      const BFloat16* row = from + m * K;
-      for (int64_t k = 0; order && k < K; k++) ordered[k] = row[order[k]];
-      quantized.quantize_row(order ? ordered.data() : row, m, K);
-    }
+    for (int64_t m = 0; weight.bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K, order);
   }
 
   // The same for a further weight with the same input.

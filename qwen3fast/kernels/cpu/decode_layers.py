@@ -29,7 +29,8 @@ MAX_DECODE_ROWS = 32
 class LayerWeight(NamedTuple):
     """A weight in bfloat16, or packed, with its scales.
 
-    order: (K,) int32, the input's channel that each column of a packed weight is for; None for the same.
+    order: (K,) int32, the input's channel that each column of a packed weight is for; None for the same. Of gate and
+    up of X experts, (2X, K).
     """
 
     weight: Tensor
@@ -178,18 +179,22 @@ def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
     mlp = tensors.feed_forward
     if isinstance(mlp, ExpertWeights):
         require(mlp.gate_up.scale is not None and mlp.down.scale is not None, "decode_layers: experts must be packed")
-        require(mlp.gate_up.order is mlp.down.order is None, "decode_layers: experts have no order of channels")
-        layer.gate, layer.down, layer.router = _linear(*mlp.gate_up), _linear(*mlp.down), _linear(mlp.router)
+        require(mlp.down.order is None, "decode_layers: down of experts has no order of channels")
+        layer.gate, layer.down = _linear(*mlp.gate_up, orders=(2 * len(mlp.router),)), _linear(*mlp.down)
+        layer.router = _linear(mlp.router)
         layer.chosen, layer.renormalizes = mlp.num_chosen, mlp.is_renormalized
     else:
         for name, weight in zip(("gate", "up", "down"), mlp, strict=True):
             setattr(layer, name, _linear(*weight))
 
 
-def _linear(weight: Tensor, scale: Tensor | None = None, order: Tensor | None = None) -> LinearPointers:
+def _linear(
+    weight: Tensor, scale: Tensor | None = None, order: Tensor | None = None, orders: tuple[int, ...] = ()
+) -> LinearPointers:
+    """orders: the number of orders, of experts."""
     if scale is not None:
         linear = packed_linear(weight, scale)
-        linear.order = None if order is None else _order(order, linear.K)
+        linear.order = None if order is None else _order(order, (*orders, linear.K))
         return linear
     require(
         weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu",
@@ -198,8 +203,8 @@ def _linear(weight: Tensor, scale: Tensor | None = None, order: Tensor | None = 
     return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
 
 
-def _order(order_K: Tensor, K: int) -> int:
-    expected_K = torch.arange(K, dtype=torch.int32)
+def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
+    expected_K = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
     require(
         order_K.dtype == torch.int32 and order_K.is_contiguous() and order_K.sort().values.equal(expected_K),
         "decode_layers: an order must be a permutation of 0 to K - 1, int32, contiguous",

@@ -21,10 +21,13 @@ namespace {
 
 constexpr int64_t kReading = 2;      // rows that a block of weights could be multiplied with while it is read
 
-// The pairs of one expert, from `first` on in the sorted order; their rows, quantized.
+// The pairs of one expert, from `first` on in the sorted order; their rows, quantized: x for gate and, where up reads its
+// input in another order, up's; inner for down. order: of gate's, then of up's input channels; null for none.
 struct Group {
   int64_t expert, first, count;
-  Activations x, inner;
+  const int32_t* order;
+  bool has_two;  // orders that differ
+  Activations x, up, inner;
 };
 
 // Pairs sorted by expert. Returns an empty order if there is a number that is no expert's.
@@ -49,9 +52,10 @@ void share_pairs(std::vector<Group>& groups, int64_t P, int thread, int threads,
 }
 
 // Multiplies this thread's share of the blocks of all groups: y (P, N) = rows of the groups times their experts' weights,
-// (N, K) each. Calls done(group, first column, column after the last) for each part of the result.
-template <typename Done>
-void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, const Linear& all, int64_t X, BFloat16* y,
+// (N, K) each. rows_of(group, 0 or 1): the rows for the first and for the second half of N. Calls done(group, first column,
+// column after the last) for each part of the result.
+template <typename RowsOf, typename Done>
+void share_blocks(const std::vector<Group>& groups, const RowsOf& rows_of, const Linear& all, int64_t X, BFloat16* y,
                   int thread, int threads, const Done& done) {
   const int64_t N = all.N / X, blocks = N / kLanes;
   const int64_t bytes = N * all.K * all.bits / 8, scales = scale_bytes(all, N);  // an expert's
@@ -66,10 +70,10 @@ void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, co
     Linear weight = all;
     weight.weight = static_cast<const uint8_t*>(all.weight) + group.expert * bytes;
     weight.scale = static_cast<const uint8_t*>(all.scale) + group.expert * scales;
-    if (begin < end) {
-      packed_blocks(group.*rows, group.count, weight, y + group.first * N, begin, end, N);
-      done(group, begin * kLanes, end * kLanes);
-    }
+    const int64_t middle = std::clamp(blocks / 2, begin, end);
+    packed_blocks(rows_of(group, 0), group.count, weight, y + group.first * N, begin, middle, N);
+    packed_blocks(rows_of(group, 1), group.count, weight, y + group.first * N, middle, end, N);
+    if (begin < end) done(group, begin * kLanes, end * kLanes);
     before += cost * blocks;
   }
 }
@@ -77,15 +81,23 @@ void share_blocks(const std::vector<Group>& groups, Activations Group::*rows, co
 // The pairs of some tokens, and the memory that their results need.
 class RoutedExperts {
  public:
-  // Sorts the pairs. expert: (N, C). Returns false for a number that is no expert's.
+  // Sorts the pairs. expert: (N, C). Returns false for a number that is no expert's, or in an order no channel's.
   bool plan(const int64_t* expert, int64_t N, int64_t C, const Linear& gate_up, const Linear& down) {
     P_ = N * C, C_ = C, E_ = gate_up.K, I_ = down.K, X_ = down.N / E_;
     std::vector<int64_t> counts(X_);
     groups_.clear();
     order_ = sorted_pairs(expert, P_, X_, counts);
     if (order_.empty()) return P_ == 0;
-    for (int64_t e = 0, first = 0; e < X_; first += counts[e++])
-      if (counts[e] > 0) groups_.push_back({e, first, counts[e], Activations(counts[e], E_), Activations(counts[e], I_)});
+    for (int64_t e = 0, first = 0; e < X_; first += counts[e++]) {
+      if (counts[e] == 0) continue;
+      const int32_t* order = gate_up.order ? gate_up.order + 2 * e * E_ : nullptr;
+      uint32_t most = 0;  // negative numbers are large ones here
+      for (int64_t k = 0; order && k < 2 * E_; k++) most = std::max<uint32_t>(most, order[k]);
+      if (most >= E_) return false;
+      const bool has_two = order && !std::equal(order, order + E_, order + E_);
+      groups_.push_back({e, first, counts[e], order, has_two, Activations(counts[e], E_),
+                         Activations(has_two ? counts[e] : 0, E_), Activations(counts[e], I_)});
+    }
     inner_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * 2 * I_);
     sorted_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * E_);
     return true;
@@ -97,10 +109,12 @@ class RoutedExperts {
   void run(const RowOf& row_of, const Linear& gate_up, const Linear& down, BFloat16* y, Barrier& barrier, int thread,
            int threads) {
     share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
-      group.x.quantize_row(row_of(order_[p] / C_), row, E_);
+      group.x.quantize_row(row_of(order_[p] / C_), row, E_, group.order);
+      if (group.has_two) group.up.quantize_row(row_of(order_[p] / C_), row, E_, group.order + E_);
     });
     barrier.wait();
-    share_blocks(groups_, &Group::x, gate_up, X_, inner_.get(), thread, threads, [](const Group&, int64_t, int64_t) {});
+    const auto inputs = [](const Group& g, int half) -> const Activations& { return half && g.has_two ? g.up : g.x; };
+    share_blocks(groups_, inputs, gate_up, X_, inner_.get(), thread, threads, [](const Group&, int64_t, int64_t) {});
     barrier.wait();
     share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner_.get() + p * 2 * I_;
@@ -108,7 +122,8 @@ class RoutedExperts {
       group.inner.quantize_row(gate, row, I_);
     });
     barrier.wait();
-    share_blocks(groups_, &Group::inner, down, X_, sorted_.get(), thread, threads,
+    const auto inner = [](const Group& g, int) -> const Activations& { return g.inner; };
+    share_blocks(groups_, inner, down, X_, sorted_.get(), thread, threads,
                  [&](const Group& group, int64_t begin, int64_t end) {
                    for (int64_t p = group.first; p < group.first + group.count; p++)
                      std::copy_n(sorted_.get() + p * E_ + begin, end - begin, y + order_[p] * E_ + begin);

@@ -34,8 +34,9 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     """Return down(silu(gate(x)) * up(x)) of the routed experts, (N, C, E) bfloat16.
 
     x_NE: bfloat16. expert_NC: int64. gate_up, down: packed bytes and scales of all experts' weights one below the
-    other, gate before up in each, as `Packed` in quantization/formats.py.
-    Raises: ValueError for other dtypes, inconsistent shapes, or a number outside the experts.
+    other, gate before up in each, as `Packed` in quantization/formats.py. gate_up may have a third tensor, (2X, E)
+    int32: the input channel of each column, for gate and up of each expert.
+    Raises: ValueError for other dtypes, inconsistent shapes, or a number outside the experts or channels.
     """
     N, E = x_NE.shape
     require(x_NE.dtype == torch.bfloat16, "quantized_experts: x must be bfloat16")
@@ -44,7 +45,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
         "quantized_experts: expert must be (N, C) int64",
     )
     try:
-        first, second = packed_linear(*gate_up), packed_linear(*down)
+        first, second = packed_linear(*gate_up[:2]), packed_linear(*down)
     except ValueError as err:
         raise ValueError(f"quantized_experts: {err}") from None
     require(
@@ -55,12 +56,18 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     require(
         first.N == 2 * X * second.K, f"quantized_experts: gate_up must have {2 * X * second.K} rows, it has {first.N}"
     )
+    for order in gate_up[2:]:
+        is_right = order.dtype == torch.int32 and order.is_contiguous() and order.shape == (2 * X, E)
+        require(is_right, f"quantized_experts: an order must be ({2 * X}, {E}) int32, contiguous")
+        first.order = order.data_ptr()
     x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)
     pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())
     sizes = (N, expert_NC.shape[1], X, torch.get_num_threads())
     if not _functions.qwen3fast_quantized_experts(*pointers, *sizes):
-        raise ValueError(f"quantized_experts: a number of {expert_NC.tolist()} is not one of the {X} experts'")
+        problem = f"a number of {expert_NC.tolist()} is not one of the {X} experts'"
+        is_order = bool((expert_NC.clamp(0, X - 1) == expert_NC).all())
+        raise ValueError(f"quantized_experts: {'an order has other numbers than channels' if is_order else problem}")
     return y_NCE
 
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
+#include <vector>
 
 #include "ops.h"
 #include "parallel.h"
@@ -19,10 +19,11 @@ constexpr int64_t kMaxVectors = 3;  // of rows of x: kMaxVectors * kPanel sums f
 constexpr int64_t kMaxVectors = 1;
 #endif
 constexpr int64_t kManyRows = 8;  // from which lanes are rows; all chunks of prompts have as many
-constexpr int64_t kVectorsInCache = 12;  // rows of x, in vectors, that pass while a panel of the weight is in the cache
+constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
+constexpr int64_t kInCache = 1 << 18;  // numbers of the weight, or of x, that stay in a core's cache
 
-// Writes sums of up to 16 rows, which are lanes, with the weight's rows of a panel: y (rows, kPanel), N apart.
-void store_panel(const Vec* sums, BFloat16* y, int64_t rows, int64_t N) {
+// Writes sums of 16 rows, which are lanes, with the weight's rows of a panel: y (16, kPanel), kSpan * kPanel apart.
+void store_panel(const Vec* sums, BFloat16* y) {
   Bits two[4];  // columns, for each row
   for (int i = 0; i < 4; i++) two[i] = as_bfloat16(sums[2 * i]) | as_bfloat16(sums[2 * i + 1]) << 16;
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
@@ -34,15 +35,14 @@ void store_panel(const Vec* sums, BFloat16* y, int64_t rows, int64_t N) {
   const Bits eight[4] = {__builtin_shufflevector(a, b, LOW_TWO), __builtin_shufflevector(a, b, HIGH_TWO),
                          __builtin_shufflevector(c, d, LOW_TWO), __builtin_shufflevector(c, d, HIGH_TWO)};
   constexpr int64_t kBytes = kPanel * sizeof(BFloat16);
-  for (int64_t m = 0; m < rows; m++)  // row 4i + j is part i of vector j
-    std::memcpy(y + m * N, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
+  for (int64_t m = 0; m < kLanes; m++)  // row 4i + j is part i of vector j
+    std::memcpy(y + m * kSpan * kPanel, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
 }
 
-// kVectors blocks of 16 rows, the first of `rows` of x, times a panel of the weight. Meanwhile `lines` cache lines per 32
-// channels are asked for from `next` on.
+// kVectors blocks of 16 rows of x times a panel of the weight. y: (16 kVectors, kPanel), kSpan * kPanel apart. Meanwhile
+// `lines` cache lines per 32 channels are asked for from `next` on.
 template <int kVectors>
-void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t rows, int64_t N, int64_t K, int64_t lines,
-              const char* next) {
+void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int64_t lines, const char* next) {
   const int64_t pairs = K / 2;
   Vec total[kVectors][kPanel] = {};
   for (int64_t begin = 0; begin < pairs; begin += kLanes) {
@@ -60,27 +60,39 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t rows, 
     }
   }
 #pragma GCC unroll 3
-  for (int i = 0; i < kVectors; i++)
-    store_panel(total[i], y + i * kLanes * N, std::min(rows - i * kLanes, kLanes), N);
+  for (int i = 0; i < kVectors; i++) store_panel(total[i], y + i * kLanes * kSpan * kPanel);
 }
 
-// Panels begin..end of the weight with all M rows, in pairs. Each panel is read from memory during the one before it.
+// Panels begin..end of the weight with all M rows, in pairs. Some rows of x pass over a group of panels, then the next
+// rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
+// multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
 void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t begin, int64_t end, int64_t N,
                      int64_t K) {
-  const int64_t blocks = (M + kLanes - 1) / kLanes;
-  for (int64_t first = 0; first < blocks; first += kVectorsInCache) {
-    const int64_t count = std::min(kVectorsInCache, blocks - first), parts = (count + kMaxVectors - 1) / kMaxVectors;
-    const int64_t lines = (kPanel + parts - 1) / parts;
-    for (int64_t panel = begin; panel < end; panel++) {
-      const BFloat16* w = weight + panel * kPanel * K;
-      const auto* next = reinterpret_cast<const char*>(w + kPanel * K);
-      for (int64_t part = 0; part < parts; part++, next += lines * K * 2) {
-        const int64_t block = first + count * part / parts, vectors = first + count * (part + 1) / parts - block;
-        const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min(2l, kMaxVectors)> : multiply<kMaxVectors>;
-        run(x + block * K / 2, w, y + block * kLanes * N + panel * kPanel, M - block * kLanes, N, K, lines, next);
+  const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
+  const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
+  const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts;
+  const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
+  alignas(64) BFloat16 results[kMaxVectors * kLanes * kSpan * kPanel];
+  for (int64_t first = begin; first < end; first += group)
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
+      const int64_t rows = std::min(M - block * kLanes, vectors * kLanes);
+      const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min(2l, kMaxVectors)> : multiply<kMaxVectors>;
+      for (int64_t panel = first; panel < std::min(first + group, end); panel += kSpan) {
+        const int64_t count = std::min(kSpan, std::min(first + group, end) - panel);
+        BFloat16* const to = y + block * kLanes * N + panel * kPanel;
+        for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * N, 1);
+        for (int64_t i = 0; i < count; i++) {
+          const BFloat16 *w = weight + (panel + i) * numbers, *next = w + group * numbers + part * lines * K;
+          run(x + block * K / 2, w, results + i * kPanel, K, lines, reinterpret_cast<const char*>(next));
+        }
+        for (int64_t r = 0; r < rows; r++)
+          if (count == kSpan)  // a constant size: one move
+            std::memcpy(to + r * N, results + r * kSpan * kPanel, kSpan * kPanel * sizeof(BFloat16));
+          else
+            std::copy_n(results + r * kSpan * kPanel, count * kPanel, to + r * N);
       }
     }
-  }
 }
 
 }  // namespace
@@ -93,11 +105,13 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
     return;
   }
   const int64_t blocks = (M + kLanes - 1) / kLanes;
-  const std::unique_ptr<Bits[]> pairs(new Bits[blocks * K / 2]);
+  static thread_local std::vector<Bits> room;  // kept: fresh memory would cost a page fault per 4 KiB in each call
+  if (static_cast<int64_t>(room.size()) < blocks * K / 2) room.resize(blocks * K / 2);
+  Bits* const pairs = room.data();
   parallel_for(blocks, 2, threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin * kLanes; m < std::min(M, end * kLanes); m += kLanes)
-      put_into_pairs(x + m * K, std::min(M - m, kLanes), K, kLanes, reinterpret_cast<uint32_t*>(pairs.get()) + m * K / 2);
+      put_into_pairs(x + m * K, std::min(M - m, kLanes), K, kLanes, reinterpret_cast<uint32_t*>(pairs) + m * K / 2);
   });
   parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
-               [&](int64_t begin, int64_t end) { multiply_panels(pairs.get(), M, weight, y, begin, end, N, K); });
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, weight, y, begin, end, N, K); });
 }

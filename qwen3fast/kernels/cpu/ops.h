@@ -15,7 +15,7 @@
 
 // Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes. span: for 4 bits with a minimum, the
 // channels that a record of scales covers, otherwise 0. record: its bytes. order (K,): the input's channel that each
-// column is for, or null for the same; decode_layers.cpp alone reads it, for packed weights other than experts.
+// column is for, or null for the same; only decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
 struct Linear {
   const void *weight, *scale;
   int64_t N, K, bits, span, record;

@@ -25,8 +25,8 @@ struct Activations {
   Activations(int64_t M, int64_t K)
       : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
 
-  // Quantizes row m to 8 bits.
-  void quantize_row(const BFloat16* x, int64_t m, int64_t K);
+  // Quantizes row m to 8 bits: its channel k is x[order[k]], or x[k] without an order.
+  void quantize_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr);
 };
 
 // Bytes of the scales of some rows (a multiple of 16) of a packed weight.
@@ -52,7 +52,10 @@ inline void put_into_pairs(const BFloat16* x, int64_t rows, int64_t K, int64_t w
   for (int64_t k = 0; k < K; k += 2 * kLanes) {
     const int64_t count = std::min(2 * kLanes, K - k);  // channels
     Bits square[kLanes] = {};
-    for (int64_t i = 0; i < rows; i++) std::memcpy(&square[i], x + i * K + k, count * sizeof(BFloat16));
+    if (rows == kLanes && count == 2 * kLanes)
+      for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(x + i * K + k);  // inline: sizes are constant
+    else
+      for (int64_t i = 0; i < rows; i++) std::memcpy(&square[i], x + i * K + k, count * sizeof(BFloat16));
     transpose(square);
     for (int64_t i = 0; i < count / 2; i++) std::memcpy(pairs + (k / 2 + i) * width, &square[i], sizeof square[i]);
   }

@@ -172,10 +172,13 @@ void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* 
 
 }  // namespace
 
-void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K) {
+void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order) {
   const int64_t G = K / kGroup;
   for (int64_t g = 0; g < G; g++) {
-    const Vec low = load(x + g * kGroup), high = load(x + g * kGroup + kLanes);
+    BFloat16 gathered[kGroup];
+    for (int64_t i = 0; order && i < kGroup; i++) gathered[i] = x[order[g * kGroup + i]];
+    const BFloat16* group = order ? gathered : x + g * kGroup;
+    const Vec low = load(group), high = load(group + kLanes);
     const Vec low_size = low < 0 ? -low : low, high_size = high < 0 ? -high : high;
     const Vec size = low_size > high_size ? low_size : high_size;
     const Vec poison = low * 0 + high * 0;  // NaN where x is NaN or infinite, which a maximum may lose
