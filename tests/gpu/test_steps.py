@@ -7,8 +7,8 @@ from gpu_check.replay import step_profile
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, assert_captured
 from qwen3fast import SamplingParams
-from qwen3fast.engine.cuda_graph import CudaRecorder
 from qwen3fast.engine import RowSampling
+from qwen3fast.engine.cuda_graph import CudaRecorder
 from qwen3fast.scheduling import Request, Scheduler
 
 LAYERS = 2
