@@ -57,7 +57,7 @@ def _kernels_of(steps: Callable[[], None]) -> list[Kernel]:
     before = runtime.jit_cache_hook
 
     def note(**call: Any) -> bool:
-        if threading.get_ident() != thread:  # that of another part of the program
+        if threading.get_ident() != thread:  # another part of the program compiles
             return bool(before is not None and before(**call))
         kernel = call["fn"]
         specialization, source = call["compile"]["specialization_data"], kernel.jit_function.cache_key
