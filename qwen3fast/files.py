@@ -8,8 +8,8 @@ from typing import Any
 
 
 def file_to_read(path: Path, expected: str) -> Path:
-    """Return the path of a file. Raises: FileNotFoundError naming what was expected, if it is missing or a folder."""
-    if not path.is_file():
+    """Return the path of a file or pipe. Raises: FileNotFoundError, naming what was expected, for anything else."""
+    if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'not found'}; expected {expected}")
     return path
 

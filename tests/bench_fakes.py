@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from qwen3fast.bench import probes
+from qwen3fast.bench.environment import describe_run
+from qwen3fast.bench.harness import Task
 from qwen3fast.bench.record import Case, Record
 
 ENVIRONMENT = {
@@ -41,6 +44,58 @@ def make_record(*cases: Case, utc: str = "2026-01-02T03:04:05Z", commit: str | N
     fields = {"suite": "cache", "run": run, "environment": dict(ENVIRONMENT), "model": dict(MODEL)}
     fields |= {"cases": list(cases), "checks": checks, "conditions": conditions}
     return Record(**fields | changes)
+
+
+def new_record() -> Record:
+    """Return an empty record."""
+    return Record("fake", describe_run(), {}, {"name": "none"})
+
+
+@dataclass
+class FakeClock:
+    """A clock that moves only when `wait` is called."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        """Advance the clock."""
+        self.now += seconds
+
+
+@dataclass
+class FakeWork:
+    """Decoding whose 20 steps take `step_s` each.
+
+    slow_runs: run number -> how many times as long its steps take, as when code is compiled. log: gets the name of each
+    run.
+    """
+
+    name: str
+    step_s: float
+    clock: FakeClock
+    log: list[str] = field(default_factory=list)
+    slow_runs: dict[int, float] = field(default_factory=dict)
+    runs: int = 0
+
+    def run(self) -> dict[str, Any]:
+        """Wait for all steps, each measured with the clock."""
+        self.log.append(self.name)
+        slowness = self.slow_runs.get(self.runs, 1.0)
+        self.runs += 1
+        step_s = []
+        for _ in range(20):
+            started = self.clock()
+            self.clock.wait(self.step_s * slowness)
+            step_s.append(self.clock() - started)
+        return {"step_s": step_s}
+
+    def task(self) -> Task:
+        """Return a task for the harness."""
+        return Task(Case({"work": self.name, "batch_size": 1}), self.run)
 
 
 @pytest.fixture

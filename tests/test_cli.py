@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
+from bench_fakes import FakeClock, make_case, make_record, quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import Generator, __main__
 from qwen3fast.bench import harness, measure, self_test
@@ -344,12 +344,12 @@ def test_bench_self_test_prints_a_table(monkeypatch, capsys, is_right, status):
     monkeypatch.setattr(self_test, "check_in_real_time", lambda: [self_test.Finding("speed", "1", "2", is_right)])
     assert bench_main(["self-test"]) == status
     out, err = capsys.readouterr()
-    assert "ABABABABAB" in out and ("WRONG" in out) != is_right
-    assert ("1 of 8 are wrong" in err) != is_right
+    assert "speed" in out and ("WRONG" in out) != is_right
+    assert ("1 of 1 are wrong" in err) != is_right
 
 
 def test_bench_self_test_waits_as_long_as_it_says(monkeypatch):
-    clock = self_test.FakeClock()
+    clock = FakeClock()
     monkeypatch.setattr(self_test.time, "perf_counter", clock)
     monkeypatch.setattr(self_test.time, "sleep", clock.wait)
     monkeypatch.setattr(self_test, "wait", clock.wait)

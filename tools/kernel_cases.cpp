@@ -38,6 +38,8 @@ T* as(std::vector<char>& bytes) {
 bool run(const std::string& name, const std::vector<int64_t>& n, std::vector<std::vector<char>>& a, BFloat16* y) {
   if (name == "plain") {
     qwen3fast_linear(as<BFloat16>(a[0]), as<BFloat16>(a[1]), y, n[0], n[1], n[2], 1);
+  } else if (name == "gated") {
+    qwen3fast_gated_linear(as<BFloat16>(a[0]), as<BFloat16>(a[1]), as<BFloat16>(a[2]), y, n[0], n[1], n[2], 1);
   } else if (name == "linear" || name == "tiles") {
     const Linear weight{as<void>(a[1]), as<void>(a[2]), n[1], n[2], n[3], n[4], n[5]};
     const auto operation = name == "linear" ? qwen3fast_quantized_linear : qwen3fast_tile_linear;

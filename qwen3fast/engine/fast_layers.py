@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.experts import chosen_linear, run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
+from qwen3fast.model.feed_forward import FeedForward
 from qwen3fast.model.moe import Experts
 
 
@@ -29,7 +32,23 @@ class FastExperts(Experts):
         return run_grouped(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
 
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, Experts: FastExperts}
+class FastFeedForward(FeedForward):
+    """A feed-forward layer that computes gate and up in one pass on CPUs, where nothing else has wrapped them."""
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        """Return the output for each token: same shape and dtype."""
+        gate, up = self.gate_proj, self.up_proj
+        if not (type(gate) is type(up) is Linear and cpu.can_linear(x_BTE, gate.weight)):
+            return super().forward(x_BTE)
+        x_BTE = self.down_proj(torch.ops.qwen3fast.gated_linear(x_BTE, gate.weight, up.weight, gate.limits))
+        return x_BTE
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    Experts: FastExperts,
+    FeedForward: FastFeedForward,
+}
 
 
 def use_fast_layers(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The common part of Embedder and Reranker: the hidden state of each text's last token, computed in batches.
+"""The part that Embedder, Reranker and Classifier share: the state of each text's last token, computed in batches.
 
 B batch rows   T tokens of the longest row   E hidden_size   N texts
 """

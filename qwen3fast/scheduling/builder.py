@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
@@ -17,7 +18,7 @@ from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.chat_template import Tools, read_tools
-from qwen3fast.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningFormat
+from qwen3fast.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningFormat, ReasoningTracker
 from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import call_format_of
@@ -66,20 +67,17 @@ class RequestBuilder:
         if p.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which this model does not have; use stop_token_ids")
         for name, ids in (("logit_bias", p.logit_bias or ()), ("allowed_token_ids", p.allowed_token_ids or ())):
-            outside = [i for i in ids if i >= self._vocab_size]
-            if outside:
-                raise ValueError(
-                    f"{name}: token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
-                )
+            if (largest := max(ids, default=0)) >= self._vocab_size:
+                raise ValueError(f"{name}: token id {largest} is outside the vocabulary (0 to {self._vocab_size - 1})")
         adapter = self._adapters.find(p.adapter) if p.adapter is not None else None
         whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
         default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
         ids, max_tokens = fit_context(whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
-        constraint = self._constraint_maker(p, whole_ids)
-        ends_at_eos = not p.ignore_eos or p.is_structured  # nothing may follow these
         tracker = self._reasoning.tracker_after(whole_ids)
+        constraint = self._constraint_maker(p, whole_ids, tracker)
+        ends_at_eos = not p.ignore_eos or p.is_structured  # nothing may follow these
         template = self._tokenizer.chat_template if self._tokenizer is not None else None
         call_format = call_format_of(template, read_tools(tools))
         handles = []
@@ -138,8 +136,10 @@ class RequestBuilder:
         request = Request(ids + continuation_ids, wanted_logprobs=WantedLogprobs(len(ids), 1), adapter=found)
         return RequestHandle(request, TextStream(None), self._worker)
 
-    def _constraint_maker(self, p: SamplingParams, ids: list[int]) -> Any:
-        """Return a function that makes a constraint for each reply, or None."""
+    def _constraint_maker(
+        self, p: SamplingParams, ids: list[int], tracker: ReasoningTracker
+    ) -> Callable[[], TokenConstraint | None]:
+        """Return a function that makes a constraint for each reply, or None. tracker: in its state after the prompt."""
         grammar = None
         if p.is_structured:
             compiler = self._grammar_compiler()
@@ -149,7 +149,7 @@ class RequestBuilder:
                 grammar = compiler.regex(p.regex) if p.regex is not None else compiler.lark(str(p.grammar))
         if grammar is None and p.thinking_budget is None:
             return lambda: None
-        reasoning, tracker = self._reasoning, self._reasoning.tracker_after(ids)
+        reasoning = self._reasoning
         if p.thinking_budget is not None and not reasoning.has_tags:
             raise ValueError(f"thinking_budget needs a tokenizer with the tokens {BEGIN_REASONING} and {END_REASONING}")
         may_begin, separator_ids = reasoning.may_begin(ids), reasoning.separator_after(ids)

@@ -3,13 +3,16 @@
 import os
 
 import pytest
-from bench_fakes import make_case, make_record
+from bench_fakes import FakeClock, FakeWork, make_case, make_record, new_record
 
 from qwen3fast.bench import noise as noise_module
 from qwen3fast.bench.harness import MAX_WARM_UPS, Harness, Task
+from qwen3fast.bench.metrics import per_repetition
 from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case
-from qwen3fast.bench.self_test import ROUNDS, FakeClock, FakeWork, check_on_fake_clock, measure, new_record, speeds
+from qwen3fast.bench.statistics import ratio
+
+ROUNDS = 5
 
 
 def task_of(durations, log=None, name="A", **options):
@@ -28,9 +31,26 @@ def quiet_harness(record=None, probes=(), clock=None):
     return Harness(record or new_record(), probes, clock or FakeClock(), is_shown=False)
 
 
-@pytest.mark.parametrize("finding", check_on_fake_clock(), ids=lambda f: f.what)
-def test_self_test_is_exact_on_a_fake_clock(finding):
-    assert finding.is_right, f"expected {finding.expected}, found {finding.found}"
+def speeds(record):
+    """The tokens per second of each repetition, per case."""
+    return [per_repetition(c.labels, c.facts, c.samples)["decode_tok_s"] for c in record.cases]
+
+
+def test_harness_is_exact_on_a_fake_clock():
+    clock, log, record = FakeClock(), [], new_record()
+    # A's first run takes four times as long and its second twice; in a later round something else takes the processor.
+    a, b = FakeWork("A", 0.005, clock, log, {0: 4.0, 1: 2.0, 6: 10.0}), FakeWork("B", 0.010, clock, log)
+    # A round probes four times: from the third round on, the memory is half as fast.
+    gb_s = iter([20.0] * 8 + [10.0] * 100)
+    harness = quiet_harness(record, [lambda: {"bandwidth_gb_s": next(gb_s)}], clock)
+    harness.measure([a.task(), b.task()], ROUNDS)
+    harness.finish()
+    assert "".join(log) == "AAAA" + "BB" + "AB" * ROUNDS
+    assert [case.metrics["step_ms"].median for case in record.cases] == pytest.approx([5.0, 10.0])
+    assert record.cases[0].metrics["step_p99_ms"].median == pytest.approx(50.0)
+    over = ratio(*speeds(record))
+    assert over.median == pytest.approx(2.0) and over.low - 1e-9 <= 2.0 <= over.high + 1e-9
+    assert any("bandwidth moved between 10 and 20 GB/s" in reason for reason in record.noise)
 
 
 def test_harness_takes_turns_after_warming_up():
@@ -61,7 +81,7 @@ def test_warm_up_stops_when_two_runs_agree(durations, runs):
 
 def test_warm_up_stops_when_it_takes_too_long():
     clock = FakeClock()
-    slow = FakeWork("A", 1.0, clock, clock.wait, slow_runs={0: 3.0, 1: 2.0})
+    slow = FakeWork("A", 1.0, clock, slow_runs={0: 3.0, 1: 2.0})
     assert quiet_harness(clock=clock).warm_up(slow.task()) == 1  # 20 steps of 3 s
 
 
@@ -83,8 +103,10 @@ def test_harness_keeps_ratios_where_the_machine_slows_down():
     clock, works, log = FakeClock(), [], []
     for name, step_s in (("A", 0.01), ("B", 0.02)):
         slow = {run: 2.0 ** (run - 2) for run in range(2, 2 + ROUNDS)}
-        works.append(FakeWork(name, step_s, clock, clock.wait, log, slow))
-    a, b = speeds(measure(works, clock))
+        works.append(FakeWork(name, step_s, clock, log, slow).task())
+    record = new_record()
+    quiet_harness(record, clock=clock).measure(works, ROUNDS)
+    a, b = speeds(record)
     assert max(a) > 10 * min(a)
     assert [x / y for x, y in zip(a, b, strict=True)] == pytest.approx([2.0] * ROUNDS)
 

@@ -5,11 +5,11 @@ import random
 import signal
 
 import pytest
+from bench_fakes import FakeClock, new_record
 
 from qwen3fast.bench.harness import Group, Harness, Task, interruptible
 from qwen3fast.bench.progress import LINE_EVERY_S, Progress, in_words
 from qwen3fast.bench.record import Case
-from qwen3fast.bench.self_test import FakeClock, new_record
 
 
 class Terminal(io.StringIO):

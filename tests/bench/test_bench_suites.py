@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_fakes import make_case, make_record, quick_probes  # noqa: F401  a fixture
+from bench_fakes import FakeClock, make_case, make_record, quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import load_model
-from qwen3fast.bench import measure, self_test, session
+from qwen3fast.bench import measure, session
 from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.generic import panels_of
 from qwen3fast.bench.measure import MODES
@@ -116,7 +116,7 @@ def test_default_run_says_how_long_it_takes_and_leaves_out_what_does_not_fit(tmp
     ("prepare_s", "left_out"), [(30.0, []), (40.0, ["cached-eager"]), (60.0, ["uncached-compiled", "cached-eager"])]
 )
 def test_a_machine_that_compiles_too_slowly_leaves_modes_out(tmp_path, monkeypatch, prepare_s, left_out):
-    waited, prepare, perf_counter = self_test.FakeClock(), session.Session.prepare, time.perf_counter
+    waited, prepare, perf_counter = FakeClock(), session.Session.prepare, time.perf_counter
 
     def prepare_slowly(self, *arguments):
         waited.wait(prepare_s)
@@ -295,7 +295,7 @@ def test_suite_forms_needs_a_model_in_bfloat16(capsys):
 
 
 def test_suite_forms_takes_the_mean_over_enough_calls():
-    clock = self_test.FakeClock()
+    clock = FakeClock()
     assert forms.mean_seconds(lambda: clock.wait(0.02), lambda: clock.now) == pytest.approx(0.02)
     assert clock.now == pytest.approx(0.02 * 4)  # the first call does not count
     assert forms.mean_seconds(lambda: clock.wait(9.0), lambda: clock.now) == pytest.approx(9.0)

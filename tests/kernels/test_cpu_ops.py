@@ -14,7 +14,9 @@ from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_ten
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
@@ -40,6 +42,56 @@ def test_rows_of_a_product_do_not_depend_on_each_other():
     y = torch.ops.qwen3fast.linear(x, weight)
     for first, last in ((0, 16), (3, 20), (50, 100)):
         assert torch.equal(torch.ops.qwen3fast.linear(x[first:last], weight), y[first:last])
+
+
+def silu_product(x, gate, up, limits=()):
+    """Two products in their C++ form, and PyTorch between them."""
+    run = torch.ops.qwen3fast.linear
+    return F.silu(run(x, gate, limits)) * run(x, up, limits)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 16, 47, 49, 130, 520])
+@pytest.mark.parametrize(("out_features", "in_features"), [(8, 16), (7, 48), (304, 1024), (40, 9728), (1000, 80)])
+def test_gated_linear_equals_two_products(rows, out_features, in_features):
+    x = random_tensor(rows, in_features).bfloat16()
+    gate, up = ((random_tensor(out_features, in_features, seed=i) / in_features**0.5).bfloat16() for i in (1, 2))
+    y = torch.ops.qwen3fast.gated_linear(x, gate, up)
+    assert_near(y, silu_product(x, gate, up).float(), torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(torch.ops.qwen3fast.gated_linear(x, gate, up), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gated_linear_uses_the_forms_that_limits_name():
+    x = random_tensor(40, 96).bfloat16()
+    gate, up = (random_tensor(48, 96, seed=i).bfloat16() for i in (1, 2))
+    run, limits = torch.ops.qwen3fast.gated_linear, RowLimits(dequantized=40)
+    assert torch.equal(run(x, gate, up, limits), F.silu(F.linear(x, gate)) * F.linear(x, up))
+    strided = random_tensor(96, 4, 10).bfloat16().permute(1, 2, 0)
+    assert_same(run(strided, gate, up), run(strided.contiguous(), gate, up))
+    with pytest.raises(ValueError, match="linear: "):
+        run(x, gate.float(), up)
+
+
+def test_feed_forward_layers_compute_gate_and_up_in_one_pass(monkeypatch):
+    config = small_config(hidden_size=64, intermediate_size=96, head_dim=32)
+    model = randomized(config).bfloat16()
+    mlp, x = model.model.layers[0].mlp, random_tensor(1, 20, 64).bfloat16()
+    plain = mlp(x)
+    use_fast_layers(model)
+    calls = []
+    op = torch.ops.qwen3fast.gated_linear
+    monkeypatch.setattr(torch.ops.qwen3fast, "gated_linear", lambda *args: calls.append(args[0].shape) or op(*args))
+    with operations():
+        assert_near(mlp(x), plain.float(), torch.bfloat16)
+    assert calls == [x.shape]
+    mlp.gate_proj = torch.nn.Sequential(mlp.gate_proj)  # wrapped by an adapter, say
+    with operations():
+        assert_near(mlp(x), plain.float(), torch.bfloat16)
+    assert calls == [x.shape]
 
 
 def test_linear_uses_the_forms_that_limits_name():

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import compare_peers
 import pytest
 import torch
+from bench_fakes import new_record
 from peers import ctranslate2, protocol, registry, sglang, transformers, vllm
 from peers import worker as worker_process
 
 from qwen3fast.bench.harness import Harness
 from qwen3fast.bench.record import Case
-from qwen3fast.bench.self_test import new_record
 
 
 class FakeWorker:

@@ -907,7 +907,7 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
 @pytest.mark.parametrize(
-    "part", ["launch", "collect", "prefill_step", "begin_prefill", "sample_first", "set_row", "clear_row"]
+    "part", ["launch", "collect", "prefill_step", "begin_prefill", "sample_first", "set_rows", "clear_row"]
 )
 def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkeypatch, part, error):
     generator.generate("some more words to keep", GREEDY)
@@ -968,7 +968,7 @@ def test_a_device_that_stays_broken_ends_all_requests(generator, monkeypatch):
         def broken(*arguments, **options):
             raise RuntimeError("device gone")
 
-        for part in ("launch", "collect", "prefill_step", "clear_row", "erase", "set_row", "swap_rows"):
+        for part in ("launch", "collect", "prefill_step", "clear_row", "erase", "set_rows", "swap_rows"):
             monkeypatch.setattr(generator.debug.engine, part, broken)
         for handle in running:
             with pytest.raises(RuntimeError, match="device gone"):

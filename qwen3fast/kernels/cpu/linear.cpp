@@ -66,44 +66,40 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
 // Panels begin..end of the weight with all M rows, in pairs. Some rows of x pass over a group of panels, then the next
 // rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
 // multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
-void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t begin, int64_t end, int64_t N,
-                     int64_t K) {
+// up: null, or a second weight, whose results are combined with the first one's as in a feed-forward layer.
+void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFloat16* up, BFloat16* y, int64_t begin,
+                     int64_t end, int64_t N, int64_t K) {
   const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
   const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
-  const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts;
+  const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, width = kSpan * kPanel;
   const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
-  alignas(64) BFloat16 results[kMaxVectors * kLanes * kSpan * kPanel];
+  alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
   for (int64_t first = begin; first < end; first += group)
     for (int64_t part = 0; part < parts; part++) {
       const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
-      const int64_t rows = std::min(M - block * kLanes, vectors * kLanes);
+      const int64_t rows = std::min(M - block * kLanes, vectors * kLanes), last = std::min(first + group, end);
       const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min(2l, kMaxVectors)> : multiply<kMaxVectors>;
-      for (int64_t panel = first; panel < std::min(first + group, end); panel += kSpan) {
-        const int64_t count = std::min(kSpan, std::min(first + group, end) - panel);
+      for (int64_t panel = first; panel < last; panel += kSpan) {
+        const int64_t count = std::min(kSpan, last - panel);
         BFloat16* const to = y + block * kLanes * N + panel * kPanel;
         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * N, 1);
-        for (int64_t i = 0; i < count; i++) {
-          const BFloat16 *w = weight + (panel + i) * numbers, *next = w + group * numbers + part * lines * K;
-          run(x + block * K / 2, w, results + i * kPanel, K, lines, reinterpret_cast<const char*>(next));
-        }
+        for (int64_t which = 0; which < (up ? 2 : 1); which++)
+          for (int64_t i = 0; i < count; i++) {
+            const BFloat16 *w = (which ? up : weight) + (panel + i) * numbers, *next = w + group * numbers + part * lines * K;
+            run(x + block * K / 2, w, results[which] + i * kPanel, K, lines, reinterpret_cast<const char*>(next));
+          }
+        if (up) gate_values(results[0], results[1], rows * width);
         for (int64_t r = 0; r < rows; r++)
           if (count == kSpan)  // a constant size: one move
-            std::memcpy(to + r * N, results + r * kSpan * kPanel, kSpan * kPanel * sizeof(BFloat16));
+            std::memcpy(to + r * N, results[0] + r * width, width * sizeof(BFloat16));
           else
-            std::copy_n(results + r * kSpan * kPanel, count * kPanel, to + r * N);
+            std::copy_n(results[0] + r * width, count * kPanel, to + r * N);
       }
     }
 }
 
-}  // namespace
-
-void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,
-                      int64_t threads) {
-  if (M < kManyRows || N % kPanel) {
-    parallel_for(N, std::max<int64_t>(64, 16384 / K), threads,
-                 [&](int64_t n0, int64_t n1) { matvec_rows(x, M, weight, y, n0, n1, N, K); });
-    return;
-  }
+void multiply_many(const BFloat16* x, const BFloat16* weight, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
+                   int64_t K, int64_t threads) {
   const int64_t blocks = (M + kLanes - 1) / kLanes;
   static thread_local std::vector<Bits> room;  // kept: fresh memory would cost a page fault per 4 KiB in each call
   if (static_cast<int64_t>(room.size()) < blocks * K / 2) room.resize(blocks * K / 2);
@@ -113,5 +109,19 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
       put_into_pairs(x + m * K, std::min(M - m, kLanes), K, kLanes, reinterpret_cast<uint32_t*>(pairs) + m * K / 2);
   });
   parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
-               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, weight, y, begin, end, N, K); });
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, weight, up, y, begin, end, N, K); });
+}
+
+}  // namespace
+
+void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,
+                      int64_t threads) {
+  if (M >= kManyRows && N % kPanel == 0) return multiply_many(x, weight, nullptr, y, M, N, K, threads);
+  parallel_for(N, std::max<int64_t>(64, 16384 / K), threads,
+               [&](int64_t n0, int64_t n1) { matvec_rows(x, M, weight, y, n0, n1, N, K); });
+}
+
+void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
+                            int64_t K, int64_t threads) {
+  multiply_many(x, gate, up, y, M, N, K, threads);
 }

@@ -25,6 +25,8 @@ from qwen3fast.kernels.cpu.structures import (
     require,
 )
 
+MANY_ROWS = 8  # from which rows are lanes, see linear.cpp
+
 _registered: torch.library.Library | None = None
 _functions: ctypes.CDLL
 
@@ -35,6 +37,7 @@ def register(functions: ctypes.CDLL) -> None:
     _functions = functions
     for name, pointers, integers in (
         ("linear", 3, 4),
+        ("gated_linear", 4, 4),
         ("decode_attention", 4, 6),
     ):
         function = getattr(functions, f"qwen3fast_{name}")
@@ -54,6 +57,11 @@ def register(functions: ctypes.CDLL) -> None:
         scales = "Tensor? k_scale=None, Tensor? v_scale=None"
         for schema, function, fake in (
             ("linear(Tensor x, Tensor weight, int[] limits=[]) -> Tensor", linear, _linear_shape),
+            (
+                "gated_linear(Tensor x, Tensor gate, Tensor up, int[] limits=[]) -> Tensor",
+                gated_linear,
+                lambda x, gate, up, limits=(): _linear_shape(x, gate),
+            ),
             (
                 "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int[] limits=[]) -> Tensor",
                 quantized_linear,
@@ -88,6 +96,23 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
         return tiles.tile_linear(x, [LinearPointers(weight_NK.data_ptr(), None, N, K, 16, 0, 0)])
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
     _functions.qwen3fast_linear(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), rows, N, K, torch.get_num_threads())
+    return y
+
+
+def gated_linear(x: Tensor, gate_NK: Tensor, up_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
+    """Return silu(x @ gate.T) * (x @ up.T), (..., N) bfloat16. x: (..., K) bfloat16. limits: as in `linear`.
+
+    One pass over the weights, where their C++ form with many rows serves; otherwise two products.
+    """
+    (N, K), at = gate_NK.shape, RowLimits(*limits)
+    rows = x.numel() // K
+    weights = (gate_NK, up_NK)
+    is_one_pass = MANY_ROWS <= rows < min(at) and N % 8 == K % LANES == 0 and gate_NK.shape == up_NK.shape
+    if not (is_one_pass and all(w.is_contiguous() and w.dtype == x.dtype == torch.bfloat16 for w in weights)):
+        return F.silu(linear(x, gate_NK, limits)) * linear(x, up_NK, limits)
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    pointers = (tensor.data_ptr() for tensor in (x, *weights, y))
+    _functions.qwen3fast_gated_linear(*pointers, rows, N, K, torch.get_num_threads())
     return y
 
 
