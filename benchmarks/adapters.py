@@ -73,7 +73,7 @@ def reply(engine: Engine, prompts: list[list[int]], adapters: int, new_tokens: i
 def check(engine: Engine, prompts: list[list[int]], adapters: int) -> TokenCheck:
     """Compare row 0's tokens with the logits of the model, and the first adapter, without a cache; also compiles."""
     _, tokens = reply(engine, prompts, adapters, CHECKED_TOKENS)
-    model, _ = engine._forms_with(1 if adapters else 0)
+    model = engine._forward_with(1 if adapters else 0).model
     with torch.no_grad():
         return check_tokens(model, prompts[:1], [tokens])
 

@@ -144,8 +144,8 @@ def test_imports_of_the_model_leave_the_engine_out():
     assert from_engine == {}
 
 
-def test_imports_of_the_model_are_torch_and_one_function():
-    """The model is read with PyTorch in mind alone: of kernels, it knows attention over a cache."""
+def test_imports_of_the_model_are_torch_and_attention():
+    """The model is read with PyTorch in mind alone: of kernels, it knows attention over a cache, and PyTorch's."""
     nodes = [node for module, tree in TREES.items() if part_of(module) == "model" for node in ast.walk(tree)]
     outside = {name for node in nodes for name in names_imported(node) if not name.startswith("qwen3fast.model")}
     packages = {name.split(".")[0] for name in outside} - sys.stdlib_module_names
@@ -153,7 +153,7 @@ def test_imports_of_the_model_are_torch_and_one_function():
     assert {name for name in outside if name.startswith("qwen3fast")} == {"qwen3fast.kernels.attention"}
     from_kernels = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "qwen3fast.kernels.attention"]
     names = [alias.name for node in from_kernels for alias in node.names]
-    assert names == ["cached_attention"]
+    assert names == ["cached_attention", "sdpa"]
 
 
 def test_no_two_classes_have_one_name():

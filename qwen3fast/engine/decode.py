@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.compile import Function
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
-from qwen3fast.model import Qwen3
-from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import count_token, log_probabilities
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
@@ -30,11 +28,7 @@ Hook = Callable[[Tensor], Tensor]
 
 
 def decode_step(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
+    forward: Forward,
     state: DecodeState,
     num_rows: int,
     length: int,
@@ -48,7 +42,7 @@ def decode_step(
     length: cache positions to read, at least up to the positions of all rows. processors, logprobs: None unless a row
     needs them. hook: changes the logits before the processors; steps with a hook cannot be captured.
     """
-    rows = slice(num_rows)
+    rows, parts, cos_SD, sin_SD = slice(num_rows), forward.parts, forward.cos_SD, forward.sin_SD
     if parts.fused_step is not None and parts.fused_step.serves(num_rows):
         if sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None:
             others = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
@@ -56,7 +50,7 @@ def decode_step(
             return
         logits_BV = parts.fused_step.logits(state.input_R[rows], cos_SD, sin_SD, state.position_R[rows])
     else:
-        logits_BV = _logits(model, parts, cache, cos_SD, sin_SD, state, rows, length)
+        logits_BV = _logits(forward, state, rows, length)
     processed_BV = _processed(parts, logits_BV, rows, processors, hook)
     sampler_rows = state.sampler_rows(rows)
     if parts.fused_sampler is not None:  # samples and advances in one
@@ -70,41 +64,25 @@ def decode_step(
     parts.advance(None, token_B, *(tensor[rows] for tensor in buffers))
 
 
-def _logits(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
-    state: DecodeState,
-    rows: slice,
-    length: int,
-) -> Tensor:
+def _logits(forward: Forward, state: DecodeState, rows: slice, length: int) -> Tensor:
     """Return the logits after the input tokens, (B, V) float32."""
+    parts = forward.parts
     is_fused = rows.stop not in parts.forms.block_rows  # numbers of rows for which blocks one by one are faster here
     if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
-        x_B1E = model.embed(state.input_R[rows, None])
-        x_B1E = parts.decode_layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
+        x_B1E = forward.model.embed(state.input_R[rows, None])
+        x_B1E = parts.decode_layers(x_B1E, forward.cos_SD, forward.sin_SD, state.position_R[rows, None])
     else:
-        x_B1E = _run_blocks(model, parts, cache, cos_SD, sin_SD, state, rows, length)
+        x_B1E = _run_blocks(forward, state, rows, length)
     logits_B1V: Tensor = parts.logits(parts.head, x_B1E)
     return logits_B1V.squeeze(1)
 
 
-def _run_blocks(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
-    state: DecodeState,
-    rows: slice,
-    length: int,
-) -> Tensor:
+def _run_blocks(forward: Forward, state: DecodeState, rows: slice, length: int) -> Tensor:
     """Return the last block's output for the input tokens, (B, 1, E), with the blocks one by one."""
+    model, parts, cache, *tables = forward
     position_B = state.position_R[rows]
     x_B1E: Tensor
-    x_B1E, cos_B1D, sin_B1D = parts.embed(model.model.embed_tokens, state.input_R[rows], position_B, cos_SD, sin_SD)
+    x_B1E, cos_B1D, sin_B1D = parts.embed(model.model.embed_tokens, state.input_R[rows], position_B, *tables)
     mask_B1L = None
     if parts.needs_mask:
         # A row without a request (position -1) reads position 0, and writes to the last one: see StaticKVCache.

@@ -17,7 +17,7 @@ from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
 from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_rows
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
-from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Parts, chunk_sizes
+from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Forward, Parts, chunk_sizes
 from qwen3fast.engine.prefill import (
     CapturedChunks,
     Prefill,
@@ -122,8 +122,7 @@ class Engine(Rows):
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
         with self.compiler.quiet:
-            model, parts = self._forms_with(prefill.adapter)
-            return prefill_step(model, parts, self.cache, self.cos_SD, self.sin_SD, prefill, self.captured)
+            return prefill_step(self._forward_with(prefill.adapter), prefill, self.captured)
 
     @on_device
     def prefill_together(self, prefills: list[Prefill]) -> list[Tensor | None]:
@@ -133,8 +132,8 @@ class Engine(Rows):
         """
         self.compiler.share_processor()
         with self.compiler.quiet:
-            model, parts = self._forms_with(*(prefill.adapter for prefill in prefills))
-            return prefill_together(model, parts, self.cache, self.cos_SD, self.sin_SD, prefills, self.captured)
+            forward = self._forward_with(*(prefill.adapter for prefill in prefills))
+            return prefill_together(forward, prefills, self.captured)
 
     def max_prompts(self, size: int) -> int:
         """Return how many prompts `prefill_together` takes, with a chunk of this size each; 1 if it takes none.
@@ -188,13 +187,10 @@ class Engine(Rows):
         self.compiler.share_processor()  # this and `quiet` below: see StepCompiler, "auto"
         bucket_rows = self.batch_bucket(num_rows)
         length = self.read_length(bucket_rows, used_length, kind.has_adapters)
-        extras = self._extras(kind)
-
-        model, parts = self._forms_for(kind.has_adapters)
-        fixed = (model, parts, self.cache, self.cos_SD, self.sin_SD, self.state)
+        extras, forward = self._extras(kind), self.forward_args(kind.has_adapters)
 
         def step() -> None:
-            decode_step(*fixed, bucket_rows, length, kind.sampler, *extras, hook)
+            decode_step(forward, self.state, bucket_rows, length, kind.sampler, *extras, hook)
 
         with self.compiler.quiet:
             if self.graphs is not None and hook is None:
@@ -203,20 +199,21 @@ class Engine(Rows):
                 step()
         self.in_flight.push(kind, self.state.output_R[:num_rows], extras[1])
 
-    def _forms_for(self, has_adapters: bool) -> tuple[Qwen3, Parts]:
-        """Return the model and the parts for steps with or without adapters; the fused step knows no adapters."""
-        if not has_adapters:
-            return self.model, self.parts
-        assert self.adapters is not None, "the engine was built for adapters"
-        return self.adapters.model, replace(self.parts, decode_layers=self._adapted_layers, fused_step=None)
+    def forward_args(self, has_adapters: bool = False) -> Forward:
+        """Return the arguments of a forward pass with or without adapters; the fused step knows no adapters."""
+        model, parts = self.model, self.parts
+        if has_adapters:
+            assert self.adapters is not None, "the engine was built for adapters"
+            model, parts = self.adapters.model, replace(parts, decode_layers=self._adapted_layers, fused_step=None)
+        return Forward(model, parts, self.cache, self.cos_SD, self.sin_SD)
 
-    def _forms_with(self, *adapters: int) -> tuple[Qwen3, Parts]:
-        """Return the model and the parts for prompts with these adapters (their slots), one per batch row."""
+    def _forward_with(self, *adapters: int) -> Forward:
+        """Return the arguments for prompts with these adapters (their slots), one per batch row."""
         has_adapters = any(adapter != NO_ADAPTER for adapter in adapters)
         if has_adapters:
             assert self.adapters is not None, "the engine was built for adapters"
             self.adapters.chunk_slot_R[: len(adapters)].copy_(to_device(adapters, self.device))
-        return self._forms_for(has_adapters)
+        return self.forward_args(has_adapters)
 
     @on_device
     def write_adapter(self, slot: int, matrices: Matrices) -> None:
@@ -274,7 +271,7 @@ class Engine(Rows):
 
     def _states_uncached(self, token_ids: list[int], adapter: int) -> Tensor:
         """Return the last block's output, (1, T, E), padding at the end included."""
-        model, parts = self._forms_with(adapter)
+        model, parts, *_ = self._forward_with(adapter)
         # By causality, padding at the end changes nothing. A minimum length keeps one compiled form for all lengths.
         padded = token_ids + [0] * (MIN_UNCACHED_TOKENS - len(token_ids))
         token_1T = to_device([padded], self.device)
@@ -330,14 +327,14 @@ class Engine(Rows):
         fused, sampling = self.parts.fused_step, self.parts.fused_sampler
         if fused is None:
             return
-        fixed = (self.model, self.parts, self.cache, self.cos_SD, self.sin_SD, self.state)
+        forward = self.forward_args()
         logits_1V = torch.zeros(1, self.model.config.vocab_size, device=self.device)
 
         def steps() -> None:
             for sampler in SamplerKind:
                 sampling.choose(logits_1V, self.state.sampler_rows(slice(1)), sampler)
                 for num_rows in filter(fused.serves, self.batch_buckets()):
-                    decode_step(*fixed, num_rows, self.cache.allocated_len, sampler)
+                    decode_step(forward, self.state, num_rows, self.cache.allocated_len, sampler)
 
         fused.compile_ahead(steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +228,16 @@ class Parts:
             parts = (self.decode_block, self.prefill_block, self.block_uncached, self.embed, self.logits)
             for part in parts:
                 part.forget()
+
+
+class Forward(NamedTuple):
+    """What all forward passes of an engine share; cos_SD, sin_SD: `rope_tables` for all positions of the cache."""
+
+    model: Qwen3
+    parts: Parts
+    cache: StaticKVCache
+    cos_SD: Tensor
+    sin_SD: Tensor
 
 
 def _behind_compilation(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:

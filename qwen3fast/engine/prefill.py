@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.cuda_graph import GraphCache
-from qwen3fast.engine.parts import CHUNK_SIZES, MAX_PROMPTS, Parts
+from qwen3fast.engine.parts import CHUNK_SIZES, MAX_PROMPTS, Forward, Parts
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import staged, to_device
 from qwen3fast.engine.state import EMPTY, Logprobs
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
-from qwen3fast.model import Qwen3
-from qwen3fast.model.kv_cache import StaticKVCache
 
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
@@ -33,8 +31,6 @@ CHUNK_COST = 40
 GRAPH_PROMPTS = (4, MAX_PROMPTS)
 
 NOWHERE = -CHUNK_SIZES[-1]  # the start of a batch row without a prompt: all of its positions are EMPTY
-
-Fixed = tuple[Qwen3, Parts, StaticKVCache, Tensor, Tensor]  # the first arguments of `prefill_chunk`
 
 
 def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
@@ -147,42 +143,30 @@ class Chunk(NamedTuple):
     last: int
 
 
-def prefill_step(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
-    prefill: Prefill,
-    captured: CapturedChunks | None = None,
-) -> Tensor | None:
+def prefill_step(forward: Forward, prefill: Prefill, captured: CapturedChunks | None = None) -> Tensor | None:
     """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
 
     captured: the graphs of chunks, on CUDA; chunks whose log-probabilities are wanted run without.
     """
-    chunk, device, fixed = prefill.take_chunk(), cos_SD.device, (model, parts, cache, cos_SD, sin_SD)
+    chunk, device, parts = prefill.take_chunk(), forward.cos_SD.device, forward.parts
     start, count = chunk.start, chunk.last + 1
     wanted = prefill.wanted.after(start, count, len(prefill.token_ids)) if prefill.wanted is not None else None
     if captured is not None and captured.serves(start) and not wanted:
-        logits_1V = captured.run(fixed, [prefill.row], [chunk], prefill.adapter > 0)
+        logits_1V = captured.run(forward, [prefill.row], [chunk], prefill.adapter > 0)
         return None if prefill.chunks else logits_1V.clone()
     row_1, token_1T = to_device([prefill.row], device), to_device([chunk.token_ids], device)
-    x_1TE = prefill_chunk(*fixed, row_1, token_1T, start)
+    x_1TE = prefill_chunk(forward, row_1, token_1T, start)
     if prefill.wanted is not None and wanted:
         targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
         states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
-        prefill.logprobs += chunk_logprobs(parts.head, model.config.vocab_size, states_1TE, targets, prefill.wanted.top)
+        prefill.logprobs += chunk_logprobs(
+            parts.head, forward.model.config.vocab_size, states_1TE, targets, prefill.wanted.top
+        )
     return None if prefill.chunks else logits_at(parts, x_1TE, [0], [chunk.last])
 
 
 def prefill_together(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
-    prefills: Sequence[Prefill],
-    captured: CapturedChunks | None = None,
+    forward: Forward, prefills: Sequence[Prefill], captured: CapturedChunks | None = None
 ) -> list[Tensor | None]:
     """Compute the next chunks of several prompts in one forward pass.
 
@@ -191,20 +175,20 @@ def prefill_together(
     """
     size = max(prefill.chunks[0] for prefill in prefills)
     assert all(prefill.fits(size) for prefill in prefills), "each chunk has the same size, or is padded"
-    device, fixed, logits = cos_SD.device, (model, parts, cache, cos_SD, sin_SD), dict[int, Tensor]()
+    device, logits = forward.cos_SD.device, dict[int, Tensor]()
     chunks, rows = [prefill.take_chunk(size) for prefill in prefills], [prefill.row for prefill in prefills]
     ends = [b for b, prefill in enumerate(prefills) if not prefill.chunks]
     if captured is not None:
-        logits_BV = captured.run(fixed, rows, chunks, any(prefill.adapter > 0 for prefill in prefills))
+        logits_BV = captured.run(forward, rows, chunks, any(prefill.adapter > 0 for prefill in prefills))
         logits = {b: logits_BV[b : b + 1].clone() for b in ends}
     else:
         token_ids, starts, lasts = zip(*chunks, strict=True)
         token_BT, (row_B, start_B) = to_device(token_ids, device), to_device([rows, starts], device)
-        needs_mask = not finds_used_length_of_chunks(device, model.config.head_dim)
+        needs_mask = not finds_used_length_of_chunks(device, forward.model.config.head_dim)
         length = max(starts) + size if needs_mask else None
-        x_BTE = prefill_chunk(*fixed, row_B, token_BT, start_B, length)
+        x_BTE = prefill_chunk(forward, row_B, token_BT, start_B, length)
         if ends:
-            logits_BV = logits_at(parts, x_BTE, ends, [lasts[b] for b in ends])
+            logits_BV = logits_at(forward.parts, x_BTE, ends, [lasts[b] for b in ends])
             logits = {b: logits_BV[i : i + 1].clone() for i, b in enumerate(ends)}
     return [logits.get(b) for b in range(len(prefills))]
 
@@ -221,15 +205,7 @@ def logits_at(parts: Parts, x_BTE: Tensor, rows: list[int], tokens: list[int]) -
 
 
 def prefill_chunk(
-    model: Qwen3,
-    parts: Parts,
-    cache: StaticKVCache,
-    cos_SD: Tensor,
-    sin_SD: Tensor,
-    row_B: Tensor,
-    token_BT: Tensor,
-    start: int | Tensor,
-    length: int | None = None,
+    forward: Forward, row_B: Tensor, token_BT: Tensor, start: int | Tensor, length: int | None = None
 ) -> Tensor:
     """Run all blocks over one chunk per batch row, at positions start, start + 1, ... of the cache's rows row_B.
 
@@ -239,6 +215,7 @@ def prefill_chunk(
     attention can see them.
     Returns: the output of the last block, (B, T, E).
     """
+    model, parts, cache, cos_SD, sin_SD = forward
     size, device, mask_BTL = token_BT.shape[1], token_BT.device, None
     if isinstance(start, Tensor):
         position_BT = (torch.arange(size, device=device) + start[:, None]).clamp(min=EMPTY)
@@ -277,10 +254,10 @@ class CapturedChunks:
         """Return whether there are graphs for a prompt's chunks that begin at this position."""
         return start == 0 or self.serves_later
 
-    def run(self, fixed: Fixed, rows: list[int], chunks: list[Chunk], has_adapter: bool = False) -> Tensor:
+    def run(self, forward: Forward, rows: list[int], chunks: list[Chunk], has_adapter: bool = False) -> Tensor:
         """Run a chunk of each prompt, all of one size; capture the graph first if it is new.
 
-        rows: of the cache. has_adapter: whether the model in `fixed` adds adapters, which has graphs of its own.
+        rows: of the cache. has_adapter: whether the model adds adapters, which has graphs of its own.
         Returns: the logits after the last tokens, in the order of the prompts, in a buffer that the next chunk
         overwrites; rows beyond the prompts have no meaning.
         """
@@ -299,10 +276,9 @@ class CapturedChunks:
         row, start, last = numbers
 
         def step() -> None:
-            x_BTE = prefill_chunk(*fixed, row, token, 0 if is_first else start)
+            x_BTE = prefill_chunk(forward, row, token, 0 if is_first else start)
             x_B1E = x_BTE.gather(1, last[:, None, None].expand(-1, -1, x_BTE.shape[2]))
-            parts = fixed[1]
-            self._logits_BV[:B].copy_(parts.logits(parts.head, x_B1E).squeeze(1))
+            self._logits_BV[:B].copy_(forward.parts.logits(forward.parts.head, x_B1E).squeeze(1))
 
         key = (f"{name} with adapter" if has_adapter else name, T)
         self._graphs.run((*key, B) if name == "prompts" else key, step)

@@ -78,9 +78,12 @@ def attend(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_BTL: Tensor) -> 
 def sdpa(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1TL: Tensor | None = None) -> Tensor:
     """Return PyTorch's attention with grouped heads, (B, H, T, D), same dtype; causal without a mask.
 
-    Compiled for a CUDA device it is an operation that is not traced: PyTorch would choose between its kernels by sizes,
-    and compile them for a part of the sizes that vary.
+    Causal attention on CUDA devices is FlashAttention where that serves the dtype: cuDNN's, which PyTorch prefers on
+    some, is planned for each length. Otherwise, compiled for a CUDA device, it is an operation that is not traced:
+    PyTorch would choose between its kernels by sizes, and compile them for a part of the sizes that vary.
     """
+    if mask_B1TL is None and cuda.can_flash_attention(q_BHTD):
+        return _flash(q_BHTD, k_BKLD, v_BKLD)
     if is_compiling() and q_BHTD.device.type == cuda.DEVICE_TYPE:
         y_BTHD: Tensor = torch.ops.qwen3fast.sdpa(q_BHTD, k_BKLD, v_BKLD, mask_B1TL)
         return y_BTHD.transpose(1, 2)
@@ -109,7 +112,10 @@ def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     `is_causal` of scaled_dot_product_attention aligns the queries with the first positions, not the last.
     Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
     """
-    q_BHTD = q_BTHD.transpose(1, 2)
+    return _flash(q_BTHD.transpose(1, 2), k_BKLD, v_BKLD)
+
+
+def _flash(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     y_BHTD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
     return y_BHTD
 

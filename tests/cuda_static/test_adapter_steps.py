@@ -13,7 +13,7 @@ from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import decode_step
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.engine.state import DecodeState, RowSampling, StepKind
 from qwen3fast.model import rope_tables
@@ -150,10 +150,10 @@ def test_steps_and_chunks_with_adapters_run_on_cuda_tensors(size, quantization):
         parts, state = Parts.build(StepCompiler(False, device), model, cache), DecodeState.allocate(8, device)
         slots = AdapterSlots(model, 3, 16, state.adapter_R)
         assert {p.device for p in (*slots.model.parameters(), *slots.model.buffers())} == {device}
-        fixed = (slots.model, parts, cache, cos_SD, sin_SD)
+        forward = Forward(slots.model, parts, cache, cos_SD, sin_SD)
         row_1, token_1T = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((1,), (1, 64)))
         with HostWatch() as watch:
             for rows in (1, 2, 8):
-                decode_step(*fixed, state, rows, cache.buckets[0], SamplerKind.GREEDY)
-            assert prefill_chunk(*fixed, row_1, token_1T, 512).shape == (1, 64, config.hidden_size)
+                decode_step(forward, state, rows, cache.buckets[0], SamplerKind.GREEDY)
+            assert prefill_chunk(forward, row_1, token_1T, 512).shape == (1, 64, config.hidden_size)
         assert watch.faults == []

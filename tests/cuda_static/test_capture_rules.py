@@ -70,8 +70,7 @@ def buffers_of(engine, processors=None, logprobs=None):
 
 
 def run_step(engine, rows=2, length=128, kind=SamplerKind.GREEDY, *extras):
-    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
-    decode_step(*fixed, rows, length, kind, *extras)
+    decode_step(engine.forward_args(), engine.state, rows, length, kind, *extras)
 
 
 @pytest.mark.parametrize("kind", SamplerKind)

@@ -19,7 +19,7 @@ from kernel_device import DEVICE
 from qwen3fast.engine import Engine
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.engine.state import EMPTY, GREEDY, DecodeState, RowSampling
 from qwen3fast.kernels import cuda
@@ -149,7 +149,7 @@ def test_on_cuda_later_chunks_ask_the_host_for_nothing():
         parts = Parts.build(StepCompiler(False, device), model, cache)
         cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
         row_1, start_1, token_1T = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((1,), (1,), (1, 64)))
-        x_1TE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_1, token_1T, start_1)
+        x_1TE = prefill_chunk(Forward(model, parts, cache, cos_SD, sin_SD), row_1, token_1T, start_1)
         assert x_1TE.shape == (1, 64, config.hidden_size)
 
 
@@ -255,6 +255,6 @@ def test_on_cuda_several_prompts_ask_the_host_for_nothing(quantization, cache_dt
         cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
         row_B, start_B, token_BT = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((4,), (4,), (4, 64)))
         with HostWatch() as watch:
-            x_BTE = prefill_chunk(model, parts, cache, cos_SD, sin_SD, row_B, token_BT, start_B)
+            x_BTE = prefill_chunk(Forward(model, parts, cache, cos_SD, sin_SD), row_B, token_BT, start_B)
             DecodeState.allocate(8, device).begin_together([3, 1], [64, 64], [GREEDY, RowSampling(0.7)])
         assert watch.faults == [] and x_BTE.shape == (4, 64, config.hidden_size) and x_BTE.device == device

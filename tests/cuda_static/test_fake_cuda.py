@@ -11,7 +11,7 @@ from torch import nn
 
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import CHUNK_SIZES, prefill_chunk
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.kernels import cuda
@@ -37,11 +37,14 @@ def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16, **c
     return SimpleNamespace(model=model, parts=parts, cache=cache, state=state, cos_SD=cos_SD, sin_SD=sin_SD)
 
 
+def forward_of(engine):
+    return Forward(engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
+
+
 def run_step(engine, rows, length, kind, *extras):
     """The step, which is to be done without asking the host for anything."""
-    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
     with HostWatch() as watch:
-        decode_step(*fixed, rows, length, kind, *extras)
+        decode_step(forward_of(engine), engine.state, rows, length, kind, *extras)
     return watch.faults
 
 
@@ -103,9 +106,8 @@ def test_prefill_of_quantized_experts_runs_on_cuda_tensors(format):
     with fake_cuda() as device:
         engine = make_engine(device, "30b-a3b", format, num_hidden_layers=1)
         row_1, token_1T = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((1,), (1, 64)))
-        fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
         with HostWatch() as watch:
-            x_1TE = prefill_chunk(*fixed, row_1, token_1T, 512)
+            x_1TE = prefill_chunk(forward_of(engine), row_1, token_1T, 512)
         assert watch.faults == [] and x_1TE.shape == (1, 64, 2048) and x_1TE.device == device
 
 
@@ -157,9 +159,7 @@ def test_prefill_runs_on_cuda_tensors_with_flash_attention(size, monkeypatch):
         row_1 = torch.zeros(1, dtype=torch.int64, device=device)
         for tokens in CHUNK_SIZES:
             token_1T = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-            x_1TE = prefill_chunk(
-                engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, row_1, token_1T, 512
-            )
+            x_1TE = prefill_chunk(forward_of(engine), row_1, token_1T, 512)
             assert x_1TE.shape == (1, tokens, engine.model.config.hidden_size) and x_1TE.device == device
 
 

@@ -15,7 +15,7 @@ from qwen3fast.engine import Engine
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.fused_step import MAX_ROWS, FusedDecodeStep, _obstacle
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, RowSampling, StepKind
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.cuda import split_attention
@@ -164,8 +164,8 @@ def test_engines_on_cuda_select_it(is_on, monkeypatch):
         state = DecodeState.allocate(16, device)
         cos_SD, sin_SD = (torch.zeros(cache.allocated_len, config.head_dim, device=device) for _ in range(2))
         with HostWatch() as watch:
-            decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.GREEDY)
-            decode_step(model, parts, cache, cos_SD, sin_SD, state, 8, 256, SamplerKind.FULL)
+            for sampler in (SamplerKind.GREEDY, SamplerKind.FULL):
+                decode_step(Forward(model, parts, cache, cos_SD, sin_SD), state, 8, 256, sampler)
             logits = parts.fused_step.logits(state.input_R[:1], cos_SD, sin_SD, state.position_R[:1])
             token = parts.fused_sampler.choose(logits, state.sampler_rows(slice(3, 4)), SamplerKind.WINDOW)
         assert token.shape == (1,) and token.dtype == torch.int64

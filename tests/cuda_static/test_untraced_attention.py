@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from qwen3fast.engine.parts import run_block_uncached
 from qwen3fast.kernels import attention, cuda
 
+FLASH = "aten::_scaled_dot_product_flash_attention"
 MAX_ELEMENTS = 2**31 - 1  # Inductor's kernels for CUDA count in 32 bits, and it refuses ranges of sizes that exceed it
 
 
@@ -33,11 +34,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", SIZES)
-def test_sequences_of_the_largest_compiled_size_are_counted_in_32_bits(size, compiling):
+def test_sequences_of_the_largest_compiled_size_are_counted_in_32_bits(size, dtype, compiling):
     """Without a cache; with traced attention, a matrix of the sequence's length by itself."""
     with fake_cuda() as device:
-        engine = make_engine(device, size, num_hidden_layers=1)
+        engine = make_engine(device, size, num_hidden_layers=1, dtype=dtype)
         [tokens] = engine.parts.block_uncached.dynamic[0][1]
         config, block = engine.model.config, engine.model.model.layers[0]
         x_1TE = torch.zeros(1, tokens.most, config.hidden_size, dtype=config.dtype, device=device)
@@ -46,7 +48,8 @@ def test_sequences_of_the_largest_compiled_size_are_counted_in_32_bits(size, com
             assert run_block_uncached(block, x_1TE, cos_1TD, sin_1TD).shape == x_1TE.shape
         assert tokens.most >= (2048 if config.num_experts else 2**16)
         assert found.elements <= MAX_ELEMENTS
-        assert "qwen3fast::sdpa" in found.names and not any("scaled_dot" in name for name in found.names)
+        attentions = {name for name in found.names if "scaled_dot" in name or "sdpa" in name}
+        assert attentions == {FLASH if dtype == torch.bfloat16 else "qwen3fast::sdpa"}
 
 
 @pytest.mark.parametrize(("tokens", "length", "has_mask"), [(1, 40, True), (7, 40, True), (9, 9, False)])

@@ -47,12 +47,12 @@ def write_adapters(engine):
 
 def outputs(engine, has_adapters):
     """The last block's output of the next step, by the operation and block by block."""
-    model, parts = engine._forms_for(has_adapters)
+    forward = engine.forward_args(has_adapters)
     rows, tables = slice(len(SLOTS)), (engine.cos_SD, engine.sin_SD)
-    x_B1E = model.embed(engine.state.input_R[rows, None])
-    together = parts.decode_layers(x_B1E, *tables, engine.state.position_R[rows, None])
+    x_B1E = forward.model.embed(engine.state.input_R[rows, None])
+    together = forward.parts.decode_layers(x_B1E, *tables, engine.state.position_R[rows, None])
     with torch.no_grad(), operations():
-        alone = _run_blocks(model, parts, engine.cache, *tables, engine.state, rows, 64)
+        alone = _run_blocks(forward, engine.state, rows, 64)
     return together, alone
 
 
@@ -121,7 +121,7 @@ def test_with_experts_steps_with_adapters_run_block_by_block():
     for row, slot in enumerate((1, 0)):
         engine.sample_first(row, engine.prefill_whole(row, [5, 6, 7], slot), StepKind())
         engine.set_row(row, 3, RowSampling(adapter=slot))
-    _, parts = engine._forms_for(True)
+    parts = engine.forward_args(True).parts
     assert parts.decode_layers is None
     prompt = [5, 6, 7, int(engine.state.input_R[0])]
     assert engine.decode(2, 4, StepKind(has_adapters=True))[0] == int(engine.logits_uncached(prompt, 1)[0].argmax())

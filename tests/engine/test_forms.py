@@ -15,7 +15,7 @@ from qwen3fast.engine import StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
-from qwen3fast.engine.parts import CHUNK_SIZES, Parts, chunk_sizes, row_ranges
+from qwen3fast.engine.parts import CHUNK_SIZES, Forward, Parts, chunk_sizes, row_ranges
 from qwen3fast.engine.prefill import max_prompts, prefill_chunk
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
@@ -52,8 +52,8 @@ def prefill(engine, size, start, prompts=1, length=None):
     row_B, token_BT = (
         torch.zeros(*shape, dtype=torch.int64, device=engine.cos_SD.device) for shape in ((prompts,), (prompts, size))
     )
-    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
-    prefill_chunk(*fixed, row_B, token_BT, start, length)
+    forward = Forward(engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
+    prefill_chunk(forward, row_B, token_BT, start, length)
 
 
 def prefill_together(engine, size, prompts, starts=(0, 37)):
@@ -65,8 +65,8 @@ def prefill_together(engine, size, prompts, starts=(0, 37)):
 
 
 def decode(engine, rows, length, sampler=SamplerKind.GREEDY):
-    fixed = (engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state)
-    decode_step(*fixed, rows, length, sampler)
+    forward = Forward(engine.model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD)
+    decode_step(forward, engine.state, rows, length, sampler)
 
 
 def run_everything(engine):

@@ -30,7 +30,7 @@ MODES = {"eager": (False, False), "compiled": (True, False), "graphs": (True, Tr
 TEST_S = 120  # the longest that one test may take, its fixtures included
 FOLDER_S = 330  # after which the tests that are left are skipped
 # Most important first.
-ORDER = ("test_steps", "test_tokens", "test_quantized", "test_prefill", "test_adapters_on_gpu", "test_nccl")
+ORDER = ("test_steps", "test_tokens", "test_prefill", "test_quantized", "test_adapters_on_gpu", "test_nccl")
 FOLDER = Path(__file__).parent
 STARTED = pytest.StashKey[float]()  # when the folder's first test began
 

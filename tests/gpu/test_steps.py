@@ -1,12 +1,14 @@
 """On a GPU: what a step launches, and steps that run ahead of the host."""
 
 import pytest
+import torch
 from conftest import engine_of
 from gpu_check.replay import step_profile
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, assert_captured
 from qwen3fast import SamplingParams
 from qwen3fast.engine import RowSampling
+from qwen3fast.engine.cuda_graph import CudaRecorder
 from qwen3fast.scheduling import Request, Scheduler
 
 LAYERS = 2
@@ -59,3 +61,20 @@ def test_steps_run_ahead_and_stop_tokens_are_never_passed(twin):
     assert run(frozenset([stop])) == reply[: reply.index(stop) + 1]
     assert scheduler.dropped_tokens == engine.lookahead
     engine.close()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no capture on the CPU")
+def test_a_capture_that_breaks_leaves_the_device_usable():
+    recorder, count = CudaRecorder(DEVICE), torch.zeros(4, device=DEVICE)
+
+    def waits():
+        count.add_(1)
+        torch.cuda.synchronize()  # forbidden during capture, which it breaks
+
+    with pytest.raises(RuntimeError):
+        recorder.record(waits)
+    assert torch.rand(3, device=DEVICE).shape == (3,)  # the default generator is in no capture
+    replay = recorder.record(lambda: count.add_(1))
+    before = count.tolist()
+    replay()
+    assert count.tolist() == [number + 1 for number in before]

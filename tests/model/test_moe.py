@@ -206,9 +206,7 @@ def decode_reads(rows, **changes):
         engine.set_row(row, 3, RowSampling(0.8, 20, 0.9, seed=7))
     reads = ExpertReads(model)
     with torch.no_grad(), reads:
-        decode_step(
-            model, engine.parts, engine.cache, engine.cos_SD, engine.sin_SD, engine.state, rows, 128, SamplerKind.GREEDY
-        )
+        decode_step(engine.forward_args(), engine.state, rows, 128, SamplerKind.GREEDY)
     return reads.elements
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from compile_for_gpu.inspector import Inspector
 from qwen3fast.engine.decode import decode_step
-from qwen3fast.engine.parts import Parts
+from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step, prefill_together
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cuda
@@ -65,19 +65,19 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
         inspector = Inspector(device)
         parts, state = Parts.build(inspector, model, cache), DecodeState.allocate(batch_size, device)
         cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
-        fixed = (model, parts, cache, cos_SD, sin_SD)
+        forward = Forward(model, parts, cache, cos_SD, sin_SD)
 
         def decode(sampler: SamplerKind = SamplerKind.GREEDY) -> None:
-            decode_step(*fixed, state, batch_size, cache.bucket(context), sampler)
+            decode_step(forward, state, batch_size, cache.bucket(context), sampler)
 
         def prefill() -> None:
             prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
-            prefill_step(*fixed, prompt)
+            prefill_step(forward, prompt)
 
         def prompts() -> None:
             rows = range(min(PROMPTS, batch_size))
             size = min(CHUNK // PROMPTS, context)
-            prefill_together(*fixed, [Prefill.begin(row, [0] * size, 0, cache.allocated_len) for row in rows])
+            prefill_together(forward, [Prefill.begin(row, [0] * size, 0, cache.allocated_len) for row in rows])
 
         def uncached() -> None:
             tables = (t[None, :CHUNK].clone(memory_format=torch.contiguous_format) for t in (cos_SD, sin_SD))

@@ -24,6 +24,7 @@ from qwen3fast.quantization.formats import FORMATS
 
 CHECK_PROMPT, CHECK_TOKENS = 40, 12
 CHECKED_ROWS = 4  # of a batch: first, last and some between
+WARM_UP_ROWS = 8  # the largest batch whose `warmup()` is timed
 NEEDED_S = 8  # a context is begun with at least so much time left
 
 
@@ -142,12 +143,16 @@ class CachedRun:
 
 
 def measure_generator(variant: Variant, model: Qwen3, results: Results) -> None:
-    """Time the first tokens of a whole batch through `Generator`, as applications see them."""
+    """Time the first tokens of a whole batch through `Generator`, as applications see them, and its `warmup()`."""
     params = SamplingParams(temperature=0, max_tokens=2)
     longest = max(variant.contexts) + 4
     compile, graphs = variant.mode != "eager", variant.mode == "graphs"
     sizes = {"max_seq_len": longest, "max_batch_size": variant.batch_size}
     with Generator(model, compile=compile, cuda_graphs=graphs, prefix_reuse=False, **sizes) as generator:
+        if generator.device.type == "cuda" and variant.batch_size <= WARM_UP_ROWS:
+            started = time.perf_counter()
+            generator.warmup()
+            results.notes["warmup_s"] = time.perf_counter() - started
         for context in variant.contexts:
             prompts = make_prompts(model.config.vocab_size, context, variant.batch_size)
             generator.generate(prompts, params)

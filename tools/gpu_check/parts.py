@@ -58,12 +58,12 @@ def _large() -> list[Variant]:
 
 def _batches() -> list[Variant]:
     def variant(size: str, batch_size: int, **fields: object) -> Variant:
-        return _random("batches", size, batch_size=batch_size, contexts=(128, 1000), **fields)
+        return _random("batches", size, **{"batch_size": batch_size, "contexts": (128, 1000), **fields})
 
     return [
         variant("0.6b", 64, rounds=2),
         variant("0.6b", 16, rounds=2),
-        variant("0.6b", 4, rounds=2),
+        variant("0.6b", 8, rounds=2, contexts=(128, 4000)),
         variant("0.6b", 64, rounds=2, label="sdpa attention", switches={"attention": "sdpa"}, profiled=False),
         variant("8b", 16, rounds=2, profiled=False),
         variant("8b", 64, rounds=2, profiled=False),

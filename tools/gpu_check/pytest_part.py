@@ -18,7 +18,7 @@ KERNELS = ("fused_step", "decode_step", "fused_sampler", "chunk_attention", "spl
 RUNS = {
     "steps": (["tests/gpu/test_steps.py", "tests/gpu/test_tokens.py"], 0.5),
     "kernels": (["-m", "triton", *(f"tests/cuda_static/test_{name}.py" for name in (*KERNELS, "packed_experts"))], 0.5),
-    "others": ([f"tests/gpu/test_{name}.py" for name in ("quantized", "prefill", "adapters_on_gpu", "nccl")], 1.0),
+    "others": ([f"tests/gpu/test_{name}.py" for name in ("prefill", "quantized", "adapters_on_gpu", "nccl")], 1.0),
 }
 SPARE_S = 10.0  # of the part, for ending processes and writing
 HANGING_S = 100  # after which pytest writes where a test hangs

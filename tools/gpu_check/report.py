@@ -33,6 +33,8 @@ def as_report(record: Record) -> str:
                 f"{step['kernels']:.0f} kernels per step, {step['kernel_us']:.0f} us, {step['launches']:.1f} launches"
             )
             lines.append(f"{name}: {text}; eager: {', '.join(step['eager_kernels'])[:200] or 'none'}")
+        if "warmup_s" in notes:
+            lines.append(f"{name}: warmup() took {notes['warmup_s']:.1f} s")
         if "exit_status" in notes:
             counts = f"{notes['passed']} passed, {notes['failed']} failed, {notes['skipped']} skipped"
             lines.append(f"{name}: {counts} in {notes['seconds']:.0f} s")

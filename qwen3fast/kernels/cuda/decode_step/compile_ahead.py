@@ -6,7 +6,6 @@ The processes leave machine code in Triton's cache on disk, where this process f
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import only_compile
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _kernels_of(steps: Callable[[], None]) -> list[Kernel]:
     before = runtime.jit_cache_hook
 
     def note(**call: Any) -> bool:
-        if threading.get_ident() != thread:  # that of another part of the program
+        if threading.get_ident() != thread:  # another part of the program compiles
             return bool(before is not None and before(**call))
         kernel = call["fn"]
         specialization, source = call["compile"]["specialization_data"], kernel.jit_function.cache_key
@@ -110,8 +110,9 @@ def main() -> None:
     """Compile the kernels that standard input lists."""
     target, kernels = json.load(sys.stdin)
     triton.runtime.driver.set_active(_NoDriver(GPUTarget(**target)))
+    modules = {module.__name__: module for module in (attention, linear, sample, tail)}
     for module, name, specialization, _ in kernels:
-        getattr(importlib.import_module(module), name).preload(specialization)
+        getattr(modules[module], name).preload(specialization)
 
 
 if __name__ == "__main__":
