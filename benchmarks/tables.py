@@ -156,6 +156,23 @@ def adapters_rows(record: Record) -> Rows:
     return rows
 
 
+def shared_cores_rows(record: Record) -> Rows:
+    """Tokens per second beside other programs, and the speed lost by the share of the processor that they took."""
+    rows, alone = [["format", "other programs", "tok/s", "they took", "speed lost", "lost / taken"]], dict[Any, Any]()
+    for case in record.cases:
+        format, others = case.labels.values()
+        speeds = [case.facts["tokens"] / s for s in case.samples["seconds"]]
+        first = alone.setdefault(format, speeds)  # without other programs
+        lost = [1 - speed / full for speed, full in zip(speeds, first, strict=True)]
+        taken = case.samples["taken"]
+        cells = ["", "", ""]
+        if others != "none":
+            ratio = median(share / part for share, part in zip(lost, taken, strict=True))
+            cells = [f"{median(taken):.0%}", f"{median(lost):.0%}", f"{ratio:.2f}"]
+        rows.append([str(format), str(others), f"{median(speeds):.1f}", *cells])
+    return rows
+
+
 def prequantized_rows(record: Record) -> Rows:
     """Return the table of tools/prequantized_report.py."""
     rows = [["type", "loaded as", "error", "bits in the file", "bits in memory", "time over int4's", "over int8's"]]

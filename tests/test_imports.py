@@ -153,7 +153,7 @@ def test_imports_of_the_model_are_torch_and_attention():
     assert {name for name in outside if name.startswith("qwen3fast")} == {"qwen3fast.kernels.attention"}
     from_kernels = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "qwen3fast.kernels.attention"]
     names = [alias.name for node in from_kernels for alias in node.names]
-    assert names == ["cached_attention", "sdpa"]
+    assert names == ["cached_attention"]
 
 
 def test_no_two_classes_have_one_name():

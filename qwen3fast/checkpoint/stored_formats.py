@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import Format
-from qwen3fast.quantization.layers import ORDERS, QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
 
@@ -35,8 +35,8 @@ def use_stored_formats(model: Qwen3, folder: Path) -> None:
     """
     scales, orders = _scales_in(folder)
     for name, module in list(model.named_modules()):
-        if isinstance(module, FeedForward) and f"{name}.hidden_order" in orders:
-            module.hidden_order = empty_order(module.down_proj.in_features)
+        if isinstance(module, FeedForward) and f"{name}.{HIDDEN_ORDER}" in orders:
+            module.register_parameter(HIDDEN_ORDER, empty_order(module.down_proj.in_features))
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding) or f"{name}.weight_scale" not in scales:
             continue
         stored = scales[f"{name}.weight_scale"]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.kernels.low_rank import low_rank
-from qwen3fast.model import FeedForward, Qwen3
+from qwen3fast.model import Qwen3
 from qwen3fast.model.linears import linears
+from qwen3fast.quantization.layers import HIDDEN_ORDER
 
 NO_ADAPTER = 0  # the slot of rows without an adapter; its matrices are zero
 ADAPTED = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -118,8 +119,8 @@ class AdapterSlots:
         adapted = _copy(block)
         for part, names in ADAPTED.items():
             owner = _copy(block.get_submodule(part))
-            if isinstance(owner, FeedForward) and owner.hidden_order is not None:
-                self._hidden_orders[f"{name}.{part}"] = owner.hidden_order
+            if (order_F := getattr(owner, HIDDEN_ORDER, None)) is not None:
+                self._hidden_orders[f"{name}.{part}"] = order_F
             for layer in names:
                 base = getattr(owner, layer, None)
                 if base is not None:  # a block with experts has no such feed-forward layers

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.attention import sdpa
 from qwen3fast.kernels.experts import chosen_linear, run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
+from qwen3fast.model.attention import Attention
 from qwen3fast.model.feed_forward import FeedForward
 from qwen3fast.model.moe import Experts
 
@@ -32,6 +34,14 @@ class FastExperts(Experts):
         return run_grouped(x_NE, expert_NC, self.gate_up_proj.shape[0], gate_up, down)
 
 
+class FastAttention(Attention):
+    """Attention that, without a cache, is compiled for CUDA devices without a look into PyTorch's."""
+
+    def causal(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Return attention in which each token sees the tokens up to itself, (B, H, T, D)."""
+        return sdpa(q_BHTD, k_BKTD, v_BKTD)
+
+
 class FastFeedForward(FeedForward):
     """A feed-forward layer that computes gate and up in one pass on CPUs, where nothing else has wrapped them."""
 
@@ -47,6 +57,7 @@ class FastFeedForward(FeedForward):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     Experts: FastExperts,
+    Attention: FastAttention,
     FeedForward: FastFeedForward,
 }
 

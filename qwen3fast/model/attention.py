@@ -6,9 +6,10 @@ H query heads   K key/value heads   G = H/K query heads per group   D head_dim  
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3fast.kernels.attention import cached_attention, sdpa
+from qwen3fast.kernels.attention import cached_attention
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer
 from qwen3fast.model.linears import linears
@@ -61,10 +62,14 @@ class Attention(nn.Module):
         v_BTKD = v.view(B, T, self.num_kv_heads, self.head_dim)
         q_BTHD, k_BTKD = apply_rope(q_BTHD, cos_BTD, sin_BTD), apply_rope(k_BTKD, cos_BTD, sin_BTD)
         if cache is None:
-            y_BHTD = sdpa(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)))
+            y_BHTD = self.causal(*(x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD)))
         else:
             assert position_BT is not None, "a cache needs positions"
             cache.write(k_BTKD, v_BTKD, position_BT)
             y_BHTD = cached_attention(q_BTHD, cache, position_BT, mask_BTL)
         y_BTE: Tensor = self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
         return y_BTE
+
+    def causal(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Return attention in which each token sees the tokens up to itself, (B, H, T, D)."""
+        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)

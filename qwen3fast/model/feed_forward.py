@@ -1,6 +1,6 @@
 """The feed-forward layer of a block: a gated perceptron that processes each token on its own.
 
-B batch rows   T tokens   E hidden_size   F intermediate_size
+B batch rows   T tokens   E hidden_size
 """
 
 import torch.nn.functional as F
@@ -13,11 +13,8 @@ class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer, arXiv:2002.05202, equation 6."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        """hidden_size: of input and output. intermediate_size: of gate and up, the hidden units."""
+        """hidden_size: of input and output. intermediate_size: of gate and up."""
         super().__init__()
-        # Where quantization/folding.py sorted the hidden units, (F,) int32: the checkpoint's number of each.
-        self.hidden_order: Tensor | None
-        self.register_parameter("hidden_order", None)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)

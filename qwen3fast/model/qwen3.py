@@ -90,7 +90,6 @@ class Qwen3(nn.Module):
             experts = [p for m in self.modules() if isinstance(m, MoE) for p in m.experts.parameters()]
             idle = self.config.num_experts - self.config.num_experts_per_tok
             total -= sum(p.numel() // self.config.num_experts * p.element_size() * idle for p in experts)
-            total -= sum(p.nbytes for name, p in self.named_parameters() if name.endswith(".hidden_order"))
         return total
 
 

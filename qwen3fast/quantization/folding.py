@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen3fast.model import FeedForward
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import LANES, Packed
-from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.layers import HIDDEN_ORDER, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.quantization.uint4 import Layout
 
@@ -23,8 +23,8 @@ from qwen3fast.quantization.uint4 import Layout
 def fold_orders(model: nn.Module) -> None:
     """Sort the hidden units of each feed-forward layer or expert by down_proj's order, if it has one, in place.
 
-    down_proj then has no order. A feed-forward layer keeps it as `hidden_order`, which adapters need, since their
-    matrices are for the hidden units of the checkpoint. Experts, which have no adapters, do not.
+    down_proj then has no order. A feed-forward layer keeps it as a parameter, `hidden_order`, (F,) int32, for adapters:
+    their matrices are for the hidden units of the checkpoint. Experts, which have no adapters, do not.
     """
     for module in model.modules():
         if not isinstance(module, FeedForward | QuantizedExperts) or not isinstance(module.down_proj, OrderedLinear):
@@ -34,7 +34,7 @@ def fold_orders(model: nn.Module) -> None:
         if isinstance(module, FeedForward):
             _sort_rows(module.gate_proj, order_F)
             _sort_rows(module.up_proj, order_F)
-            module.hidden_order = order_F
+            module.register_parameter(HIDDEN_ORDER, order_F)
         else:
             X, F = order_F.shape
             first_X2 = torch.arange(0, 2 * X * F, F, device=order_F.device).view(X, 2)  # rows of gate_proj and up_proj

@@ -16,7 +16,8 @@ from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
-ORDERS = ("input_order", "hidden_order")  # of channels; see ordered.py and folding.py
+HIDDEN_ORDER = "hidden_order"
+ORDERS = ("input_order", HIDDEN_ORDER)  # of channels; see ordered.py and folding.py
 PARAMETER_NAMES = ("weight_packed", "weight_scale", *ORDERS)  # in checkpoints; their dtypes are the format's
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.stacking import STACKS
 from qwen3fast.quantization.formats import Format, Packed
-from qwen3fast.quantization.layers import ORDERS, QuantizedLinear
+from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedLinear
 
 
 class OrderedLinear(QuantizedLinear):
@@ -67,7 +67,8 @@ def add_empty_orders(model: Qwen3) -> None:
         if type(module) is not QuantizedLinear or ".layers." not in name:
             continue
         if name.endswith(".mlp.down_proj"):
-            model.get_submodule(name.rpartition(".")[0]).hidden_order = empty_order(module.in_features)
+            mlp = model.get_submodule(name.rpartition(".")[0])
+            mlp.register_parameter(HIDDEN_ORDER, empty_order(module.in_features))
         elif not name.endswith(".experts.down_proj"):
             matrices = 2 * model.config.num_experts if ".experts." in name else 0
             model.set_submodule(name, OrderedLinear.empty_like(module, matrices))

@@ -244,7 +244,7 @@ def test_a_folded_model_gives_the_bits_of_the_unfolded_one(format, shared):
     assert_same(model(token_BT), expected[0])
     assert_same(run_layers(model, cache, *step), expected[1])
     assert model.num_bytes() == num_bytes
-    assert per_token - model.num_bytes(per_token=True) == 4 * CONFIG.intermediate_size * CONFIG.num_hidden_layers
+    assert model.num_bytes(per_token=True) == per_token
 
 
 @pytest.mark.parametrize("format", [*FORMATS.values(), ZEROS, SHORT], ids=[*FORMATS, "uint4, zeros", "uint4, short"])
@@ -295,7 +295,7 @@ def test_a_folded_checkpoint_with_adapters_gives_the_tokens_of_the_merged_one(tm
     base = load_model(folder, **plain)
     write_adapter(tmp_path / "adapter", base, modules_of(base, ["gate_proj", "up_proj", "down_proj"]))
     merged = load_model(folder, adapter=tmp_path / "adapter", **plain)
-    assert base.model.layers[0].mlp.hidden_order is None
+    assert not hasattr(base.model.layers[0].mlp, "hidden_order")
     if is_saved:
         save_model(load_model(folder, device="cpu"), tmp_path / "ours")
         folder = tmp_path / "ours"
