@@ -167,8 +167,8 @@ def shared_cores_rows(record: Record) -> Rows:
         taken = case.samples["taken"]
         cells = ["", "", ""]
         if others != "none":
-            ratio = median(share / part for share, part in zip(lost, taken, strict=True))
-            cells = [f"{median(taken):.0%}", f"{median(lost):.0%}", f"{ratio:.2f}"]
+            ratios = [share / part for share, part in zip(lost, taken, strict=True) if part]
+            cells = [f"{median(taken):.0%}", f"{median(lost):.0%}", f"{median(ratios):.2f}" if ratios else ""]
         rows.append([str(format), str(others), f"{median(speeds):.1f}", *cells])
     return rows
 

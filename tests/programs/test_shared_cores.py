@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import pytest
 import shared_cores as benchmark
 import tables
+import torch
 
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, load_record
@@ -42,10 +43,16 @@ def test_other_programs_stay_on_their_cpus_and_end():
 
 
 def test_speed_lost_is_taken_within_rounds():
-    record = Record("shared-cores", describe_run("test"), describe_environment("cpu"), {"name": "tiny"})
-    for others, seconds, taken in (("none", [1.0, 2.0], [0, 0]), ("one", [2.0, 4.0], [0.5, 0.25])):
+    record = Record("shared-cores", describe_run("test"), describe_environment(torch.device("cpu")), {"name": "tiny"})
+    nothing = [0, 0]  # as in a run shorter than the clock's ticks
+    for others, seconds, taken in (
+        ("none", [1.0, 2.0], nothing),
+        ("one", [2.0, 4.0], [0.5, 0.25]),
+        ("one per core", [2.0, 2.0], nothing),
+    ):
         record.cases.append(Case({"format": "plain", "others": others}, {"tokens": 10}))
         record.cases[-1].samples = {"seconds": seconds, "taken": taken}
     rows = tables.shared_cores_rows(record)
     assert rows[1] == ["plain", "none", "7.5", "", "", ""]
     assert rows[2] == ["plain", "one", "3.8", "38%", "50%", "1.50"]
+    assert rows[3] == ["plain", "one per core", "5.0", "0%", "25%", ""]
