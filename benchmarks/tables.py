@@ -163,11 +163,11 @@ def shared_cores_rows(record: Record) -> Rows:
         format, others = case.labels.values()
         speeds = [case.facts["tokens"] / s for s in case.samples["seconds"]]
         first = alone.setdefault(format, speeds)  # without other programs
-        lost = [1 - speed / full for speed, full in zip(speeds, first, strict=True)]
+        lost = [1 - speed / full for speed, full in zip(speeds, first, strict=False)]  # interrupted runs
         taken = case.samples["taken"]
         cells = ["", "", ""]
         if others != "none":
-            ratios = [share / part for share, part in zip(lost, taken, strict=True) if part]
+            ratios = [share / part for share, part in zip(lost, taken, strict=False) if part]
             cells = [f"{median(taken):.0%}", f"{median(lost):.0%}", f"{median(ratios):.2f}" if ratios else ""]
         rows.append([str(format), str(others), f"{median(speeds):.1f}", *cells])
     return rows
