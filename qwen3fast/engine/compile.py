@@ -95,18 +95,23 @@ class StepCompiler:
         self._is_cuda = device.type == "cuda"
         self.waiting = 0
         self._at_work_since_s = float("inf")  # the thread; "inf" while it has nothing to do
-        self._threads = torch.get_num_threads()
+        self._threads, self._spared = torch.get_num_threads(), 0
 
-    def share_processor(self) -> None:
+    def share_processor(self, spared: int = 0) -> None:
         """Leave one core to the thread of "auto" while it works for long. Call this before each step.
 
         With one thread per core, each of a step's many short products would wait for the compiler to yield a core.
+        spared: threads to leave out at least, for other programs.
         """
-        if self.thread is not None and not FORMS_KEEP_THREADS:
-            is_long = time.perf_counter() - self._at_work_since_s > LONG_WORK_S
-            threads = max(1, self._threads - 1) if is_long else self._threads
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+        if FORMS_KEEP_THREADS:
+            return
+        if self.thread is not None and time.perf_counter() - self._at_work_since_s > LONG_WORK_S:
+            spared = max(spared, 1)
+        if spared != self._spared:
+            if not self._spared:
+                self._threads = torch.get_num_threads()
+            self._spared = spared
+            torch.set_num_threads(max(1, self._threads - spared))
 
     def _load_operations(self) -> None:
         self._at_work_since_s = time.perf_counter()
@@ -188,8 +193,7 @@ class StepCompiler:
         if self.thread is not None:
             self.thread.shutdown(wait=wait, cancel_futures=True)
             self.thread, self.waiting = None, 0
-            if torch.get_num_threads() != self._threads:
-                torch.set_num_threads(self._threads)
+        self.share_processor()
 
 
 class StepPart:

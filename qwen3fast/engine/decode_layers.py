@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.adapters import AdapterSlots
+from qwen3fast.engine.threads import SparedThreads
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -24,6 +25,7 @@ class DecodeLayers:
     """The blocks of a model over a KV cache. The reference is `model/block.py`.
 
     is_possible: whether the operation serves the model, its formats and the cache.
+    spared: the threads to leave out while other programs use cores.
     """
 
     _adapters: cpu.AdaptersOfLayers | None = None
@@ -38,6 +40,7 @@ class DecodeLayers:
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
             and model.config.head_dim % (2 * cpu.LANES) == 0
         )
+        self.spared = SparedThreads()
         self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
         if self.is_possible:
             lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
@@ -67,7 +70,9 @@ class DecodeLayers:
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        return self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
+        y_B1E = self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
+        self.spared.note(self._run.lost, torch.get_num_threads())
+        return y_B1E
 
 
 def _norms(block: Block) -> list[Tensor]:

@@ -184,7 +184,8 @@ class Engine(Rows):
         used_length: positions in use after this step, in the longest row. hook: see decode.py; steps with a hook are
         not captured.
         """
-        self.compiler.share_processor()  # this and `quiet` below: see StepCompiler, "auto"
+        layers = self.parts.decode_layers
+        self.compiler.share_processor(layers.spared.number if layers else 0)  # this and `quiet` below: see StepCompiler
         bucket_rows = self.batch_bucket(num_rows)
         length = self.read_length(bucket_rows, used_length, kind.has_adapters)
         extras, forward = self._extras(kind), self.forward_args(kind.has_adapters)

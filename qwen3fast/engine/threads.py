@@ -33,6 +33,41 @@ def use_threads(threads: int | None = None) -> None:
         torch.set_num_threads(num_cores())
 
 
+class SparedThreads:
+    """The threads that steps leave out while other programs use cores, too.
+
+    A step's threads wait for each other after each of its many short products. One that has to share its core is off it
+    for milliseconds at a time, and all wait: with a thread fewer, steps take less time. After some of them, all threads
+    are tried again, more rarely each time that this fails.
+
+    number: of threads to leave out, now.
+    """
+
+    LOST = 0.3  # of its time that a thread is off its core, from which on a step counts as slow
+    SLOW_STEPS = 2  # one after another, until a thread is left out
+    STEPS = (64, 1024)  # until one more is used again: at first, and at most
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._slow = self._left = 0
+        self._steps = self.STEPS[0]
+
+    def note(self, lost: float, threads: int) -> None:
+        """Note a step. lost: the largest share of its time for which a thread was off its core. threads: of the step."""
+        self._slow = self._slow + 1 if lost > self.LOST and threads > 1 else 0
+        if self._slow == self.SLOW_STEPS:
+            self.number, self._slow, self._left = self.number + 1, 0, self._steps
+            self._steps = min(2 * self._steps, self.STEPS[1])
+            return
+        self._left -= 1
+        if self._left <= 0:
+            self._left = self._steps
+            if self.number:
+                self.number -= 1
+            else:
+                self._steps = self.STEPS[0]
+
+
 def on_live_threads(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function in a thread with working OpenMP threads. Returns: its result.
 

@@ -284,8 +284,9 @@ def test_compiled_code_runs_while_another_thread_compiles(mode, monkeypatch):
 
 @pytest.mark.skipif(FORMS_KEEP_THREADS, reason="this torch.compile compiles again for other numbers of threads")
 def test_auto_leaves_a_core_to_long_work():
-    threads, compiler = torch.get_num_threads(), StepCompiler("auto", CPU)
-    compiler._threads = 3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    compiler = StepCompiler("auto", CPU)
     try:
         for since_s, expected in ((float("-inf"), 2), (float("inf"), 3), (float("-inf"), 2)):
             compiler._at_work_since_s = since_s

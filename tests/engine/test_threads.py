@@ -1,11 +1,17 @@
 """Counting cores, and PyTorch's number of threads."""
 
+import subprocess
+import sys
+from itertools import pairwise
+
 import pytest
 import torch
 
 from qwen3fast import Generator
 from qwen3fast.engine import threads
-from qwen3fast.engine.threads import num_cores, use_threads
+from qwen3fast.engine.compile import FORMS_KEEP_THREADS
+from qwen3fast.engine.threads import SparedThreads, num_cores, use_threads
+from qwen3fast.kernels.cpu import load
 
 
 @pytest.fixture
@@ -79,3 +85,70 @@ def test_generator_takes_threads():
         with pytest.raises(ValueError, match="threads must be an integer from 1 to"):
             Generator.from_pretrained("tiny", threads=bad)
     assert torch.get_num_threads() == before
+
+
+def run_steps(spared, most, is_shared, steps):
+    """The threads of each of some steps, of which those with more than `most` - 1 lose time if a core is shared."""
+    used = []
+    for _ in range(steps):
+        used.append(max(1, most - spared.number))
+        spared.note(0.7 if is_shared and used[-1] == most else 0.0, used[-1])
+    return used
+
+
+def test_a_thread_is_spared_while_a_core_is_shared():
+    spared = SparedThreads()
+    first, most = SparedThreads.STEPS
+    used = run_steps(spared, 4, True, 20 * most)
+    tried = [i for i, threads in enumerate(used) if threads == 4]
+    assert used[:3] == [4, 4, 3] and set(used) == {3, 4}
+    waits = [after - before - 1 for before, after in pairwise(tried) if after > before + 1]
+    assert waits[:3] == [first, 2 * first, 4 * first] and max(waits) == waits[-1] == most
+    assert run_steps(spared, 4, False, 3 * most)[-most:] == [4] * most
+    assert run_steps(spared, 4, True, first + 3) == [4, 4, *[3] * first, 4]  # it is quick again
+
+
+def test_one_slow_step_or_one_thread_spares_none():
+    spared = SparedThreads()
+    for lost in (0.9, 0.1) * 50:
+        spared.note(lost, 2)
+    assert spared.number == 0
+    for _ in range(50):
+        spared.note(0.9, 1)
+    assert spared.number == 0
+
+
+def test_more_threads_are_spared_one_by_one():
+    spared = SparedThreads()
+    for _ in range(4):
+        spared.note(0.9, 4 - spared.number)
+    assert spared.number == 2
+
+
+# On one CPU, the times of two threads cannot sum to more than the time that passes: one is off it for half, at least.
+ON_ONE_CPU = """
+import os, torch
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from qwen3fast import Generator, SamplingParams
+generator = Generator.from_pretrained("tiny", dtype="bfloat16", device="cpu", compile="auto", threads=2)
+generator.debug.engine.compiler.end_auto()
+spared = generator.debug.engine.parts.decode_layers.spared
+used, note = [], spared.note
+spared.note = lambda lost, threads: (used.append((threads, 0.5 <= lost <= 1)), note(lost, threads))
+for _ in range(2):
+    result = generator.generate("Once", SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    print([threads for threads, _ in used], all(is_half for threads, is_half in used if threads == 2))
+    print(result.token_ids)
+    used.clear()
+"""
+
+
+@pytest.mark.skipif(
+    FORMS_KEEP_THREADS or not hasattr(threads.os, "sched_setaffinity") or not load(), reason="nothing to share"
+)
+def test_steps_on_a_shared_core_go_on_with_one_thread():
+    run = subprocess.run([sys.executable, "-c", ON_ONE_CPU], capture_output=True, text=True, check=False, timeout=200)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4, run.stderr
+    assert lines[0] == f"{[2, 2, *[1] * 6]} True" and lines[2] == f"{[1] * 8} True"
+    assert lines[1] == lines[3]

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <ctime>
 #include <vector>
 
 #include "attend.h"
@@ -280,10 +281,16 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   }
 }
 
+double seconds(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 }  // namespace
 
-void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                             const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
+double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
+                               const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = *sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
@@ -298,10 +305,15 @@ void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* si
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
   const bool is_rounded = layers[0].cache.key_scale;
-#pragma omp parallel num_threads(threads)
+  const double begin = seconds(CLOCK_MONOTONIC);
+  double least = INFINITY;  // seconds of a thread on a processor; threads that wait for others stay on theirs
+#pragma omp parallel num_threads(threads) reduction(min : least)
   {
+    const double before = seconds(CLOCK_THREAD_CPUTIME_ID);
 #pragma omp single
     shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, omp_get_thread_num(), omp_get_num_threads());
+    least = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
   }
+  return std::clamp(1 - least / (seconds(CLOCK_MONOTONIC) - begin), 0., 1.);
 }

@@ -128,7 +128,8 @@ class DecodeLayersCall:
 
         functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
         adapters: of `adapters`, to add the products of each row's slot.
-        Returns: (B, 1, E). Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
+        Returns: (B, 1, E). `lost` is then the largest share of the time for which a thread was off its processor.
+        Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
         B, sizes = len(x_B1E), self._sizes
         require(
@@ -146,7 +147,8 @@ class DecodeLayersCall:
         for place in position.flatten().tolist():
             require(-1 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
         y_B1E = x_B1E.clone(memory_format=torch.contiguous_format)
-        functions.qwen3fast_decode_layers(
+        functions.qwen3fast_decode_layers.restype = ctypes.c_double
+        self.lost: float = functions.qwen3fast_decode_layers(
             self._layers,
             ctypes.c_int64(len(self._layers)),
             byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.S, sizes.eps)),

@@ -102,7 +102,8 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
-// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none.
-QWEN3FAST_API void qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
-                                           const float* sin, const int64_t* position, BFloat16* x,
-                                           const Adapters* adapters, int64_t threads);
+// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of
+// the time, 0 to 1, for which a thread, the one that it happened to most, was off its processor.
+QWEN3FAST_API double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
+                                             const float* sin, const int64_t* position, BFloat16* x,
+                                             const Adapters* adapters, int64_t threads);
