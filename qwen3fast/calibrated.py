@@ -37,7 +37,7 @@ def is_to_be_calibrated(
     has_adapter: bool = False,
     is_split: bool = False,
 ) -> bool:
-    """Return whether a checkpoint's weights are to be calibrated.
+    """Return whether to calibrate a checkpoint's weights.
 
     calibrate: False never; True always; None where it is reasonable: on CPUs for up to MAX_PARAMETERS_ON_CPU
     parameters, and not with QWEN3FAST_CALIBRATE=0 in the environment.

@@ -64,7 +64,7 @@ def checkpoint(tmp_path, tokenizer_folder):
 
 
 def loaded(source, calibrate=None, quantization="int4", **options) -> Qwen3:
-    """The model of `Generator.from_pretrained`."""
+    """Return the model of `Generator.from_pretrained`."""
     defaults = {"device": "cpu", "compile": False, "max_seq_len": 64}
     arguments = {**defaults, "quantization": quantization, "calibrate": calibrate, **options}
     with Generator.from_pretrained(source, **arguments) as generator:
@@ -77,12 +77,12 @@ def logits(model):
 
 
 def is_same(a, b):
-    """Whether two models have the same weights, bit by bit."""
+    """Return whether two models have the same weights, bit by bit."""
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def visible(folder):
-    """The names in a folder, without locks and temporary folders."""
+    """Return the names in a folder, without locks and temporary folders."""
     return sorted(entry.name for entry in folder.glob("*") if not entry.name.startswith("."))
 
 
