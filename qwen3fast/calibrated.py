@@ -37,7 +37,7 @@ def is_to_be_calibrated(
     has_adapter: bool = False,
     is_split: bool = False,
 ) -> bool:
-    """Return whether a checkpoint's weights are to be calibrated.
+    """Return whether to calibrate a checkpoint's weights.
 
     calibrate: False never; True always; None where it is reasonable: on CPUs for up to MAX_PARAMETERS_ON_CPU
     parameters, and not with QWEN3FAST_CALIBRATE=0 in the environment.
@@ -165,17 +165,16 @@ class CalibratedLoader:
     def _calibrate(self) -> tuple[Qwen3, int]:
         """Return the quantized model and the number of tokens that it was calibrated on, 0 if it could not be."""
         model = self._load_plain(None)
-        weight = model.model.norm.weight
         try:
             token_BT = own_text(model, self.tokenizer, TOKENS, progress=True)
-        except (ValueError, MemoryError) as err:
+            quantize_calibrated(model, token_BT, self.quantization, progress=True)
+            return model, token_BT.numel()
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as err:
             if self.calibrate:
                 raise
             logger.warning("%s: %s without calibration: %s", self.source, self.quantization, err)
-            quantize_model(model, self.quantization, weight.dtype, self.progress)
-            return model, 0
-        quantize_calibrated(model, token_BT, self.quantization, progress=True)
-        return model, token_BT.numel()
+        del model  # parts of it may be quantized already
+        return self._load_plain(self.quantization), 0
 
     def _num_bytes(self) -> int:
         """Return the size of the copy."""

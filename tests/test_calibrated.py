@@ -64,7 +64,7 @@ def checkpoint(tmp_path, tokenizer_folder):
 
 
 def loaded(source, calibrate=None, quantization="int4", **options) -> Qwen3:
-    """The model of `Generator.from_pretrained`."""
+    """Return the model of `Generator.from_pretrained`."""
     defaults = {"device": "cpu", "compile": False, "max_seq_len": 64}
     arguments = {**defaults, "quantization": quantization, "calibrate": calibrate, **options}
     with Generator.from_pretrained(source, **arguments) as generator:
@@ -77,12 +77,12 @@ def logits(model):
 
 
 def is_same(a, b):
-    """Whether two models have the same weights, bit by bit."""
+    """Return whether two models have the same weights, bit by bit."""
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def visible(folder):
-    """The names in a folder, without locks and temporary folders."""
+    """Return the names in a folder, without locks and temporary folders."""
     return sorted(entry.name for entry in folder.glob("*") if not entry.name.startswith("."))
 
 
@@ -337,6 +337,19 @@ def test_weights_that_are_not_finite_are_not_calibrated(tmp_path, tokenizer_fold
     assert formats_of(ours) == ["int4"] and runs == [] and visible(cache) == []
     assert "int4 without calibration: the model's logits are not finite" in caplog.text
     with pytest.raises(ValueError, match="logits are not finite"):
+        loaded(checkpoint, True)
+
+
+@pytest.mark.parametrize("place", ["own_text", "quantize_calibrated"])
+def test_where_a_device_s_memory_is_too_small_only_true_raises(place, checkpoint, cache, caplog, monkeypatch):
+    def run_out(model, *args, **kwargs):
+        model.model.layers[0] = None  # half done
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibrated_module, place, run_out)
+    assert is_same(loaded(checkpoint), load_model(checkpoint, "cpu", quantization="int4")) and visible(cache) == []
+    assert "int4 without calibration: CUDA out of memory" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
         loaded(checkpoint, True)
 
 

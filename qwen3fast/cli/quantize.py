@@ -20,7 +20,7 @@ from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
 
-HELP = "write a quantized checkpoint, in 4 bits more accurate than quantizing while loading"
+HELP = "write a quantized checkpoint; errors of 4 bits are corrected on a text"
 WINDOW = 512  # tokens of a calibration text at a time
 
 

@@ -97,7 +97,7 @@ class AdapterSlots:
 
         matrices: of some of `layers`, by name; empty to clear the slot. Hidden units are numbered as in the checkpoint.
         """
-        assert slot != NO_ADAPTER, "slot 0 is that of rows without an adapter"
+        assert slot != NO_ADAPTER, "slot 0 is for rows without an adapter"
         for name, layer in self.layers.items():
             layer.lora_A[slot].zero_()
             layer.lora_B[slot].zero_()

@@ -231,7 +231,10 @@ class Parts:
 
 
 class Forward(NamedTuple):
-    """What all forward passes of an engine share; cos_SD, sin_SD: `rope_tables` for all positions of the cache."""
+    """The arguments that all forward passes of an engine share.
+
+    cos_SD, sin_SD: `rope_tables` for all positions of the cache.
+    """
 
     model: Qwen3
     parts: Parts

@@ -28,6 +28,7 @@ from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
 
 OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
+BEGINNINGS = (b'{"key": "', b'{"id": "batch_req')  # of lines of the output, see `BatchJob.answer`
 
 
 class Output:
@@ -40,7 +41,7 @@ class Output:
         self._file.seek(0)
         length = 0
         for raw in self._file:
-            if raw.startswith(b"{") and not raw.endswith(b"\n"):  # half of the last line
+            if not raw.endswith(b"\n") and any(raw[: len(begin)] == begin[: len(raw)] for begin in BEGINNINGS):
                 break
             try:
                 row = json.loads(raw)

@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = {field.name for field in fields(ServerOptions)}
     options = ServerOptions(**{name: value for name, value in vars(args).items() if name in names})
-    listening = bind(args.host, args.port, options.send_timeout_s)  # first: loading may take minutes
-    app = create_app(load_models(args), options)
-    if args.warmup is None:
-        logger.info("compiling in the background: replies are slower at first; /ready reports how much remains")
-        compile_meanwhile(app.state.server)
-    serve(app, listening)
+    with bind(args.host, args.port, options.send_timeout_s) as listening:  # first: loading may take minutes
+        app = create_app(load_models(args), options)
+        if args.warmup is None:
+            logger.info("compiling in the background: replies are slower at first; /ready reports how much remains")
+            compile_meanwhile(app.state.server)
+        serve(app, listening)
     return 0
 
 
@@ -101,6 +101,7 @@ def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
     try:
         listening.bind((host, port))
     except OSError as err:
+        listening.close()
         raise OSError(f"cannot listen on {host}, port {port}: {err.strerror}; choose other --host or --port") from err
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * send_timeout_s))

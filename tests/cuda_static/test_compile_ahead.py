@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -58,6 +60,23 @@ def test_this_process_finds_what_others_have_compiled(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "ahead:" not in done.stderr, done.stderr
+
+
+def test_processes_import_from_where_this_one_does(monkeypatch):
+    """And from the working folder only where this process does."""
+    found = []
+
+    def popen(command, env, **options):
+        found.append(env)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(compile_ahead.triton.runtime, "driver", SimpleNamespace(active=MagicMock()))
+    monkeypatch.setattr(compile_ahead.subprocess, "Popen", popen)
+    monkeypatch.setattr(sys, "path", ["/some/place", "", "/other"])
+    with pytest.raises(OSError, match="no more processes"):
+        compile_ahead._compile_in_processes([], 1)
+    assert found[0]["PYTHONPATH"].split(os.pathsep) == ["/some/place", os.getcwd(), "/other"]
+    assert found[0]["PYTHONSAFEPATH"] == "1"
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

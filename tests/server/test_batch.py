@@ -131,7 +131,10 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
 
 
-@pytest.mark.parametrize("notes", ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"prompt": "a"}\n'])
+@pytest.mark.parametrize(
+    "notes",
+    ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"prompt": "a"}\n', '{"prompt": "a"}', '{"more"'],
+)
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
     path = tmp_path / "notes.txt"
     path.write_text(notes)

@@ -14,7 +14,7 @@ from qwen3fast.bench.suites.ablation import speeds_at
 from qwen3fast.bench.suites.quantization import formats
 from qwen3fast.bench.suites.startup import PHASES
 
-Bars = tuple[str, Sequence[float], Callable[[float], str]]  # of a panel: title, values, and what is written beside each
+Bars = tuple[str, Sequence[float], Callable[[float], str]]  # of a panel: title, values, and the text beside each
 
 
 def draw_ablation(record: Record) -> Figure:

@@ -78,7 +78,7 @@ void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFl
     for (int64_t part = 0; part < parts; part++) {
       const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
       const int64_t rows = std::min(M - block * kLanes, vectors * kLanes), last = std::min(first + group, end);
-      const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min(2l, kMaxVectors)> : multiply<kMaxVectors>;
+      const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min<int64_t>(2, kMaxVectors)> : multiply<kMaxVectors>;
       for (int64_t panel = first; panel < last; panel += kSpan) {
         const int64_t count = std::min(kSpan, last - panel);
         BFloat16* const to = y + block * kLanes * N + panel * kPanel;

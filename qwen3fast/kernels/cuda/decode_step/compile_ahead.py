@@ -73,10 +73,12 @@ def _kernels_of(steps: Callable[[], None]) -> list[Kernel]:
 
 
 def _compile_in_processes(kernels: list[Kernel], number: int) -> None:
-    """Raises: RuntimeError if a process fails; subprocess.TimeoutExpired."""
+    """Compile kernels in several processes. Raises: RuntimeError if one fails; subprocess.TimeoutExpired."""
     target = triton.runtime.driver.active.get_current_target()
     command = [sys.executable, "-m", __name__]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # Modules are found where this process finds them: "" is its working folder, which -m alone would put first.
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     processes = []
     try:
         for i in range(number):
