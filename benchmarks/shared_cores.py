@@ -28,6 +28,7 @@ from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
+from qwen3fast.engine.threads import SparedThreads
 
 PROMPT_TOKENS = 32
 SETTLE_S = 0.3  # until the system has spread threads over cores
@@ -63,8 +64,14 @@ def processor_seconds(pid: int) -> float:
 
 
 def generate(generator: Generator, prompt: list[int], new_tokens: int, programs: list[set[int]]) -> Measurement:
-    """Return the seconds of all steps after the first token, and the other programs' share of all CPUs meanwhile."""
+    """Return the seconds of all steps after the first token, and the other programs' share of all CPUs meanwhile.
+
+    All threads are tried first, whatever the replies before have found.
+    """
     params = SamplingParams(temperature=0, max_tokens=new_tokens + 1, ignore_eos=True)
+    layers = generator.debug.engine.parts.decode_layers
+    if layers is not None:
+        layers.spared = SparedThreads()
     with running(programs) as pids:
         time.sleep(SETTLE_S)
         stream = generator.stream(prompt, params)

@@ -18,7 +18,7 @@ from qwen3fast.checkpoint.kept import KeptCopy
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.quantization import formats_of, prepare_quantization, quantize_model
-from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
+from qwen3fast.quantization.calibrate import CALIBRATED, fast_dtype, quantize_calibrated
 from qwen3fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ class CalibratedLoader:
         """Return where the calibrated copy is kept. Raises: RuntimeError if there is no home folder."""
         config = read_checkpoint_config(self.source).model
         dtype = choose_dtype(self.dtype, config)
-        return KeptCopy.of(self.source, format=self.quantization, dtype=dtype, device=self.device.type, tokens=TOKENS)
+        way = {"format": self.quantization, "dtype": dtype, "device": self.device.type, "tokens": TOKENS}
+        return KeptCopy.of(self.source, **way, computed_in=fast_dtype(dtype, self.device))
 
     def _read(self, kept: KeptCopy, warn: bool = False) -> Qwen3 | None:
         """Return the kept model; None if there is none, or it is damaged. warn: say so."""
@@ -169,7 +170,7 @@ class CalibratedLoader:
             token_BT = own_text(model, self.tokenizer, TOKENS, progress=True)
             quantize_calibrated(model, token_BT, self.quantization, progress=True)
             return model, token_BT.numel()
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as err:
+        except (ValueError, MemoryError, RuntimeError) as err:  # RuntimeError: of PyTorch, too little memory above all
             if self.calibrate:
                 raise
             logger.warning("%s: %s without calibration: %s", self.source, self.quantization, err)

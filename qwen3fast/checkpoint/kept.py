@@ -1,7 +1,8 @@
 """Calibrated checkpoints that are kept in the cache folder: written once, as a download is, and read by later loads.
 
-A copy's name holds a digest of everything that its weights follow from: the files of the source, format, dtype, and the
-version of the quantizer. A source that changes gets another copy. Copies may be deleted at any time.
+A copy's name holds a digest of everything that its weights follow from: the files of the source, format, dtypes, and
+the version of the quantizer. A source that changes gets another copy, in place of the one before. Copies may be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -44,9 +45,14 @@ def kept_root() -> Path:
 
 @dataclass(frozen=True)
 class KeptCopy:
-    """The place of a calibrated copy. folder: a checkpoint in it, whole, or nothing."""
+    """The place of a calibrated copy.
+
+    folder: a checkpoint in it, whole, or nothing. others: a pattern of the names of all copies of these files: this
+    one, and older ones of files that have changed since.
+    """
 
     folder: Path
+    others: str
 
     @classmethod
     def of(cls, source: Path, **made_with: Any) -> KeptCopy:
@@ -58,10 +64,13 @@ class KeptCopy:
         """
         names = {"config.json", *COMPANIONS} - {PRESET} if source.is_dir() else set()  # a GGUF file has them in it
         small = {name: _digest(file.read_bytes()) for name in sorted(names) if (file := source / name).is_file()}
-        identity = [VERSION, _weight_files(source), small, {name: str(value) for name, value in made_with.items()}]
+        way = {name: str(value) for name, value in made_with.items()}
+        files = _weight_files(source)
+        made = _digest(json.dumps([[path for path, *_ in files], way], sort_keys=True).encode())[:12]
+        identity = [VERSION, files, small, way]
         digest = _digest(json.dumps(identity, sort_keys=True).encode())[:20]
         name = re.sub(r"[^\w.-]", "_", _name_of(source))[:80].lstrip(".")
-        return cls(kept_root() / f"{name}-{digest}")
+        return cls(kept_root() / f"{name}-{made}-{digest}", f"{name}-{made}-*")
 
     def exists(self) -> bool:
         """Return whether there is a copy."""
@@ -98,6 +107,9 @@ class KeptCopy:
             save_model(model, whole, calibration_tokens=calibration_tokens)
             self.delete()
             whole.rename(self.folder)
+        for other in root.glob(self.others):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def delete(self) -> None:
         """Delete the copy, if there is one. Raises: OSError if that fails."""

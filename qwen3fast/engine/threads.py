@@ -45,7 +45,7 @@ class SparedThreads:
 
     LOST = 0.3  # of its time that a thread is off its core, from which on a step counts as slow
     SLOW_STEPS = 2  # one after another, until a thread is left out
-    STEPS = (64, 1024)  # until one more is used again: at first, and at most
+    STEPS = (32, 256)  # until one more is used again: at first, and at most
 
     def __init__(self) -> None:
         self.number = 0
@@ -53,7 +53,7 @@ class SparedThreads:
         self._steps = self.STEPS[0]
 
     def note(self, lost: float, threads: int) -> None:
-        """Note a step. lost: the largest share of its time for which a thread was off its core. threads: of the step."""
+        """Note a step of some threads. lost: the largest share of its time for which one of them was off its core."""
         self._slow = self._slow + 1 if lost > self.LOST and threads > 1 else 0
         if self._slow == self.SLOW_STEPS:
             self.number, self._slow, self._left = self.number + 1, 0, self._steps
