@@ -15,6 +15,7 @@ from qwen3fast import ChatSession, Generator, SamplingParams
 from qwen3fast.checkpoint import merge_lora
 from qwen3fast.engine import adapters as engine_adapters
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import DecodeLayersCall
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import quantize_model
 from qwen3fast.scheduling.worker import ClosedError
@@ -143,18 +144,17 @@ def test_steps_without_adapters_run_the_model_itself(generator, expected, monkey
 
 
 @pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
-def test_in_bfloat16_steps_with_adapters_run_all_blocks_in_one_operation_as_others_do(tmp_path):
+def test_in_bfloat16_steps_with_adapters_run_all_blocks_in_one_operation_as_others_do(tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     folder = write(tmp_path / "own", make_model(**sizes), ALL, 4, lora_alpha=8)
     options = OPTIONS | {"compile": "auto"}
     with Generator(make_model(**sizes).bfloat16(), **options) as plain:
         alone = tokens(plain, None)
     with Generator(make_model(**sizes).bfloat16(), adapters={"own": folder}, **options) as generator:
-        engine, slots = generator.debug.engine, []
-        run = engine.parts.decode_layers._run
-        call = run.__call__
-        for layers in (engine.parts.decode_layers, engine._adapted_layers):
-            layers._run = lambda *arguments: slots.append(arguments[-1]) or call(*arguments)
+        slots, operation = [], DecodeLayersCall.__call__
+        monkeypatch.setattr(
+            DecodeLayersCall, "__call__", lambda self, *args: slots.append(args[-1]) or operation(self, *args)
+        )
         adapted = tokens(generator, "own")
         assert slots and None not in slots
         slots.clear()
