@@ -1,8 +1,7 @@
 """Quantize a model to 4 bits with calibration text: the inputs that its layers see there decide about corrections.
 
-Blocks are quantized one after another. Their inputs are the ones of the unquantized model: with the ones that quantized
-blocks give, results are no better, and every block has to run twice. Experts, and layers whose shape cannot be packed,
-are treated as `quantize_model` does.
+Blocks are quantized one after another. Their inputs come from the unquantized model, which runs each block once.
+Experts, and layers whose shape cannot be packed, are treated as `quantize_model` does.
 
 B windows   T tokens of a window   K in_features   E hidden_size
 """

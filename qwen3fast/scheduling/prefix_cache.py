@@ -40,7 +40,7 @@ class CachedPrefix:
 class Plan:
     """The slot that a request gets.
 
-    evicted: the slot whose contents are dropped: they are first swapped with those of `slot`. source: the slot, as
+    evicted: the slot whose contents are dropped; it changes places with `slot` first. source: the slot, as
     numbered before the swap, from which keys and values of the prompt's first `reused` tokens are then copied.
     logits_1V: the logits after the prompt, if the whole prompt is reused.
     """

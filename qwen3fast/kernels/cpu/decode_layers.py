@@ -147,7 +147,6 @@ class DecodeLayersCall:
         for place in position.flatten().tolist():
             require(-1 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
         y_B1E = x_B1E.clone(memory_format=torch.contiguous_format)
-        functions.qwen3fast_decode_layers.restype = ctypes.c_double
         self.lost: float = functions.qwen3fast_decode_layers(
             self._layers,
             ctypes.c_int64(len(self._layers)),
