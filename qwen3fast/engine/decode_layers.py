@@ -1,6 +1,7 @@
-"""All blocks of a decode step in one call of C++ (kernels/cpu/decode_layers.cpp), for bfloat16 and quantized weights.
+"""All blocks of a forward pass in one call of C++, for bfloat16 and quantized weights: of a decode step
+(kernels/cpu/decode_layers.cpp), or for chunks of prompts (prefill_layers.cpp).
 
-Otherwise each of a token's many short products would cost a call from Python, and starting and joining threads.
+Otherwise each of the many products would cost a call from Python, and starting and joining threads.
 """
 
 from __future__ import annotations
@@ -63,6 +64,26 @@ class DecodeLayers:
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
         return self.is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
+
+    def serves_chunks(self, num_tokens: int) -> bool:
+        """Return whether it supports chunks of prompts, of so many tokens together; not with adapters or experts."""
+        return (
+            self.is_possible
+            and self._adapters is None
+            and self._run.can_prefill
+            and num_tokens >= cpu.MIN_PREFILL_TOKENS
+            and cpu.is_loaded()
+        )
+
+    def prefill(
+        self, x_BTE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_BT: Tensor, row_B: Tensor, by_tiles: bool
+    ) -> Tensor:
+        """Run all blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
+
+        Other arguments as of a step. by_tiles: multiply by tiles, on processors that have them.
+        Returns: (B, T, E) bfloat16. Raises: ValueError for a position or row outside of the cache.
+        """
+        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles)
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.

@@ -34,7 +34,8 @@ from qwen3fast.kernels.cases import (
     prefill_attention_case,
 )
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.kernels.cpu.prefill import CHUNKS
+from qwen3fast.kernels.cpu import tiles
+from qwen3fast.kernels.cpu.prefill import CHUNKS, chunk_class
 from qwen3fast.kernels.cpu.structures import NEVER, RowLimits
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
@@ -112,6 +113,20 @@ class Forms:
         """Return the largest number of rows whose products have the same form as products of `rows` rows."""
         every = [limit for limits in self._limits().values() for limit in limits]
         return min((limit for limit in every if limit > rows), default=NEVER) - 1
+
+    def of_chunks(self, num_tokens: int, size: int, used_length: int) -> str | None:
+        """Return the form of all products of chunks, C++ or tiles, if one operation may run all blocks.
+
+        None: a part is faster in a form of PyTorch's, which that operation does not have.
+        num_tokens: of all chunks, of `size` tokens each. used_length: of the longest prompt, after its chunk.
+        """
+        if self.sdpa_from and used_length >= self.sdpa_from[chunk_class(size)]:
+            return None
+        limits = self._limits().values()
+        if any(num_tokens >= limit.dequantized for limit in limits):
+            return None
+        names = {TILES if num_tokens >= limit.tiles and tiles.are_usable() else CPP for limit in limits}
+        return names.pop() if len(names) == 1 else None
 
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}

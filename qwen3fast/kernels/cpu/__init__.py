@@ -22,6 +22,7 @@ from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
 from qwen3fast.kernels.cpu.decode_layers import (
     MAX_DECODE_ROWS,
+    MIN_PREFILL_TOKENS,
     AdaptersOfLayers,
     DecodeLayersCall,
     ExpertWeights,
@@ -34,6 +35,7 @@ from qwen3fast.kernels.cpu.structures import LANES
 __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
+    "MIN_PREFILL_TOKENS",
     "AdaptersOfLayers",
     "DecodeLayersCall",
     "ExpertWeights",

@@ -1,4 +1,5 @@
-// One query over keys and values: what decode_attention and decode_layers share (decode_attention.cpp).
+// One query over keys and values: what decode_attention and decode_layers share (decode_attention.cpp). Chunks of queries:
+// prefill_attention.cpp.
 // T is the type of a cached number: BFloat16, or int8_t with one scale per vector.
 
 #pragma once
@@ -96,3 +97,7 @@ struct Part {
 template <typename T>
 void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
             const Cached<T>& following, Part& part);
+
+// Attention of chunks of prompts, as qwen3fast_prefill_attention; q's tokens are q_stride numbers apart.
+void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,
+                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads);

@@ -26,8 +26,12 @@ SOURCES = (
     "tiles.cpp",
     "experts.cpp",
     "quantize_weight.cpp",
+    "prefill_layers.cpp",
 )  # what takes longest first
-HEADERS = ("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "experts.h", "low_rank.h", "records.h", "tiles.h")
+HEADERS = (
+    *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h"),
+    *("experts.h", "low_rank.h", "records.h", "tiles.h"),
+)
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}
 

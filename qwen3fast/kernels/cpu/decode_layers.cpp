@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "block.h"
 #include "experts.h"
 #include "low_rank.h"
 #include "ops.h"
@@ -60,42 +61,6 @@ void multiply(const Linear& w, const BFloat16* x, const Activations& quantized, 
     return matvec_rows(x, M, static_cast<const BFloat16*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
                        w.K);
   packed_blocks(quantized, M, w, y, blocks.begin, blocks.end, width);
-}
-
-// One vector of model/norm.py.
-void rms_norm(const BFloat16* x, const BFloat16* weight, int64_t size, float eps, BFloat16* y) {
-  Vec squares = {};
-  for (int64_t i = 0; i < size; i += kLanes) squares += load(x + i) * load(x + i);
-  const float scale = 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    BFloat16 normed[kLanes];
-    store(normed, load(x + i) * scale);
-    store(y + i, load(normed) * load(weight + i));
-  }
-}
-
-// One head of model/rope.py, in place.
-void rotate(BFloat16* x, const float* cos, const float* sin, int64_t D) {
-  for (int64_t i = 0; i < D / 2; i += kLanes) {
-    const Vec first = load(x + i), second = load(x + D / 2 + i);
-    store(x + i, first * load(cos + i) - second * load(sin + i));
-    store(x + D / 2 + i, second * load(cos + D / 2 + i) + first * load(sin + D / 2 + i));
-  }
-}
-
-// Writes one vector to the cache. Source of int8_t's form: quantize_vectors in model/kv_cache.py.
-void write_vector(const BFloat16* from, int64_t D, BFloat16* to, float*) { std::copy_n(from, D, to); }
-
-void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {
-  Vec most = {}, poison = {};
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const Vec x = load(from + d);
-    most = larger(most, x < 0 ? -x : x);
-    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-  }
-  const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;
-  *scale = size / 127.f + sum(poison);
-  for (int64_t d = 0; d < D; d += kLanes) store(to + d, round_to_ints(load(from + d) * to_bytes));
 }
 
 void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range columns) {

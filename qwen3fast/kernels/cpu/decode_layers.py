@@ -1,4 +1,6 @@
-"""`qwen3fast_decode_layers` of ops.h: all blocks of a decode step in one call; weights and cache must stay in place."""
+"""`qwen3fast_decode_layers` and `qwen3fast_prefill_layers` of ops.h: all blocks of a decode step, or for chunks of
+prompts, in one call; weights and cache must stay in place.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ from qwen3fast.kernels.cpu.structures import (
 )
 
 MAX_DECODE_ROWS = 32
+MIN_PREFILL_TOKENS = 8  # from which rows are lanes in products, see linear.cpp
 
 
 class LayerWeight(NamedTuple):
@@ -91,6 +94,9 @@ class DecodeLayersCall:
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
                 setattr(layer, name, _vector(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
+        weights = (w for x in self._layers for w in (x.q, x.k, x.v, x.o, x.gate, x.up, x.down))
+        self.can_prefill = not any(x.router.weight for x in self._layers) and not any(w.order for w in weights)
+
     def adapters(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> AdaptersOfLayers:
         """Check and keep the matrices of adapters, seven pairs per layer in the order of `Layer`.
 
@@ -131,31 +137,82 @@ class DecodeLayersCall:
         Returns: (B, 1, E). `lost` is then the largest share of the time for which a thread was off its processor.
         Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
-        B, sizes = len(x_B1E), self._sizes
+        B = len(x_B1E)
         require(
-            x_B1E.dtype == torch.bfloat16 and x_B1E.shape == (B, 1, sizes.E) and 1 <= B <= min(MAX_DECODE_ROWS, self.R),
-            f"decode_layers: x must be (1 to {MAX_DECODE_ROWS}, 1, E) bfloat16",
+            x_B1E.shape[1] == 1 and 1 <= B <= min(MAX_DECODE_ROWS, self.R),
+            f"decode_layers: x must be (1 to {MAX_DECODE_ROWS}, 1, E)",
         )
-        for table in (cos_SD, sin_SD):
-            require(
-                table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (sizes.D,),
-                "decode_layers: cos and sin must be (positions, D) float32, contiguous",
-            )
-        position = position_B1.contiguous()
-        require(position.dtype == torch.int64 and position.numel() == B, "decode_layers: position (B, 1) int64")
-        end = min(sizes.S, len(cos_SD), len(sin_SD))
-        for place in position.flatten().tolist():
-            require(-1 <= place < end, f"decode_layers: position {place} is not in the cache or the tables")
-        y_B1E = x_B1E.clone(memory_format=torch.contiguous_format)
+        position, y_B1E = self._checked(x_B1E, cos_SD, sin_SD, position_B1, first=-1)
         self.lost: float = functions.qwen3fast_decode_layers(
-            self._layers,
-            ctypes.c_int64(len(self._layers)),
-            byref(Sizes(B, sizes.E, sizes.H, sizes.K, sizes.D, sizes.S, sizes.eps)),
+            *self._fixed(B),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
             None if adapters is None else byref(adapters.structure),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return y_B1E
+
+    def prefill(
+        self,
+        functions: ctypes.CDLL,
+        x_BTE: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        position_BT: Tensor,
+        row_B: Tensor,
+        by_tiles: bool = False,
+    ) -> Tensor:
+        """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
+
+        Arguments as of a step; B * T at least MIN_PREFILL_TOKENS. by_tiles: multiply by tiles, see tiles.cpp.
+        Returns: (B, T, E). Raises: ValueError as a step, and for blocks with experts or orders of channels.
+        """
+        B, T, _ = x_BTE.shape
+        rows = row_B.contiguous()
+        require(self.can_prefill, "prefill_layers: there is no form for experts, or orders of channels")
+        require(B * T >= MIN_PREFILL_TOKENS, f"prefill_layers: there must be at least {MIN_PREFILL_TOKENS} tokens")
+        require(
+            rows.dtype == torch.int64 and rows.shape == (B,) and all(0 <= row < self.R for row in rows.tolist()),
+            "prefill_layers: a row of the cache for each batch row, int64",
+        )
+        position, y_BTE = self._checked(x_BTE, cos_SD, sin_SD, position_BT, first=0)
+        functions.qwen3fast_prefill_layers(
+            *self._fixed(B * T),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, rows)),
+            ctypes.c_int64(T),
+            ctypes.c_void_p(y_BTE.data_ptr()),
+            ctypes.c_bool(by_tiles),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return y_BTE
+
+    def _fixed(self, rows: int) -> tuple[object, ...]:
+        """Return the first arguments of both calls."""
+        sizes = Sizes(rows, *(getattr(self._sizes, name) for name in ("E", "H", "K", "D", "S", "eps")))
+        return self._layers, ctypes.c_int64(len(self._layers)), byref(sizes)
+
+    def _checked(
+        self, x_BTE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_BT: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return positions, and a copy of x for the result. first: the least position."""
+        sizes, name = self._sizes, "decode_layers" if first < 0 else "prefill_layers"
+        require(
+            x_BTE.dtype == torch.bfloat16 and x_BTE.dim() == 3 and x_BTE.shape[2] == sizes.E,
+            f"{name}: x must be (B, T, E) bfloat16",
+        )
+        for table in (cos_SD, sin_SD):
+            require(
+                table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (sizes.D,),
+                f"{name}: cos and sin must be (positions, D) float32, contiguous",
+            )
+        position = position_BT.contiguous()
+        require(
+            position.dtype == torch.int64 and position.shape == x_BTE.shape[:2],
+            f"{name}: positions must be (B, T) int64",
+        )
+        end = min(sizes.S, len(cos_SD), len(sin_SD))
+        for place in (int(position.min()), int(position.max())):
+            require(first <= place < end, f"{name}: position {place} is not in the cache or the tables")
+        return position, x_BTE.clone(memory_format=torch.contiguous_format)
 
 
 class AdaptersOfLayers:

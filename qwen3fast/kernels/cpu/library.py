@@ -43,6 +43,7 @@ FUNCTIONS = tuple(
     f"qwen3fast_{name}"
     for name in (
         "linear",
+        "gated_linear",
         "decode_attention",
         "prefill_attention",
         "quantized_linear",
@@ -53,6 +54,7 @@ FUNCTIONS = tuple(
         "quantized_experts",
         "quantize_weight",
         "decode_layers",
+        "prefill_layers",
     )
 )
 

@@ -63,15 +63,15 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
   for (int i = 0; i < kVectors; i++) store_panel(total[i], y + i * kLanes * kSpan * kPanel);
 }
 
-// Panels begin..end of the weight with all M rows, in pairs. Some rows of x pass over a group of panels, then the next
+// Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass over a group of panels, then the next
 // rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
 // multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
 // up: null, or a second weight, whose results are combined with the first one's as in a feed-forward layer.
 void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFloat16* up, BFloat16* y, int64_t begin,
-                     int64_t end, int64_t N, int64_t K) {
+                     int64_t end, int64_t width, int64_t K) {
   const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
   const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
-  const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, width = kSpan * kPanel;
+  const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, columns = kSpan * kPanel;
   const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
   alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
   for (int64_t first = begin; first < end; first += group)
@@ -81,47 +81,68 @@ void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFl
       const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min<int64_t>(2, kMaxVectors)> : multiply<kMaxVectors>;
       for (int64_t panel = first; panel < last; panel += kSpan) {
         const int64_t count = std::min(kSpan, last - panel);
-        BFloat16* const to = y + block * kLanes * N + panel * kPanel;
-        for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * N, 1);
+        BFloat16* const to = y + block * kLanes * width + panel * kPanel;
+        for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * width, 1);
         for (int64_t which = 0; which < (up ? 2 : 1); which++)
           for (int64_t i = 0; i < count; i++) {
             const BFloat16 *w = (which ? up : weight) + (panel + i) * numbers, *next = w + group * numbers + part * lines * K;
             run(x + block * K / 2, w, results[which] + i * kPanel, K, lines, reinterpret_cast<const char*>(next));
           }
-        if (up) gate_values(results[0], results[1], rows * width);
+        if (up) gate_values(results[0], results[1], rows * columns);
         for (int64_t r = 0; r < rows; r++)
           if (count == kSpan)  // a constant size: one move
-            std::memcpy(to + r * N, results[0] + r * width, width * sizeof(BFloat16));
+            std::memcpy(to + r * width, results[0] + r * columns, columns * sizeof(BFloat16));
           else
-            std::copy_n(results[0] + r * width, count * kPanel, to + r * N);
+            std::copy_n(results[0] + r * columns, count * kPanel, to + r * width);
       }
     }
 }
 
-void multiply_many(const BFloat16* x, const BFloat16* weight, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
-                   int64_t K, int64_t threads) {
+// x in pairs of channels, 16 rows after 16 rows, in memory that is kept: fresh memory would cost a page fault per 4 KiB in
+// each call.
+const Bits* paired(const BFloat16* x, int64_t M, int64_t K, int64_t threads) {
   const int64_t blocks = (M + kLanes - 1) / kLanes;
-  static thread_local std::vector<Bits> room;  // kept: fresh memory would cost a page fault per 4 KiB in each call
+  static thread_local std::vector<Bits> room;
   if (static_cast<int64_t>(room.size()) < blocks * K / 2) room.resize(blocks * K / 2);
   Bits* const pairs = room.data();
   parallel_for(blocks, 2, threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin * kLanes; m < std::min(M, end * kLanes); m += kLanes)
       put_into_pairs(x + m * K, std::min(M - m, kLanes), K, kLanes, reinterpret_cast<uint32_t*>(pairs) + m * K / 2);
   });
-  parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
-               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, weight, up, y, begin, end, N, K); });
+  return pairs;
 }
 
 }  // namespace
 
+void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, int64_t threads) {
+  const int64_t K = weights[0].K;
+  int64_t width = 0;
+  for (int64_t i = 0; i < count; i++) width += weights[i].N;
+  const Bits* const pairs = paired(x, M, K, threads);
+  parallel_for(width / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // panel of this weight
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t panels = weights[i].N / kPanel;
+      multiply_panels(pairs, M, static_cast<const BFloat16*>(weights[i].weight), nullptr, y + first * kPanel,
+                      std::max<int64_t>(begin - first, 0), std::min(end - first, panels), width, K);
+      first += panels;
+    }
+  });
+}
+
 void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,
                       int64_t threads) {
-  if (M >= kManyRows && N % kPanel == 0) return multiply_many(x, weight, nullptr, y, M, N, K, threads);
+  if (M >= kManyRows && N % kPanel == 0) {
+    const Linear linear{weight, nullptr, N, K, 16, 0, 0, nullptr};
+    return linear_together(x, &linear, 1, y, M, threads);
+  }
   parallel_for(N, std::max<int64_t>(64, 16384 / K), threads,
                [&](int64_t n0, int64_t n1) { matvec_rows(x, M, weight, y, n0, n1, N, K); });
 }
 
 void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
                             int64_t K, int64_t threads) {
-  multiply_many(x, gate, up, y, M, N, K, threads);
+  const Bits* const pairs = paired(x, M, K, threads);
+  parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, up, y, begin, end, N, K); });
 }

@@ -109,14 +109,14 @@ struct Tile {
 };
 
 // `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
-// first head of the group; the next query is `stride` numbers on. Row r of the tile is query r / G, head r % G.
+// first head of the group; the next query is a stride of numbers on. Row r of the tile is query r / G, head r % G.
 template <typename T>
-void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* position, int64_t count,
-                 const Cached<T>& cached, int64_t S, int64_t G, int64_t D, float scale, BFloat16* y) {
+void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t* position, int64_t count,
+                 const Cached<T>& cached, int64_t S, int64_t G, int64_t D, float scale, BFloat16* y, int64_t y_stride) {
   const auto [k, v, k_scale, v_scale] = cached;
   const int64_t used = count * G, rows = padded_rows(used), multiple = tiles_are_used ? kTileDepth : kLanes;
   for (int64_t r = 0; r < rows; r++)  // the last row is repeated
-    std::copy_n(q + std::min(r, used - 1) / G * stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
+    std::copy_n(q + std::min(r, used - 1) / G * q_stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
   std::fill_n(tile.out.begin(), rows * D, 0.f);
   std::fill(tile.total.begin(), tile.total.end(), 0.f);
   std::fill(tile.maximum.begin(), tile.maximum.end(), kHidden);
@@ -165,12 +165,13 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t stride, const int64_t* p
   }
   for (int64_t r = 0; r < used; r++)
     for (int64_t d = 0; d < D; d += kLanes)
-      store(y + r / G * stride + r % G * D + d, load(&tile.out[r * D + d]) / tile.total[r]);
+      store(y + r / G * y_stride + r % G * D + d, load(&tile.out[r * D + d]) / tile.total[r]);
 }
 
 template <typename N>
-void prefill_heads(const BFloat16* q, const Cached<N>& cached, const int64_t* position, const int64_t* row, BFloat16* y,
-                   int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
+void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached, const int64_t* position,
+                   const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
+                   int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
   parallel_for(B * K * tiles, 1, threads, [&](int64_t begin, int64_t end) {
@@ -179,20 +180,25 @@ void prefill_heads(const BFloat16* q, const Cached<N>& cached, const int64_t* po
     Tile tile(padded_rows(std::min(queries, T) * G), D);
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
-      const int64_t offset = ((b * T + first) * H + head * G) * D;
-      attend_tile(tile, q + offset, H * D, position + b * T + first, std::min(queries, T - first),
-                  cached.head(row[b] * K + head, S, D), S, G, D, scale, y + offset);
+      const int64_t token = b * T + first, column = head * G * D;
+      attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
+                  cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
     }
   });
 }
 
 }  // namespace
 
+void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,
+                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
+  if (cache.key_scale)
+    prefill_heads(q, q_stride, Cached<int8_t>(cache), position, row, y, B, T, H, K, S, D, threads);
+  else
+    prefill_heads(q, q_stride, Cached<BFloat16>(cache), position, row, y, B, T, H, K, S, D, threads);
+}
+
 void qwen3fast_prefill_attention(const BFloat16* q, const Cache* cache, const int64_t* position, const int64_t* row,
                                  BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
                                  int64_t threads) {
-  if (cache->key_scale)
-    prefill_heads(q, Cached<int8_t>(*cache), position, row, y, B, T, H, K, S, D, threads);
-  else
-    prefill_heads(q, Cached<BFloat16>(*cache), position, row, y, B, T, H, K, S, D, threads);
+  attend_chunks(q, H * D, *cache, position, row, y, B, T, H, K, S, D, threads);
 }

@@ -39,6 +39,9 @@ inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K);
 
+// y[m, n] for bfloat16 weights of the same K, a multiple of 16, side by side in y: M at least 8, each N a multiple of 8.
+void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, int64_t threads);
+
 // Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. y: where its columns of the result begin.
 // `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,

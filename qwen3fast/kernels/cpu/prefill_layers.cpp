@@ -1,0 +1,115 @@
+// All transformer blocks for chunks of prompts: the products of linear.cpp, quantized.cpp and tiles.cpp, the attention of
+// prefill_attention.cpp, and between them norms, rotation and the cache, without a return to Python.
+//
+// Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A token's
+// result does not depend on the other batch rows.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "attend.h"
+#include "block.h"
+#include "ops.h"
+#include "parallel.h"
+#include "products.h"
+
+namespace {
+
+// One forward pass. M tokens, all batch rows together.
+struct Pass {
+  const Sizes size;
+  const float *cos, *sin;  // (positions, D)
+  const int64_t *position, *row;  // (M,), (B,)
+  const int64_t T;
+  BFloat16* const x;  // (M, E), the residual stream
+  const bool by_tiles;
+  const int64_t threads;
+  std::vector<BFloat16> normed, qkv, y, z, inner, act;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E), (M, 2I), (M, I)
+};
+
+// out: the products of weights of the same input, side by side.
+void multiply(const Pass& p, const BFloat16* x, const Linear* weights, int64_t count, BFloat16* out) {
+  const auto run = p.by_tiles ? qwen3fast_tile_linear : weights[0].bits == 16 ? linear_together : qwen3fast_quantized_linear;
+  run(x, weights, count, out, p.size.M, p.threads);
+}
+
+void norm_rows(Pass& p, const BFloat16* weight) {
+  const int64_t E = p.size.E;
+  parallel_for(p.size.M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) rms_norm(p.x + m * E, weight, E, p.size.eps, &p.normed[m * E]);
+  });
+}
+
+void add_to_residual(Pass& p) {
+  const int64_t E = p.size.E;
+  parallel_for(p.size.M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * E; i < end * E; i += kLanes) store(p.x + i, load(p.x + i) + load(&p.z[i]));
+  });
+}
+
+// Normalizes and rotates queries and keys in place, and writes keys and values to the cache, whose numbers are T.
+template <typename T>
+void write_cache(Pass& p, const Layer& layer) {
+  const auto& [M, E, H, K, D, S, eps] = p.size;
+  const Cache& cache = layer.cache;
+  parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      const int64_t at = p.position[m];
+      BFloat16* const vectors = &p.qkv[m * (H + 2 * K) * D];
+      for (int64_t head = 0; head < H + K; head++) {
+        BFloat16* vector = vectors + head * D;
+        rms_norm(vector, head < H ? layer.q_norm : layer.k_norm, D, eps, vector);
+        rotate(vector, p.cos + at * D, p.sin + at * D, D);
+      }
+      for (int64_t head = 0; head < K; head++) {
+        const int64_t place = (p.row[m / p.T] * K + head) * S + at, scale = cache.key_scale ? place : 0;
+        write_vector(vectors + (H + head) * D, D, static_cast<T*>(cache.keys) + place * D, cache.key_scale + scale);
+        write_vector(vectors + (H + K + head) * D, D, static_cast<T*>(cache.values) + place * D, cache.value_scale + scale);
+      }
+    }
+  });
+}
+
+// act: silu(gate(normed)) * up(normed).
+void multiply_gated(Pass& p, const Layer& layer) {
+  const int64_t M = p.size.M, I = layer.gate.N;
+  const Linear weights[] = {layer.gate, layer.up};
+  if (layer.gate.bits == 16 && !p.by_tiles) {
+    const auto *gate = static_cast<const BFloat16*>(layer.gate.weight), *up = static_cast<const BFloat16*>(layer.up.weight);
+    return qwen3fast_gated_linear(p.normed.data(), gate, up, p.act.data(), M, I, p.size.E, p.threads);
+  }
+  p.inner.resize(M * 2 * I);
+  multiply(p, p.normed.data(), weights, 2, p.inner.data());
+  parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      gate_values(&p.inner[m * 2 * I], &p.inner[(m * 2 + 1) * I], I);
+      std::copy_n(&p.inner[m * 2 * I], I, &p.act[m * I]);
+    }
+  });
+}
+
+}  // namespace
+
+void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
+                              const int64_t* position, const int64_t* row, int64_t T, BFloat16* x, bool by_tiles,
+                              int64_t threads) {
+  const auto& [M, E, H, K, D, S, eps] = *sizes;
+  const auto room = [M](int64_t columns) { return std::vector<BFloat16>(M * columns); };
+  int64_t I = 0;
+  for (const Layer* layer = layers; layer < layers + count; layer++) I = std::max(I, layer->gate.N);
+  Pass p{*sizes, cos, sin, position, row, T, x, by_tiles, threads, room(E), room((H + 2 * K) * D), room(H * D), room(E), {}, room(I)};
+  for (const Layer* layer = layers; layer < layers + count; layer++) {
+    norm_rows(p, layer->input_norm);
+    const Linear qkv[] = {layer->q, layer->k, layer->v};
+    multiply(p, p.normed.data(), qkv, 3, p.qkv.data());
+    (layer->cache.key_scale ? write_cache<int8_t> : write_cache<BFloat16>)(p, *layer);
+    attend_chunks(p.qkv.data(), (H + 2 * K) * D, layer->cache, position, row, p.y.data(), M / T, T, H, K, S, D, threads);
+    multiply(p, p.y.data(), &layer->o, 1, p.z.data());
+    add_to_residual(p);
+    norm_rows(p, layer->post_norm);
+    multiply_gated(p, *layer);
+    multiply(p, p.act.data(), &layer->down, 1, p.z.data());
+    add_to_residual(p);
+  }
+}
