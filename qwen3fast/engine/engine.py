@@ -342,6 +342,12 @@ class Engine(Rows):
     def _warm_up_prefill(self, adapter: int) -> Tensor:
         """Compute prompts of all sizes of chunks that requests need. Returns: the logits of the last one, (1, V)."""
         sizes = CHUNK_SIZES if self.graphs is not None else CHUNK_SIZES[:1]
+        parts = self.parts
+        if parts.decode_layers is not None and not parts.forms.serve_chunks(chunk_sizes(self.device), self.cache):
+            self.parts = replace(parts, decode_layers=None)  # some chunks run block by block
+            self.prefill_whole(0, [0] * sizes[0], adapter)
+            self._warm_up_together(sizes, adapter)
+            self.parts = parts
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):
             if (
                 self.captured is not None

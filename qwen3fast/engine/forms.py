@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -127,6 +127,10 @@ class Forms:
             return None
         names = {TILES if num_tokens >= limit.tiles and tiles.are_usable() else CPP for limit in limits}
         return names.pop() if len(names) == 1 else None
+
+    def serve_chunks(self, sizes: Sequence[int], cache: StaticKVCache) -> bool:
+        """Return whether `of_chunks` returns a form for chunks of all these sizes, at any length that fits the cache."""
+        return all(self.of_chunks(size, size, cache.allocated_len) is not None for size in sizes)
 
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}

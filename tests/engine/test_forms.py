@@ -18,7 +18,9 @@ from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import CHUNK_SIZES, Forward, Parts, chunk_sizes, row_ranges
 from qwen3fast.engine.prefill import max_prompts, prefill_chunk
 from qwen3fast.engine.state import DecodeState
-from qwen3fast.kernels import cuda
+from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels.cpu.structures import RowLimits
+from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -142,7 +144,8 @@ def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantiza
     ids=["float32", "bfloat16", "int4 experts"],
 )
 def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, graphs, monkeypatch, one_thread):
-    monkeypatch.setattr("qwen3fast.engine.decode_layers.DecodeLayers.serves", lambda self, rows: False)
+    for served in ("serves", "serves_chunks"):
+        monkeypatch.setattr(f"qwen3fast.engine.decode_layers.DecodeLayers.{served}", lambda self, rows: False)
     config = small_config(max_position_embeddings=1024, num_hidden_layers=3, dtype=dtype, **changes)
     model = randomized(config).to(dtype)
     if quantization is not None:
@@ -163,6 +166,27 @@ def test_on_cpus_the_forms_of_warmup_serve_all(dtype, quantization, changes, gra
             engine.sample_first(row, torch.zeros(1, config.vocab_size), StepKind(SamplerKind.WINDOW))
             engine.sample_first(list(range(row + 1)), torch.zeros(row + 1, config.vocab_size), StepKind())
     assert engine.compiler.compilations == len(graphs) == forms
+
+
+@pytest.mark.parametrize("limits", [RowLimits(), RowLimits(dequantized=128)], ids=["C++", "F.linear from 128 rows"])
+def test_blocks_of_prompts_are_compiled_only_where_the_operation_does_not_serve_all(limits, graphs, monkeypatch):
+    if not cpu.load():
+        pytest.skip("no compiler for the C++ operations on this machine")
+    monkeypatch.setattr("qwen3fast.engine.forms.Forms.decide", lambda self, may_measure: False)
+    config = small_config(max_position_embeddings=1024, num_hidden_layers=3, dtype=torch.bfloat16, head_dim=32)
+    engine = engine_of(randomized(config).bfloat16(), ROWS, 1024, compile=True)
+    for layer in engine.model.model.layers.modules():
+        if isinstance(layer, Linear):
+            layer.limits = limits
+    engine.warmup()
+    assert len(engine.parts.prefill_block._forms) == (0 if limits == RowLimits() else 2)
+    count = len(graphs)
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        for size in chunk_sizes(CPU):
+            prefill(engine, size, 0)
+            for prompts in range(2, max_prompts(size, ROWS) + 1):
+                prefill_together(engine, size, prompts)
+    assert len(graphs) == count
 
 
 def test_without_a_cache_one_form_serves_all_lengths(graphs, one_thread):

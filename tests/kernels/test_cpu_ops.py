@@ -506,9 +506,10 @@ def test_decode_layers_refuse_weights_and_caches_that_do_not_fit(spoil, message)
     [
         ({"position_B1": torch.tensor([[1], [400]])}, "position 400 is not in the cache"),
         ({"position_B1": torch.tensor([[-2], [4]])}, "position -2 is not in the cache"),
-        ({"position_B1": torch.tensor([[1]])}, r"position \(B, 1\)"),
-        ({"x_B1E": torch.zeros(2, 1, 64)}, r"x must be \(1 to \d+, 1, E\) bfloat16"),
-        ({"x_B1E": torch.zeros(4, 1, 64).bfloat16()}, r"x must be \(1 to \d+, 1, E\) bfloat16"),
+        ({"position_B1": torch.tensor([[1]])}, r"positions must be \(B, T\) int64"),
+        ({"x_B1E": torch.zeros(2, 1, 64)}, r"x must be \(B, T, E\) bfloat16"),
+        ({"x_B1E": torch.zeros(2, 2, 64).bfloat16()}, r"x must be \(1 to \d+, 1, E\)"),
+        ({"x_B1E": torch.zeros(4, 1, 64).bfloat16()}, r"x must be \(1 to \d+, 1, E\)"),
         ({"cos_SD": torch.zeros(300, 16)}, "cos and sin"),
     ],
 )
@@ -518,6 +519,111 @@ def test_decode_layers_refuse_inputs_that_do_not_fit(changes, message):
     arguments = {"x_B1E": x_B1E, "cos_SD": cos_SD, "sin_SD": sin_SD, "position_B1": position_B1} | changes
     with pytest.raises(ValueError, match=message):
         DecodeLayers(model, cache)(**arguments)
+
+
+def chunks_case(format, starts, size, cache_dtype=torch.bfloat16, **changes):
+    """Return a model, a filled cache, and chunks of prompts: x (B, T, E), positions (B, T) and rows (B,)."""
+    model, cache, *_ = layers_case(format, len(starts), cache_dtype=cache_dtype, **changes)
+    x_BTE = random_tensor(len(starts), size, model.config.hidden_size).bfloat16()
+    position_BT = torch.tensor(starts)[:, None] + torch.arange(size)
+    return model, cache, x_BTE, position_BT, torch.arange(len(starts)).flip(0)
+
+
+def run_chunks(model, cache, x_BTE, position_BT, row_B):
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    layers = DecodeLayers(model, cache)
+    assert layers.serves_chunks(x_BTE.shape[0] * x_BTE.shape[1])
+    return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles=False)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("starts", "size", "changes"),
+    [
+        ([0], 8, {}),
+        ([130], 33, {}),
+        ([0, 200, 17], 48, {}),
+        ([5], 19, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128}),
+        ([0, 9], 70, {"hidden_size": 160, "intermediate_size": 32, "head_dim": 96}),
+    ],
+    ids=str,
+)
+def test_prefill_layers_equal_the_blocks(format, cache_dtype, starts, size, changes):
+    model, cache, x_BTE, position_BT, row_B = chunks_case(format, starts, size, cache_dtype, **changes)
+    other, before = copy.deepcopy(cache), copy.deepcopy(cache)
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    mask_BTL, expected = torch.arange(cache.allocated_len) <= position_BT[..., None], x_BTE
+    for block, layer in zip(model.model.layers, other.layers(row_B), strict=True):
+        expected = block(expected, cos_SD[position_BT], sin_SD[position_BT], position_BT, mask_BTL, layer)
+    assert_near(run_chunks(model, cache, x_BTE, position_BT, row_B), expected, torch.bfloat16)
+    for layer, plain, old in zip(cache.layers(), other.layers(), before.layers(), strict=True):
+        is_new = torch.zeros(layer.k_RKSD.shape[0], layer.k_RKSD.shape[2], dtype=torch.bool)
+        is_new[row_B[:, None], position_BT] = True
+        for i, scale in ((0, 3), (1, 4)):
+            actual, wanted, earlier = (as_read(x[i], x[scale]).transpose(1, 2) for x in (layer, plain, old))
+            step = 1 / 127 if cache_dtype == torch.int8 else 0.0  # of 8 bits
+            atol = (TOLERANCES[torch.bfloat16] + step) * wanted[is_new].abs().max().item()
+            torch.testing.assert_close(actual[is_new], wanted[is_new], rtol=0, atol=atol)
+            assert_same(actual[~is_new], earlier[~is_new])
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format, cache_dtype):
+    model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130, 7], 40, cache_dtype)
+    before, threads = copy.deepcopy(cache), torch.get_num_threads()
+    together = run_chunks(model, cache, x_BTE, position_BT, row_B)
+    try:
+        for b, number in enumerate((1, 2, 3)):
+            torch.set_num_threads(number)
+            alone, one = copy.deepcopy(before), slice(b, b + 1)
+            assert_same(run_chunks(model, alone, x_BTE[one], position_BT[one], row_B[one])[0], together[b])
+            for tensor, expected in zip(alone.tensors(), cache.tensors(), strict=True):
+                assert_same(tensor[row_B[b]], expected[row_B[b]])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_prefill_layers_pass_nan_on():
+    for format, cache_dtype in product((None, "int8", "int4", "uint4"), (torch.bfloat16, torch.int8)):
+        model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 3], 9, cache_dtype)
+        x_BTE[0, 4, 3] = float("nan")
+        y_BTE = run_chunks(model, cache, x_BTE, position_BT, row_B)
+        assert y_BTE[0, 4:].isnan().any(dim=-1).all() and not y_BTE[1].isnan().any()
+
+
+def test_prefill_layers_leave_other_models_alone():
+    model, cache, x_BTE, position_BT, row_B = chunks_case("int8", [0], 9, **EXPERTS)
+    layers = DecodeLayers(model, cache)
+    assert layers.serves(1) and not layers.serves_chunks(9)
+    tables = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+    with pytest.raises(ValueError, match="no form for experts"):
+        layers.prefill(x_BTE, *tables, position_BT, row_B, by_tiles=False)
+    model, cache, *_ = chunks_case(None, [0], 9)
+    assert not DecodeLayers(model, cache).serves_chunks(7)
+    assert not DecodeLayers(model.float(), cache).serves_chunks(9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_BT": torch.arange(376, 385)[None]}, "position 384 is not in the cache"),
+        ({"position_BT": torch.arange(-1, 8)[None]}, "position -1 is not in the cache"),
+        ({"position_BT": torch.arange(9)}, r"positions must be \(B, T\) int64"),
+        ({"row_B": torch.tensor([2])}, "a row of the cache for each batch row"),
+        ({"row_B": torch.tensor([0, 0])}, "a row of the cache for each batch row"),
+        ({"x_BTE": torch.zeros(1, 9, 48).bfloat16()}, r"x must be \(B, T, E\) bfloat16"),
+        ({"x_BTE": torch.zeros(1, 7, 64).bfloat16()}, "at least 8 tokens"),
+        ({"sin_SD": torch.zeros(300, 16)}, "cos and sin"),
+    ],
+)
+def test_prefill_layers_refuse_inputs_that_do_not_fit(changes, message):
+    model, cache, x_BTE, position_BT, row_B = chunks_case(None, [0], 9)
+    cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
+    arguments = {"x_BTE": x_BTE, "cos_SD": cos_SD, "sin_SD": sin_SD, "position_BT": position_BT, "row_B": row_B}
+    with pytest.raises(ValueError, match=message):
+        DecodeLayers(model, cache).prefill(**arguments | changes, by_tiles=False)
 
 
 # Not optimized much: that takes over a minute.
