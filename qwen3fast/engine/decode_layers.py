@@ -66,7 +66,7 @@ class DecodeLayers:
         return self.is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
 
     def serves_chunks(self, num_tokens: int) -> bool:
-        """Return whether it supports chunks of prompts, of so many tokens together; not with adapters or experts."""
+        """Return whether it supports chunks of prompts, of so many tokens together; not with adapters."""
         return (
             self.is_possible
             and self._adapters is None

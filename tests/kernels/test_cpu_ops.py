@@ -593,13 +593,30 @@ def test_prefill_layers_pass_nan_on():
         assert y_BTE[0, 4:].isnan().any(dim=-1).all() and not y_BTE[1].isnan().any()
 
 
+@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}], ids=str)
+def test_prefill_layers_run_experts(format, changes):
+    """Experts in the last block alone: what a near choice changes there, no other token sees."""
+    changes = EXPERTS | {"mlp_only_layers": (0,)} | changes
+    model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130], 20, **changes)
+    other, mask_BTL = copy.deepcopy(cache), torch.arange(cache.allocated_len) <= position_BT[..., None]
+    cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
+
+    def run_plainly():
+        y_BTE = x_BTE
+        for block, layer in zip(model.model.layers, other.layers(row_B), strict=True):
+            y_BTE = block(y_BTE, cos_SD[position_BT], sin_SD[position_BT], position_BT, mask_BTL, layer)
+        return y_BTE
+
+    clear, expected = rows_with_clear_choices(model, run_plainly)
+    assert len(clear) > 20
+    actual = run_chunks(model, cache, x_BTE, position_BT, row_B)
+    assert_near(actual.flatten(0, 1)[clear], expected.flatten(0, 1)[clear], torch.bfloat16)
+    one = slice(1, 2)
+    assert_same(run_chunks(model, cache, x_BTE[one], position_BT[one], row_B[one])[0], actual[1])
+
+
 def test_prefill_layers_leave_other_models_alone():
-    model, cache, x_BTE, position_BT, row_B = chunks_case("int8", [0], 9, **EXPERTS)
-    layers = DecodeLayers(model, cache)
-    assert layers.serves(1) and not layers.serves_chunks(9)
-    tables = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
-    with pytest.raises(ValueError, match="no form for experts"):
-        layers.prefill(x_BTE, *tables, position_BT, row_B, by_tiles=False)
     model, cache, *_ = chunks_case(None, [0], 9)
     assert not DecodeLayers(model, cache).serves_chunks(7)
     assert not DecodeLayers(model.float(), cache).serves_chunks(9)

@@ -76,27 +76,11 @@ struct Routing {
   std::vector<BFloat16> logits, y;   // (M, X), (N, C, E)
   RoutedExperts experts;
 
-  // Chooses the experts of row m by its logits: the C largest probabilities, the first of equal ones.
   void choose(int64_t m, int64_t X, int64_t C, bool renormalizes) {
-    std::vector<float> chance(X);
-    float most = -INFINITY, total = 0, chosen = 0;
-    for (int64_t e = 0; e < X; e++) most = std::max(most, float(logits[m * X + e]));
-    for (int64_t e = 0; e < X; e++) total += chance[e] = std::exp(float(logits[m * X + e]) - most);
-    for (int64_t c = 0; c < C; c++) {
-      int64_t best = -1;  // where all are NaN, any that is left
-      for (int64_t e = 0; e < X; e++)
-        if (chance[e] != kTaken && (best < 0 || chance[e] > chance[best])) best = e;
-      expert.push_back(best);
-      share.push_back(chance[best] / total);
-      chosen += share.back();
-      chance[best] = kTaken;
-    }
-    for (auto s = share.end() - C; renormalizes && s != share.end(); s++) *s /= chosen;
     row.push_back(m);
+    expert.resize(row.size() * C), share.resize(row.size() * C);
+    choose_experts(&logits[m * X], X, C, renormalizes, expert.data() + expert.size() - C, share.data() + share.size() - C);
   }
-
- private:
-  static constexpr float kTaken = -1;
 };
 
 // The state that threads share while the layers run.

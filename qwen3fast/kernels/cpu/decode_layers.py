@@ -94,8 +94,9 @@ class DecodeLayersCall:
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
                 setattr(layer, name, _vector(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
-        weights = (w for x in self._layers for w in (x.q, x.k, x.v, x.o, x.gate, x.up, x.down))
-        self.can_prefill = not any(x.router.weight for x in self._layers) and not any(w.order for w in weights)
+        attention = (w for x in self._layers for w in (x.q, x.k, x.v, x.o))
+        dense = (w for x in self._layers if not x.router.weight for w in (x.gate, x.up, x.down))
+        self.can_prefill = not any(w.order for w in (*attention, *dense))
 
     def adapters(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> AdaptersOfLayers:
         """Check and keep the matrices of adapters, seven pairs per layer in the order of `Layer`.
@@ -164,11 +165,11 @@ class DecodeLayersCall:
         """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
         Arguments as of a step; B * T at least MIN_PREFILL_TOKENS. by_tiles: multiply by tiles, see tiles.cpp.
-        Returns: (B, T, E). Raises: ValueError as a step, and for blocks with experts or orders of channels.
+        Returns: (B, T, E). Raises: ValueError as a step, and where other weights than experts' have orders of channels.
         """
         B, T, _ = x_BTE.shape
         rows = row_B.contiguous()
-        require(self.can_prefill, "prefill_layers: there is no form for experts, or orders of channels")
+        require(self.can_prefill, "prefill_layers: only experts may have orders of channels")
         require(B * T >= MIN_PREFILL_TOKENS, f"prefill_layers: there must be at least {MIN_PREFILL_TOKENS} tokens")
         require(
             rows.dtype == torch.int64 and rows.shape == (B,) and all(0 <= row < self.R for row in rows.tolist()),

@@ -1,5 +1,5 @@
-// The experts that a router chose, with weights in 8 or 4 bits; see quantized.cpp for the products. Shared by experts.cpp
-// and decode_layers.cpp.
+// The experts that a router chooses, with weights in 8 or 4 bits; see quantized.cpp for the products. Shared by
+// experts.cpp, decode_layers.cpp and prefill_layers.cpp.
 //
 // Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
 // at all. A token's result does not depend on the tokens beside it.
@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -20,6 +21,25 @@
 namespace {
 
 constexpr int64_t kReading = 2;      // rows that a block of weights could be multiplied with while it is read
+
+// Chooses the C experts of a token by the router's logits (X,): the largest probabilities, the first of equal ones; and their
+// shares in the output. C at most X.
+inline void choose_experts(const BFloat16* logits, int64_t X, int64_t C, bool renormalizes, int64_t* expert, float* share) {
+  constexpr float kTaken = -1;
+  std::vector<float> chance(X);
+  float most = -INFINITY, total = 0, chosen = 0;
+  for (int64_t e = 0; e < X; e++) most = std::max(most, float(logits[e]));
+  for (int64_t e = 0; e < X; e++) total += chance[e] = std::exp(float(logits[e]) - most);
+  for (int64_t c = 0; c < C; c++) {
+    int64_t best = -1;  // where all are NaN, any that is left
+    for (int64_t e = 0; e < X; e++)
+      if (chance[e] != kTaken && (best < 0 || chance[e] > chance[best])) best = e;
+    expert[c] = best;
+    chosen += share[c] = chance[best] / total;
+    chance[best] = kTaken;
+  }
+  for (int64_t c = 0; renormalizes && c < C; c++) share[c] /= chosen;
+}
 
 // The pairs of one expert, from `first` on in the sorted order; their rows, quantized: x for gate and, where up reads its
 // input in another order, up's; inner for down. order: of gate's, then of up's input channels; null for none.

@@ -102,7 +102,8 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks for chunks of prompts, in place of x (B, T, E): position (B, T), row (B,), the cache row of each batch row; in
-// sizes, M is B T. B T at least 8, otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. No experts.
+// sizes, M is B T. B T at least 8, otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts
+// have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
                                             BFloat16* x, bool by_tiles, int64_t threads);

@@ -10,6 +10,7 @@
 
 #include "attend.h"
 #include "block.h"
+#include "experts.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -25,7 +26,11 @@ struct Pass {
   BFloat16* const x;  // (M, E), the residual stream
   const bool by_tiles;
   const int64_t threads;
-  std::vector<BFloat16> normed, qkv, y, z, inner, act;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E), (M, 2I), (M, I)
+  std::vector<BFloat16> normed, qkv, y, z;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E)
+  // Where a layer needs them. Gate and up, and their product: (M, 2I), (M, I). Of experts: (M, X), (M, C), (M, C), (M, C, E).
+  std::vector<BFloat16> gate_up, act, logits, each;
+  std::vector<int64_t> expert;
+  std::vector<float> share;
 };
 
 // out: the products of weights of the same input, side by side.
@@ -74,18 +79,41 @@ void write_cache(Pass& p, const Layer& layer) {
 // act: silu(gate(normed)) * up(normed).
 void multiply_gated(Pass& p, const Layer& layer) {
   const int64_t M = p.size.M, I = layer.gate.N;
+  p.act.resize(M * I);
   const Linear weights[] = {layer.gate, layer.up};
   if (layer.gate.bits == 16 && !p.by_tiles) {
     const auto *gate = static_cast<const BFloat16*>(layer.gate.weight), *up = static_cast<const BFloat16*>(layer.up.weight);
     return qwen3fast_gated_linear(p.normed.data(), gate, up, p.act.data(), M, I, p.size.E, p.threads);
   }
-  p.inner.resize(M * 2 * I);
-  multiply(p, p.normed.data(), weights, 2, p.inner.data());
+  p.gate_up.resize(M * 2 * I);
+  multiply(p, p.normed.data(), weights, 2, p.gate_up.data());
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
-      gate_values(&p.inner[m * 2 * I], &p.inner[(m * 2 + 1) * I], I);
-      std::copy_n(&p.inner[m * 2 * I], I, &p.act[m * I]);
+      gate_values(&p.gate_up[m * 2 * I], &p.gate_up[(m * 2 + 1) * I], I);
+      std::copy_n(&p.gate_up[m * 2 * I], I, &p.act[m * I]);
     }
+  });
+}
+
+// x += the sum of each token's chosen experts' outputs, each times its share.
+void add_experts(Pass& p, const Layer& layer) {
+  const int64_t M = p.size.M, E = p.size.E, X = layer.router.N, C = layer.chosen;
+  p.logits.resize(M * X), p.each.resize(M * C * E), p.expert.resize(M * C), p.share.resize(M * C);
+  multiply(p, p.normed.data(), &layer.router, 1, p.logits.data());
+  parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++)
+      choose_experts(&p.logits[m * X], X, C, layer.renormalizes, &p.expert[m * C], &p.share[m * C]);
+  });
+  qwen3fast_quantized_experts(p.normed.data(), p.expert.data(), &layer.gate, &layer.down, p.each.data(), M, C, X, p.threads);
+  parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++)
+      for (int64_t i = 0; i < E; i += kLanes) {
+        Vec total = {};
+        for (int64_t c = 0; c < C; c++) total += load(&p.each[(m * C + c) * E + i]) * p.share[m * C + c];
+        BFloat16 rounded[kLanes];
+        store(rounded, total);
+        store(p.x + m * E + i, load(p.x + m * E + i) + load(rounded));
+      }
   });
 }
 
@@ -96,9 +124,8 @@ void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* s
                               int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = *sizes;
   const auto room = [M](int64_t columns) { return std::vector<BFloat16>(M * columns); };
-  int64_t I = 0;
-  for (const Layer* layer = layers; layer < layers + count; layer++) I = std::max(I, layer->gate.N);
-  Pass p{*sizes, cos, sin, position, row, T, x, by_tiles, threads, room(E), room((H + 2 * K) * D), room(H * D), room(E), {}, room(I)};
+  Pass p{*sizes, cos, sin, position, row, T, x, by_tiles, threads, room(E), room((H + 2 * K) * D), room(H * D), room(E),
+         {}, {}, {}, {}, {}, {}};
   for (const Layer* layer = layers; layer < layers + count; layer++) {
     norm_rows(p, layer->input_norm);
     const Linear qkv[] = {layer->q, layer->k, layer->v};
@@ -108,6 +135,10 @@ void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* s
     multiply(p, p.y.data(), &layer->o, 1, p.z.data());
     add_to_residual(p);
     norm_rows(p, layer->post_norm);
+    if (layer->router.weight) {
+      add_experts(p, *layer);
+      continue;
+    }
     multiply_gated(p, *layer);
     multiply(p, p.act.data(), &layer->down, 1, p.z.data());
     add_to_residual(p);
