@@ -1,0 +1,1 @@
+"""Checks of CUDA code on machines without a GPU."""
