@@ -30,7 +30,7 @@ def watch_memory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call(executor, *arguments, **options)
 
     def check(access: str, pointers: Any, mask: Any) -> None:
-        address = pointers.data[mask.data].ravel()
+        address = pointers.data[mask.data.astype(bool)]
         is_inside = np.zeros(address.shape, dtype=bool)
         for start, end in extents:
             is_inside |= (address >= start) & (address < end)

@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import current
-from qwen3fast.kernels.cuda.decode_step.weights import FP8_BLOCK, LANES, Weight, record_bytes, record_scales
+from qwen3fast.kernels.cuda.decode_step.weights import (
+    FP8_BLOCK,
+    LANES,
+    Weight,
+    nan_of_words,
+    record_bytes,
+    record_scales,
+)
 
 BLOCK_J = 64  # words per row that a program reads at a time in 16 bits
 BLOCK_J_OF_FP8 = 32  # with scales of blocks: 128 channels, which share a scale
@@ -86,13 +93,16 @@ def block_scale(scale, at, first, num_words):
 def unpack_channel(word, scale, minimum, part: tl.constexpr, kind: tl.constexpr):
     """Return channel `part` of each word, dequantized to float32; of 8-bit words without their scale.
 
-    A word holds 4 channels of 8 bits, one per byte, or 8 channels of 4 bits: the low halves of its bytes first.
+    A word holds 4 channels of 8 bits, one per byte, or 8 channels of 4 bits: the low halves of its bytes first. A NaN
+    of fp8 is in its word's first channel: the product is the same.
     """
     bits = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if kind < 4 else 15)
     if kind == 2 or kind == 3:
         # float8_e4m3fn: sign, 4 bits of exponent, 3 of fraction; as float16's bits, 2^8 times too small.
         half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
         weight = half.to(tl.float32) * 256.0
+        if part == 0:
+            weight += nan_of_words(word)
     elif kind == 1:
         weight = (bits - 128).to(tl.float32)
     elif kind == 4:

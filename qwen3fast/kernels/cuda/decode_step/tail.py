@@ -161,6 +161,8 @@ def embed_kernel(
         block, lane, p = row // 16, row % 16, tl.arange(0, P)
         words = tl.load(w + block * (J * 16) + j * 16 + lane, mask=is_real, other=0)
         channels = tl.reshape(unpack(words[None, :, None], KIND), BLOCK, P)
+        if KIND == 2 or KIND == 3:
+            channels = tl.where(tl.abs(channels) > 1.75, float("nan"), channels * 256.0)
         if KIND == 3:
             word_scale = tl.load(scale + block * ((E + 127) // 128) + j // 32, mask=is_real, other=0.0)
             channels *= word_scale[:, None]

@@ -149,7 +149,7 @@ def multiply(
 ):
     """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
     if KIND == 3:
-        scales = block_scales(scale, n0, k0, N, K, BK)
+        scales = block_scales(scale, n0, k0, K, BK)
     elif KIND == 4:
         scales = group_scales(scale, n0, k0, N, K, BN, BK)
     elif KIND > 4:
@@ -159,6 +159,8 @@ def multiply(
         sums = tl.sum(raw.to(tl.float32) * x, 2)
     else:
         sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
+        if KIND == 2 or KIND == 3:
+            sums = sums * 256.0 + nan_of_words(raw)  # see `_byte`
         if KIND == 3 or KIND == 4:
             sums *= scales
         elif KIND > 4:
@@ -175,11 +177,11 @@ def finish(sums, P: tl.constexpr):
 
 
 @triton.jit
-def block_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+def block_scales(scale, n0, k0, K: tl.constexpr, BK: tl.constexpr):
     """Load the scales of blocks of 128 channels, for each word of a tile, whose rows share them: [1, BK/4, 1]."""
     j = k0 // 4 + tl.arange(0, BK // 4)[None, :, None]
     base = scale + (n0 // 16).to(tl.int64) * ((K + 127) // 128)
-    return tl.load(base + j // 32, mask=(j < K // 4) & (n0 < N), other=0.0)
+    return tl.load(base + j // 32, mask=j < K // 4, other=0.0)
 
 
 @triton.jit
@@ -244,7 +246,10 @@ def scale_numbers(N, K, KIND):
 
 @triton.jit
 def unpack(words, KIND: tl.constexpr):
-    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first)."""
+    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first).
+
+    Numbers of fp8 are 2^8 times too small, and 1.875 or -1.875 instead of NaN; others are at most 1.75.
+    """
     # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
     if KIND >= 4:
         ZERO: tl.constexpr = 8388616.0 if KIND == 4 else 8388608.0  # 2^23, and the level of a weight of zero
@@ -276,12 +281,18 @@ def _half(words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
-    """Return 8 bits as float32: an integer with zero point 128, or a float8_e4m3fn number."""
+    """Return 8 bits as float32: an integer with zero point 128, or what `unpack` says of fp8."""
     bits = (words >> SHIFT) & 255
     if KIND == 1:
         number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     else:
         # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
         half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-        number = half.to(tl.float32) * 256.0
+        number = half.to(tl.float32)
     return number
+
+
+@triton.jit
+def nan_of_words(words):
+    """Return NaN for words of fp8 that contain one (a byte of 127 or 255), 0 for others: cheaper than byte by byte."""
+    return tl.where((((words & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0, float("nan"), 0.0)

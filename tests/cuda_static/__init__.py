@@ -1,1 +1,0 @@
-"""Checks of CUDA code on machines without a GPU."""
