@@ -80,6 +80,24 @@ def test_all_fp8_numbers_are_read_from_their_bits():
         )
 
 
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (48, 160), (272, 256)])
+def test_fp8_blocks_have_the_scale_of_their_16_rows_and_128_channels(N, K):
+    format = FP8.with_blocks()
+    weight = random_tensor(N, K)
+    packed = quantize(weight, format)
+    assert packed.scale.shape == format.empty(N, K).scale.shape == (N // 16, -(-K // 128))
+    assert packed.scale.dtype == torch.float32
+    rows = format.dequantize(packed)
+    for n, k in itertools.product(range(0, N, 16), range(0, K, 128)):
+        block = weight[n : n + 16, k : k + 128]
+        scale = block.abs().max() / 448
+        expected = (block / scale).to(torch.float8_e4m3fn).float() * scale
+        assert_same(packed.scale[n // 16, k // 128], scale)
+        assert_same(rows[n : n + 16, k : k + 128], expected)
+    row = torch.tensor([N - 1, 0, 5])
+    assert_same(format.rows(packed, row), rows[row])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @rounded_in_cpp
 @given(
