@@ -12,6 +12,7 @@ from qwen3fast.kernels.cuda.decode_step import linear, tail
 from qwen3fast.kernels.cuda.decode_step.weights import FP8_BLOCK, LARGEST_BK, TILE, Weight
 from qwen3fast.kernels.cuda.packed_experts import packed_experts
 from qwen3fast.kernels.cuda.packed_matvec import block_words, packed_matvec, share_of
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.packed import Packed, pack_bytes
 
 pytestmark = pytest.mark.triton
@@ -173,3 +174,19 @@ def test_a_scale_that_is_nan_stays_in_its_block():
     packed.scale[1, 1] = torch.nan
     for y in every_product(packed, 160):
         assert (y[:16] == 160).all() and y[16:].isnan().all()
+
+
+def test_dequantizing_is_traced_for_any_number_of_rows():
+    """As compiled prefill reads these weights: no graph break, no form per number of tokens."""
+    format = FORMATS["fp8"].with_blocks()
+    packed, plain_NK = fp8_blocks(48, 160)
+    assert torch.equal(format.dequantize(packed), plain_NK)
+
+    def product(x_MK, weight, scale):
+        return x_MK @ format.dequantize(Packed(weight, scale)).T
+
+    compiled, x_MK = torch.compile(product, fullgraph=True), random_tensor(9, 160)
+    torch._dynamo.mark_dynamic(x_MK, 0)
+    assert_near(compiled(x_MK, *packed), x_MK @ plain_NK.T)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_near(compiled(x_MK[:5], *packed), x_MK[:5] @ plain_NK.T)

@@ -60,7 +60,7 @@ def block_words(dtype: torch.dtype, rows: int, kind: int) -> int:
 
 def share_of(words: int, parts: int, block: int) -> int:
     """Return the words per row in a part: whole blocks, whose number a smaller share would not reduce."""
-    return triton.cdiv(triton.cdiv(words, parts), block) * block
+    return -(-words // (parts * block)) * block
 
 
 def num_parts(blocks: int, words: int) -> int:
