@@ -8,15 +8,16 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import cpu_threads  # noqa: F401  before anything that imports PyTorch
-import kernel_device  # noqa: F401  before anything that imports Triton
+import kernel_device  # before anything that imports Triton
 import pytest
 import torch
 import train_tiny
+from cuda_static.program_order import watch_memory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,6 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unstable = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]{6,}", item.nodeid)]
     if unstable:
         raise pytest.UsageError("ids of tests contain addresses; pass ids=...: " + ", ".join(unstable[:3]))
+
+
+@pytest.fixture(autouse=True)
+def watched_memory(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Accesses of Triton's kernels outside of their arguments, in its interpreter; any at the end fail the test."""
+    if kernel_device.DEVICE != "cpu" or request.node.get_closest_marker("triton") is None:
+        yield []
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        outside = watch_memory(patch)
+        yield outside
+    assert outside == []
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,13 @@ STACKS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
-    """Return whether the layers have one type and no biases, and their parameters can be stacked."""
+    """Return whether the layers have one type, one format and no biases, and their parameters can be stacked."""
     kinds = {
-        (type(layer), tuple((n, p.shape[1:], p.dtype, p.device) for n, p in layer.named_parameters()))
+        (
+            type(layer),
+            getattr(getattr(layer, "format", None), "name", None),  # int8 and fp8 have the same shapes and dtypes
+            tuple((n, p.shape[1:], p.dtype, p.device) for n, p in layer.named_parameters()),
+        )
         for layer in layers
     }
     return len(kinds) == 1 and all(getattr(layer, "bias", None) is None for layer in layers)

@@ -1,7 +1,7 @@
 """Weights in 8 and 4 bits: how they are quantized; packed.py describes the order of their bytes.
 
-int8, int4 and fp8 are symmetric: weight = (level - zero) * scale with zero 128 or 8, or the float8 number * scale.
-uint4 has a minimum or a zero point per group (uint4.py).
+int8 and int4 are symmetric: weight = (level - zero) * scale with zero 128 or 8. In fp8, weight = float8 number * scale
+(fp8.py). uint4 has a minimum or a zero point per group (uint4.py).
 
     N out_features   K in_features
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
+from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.packed import (
     GROUP,
     LANES,
@@ -46,6 +47,7 @@ class Format:
         rows: dequantizes some rows, (R, K) float32, given their int64 numbers (R,).
         is_affine: has a minimum or a zero point per group of channels.
         layout_of: the layout of an affine format's scales, given K.
+        has_blocks: of fp8, whether scales are of blocks, not of rows.
         devices: types of devices that there are kernels for.
     """
 
@@ -55,12 +57,18 @@ class Format:
     rows: Callable[[Packed, Tensor], Tensor]
     is_affine: bool = False
     layout_of: Callable[[int], Layout] = Layout.default
+    has_blocks: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
         """Return this (affine) format with another layout of scales."""
         assert self.is_affine, "other formats have one layout"
         return replace(self, layout_of=layout_of, quantize=partial(quantize_uint4, layout_of=layout_of))
+
+    def with_blocks(self) -> Format:
+        """Return this format (fp8) with a scale per block of 16 rows and 128 channels."""
+        assert self.name == "fp8", "other formats have no such blocks"
+        return replace(self, has_blocks=True, quantize=quantize_fp8_blocks)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the whole weight, (N, K) float32."""
@@ -80,10 +88,11 @@ class Format:
         blocks = out_features // LANES
         weight = torch.empty(blocks, in_features * self.bits // 32, LANES, 4, dtype=torch.uint8, device=device)
         if self.bits == 8:
-            return Packed(weight, torch.empty(out_features, dtype=torch.float32, device=device))
+            shape = scale_shape(out_features, in_features, self.has_blocks)
+            return Packed(weight, torch.empty(shape, dtype=torch.float32, device=device))
         if self.is_affine:
-            shape = self.layout_of(in_features).shape(out_features, in_features)
-            return Packed(weight, torch.empty(shape, dtype=torch.uint8, device=device))
+            records = self.layout_of(in_features).shape(out_features, in_features)
+            return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))
 
 
@@ -108,30 +117,6 @@ def pack_int8(byte_NK: Tensor, scale_N: Tensor) -> Packed:
 def rows_int8(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
     return (bytes_of_rows(packed, row_R).float() - 128) * packed.scale[row_R, None]
-
-
-def quantize_fp8(weight_NK: Tensor) -> Packed:
-    """Quantize to float8_e4m3fn, one scale per row: its largest weight becomes +-448, the largest number there is."""
-    weight = weight_NK.float()
-    scale_N = weight.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
-    number_NK = (weight / scale_N.clamp(min=1e-30)[:, None]).to(torch.float8_e4m3fn)
-    return Packed(pack_bytes(number_NK.view(torch.uint8)), scale_N)
-
-
-def rows_fp8(packed: Packed, row_R: Tensor) -> Tensor:
-    """Return rows of the weight, (R, K) float32."""
-    return from_fp8(bytes_of_rows(packed, row_R)) * packed.scale[row_R, None]
-
-
-def from_fp8(byte: Tensor) -> Tensor:
-    """Return the float8_e4m3fn numbers of bytes (uint8), as float32.
-
-    By their bits, since Triton converts them only on GPUs of compute capability 8.9 and later: a float16 with the same
-    exponent and fraction is 2^8 times as small.
-    """
-    bits = byte.contiguous().view(torch.int8).to(torch.int16)
-    number = ((bits << 7) & ~0x4000).view(torch.float16).float() * 256.0
-    return torch.where(bits & 0x7F == 0x7F, torch.nan, number)
 
 
 def quantize_int4(weight_NK: Tensor) -> Packed:

@@ -21,7 +21,8 @@ class Packed(NamedTuple):
     """A quantized (N, K) weight.
 
     int8:  weight (N/16, K/4, 16, 4) uint8; scale (N,) float32, one per row.
-    fp8:   the same, with the bytes of float8_e4m3fn numbers.
+    fp8:   the same with the bytes of float8_e4m3fn numbers; or scale (N/16, K/128) float32, rounded up, one per 16 rows
+           and 128 channels.
     int4:  weight (N/16, K/8, 16, 4) uint8, channel 8j+i in the low half and 8j+4+i in the high half of byte i;
            scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row.
     uint4: weight as in int4; scale (N/16, K/span, bytes of a record) uint8, see uint4.py.

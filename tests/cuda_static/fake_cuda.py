@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import Format
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
         yield torch.device("cuda", 0)
 
 
-def fake_model(config: ModelConfig, device: torch.device, quantization: str | None = None) -> Qwen3:
+def fake_model(config: ModelConfig, device: torch.device, quantization: str | Format | None = None) -> Qwen3:
     """A model without memory, in the config's dtype or a quantized format; to be called inside `fake_cuda`."""
     with unset_fake_temporarily():
         model = build_on_meta(config)

@@ -22,12 +22,15 @@ COMPILE = """
 import json, re, subprocess, sys, tempfile, triton
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
-from compile_for_gpu.cases import compile_cases, float32_cases
+from compile_for_gpu.cases import compile_cases, float32_cases, own_cases
 found = {}
 chosen = [
     (capability, case)
     for capability, names in json.loads(sys.argv[1])
-    for case in [*compile_cases(divmod(capability, 10)), *(float32_cases((8, 9)) if capability == 89 else [])]
+    for case in [
+        *compile_cases(divmod(capability, 10)),
+        *(float32_cases((8, 9)) if capability == 89 else own_cases() if capability == 80 else []),
+    ]
     if any(case.name.startswith(name) for name in names)
 ]
 for capability, case in chosen:
@@ -62,6 +65,7 @@ CHOSEN = [
         90,
         [
             "gate_up, 8b, fp8, 8",
+            "gate_up, 8b, fp8-block, 8",
             "gate_up, 8b, uint4, 8",
             "down, 8b, bf16, 8",
             "embed, 0.6b",
@@ -71,6 +75,9 @@ CHOSEN = [
         ],
     ),
     (100, ["qkv, 0.6b, bf16, 1", "attention, 0.6b, bf16"]),
+    (80, ["qkv, 0.6b, fp8-block, 1", "packed_matvec, fp8-block", "packed_experts, fp8-block"]),
+    (90, ["vocabulary, 0.6b, fp8-block, 1", "down, 8b, fp8-block, 8"]),
+    (100, ["gate_up, 8b, fp8-block, 8", "embed, 0.6b, fp8-block"]),
 ]
 
 

@@ -71,6 +71,23 @@ def test_order_and_conflicts_of_programs_are_seen(monkeypatch):
     assert y[0] != 5  # the last program's number, had they run in order
 
 
+@triton.jit
+def outside_kernel(x, y, SIZE: tl.constexpr):
+    """Reads beyond x and writes beyond y where SIZE is larger than they are."""
+    tl.store(y + tl.arange(0, SIZE), tl.load(x + tl.arange(0, SIZE)))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_accesses_outside_of_arguments_are_seen(watched_memory):
+    x, y = torch.arange(16.0), torch.zeros(16)
+    outside_kernel[(1,)](x[:8], y[:8], 8)
+    assert watched_memory == []
+    outside_kernel[(1,)](x[:4], y, 8)
+    outside_kernel[(1,)](x, y[8:12], 8)
+    assert watched_memory == [f"outside_kernel {what} outside of its arguments" for what in ("reads", "writes")]
+    watched_memory.clear()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("rows", "N", "K"), [(1, 16, 32), (3, 48, 96), (8, 32, 64)])

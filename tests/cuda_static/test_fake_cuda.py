@@ -25,6 +25,7 @@ from qwen3fast.sampling.samplers import SamplerKind
 
 SIZES = ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b")
 ROWS, MAX_SEQ_LEN = 8, 8192
+BLOCKS = FORMATS["fp8"].with_blocks()
 
 
 def make_engine(device, size, quantization=None, cache_dtype=torch.bfloat16, **changes):
@@ -61,8 +62,8 @@ def test_decode_step_runs_on_cuda_tensors(size):
 @pytest.mark.parametrize("kind", SamplerKind)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"cache_dtype": torch.int8}, {"quantization": "int8"}, {"quantization": "int4"}, {"quantization": "fp8"}],
-    ids=lambda changes: "-".join(map(str, changes.values())) or "bf16",
+    [{}, {"cache_dtype": torch.int8}, *({"quantization": f} for f in ("int8", "int4", "fp8", BLOCKS))],
+    ids=["bf16", "int8 cache", "int8", "int4", "fp8", "fp8-block"],
 )
 def test_every_format_and_sampler_runs_on_cuda_tensors(changes, kind):
     with fake_cuda() as device:

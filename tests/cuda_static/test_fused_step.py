@@ -25,19 +25,21 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
 from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.sampling.samplers import SamplerKind
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 
 PROMPTS = ([1], list(range(2, 72)))
+BLOCKS = FORMATS["fp8"].with_blocks()
 
 
 def make_model(quantization=None, **changes) -> Qwen3:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 80, "max_position_embeddings": 160}
     model = randomized(small_config(**{**sizes, "tie_word_embeddings": False, **changes}))
     if quantization is not None:
-        quantize_model(model, quantization, torch.float32)
+        quantize_model(model, BLOCKS if quantization == "fp8-block" else quantization, torch.float32)
     return model.to(DEVICE)
 
 
@@ -72,6 +74,8 @@ def tensors_of(engine):
         ("int8", torch.float32, {"num_hidden_layers": 1}),
         ("int4", torch.int8, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
         ("fp8", torch.float32, {"num_hidden_layers": 1}),
+        ("fp8-block", torch.float32, {"num_hidden_layers": 1, "hidden_size": 160}),
+        ("fp8-block", torch.int8, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
         ("uint4", torch.float32, {"num_hidden_layers": 1, "tie_word_embeddings": True}),
     ],
 )
@@ -311,7 +315,7 @@ def test_it_serves_few_rows():
 # ------------------------------------------------------------------------------------------------ stacked weights
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "uint4", "fp8-block"])
 def test_stacked_layers_share_one_weight_and_give_the_same(quantization):
     model, plain = make_model(quantization), make_model(quantization)
     tokens = torch.tensor([[1, 2, 3]], device=DEVICE)
@@ -335,6 +339,13 @@ def test_layers_of_different_formats_are_not_stacked():
     mixed = make_model("int8").model.layers[0].self_attn, make_model().model.layers[0].self_attn
     assert not can_stack([mixed[0].q_proj, mixed[1].k_proj])
     assert can_stack([mixed[0].q_proj, mixed[0].k_proj])
+
+
+def test_layers_whose_bytes_only_the_format_tells_apart_are_not_stacked():
+    formats = [make_model(name).model.layers[0].self_attn for name in ("int8", "fp8", "fp8-block")]
+    assert formats[0].q_proj.weight_scale.shape == formats[1].q_proj.weight_scale.shape
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert not can_stack([formats[one].q_proj, formats[other].k_proj])
 
 
 def test_prequantized_dense_sizes_are_served():

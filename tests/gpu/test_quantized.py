@@ -16,6 +16,7 @@ from qwen3fast.quantization.formats import FORMATS
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "eos_token_ids": ()}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PARAMS = SamplingParams(temperature=0, max_tokens=30)
+BLOCKS = FORMATS["fp8"].with_blocks()
 TEXTS = [[1, 2, 3], list(range(70))]
 
 
@@ -30,18 +31,18 @@ def replies_of(model, is_captured):
 
 
 @pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "graphs"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, BLOCKS], ids=[*FORMATS, "fp8-block"])
 def test_tokens_are_those_of_the_dequantized_weights(name, is_captured):
     model = randomized(small_config(**SIZES), seed=5)
     quantize_model(model, name, torch.float32)  # on the CPU: on the GPU, scales may differ in their last bit
-    if DEVICE.type == "cpu" and name == "fp8":
+    if DEVICE.type == "cpu" and name in ("fp8", BLOCKS):
         pytest.skip("fp8 runs on CUDA devices only")
     check = check_against_float32(model, TEXTS, replies_of(copy.deepcopy(model).to(DEVICE), is_captured))
     assert check["passed"], check
 
 
 # Compiled once: all formats share the kernel's text.
-@pytest.mark.parametrize(("name", "is_captured"), [*((name, False) for name in FORMATS), ("int4", True)])
+@pytest.mark.parametrize(("name", "is_captured"), [*((name, False) for name in (*FORMATS, BLOCKS)), ("int4", True)])
 def test_tokens_of_quantized_experts_are_those_of_the_plain_form(name, is_captured, monkeypatch):
     monkeypatch.setattr("qwen3fast.kernels.cpu.is_loaded", lambda: False)  # on the CPU, the form in PyTorch
     plain = randomized(small_config(**SIZES, **EXPERTS), seed=5)

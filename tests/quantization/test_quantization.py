@@ -24,7 +24,8 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.linears import linears
 from qwen3fast.quantization import formats_of, quantize_model
-from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, from_fp8, quantize
+from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
+from qwen3fast.quantization.fp8 import from_fp8
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.packed import levels_of_rows
 from qwen3fast.quantization.uint4 import Layout
@@ -77,6 +78,24 @@ def test_all_fp8_numbers_are_read_from_their_bits():
         torch.testing.assert_close(
             convert(byte), byte.view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (48, 160), (272, 256)])
+def test_fp8_blocks_have_the_scale_of_their_16_rows_and_128_channels(N, K):
+    format = FP8.with_blocks()
+    weight = random_tensor(N, K)
+    packed = quantize(weight, format)
+    assert packed.scale.shape == format.empty(N, K).scale.shape == (N // 16, -(-K // 128))
+    assert packed.scale.dtype == torch.float32
+    rows = format.dequantize(packed)
+    for n, k in itertools.product(range(0, N, 16), range(0, K, 128)):
+        block = weight[n : n + 16, k : k + 128]
+        scale = block.abs().max() / 448
+        expected = (block / scale).to(torch.float8_e4m3fn).float() * scale
+        assert_same(packed.scale[n // 16, k // 128], scale)
+        assert_same(rows[n : n + 16, k : k + 128], expected)
+    row = torch.tensor([N - 1, 0, 5])
+    assert_same(format.rows(packed, row), rows[row])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

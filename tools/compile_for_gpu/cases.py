@@ -11,10 +11,19 @@ import triton
 from qwen3fast.kernels.cuda import chunk_attention, packed_experts, packed_matvec, split_attention
 from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
-from qwen3fast.kernels.cuda.decode_step.weights import FP8, INT4, INT8, PLAIN, channels_of, tile_shape, uint4_kind
+from qwen3fast.kernels.cuda.decode_step.weights import (
+    FP8,
+    FP8_BLOCK,
+    INT4,
+    INT8,
+    PLAIN,
+    channels_of,
+    tile_shape,
+    uint4_kind,
+)
 
 FORMATS = {
-    "bf16": PLAIN, "int8": INT8, "fp8": FP8, "int4": INT4,
+    "bf16": PLAIN, "int8": INT8, "fp8": FP8, "fp8-block": FP8_BLOCK, "int4": INT4,
     "uint4": uint4_kind(256, 320), "uint4 with zero points": uint4_kind(128, 48), "uint4 of Q4_K": uint4_kind(256, 256),
 }  # fmt: skip
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
@@ -68,10 +77,11 @@ def own_cases() -> list[KernelCase]:
         channels, scale = channels_of(kind), _scale_type(kind)
         for rows in (16, 64):
             kinds = [bf16, "*i32", scale, fp32, index, index, index]
-            numbers = [channels, kind, rows, packed_matvec.BLOCK_J]
+            numbers = [channels, kind, rows, packed_matvec.block_words(torch.bfloat16, rows, kind)]
             title = f"packed_matvec, {name}, {rows} rows"
             cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
-        kinds, numbers = [bf16, "*i32", scale, "*i64", fp32, index, index], [channels, kind, packed_matvec.BLOCK_J]
+        kinds = [bf16, "*i32", scale, "*i64", fp32, index, index]
+        numbers = [channels, kind, packed_matvec.block_words(torch.bfloat16, 1, kind)]
         cases.append(KernelCase.in_order(f"packed_experts, {name}", packed_experts._multiply_chosen, kinds, numbers))
     return cases
 
@@ -142,7 +152,7 @@ def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
     cases.append(split._replace(options=options))
     for rows in (16, 64):
         kinds = ["*fp32", "*i32", _scale_type(INT4), "*fp32", "i32", "i32", "i32"]
-        numbers = [channels_of(INT4), INT4, rows, packed_matvec.block_words(torch.float32, rows)]
+        numbers = [channels_of(INT4), INT4, rows, packed_matvec.block_words(torch.float32, rows, INT4)]
         title = f"packed_matvec, int4, {rows} rows"
         cases.append(KernelCase.in_order(title, packed_matvec._multiply, kinds, numbers))
     every = [case for case in cases if not case.name.startswith("combine")]

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = "sizes; after a slash, how many layers [%(default)s]"
     parser.add_argument("--models", default="0.6b,8b,30b-a3b/4", help=sizes)
-    parser.add_argument("--weights", default="bf16,int8,int4,fp8", help="bf16 or a quantization [%(default)s]")
+    parser.add_argument("--weights", default="bf16,int8,int4,fp8,fp8-block", help="bf16 or a format [%(default)s]")
     parser.add_argument("--batch-sizes", default="1,16", help="[%(default)s]")
     parser.add_argument("--context", type=int, default=1024, help="positions of the KV cache [%(default)s]")
     parser.add_argument("--gpus", default=",".join(GPUS), help="[%(default)s]")

@@ -22,6 +22,7 @@ from qwen3fast.model import Qwen3, build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling.samplers import SamplerKind
 
 CHUNK = 512  # tokens of the prompt that is inspected
@@ -40,7 +41,8 @@ def model_without_memory(config: ModelConfig, device: torch.device, quantization
     with unset_fake_temporarily():
         model = build_on_meta(config)
         if quantization is not None:
-            quantize_model(model, quantization, config.dtype)
+            format = FORMATS[quantization.removesuffix("-block")]
+            quantize_model(model, format if format.name == quantization else format.with_blocks(), config.dtype)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

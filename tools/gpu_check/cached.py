@@ -20,6 +20,7 @@ from qwen3fast.bench.record import Case
 from qwen3fast.engine import Engine
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 CHECK_PROMPT, CHECK_TOKENS = 40, 12
@@ -33,10 +34,16 @@ def load(variant: Variant, device: torch.device) -> Qwen3:
 
     Raises: UnavailableError if the device has no kernels for the format of the weights.
     """
-    weights = None if variant.weights == "bf16" else variant.weights
-    if weights is not None and device.type not in FORMATS[weights].devices:
-        raise UnavailableError(f"{weights} weights do not run on {device.type}")
-    return load_model(variant.source, str(device), quantization=weights)
+    if variant.weights == "bf16":
+        return load_model(variant.source, str(device))
+    name = variant.weights.removesuffix("-block")
+    if device.type not in FORMATS[name].devices:
+        raise UnavailableError(f"{variant.weights} weights do not run on {device.type}")
+    if name == variant.weights:
+        return load_model(variant.source, str(device), quantization=name)
+    model = load_model(variant.source, str(device))
+    quantize_model(model, FORMATS[name].with_blocks(), model.model.norm.weight.dtype)
+    return model
 
 
 def measure_cached(variant: Variant, device: torch.device, results: Results, clock: Clock) -> None:

@@ -37,7 +37,9 @@ def _formats() -> list[Variant]:
     shape = {"contexts": (32, 1000)}
     small = [_random("formats", "0.6b", weights=weights, **shape) for weights in ("bf16", *FORMATS)]
     large = [_random("formats", "8b", weights=weights, rounds=2, **shape) for weights in ("bf16", *FORMATS)]
-    return [large[0], large[1], large[2], small[0], small[1], small[2], large[3], small[3]]
+    # As in FP8 checkpoints: a scale per block.
+    blocks = [_random("formats", size, weights="fp8-block", rounds=2, **shape) for size in ("8b", "0.6b")]
+    return [large[0], large[1], large[2], small[0], small[1], small[2], large[3], small[3], *blocks]
 
 
 def _large() -> list[Variant]:

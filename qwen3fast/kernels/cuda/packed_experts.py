@@ -19,7 +19,14 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight
-from qwen3fast.kernels.cuda.packed_matvec import BLOCK_J, num_parts, unpack_channel, word_scales
+from qwen3fast.kernels.cuda.packed_matvec import (
+    block_scale,
+    block_words,
+    num_parts,
+    share_of,
+    unpack_channel,
+    word_scales,
+)
 
 
 def packed_experts(
@@ -34,7 +41,8 @@ def packed_experts(
     C = num_parts(blocks * P, J)
     y_CPN = torch.empty(C, P, blocks * LANES, dtype=torch.float32, device=x_PK.device)
     weight = Weight.of(packed, scale, is_fp8)  # (X * N/16, J, 16, 1)
-    sizes = (J, triton.cdiv(J, C), K // J, weight.kind, BLOCK_J)
+    block = block_words(torch.bfloat16, 1, weight.kind)  # sums in registers, whatever x's dtype
+    sizes = (J, share_of(J, C, block), K // J, weight.kind, block)
     with current(x_PK.device):
         _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
     return y_CPN
@@ -65,11 +73,13 @@ def _multiply_chosen(
         is_real = j < end
         word = tl.load(words + (at * num_words + j[:, None]) * 16 + lane[None, :], mask=is_real[:, None], other=0)
         word_scale, minimum = word_scales(scale, at, j, is_real, lane, num_words, kind)
+        sums = tl.zeros([16], tl.float32) if kind == 3 else total
         for part in tl.static_range(channels):
             weight = unpack_channel(word, word_scale, minimum, part, kind)
             numbers = tl.load(x + p * num_channels + j * channels + part, mask=is_real, other=0.0).to(tl.float32)
-            total += tl.sum(weight * numbers[:, None], axis=0)
-    if channels == 4:
+            sums += tl.sum(weight * numbers[:, None], axis=0)
+        total = total + sums * block_scale(scale, at, first, num_words) if kind == 3 else sums
+    if kind < 3:
         total *= tl.load(scale + at * 16 + lane)
     to = (c * tl.num_programs(2) + p).to(tl.int64) * (tl.num_programs(0) * 16) + b * 16 + lane
     tl.store(y + to, total)

@@ -161,10 +161,15 @@ def embed_kernel(
         block, lane, p = row // 16, row % 16, tl.arange(0, P)
         words = tl.load(w + block * (J * 16) + j * 16 + lane, mask=is_real, other=0)
         channels = tl.reshape(unpack(words[None, :, None], KIND), BLOCK, P)
+        if KIND == 2 or KIND == 3:
+            channels = tl.where(tl.abs(channels) > 1.75, float("nan"), channels * 256.0)
         if KIND == 3:
+            word_scale = tl.load(scale + block * ((E + 127) // 128) + j // 32, mask=is_real, other=0.0)
+            channels *= word_scale[:, None]
+        elif KIND == 4:
             word_scale = tl.load(scale + block * (E // 32 * 16) + j // 4 * 16 + lane, mask=is_real, other=0.0)
             channels *= word_scale.to(tl.float32)[:, None]
-        elif KIND > 3:
+        elif KIND > 4:
             WORDS: tl.constexpr = KIND // 64
             RECORD: tl.constexpr = record_bytes(KIND)
             record = scale + block * (J // WORDS * RECORD) + j // WORDS * RECORD
@@ -212,7 +217,7 @@ def vocabulary_kernel(
     inverse = inverse_rms(x, load_channels(x, 0, R, ROWS, K, BK, P), eps, R, ROWS, K, BK, P)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     token = tl.zeros([ROWS], tl.int32)
-    for tile in range(TILES):
+    for tile in range(tl.minimum(TILES, tl.cdiv(N - first_n, BN))):
         n0 = first_n + tile * BN
         n = n0 + tl.arange(0, BN)
         sums = tl.zeros([ROWS, BN], tl.float32) if P == 1 else tl.zeros([ROWS, BK // P, BN], tl.float32)

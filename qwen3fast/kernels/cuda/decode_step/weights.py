@@ -24,9 +24,10 @@ from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, span_and_
 
 LANES = 16  # rows in a block of packed weights, as in quantization/formats.py
 GROUP = 32  # channels that share a scale in 4 bits
-# How a weight is stored. Kinds of uint4 hold its layout of scales as well: 8 * span + 4 with minimums, + 5 with zero
-# points, + 6 with minimums whose numbers have 6 bits; each layout has kernels of its own.
-PLAIN, INT8, FP8, INT4, UINT4 = 0, 1, 2, 3, 4
+# How a weight is stored: kinds below INT4 have 8 bits or more. FP8_BLOCK has a scale per 16 rows and 128 channels.
+# Kinds of uint4 hold its layout of scales as well: 8 * span + 5 with minimums, + 6 with zero points, + 7 with minimums
+# whose numbers have 6 bits; each layout has kernels of its own.
+PLAIN, INT8, FP8, FP8_BLOCK, INT4, UINT4 = 0, 1, 2, 3, 4, 5
 ZERO_RECORD = 3 * LANES
 # Weights in a tile; more would not fit into registers. Chosen by compiling: no kernel spills (tests hold this).
 TILE = {1: 8192, 2: 8192, 4: 4096, 8: 4096}
@@ -48,6 +49,8 @@ class Weight(NamedTuple):
             return cls(tensor, tensor, PLAIN)
         if scale.dim() == 1:
             return cls(tensor.view(torch.int32), scale, FP8 if is_fp8 else INT8)
+        if scale.dim() == 2:
+            return cls(tensor.view(torch.int32), scale, FP8_BLOCK)
         if scale.dtype == torch.uint8:
             return cls(tensor.view(torch.int32), scale, uint4_kind(*span_and_record(tensor, scale)))
         return cls(tensor.view(torch.int32), scale, INT4)
@@ -67,7 +70,7 @@ def uint4_kind(span: int, record: int) -> int:
 
 def channels_of(kind: int) -> int:
     """Return P, the channels in a word."""
-    return {PLAIN: 1, INT8: 4, FP8: 4}.get(kind, 8)
+    return 1 if kind == PLAIN else 4 if kind < INT4 else 8
 
 
 def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
@@ -146,17 +149,21 @@ def multiply(
 ):
     """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
     if KIND == 3:
+        scales = block_scales(scale, n0, k0, K, BK)
+    elif KIND == 4:
         scales = group_scales(scale, n0, k0, N, K, BN, BK)
-    elif KIND > 3:
+    elif KIND > 4:
         scales, minimums = group_minimums(scale, n0, k0, N, K, BN, BK, KIND)
     raw = load_weights(w, n0, k0, N, K, BN, BK, P)
     if KIND == 0:
         sums = tl.sum(raw.to(tl.float32) * x, 2)
     else:
         sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
-        if KIND == 3:
+        if KIND == 2 or KIND == 3:
+            sums = sums * 256.0 + nan_of_words(raw)  # see `_byte`
+        if KIND == 3 or KIND == 4:
             sums *= scales
-        elif KIND > 3:
+        elif KIND > 4:
             sums = sums * scales - tl.sum(x, 3) * minimums
     return sums
 
@@ -167,6 +174,14 @@ def finish(sums, P: tl.constexpr):
     if P != 1:
         sums = tl.sum(sums, 1)
     return sums
+
+
+@triton.jit
+def block_scales(scale, n0, k0, K: tl.constexpr, BK: tl.constexpr):
+    """Load the scales of blocks of 128 channels, for each word of a tile, whose rows share them: [1, BK/4, 1]."""
+    j = k0 // 4 + tl.arange(0, BK // 4)[None, :, None]
+    base = scale + (n0 // 16).to(tl.int64) * ((K + 127) // 128)
+    return tl.load(base + j // 32, mask=j < K // 4, other=0.0)
 
 
 @triton.jit
@@ -196,12 +211,12 @@ def group_minimums(
 def record_scales(record, group, lane, mask, KIND: tl.constexpr):
     """Load the scales and minimums of groups in records of uint4, float32; their shape is the arguments'."""
     scales = tl.load((record + 2 * lane).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
-    if KIND % 8 == 5:
+    if KIND % 8 == 6:
         minimums = scales * tl.load(record + 32 + lane, mask=mask, other=0).to(tl.float32)
     else:
         half = (record + 32 + 2 * lane).to(tl.pointer_type(tl.float16))
         minimums = tl.load(half, mask=mask, other=0.0).to(tl.float32)
-        if KIND % 8 == 6:
+        if KIND % 8 == 7:
             s = tl.load(record + 64 + group * 16 + lane, mask=mask, other=0).to(tl.int32)
             m = tl.load(record + 192 + group % 4 * 16 + lane, mask=mask, other=0).to(tl.int32)
             m = ((m >> (group // 4 * 4)) & 15) | ((s >> 6) << 4)
@@ -217,24 +232,27 @@ def record_scales(record, group, lane, mask, KIND: tl.constexpr):
 @triton.constexpr_function
 def record_bytes(KIND):
     """Return the bytes of a record of uint4's scales."""
-    return 48 if KIND % 8 == 5 else 256 if KIND % 8 == 6 else 64 + KIND // 8
+    return 48 if KIND % 8 == 6 else 256 if KIND % 8 == 7 else 64 + KIND // 8
 
 
 @triton.constexpr_function
 def scale_numbers(N, K, KIND):
     """Return the numbers in the scales of an (N, K) weight: how far the scales of a weight below it are."""
-    if KIND > 3:
-        record = 48 if KIND % 8 == 5 else 256 if KIND % 8 == 6 else 64 + KIND // 8
+    if KIND > 4:
+        record = 48 if KIND % 8 == 6 else 256 if KIND % 8 == 7 else 64 + KIND // 8
         return N // 16 * (K // (KIND // 8)) * record
-    return N * (K // 32) if KIND == 3 else N
+    return N * (K // 32) if KIND == 4 else N // 16 * ((K + 127) // 128) if KIND == 3 else N
 
 
 @triton.jit
 def unpack(words, KIND: tl.constexpr):
-    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first)."""
+    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first).
+
+    Numbers of fp8 are 2^8 times too small, and 1.875 or -1.875 instead of NaN; others are at most 1.75.
+    """
     # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
-    if KIND >= 3:
-        ZERO: tl.constexpr = 8388616.0 if KIND == 3 else 8388608.0  # 2^23, and the level of a weight of zero
+    if KIND >= 4:
+        ZERO: tl.constexpr = 8388616.0 if KIND == 4 else 8388608.0  # 2^23, and the level of a weight of zero
         pairs = tl.join(
             tl.join(
                 tl.join(_half(words, 0, ZERO), _half(words, 4, ZERO)),
@@ -263,12 +281,18 @@ def _half(words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
-    """Return 8 bits as float32: an integer with zero point 128, or a float8_e4m3fn number."""
+    """Return 8 bits as float32: an integer with zero point 128, or what `unpack` says of fp8."""
     bits = (words >> SHIFT) & 255
     if KIND == 1:
         number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     else:
         # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
         half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-        number = half.to(tl.float32) * 256.0
+        number = half.to(tl.float32)
     return number
+
+
+@triton.jit
+def nan_of_words(words):
+    """Return NaN for words of fp8 that contain one (a byte of 127 or 255), 0 for others: cheaper than byte by byte."""
+    return tl.where((((words & 0x7F7F7F7F) + 0x01010101) & -0x7F7F7F80) != 0, float("nan"), 0.0)
