@@ -18,7 +18,6 @@ from pathlib import Path
 import tables
 import torch
 
-from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import TokenCheck, check_tokens, make_prompts
@@ -26,7 +25,7 @@ from qwen3fast.bench.options import counts
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import choose_device
+from qwen3fast.checkpoint import choose_device, load_model
 from qwen3fast.engine import Engine
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.model.kv_cache import StaticKVCache

@@ -19,7 +19,6 @@ import torch
 from operators_picture import draw
 from tables import operators_rows
 
-from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import Workbench, make_prompts
@@ -28,6 +27,7 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
+from qwen3fast.checkpoint import load_model
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.model.linears import linears

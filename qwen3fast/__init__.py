@@ -30,7 +30,7 @@ _MODULES = {
     "StreamChunk": "results",
     "TokenLogprobs": "results",
     "ToolCall": "text.tool_calls",
-    "load_model": "checkpoint",
+    "load_model": "loading",
     "read_config": "checkpoint",
 }
 

@@ -1,10 +1,10 @@
 from qwen3fast._version import __version__ as __version__
 from qwen3fast.chat_session import ChatSession as ChatSession
-from qwen3fast.checkpoint import load_model as load_model
 from qwen3fast.checkpoint import read_config as read_config
 from qwen3fast.classifier import Classifier as Classifier
 from qwen3fast.embedder import Embedder as Embedder
 from qwen3fast.generator import Generator as Generator
+from qwen3fast.loading import load_model as load_model
 from qwen3fast.model.config import ModelConfig as ModelConfig
 from qwen3fast.options import GeneratorOptions as GeneratorOptions
 from qwen3fast.reranker import Reranker as Reranker

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qwen3fast.checkpoint import empty_model, load_model, read_checkpoint_config
+from qwen3fast.checkpoint import empty_model, load_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.choices import choose_dtype
 from qwen3fast.checkpoint.kept import KeptCopy
+from qwen3fast.checkpoint.lora.files import find_adapter
+from qwen3fast.checkpoint.safetensors import HEAD, place_of, tensors_by_file
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
+from qwen3fast.model.kv_cache import free_bytes
 from qwen3fast.quantization import formats_of, prepare_quantization, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, fast_dtype, quantize_calibrated
-from qwen3fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "QWEN3FAST_CALIBRATE"
 TOKENS = 2048  # of the text
-MAX_PARAMETERS_ON_CPU = 2_000_000_000
+MAX_PARAMETERS_ON_CPU = 5_000_000_000
 COMMAND = "python -m qwen3fast quantize"
 
 
@@ -34,7 +38,6 @@ def is_to_be_calibrated(
     source: Path | None,
     quantization: str | None,
     device: torch.device,
-    has_adapter: bool = False,
     is_split: bool = False,
 ) -> bool:
     """Return whether to calibrate a checkpoint's weights.
@@ -50,8 +53,6 @@ def is_to_be_calibrated(
         reason: str | None = f"only {' and '.join(CALIBRATED)} are calibrated, not quantization={quantization!r}"
     elif source is None:
         reason = "random weights are not calibrated"
-    elif has_adapter:
-        reason = f"adapter= is merged without calibration; merge it into the weights first, then use `{COMMAND}`"
     elif is_split:
         reason = f"a model that is split over processes is not calibrated; load what `{COMMAND}` writes in one process"
     else:
@@ -79,6 +80,10 @@ def _why_not(source: Path) -> str | None:
     is_quantized = stored.quantization is not None or stored.prequantized is not None
     if is_quantized or (source.is_file() and formats_of(empty_model(source))):
         return f"{source} is quantized already"
+    if not stored.model.tie_word_embeddings and source.is_dir():
+        names = (name for some in tensors_by_file(source).values() for name in some)
+        if all(place_of(name) != HEAD for name in names):
+            return f"{source} has no output projection, without which it writes no text to be calibrated on"
     return None
 
 
@@ -86,19 +91,20 @@ def _why_not(source: Path) -> str | None:
 class CalibratedLoader:
     """Loading of one checkpoint in 4 bits with errors corrected.
 
-    source: as `resolve_source` returns it. tokenizer: the checkpoint's, for the form of its conversations. calibrate:
-    True requires calibration; with None, 4 bits without it are taken where it is impossible or its result cannot be
-    kept, with a warning. progress: show a bar while a kept copy loads; calibrating always shows bars, as downloads do.
+    source: as `resolve_source` returns it. calibrate: True requires calibration; with None, 4 bits without it are taken
+    where it is impossible or its result cannot be kept, with a warning. progress: show a bar while a kept copy loads;
+    calibrating always shows bars, as downloads do. adapter: its folder, to be merged before.
     """
 
     source: Path
-    tokenizer: Tokenizer | None
     device: torch.device
     dtype: str | torch.dtype
     quantization: str
     calibrate: bool | None = None
     progress: bool = False
     check_weights: bool = False
+    output_projection: bool = True
+    adapter: Path | None = None
 
     def load(self) -> Qwen3:
         """Return the model: read from the cache folder, where the first load of a checkpoint keeps it.
@@ -131,16 +137,16 @@ class CalibratedLoader:
         config = read_checkpoint_config(self.source).model
         dtype = choose_dtype(self.dtype, config)
         way = {"format": self.quantization, "dtype": dtype, "device": self.device.type, "tokens": TOKENS}
-        return KeptCopy.of(self.source, **way, computed_in=fast_dtype(dtype, self.device))
+        file = None if self.adapter is None else find_adapter(self.adapter)[1]
+        files = () if file is None else (file, file.with_name("adapter_config.json"))
+        return KeptCopy.of(self.source, files, **way, computed_in=fast_dtype(dtype, self.device))
 
     def _read(self, kept: KeptCopy, warn: bool = False) -> Qwen3 | None:
         """Return the kept model; None if there is none, or it is damaged. warn: say so."""
         if not kept.exists():
             return None
         try:
-            model = load_model(
-                kept.folder, self.device, self.dtype, progress=self.progress, check_weights=self.check_weights
-            )
+            model = self._load(kept.folder, output_projection=self.output_projection)
         except (OSError, ValueError) as err:
             if warn:
                 logger.warning("the calibrated copy of %s is damaged and is made again: %s", self.source, err)
@@ -155,19 +161,28 @@ class CalibratedLoader:
         logger.warning("a calibrated copy cannot be kept: %s; %s (%s)", problem, choice, advice)
         if self.calibrate:
             return self._calibrate()[0]
-        return self._load_plain(self.quantization)
+        return self._load_plain()
 
-    def _load_plain(self, quantization: str | None) -> Qwen3:
+    def _load_plain(self) -> Qwen3:
+        return self._load(
+            self.source, quantization=self.quantization, output_projection=self.output_projection, adapter=self.adapter
+        )
+
+    def _load(self, source: Path, **options: Any) -> Qwen3:
         return load_model(
-            self.source, self.device, self.dtype, progress=self.progress, quantization=quantization,
-            check_weights=self.check_weights,
-        )  # fmt: skip
+            source, self.device, self.dtype, progress=self.progress, check_weights=self.check_weights, **options
+        )
 
     def _calibrate(self) -> tuple[Qwen3, int]:
         """Return the quantized model and the number of tokens that it was calibrated on, 0 if it could not be."""
-        model = self._load_plain(None)
+        model, tokenizer = self._load(self.source, adapter=self.adapter), None
         try:
-            token_BT = own_text(model, self.tokenizer, TOKENS, progress=True)
+            size, free = model.num_bytes(), free_bytes(self.device)
+            if not self.calibrate and self.device.type == "cpu" and free is not None and free < size:
+                raise MemoryError(f"it reads {size / 1e9:.1f} GB of weights many times; {free / 1e9:.1f} GB are free")
+            with suppress(FileNotFoundError):  # without one, no text begins as a conversation
+                tokenizer = read_tokenizer(self.source)
+            token_BT = own_text(model, tokenizer, TOKENS, progress=True)
             quantize_calibrated(model, token_BT, self.quantization, progress=True)
             return model, token_BT.numel()
         except (ValueError, MemoryError, RuntimeError) as err:  # RuntimeError: of PyTorch, too little memory above all
@@ -175,7 +190,7 @@ class CalibratedLoader:
                 raise
             logger.warning("%s: %s without calibration: %s", self.source, self.quantization, err)
         del model  # parts of it may be quantized already
-        return self._load_plain(self.quantization), 0
+        return self._load_plain(), 0
 
     def _num_bytes(self) -> int:
         """Return the size of the copy."""

@@ -120,13 +120,8 @@ class Generator(ChatMethods, AdapterMethods):
         """Load a model and its tokenizer.
 
         Args:
-            source, device, dtype, quantization, revision, adapter, check_weights: as in `load_model`.
+            source, device, dtype, quantization, revision, adapter, calibrate, check_weights: as in `load_model`.
             progress: show a bar while weights load.
-            calibrate: for "int4" and "uint4", correct quantization errors on a text that the model writes (GPTQ). The
-                first load of a checkpoint calibrates, with progress bars, and keeps the result in the cache folder;
-                later loads read it, which is faster than quantizing. None does so for unquantized checkpoints without
-                experts, on CPUs up to 2 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True always, and
-                raises ValueError where that is impossible; False never.
             tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets
                 an ordinary Generator. In the other processes this call does not return: they run their shards until
                 rank 0 closes its Generator, then exit (SystemExit). compile="auto" means True.

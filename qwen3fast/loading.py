@@ -1,4 +1,4 @@
-"""Loading for `Generator.from_pretrained`: small files, which may be damaged, come first."""
+"""Loading for users: a bare model, or all that `Generator.from_pretrained` needs, whose small files come first."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen3fast import checkpoint
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import (
     as_id_tuple,
     choose_device,
     find_tokenizer,
-    load_model,
     read_generation_config,
     resolve_source,
 )
+from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
@@ -33,6 +34,69 @@ class Loaded(NamedTuple):
     ranks: Ranks | None
 
 
+def load_model(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    progress: bool = False,
+    quantization: str | None = None,
+    output_projection: bool = True,
+    adapter: str | Path | None = None,
+    check_weights: bool = False,
+    ranks: Ranks | None = None,
+    calibrate: bool | None = None,
+) -> Qwen3:
+    """Load the bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
+
+    "random:0.6b" is a named shape with random weights; "random:0.6b:7" has seed 7.
+
+    Args:
+        source: see above.
+        device: "auto" takes CUDA where there is one.
+        dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
+        revision: a branch, tag or commit on the hub.
+        progress: show a bar while weights load.
+        quantization: "int8", "int4", "uint4" or, on CUDA devices, "fp8" quantizes the weights while loading. None keeps
+            the format of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8,
+            AWQ, GPTQ, compressed-tensors), None loads symmetric 4-bit levels in int4 (the same levels, scales rounded
+            to bfloat16), the ones with zero points in uint4, other levels in int8, and fp8 in plain weights, embedding
+            and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4, and loads
+            other quantized types in int8. For both, "dequantize" loads plain weights throughout, and the name of a
+            format takes over levels that it can hold, and otherwise quantizes the dequantized weights.
+        output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
+        adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
+        check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first
+            used).
+        ranks: the processes to split the model over; each reads, quantizes and keeps its shard.
+        calibrate: for "int4" and "uint4", correct quantization errors on a text that the model writes (GPTQ). The first
+            load of a checkpoint calibrates, with progress bars, and keeps the result in the cache folder; later loads
+            read it, which is faster than quantizing. None does so for unquantized checkpoints of models without
+            experts in one process, on CPUs up to 5 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True
+            always, and raises ValueError where that is impossible; False never.
+
+    Raises: FileNotFoundError if source or adapter does not exist; ValueError for unsupported options, and for
+    unsupported or damaged checkpoints.
+    """
+    if calibrate is not None:
+        calibrate = checked_flag("calibrate", calibrate, also="None")
+    chosen_device, folder = choose_device(device), None
+    if not str(source).startswith("random:"):
+        source = folder = resolve_source(source, revision)
+    adapter = None if adapter is None else resolve_adapter(adapter)
+    if is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
+        assert folder is not None and quantization is not None, "no others are calibrated"
+        model = CalibratedLoader(
+            folder, chosen_device, dtype, quantization, calibrate, progress, check_weights, output_projection, adapter
+        ).load()
+        if not (output_projection or model.config.tie_word_embeddings):
+            model.register_module("lm_head", None)
+        return model
+    return checkpoint.load_model(
+        source, chosen_device, dtype, revision, progress, quantization, output_projection, adapter, check_weights, ranks
+    )
+
+
 def load(
     source: str | Path,
     device: str | torch.device,
@@ -48,26 +112,16 @@ def load(
     """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
-    if calibrate is not None:
-        calibrate = checked_flag("calibrate", calibrate, also="None")
-    chosen_device = choose_device(device)
-    ranks = Ranks.start(chosen_device.type) if checked_flag("tensor_parallel", tensor_parallel) else None
+    ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
-    has_adapter, is_split = adapter is not None, ranks is not None
-    if is_to_be_calibrated(calibrate, folder, quantization, chosen_device, has_adapter, is_split):
-        assert folder is not None and quantization is not None, "no others are calibrated"
-        model = CalibratedLoader(
-            folder, tokenizer, chosen_device, dtype, quantization, calibrate, progress, check_weights
-        ).load()
-    else:
-        model = load_model(
-            source, device, dtype, revision, progress, quantization,
-            adapter=adapter, check_weights=check_weights, ranks=ranks,
-        )  # fmt: skip
+    model = load_model(
+        source if folder is None else folder, device, dtype, revision, progress, quantization,
+        adapter=adapter, check_weights=check_weights, ranks=ranks, calibrate=calibrate,
+    )  # fmt: skip
     return Loaded(model, tokenizer, generation_config, folder, ranks)
 
 

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import read_tokenizer, resolve_source
 from qwen3fast.checks import checked_source
 from qwen3fast.engine.last_token import checked_max_length
 from qwen3fast.engine.threads import on_live_threads, use_threads
+from qwen3fast.loading import load_model
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -43,10 +44,12 @@ class TextModel:
         revision: str | None = None,
         check_weights: bool = False,
         threads: int | None = None,
+        calibrate: bool | None = None,
     ) -> Own:
         """Load a model and its tokenizer, such as "Qwen/Qwen3-Embedding-0.6B" or "Qwen/Qwen3-Reranker-0.6B".
 
-        source, device, dtype, quantization, revision, check_weights: as in `load_model`; a score head stays in float32.
+        source, device, dtype, quantization, revision, check_weights, calibrate: as in `load_model`; a score head stays
+        in float32.
         max_length: None takes the value of sentence-transformers' files, which an Embedder reads, otherwise 8192, or
         as many tokens as the model has positions. threads: CPU threads, for the whole process; None takes one per core.
         Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options, a damaged checkpoint, or
@@ -63,6 +66,7 @@ class TextModel:
             quantization=quantization,
             output_projection=cls._needs_output_projection(own),
             check_weights=check_weights,
+            calibrate=calibrate,
         )
         return cls(on_live_threads(load, folder, device, dtype), tokenizer, max_length=max_length, **own)
 

@@ -15,13 +15,16 @@ import torch
 from conftest import random_ids, randomized, small_config, write_text_checkpoint
 from gguf_files import write_gguf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_library import BUILT
+from test_lora import modules_of, write_adapter
 
-from qwen3fast import Generator, load_model
+import qwen3fast
+from qwen3fast import Classifier, Embedder, Generator, Reranker
 from qwen3fast import calibrated as calibrated_module
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import kept as kept_module
-from qwen3fast.checkpoint import read_checkpoint_config, read_tokenizer
+from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
@@ -156,7 +159,7 @@ def test_a_source_that_changes_is_calibrated_again(change, checkpoint, cache, ru
 
 def test_copies_are_of_a_format_a_dtype_a_kind_of_device_and_a_version(checkpoint, cache, monkeypatch):
     def place(dtype="auto", name="int4", device="cpu"):
-        return CalibratedLoader(checkpoint, None, torch.device(device), dtype, name).place().folder.name
+        return CalibratedLoader(checkpoint, torch.device(device), dtype, name).place().folder.name
 
     places = {place(), place("bfloat16"), place(name="uint4"), place(device="cuda")}
     monkeypatch.setattr(kept_module, "VERSION", 2)
@@ -274,7 +277,7 @@ def test_ctrl_c_while_writing_leaves_nothing_behind(checkpoint, cache, monkeypat
 
 
 def test_what_a_killed_process_left_is_removed(checkpoint, cache):
-    kept = CalibratedLoader(checkpoint, None, CPU, "auto", "int4").place()
+    kept = CalibratedLoader(checkpoint, CPU, "auto", "int4").place()
     left, others = (cache / f".{name}-x1y2" for name in (kept.folder.name, "other-0123"))
     for folder in (left, others):
         folder.mkdir(parents=True)
@@ -285,7 +288,7 @@ def test_what_a_killed_process_left_is_removed(checkpoint, cache):
 
 def test_a_second_load_waits_for_the_first_and_reads_its_result(checkpoint, cache, runs):
     first = loaded(checkpoint)
-    kept = CalibratedLoader(checkpoint, None, CPU, "auto", "int4").place()
+    kept = CalibratedLoader(checkpoint, CPU, "auto", "int4").place()
     aside = cache.parent / "aside"
     kept.folder.rename(aside)  # as before the first has written it
     models = []
@@ -353,15 +356,25 @@ def test_where_a_device_s_memory_is_too_small_only_true_raises(place, checkpoint
         loaded(checkpoint, True)
 
 
+def untied_checkpoint(tmp_path, tokenizer_folder, has_head=True):
+    """A checkpoint with an output projection of its own, or, as those of embedding models, without any."""
+    config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
+    folder = write_text_checkpoint(tmp_path / "untied", randomized(config), tokenizer_folder)
+    if not has_head:
+        file = folder / "model.safetensors"
+        save_file({name: x for name, x in load_file(file).items() if name != "lm_head.weight"}, file)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("random:0.6b", {}, "random weights are not calibrated"),
         ("tiny", {"quantization": "int8"}, "only int4 and uint4 are calibrated, not quantization='int8'"),
         ("tiny", {"quantization": None}, "only int4 and uint4 are calibrated, not quantization=None"),
-        ("tiny", {"adapter": "some"}, "adapter= is merged without calibration"),
         ("quantized", {}, "quantized is quantized already"),
         ("experts", {}, "experts are not calibrated"),
+        ("no head", {}, "has no output projection, without which it writes no text"),
     ],
 )
 def test_true_is_refused_where_it_is_impossible(source, options, message, tmp_path, tokenizer_folder, cache):
@@ -371,10 +384,13 @@ def test_true_is_refused_where_it_is_impossible(source, options, message, tmp_pa
     elif source == "experts":
         config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, **EXPERTS)
         source = write_text_checkpoint(tmp_path / source, randomized(config), tokenizer_folder)
+    elif source == "no head":
+        source = untied_checkpoint(tmp_path, tokenizer_folder, has_head=False)
+        options = {"output_projection": False}
     with pytest.raises(ValueError, match=f"calibrate=True is impossible: .*{message}"):
-        loaded(source, True, **options)
-    if source != "random:0.6b" and "adapter" not in options:
-        loaded(source, **options)  # by default, it is loaded as it was before
+        qwen3fast.load_model(source, "cpu", calibrate=True, **{"quantization": "int4", **options})
+    if source != "random:0.6b":  # by default, it is loaded as it was before
+        qwen3fast.load_model(source, "cpu", **{"quantization": "int4", **options})
     assert not cache.exists()
 
 
@@ -447,9 +463,90 @@ def test_the_command_line_passes_the_choice_on(options, expected, monkeypatch):
         raise ValueError("far enough")
 
     monkeypatch.setattr(Generator, "from_pretrained", from_pretrained)
-    for command in (["generate", "hello"], ["serve"]):
-        assert main([*command, "--model", "tiny", "--quantization", "int4", *options]) == 2
-    assert given == [expected, expected]
+    for kind in (Embedder, Reranker):
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    sources = ["generate", "hello", "--model"], ["serve", "--model"], ["serve", "--embedder"], ["serve", "--reranker"]
+    for command in sources:
+        assert main([*command, "tiny", "--quantization", "int4", *options]) == 2
+    assert given == [expected] * len(sources)
+
+
+def test_a_bare_model_is_the_generator_s(checkpoint, cache, runs):
+    ours = qwen3fast.load_model(checkpoint, "cpu", quantization="int4")
+    assert is_same(ours, loaded(checkpoint)) and runs == ["int4"] and len(visible(cache)) == 1
+    plain = qwen3fast.load_model(checkpoint, "cpu", quantization="int4", calibrate=False)
+    assert is_same(plain, load_model(checkpoint, "cpu", quantization="int4")) and not is_same(plain, ours)
+
+
+def test_without_a_tokenizer_no_text_begins_as_a_conversation(tmp_path, cache, runs):
+    config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96)
+    (tmp_path / "no tokenizer").mkdir()
+    bare = write_text_checkpoint(tmp_path / "bare", randomized(config), tmp_path / "no tokenizer")
+    assert formats_of(qwen3fast.load_model(bare, "cpu", quantization="int4")) == ["int4"] and runs == ["int4"]
+
+
+def test_adapters_are_merged_before_calibration(checkpoint, cache, runs, tmp_path, tokenizer_folder):
+    base = load_model(checkpoint, "cpu")
+    adapters = [tmp_path / name for name in ("a", "b")]
+    for rank, folder in enumerate(adapters, start=2):
+        write_adapter(folder, base, modules_of(base, ["q_proj"]), rank=rank, r=rank)
+    models = [loaded(checkpoint, adapter=adapter) for adapter in (*adapters, *adapters, None)]
+    assert len(runs) == len(visible(cache)) == 3  # of two adapters, and of the base
+    assert is_same(models[0], models[2]) and is_same(models[1], models[3])
+    merged = write_text_checkpoint(
+        tmp_path / "merged", load_model(checkpoint, "cpu", adapter=adapters[0]), tokenizer_folder
+    )
+    assert is_same(loaded(merged), models[0]) and not is_same(models[0], models[1])
+    write_adapter(adapters[0], base, modules_of(base, ["k_proj"]), rank=5, r=5)
+    changed = loaded(checkpoint, adapter=adapters[0])
+    assert not is_same(changed, models[0]) and len(runs) == 5 and len(visible(cache)) == 4  # in place of the older one
+    shutil.rmtree(adapters[0])
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        loaded(checkpoint, adapter=adapters[0])
+
+
+def test_models_that_read_texts_are_calibrated(yes_no_checkpoint, cache, runs):
+    """All of one checkpoint share its copy."""
+    options = {"device": "cpu", "quantization": "int4"}
+    models = [kind.from_pretrained(yes_no_checkpoint, **options) for kind in (Embedder, Reranker)]
+    assert runs == ["int4"] and len(visible(cache)) == 1 and is_same(models[0].model, models[1].model)
+    plain = Embedder.from_pretrained(yes_no_checkpoint, calibrate=False, **options)
+    assert is_same(plain.model, load_model(yes_no_checkpoint, "cpu", quantization="int4"))
+
+
+def test_classifiers_are_calibrated(checkpoint, cache, runs):
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({**tensors, "score.weight": torch.ones(3, 64)}, checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    models = [Classifier.from_pretrained(checkpoint, device="cpu", quantization="int4") for _ in range(2)]
+    assert runs == ["int4"] and is_same(models[0].model, models[1].model) and models[0].logits("text").shape == (1, 3)
+
+
+def test_an_output_projection_that_is_not_needed_serves_calibration_alone(tmp_path, tokenizer_folder, cache, runs):
+    source = untied_checkpoint(tmp_path, tokenizer_folder)
+    bodies = [qwen3fast.load_model(source, "cpu", quantization="int4", output_projection=False) for _ in range(2)]
+    assert runs == ["int4"] and bodies[0].lm_head is bodies[1].lm_head is None and is_same(*bodies)
+    whole = loaded(source)
+    assert runs == ["int4"] and whole.lm_head is not None and is_same(whole.model, bodies[0].model)
+
+
+def test_by_default_no_weights_are_read_that_do_not_fit_the_memory(checkpoint, cache, runs, caplog, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated_module, "free_bytes", lambda device: 1000)
+        assert is_same(loaded(checkpoint), load_model(checkpoint, "cpu", quantization="int4")) and runs == []
+        assert "int4 without calibration: it reads 0.0 GB of weights many times; 0.0 GB are free" in caplog.text
+        first = loaded(checkpoint, True)
+        assert runs == ["int4"] and is_same(loaded(checkpoint), first)  # a copy that is kept is read
+
+
+def test_a_folder_of_another_user_holds_no_copy(tmp_path, monkeypatch):
+    def stat(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert not KeptCopy(tmp_path / "copy", "copy-*").exists()
 
 
 def test_tests_keep_nothing_in_the_real_cache_folder(runs):

@@ -27,14 +27,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from train_tiny import encode, pad
 
-from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast import Generator, SamplingParams
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import resolve_source
+from qwen3fast.checkpoint import load_model, resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize

@@ -11,10 +11,11 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,18 @@ class KeptCopy:
     others: str
 
     @classmethod
-    def of(cls, source: Path, **made_with: Any) -> KeptCopy:
+    def of(cls, source: Path, adapter: Sequence[Path] = (), **made_with: Any) -> KeptCopy:
         """Return the place of a source's copy.
 
-        source: a folder or GGUF file, as `resolve_source` returns it. made_with: what else the weights follow from.
+        source: a folder or GGUF file, as `resolve_source` returns it. adapter: files of one that is merged into it.
+        made_with: what else the weights follow from.
         Raises: FileNotFoundError or ValueError for missing or damaged files of the source; RuntimeError if there is no
         home folder.
         """
         names = {"config.json", *COMPANIONS} - {PRESET} if source.is_dir() else set()  # a GGUF file has them in it
         small = {name: _digest(file.read_bytes()) for name in sorted(names) if (file := source / name).is_file()}
         way = {name: str(value) for name, value in made_with.items()}
-        files = _weight_files(source)
+        files = _statuses([*_weight_files(source), *adapter])
         made = _digest(json.dumps([[path for path, *_ in files], way], sort_keys=True).encode())[:12]
         identity = [VERSION, files, small, way]
         digest = _digest(json.dumps(identity, sort_keys=True).encode())[:20]
@@ -73,8 +75,8 @@ class KeptCopy:
         return cls(kept_root() / f"{name}-{made}-{digest}", f"{name}-{made}-*")
 
     def exists(self) -> bool:
-        """Return whether there is a copy."""
-        return (self.folder / "config.json").is_file()
+        """Return whether there is a copy that can be read."""
+        return os.access(self.folder / "config.json", os.R_OK)  # Path.is_file raises in another user's folder
 
     def why_not(self, num_bytes: int) -> str | None:
         """Return why no copy of this size can be written; None if it can."""
@@ -121,13 +123,16 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _weight_files(source: Path) -> list[tuple[str, int, int]]:
-    """Return path, size and time of the last change, in nanoseconds, of each file with weights; links are followed."""
+def _weight_files(source: Path) -> list[Path]:
+    """Return the files of a folder with weights, or a GGUF file, or all of its parts."""
     if source.is_dir():
-        files = list(tensors_by_file(source))
-    else:  # a GGUF file, or all of its parts
-        begin, *end = FIRST_PART.split(source.name)
-        files = list(source.parent.glob(f"{glob.escape(begin)}-*-of-{end[0]}")) if end else [source]
+        return list(tensors_by_file(source))
+    begin, *end = FIRST_PART.split(source.name)
+    return list(source.parent.glob(f"{glob.escape(begin)}-*-of-{end[0]}")) if end else [source]
+
+
+def _statuses(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of the last change, in nanoseconds, of each file; links are followed."""
     resolved = sorted(file.resolve() for file in files)
     return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in resolved]
 

@@ -55,12 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration(source: Path | None, quantization: str) -> str:
-    """Return whether loads by `Generator.from_pretrained` are calibrated, and where the result is kept."""
+    """Return whether loads are calibrated by default, and where the result is kept."""
     device = choose_device("auto")
     if source is None or not is_to_be_calibrated(None, source, quantization, device):
         return "none by default"
     try:
-        kept = CalibratedLoader(source, None, device, "auto", quantization).place()
+        kept = CalibratedLoader(source, device, "auto", quantization).place()
     except RuntimeError as err:
         return f"none: {err}"
     return f"kept in {kept.folder}" if kept.exists() else f"by the first load, which keeps it in {kept.folder}"

@@ -129,7 +129,7 @@ class Forms:
         return names.pop() if len(names) == 1 else None
 
     def serve_chunks(self, sizes: Sequence[int], cache: StaticKVCache) -> bool:
-        """Return whether `of_chunks` returns a form for chunks of all these sizes, at any length that fits the cache."""
+        """Return whether `of_chunks` returns a form for chunks of these sizes, at any length that fits the cache."""
         return all(self.of_chunks(size, size, cache.allocated_len) is not None for size in sizes)
 
     def _use(self) -> None:

@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=[*FORMATS, DEQUANTIZE], help="quantize the weights while loading; dequantize: use a "
         "prequantized checkpoint unquantized")  # fmt: skip
     add("--no-calibrate", action="store_true", help="int4 and uint4 without correcting errors, which the first load "
-        "of a model that generates takes time for")  # fmt: skip
+        "of a model takes time for")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
@@ -55,6 +55,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         name, source = _name_and_source(spec)
         logger.info("loading %s", name)
         common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        common["calibrate"] = False if args.no_calibrate else None
         base = _base_of_adapter(source)
         if base is not None:
             source, common["adapter"] = base, source
@@ -77,7 +78,6 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             adapters=adapters,
             threads=args.threads,
             compile=True if args.warmup else "auto",
-            calibrate=False if args.no_calibrate else None,
         )
         if args.warmup or (args.warmup is None and generator.device.type == "cuda"):
             logger.info("compiling for this machine; the first start can take minutes")

@@ -14,9 +14,10 @@ from gpu_check.results import Results
 from gpu_check.settings import UnavailableError
 from gpu_check.tokens import check_against_float32
 from gpu_check.variants import Variant
-from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast import Generator, SamplingParams
 from qwen3fast.bench.measure import Sample, make_prompts, run_cached
 from qwen3fast.bench.record import Case
+from qwen3fast.checkpoint import load_model
 from qwen3fast.engine import Engine
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
