@@ -20,6 +20,7 @@ from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
+from qwen3fast.quantization import DEQUANTIZE, prepare_quantization
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -81,9 +82,11 @@ def load_model(
     if calibrate is not None:
         calibrate = checked_flag("calibrate", calibrate, also="None")
     chosen_device, folder = choose_device(device), None
+    if quantization not in (None, DEQUANTIZE):
+        prepare_quantization(quantization, chosen_device)  # before anything is downloaded
+    adapter = None if adapter is None else resolve_adapter(adapter)
     if not str(source).startswith("random:"):
         source = folder = resolve_source(source, revision)
-    adapter = None if adapter is None else resolve_adapter(adapter)
     if is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
         assert folder is not None and quantization is not None, "no others are calibrated"
         model = CalibratedLoader(

@@ -14,10 +14,13 @@ from gpu_check.runner import PartRun
 
 # Name -> arguments of pytest and the share of the time left that they may take, the most telling first. Each is a
 # process of its own, since a device may keep an error until its process ends.
-KERNELS = ("fused_step", "decode_step", "fused_sampler", "chunk_attention", "split_attention", "packed_matvec")
+KERNELS = (
+    *("fused_step", "decode_step", "fused_sampler", "chunk_attention", "split_attention"),
+    *("packed_matvec", "packed_experts", "fp8_blocks"),
+)
 RUNS = {
     "steps": (["tests/gpu/test_steps.py", "tests/gpu/test_tokens.py"], 0.5),
-    "kernels": (["-m", "triton", *(f"tests/cuda_static/test_{name}.py" for name in (*KERNELS, "packed_experts"))], 0.5),
+    "kernels": (["-m", "triton", *(f"tests/cuda_static/test_{name}.py" for name in KERNELS)], 0.5),
     "others": ([f"tests/gpu/test_{name}.py" for name in ("prefill", "quantized", "adapters_on_gpu", "nccl")], 1.0),
 }
 SPARE_S = 10.0  # of the part, for ending processes and writing
