@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "QWEN3FAST_CALIBRATE"
 TOKENS = 2048  # of the text
-MAX_PARAMETERS_ON_CPU = 5_000_000_000
+MAX_PARAMETERS_ON_CPU = 2_000_000_000
 COMMAND = "python -m qwen3fast quantize"
 
 

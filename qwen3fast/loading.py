@@ -73,7 +73,7 @@ def load_model(
         calibrate: for "int4" and "uint4", correct quantization errors on a text that the model writes (GPTQ). The first
             load of a checkpoint calibrates, with progress bars, and keeps the result in the cache folder; later loads
             read it, which is faster than quantizing. None does so for unquantized checkpoints of models without
-            experts in one process, on CPUs up to 5 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True
+            experts in one process, on CPUs up to 2 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True
             always, and raises ValueError where that is impossible; False never.
 
     Raises: FileNotFoundError if source or adapter does not exist; ValueError for unsupported options, and for

@@ -357,7 +357,7 @@ def test_where_a_device_s_memory_is_too_small_only_true_raises(place, checkpoint
 
 
 def untied_checkpoint(tmp_path, tokenizer_folder, has_head=True):
-    """A checkpoint with an output projection of its own, or, as those of embedding models, without any."""
+    """A checkpoint with an untied output projection, or with none, like an embedding model."""
     config = small_config(vocab_size=1024, hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
     folder = write_text_checkpoint(tmp_path / "untied", randomized(config), tokenizer_folder)
     if not has_head:

@@ -71,7 +71,7 @@ class DecodeLayers:
             self.is_possible
             and self._adapters is None
             and self._run.can_prefill
-            and num_tokens >= cpu.MIN_PREFILL_TOKENS
+            and num_tokens >= cpu.MANY_ROWS
             and cpu.is_loaded()
         )
 

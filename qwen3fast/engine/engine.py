@@ -345,9 +345,11 @@ class Engine(Rows):
         parts = self.parts
         if parts.decode_layers is not None and not parts.forms.serve_chunks(chunk_sizes(self.device), self.cache):
             self.parts = replace(parts, decode_layers=None)  # some chunks run block by block
-            self.prefill_whole(0, [0] * sizes[0], adapter)
-            self._warm_up_together(sizes, adapter)
-            self.parts = parts
+            try:
+                self.prefill_whole(0, [0] * sizes[0], adapter)
+                self._warm_up_together(sizes, adapter)
+            finally:
+                self.parts = parts
         for size in reversed([size for size in sizes if size <= self.cache.allocated_len]):
             if (
                 self.captured is not None

@@ -221,6 +221,30 @@ def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_th
     assert not torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize(
+    ("limits", "sdpa_from", "expected"),
+    [
+        (RowLimits(), (), CPP),
+        (RowLimits(tiles=64), (), TILES),
+        (RowLimits(tiles=65), (), CPP),
+        (RowLimits(dequantized=64), (), None),
+        (RowLimits(tiles=32, dequantized=65), (), TILES),
+        (RowLimits(), (NEVER, 100, NEVER), None),
+        (RowLimits(), (0, 101, 0), CPP),
+    ],
+)
+def test_chunks_run_in_one_operation_where_no_form_of_pytorch_s_is_faster(limits, sdpa_from, expected, monkeypatch):
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    chosen = small_engine(small_model(), forms="first").parts.forms
+    chosen.sdpa_from = sdpa_from
+    for layers in chosen._layers.values():
+        for layer in layers:
+            layer.limits = limits
+    assert chosen.of_chunks(64, 64, 100) == expected
+    layers[0].limits = layers[-1].limits = RowLimits(dequantized=64)
+    assert chosen.of_chunks(64, 64, 100) is None
+
+
 @pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])
 def test_the_first_forms_are_used_where_they_are_faster_or_pinned_or_nothing_is_compiled(options, faster, monkeypatch):
     if options:

@@ -2,6 +2,7 @@
 
 import _ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def folder(monkeypatch, tmp_path, builds):
     """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return library.cache_folder()
+
+
+def test_all_functions_of_the_header_are_asked_for():
+    declared = re.findall(r"QWEN3FAST_API \w+ (qwen3fast_\w+)\(", (library.FOLDER / "ops.h").read_text("utf-8"))
+    assert len(declared) > 10 and sorted(declared) == sorted(library.FUNCTIONS)
 
 
 def is_whole(opened):

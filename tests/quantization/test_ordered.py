@@ -211,7 +211,8 @@ def test_in_bfloat16_decode_steps_run_in_one_operation(tmp_path, tokenizer_folde
     write_scattered(tmp_path, shared, tokenizer_folder=tokenizer_folder)
     plain = load_model(tmp_path, device="cpu", dtype="float32", quantization="dequantize")
     with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
-        assert DecodeLayers(generator.model, StaticKVCache(CONFIG, 1, 32, torch.bfloat16, CPU)).serves(1)
+        layers = DecodeLayers(generator.model, StaticKVCache(CONFIG, 1, 32, torch.bfloat16, CPU))
+        assert layers.serves(1) and not layers.serves_chunks(32)  # prompts run block by block
         prompt = generator.tokenizer.encode(PROMPT)
         for use_cache in (True, False):
             ids = [*prompt, *generator.generate(prompt, GREEDY, use_cache=use_cache).token_ids]

@@ -22,7 +22,6 @@ from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import library, ops
 from qwen3fast.kernels.cpu.decode_layers import (
     MAX_DECODE_ROWS,
-    MIN_PREFILL_TOKENS,
     AdaptersOfLayers,
     DecodeLayersCall,
     ExpertWeights,
@@ -30,12 +29,12 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerWeight,
 )
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.structures import LANES
+from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
 
 __all__ = [
     "LANES",
     "MAX_DECODE_ROWS",
-    "MIN_PREFILL_TOKENS",
+    "MANY_ROWS",
     "AdaptersOfLayers",
     "DecodeLayersCall",
     "ExpertWeights",

@@ -141,13 +141,8 @@ void run_experts(const Layer& layer, const Input& input, Shared& s, int thread, 
   s.barrier.wait();
 
   for (size_t n = 0; n < routing.row.size(); n++)
-    for (int64_t i = columns.begin * kLanes; i < columns.end * kLanes; i += kLanes) {
-      Vec total = {};
-      for (int64_t c = 0; c < C; c++) total += load(&routing.y[(n * C + c) * E + i]) * routing.share[n * C + c];
-      BFloat16 rounded[kLanes], *x = s.x + routing.row[n] * E + i;
-      store(rounded, total);
-      store(x, load(x) + load(rounded));
-    }
+    add_chosen(&routing.y[n * C * E], &routing.share[n * C], C, E, columns.begin * kLanes, columns.end * kLanes,
+               s.x + routing.row[n] * E);
 }
 
 template <typename T>  // of the cache

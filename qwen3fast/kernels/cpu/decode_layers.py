@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen3fast.kernels.cpu.structures import (
     GROUP,
     LANES,
+    MANY_ROWS,
     Adapters,
     Layer,
     LinearPointers,
@@ -26,7 +27,6 @@ from qwen3fast.kernels.cpu.structures import (
 )
 
 MAX_DECODE_ROWS = 32
-MIN_PREFILL_TOKENS = 8  # from which rows are lanes in products, see linear.cpp
 
 
 class LayerWeight(NamedTuple):
@@ -164,13 +164,13 @@ class DecodeLayersCall:
     ) -> Tensor:
         """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Arguments as of a step; B * T at least MIN_PREFILL_TOKENS. by_tiles: multiply by tiles, see tiles.cpp.
+        Arguments as of a step; B * T at least MANY_ROWS. by_tiles: multiply by tiles, see tiles.cpp.
         Returns: (B, T, E). Raises: ValueError as a step, and where other weights than experts' have orders of channels.
         """
         B, T, _ = x_BTE.shape
         rows = row_B.contiguous()
         require(self.can_prefill, "prefill_layers: only experts may have orders of channels")
-        require(B * T >= MIN_PREFILL_TOKENS, f"prefill_layers: there must be at least {MIN_PREFILL_TOKENS} tokens")
+        require(B * T >= MANY_ROWS, f"prefill_layers: there must be at least {MANY_ROWS} tokens")
         require(
             rows.dtype == torch.int64 and rows.shape == (B,) and all(0 <= row < self.R for row in rows.tolist()),
             "prefill_layers: a row of the cache for each batch row, int64",

@@ -41,6 +41,17 @@ inline void choose_experts(const BFloat16* logits, int64_t X, int64_t C, bool re
   for (int64_t c = 0; renormalizes && c < C; c++) share[c] /= chosen;
 }
 
+// Columns begin..end of one token: x += the sum of its experts' outputs, y (C, E), each times its share.
+inline void add_chosen(const BFloat16* y, const float* share, int64_t C, int64_t E, int64_t begin, int64_t end, BFloat16* x) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Vec total = {};
+    for (int64_t c = 0; c < C; c++) total += load(y + c * E + i) * share[c];
+    BFloat16 rounded[kLanes];
+    store(rounded, total);
+    store(x + i, load(x + i) + load(rounded));
+  }
+}
+
 // The pairs of one expert, from `first` on in the sorted order; their rows, quantized: x for gate and, where up reads its
 // input in another order, up's; inner for down. order: of gate's, then of up's input channels; null for none.
 struct Group {

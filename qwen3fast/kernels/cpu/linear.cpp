@@ -63,11 +63,6 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
   for (int i = 0; i < kVectors; i++) store_panel(total[i], y + i * kLanes * kSpan * kPanel);
 }
 
-// The panels that some rows of x pass over before the next rows do.
-int64_t group_of(int64_t M, int64_t K) {
-  return kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * kPanel * K)));
-}
-
 // Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass over a group of panels, then the next
 // rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
 // multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
@@ -77,7 +72,7 @@ void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFl
   const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
   const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
   const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, columns = kSpan * kPanel;
-  const int64_t group = group_of(M, K);
+  const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
   alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
   for (int64_t first = begin; first < end; first += group)
     for (int64_t part = 0; part < parts; part++) {
@@ -124,14 +119,14 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   const Bits* const pairs = paired(x, M, K, threads);
-  parallel_parts(width / kPanel, group_of(M, K), threads, [&](SharedRange& range) {
-    for (int64_t begin, end; range.take(begin, end);)
-      for (int64_t i = 0, first = 0; i < count; i++) {  // first: panel of this weight
-        const int64_t panels = weights[i].N / kPanel;
-        multiply_panels(pairs, M, static_cast<const BFloat16*>(weights[i].weight), nullptr, y + first * kPanel,
-                        std::max<int64_t>(begin - first, 0), std::min(end - first, panels), width, K);
-        first += panels;
-      }
+  parallel_for(width / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // panel of this weight
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t panels = weights[i].N / kPanel;
+      multiply_panels(pairs, M, static_cast<const BFloat16*>(weights[i].weight), nullptr, y + first * kPanel,
+                      std::max<int64_t>(begin - first, 0), std::min(end - first, panels), width, K);
+      first += panels;
+    }
   });
 }
 
@@ -148,7 +143,6 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
 void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
                             int64_t K, int64_t threads) {
   const Bits* const pairs = paired(x, M, K, threads);
-  parallel_parts(N / kPanel, group_of(M, K), threads, [&](SharedRange& range) {
-    for (int64_t begin, end; range.take(begin, end);) multiply_panels(pairs, M, gate, up, y, begin, end, N, K);
-  });
+  parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, up, y, begin, end, N, K); });
 }

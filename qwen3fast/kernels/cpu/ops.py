@@ -17,6 +17,7 @@ from qwen3fast.kernels.cpu import experts, prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import (
     LANES,
+    MANY_ROWS,
     LinearPointers,
     RowLimits,
     checked_cache,
@@ -24,8 +25,6 @@ from qwen3fast.kernels.cpu.structures import (
     packed_linear,
     require,
 )
-
-MANY_ROWS = 8  # from which rows are lanes, see linear.cpp
 
 _registered: torch.library.Library | None = None
 _functions: ctypes.CDLL

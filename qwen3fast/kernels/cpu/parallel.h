@@ -21,29 +21,6 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& wor
   }
 }
 
-// Parts of 0..count, which begin at multiples of `unit`.
-struct SharedRange {
-  const int64_t count, size;
-  std::atomic<int64_t> next{0};
-
-  // Takes the next part, or returns false.
-  bool take(int64_t& begin, int64_t& end) {
-    begin = next.fetch_add(size, std::memory_order_relaxed), end = std::min(begin + size, count);
-    return begin < count;
-  }
-};
-
-// Runs work(range) in each thread, which takes parts until there are none: a core that is slow, or shared with another
-// program, holds the others for one part at most. Results must not depend on who takes what.
-template <typename Work>
-void parallel_parts(int64_t count, int64_t unit, int64_t threads, const Work& work) {
-  constexpr int64_t kParts = 8;  // per thread
-  threads = std::clamp<int64_t>((count + unit - 1) / unit, 1, threads);
-  SharedRange range{count, threads == 1 ? count : std::max<int64_t>(1, count / (kParts * threads) / unit) * unit};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  work(range);
-}
-
 // Where threads wait for each other.
 struct Barrier {
   int threads = 1;

@@ -174,17 +174,16 @@ void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached,
                    int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
-  parallel_parts(B * K * tiles, 1, threads, [&](SharedRange& range) {
+  parallel_for(B * K * tiles, 1, threads, [&](int64_t begin, int64_t end) {
     std::optional<TileUse> use;
     if (tiles_are_used) use.emplace();
     Tile tile(padded_rows(std::min(queries, T) * G), D);
-    for (int64_t i, end; range.take(i, end);)
-      for (; i < end; i++) {
-        const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
-        const int64_t token = b * T + first, column = head * G * D;
-        attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
-                    cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
-      }
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
+      const int64_t token = b * T + first, column = head * G * D;
+      attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
+                  cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
+    }
   });
 }
 

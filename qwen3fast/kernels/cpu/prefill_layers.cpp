@@ -106,14 +106,7 @@ void add_experts(Pass& p, const Layer& layer) {
   });
   qwen3fast_quantized_experts(p.normed.data(), p.expert.data(), &layer.gate, &layer.down, p.each.data(), M, C, X, p.threads);
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++)
-      for (int64_t i = 0; i < E; i += kLanes) {
-        Vec total = {};
-        for (int64_t c = 0; c < C; c++) total += load(&p.each[(m * C + c) * E + i]) * p.share[m * C + c];
-        BFloat16 rounded[kLanes];
-        store(rounded, total);
-        store(p.x + m * E + i, load(p.x + m * E + i) + load(rounded));
-      }
+    for (int64_t m = begin; m < end; m++) add_chosen(&p.each[m * C * E], &p.share[m * C], C, E, 0, E, p.x + m * E);
   });
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
+MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.cpp
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used

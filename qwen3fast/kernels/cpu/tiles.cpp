@@ -136,15 +136,14 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
     rest.assign(x + whole * K, x + M * K);
     rest.resize(kTwo * K, BFloat16(0.f));
   }
-  parallel_parts(panels.size(), 1, threads, [&](SharedRange& range) {
+  parallel_for(panels.size(), 1, threads, [&](int64_t begin, int64_t end) {
     const TileUse use;
     Pairs pairs(is_plain ? 0 : K);
-    for (int64_t i, end; range.take(i, end);)
-      for (; i < end; i++)
-        if (is_plain)
-          plain_panel(panels[i], x_start, M, width);
-        else
-          packed_panel(panels[i], x, rest.data(), M, width, pairs.data());
+    for (int64_t i = begin; i < end; i++)
+      if (is_plain)
+        plain_panel(panels[i], x_start, M, width);
+      else
+        packed_panel(panels[i], x, rest.data(), M, width, pairs.data());
   });
 }
 
