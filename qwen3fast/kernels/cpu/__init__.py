@@ -33,8 +33,8 @@ from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
 
 __all__ = [
     "LANES",
-    "MAX_DECODE_ROWS",
     "MANY_ROWS",
+    "MAX_DECODE_ROWS",
     "AdaptersOfLayers",
     "DecodeLayersCall",
     "ExpertWeights",
