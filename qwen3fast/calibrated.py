@@ -18,7 +18,7 @@ from qwen3fast.checkpoint import empty_model, load_model, read_checkpoint_config
 from qwen3fast.checkpoint.choices import choose_dtype
 from qwen3fast.checkpoint.kept import KeptCopy
 from qwen3fast.checkpoint.lora.files import find_adapter
-from qwen3fast.checkpoint.safetensors import HEAD, place_of, tensors_by_file
+from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.kv_cache import free_bytes
@@ -80,10 +80,8 @@ def _why_not(source: Path) -> str | None:
     is_quantized = stored.quantization is not None or stored.prequantized is not None
     if is_quantized or (source.is_file() and formats_of(empty_model(source))):
         return f"{source} is quantized already"
-    if not stored.model.tie_word_embeddings and source.is_dir():
-        names = (name for some in tensors_by_file(source).values() for name in some)
-        if all(place_of(name) != HEAD for name in names):
-            return f"{source} has no output projection, without which it writes no text to be calibrated on"
+    if source.is_dir() and not has_output_projection(stored.model, source):
+        return f"{source} has no output projection, without which it writes no text to be calibrated on"
     return None
 
 

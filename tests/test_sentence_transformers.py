@@ -24,10 +24,11 @@ def write(
     pooling: dict,
     kinds: tuple[str, ...] = ("Pooling", "Normalize"),
     end: str = "<|endoftext|>",
+    sizes: dict[str, int] | None = None,
     **prompts,
 ) -> Path:
     """Write a small random model as sentence-transformers does."""
-    write_text_checkpoint(folder, randomized(small_config(vocab_size=1024)), tokenizer_folder)
+    write_text_checkpoint(folder, randomized(small_config(vocab_size=1024, **(sizes or {}))), tokenizer_folder)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     for i, kind in enumerate(kinds, 1):
         path = f"{i}_{kind}"

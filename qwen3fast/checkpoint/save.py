@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
+from qwen3fast.checkpoint.score_head import WEIGHT, ScoreHead, find_score_head
+from qwen3fast.checkpoint.sentence_transformers import sentence_files
 from qwen3fast.checkpoint.stored_formats import formats_in
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules
@@ -29,24 +32,23 @@ COMPANIONS = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+BODY = {"architectures": ["Qwen3Model"]}  # without an output projection
 
 
 def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, calibration_tokens: int = 0) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files into `folder`.
+    """Write config.json, model.safetensors, the tokenizer's and sentence-transformers' files into `folder`.
 
-    companions_from: the folder or GGUF file that the tokenizer is copied from.
+    companions_from: the folder or GGUF file that these files are copied from, and a score head, in float32.
     calibration_tokens: of the text that the weights were calibrated on, for config.json; 0 for none.
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
     Of layers in several formats, config.json names the most frequent one; the tensors tell each layer's.
-    Raises: OSError if it cannot be written.
+    Raises: OSError if it cannot be written; ValueError for a damaged score head or modules.json in companions_from.
     """
-    formats = [name for name, _ in Counter(formats_in(model)).most_common()]
-    kept = plain_modules(model) if formats else ()
-    stored = CheckpointConfig(
-        model.config, formats[0] if formats else None, kept, calibration_tokens=calibration_tokens
-    )
+    head, companions = companions_of(companions_from)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    if head is not None:
+        tensors[WEIGHT] = head.weight_LE.contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary)
@@ -56,12 +58,38 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
             raise OSError(f"{new / SINGLE_FILE} cannot be written: {err}") from err
         if companions_from is not None and companions_from.is_file():
             write_tokenizer_files(companions_from, new)
-        for name in COMPANIONS:
-            if companions_from is not None and (companions_from / name).is_file():
-                shutil.copyfile(companions_from / name, new / name)
-        config = json.dumps(stored.to_dict(), indent=2) + "\n"
+        for name, file in companions.items():
+            (new / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, new / name)
+        config = json.dumps(_config(model, head, calibration_tokens), indent=2) + "\n"
         (new / "config.json").write_text(config, encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
-            file.chmod(0o644)
-            file.replace(folder / file.name)
+        files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
+        for path in sorted(files, key=lambda path: path == Path("config.json")):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (new / path).chmod(0o644)
+            (new / path).replace(folder / path)
+
+
+def companions_of(source: Path | None) -> tuple[ScoreHead | None, dict[str, Path]]:
+    """Return a folder's score head, and the files to copy, by name; None and none for a GGUF file.
+
+    Raises: ValueError for a damaged score head or modules.json.
+    """
+    if source is None or not source.is_dir():
+        return None, {}
+    head = find_score_head(source) if (source / "config.json").is_file() else None
+    names = [name for name in COMPANIONS if (source / name).is_file()]
+    return head, {name: source / name for name in [*names, *sentence_files(source)]}
+
+
+def _config(model: Qwen3, head: ScoreHead | None, calibration_tokens: int) -> dict[str, Any]:
+    """Return config.json."""
+    formats = [name for name, _ in Counter(formats_in(model)).most_common()]
+    kept = plain_modules(model) if formats else ()
+    stored = CheckpointConfig(
+        model.config, formats[0] if formats else None, kept, calibration_tokens=calibration_tokens
+    )
+    fields = stored.to_dict()
+    if head is not None:
+        return fields | head.config_fields()
+    return fields | BODY if model.lm_head is None and not model.config.num_experts else fields

@@ -16,6 +16,7 @@ from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.files import read_json
 
 ARCHITECTURE, WEIGHT = "Qwen3ForSequenceClassification", "score.weight"
+MULTI_LABEL = "multi_label_classification"
 
 
 class ScoreHead(NamedTuple):
@@ -24,6 +25,15 @@ class ScoreHead(NamedTuple):
     weight_LE: Tensor
     labels: tuple[str, ...]
     is_multi_label: bool
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields of config.json that describe the head."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "id2label": {str(i): label for i, label in enumerate(self.labels)},
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            **({"problem_type": MULTI_LABEL} if self.is_multi_label else {}),
+        }
 
 
 def find_score_head(source: Path) -> ScoreHead | None:
@@ -39,7 +49,7 @@ def find_score_head(source: Path) -> ScoreHead | None:
         return None
     weight_LE = _read_weight(source, CheckpointConfig.from_folder(source).model.hidden_size)
     labels = _labels(raw, len(weight_LE))
-    return ScoreHead(weight_LE, labels, raw.get("problem_type") == "multi_label_classification")
+    return ScoreHead(weight_LE, labels, raw.get("problem_type") == MULTI_LABEL)
 
 
 def _read_weight(folder: Path, hidden_size: int) -> Tensor:

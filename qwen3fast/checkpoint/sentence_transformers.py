@@ -13,6 +13,7 @@ from pathlib import Path
 from qwen3fast.files import read_json, read_optional_json
 
 POOLINGS = ("lasttoken", "mean")
+MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 # Names of the fields that older versions have in place of `pooling_mode`.
 _FIELDS = {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -38,18 +39,29 @@ def find_sentence_settings(folder: Path) -> SentenceSettings | None:
 
     Raises: FileNotFoundError or ValueError naming the file that is missing or damaged, or what is not supported.
     """
-    if not (folder / "modules.json").is_file():
+    if not (folder / MODULES).is_file():
         return None
-    modules = _read_modules(folder / "modules.json")
+    modules = _read_modules(folder / MODULES)
     unknown = [kind for kind in modules if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
-        raise ValueError(f"{folder / 'modules.json'}: the module {unknown[0]} is not supported")
+        raise ValueError(f"{folder / MODULES}: the module {unknown[0]} is not supported")
     prompts, default = _read_prompts(folder)
-    length = read_optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    length = read_optional_json(folder / LENGTH).get("max_seq_length")
     pooling = _read_pooling(folder / modules["Pooling"] / "config.json") if "Pooling" in modules else "mean"
     return SentenceSettings(
         pooling, "Normalize" in modules, prompts, default, length if type(length) is int and length > 0 else None
     )
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """Return the names of the files that `find_sentence_settings` reads; none for other checkpoints.
+
+    Raises: ValueError for a damaged modules.json.
+    """
+    if not (folder / MODULES).is_file():
+        return []
+    configs = [f"{path}/config.json" for path in _read_modules(folder / MODULES).values() if path]
+    return [name for name in (MODULES, PROMPTS, LENGTH, *configs) if (folder / name).is_file()]
 
 
 def _read_modules(file: Path) -> dict[str, str]:
@@ -77,7 +89,7 @@ def _read_pooling(file: Path) -> str:
 
 
 def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
-    file = folder / "config_sentence_transformers.json"
+    file = folder / PROMPTS
     given = read_optional_json(file)
     prompts, default = given.get("prompts") or {}, given.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
-from qwen3fast.checkpoint.save import save_model
+from qwen3fast.checkpoint.safetensors import has_output_projection
+from qwen3fast.checkpoint.save import companions_of, save_model
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
@@ -19,6 +21,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.text.plain_data import replace_surrogates
 
 HELP = "write a quantized checkpoint; errors of 4 bits are corrected on a text"
 WINDOW = 512  # tokens of a calibration text at a time
@@ -51,15 +54,21 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{args.output} is a file; expected the name of a folder to write")
     use_threads(args.threads)
     source = resolve_source(args.model, args.revision)
+    companions_of(source)  # damaged ones are refused before the work
     token_BT = None
     if args.calibrate is not None:
         token_BT = calibration_windows(source, args.calibrate, args.calibration_tokens)
-    model = load_model(source, args.device, progress=True)
+    has_output = source.is_file() or has_output_projection(read_checkpoint_config(source).model, source)
+    model = load_model(source, args.device, progress=True, output_projection=has_output)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")
     weight = model.model.norm.weight
     if weight.device.type == "cpu":
         cpu.load()
+    if is_calibrated and token_BT is None and not has_output:
+        is_calibrated = False
+        print(f"{replace_surrogates(args.model)} has no output projection, so it writes no text to correct errors on; "
+              "--calibrate FILE gives it one", file=sys.stderr)  # fmt: skip
     if is_calibrated:
         if token_BT is None:
             token_BT = own_text(model, find_tokenizer(source), args.calibration_tokens, progress=True)
