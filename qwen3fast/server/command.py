@@ -28,6 +28,15 @@ logger = logging.getLogger("qwen3fast.server")
 class DrainingServer(uvicorn.Server):
     """Uvicorn with draining: from the first signal on, `/ready` answers 503, and the server stops once it is idle."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and log where."""
+        await super().startup(sockets=sockets)
+        state = self.config.app.state.server  # type: ignore[union-attr]
+        names = ", ".join(served.name for served in state.models.with_adapters)
+        for listening in sockets or ():
+            host, port = listening.getsockname()[:2]
+            logger.info("serving %s on http://%s:%d", names, f"[{host}]" if ":" in host else host, port)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; end at once at the second."""
         state = self.config.app.state.server  # type: ignore[union-attr]
@@ -93,13 +102,19 @@ def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
     """Return a socket with an address. Connections whose clients read nothing are cut, after twice send_timeout_s.
 
     The application only stops writing to them; written data would otherwise be kept as long as they are open.
+    The socket does not listen yet. SO_REUSEADDR stays off until `serve`: with it, Linux gives the address of a socket
+    that does not listen to a second one, whose server would find out after it has loaded its models.
     Raises: OSError if the address cannot be had.
-    Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit.
+    Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit; socket(7), SO_REUSEADDR.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        try:
+            listening.bind((host, port))
+        except OSError:  # perhaps connections of an ended server remain, which only SO_REUSEADDR permits
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as err:
         listening.close()
         raise OSError(f"cannot listen on {host}, port {port}: {err.strerror}; choose other --host or --port") from err
@@ -137,8 +152,6 @@ def uvicorn_config(app: Starlette, lifespan: Literal["on", "off"]) -> uvicorn.Co
 
 def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve on a socket of `bind` until a signal."""
-    names = ", ".join(served.name for served in app.state.server.models.with_adapters)
-    host, port = listening.getsockname()[:2]
-    logger.info("serving %s on http://%s:%d", names, f"[{host}]" if ":" in host else host, port)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the next server on this port
     with suppress(KeyboardInterrupt):  # uvicorn raises the signals that it caught again, once it has ended
         asyncio.run(DrainingServer(uvicorn_config(app, lifespan="on")).serve(sockets=[listening]))

@@ -16,6 +16,7 @@ from qwen3fast.cli import main
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
+from qwen3fast.server.command import bind  # noqa: E402  needs uvicorn
 
 ENDLESS = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
@@ -66,6 +67,16 @@ def test_the_second_signal_ends_at_once(process):
         assert server.wait(10) >= 0
 
 
+def test_the_port_of_an_ended_server_is_free_at_once(process):
+    """Although its connections linger."""
+    server, address = process
+    port = int(address.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)):
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+    bind("127.0.0.1", port, 1.0).close()
+
+
 @pytest.mark.parametrize("port", ["-1", "65536", "1e3", "http", ""])
 def test_a_port_that_is_none_is_refused(capsys, port):
     with pytest.raises(SystemExit, match="2"):
@@ -82,6 +93,21 @@ def test_an_address_that_cannot_be_had_is_told_before_models_load(monkeypatch, c
         port = str(taken.getsockname()[1])
         assert main(["serve", "--host", host, "--port", port]) == 1
     assert re.search(f"cannot listen on {host}, port {port}: .*({reason}).*; choose other", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_second_server_is_refused_while_the_first_one_loads(monkeypatch, capsys, restarted):
+    """restarted: a connection of an ended server remains in TIME_WAIT on the port."""
+    with socket.create_server(("127.0.0.1", 0)) as ended:
+        port = ended.getsockname()[1]
+        if restarted:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                ended.accept()[0].close()
+                client.recv(1)
+    monkeypatch.setattr("qwen3fast.server.command.load_models", lambda args: pytest.fail("it loads"))
+    with bind("127.0.0.1", port, 1.0):
+        assert main(["serve", "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
 
 def test_the_config_of_an_adapter_that_is_damaged_is_named(tmp_path, capsys):
