@@ -23,8 +23,8 @@ import qwen3fast
 from qwen3fast import Classifier, Embedder, Generator, Reranker
 from qwen3fast import calibrated as calibrated_module
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
+from qwen3fast.checkpoint import choose_device, load_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint import kept as kept_module
-from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
@@ -440,15 +440,19 @@ def test_all_parts_of_a_gguf_file_count(tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_info_tells_where_the_calibrated_copy_lies(name, cache, tmp_path, capsys):
+def test_info_tells_where_the_calibrated_copy_lies(name, cache, monkeypatch, capsys):
     def line(*options):
         assert main(["info", *options]) == 0
         return next((x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  calibration")), "")
 
     of_tiny = ["--model", "tiny", "--quantization", name]
-    assert f"by the first load, which keeps it in {kept_root()}" in line(*of_tiny)
-    loaded("tiny", quantization=name, device="auto")
-    assert f"kept in {cache / visible(cache)[0]}" in line(*of_tiny)
+    first = "by the first load, which keeps it in"
+    assert f"for {choose_device('auto')}, {first} {kept_root()}" in line(*of_tiny)
+    loaded("tiny", quantization=name)
+    assert f"for cpu, kept in {cache / visible(cache)[0]}" in line(*of_tiny, "--device", "cpu")
+    with monkeypatch.context() as patch:  # the copy is of one kind of device; "auto" means another one here
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert f"for cuda, {first} {kept_root()}" in line(*of_tiny)
     assert line("--model", str(cache / visible(cache)[0])).endswith("on 256 tokens")
     assert line("--model", "random:0.6b", "--quantization", name).endswith("none by default")
     assert line("--model", "tiny", "--quantization", "int8") == line("--model", "tiny") == ""

@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
     parser.add_argument("--quantization", choices=list(FORMATS), help="show the model quantized to this format")
+    parser.add_argument("--device", default="auto", help="whose calibrated copy to look for [%(default)s]")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns: the exit status."""
-    stored, source = None, None
+    device, stored, source = choose_device(args.device), None, None
     if args.model.startswith("random:"):
         model = build_on_meta(read_config(args.model, args.revision))
     else:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         quantize_model(model, args.quantization, model.config.dtype)
     lines = _describe(model, model.config)
     if is_quantized_here and args.quantization in CALIBRATED:
-        lines["calibration"] = _calibration(source, args.quantization)
+        lines["calibration"] = _calibration(source, args.quantization, device)
     if stored is not None and stored.calibration_tokens:
         lines["calibration"] = f"on {stored.calibration_tokens:,} tokens"
     if stored is not None and stored.prequantized is not None:
@@ -54,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(source: Path | None, quantization: str) -> str:
-    """Return whether loads are calibrated by default, and where the result is kept."""
-    device = choose_device("auto")
+def _calibration(source: Path | None, quantization: str, device: torch.device) -> str:
+    """Return whether loads to a device are calibrated by default, and where the result is kept."""
     if source is None or not is_to_be_calibrated(None, source, quantization, device):
         return "none by default"
     try:
         kept = CalibratedLoader(source, device, "auto", quantization).place()
     except RuntimeError as err:
         return f"none: {err}"
-    return f"kept in {kept.folder}" if kept.exists() else f"by the first load, which keeps it in {kept.folder}"
+    how = "kept in" if kept.exists() else "by the first load, which keeps it in"
+    return f"for {device.type}, {how} {kept.folder}"
 
 
 def _forms(config: ModelConfig) -> list[str]:
