@@ -149,6 +149,7 @@ class CalibratedLoader:
             if warn:
                 logger.warning("the calibrated copy of %s is damaged and is made again: %s", self.source, err)
             return None
+        kept.mark_as_read()
         logger.info("%s: calibrated %s, kept in %s", self.source, self.quantization, kept.folder)
         return model
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,12 +150,33 @@ def change_config(folder):
 
 
 @pytest.mark.parametrize("change", [change_weights, change_template, change_config])
-def test_a_source_that_changes_is_calibrated_again(change, checkpoint, cache, runs):
+def test_a_source_that_changes_is_calibrated_again(change, checkpoint, cache, runs, caplog):
+    caplog.set_level(logging.INFO, "qwen3fast.checkpoint.kept")
     loaded(checkpoint)
     change(checkpoint)
     loaded(checkpoint)
     loaded(checkpoint)
     assert len(runs) == 2 and len(visible(cache)) == 1  # the older copy is gone
+    assert caplog.text.count("is deleted: a newer copy replaces it") == 1
+
+
+def test_copies_that_no_load_reads_are_deleted_in_time(checkpoint, cache, caplog):
+    caplog.set_level(logging.INFO, "qwen3fast.checkpoint.kept")
+    days = kept_module.UNREAD_DAYS * 24 * 3600
+    loaded("tiny")
+    (tiny,) = visible(cache)
+    loaded("tiny", quantization="uint4")
+    unread, read = [cache / name for name in sorted(visible(cache), key=tiny.__ne__)]
+    left = cache / ".some-copy-written"  # by a killed process
+    left.mkdir()
+    for folder in (unread, read, left):
+        os.utime(folder, (time.time() - days - 60,) * 2)
+    loaded("tiny", quantization="uint4")
+    assert unread.exists() and caplog.text == ""  # only writing deletes
+    loaded(checkpoint)
+    assert not unread.exists() and not left.exists()
+    assert read.exists() and len(visible(cache)) == 2
+    assert f"{unread} is deleted: no load has read it for 90 days" in caplog.text
 
 
 def test_copies_are_of_a_format_a_dtype_a_kind_of_device_and_a_version(checkpoint, cache, monkeypatch):

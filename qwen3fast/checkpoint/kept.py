@@ -1,8 +1,9 @@
 """Calibrated checkpoints that are kept in the cache folder: written once, as a download is, and read by later loads.
 
 A copy's name holds a digest of everything that its weights follow from: the files of the source, format, dtypes, and
-the version of the quantizer. A source that changes gets another copy, in place of the one before. Copies may be deleted
-at any time.
+the version of the quantizer. A source that changes gets another copy, in place of the one before. Copies that no load
+has read for a long time are deleted when another one is written: other revisions of the hub, for example, and copies of
+folders that were moved or deleted. Copies may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of calibration: one more whenever the same source gets other weights
 SPARE = 2**26  # bytes of the disk that stay free
+UNREAD_DAYS = 90  # of a copy that is deleted
 PRESET = "generation_config.json"  # for replies alone: calibration samples at temperature 1
 FIRST_PART = re.compile(r"-00001-of-(\d{5}\.gguf)$")
 
@@ -109,14 +112,30 @@ class KeptCopy:
             save_model(model, whole, calibration_tokens=calibration_tokens)
             self.delete()
             whole.rename(self.folder)
-        for other in root.glob(self.others):
-            if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+        self.mark_as_read()
+        oldest = time.time() - UNREAD_DAYS * 24 * 3600
+        changed = set(root.glob(self.others)) - {self.folder}
+        for other in sorted(changed):
+            _delete(other, "a newer copy replaces it")
+        for other in sorted(set(root.iterdir()) - changed):  # hidden ones are parts that a killed process left
+            with suppress(OSError):
+                if other.is_dir() and other.stat().st_mtime < oldest:
+                    _delete(other, f"no load has read it for {UNREAD_DAYS} days")
+
+    def mark_as_read(self) -> None:
+        """Set the time of the last load, by which unread copies are found."""
+        with suppress(OSError):  # of a folder that cannot be written
+            os.utime(self.folder)
 
     def delete(self) -> None:
         """Delete the copy, if there is one. Raises: OSError if that fails."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def _delete(copy: Path, reason: str) -> None:
+    logger.info("%s is deleted: %s", copy, reason)
+    shutil.rmtree(copy, ignore_errors=True)
 
 
 def _digest(data: bytes) -> str:
