@@ -83,7 +83,7 @@ def glibc_version(library: Path) -> int:
 
 
 class BuildWithLibraries(build_py):
-    """Building of the package, with the libraries but for editable installs."""
+    """Building of the package: with the libraries, except for editable installs."""
 
     platform: str | None = None
 

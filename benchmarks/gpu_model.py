@@ -6,7 +6,7 @@ A step's time is modeled as
 
     bytes / bandwidth  +  kernels x (cost of a dependent kernel in a CUDA graph)
 
-Bytes are those of a step's weights and used keys and values. Kernels are counted by tools/compile_for_gpu.py. Bandwidth
+Bytes are the weights, keys and values that a step reads. Kernels are counted by tools/compile_for_gpu.py. Bandwidth
 and the cost of a kernel come from the first run on a GPU, of a prototype: see FIRST_RUN. They are to be replaced by
 what tools/gpu_check.py records.
 """

@@ -22,7 +22,7 @@ Modules are named as in published checkpoints, whose tensors load unchanged:
     from qwen3fast.reference import Qwen3, generate
 
     source = load_model("tiny", device="cpu", dtype="float32")
-    model = Qwen3(source.config)  # its fields include those of Config below
+    model = Qwen3(source.config)  # it has all fields of Config below
     model.load_state_dict(source.state_dict())
     generate(model, prompt_ids=[1, 2, 3], max_tokens=16)
 

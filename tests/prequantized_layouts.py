@@ -189,8 +189,8 @@ def write_prequantized(
 ) -> Qwen3:
     """Write a checkpoint whose linear layers and experts, except `kept` (ends of names), are stored in another layout.
 
-    prefix: of names, in place of "model.". Tensors are dealt out to the files in turn, so that those of a layer lie in
-    several. Returns: the model that the tensors stand for, in float32.
+    prefix: of names, in place of "model.". Tensors are dealt out to the files in turn: a layer's lie in several.
+    Returns: the model that the tensors stand for, in float32.
     """
     model, rng = randomized(config).to(config.dtype).float(), np.random.default_rng(0)
     tensors = tensors_by_expert(model)

@@ -33,8 +33,7 @@ T* as(std::vector<char>& bytes) {
   return bytes.empty() ? nullptr : reinterpret_cast<T*>(bytes.data());
 }
 
-// Integers are the last arguments of each operation; those of a quantized product are M, N, K, bits, span
-// and record.
+// Integers are the last arguments of each operation: M, N, K, bits, span and record for a quantized product.
 bool run(const std::string& name, const std::vector<int64_t>& n, std::vector<std::vector<char>>& a, BFloat16* y) {
   if (name == "plain") {
     qwen3fast_linear(as<BFloat16>(a[0]), as<BFloat16>(a[1]), y, n[0], n[1], n[2], 1);

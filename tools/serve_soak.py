@@ -134,7 +134,7 @@ def main() -> int:
     # float32, one weight layout: a reply does not depend on which others share its step.
     options: dict[str, Any] = {"max_seq_len": 512, "dtype": "float32", "compile": False}
     with Generator.from_pretrained("tiny", max_batch_size=4, max_queue=8, **options) as generator:
-        asyncio.run(load(generator, args.warm_up_s, args.seed + 1, progress))  # what is built once is built now
+        asyncio.run(load(generator, args.warm_up_s, args.seed + 1, progress))  # one-time work is done here
         before = rss_mb()
         clients = asyncio.run(load(generator, args.seconds, args.seed, progress))
         growth, stats = rss_mb() - before, generator.stats

@@ -267,7 +267,7 @@ def save(
     end, eos = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
     template = (Path(__file__).parent / "tiny_chat_template.jinja").read_text(encoding="utf-8")
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    model.load_state_dict(state, strict=False)  # evaluate what is written: the weights rounded to bfloat16
+    model.load_state_dict(state, strict=False)  # evaluate the saved weights, which are rounded to bfloat16
     accuracy = evaluate(model, tokenizer, args.eval_examples)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -54,7 +54,7 @@ def text_part(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def why_not(architecture: Any, model_type: Any) -> str:
-    """Return what is different about an architecture, as the end of a sentence; "" if it is not known."""
+    """Return how an architecture differs, as the end of a sentence; "" if that is not known."""
     names = [str(name).replace("_", "").lower() for name in (architecture, model_type)]
     for kind in sorted(_DIFFERENT, key=len, reverse=True):
         if any(name.startswith(kind.replace("_", "")) for name in names):

@@ -37,7 +37,7 @@ class SentenceSettings:
 def find_sentence_settings(folder: Path) -> SentenceSettings | None:
     """Return the settings of a folder that sentence-transformers wrote; None for other checkpoints.
 
-    Raises: FileNotFoundError or ValueError naming the file that is missing or damaged, or what is not supported.
+    Raises: FileNotFoundError or ValueError naming the missing or damaged file, or the unsupported feature.
     """
     if not (folder / MODULES).is_file():
         return None

@@ -238,7 +238,7 @@ class StepPart:
         return choice
 
     def forget(self) -> None:
-        """Compile again what is called from now on: something that is constant in compiled code has changed."""
+        """Compile all forms again at their next call: something that is constant in compiled code has changed."""
         for forms in (self._forms, self._choices, self._jobs):
             forms.clear()
 

@@ -357,7 +357,7 @@ class Engine(Rows):
                 and CHUNK_SIZES[0] + size <= self.cache.allocated_len
             ):
                 later = self.begin_prefill(0, [0] * (CHUNK_SIZES[0] + size), CHUNK_SIZES[0], None, adapter)
-                assert later.chunks == [size], "the size is that of one chunk"
+                assert later.chunks == [size], "the rest of the prompt is one chunk"
                 self.prefill_step(later)
             logits_1V = self.prefill_whole(0, [0] * size, adapter)
         self._warm_up_together(sizes, adapter)

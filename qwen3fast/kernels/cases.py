@@ -1,4 +1,4 @@
-"""Work like that of a step, done in each of its forms: what `kernels/forms.py` measures, and the suite "forms" shows.
+"""Work of a step, in each of its forms: `kernels/forms.py` measures it, and the suite "forms" shows it.
 
 T query tokens   L cache positions read   H query heads   K key/value heads   D head_dim   M rows
 """

@@ -2,7 +2,7 @@
 
 A form that wins on one processor loses on another: attention in C++ takes a quarter of the time of PyTorch's on AMD
 Zen 5, and three times its time on Intel processors with AMX. The rule: no form is used where a plainer one is faster on
-the machine at hand. docs/how_it_works/kernels.md describes what is measured, and when a choice may change.
+the machine at hand. docs/how_it_works/kernels.md describes the measurements, and when a choice may change.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    """Return what is kept; nothing if the file is missing or damaged: it can be measured again."""
+    """Return the contents of the file; {} if it is missing or damaged: forms can be measured again."""
     try:
         value = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: there is no home folder

@@ -51,7 +51,7 @@ class ProcessorRows(NamedTuple):
 def process_logits(logits_BV: Tensor, rows: ProcessorRows) -> Tensor:
     """Return the logits to sample from, (B, V) float32.
 
-    The order is that of transformers: repetition penalty, presence and frequency penalties, bias, mask. NaN stays NaN,
+    In the order of transformers: repetition penalty, presence and frequency penalties, bias, mask. NaN stays NaN,
     also for forbidden tokens, and +inf stays +inf or becomes NaN: either way the sampler detects invalid logits.
     Source of the repetition penalty: CTRL, arXiv:1909.05858, section 4.1; of the other two: OpenAI's API reference.
     """

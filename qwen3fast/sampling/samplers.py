@@ -53,7 +53,7 @@ def kind_for(params: Iterable[tuple[float, int]]) -> SamplerKind:
 def sample(logits_BV: Tensor, rows: SamplerRows, kind: SamplerKind) -> Tensor:
     """Choose a token for each row: (B,) int64; -1 where the logits hold NaN or +inf, or only -inf.
 
-    The order is that of transformers: temperature, top-k, top-p, min-p. The Gumbel-max trick then draws from
+    In the order of transformers: temperature, top-k, top-p, min-p. The Gumbel-max trick then draws from
     softmax(score), as the argmax of score + noise. Source: Maddison et al., arXiv:1411.0030, section 2.
     """
     logits_BV = logits_BV.float()

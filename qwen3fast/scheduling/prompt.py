@@ -35,7 +35,7 @@ def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]],
     """Read what `score` takes: a prompt and a continuation, one prompt and several continuations, or as many of each.
 
     Returns: the pairs, each of strings or lists of what should be token ids, and whether it was one pair.
-    Raises: ValueError naming what is accepted.
+    Raises: ValueError naming the accepted types.
     """
     (before, is_one_prompt), (after, is_one) = read_prompts(prompts), read_prompts(continuations, "continuations")
     if is_one_prompt:

@@ -21,7 +21,7 @@ __all__ = ["IncrementalDecoder", "Message", "Tokenizer"]
 class Tokenizer:
     """A checkpoint's tokenizer: `tokenizer.json` (byte-level BPE) and its chat template.
 
-    Method names and results are those of transformers' tokenizers.
+    Methods have the names and results of transformers' tokenizers.
 
     Attributes:
         base: the tokenizer of the library `tokenizers`.

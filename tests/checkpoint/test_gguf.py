@@ -212,7 +212,7 @@ def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "uint4"])
-def test_quantization_rounds_anew(tmp_path, name):
+def test_quantization_of_gguf_weights_equals_quantizing_the_dequantized_ones(tmp_path, name):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES)), "Q6_K")
     loaded = load_model(file, "cpu", quantization=name)

@@ -379,7 +379,7 @@ def test_fp8_experts_are_dequantized(tmp_path, files):
 
 
 def write_experts(folder, quantization_config, kept=()):
-    """A checkpoint whose experts are stored in a layout, but for `kept`. Returns: what all tensors stand for."""
+    """A checkpoint whose experts are stored in a layout, except for `kept`. Returns: the dequantized tensors."""
     config = replace(MOE, hidden_size=128, moe_intermediate_size=64, dtype=torch.bfloat16)
     rng, tensors = np.random.default_rng(0), tensors_by_expert(randomized(config))
     expected = dict(tensors)

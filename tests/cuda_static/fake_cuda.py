@@ -53,7 +53,7 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
         if part is None:
             tensor = tensor.unsqueeze(dimension)
         elif isinstance(part, slice):
-            if part != slice(None):  # of which PyTorch makes no view, so that compilers write into the tensor itself
+            if part != slice(None):  # PyTorch makes no view of it, and compilers write into the tensor itself
                 tensor = aten.slice(tensor, dimension, part.start, part.stop, part.step or 1)
         elif isinstance(part, int):
             tensor = aten.select(tensor, dimension, part)

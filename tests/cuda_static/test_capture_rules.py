@@ -207,7 +207,7 @@ def test_chosen_experts_change_from_replay_to_replay_without_the_host(quantizati
 
 
 def test_a_hook_is_not_for_graphs():
-    """So that the tests above could fail: what runs on the host, from Python, is found."""
+    """The tests above can fail: what runs on the host, from Python, is found."""
     engine = make_engine()
     faults = capture_faults(
         lambda: run_step(engine, 2, 128, SamplerKind.GREEDY, None, None, lambda x_BV: x_BV + torch.ones(97)),

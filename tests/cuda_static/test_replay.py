@@ -232,7 +232,7 @@ def test_steps_with_a_hook_are_in_no_graph(model):
 
 
 def test_the_recorder_of_this_test_freezes_what_the_host_decides(model):
-    """So that the test above could fail: a number counted up on the host stays what it was."""
+    """The test above can fail: a number counted up on the host stays what it was."""
     counter, total = [0], torch.zeros(1)
 
     def step():

@@ -102,7 +102,7 @@ def test_tokens_are_those_of_their_steps_however_far_the_device_lags(actions, ch
 
 @pytest.mark.parametrize("fault", ["no wait for the current stream", "no wait for the event"])
 def test_planted_faults_are_found(fault, monkeypatch):
-    """So that the test above could fail."""
+    """The test above can fail."""
     if fault == "no wait for the event":
         monkeypatch.setattr(Event, "synchronize", lambda self: None)
     else:

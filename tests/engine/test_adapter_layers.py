@@ -74,7 +74,7 @@ def test_all_blocks_together_add_what_each_block_adds(quantization, threads):
 
 
 def test_each_layers_product_is_added_at_its_place():
-    """With one adapted layer at a time, so that none hides behind the others."""
+    """With one adapted layer at a time: none hides behind the others."""
     engine = make_engine()
     for layer in engine.adapters.layers.values():
         layer.lora_B.zero_()

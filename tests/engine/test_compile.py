@@ -47,7 +47,7 @@ def test_weights_changed_in_place_are_used():
     assert_near(part(module, x, y), scaled(module, x, y))
 
 
-def test_static_shapes_compile_anew_and_dynamic_ones_do_not():
+def test_static_shapes_compile_again_and_dynamic_ones_do_not():
     compiler = StepCompiler(True, CPU)
     static, dynamic = compiler.part(scaled), compiler.part(scaled, dynamic=(ROWS, ROWS))
     [module, *_] = layers()

@@ -47,7 +47,7 @@ def model(tokenizer):
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_the_follower_ends_in_the_state_of_the_leader(model, tokenizer, monkeypatch, lookahead):
-    # So that attention of steps reads as much in both: this engine's lookahead is a CUDA device's.
+    # Attention of steps then reads as much in both: this engine's lookahead is a CUDA device's.
     make_engine = partial(engine_of, model, positions=200, lookahead=lookahead)
     monkeypatch.setattr("qwen3fast.generator.Engine", lambda *_, **__: make_engine())
     tape = Tape()

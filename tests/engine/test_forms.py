@@ -262,7 +262,7 @@ def test_strides_that_are_not_those_of_a_new_tensor_have_a_form_of_their_own(gra
 
 @torch.no_grad()
 def test_a_form_that_is_compiled_again_is_noticed(graphs):
-    """So that the tests above could fail."""
+    """The tests above can fail."""
     factor = [2.0]
     part = StepCompiler(True, CPU).part(lambda _, x: x * factor[0])
     part(None, torch.ones(3))

@@ -128,7 +128,7 @@ def assert_clean(scheduler):
 
 
 def test_every_feature_changes_the_tokens_of_these_tests():
-    """Or is seen otherwise; so that the tests below could fail."""
+    """Or the result shows it in another way: the tests below can fail."""
     plain = uncached("plain", 12, 40, 1, 3.0).output_ids
     for name in FEATURES:
         request = uncached(name, 12, 40, 1, 3.0)

@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Clock:
-    """A clock that stands still but for the work of `calls`: seconds of each call, by form."""
+    """A clock that stands still except during the work of `calls`: seconds of each call, by form."""
 
     def __init__(self, **seconds):
         self.now, self.order, self.seconds = 0.0, [], {name: iter(each) for name, each in seconds.items()}

@@ -60,7 +60,7 @@ def checkpoint(tokenizer, tokenizer_folder, tmp_path_factory):
             eos_token_ids=(tokenizer.base.token_to_id("<|im_end|>"),),
             **changes,
         )
-        assert config.vocab_size % 2, "so that the ranks' parts differ"
+        assert config.vocab_size % 2, "the ranks' parts differ"
         return write_text_checkpoint(tmp_path_factory.mktemp("model"), randomized(config, seed=5), tokenizer_folder)
 
     return write

@@ -313,7 +313,7 @@ EVERY_FIELD = {
 
 @pytest.mark.parametrize("fields", EVERY_FIELD.values(), ids=EVERY_FIELD)
 def test_every_field_means_the_same_without_a_cache(generator, fields):
-    """Alone, beside requests that ask for other things, and computed anew for each token."""
+    """Alone, beside requests that ask for other things, and without a cache."""
     prompt = generator.render(QUESTION, SamplingParams(temperature=1))  # a reply that may begin with a thought
     params = SamplingParams(**({"temperature": HOT, "seed": 5, "max_tokens": 16} | fields))
     others = [SamplingParams(temperature=HOT, seed=6, max_tokens=9, logprobs=1, presence_penalty=1.0), GREEDY]

@@ -445,7 +445,7 @@ PROCESSED = {
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, PROCESSED], ids=["sampled", "greedy", "processed"])
 def test_a_request_moves_down_when_those_before_it_end(changes, lookahead, monkeypatch):
-    """So that steps run as few rows as there are requests."""
+    """Then steps run as few rows as there are requests."""
     scheduler = make_scheduler(4, lookahead=lookahead)
     steps = calls_of(monkeypatch, scheduler.engine, "launch")
     others = [make_request(10 + i, 20 + 10 * i, seed=i) for i in range(3)]

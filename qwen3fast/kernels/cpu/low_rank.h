@@ -1,4 +1,4 @@
-// The products of LoRA adapters, added to those of a weight. The plain form is kernels/low_rank.py.
+// Products of LoRA adapters, added to the output of a linear layer. The plain form is kernels/low_rank.py.
 
 #pragma once
 

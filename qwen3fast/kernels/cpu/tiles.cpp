@@ -46,7 +46,7 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
 
 inline Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
 
-// Dequantizes block `j` of a panel into pairs; those of 8 bits without their scales.
+// Dequantizes block `j` of a panel into pairs. Levels of 8 bits are not scaled yet.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const Linear& weight = *panel.weight;
   const int64_t block = panel.block + j, G = weight.K / kGroup;
