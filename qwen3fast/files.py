@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +54,22 @@ def file_to_write(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as err:
         raise FileExistsError(f"{path.parent} is not a folder, so {path.name} cannot be written there") from err
+    return path
+
+
+def folder_to_write(path: Path) -> Path:
+    """Return the path of a folder that files can be written to. Folders above it are created if need be.
+
+    Raises: FileExistsError if it is a file; OSError if nothing can be written there.
+    """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file; expected the name of a folder to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, path):
+            if folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=folder):
+                    pass
+    except OSError as err:
+        raise OSError(f"{path} cannot be written: {err.strerror} ({err.filename})") from err
     return path

@@ -4,7 +4,9 @@ import io
 import json
 import re
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -51,6 +53,7 @@ def test_generate_stats_go_to_standard_error(capsys):
             "random:0.6b has random weights, which are quantized",
         ),
         (["quantize", "--output", __file__], "test_cli.py is a file; expected the name of a folder to write"),
+        (["quantize", "--output", str(TINY_FOLDER)], "is the folder of the model, whose weights would be overwritten"),
         (["quantize", "--output", "x", "--calibrate", "/"], "/ is a folder; expected a text file for --calibrate"),
     ],
 )
@@ -66,6 +69,30 @@ def test_bad_usage_exits_2(arguments):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize("place", ["file/model", "file/a/model", "locked/model", "locked"])
+def test_quantize_refuses_a_place_that_cannot_be_written_before_the_work(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    real = tempfile.mkdtemp
+
+    def mkdtemp(suffix=None, prefix=None, dir=None):  # as for a user without rights; root may write everywhere
+        if Path(dir) == tmp_path / "locked":
+            raise PermissionError(13, "Permission denied", str(dir))
+        return real(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr("qwen3fast.cli.quantize.load_model", lambda *args, **options: pytest.fail("it loads"))
+    assert main(["quantize", "--output", str(tmp_path / place)]) == 1
+    assert f"error: {tmp_path / place} cannot be written: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "locked"]
+
+
+def test_quantize_takes_no_empty_name_for_the_current_folder(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", "--output", ""])
+    assert "argument --output: expected the name of a folder, got an empty one" in capsys.readouterr().err
 
 
 def test_chat_keeps_the_history_until_reset(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from qwen3fast.checkpoint.save import companions_of, save_model
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
-from qwen3fast.files import read_text
+from qwen3fast.files import folder_to_write, read_text
 from qwen3fast.kernels import cpu
 from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
@@ -30,7 +30,7 @@ WINDOW = 512  # tokens of a calibration text at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; from_pretrained loads it")
+    parser.add_argument("--output", type=_output, required=True, help="folder to write; from_pretrained loads it")
     parser.add_argument("--quantization", choices=list(FORMATS), default="int4", help="[%(default)s]")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, of the kind that the model will "
@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="of the text, at most [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
+
+
+def _output(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, got an empty one")
+    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--calibration-tokens must be at least {OWN_WINDOW}, got {args.calibration_tokens}")
     if args.model.startswith("random:"):
         raise ValueError(f"{args.model} has random weights, which are quantized while loading; name a checkpoint")
-    if args.output.is_file():
-        raise FileExistsError(f"{args.output} is a file; expected the name of a folder to write")
-    use_threads(args.threads)
     source = resolve_source(args.model, args.revision)
-    companions_of(source)  # damaged ones are refused before the work
+    if args.output.resolve() == source.resolve():
+        raise ValueError(f"--output {args.output} is the folder of the model, whose weights would be overwritten")
+    folder_to_write(args.output)  # what cannot be written, or is damaged, is refused before the work
+    companions_of(source)
+    use_threads(args.threads)
     token_BT = None
     if args.calibrate is not None:
         token_BT = calibration_windows(source, args.calibrate, args.calibration_tokens)
