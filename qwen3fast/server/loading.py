@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from qwen3fast.checkpoint.lora import LoraConfig
+from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.embedder import Embedder
 from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
@@ -68,6 +71,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
+    _find_all([_name_and_source(spec)[1] for spec in [*generators, *args.embedder, *args.reranker]], adapters)
     for spec in generators:
         generator = load(
             spec,
@@ -87,6 +91,19 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     for spec in args.reranker:
         load(spec, Reranker)
     return models
+
+
+def _find_all(sources: Iterable[str], adapters: Mapping[str, str]) -> None:
+    """Check that models and adapters are there, or download them, before the first one is loaded.
+
+    Raises: FileNotFoundError if one is not there; ValueError for an adapter that is damaged or not supported.
+    """
+    for source in sources:
+        model = _base_of_adapter(source) or source
+        if not model.startswith("random:"):
+            resolve_source(model)
+    for adapter in adapters.values():
+        LoraConfig.from_folder(resolve_adapter(adapter))
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from qwen3fast import Generator
 from qwen3fast.cli import main
 
 httpx = pytest.importorskip("httpx")
@@ -114,6 +115,20 @@ def test_the_config_of_an_adapter_that_is_damaged_is_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{")
     assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
     assert f"{tmp_path}/adapter_config.json is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "tiny", "--model", "no-such"], "no folder 'no-such'"),
+        (["--model", "tiny", "--embedder", "/no/such"], "no folder '/no/such'"),
+        (["--model", "tiny", "--adapter", "a=/no/such"], "/no/such/adapter_config.json not found"),
+    ],
+)
+def test_all_sources_are_found_before_the_first_model_loads(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
+    assert main(["serve", "--port", "0", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spec", ["", "mine="])
