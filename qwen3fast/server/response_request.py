@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3fast.sampling_params import LARGEST_COUNT
 from qwen3fast.server.chat_fields import read_call, read_tools, text_of
 from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.fields import Fields, describe
@@ -81,7 +82,7 @@ def _read_sampling(fields: Fields) -> Sampling:
         fields,
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
-        max_tokens=fields.integer("max_output_tokens", 1, 2**31),
+        max_tokens=fields.integer("max_output_tokens", 1, LARGEST_COUNT),
         seed=fields.integer("seed"),
         json_schema=read_format(text.object("format"), is_flat=True) if text is not None else None,
         thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,

@@ -98,6 +98,8 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
         ),
         ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [2**31]}, "stop_token_ids"),
+        ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 2**31}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2**31}, "max_output_tokens"),
         ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
         ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL}], "tool_choice": 3}, "tool_choice"),
         ("/v1/completions", {"prompt": "a", "min_p": 2}, "min_p"),
