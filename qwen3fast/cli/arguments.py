@@ -76,7 +76,12 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def open_generator(args: argparse.Namespace) -> Generator:
-    """Return the Generator of the options, warmed up with --compile always. Raises: as `from_pretrained`."""
+    """Return the Generator of the options, warmed up with --compile always.
+
+    Raises: ValueError for random weights, which have no tokenizer; as `from_pretrained`.
+    """
+    if args.model.startswith("random:"):
+        raise ValueError(f"{args.model} has random weights and no tokenizer: it can be measured (bench), not asked")
     max_seq_len = args.max_seq_len
     if max_seq_len is None:
         max_seq_len = min(GeneratorOptions.max_seq_len, read_config(args.model, args.revision).longest_context)
