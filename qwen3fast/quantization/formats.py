@@ -71,7 +71,7 @@ class Format:
         return replace(self, has_blocks=True, quantize=quantize_fp8_blocks)
 
     def operands(self, packed: Packed) -> Packed:
-        """Return a weight as C++ operations take it: with scales of fp8's rows as a column, to tell them from int8's."""
+        """Return a weight as C++ operations take it: scales of fp8's rows are a column, unlike int8's."""
         is_column = self.name == "fp8" and packed.scale.dim() == 1
         return Packed(packed.weight, packed.scale[:, None]) if is_column else packed
 

@@ -323,7 +323,7 @@ def layers_arguments(model, cache):
         a, f = block.self_attn, block.mlp
         norms = [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
         weights = [
-            linear.format.operands(linear.packed) if isinstance(linear, QuantizedLinear) else (linear.weight, None)
+            (*linear.format.operands(linear.packed),) if isinstance(linear, QuantizedLinear) else (linear.weight, None)
             for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
         ]
         scales = [cache.key_scales[i], cache.value_scales[i]] if cache.key_scales else []

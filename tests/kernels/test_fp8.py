@@ -81,4 +81,3 @@ def test_weights_are_not_quantized_to_fp8_in_cpp():
     weight, packed = random_tensor(32, 64).bfloat16(), FP8.operands(FP8.empty(32, 64))
     with pytest.raises(ValueError, match="int8 and int4 only"):
         cpu.quantize_weight(weight, *packed)
-

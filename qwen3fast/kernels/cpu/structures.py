@@ -107,8 +107,8 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
         and (bits == 8 or span % GROUP == K % span == 0)
         and scale.device.type == "cpu"
         and scale.is_contiguous(),
-        "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16 or "
-        "(N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
+        "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16 "
+        "or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
     )
     return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if record else 0, record)
 
