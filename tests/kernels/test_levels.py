@@ -10,7 +10,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import levels, library
 
 HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2"
-ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vbmi avx512_vnni"
+ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512vbmi avx512_vnni"
 NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
 
 
