@@ -132,10 +132,9 @@ def _weights(layers: Sequence[nn.Module]) -> list[cpu.LayerWeight]:
 
 
 def _weight(layer: nn.Module) -> cpu.LayerWeight:
-    if isinstance(layer, OrderedLinear):
-        return cpu.LayerWeight(*layer.packed, layer.input_order)
     if isinstance(layer, QuantizedLinear):
-        return cpu.LayerWeight(*layer.packed)
+        order = layer.input_order if isinstance(layer, OrderedLinear) else None
+        return cpu.LayerWeight(*layer.format.operands(layer.packed), order)
     assert isinstance(layer, nn.Linear), "checked before"
     return cpu.LayerWeight(layer.weight)
 

@@ -242,7 +242,7 @@ def layers_by_format(model: Qwen3) -> Mapping[str, list[Linear | QuantizedLinear
 def largest_weight(layers: Iterable[Linear | QuantizedLinear]) -> tuple[Tensor, ...]:
     """Return the weight of the largest layer, for `linear_case`."""
     weights = [
-        (layer.weight_packed, layer.weight_scale) if isinstance(layer, QuantizedLinear) else (layer.weight,)
+        layer.format.operands(layer.packed) if isinstance(layer, QuantizedLinear) else (layer.weight,)
         for layer in layers
     ]
     return max(weights, key=lambda weight: weight[0].numel())

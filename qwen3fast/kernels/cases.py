@@ -57,7 +57,7 @@ def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> 
     """
     (N, K), plain = weight[0].shape[:2], LINEAR
     if len(weight) > 1:
-        N, K, plain = N * weight[0].shape[2], K * (4 if weight[1].dim() == 1 else 8), DEQUANTIZED
+        N, K, plain = N * weight[0].shape[2], K * (4 if weight[1].dtype == torch.float32 else 8), DEQUANTIZED
     names = (CPP, TILES, plain) if tiles.are_announced() else (CPP, plain)
     calls = partial(_linear, rows, K, weight, names)
     return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))

@@ -1,8 +1,8 @@
 """Experts with weights in 8 or 4 bits; they replace `Experts` of model/moe.py.
 
 On the CPU one C++ operation reads the bytes of active experts only, for any number of tokens, and quantizes activations
-to 8 bits as in linear layers. On CUDA devices a Triton kernel serves few tokens; for many tokens the weights are
-dequantized first. The plain form does both in PyTorch.
+to 8 bits as in linear layers, except for fp8. On CUDA devices a Triton kernel serves few tokens; for many tokens the
+weights are dequantized first. The plain form does both in PyTorch.
 
 N tokens (of weights: out_features of an expert)   X experts   C active experts per token   P = N*C pairs
 E hidden_size   I moe_intermediate_size   K in_features
@@ -63,7 +63,7 @@ class QuantizedExperts(nn.Module):
         return run_grouped(x_NE, expert_NC, self.num_experts, gate_up, down)
 
     def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
-        gate_up, down = ([*layer.packed] for layer in (self.gate_up_proj, self.down_proj))
+        gate_up, down = ([*layer.format.operands(layer.packed)] for layer in (self.gate_up_proj, self.down_proj))
         if isinstance(self.gate_up_proj, OrderedLinear):
             gate_up.append(self.gate_up_proj.input_order)
         y_NCE: Tensor = torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down)

@@ -70,6 +70,11 @@ class Format:
         assert self.name == "fp8", "other formats have no such blocks"
         return replace(self, has_blocks=True, quantize=quantize_fp8_blocks)
 
+    def operands(self, packed: Packed) -> Packed:
+        """Return a weight as C++ operations take it: scales of fp8's rows are a column, unlike int8's."""
+        is_column = self.name == "fp8" and packed.scale.dim() == 1
+        return Packed(packed.weight, packed.scale[:, None]) if is_column else packed
+
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the whole weight, (N, K) float32."""
         return self.rows(packed, torch.arange(packed.weight.shape[0] * LANES, device=packed.weight.device))
@@ -165,7 +170,7 @@ FORMATS = {
     "int8": Format("int8", 8, quantize_int8, rows_int8),
     "int4": Format("int4", 4, quantize_int4, rows_int4),
     "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
-    "fp8": Format("fp8", 8, quantize_fp8, rows_fp8, devices=("cuda",)),
+    "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
 }
 
 

@@ -71,8 +71,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, (..., N) in the dtype of x, (..., K).
 
-        The C++ operation also quantizes x to 8 bits, in groups of 32 channels; other forms do not. In each form on the
-        CPU, a row's result does not depend on the values in the rows beside it.
+        The C++ operation also quantizes x to 8 bits, in groups of 32 channels, except for fp8; other forms do not. In
+        each form on the CPU, a row's result does not depend on the values in the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
@@ -86,7 +86,7 @@ class QuantizedLinear(nn.Module):
             y = torch.ops.qwen3fast.quantized_linear(
                 x.bfloat16(),
                 [layer.weight_packed for layer in layers],
-                [layer.weight_scale for layer in layers],
+                [layer.format.operands(layer.packed).scale for layer in layers],
                 layers[0].limits,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
@@ -127,7 +127,7 @@ class QuantizedEmbedding(nn.Module):
         """Return the rows of token_BT, int64 ids: (B, T, K) in `dtype`."""
         packed = Packed(self.weight_packed, self.weight_scale)
         if self.dtype == torch.bfloat16 and can_use_operations(self.format, token_BT):
-            rows: Tensor = torch.ops.qwen3fast.quantized_rows(*packed, token_BT.flatten())
+            rows: Tensor = torch.ops.qwen3fast.quantized_rows(*self.format.operands(packed), token_BT.flatten())
         else:
             rows = self.format.rows(packed, token_BT.flatten())
         return rows.to(self.dtype).view(*token_BT.shape, -1)

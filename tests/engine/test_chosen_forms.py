@@ -168,7 +168,7 @@ def test_uncompiled_quantized_layers_warn_where_operations_are_missing(format, i
     assert all("install a wheel of qwen3fast" in text and "apt-get install g++" in text for text in told)
 
 
-@pytest.mark.parametrize("format", [None, "int4"])
+@pytest.mark.parametrize("format", [None, "int4", "fp8"])
 @torch.no_grad()
 def test_all_cases_run_in_all_forms(format):
     model = small_model(format)

@@ -22,8 +22,10 @@ from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.layers import QuantizedLinear
 
 CPU = torch.device("cpu")
+PACKED = ["int8", "int4", "uint4", "fp8", pytest.param(FORMATS["fp8"].with_blocks(), id="fp8 blocks")]
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
@@ -187,11 +189,11 @@ def test_decode_attention_over_an_int8_cache_passes_nan_on(value):
     assert y_BHTD[0, 1].isnan().all() and y_BHTD[0, [0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *FORMATS])
 def test_results_do_not_depend_on_which_thread_does_a_part(format):
     """A product and attention are bit for bit as one thread computes them."""
     x, weight = random_tensor(70, 256).bfloat16(), random_tensor(1040, 256, seed=1).bfloat16()
-    packed = None if format == "bfloat16" else quantize(weight, FORMATS[format])
+    packed = format and operands(weight, FORMATS[format])
     q, k, v = (random_tensor(1, *shape, seed=2).bfloat16() for shape in ((70, 8, 32), (4, 80, 32), (4, 80, 32)))
     position, row, threads = torch.arange(70)[None], torch.tensor([0]), torch.get_num_threads()
     results = []
@@ -284,6 +286,11 @@ def test_prefill_attention_refuses_what_it_cannot_do(q, k):
         torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0, 1]]), torch.tensor([0]))
 
 
+def operands(weight, format):
+    """Quantize a weight, and return it as operations take it."""
+    return format.operands(quantize(weight, format))
+
+
 def layers_case(format=None, rows=3, positions=300, cache_dtype=torch.bfloat16, **changes):
     """A model of two blocks, a cache full of other numbers, and inputs for a decode step at various positions."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "dtype": torch.bfloat16} | changes
@@ -316,7 +323,7 @@ def layers_arguments(model, cache):
         a, f = block.self_attn, block.mlp
         norms = [n.weight for n in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
         weights = [
-            (getattr(linear, "weight", getattr(linear, "weight_packed", None)), getattr(linear, "weight_scale", None))
+            (*linear.format.operands(linear.packed),) if isinstance(linear, QuantizedLinear) else (linear.weight, None)
             for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj)
         ]
         scales = [cache.key_scales[i], cache.value_scales[i]] if cache.key_scales else []
@@ -336,7 +343,7 @@ def run_layers_plainly(model, cache, x_B1E, position_B1):
     return x_B1E
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("rows", [*range(1, 10), 17, cpu.MAX_DECODE_ROWS])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
@@ -366,7 +373,7 @@ def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
     ],
     ids=["one key head", "as many key heads", "three queries a key", "odd sizes"],
 )
-@pytest.mark.parametrize("format", [None, "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, "int4", "uint4", PACKED[-1]])
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
@@ -403,7 +410,7 @@ def rows_with_clear_choices(model, run):
     return (torch.stack(margins).amin(dim=0) > TOLERANCES[torch.bfloat16]).nonzero().flatten().tolist(), result
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", PACKED)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("changes", EXPERT_LAYERS, ids=str)
 def test_decode_layers_run_experts(format, threads, changes):
@@ -434,7 +441,7 @@ def test_decode_layers_keep_nan_in_the_rows_of_experts():
     assert_same(y_B1E[[0, 2]], expected[[0, 2]])
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_dtype):
     model, cache, x_B1E, position_B1 = layers_case(format, 19, cache_dtype=cache_dtype)
@@ -447,7 +454,7 @@ def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)
 def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(format, cache_dtype, empty):
@@ -465,7 +472,7 @@ def test_decode_layers_leave_the_cache_of_empty_rows_and_the_other_rows_alone(fo
 
 
 def test_decode_layers_pass_nan_on():
-    for format, cache_dtype in product((None, "int8", "int4", "uint4"), (torch.bfloat16, torch.int8)):
+    for format, cache_dtype in product((None, *FORMATS), (torch.bfloat16, torch.int8)):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         x_B1E[0, 0, 3] = float("nan")
         y_B1E = run_layers(model, cache, x_B1E, position_B1)
@@ -536,7 +543,7 @@ def run_chunks(model, cache, x_BTE, position_BT, row_B):
     return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles=False)
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("starts", "size", "changes"),
@@ -568,7 +575,7 @@ def test_prefill_layers_equal_the_blocks(format, cache_dtype, starts, size, chan
             assert_same(actual[~is_new], earlier[~is_new])
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format, cache_dtype):
     model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130, 7], 40, cache_dtype)
@@ -586,14 +593,14 @@ def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format
 
 
 def test_prefill_layers_pass_nan_on():
-    for format, cache_dtype in product((None, "int8", "int4", "uint4"), (torch.bfloat16, torch.int8)):
+    for format, cache_dtype in product((None, *FORMATS), (torch.bfloat16, torch.int8)):
         model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 3], 9, cache_dtype)
         x_BTE[0, 4, 3] = float("nan")
         y_BTE = run_chunks(model, cache, x_BTE, position_BT, row_B)
         assert y_BTE[0, 4:].isnan().any(dim=-1).all() and not y_BTE[1].isnan().any()
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", PACKED)
 @pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": True}], ids=str)
 def test_prefill_layers_run_experts(format, changes):
     """Experts in the last block alone: what a near choice changes there, no other token sees."""
@@ -644,7 +651,7 @@ def test_prefill_layers_refuse_inputs_that_do_not_fit(changes, message):
 
 
 # Not optimized much: that takes over a minute.
-CPU_FORMATS = [format for format in FORMATS.values() if "cpu" in format.devices]
+CPU_FORMATS = [*FORMATS.values(), FORMATS["fp8"].with_blocks()]
 PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
@@ -676,17 +683,17 @@ def test_operations_for_other_processors(processor, tmp_path):
     quantized = (k, v, position, torch.tensor([0]), k_scale, v_scale)
     cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *quantized)))
     for format in CPU_FORMATS:
-        packed = quantize(random_tensor(48, 96), format)
+        packed = operands(random_tensor(48, 96), format)
         cases += [
             ("quantized_linear", (random_tensor(rows, 96).bfloat16(), [packed.weight], [packed.scale]))
             for rows in (1, 4, 11)
         ]
-        gate_up, down = quantize(random_tensor(5 * 64, 64), format), quantize(random_tensor(5 * 64, 32), format)
+        gate_up, down = operands(random_tensor(5 * 64, 64), format), operands(random_tensor(5 * 64, 32), format)
         expert_NC = torch.tensor([[3, 1], [3, 4]])
         cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []
-    for format, cache_dtype in product((None, *(format.name for format in CPU_FORMATS)), (torch.bfloat16, torch.int8)):
+    for format, cache_dtype in product((None, *CPU_FORMATS), (torch.bfloat16, torch.int8)):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         inputs = (x_B1E, *rope_tables(32, 1e4, cache.allocated_len, CPU), position_B1)
         layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))

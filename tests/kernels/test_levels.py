@@ -1,16 +1,18 @@
 """Levels of processors: which library a machine gets, and what becomes of one that is not whole."""
 
 import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu import levels, library
+from qwen3fast.kernels.cpu import building, levels, library
 
 HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2"
-ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
+ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512vbmi avx512_vnni"
 NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
 
 
@@ -30,6 +32,14 @@ NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dc
 )
 def test_a_processor_gets_the_levels_it_has_all_features_of(machine, features, expected):
     assert [level.name for level in levels.usable_levels(machine, features.split())] == expected
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not building.find_compiler(), reason="for compilers of x86")
+def test_this_machine_has_the_level_that_its_compiler_finds():
+    command = [*building.find_compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    macros = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    is_found = {"__AVX512VNNI__", "__AVX512BF16__", "__AVX512VBMI__"} <= macros
+    assert ("avx512" in [level.name for level in levels.this_machine()]) == is_found
 
 
 @pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 fma", "Features\t: fpu avx2 fma"])

@@ -20,7 +20,8 @@ from qwen3fast.quantization.uint4 import Layout
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
 ZERO_POINTS = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
-PACKED = [FORMATS["int8"], FORMATS["int4"], FORMATS["uint4"], ZERO_POINTS]
+PACKED = [*FORMATS.values(), ZERO_POINTS, FORMATS["fp8"].with_blocks()]
+NAMES = [*FORMATS, "zero points", "fp8 blocks"]
 ROWS = [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 70]
 
 
@@ -29,10 +30,10 @@ def plain(weight_NK):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("format", PACKED, ids=["int8", "int4", "uint4", "zero points"])
+@pytest.mark.parametrize("format", PACKED, ids=NAMES)
 def test_packed_weights(format, rows):
-    weights = [quantize(random_tensor(n, 96, seed=n), format) for n in (48, 16, 64)]
-    x = random_tensor(rows, 96).bfloat16()
+    weights = [format.operands(quantize(random_tensor(n, 160, seed=n), format)) for n in (48, 16, 64)]
+    x = random_tensor(rows, 160).bfloat16()
     y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights])
     expected = torch.cat([dequantized_linear(x, *weight).float() for weight in weights], dim=-1)
     assert_near(y, expected, torch.bfloat16)
@@ -53,12 +54,11 @@ def test_weights_in_bfloat16(rows):
     assert_near(y, torch.cat([F.linear(x.float(), weight.float()) for weight in weights], dim=-1), torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", [None, *PACKED], ids=["bfloat16", "int8", "int4", "uint4", "zero points"])
+@pytest.mark.parametrize("format", [None, *PACKED], ids=["bfloat16", *NAMES])
 def test_a_row_does_not_depend_on_the_rows_beside_it(format):
     weight = random_tensor(32, 64, seed=1)
-    linear = (
-        plain(weight := weight.bfloat16()) if format is None else packed_linear(*(weight := quantize(weight, format)))
-    )
+    weight = weight.bfloat16() if format is None else format.operands(quantize(weight, format))
+    linear = plain(weight) if format is None else packed_linear(*weight)
     x = random_tensor(70, 64).bfloat16()
     whole = tiles.tile_linear(x, [linear])
     for rows in (slice(0, 1), slice(3, 20), slice(16, 70)):

@@ -93,7 +93,7 @@ def make_ordered(format: str, shared: bool):
 # -------------------------------------------------------------------------------------------------------- one layer
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "uint4", "fp8"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_columns_are_for_the_channels_that_the_order_names(format):
     order_K = torch.arange(64).flip(0).int()
     packed = quantize(random_tensor(32, 64), FORMATS[format])
@@ -125,7 +125,7 @@ def test_layers_of_one_input_give_what_each_gives_alone(shared):
 
 @needs_operation
 @orders
-@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_all_blocks_in_one_operation_gather_as_each_block_does(format, shared, rows):
     model = make_ordered(format, shared)
@@ -234,7 +234,7 @@ def fold(model):
 
 @needs_operation
 @orders
-@pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_folded_model_gives_the_bits_of_the_unfolded_one(format, shared):
     model, token_BT = make_ordered(format, shared), random_ids(2, 9)
     cache = StaticKVCache(model.config, 2, 64, torch.bfloat16, CPU)

@@ -44,7 +44,7 @@ CONFIG = small_config(
 )
 SCATTERED = {**GPTQ, "desc_act": True, "group_size": 32}
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
-formats = pytest.mark.parametrize("format", ["int8", "int4", "uint4"])
+formats = pytest.mark.parametrize("format", FORMATS)
 orders = pytest.mark.parametrize("shared", [True, False], ids=["one order per expert", "two orders"])
 
 

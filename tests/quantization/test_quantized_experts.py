@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_checkpoint import tensors_of, write_checkpoint
 from test_expert_checkpoints import tensors_by_expert
 from test_moe import check_replies
-from test_quantization import all_formats, formats, needs_operation, relative_error
+from test_quantization import formats, needs_operation, relative_error
 from torch import nn
 
 from qwen3fast import Generator, load_model
@@ -116,7 +116,7 @@ def test_operation_is_near_the_unrounded_products(format):
     assert relative_error(experts.gathered(x_NE, expert_NC), dequantized(experts).gathered(x_NE, expert_NC)) < 1.6e-2
 
 
-@all_formats
+@formats
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_plain_forms_equal_experts_with_the_dequantized_weights(format, tokens, plainly):
     experts, x_NE, expert_NC = make_experts(format), random_tensor(tokens, E, seed=5), choice(tokens)
@@ -125,7 +125,7 @@ def test_plain_forms_equal_experts_with_the_dequantized_weights(format, tokens, 
     assert_near(experts.grouped(x_NE, expert_NC), expected)
 
 
-@all_formats
+@formats
 def test_each_expert_is_quantized_by_itself(format):
     whole = random_experts()
     whole_stack = dequantized(QuantizedExperts.of(whole, format))
@@ -202,7 +202,7 @@ def poison(experts: QuantizedExperts, chosen: set[int]) -> None:
         layer.weight_scale.data = scale
 
 
-@all_formats
+@formats
 @pytest.mark.parametrize("is_plain", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_experts_that_are_not_chosen_are_not_read(format, is_plain, tokens, monkeypatch):
@@ -225,6 +225,7 @@ def test_bytes_that_a_token_reads_are_those_of_chosen_experts(format):
     assert model.num_bytes() - model.num_bytes(per_token=True) == embedding + 2 * (X - 3) * one
     bits = {"int8": 8 * E * 3 * INNER + 32 * (2 * INNER + E), "int4": 4.5 * E * 3 * INNER}
     bits["uint4"] = 2 * E * INNER * (4 + 8 * (64 + 64) / 16 / 64) + E * INNER * (4 + 8 * (64 + 32) / 16 / 32)
+    bits["fp8"] = bits["int8"]
     bits = bits[format.name]
     assert one == bits / 8
 
@@ -248,7 +249,7 @@ def with_dequantized_weights(model, config):
     return plain
 
 
-@all_formats
+@formats
 @pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["experts", "mixed"])
 def test_quantized_model_equals_the_model_of_its_dequantized_weights(format, config, plainly):
     model = randomized(config)
@@ -332,9 +333,8 @@ def test_random_experts_are_quantized_layer_by_layer(monkeypatch):
     assert max(whole) == 1 and whole[-1] == 0
 
 
-@all_formats
-def test_saved_experts_load_as_they_were(format, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("qwen3fast.checkpoint.loaders.prepare_quantization", lambda *_: cpu.load())  # also for fp8
+@formats
+def test_saved_experts_load_as_they_were(format, tmp_path, capsys):
     model = randomized(MIXED)
     quantize_model(model, format.name, torch.float32)
     save_model(model, tmp_path / "saved")

@@ -18,6 +18,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = (
     "quantized.cpp",
+    "fp8.cpp",
     "decode_layers.cpp",
     "prefill_attention.cpp",
     "decode_attention.cpp",
@@ -30,7 +31,7 @@ SOURCES = (
 )  # what takes longest first
 HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h"),
-    *("experts.h", "low_rank.h", "records.h", "tiles.h"),
+    *("experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}

@@ -39,18 +39,23 @@ struct Input {
   std::vector<BFloat16> rows;
   Activations quantized;
   const int32_t* order = nullptr;  // in which `quantized` holds the channels
+  bool is_plain = false;           // as weights in fp8 need it
 
   Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
-  // Only for weights that are quantized: `weight`, and others with the same input and order of channels.
+  // As `weight` needs the rows, and others of its kind with the same input and order of channels.
   void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    order = weight.order;
-    for (int64_t m = 0; weight.bits < 16 && m < M; m++) quantized.quantize_row(from + m * K, m, K, order);
+    order = weight.order, is_plain = is_fp8(weight);
+    quantized.where = order ? nullptr : from;
+    if (weight.bits == 16 || (is_plain && !order)) return;
+    if (is_plain) quantized.copies.resize(M * K);
+    for (int64_t m = 0; m < M; m++)
+      is_plain ? quantized.copy_row(from + m * K, m, K, order) : quantized.quantize_row(from + m * K, m, K, order);
   }
 
   // The same for a further weight with the same input.
   void reorder(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    if (weight.order != order) quantize(from, M, K, weight);
+    if (weight.order != order || is_fp8(weight) != is_plain) quantize(from, M, K, weight);
   }
 };
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import GROUP, LANES, ZERO_RECORD, record_levels
+from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, record_levels
 
 NUMBERS_AT_ONCE = 2**20  # in float32
 
@@ -22,12 +22,24 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
     int8 levels are whole numbers up to 127, which bfloat16 holds exactly: their scales multiply the product.
     """
+    if scale.dim() == 2:
+        return _fp8_linear(x, packed, scale)
     if scale.dim() == 1:
         levels_NK = _in_rows(packed).view(torch.int8).bitwise_xor(-128).to(torch.bfloat16)  # byte - 128
         return (F.linear(x, levels_NK).float() * scale).to(torch.bfloat16)
     if scale.dtype == torch.uint8:
         return F.linear(x, _uint4_weight(packed, scale))
     return F.linear(x, _int4_weight(packed, scale))
+
+
+def _fp8_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the product with a weight in fp8, whose numbers bfloat16 holds exactly."""
+    numbers_NK = _in_rows(packed).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    if len(scale) == len(numbers_NK):
+        return (F.linear(x, numbers_NK).float() * scale[:, 0]).to(torch.bfloat16)
+    for numbers, by_block in zip(numbers_NK.split(FP8_SPAN, dim=1), scale.unbind(1), strict=True):
+        numbers.mul_(by_block.repeat_interleave(LANES)[:, None])
+    return F.linear(x, numbers_NK)
 
 
 def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// The experts that a router chooses, with weights in 8 or 4 bits; see quantized.cpp for the products. Shared by
+// The experts that a router chooses, with weights in 8 or 4 bits; see quantized.cpp and fp8.cpp for the products. Shared by
 // experts.cpp, decode_layers.cpp and prefill_layers.cpp.
 //
 // Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
@@ -52,7 +52,7 @@ inline void add_chosen(const BFloat16* y, const float* share, int64_t C, int64_t
   }
 }
 
-// The pairs of one expert, from `first` on in the sorted order; their rows, quantized: x for gate and, where up reads its
+// The pairs of one expert, from `first` on in the sorted order; their rows, as weights take them: x for gate and, where up reads its
 // input in another order, up's; inner for down. order: of gate's, then of up's input channels; null for none.
 struct Group {
   int64_t expert, first, count;
@@ -60,6 +60,16 @@ struct Group {
   bool has_two;  // orders that differ
   Activations x, up, inner;
 };
+
+// M rows of K channels, which a weight multiplies.
+inline Activations room_for(const Linear& weight, int64_t M, int64_t K) {
+  return is_fp8(weight) ? Activations(std::vector<BFloat16>(M * K)) : Activations(M, K);
+}
+
+// Takes over row m. order: see quantize_row.
+inline void take_row(Activations& to, const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr) {
+  to.copies.empty() ? to.quantize_row(x, m, K, order) : to.copy_row(x, m, K, order);
+}
 
 // Pairs sorted by expert. Returns an empty order if there is a number that is no expert's.
 std::vector<int64_t> sorted_pairs(const int64_t* expert, int64_t P, int64_t X, std::vector<int64_t>& counts) {
@@ -126,8 +136,8 @@ class RoutedExperts {
       for (int64_t k = 0; order && k < 2 * E_; k++) most = std::max<uint32_t>(most, order[k]);
       if (most >= E_) return false;
       const bool has_two = order && !std::equal(order, order + E_, order + E_);
-      groups_.push_back({e, first, counts[e], order, has_two, Activations(counts[e], E_),
-                         Activations(has_two ? counts[e] : 0, E_), Activations(counts[e], I_)});
+      groups_.push_back({e, first, counts[e], order, has_two, room_for(gate_up, counts[e], E_),
+                         room_for(gate_up, has_two ? counts[e] : 0, E_), room_for(down, counts[e], I_)});
     }
     inner_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * 2 * I_);
     sorted_ = std::make_unique_for_overwrite<BFloat16[]>(P_ * E_);
@@ -140,8 +150,8 @@ class RoutedExperts {
   void run(const RowOf& row_of, const Linear& gate_up, const Linear& down, BFloat16* y, Barrier& barrier, int thread,
            int threads) {
     share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
-      group.x.quantize_row(row_of(order_[p] / C_), row, E_, group.order);
-      if (group.has_two) group.up.quantize_row(row_of(order_[p] / C_), row, E_, group.order + E_);
+      take_row(group.x, row_of(order_[p] / C_), row, E_, group.order);
+      if (group.has_two) take_row(group.up, row_of(order_[p] / C_), row, E_, group.order + E_);
     });
     barrier.wait();
     const auto inputs = [](const Group& g, int half) -> const Activations& { return half && g.has_two ? g.up : g.x; };
@@ -150,7 +160,7 @@ class RoutedExperts {
     share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner_.get() + p * 2 * I_;
       gate_values(gate, gate + I_, I_);
-      group.inner.quantize_row(gate, row, I_);
+      take_row(group.inner, gate, row, I_);
     });
     barrier.wait();
     const auto inner = [](const Group& g, int) -> const Activations& { return g.inner; };

@@ -29,8 +29,8 @@ _V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
 _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 _ARM = frozenset("asimd atomics crc32 asimdrdm".split())
 
-_AVX512 = _V4 | {"avx512_vnni", "avx512_bf16"}
-_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+_AVX512 = _V4 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}
+_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
 
 # Of each kind of machine, the best comes first.
 LEVELS = (

@@ -17,10 +17,14 @@ constexpr int64_t kTileRows = 4, kTileWeights = 1;
 #endif
 static_assert(kTileRows * kTileWeights <= kLanes);
 
-// Rows n..n+kN-1 of the weight times kM rows of x. `next`: distance of prefetches in bytes; 0 for a weight that is in the
-// cache.
+// Where following rows are, which are asked for meanwhile: bytes ahead, for rows begin..end-1 of those that are multiplied.
+struct Next {
+  int64_t distance, begin, end;
+};
+
+// Rows n..n+kN-1 of the weight times kM rows of x.
 template <int kM, int kN>
-void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, int64_t next) {
+void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, Next next) {
   const BFloat16* w = weight + n * K;
   Vec total[kM][kN] = {};
   int64_t k = 0;
@@ -28,7 +32,8 @@ void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int
     Bits ws[kN];
 #pragma GCC unroll 4
     for (int j = 0; j < kN; j++) {
-      if (next) __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + next, 0, kIntoL2);
+      if (j >= next.begin && j < next.end)
+        __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + next.distance, 0, kIntoL2);
       ws[j] = load_as<Bits>(w + j * K + k);
     }
 #pragma GCC unroll 4
@@ -54,7 +59,7 @@ void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int
 // Up to kTileRows rows of x.
 template <int kN>
 void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
-              int64_t next) {
+              Next next) {
   switch (M) {
     case 1: return tile<1, kN>(x, weight, y, n, N, K, next);
     case 2: return tile<2, kN>(x, weight, y, n, N, K, next);
@@ -63,14 +68,14 @@ void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y,
   }
 }
 
-// All rows of x, in parts of similar size; only the first part reads the weight's rows from memory.
+// All rows of x, in parts of similar size. Each part asks for its share of the following rows: memory never rests.
 template <int kN>
 void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
-              int64_t next) {
+              int64_t distance) {
   const int64_t parts = (M + kTileRows - 1) / kTileRows;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t m = M * part / parts, end = M * (part + 1) / parts;
-    few_rows<kN>(x + m * K, end - m, weight, y + m * N, n, N, K, part ? 0 : next);
+    few_rows<kN>(x + m * K, end - m, weight, y + m * N, n, N, K, {distance, kN * part / parts, kN * (part + 1) / parts});
   }
 }
 

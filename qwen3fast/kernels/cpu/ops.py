@@ -158,6 +158,7 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     Raises: ValueError for another dtype, device, shape or layout.
     """
     linear = packed_linear(packed, scale)
+    require(linear.span == 0, "quantize_weight: int8 and int4 only")
     require(
         weight_NK.dtype == torch.bfloat16
         and weight_NK.device.type == "cpu"

@@ -1,10 +1,11 @@
-// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp), 8 and 4 bits (quantized.cpp). Shared with
+// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp), 8 and 4 bits (quantized.cpp, fp8.cpp). Shared with
 // decode_layers.cpp and experts.cpp.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -15,22 +16,39 @@ constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
 
+// Whether a weight is in fp8, and whether it has a scale per row then; otherwise one per block.
+inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
+inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
+
 // Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
-// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add.
+// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights in fp8 rows
+// stay as they are, where they lie or in copies.
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<float> scale, sum;
   std::vector<int32_t> offset8, offset4;
+  std::vector<BFloat16> copies;     // (M, K)
+  const BFloat16* where = nullptr;  // the rows lie, if they are not copied
 
   Activations(int64_t M, int64_t K)
       : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
 
+  explicit Activations(std::vector<BFloat16> room) : copies(std::move(room)) {}
+
+  const BFloat16* rows() const { return where ? where : copies.data(); }
+
   // Quantizes row m to 8 bits: its channel k is x[order[k]], or x[k] without an order.
   void quantize_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr);
+
+  // The same without quantizing it.
+  void copy_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr) {
+    for (int64_t k = 0; k < K; k++) copies[m * K + k] = x[order ? order[k] : k];
+  }
 };
 
 // Bytes of the scales of some rows (a multiple of 16) of a packed weight.
 inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
+  if (is_fp8(weight)) return rows / kLanes * ((weight.K + weight.span - 1) / weight.span) * weight.record;
   if (weight.bits == 8) return rows * 4;
   return weight.span ? rows / kLanes * (weight.K / weight.span) * weight.record : rows * weight.K / kGroup * 2;
 }
@@ -46,6 +64,9 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
 // `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);
+
+// The same for weights in fp8. x: (M, K).
+void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {
 

@@ -21,12 +21,13 @@
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
-// quantization/layers.py.
+// quantization/layers.py. Weights in fp8 are multiplied in fp8.cpp.
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "fp8.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -60,7 +61,7 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
 // How a weight's levels become numbers: see above.
 enum Kind { kInt8, kInt4, kUint4 };
 
-// What the levels of a group stand for: (level - zero) * scale - minimum.
+// What the levels of a group stand for: (level - zero) * scale - minimum; of fp8, number * scale.
 struct GroupScale {
   int zero;
   float scale, minimum;
@@ -68,6 +69,11 @@ struct GroupScale {
 
 // Group g of row `lane` of a block.
 GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_t g) {
+  if (is_fp8(weight)) {
+    const auto* scale = static_cast<const float*>(weight.scale);
+    const int64_t spans = (weight.K + weight.span - 1) / weight.span;
+    return {0, scale[has_row_scales(weight) ? block * kLanes + lane : block * spans + g * kGroup / weight.span], 0};
+  }
   if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
   const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
   if (!weight.span) return {8, static_cast<const BFloat16*>(weight.scale)[(block * G + g) * kLanes + lane], 0};
@@ -196,6 +202,7 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, const in
 
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width) {
+  if (is_fp8(weight)) return fp8_blocks(x.rows(), M, weight, y, begin, end, width);
   (weight.bits == 8 ? blocks_of<kInt8> : weight.span ? blocks_of<kUint4> : blocks_of<kInt4>)(x, M, weight, y, begin, end,
                                                                                             width);
 }
@@ -205,8 +212,10 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
   const int64_t K = weights[0].K;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
-  Activations quantized(M, K);
-  parallel_for(M, 16, threads, [&](int64_t begin, int64_t end) {
+  const bool is_plain = std::all_of(weights, weights + count, is_fp8);
+  Activations quantized(is_plain ? 0 : M, K);
+  quantized.where = x;
+  parallel_for(is_plain ? 0 : M, 16, threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) quantized.quantize_row(x + m * K, m, K);
   });
   parallel_for(width / kLanes, std::max<int64_t>(1, 32768 / (K * kLanes)), threads, [&](int64_t begin, int64_t end) {
@@ -231,7 +240,8 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
       for (int64_t k = g * kGroup; k < (g + 1) * kGroup; k++) {
         const uint8_t byte = bytes[k / channels * kLanes * 4 + k % 4];
         const int level = weight->bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        y[r * K + k] = BFloat16(static_cast<float>(level - zero) * scale - minimum);
+        const float number = is_fp8(*weight) ? from_fp8(byte) : static_cast<float>(level - zero);
+        y[r * K + k] = BFloat16(number * scale - minimum);
       }
     }
   }

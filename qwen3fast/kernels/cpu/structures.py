@@ -14,6 +14,7 @@ GROUP = 32  # channels that share a scale
 MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.cpp
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
+FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
@@ -80,7 +81,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
-    """Return quantized weights as quantized.cpp describes them.
+    """Return quantized weights as quantized.cpp and fp8.cpp describe them.
 
     Raises: ValueError for tensors that are not.
     """
@@ -92,30 +93,33 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
         and packed.is_contiguous(),
         "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous",
     )
-    bits = 8 if scale.dim() == 1 else 4
+    bits = 8 if scale.dtype == torch.float32 else 4
     N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
     require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
     span, record = span_and_record(packed, scale)
     shapes = {
-        torch.float32: (N,) if bits == 8 else None,
+        torch.float32: {0: (N,), 4: (N // LANES, -(-K // span))}.get(record, (N, 1)),
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
         torch.uint8: (N // LANES, K // span, record) if is_record(span, record) else None,
     }
     require(
         scale.shape == shapes.get(scale.dtype)
-        and span % GROUP == K % span == 0
+        and (bits == 8 or span % GROUP == K % span == 0)
         and scale.device.type == "cpu"
         and scale.is_contiguous(),
-        "scale must be (N,) float32 for 8 bits; for 4, (N/16, K/32, 16) bfloat16 or (N/16, K/span, 48 or 64 + span, "
-        "or 256 for a span of 256) uint8",
+        "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16 "
+        "or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
     )
-    return LinearPointers(
-        packed.data_ptr(), scale.data_ptr(), N, K, bits, span if scale.dtype == torch.uint8 else 0, record
-    )
+    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if record else 0, record)
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
-    """Return the channels that a record of uint4's scales covers, and its bytes; (32, 0) for other formats."""
+    """Return the channels that a record of scales covers, and its bytes for 16 rows: of uint4, and of fp8, whose scales
+    have two dimensions; (32, 0) for other formats.
+    """
+    if scale.dtype == torch.float32 and scale.dim() == 2:
+        N, K = packed.shape[0] * LANES, packed.shape[1] * 4
+        return (K, 4 * LANES) if scale.shape == (N, 1) else (FP8_SPAN, 4)
     if scale.dtype != torch.uint8 or scale.dim() != 3 or not scale.shape[1]:
         return GROUP, 0
     return max(GROUP, packed.shape[1] * 8 // scale.shape[1]), scale.shape[2]

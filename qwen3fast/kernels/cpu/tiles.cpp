@@ -2,7 +2,8 @@
 //
 // A product of tiles needs one side in rows, as it lies in memory, and the other in pairs of channels side by side:
 //   packed weights   32 rows at a time are dequantized into pairs, in memory of the thread that stays in its cache (64 K
-//                    bytes); x is read where it lies. Levels of 8 bits are exact in bfloat16: their scales come last.
+//                    bytes); x is read where it lies. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales
+//                    of rows come last.
 //   bfloat16         the weight is read where it lies; x is put into pairs once per call. The results are transposed.
 // No second copy of a weight is kept.
 
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "fp8.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -46,17 +48,20 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
 
 inline Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
 
-// Dequantizes block `j` of a panel into pairs. Levels of 8 bits are not scaled yet.
+// Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const Linear& weight = *panel.weight;
   const int64_t block = panel.block + j, G = weight.K / kGroup;
   const int words = weight.bits == 8 ? 8 : 4, step = weight.bits == 8 ? 8 : 4;  // in a group; bits of a level
   const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * words * kTileBytes;
+  const bool is_uint4 = weight.bits == 4 && weight.span, has_blocks = is_fp8(weight) && !has_row_scales(weight);
+  const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
   Records records;
-  if (weight.span) records.start(weight, block);
+  if (is_uint4) records.start(weight, block);
   Vec scale = fill(1), minimum = fill(128);
   for (int64_t g = 0; g < G; g++, w += words * kTileBytes) {
-    if (weight.span) {
+    if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
+    if (is_uint4) {
       records.read(scale, minimum);
     } else if (weight.bits == 4) {
       scale = load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
@@ -68,7 +73,10 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
       const Bits word = load_as<Bits>(w + i * kTileBytes);
       for (int part = 0; part < 8; part += step)
         for (int shift = part; shift < 32; shift += 16) {
-          const auto number = [&](int at) { return __builtin_convertvector((Ints)(word >> at & mask), Vec) * scale - minimum; };
+          const auto number = [&](int at) {
+            const Bits level = word >> at & mask;
+            return is_fp8(weight) ? from_fp8(level) * scale : __builtin_convertvector((Ints)level, Vec) * scale - minimum;
+          };
           *out = pair(number(shift), number(shift + 8));
           out += panel.blocks;
         }
@@ -79,6 +87,7 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
 // All rows of x with a panel of packed weights. rest: the rows beyond the last 32, filled up by zeros to 32.
 void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, int64_t M, int64_t width, Bits* pairs) {
   const Linear& weight = *panel.weight;
+  const bool has_last_scales = weight.bits == 8 && (!weight.span || has_row_scales(weight));
   for (int64_t j = 0; j < panel.blocks; j++) dequantize(panel, j, pairs);
   alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
@@ -88,7 +97,7 @@ void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, i
     for (int64_t m = 0; m < rows; m++)
       for (int64_t j = 0; j < panel.blocks; j++) {
         Vec sums = load(results + m * kTwo + j * kLanes);
-        if (weight.bits == 8) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
+        if (has_last_scales) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
         store(panel.y + (m0 + m) * width + j * kLanes, sums);
       }
   }

@@ -1,0 +1,24 @@
+// Bytes of float8_e4m3fn as numbers: a sign, four bits of exponent, three of fraction; no infinity; NaN has all seven set.
+
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "vec.h"
+
+namespace {
+
+// A float32 with the same exponent and fraction is 2^120 times as small.
+inline float from_fp8(uint8_t byte) {
+  const uint32_t size = byte & 0x7f, bits = (byte & 0x80u) << 24 | size << 20;
+  return size == 0x7f ? __builtin_nanf("") : std::bit_cast<float>(bits) * 0x1p120f;
+}
+
+// Sixteen bytes, each in the lowest bits of a lane.
+inline Vec from_fp8(Bits byte) {
+  const Bits size = byte & 0x7fu, bits = (byte & 0x80u) << 24 | size << 20;
+  return size == 0x7fu ? fill(__builtin_nanf("")) : load_as<Vec>(&bits) * 0x1p120f;
+}
+
+}  // namespace
