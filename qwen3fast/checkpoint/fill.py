@@ -201,14 +201,16 @@ class _Filler:
 
     def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
-            if self._format is not None and self._is_packed_expert(weight):
+            is_expert = self._is_packed_expert(weight)
+            is_plain = weight in self._stacks.slices or weight.endswith(ROUTER) or not fits(*layer.shape)
+            if self._format is None or (is_plain and not is_expert):
+                self._put_plain(weight, layer.plain(self._options.dtype), weight)
+                return
+            self._check_stored(weight, layer)
+            if is_expert:
                 order_K = layer.input_order(self._format)
                 self._put_expert(weight, layer.packed(self._format, order_K), order_K)
                 self._loaded.add(weight)
-                return
-            is_plain = weight in self._stacks.slices or weight.endswith(ROUTER) or not fits(*layer.shape)
-            if self._format is None or is_plain:
-                self._put_plain(weight, layer.plain(self._options.dtype), weight)
                 return
             name = weight.removesuffix(".weight")
             linear = self._model.get_submodule(name)
@@ -218,6 +220,12 @@ class _Filler:
         except ValueError as err:
             self.problems.append(f"{weight}: {err}")
         self._loaded.add(weight)
+
+    def _check_stored(self, weight: str, layer: PrequantizedLayer) -> None:
+        """Record numbers and scales of a layer that is packed, and so not checked in the model's dtype."""
+        for end, tensor in layer.tensors.items() if self._options.check_weights else ():
+            if (counts := non_finite(tensor)) is not None:
+                self.bad_numbers.append(f"{weight.removesuffix('weight')}{end}: {counts}")
 
     def _stacks_to_pack(self) -> set[str]:
         """Return the stacks of experts that are packed expert by expert: a layer's both, or none."""

@@ -77,7 +77,7 @@ def empty_model(source: Path) -> Qwen3:
         stored.modules_to_not_convert,
     )
     theirs = stored.prequantized
-    if theirs is not None and theirs.loaded_as is not None:  # as usual; only the tensors tell which others are plain
+    if theirs is not None:  # as usual; only the tensors tell which others are plain
         format, kept = theirs.as_format(get_format(theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
     if format is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
-from qwen3fast.checkpoint.stored_formats import formats_in
+from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import plain_modules
 
@@ -38,14 +37,12 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
     calibration_tokens: of the text that the weights were calibrated on, for config.json; 0 for none.
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
-    Of layers in several formats, config.json names the most frequent one; the tensors tell each layer's.
-    Raises: OSError if it cannot be written.
+    Of layers in several formats, config.json names one; the tensors tell each layer's.
+    Raises: OSError if it cannot be written; ValueError as `main_format`.
     """
-    formats = [name for name, _ in Counter(formats_in(model)).most_common()]
-    kept = plain_modules(model) if formats else ()
-    stored = CheckpointConfig(
-        model.config, formats[0] if formats else None, kept, calibration_tokens=calibration_tokens
-    )
+    format = main_format(model)
+    kept = plain_modules(model) if format is not None else ()
+    stored = CheckpointConfig(model.config, format, kept, calibration_tokens=calibration_tokens)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

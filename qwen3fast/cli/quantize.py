@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli.arguments import add_source_arguments
@@ -16,7 +16,7 @@ from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.files import read_text
 from qwen3fast.kernels import cpu
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
 
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     token_BT = None
     if args.calibrate is not None:
         token_BT = calibration_windows(source, args.calibrate, args.calibration_tokens)
-    model = load_model(source, args.device, progress=True)
+    theirs = read_checkpoint_config(source).prequantized
+    is_fp8 = theirs is not None and theirs.is_float  # precise enough to be quantized to fewer bits
+    model = load_model(source, args.device, progress=True, quantization=DEQUANTIZE if is_fp8 else None)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")
     weight = model.model.norm.weight
