@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate is not None:
         token_BT = calibration_windows(source, args.calibrate, args.calibration_tokens)
     theirs = read_checkpoint_config(source).prequantized
-    is_fp8 = theirs is not None and theirs.is_float  # precise enough to be quantized to fewer bits
+    # fp8 is precise enough to be quantized to another format.
+    is_fp8 = theirs is not None and theirs.is_float and not theirs.keeps_numbers(args.quantization)
     model = load_model(source, args.device, progress=True, quantization=DEQUANTIZE if is_fp8 else None)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")

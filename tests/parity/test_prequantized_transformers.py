@@ -36,7 +36,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
         tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files
     )
     theirs = dequantized_by_transformers(tmp_path)
-    ours = load_model(tmp_path, device="cpu")
+    ours = load_model(tmp_path, device="cpu", quantization="dequantize")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)
@@ -48,7 +48,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
 def test_experts_equal_those_of_transformers(tmp_path):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
     write_fp8_experts(tmp_path, replace(CONFIG, **sizes))
-    theirs, ours = dequantized_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
+    theirs, ours = dequantized_by_transformers(tmp_path), load_model(tmp_path, device="cpu", quantization="dequantize")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)

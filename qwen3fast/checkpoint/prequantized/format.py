@@ -151,7 +151,7 @@ class PrequantizedFormat:
         return Layout(self.group_size if in_features % self.group_size == 0 else GROUP, has_zero=True)
 
     def as_format(self, format: Format) -> Format:
-        """Return one of our formats as these layers get it: with their groups or blocks where it keeps their numbers."""
+        """Return one of our formats as these layers get it: with their groups or blocks if it keeps their numbers."""
         if not self.keeps_numbers(format.name):
             return format
         if format.name == "fp8":

@@ -39,7 +39,7 @@ class PrequantizedLayer:
         return result_NK
 
     def packed(self, format: Format, order_K: Tensor | None = None) -> Packed:
-        """Return the weight in one of our formats: with the stored numbers where it has them, otherwise quantized again.
+        """Return the weight in one of our formats: with the stored numbers if it has them, otherwise quantized again.
 
         format: as `PrequantizedFormat.as_format` returns it. order_K: the order of channels that the result has, of
         `input_order`; without it, levels in groups that are scattered over the channels are quantized again.
