@@ -843,6 +843,7 @@ def test_config_keeps_the_prequantized_format(name):
     ("name", "expected"),
     [
         ("fp8", ["bytes in fp8, bfloat16", "fp8, one scale per 128 x 128 weights"]),
+        ("gptq, act order", ["bytes in int4", "gptq, 4 bits, a scale per 32 channels, channels out of order"]),
         ("compressed, fp8, rows", ["bytes in fp8, bfloat16", "compressed-tensors, fp8, one scale per row"]),
         ("awq", ["bytes in uint4", "awq, 4 bits, a scale and a zero point per 128 channels"]),
         ("gptq", ["bytes in int4", "gptq, 4 bits, a scale per 128 channels"]),
@@ -851,7 +852,10 @@ def test_config_keeps_the_prequantized_format(name):
 )
 def test_info_states_what_is_loaded_and_how_it_is_stored(tmp_path, capsys, name, expected):
     write_layout(name, tmp_path)
-    assert main(["info", "--model", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    for part in [f"{load_model(tmp_path, device='cpu').num_bytes():,} {expected[0]}", expected[1]]:
-        assert part in text
+    for quantization, bytes_in in ((None, expected[0]), ("int8", "bytes in int8"), ("uint4", "bytes in uint4")):
+        options = [] if quantization is None else ["--quantization", quantization]
+        assert main(["info", "--model", str(tmp_path), *options]) == 0
+        text = capsys.readouterr().out
+        model = load_model(tmp_path, device="cpu", quantization=quantization)
+        for part in [f"{model.num_bytes():,} {bytes_in}", expected[1]]:
+            assert part in text
