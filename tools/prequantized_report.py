@@ -3,8 +3,8 @@
     python tools/prequantized_report.py --output benchmarks/results/prequantized.json
 
 For each type of GGUF and each layout of FP8, AWQ and GPTQ, a matrix of random numbers is loaded as a layer of a
-checkpoint is. The error is against the numbers that the type's definition gives. Speeds are of the product of one row with the
-matrix, several copies of it in turn (more than caches hold), each followed by products with int4 and int8.
+checkpoint is. The error is against the numbers that the type's definition gives. Speeds are of the product of one row
+with the matrix, several copies of it in turn (more than caches hold), each followed by products with int4 and int8.
 """
 
 from __future__ import annotations
