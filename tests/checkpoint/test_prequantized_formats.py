@@ -17,6 +17,7 @@ from prequantized_layouts import (
     GPTQ,
     compressed,
     drawn_layer,
+    fp8_layer,
     in_hidden_order,
     is_of_layer,
     write_fp8_experts,
@@ -24,6 +25,7 @@ from prequantized_layouts import (
     write_tensors,
 )
 from safetensors.torch import load_file, save_file
+from test_checkpoint import tensors_of
 from test_expert_checkpoints import tensors_by_expert
 from torch import nn
 
@@ -475,6 +477,52 @@ def test_fp8_experts_are_dequantized(tmp_path, files):
     with pytest.raises(ValueError, match=r"2\.up_proj\.weight_scale_inv: missing, expected shape \(2, 2\)") as error:
         load_model(tmp_path, device="cpu")
     assert str(error.value).count("missing") == 1
+
+
+@pytest.mark.parametrize("kept", [(), ("down_proj",)])  # a stack that was not quantized
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8", "dequantize"])
+def test_stacked_fp8_experts_are_taken_over(tmp_path, quantization, kept):
+    # gate_proj and up_proj of an expert share a block of scales.
+    config = replace(MOE, hidden_size=128, moe_intermediate_size=64, num_experts=3, dtype=torch.bfloat16)
+    rng, tensors = np.random.default_rng(0), tensors_of(randomized(config))
+    expected = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
+    for name in [name for name in tensors if ".experts." in name and not name.endswith(kept)]:
+        layers = [fp8_layer(rng, *expert.shape) for expert in tensors[name]]
+        tensors[name], tensors[f"{name}_scale_inv"] = (
+            torch.stack([t[end] for t, _ in layers]) for end in ("weight", "weight_scale_inv")
+        )
+        expected[name] = torch.stack([weight for _, weight in layers]).float()
+    tensors = {n: t if is_of_layer(n, t) or n.endswith("_inv") else t.bfloat16() for n, t in tensors.items()}
+    write_tensors(tmp_path, config, FP8, tensors, files=2)
+    model = load_model(tmp_path, device="cpu", quantization=quantization)
+    for name in (name for name in expected if ".experts." in name):
+        module, _, stack = name.rpartition(".")
+        experts = model.get_submodule(module)
+        if quantization == "dequantize":
+            assert_same(getattr(experts, stack), expected[name].bfloat16())
+            continue
+        assert isinstance(experts, QuantizedExperts)
+        actual = experts.dequantize(getattr(experts, stack))
+        if quantization == "int8" or name.endswith(kept):
+            assert_near_8_bits(actual, expected[name])
+        else:
+            assert_same(actual, expected[name])
+
+
+def test_stacked_fp8_experts_that_do_not_fit_are_refused_by_name(tmp_path):
+    config = replace(MOE, hidden_size=128, moe_intermediate_size=96, dtype=torch.bfloat16)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_of(randomized(config)).items()}
+    stack = "model.layers.1.mlp.experts.gate_up_proj"  # 192 rows per expert: its last block has 64
+    tensors |= {stack: tensors[stack].to(torch.float8_e4m3fn), f"{stack}_scale_inv": torch.ones(4, 2, 1)}
+    write_tensors(tmp_path, config, FP8, tensors)
+    with pytest.raises(ValueError, match=r"gate_up_proj in model\.safetensors: dtype F8_E4M3, expected one of"):
+        load_model(tmp_path, device="cpu")
+    config = replace(config, moe_intermediate_size=64)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_of(randomized(config)).items()}
+    tensors[stack] = tensors[stack].to(torch.float8_e4m3fn)
+    write_tensors(tmp_path, config, FP8, tensors)
+    with pytest.raises(ValueError, match=r"gate_up_proj_scale_inv: missing, expected shape \(4, 1, 1\)"):
+        load_model(tmp_path, device="cpu")
 
 
 def write_experts(folder, quantization_config, kept=()):

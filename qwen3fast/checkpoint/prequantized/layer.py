@@ -82,7 +82,9 @@ class PrequantizedLayer:
         return levels
 
 
-def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:
-    """Return the tensors of a layer of this shape, by the ends of their names."""
-    tensors: dict[str, ExpectedTensor] = _READERS[stored.method].expected_tensors(stored, N, K)
+def expected_tensors(stored: PrequantizedFormat, *shape: int) -> dict[str, ExpectedTensor]:
+    """Return the tensors of a layer (N, K), or of stacked experts (X, N, K), by the ends of their names."""
+    if len(shape) == 3:
+        return fp8.expected_stacks(*shape) if stored.method == "fp8" else {}
+    tensors: dict[str, ExpectedTensor] = _READERS[stored.method].expected_tensors(stored, *shape)
     return tensors
