@@ -92,9 +92,9 @@ def main_format(model: nn.Module) -> str | None:
     Scales per row are of int8 or fp8, which only the name tells apart: beside fp8, it is the name of their format.
     Raises: ValueError if layers of both formats have scales per row.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
-    names = [layer.format.name for layer in layers]
-    by_rows = {layer.format.name for layer in layers if layer.weight_scale.dim() == 1}
+    formats = [m.format for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    names = [format.name for format in formats]
+    by_rows = {format.name for format in formats if format.bits == 8 and not format.has_blocks}
     if len(by_rows) > 1:
         raise ValueError(f"a model with layers in {' and '.join(sorted(by_rows))} cannot be saved: they look alike")
     if "fp8" in names and by_rows:
