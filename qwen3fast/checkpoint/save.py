@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import plain_modules
+from qwen3fast.quantization import plain_experts, plain_modules
 
 # Files of a checkpoint besides weights and config.json.
 COMPANIONS = (
@@ -41,7 +41,7 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
     Raises: OSError if it cannot be written; ValueError as `main_format`.
     """
     format = main_format(model)
-    kept = plain_modules(model) if format is not None else ()
+    kept = (*plain_modules(model), *plain_experts(model)) if format is not None else ()
     stored = CheckpointConfig(model.config, format, kept, calibration_tokens=calibration_tokens)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,7 @@ def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
         ("gptq", ("lm_head", "o_proj"), False, {}),
         ("fp8", ("lm_head", "o_proj"), True, {"hidden_size": 160}),
         ("fp8", ("lm_head",), False, EXPERTS),
+        ("fp8", ("lm_head", "gate_proj", "up_proj", "down_proj"), False, EXPERTS),
         ("compressed fp8", ("lm_head",), True, {}),
         ("compressed fp8", ("lm_head",), False, EXPERTS),
     ],
