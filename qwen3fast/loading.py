@@ -58,13 +58,13 @@ def load_model(
         dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
         revision: a branch, tag or commit on the hub.
         progress: show a bar while weights load.
-        quantization: "int8", "int4", "uint4" or, on CUDA devices, "fp8" quantizes the weights while loading. None keeps
-            the format of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8,
-            AWQ, GPTQ, compressed-tensors), None loads symmetric 4-bit levels in int4 (the same levels, scales rounded
-            to bfloat16), the ones with zero points in uint4, other levels in int8, and fp8 in plain weights, embedding
-            and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4, and loads
-            other quantized types in int8. For both, "dequantize" loads plain weights throughout, and the name of a
-            format takes over levels that it can hold, and otherwise quantizes the dequantized weights.
+        quantization: "int8", "int4", "uint4" or "fp8" quantizes the weights while loading. None keeps the format of
+            checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8, AWQ, GPTQ,
+            compressed-tensors), None loads floats in fp8 (the same numbers and scales), symmetric 4-bit levels in int4
+            (the same levels, scales rounded to bfloat16), the ones with zero points in uint4, and other levels in int8,
+            embedding and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4,
+            and loads other quantized types in int8. For both, "dequantize" loads plain weights throughout, and the name
+            of a format takes over numbers and levels that it can hold, and otherwise quantizes the dequantized weights.
         output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
         adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
         check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first

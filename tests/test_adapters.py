@@ -173,7 +173,7 @@ class Sum(nn.Module):
         return self.base(x) + x @ self.delta_NK.T.to(x.dtype)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 def test_over_quantized_weights_the_product_is_added_to_the_layers_output(tmp_path, format):
     def quantized() -> Qwen3:
         model = make_model(hidden_size=64, intermediate_size=96)

@@ -2,9 +2,9 @@
 
     python tools/prequantized_report.py --output benchmarks/results/prequantized.json
 
-For each type of GGUF and each layout of AWQ and GPTQ, a matrix of random levels is loaded as a layer of a checkpoint
-is. The error is against the numbers that the type's definition gives. Speeds are of the product of one row with the
-matrix, several copies of it in turn (more than caches hold), each followed by products with int4 and int8.
+For each type of GGUF and each layout of FP8, AWQ and GPTQ, a matrix of random numbers is loaded as a layer of a
+checkpoint is. The error is against the numbers that the type's definition gives. Speeds are of the product of one row
+with the matrix, several copies of it in turn (more than caches hold), each followed by products with int4 and int8.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qwen3fast.checkpoint.gguf.layout import own_format
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.checkpoint.prequantized import PrequantizedLayer
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.layer import expected_tensors
 from qwen3fast.kernels import cpu
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import FORMATS, Format, Packed, quantize
@@ -49,6 +50,13 @@ LAYOUTS = {
     "GPTQ, 4 bits, desc_act": {**GPTQ, "sym": False, "desc_act": True},
     "GPTQ, 8 bits": {**GPTQ, "bits": 8, "sym": True},
 }  # fmt: skip
+COMPRESSED_FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+FLOATS = {"type": "float", "num_bits": 8}
+FP8_LAYOUTS = {
+    "FP8, blocks": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "FP8, rows": {**COMPRESSED_FP8, "config_groups": {"all": {"weights": {**FLOATS, "strategy": "channel"}}}},
+    "FP8, one scale": {**COMPRESSED_FP8, "config_groups": {"all": {"weights": {**FLOATS, "strategy": "tensor"}}}},
+}
 
 
 class Loaded(NamedTuple):
@@ -97,16 +105,31 @@ def load_layout(config: dict[str, object], N: int, K: int) -> Loaded:
         tensors["g_idx"] = torch.from_numpy(rng.permutation(np.arange(K) // stored.group_size).astype(np.int32))
     file_bytes = sum(t.nbytes for t in tensors.values())
     layer = PrequantizedLayer(stored, (N, K), tensors)
-    assert stored.loaded_as is not None, "these layouts are quantized"
     format = stored.as_format(get_format(stored.loaded_as))
     order_K, exact = layer.input_order(format), layer.plain(torch.float32)
     return Loaded(format, layer.packed(format, order_K), exact if order_K is None else exact[:, order_K], file_bytes)
 
 
+def load_fp8(config: dict[str, object], N: int, K: int) -> Loaded:
+    """Return a matrix of random float8 numbers, loaded as a checkpoint's layer is."""
+    stored, rng = PrequantizedFormat.from_dict(config, ""), np.random.default_rng(0)
+    number_NK = rng.integers(0, 256, (N, K), dtype=np.uint8)
+    number_NK[number_NK & 127 == 127] = 0  # NaN
+    tensors = {"weight": torch.from_numpy(number_NK).view(torch.float8_e4m3fn)}
+    scales = {n: t for n, t in expected_tensors(stored, N, K).items() if n not in tensors and not t.is_optional}
+    tensors |= {name: torch.from_numpy(rng.uniform(1e-5, 4e-5, t.shape)).bfloat16() for name, t in scales.items()}
+    layer, format = PrequantizedLayer(stored, (N, K), tensors), stored.as_format(get_format(stored.loaded_as))
+    file_bytes = sum(t.nbytes for t in tensors.values())
+    return Loaded(format, layer.packed(format), layer.plain(torch.float32), file_bytes)
+
+
 def product_times(
     weights: dict[str, Packed], repetitions: int, copies: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Return the ms of a product of one row with each weight, one product of each in turn, on copies in turn."""
+    """Return the ms of a product of one row with each weight, one product of each in turn, on copies in turn.
+
+    weights: as the C++ operations take them.
+    """
     all_copies = {
         name: [Packed(*(t.clone() for t in packed)) for _ in range(copies)] for name, packed in weights.items()
     }
@@ -133,13 +156,16 @@ def measure(args: argparse.Namespace, record: Record) -> None:
         for kind in GGUF_TYPES  # type: ignore[misc]
     }
     loaders |= {name: lambda config=config: load_layout(config, N, K) for name, config in LAYOUTS.items()}  # type: ignore[misc]
+    loaders |= {name: lambda config=config: load_fp8(config, N, K) for name, config in FP8_LAYOUTS.items()}  # type: ignore[misc]
     for name, load in tqdm(loaders.items(), desc="types"):
         loaded = load()
         error = relative_error(loaded.format.dequantize(loaded.packed), loaded.exact)
         memory = sum(t.nbytes for t in loaded.packed)
         facts = {"bits_in_file": loaded.file_bytes * 8 / (N * K), "bits_in_memory": memory * 8 / (N * K)}
         case = Case({"type": name, "loaded_as": loaded.format.name}, facts, {"weight_error": [error]})
-        times = product_times({"own": loaded.packed, **references}, args.repetitions, args.copies)
+        times = product_times(
+            {"own": loaded.format.operands(loaded.packed), **references}, args.repetitions, args.copies
+        )
         case.samples["operator_ms"] = times["own"]
         for reference in references:
             pairs = zip(times["own"], times[reference], strict=True)

@@ -119,7 +119,9 @@ class _Filler:
         slices = {name: part.shape for name, part in ExpertStacks(whole, device, options.dtype).slices.items()}
         self._shapes = whole | slices
         linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        weights = {name: shape for name, shape in self._expected.items() if name in linears} | slices
+        self._targets = {name: part.target for name, part in self._stacks.slices.items()}
+        self._targets |= {target: target for target in self._targets.values()}  # files hold slices, or stacks
+        weights = {n: s for n, s in self._expected.items() if n in linears or n in self._targets} | slices
         self._layers = PrequantizedLayers(options.prequantized, weights, {self._place(n) for n in names}, device)
         self._packed_stacks = self._stacks_to_pack()
         self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
@@ -193,6 +195,9 @@ class _Filler:
         if self._format is not None and self._is_packed_expert(place):
             self._put_expert(place, quantize(tensor, self._format))
             return
+        if self._format is not None and place in self._packed_stacks:
+            self._put_stack(place, QuantizedLinear(quantize(tensor.flatten(0, 1), self._format), self._format))
+            return
         whole = self._stacks.put(place, tensor) if place in self._stacks.slices else (place, tensor)
         if whole is not None:
             assign(self._model, *whole, self._options.on_assigned)
@@ -201,14 +206,19 @@ class _Filler:
 
     def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
-            if self._format is not None and self._is_packed_expert(weight):
+            is_packed = self._targets.get(weight) in self._packed_stacks
+            is_plain = weight in self._targets or weight.endswith(ROUTER) or not fits(*layer.shape)
+            if self._format is None or (is_plain and not is_packed):
+                self._put_plain(weight, layer.plain(self._options.dtype).view(self._shapes[weight]), weight)
+                return
+            self._check_stored(weight, layer)
+            if weight in self._packed_stacks:
+                self._put_stack(weight, QuantizedLinear(layer.packed(self._format), self._format))
+                return
+            if is_packed:
                 order_K = layer.input_order(self._format)
                 self._put_expert(weight, layer.packed(self._format, order_K), order_K)
                 self._loaded.add(weight)
-                return
-            is_plain = weight in self._stacks.slices or weight.endswith(ROUTER) or not fits(*layer.shape)
-            if self._format is None or is_plain:
-                self._put_plain(weight, layer.plain(self._options.dtype), weight)
                 return
             name = weight.removesuffix(".weight")
             linear = self._model.get_submodule(name)
@@ -219,14 +229,18 @@ class _Filler:
             self.problems.append(f"{weight}: {err}")
         self._loaded.add(weight)
 
+    def _check_stored(self, weight: str, layer: PrequantizedLayer) -> None:
+        """Record numbers and scales of a layer that is packed, and so not checked in the model's dtype."""
+        for end, tensor in layer.tensors.items() if self._options.check_weights else ():
+            if (counts := non_finite(tensor)) is not None:
+                self.bad_numbers.append(f"{weight.removesuffix('.weight')}, {end}: {counts}")
+
     def _stacks_to_pack(self) -> set[str]:
-        """Return the stacks of experts that are packed expert by expert: a layer's both, or none."""
+        """Return the stacks of experts that are packed: a layer's both, or none."""
         if self._format is None:
             return set()
-        slices = self._stacks.slices
-        stored = {slices[weight].target for weight in self._layers.stored if weight in slices}
-        modules = {target.rpartition(".")[0] for target in stored}
-        unfit = {s.target.rpartition(".")[0] for s in slices.values() if not fits(*s.shape)}
+        modules = {self._targets[weight].rpartition(".")[0] for weight in self._layers.stored & self._targets.keys()}
+        unfit = {s.target.rpartition(".")[0] for s in self._stacks.slices.values() if not fits(*s.shape)}
         return {f"{module}.{stack}" for module in modules - unfit for stack in PROJECTIONS}
 
     def _is_packed_expert(self, place: str) -> bool:
@@ -237,9 +251,12 @@ class _Filler:
         """Put one expert's packed matrix in its stack, and the stack in the model with its last expert."""
         assert self._format is not None, "experts are packed in a format"
         whole = self._stacks.put_packed(weight, packed, self._format, order_K)
-        if whole is None:
-            return
-        target, stack = whole
+        if whole is not None:
+            self._put_stack(*whole)
+
+    def _put_stack(self, target: str, stack: QuantizedLinear) -> None:
+        """Put the packed matrices of all experts of a layer in the model."""
+        assert self._format is not None, "experts are packed in a format"
         name = target.rpartition(".")[0]
         experts = self._model.get_submodule(name)
         if isinstance(experts, Experts):  # on meta; the other stack's comes or came

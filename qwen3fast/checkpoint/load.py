@@ -60,10 +60,11 @@ def load_model(
     return model
 
 
-def empty_model(source: Path) -> Qwen3:
+def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
     """Return the model on meta, its layers in the formats that `load_model` gives them.
 
-    source: as `resolve_source` returns it.
+    source: as `resolve_source` returns it. quantization: the format for safetensors that other software quantized;
+    None for the usual one. Other checkpoints stay as they are.
     Raises: FileNotFoundError or ValueError, as `load_model`.
     """
     if source.is_file():
@@ -77,14 +78,16 @@ def empty_model(source: Path) -> Qwen3:
         stored.modules_to_not_convert,
     )
     theirs = stored.prequantized
-    if theirs is not None and theirs.loaded_as is not None:  # as usual; only the tensors tell which others are plain
-        format, kept = theirs.as_format(get_format(theirs.loaded_as)), ("model.embed_tokens", "lm_head")
+    if theirs is not None:  # as usual; only the tensors tell which others are plain
+        format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
     if format is not None:
-        has_orders = theirs is not None and theirs.has_scattered_groups and theirs.loaded_as != "int8"
+        has_orders = theirs is not None and theirs.has_scattered_groups and theirs.keeps_numbers(format.name)
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
         if has_orders:
             add_empty_orders(model)
+        if theirs is not None and quantization is not None:
+            quantize_model(model, quantization, model.config.dtype)
     if stored.quantization is not None:
         use_stored_formats(model, source)
     return model

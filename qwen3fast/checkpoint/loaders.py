@@ -20,7 +20,7 @@ from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
-from qwen3fast.quantization import DEQUANTIZE, prepare_quantization, quantize_experts, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_experts, quantize_model
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,22 @@ class Loader:
         """
         if stored is None:
             return None
-        format = stored.loaded_as if self.quantization is None else self.quantization
+        format = self._usual_format(stored) if self.quantization is None else self.quantization
         if self.has_adapter and self.quantization is None and format is not None:
             raise ValueError(
                 f"an adapter needs the original weights; the ones of {folder} ({stored.describe()}) would be loaded in "
-                f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and quantize afterwards"
+                f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and quantize afterwards; "
+                "or load it at run time, which needs no plain weights (adapters= of Generator)"
             )
         if self.has_adapter or format in (None, DEQUANTIZE):
             return None
         prepare_quantization(format, self.device)
         return format
+
+    def _usual_format(self, stored: PrequantizedFormat) -> str | None:
+        """Return the format that layers get unless one is asked for; None, for floats that no kernel here reads."""
+        is_plain = stored.is_float and self.device.type not in get_format(stored.loaded_as).devices
+        return None if is_plain else stored.loaded_as
 
     def _split(self, config: ModelConfig) -> Split | None:
         """Return this process's shard of the model; None in one process.
@@ -154,7 +160,7 @@ class Loader:
         prequantized = stored.prequantized
         if self.ranks is not None and (stored.quantization is not None or prequantized is not None):
             kind = prequantized.method if prequantized is not None else stored.quantization
-            format = stored.quantization or (prequantized and prequantized.loaded_as) or "int8"
+            format = stored.quantization or (prequantized and self._usual_format(prequantized)) or "int8"
             raise ValueError(
                 f"a checkpoint that is quantized already ({kind}) cannot be split over processes yet; load the "
                 f"original weights with quantization={format!r}"

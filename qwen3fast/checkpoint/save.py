@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.checkpoint.score_head import WEIGHT, ScoreHead, find_score_head
 from qwen3fast.checkpoint.sentence_transformers import sentence_files
-from qwen3fast.checkpoint.stored_formats import formats_in
+from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import plain_modules
+from qwen3fast.quantization import plain_experts, plain_modules
 
 # Files of a checkpoint besides weights and config.json.
 COMPANIONS = (
@@ -42,10 +41,12 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
     calibration_tokens: of the text that the weights were calibrated on, for config.json; 0 for none.
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
-    Of layers in several formats, config.json names the most frequent one; the tensors tell each layer's.
-    Raises: OSError if it cannot be written; ValueError for a damaged score head or modules.json in companions_from.
+    Of layers in several formats, config.json names one; the tensors tell each layer's.
+    Raises: OSError if it cannot be written; ValueError as `main_format`, or for a damaged score head or modules.json in
+    companions_from.
     """
     head, companions = companions_of(companions_from)
+    fields = _config(model, head, calibration_tokens)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if head is not None:
         tensors[WEIGHT] = head.weight_LE.contiguous()
@@ -61,8 +62,7 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
         for name, file in companions.items():
             (new / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, new / name)
-        config = json.dumps(_config(model, head, calibration_tokens), indent=2) + "\n"
-        (new / "config.json").write_text(config, encoding="utf-8")
+        (new / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
         for path in sorted(files, key=lambda path: path == Path("config.json")):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,9 @@ def companions_of(source: Path | None) -> tuple[ScoreHead | None, dict[str, Path
 
 def _config(model: Qwen3, head: ScoreHead | None, calibration_tokens: int) -> dict[str, Any]:
     """Return config.json."""
-    formats = [name for name, _ in Counter(formats_in(model)).most_common()]
-    kept = plain_modules(model) if formats else ()
-    stored = CheckpointConfig(
-        model.config, formats[0] if formats else None, kept, calibration_tokens=calibration_tokens
-    )
-    fields = stored.to_dict()
+    format = main_format(model)
+    kept = (*plain_modules(model), *plain_experts(model)) if format is not None else ()
+    fields = CheckpointConfig(model.config, format, kept, calibration_tokens=calibration_tokens).to_dict()
     if head is not None:
         return fields | head.config_fields()
     return fields | BODY if model.lm_head is None and not model.config.num_experts else fields

@@ -1,11 +1,12 @@
 """The formats of the layers in a folder that `save_quantized` wrote: its tensors tell them, layer by layer.
 
 config.json names the format of most layers. A model that was loaded from a mixture (such as Q4_K_M of GGUF) has
-several formats, and uint4 has several layouts of scales.
+several formats, and uint4 and fp8 have several layouts of scales.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import Format
+from qwen3fast.quantization.fp8 import scale_shape
 from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
@@ -61,6 +63,8 @@ def _format_of(stored: StoredScale, sizes: tuple[int, int], own: Format) -> Form
     if stored.dtype == "U8" and is_layout(stored.shape, *sizes):
         layout = Layout.of_shape(stored.shape, sizes[1])
         return get_format("uint4").with_layout(lambda _: layout)
+    if stored.dtype == "F32" and stored.shape == scale_shape(*sizes, has_blocks=True):
+        return get_format("fp8").with_blocks()
     if stored.dtype == "F32" and len(stored.shape) == 1 and own.bits == 4:
         return get_format("int8")
     if stored.dtype == "BF16" and len(stored.shape) == 3 and own.name != "int4":
@@ -82,6 +86,17 @@ def _scales_in(folder: Path) -> tuple[dict[str, StoredScale], set[str]]:
     return found, orders
 
 
-def formats_in(model: nn.Module) -> list[str]:
-    """Return the format of each quantized layer, in the order of the model."""
-    return [m.format.name for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+def main_format(model: nn.Module) -> str | None:
+    """Return the format that config.json names: the most frequent one of a model's layers; None for a plain model.
+
+    Scales per row are of int8 or fp8, which only the name tells apart: beside fp8, it is the name of their format.
+    Raises: ValueError if layers of both formats have scales per row.
+    """
+    formats = [m.format for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    names = [format.name for format in formats]
+    by_rows = {format.name for format in formats if format.bits == 8 and not format.has_blocks}
+    if len(by_rows) > 1:
+        raise ValueError(f"a model with layers in {' and '.join(sorted(by_rows))} cannot be saved: they look alike")
+    if "fp8" in names and by_rows:
+        return by_rows.pop()
+    return Counter(names).most_common(1)[0][0] if names else None

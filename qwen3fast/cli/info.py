@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         model = build_on_meta(read_config(args.model, args.revision))
     else:
         source = resolve_source(args.model, args.revision)
-        stored, model = read_checkpoint_config(source), empty_model(source)
+        stored, model = read_checkpoint_config(source), empty_model(source, args.quantization)
     is_quantized_here = args.quantization is not None and not formats_of(model)
     if is_quantized_here:
         quantize_model(model, args.quantization, model.config.dtype)

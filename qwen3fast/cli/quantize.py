@@ -18,7 +18,7 @@ from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.files import folder_to_write, read_text
 from qwen3fast.kernels import cpu
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization import DEQUANTIZE, formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
@@ -65,8 +65,13 @@ def run(args: argparse.Namespace) -> int:
     token_BT = None
     if args.calibrate is not None:
         token_BT = calibration_windows(source, args.calibrate, args.calibration_tokens)
-    has_output = source.is_file() or has_output_projection(read_checkpoint_config(source).model, source)
-    model = load_model(source, args.device, progress=True, output_projection=has_output)
+    stored = None if source.is_file() else read_checkpoint_config(source)
+    has_output = stored is None or has_output_projection(stored.model, source)
+    theirs = stored.prequantized if stored is not None else None
+    # fp8 is precise enough to be quantized to another format.
+    is_fp8 = theirs is not None and theirs.is_float and not theirs.keeps_numbers(args.quantization)
+    dequantize = DEQUANTIZE if is_fp8 else None
+    model = load_model(source, args.device, progress=True, output_projection=has_output, quantization=dequantize)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")
     weight = model.model.norm.weight

@@ -32,12 +32,13 @@ def quantize_model(
 
     name: "int8", "int4", "uint4" or "fp8", or a format. dtype: of activations, which the embedding returns.
     progress: show a bar.
-    modules_to_not_convert: names of layers that stay plain.
+    modules_to_not_convert: names of layers and experts that stay plain.
     Raises: ValueError for an unknown format.
     """
     format = name if isinstance(name, Format) else get_format(name)
     convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in modules_to_not_convert}
-    layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]
+    layers: list[tuple[str, nn.Module]] = [(n, model.get_submodule(n)) for n in plain_experts(model)]
+    layers = [(n, m) for n, m in layers if n not in modules_to_not_convert]
     layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
     for layer_name, layer in tqdm(layers, desc=f"quantizing to {format.name}", unit="layer", disable=not progress):
         if isinstance(layer, Experts):
@@ -62,6 +63,11 @@ def plain_modules(model: Qwen3) -> tuple[str, ...]:
     routers = {module.gate for module in model.modules() if isinstance(module, MoE)}
     plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in routers]
     return tuple(name for name, module in plain if fits(*module.weight.shape))
+
+
+def plain_experts(model: Qwen3) -> tuple[str, ...]:
+    """Return the names of plain modules of experts."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
 
 
 def prepare_quantization(name: str, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_near, small_config
-from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
+from prequantized_layouts import AWQ, FP8, GPTQ, compressed, write_prequantized
 from test_checkpoint import assert_same_weights
 from test_lora import modules_of, write_adapter
 
@@ -30,7 +30,14 @@ CONFIG = small_config(
     tie_word_embeddings=False,
     dtype=torch.bfloat16,
 )
-LAYOUTS = {"fp8": FP8, "awq": AWQ, "gptq": GPTQ, "gptq8": {**GPTQ, "bits": 8}}
+LAYOUTS = {
+    "fp8": FP8,
+    "compressed fp8": compressed("float-quantized", "channel"),
+    "awq": AWQ,
+    "gptq": GPTQ,
+    "gptq8": {**GPTQ, "bits": 8},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 PROMPT = "The capital of France is"
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 layouts = pytest.mark.parametrize("name", LAYOUTS)
@@ -61,11 +68,11 @@ def test_generation_takes_the_fast_path_and_follows_the_dequantized_model(tmp_pa
         assert_greedy(reference, [*prompt, *uncached.token_ids], len(prompt), tolerance=0.04)
 
 
-@pytest.mark.parametrize("kept", ["lm_head", "layers.1.mlp.down_proj"])
-def test_compiled_cached_and_uncached_give_the_same_tokens(tmp_path, tokenizer_folder, kept, monkeypatch):
+@pytest.mark.parametrize(("name", "kept"), [("gptq", "lm_head"), ("fp8", "layers.1.mlp.down_proj")])
+def test_compiled_cached_and_uncached_give_the_same_tokens(tmp_path, tokenizer_folder, name, kept, monkeypatch):
     # Recorded and chosen as compiled code is, but run by PyTorch: which code runs which block is what is tested.
     monkeypatch.setattr("torch._inductor.standalone_compile", lambda graph, inputs, options: graph)
-    write_prequantized(tmp_path, CONFIG, GPTQ, tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
+    write_prequantized(tmp_path, CONFIG, LAYOUTS[name], tokenizer_folder=tokenizer_folder, kept=("lm_head", kept))
     options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
     with Generator.from_pretrained(tmp_path, compile=False, **options) as generator:
         expected = generator.generate(PROMPT, GREEDY).token_ids
@@ -100,10 +107,19 @@ def test_blocks_of_unlike_layers_run(tmp_path, tokenizer_folder, kept):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "tied"), [("awq", ("lm_head",), True), ("gptq", ("lm_head", "o_proj"), False)]
+    ("name", "kept", "tied", "changes"),
+    [
+        ("awq", ("lm_head",), True, {}),
+        ("gptq", ("lm_head", "o_proj"), False, {}),
+        ("fp8", ("lm_head", "o_proj"), True, {"hidden_size": 160}),
+        ("fp8", ("lm_head",), False, EXPERTS),
+        ("fp8", ("lm_head", "gate_proj", "up_proj", "down_proj"), False, EXPERTS),
+        ("compressed fp8", ("lm_head",), True, {}),
+        ("compressed fp8", ("lm_head",), False, EXPERTS),
+    ],
 )
-def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tied, capsys):
-    config = replace(CONFIG, tie_word_embeddings=tied)
+def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tied, changes, capsys):
+    config = replace(CONFIG, tie_word_embeddings=tied, **changes)
     write_prequantized(tmp_path / "theirs", config, LAYOUTS[name], kept=kept, tokenizer_folder=tokenizer_folder)
     with Generator.from_pretrained(tmp_path / "theirs", device="cpu", compile=False, max_seq_len=64) as generator:
         generator.save_quantized(tmp_path / "ours")
@@ -118,6 +134,35 @@ def test_saved_model_loads_as_it_was(tmp_path, tokenizer_folder, name, kept, tie
     assert f"{model.num_bytes():,} bytes in {formats_of(model)[0]}, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["fp8", "compressed fp8"])
+@pytest.mark.parametrize("head", ["fp8", "int8", "int4", "uint4"])
+def test_saved_floats_beside_another_format_load_as_they_were(tmp_path, name, head):
+    write_prequantized(tmp_path / "theirs", replace(CONFIG, tie_word_embeddings=True), LAYOUTS[name])
+    model = load_model(tmp_path / "theirs", device="cpu")
+    quantize_model(model, head, torch.bfloat16)  # the embedding, which is the output projection
+    if (name, head) == ("compressed fp8", "int8"):
+        with pytest.raises(ValueError, match="layers in fp8 and int8 cannot be saved: they look alike"):
+            save_model(model, tmp_path / "ours")
+        return
+    save_model(model, tmp_path / "ours")
+    loaded = load_model(tmp_path / "ours", device="cpu")
+    formats = {n: m.format.name for n, m in model.named_modules() if hasattr(m, "format")}
+    assert formats["lm_head"] == head and formats["model.layers.0.mlp.up_proj"] == "fp8"
+    assert formats == {n: m.format.name for n, m in loaded.named_modules() if hasattr(m, "format")}
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("name", ["fp8", "compressed fp8"])
+def test_experts_in_fp8_generate_what_the_dequantized_ones_do(tmp_path, tokenizer_folder, name):
+    config = replace(CONFIG, **EXPERTS)
+    reference = write_prequantized(tmp_path, config, LAYOUTS[name], tokenizer_folder=tokenizer_folder)
+    with Generator.from_pretrained(tmp_path, device="cpu", compile=False, max_seq_len=64) as generator:
+        assert formats_of(generator.model) == ["fp8"]
+        prompt = generator.tokenizer.encode(PROMPT)
+        ids = [*prompt, *generator.generate(prompt, GREEDY).token_ids]
+        assert_greedy(reference, ids, len(prompt), tolerance=0.04)
+
+
 def test_saved_model_whose_list_of_plain_modules_is_none_is_refused(tmp_path):
     write_prequantized(tmp_path / "theirs", CONFIG, GPTQ)
     save_model(load_model(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
@@ -129,19 +174,20 @@ def test_saved_model_whose_list_of_plain_modules_is_none_is_refused(tmp_path):
         load_model(tmp_path / "ours", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq"])
-def test_adapters_are_refused_for_weights_that_stay_rounded(tmp_path, name):
+@pytest.mark.parametrize(("name", "stored"), [("awq", "awq, 4 bits"), ("gptq", "gptq, 4 bits"), ("fp8", "fp8, one")])
+def test_adapters_are_refused_for_weights_that_stay_rounded(tmp_path, name, stored):
     reference = write_prequantized(tmp_path / "model", CONFIG, LAYOUTS[name])
     write_adapter(tmp_path / "adapter", reference, modules_of(reference, ["q_proj"]))
     (tmp_path / "model" / "model.safetensors").unlink()  # before any weight is read
-    with pytest.raises(ValueError, match=rf"an adapter needs .* \({name}, 4 bits.*Use quantization='dequantize'"):
+    with pytest.raises(ValueError, match=rf"an adapter needs .* \({stored}.*Use quantization='dequantize'"):
         load_model(tmp_path / "model", device="cpu", adapter=tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
     [
-        ("fp8", None),
+        ("fp8", "dequantize"),
+        ("fp8", "fp8"),
         ("fp8", "int4"),
         ("awq", "dequantize"),
         ("gptq", "dequantize"),
@@ -156,10 +202,24 @@ def test_adapters_are_merged_into_dequantized_weights_and_rounded_afterwards(tmp
     model = load_model(tmp_path / "model", adapter=tmp_path / "adapter", **options)
     expected = load_model(tmp_path / "model", device="cpu", dtype="float32", quantization="dequantize")
     merge_lora(expected, tmp_path / "adapter")
-    if quantization in ("int4", "int8"):
+    if quantization != "dequantize":
         quantize_model(expected, quantization, torch.float32)
     assert model.config == expected.config
     assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantize_takes_floats_but_quantizes_them_once(tmp_path, tokenizer_folder, capsys, quantization):
+    write_prequantized(tmp_path / "theirs", CONFIG, FP8, tokenizer_folder=tokenizer_folder)
+    options = ["--quantization", quantization, "--device", "cpu", "--output", str(tmp_path / "ours")]
+    status = main(["quantize", "--model", str(tmp_path / "theirs"), *options])
+    if quantization == "fp8":
+        assert status == 2 and "is quantized already (fp8)" in capsys.readouterr().err
+        return
+    assert status == 0
+    expected = load_model(tmp_path / "theirs", device="cpu", quantization="dequantize")
+    quantize_model(expected, quantization, torch.bfloat16)
+    assert_same_weights(load_model(tmp_path / "ours", device="cpu"), expected)
 
 
 @pytest.mark.parametrize("name", ["fp8", "gptq"])

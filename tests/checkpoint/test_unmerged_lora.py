@@ -32,7 +32,7 @@ def read(folder, model, max_rank=16):
     ],
     ids=["plain", "rslora", "patterns"],
 )
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
 def test_the_product_is_what_merging_adds(tmp_path, rank, config, scale, quantization):
     model = randomized(small_config(hidden_size=64, intermediate_size=96))
     tensors = write_adapter(tmp_path, model, modules_of(model, ALL), rank, **config)

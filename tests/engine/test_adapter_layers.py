@@ -57,7 +57,7 @@ def outputs(engine, has_adapters):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
 def test_all_blocks_together_add_what_each_block_adds(quantization, threads):
     engine = make_engine(quantization)
     before = torch.get_num_threads()

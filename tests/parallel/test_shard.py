@@ -16,6 +16,7 @@ from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint import CheckpointConfig, fill, load_weights, random_model
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -156,6 +157,10 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
     with pytest.raises(
         ValueError, match=r"quantized already \(int8\) cannot be split .* weights with quantization='int8'"
     ):
+        load_model(tmp_path, "cpu", ranks=ranks)
+    stored = CheckpointConfig(small_config(), prequantized=PrequantizedFormat("fp8"))
+    (tmp_path / "config.json").write_text(json.dumps(stored.to_dict()))
+    with pytest.raises(ValueError, match=r"quantized already \(fp8\) cannot be split .* with quantization='fp8'"):
         load_model(tmp_path, "cpu", ranks=ranks)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match=r"model\.gguf: GGUF files cannot be split .* yet; use safetensors"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from qwen3fast import load_model
+from qwen3fast.quantization.layers import QuantizedLinear
 
 CONFIG = small_config(
     vocab_size=96, hidden_size=128, intermediate_size=256, head_dim=32, tie_word_embeddings=False, dtype=torch.bfloat16
@@ -36,9 +37,12 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
         tmp_path, CONFIG, {**FP8, "modules_to_not_convert": ["lm_head"]}, scale_dtype=scale_dtype, files=files
     )
     theirs = dequantized_by_transformers(tmp_path)
-    ours = load_model(tmp_path, device="cpu")
+    ours, packed = (load_model(tmp_path, device="cpu", quantization=name) for name in ("dequantize", None))
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
+        layer = packed.get_submodule(name.rpartition(".")[0])
+        weight = layer.dequantize().bfloat16() if isinstance(layer, QuantizedLinear) else layer.weight
+        assert_same(weight, parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)
     with torch.no_grad():
         assert_near(ours(tokens), theirs(tokens).logits, torch.bfloat16)
@@ -48,7 +52,7 @@ def test_weights_and_logits_equal_those_of_transformers(tmp_path, scale_dtype, f
 def test_experts_equal_those_of_transformers(tmp_path):
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
     write_fp8_experts(tmp_path, replace(CONFIG, **sizes))
-    theirs, ours = dequantized_by_transformers(tmp_path), load_model(tmp_path, device="cpu")
+    theirs, ours = dequantized_by_transformers(tmp_path), load_model(tmp_path, device="cpu", quantization="dequantize")
     for name, parameter in theirs.named_parameters():
         assert_same(ours.get_parameter(name), parameter.detach())
     tokens = random_ids(2, 9, vocab_size=96)

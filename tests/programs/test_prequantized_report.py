@@ -11,7 +11,7 @@ from qwen3fast.kernels import cpu
 
 EXACT = {
     "GGUF, Q4_1", "GGUF, Q4_K", "AWQ, groups of 128", "AWQ, groups of 32", "GPTQ, 4 bits, zero points",
-    "GPTQ, 4 bits, desc_act",
+    "GPTQ, 4 bits, desc_act", "FP8, blocks", "FP8, rows", "FP8, one scale",
 }  # fmt: skip
 
 
@@ -30,4 +30,6 @@ def test_every_type_has_an_error_a_size_and_a_speed(tmp_path, monkeypatch, capsy
     rows = {row[0]: row[1:] for row in tables.prequantized_rows(record)}
     assert rows["GGUF, Q4_K"][:4] == ["uint4", "0", "4.50", "4.50"]
     assert rows["AWQ, groups of 128"][:4] == ["uint4", "0", "4.16", "4.19"]
+    assert rows["FP8, blocks"][:4] == ["fp8", "0", "8.00", "8.02"]
+    assert rows["FP8, rows"][:4] == ["fp8", "0", "8.06", "8.12"] and rows["FP8, one scale"][:3] == ["fp8", "0", "8.00"]
     assert rows["GGUF, Q6_K"][0] == "int8" and rows["GGUF, Q6_K"][2] == "6.56"

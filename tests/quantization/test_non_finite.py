@@ -109,6 +109,9 @@ def test_prequantized_layers_keep_them(tmp_path, layout, end, number, quantizati
     weight = dequantized(load_model(tmp_path, device="cpu", quantization=quantization))
     expected = {"weight": [0], "weight_scale_inv": list(range(128)), "scales": [row]}[end]
     assert rows_that_are_finite(weight) == [i for i in range(256) if i not in expected]
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\S* ?\w*: [\d,]+ NaN and [\d,]+ infinite") as error:
+        load_model(tmp_path, device="cpu", quantization=quantization, check_weights=True)
+    assert str(error.value).count("infinite") == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ cache, through the operations that a prompt runs through. Every token but a wind
 perplexity: exp of the mean negative log-likelihood of the text's tokens. kl_divergence: the mean over positions of the
 Kullback-Leibler divergence of the format's distribution of the next token from the unquantized model's, in nats;
 kl_p99: its 99th percentile. same_token: share of positions with the same most likely token as the unquantized model.
-A format without kernels for the device (fp8 on CPUs) runs in its plain form, which gives the same numbers, slowly.
+A format without kernels for the device runs in its plain form, which gives the same numbers, slowly.
 Source of the comparison: llama.cpp, tools/perplexity (--kl-divergence).
 
 T tokens of a window   V vocabulary   M positions at a time

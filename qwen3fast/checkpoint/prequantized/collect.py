@@ -35,15 +35,18 @@ class PrequantizedLayers:
         names: Collection[str],
         device: torch.device,
     ) -> None:
-        """weights: names and shapes of plain weights that may be stored so. names: of all tensors that will come."""
+        """weights: names and shapes of plain weights that may be stored so. names: of all tensors that will come.
+
+        A shape (X, N, K) is one of stacked experts, which become one tall layer (X * N, K).
+        """
         self._stored, self._weights, self._device = stored, weights, device
         self._places: dict[str, _Place] = {}
         self._missing: dict[str, set[str]] = {}  # by weight
         self._tensors: dict[str, dict[str, Tensor]] = {}
         self.stored: set[str] = set()
-        for weight, (N, K) in weights.items():
+        for weight, shape in weights.items():
             prefix = weight.removesuffix("weight")
-            for end, tensor in expected_tensors(stored, N, K).items() if stored is not None else ():
+            for end, tensor in expected_tensors(stored, *shape).items() if stored is not None else ():
                 name = prefix + end
                 self._places[name] = _Place(weight, end, tensor)
                 if name in names and name != weight:
@@ -79,7 +82,9 @@ class PrequantizedLayers:
         if self._missing[weight]:
             return None
         on_device = {end: t.to(self._device) for end, t in self._tensors.pop(weight).items()}
-        N, K = self._weights[weight]
+        *stack, N, K = self._weights[weight]
+        if stack:
+            N, on_device = stack[0] * N, {f"weight{end}": t.flatten(0, 1) for end, t in on_device.items()}
         return weight, PrequantizedLayer(self._stored, (N, K), on_device)
 
     def unfinished(self) -> dict[str, list[str]]:

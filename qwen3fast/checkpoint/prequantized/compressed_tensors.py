@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
+from qwen3fast.checkpoint.prequantized.floats import Floats
 from qwen3fast.checkpoint.prequantized.format import BLOCK, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 
@@ -67,13 +68,10 @@ def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) 
     return Levels(level_nK, zero_nG, scale_nG, _groups(stored, tensors, level_nK.shape[1], G))
 
 
-def float_weight(tensors: dict[str, Tensor], rows: slice) -> Tensor:
-    """Return some rows dequantized, (n, K) float32."""
-    number_nK, scale = tensors["weight"][rows].float(), tensors["weight_scale"].float()
-    if scale.dim() == 1 or scale.shape == (len(tensors["weight"]), 1):
-        return number_nK * _of_rows(scale, rows)
-    row_n = torch.arange(rows.start, rows.stop, device=scale.device)
-    return number_nK * scale[row_n // BLOCK].repeat_interleave(BLOCK, dim=1)[:, : number_nK.shape[1]]
+def floats(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) -> Floats:
+    """Return the numbers of some rows of "float-quantized"."""
+    read = Floats.of_blocks if stored.has_blocks else Floats.of_rows
+    return read(tensors["weight"], tensors["weight_scale"], rows)
 
 
 def _of_rows(scale: Tensor, rows: slice) -> Tensor:

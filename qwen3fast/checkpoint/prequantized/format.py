@@ -121,23 +121,28 @@ class PrequantizedFormat:
         return self.method == "fp8" or self.layout == "float-quantized"
 
     @property
-    def loaded_as(self) -> str | None:
-        """Return the format that weights are loaded in by default, None for plain weights in the checkpoint's dtype.
+    def has_blocks(self) -> bool:
+        """Return whether floats have a scale per block; otherwise per row, or one for the tensor."""
+        return self.method == "fp8" or self.strategy == "block"
 
-        "int4" and "uint4" take over the stored levels; "int8" quantizes the dequantized weights.
+    @property
+    def loaded_as(self) -> str:
+        """Return the format that weights are loaded in by default, on devices that have kernels for it.
+
+        "fp8", "int4" and "uint4" take over the stored numbers or levels; "int8" quantizes the dequantized weights.
         """
-        if self.is_float:
-            return None
-        return next((name for name in ("int4", "uint4") if self.keeps_levels(name)), "int8")
+        return next((name for name in ("fp8", "int4", "uint4") if self.keeps_numbers(name)), "int8")
 
     @property
     def has_scattered_groups(self) -> bool:
         """Return whether groups are neighbors only after sorting the channels, which has an order of them as result."""
         return self.has_act_order and self.group_size != -1
 
-    def keeps_levels(self, name: str) -> bool:
-        """Return whether our format of this name can hold the stored levels of 4 bits."""
-        return not self.is_float and self.bits == 4 and (name == "uint4" or (name == "int4" and self.is_symmetric))
+    def keeps_numbers(self, name: str) -> bool:
+        """Return whether our format of this name can hold the stored floats, or the stored levels of 4 bits."""
+        if self.is_float:
+            return name == "fp8"
+        return self.bits == 4 and (name == "uint4" or (name == "int4" and self.is_symmetric))
 
     def layout_of(self, in_features: int) -> Layout:
         """Return the layout of uint4's scales that holds the groups of K channels, each with its zero point."""
@@ -146,8 +151,12 @@ class PrequantizedFormat:
         return Layout(self.group_size if in_features % self.group_size == 0 else GROUP, has_zero=True)
 
     def as_format(self, format: Format) -> Format:
-        """Return one of our formats as these layers get it: uint4 with their own groups where it keeps their levels."""
-        return format.with_layout(self.layout_of) if format.name == "uint4" and self.keeps_levels("uint4") else format
+        """Return one of our formats as these layers get it: with their groups or blocks if it keeps their numbers."""
+        if not self.keeps_numbers(format.name):
+            return format
+        if format.name == "fp8":
+            return format.with_blocks() if self.has_blocks else format
+        return format.with_layout(self.layout_of) if format.name == "uint4" else format
 
     def describe(self) -> str:
         """Return the format in words."""
