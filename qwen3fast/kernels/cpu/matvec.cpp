@@ -22,18 +22,18 @@ struct Next {
   int64_t distance, begin, end;
 };
 
-// Rows n..n+kN-1 of the weight times kM rows of x.
-template <int kM, int kN>
+// Rows n..n+kN-1 of the weight times kM rows of x. kAll: all of them are followed by rows to ask for.
+template <int kM, int kN, bool kAll>
 void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, Next next) {
   const BFloat16* w = weight + n * K;
   Vec total[kM][kN] = {};
-  int64_t k = 0;
+  int64_t k = 0, ahead[kN];  // 0, which asks for nothing new, costs less than to decide in the loop
+  for (int j = 0; j < kN; j++) ahead[j] = j >= next.begin && j < next.end ? next.distance : 0;
   for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
     Bits ws[kN];
 #pragma GCC unroll 4
     for (int j = 0; j < kN; j++) {
-      if (j >= next.begin && j < next.end)
-        __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + next.distance, 0, kIntoL2);
+      __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + (kAll ? next.distance : ahead[j]), 0, kIntoL2);
       ws[j] = load_as<Bits>(w + j * K + k);
     }
 #pragma GCC unroll 4
@@ -57,14 +57,14 @@ void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int
 }
 
 // Up to kTileRows rows of x.
-template <int kN>
+template <int kN, bool kAll>
 void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
               Next next) {
   switch (M) {
-    case 1: return tile<1, kN>(x, weight, y, n, N, K, next);
-    case 2: return tile<2, kN>(x, weight, y, n, N, K, next);
-    case 3: return tile<3, kN>(x, weight, y, n, N, K, next);
-    case 4: return tile<4, kN>(x, weight, y, n, N, K, next);
+    case 1: return tile<1, kN, kAll>(x, weight, y, n, N, K, next);
+    case 2: return tile<2, kN, kAll>(x, weight, y, n, N, K, next);
+    case 3: return tile<3, kN, kAll>(x, weight, y, n, N, K, next);
+    case 4: return tile<4, kN, kAll>(x, weight, y, n, N, K, next);
   }
 }
 
@@ -73,9 +73,10 @@ template <int kN>
 void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
               int64_t distance) {
   const int64_t parts = (M + kTileRows - 1) / kTileRows;
+  if (parts == 1) return few_rows<kN, true>(x, M, weight, y, n, N, K, {distance, 0, kN});
   for (int64_t part = 0; part < parts; part++) {
     const int64_t m = M * part / parts, end = M * (part + 1) / parts;
-    few_rows<kN>(x + m * K, end - m, weight, y + m * N, n, N, K, {distance, kN * part / parts, kN * (part + 1) / parts});
+    few_rows<kN, false>(x + m * K, end - m, weight, y + m * N, n, N, K, {distance, kN * part / parts, kN * (part + 1) / parts});
   }
 }
 
