@@ -147,7 +147,8 @@ def kernel(name, **changes):
 def record_of(**step):
     """A record with one step."""
     run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
-    record = Record("compiled", run, {}, {"name": "x"}, notes={"steps": {}, "kernels": [], "own_kernels": [], "errors": {}})
+    notes = {"steps": {}, "kernels": [], "own_kernels": [], "errors": {}}
+    record = Record("compiled", run, {}, {"name": "x"}, notes=notes)
     labels = {"step": "decode", "model": "0.6b", "weights": "bf16", "batch_size": 1, "context": 64}
     main.add_step(record, "sm_90", labels | step)
     return record
