@@ -346,7 +346,8 @@ class Generator(ChatMethods, AdapterMethods):
     def save_quantized(self, folder: str | Path) -> None:
         """Save the quantized weights, with config and tokenizer, to a folder that `from_pretrained` loads.
 
-        Raises: ValueError for a model that is not quantized or is split over processes; OSError if writing fails.
+        Raises: ValueError for a model that is not quantized or is split over processes, and for the folder that it was
+        loaded from; OSError if writing fails.
         """
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")

@@ -42,9 +42,10 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
     Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
     leaves the old files.
     Of layers in several formats, config.json names one; the tensors tell each layer's.
-    Raises: OSError if it cannot be written; ValueError as `main_format`, or for a damaged score head or modules.json in
-    companions_from.
+    Raises: OSError if it cannot be written; ValueError as `main_format`, for `companions_from` as the folder, or for a
+    damaged score head or modules.json in it.
     """
+    check_is_other(folder, companions_from)
     head, companions = companions_of(companions_from)
     fields = _config(model, head, calibration_tokens)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
@@ -68,6 +69,12 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (new / path).chmod(0o644)
             (new / path).replace(folder / path)
+
+
+def check_is_other(folder: Path, source: Path | None) -> None:
+    """Check that a folder to write is not the one that a model comes from. Raises: ValueError if it is."""
+    if source is not None and folder.resolve() == source.resolve():
+        raise ValueError(f"{folder} is the folder of the model, whose weights would be overwritten")
 
 
 def companions_of(source: Path | None) -> tuple[ScoreHead | None, dict[str, Path]]:

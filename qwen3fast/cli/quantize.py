@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer, resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
-from qwen3fast.checkpoint.save import companions_of, save_model
+from qwen3fast.checkpoint.save import check_is_other, companions_of, save_model
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model.startswith("random:"):
         raise ValueError(f"{args.model} has random weights, which are quantized while loading; name a checkpoint")
     source = resolve_source(args.model, args.revision)
-    if args.output.resolve() == source.resolve():
-        raise ValueError(f"--output {args.output} is the folder of the model, whose weights would be overwritten")
+    check_is_other(args.output, source)
     folder_to_write(args.output)  # what cannot be written, or is damaged, is refused before the work
     companions_of(source)
     use_threads(args.threads)

@@ -147,7 +147,8 @@ def kernel(name, **changes):
 def record_of(**step):
     """A record with one step."""
     run = {"utc": "2026-01-02T03:04:05Z", "command": "x", "git_commit": None, "git_dirty": None}
-    record = Record("compiled", run, {}, {"name": "x"}, notes={"steps": {}, "own_kernels": [], "errors": {}})
+    notes = {"steps": {}, "kernels": [], "own_kernels": [], "errors": {}}
+    record = Record("compiled", run, {}, {"name": "x"}, notes=notes)
     labels = {"step": "decode", "model": "0.6b", "weights": "bf16", "batch_size": 1, "context": 64}
     main.add_step(record, "sm_90", labels | step)
     return record
@@ -155,7 +156,8 @@ def record_of(**step):
 
 def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     part = {"launches": 2, "calls": {"extern_kernels.mm": 1}, "buffers": 1, "runs": 3}
-    part["kernels"] = [kernel("small", spill_bytes=4), kernel("other", shared_bytes=4, registers=40)]
+    small, other = kernel("small", spill_bytes=4), kernel("other", shared_bytes=4, registers=40)
+    part["kernels"] = [small, other, small]
     counts = {"triton_launches": 6, "library_calls": {"extern_kernels.mm": 3}, "eager_calls": {"aten::copy_": 4}}
     counts |= {"own_launches": {"qwen3fast::step_draw": 2}}
     record = record_of(**counts, parts={"run_block": part})
@@ -164,13 +166,13 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     found = {name: estimate.median for name, estimate in case.metrics.items()}
     assert found == {"triton_kernels": 6, "library_calls": 3, "eager_calls": 4, "shared_bytes": 8}
     assert (case.facts["most_registers"], case.facts["spill_bytes"]) == (40, 4)
-    assert record.notes["steps"][case.name]["parts"]["run_block"] == part
+    assert record.notes["steps"][case.name]["parts"]["run_block"] == part | {"kernels": [0, 1, 0]}
+    assert record.notes["kernels"] == [{"gpu": "sm_90", **small}, {"gpu": "sm_90", **other}]
     assert main.faults_of(record) == []
     most = GPUS["sm_90"].shared_bytes
-    part["kernels"].append(kernel("large", shared_bytes=most + 1))
+    record.notes["kernels"] += [{"gpu": "sm_90", **kernel("large", shared_bytes=most + 1)}]
     record.notes["own_kernels"] += [{"gpu": "sm_90", **kernel("own", shared_bytes=most)}]
     record.notes["own_kernels"] += [{"gpu": "sm_90", **kernel("early", waits=False)}]
-    record.notes["steps"][case.name]["parts"]["run_block"] = part
     assert main.faults_of(record) == [
         "more shared memory than there is: large", "do not wait for what they depend on: early"
     ]  # fmt: skip

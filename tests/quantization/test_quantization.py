@@ -475,6 +475,8 @@ def test_quantized_tiny_is_right(tiny, make):
 
 def test_quantized_tiny_saves_and_chats_again(tiny, tmp_path):
     tiny.save_quantized(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is the folder of the model, whose weights would be overwritten"):
+        tiny.save_quantized(TINY_FOLDER)
     assert (tmp_path / "saved" / "tokenizer_config.json").read_bytes() == (
         TINY_FOLDER / "tokenizer_config.json"
     ).read_bytes()

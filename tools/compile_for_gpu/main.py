@@ -66,7 +66,19 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
     counts |= {"eager_calls": sum(step["eager_calls"].values())}
     case.add(counts | {"shared_bytes": max((kernel["shared_bytes"] for kernel in kernels), default=0)})
     record.cases.append(case)
-    record.notes["steps"][case.name] = {name: step[name] for name in NOTED}
+    parts = {
+        name: part | {"kernels": [_number_of(record, {"gpu": gpu_name, **kernel}) for kernel in part["kernels"]]}
+        for name, part in step["parts"].items()
+    }
+    record.notes["steps"][case.name] = {name: step[name] for name in NOTED} | {"parts": parts}
+
+
+def _number_of(record: Record, kernel: dict[str, Any]) -> int:
+    """Return a kernel's place in the record's list of kernels, which holds each one once; append it if it is new."""
+    known = record.notes["kernels"]
+    if kernel not in known:
+        known.append(kernel)
+    return int(known.index(kernel))
 
 
 def keep_cases(record: Record, earlier: Record) -> None:
@@ -80,17 +92,13 @@ def keep_cases(record: Record, earlier: Record) -> None:
             raise ValueError(f"the record to add to was made with {name} {old}, but this is {new}; make it again")
     record.cases += earlier.cases
     record.run["command"] = f"{earlier.run['command']}; {record.run['command']}"
-    for name in ("steps", "own_kernels", "errors"):
+    for name in ("steps", "kernels", "own_kernels", "errors"):
         record.notes[name] = earlier.notes[name]
 
 
 def kernels_of(record: Record) -> list[dict[str, Any]]:
     """Return all kernels of a record, ours and Inductor's, each with its GPU's name."""
-    kernels: list[dict[str, Any]] = list(record.notes["own_kernels"])
-    for case in record.cases:
-        for part in record.notes["steps"][case.name]["parts"].values():
-            kernels += [{"gpu": case.labels["gpu"], **kernel} for kernel in part["kernels"]]
-    return kernels
+    return [*record.notes["own_kernels"], *record.notes["kernels"]]
 
 
 def faults_of(record: Record) -> list[str]:
@@ -111,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment = describe_environment(torch.device("cpu"))
     environment |= {"cuda": torch.version.cuda, "triton": triton.__version__}
     notes: dict[str, Any] = {"gpus": {name: asdict(gpu) for name, gpu in GPUS.items()}, "steps": {}}
-    notes |= {"own_kernels": [], "errors": {}}
+    notes |= {"kernels": [], "own_kernels": [], "errors": {}}
     model = {"name": f"a greedy and a sampled decode step and a chunk of a prompt over {args.context:,} positions"}
     record = Record("compiled", describe_run("python tools/compile_for_gpu.py"), environment, model, notes=notes)
     if args.add:
