@@ -14,7 +14,8 @@
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
 // Weights (N, K): bits 16, bfloat16; 8 or 4, packed as quantized.cpp describes, or fp8.cpp. span: for 4 bits with a minimum
-// and for fp8, the channels that a record of scales covers, otherwise 0. record: its bytes, for 16 rows. order (K,): the input's channel that each
+// and for fp8, the channels that a record of scales covers, otherwise 0. record: its bytes, for 16 rows. order (K,): the
+// input's channel that each
 // column is for, or null for the same; only decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
 struct Linear {
   const void *weight, *scale;
