@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_operators.py --output benchmarks/results/operators-0.6b.json
 
-A decode step's operators run one after the other, as in a step; a prefill's run one at a time for all blocks. The whole
-is timed beside them; formats take turns. "Other" is the whole minus its operators, per round: for decode the step's
-state and copying the token to the host, for prefill norms, rotation, activation functions, writing to the cache.
+A decode step's operators are differences: of the blocks at two positions, and of the whole step in C++ and its blocks.
+A prefill's run one at a time for all blocks. The whole is timed beside them; formats take turns. "Other" is the whole
+minus its operators, per round: for decode Python and copying the token to the host, for prefill norms, rotation,
+activation functions, writing to the cache.
 Writes JSON and a picture, and prints a table of medians in milliseconds.
 """
 
@@ -31,7 +32,6 @@ from qwen3fast.checkpoint import load_model
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.model.linears import linears
-from qwen3fast.sampling.samplers import SamplerKind
 
 FORMATS = ("bf16", "int8", "int4")
 MODE = "cached-compiled"
@@ -51,33 +51,31 @@ class Stopwatch:
 
 
 def time_decode(engine: Engine, context: int) -> dict[str, float]:
-    """Return the seconds of a decode step over `context` positions, and of its operators run one after the other.
+    """Return the seconds of a decode step over `context` positions, and of its operators.
 
-    Attention is the time of the blocks minus their time over one position.
+    Attention is the time of the blocks minus their time over one position. The operators around the blocks: the time of
+    the whole step in C++ minus the blocks'.
     """
-    model, parts, state, rows = engine.model, engine.parts, engine.state, slice(1)
-    assert parts.decode_layers is not None and parts.decode_layers.serves(1), "the C++ operations are not there"
+    layers, state, tables = engine.parts.decode_layers, engine.state, (engine.cos_SD, engine.sin_SD)
+    assert layers is not None and layers.runs_steps and layers.serves(1), "the C++ operations are not there"
     engine.set_row(0, context - 1)
-    first_11, last_11 = torch.zeros(1, 1, dtype=torch.int64), state.position_R[rows, None].clone()
+    first_11, last_11 = torch.zeros(1, 1, dtype=torch.int64), state.position_R[:1, None].clone()
+    x_11E = engine.model.embed(state.input_R[:1, None])
     watch = Stopwatch()
-    x_11E = model.embed(state.input_R[rows, None])
-    embedding = watch.lap()
-    y_11E = parts.decode_layers(x_11E, engine.cos_SD, engine.sin_SD, last_11)
+    layers(x_11E, *tables, last_11)
     blocks = watch.lap()
-    logits_1V = parts.logits(parts.head, y_11E).squeeze(1)
-    projection = watch.lap()
-    parts.samplers[SamplerKind.GREEDY](None, logits_1V, *state.sampler_rows(rows))
-    sampler = watch.lap()
+    layers.greedy(state, 1, *tables)
+    step = watch.lap()
+    engine.set_row(0, context - 1)
+    watch.lap()
     engine.decode(1, context, StepKind())
     whole = watch.lap()
-    parts.decode_layers(x_11E, engine.cos_SD, engine.sin_SD, first_11)
+    layers(x_11E, *tables, first_11)
     blocks_alone = watch.lap()
     return {
-        "embedding": embedding,
         "blocks without attention": blocks_alone,
         "attention": blocks - blocks_alone,
-        "norm, output projection": projection,
-        "sampler": sampler,
+        "embedding, output projection, choice": step - blocks,
         "whole": whole,
     }
 

@@ -15,7 +15,7 @@ from qwen3fast import ChatSession, Generator, SamplingParams
 from qwen3fast.checkpoint import merge_lora
 from qwen3fast.engine import adapters as engine_adapters
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu import DecodeLayersCall
+from qwen3fast.kernels.cpu import DecodeLayersCall, DecodeStepCall
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization import quantize_model
 from qwen3fast.scheduling.worker import ClosedError
@@ -144,16 +144,21 @@ def test_steps_without_adapters_run_the_model_itself(generator, expected, monkey
 
 
 @pytest.mark.skipif(not cpu.load(), reason="no C++ operations on this machine")
-def test_in_bfloat16_steps_with_adapters_run_all_blocks_in_one_operation_as_others_do(tmp_path, monkeypatch):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+@pytest.mark.parametrize("vocab_size", [96, 97], ids=["whole steps", "blocks alone"])
+def test_in_bfloat16_steps_with_adapters_run_in_one_operation_as_others_do(vocab_size, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": vocab_size}
     folder = write(tmp_path / "own", make_model(**sizes), ALL, 4, lora_alpha=8)
     options = OPTIONS | {"compile": "auto"}
     with Generator(make_model(**sizes).bfloat16(), **options) as plain:
         alone = tokens(plain, None)
     with Generator(make_model(**sizes).bfloat16(), adapters={"own": folder}, **options) as generator:
-        slots, operation = [], DecodeLayersCall.__call__
+        assert generator.debug.engine.parts.decode_layers.runs_steps == (vocab_size == 96)
+        slots, operation, step = [], DecodeLayersCall.__call__, DecodeStepCall.greedy
         monkeypatch.setattr(
             DecodeLayersCall, "__call__", lambda self, *args: slots.append(args[-1]) or operation(self, *args)
+        )
+        monkeypatch.setattr(
+            DecodeStepCall, "greedy", lambda self, *args: slots.append(self._adapters) or step(self, *args)
         )
         adapted = tokens(generator, "own")
         assert slots and None not in slots

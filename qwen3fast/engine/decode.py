@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.compile import Function
+from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.sampling.processors import count_token, log_probabilities
@@ -43,8 +44,13 @@ def decode_step(
     needs them. hook: changes the logits before the processors; steps with a hook cannot be captured.
     """
     rows, parts, cos_SD, sin_SD = slice(num_rows), forward.parts, forward.cos_SD, forward.sin_SD
+    is_plain = sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None
+    layers = _all_layers(parts, num_rows)
+    if layers is not None and layers.runs_steps and is_plain:
+        layers.greedy(state, num_rows, cos_SD, sin_SD)
+        return
     if parts.fused_step is not None and parts.fused_step.serves(num_rows):
-        if sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None:
+        if is_plain:
             others = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
             parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *others)
             return
@@ -64,13 +70,22 @@ def decode_step(
     parts.advance(None, token_B, *(tensor[rows] for tensor in buffers))
 
 
+def _all_layers(parts: Parts, num_rows: int) -> DecodeLayers | None:
+    """Return the operation that runs all blocks, if it serves this many rows and no plainer form is faster here."""
+    layers = parts.decode_layers
+    is_used = layers is not None and num_rows not in parts.forms.block_rows and layers.serves(num_rows)
+    return layers if is_used else None
+
+
 def _logits(forward: Forward, state: DecodeState, rows: slice, length: int) -> Tensor:
     """Return the logits after the input tokens, (B, V) float32."""
-    parts = forward.parts
-    is_fused = rows.stop not in parts.forms.block_rows  # numbers of rows for which blocks one by one are faster here
-    if is_fused and parts.decode_layers is not None and parts.decode_layers.serves(rows.stop):
+    parts, cos_SD, sin_SD = forward.parts, forward.cos_SD, forward.sin_SD
+    layers = _all_layers(parts, rows.stop)
+    if layers is not None and layers.runs_steps:
+        return layers.logits(state, rows.stop, cos_SD, sin_SD)
+    if layers is not None:
         x_B1E = forward.model.embed(state.input_R[rows, None])
-        x_B1E = parts.decode_layers(x_B1E, forward.cos_SD, forward.sin_SD, state.position_R[rows, None])
+        x_B1E = layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
     else:
         x_B1E = _run_blocks(forward, state, rows, length)
     logits_B1V: Tensor = parts.logits(parts.head, x_B1E)

@@ -1,5 +1,5 @@
-"""All blocks of a forward pass in one call of C++, for bfloat16 and quantized weights: of a decode step
-(kernels/cpu/decode_layers.cpp), or for chunks of prompts (prefill_layers.cpp).
+"""A decode step, or all of its blocks, in one call of C++, for bfloat16 and quantized weights
+(kernels/cpu/decode_layers.cpp); all blocks for chunks of prompts (prefill_layers.cpp).
 
 Otherwise each of the many products would cost a call from Python, and starting and joining threads.
 """
@@ -13,23 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.adapters import AdapterSlots
+from qwen3fast.engine.state import DecodeState
 from qwen3fast.engine.threads import SparedThreads
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
-from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.formats import Packed
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear
 
 
 class DecodeLayers:
     """The blocks of a model over a KV cache. The reference is `model/block.py`.
 
-    is_possible: whether the operation serves the model, its formats and the cache.
+    is_possible: whether the operation serves the model, its formats and the cache. runs_steps: whether it also serves
+    embedding, final norm and output projection.
     spared: the threads to leave out while other programs use cores.
     """
 
     _adapters: cpu.AdaptersOfLayers | None = None
+    _call: tuple[DecodeState, cpu.DecodeStepCall] | None = None  # of the last step
 
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
         """num_layers: of the first blocks, for a cache of as many; by default all."""
@@ -48,6 +52,8 @@ class DecodeLayers:
             caches = zip(*lists, strict=True)
             layers = [_tensors(block, tensors) for block, tensors in zip(blocks, caches, strict=True)]
             self._run = cpu.DecodeLayersCall(layers, model.config.rms_norm_eps)
+        self._ends = _ends(model) if self.is_possible else None
+        self.runs_steps = self._ends is not None
 
     def with_adapters(self, slots: AdapterSlots) -> DecodeLayers | None:
         """Return the same operation with the product of each row's adapter; None if it is not possible.
@@ -58,6 +64,7 @@ class DecodeLayers:
             return None
         adapted = copy.copy(self)
         matrices = [(layer.lora_A, layer.lora_B) for layer in slots.layers.values()]
+        adapted._call = None
         adapted._adapters = self._run.adapters(matrices, slots.decode_slot_R)
         return adapted
 
@@ -94,6 +101,44 @@ class DecodeLayers:
         y_B1E = self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return y_B1E
+
+    def greedy(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> None:
+        """Run a whole step of rows 0..num_rows-1 that chooses greedily, and write its tokens and advance `state`.
+
+        state: of the same cache. cos_SD, sin_SD: float32, tables of all positions.
+        Raises: ValueError for a token or a position that does not exist.
+        """
+        self._step(state, cos_SD, sin_SD).greedy(cpu.functions(), num_rows)
+        self.spared.note(self._run.lost, torch.get_num_threads())
+
+    def logits(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        """Return the logits of a step, (B, V) float32; arguments and errors as of `greedy`."""
+        logits_BV = self._step(state, cos_SD, sin_SD).logits(cpu.functions(), num_rows)
+        self.spared.note(self._run.lost, torch.get_num_threads())
+        return logits_BV
+
+    def _step(self, state: DecodeState, cos_SD: Tensor, sin_SD: Tensor) -> cpu.DecodeStepCall:
+        if self._call is None or self._call[0] is not state:
+            assert self._ends is not None, "runs_steps is True"
+            tensors = cpu.StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
+            self._call = state, cpu.DecodeStepCall(self._run, self._ends, tensors, cos_SD, sin_SD, self._adapters)
+        return self._call[1]
+
+
+def _ends(model: Qwen3) -> cpu.EndTensors | None:
+    """Return the weights of a step outside of the blocks; None if the operation does not serve them."""
+    norm, head = model.model.norm.weight, model.lm_head
+    embedding: nn.Module = model.model.embed_tokens
+    if norm.dtype != torch.bfloat16 or not _is_served(head):
+        return None
+    if isinstance(embedding, QuantizedEmbedding):
+        packed = Packed(embedding.weight_packed, embedding.weight_scale)
+        if embedding.dtype != torch.bfloat16 or "cpu" not in embedding.format.devices:
+            return None
+        return cpu.EndTensors(cpu.LayerWeight(*embedding.format.operands(packed)), norm, _weight(head))
+    if type(embedding) is not nn.Embedding or not _is_plain(embedding.weight):
+        return None
+    return cpu.EndTensors(cpu.LayerWeight(embedding.weight), norm, _weight(head))
 
 
 def _norms(block: Block) -> list[Tensor]:
@@ -164,4 +209,8 @@ def _is_served(linear: nn.Module) -> bool:
         return False
     if isinstance(linear, QuantizedLinear):
         return "cpu" in linear.format.devices
-    return linear.weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in linear.weight.shape)
+    return _is_plain(linear.weight)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in weight.shape)

@@ -147,7 +147,7 @@ class Parts:
     (triton.enable_pdl; found by tools/compile_for_gpu.py).
 
     Attributes:
-        decode_layers: all blocks of a decode step in one C++ operation, where available.
+        decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.
         fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.

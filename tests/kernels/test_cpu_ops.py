@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomized, small_config
+from test_decode_step import step_case
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
@@ -660,13 +661,31 @@ cpu.library.TARGET_FLAGS = {flags}
 assert cpu.load()
 def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
-operations, layers = torch.load({path!r})
+operations, layers, steps = torch.load({path!r})
 for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
     call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
     assert_near(call(cpu.functions(), *inputs), expected)
+for arguments, ends, state, tables, expected in steps:
+    ends = cpu.EndTensors(*(cpu.LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
+    blocks = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
+    step = cpu.DecodeStepCall(blocks, ends, cpu.StepTensors(*state), *tables)
+    logits = step.logits(cpu.functions(), 3)
+    assert_near(logits, expected)
+    step.greedy(cpu.functions(), 3)
+    assert torch.equal(state[2][:3], logits.argmax(-1))
 """
+
+
+def step_to_save(format):
+    """Return the tensors of a whole step of three rows, and its logits."""
+    model, cache, state, tables = step_case(format, 3)
+    weight = model.lm_head.format.operands(model.lm_head.packed) if format else (model.lm_head.weight, None)
+    buffers = [getattr(state, f"{name}_R") for name in cpu.StepTensors._fields]
+    ends = [tuple(weight), model.model.norm.weight, tuple(weight)]
+    saved = copy.deepcopy((layers_arguments(model, cache), ends, buffers, tables))
+    return *saved, DecodeLayers(model, cache).logits(state, 3, *tables)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -697,7 +716,7 @@ def test_operations_for_other_processors(processor, tmp_path):
         model, cache, x_B1E, position_B1 = layers_case(format, 2, cache_dtype=cache_dtype)
         inputs = (x_B1E, *rope_tables(32, 1e4, cache.allocated_len, CPU), position_B1)
         layers.append((layers_arguments(model, cache), inputs, DecodeLayers(model, cache)(*inputs)))
-    torch.save((operations, layers), tmp_path / "values.pt")
+    torch.save((operations, layers, list(map(step_to_save, (None, *CPU_FORMATS)))), tmp_path / "values.pt")
     program = ON_ANOTHER_PROCESSOR.format(flags=PROCESSORS[processor], path=str(tmp_path / "values.pt"))
     environment = os.environ | {cpu.library.PIN: "native"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
@@ -711,13 +730,6 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
     model = randomized(config).bfloat16()
     engine = engine_of(model, rows, 200, compile=True)
     logits = []
-    run_logits = engine.parts.logits
-
-    def keep_logits(*arguments):
-        logits.append(run_logits(*arguments))
-        return logits[-1]
-
-    object.__setattr__(engine.parts, "logits", keep_logits)
     prompts = [[5, 9, 2 + row] * (10 + 30 * row) for row in range(rows)]
     sequences = [list(prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
@@ -725,10 +737,11 @@ def test_compiled_bfloat16_decode_equals_the_plain_model(rows):
         engine.set_row(row, len(prompt))
         sequences[row] += engine.sample_first(row, first_1V, StepKind()).tokens
     for _ in range(5):
-        logits.clear()
-        tokens = engine.decode(rows, max(len(s) for s in sequences), StepKind())
+        length = max(len(s) for s in sequences)
+        engine.launch(rows, length, StepKind(), hook=lambda logits_BV: logits.append(logits_BV) or logits_BV)
+        tokens = engine.collect().tokens
         for row, sequence in enumerate(sequences):
-            assert_near(logits[-1][row, 0], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
+            assert_near(logits[-1][row], model(torch.tensor([sequence]))[0, -1], torch.bfloat16)
             sequence.append(tokens[row])
 
 
@@ -738,17 +751,14 @@ def test_compiled_int8_cache_equals_the_eager_one(changes):
     model, logits = randomized(config).bfloat16(), []
     for compile in (True, False):
         engine = engine_of(model, 2, 200, torch.int8, compile)
-        run_logits = engine.parts.logits
-        object.__setattr__(
-            engine.parts, "logits", lambda *a, run=run_logits: logits[-1].append(run(*a)) or logits[-1][-1]
-        )
         logits.append([])
         for row, length in enumerate((30, 150)):
             engine.prefill_whole(row, list(range(length % 100)) + [5] * 70)
             engine.set_row(row, length % 100 + 70)
         for token in (3, 9, 4):
             engine.state.input_R[:] = token
-            engine.decode(2, 130, StepKind())
+            engine.launch(2, 130, StepKind(), hook=lambda logits_BV: logits[-1].append(logits_BV) or logits_BV)
+            engine.collect()
     for compiled, eager in zip(*logits, strict=True):
         assert_near(compiled, eager, torch.bfloat16)
 

@@ -1,8 +1,8 @@
 """C++ operations for bfloat16 and quantized weights on CPUs: read ops.h, then the .cpp file of interest.
 
-After `load()` there are `torch.ops.qwen3fast.*` (ops.py) and `DecodeLayersCall` (decode_layers.py). Where the C++
-cannot be built, callers use their PyTorch forms. Models in bfloat16 also use these when they run eagerly, as the
-reference that other forms are compared with (see kernels/compiling.py).
+After `load()` there are `torch.ops.qwen3fast.*` (ops.py), `DecodeLayersCall` (decode_layers.py) and `DecodeStepCall`
+(decode_step.py). Where the C++ cannot be built, callers use their PyTorch forms. Models in bfloat16 also use these when
+they run eagerly, as the reference that other forms are compared with (see kernels/compiling.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerTensors,
     LayerWeight,
 )
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
 
@@ -37,9 +38,12 @@ __all__ = [
     "MAX_DECODE_ROWS",
     "AdaptersOfLayers",
     "DecodeLayersCall",
+    "DecodeStepCall",
+    "EndTensors",
     "ExpertWeights",
     "LayerTensors",
     "LayerWeight",
+    "StepTensors",
     "can_decode_attention",
     "can_linear",
     "can_prefill_attention",

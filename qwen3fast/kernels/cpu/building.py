@@ -30,8 +30,8 @@ SOURCES = (
     "prefill_layers.cpp",
 )  # what takes longest first
 HEADERS = (
-    *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h"),
-    *("experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
+    *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
+    *("best.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}

@@ -1,5 +1,5 @@
-// All transformer blocks of a decode step, for a few rows: norm, query/key/value, rotation, cache, attention, feed
-// forward. Threads start once and meet at barriers, instead of starting once per product: the purpose of this operation.
+// A decode step for a few rows: all transformer blocks (norm, query/key/value, rotation, cache, attention, feed forward), and
+// the embedding before them, the output projection and the greedy choice after them, where asked for. Threads start once and meet at barriers, instead of starting once per product: the purpose of this operation.
 // Each thread computes norms and quantizes activations by itself instead of waiting for another thread.
 //
 // A row at position -1 is empty: its part of the cache is left alone, and its result has no meaning.
@@ -13,60 +13,20 @@
 #include <cmath>
 #include <cstdint>
 #include <ctime>
+#include <memory>
 #include <vector>
 
 #include "attend.h"
+#include "best.h"
 #include "block.h"
 #include "experts.h"
+#include "input.h"
 #include "low_rank.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
 
 namespace {
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The share of thread `thread` of `threads` in `count` things.
-Range share(int64_t count, int thread, int threads) {
-  return {count * thread / threads, count * (thread + 1) / threads};
-}
-
-// A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
-struct Input {
-  std::vector<BFloat16> rows;
-  Activations quantized;
-  const int32_t* order = nullptr;  // in which `quantized` holds the channels
-  bool is_plain = false;           // as weights in fp8 need it
-
-  Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
-
-  // As `weight` needs the rows, and others of its kind with the same input and order of channels.
-  void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    order = weight.order, is_plain = is_fp8(weight);
-    quantized.where = order ? nullptr : from;
-    if (weight.bits == 16 || (is_plain && !order)) return;
-    if (is_plain) quantized.copies.resize(M * K);
-    for (int64_t m = 0; m < M; m++)
-      is_plain ? quantized.copy_row(from + m * K, m, K, order) : quantized.quantize_row(from + m * K, m, K, order);
-  }
-
-  // The same for a further weight with the same input.
-  void reorder(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    if (weight.order != order || is_fp8(weight) != is_plain) quantize(from, M, K, weight);
-  }
-};
-
-// y[m, n] for the rows n of some blocks of 16; `width` is the distance between two rows m of y.
-void multiply(const Linear& w, const BFloat16* x, const Activations& quantized, int64_t M, Range blocks, BFloat16* y,
-              int64_t width) {
-  if (w.bits == 16)
-    return matvec_rows(x, M, static_cast<const BFloat16*>(w.weight), y, blocks.begin * kLanes, blocks.end * kLanes, width,
-                       w.K);
-  packed_blocks(quantized, M, w, y, blocks.begin, blocks.end, width);
-}
 
 void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range columns) {
   for (int64_t m = 0; m < M; m++)
@@ -99,7 +59,9 @@ struct Shared {
   std::vector<Part> parts;
   Routing routing;
   Barrier barrier;
-  const Adapters* adapters;  // null for none
+  const Adapters* adapters;            // null for none
+  std::unique_ptr<BFloat16[]> scores;  // (M, V), the logits
+  std::vector<Best> best;              // (threads, M)
 };
 
 // The feed-forward layer of a block: x += down(silu(gate(rows)) * up(rows)). input.rows: normalized, each thread's own.
@@ -230,17 +192,43 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   }
 }
 
+// The logits of each row: to `logits`, or to the best of each thread. Each thread computes a share of the vocabulary.
+void run_head(const Ends& ends, float* logits, Shared& s, int thread, int threads) {
+  const int64_t M = s.size.M, E = s.size.E, V = ends.head.N;
+  const Range blocks = share(V / kLanes, thread, threads), own{blocks.begin * kLanes, blocks.end * kLanes};
+  Input input(M, E);
+  for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, ends.norm, E, s.size.eps, &input.rows[m * E]);
+  input.quantize(input.rows.data(), M, E, ends.head);
+  multiply(ends.head, input.rows.data(), input.quantized, M, blocks, s.scores.get(), V);
+  for (int64_t m = 0; m < M; m++) {
+    const BFloat16* row = s.scores.get() + m * V;
+    if (!logits) s.best[thread * M + m] = Best(row, own.begin, own.end);
+    for (int64_t n = own.begin; logits && n < own.end; n += kLanes) store(logits + m * V + n, load(row + n));
+  }
+}
+
+// The embeddings of the input tokens. Returns false for a token or a position that there is not.
+bool embed(const Ends& ends, int64_t M, int64_t E, BFloat16* x) {
+  const Linear& table = ends.embedding;
+  for (int64_t m = 0; m < M; m++) {
+    const int64_t token = ends.input[m], position = ends.position[m];
+    if (token < 0 || token >= table.N || position < -1 || position >= ends.end) return false;
+    if (table.bits == 16) std::copy_n(static_cast<const BFloat16*>(table.weight) + token * E, E, x + m * E);
+  }
+  return table.bits == 16 || qwen3fast_quantized_rows(&table, ends.input, x, M);
+}
+
 double seconds(clockid_t clock) {
   timespec time;
   clock_gettime(clock, &time);
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-}  // namespace
-
-double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                               const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
-  const auto& [M, E, H, K, D, S, eps] = *sizes;
+// ends: null for the blocks alone; otherwise see qwen3fast_decode_step.
+double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const float* cos, const float* sin,
+                const int64_t* position, BFloat16* x, const Adapters* adapters, const Ends* ends, float* logits,
+                int64_t threads) {
+  const auto& [M, E, H, K, D, S, eps] = sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   int64_t I = 0, X = 0, C = 0;
@@ -249,10 +237,11 @@ double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* 
     X = std::max(X, layer->router.N), C = std::max(C, layer->chosen);
   }
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
-  Shared shared{*sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters};
+  Shared shared{sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
+                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
+  if (ends) shared.scores.reset(new BFloat16[M * ends->head.N]), shared.best.resize(threads * M);
   const bool is_rounded = layers[0].cache.key_scale;
   const double begin = seconds(CLOCK_MONOTONIC);
   double least = INFINITY;  // seconds of a thread on a processor; threads that wait for others stay on theirs
@@ -262,7 +251,32 @@ double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* 
 #pragma omp single
     shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, omp_get_thread_num(), omp_get_num_threads());
+    if (ends) run_head(*ends, logits, shared, omp_get_thread_num(), omp_get_num_threads());
     least = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
   }
+  for (int64_t m = 0; ends && !logits && m < M; m++) {
+    Best best = shared.best[m];
+    for (int64_t thread = 1; thread < shared.barrier.threads; thread++) {
+      const Best& other = shared.best[thread * M + m];
+      best.merge(other.value, other.index);
+    }
+    ends->output[m] = best.token();
+    ends->input[m] = std::max<int64_t>(best.token(), 0);  // the next input must be a valid token
+    ends->position[m] += ends->advance[m], ends->step[m] += ends->advance[m];
+  }
   return std::clamp(1 - least / (seconds(CLOCK_MONOTONIC) - begin), 0., 1.);
+}
+
+}  // namespace
+
+double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
+                               const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
+  return run_step(layers, count, *sizes, cos, sin, position, x, adapters, nullptr, nullptr, threads);
+}
+
+double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
+                             const Ends* ends, const Adapters* adapters, float* logits, int64_t threads) {
+  std::vector<BFloat16> x(sizes->M * sizes->E);
+  if (!embed(*ends, sizes->M, sizes->E, x.data())) return -1;
+  return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, ends, logits, threads);
 }

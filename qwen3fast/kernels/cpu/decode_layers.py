@@ -68,7 +68,12 @@ class LayerTensors(NamedTuple):
 
 
 class DecodeLayersCall:
-    """A call that runs all blocks; it checks weights and cache, and stores their addresses, once."""
+    """A call that runs all blocks; it checks weights and cache, and stores their addresses, once.
+
+    sizes: of all calls. lost: the largest share of the last step's time for which a thread was off its processor.
+    """
+
+    lost = 0.0
 
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
         """Check and keep the tensors of all blocks. eps: of the norms.
@@ -88,11 +93,11 @@ class DecodeLayersCall:
             layer.cache = cache(k, v, k_scale, v_scale)
             _set_weights(layer, tensors)
         first = self._layers[0]
-        self._sizes = Sizes(0, first.q.K, first.q.N // D, K, D, S, eps)
+        self.sizes = Sizes(0, first.q.K, first.q.N // D, K, D, S, eps)
         for layer, tensors in zip(self._layers, layers, strict=True):
-            _require_sizes(layer, self._sizes)
+            _require_sizes(layer, self.sizes)
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
-                setattr(layer, name, _vector(norm, D if name in ("q_norm", "k_norm") else first.q.K))
+                setattr(layer, name, vector_pointer(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
         attention = (w for x in self._layers for w in (x.q, x.k, x.v, x.o))
         dense = (w for x in self._layers if not x.router.weight for w in (x.gate, x.up, x.down))
@@ -135,7 +140,7 @@ class DecodeLayersCall:
 
         functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
         adapters: of `adapters`, to add the products of each row's slot.
-        Returns: (B, 1, E). `lost` is then the largest share of the time for which a thread was off its processor.
+        Returns: (B, 1, E).
         Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
         B = len(x_B1E)
@@ -144,8 +149,8 @@ class DecodeLayersCall:
             f"decode_layers: x must be (1 to {MAX_DECODE_ROWS}, 1, E)",
         )
         position, y_B1E = self._checked(x_B1E, cos_SD, sin_SD, position_B1, first=-1)
-        self.lost: float = functions.qwen3fast_decode_layers(
-            *self._fixed(B),
+        self.lost = functions.qwen3fast_decode_layers(
+            *self.fixed(B),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
             None if adapters is None else byref(adapters.structure),
             ctypes.c_int64(torch.get_num_threads()),
@@ -177,7 +182,7 @@ class DecodeLayersCall:
         )
         position, y_BTE = self._checked(x_BTE, cos_SD, sin_SD, position_BT, first=0)
         functions.qwen3fast_prefill_layers(
-            *self._fixed(B * T),
+            *self.fixed(B * T),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, rows)),
             ctypes.c_int64(T),
             ctypes.c_void_p(y_BTE.data_ptr()),
@@ -186,25 +191,22 @@ class DecodeLayersCall:
         )
         return y_BTE
 
-    def _fixed(self, rows: int) -> tuple[object, ...]:
-        """Return the first arguments of both calls."""
-        sizes = Sizes(rows, *(getattr(self._sizes, name) for name in ("E", "H", "K", "D", "S", "eps")))
+    def fixed(self, rows: int) -> tuple[object, ...]:
+        """Return the first arguments of all calls."""
+        sizes = Sizes.from_buffer_copy(self.sizes)
+        sizes.M = rows
         return self._layers, ctypes.c_int64(len(self._layers)), byref(sizes)
 
     def _checked(
         self, x_BTE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_BT: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
         """Return positions, and a copy of x for the result. first: the least position."""
-        sizes, name = self._sizes, "decode_layers" if first < 0 else "prefill_layers"
+        sizes, name = self.sizes, "decode_layers" if first < 0 else "prefill_layers"
         require(
             x_BTE.dtype == torch.bfloat16 and x_BTE.dim() == 3 and x_BTE.shape[2] == sizes.E,
             f"{name}: x must be (B, T, E) bfloat16",
         )
-        for table in (cos_SD, sin_SD):
-            require(
-                table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (sizes.D,),
-                f"{name}: cos and sin must be (positions, D) float32, contiguous",
-            )
+        check_tables(name, sizes.D, cos_SD, sin_SD)
         position = position_BT.contiguous()
         require(
             position.dtype == torch.int64 and position.shape == x_BTE.shape[:2],
@@ -225,6 +227,14 @@ class AdaptersOfLayers:
         self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
 
 
+def check_tables(name: str, D: int, *tables: Tensor) -> None:
+    for table in tables:
+        require(
+            table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (D,),
+            f"{name}: cos and sin must be (positions, D) float32, contiguous",
+        )
+
+
 def _flat(layer: LayerTensors) -> list[Tensor]:
     mlp = layer.feed_forward
     weights = (mlp.router, *mlp.gate_up, *mlp.down) if isinstance(mlp, ExpertWeights) else [x for w in mlp for x in w]
@@ -234,23 +244,26 @@ def _flat(layer: LayerTensors) -> list[Tensor]:
 
 def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
     for name, weight in zip("qkvo", tensors.attention, strict=True):
-        setattr(layer, name, _linear(*weight))
+        setattr(layer, name, weight_pointers(*weight))
     mlp = tensors.feed_forward
     if isinstance(mlp, ExpertWeights):
         require(mlp.gate_up.scale is not None and mlp.down.scale is not None, "decode_layers: experts must be packed")
         require(mlp.down.order is None, "decode_layers: down of experts has no order of channels")
-        layer.gate, layer.down = _linear(*mlp.gate_up, orders=(2 * len(mlp.router),)), _linear(*mlp.down)
-        layer.router = _linear(mlp.router)
+        layer.gate, layer.down = (
+            weight_pointers(*mlp.gate_up, orders=(2 * len(mlp.router),)),
+            weight_pointers(*mlp.down),
+        )
+        layer.router = weight_pointers(mlp.router)
         layer.chosen, layer.renormalizes = mlp.num_chosen, mlp.is_renormalized
     else:
         for name, weight in zip(("gate", "up", "down"), mlp, strict=True):
-            setattr(layer, name, _linear(*weight))
+            setattr(layer, name, weight_pointers(*weight))
 
 
-def _linear(
+def weight_pointers(
     weight: Tensor, scale: Tensor | None = None, order: Tensor | None = None, orders: tuple[int, ...] = ()
 ) -> LinearPointers:
-    """orders: the number of orders, of experts."""
+    """Return a checked weight as ops.h describes it. orders: the number of orders, of experts."""
     if scale is not None:
         linear = packed_linear(weight, scale)
         linear.order = None if order is None else _order(order, (*orders, linear.K))
@@ -271,12 +284,17 @@ def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
     return order_K.data_ptr()
 
 
-def _vector(vector: Tensor, size: int) -> int:
+def vector_pointer(vector: Tensor, size: int) -> int:
     require(
         vector.dtype == torch.bfloat16 and vector.is_contiguous() and vector.shape == (size,),
         "decode_layers: norms must be bfloat16, of the size of their input",
     )
     return vector.data_ptr()
+
+
+def has_whole_lanes(w: LinearPointers) -> bool:
+    is_whole: bool = w.N % LANES == 0 and w.K % (LANES if w.bits == 16 else GROUP) == 0
+    return is_whole
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
@@ -291,10 +309,7 @@ def _require_sizes(layer: Layer, s: Sizes) -> None:
         (down, X * s.E, I, down),
     ]
     fits = all(
-        (w.N, w.K, w.bits == 16) == (N, K, first.bits == 16)
-        and N % LANES == 0
-        and K % (LANES if w.bits == 16 else GROUP) == 0
-        for w, N, K, first in expected
+        (w.N, w.K, w.bits == 16) == (N, K, first.bits == 16) and has_whole_lanes(w) for w, N, K, first in expected
     )
     require(
         fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0 and 0 <= layer.chosen <= X,

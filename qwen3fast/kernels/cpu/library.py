@@ -54,6 +54,7 @@ FUNCTIONS = tuple(
         "quantized_experts",
         "quantize_weight",
         "decode_layers",
+        "decode_step",
         "prefill_layers",
     )
 )

@@ -50,6 +50,16 @@ struct Adapters {
   int64_t rank;
 };
 
+// What a decode step has beside its blocks. embedding (V, E): its rows input (M,) are what the first block reads. norm,
+// head (V, E): of the logits. end: the first position that there is not. The others are (M,), see qwen3fast_decode_step.
+struct Ends {
+  Linear embedding, head;
+  const BFloat16* norm;
+  int64_t *input, *position, *output, *step;
+  const int64_t* advance;
+  int64_t end;
+};
+
 struct Sizes {
   int64_t M, E, H, K, D, S;  // rows, hidden, query heads, key/value heads, head_dim, positions
   float eps;
@@ -115,3 +125,11 @@ QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, 
 QWEN3FAST_API double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                              const float* sin, const int64_t* position, BFloat16* x,
                                              const Adapters* adapters, int64_t threads);
+
+// A whole decode step, arguments as of decode_layers. With logits (M, V) it writes these. Without, it chooses the largest one
+// of each row, the first of equals, or -1 where a logit is NaN or infinity, or all are -infinity: writes it to output, and to
+// input (0 for -1), and adds advance to position and step. Returns the same; -1, with nothing done, for a token or position
+// that there is not.
+QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
+                                           const float* sin, const Ends* ends, const Adapters* adapters, float* logits,
+                                           int64_t threads);

@@ -68,6 +68,16 @@ class Adapters(ctypes.Structure):
     _fields_ = [("weights", ctypes.POINTER(LowRank)), ("slot", c_void_p), ("rank", c_int64)]
 
 
+class Ends(ctypes.Structure):
+    """`Ends` of ops.h."""
+
+    _fields_ = [
+        *((name, LinearPointers) for name in ("embedding", "head")),
+        *((name, c_void_p) for name in ("norm", "input", "position", "output", "step", "advance")),
+        ("end", c_int64),
+    ]
+
+
 class Sizes(ctypes.Structure):
     """`Sizes` of ops.h."""
 

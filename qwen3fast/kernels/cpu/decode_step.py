@@ -1,0 +1,102 @@
+"""`qwen3fast_decode_step` of ops.h: a whole decode step in one call; weights, cache and buffers must stay in place."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3fast.kernels.cpu.decode_layers import (
+    MAX_DECODE_ROWS,
+    AdaptersOfLayers,
+    DecodeLayersCall,
+    LayerWeight,
+    check_tables,
+    has_whole_lanes,
+    vector_pointer,
+    weight_pointers,
+)
+from qwen3fast.kernels.cpu.structures import Ends, require
+
+
+class EndTensors(NamedTuple):
+    """Embedding (V, E), the final norm's weight (E,), and output projection (V, E)."""
+
+    embedding: LayerWeight
+    norm: Tensor
+    head: LayerWeight
+
+
+class StepTensors(NamedTuple):
+    """The buffers of decode steps, (R,) int64, under their names in engine/state.py."""
+
+    input: Tensor
+    position: Tensor
+    output: Tensor
+    step: Tensor
+    advance: Tensor
+
+
+class DecodeStepCall:
+    """A call that runs a whole decode step, from input tokens to logits, or to the next step's input tokens."""
+
+    def __init__(
+        self,
+        blocks: DecodeLayersCall,
+        ends: EndTensors,
+        state: StepTensors,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        adapters: AdaptersOfLayers | None = None,
+    ) -> None:
+        """Check all tensors, and keep their addresses. cos_SD, sin_SD, adapters: as of blocks.
+
+        Raises: ValueError for unsupported tensors.
+        """
+        self._blocks, self._adapters = blocks, adapters
+        self._tensors = [
+            x.detach() for x in (*ends.embedding, ends.norm, *ends.head, *state, cos_SD, sin_SD) if x is not None
+        ]
+        embedding, head = weight_pointers(*ends.embedding), weight_pointers(*ends.head)
+        E = blocks.sizes.E
+        for weight in (embedding, head):
+            require(
+                weight.K == E and has_whole_lanes(weight),
+                "decode_step: embedding and output projection must be (V, E), sizes multiples of 16 (packed: E of 32)",
+            )
+        for tensor in state:
+            require(
+                tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.shape == (blocks.R,),
+                "decode_step: the buffers must be (R,) int64, contiguous",
+            )
+        check_tables("decode_step", blocks.sizes.D, cos_SD, sin_SD)
+        end = min(blocks.sizes.S, len(cos_SD), len(sin_SD))
+        self._ends = Ends(embedding, head, vector_pointer(ends.norm, E), *(tensor.data_ptr() for tensor in state), end)
+        self._tables = cos_SD.data_ptr(), sin_SD.data_ptr()
+
+    def greedy(self, functions: ctypes.CDLL, num_rows: int) -> None:
+        """Choose the tokens of rows 0..num_rows-1 as `sample` does greedily, write them to the buffers, and advance.
+
+        functions: of ops.h. num_rows: up to MAX_DECODE_ROWS. Raises: ValueError for input tokens or positions that do
+        not exist.
+        """
+        self._run(functions, num_rows, None)
+
+    def logits(self, functions: ctypes.CDLL, num_rows: int) -> Tensor:
+        """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `greedy`."""
+        logits_BV = torch.empty(num_rows, self._ends.head.N)
+        self._run(functions, num_rows, logits_BV.data_ptr())
+        return logits_BV
+
+    def _run(self, functions: ctypes.CDLL, num_rows: int, logits: int | None) -> None:
+        most = min(MAX_DECODE_ROWS, self._blocks.R)
+        require(1 <= num_rows <= most, f"decode_step: there must be 1 to {most} rows")
+        adapters = None if self._adapters is None else byref(self._adapters.structure)
+        lost = functions.qwen3fast_decode_step(
+            *self._blocks.fixed(num_rows), *self._tables, byref(self._ends), adapters, logits, torch.get_num_threads()
+        )
+        require(lost >= 0, "decode_step: an input token is not in the vocabulary, or a position not in the cache")
+        self._blocks.lost = lost

@@ -1,0 +1,233 @@
+"""Whole decode steps in C++ against their blocks, the model's output projection and the greedy sampler."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import assert_near, assert_same, engine_of, random_tensor, randomized, small_config
+from torch import nn
+
+from qwen3fast.engine import StepKind
+from qwen3fast.engine.decode_layers import DecodeLayers
+from qwen3fast.engine.state import DecodeState
+from qwen3fast.kernels import cpu
+from qwen3fast.model import rope_tables
+from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.layers import QuantizedEmbedding
+from qwen3fast.sampling.samplers import SamplerKind, sample
+
+CPU = torch.device("cpu")
+FORMATS_OF_STEPS = [None, "int8", "int4", "uint4", "fp8", pytest.param(FORMATS["fp8"].with_blocks(), id="fp8 blocks")]
+VOCABULARY = 208  # 13 blocks of 16: threads get shares of different sizes
+PLACES = (0, 70, 99, 5, 64, -1, 1, 17, 3)
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def step_case(format=None, rows=3, **changes):
+    """A model, a cache full of numbers, and the buffers of a step at various positions, one row of them empty."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": VOCABULARY}
+    config = small_config(**sizes | {"dtype": torch.bfloat16} | changes)
+    model = randomized(config).bfloat16()
+    if format is not None:
+        quantize_model(model, format, torch.bfloat16)
+    cache = StaticKVCache(config, rows + 1, 100, torch.bfloat16, CPU)
+    for seed, tensor in enumerate(cache.tensors()):
+        tensor.copy_(random_tensor(*tensor.shape, seed=seed))
+    state = DecodeState.allocate(rows + 1, CPU)
+    state.input_R.random_(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    state.position_R[:rows] = torch.tensor([PLACES[row % len(PLACES)] for row in range(rows)])
+    state.advance_R.copy_((state.position_R >= 0).long())
+    state.step_R.fill_(7)
+    tables = rope_tables(config.head_dim, 1e4, cache.allocated_len, CPU)
+    return model, cache, state, tables
+
+
+def logits_of(model, cache, state, tables, rows):
+    layers = DecodeLayers(model, copy.deepcopy(cache))
+    assert layers.serves(rows) and layers.runs_steps
+    return layers.logits(copy.deepcopy(state), rows, *tables)
+
+
+@pytest.mark.parametrize("format", FORMATS_OF_STEPS)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 17, cpu.MAX_DECODE_ROWS])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_logits_of_a_step_are_those_of_its_blocks_and_the_output_projection(format, rows, is_tied):
+    model, cache, state, tables = step_case(format, rows, tie_word_embeddings=is_tied)
+    other = copy.deepcopy(cache)
+    x_B1E = DecodeLayers(model, other)(model.embed(state.input_R[:rows, None]), *tables, state.position_R[:rows, None])
+    before = copy.deepcopy(state)
+    logits_BV = DecodeLayers(model, cache).logits(state, rows, *tables)
+    assert_same(list(vars(state).values()), list(vars(before).values()))
+    assert_same(cache.tensors(), other.tensors())
+    assert logits_BV.shape == (rows, VOCABULARY) and logits_BV.dtype == torch.float32
+    assert_same(logits_BV, logits_BV.bfloat16().float())  # rounded where the plain output projection rounds
+    assert_near(logits_BV, model.logits(x_B1E)[:, 0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 14], indirect=True)
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_a_greedy_step_writes_the_sampler_s_tokens_and_advances(format, threads):
+    model, cache, state, tables = step_case(format, 9)
+    state.advance_R[3] = 0  # a row of another batch, which does not move
+    logits_BV, before = logits_of(model, cache, state, tables, 8), copy.deepcopy(state)
+    DecodeLayers(model, cache).greedy(state, 8, *tables)
+    token_B = sample(logits_BV, before.sampler_rows(slice(8)), SamplerKind.GREEDY)
+    assert len(set(token_B.tolist())) > 4
+    assert_same(state.output_R[:8], token_B)
+    assert_same(state.input_R[:8], token_B)
+    assert_same(state.position_R[:8], (before.position_R + before.advance_R)[:8])
+    assert_same(state.step_R[:8], (before.step_R + before.advance_R)[:8])
+    for name, tensor in vars(state).items():
+        assert_same(tensor[8:], getattr(before, name)[8:])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {5: 2.0, 70: 2.0, 80: 2.0, 207: 2.0},
+        {120: 0.5, 200: 0.5},
+        {207: 1.0},
+        {0: 0.0, 3: -0.0},
+        {index: -1.0 - index for index in range(VOCABULARY)},
+        {index: -math.inf for index in range(VOCABULARY) if index != 150},
+        {index: -math.inf for index in range(VOCABULARY)},
+        {100: math.nan, 3: 5.0},
+        {207: math.inf},
+        {1: math.nan, 200: math.nan, 0: -math.inf},
+    ],
+)
+def test_ties_and_numbers_that_are_not_finite_are_chosen_from_as_by_the_sampler(scores, threads):
+    model, cache, state, tables = step_case(None, 1, tie_word_embeddings=False)
+    x_11E = DecodeLayers(model, copy.deepcopy(cache))(
+        model.embed(state.input_R[:1, None]), *tables, torch.tensor([[0]])
+    )
+    with torch.no_grad():  # logits are one channel of x times the scores
+        model.model.norm.weight.copy_(torch.eye(64)[0])
+        model.lm_head.weight.zero_()
+        for index, score in scores.items():
+            model.lm_head.weight[index, 0] = score * x_11E[0, 0, 0].sign()
+    logits_1V = logits_of(model, cache, state, tables, 1)
+    expected = sample(logits_1V, state.sampler_rows(slice(1)), SamplerKind.GREEDY)
+    torch.testing.assert_close(logits_1V, model.logits(x_11E)[:, 0].float(), rtol=0, atol=0, equal_nan=True)
+    DecodeLayers(model, cache).greedy(state, 1, *tables)
+    assert_same(state.output_R[:1], expected)
+    assert_same(state.input_R[:1], expected.clamp(min=0))
+
+
+@pytest.mark.parametrize("format", FORMATS_OF_STEPS)
+def test_a_row_has_the_same_logits_alone_and_among_others(format):
+    model, cache, state, tables = step_case(format, 19)
+    together = logits_of(model, cache, state, tables, 19)
+    for row in range(19):
+        alone, own = copy.deepcopy(cache), copy.deepcopy(state)
+        for tensor in (*alone.keys, *alone.values):
+            tensor[0] = tensor[row]
+        for tensor in vars(own).values():
+            tensor[0] = tensor[row]
+        assert_same(logits_of(model, alone, own, tables, 1)[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("input", VOCABULARY), ("input", -1), ("position", "end"), ("position", -2)], ids=str
+)
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_a_step_refuses_tokens_and_positions_that_do_not_exist(name, number, format):
+    model, cache, state, tables = step_case(format, 3)
+    getattr(state, f"{name}_R")[1] = cache.allocated_len if number == "end" else number
+    before = copy.deepcopy((cache.tensors(), list(vars(state).values())))
+    layers = DecodeLayers(model, cache)
+    for run in (layers.greedy, layers.logits):
+        with pytest.raises(ValueError, match="an input token is not in the vocabulary, or a position not in the cache"):
+            run(state, 3, *tables)
+    assert_same(cache.tensors(), before[0])
+    assert_same(list(vars(state).values()), before[1])
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_step_refuses_other_numbers_of_rows(rows):
+    model, cache, state, tables = step_case(None, 3)
+    with pytest.raises(ValueError, match="there must be 1 to 4 rows"):
+        DecodeLayers(model, cache).greedy(state, rows, *tables)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda ends, state, tables: ends.update(norm=torch.ones(64)), "norms must be bfloat16"),
+        (lambda ends, state, tables: ends.update(head=cpu.LayerWeight(torch.zeros(40, 64).bfloat16())), r"\(V, E\)"),
+        (lambda ends, state, tables: ends.update(head=cpu.LayerWeight(torch.zeros(48, 32).bfloat16())), r"\(V, E\)"),
+        (lambda ends, state, tables: ends.update(embedding=cpu.LayerWeight(torch.zeros(48, 64))), "weights must be"),
+        (lambda ends, state, tables: state.update(input=torch.zeros(3, dtype=torch.int64)), r"buffers must be \(R,\)"),
+        (lambda ends, state, tables: state.update(step=torch.zeros(4, dtype=torch.int32)), r"buffers must be \(R,\)"),
+        (lambda ends, state, tables: tables.insert(0, torch.zeros(100, 16)), "cos and sin"),
+    ],
+)
+def test_steps_refuse_tensors_that_do_not_fit(spoil, message):
+    model, cache, state, tables = step_case(None, 3)
+    layers, weight = DecodeLayers(model, cache), cpu.LayerWeight(model.lm_head.weight)
+    ends, tables = {"embedding": weight, "norm": model.model.norm.weight, "head": weight}, list(tables)
+    buffers = {name: getattr(state, f"{name}_R") for name in cpu.StepTensors._fields}
+    spoil(ends, buffers, tables)
+    with pytest.raises(ValueError, match=message):
+        cpu.DecodeStepCall(layers._run, cpu.EndTensors(**ends), cpu.StepTensors(**buffers), *tables[:2])
+
+
+def plain_embedding(model):
+    model.model.embed_tokens = type("Other", (nn.Embedding,), {})(VOCABULARY, 64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.zeros(VOCABULARY).bfloat16())),
+        lambda model: model.model.norm.float(),
+        plain_embedding,
+        lambda model: setattr(model.model.embed_tokens, "dtype", torch.float32),
+    ],
+    ids=["bias", "norm in float32", "another embedding", "quantized embedding with other results"],
+)
+def test_other_ends_keep_the_blocks_in_one_operation(change):
+    model, cache, *_ = step_case("int8" if "dtype" in change.__code__.co_consts else None, 3, tie_word_embeddings=False)
+    assert isinstance(model.model.embed_tokens, QuantizedEmbedding) == ("dtype" in change.__code__.co_consts)
+    change(model)
+    layers = DecodeLayers(model, cache)
+    assert layers.serves(1) and not layers.runs_steps
+
+
+@pytest.mark.parametrize("vocab_size", [VOCABULARY, VOCABULARY + 1], ids=["whole steps", "blocks alone"])
+def test_an_engine_s_steps_give_the_plain_model_s_logits(vocab_size):
+    model = step_case(None, 3, vocab_size=vocab_size)[0]
+    engine, seen = engine_of(model, 2, 100, compile=True), []
+    assert engine.parts.decode_layers.runs_steps == (vocab_size == VOCABULARY)
+    tokens = [[5, 9, 2, 7], [1, 1, 4, 4]]
+    for row in range(2):
+        engine.prefill_whole(row, tokens[row][:3])
+        engine.set_row(row, 3)
+        engine.state.input_R[row] = tokens[row][3]
+    before = engine.compiler.compilations
+    for _ in range(4):  # each position twice: the logits, then the greedy choice
+        position_R, input_R = engine.state.position_R.clone(), engine.state.input_R.clone()
+        engine.launch(2, 20, StepKind(), hook=lambda logits_BV: seen.append(logits_BV) or logits_BV)
+        hooked = engine.collect().tokens
+        engine.state.position_R.copy_(position_R)
+        engine.state.input_R.copy_(input_R)
+        assert engine.decode(2, 20, StepKind()) == hooked
+        for row in range(2):
+            expected = model(torch.tensor([tokens[row]]))[0, -1]
+            assert_near(seen[-1][row], expected, torch.bfloat16)
+            tokens[row].append(hooked[row])
+    if vocab_size == VOCABULARY:
+        assert engine.compiler.compilations - before == 1, "only the sampler of the hooked steps is compiled"
