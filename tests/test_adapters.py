@@ -153,12 +153,12 @@ def test_in_bfloat16_steps_with_adapters_run_in_one_operation_as_others_do(vocab
         alone = tokens(plain, None)
     with Generator(make_model(**sizes).bfloat16(), adapters={"own": folder}, **options) as generator:
         assert generator.debug.engine.parts.decode_layers.runs_steps == (vocab_size == 96)
-        slots, operation, step = [], DecodeLayersCall.__call__, DecodeStepCall.greedy
+        slots, operation, step = [], DecodeLayersCall.__call__, DecodeStepCall.choose
         monkeypatch.setattr(
             DecodeLayersCall, "__call__", lambda self, *args: slots.append(args[-1]) or operation(self, *args)
         )
         monkeypatch.setattr(
-            DecodeStepCall, "greedy", lambda self, *args: slots.append(self._adapters) or step(self, *args)
+            DecodeStepCall, "choose", lambda self, *args: slots.append(self._adapters) or step(self, *args)
         )
         adapted = tokens(generator, "own")
         assert slots and None not in slots

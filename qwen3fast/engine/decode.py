@@ -44,13 +44,13 @@ def decode_step(
     needs them. hook: changes the logits before the processors; steps with a hook cannot be captured.
     """
     rows, parts, cos_SD, sin_SD = slice(num_rows), forward.parts, forward.cos_SD, forward.sin_SD
-    is_plain = sampler is SamplerKind.GREEDY and processors is None and logprobs is None and hook is None
+    is_greedy, is_plain = sampler is SamplerKind.GREEDY, processors is None and logprobs is None and hook is None
     layers = _all_layers(parts, num_rows)
     if layers is not None and layers.runs_steps and is_plain:
-        layers.greedy(state, num_rows, cos_SD, sin_SD)
+        layers.choose(state, num_rows, cos_SD, sin_SD, is_greedy)
         return
     if parts.fused_step is not None and parts.fused_step.serves(num_rows):
-        if is_plain:
+        if is_plain and is_greedy:
             others = (state.position_R[rows], state.advance_R[rows], state.output_R[rows], state.step_R[rows])
             parts.fused_step.greedy(state.input_R[rows], cos_SD, sin_SD, *others)
             return

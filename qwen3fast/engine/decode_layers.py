@@ -102,17 +102,17 @@ class DecodeLayers:
         self.spared.note(self._run.lost, torch.get_num_threads())
         return y_B1E
 
-    def greedy(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> None:
-        """Run a whole step of rows 0..num_rows-1 that chooses greedily, and write its tokens and advance `state`.
+    def choose(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor, is_greedy: bool) -> None:
+        """Run a whole step of rows 0..num_rows-1: write the tokens that `sample` chooses to `state`, and advance it.
 
         state: of the same cache. cos_SD, sin_SD: float32, tables of all positions.
         Raises: ValueError for a token or a position that does not exist.
         """
-        self._step(state, cos_SD, sin_SD).greedy(cpu.functions(), num_rows)
+        self._step(state, cos_SD, sin_SD).choose(cpu.functions(), num_rows, is_greedy)
         self.spared.note(self._run.lost, torch.get_num_threads())
 
     def logits(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        """Return the logits of a step, (B, V) float32; arguments and errors as of `greedy`."""
+        """Return the logits of a step, (B, V) float32; arguments and errors as of `choose`."""
         logits_BV = self._step(state, cos_SD, sin_SD).logits(cpu.functions(), num_rows)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return logits_BV
@@ -121,7 +121,9 @@ class DecodeLayers:
         if self._call is None or self._call[0] is not state:
             assert self._ends is not None, "runs_steps is True"
             tensors = cpu.StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
-            self._call = state, cpu.DecodeStepCall(self._run, self._ends, tensors, cos_SD, sin_SD, self._adapters)
+            sampling = state.sampler_rows(slice(None))
+            call = cpu.DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
+            self._call = state, call
         return self._call[1]
 
 

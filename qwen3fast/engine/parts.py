@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.engine.compile import StepCompiler, StepPart
+from qwen3fast.engine.compile import Function, StepCompiler, StepPart
+from qwen3fast.engine.cpu_sampler import CpuSampler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
@@ -166,7 +167,7 @@ class Parts:
     logits: StepPart
     head: nn.Sequential
     processors: StepPart
-    samplers: dict[SamplerKind, StepPart]
+    samplers: dict[SamplerKind, Function]
     advance: StepPart
     needs_mask: bool
 
@@ -210,14 +211,7 @@ class Parts:
             logits=compiler.part(run_logits, dynamic=(any_rows,)),
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=compiler.part(run_processors, dynamic=(any_rows, *all_rows)),
-            samplers={
-                kind: compiler.part(
-                    partial(run_sampler, kind),
-                    dynamic=(any_rows, *all_rows[: len(SamplerRows._fields)]),
-                    is_compiled=kind is not SamplerKind.FULL or device.type != cuda.DEVICE_TYPE,
-                )
-                for kind in SamplerKind
-            },
+            samplers=_samplers(compiler, device, (any_rows, *all_rows[: len(SamplerRows._fields)])),
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
@@ -246,6 +240,19 @@ class Forward(NamedTuple):
 def _behind_compilation(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:
     use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()))
     measure()
+
+
+def _samplers(compiler: StepCompiler, device: torch.device, dynamic: tuple[Sizes, ...]) -> dict[SamplerKind, Function]:
+    is_cuda = device.type == cuda.DEVICE_TYPE
+    plain = {
+        kind: compiler.part(
+            partial(run_sampler, kind), dynamic=dynamic, is_compiled=kind is not SamplerKind.FULL or not is_cuda
+        )
+        for kind in SamplerKind
+    }
+    if is_cuda or not compiler.uses_operations:
+        return {**plain}
+    return {kind: CpuSampler(kind, part) for kind, part in plain.items()}
 
 
 def _max_uncached(config: ModelConfig) -> int:

@@ -234,11 +234,12 @@ def test_auto_gives_the_tokens_of_the_other_modes():
     with Generator(model, max_seq_len=128, compile="auto", prefix_reuse=False) as generator:
         for _ in range(1000):  # changes over while it runs
             assert generator.generate([1, 2, 3], params).token_ids == expected
-            if generator.stats.compilations >= 4:
+            if generator.stats.compilations >= 3:
                 break
             time.sleep(0.05)
         assert generator.generate([1, 2, 3], params).token_ids == expected
-        assert generator.stats.compilations == 4
+        # Blocks of a prompt and of a step, logits; and the sampler if a step came before the one in C++ was loaded.
+        assert generator.stats.compilations in (3, 4)
 
 
 def test_warmup_ends_auto():
@@ -246,7 +247,7 @@ def test_warmup_ends_auto():
     with Generator(model, max_seq_len=128, compile="auto") as generator:
         generator.warmup()
         compilations = generator.stats.compilations
-        assert compilations >= 4
+        assert compilations >= 3
         generator.generate([1, 2, 3], SamplingParams(max_tokens=9))
         assert generator.stats.compilations == compilations
 

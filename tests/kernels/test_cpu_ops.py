@@ -657,6 +657,7 @@ PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
 from qwen3fast.kernels import cpu
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 cpu.library.TARGET_FLAGS = {flags}
 assert cpu.load()
 def assert_near(actual, expected):
@@ -667,14 +668,15 @@ for name, arguments, expected in operations:
 for arguments, inputs, expected in layers:
     call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
     assert_near(call(cpu.functions(), *inputs), expected)
-for arguments, ends, state, tables, expected in steps:
+for arguments, ends, state, sampling, tables, expected in steps:
     ends = cpu.EndTensors(*(cpu.LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
     blocks = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
-    step = cpu.DecodeStepCall(blocks, ends, cpu.StepTensors(*state), *tables)
+    step = cpu.DecodeStepCall(blocks, ends, cpu.StepTensors(*state), sampling, *tables)
     logits = step.logits(cpu.functions(), 3)
     assert_near(logits, expected)
-    step.greedy(cpu.functions(), 3)
-    assert torch.equal(state[2][:3], logits.argmax(-1))
+    token = sample(logits, SamplerRows(*(tensor[:3] for tensor in sampling)), SamplerKind.FULL)
+    step.choose(cpu.functions(), 3, is_greedy=False)
+    assert torch.equal(state[2][:3], token)
 """
 
 
@@ -684,7 +686,8 @@ def step_to_save(format):
     weight = model.lm_head.format.operands(model.lm_head.packed) if format else (model.lm_head.weight, None)
     buffers = [getattr(state, f"{name}_R") for name in cpu.StepTensors._fields]
     ends = [tuple(weight), model.model.norm.weight, tuple(weight)]
-    saved = copy.deepcopy((layers_arguments(model, cache), ends, buffers, tables))
+    sampling = tuple(state.sampler_rows(slice(None)))
+    saved = copy.deepcopy((layers_arguments(model, cache), ends, buffers, sampling, tables))
     return *saved, DecodeLayers(model, cache).logits(state, 3, *tables)
 
 

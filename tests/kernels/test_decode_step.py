@@ -1,7 +1,8 @@
-"""Whole decode steps in C++ against their blocks, the model's output projection and the greedy sampler."""
+"""Whole decode steps in C++ against their blocks, the model's output projection and the samplers."""
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.layers import QuantizedEmbedding
-from qwen3fast.sampling.samplers import SamplerKind, sample
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 CPU = torch.device("cpu")
 FORMATS_OF_STEPS = [None, "int8", "int4", "uint4", "fp8", pytest.param(FORMATS["fp8"].with_blocks(), id="fp8 blocks")]
@@ -50,6 +51,9 @@ def step_case(format=None, rows=3, **changes):
     state.position_R[:rows] = torch.tensor([PLACES[row % len(PLACES)] for row in range(rows)])
     state.advance_R.copy_((state.position_R >= 0).long())
     state.step_R.fill_(7)
+    state.temperature_R[::2] = 12.0
+    state.top_p_R.fill_(0.98)
+    state.seed_R.copy_(torch.arange(rows + 1))
     tables = rope_tables(config.head_dim, 1e4, cache.allocated_len, CPU)
     return model, cache, state, tables
 
@@ -78,13 +82,15 @@ def test_logits_of_a_step_are_those_of_its_blocks_and_the_output_projection(form
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 14], indirect=True)
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
-def test_a_greedy_step_writes_the_sampler_s_tokens_and_advances(format, threads):
+@pytest.mark.parametrize("kind", [SamplerKind.GREEDY, SamplerKind.FULL])
+def test_a_step_writes_the_sampler_s_tokens_and_advances(format, kind, threads):
     model, cache, state, tables = step_case(format, 9)
     state.advance_R[3] = 0  # a row of another batch, which does not move
     logits_BV, before = logits_of(model, cache, state, tables, 8), copy.deepcopy(state)
-    DecodeLayers(model, cache).greedy(state, 8, *tables)
-    token_B = sample(logits_BV, before.sampler_rows(slice(8)), SamplerKind.GREEDY)
+    DecodeLayers(model, cache).choose(state, 8, *tables, is_greedy=kind is SamplerKind.GREEDY)
+    token_B = sample(logits_BV, before.sampler_rows(slice(8)), kind)
     assert len(set(token_B.tolist())) > 4
+    assert torch.equal(token_B, logits_BV.argmax(-1)) == (kind is SamplerKind.GREEDY)
     assert_same(state.output_R[:8], token_B)
     assert_same(state.input_R[:8], token_B)
     assert_same(state.position_R[:8], (before.position_R + before.advance_R)[:8])
@@ -122,7 +128,7 @@ def test_ties_and_numbers_that_are_not_finite_are_chosen_from_as_by_the_sampler(
     logits_1V = logits_of(model, cache, state, tables, 1)
     expected = sample(logits_1V, state.sampler_rows(slice(1)), SamplerKind.GREEDY)
     torch.testing.assert_close(logits_1V, model.logits(x_11E)[:, 0].float(), rtol=0, atol=0, equal_nan=True)
-    DecodeLayers(model, cache).greedy(state, 1, *tables)
+    DecodeLayers(model, cache).choose(state, 1, *tables, is_greedy=True)
     assert_same(state.output_R[:1], expected)
     assert_same(state.input_R[:1], expected.clamp(min=0))
 
@@ -149,7 +155,7 @@ def test_a_step_refuses_tokens_and_positions_that_do_not_exist(name, number, for
     getattr(state, f"{name}_R")[1] = cache.allocated_len if number == "end" else number
     before = copy.deepcopy((cache.tensors(), list(vars(state).values())))
     layers = DecodeLayers(model, cache)
-    for run in (layers.greedy, layers.logits):
+    for run in (partial(layers.choose, is_greedy=True), partial(layers.choose, is_greedy=False), layers.logits):
         with pytest.raises(ValueError, match="an input token is not in the vocabulary, or a position not in the cache"):
             run(state, 3, *tables)
     assert_same(cache.tensors(), before[0])
@@ -160,29 +166,33 @@ def test_a_step_refuses_tokens_and_positions_that_do_not_exist(name, number, for
 def test_a_step_refuses_other_numbers_of_rows(rows):
     model, cache, state, tables = step_case(None, 3)
     with pytest.raises(ValueError, match="there must be 1 to 4 rows"):
-        DecodeLayers(model, cache).greedy(state, rows, *tables)
+        DecodeLayers(model, cache).choose(state, rows, *tables, is_greedy=True)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("changes", "message"),
     [
-        (lambda ends, state, tables: ends.update(norm=torch.ones(64)), "norms must be bfloat16"),
-        (lambda ends, state, tables: ends.update(head=cpu.LayerWeight(torch.zeros(40, 64).bfloat16())), r"\(V, E\)"),
-        (lambda ends, state, tables: ends.update(head=cpu.LayerWeight(torch.zeros(48, 32).bfloat16())), r"\(V, E\)"),
-        (lambda ends, state, tables: ends.update(embedding=cpu.LayerWeight(torch.zeros(48, 64))), "weights must be"),
-        (lambda ends, state, tables: state.update(input=torch.zeros(3, dtype=torch.int64)), r"buffers must be \(R,\)"),
-        (lambda ends, state, tables: state.update(step=torch.zeros(4, dtype=torch.int32)), r"buffers must be \(R,\)"),
-        (lambda ends, state, tables: tables.insert(0, torch.zeros(100, 16)), "cos and sin"),
+        ({"norm": torch.ones(64)}, "norms must be bfloat16"),
+        ({"head": cpu.LayerWeight(torch.zeros(40, 64).bfloat16())}, r"\(V, E\)"),
+        ({"head": cpu.LayerWeight(torch.zeros(48, 32).bfloat16())}, r"\(V, E\)"),
+        ({"embedding": cpu.LayerWeight(torch.zeros(48, 64))}, "weights must be"),
+        ({"input": torch.zeros(3, dtype=torch.int64)}, r"buffers must be \(R,\)"),
+        ({"step": torch.zeros(4, dtype=torch.int32)}, r"buffers must be \(R,\)"),
+        ({"seed_B": torch.zeros(3, dtype=torch.int64)}, "sampling parameters must be"),
+        ({"cos_SD": torch.zeros(100, 16)}, "cos and sin"),
     ],
 )
-def test_steps_refuse_tensors_that_do_not_fit(spoil, message):
+def test_steps_refuse_tensors_that_do_not_fit(changes, message):
     model, cache, state, tables = step_case(None, 3)
-    layers, weight = DecodeLayers(model, cache), cpu.LayerWeight(model.lm_head.weight)
-    ends, tables = {"embedding": weight, "norm": model.model.norm.weight, "head": weight}, list(tables)
-    buffers = {name: getattr(state, f"{name}_R") for name in cpu.StepTensors._fields}
-    spoil(ends, buffers, tables)
+    weight = cpu.LayerWeight(model.lm_head.weight)
+    given = {"embedding": weight, "norm": model.model.norm.weight, "head": weight}
+    given |= {name: getattr(state, f"{name}_R") for name in cpu.StepTensors._fields}
+    given |= state.sampler_rows(slice(None))._asdict() | dict(zip(("cos_SD", "sin_SD"), tables, strict=True)) | changes
+    parts = [
+        kind(**{name: given[name] for name in kind._fields}) for kind in (cpu.EndTensors, cpu.StepTensors, SamplerRows)
+    ]
     with pytest.raises(ValueError, match=message):
-        cpu.DecodeStepCall(layers._run, cpu.EndTensors(**ends), cpu.StepTensors(**buffers), *tables[:2])
+        cpu.DecodeStepCall(DecodeLayers(model, cache)._run, *parts, given["cos_SD"], given["sin_SD"])
 
 
 def plain_embedding(model):
@@ -229,5 +239,4 @@ def test_an_engine_s_steps_give_the_plain_model_s_logits(vocab_size):
             expected = model(torch.tensor([tokens[row]]))[0, -1]
             assert_near(seen[-1][row], expected, torch.bfloat16)
             tokens[row].append(hooked[row])
-    if vocab_size == VOCABULARY:
-        assert engine.compiler.compilations - before == 1, "only the sampler of the hooked steps is compiled"
+    assert engine.compiler.compilations - before == (vocab_size != VOCABULARY), "logits, for blocks alone"

@@ -20,6 +20,7 @@ SOURCES = (
     "quantized.cpp",
     "fp8.cpp",
     "decode_layers.cpp",
+    "sampler.cpp",
     "prefill_attention.cpp",
     "decode_attention.cpp",
     "matvec.cpp",
@@ -31,7 +32,7 @@ SOURCES = (
 )  # what takes longest first
 HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
-    *("best.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
+    *("best.h", "sampler.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}

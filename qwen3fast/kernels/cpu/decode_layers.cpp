@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "attend.h"
-#include "best.h"
 #include "block.h"
 #include "experts.h"
 #include "input.h"
@@ -25,6 +24,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
+#include "sampler.h"
 
 namespace {
 
@@ -61,7 +61,7 @@ struct Shared {
   Barrier barrier;
   const Adapters* adapters;            // null for none
   std::unique_ptr<BFloat16[]> scores;  // (M, V), the logits
-  std::vector<Best> best;              // (threads, M)
+  std::unique_ptr<Sampler> sampler;
 };
 
 // The feed-forward layer of a block: x += down(silu(gate(rows)) * up(rows)). input.rows: normalized, each thread's own.
@@ -192,18 +192,34 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   }
 }
 
-// The logits of each row: to `logits`, or to the best of each thread. Each thread computes a share of the vocabulary.
-void run_head(const Ends& ends, float* logits, Shared& s, int thread, int threads) {
+// What to do after the blocks: see qwen3fast_decode_step.
+struct Task {
+  const Ends& ends;
+  const Sampling* sampling;
+  float* logits;
+};
+
+// Each thread computes the logits of a share of the vocabulary.
+void run_head(const Task& task, Shared& s, int thread, int threads) {
+  const auto& [ends, sampling, logits] = task;
   const int64_t M = s.size.M, E = s.size.E, V = ends.head.N;
-  const Range blocks = share(V / kLanes, thread, threads), own{blocks.begin * kLanes, blocks.end * kLanes};
+  const Range blocks = share(V / kLanes, thread, threads);
   Input input(M, E);
   for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, ends.norm, E, s.size.eps, &input.rows[m * E]);
   input.quantize(input.rows.data(), M, E, ends.head);
   multiply(ends.head, input.rows.data(), input.quantized, M, blocks, s.scores.get(), V);
+  if (!logits) s.barrier.wait();
   for (int64_t m = 0; m < M; m++) {
     const BFloat16* row = s.scores.get() + m * V;
-    if (!logits) s.best[thread * M + m] = Best(row, own.begin, own.end);
-    for (int64_t n = own.begin; logits && n < own.end; n += kLanes) store(logits + m * V + n, load(row + n));
+    if (logits) {
+      for (int64_t n = blocks.begin * kLanes; n < blocks.end * kLanes; n += kLanes) store(logits + m * V + n, load(row + n));
+      continue;
+    }
+    const int64_t token = s.sampler->choose(row, sampling, m, s.barrier, thread, threads);
+    if (thread) continue;
+    ends.output[m] = token;
+    ends.input[m] = std::max<int64_t>(token, 0);  // the next input must be a valid token
+    ends.position[m] += ends.advance[m], ends.step[m] += ends.advance[m];
   }
 }
 
@@ -224,10 +240,9 @@ double seconds(clockid_t clock) {
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-// ends: null for the blocks alone; otherwise see qwen3fast_decode_step.
+// task: null for the blocks alone.
 double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const float* cos, const float* sin,
-                const int64_t* position, BFloat16* x, const Adapters* adapters, const Ends* ends, float* logits,
-                int64_t threads) {
+                const int64_t* position, BFloat16* x, const Adapters* adapters, const Task* task, int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = sizes;
   const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
   const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
@@ -241,7 +256,10 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
                 room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
-  if (ends) shared.scores.reset(new BFloat16[M * ends->head.N]), shared.best.resize(threads * M);
+  if (task) {
+    shared.scores.reset(new BFloat16[M * task->ends.head.N]);
+    if (!task->logits) shared.sampler = std::make_unique<Sampler>(task->ends.head.N, threads, !task->sampling);
+  }
   const bool is_rounded = layers[0].cache.key_scale;
   const double begin = seconds(CLOCK_MONOTONIC);
   double least = INFINITY;  // seconds of a thread on a processor; threads that wait for others stay on theirs
@@ -251,18 +269,8 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
 #pragma omp single
     shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, omp_get_thread_num(), omp_get_num_threads());
-    if (ends) run_head(*ends, logits, shared, omp_get_thread_num(), omp_get_num_threads());
+    if (task) run_head(*task, shared, omp_get_thread_num(), omp_get_num_threads());
     least = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
-  }
-  for (int64_t m = 0; ends && !logits && m < M; m++) {
-    Best best = shared.best[m];
-    for (int64_t thread = 1; thread < shared.barrier.threads; thread++) {
-      const Best& other = shared.best[thread * M + m];
-      best.merge(other.value, other.index);
-    }
-    ends->output[m] = best.token();
-    ends->input[m] = std::max<int64_t>(best.token(), 0);  // the next input must be a valid token
-    ends->position[m] += ends->advance[m], ends->step[m] += ends->advance[m];
   }
   return std::clamp(1 - least / (seconds(CLOCK_MONOTONIC) - begin), 0., 1.);
 }
@@ -271,12 +279,14 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
 
 double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                                const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
-  return run_step(layers, count, *sizes, cos, sin, position, x, adapters, nullptr, nullptr, threads);
+  return run_step(layers, count, *sizes, cos, sin, position, x, adapters, nullptr, threads);
 }
 
 double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                             const Ends* ends, const Adapters* adapters, float* logits, int64_t threads) {
+                             const Ends* ends, const Adapters* adapters, const Sampling* sampling, float* logits,
+                             int64_t threads) {
   std::vector<BFloat16> x(sizes->M * sizes->E);
   if (!embed(*ends, sizes->M, sizes->E, x.data())) return -1;
-  return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, ends, logits, threads);
+  const Task task{*ends, sampling, logits};
+  return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, &task, threads);
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     vector_pointer,
     weight_pointers,
 )
+from qwen3fast.kernels.cpu.sampler import sampling_pointers
 from qwen3fast.kernels.cpu.structures import Ends, require
 
 
@@ -48,17 +50,21 @@ class DecodeStepCall:
         blocks: DecodeLayersCall,
         ends: EndTensors,
         state: StepTensors,
+        sampling: Sequence[Tensor],
         cos_SD: Tensor,
         sin_SD: Tensor,
         adapters: AdaptersOfLayers | None = None,
     ) -> None:
-        """Check all tensors, and keep their addresses. cos_SD, sin_SD, adapters: as of blocks.
+        """Check all tensors, and keep their addresses.
 
+        sampling: the fields of `SamplerRows`, (R,). cos_SD, sin_SD, adapters: as of blocks.
         Raises: ValueError for unsupported tensors.
         """
         self._blocks, self._adapters = blocks, adapters
         self._tensors = [
-            x.detach() for x in (*ends.embedding, ends.norm, *ends.head, *state, cos_SD, sin_SD) if x is not None
+            x.detach()
+            for x in (*ends.embedding, ends.norm, *ends.head, *state, *sampling, cos_SD, sin_SD)
+            if x is not None
         ]
         embedding, head = weight_pointers(*ends.embedding), weight_pointers(*ends.head)
         E = blocks.sizes.E
@@ -75,28 +81,35 @@ class DecodeStepCall:
         check_tables("decode_step", blocks.sizes.D, cos_SD, sin_SD)
         end = min(blocks.sizes.S, len(cos_SD), len(sin_SD))
         self._ends = Ends(embedding, head, vector_pointer(ends.norm, E), *(tensor.data_ptr() for tensor in state), end)
+        self._sampling = sampling_pointers(sampling, blocks.R)
         self._tables = cos_SD.data_ptr(), sin_SD.data_ptr()
 
-    def greedy(self, functions: ctypes.CDLL, num_rows: int) -> None:
-        """Choose the tokens of rows 0..num_rows-1 as `sample` does greedily, write them to the buffers, and advance.
+    def choose(self, functions: ctypes.CDLL, num_rows: int, is_greedy: bool) -> None:
+        """Choose the tokens of rows 0..num_rows-1 as `sample` does, write them to the buffers, and advance.
 
-        functions: of ops.h. num_rows: up to MAX_DECODE_ROWS. Raises: ValueError for input tokens or positions that do
-        not exist.
+        functions: of ops.h. num_rows: up to MAX_DECODE_ROWS. is_greedy: whatever the sampling parameters are.
+        Raises: ValueError for input tokens or positions that do not exist.
         """
-        self._run(functions, num_rows, None)
+        self._run(functions, num_rows, None if is_greedy else byref(self._sampling), None)
 
     def logits(self, functions: ctypes.CDLL, num_rows: int) -> Tensor:
-        """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `greedy`."""
+        """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `choose`."""
         logits_BV = torch.empty(num_rows, self._ends.head.N)
-        self._run(functions, num_rows, logits_BV.data_ptr())
+        self._run(functions, num_rows, None, logits_BV.data_ptr())
         return logits_BV
 
-    def _run(self, functions: ctypes.CDLL, num_rows: int, logits: int | None) -> None:
+    def _run(self, functions: ctypes.CDLL, num_rows: int, sampling: Any, logits: int | None) -> None:
         most = min(MAX_DECODE_ROWS, self._blocks.R)
         require(1 <= num_rows <= most, f"decode_step: there must be 1 to {most} rows")
         adapters = None if self._adapters is None else byref(self._adapters.structure)
         lost = functions.qwen3fast_decode_step(
-            *self._blocks.fixed(num_rows), *self._tables, byref(self._ends), adapters, logits, torch.get_num_threads()
+            *self._blocks.fixed(num_rows),
+            *self._tables,
+            byref(self._ends),
+            adapters,
+            sampling,
+            logits,
+            torch.get_num_threads(),
         )
         require(lost >= 0, "decode_step: an input token is not in the vocabulary, or a position not in the cache")
         self._blocks.lost = lost

@@ -55,6 +55,7 @@ FUNCTIONS = tuple(
         "quantize_weight",
         "decode_layers",
         "decode_step",
+        "sample",
         "prefill_layers",
     )
 )

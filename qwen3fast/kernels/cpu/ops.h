@@ -50,6 +50,14 @@ struct Adapters {
   int64_t rank;
 };
 
+// Sampling parameters of rows, (M,): SamplerRows of sampling/samplers.py.
+struct Sampling {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *seed, *step;
+};
+
 // What a decode step has beside its blocks. embedding (V, E): its rows input (M,) are what the first block reads. norm,
 // head (V, E): of the logits. end: the first position that there is not. The others are (M,), see qwen3fast_decode_step.
 struct Ends {
@@ -126,10 +134,14 @@ QWEN3FAST_API double qwen3fast_decode_layers(const Layer* layers, int64_t count,
                                              const float* sin, const int64_t* position, BFloat16* x,
                                              const Adapters* adapters, int64_t threads);
 
-// A whole decode step, arguments as of decode_layers. With logits (M, V) it writes these. Without, it chooses the largest one
-// of each row, the first of equals, or -1 where a logit is NaN or infinity, or all are -infinity: writes it to output, and to
-// input (0 for -1), and adds advance to position and step. Returns the same; -1, with nothing done, for a token or position
-// that there is not.
+// A whole decode step, arguments as of decode_layers. With logits (M, V) it writes these. Without, it chooses a token per
+// row as qwen3fast_sample does, writes it to output, and to input (0 for -1), and adds advance to position and step. Returns
+// the same; -1, with nothing done, for a token or position that there is not.
 QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
-                                           const float* sin, const Ends* ends, const Adapters* adapters, float* logits,
-                                           int64_t threads);
+                                           const float* sin, const Ends* ends, const Adapters* adapters,
+                                           const Sampling* sampling, float* logits, int64_t threads);
+
+// A token for each row: logits (M, V), token (M,); -1 where the logits hold NaN or infinity, or only -infinity. sampling:
+// null for greedy.
+QWEN3FAST_API void qwen3fast_sample(const float* logits, const Sampling* sampling, int64_t* token, int64_t M, int64_t V,
+                                    int64_t threads);

@@ -68,6 +68,12 @@ class Adapters(ctypes.Structure):
     _fields_ = [("weights", ctypes.POINTER(LowRank)), ("slot", c_void_p), ("rank", c_int64)]
 
 
+class SamplingPointers(ctypes.Structure):
+    """`Sampling` of ops.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step")]
+
+
 class Ends(ctypes.Structure):
     """`Ends` of ops.h."""
 

@@ -1,0 +1,26 @@
+"""The samplers on CPUs: in C++ (kernels/cpu/sampler.h) where that is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qwen3fast.engine.compile import StepPart
+from qwen3fast.kernels import cpu
+from qwen3fast.sampling.samplers import SamplerKind
+
+
+@dataclass(frozen=True)
+class CpuSampler:
+    """A sampler of one kind. plain: `sample`, compiled or not, which serves until the C++ is loaded."""
+
+    kind: SamplerKind
+    plain: StepPart
+
+    def __call__(self, _: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+        """Return a token for each row, (B,); arguments as of `run_sampler`."""
+        if not cpu.is_loaded():
+            token_B: Tensor = self.plain(None, logits_BV, *rows)
+            return token_B
+        return cpu.sample(cpu.functions(), logits_BV, None if self.kind is SamplerKind.GREEDY else rows)

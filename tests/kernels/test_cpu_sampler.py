@@ -1,0 +1,125 @@
+"""The samplers in C++ against their plain form."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from conftest import assert_same, random_tensor
+
+from qwen3fast.engine.cpu_sampler import CpuSampler
+from qwen3fast.kernels import cpu
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
+
+TOP_K, TOP_P, MIN_P, TEMPERATURE = (0, 1, 20, 64, 700), (1.0, 0.95, 0.3, 0.0), (0.0, 0.02, 1.0), (1.0, 0.3, 0.0)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda threads: f"{threads} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def rows_of(*columns, seed=0):
+    """Sampling parameters of all combinations of temperature, top_k, top_p and min_p."""
+    temperature, top_k, top_p, min_p = zip(*product(*columns), strict=True)
+    rng = torch.Generator().manual_seed(seed)
+    return SamplerRows(
+        torch.tensor(temperature),
+        torch.tensor(top_k),
+        torch.tensor(top_p),
+        torch.tensor(min_p),
+        torch.randint(-(2**63), 2**63 - 1, (len(top_k),), generator=rng),
+        torch.randint(0, 2**40, (len(top_k),), generator=rng),
+    )
+
+
+def run(logits_BV, rows):
+    return cpu.sample(cpu.functions(), logits_BV, rows)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 64, 65, 97, 1000, 1024, 4099])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_tokens_are_the_sampler_s_for_all_parameters(vocab_size, scale, threads):
+    rows = rows_of(TEMPERATURE, TOP_K, TOP_P, MIN_P, seed=vocab_size)
+    logits_BV = scale * random_tensor(len(rows.top_k_B), vocab_size)
+    logits_BV[::2] = logits_BV[::2].bfloat16().float()  # numbers that tie
+    logits_BV[::5, 1 : vocab_size // 2] = -math.inf
+    token_B = run(logits_BV, rows)
+    assert_same(token_B, sample(logits_BV, rows, SamplerKind.FULL))
+    assert vocab_size < 1000 or len(set(token_B.tolist())) > 20
+    assert_same(run(logits_BV, None), sample(logits_BV, rows, SamplerKind.GREEDY))
+
+
+def test_tokens_of_a_real_vocabulary_are_the_sampler_s(threads):
+    rows = rows_of((1.0, 0.6), (0, 20), (1.0, 0.95), (0.0, 0.05))
+    logits_BV = 2.5 * random_tensor(len(rows.top_k_B), 151936)
+    assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
+    few = rows._replace(top_k_B=torch.full_like(rows.top_k_B, 20))
+    assert_same(run(logits_BV, few), sample(logits_BV, few, SamplerKind.WINDOW))
+
+
+@pytest.mark.parametrize(
+    "logits_V",
+    [
+        torch.zeros(500),  # all tie, for every threshold
+        torch.tensor([3.0, 3.0, 2.0, 2.0, 2.0, 1.0]),
+        torch.tensor([0.0, -0.0, 0.0, -0.0]),
+        torch.tensor([-math.inf] * 70 + [1.0]),
+        torch.tensor([-1e30, 2.0, -math.inf, 2.0]),
+        torch.full((80,), -math.inf),
+        torch.tensor([1.0] * 66 + [math.nan]),
+        torch.tensor([math.nan] + [math.inf] * 66),
+        torch.tensor([1.0, math.inf]),
+        torch.linspace(0, -40, 3000),  # weights down to none
+    ],
+)
+def test_ties_and_extremes_are_treated_as_by_the_sampler(logits_V, threads):
+    rows = rows_of((1.0, 1e-3, 1e-38, 50.0, 0.0), (0, 1, 3, 80), (1.0, 0.999999, 0.5, 0.2), (0.0, 0.5))
+    logits_BV = logits_V.expand(len(rows.top_k_B), -1)
+    assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
+
+
+def test_a_row_s_token_does_not_depend_on_other_rows_and_threads():
+    rows = rows_of(TEMPERATURE, TOP_K, TOP_P, MIN_P)
+    logits_BV = 3 * random_tensor(len(rows.top_k_B), 3000)
+    together = run(logits_BV, rows)
+    for row in range(0, len(together), 7):
+        own = SamplerRows(*(tensor[row : row + 1] for tensor in rows))
+        assert_same(run(logits_BV[row : row + 1], own), together[row : row + 1])
+
+
+def test_frequencies_are_the_probabilities():
+    count, logits_V = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    rows = rows_of((1.0,) * count, (0,), (1.0,), (0.0,))
+    frequency_V = run(logits_V.expand(count, -1), rows).bincount(minlength=5) / count
+    assert (frequency_V - logits_V.softmax(0)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("logits", "spoil"),
+    [
+        (torch.zeros(1, 5, dtype=torch.bfloat16), {}),
+        (torch.zeros(1, 0), {}),
+        (torch.zeros(1, 5), {"top_k_B": torch.zeros(1, dtype=torch.int32)}),
+        (torch.zeros(1, 5), {"temperature_B": torch.zeros(1, dtype=torch.float64)}),
+        (torch.zeros(1, 5), {"seed_B": torch.zeros(2, dtype=torch.int64)}),
+    ],
+    ids=["bfloat16", "no vocabulary", "int32", "float64", "two seeds"],
+)
+def test_other_tensors_are_refused(logits, spoil):
+    with pytest.raises(ValueError, match="sample: "):
+        run(logits, rows_of((1.0,), (0,), (1.0,), (0.0,))._replace(**spoil))
+
+
+def test_the_plain_sampler_serves_until_the_operations_are_loaded(monkeypatch):
+    calls = []
+    sampler = CpuSampler(SamplerKind.FULL, lambda *arguments: calls.append(arguments) or "plain")
+    rows, logits = rows_of((1.0,), (0,), (1.0,), (0.0,)), torch.zeros(1, 5)
+    assert_same(sampler(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    assert sampler(None, logits, *rows) == "plain" and len(calls) == 1
