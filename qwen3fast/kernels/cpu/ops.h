@@ -58,6 +58,15 @@ struct Sampling {
   const int64_t *seed, *step;
 };
 
+// Parameters and counts of logits processors: ProcessorRows of sampling/processors.py.
+struct Processing {
+  const float *repetition, *presence, *frequency;  // (M,)
+  const uint8_t* in_prompt;                        // (M, V)
+  const int32_t* count;                            // the same
+  const float* bias;                               // the same
+  const int32_t* allowed;                          // (M, V/32), rounded up: a bit per token
+};
+
 // What a decode step has beside its blocks. embedding (V, E): its rows input (M,) are what the first block reads. norm,
 // head (V, E): of the logits. end: the first position that there is not. The others are (M,), see qwen3fast_decode_step.
 struct Ends {
@@ -145,3 +154,7 @@ QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, c
 // null for greedy.
 QWEN3FAST_API void qwen3fast_sample(const float* logits, const Sampling* sampling, int64_t* token, int64_t M, int64_t V,
                                     int64_t threads);
+
+// y (M, V): the logits (M, V) after penalties, bias and mask.
+QWEN3FAST_API void qwen3fast_process_logits(const float* logits, const Processing* rows, float* y, int64_t M, int64_t V,
+                                            int64_t threads);

@@ -48,8 +48,9 @@ def register(functions: ctypes.CDLL) -> None:
     functions.qwen3fast_decode_layers.restype = ctypes.c_double
     functions.qwen3fast_decode_step.argtypes = [pointer, integer, *[pointer] * 7, integer]
     functions.qwen3fast_decode_step.restype = ctypes.c_double
-    functions.qwen3fast_sample.argtypes = [pointer, pointer, pointer, integer, integer, integer]
-    functions.qwen3fast_sample.restype = None
+    for function in (functions.qwen3fast_sample, functions.qwen3fast_process_logits):
+        function.argtypes = [pointer, pointer, pointer, integer, integer, integer]
+        function.restype = None
     functions.qwen3fast_prefill_layers.restype = None
     functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
     functions.qwen3fast_quantize_weight.restype = None

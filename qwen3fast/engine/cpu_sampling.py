@@ -1,4 +1,4 @@
-"""The samplers on CPUs: in C++ (kernels/cpu/sampler.h) where that is loaded."""
+"""Samplers and logits processors on CPUs: in C++ where that is loaded (kernels/cpu/sampler.h, processors.cpp)."""
 
 from __future__ import annotations
 
@@ -24,3 +24,17 @@ class CpuSampler:
             token_B: Tensor = self.plain(None, logits_BV, *rows)
             return token_B
         return cpu.sample(cpu.functions(), logits_BV, None if self.kind is SamplerKind.GREEDY else rows)
+
+
+@dataclass(frozen=True)
+class CpuProcessors:
+    """Logits processors. plain: `process_logits`, as for a sampler."""
+
+    plain: StepPart
+
+    def __call__(self, _: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+        """Return the logits to sample from, (B, V) float32; arguments as of `run_processors`."""
+        if not cpu.is_loaded():
+            processed_BV: Tensor = self.plain(None, logits_BV, *rows)
+            return processed_BV
+        return cpu.process_logits(cpu.functions(), logits_BV.float(), rows)
