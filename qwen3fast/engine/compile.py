@@ -60,16 +60,16 @@ CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enab
 class StepCompiler:
     """Compiles parts of steps, and counts compilations.
 
-    The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more. Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays
-    uncompiled if the compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled
-    parts.
+    The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more.
+    Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays uncompiled if the
+    compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled parts.
 
     Attributes:
         enabled: False if compilation is switched off or cannot work here; parts then run uncompiled.
         uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
-        waiting: number of forms that the thread of "auto" has still to compile; building the C++ operations counts as one.
+        waiting: number of forms that the thread of "auto" has still to compile; building the operations counts as one.
         quiet: held by each step, and by the thread of "auto" while it measures.
         when_loaded: what the thread of "auto" does behind building the C++ operations; None for nothing.
     """

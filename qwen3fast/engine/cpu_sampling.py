@@ -23,7 +23,7 @@ class CpuSampler:
         if not cpu.is_loaded():
             token_B: Tensor = self.plain(None, logits_BV, *rows)
             return token_B
-        return cpu.sample(cpu.functions(), logits_BV, None if self.kind is SamplerKind.GREEDY else rows)
+        return cpu.sample(cpu.functions(), logits_BV.float(), None if self.kind is SamplerKind.GREEDY else rows)
 
 
 @dataclass(frozen=True)

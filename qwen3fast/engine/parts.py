@@ -143,9 +143,10 @@ class Parts:
     """The functions above, compiled or not, and one sampler per kind.
 
     Each is called with the module that it runs, or None if it runs none, and tensors (see `StepPart`).
-    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch; logits not for
-    CPUs in bfloat16, where C++ does their work. The full sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
-    (triton.enable_pdl; found by tools/compile_for_gpu.py).
+    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch; logits not
+    for CPUs in bfloat16, where C++ does their work. The full sampler is not for CUDA: with Triton 3.6, kernels of
+    Inductor for its histograms do not wait for the ones that they depend on (triton.enable_pdl; found by
+    tools/compile_for_gpu.py).
 
     Attributes:
         decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.

@@ -90,7 +90,12 @@ def test_other_ranks_stay_where_they_are(every, machine, bound):
 
 @pytest.mark.parametrize(
     ("chosen", "by_torchrun", "expected"),
-    [("1", True, ([1, 3, 5, 7], 2)), ("1", False, ([1, 3, 5, 7], 3)), ("2", True, ([1, 3, 5, 7], 3)), ("3", True, (None, 3))],
+    [
+        ("1", True, ([1, 3, 5, 7], 2)),
+        ("1", False, ([1, 3, 5, 7], 3)),
+        ("2", True, ([1, 3, 5, 7], 3)),
+        ("3", True, (None, 3)),
+    ],
 )
 def test_a_chosen_number_of_threads_is_kept(chosen, by_torchrun, expected, machine, bound, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", chosen)

@@ -1,6 +1,9 @@
 """Samplers and logits processors in C++ against their plain forms."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -94,6 +97,57 @@ def test_a_row_s_token_does_not_depend_on_other_rows_and_threads():
         assert_same(run(logits_BV[row : row + 1], own), together[row : row + 1])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 14])
+def test_rows_of_all_kinds_take_turns(count):
+    """Rows that end early, and rows that need all barriers, in every order that ten of them have by chance."""
+    before, rng = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(count)
+    try:
+        for seed in range(200):
+            rows = rows_of(TEMPERATURE, (0, 20), (1.0, 0.9), (0.0,), seed=seed)
+            rows = SamplerRows(*(t[torch.randperm(12, generator=torch.Generator().manual_seed(seed))] for t in rows))
+            logits_BV = 3 * torch.randn(12, 300, generator=rng)
+            logits_BV[torch.rand(12, generator=rng) < 0.2] = -math.inf
+            logits_BV[torch.rand(12, generator=rng) < 0.2, 7] = math.nan
+            assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
+    finally:
+        torch.set_num_threads(before)
+
+
+FEWER_THREADS = """
+import torch
+from qwen3fast.kernels import cpu
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
+assert cpu.load()
+torch.set_num_threads(4)
+logits, ones = torch.randn(5, 1000), torch.ones(5)
+top_k, seed = torch.tensor([0, 3, 0, 50, 0]), torch.arange(5)
+rows = SamplerRows(ones, top_k, torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3]), 0 * ones, seed, seed)
+assert torch.equal(cpu.sample(cpu.functions(), logits, rows), sample(logits, rows, SamplerKind.FULL))
+"""
+
+
+def test_the_system_may_give_fewer_threads_than_asked_for():
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    command = [sys.executable, "-c", FEWER_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorch_s_default_dtype_changes_nothing(dtype):
+    rows, logits = rows_of((1.0,), (20,), (0.9,), (0.0,)), random_tensor(1, 500)
+    processing = processor_rows(1, 500)
+    expected = run(logits, rows), process_logits(logits, processing)
+    torch.set_default_dtype(dtype)
+    try:
+        actual = run(logits, rows), cpu.process_logits(cpu.functions(), logits, processing)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(actual[0], expected[0])
+    assert actual[1].dtype == torch.float32 and same_bits(actual[1], expected[1])
+
+
 def test_frequencies_are_the_probabilities():
     count, logits_V = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
     rows = rows_of((1.0,) * count, (0,), (1.0,), (0.0,))
@@ -122,6 +176,7 @@ def test_the_plain_sampler_serves_until_the_operations_are_loaded(monkeypatch):
     sampler = CpuSampler(SamplerKind.FULL, lambda *arguments: calls.append(arguments) or "plain")
     rows, logits = rows_of((1.0,), (0,), (1.0,), (0.0,)), torch.zeros(1, 5)
     assert_same(sampler(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
+    assert_same(sampler(None, logits.double(), *rows), sample(logits, rows, SamplerKind.FULL))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     assert sampler(None, logits, *rows) == "plain" and len(calls) == 1
 

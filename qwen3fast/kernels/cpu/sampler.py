@@ -25,7 +25,7 @@ def sample(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor] | N
     Raises: ValueError for other tensors.
     """
     B, V = _shape("sample", logits_BV)
-    logits_BV, token_B = logits_BV.contiguous(), torch.empty(B, dtype=torch.int64)
+    logits_BV, token_B = logits_BV.contiguous(), torch.empty(B, dtype=torch.int64, device="cpu")
     sampling = None if rows is None else byref(sampling_pointers(rows, B))
     functions.qwen3fast_sample(logits_BV.data_ptr(), sampling, token_B.data_ptr(), B, V, torch.get_num_threads())
     return token_B
@@ -53,7 +53,7 @@ def process_logits(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Ten
             tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == shape,
             "process_logits: parameters must be contiguous, in the dtypes and shapes of ProcessorRows",
         )
-    logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V)
+    logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V, dtype=torch.float32, device="cpu")
     pointers = ProcessingPointers(*(tensor.data_ptr() for tensor in rows))
     functions.qwen3fast_process_logits(
         logits_BV.data_ptr(), byref(pointers), y_BV.data_ptr(), B, V, torch.get_num_threads()

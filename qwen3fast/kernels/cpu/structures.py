@@ -78,8 +78,7 @@ class ProcessingPointers(ctypes.Structure):
     """`Processing` of ops.h."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in ("repetition", "presence", "frequency", "in_prompt", "count", "bias", "allowed")
+        (name, c_void_p) for name in ("repetition", "presence", "frequency", "in_prompt", "count", "bias", "allowed")
     ]
 
 
