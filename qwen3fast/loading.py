@@ -18,6 +18,7 @@ from qwen3fast.checkpoint import (
 )
 from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.checks import checked_flag, checked_source
+from qwen3fast.engine.own_cores import keep_to_own_cores
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import DEQUANTIZE, prepare_quantization
@@ -115,7 +116,11 @@ def load(
     """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
-    ranks = Ranks.start(choose_device(device).type) if checked_flag("tensor_parallel", tensor_parallel) else None
+    ranks, kind = None, choose_device(device).type
+    if checked_flag("tensor_parallel", tensor_parallel):
+        ranks = Ranks.start(kind)
+        if kind == "cpu":
+            keep_to_own_cores(ranks)
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)

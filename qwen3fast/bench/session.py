@@ -163,14 +163,10 @@ class Session:
         check = bench.check(bench.run(mode, prompts, tokens), prompts)
         self.record.checks[name] = asdict(check) | {"passed": check.passed}
 
-    def task(
+    def case(
         self, bench: Workbench, mode: str, format: str, context: int, batch_size: int, steps: int, **labels: Label
-    ) -> Task:
-        """Return a task: prefill of `batch_size` prompts of `context` tokens, then `steps` decode steps.
-
-        Without a cache, steps may be 0: the first token is then the step, since each of them computes everything.
-        """
-        prompts = make_prompts(self.config.vocab_size, context, batch_size)
+    ) -> Case:
+        """Return the case of `steps` decode steps after `batch_size` prompts of `context` tokens."""
         shape: dict[str, Label] = {"mode": mode, "format": self.label(format)}
         shape |= {"context": context, "batch_size": batch_size} | labels
         bytes_per_step = float(bench.model.num_bytes(per_token=True))
@@ -179,7 +175,16 @@ class Session:
             bytes_per_step += self.config.kv_bytes_per_token(bench.cache_dtype) * (context + steps / 2) * batch_size
         else:
             facts["flop_per_step"] = batch_size * forward_flop(self.config, context)
-        facts |= {"bytes_per_step": bytes_per_step, "weight_bytes": float(bench.model.num_bytes())}
+        return Case(shape, facts | {"bytes_per_step": bytes_per_step, "weight_bytes": float(bench.model.num_bytes())})
+
+    def task(
+        self, bench: Workbench, mode: str, format: str, context: int, batch_size: int, steps: int, **labels: Label
+    ) -> Task:
+        """Return a task: prefill of `batch_size` prompts of `context` tokens, then `steps` decode steps.
+
+        Without a cache, steps may be 0: the first token is then the step, since each of them computes everything.
+        """
+        prompts = make_prompts(self.config.vocab_size, context, batch_size)
 
         def run() -> Measurement:
             self._memory.reset()
@@ -187,7 +192,8 @@ class Session:
             step_s = sample.step_s if steps else [sample.ttft_s]
             return {"ttft_s": sample.ttft_s, "step_s": step_s, "peak_memory_bytes": self._memory.peak_bytes()}
 
-        return Task(Case(shape, facts), run, expected_s=self.expected_s(mode, facts, steps))
+        case = self.case(bench, mode, format, context, batch_size, steps, **labels)
+        return Task(case, run, expected_s=self.expected_s(mode, case.facts, steps))
 
     def tell(self, text: str) -> None:
         """Print a line on standard error, unless the run is quiet."""

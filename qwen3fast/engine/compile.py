@@ -60,19 +60,18 @@ CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enab
 class StepCompiler:
     """Compiles parts of steps, and counts compilations.
 
-    The mode "auto" compiles in a thread of its own, which first builds the C++ operations and imports the modules of
-    `torch.compile`. Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays
-    uncompiled if the compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled
-    parts.
+    The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more.
+    Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays uncompiled if the
+    compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled parts.
 
     Attributes:
         enabled: False if compilation is switched off or cannot work here; parts then run uncompiled.
         uses_operations: False if compilation is switched off, or neither a compiler nor C++ operations are available.
         compilations: number of forms compiled so far.
         seconds: time spent compiling them.
-        waiting: number of forms that the thread of "auto" has still to compile.
+        waiting: number of forms that the thread of "auto" has still to compile; building the operations counts as one.
         quiet: held by each step, and by the thread of "auto" while it measures.
-        when_compiling: what the thread of "auto" does once, behind its first compilation; None for nothing.
+        when_loaded: what the thread of "auto" does behind building the C++ operations; None for nothing.
     """
 
     def __init__(self, mode: CompileMode, device: torch.device) -> None:
@@ -84,11 +83,13 @@ class StepCompiler:
         self.thread: ThreadPoolExecutor | None = None
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
-            self.thread = ThreadPoolExecutor(1, "qwen3fast-compile", initializer=self._load_operations)
+            self.thread = ThreadPoolExecutor(1, "qwen3fast-compile")
         elif mode and device.type == "cpu":
             cpu.load()
         self.quiet = threading.RLock()
-        self.when_compiling: Callable[[], None] | None = None
+        self.when_loaded: Callable[[], None] | None = None
+        self._has_begun = False  # the thread
+        self._loading: Future[None] | None = None
         self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0
         self.seconds = 0.0
@@ -113,12 +114,29 @@ class StepCompiler:
             self._spared = spared
             torch.set_num_threads(max(1, self._threads - spared))
 
+    def is_ready(self) -> bool:
+        """Return whether the thread of "auto" may compile: from auto_from_s on, after building the C++ operations.
+
+        With these, many parts need not be compiled. The first call at or after auto_from_s begins to build.
+        """
+        if self.thread is None or time.perf_counter() < self.auto_from_s:
+            return False
+        if not self._has_begun:
+            self._has_begun = True
+            if not cpu.is_loaded():
+                self.waiting += 1
+                self._loading = self.thread.submit(self._load_operations)
+            if self.when_loaded is not None:
+                self.thread.submit(self.when_loaded)
+        return self._loading is None or self._loading.done()
+
     def _load_operations(self) -> None:
         self._at_work_since_s = time.perf_counter()
         try:
             cpu.load(jobs=max(1, self._threads - 1))
         finally:
             self._at_work_since_s = float("inf")
+            self.waiting -= 1
 
     def _compile_at_work(self, *arguments: Any) -> Function:
         self._at_work_since_s = time.perf_counter()
@@ -132,11 +150,7 @@ class StepCompiler:
         """Run `compile` in the thread of "auto"."""
         assert self.thread is not None, "there is a thread in mode 'auto' only"
         self.waiting += 1
-        job = self.thread.submit(self._compile_at_work, *arguments)
-        if self.when_compiling is not None:
-            self.thread.submit(self.when_compiling)
-            self.when_compiling = None
-        return job
+        return self.thread.submit(self._compile_at_work, *arguments)
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
         """Return a part of a step, given as a function of a module and tensors.
@@ -222,8 +236,8 @@ class StepPart:
     def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
         """Return the form for tensors of these shapes: looked up once, it can run any number of modules."""
         if not self._is_compiled:
-            has_operations = self.compiler.uses_operations and not self.compiler.enabled  # those that a wheel brought
-            return self._with_operations if has_operations else self.function
+            self.compiler.is_ready()
+            return self._uncompiled()[0] if self.compiler.uses_operations else self.function
         kind = self.kind(module)
         shapes = (kind, *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors))
         choice = self._choices.get(shapes)
@@ -259,7 +273,7 @@ class StepPart:
             arguments = (self.function, module, tensors, ranges)
             if self.compiler.thread is None:
                 self._forms[key] = self.compiler.compile(*arguments)
-            elif time.perf_counter() < self.compiler.auto_from_s:
+            elif not self.compiler.is_ready():
                 pass
             elif key not in self._jobs:
                 self._jobs[key] = self.compiler.submit(*arguments)

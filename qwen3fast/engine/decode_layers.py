@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class DecodeLayers:
     """
 
     _adapters: cpu.AdaptersOfLayers | None = None
-    _call: tuple[DecodeState, cpu.DecodeStepCall] | None = None  # of the last step
+    _call: cpu.DecodeStepCall | None = None
+    _call_of: tuple[object, ...] = ()  # the last step's state and tables
 
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
         """num_layers: of the first blocks, for a cache of as many; by default all."""
@@ -64,7 +66,7 @@ class DecodeLayers:
             return None
         adapted = copy.copy(self)
         matrices = [(layer.lora_A, layer.lora_B) for layer in slots.layers.values()]
-        adapted._call = None
+        adapted._call_of = ()
         adapted._adapters = self._run.adapters(matrices, slots.decode_slot_R)
         return adapted
 
@@ -118,13 +120,14 @@ class DecodeLayers:
         return logits_BV
 
     def _step(self, state: DecodeState, cos_SD: Tensor, sin_SD: Tensor) -> cpu.DecodeStepCall:
-        if self._call is None or self._call[0] is not state:
+        given = (state, cos_SD, sin_SD)
+        if self._call is None or any(a is not b for a, b in zip_longest(self._call_of, given)):
             assert self._ends is not None, "runs_steps is True"
             tensors = cpu.StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
             sampling = state.sampler_rows(slice(None))
-            call = cpu.DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
-            self._call = state, call
-        return self._call[1]
+            self._call = cpu.DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
+            self._call_of = given
+        return self._call
 
 
 def _ends(model: Qwen3) -> cpu.EndTensors | None:
@@ -215,4 +218,5 @@ def _is_served(linear: nn.Module) -> bool:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in weight.shape)
+    is_in_place = weight.device.type == "cpu" and weight.is_contiguous()
+    return is_in_place and weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in weight.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
-from qwen3fast.engine.cpu_sampler import CpuSampler
+from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
@@ -143,9 +143,10 @@ class Parts:
     """The functions above, compiled or not, and one sampler per kind.
 
     Each is called with the module that it runs, or None if it runs none, and tensors (see `StepPart`).
-    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch. The full
-    sampler is not: with Triton 3.6, Inductor's kernels for its histograms do not wait for the ones that they depend on
-    (triton.enable_pdl; found by tools/compile_for_gpu.py).
+    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch; logits not
+    for CPUs in bfloat16, where C++ does their work. The full sampler is not for CUDA: with Triton 3.6, kernels of
+    Inductor for its histograms do not wait for the ones that they depend on (triton.enable_pdl; found by
+    tools/compile_for_gpu.py).
 
     Attributes:
         decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.
@@ -166,7 +167,7 @@ class Parts:
     embed: StepPart
     logits: StepPart
     head: nn.Sequential
-    processors: StepPart
+    processors: Function
     samplers: dict[SamplerKind, Function]
     advance: StepPart
     needs_mask: bool
@@ -178,7 +179,10 @@ class Parts:
         if not compiler.mode:  # otherwise the compiler loads them, and warns
             load_operations(model)
         config, device = model.config, cache.keys[0].device
-        if device.type == cuda.DEVICE_TYPE:
+        is_cuda = device.type == cuda.DEVICE_TYPE
+        is_cpu = device.type == "cpu" and not is_cuda
+        is_bfloat16 = model.model.norm.weight.dtype == torch.bfloat16
+        if is_cuda:
             cuda.load(device)  # before anything is traced: it decides which forms exist
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
@@ -194,7 +198,7 @@ class Parts:
             forms.decide(may_measure=not is_auto)
             if is_auto:
                 measure = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
-                compiler.when_compiling = partial(_behind_compilation, model, cache, measure)
+                compiler.when_loaded = partial(_after_loading, model, cache, measure)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
@@ -207,12 +211,12 @@ class Parts:
                 dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions}, {}, {}, prompts),
             ),
             block_uncached=compiler.part(run_block_uncached, dynamic=(tokens,) * 3),
-            embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=device.type == cuda.DEVICE_TYPE),
-            logits=compiler.part(run_logits, dynamic=(any_rows,)),
+            embed=compiler.part(run_embed, dynamic=(any_rows, any_rows), is_compiled=is_cuda),
+            logits=compiler.part(run_logits, dynamic=(any_rows,), is_compiled=not is_cpu or not is_bfloat16),
             head=nn.Sequential(model.model.norm, model.lm_head),
-            processors=compiler.part(run_processors, dynamic=(any_rows, *all_rows)),
+            processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
             samplers=_samplers(compiler, device, (any_rows, *all_rows[: len(SamplerRows._fields)])),
-            advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=device.type == cuda.DEVICE_TYPE),
+            advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
 
@@ -237,7 +241,7 @@ class Forward(NamedTuple):
     sin_SD: Tensor
 
 
-def _behind_compilation(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:
+def _after_loading(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:
     use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()))
     measure()
 
@@ -246,13 +250,18 @@ def _samplers(compiler: StepCompiler, device: torch.device, dynamic: tuple[Sizes
     is_cuda = device.type == cuda.DEVICE_TYPE
     plain = {
         kind: compiler.part(
-            partial(run_sampler, kind), dynamic=dynamic, is_compiled=kind is not SamplerKind.FULL or not is_cuda
+            partial(run_sampler, kind), dynamic, is_compiled=kind is not SamplerKind.FULL or not is_cuda
         )
         for kind in SamplerKind
     }
-    if is_cuda or not compiler.uses_operations:
+    if is_cuda or device.type != "cpu" or not compiler.uses_operations:
         return {**plain}
     return {kind: CpuSampler(kind, part) for kind, part in plain.items()}
+
+
+def _processors(compiler: StepCompiler, is_cpu: bool, dynamic: tuple[Sizes, ...]) -> Function:
+    plain = compiler.part(run_processors, dynamic)
+    return CpuProcessors(plain) if is_cpu and compiler.uses_operations else plain
 
 
 def _max_uncached(config: ModelConfig) -> int:

@@ -96,14 +96,29 @@ def num_cores(system: Path = SYSTEM) -> int:
 
     They are limited by CPU affinity and the container's quota. system: the folder where the kernel's files are mounted.
     """
-    cores = set()
+    cores = len(usable_cores(system))
+    return max(1, min(cores, _quota(system) or cores))
+
+
+def usable_cores(system: Path = SYSTEM) -> list[frozenset[int]]:
+    """Return the hardware threads of each core that CPU affinity allows; cores of one memory node are neighbors."""
+    cores: dict[str, set[int]] = {}
     for cpu in usable_cpus():
         try:
-            siblings = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
+            siblings = (_folder(cpu, system) / "topology/thread_siblings_list").read_text("ascii")
         except OSError:  # not Linux, or hidden
             siblings = str(cpu)
-        cores.add(siblings.strip())
-    return max(1, min(len(cores), _quota(system) or len(cores)))
+        cores.setdefault(siblings.strip(), set()).add(cpu)
+    return sorted(map(frozenset, cores.values()), key=lambda core: (_node(min(core), system), min(core)))
+
+
+def _folder(cpu: int, system: Path) -> Path:
+    return system / f"devices/system/cpu/cpu{cpu}"
+
+
+def _node(cpu: int, system: Path) -> int:
+    """Return the number of a CPU's memory node (NUMA), 0 where it is not known."""
+    return next((int(link.name.removeprefix("node")) for link in _folder(cpu, system).glob("node[0-9]*")), 0)
 
 
 def usable_cpus() -> set[int]:

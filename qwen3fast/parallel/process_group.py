@@ -94,6 +94,12 @@ class Ranks:
         dist.broadcast_object_list(message, src=0, group=self._commands)
         return message[0]
 
+    def collect(self, message: Any) -> list[Any]:
+        """Return the messages of all ranks, by rank; all ranks call this together."""
+        messages: list[Any] = [None] * self.size
+        dist.all_gather_object(messages, message, group=self._commands)
+        return messages
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return this object: copies of a module share its connections."""
         return self

@@ -668,6 +668,12 @@ for name, arguments, expected in operations:
 for arguments, inputs, expected in layers:
     call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
     assert_near(call(cpu.functions(), *inputs), expected)
+one = torch.arange(60)
+for size in (97, 1000):
+    limits = (one % 3 * 350, torch.linspace(0.2, 1.1, 60).clamp(max=1), one % 2 * 0.02)
+    rows = SamplerRows(torch.full((60,), 0.9), *limits, one, one)
+    logits = 3 * torch.randn(60, size)
+    assert torch.equal(cpu.sample(cpu.functions(), logits, rows), sample(logits, rows, SamplerKind.FULL))
 for arguments, ends, state, sampling, tables, expected in steps:
     ends = cpu.EndTensors(*(cpu.LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
     blocks = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)

@@ -1,14 +1,18 @@
-"""The samplers in C++ against their plain form."""
+"""Samplers and logits processors in C++ against their plain forms."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
 import torch
 from conftest import assert_same, random_tensor
 
-from qwen3fast.engine.cpu_sampler import CpuSampler
+from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler
 from qwen3fast.kernels import cpu
+from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
@@ -93,6 +97,57 @@ def test_a_row_s_token_does_not_depend_on_other_rows_and_threads():
         assert_same(run(logits_BV[row : row + 1], own), together[row : row + 1])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 14])
+def test_rows_of_all_kinds_take_turns(count):
+    """Rows that end early, and rows that need all barriers, in every order that ten of them have by chance."""
+    before, rng = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(count)
+    try:
+        for seed in range(200):
+            rows = rows_of(TEMPERATURE, (0, 20), (1.0, 0.9), (0.0,), seed=seed)
+            rows = SamplerRows(*(t[torch.randperm(12, generator=torch.Generator().manual_seed(seed))] for t in rows))
+            logits_BV = 3 * torch.randn(12, 300, generator=rng)
+            logits_BV[torch.rand(12, generator=rng) < 0.2] = -math.inf
+            logits_BV[torch.rand(12, generator=rng) < 0.2, 7] = math.nan
+            assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
+    finally:
+        torch.set_num_threads(before)
+
+
+FEWER_THREADS = """
+import torch
+from qwen3fast.kernels import cpu
+from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
+assert cpu.load()
+torch.set_num_threads(4)
+logits, ones = torch.randn(5, 1000), torch.ones(5)
+top_k, seed = torch.tensor([0, 3, 0, 50, 0]), torch.arange(5)
+rows = SamplerRows(ones, top_k, torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3]), 0 * ones, seed, seed)
+assert torch.equal(cpu.sample(cpu.functions(), logits, rows), sample(logits, rows, SamplerKind.FULL))
+"""
+
+
+def test_the_system_may_give_fewer_threads_than_asked_for():
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    command = [sys.executable, "-c", FEWER_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorch_s_default_dtype_changes_nothing(dtype):
+    rows, logits = rows_of((1.0,), (20,), (0.9,), (0.0,)), random_tensor(1, 500)
+    processing = processor_rows(1, 500)
+    expected = run(logits, rows), process_logits(logits, processing)
+    torch.set_default_dtype(dtype)
+    try:
+        actual = run(logits, rows), cpu.process_logits(cpu.functions(), logits, processing)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(actual[0], expected[0])
+    assert actual[1].dtype == torch.float32 and same_bits(actual[1], expected[1])
+
+
 def test_frequencies_are_the_probabilities():
     count, logits_V = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
     rows = rows_of((1.0,) * count, (0,), (1.0,), (0.0,))
@@ -121,5 +176,72 @@ def test_the_plain_sampler_serves_until_the_operations_are_loaded(monkeypatch):
     sampler = CpuSampler(SamplerKind.FULL, lambda *arguments: calls.append(arguments) or "plain")
     rows, logits = rows_of((1.0,), (0,), (1.0,), (0.0,)), torch.zeros(1, 5)
     assert_same(sampler(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
+    assert_same(sampler(None, logits.double(), *rows), sample(logits, rows, SamplerKind.FULL))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     assert sampler(None, logits, *rows) == "plain" and len(calls) == 1
+
+
+def processor_rows(rows, vocab_size, seed=0):
+    """Parameters of all kinds, some of them neutral."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def some(*numbers):
+        return torch.tensor(numbers)[torch.randint(len(numbers), (rows,), generator=rng)]
+
+    bias_BV = torch.randn(rows, vocab_size, generator=rng)
+    bias_BV[torch.rand(rows, vocab_size, generator=rng) < 0.7] = 0.0
+    bias_BV[torch.rand(rows, vocab_size, generator=rng) < 0.1] = -math.inf
+    allowed_BW = torch.randint(-(2**31), 2**31, (rows, -(-vocab_size // 32)), generator=rng).int()
+    allowed_BW[::2] = -1
+    return ProcessorRows(
+        some(1.0, 1.3, 0.7),
+        some(0.0, 0.5, -1.1),
+        some(0.0, 0.3, 1.7),
+        torch.rand(rows, vocab_size, generator=rng) < 0.3,
+        torch.randint(-3, 4, (rows, vocab_size), generator=rng).clamp(min=0).int(),
+        bias_BV,
+        allowed_BW,
+    )
+
+
+def same_bits(actual, expected):
+    """Whether numbers are the same bit for bit, -0 and 0 apart; any NaN counts as the same."""
+    both_nan = actual.isnan() & expected.isnan()
+    return bool((both_nan | (actual.view(torch.int32) == expected.view(torch.int32))).all())
+
+
+@pytest.mark.parametrize("vocab_size", [1, 15, 16, 31, 32, 33, 97, 8192, 8200, 20000])
+def test_processed_logits_are_the_plain_ones_bit_for_bit(vocab_size, threads):
+    rows, logits_BV = processor_rows(9, vocab_size), 5 * random_tensor(9, vocab_size)
+    logits_BV[3, ::3], logits_BV[4, ::5], logits_BV[5, ::7] = math.nan, math.inf, -math.inf
+    logits_BV[6, ::2] = -0.0
+    expected = process_logits(logits_BV, rows)
+    actual = cpu.process_logits(cpu.functions(), logits_BV, rows)
+    assert same_bits(actual, expected)
+    assert vocab_size < 31 or not same_bits(logits_BV, expected)
+    neutral = ProcessorRows.neutral(9, vocab_size, logits_BV.device)
+    assert same_bits(cpu.process_logits(cpu.functions(), logits_BV, neutral), logits_BV)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_prompt_BV": torch.zeros(2, 40, dtype=torch.uint8)},
+        {"count_BV": torch.zeros(2, 40, dtype=torch.int64)},
+        {"bias_BV": torch.zeros(2, 41)},
+        {"bias_BV": torch.zeros(2, 80)[:, ::2]},
+        {"allowed_BW": torch.zeros(2, 1, dtype=torch.int32)},
+    ],
+    ids=["bytes", "int64", "another vocabulary", "with gaps", "a word too few"],
+)
+def test_processors_refuse_other_tensors(changes):
+    with pytest.raises(ValueError, match="process_logits: "):
+        cpu.process_logits(cpu.functions(), torch.zeros(2, 40), processor_rows(2, 40)._replace(**changes))
+
+
+def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch):
+    rows, logits = processor_rows(2, 40), random_tensor(2, 40)
+    processors = CpuProcessors(lambda *arguments: "plain")
+    assert same_bits(processors(None, logits, *rows), process_logits(logits, rows))
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    assert processors(None, logits, *rows) == "plain"

@@ -9,6 +9,7 @@ import torch
 from conftest import assert_near, assert_same, engine_of, random_tensor, randomized, small_config
 from torch import nn
 
+from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.state import DecodeState
@@ -36,16 +37,17 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def step_case(format=None, rows=3, **changes):
+def step_case(format=None, rows=3, cache_dtype=torch.bfloat16, **changes):
     """A model, a cache full of numbers, and the buffers of a step at various positions, one row of them empty."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": VOCABULARY}
     config = small_config(**sizes | {"dtype": torch.bfloat16} | changes)
     model = randomized(config).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
-    cache = StaticKVCache(config, rows + 1, 100, torch.bfloat16, CPU)
+    cache = StaticKVCache(config, rows + 1, 100, cache_dtype, CPU)
+    sizes_of = {torch.int8: 100.0, torch.float32: 0.02, torch.bfloat16: 1.0}  # float32: scales of int8
     for seed, tensor in enumerate(cache.tensors()):
-        tensor.copy_(random_tensor(*tensor.shape, seed=seed))
+        tensor.copy_(sizes_of[tensor.dtype] * random_tensor(*tensor.shape, seed=seed).clamp(-1, 1))
     state = DecodeState.allocate(rows + 1, CPU)
     state.input_R.random_(VOCABULARY, generator=torch.Generator().manual_seed(1))
     state.position_R[:rows] = torch.tensor([PLACES[row % len(PLACES)] for row in range(rows)])
@@ -67,7 +69,7 @@ def logits_of(model, cache, state, tables, rows):
 @pytest.mark.parametrize("format", FORMATS_OF_STEPS)
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 17, cpu.MAX_DECODE_ROWS])
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-def test_logits_of_a_step_are_those_of_its_blocks_and_the_output_projection(format, rows, is_tied):
+def test_logits_of_a_step_equal_its_blocks_and_the_output_projection(format, rows, is_tied):
     model, cache, state, tables = step_case(format, rows, tie_word_embeddings=is_tied)
     other = copy.deepcopy(cache)
     x_B1E = DecodeLayers(model, other)(model.embed(state.input_R[:rows, None]), *tables, state.position_R[:rows, None])
@@ -78,6 +80,66 @@ def test_logits_of_a_step_are_those_of_its_blocks_and_the_output_projection(form
     assert logits_BV.shape == (rows, VOCABULARY) and logits_BV.dtype == torch.float32
     assert_same(logits_BV, logits_BV.bfloat16().float())  # rounded where the plain output projection rounds
     assert_near(logits_BV, model.logits(x_B1E)[:, 0], torch.bfloat16)
+
+
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("format", "changes"), [("int4", EXPERTS), (None, {"cache_dtype": torch.int8})], ids=["experts", "int8 cache"]
+)
+def test_steps_with_other_blocks_and_caches(format, changes):
+    model, cache, state, tables = step_case(format, 5, **changes)
+    other = copy.deepcopy(cache)
+    x_B1E = DecodeLayers(model, other)(model.embed(state.input_R[:5, None]), *tables, state.position_R[:5, None])
+    logits_BV, before = logits_of(model, cache, state, tables, 5), copy.deepcopy(state)
+    assert_near(logits_BV, model.logits(x_B1E)[:, 0], torch.bfloat16)
+    DecodeLayers(model, cache).choose(state, 5, *tables, is_greedy=False)
+    assert_same(state.output_R[:5], sample(logits_BV, before.sampler_rows(slice(5)), SamplerKind.FULL))
+    assert_same(cache.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorch_s_default_dtype_changes_no_logits(dtype):
+    case = step_case("int4", 3)
+    expected = logits_of(*case, 3)
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same(logits_of(*case, 3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_requests_of_all_kinds_get_the_tokens_of_the_blocks_alone(monkeypatch):
+    def replies():
+        sampled = {"temperature": 12.0, "seed": 5, "max_tokens": 12}
+        every = [
+            SamplingParams(temperature=0, max_tokens=12, logprobs=3),
+            SamplingParams(**sampled, top_p=0.9, n=2),
+            SamplingParams(**sampled, top_k=9, repetition_penalty=1.3, presence_penalty=0.4),
+            SamplingParams(**sampled, min_p=0.02, logit_bias={4: 3.0}, logprobs=0),
+            SamplingParams(**sampled, allowed_token_ids=[4, 7, 9, 30]),
+        ]
+        with Generator(step_case(None, 3)[0], max_seq_len=100, max_batch_size=8, compile=True) as generator:
+            generator.warmup()
+            whole = generator.debug.engine.parts.decode_layers.runs_steps
+            results = generator.generate([[5, 6, 7, n] for n in range(len(every))], every)
+            assert generator.stats.compilations == 0
+        return whole, results
+
+    is_whole, whole = replies()
+    monkeypatch.setattr("qwen3fast.engine.decode_layers._ends", lambda model: None)
+    is_alone, alone = replies()
+    assert is_whole and not is_alone
+    for a, b in zip(all_of(whole), all_of(alone), strict=True):
+        assert a.token_ids == b.token_ids
+        for at, other in zip(a.logprobs or [], b.logprobs or [], strict=True):
+            assert at.logprob == pytest.approx(other.logprob, abs=0.1)
+    assert len({tuple(result.token_ids) for result in all_of(whole)}) == 6
+
+
+def all_of(results):
+    return [sample for result in results for sample in result.samples or [result]]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 14], indirect=True)
@@ -227,7 +289,6 @@ def test_an_engine_s_steps_give_the_plain_model_s_logits(vocab_size):
         engine.prefill_whole(row, tokens[row][:3])
         engine.set_row(row, 3)
         engine.state.input_R[row] = tokens[row][3]
-    before = engine.compiler.compilations
     for _ in range(4):  # each position twice: the logits, then the greedy choice
         position_R, input_R = engine.state.position_R.clone(), engine.state.input_R.clone()
         engine.launch(2, 20, StepKind(), hook=lambda logits_BV: seen.append(logits_BV) or logits_BV)
@@ -239,4 +300,4 @@ def test_an_engine_s_steps_give_the_plain_model_s_logits(vocab_size):
             expected = model(torch.tensor([tokens[row]]))[0, -1]
             assert_near(seen[-1][row], expected, torch.bfloat16)
             tokens[row].append(hooked[row])
-    assert engine.compiler.compilations - before == (vocab_size != VOCABULARY), "logits, for blocks alone"
+    assert engine.compiler.compilations == 0

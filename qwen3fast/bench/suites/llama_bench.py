@@ -7,77 +7,20 @@ Source: tools/llama-bench of github.com/ggml-org/llama.cpp (options -p 512 -n 12
 
 from __future__ import annotations
 
-import time
 from statistics import mean, stdev
 
-from torch import Tensor
-
+from qwen3fast.bench.deep_cache import DeepCache
 from qwen3fast.bench.harness import Group, Measurement, Task
-from qwen3fast.bench.measure import Workbench, make_prompts, with_graphs
+from qwen3fast.bench.measure import Workbench, with_graphs
 from qwen3fast.bench.metrics import per_repetition
-from qwen3fast.bench.probes import synchronize
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.session import Preparation, Session, forward_flop
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, as_markdown
-from qwen3fast.engine import StepKind
 
 PROMPT, NEW = 512, 128  # llama-bench's defaults
 DEPTHS = (0, 4096, 16384, 32768)
-
-
-class DeepCache:
-    """A row of an engine's cache, filled with one long prompt as far as the deepest test so far needed.
-
-    Each test overwrites what stands behind its depth, so tests of growing depths fill it only once.
-    """
-
-    def __init__(self, bench: Workbench, mode: str, vocab_size: int, longest: int) -> None:
-        self._engine = bench.engine(mode)
-        self._prompt = make_prompts(vocab_size, longest, 1)[0]
-        self._filled = 0
-
-    def prefill_s(self, depth: int, tokens: int) -> float:
-        """Return the seconds that `tokens` more tokens take behind `depth` ones."""
-        self._fill(depth)
-        synchronize(self._engine.device)
-        started = time.perf_counter()
-        self._compute(depth, depth + tokens)
-        synchronize(self._engine.device)
-        return time.perf_counter() - started
-
-    def decode_s(self, depth: int, tokens: int) -> float:
-        """Return the seconds that `tokens` new tokens take behind `depth` ones (behind one, at depth 0)."""
-        engine, kind = self._engine, StepKind()
-        self._fill(depth)
-        logits_1V = self._compute(depth, depth + 1)
-        self._filled = depth
-        length = depth + 1
-        engine.set_row(0, length)
-        engine.sample_first(0, logits_1V, kind)
-        synchronize(engine.device)
-        started = time.perf_counter()
-        launched = 0
-        for collected in range(tokens):
-            while launched < min(tokens, collected + engine.lookahead + 1):
-                launched += 1
-                engine.launch(1, length + launched, kind)
-            engine.collect()
-        seconds = time.perf_counter() - started
-        engine.clear_row(0)
-        return seconds
-
-    def _fill(self, depth: int) -> None:
-        if self._filled < depth:
-            self._compute(self._filled, depth)
-
-    def _compute(self, start: int, end: int) -> Tensor:
-        prefill, logits_1V = self._engine.begin_prefill(0, self._prompt[:end], reused=start), None
-        while logits_1V is None:
-            logits_1V = self._engine.prefill_step(prefill)
-        self._filled = end  # the last chunk's padding has overwritten what stood behind
-        return logits_1V
 
 
 def run(session: Session) -> None:
@@ -109,7 +52,7 @@ def _tests(session: Session, bench: Workbench, cache: DeepCache, format: str, de
         return {"seconds": cache.prefill_s(depth, PROMPT)}
 
     def generate() -> Measurement:
-        return {"seconds": cache.decode_s(depth, new)}
+        return {"seconds": sum(cache.decode_s(depth, new))}
 
     prompt_case = Case({**labels, "test": f"pp{PROMPT}"}, {"tokens": float(PROMPT)})
     new_case = Case({**labels, "test": f"tg{new}"}, {"tokens": float(new)})

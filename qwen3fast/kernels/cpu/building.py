@@ -21,6 +21,7 @@ SOURCES = (
     "fp8.cpp",
     "decode_layers.cpp",
     "sampler.cpp",
+    "processors.cpp",
     "prefill_attention.cpp",
     "decode_attention.cpp",
     "matvec.cpp",
@@ -35,7 +36,7 @@ HEADERS = (
     *("best.h", "sampler.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
-EXTRA_FLAGS = {"quantize_weight.cpp": ["-ffp-contract=off"]}
+EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "processors.cpp")}
 
 
 def find_compiler() -> list[str]:

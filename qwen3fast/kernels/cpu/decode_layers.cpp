@@ -1,6 +1,7 @@
-// A decode step for a few rows: all transformer blocks (norm, query/key/value, rotation, cache, attention, feed forward), and
-// the embedding before them, the output projection and the greedy choice after them, where asked for. Threads start once and meet at barriers, instead of starting once per product: the purpose of this operation.
-// Each thread computes norms and quantizes activations by itself instead of waiting for another thread.
+// A decode step for a few rows: the embedding, all transformer blocks (norm, query/key/value, rotation, cache, attention, feed
+// forward), output projection and sampler; or the blocks alone. Threads start once and meet at barriers, instead of starting
+// once per product: the purpose of this operation. Each thread computes norms and quantizes activations by itself instead of
+// waiting for another thread.
 //
 // A row at position -1 is empty: its part of the cache is left alone, and its result has no meaning.
 //
@@ -223,7 +224,7 @@ void run_head(const Task& task, Shared& s, int thread, int threads) {
   }
 }
 
-// The embeddings of the input tokens. Returns false for a token or a position that there is not.
+// The embeddings of the input tokens. Returns false for a token or a position that does not exist.
 bool embed(const Ends& ends, int64_t M, int64_t E, BFloat16* x) {
   const Linear& table = ends.embedding;
   for (int64_t m = 0; m < M; m++) {

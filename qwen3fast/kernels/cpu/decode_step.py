@@ -94,7 +94,7 @@ class DecodeStepCall:
 
     def logits(self, functions: ctypes.CDLL, num_rows: int) -> Tensor:
         """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `choose`."""
-        logits_BV = torch.empty(num_rows, self._ends.head.N)
+        logits_BV = torch.empty(num_rows, self._ends.head.N, dtype=torch.float32, device="cpu")
         self._run(functions, num_rows, None, logits_BV.data_ptr())
         return logits_BV
 
@@ -111,5 +111,5 @@ class DecodeStepCall:
             logits,
             torch.get_num_threads(),
         )
-        require(lost >= 0, "decode_step: an input token is not in the vocabulary, or a position not in the cache")
+        require(lost != -1, "decode_step: an input token is not in the vocabulary, or a position not in the cache")
         self._blocks.lost = lost

@@ -56,6 +56,7 @@ FUNCTIONS = tuple(
         "decode_layers",
         "decode_step",
         "sample",
+        "process_logits",
         "prefill_layers",
     )
 )

@@ -1,4 +1,4 @@
-// The functions that Python calls by ctypes (ops.py, decode_layers.py). PyTorch's C++ headers are not needed: they would
+// The functions that Python calls by ctypes (ops.py, decode_layers.py, decode_step.py, sampler.py). PyTorch's C++ headers are not needed: they would
 // take longer to compile than all of this. Shapes, types and layouts are checked in Python; every array is contiguous.
 // `threads`: the number of threads that may be used.
 //
@@ -58,8 +58,17 @@ struct Sampling {
   const int64_t *seed, *step;
 };
 
+// Parameters and counts of logits processors: ProcessorRows of sampling/processors.py.
+struct Processing {
+  const float *repetition, *presence, *frequency;  // (M,)
+  const uint8_t* in_prompt;                        // (M, V)
+  const int32_t* count;                            // the same
+  const float* bias;                               // the same
+  const int32_t* allowed;                          // (M, V/32), rounded up: a bit per token
+};
+
 // What a decode step has beside its blocks. embedding (V, E): its rows input (M,) are what the first block reads. norm,
-// head (V, E): of the logits. end: the first position that there is not. The others are (M,), see qwen3fast_decode_step.
+// head (V, E): of the logits. end: the first position beyond the cache. The others are (M,), see qwen3fast_decode_step.
 struct Ends {
   Linear embedding, head;
   const BFloat16* norm;
@@ -136,7 +145,7 @@ QWEN3FAST_API double qwen3fast_decode_layers(const Layer* layers, int64_t count,
 
 // A whole decode step, arguments as of decode_layers. With logits (M, V) it writes these. Without, it chooses a token per
 // row as qwen3fast_sample does, writes it to output, and to input (0 for -1), and adds advance to position and step. Returns
-// the same; -1, with nothing done, for a token or position that there is not.
+// the same; -1, with nothing done, for a token or position that does not exist.
 QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                            const float* sin, const Ends* ends, const Adapters* adapters,
                                            const Sampling* sampling, float* logits, int64_t threads);
@@ -145,3 +154,7 @@ QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, c
 // null for greedy.
 QWEN3FAST_API void qwen3fast_sample(const float* logits, const Sampling* sampling, int64_t* token, int64_t M, int64_t V,
                                     int64_t threads);
+
+// y (M, V): the logits (M, V) after penalties, bias and mask.
+QWEN3FAST_API void qwen3fast_process_logits(const float* logits, const Processing* rows, float* y, int64_t M, int64_t V,
+                                            int64_t threads);

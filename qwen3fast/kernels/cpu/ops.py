@@ -48,8 +48,9 @@ def register(functions: ctypes.CDLL) -> None:
     functions.qwen3fast_decode_layers.restype = ctypes.c_double
     functions.qwen3fast_decode_step.argtypes = [pointer, integer, *[pointer] * 7, integer]
     functions.qwen3fast_decode_step.restype = ctypes.c_double
-    functions.qwen3fast_sample.argtypes = [pointer, pointer, pointer, integer, integer, integer]
-    functions.qwen3fast_sample.restype = None
+    for function in (functions.qwen3fast_sample, functions.qwen3fast_process_logits):
+        function.argtypes = [pointer, pointer, pointer, integer, integer, integer]
+        function.restype = None
     functions.qwen3fast_prefill_layers.restype = None
     functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
     functions.qwen3fast_quantize_weight.restype = None
@@ -179,7 +180,7 @@ def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     """Return rows of a packed weight, (R, K) bfloat16; row_R: int64."""
     linear = packed_linear(packed, scale)
     require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
-    row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16)
+    row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16, device="cpu")
     if not _functions.qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
         raise ValueError(f"quantized_rows: a row of {row_R.tolist()} is not one of the weight's {linear.N}")
     return y_RK

@@ -1,9 +1,10 @@
 // The samplers of sampling/samplers.py, by all threads together: the same rules and noise. The largest score of each block
-// tells where the kept tokens are, and a bound which of them can win: few need sorting, or logarithms.
+// tells where the kept tokens are, and a bound which of them can win: few need sorting, or logarithms, unless scores are flat.
 
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -68,6 +69,9 @@ struct RowSampling {
   RowSampling(const Sampling& rows, int64_t m)
       : temperature(rows.temperature[m]), top_k(rows.top_k[m]), top_p(rows.top_p[m]), min_p(rows.min_p[m]),
         seed(rows.seed[m]), step(rows.step[m]) {}
+
+  // By its bits, on which threads agree: in some, subnormal numbers may count as 0.
+  bool is_greedy() const { return std::bit_cast<int32_t>(temperature) <= 0; }
 };
 
 class Sampler {
@@ -86,7 +90,7 @@ class Sampler {
     const int64_t begin = blocks_ * thread / threads, end = blocks_ * (thread + 1) / threads;
     const Best best = together(m % 2, {logits, begin * kScores, std::min(end * kScores, V_)}, barrier, thread, threads);
     if (!std::isfinite(best.value)) return -1;
-    if (!(row.temperature > 0)) return best.index;
+    if (row.is_greedy()) return best.index;
 
     score(logits, best.value, row, begin, end, mass_.data() + thread * kBins);
     barrier.wait();
@@ -171,7 +175,7 @@ class Sampler {
     return std::max<int64_t>(1, static_cast<int64_t>(std::ceil(double{top_p} * static_cast<double>(total))));
   }
 
-  // The scores that a condition holds for, all of them at least `least`, to kept_.
+  // Puts the scores for which a condition holds into kept_; they must be at least `least`.
   template <typename Condition>
   void collect(const Condition& holds, float least) {
     kept_.clear();

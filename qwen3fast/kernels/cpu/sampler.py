@@ -1,4 +1,7 @@
-"""`qwen3fast_sample` of ops.h: a token for each row, from its logits."""
+"""`qwen3fast_sample` and `qwen3fast_process_logits` of ops.h: a token for each row, from its logits.
+
+B rows   V vocabulary   W words of 32 bits, ceil(V / 32)
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import SamplingPointers, require
+from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, require
 
-_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+_SAMPLING = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+_PROCESSING = (*[torch.float32] * 3, torch.bool, torch.int32, torch.float32, torch.int32)
 
 
 def sample(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
@@ -20,12 +24,8 @@ def sample(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor] | N
     functions: of ops.h. logits_BV: float32. rows: the fields of `SamplerRows`, (B,) each; None for greedy.
     Raises: ValueError for other tensors.
     """
-    B, V = logits_BV.shape
-    require(
-        logits_BV.dtype == torch.float32 and logits_BV.device.type == "cpu" and V > 0,
-        "sample: logits must be (B, V) float32, on the CPU",
-    )
-    logits_BV, token_B = logits_BV.contiguous(), torch.empty(B, dtype=torch.int64)
+    B, V = _shape("sample", logits_BV)
+    logits_BV, token_B = logits_BV.contiguous(), torch.empty(B, dtype=torch.int64, device="cpu")
     sampling = None if rows is None else byref(sampling_pointers(rows, B))
     functions.qwen3fast_sample(logits_BV.data_ptr(), sampling, token_B.data_ptr(), B, V, torch.get_num_threads())
     return token_B
@@ -33,9 +33,38 @@ def sample(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor] | N
 
 def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
     """Return the addresses of the fields of `SamplerRows`, (count,) each. Raises: ValueError for other tensors."""
-    for tensor, dtype in zip(rows, _DTYPES, strict=True):
+    for tensor, dtype in zip(rows, _SAMPLING, strict=True):
         require(
             tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == (count,),
             f"sample: sampling parameters must be ({count},), contiguous, in the dtypes of SamplerRows",
         )
     return SamplingPointers(*(tensor.data_ptr() for tensor in rows))
+
+
+def process_logits(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Return the logits after penalties, bias and mask, (B, V) float32.
+
+    functions: of ops.h. logits_BV: float32. rows: the fields of `ProcessorRows`. Raises: ValueError for other tensors.
+    """
+    B, V = _shape("process_logits", logits_BV)
+    shapes = [*[(B,)] * 3, *[(B, V)] * 3, (B, -(-V // 32))]
+    for tensor, dtype, shape in zip(rows, _PROCESSING, shapes, strict=True):
+        require(
+            tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == shape,
+            "process_logits: parameters must be contiguous, in the dtypes and shapes of ProcessorRows",
+        )
+    logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V, dtype=torch.float32, device="cpu")
+    pointers = ProcessingPointers(*(tensor.data_ptr() for tensor in rows))
+    functions.qwen3fast_process_logits(
+        logits_BV.data_ptr(), byref(pointers), y_BV.data_ptr(), B, V, torch.get_num_threads()
+    )
+    return y_BV
+
+
+def _shape(name: str, logits_BV: Tensor) -> tuple[int, int]:
+    B, V = logits_BV.shape
+    require(
+        logits_BV.dtype == torch.float32 and logits_BV.device.type == "cpu" and V > 0,
+        f"{name}: logits must be (B, V) float32, on the CPU",
+    )
+    return B, V

@@ -74,6 +74,14 @@ class SamplingPointers(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step")]
 
 
+class ProcessingPointers(ctypes.Structure):
+    """`Processing` of ops.h."""
+
+    _fields_ = [
+        (name, c_void_p) for name in ("repetition", "presence", "frequency", "in_prompt", "count", "bias", "allowed")
+    ]
+
+
 class Ends(ctypes.Structure):
     """`Ends` of ops.h."""
 
