@@ -110,7 +110,7 @@ def test_the_replies_vary(expected):
 def test_compiled_steps_of_two_processes_give_the_same_tokens(two, expected):
     results = two[0]["compiled"]
     assert_same_results(results, {"greedy": expected["greedy"][:4], "logits": expected["logits"]})
-    # A block for prefill and one for decoding, logits; without the C++ operations, the greedy sampler: as in one process.
+    # As in one process: blocks for prefill and for decoding, logits; and the sampler without the C++ operations.
     assert results["compilations"] in (3, 4)
 
 
