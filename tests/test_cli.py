@@ -40,6 +40,15 @@ def test_generate_stats_go_to_standard_error(capsys):
     assert "tokens/s; ended by stop" in captured.err
 
 
+@pytest.mark.parametrize("command", [["generate", "-"], ["generate", "-", "--raw"], ["chat"]])
+def test_a_prompt_that_is_too_long_is_cut_on_request(monkeypatch, capsys, command):
+    for options, is_refused in (([], True), (["--on-overflow", "cut"], False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("again " * 200))
+        status = main([*command, "--max-seq-len", "64", "--temperature", "0", "--compile", "never", *options])
+        assert ("--on-overflow cut" in capsys.readouterr().err) == is_refused
+        assert is_refused or status == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

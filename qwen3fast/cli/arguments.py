@@ -57,6 +57,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="keep the smallest set of tokens whose probability reaches P")
     add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the most likely one")
     add("--max-tokens", type=int, metavar="N", help="new tokens at most [the rest of --max-seq-len]")
+    add("--on-overflow", choices=("error", "cut"), default="error", help="cut: shorten a prompt that is too long, "
+        "from its beginning [%(default)s]")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before this text; repeatable")
     add("--seed", type=int, metavar="N", help="the same seed gives the same reply [random]")
     add("--think", action="store_true", help="let the model reason before it answers")
