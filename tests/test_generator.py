@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randomized, small_config
 
-from qwen3fast import Generator, RequestMetrics, SamplingParams
+from qwen3fast import ChatSession, Generator, RequestMetrics, SamplingParams
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -197,6 +197,18 @@ def test_overflow_cut_needs_room_for_a_reply(model):
 def test_unknown_overflow_is_refused(generator):
     with pytest.raises(ValueError, match="on_overflow must be 'error' or 'cut', got 'drop'"):
         generator.generate([1], GREEDY, on_overflow="drop")
+
+
+METHODS = [getattr(Generator, name) for name in ("generate", "stream", "submit", "astream", "chat", "stream_chat")]
+
+
+@pytest.mark.parametrize("method", [*METHODS, ChatSession.send, ChatSession.stream], ids=lambda m: m.__qualname__)
+def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method):
+    name, instead = method.__name__, r"pass SamplingParams\(max_tokens=\.\.\., seed=\.\.\.\)"
+    with pytest.raises(TypeError, match=rf"^{name}\(\) takes no keyword max_tokens or seed; {instead}$"):
+        method(None, "hello", max_tokens=5, seed=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
+        method(None, "hello", max_len=5)
 
 
 def test_max_seq_len_beyond_the_model_is_refused(model):
