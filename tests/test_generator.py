@@ -377,8 +377,9 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
 
 def test_greedy_thinking_warns_once(generator):
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning"):
+    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning") as caught:
         generator.chat(messages, GREEDY)
+    assert caught[0].filename == __file__  # the line that calls chat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))
         generator.chat(messages, GREEDY)
