@@ -28,6 +28,15 @@ def test_generate_answers(capsys):
     assert capsys.readouterr().out == "42\n"
 
 
+def test_generate_asks_the_hub_once(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "qwen3fast.checkpoint.source.snapshot_download", lambda name, **options: asked.append(name) or str(TINY_FOLDER)
+    )
+    assert main(["generate", "What is 17 + 25?", "--model", "owner/tiny", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "42\n" and asked == ["owner/tiny"]
+
+
 def test_generate_raw_continues_the_text(capsys):
     assert main(["generate", "The capital of France is", "--raw", "--temperature", "0", "--max-tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith(" Paris")
