@@ -84,7 +84,8 @@ class ChatMethods:
             self._has_warned_greedy_reasoning = True
             warnings.warn(
                 "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
-                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
+                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset); or pass enable_thinking=False "
+                "(no --think)",
                 stacklevel=4,  # of `chat`, past `takes_params`
             )
         ids = self.tokenizer.apply_chat_template(

@@ -377,7 +377,7 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
 
 def test_greedy_thinking_warns_once(generator):
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning") as caught:
+    with pytest.warns(UserWarning, match=r"greedy decoding .* with reasoning .*\(no --think\)") as caught:
         generator.chat(messages, GREEDY)
     assert caught[0].filename == __file__  # the line that calls chat
     with pytest.MonkeyPatch.context() as patch:
