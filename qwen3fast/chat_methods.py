@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen3fast.results import GenerationResult, StreamChunk
-from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.prompt import Overflow
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
@@ -24,6 +24,7 @@ class ChatMethods:
 
     _has_warned_greedy_reasoning = False
 
+    @takes_params
     def chat(
         self,
         messages: list[Message],
@@ -44,6 +45,7 @@ class ChatMethods:
         reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
         return reply
 
+    @takes_params
     def stream_chat(
         self,
         messages: list[Message],
@@ -82,8 +84,9 @@ class ChatMethods:
             self._has_warned_greedy_reasoning = True
             warnings.warn(
                 "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
-                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset), or pass enable_thinking=False",
-                stacklevel=3,
+                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset); or pass enable_thinking=False "
+                "(no --think)",
+                stacklevel=4,  # of `chat`, past `takes_params`
             )
         ids = self.tokenizer.apply_chat_template(
             messages,

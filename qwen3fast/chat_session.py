@@ -7,7 +7,7 @@ from typing import Literal
 
 from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
-from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message
@@ -53,6 +53,7 @@ class ChatSession:
         self._last: RequestHandle | None = None  # the turn before
         self._ids: list[int] = []  # of all turns so far, as the model saw and made them
 
+    @takes_params
     def send(self, content: str | Message, params: SamplingParams | None = None) -> GenerationResult:
         """Send a message and wait for the reply. A turn that fails leaves the conversation unchanged.
 
@@ -63,6 +64,7 @@ class ChatSession:
         assert last.result is not None, "the last chunk has it"
         return last.result
 
+    @takes_params
     def stream(self, content: str | Message, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Send a message and yield the reply chunk by chunk. The turn is added once its reply has ended.
 

@@ -26,7 +26,7 @@ from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import formats_of
 from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
-from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling import DebugView, Dispatcher
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
@@ -163,6 +163,7 @@ class Generator(ChatMethods, AdapterMethods):
         tools: Tools | None = ...,
     ) -> list[GenerationResult]: ...
 
+    @takes_params
     def generate(
         self,
         prompts: Any,
@@ -259,6 +260,7 @@ class Generator(ChatMethods, AdapterMethods):
             for handle in handles:
                 handle.cancel()
 
+    @takes_params
     def submit(
         self,
         prompt: Prompt,
@@ -277,6 +279,7 @@ class Generator(ChatMethods, AdapterMethods):
         timeout = checked_timeout("timeout", timeout)
         return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow, tools=tools), timeout)
 
+    @takes_params
     async def astream(
         self,
         prompt: Prompt,
@@ -299,6 +302,7 @@ class Generator(ChatMethods, AdapterMethods):
             async for chunk in chunks:
                 yield chunk
 
+    @takes_params
     def stream(
         self,
         prompt: Prompt,

@@ -5,12 +5,14 @@ It holds what was asked for, as plain values; it must not know models, tokenizer
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from qwen3fast.checks import as_integer, checked_flag, checked_text
 from qwen3fast.text.plain_data import to_plain
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 # The fields that a checkpoint's preset fills in.
@@ -236,6 +239,20 @@ class SamplingParams:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # of a frozen dataclass
+
+
+def takes_params(function: Function) -> Function:
+    """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs."""
+    names = {field.name for field in fields(SamplingParams)} - {*inspect.signature(function).parameters}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        if wrong := [name for name in keywords if name in names]:
+            instead = f"SamplingParams({', '.join(f'{name}=...' for name in wrong)})"
+            raise TypeError(f"{function.__name__}() takes no keyword {' or '.join(wrong)}; pass {instead}")
+        return function(*args, **keywords)
+
+    return checked  # type: ignore[return-value]
 
 
 def _as_float(value: Any) -> float | None:

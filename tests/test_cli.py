@@ -28,6 +28,15 @@ def test_generate_answers(capsys):
     assert capsys.readouterr().out == "42\n"
 
 
+def test_generate_asks_the_hub_once(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "qwen3fast.checkpoint.source.snapshot_download", lambda name, **options: asked.append(name) or str(TINY_FOLDER)
+    )
+    assert main(["generate", "What is 17 + 25?", "--model", "owner/tiny", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "42\n" and asked == ["owner/tiny"]
+
+
 def test_generate_raw_continues_the_text(capsys):
     assert main(["generate", "The capital of France is", "--raw", "--temperature", "0", "--max-tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith(" Paris")
@@ -40,6 +49,15 @@ def test_generate_stats_go_to_standard_error(capsys):
     assert "tokens/s; ended by stop" in captured.err
 
 
+@pytest.mark.parametrize("command", [["generate", "-"], ["generate", "-", "--raw"], ["chat"]])
+def test_a_prompt_that_is_too_long_is_cut_on_request(monkeypatch, capsys, command):
+    for options, is_refused in (([], True), (["--on-overflow", "cut"], False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("again " * 200))
+        status = main([*command, "--max-seq-len", "64", "--temperature", "0", "--compile", "never", *options])
+        assert ("--on-overflow cut" in capsys.readouterr().err) == is_refused
+        assert is_refused or status == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +65,7 @@ def test_generate_stats_go_to_standard_error(capsys):
         (["generate", "hi", "--temperature", "-1"], "temperature must be a number from 0 to 1e+06, got -1.0"),
         (["generate", "hi", "--max-seq-len", "100000"], "exceeds the model's max_position_embeddings"),
         (["generate", "", "--raw"], "the prompt is empty"),
+        (["generate", "hi", "--quantization", "dequantize"], "use None (no --quantization)"),
         (["generate", "hi", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),
         (["chat", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),
         (["info", "--model", "random:7b"], "unknown Qwen3 shape '7b'"),

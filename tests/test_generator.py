@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randomized, small_config
 
-from qwen3fast import Generator, RequestMetrics, SamplingParams
+from qwen3fast import ChatSession, Generator, RequestMetrics, SamplingParams
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -199,6 +199,18 @@ def test_unknown_overflow_is_refused(generator):
         generator.generate([1], GREEDY, on_overflow="drop")
 
 
+METHODS = [getattr(Generator, name) for name in ("generate", "stream", "submit", "astream", "chat", "stream_chat")]
+
+
+@pytest.mark.parametrize("method", [*METHODS, ChatSession.send, ChatSession.stream], ids=lambda m: m.__qualname__)
+def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method):
+    name, instead = method.__name__, r"pass SamplingParams\(max_tokens=\.\.\., seed=\.\.\.\)"
+    with pytest.raises(TypeError, match=rf"^{name}\(\) takes no keyword max_tokens or seed; {instead}$"):
+        method(None, "hello", max_tokens=5, seed=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
+        method(None, "hello", max_len=5)
+
+
 def test_max_seq_len_beyond_the_model_is_refused(model):
     with pytest.raises(ValueError, match="max_seq_len 513 exceeds the model's max_position_embeddings 512"):
         Generator(model, max_seq_len=513)
@@ -365,8 +377,9 @@ def test_text_prompt_without_a_tokenizer_is_refused(model):
 
 def test_greedy_thinking_warns_once(generator):
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.warns(UserWarning, match="greedy decoding .* with reasoning"):
+    with pytest.warns(UserWarning, match=r"greedy decoding .* with reasoning .*\(no --think\)") as caught:
         generator.chat(messages, GREEDY)
+    assert caught[0].filename == __file__  # the line that calls chat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: pytest.fail("warned twice"))
         generator.chat(messages, GREEDY)

@@ -31,7 +31,7 @@ from qwen3fast.quantization import get_format
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize
-from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedLinear
+from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, find_shared_orders, order_problems
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ class _Filler:
         self._layers = PrequantizedLayers(options.prequantized, weights, {self._place(n) for n in names}, device)
         self._packed_stacks = self._stacks_to_pack()
         self._packed = {name: p.dtype for name, p in model.named_parameters() if name.endswith(PARAMETER_NAMES)}
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding))
+        self._fp8 = {f"{name}.weight_packed" for name, layer in layers if layer.format.name == "fp8"}
         self._loaded: set[str] = set()
         self.unused: list[str] = []
         self.problems: list[str] = []
@@ -189,7 +191,8 @@ class _Filler:
     def _put_plain(self, place: str, tensor: Tensor, where: str) -> None:
         device, dtype = self._options.device, self._options.dtype
         tensor = tensor.to(device) if place in self._packed else tensor.to(device, dtype)
-        if self._options.check_weights and (counts := non_finite(tensor)) is not None:
+        numbers = tensor.view(torch.float8_e4m3fn) if place in self._fp8 else tensor
+        if self._options.check_weights and (counts := non_finite(numbers)) is not None:
             self.bad_numbers.append(f"{where}: {counts}")
         self._loaded.add(place)
         if self._format is not None and self._is_packed_expert(place):

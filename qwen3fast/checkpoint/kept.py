@@ -97,7 +97,11 @@ class KeptCopy:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no other process writes this copy, and keep others waiting; parts that a killed one left go."""
+        """Wait until no other process writes this copy, and keep others waiting; parts that a killed one left go.
+
+        The lock file stays, empty: a waiting process may have opened it, and once it were unlinked, a third process
+        would lock another file of that name. Only recent versions of filelock notice that.
+        """
         root, name = self.folder.parent, self.folder.name
         with WeakFileLock(root / f".{name}.lock"):
             for left in root.glob(f".{name}-*"):

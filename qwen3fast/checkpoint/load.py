@@ -11,6 +11,7 @@ from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header, re
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
+from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
@@ -63,6 +64,8 @@ def load_model(
 def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
     """Return the model on meta, its layers in the formats that `load_model` gives them.
 
+    A folder whose files hold no output projection gets none.
+
     source: as `resolve_source` returns it. quantization: the format for safetensors that other software quantized;
     None for the usual one. Other checkpoints stay as they are.
     Raises: FileNotFoundError or ValueError, as `load_model`.
@@ -81,6 +84,8 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
     if theirs is not None:  # as usual; only the tensors tell which others are plain
         format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)
+    if any(source.glob("*.safetensors")) and not has_output_projection(stored.model, source):  # else config.json alone
+        model.register_module("lm_head", None)
     if format is not None:
         has_orders = theirs is not None and theirs.has_scattered_groups and theirs.keeps_numbers(format.name)
         quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)

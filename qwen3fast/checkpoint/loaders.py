@@ -133,7 +133,7 @@ class Loader:
             raise ValueError(
                 f"an adapter needs the original weights; the ones of {folder} ({stored.describe()}) would be loaded in "
                 f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and quantize afterwards; "
-                "or load it at run time, which needs no plain weights (adapters= of Generator)"
+                "or load it at run time, which needs no plain weights (adapters= of Generator, --adapter of serve)"
             )
         if self.has_adapter or format in (None, DEQUANTIZE):
             return None
@@ -168,7 +168,10 @@ class Loader:
 
     def _refuse_dequantizing(self, stored: PrequantizedFormat | None) -> None:
         if self.quantization == DEQUANTIZE and stored is None:
-            raise ValueError(f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None")
+            raise ValueError(
+                f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None "
+                "(no --quantization)"
+            )
 
 
 def _quantize_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:

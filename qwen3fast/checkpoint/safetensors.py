@@ -101,7 +101,7 @@ def has_output_projection(config: ModelConfig, folder: Path) -> bool:
     """Return whether a checkpoint has an output projection, tied or of its own. Raises: as `tensors_by_file`."""
     if config.tie_word_embeddings:
         return True
-    return any(place_of(name) == HEAD for names in tensors_by_file(folder).values() for name in names)
+    return any(name.startswith("lm_head.") for names in tensors_by_file(folder).values() for name in names)
 
 
 def has_other_head(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from qwen3fast.checkpoint import read_config
+from qwen3fast.checkpoint import read_config, resolve_source
 from qwen3fast.checks import checked_text
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
@@ -57,6 +57,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="keep the smallest set of tokens whose probability reaches P")
     add("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the most likely one")
     add("--max-tokens", type=int, metavar="N", help="new tokens at most [the rest of --max-seq-len]")
+    add("--on-overflow", choices=("error", "cut"), default="error", help="cut: shorten a prompt that is too long, "
+        "from its beginning [%(default)s]")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before this text; repeatable")
     add("--seed", type=int, metavar="N", help="the same seed gives the same reply [random]")
     add("--think", action="store_true", help="let the model reason before it answers")
@@ -82,12 +84,13 @@ def open_generator(args: argparse.Namespace) -> Generator:
     """
     if args.model.startswith("random:"):
         raise ValueError(f"{args.model} has random weights and no tokenizer: it can be measured (bench), not asked")
-    max_seq_len = args.max_seq_len
+    source, max_seq_len = args.model, args.max_seq_len
     if max_seq_len is None:
-        max_seq_len = min(GeneratorOptions.max_seq_len, read_config(args.model, args.revision).longest_context)
+        source = resolve_source(source, args.revision)  # once: from_pretrained would ask the hub again
+        max_seq_len = min(GeneratorOptions.max_seq_len, read_config(source).longest_context)
     has_terminal = sys.stderr is not None and sys.stderr.isatty()
     generator = Generator.from_pretrained(
-        args.model,
+        source,
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,

@@ -41,17 +41,20 @@ def run(args: argparse.Namespace) -> int:
             elif line.startswith("/"):
                 print("commands: /reset, /exit", file=sys.stderr)
             elif line:
-                reply = _reply(generator, [*messages, {"role": "user", "content": line}], params, args.think)
+                reply = _reply(generator, [*messages, {"role": "user", "content": line}], params, args)
                 if reply is not None:
                     messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
     return 0
 
 
-def _reply(generator: Generator, messages: list[Message], params: SamplingParams, think: bool) -> str | None:
+def _reply(
+    generator: Generator, messages: list[Message], params: SamplingParams, args: argparse.Namespace
+) -> str | None:
     """Stream one reply. Returns: its text, or None if it failed or was interrupted (the turn is then forgotten)."""
     text = ""
     try:
-        for chunk in generator.stream_chat(messages, params, enable_thinking=think):
+        options = {"enable_thinking": args.think, "on_overflow": args.on_overflow}
+        for chunk in generator.stream_chat(messages, params, **options):
             print(chunk.text, end="", flush=True)
             text += chunk.text
         print(flush=True)

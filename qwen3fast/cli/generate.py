@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
     with open_generator(args) as generator:
         has_template = generator.tokenizer is not None and generator.tokenizer.chat_template is not None
         if args.raw or not has_template:
-            chunks = generator.stream(prompt, params)
+            chunks = generator.stream(prompt, params, on_overflow=args.on_overflow)
         else:
-            chunks = generator.stream_chat([{"role": "user", "content": prompt}], params, enable_thinking=args.think)
+            options = {"enable_thinking": args.think, "on_overflow": args.on_overflow}
+            chunks = generator.stream_chat([{"role": "user", "content": prompt}], params, **options)
         result = None
         for chunk in chunks:
             print(chunk.text, end="", flush=True)

@@ -88,20 +88,22 @@ def _forms(config: ModelConfig) -> list[str]:
 def _describe(model: Qwen3, config: ModelConfig) -> dict[str, str]:
     """Return the lines of the table, by name."""
     kv_bytes = config.kv_bytes_per_token(config.dtype)
+    missing = 0 if model.lm_head is not None else config.vocab_size * config.hidden_size
+    projection = " (embedding tied)" if config.tie_word_embeddings else " (no output projection)" if missing else ""
     lines = {
-        "parameters": f"{config.num_parameters:,}",
+        "parameters": f"{config.num_parameters - missing:,}",
         "weights": f"{model.num_bytes():,} bytes in {_formats(model)}",
         "read per decoded token": f"{model.num_bytes(per_token=True) / 1e9:.3f} GB of weights",
         "KV cache": f"{kv_bytes / 1024:g} KiB per token; {kv_bytes * 4096 / 1e9:.3f} GB for 4,096",
         "layers": f"{config.num_hidden_layers}",
         "hidden / intermediate size": f"{config.hidden_size} / {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
-        "vocabulary": f"{config.vocab_size:,}" + (" (embedding tied)" if config.tie_word_embeddings else ""),
+        "vocabulary": f"{config.vocab_size:,}{projection}",
         "longest context": f"{config.longest_context:,}",
         "RoPE theta": f"{config.rope_theta:g}" + (f", YaRN factor {config.yarn.factor:g}" if config.yarn else ""),
     }
     if config.num_experts:
-        lines["parameters"] += f", {config.decode_parameters:,} of them active per token"
+        lines["parameters"] += f", {config.decode_parameters - missing:,} of them active per token"
         lines["experts"] = (
             f"{config.num_experts}, {config.num_experts_per_tok} per token, of {config.moe_intermediate_size}"
         )

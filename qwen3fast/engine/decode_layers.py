@@ -85,14 +85,22 @@ class DecodeLayers:
         )
 
     def prefill(
-        self, x_BTE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_BT: Tensor, row_B: Tensor, by_tiles: bool
+        self,
+        x_BTE: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        position_BT: Tensor,
+        row_B: Tensor,
+        by_tiles: bool,
+        last_B: Tensor | None = None,
     ) -> Tensor:
         """Run all blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Other arguments as of a step. by_tiles: multiply by tiles, on processors that have them.
+        Other arguments as of a step. by_tiles: multiply by tiles, on processors that have them. last_B: int64, the only
+        token of each batch row whose result is needed; None for all.
         Returns: (B, T, E) bfloat16. Raises: ValueError for a position or row outside of the cache.
         """
-        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles)
+        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles, last_B)
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.

@@ -156,7 +156,7 @@ def prefill_step(forward: Forward, prefill: Prefill, captured: CapturedChunks | 
         logits_1V = captured.run(forward, [prefill.row], [chunk], prefill.adapter > 0)
         return None if prefill.chunks else logits_1V.clone()
     row_1, token_1T = to_device([prefill.row], device), to_device([chunk.token_ids], device)
-    x_1TE = prefill_chunk(forward, row_1, token_1T, start)
+    x_1TE = prefill_chunk(forward, row_1, token_1T, start, lasts=None if wanted else [chunk.last])
     if prefill.wanted is not None and wanted:
         targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
         states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
@@ -187,7 +187,7 @@ def prefill_together(
         token_BT, (row_B, start_B) = to_device(token_ids, device), to_device([rows, starts], device)
         needs_mask = not finds_used_length_of_chunks(device, forward.model.config.head_dim)
         length = max(starts) + size if needs_mask else None
-        x_BTE = prefill_chunk(forward, row_B, token_BT, start_B, length)
+        x_BTE = prefill_chunk(forward, row_B, token_BT, start_B, length, lasts)
         if ends:
             logits_BV = logits_at(forward.parts, x_BTE, ends, [lasts[b] for b in ends])
             logits = {b: logits_BV[i : i + 1].clone() for i, b in enumerate(ends)}
@@ -206,14 +206,19 @@ def logits_at(parts: Parts, x_BTE: Tensor, rows: list[int], tokens: list[int]) -
 
 
 def prefill_chunk(
-    forward: Forward, row_B: Tensor, token_BT: Tensor, start: int | Tensor, length: int | None = None
+    forward: Forward,
+    row_B: Tensor,
+    token_BT: Tensor,
+    start: int | Tensor,
+    length: int | None = None,
+    lasts: Sequence[int] | None = None,
 ) -> Tensor:
     """Run all blocks over one chunk per batch row, at positions start, start + 1, ... of the cache's rows row_B.
 
     start: a number, for one batch row; or an int64 tensor (B,), which the host does not read, with `length`, the number
     of positions that are read, or None where attention needs no mask. A batch row that begins at NOWHERE writes nothing
     that is read. Padding at the end of a chunk writes keys and values as well; real tokens overwrite them before
-    attention can see them.
+    attention can see them. lasts: the only token of each batch row whose output is needed; None for all.
     Returns: the output of the last block, (B, T, E).
     """
     model, parts, cache, cos_SD, sin_SD = forward
@@ -230,7 +235,8 @@ def prefill_chunk(
     if layers is not None and length is not None and layers.serves_chunks(num_tokens):
         form = parts.forms.of_chunks(num_tokens, size, length)
         if form is not None:
-            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, form == TILES)
+            last_B = None if lasts is None else torch.tensor(lasts)
+            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, form == TILES, last_B)
     cos_BTD, sin_BTD = cos_SD[position_BT], sin_SD[position_BT]
     for block, layer in zip(model.model.layers, cache.layers(row_B), strict=True):
         x_BTE = parts.prefill_block(block, x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, *layer.tensors)

@@ -90,7 +90,8 @@ def fit_context(
         wanted = len(ids) + (max_tokens or 1)
         raise ValueError(
             f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
-            f"{max_seq_len}; shorten one, set max_seq_len (--max-seq-len) to {wanted}, or pass on_overflow='cut'"
+            f"{max_seq_len}; shorten one, set max_seq_len (--max-seq-len) to {wanted}, "
+            "or pass on_overflow='cut' (--on-overflow cut)"
         )
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len {max_seq_len} leaves no room for a reply")

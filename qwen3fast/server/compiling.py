@@ -56,16 +56,16 @@ def compile_meanwhile(state: ServerState) -> threading.Thread:
 def _compile(generator: Generator, waiting: dict[str, int], name: str) -> int:
     """Send requests of each kind until they need nothing new. Returns the number of compiled forms."""
     rng = random.Random(0)
-    before = -1
-    while (stats := generator.stats).compilations > before:
-        before = stats.compilations
-        for count in _counts(stats.max_batch_size):
+    compiled = [-2, -1]  # after each turn: two at least, since the first may only have loaded the C++ operations
+    while compiled[-1] > compiled[-2]:
+        for count in _counts(generator.stats.max_batch_size):
             for params in SAMPLINGS:
                 _run(generator, count, params, rng)
         while compiling := generator.stats.compiling:
             waiting[name] = compiling
             time.sleep(POLL_S)
-    return before
+        compiled.append(generator.stats.compilations)
+    return compiled[-1]
 
 
 def _counts(most: int) -> list[int]:

@@ -53,25 +53,25 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     Raises: ValueError for a repeated or missing name; as `Generator.from_pretrained`.
     """
     models: dict[str, AnyModel] = {}
+    adapters = _adapters(args)
+    names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
+    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
+    found = _find_models([_name_and_source(spec)[1] for spec in [*generators, *args.embedder, *args.reranker]])
+    adapter_folders = _find_adapters(adapters)
 
     def load(spec: str, kind: type[M], **more: object) -> M:
         name, source = _name_and_source(spec)
         logger.info("loading %s", name)
         common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
         common["calibrate"] = False if args.no_calibrate else None
-        base = _base_of_adapter(source)
-        if base is not None:
-            source, common["adapter"] = base, source
-        model: M = kind.from_pretrained(source, **common, **more)  # type: ignore[arg-type]
+        if _base_of_adapter(source) is not None:
+            common["adapter"] = source
+        model: M = kind.from_pretrained(found[source], **common, **more)  # type: ignore[arg-type]
         models[name] = model
         return model
 
-    adapters = _adapters(args)
-    names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
-    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
-    _find_all([_name_and_source(spec)[1] for spec in [*generators, *args.embedder, *args.reranker]], adapters)
     for spec in generators:
         generator = load(
             spec,
@@ -79,7 +79,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
             max_queue=args.max_queue,
-            adapters=adapters,
+            adapters=adapter_folders,
             threads=args.threads,
             compile=True if args.warmup else "auto",
         )
@@ -93,17 +93,24 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     return models
 
 
-def _find_all(sources: Iterable[str], adapters: Mapping[str, str]) -> None:
-    """Check that models and adapters are there, or download them, before the first one is loaded.
+def _find_models(sources: Iterable[str]) -> dict[str, str | Path]:
+    """Return the folder or file of each model, downloaded if need be, before the first one is loaded.
 
-    Raises: FileNotFoundError if one is not there; ValueError for an adapter that is damaged or not supported.
+    Raises: FileNotFoundError if one is not there.
     """
-    for source in sources:
-        model = _base_of_adapter(source) or source
-        if not model.startswith("random:"):
-            resolve_source(model)
-    for adapter in adapters.values():
-        LoraConfig.from_folder(resolve_adapter(adapter))
+    models = {source: _base_of_adapter(source) or source for source in sources}
+    return {name: it if it.startswith("random:") else resolve_source(it) for name, it in models.items()}
+
+
+def _find_adapters(adapters: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folder of each adapter by its name, downloaded if need be.
+
+    Raises: FileNotFoundError if one is not there; ValueError if one is damaged or not supported.
+    """
+    folders = {name: resolve_adapter(source) for name, source in adapters.items()}
+    for folder in folders.values():
+        LoraConfig.from_folder(folder)
+    return folders
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:

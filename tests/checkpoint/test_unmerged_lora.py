@@ -69,7 +69,7 @@ def test_embedding_and_output_projection_can_only_be_merged(tmp_path, module):
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         tensors = {name.replace("tokens.lora_A.weight", "tokens.lora_embedding_A"): t for name, t in tensors.items()}
         save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=rf"merge this adapter instead.*\n.*{module} is no linear layer"):
+    with pytest.raises(ValueError, match=rf"merge this adapter instead.*of serve.*\n.*{module} is no linear layer"):
         read(tmp_path, model)
 
 

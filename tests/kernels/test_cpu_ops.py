@@ -537,11 +537,11 @@ def chunks_case(format, starts, size, cache_dtype=torch.bfloat16, **changes):
     return model, cache, x_BTE, position_BT, torch.arange(len(starts)).flip(0)
 
 
-def run_chunks(model, cache, x_BTE, position_BT, row_B):
+def run_chunks(model, cache, x_BTE, position_BT, row_B, last_B=None):
     cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
     layers = DecodeLayers(model, cache)
     assert layers.serves_chunks(x_BTE.shape[0] * x_BTE.shape[1])
-    return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles=False)
+    return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles=False, last_B=last_B)
 
 
 @pytest.mark.parametrize("format", [None, *PACKED])
@@ -593,6 +593,23 @@ def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    ("format", "changes"),
+    [(None, {}), ("int8", {}), ("int4", {}), ("uint4", {}), ("fp8", {}), ("int4", EXPERTS)],
+    ids=str,
+)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("size", [8, 9, 40])
+def test_prefill_layers_compute_the_last_token_alone(format, changes, cache_dtype, size):
+    model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130, 7], size, cache_dtype, **changes)
+    other, last_B = copy.deepcopy(cache), torch.tensor([size - 1, 3, 0])
+    expected = run_chunks(model, other, x_BTE, position_BT, row_B)
+    actual = run_chunks(model, cache, x_BTE, position_BT, row_B, last_B)
+    assert_same(actual[torch.arange(3), last_B], expected[torch.arange(3), last_B])
+    assert_same(cache.tensors(), other.tensors())
+    assert torch.equal(actual, expected) == (size == 8)  # of longer chunks, the last block leaves tokens out
+
+
 def test_prefill_layers_pass_nan_on():
     for format, cache_dtype in product((None, *FORMATS), (torch.bfloat16, torch.int8)):
         model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 3], 9, cache_dtype)
@@ -637,6 +654,9 @@ def test_prefill_layers_leave_other_models_alone():
         ({"position_BT": torch.arange(-1, 8)[None]}, "position -1 is not in the cache"),
         ({"position_BT": torch.arange(9)}, r"positions must be \(B, T\) int64"),
         ({"row_B": torch.tensor([2])}, "a row of the cache for each batch row"),
+        ({"last_B": torch.tensor([9])}, "a token for each batch row"),
+        ({"last_B": torch.tensor([-1])}, "a token for each batch row"),
+        ({"last_B": torch.tensor([0, 0])}, "a token for each batch row"),
         ({"row_B": torch.tensor([0, 0])}, "a row of the cache for each batch row"),
         ({"x_BTE": torch.zeros(1, 9, 48).bfloat16()}, r"x must be \(B, T, E\) bfloat16"),
         ({"x_BTE": torch.zeros(1, 7, 64).bfloat16()}, "at least 8 tokens"),

@@ -110,8 +110,8 @@ def test_the_replies_vary(expected):
 def test_compiled_steps_of_two_processes_give_the_same_tokens(two, expected):
     results = two[0]["compiled"]
     assert_same_results(results, {"greedy": expected["greedy"][:4], "logits": expected["logits"]})
-    # A block for prefill and one for decoding, logits, the greedy sampler: as many as in one process.
-    assert results["compilations"] == 4
+    # As in one process: blocks for prefill and for decoding, logits; and the sampler without the C++ operations.
+    assert results["compilations"] in (3, 4)
 
 
 def test_each_process_rounds_its_part_of_the_weights(two, dense):

@@ -14,7 +14,7 @@ from qwen3fast import load_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels import cpu
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
@@ -82,6 +82,21 @@ def test_saving_and_loading_keep_them(tmp_path, name, number):
         assert 3 not in rows_that_are_finite(weight) and len(rows_that_are_finite(weight)) == 255
     with pytest.raises(ValueError, match=r"are not all finite in bfloat16[^$]*up_proj\.weight_scale.*NaN"):
         load_model(tmp_path / "saved", device="cpu", check_weights=True)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+@pytest.mark.parametrize("name", [UP, "model.embed_tokens", "model.layers.0.mlp.experts.down_proj"])
+def test_check_weights_finds_nan_in_packed_fp8(tmp_path, name, byte):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64} if "experts" in name else {}
+    model = randomized(small_config(**SIZES, **experts))
+    quantize_model(model, "fp8", torch.float32)
+    save_model(model, tmp_path)
+    load_model(tmp_path, device="cpu", check_weights=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{name}.weight_packed"][0, 1, 2, 3] = byte
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}\.weight_packed in model\.safetensors: 1 NaN and 0 infinite of"):
+        load_model(tmp_path, device="cpu", check_weights=True)
 
 
 @pytest.mark.parametrize(

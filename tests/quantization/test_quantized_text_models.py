@@ -8,7 +8,7 @@ from conftest import randomized, small_config, write_text_checkpoint
 from safetensors.torch import load_file, save_file
 from test_sentence_transformers import LAST, MEAN, PROMPTS, TEXTS, write
 
-from qwen3fast import Classifier, Embedder, Generator, Reranker
+from qwen3fast import Classifier, Embedder, Generator, Reranker, load_model
 from qwen3fast.checkpoint import read_checkpoint_config
 from qwen3fast.cli import main
 from qwen3fast.quantization import formats_of
@@ -40,6 +40,24 @@ def quantized(folder, name="int8", *options):
     output = folder.with_name("quantized")
     assert main(["quantize", "--model", str(folder), "--quantization", name, *options, "--output", str(output)]) == 0
     return output
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_info_counts_an_output_projection_only_where_there_is_one(tmp_path, tokenizer_folder, capsys, name, has_head):
+    source = tmp_path / "source"
+    write_without_projection(source, tokenizer_folder, vocab_size=1024)
+    if has_head:
+        model = randomized(small_config(tie_word_embeddings=False, vocab_size=1024, **SIZES))
+        write_text_checkpoint(source, model, tokenizer_folder)
+    plain = load_model(source, "cpu", output_projection=has_head)
+    folder = source if name is None else quantized(source, name)
+    capsys.readouterr()
+    assert main(["info", "--model", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f" {sum(p.numel() for p in plain.parameters()):,}\n" in out
+    assert f" {load_model(folder, 'cpu', output_projection=has_head).num_bytes():,} bytes in" in out
+    assert ("(no output projection)" in out) != has_head
 
 
 @pytest.mark.parametrize(("pooling", "kinds"), [(LAST, ("Pooling",)), (MEAN, ("Pooling", "Normalize"))])

@@ -150,6 +150,19 @@ def test_the_command_takes_adapters_of_one_model(folders):
         load_models(parse(*words, words[1]))
 
 
+def test_the_command_asks_the_hub_once_for_each_model_and_adapter(folders, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append(name)
+        return str(folders[name.removeprefix("owner/")])
+
+    monkeypatch.setattr("qwen3fast.checkpoint.source.snapshot_download", snapshot_download)
+    with load_models(parse("--model=owner/base", "--adapter=one=owner/one"))["owner/base"] as generator:
+        assert generator.adapters == ["one"]
+    assert asked == ["owner/base", "owner/one"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -19,7 +19,7 @@ from qwen3fast.checkpoint.safetensors import open_tensors
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.layers import QuantizedLinear
 
-MERGE = "merge this adapter instead: from_pretrained(..., adapter=...)"
+MERGE = "merge this adapter instead: from_pretrained(..., adapter=...), or its folder as --model of serve"
 
 
 def read_lora(

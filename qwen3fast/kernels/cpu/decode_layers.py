@@ -166,10 +166,12 @@ class DecodeLayersCall:
         position_BT: Tensor,
         row_B: Tensor,
         by_tiles: bool = False,
+        last_B: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Arguments as of a step; B * T at least MANY_ROWS. by_tiles: multiply by tiles, see tiles.cpp.
+        Arguments as of a step; B * T at least MANY_ROWS. by_tiles: multiply by tiles, see tiles.cpp. last_B: int64, the
+        only token of each batch row whose result is needed; None for all.
         Returns: (B, T, E). Raises: ValueError as a step, and where other weights than experts' have orders of channels.
         """
         B, T, _ = x_BTE.shape
@@ -180,11 +182,18 @@ class DecodeLayersCall:
             rows.dtype == torch.int64 and rows.shape == (B,) and all(0 <= row < self.R for row in rows.tolist()),
             "prefill_layers: a row of the cache for each batch row, int64",
         )
+        last = None if last_B is None else last_B.contiguous()
+        require(
+            last is None
+            or (last.dtype == torch.int64 and last.shape == (B,) and all(0 <= token < T for token in last.tolist())),
+            "prefill_layers: a token for each batch row, int64",
+        )
         position, y_BTE = self._checked(x_BTE, cos_SD, sin_SD, position_BT, first=0)
         functions.qwen3fast_prefill_layers(
             *self.fixed(B * T),
             *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, rows)),
             ctypes.c_int64(T),
+            None if last is None else ctypes.c_void_p(last.data_ptr()),
             ctypes.c_void_p(y_BTE.data_ptr()),
             ctypes.c_bool(by_tiles),
             ctypes.c_int64(torch.get_num_threads()),

@@ -130,11 +130,11 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks for chunks of prompts, in place of x (B, T, E): position (B, T), row (B,), the cache row of each batch row; in
-// sizes, M is B T. B T at least 8, otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts
+// sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. B T at least 8, otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts
 // have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-                                            BFloat16* x, bool by_tiles, int64_t threads);
+                                            const int64_t* last, BFloat16* x, bool by_tiles, int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
 // as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of

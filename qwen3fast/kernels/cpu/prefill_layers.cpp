@@ -17,6 +17,8 @@
 
 namespace {
 
+constexpr int64_t kTail = 8;
+
 // One forward pass. M tokens, all batch rows together.
 struct Pass {
   const Sizes size;
@@ -53,10 +55,12 @@ void add_to_residual(Pass& p) {
   });
 }
 
-// Normalizes and rotates queries and keys in place, and writes keys and values to the cache, whose numbers are T.
+// Normalizes and rotates H query heads and K key heads in place, and writes keys and values to the cache, whose numbers are T.
+// qkv: (M, (H + 2K) D).
 template <typename T>
-void write_cache(Pass& p, const Layer& layer) {
-  const auto& [M, E, H, K, D, S, eps] = p.size;
+void write_cache(Pass& p, const Layer& layer, int64_t H, int64_t K) {
+  const int64_t M = p.size.M, D = p.size.D, S = p.size.S;
+  const float eps = p.size.eps;
   const Cache& cache = layer.cache;
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
@@ -110,30 +114,77 @@ void add_experts(Pass& p, const Layer& layer) {
   });
 }
 
+// The rest of a block behind its attention y.
+void finish_block(Pass& p, const Layer& layer) {
+  multiply(p, p.y.data(), &layer.o, 1, p.z.data());
+  add_to_residual(p);
+  norm_rows(p, layer.post_norm);
+  if (layer.router.weight) return add_experts(p, layer);
+  multiply_gated(p, layer);
+  multiply(p, p.act.data(), &layer.down, 1, p.z.data());
+  add_to_residual(p);
+}
+
+Pass make_pass(Sizes size, const float* cos, const float* sin, const int64_t* position, const int64_t* row, int64_t T,
+               BFloat16* x, bool by_tiles, int64_t threads) {
+  const auto room = [&](int64_t columns) { return std::vector<BFloat16>(size.M * columns); };
+  const int64_t E = size.E, width = (size.H + 2 * size.K) * size.D;
+  return {size, cos, sin, position, row, T, x, by_tiles, threads, room(E), room(width), room(size.H * size.D), room(E),
+          {}, {}, {}, {}, {}, {}};
+}
+
+template <typename T>
+void run_block(Pass& p, const Layer& layer) {
+  const auto& [M, E, H, K, D, S, eps] = p.size;
+  norm_rows(p, layer.input_norm);
+  const Linear qkv[] = {layer.q, layer.k, layer.v};
+  multiply(p, p.normed.data(), qkv, 3, p.qkv.data());
+  write_cache<T>(p, layer, H, K);
+  attend_chunks(p.qkv.data(), (H + 2 * K) * D, layer.cache, p.position, p.row, p.y.data(), M / p.T, p.T, H, K, S, D,
+                p.threads);
+  finish_block(p, layer);
+}
+
+// The same for the last block, of which one token per batch row is needed: keys and values of all tokens, the rest of kTail
+// tokens that include it, since products of fewer rows have another form.
+template <typename T>
+void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
+  const auto& [M, E, H, K, D, S, eps] = p.size;
+  const int64_t B = M / p.T;
+  norm_rows(p, layer.input_norm);
+  const Linear kv[] = {layer.k, layer.v};
+  multiply(p, p.normed.data(), kv, 2, p.qkv.data());
+  write_cache<T>(p, layer, 0, K);
+
+  std::vector<BFloat16> x(B * kTail * E);
+  std::vector<int64_t> position(B * kTail), from(B * kTail);
+  for (int64_t m = 0; m < B * kTail; m++) {
+    const int64_t b = m / kTail, first = std::clamp<int64_t>(last[b] - kTail + 1, 0, p.T - kTail);
+    from[m] = b * p.T + first + m % kTail;
+    position[m] = p.position[from[m]];
+    std::copy_n(p.x + from[m] * E, E, &x[m * E]);
+  }
+  Pass few = make_pass({B * kTail, E, H, K, D, S, eps}, p.cos, p.sin, position.data(), p.row, kTail, x.data(), p.by_tiles,
+                       p.threads);
+  norm_rows(few, layer.input_norm);
+  multiply(few, few.normed.data(), &layer.q, 1, few.qkv.data());
+  write_cache<T>(few, layer, H, 0);
+  attend_chunks(few.qkv.data(), H * D, layer.cache, few.position, p.row, few.y.data(), B, kTail, H, K, S, D, p.threads);
+  finish_block(few, layer);
+  for (int64_t m = 0; m < B * kTail; m++) std::copy_n(&x[m * E], E, p.x + from[m] * E);
+}
+
 }  // namespace
 
 void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                              const int64_t* position, const int64_t* row, int64_t T, BFloat16* x, bool by_tiles,
-                              int64_t threads) {
-  const auto& [M, E, H, K, D, S, eps] = *sizes;
-  const auto room = [M](int64_t columns) { return std::vector<BFloat16>(M * columns); };
-  Pass p{*sizes, cos, sin, position, row, T, x, by_tiles, threads, room(E), room((H + 2 * K) * D), room(H * D), room(E),
-         {}, {}, {}, {}, {}, {}};
+                              const int64_t* position, const int64_t* row, int64_t T, const int64_t* last, BFloat16* x,
+                              bool by_tiles, int64_t threads) {
+  Pass p = make_pass(*sizes, cos, sin, position, row, T, x, by_tiles, threads);
+  const bool is_int8 = layers[0].cache.key_scale;
   for (const Layer* layer = layers; layer < layers + count; layer++) {
-    norm_rows(p, layer->input_norm);
-    const Linear qkv[] = {layer->q, layer->k, layer->v};
-    multiply(p, p.normed.data(), qkv, 3, p.qkv.data());
-    (layer->cache.key_scale ? write_cache<int8_t> : write_cache<BFloat16>)(p, *layer);
-    attend_chunks(p.qkv.data(), (H + 2 * K) * D, layer->cache, position, row, p.y.data(), M / T, T, H, K, S, D, threads);
-    multiply(p, p.y.data(), &layer->o, 1, p.z.data());
-    add_to_residual(p);
-    norm_rows(p, layer->post_norm);
-    if (layer->router.weight) {
-      add_experts(p, *layer);
-      continue;
-    }
-    multiply_gated(p, *layer);
-    multiply(p, p.act.data(), &layer->down, 1, p.z.data());
-    add_to_residual(p);
+    if (last && T > kTail && layer == layers + count - 1)
+      (is_int8 ? run_last_block<int8_t> : run_last_block<BFloat16>)(p, *layer, last);
+    else
+      (is_int8 ? run_block<int8_t> : run_block<BFloat16>)(p, *layer);
   }
 }
