@@ -33,7 +33,7 @@ SOURCES = (
 )  # what takes longest first
 HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
-    *("sampler.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
+    *("best.h", "sampler.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "processors.cpp")}

@@ -62,7 +62,6 @@ struct Shared {
   Barrier barrier;
   const Adapters* adapters;            // null for none
   std::unique_ptr<BFloat16[]> scores;  // (M, V), the logits
-  std::unique_ptr<float[]> row;        // (V,), one row's
   std::unique_ptr<Sampler> sampler;
 };
 
@@ -217,9 +216,7 @@ void run_head(const Task& task, Shared& s, int thread, int threads) {
       for (int64_t n = blocks.begin * kLanes; n < blocks.end * kLanes; n += kLanes) store(logits + m * V + n, load(row + n));
       continue;
     }
-    const auto [begin, end] = s.sampler->share(thread, threads);
-    for (int64_t n = begin; n < end; n += kLanes) store(s.row.get() + n, load(row + n));
-    const int64_t token = s.sampler->choose(s.row.get(), sampling, m, s.barrier, thread, threads);
+    const int64_t token = s.sampler->choose(row, sampling, m, s.barrier, thread, threads);
     if (thread) continue;
     ends.output[m] = token;
     ends.input[m] = std::max<int64_t>(token, 0);  // the next input must be a valid token
@@ -257,13 +254,12 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
   }
   const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
   Shared shared{sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}, {}};
+                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
   if (task) {
-    const int64_t V = task->ends.head.N;
-    shared.scores.reset(new BFloat16[M * V]);
-    if (!task->logits) shared.row.reset(new float[V]), shared.sampler = std::make_unique<Sampler>(V, threads, !task->sampling);
+    shared.scores.reset(new BFloat16[M * task->ends.head.N]);
+    if (!task->logits) shared.sampler = std::make_unique<Sampler>(task->ends.head.N, threads, !task->sampling);
   }
   const bool is_rounded = layers[0].cache.key_scale;
   const double begin = seconds(CLOCK_MONOTONIC);
