@@ -17,7 +17,7 @@ def draw(record: Record) -> Figure:
     operators = [name for (name,) in unique(record, "operator") if name not in ("whole", "other")] + ["other"]
     bars = {phase: unique(record, "context", "format", phase=phase) for (phase,) in unique(record, "phase")}
     height = 2.3 + 0.32 * max(len(shapes) for shapes in bars.values())
-    subtitle = f"{record.model['name']}, one request: milliseconds of each operator"
+    subtitle = f"{record.model['name']}, one request: milliseconds of each operator run by itself, and of the whole"
     figure = new_figure(record, "Time of a decode step and of a prefill by operator", subtitle, (14.0, height))
     for i, (phase, shapes) in enumerate(bars.items()):
         axes = figure.add_axes((0.1 + 0.47 * i, 0.75 / height, 0.36, (height - 2.15) / height))
@@ -28,7 +28,9 @@ def draw(record: Record) -> Figure:
                 ms = max(0.0, case.metrics["operator_ms"].median) if case else 0.0  # the rest may be negative
                 axes.barh(row, ms, left=start, height=0.66, color=color, label=name if row == 0 and i == 0 else None)
                 start += ms
-            axes.text(start, row, f"  {short(start)}", va="center", size=9, color=INK)
+            whole = find(record, phase=phase, context=context, format=format, operator="whole")
+            ms = start if whole is None else whole.metrics["operator_ms"].median  # less, where they run in one
+            axes.text(start, row, f"  {short(ms)}", va="center", size=9, color=INK)
         axes.set_yticks(range(len(shapes)), [f"{context:,} tokens, {format}" for context, format in shapes])
         axes.invert_yaxis()
         style_axes(axes, "milliseconds", "", {"decode": "decode step, by context"}.get(phase, "prefill, by length"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomized, small_config
-from test_decode_step import step_case
+from test_cpu_steps import step_case
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers

@@ -141,7 +141,7 @@ def test_a_failure_in_a_chunk_leaves_the_others_as_they_are(monkeypatch):
     scheduler.add(broken)
     scheduler.step()
 
-    def fail(*arguments):
+    def fail(*arguments, **more):
         raise MemoryError("no room")
 
     with monkeypatch.context() as without:
