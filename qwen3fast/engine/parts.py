@@ -215,7 +215,7 @@ class Parts:
             logits=compiler.part(run_logits, dynamic=(any_rows,), is_compiled=not is_cpu or not is_bfloat16),
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
-            samplers=_samplers(compiler, device, (any_rows, *all_rows[: len(SamplerRows._fields)])),
+            samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
@@ -246,15 +246,16 @@ def _after_loading(model: Qwen3, cache: StaticKVCache, measure: Callable[[], Non
     measure()
 
 
-def _samplers(compiler: StepCompiler, device: torch.device, dynamic: tuple[Sizes, ...]) -> dict[SamplerKind, Function]:
-    is_cuda = device.type == cuda.DEVICE_TYPE
+def _samplers(
+    compiler: StepCompiler, is_cpu: bool, is_cuda: bool, dynamic: tuple[Sizes, ...]
+) -> dict[SamplerKind, Function]:
     plain = {
         kind: compiler.part(
             partial(run_sampler, kind), dynamic, is_compiled=kind is not SamplerKind.FULL or not is_cuda
         )
         for kind in SamplerKind
     }
-    if is_cuda or device.type != "cpu" or not compiler.uses_operations:
+    if not is_cpu or not compiler.uses_operations:
         return {**plain}
     return {kind: CpuSampler(kind, part) for kind, part in plain.items()}
 

@@ -36,7 +36,8 @@ def run(session: Session) -> None:
         for format, bench in benches.items():
             case = session.case(bench, mode, format, context, 1, o.new_tokens, allocated=fixed, varies="used")
             run = partial(_steps, caches[format], context, o.new_tokens)
-            tasks.append(Task(case, run, expected_s=session.expected_s(mode, case.facts, o.new_tokens)))
+            facts = case.facts | {"prefill_flop": 0.0}
+            tasks.append(Task(case, run, expected_s=session.expected_s(mode, facts, o.new_tokens)))
         groups.append(Group(f"{context:,} tokens", tasks))
     sizes = [n for n in ALLOCATED if n <= session.config.longest_context]
     context = min(o.contexts[len(o.contexts) // 2], sizes[0] // 2)

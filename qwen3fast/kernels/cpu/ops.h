@@ -1,5 +1,6 @@
-// The functions that Python calls by ctypes (ops.py, decode_layers.py, decode_step.py, sampler.py). PyTorch's C++ headers are not needed: they would
-// take longer to compile than all of this. Shapes, types and layouts are checked in Python; every array is contiguous.
+// The functions that Python calls by ctypes (ops.py, decode_layers.py, decode_step.py, sampler.py). PyTorch's C++ headers are
+// not needed: they would take longer to compile than all of this. Shapes, types and layouts are checked in Python; every
+// array is contiguous.
 // `threads`: the number of threads that may be used.
 //
 //   B batch   T tokens   H query heads   K key/value heads   G = H/K   D head_dim   R cache rows   S cache positions
@@ -130,8 +131,8 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
                                                int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // All blocks for chunks of prompts, in place of x (B, T, E): position (B, T), row (B,), the cache row of each batch row; in
-// sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. B T at least 8, otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts
-// have orders of channels.
+// sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. B T at least 8,
+// otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
                                             const int64_t* last, BFloat16* x, bool by_tiles, int64_t threads);
