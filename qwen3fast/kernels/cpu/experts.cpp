@@ -16,13 +16,9 @@ bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const
   RoutedExperts routed;
   if (!routed.plan(expert, N, C, *gate_up, *down)) return false;
   threads = std::clamp<int64_t>(N * C * down->K * gate_up->K / kGrain, 1, threads);
-  Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
+  in_threads(threads, [&](int thread, Barrier& barrier) {
     const auto row_of = [&](int64_t n) { return x + n * gate_up->K; };
-    routed.run(row_of, *gate_up, *down, y, barrier, omp_get_thread_num(), omp_get_num_threads());
-  }
+    routed.run(row_of, *gate_up, *down, y, barrier, thread, barrier.threads);
+  });
   return true;
 }

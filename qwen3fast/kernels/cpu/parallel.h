@@ -9,18 +9,6 @@
 #include <cstdint>
 #include <thread>
 
-// Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do.
-template <typename Work>
-void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& work) {
-  threads = std::min(threads, (count + grain - 1) / grain);
-  if (threads <= 1) return work(int64_t{0}, count);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), given = omp_get_num_threads();  // may be fewer than asked for
-    work(count * thread / given, count * (thread + 1) / given);
-  }
-}
-
 // Where threads wait for each other.
 struct Barrier {
   int threads = 1;
@@ -42,3 +30,79 @@ struct Barrier {
     }
   }
 };
+
+// Threads that run one piece of work after another, and spin between them: waking a thread takes as long as a short piece.
+class Team {
+ public:
+  // The team that this thread leads.
+  inline static thread_local Team* led = nullptr;
+
+  // Runs body() in this thread, which leads a team meanwhile: in_threads and parallel_for run in it.
+  template <typename Body>
+  static void lead(int64_t threads, const Body& body) {
+    Team team;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+      team.barrier_.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
+      if (const int thread = omp_get_thread_num()) {
+        for (team.barrier_.wait(); team.call_; team.barrier_.wait()) {
+          team.call_(team.work_, thread, team.barrier_);
+          team.barrier_.wait();
+        }
+      } else {
+        led = &team;
+        body();
+        led = nullptr;
+        team.call_ = nullptr;
+        team.barrier_.wait();
+      }
+    }
+  }
+
+  // Runs work(thread, barrier) in all threads.
+  template <typename Work>
+  void run(const Work& work) {
+    led = nullptr;
+    work_ = &work;
+    call_ = [](const void* work, int thread, Barrier& barrier) { (*static_cast<const Work*>(work))(thread, barrier); };
+    barrier_.wait();
+    work(0, barrier_);
+    barrier_.wait();
+    led = this;
+  }
+
+ private:
+  Barrier barrier_;
+  const void* work_ = nullptr;
+  void (*call_)(const void* work, int thread, Barrier& barrier) = nullptr;
+};
+
+// Runs work(thread, barrier) in up to `threads` threads; barrier.threads tells how many there are.
+template <typename Work>
+void in_threads(int64_t threads, const Work& work) {
+  if (Team::led) return Team::led->run(work);
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
+    work(omp_get_thread_num(), barrier);
+  }
+}
+
+// Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do.
+template <typename Work>
+void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& work) {
+  threads = std::min(threads, (count + grain - 1) / grain);
+  if (threads <= 1) return work(int64_t{0}, count);
+  const auto run_part = [&](int64_t thread, int64_t given) {
+    work(count * thread / given, count * (thread + 1) / given);
+  };
+  if (Team::led)
+    return Team::led->run([&](int64_t thread, const Barrier& barrier) {
+      if (thread < threads) run_part(thread, std::min<int64_t>(threads, barrier.threads));
+    });
+#pragma omp parallel num_threads(threads)
+  run_part(omp_get_thread_num(), omp_get_num_threads());  // may be fewer than asked for
+}

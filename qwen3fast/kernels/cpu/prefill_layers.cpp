@@ -179,12 +179,14 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
 void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                               const int64_t* position, const int64_t* row, int64_t T, const int64_t* last, BFloat16* x,
                               bool by_tiles, int64_t threads) {
-  Pass p = make_pass(*sizes, cos, sin, position, row, T, x, by_tiles, threads);
-  const bool is_int8 = layers[0].cache.key_scale;
-  for (const Layer* layer = layers; layer < layers + count; layer++) {
-    if (last && T > kTail && layer == layers + count - 1)
-      (is_int8 ? run_last_block<int8_t> : run_last_block<BFloat16>)(p, *layer, last);
-    else
-      (is_int8 ? run_block<int8_t> : run_block<BFloat16>)(p, *layer);
-  }
+  Team::lead(threads, [&] {
+    Pass p = make_pass(*sizes, cos, sin, position, row, T, x, by_tiles, threads);
+    const bool is_int8 = layers[0].cache.key_scale;
+    for (const Layer* layer = layers; layer < layers + count; layer++) {
+      if (last && T > kTail && layer == layers + count - 1)
+        (is_int8 ? run_last_block<int8_t> : run_last_block<BFloat16>)(p, *layer, last);
+      else
+        (is_int8 ? run_block<int8_t> : run_block<BFloat16>)(p, *layer);
+    }
+  });
 }
