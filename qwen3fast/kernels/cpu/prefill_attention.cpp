@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kRows = 128;  // of a tile: queries, each with the G heads of a group
 constexpr int64_t kKeys = 64;   // of a tile
+constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: those of 2 x 2 tiles of AMX
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
 // The nearest bfloat16 numbers; those below 1.2e-38 may become zero.
@@ -44,14 +45,15 @@ void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, ui
     }
 }
 
-// out += a b for four rows and kChunks * 16 columns at a time. a: (rows, 2 num_pairs) bfloat16, rows a_stride apart; b:
-// num_pairs rows of pairs of numbers, b_stride apart, each in 32 bits; out: (rows, columns) float32, out_stride apart.
-template <int kChunks>
+// out += a b for four rows and kChunks * 16 columns at a time; with kAdds false, out = a b. a: (rows, 2 num_pairs) bfloat16,
+// rows a_stride apart; b: num_pairs rows of pairs of numbers, b_stride apart, each in 32 bits; out: (rows, columns) float32,
+// out_stride apart.
+template <int kChunks, bool kAdds>
 void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
                  int64_t num_pairs, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += 4) {
-    Vec total[4][kChunks];
-    for (int i = 0; i < 4; i++)
+    Vec total[4][kChunks] = {};
+    for (int i = 0; kAdds && i < 4; i++)
       for (int c = 0; c < kChunks; c++) total[i][c] = load(out + (r + i) * out_stride + c * kLanes);
     for (int64_t t = 0; t < num_pairs; t++) {
       Bits value[kChunks];
@@ -67,14 +69,15 @@ void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
 }
 
 // The same for any number of columns that is a multiple of sixteen; by tiles, rows and pairs must be multiples of it, too.
-inline void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
-                        int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
-  if (tiles_are_used) return add_by_tiles(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
+template <bool kAdds>
+void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
+                 int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
+  if (tiles_are_used) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
   int64_t c = 0;
   for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
-    add_product<4>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
+    add_product<4, kAdds>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
   for (; c < columns; c += kLanes)
-    add_product<1>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
+    add_product<1, kAdds>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
 }
 
 // Sixteen cached numbers as bits of bfloat16, each in the lower half of a lane.
@@ -104,9 +107,40 @@ struct Tile {
   std::vector<int64_t> visible;
 
   Tile(int64_t rows, int64_t D)
-      : q(rows * D), keys(kKeys * D), weight(rows * kKeys), score(rows * kKeys), out(rows * D), maximum(rows + kLanes), total(rows + kLanes),
+      : q(rows * D), keys(kKeys * D), weight(kTogether * kKeys), score(kTogether * kKeys), out(rows * D), maximum(rows + kLanes), total(rows + kLanes),
         columns(D / 2 * kKeys), pairs(kKeys / 2 * D), visible(rows) {}
 };
+
+// Scores of up to kTogether rows with `columns` keys from `start` on, and what they do to the results of the keys before.
+void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t columns, int64_t D, float scale) {
+  add_columns<false>(&tile.q[r * D], D, tile.columns.data(), kKeys, rows, D / 2, columns, tile.score.data(), kKeys);
+  for (int64_t first = 0; first < rows; first += kLanes) {  // sixteen rows at a time share the latency of their reductions
+    const int64_t count = std::min(kLanes, rows - first), at = r + first;
+    Vec most[kLanes] = {}, total[kLanes] = {};
+    for (int64_t i = 0; i < count; i++) {
+      float* s = &tile.score[(first + i) * kKeys];
+      for (int64_t t = std::clamp<int64_t>(tile.visible[at + i] - start, 0, columns); t < columns; t++) s[t] = kHidden;
+      most[i] = load(s);
+      for (int64_t t = kLanes; t < columns; t += kLanes) most[i] = larger(most[i], load(s + t));
+    }
+    const Vec before = load(&tile.maximum[at]), maximum = larger(before, fold(most, larger));
+    const Vec shrink = exp_of_negative((before - maximum) * scale);
+    store(&tile.maximum[at], maximum);
+    for (int64_t i = 0; i < count; i++) {
+      const float* s = &tile.score[(first + i) * kKeys];
+      for (int64_t t = 0; t < columns; t += kLanes) {
+        const Vec weight = exp_of_negative((load(s + t) - maximum[i]) * scale);
+        store_nearest(&tile.weight[(first + i) * kKeys + t], weight);
+        total[i] += weight;
+      }
+      float* const out = &tile.out[(at + i) * D];
+      for (int64_t d = 0; start && shrink[i] < 1 && d < D; d += kLanes) store(out + d, load(out + d) * shrink[i]);
+    }
+    store(&tile.total[at], load(&tile.total[at]) * shrink + sums(total));
+  }
+  const auto add = start ? add_columns<true> : add_columns<false>;
+  add(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, columns / 2, D, &tile.out[r * D], D);
+}
 
 // `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
 // first head of the group; the next query is a stride of numbers on. Row r of the tile is query r / G, head r % G.
@@ -117,7 +151,6 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
   const int64_t used = count * G, rows = padded_rows(used), multiple = tiles_are_used ? kTileDepth : kLanes;
   for (int64_t r = 0; r < rows; r++)  // the last row is repeated
     std::copy_n(q + std::min(r, used - 1) / G * q_stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
-  std::fill_n(tile.out.begin(), rows * D, 0.f);
   std::fill(tile.total.begin(), tile.total.end(), 0.f);
   std::fill(tile.maximum.begin(), tile.maximum.end(), kHidden);
   for (int64_t r = 0; r < rows; r++) tile.visible[r] = position[std::min(r, used - 1) / G] + 1;
@@ -126,33 +159,6 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
     const int64_t keys = std::min(kKeys, end - start), padded = (keys + multiple - 1) / multiple * multiple;
     const BFloat16* key = tile_keys(k + start * D, k_scale + (k_scale ? start : 0), keys, D, tile.keys.data());
     key_columns(key, keys, padded, D, tile.columns.data());
-    std::fill_n(tile.score.begin(), rows * kKeys, 0.f);
-    add_columns(tile.q.data(), D, tile.columns.data(), kKeys, rows, D / 2, padded, tile.score.data(), kKeys);
-    for (int64_t r = 0; r < rows; r += kLanes) {  // sixteen rows at a time share the latency of their reductions
-      const int64_t count_r = std::min(kLanes, rows - r);
-      Vec most[kLanes] = {}, total[kLanes] = {};
-      for (int64_t i = 0; i < count_r; i++) {
-        float* s = &tile.score[(r + i) * kKeys];
-        for (int64_t t = std::clamp<int64_t>(tile.visible[r + i] - start, 0, keys); t < padded; t++) s[t] = kHidden;
-        most[i] = load(s);
-        for (int64_t t = kLanes; t < padded; t += kLanes) most[i] = larger(most[i], load(s + t));
-      }
-      const Vec before = load(&tile.maximum[r]), maximum = larger(before, fold(most, larger));
-      const Vec shrink = exp_of_negative((before - maximum) * scale);
-      store(&tile.maximum[r], maximum);
-      for (int64_t i = 0; i < count_r; i++) {
-        const float* s = &tile.score[(r + i) * kKeys];
-        for (int64_t t = 0; t < padded; t += kLanes) {
-          const Vec weight = exp_of_negative((load(s + t) - tile.maximum[r + i]) * scale);
-          store_nearest(&tile.weight[(r + i) * kKeys + t], weight);
-          total[i] += weight;
-        }
-        if (shrink[i] < 1)
-          for (int64_t d = 0; d < D; d += kLanes)
-            store(&tile.out[(r + i) * D + d], load(&tile.out[(r + i) * D + d]) * shrink[i]);
-      }
-      store(&tile.total[r], load(&tile.total[r]) * shrink + sums(total));
-    }
     for (int64_t t = 0; t < padded; t += 2) {
       const int64_t first = start + std::min(t, keys - 1), second = start + std::min(t + 1, keys - 1);
       const float first_scale = v_scale ? v_scale[first] : 1.f, second_scale = v_scale ? v_scale[second] : 1.f;
@@ -161,7 +167,12 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
         std::memcpy(&tile.pairs[t / 2 * D + d], &pair, sizeof pair);
       }
     }
-    add_columns(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, padded / 2, D, tile.out.data(), D);
+    for (int64_t r = 0; r < rows; r += kTogether) {
+      const int64_t count_r = std::min(kTogether, rows - r), *visible = &tile.visible[r];
+      const int64_t seen = *std::max_element(visible, visible + count_r) - start;  // keys behind these cost nothing
+      const int64_t columns = std::clamp((seen + multiple - 1) / multiple * multiple, start ? 0 : multiple, padded);
+      if (columns > 0) add_scores(tile, r, count_r, start, columns, D, scale);
+    }
   }
   for (int64_t r = 0; r < used; r++)
     for (int64_t d = 0; d < D; d += kLanes)
