@@ -1,10 +1,10 @@
-"""Decoding speed while another program computes on some of the cores (Linux).
+"""Speed of prefill and decode while another program computes on some of the cores (Linux).
 
     python benchmarks/shared_cores.py --output bench_results/shared-cores.json
 
 A model with random weights generates greedily, alone and beside programs that only compute: one that is kept on the
-first core, one on any core, and one per core. `taken` is their share of the processor during the steps. The speed that
-is lost should be about that: at most 1.3 times.
+first core, one on any core, and one per core. `taken` is their share of the processor meanwhile. The speed that is lost
+should be about that: at most 1.3 times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
 from qwen3fast.engine.threads import SparedThreads
 
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = 32  # before decoding
 SETTLE_S = 0.3  # until the system has spread threads over cores
 COMPUTES = "import os, sys; os.sched_setaffinity(0, eval(sys.argv[1])); print(flush=True)\nwhile True: pass"
 
@@ -64,9 +64,9 @@ def processor_seconds(pid: int) -> float:
 
 
 def generate(generator: Generator, prompt: list[int], new_tokens: int, programs: list[set[int]]) -> Measurement:
-    """Return the seconds of all steps after the first token, and the other programs' share of all CPUs meanwhile.
+    """Return the seconds of a prompt's prefill or of the steps after it, and the other programs' share of all CPUs.
 
-    All threads are tried first, whatever the replies before have found.
+    new_tokens: steps to time; 0 means the prefill. All threads are tried first, whatever the replies before have found.
     """
     params = SamplingParams(temperature=0, max_tokens=new_tokens + 1, ignore_eos=True)
     layers = generator.debug.engine.parts.decode_layers
@@ -75,7 +75,8 @@ def generate(generator: Generator, prompt: list[int], new_tokens: int, programs:
     with running(programs) as pids:
         time.sleep(SETTLE_S)
         stream = generator.stream(prompt, params)
-        next(stream)
+        if new_tokens:
+            next(stream)
         used, started = sum(map(processor_seconds, pids)), time.perf_counter()
         for _ in stream:
             seconds = time.perf_counter() - started
@@ -90,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", default="plain,int8,int4", help="comma-separated [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=128, help="timed per reply [%(default)s]")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the timed prefill [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the plain forms")
     parser.add_argument("--output", type=Path, default=Path("bench_results/shared-cores.json"), help="[%(default)s]")
@@ -108,22 +110,26 @@ def main() -> int:
         for format in args.formats.split(","):
             quantization = None if format == "plain" else format
             options = {
-                "max_seq_len": PROMPT_TOKENS + args.new_tokens + 1,
+                "max_seq_len": max(PROMPT_TOKENS + args.new_tokens, args.prompt_tokens) + 1,
+                "prefix_reuse": False,
                 "compile": args.compile,
                 "threads": args.threads,
             }
             with Generator.from_pretrained(args.model, device="cpu", quantization=quantization, **options) as generator:
                 generator.warmup()
-                prompt = make_prompts(generator.config.vocab_size, PROMPT_TOKENS, 1)[0]
                 tasks = []
-                for others, programs in others_of(os.sched_getaffinity(0)).items():
-                    case = Case({"format": format, "others": others}, {"tokens": args.new_tokens})
-                    tasks.append(Task(case, partial(generate, generator, prompt, args.new_tokens, programs)))
+                for what, new_tokens in (("prefill", 0), ("decode", args.new_tokens)):
+                    size = PROMPT_TOKENS if new_tokens else args.prompt_tokens
+                    prompt = make_prompts(generator.config.vocab_size, size, 1)[0]
+                    for others, programs in others_of(os.sched_getaffinity(0)).items():
+                        labels = {"format": format, "what": what, "others": others}
+                        case = Case(labels, {"tokens": new_tokens or size})
+                        tasks.append(Task(case, partial(generate, generator, prompt, new_tokens, programs)))
                 harness.measure(tasks, args.rounds, format)
     harness.finish()
     record.cases = [case for case in record.cases if case.samples]
     write_json(record.to_dict(), args.output)
-    print(as_text(tables.shared_cores_rows(record), left=2))
+    print(as_text(tables.shared_cores_rows(record), left=3))
     print(f"wrote {args.output}")
     return 130 if record.interrupted else 0
 

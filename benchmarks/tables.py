@@ -158,18 +158,18 @@ def adapters_rows(record: Record) -> Rows:
 
 def shared_cores_rows(record: Record) -> Rows:
     """Tokens per second beside other programs, and the speed lost by the share of the processor that they took."""
-    rows, alone = [["format", "other programs", "tok/s", "they took", "speed lost", "lost / taken"]], dict[Any, Any]()
+    rows, alone = [["format", "", "other programs", "tok/s", "they took", "speed lost", "lost / taken"]], dict[Any, Any]()
     for case in record.cases:
-        format, others = case.labels.values()
+        format, what, others = (str(label) for label in case.labels.values())
         speeds = [case.facts["tokens"] / s for s in case.samples["seconds"]]
-        first = alone.setdefault(format, speeds)  # without other programs
+        first = alone.setdefault((format, what), speeds)  # without other programs
         lost = [1 - speed / full for speed, full in zip(speeds, first, strict=False)]  # interrupted runs
         taken = case.samples["taken"]
         cells = ["", "", ""]
         if others != "none":
             ratios = [share / part for share, part in zip(lost, taken, strict=False) if part]
             cells = [f"{median(taken):.0%}", f"{median(lost):.0%}", f"{median(ratios):.2f}" if ratios else ""]
-        rows.append([str(format), str(others), f"{median(speeds):.1f}", *cells])
+        rows.append([format, what, others, f"{median(speeds):.1f}", *cells])
     return rows
 
 

@@ -152,7 +152,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "moe": lambda record: as_markdown(tables.moe_rows(record), left=1),
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
     "adapters": lambda record: as_markdown(tables.adapters_rows(record), left=3),
-    "shared-cores": lambda record: as_markdown(tables.shared_cores_rows(record), left=2),
+    "shared-cores": lambda record: as_markdown(tables.shared_cores_rows(record), left=3),
     "prequantized": lambda record: as_markdown(tables.prequantized_rows(record), left=2),
     "quantization-tiny": lambda record: as_markdown(tables.quantization_rows(record), left=1),
 }

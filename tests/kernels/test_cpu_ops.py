@@ -593,6 +593,16 @@ def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format
         torch.set_num_threads(threads)
 
 
+def test_prefill_layers_take_fewer_threads_than_asked_for():
+    """Where the system has no more: each test of the threads again, in a process that gets two at most."""
+    test = f"{__file__}::{test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads.__name__}"
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", test]
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "failed" not in done.stdout and "skipped" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("format", "changes"),
     [(None, {}), ("int8", {}), ("int4", {}), ("uint4", {}), ("fp8", {}), ("int4", EXPERTS)],

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -20,13 +21,16 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="th
 def test_every_format_meets_every_other_program(monkeypatch, tmp_path, one_thread, capsys):
     monkeypatch.setattr(benchmark, "SETTLE_S", 0)
     options = ["--model", "tiny", "--formats", "plain,int4", "--rounds", "1", "--new-tokens", "8", "--no-compile"]
+    options += ["--prompt-tokens", "40"]
     monkeypatch.setattr(sys, "argv", ["shared_cores.py", *options, "--output", str(tmp_path / "record.json")])
     assert benchmark.main() == 0
     record = load_record(tmp_path / "record.json")
     others = ["none", "one, on one core", "one", "one per core"]
-    assert [tuple(case.labels.values()) for case in record.cases] == [(f, o) for f in ("plain", "int4") for o in others]
+    cases = product(("plain", "int4"), ("prefill", "decode"), others)
+    assert [tuple(case.labels.values()) for case in record.cases] == list(cases)
+    assert {case.labels["what"]: case.facts["tokens"] for case in record.cases} == {"prefill": 40, "decode": 8}
     assert all(len(case.samples["seconds"]) == len(case.samples["taken"]) == 1 for case in record.cases)
-    assert [case.samples["taken"] for case in record.cases if case.labels["others"] == "none"] == [[0], [0]]
+    assert [case.samples["taken"] for case in record.cases if case.labels["others"] == "none"] == 4 * [[0]]
     assert "one, on one core" in capsys.readouterr().out
 
 
@@ -50,9 +54,9 @@ def test_speed_lost_is_taken_within_rounds():
         ("one", [2.0, 4.0], [0.5, 0.25]),
         ("one per core", [2.0, 2.0], nothing),
     ):
-        record.cases.append(Case({"format": "plain", "others": others}, {"tokens": 10}))
+        record.cases.append(Case({"format": "plain", "what": "decode", "others": others}, {"tokens": 10}))
         record.cases[-1].samples = {"seconds": seconds, "taken": taken}
     rows = tables.shared_cores_rows(record)
-    assert rows[1] == ["plain", "none", "7.5", "", "", ""]
-    assert rows[2] == ["plain", "one", "3.8", "38%", "50%", "1.50"]
-    assert rows[3] == ["plain", "one per core", "5.0", "0%", "25%", ""]
+    assert rows[1] == ["plain", "decode", "none", "7.5", "", "", ""]
+    assert rows[2] == ["plain", "decode", "one", "3.8", "38%", "50%", "1.50"]
+    assert rows[3] == ["plain", "decode", "one per core", "5.0", "0%", "25%", ""]

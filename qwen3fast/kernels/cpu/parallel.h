@@ -20,15 +20,19 @@ struct Barrier {
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
       round.store(current + 1, std::memory_order_release);
+      round.notify_all();
       return;
     }
     for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
-      if (spins > 20000) std::this_thread::yield();  // another program has the processor of a thread waited for
+      if (spins > kSpins) round.wait(current);  // another program has the processor of a thread waited for: give it this one
     }
   }
+
+ private:
+  static constexpr int64_t kSpins = 3000;
 };
 
 // Threads that run one piece of work after another, and spin between them: waking a thread takes as long as a short piece.
