@@ -158,7 +158,8 @@ def adapters_rows(record: Record) -> Rows:
 
 def shared_cores_rows(record: Record) -> Rows:
     """Tokens per second beside other programs, and the speed lost by the share of the processor that they took."""
-    rows, alone = [["format", "", "other programs", "tok/s", "they took", "speed lost", "lost / taken"]], dict[Any, Any]()
+    rows = [["format", "", "other programs", "tok/s", "they took", "speed lost", "lost / taken"]]
+    alone = dict[Any, Any]()
     for case in record.cases:
         format, what, others = (str(label) for label in case.labels.values())
         speeds = [case.facts["tokens"] / s for s in case.samples["seconds"]]
