@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import update_readme
 
 import qwen3fast
-from qwen3fast import Embedder, Generator, Reranker
+from qwen3fast import Embedder, Generator, ModelConfig, Reranker
+from qwen3fast.model import build_on_meta
+from qwen3fast.quantization import quantize_model
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "https://github.com/qwen3fast/qwen3fast"
@@ -156,6 +159,21 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, page
+
+
+def test_memory_of_models_is_what_they_take():
+    guide = TEXTS["docs/guides/quantization.md"]
+    rows = re.findall(r"^\| (\S+b) \| (.*) \|$", guide, re.MULTILINE)
+    assert len(rows) == 8
+    for name, cells in rows:
+        config = ModelConfig.named(name)
+        models = [build_on_meta(config) for _ in range(5)]
+        for model, quantization in zip(models[1:], ("int8", "fp8", "int4", "uint4"), strict=True):
+            quantize_model(model, quantization, config.dtype)
+        plain, int8, fp8, int4, uint4 = (f"{model.num_bytes() / 1e9:.2f}" for model in models)
+        assert int8 == fp8
+        cache = (round(config.kv_bytes_per_token(dtype) / 1024, 2) for dtype in (torch.bfloat16, torch.int8))
+        assert cells.split(" | ") == [plain, int8, int4, uint4, *(f"{kib:g}" for kib in cache)], name
 
 
 def test_every_public_name_is_in_the_api_reference():
