@@ -27,6 +27,7 @@ DOCUMENTS = [
     for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "examples/README.md")
 ] + PAGES
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
+NOTEBOOK = "examples/qwen3_from_scratch.ipynb"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!#)([^)\s]+)\)")
 
@@ -128,10 +129,10 @@ def test_programs_that_commands_name_exist():
     assert [name for name in sorted(named - {"program.py"}) if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("document", TEXTS)
+@pytest.mark.parametrize("document", [*TEXTS, NOTEBOOK])
 def test_links_lead_somewhere(document):
     missing = []
-    for link in LINK.findall(FENCE.sub("", TEXTS[document])):
+    for link in LINK.findall(FENCE.sub("", (ROOT / document).read_text(encoding="utf-8"))):
         path, _, anchor = link.partition("#")
         if path.startswith((f"{REPOSITORY}/blob/main/", f"{REPOSITORY}/tree/main/", RAW)):
             target = ROOT / path.removeprefix(RAW).removeprefix(REPOSITORY).split("/main/")[-1].lstrip("/")
