@@ -37,6 +37,7 @@ NOT_RUN = {
     ("docs/guides/quantization.md", 'theirs = Generator.from_pretrained("Qwen/Qwen3-8B-AWQ")'): "GGUF files",
     ("docs/guides/adapters.md", "from qwen3fast import Generator, SamplingParams"): "adapters",
     ("docs/guides/devices.md", "from qwen3fast import Generator"): "torchrun",
+    ("docs/guides/embeddings.md", "from qwen3fast import Classifier"): "a score head",
     ("docs/guides/devices.md", 'generator = Generator.from_pretrained("Qwen/Qwen3-0.6B", device="cuda")'): "a GPU",
 }
 
