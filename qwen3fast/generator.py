@@ -323,8 +323,9 @@ class Generator(ChatMethods, AdapterMethods):
     def warmup(self, progress: bool = False) -> None:
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
 
-        On CUDA it also captures the graphs of decode steps, without logits processors and log-probabilities: the first
-        request with these captures their graphs.
+        On CPUs it also builds the C++ operations and measures which forms of computations are the fastest. On CUDA it
+        also captures the graphs of decode steps, without logits processors and log-probabilities: the first request
+        with these captures their graphs.
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)

@@ -33,8 +33,8 @@ class GeneratorOptions:
         max_batch_size: requests that run at the same time, each in a slot of the cache; more requests wait.
         kv_cache_dtype: "auto" keeps keys and values in the weights' dtype; "int8" quantizes them, with one scale per
             vector, and takes half of bfloat16's memory.
-        compile: True compiles before the first token; "auto" compiles while tokens are generated (on CPUs; on CUDA it
-            means True); False does not compile.
+        compile: True compiles before the first token, and on CPUs builds the C++ operations and measures forms; "auto"
+            does so while tokens are generated (on CPUs; on CUDA it means True); False compiles nothing.
         cuda_graphs: replay decode steps as CUDA graphs; False launches each kernel from the host.
         prefix_reuse: keep keys and values of earlier requests, and compute only the part of a prompt after the longest
             prefix that it shares with one of them. Switch it off before changing weights in place.

@@ -154,7 +154,7 @@ class GeneratorStats:
     """The state of a Generator.
 
     Attributes:
-        compilations, compile_s: graphs compiled so far, and the seconds this took. compiling: with compile="auto", how
+        compilations, compile_s: forms compiled so far, and the seconds this took. compiling: with compile="auto", how
             many the thread that compiles has still to do, of those that requests have needed so far.
         cuda_graphs: CUDA graphs captured. kv_cache_bytes, weight_bytes: memory on the device.
         slots_in_use, max_batch_size: running requests, and their limit. waiting: requests without a slot.

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import update_readme
 
 import qwen3fast
-from qwen3fast import Embedder, Generator, Reranker
+from qwen3fast import Embedder, Generator, ModelConfig, Reranker
+from qwen3fast.model import build_on_meta
+from qwen3fast.quantization import quantize_model
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "https://github.com/qwen3fast/qwen3fast"
@@ -24,6 +27,7 @@ DOCUMENTS = [
     for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "examples/README.md")
 ] + PAGES
 TEXTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in DOCUMENTS}
+NOTEBOOK = "examples/qwen3_from_scratch.ipynb"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!#)([^)\s]+)\)")
 
@@ -33,6 +37,7 @@ NOT_RUN = {
     ("docs/guides/quantization.md", 'theirs = Generator.from_pretrained("Qwen/Qwen3-8B-AWQ")'): "GGUF files",
     ("docs/guides/adapters.md", "from qwen3fast import Generator, SamplingParams"): "adapters",
     ("docs/guides/devices.md", "from qwen3fast import Generator"): "torchrun",
+    ("docs/guides/embeddings.md", "from qwen3fast import Classifier"): "a score head",
     ("docs/guides/devices.md", 'generator = Generator.from_pretrained("Qwen/Qwen3-0.6B", device="cuda")'): "a GPU",
 }
 
@@ -125,10 +130,10 @@ def test_programs_that_commands_name_exist():
     assert [name for name in sorted(named - {"program.py"}) if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("document", TEXTS)
+@pytest.mark.parametrize("document", [*TEXTS, NOTEBOOK])
 def test_links_lead_somewhere(document):
     missing = []
-    for link in LINK.findall(FENCE.sub("", TEXTS[document])):
+    for link in LINK.findall(FENCE.sub("", (ROOT / document).read_text(encoding="utf-8"))):
         path, _, anchor = link.partition("#")
         if path.startswith((f"{REPOSITORY}/blob/main/", f"{REPOSITORY}/tree/main/", RAW)):
             target = ROOT / path.removeprefix(RAW).removeprefix(REPOSITORY).split("/main/")[-1].lstrip("/")
@@ -156,6 +161,21 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, page
+
+
+def test_memory_of_models_is_what_they_take():
+    guide = TEXTS["docs/guides/quantization.md"]
+    rows = re.findall(r"^\| (\S+b) \| (.*) \|$", guide, re.MULTILINE)
+    assert len(rows) == 8
+    for name, cells in rows:
+        config = ModelConfig.named(name)
+        models = [build_on_meta(config) for _ in range(5)]
+        for model, quantization in zip(models[1:], ("int8", "fp8", "int4", "uint4"), strict=True):
+            quantize_model(model, quantization, config.dtype)
+        plain, int8, fp8, int4, uint4 = (f"{model.num_bytes() / 1e9:.2f}" for model in models)
+        assert int8 == fp8
+        cache = (round(config.kv_bytes_per_token(dtype) / 1024, 2) for dtype in (torch.bfloat16, torch.int8))
+        assert cells.split(" | ") == [plain, int8, int4, uint4, *(f"{kib:g}" for kib in cache)], name
 
 
 def test_every_public_name_is_in_the_api_reference():
