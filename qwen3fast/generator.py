@@ -401,6 +401,6 @@ class Generator(ChatMethods, AdapterMethods):
             compile = True  # ranks that try a compiled form at different times would wait for each other forever
         slots, rank = adapter_room(options)
         if slots and ranks is not None:
-            raise ValueError("adapters need a model in one process; merge one with adapter=... to use tensor_parallel")
+            raise ValueError("adapters exclude tensor_parallel: leave it out, or load a merged checkpoint")
         engine = Engine(self.model, cache, self.device, compile, options.cuda_graphs, None, options.forms, slots, rank)
         return engine if ranks is None else lead_or_follow(engine, ranks)

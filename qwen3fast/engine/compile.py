@@ -79,7 +79,8 @@ class StepCompiler:
         if mode not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
         self.mode = mode
-        self.enabled = bool(mode) and (device.type != "cpu" or _has_cpp_compiler())
+        can_compile = device.type != "cpu" or _has_cpp_compiler()
+        self.enabled, self.lacks_compiler = bool(mode) and can_compile, bool(mode) and not can_compile
         self.thread: ThreadPoolExecutor | None = None
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
@@ -223,6 +224,7 @@ class StepPart:
     ) -> None:
         self.function, self.compiler, self.dynamic = function, compiler, dynamic
         self._is_compiled = is_compiled and compiler.enabled
+        self._lacks_compiler = is_compiled and compiler.lacks_compiler
         self._kinds: dict[nn.Module | None, int] = {}  # a number per kind of module
         self._parameters: dict[tuple[Any, ...], int] = {}  # the same number by names and shapes
         self._forms: dict[tuple[Any, ...], Function] = {}  # by static shapes
@@ -236,6 +238,8 @@ class StepPart:
     def choose(self, module: nn.Module | None, *tensors: Tensor | None) -> Function:
         """Return the form for tensors of these shapes: looked up once, it can run any number of modules."""
         if not self._is_compiled:
+            if self._lacks_compiler:
+                _warn_of_missing_compiler()
             self.compiler.is_ready()
             return self._uncompiled()[0] if self.compiler.uses_operations else self.function
         kind = self.kind(module)
@@ -378,14 +382,15 @@ def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
 
 
 def _has_cpp_compiler() -> bool:
-    """Return whether Inductor's CPU backend has a C++ compiler; warn once if not."""
+    """Return whether Inductor's CPU backend has a C++ compiler."""
     candidates = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    if any(candidate and shutil.which(candidate) for candidate in candidates):
-        return True
+    return any(candidate and shutil.which(candidate) for candidate in candidates)
+
+
+def _warn_of_missing_compiler() -> None:
     warnings.warn(
         "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
         "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
         "or set CXX; compile=False (--compile never) silences this.",
         stacklevel=2,
     )
-    return False

@@ -46,7 +46,7 @@ def compile_meanwhile(state: ServerState) -> threading.Thread:
                 return
             finally:
                 state.compiling.pop(name, None)
-            logger.info("%s: compiled %d forms after %.0f s", name, forms, time.perf_counter() - started)
+            logger.info("%s: ready after %.0f s, %d compiled forms", name, time.perf_counter() - started, forms)
 
     thread = threading.Thread(target=run, name="compile-meanwhile", daemon=True)
     thread.start()

@@ -8,6 +8,7 @@ from conftest import engine_of, randomized, small_config
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import StepKind
+from qwen3fast.kernels import cpu
 from qwen3fast.scheduling import Request, Scheduler
 
 MAX_SEQ_LEN = 300
@@ -192,10 +193,20 @@ def test_uncached_mode_compiles_once_for_all_lengths(model):
 def test_missing_cpp_compiler_falls_back_with_a_warning(model, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.warns(UserWarning, match=r"no C\+\+ compiler found.*apt-get install g\+\+"):
-        generator = Generator(model, max_seq_len=64, compile=True)
-    assert len(generator.generate([1, 2], SamplingParams(max_tokens=3)).token_ids) == 3
-    assert generator.stats.compilations == 0
+    with (
+        pytest.warns(UserWarning, match=r"no C\+\+ compiler found.*apt-get install g\+\+"),
+        Generator(model, max_seq_len=64, compile=True) as generator,
+    ):
+        assert len(generator.generate([1, 2], SamplingParams(max_tokens=3)).token_ids) == 3
+        assert generator.stats.compilations == 0
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations here")
+def test_models_that_run_in_cpp_need_no_compiler(monkeypatch, recwarn):
+    monkeypatch.setattr("qwen3fast.engine.compile._has_cpp_compiler", lambda: False)
+    with Generator.from_pretrained("tiny", dtype="bfloat16", max_seq_len=64, compile=True) as generator:
+        assert generator.generate(list(range(1, 40)), SamplingParams(max_tokens=3)).token_ids
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_scheduler_gives_a_freed_row_to_the_next_request(model):

@@ -45,7 +45,7 @@ def test_ready_tells_how_much_is_left_to_compile(tiny_generator, monkeypatch, ca
     go_on.set()
     thread.join(30)
     assert ask_ready(app) == (200, {"status": "ready"})
-    assert "tiny: compiled 1 forms after 0 s" in caplog.messages
+    assert "tiny: ready after 0 s, 1 compiled forms" in caplog.messages
 
 
 def test_all_numbers_of_rows_and_all_samplers_are_asked_for(tiny_generator, monkeypatch):  # noqa: F811
