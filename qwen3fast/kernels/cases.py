@@ -56,11 +56,12 @@ def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> 
 
     weight: one tensor in bfloat16, or packed weight and scale.
     """
-    (N, K), plain, by_tiles = weight[0].shape[:2], LINEAR, (TILES,)
+    (N, K), by_tiles, plain = weight[0].shape[:2], [TILES], LINEAR
     if len(weight) > 1:
-        N, K, plain = N * weight[0].shape[2], K * (4 if weight[1].dtype == torch.float32 else 8), DEQUANTIZED
-        if packed_linear(*weight).has_int8_tiles:
-            by_tiles = (INT8_TILES, TILES)
+        linear, plain = packed_linear(*weight), DEQUANTIZED
+        N, K = linear.N, linear.K
+        if linear.has_int8_tiles:
+            by_tiles = [INT8_TILES, TILES]
     names = (CPP, *(by_tiles if tiles.are_announced() else ()), plain)
     calls = partial(_linear, rows, K, weight, names)
     return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))

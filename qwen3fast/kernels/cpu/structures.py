@@ -55,7 +55,7 @@ class LinearPointers(ctypes.Structure):
     @property
     def has_int8_tiles(self) -> bool:
         """Return whether `Tiles.INT8` multiplies this weight in int8."""
-        return self.bits == 8 and self.span == 0 and self.K % 64 == 0
+        return bool(self.bits == 8 and self.span == 0 and self.K % 64 == 0)
 
 
 class Cache(ctypes.Structure):

@@ -14,7 +14,7 @@
 // tiles takes 16 cycles for 64 channels of int8 as for 32 of bfloat16; the sums of a span are stored, converted and added
 // up, which takes 2 x 2 tiles about 128 cycles. So spans of 32 channels take longer than bfloat16 (of 4-bit weights, too,
 // whose scales change there), spans of 128 as long, and spans of 256 at most three quarters. The error of x's levels is
-// at most sqrt(kSpan / kGroup) = 2.8 times as large as with groups of 32, for numbers of one size about 1.3 times.
+// at most sqrt(kSpan / kGroup) = 2.8 times as large as with groups of 32, for normally distributed numbers about 1.3 times.
 
 #include <algorithm>
 #include <cstdint>
@@ -140,6 +140,7 @@ void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, i
 }
 
 // All rows of x in int8 with a panel in int8.
+template <int kBlocks>
 void int8_panel(const Panel& panel, const Levels& x, int64_t width) {
   const Linear& weight = *panel.weight;
   const int64_t block_bytes = kTileRows * weight.K;  // of 16 rows, of x as of the weight
@@ -150,19 +151,19 @@ void int8_panel(const Panel& panel, const Levels& x, int64_t width) {
   alignas(64) int32_t results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < x.M; m0 += kTwo) {
     const int64_t rows = std::min(x.M - m0, kTwo);
-    Vec totals[kTwo][2] = {};
+    Vec totals[kTwo][kBlocks] = {};
     for (int64_t s = 0, k = 0; s < x.spans; s++, k += kSpan) {
-      multiply_sides<false>(rows > kTileRows, panel.blocks == 2, side(x.levels.data(), m0 / kTileRows, k),
+      multiply_sides<false>(rows > kTileRows, kBlocks == 2, side(x.levels.data(), m0 / kTileRows, k),
                             side(weight.weight, panel.block, k), std::min(kSpan, weight.K - k) / kTileBytes, results, kTwo);
       for (int64_t m = 0; m < rows; m++)
-        for (int64_t j = 0; j < panel.blocks; j++) {
+        for (int j = 0; j < kBlocks; j++) {
           const int64_t i = (m0 + m) * x.spans + s;
           const Ints sums = load_as<Ints>(results + m * kTwo + j * kLanes) + x.offset[i];
           totals[m][j] += __builtin_convertvector(sums, Vec) * x.scale[i];
         }
     }
     for (int64_t m = 0; m < rows; m++)
-      for (int64_t j = 0; j < panel.blocks; j++)
+      for (int j = 0; j < kBlocks; j++)
         store(panel.y + (m0 + m) * width + j * kLanes,
               totals[m][j] * load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes));
   }
@@ -222,7 +223,7 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
       if (is_plain) {
         plain_panel(panels[i], x_start, M, width);
       } else if (uses_int8(*panels[i].weight)) {
-        int8_panel(panels[i], levels, width);
+        (panels[i].blocks == 2 ? int8_panel<2> : int8_panel<1>)(panels[i], levels, width);
       } else {
         pairs.resize(K);
         packed_panel(panels[i], x, rest.data(), M, width, pairs.data());
