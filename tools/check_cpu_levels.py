@@ -62,6 +62,10 @@ def product_cases() -> Iterator[Case]:
             packed = format.operands(packed)
             linear = packed_linear(*packed)
             yield name, (M, 48, K, linear.bits, linear.span, linear.record), (x, *packed), expected
+    for M, N, K in ((1, 16, 64), (16, 48, 320), (33, 64, 576), (70, 48, 256)):
+        x, packed = bfloat16(M, K), quantize(torch.randn(N, K), FORMATS["int8"])
+        expected = F.linear(x.float(), FORMATS["int8"].dequantize(packed).float())
+        yield "tiles8", (M, N, K, 8, 0, 0), (x, *packed), expected
     x, weight = bfloat16(33, 96), bfloat16(48, 96)
     yield "tiles", (33, 48, 96, 16, 0, 0), (x, weight, NONE), F.linear(x.float(), weight.float())
 

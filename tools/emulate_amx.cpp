@@ -1,6 +1,6 @@
 // Runs AMX's instructions on x86-64 processors that have none: each raises SIGILL, whose handler does what it would do.
 // Linked to kernel_cases.cpp by tools/check_cpu_levels.py. Only what tiles.cpp uses is known: ldtilecfg, tilerelease,
-// tilezero, tileloadd, tilestored, tdpbf16ps. Anything else ends the program.
+// tilezero, tileloadd, tilestored, tdpbf16ps, tdpbsud. Anything else ends the program.
 // Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2 (their encodings and operations).
 
 #include <signal.h>
@@ -26,10 +26,16 @@ thread_local bool is_configured = false;
   _exit(3);
 }
 
-float number(const uint8_t* bytes) {
-  uint16_t bits;
-  std::memcpy(&bits, bytes, 2);
-  return std::bit_cast<float>(uint32_t{bits} << 16);
+// Adds to a sum the product of 32 bits of each side: two bfloat16 numbers, or four bytes, of a signed, of b unsigned.
+void add_product(float& sum, const uint8_t* a, const uint8_t* b) {
+  uint16_t of_a[2], of_b[2];
+  std::memcpy(of_a, a, 4), std::memcpy(of_b, b, 4);
+  const auto number = [](uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); };
+  for (int i = 0; i < 2; i++) sum += number(of_a[i]) * number(of_b[i]);
+}
+
+void add_product(int32_t& sum, const uint8_t* a, const uint8_t* b) {
+  for (int i = 0; i < 4; i++) sum += static_cast<int8_t>(a[i]) * b[i];
 }
 
 void configure(const uint8_t* palette) {
@@ -45,14 +51,14 @@ void configure(const uint8_t* palette) {
   is_configured = true;
 }
 
+template <typename Sum>
 void multiply(Tile& c, const Tile& a, const Tile& b) {
-  if (c.rows != a.rows || c.bytes != b.bytes || a.bytes / 4 != b.rows) fail("tdpbf16ps: tiles do not fit\n");
+  if (c.rows != a.rows || c.bytes != b.bytes || a.bytes / 4 != b.rows) fail("a product of tiles that do not fit\n");
   for (int m = 0; m < c.rows; m++)
     for (int n = 0; n < c.bytes / 4; n++) {
-      float sum;
+      Sum sum;
       std::memcpy(&sum, c.data[m] + 4 * n, 4);
-      for (int k = 0; k < a.bytes / 4; k++)
-        for (int i = 0; i < 2; i++) sum += number(a.data[m] + 4 * k + 2 * i) * number(b.data[k] + 4 * n + 2 * i);
+      for (int k = 0; k < a.bytes / 4; k++) add_product(sum, a.data[m] + 4 * k, b.data[k] + 4 * n);
       std::memcpy(c.data[m] + 4 * n, &sum, 4);
     }
 }
@@ -88,7 +94,9 @@ class Instruction {
           std::memcpy(row, tiles[reg].data[m], tiles[reg].bytes);
       }
     } else if (opcode_ == 0x5c && prefix_ == 2 && !is_memory) {
-      multiply(tiles[reg], tiles[rm], tiles[vvvv_]);
+      multiply<float>(tiles[reg], tiles[rm], tiles[vvvv_]);
+    } else if (opcode_ == 0x5e && prefix_ == 2 && !is_memory) {
+      multiply<int32_t>(tiles[reg], tiles[rm], tiles[vvvv_]);
     } else {
       fail("an instruction of AMX that is not known\n");
     }

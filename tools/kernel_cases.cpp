@@ -39,10 +39,13 @@ bool run(const std::string& name, const std::vector<int64_t>& n, std::vector<std
     qwen3fast_linear(as<BFloat16>(a[0]), as<BFloat16>(a[1]), y, n[0], n[1], n[2], 1);
   } else if (name == "gated") {
     qwen3fast_gated_linear(as<BFloat16>(a[0]), as<BFloat16>(a[1]), as<BFloat16>(a[2]), y, n[0], n[1], n[2], 1);
-  } else if (name == "linear" || name == "tiles") {
+  } else if (name == "linear" || name == "tiles" || name == "tiles8") {
     const Linear weight{as<void>(a[1]), as<void>(a[2]), n[1], n[2], n[3], n[4], n[5]};
-    const auto operation = name == "linear" ? qwen3fast_quantized_linear : qwen3fast_tile_linear;
-    operation(as<BFloat16>(a[0]), &weight, 1, y, n[0], 1);
+    const BFloat16* x = as<BFloat16>(a[0]);
+    if (name == "linear")
+      qwen3fast_quantized_linear(x, &weight, 1, y, n[0], 1);
+    else
+      qwen3fast_tile_linear(x, &weight, 1, y, n[0], name == "tiles" ? kBFloat16Tiles : kInt8Tiles, 1);
   } else if (name == "decode" || name == "prefill" || name == "tiledpre") {
     const Cache cache{as<void>(a[1]), as<void>(a[2]), as<float>(a[3]), as<float>(a[4])};
     const BFloat16* q = as<BFloat16>(a[0]);

@@ -17,6 +17,7 @@ from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.engine.threads import SparedThreads
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
@@ -91,16 +92,16 @@ class DecodeLayers:
         sin_SD: Tensor,
         position_BT: Tensor,
         row_B: Tensor,
-        by_tiles: bool,
+        tiles: Tiles,
         last_B: Tensor | None = None,
     ) -> Tensor:
         """Run all blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Other arguments as of a step. by_tiles: multiply by tiles, on processors that have them. last_B: int64, the only
-        token of each batch row whose result is needed; None for all.
+        Other arguments as of a step. tiles: of products, on processors that have them. last_B: int64, the only token
+        of each batch row whose result is needed; None for all.
         Returns: (B, T, E) bfloat16. Raises: ValueError for a position or row outside of the cache.
         """
-        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles, last_B)
+        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.

@@ -24,6 +24,7 @@ from qwen3fast.kernels.cases import (
     BFLOAT16,
     CPP,
     DEQUANTIZED,
+    INT8_TILES,
     LINEAR,
     LONG,
     ROWS,
@@ -36,7 +37,7 @@ from qwen3fast.kernels.cases import (
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.prefill import CHUNKS, chunk_class
-from qwen3fast.kernels.cpu.structures import NEVER, RowLimits
+from qwen3fast.kernels.cpu.structures import NEVER, RowLimits, Tiles
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.kernels.linear import Linear
@@ -114,8 +115,8 @@ class Forms:
         every = [limit for limits in self._limits().values() for limit in limits]
         return min((limit for limit in every if limit > rows), default=NEVER) - 1
 
-    def of_chunks(self, num_tokens: int, size: int, used_length: int) -> str | None:
-        """Return the form of all products of chunks, C++ or tiles, if one operation may run all blocks.
+    def of_chunks(self, num_tokens: int, size: int, used_length: int) -> Tiles | None:
+        """Return the tiles of all products of chunks, if one operation may run all blocks.
 
         None: a part is faster in a form of PyTorch's, which that operation does not have.
         num_tokens: of all chunks, of `size` tokens each. used_length: of the longest prompt, after its chunk.
@@ -125,8 +126,10 @@ class Forms:
         limits = self._limits().values()
         if any(num_tokens >= limit.dequantized for limit in limits):
             return None
-        names = {TILES if num_tokens >= limit.tiles and tiles.are_usable() else CPP for limit in limits}
-        return names.pop() if len(names) == 1 else None
+        kinds = {limit.tiles_at(num_tokens) if tiles.are_usable() else Tiles.NONE for limit in limits}
+        if Tiles.INT8 in kinds:  # which multiplies weights in other formats by tiles of bfloat16
+            kinds -= {Tiles.BFLOAT16}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def serve_chunks(self, sizes: Sequence[int], cache: StaticKVCache) -> bool:
         """Return whether `of_chunks` returns a form for chunks of these sizes, at any length that fits the cache."""
@@ -143,7 +146,8 @@ class Forms:
         self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
         for format, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
-            limits = RowLimits(used_from(at, TILES, DEQUANTIZED, LINEAR), used_from(at, DEQUANTIZED, LINEAR))
+            forms = (INT8_TILES, TILES, DEQUANTIZED, LINEAR)
+            limits = RowLimits(*(used_from(at, *forms[i:]) for i in range(3)))
             for layer in layers:
                 if layer.limits != limits:
                     layer.limits = limits

@@ -23,7 +23,6 @@ from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import staged, to_device
 from qwen3fast.engine.state import EMPTY, Logprobs
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
-from qwen3fast.kernels.cases import TILES
 
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
@@ -233,10 +232,10 @@ def prefill_chunk(
     x_BTE = model.embed(token_BT)
     layers, num_tokens = parts.decode_layers, token_BT.numel()
     if layers is not None and length is not None and layers.serves_chunks(num_tokens):
-        form = parts.forms.of_chunks(num_tokens, size, length)
-        if form is not None:
+        tiles = parts.forms.of_chunks(num_tokens, size, length)
+        if tiles is not None:
             last_B = None if lasts is None else torch.tensor(lasts)
-            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, form == TILES, last_B)
+            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
     cos_BTD, sin_BTD = cos_SD[position_BT], sin_SD[position_BT]
     for block, layer in zip(model.model.layers, cache.layers(row_B), strict=True):
         x_BTE = parts.prefill_block(block, x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, *layer.tensors)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.structures import RowLimits
+from qwen3fast.kernels.cpu.structures import RowLimits, packed_linear
 from qwen3fast.kernels.forms import FormCase
 
 CPP, SDPA, TILES, DEQUANTIZED, LINEAR = "C++", "SDPA", "tiles", "dequantized", "F.linear"
+INT8_TILES = "int8 tiles"
 BFLOAT16 = "bfloat16"  # the format of weights that are not quantized
 LONG = 2048  # used length at which attention of a chunk is measured, beside the chunk's own
 ROWS = (32, 128, 512)  # at which products are measured
@@ -55,17 +56,20 @@ def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> 
 
     weight: one tensor in bfloat16, or packed weight and scale.
     """
-    (N, K), plain = weight[0].shape[:2], LINEAR
+    (N, K), by_tiles, plain = weight[0].shape[:2], [TILES], LINEAR
     if len(weight) > 1:
-        N, K, plain = N * weight[0].shape[2], K * (4 if weight[1].dtype == torch.float32 else 8), DEQUANTIZED
-    names = (CPP, TILES, plain) if tiles.are_announced() else (CPP, plain)
+        linear, plain = packed_linear(*weight), DEQUANTIZED
+        N, K = linear.N, linear.K
+        if linear.has_int8_tiles:
+            by_tiles = [INT8_TILES, TILES]
+    names = (CPP, *(by_tiles if tiles.are_announced() else ()), plain)
     calls = partial(_linear, rows, K, weight, names)
     return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))
 
 
 def _linear(rows: int, K: int, weight: Sequence[Tensor], names: tuple[str, ...]) -> Calls:
     x_MK = torch.full((rows, K), 0.1, dtype=torch.bfloat16)
-    limits = {CPP: RowLimits(), TILES: RowLimits(tiles=0)}
+    limits = {CPP: RowLimits(), INT8_TILES: RowLimits(int8_tiles=0), TILES: RowLimits(tiles=0)}
     if len(weight) == 1:
         operation = partial(torch.ops.qwen3fast.linear, x_MK, *weight)
     else:

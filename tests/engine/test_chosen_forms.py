@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
-from qwen3fast.kernels.cases import CPP, DEQUANTIZED, LINEAR, ROWS, SDPA, TILES
+from qwen3fast.kernels.cases import CPP, DEQUANTIZED, INT8_TILES, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.structures import RowLimits, packed_linear
+from qwen3fast.kernels.cpu.structures import RowLimits, Tiles, packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
@@ -208,29 +209,45 @@ def test_an_engine_uses_the_faster_forms(format, faster):
     assert again.parts.forms.sdpa_from == (0, 0, NEVER)  # within a process it does not change
 
 
-def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_they_win(faster, monkeypatch):
+@pytest.mark.parametrize(
+    ("format", "won", "limits", "kind"),
+    [
+        ("int4", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
+        ("int8", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
+        ("int8", INT8_TILES, {"int8_tiles": ROWS[0]}, Tiles.INT8),
+        ("int4", INT8_TILES, {}, Tiles.NONE),
+    ],
+)
+def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_they_win(
+    format, won, limits, kind, faster, monkeypatch
+):
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
-    faster(TILES)
-    engine = small_engine(small_model("int4"))
-    layer = engine.model.model.layers[0].mlp.down_proj
-    assert layer.limits == RowLimits(tiles=ROWS[0])
+    faster(won)
+    engine = small_engine(small_model(format))
+    layer = engine.model.model.layers[0].mlp.gate_proj
+    names = {name for choice in engine.parts.forms.choices.values() for name in choice.seconds}
+    assert (INT8_TILES in names) == (format == "int8") and TILES in names
+    assert layer.limits == RowLimits(**limits)
     x = random_tensor(ROWS[0], layer.in_features).bfloat16()
     before = layer(x)  # in C++ without tiles: trying them failed
     monkeypatch.setattr(tiles, "_are_usable", True)
-    assert torch.equal(layer(x), tiles.tile_linear(x, [packed_linear(layer.weight_packed, layer.weight_scale)]))
-    assert not torch.equal(layer(x), before)
+    weight = packed_linear(layer.weight_packed, layer.weight_scale)
+    assert torch.equal(layer(x), tiles.tile_linear(x, [weight], kind) if kind else before)
+    assert torch.equal(layer(x), before) == (kind == Tiles.NONE)
 
 
 @pytest.mark.parametrize(
     ("limits", "sdpa_from", "expected"),
     [
-        (RowLimits(), (), CPP),
-        (RowLimits(tiles=64), (), TILES),
-        (RowLimits(tiles=65), (), CPP),
+        (RowLimits(), (), Tiles.NONE),
+        (RowLimits(tiles=64), (), Tiles.BFLOAT16),
+        (RowLimits(tiles=65), (), Tiles.NONE),
+        (RowLimits(int8_tiles=64, tiles=65), (), Tiles.INT8),
+        (RowLimits(int8_tiles=32, tiles=64), (), Tiles.BFLOAT16),
         (RowLimits(dequantized=64), (), None),
-        (RowLimits(tiles=32, dequantized=65), (), TILES),
+        (RowLimits(tiles=32, dequantized=65), (), Tiles.BFLOAT16),
         (RowLimits(), (NEVER, 100, NEVER), None),
-        (RowLimits(), (0, 101, 0), CPP),
+        (RowLimits(), (0, 101, 0), Tiles.NONE),
     ],
 )
 def test_chunks_run_in_one_operation_where_no_form_of_pytorch_s_is_faster(limits, sdpa_from, expected, monkeypatch):
@@ -243,6 +260,22 @@ def test_chunks_run_in_one_operation_where_no_form_of_pytorch_s_is_faster(limits
     assert chosen.of_chunks(64, 64, 100) == expected
     layers[0].limits = layers[-1].limits = RowLimits(dequantized=64)
     assert chosen.of_chunks(64, 64, 100) is None
+
+
+@pytest.mark.parametrize(
+    ("int8", "int4", "expected"),
+    [
+        (RowLimits(int8_tiles=32), RowLimits(tiles=32), Tiles.INT8),
+        (RowLimits(tiles=32), RowLimits(tiles=32), Tiles.BFLOAT16),
+        (RowLimits(int8_tiles=32), RowLimits(), None),
+        (RowLimits(), RowLimits(tiles=32), None),
+    ],
+)
+def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8, int4, expected, monkeypatch):
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    chosen = small_engine(small_model(), forms="first").parts.forms
+    chosen._layers = {"int8": [SimpleNamespace(limits=int8)], "int4": [SimpleNamespace(limits=int4)]}
+    assert chosen.of_chunks(64, 64, 100) is expected
 
 
 @pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])

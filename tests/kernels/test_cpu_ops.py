@@ -18,7 +18,7 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.kernels.cpu.structures import RowLimits
+from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization import quantize_model
@@ -537,11 +537,11 @@ def chunks_case(format, starts, size, cache_dtype=torch.bfloat16, **changes):
     return model, cache, x_BTE, position_BT, torch.arange(len(starts)).flip(0)
 
 
-def run_chunks(model, cache, x_BTE, position_BT, row_B, last_B=None):
+def run_chunks(model, cache, x_BTE, position_BT, row_B, last_B=None, tiles=Tiles.NONE):
     cos_SD, sin_SD = rope_tables(model.config.head_dim, 1e4, cache.allocated_len, CPU)
     layers = DecodeLayers(model, cache)
     assert layers.serves_chunks(x_BTE.shape[0] * x_BTE.shape[1])
-    return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, by_tiles=False, last_B=last_B)
+    return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
 
 
 @pytest.mark.parametrize("format", [None, *PACKED])
@@ -574,6 +574,16 @@ def test_prefill_layers_equal_the_blocks(format, cache_dtype, starts, size, chan
             atol = (TOLERANCES[torch.bfloat16] + step) * wanted[is_new].abs().max().item()
             torch.testing.assert_close(actual[is_new], wanted[is_new], rtol=0, atol=atol)
             assert_same(actual[~is_new], earlier[~is_new])
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_prefill_layers_by_tiles_equal_those_without(format):
+    model, cache, *chunks = chunks_case(format, [0, 130], 40)
+    plain, in_bfloat16, in_int8 = (run_chunks(model, copy.deepcopy(cache), *chunks, tiles=kind) for kind in Tiles)
+    for y in (in_bfloat16, in_int8):
+        assert_near(y, plain, torch.bfloat16)
+    assert torch.equal(in_bfloat16, plain) == (format is None)
+    assert torch.equal(in_int8, in_bfloat16) == (format != "int8")
 
 
 @pytest.mark.parametrize("format", [None, *PACKED])
@@ -678,7 +688,7 @@ def test_prefill_layers_refuse_inputs_that_do_not_fit(changes, message):
     cos_SD, sin_SD = rope_tables(32, 1e4, cache.allocated_len, CPU)
     arguments = {"x_BTE": x_BTE, "cos_SD": cos_SD, "sin_SD": sin_SD, "position_BT": position_BT, "row_B": row_B}
     with pytest.raises(ValueError, match=message):
-        DecodeLayers(model, cache).prefill(**arguments | changes, by_tiles=False)
+        DecodeLayers(model, cache).prefill(**arguments | changes, tiles=Tiles.NONE)
 
 
 # Not optimized much: that takes over a minute.

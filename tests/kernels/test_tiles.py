@@ -12,7 +12,7 @@ from conftest import assert_near, random_tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.structures import LinearPointers, packed_linear
+from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
@@ -54,15 +54,97 @@ def test_weights_in_bfloat16(rows):
     assert_near(y, torch.cat([F.linear(x.float(), weight.float()) for weight in weights], dim=-1), torch.bfloat16)
 
 
+def assert_rounded(actual, expected):
+    """Check that bfloat16 numbers are float64 numbers but for rounding, of the sums to float32 as well."""
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [2, *ROWS])
+@pytest.mark.parametrize("K", [64, 192, 256, 320, 1088])
+def test_int8_tiles_scale_x_by_spans_of_256_channels(rows, K):
+    weights = [quantize(random_tensor(n, K, seed=n), FORMATS["int8"]) for n in (48, 16, 64)]
+    levels = random_tensor(rows, K).mul(40).round().clamp(-126, 126)
+    levels[:, 17::256] = 127.0  # the largest of each span, so that all numbers are exact in int8
+    scales = 2.0 ** torch.arange(rows * 5).reshape(rows, 5).remainder(7)
+    x = (levels * scales.repeat_interleave(256, dim=1)[:, :K]).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights], Tiles.INT8)
+    exact = [x.double() @ FORMATS["int8"].dequantize(weight).double().T for weight in weights]
+    assert_rounded(y, torch.cat(exact, dim=-1))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_int8_tiles_round_x_to_the_nearest_level(rows):
+    weight, x = quantize(random_tensor(48, 1088), FORMATS["int8"]), random_tensor(rows, 1088).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(*weight)], Tiles.INT8)
+    assert_near(y, dequantized_linear(x, *weight).float(), torch.bfloat16)
+
+
+def test_int8_tiles_give_the_results_of_other_operations_where_all_groups_have_one_scale():
+    weights = [quantize(random_tensor(n, 576, seed=n), FORMATS["int8"]) for n in (48, 64)]
+    x = random_tensor(37, 576).bfloat16()
+    x[:, ::32] = 8.0  # the largest of each group
+    y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights], Tiles.INT8)
+    packed, scale = ([weight[i] for weight in weights] for i in (0, 1))
+    expected = torch.ops.qwen3fast.quantized_linear(x, packed, scale).double()
+    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("number", [-3.0, 0.0, 1e30])
+def test_int8_tiles_with_the_largest_levels(level, number):
+    N, K, rows = 32, 1280, 33
+    packed, scale = torch.full((N // 16, K // 4, 16, 4), level, dtype=torch.uint8), torch.rand(N)
+    x = torch.full((rows, K), number).bfloat16()
+    y = tiles.tile_linear(x, [packed_linear(packed, scale)], Tiles.INT8)
+    assert_rounded(y, (x.double().sum(dim=-1, keepdim=True) * (level - 128) * scale.double()))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_int8_tiles_keep_what_is_not_finite_in_its_row(number):
+    weight = quantize(random_tensor(32, 320), FORMATS["int8"])
+    x = random_tensor(37, 320).bfloat16()
+    expected = tiles.tile_linear(x, [packed_linear(*weight)], Tiles.INT8)
+    x[3, 300] = x[36, 5] = number
+    y = tiles.tile_linear(x, [packed_linear(*weight)], Tiles.INT8)
+    is_odd = torch.ops.qwen3fast.quantized_linear(x, [weight[0]], [weight[1]]).isnan()
+    assert is_odd[3].all() and is_odd[36].all() and torch.equal(y.isnan(), is_odd)
+    assert torch.equal(y[~is_odd], expected[~is_odd])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_int8_tiles_serve_weights_in_int8_and_the_others_are_multiplied_in_bfloat16(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    names = ["int4", "int8", "fp8", "int8"]
+    linears, kept = [], []
+    for n, name in enumerate(names):
+        kept.append(FORMATS[name].operands(quantize(random_tensor(48, 192, seed=n), FORMATS[name])))
+        linears.append(packed_linear(*kept[n]))
+    x = random_tensor(40, 192).bfloat16()
+    together = tiles.tile_linear(x, linears, Tiles.INT8).split(48, dim=-1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for name, linear, y in zip(names, linears, together, strict=True):
+        assert linear.has_int8_tiles == (name == "int8")
+        int8, plain = (tiles.tile_linear(x, [linear], kind) for kind in (Tiles.INT8, Tiles.BFLOAT16))
+        assert torch.equal(y, int8) and torch.equal(int8, plain) == (name != "int8")
+
+
+def test_int8_tiles_leave_other_numbers_of_channels_to_bfloat16():
+    weight, x = quantize(random_tensor(32, 160), FORMATS["int8"]), random_tensor(33, 160).bfloat16()
+    linear = packed_linear(*weight)
+    assert not linear.has_int8_tiles
+    assert torch.equal(*(tiles.tile_linear(x, [linear], kind) for kind in (Tiles.INT8, Tiles.BFLOAT16)))
+
+
+@pytest.mark.parametrize("kind", [Tiles.BFLOAT16, Tiles.INT8])
 @pytest.mark.parametrize("format", [None, *PACKED], ids=["bfloat16", *NAMES])
-def test_a_row_does_not_depend_on_the_rows_beside_it(format):
+def test_a_row_does_not_depend_on_the_rows_beside_it(format, kind):
     weight = random_tensor(32, 64, seed=1)
     weight = weight.bfloat16() if format is None else format.operands(quantize(weight, format))
     linear = plain(weight) if format is None else packed_linear(*weight)
     x = random_tensor(70, 64).bfloat16()
-    whole = tiles.tile_linear(x, [linear])
+    whole = tiles.tile_linear(x, [linear], kind)
     for rows in (slice(0, 1), slice(3, 20), slice(16, 70)):
-        assert torch.equal(tiles.tile_linear(x[rows], [linear]), whole[rows])
+        assert torch.equal(tiles.tile_linear(x[rows], [linear], kind), whole[rows])
 
 
 def test_not_a_number_stays_in_its_row():
@@ -136,4 +218,4 @@ def test_the_level_of_amx_multiplies_by_its_instructions(tmp_path):
     command = [*compiler, *building.FLAGS, *amx.flags, "-O1", "-c", str(building.FOLDER / "tiles.cpp"), "-o", "tiles.o"]
     subprocess.run(command, cwd=tmp_path, check=True)
     code = subprocess.run(["objdump", "-d", "tiles.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"} <= set(code.split())
+    assert {"ldtilecfg", "tileloadd", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"} <= set(code.split())

@@ -21,6 +21,7 @@ from qwen3fast.kernels.cpu.structures import (
     LinearPointers,
     LowRank,
     Sizes,
+    Tiles,
     cache,
     packed_linear,
     require,
@@ -165,12 +166,12 @@ class DecodeLayersCall:
         sin_SD: Tensor,
         position_BT: Tensor,
         row_B: Tensor,
-        by_tiles: bool = False,
+        tiles: Tiles = Tiles.NONE,
         last_B: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Arguments as of a step; B * T at least MANY_ROWS. by_tiles: multiply by tiles, see tiles.cpp. last_B: int64, the
+        Arguments as of a step; B * T at least MANY_ROWS. tiles: of products, see tiles.cpp. last_B: int64, the
         only token of each batch row whose result is needed; None for all.
         Returns: (B, T, E). Raises: ValueError as a step, and where other weights than experts' have orders of channels.
         """
@@ -195,7 +196,7 @@ class DecodeLayersCall:
             ctypes.c_int64(T),
             None if last is None else ctypes.c_void_p(last.data_ptr()),
             ctypes.c_void_p(y_BTE.data_ptr()),
-            ctypes.c_bool(by_tiles),
+            ctypes.c_int64(tiles),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return y_BTE

@@ -31,10 +31,16 @@ _ARM = frozenset("asimd atomics crc32 asimdrdm".split())
 
 _AVX512 = _V4 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}
 _AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
+_AMX = ("tile", "bf16", "int8")
 
 # Of each kind of machine, the best comes first.
 LEVELS = (
-    Level("amx", "x86_64", _AVX512 | {"amx_tile", "amx_bf16"}, (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16")),
+    Level(
+        "amx",
+        "x86_64",
+        _AVX512 | {f"amx_{part}" for part in _AMX},
+        (*_AVX512_FLAGS, *(f"-mamx-{part}" for part in _AMX)),
+    ),
     Level("avx512", "x86_64", _AVX512, _AVX512_FLAGS),
     Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
     Level("i8mm", "aarch64", _ARM | {"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),

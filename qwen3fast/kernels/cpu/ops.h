@@ -95,10 +95,12 @@ QWEN3FAST_API void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gat
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
 
-// The same by tiles (tiles.cpp), with x in bfloat16: for many rows; also for weights of 16 bits, if all are. N multiples of
-// 16, K of 32.
+// Whether products are made by tiles (tiles.cpp), in bfloat16, or in int8 where the weight is and K is a multiple of 64.
+enum Tiles : int64_t { kNoTiles, kBFloat16Tiles, kInt8Tiles };
+
+// The same by tiles: for many rows; also for weights of 16 bits, if all are. N multiples of 16, K of 32.
 QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
-                                         int64_t threads);
+                                         Tiles tiles, int64_t threads);
 
 // Returns whether this processor has tiles, and the system lets this process use them: tried in a process of its own. Call
 // it before the first product by tiles.
@@ -132,10 +134,10 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
 
 // All blocks for chunks of prompts, in place of x (B, T, E): position (B, T), row (B,), the cache row of each batch row; in
 // sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. B T at least 8,
-// otherwise sizes as of decode_layers. by_tiles: see qwen3fast_tile_linear. Only experts have orders of channels.
+// otherwise sizes as of decode_layers. Only experts have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-                                            const int64_t* last, BFloat16* x, bool by_tiles, int64_t threads);
+                                            const int64_t* last, BFloat16* x, Tiles tiles, int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
 // as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of

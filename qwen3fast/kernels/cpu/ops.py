@@ -143,8 +143,8 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
     rows, at = x.numel() // K, RowLimits(*limits)
     if rows >= at.dequantized:
         return torch.cat([dequantized_linear(x, *weight) for weight in zip(packed, scale, strict=True)], dim=-1)
-    if rows >= at.tiles and tiles.are_usable():
-        return tiles.tile_linear(x, linears)
+    if at.tiles_at(rows) and tiles.are_usable():
+        return tiles.tile_linear(x, linears, at.tiles_at(rows))
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
     pointers = (LinearPointers * len(linears))(*linears)
     _functions.qwen3fast_quantized_linear(

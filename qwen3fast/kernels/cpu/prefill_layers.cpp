@@ -26,7 +26,7 @@ struct Pass {
   const int64_t *position, *row;  // (M,), (B,)
   const int64_t T;
   BFloat16* const x;  // (M, E), the residual stream
-  const bool by_tiles;
+  const Tiles tiles;
   const int64_t threads;
   std::vector<BFloat16> normed, qkv, y, z;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E)
   // Where a layer needs them. Gate and up, and their product: (M, 2I), (M, I). Of experts: (M, X), (M, C), (M, C), (M, C, E).
@@ -37,7 +37,8 @@ struct Pass {
 
 // out: the products of weights of the same input, side by side.
 void multiply(const Pass& p, const BFloat16* x, const Linear* weights, int64_t count, BFloat16* out) {
-  const auto run = p.by_tiles ? qwen3fast_tile_linear : weights[0].bits == 16 ? linear_together : qwen3fast_quantized_linear;
+  if (p.tiles) return qwen3fast_tile_linear(x, weights, count, out, p.size.M, p.tiles, p.threads);
+  const auto run = weights[0].bits == 16 ? linear_together : qwen3fast_quantized_linear;
   run(x, weights, count, out, p.size.M, p.threads);
 }
 
@@ -85,7 +86,7 @@ void multiply_gated(Pass& p, const Layer& layer) {
   const int64_t M = p.size.M, I = layer.gate.N;
   p.act.resize(M * I);
   const Linear weights[] = {layer.gate, layer.up};
-  if (layer.gate.bits == 16 && !p.by_tiles) {
+  if (layer.gate.bits == 16 && !p.tiles) {
     const auto *gate = static_cast<const BFloat16*>(layer.gate.weight), *up = static_cast<const BFloat16*>(layer.up.weight);
     return qwen3fast_gated_linear(p.normed.data(), gate, up, p.act.data(), M, I, p.size.E, p.threads);
   }
@@ -126,10 +127,10 @@ void finish_block(Pass& p, const Layer& layer) {
 }
 
 Pass make_pass(Sizes size, const float* cos, const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-               BFloat16* x, bool by_tiles, int64_t threads) {
+               BFloat16* x, Tiles tiles, int64_t threads) {
   const auto room = [&](int64_t columns) { return std::vector<BFloat16>(size.M * columns); };
   const int64_t E = size.E, width = (size.H + 2 * size.K) * size.D;
-  return {size, cos, sin, position, row, T, x, by_tiles, threads, room(E), room(width), room(size.H * size.D), room(E),
+  return {size, cos, sin, position, row, T, x, tiles, threads, room(E), room(width), room(size.H * size.D), room(E),
           {}, {}, {}, {}, {}, {}};
 }
 
@@ -164,7 +165,7 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
     position[m] = p.position[from[m]];
     std::copy_n(p.x + from[m] * E, E, &x[m * E]);
   }
-  Pass few = make_pass({B * kTail, E, H, K, D, S, eps}, p.cos, p.sin, position.data(), p.row, kTail, x.data(), p.by_tiles,
+  Pass few = make_pass({B * kTail, E, H, K, D, S, eps}, p.cos, p.sin, position.data(), p.row, kTail, x.data(), p.tiles,
                        p.threads);
   norm_rows(few, layer.input_norm);
   multiply(few, few.normed.data(), &layer.q, 1, few.qkv.data());
@@ -178,9 +179,9 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
 
 void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                               const int64_t* position, const int64_t* row, int64_t T, const int64_t* last, BFloat16* x,
-                              bool by_tiles, int64_t threads) {
+                              Tiles tiles, int64_t threads) {
   Team::lead(threads, [&] {
-    Pass p = make_pass(*sizes, cos, sin, position, row, T, x, by_tiles, threads);
+    Pass p = make_pass(*sizes, cos, sin, position, row, T, x, tiles, threads);
     const bool is_int8 = layers[0].cache.key_scale;
     for (const Layer* layer = layers; layer < layers + count; layer++) {
       if (last && T > kTail && layer == layers + count - 1)

@@ -37,7 +37,7 @@ struct Activations {
 
   const BFloat16* rows() const { return where ? where : copies.data(); }
 
-  // Quantizes row m to 8 bits: its channel k is x[order[k]], or x[k] without an order.
+  // Quantizes row m to int8: its channel k is x[order[k]], or x[k] without an order.
   void quantize_row(const BFloat16* x, int64_t m, int64_t K, const int32_t* order = nullptr);
 
   // The same without quantizing it.
@@ -69,6 +69,26 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {
+
+// Quantizes `count` numbers, a multiple of 16, with one scale, which it returns: NaN if a number is not finite. total: the
+// sum of the levels.
+inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, int32_t& total) {
+  Vec size = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec numbers = load(x + i);
+    size = larger(numbers < 0 ? -numbers : numbers, size);
+    poison += numbers * 0;
+  }
+  const float most = largest(size), to_levels = most > 0 ? 127.f / most : 0.f;
+  Ints sums = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Ints level = round_to_ints(load(x + i) * to_levels);
+    store(levels + i, level);
+    sums += level;
+  }
+  total = ::sum(sums);
+  return most / 127.f + ::sum(poison);
+}
 
 // Puts up to 16 rows of x into pairs of neighboring channels: K/2 lines, `width` numbers of 32 bits apart, with a pair per
 // row; pairs of missing rows are zero. K: a multiple of 16.

@@ -35,29 +35,6 @@
 
 namespace {
 
-// In every lane: total + the dot product of four unsigned bytes of `weight` with four signed bytes of `x`.
-inline Ints dot4(Ints total, Bits weight, int32_t x) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  // Even and odd bytes apart, as 16-bit numbers: the byte instruction of AVX2 saturates.
-  const Bits even = weight & 0x00ff00ffu, odd = (weight >> 8) & 0x00ff00ffu;
-  const auto byte = [x](int i) { return static_cast<uint16_t>(static_cast<int8_t>(x >> (8 * i))); };
-  const __m256i x_even = _mm256_set1_epi32(byte(0) | byte(2) << 16), x_odd = _mm256_set1_epi32(byte(1) | byte(3) << 16);
-  __m256i halves[2], e[2], o[2];
-  std::memcpy(halves, &total, sizeof total);
-  std::memcpy(e, &even, sizeof even);
-  std::memcpy(o, &odd, sizeof odd);
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm256_add_epi32(
-        halves[i], _mm256_add_epi32(_mm256_madd_epi16(e[i], x_even), _mm256_madd_epi16(o[i], x_odd)));
-  return load_as<Ints>(halves);
-#else
-  for (int i = 0; i < 4; i++) total += (Ints)((weight >> (8 * i)) & 255u) * static_cast<int8_t>(x >> (8 * i));
-  return total;
-#endif
-}
-
 // How a weight's levels become numbers: see above.
 enum Kind { kInt8, kInt4, kUint4 };
 
@@ -184,16 +161,8 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, const in
     BFloat16 gathered[kGroup];
     for (int64_t i = 0; order && i < kGroup; i++) gathered[i] = x[order[g * kGroup + i]];
     const BFloat16* group = order ? gathered : x + g * kGroup;
-    const Vec low = load(group), high = load(group + kLanes);
-    const Vec low_size = low < 0 ? -low : low, high_size = high < 0 ? -high : high;
-    const Vec size = low_size > high_size ? low_size : high_size;
-    const Vec poison = low * 0 + high * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-    const float most = largest(size), to_bytes = most > 0 ? 127.f / most : 0.f;
-    scale[m * G + g] = most / 127.f + ::sum(poison);
-    const Ints a = round_to_ints(low * to_bytes), b = round_to_ints(high * to_bytes);
-    store(&bytes[m * K + g * kGroup], a);
-    store(&bytes[m * K + g * kGroup + kLanes], b);
-    const int32_t total = ::sum(a + b);
+    int32_t total;
+    scale[m * G + g] = quantize_group(group, kGroup, &bytes[m * K + g * kGroup], total);
     sum[m * G + g] = scale[m * G + g] * static_cast<float>(total);
     offset8[m * G + g] = -128 * total;
     offset4[m * G + g] = -8 * total;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,27 @@ FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
-class RowLimits(NamedTuple):
-    """The numbers of rows from which other forms of a product serve; where both would, `dequantized` does.
+class Tiles(IntEnum):
+    """`Tiles` of ops.h: whether products are made by tiles, in bfloat16, or in int8 where the weight allows it."""
 
-    That is PyTorch's product, with the dequantized weight where the weight is quantized.
+    NONE = 0
+    BFLOAT16 = 1
+    INT8 = 2
+
+
+class RowLimits(NamedTuple):
+    """The numbers of rows from which other forms of a product serve; where several would, the last of these does.
+
+    dequantized: PyTorch's product, with the dequantized weight where the weight is quantized.
     """
 
+    int8_tiles: int = NEVER
     tiles: int = NEVER
     dequantized: int = NEVER
+
+    def tiles_at(self, rows: int) -> Tiles:
+        """Return the tiles that multiply so many rows, on a processor that has tiles."""
+        return Tiles.BFLOAT16 if rows >= self.tiles else Tiles.INT8 if rows >= self.int8_tiles else Tiles.NONE
 
 
 class LinearPointers(ctypes.Structure):
@@ -37,6 +51,11 @@ class LinearPointers(ctypes.Structure):
         *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
         ("order", c_void_p),
     ]
+
+    @property
+    def has_int8_tiles(self) -> bool:
+        """Return whether `Tiles.INT8` multiplies this weight in int8."""
+        return bool(self.bits == 8 and self.span == 0 and self.K % 64 == 0)
 
 
 class Cache(ctypes.Structure):

@@ -2,7 +2,7 @@
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
 tried when the operations are loaded, in a child process. Attention of prefill in C++ then uses them, and they are among
-the forms of products that are measured (engine/forms.py).
+the forms of products that are measured (engine/forms.py), in bfloat16 and, for weights in int8, in int8.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.levels import processor_features
-from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, require
+from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, Tiles, require
 
 _functions: ctypes.CDLL
 _are_usable = False
@@ -25,7 +25,7 @@ def register(functions: ctypes.CDLL) -> None:
     global _functions, _are_usable
     _functions = functions
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    functions.qwen3fast_tile_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
+    functions.qwen3fast_tile_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer, integer]
     functions.qwen3fast_tile_linear.restype = None
     functions.qwen3fast_try_tiles.argtypes = []
     functions.qwen3fast_try_tiles.restype = ctypes.c_bool
@@ -37,8 +37,8 @@ def register(functions: ctypes.CDLL) -> None:
 
 
 def are_announced() -> bool:
-    """Return whether the processor lists tiles of bfloat16 among its features."""
-    return {"amx_tile", "amx_bf16"} <= set(processor_features().split())
+    """Return whether the processor lists tiles of bfloat16 and int8 among its features."""
+    return {"amx_tile", "amx_bf16", "amx_int8"} <= set(processor_features().split())
 
 
 def are_usable() -> bool:
@@ -46,10 +46,11 @@ def are_usable() -> bool:
     return _are_usable
 
 
-def tile_linear(x: Tensor, weights: Sequence[LinearPointers]) -> Tensor:
+def tile_linear(x: Tensor, weights: Sequence[LinearPointers], tiles: Tiles = Tiles.BFLOAT16) -> Tensor:
     """Return x @ weight.T for weights of the same K, side by side, (..., N) bfloat16. x: (..., K) bfloat16.
 
-    weights: all packed, of any formats, or all in bfloat16. K: a multiple of 32; each N: of 16.
+    weights: all packed, of any formats, or all in bfloat16. tiles: INT8 quantizes x for weights in int8, if K is a
+    multiple of 64. K: a multiple of 32; each N: of 16.
     Raises: ValueError for other sizes.
     """
     K = x.shape[-1]
@@ -60,6 +61,6 @@ def tile_linear(x: Tensor, weights: Sequence[LinearPointers]) -> Tensor:
     linears = (LinearPointers * len(weights))(*weights)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in weights)))
     _functions.qwen3fast_tile_linear(
-        x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, torch.get_num_threads()
+        x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, tiles, torch.get_num_threads()
     )
     return y

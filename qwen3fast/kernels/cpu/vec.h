@@ -145,6 +145,29 @@ inline Ints dot2(Ints total, Bits a, Bits b) {
 #endif
 }
 
+// In every lane: total + the dot product of four unsigned bytes of `weight` with four signed bytes of `x`.
+inline Ints dot4(Ints total, Bits weight, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+  // Even and odd bytes apart, as 16-bit numbers: the byte instruction of AVX2 saturates.
+  const Bits even = weight & 0x00ff00ffu, odd = (weight >> 8) & 0x00ff00ffu;
+  const auto byte = [x](int i) { return static_cast<uint16_t>(static_cast<int8_t>(x >> (8 * i))); };
+  const __m256i x_even = _mm256_set1_epi32(byte(0) | byte(2) << 16), x_odd = _mm256_set1_epi32(byte(1) | byte(3) << 16);
+  __m256i halves[2], e[2], o[2];
+  std::memcpy(halves, &total, sizeof total);
+  std::memcpy(e, &even, sizeof even);
+  std::memcpy(o, &odd, sizeof odd);
+  for (int i = 0; i < 2; i++)
+    halves[i] = _mm256_add_epi32(
+        halves[i], _mm256_add_epi32(_mm256_madd_epi16(e[i], x_even), _mm256_madd_epi16(o[i], x_odd)));
+  return load_as<Ints>(halves);
+#else
+  for (int i = 0; i < 4; i++) total += (Ints)((weight >> (8 * i)) & 255u) * static_cast<int8_t>(x >> (8 * i));
+  return total;
+#endif
+}
+
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // All lanes taken together by an operation, in halves: the order does not depend on compiler or flags.
