@@ -593,7 +593,7 @@ def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format
     before, threads = copy.deepcopy(cache), torch.get_num_threads()
     together = run_chunks(model, cache, x_BTE, position_BT, row_B)
     try:
-        for b, number in enumerate((1, 2, 3)):
+        for b, number in enumerate((1, 3, 8)):  # threads that share a core wait long, and take smaller parts then
             torch.set_num_threads(number)
             alone, one = copy.deepcopy(before), slice(b, b + 1)
             assert_same(run_chunks(model, alone, x_BTE[one], position_BT[one], row_B[one])[0], together[b])

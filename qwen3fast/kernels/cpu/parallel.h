@@ -15,20 +15,23 @@ struct Barrier {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
 
-  void wait() {
+  // Returns whether the thread slept.
+  bool wait() {
     const int current = round.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
       round.store(current + 1, std::memory_order_release);
       round.notify_all();
-      return;
+      return false;
     }
-    for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
+    int64_t spins = 0;
+    for (; round.load(std::memory_order_acquire) == current; spins++) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
       if (spins > kSpins) round.wait(current);  // another program has the processor of a thread waited for: give it this one
     }
+    return spins > kSpins;
   }
 
  private:
@@ -52,7 +55,7 @@ class Team {
       if (const int thread = omp_get_thread_num()) {
         for (team.barrier_.wait(); team.call_; team.barrier_.wait()) {
           team.call_(team.work_, thread, team.barrier_);
-          team.barrier_.wait();
+          team.end_piece();
         }
       } else {
         led = &team;
@@ -70,14 +73,27 @@ class Team {
     led = nullptr;
     work_ = &work;
     call_ = [](const void* work, int thread, Barrier& barrier) { (*static_cast<const Work*>(work))(thread, barrier); };
+    if (slept_.exchange(false, std::memory_order_relaxed)) uneven_ = kUneven;
+    uneven_ = std::max(uneven_ - 1, 0);
     barrier_.wait();
     work(0, barrier_);
-    barrier_.wait();
+    end_piece();
     led = this;
   }
 
+  // Whether threads had to sleep lately because one of them was late: work is better taken in small parts then.
+  bool is_uneven() const { return uneven_ > 0; }
+
  private:
+  static constexpr int kUneven = 64;  // pieces of work
+
+  void end_piece() {
+    if (barrier_.wait()) slept_.store(true, std::memory_order_relaxed);
+  }
+
   Barrier barrier_;
+  std::atomic<bool> slept_{false};
+  int uneven_ = 0;
   const void* work_ = nullptr;
   void (*call_)(const void* work, int thread, Barrier& barrier) = nullptr;
 };
@@ -103,10 +119,17 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& wor
   const auto run_part = [&](int64_t thread, int64_t given) {
     work(count * thread / given, count * (thread + 1) / given);
   };
-  if (Team::led)
-    return Team::led->run([&](int64_t thread, const Barrier& barrier) {
-      if (thread < threads) run_part(thread, std::min<int64_t>(threads, barrier.threads));
+  if (Team* const team = Team::led) {
+    if (!team->is_uneven())
+      return team->run([&](int64_t thread, const Barrier& barrier) {
+        if (thread < threads) run_part(thread, std::min<int64_t>(threads, barrier.threads));
+      });
+    std::atomic<int64_t> next{0};
+    const int64_t parts = std::min(8 * threads, (count + grain - 1) / grain);
+    return team->run([&](int64_t, const Barrier&) {
+      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) run_part(part, parts);
     });
+  }
 #pragma omp parallel num_threads(threads)
   run_part(omp_get_thread_num(), omp_get_num_threads());  // may be fewer than asked for
 }
