@@ -98,7 +98,8 @@ class Loader:
             prepare_quantization(name, self.device)
         model = build_on_meta(config)
         self._leave_out_projection(model)
-        load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
+        dtype = choose_dtype(self.dtype, config)
+        load_gguf_weights(model, header, formats, self.device, dtype, self.progress, self.check_weights)
         return model
 
     @property
