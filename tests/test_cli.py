@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -83,6 +84,17 @@ def test_bad_values_give_one_line_and_status_2(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["generate", "5 6 7"], ["generate", "hi", "--max-seq-len", "64"], ["chat"]])
+def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(tmp_path, monkeypatch, capsys, command):
+    shutil.copytree(TINY_FOLDER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
+    assert main([*command, "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds no tokenizer (tokenizer.json, or " in error and "copy it from the model" in error
+    assert "list" not in error
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "hi", "--top-k", "many"]])
