@@ -60,7 +60,7 @@ class TextModel:
         if str(source).startswith("random:"):
             raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
         folder = resolve_source(source, revision)
-        own, tokenizer = cls._read_own(folder), read_tokenizer(folder)
+        own, tokenizer = cls._read_own(folder, check_weights), read_tokenizer(folder)
         load = partial(
             load_model,
             quantization=quantization,
@@ -71,7 +71,7 @@ class TextModel:
         return cls(on_live_threads(load, folder, device, dtype), tokenizer, max_length=max_length, **own)
 
     @classmethod
-    def _read_own(cls, folder: Path) -> dict[str, Any]:
+    def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
         """Return the arguments that only this class has, from the checkpoint's small files (or a GGUF file)."""
         raise NotImplementedError
 
