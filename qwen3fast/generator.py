@@ -56,6 +56,7 @@ class Generator(ChatMethods, AdapterMethods):
     """
 
     @takes_options
+    @takes_params
     def __init__(
         self,
         model: Qwen3,
@@ -102,6 +103,7 @@ class Generator(ChatMethods, AdapterMethods):
 
     @classmethod
     @takes_options
+    @takes_params
     def from_pretrained(
         cls,
         source: str | Path,

@@ -14,6 +14,7 @@ from qwen3fast.engine.last_token import checked_max_length
 from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load_model
 from qwen3fast.model import Qwen3
+from qwen3fast.sampling_params import takes_params
 from qwen3fast.text.tokenizer import Tokenizer
 
 Own = TypeVar("Own", bound="TextModel")
@@ -33,6 +34,7 @@ class TextModel:
         self.max_length = checked_max_length(max_length, model.config)
 
     @classmethod
+    @takes_params
     def from_pretrained(
         cls: type[Own],
         source: str | Path,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randomized, small_config
 
-from qwen3fast import ChatSession, Generator, RequestMetrics, SamplingParams
+from qwen3fast import ChatSession, Embedder, Generator, RequestMetrics, SamplingParams, load_model
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -209,6 +209,21 @@ def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method
         method(None, "hello", max_tokens=5, seed=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         method(None, "hello", max_len=5)
+
+
+MAKERS = [Generator, Generator.from_pretrained, load_model, ChatSession, Embedder.from_pretrained]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__qualname__)
+def test_a_field_of_sampling_params_is_not_for_what_loads_a_model(make):
+    instead = r"generate\(prompt, SamplingParams\(temperature=\.\.\., top_k=\.\.\.\)\)"
+    message = rf"^{make.__name__}\(\) takes no keyword temperature or top_k; only requests .*: {instead}$"
+    with pytest.raises(TypeError, match=message):
+        make("tiny", temperature=0, top_k=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
+        make("tiny", max_len=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
+        Embedder.from_pretrained("tiny", adapter="folder")
 
 
 def test_max_seq_len_beyond_the_model_is_refused(model):

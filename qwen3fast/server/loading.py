@@ -25,6 +25,10 @@ M = TypeVar("M", Generator, Embedder, Reranker)
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `load_models` to a parser."""
+    parser.epilog = (
+        "Sampling parameters, such as temperature, are fields of each request; generation_config.json of the model has "
+        "their defaults."
+    )
     add = parser.add_argument
     add_source = partial(add, action="append", default=[])
     add_source("--model", metavar="[NAME=]SOURCE", help="model that generates: hub id, folder, .gguf file, or folder "
