@@ -97,6 +97,19 @@ def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(tmp_path, monkey
     assert "list" not in error
 
 
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"], ["serve", "--port", "0"]])
+@pytest.mark.parametrize("is_off", [True, False])
+def test_cuda_graphs_can_be_switched_off(monkeypatch, capsys, command, is_off):
+    def from_pretrained(source, **options):
+        raise ValueError(f"cuda_graphs={options['cuda_graphs']}")
+
+    if command[0] == "serve":
+        pytest.importorskip("uvicorn")
+    monkeypatch.setattr(Generator, "from_pretrained", from_pretrained)
+    assert main([*command, *(["--no-cuda-graphs"] if is_off else [])]) == 2
+    assert f"cuda_graphs={not is_off}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "hi", "--top-k", "many"]])
 def test_bad_usage_exits_2(arguments):
     with pytest.raises(SystemExit) as exit_info:

@@ -24,6 +24,7 @@ MODEL_HELP = (
     "(random weights of that size) [%(default)s]"
 )
 QUANTIZATION_HELP = "quantize the weights while loading; dequantize: use a prequantized checkpoint unquantized"
+NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
 NO_CALIBRATE_HELP = "int4 and uint4 without correcting errors, which the first load of a model takes time for"
 
 
@@ -48,6 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
     add("--compile", choices=list(COMPILE_MODES), default="auto", help="auto: compile while tokens are generated; "
         "always: before the first token; never [%(default)s]")  # fmt: skip
+    add("--no-cuda-graphs", action="store_true", help=NO_CUDA_GRAPHS_HELP)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +104,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
         max_seq_len=min(GeneratorOptions.max_seq_len, longest) if args.max_seq_len is None else args.max_seq_len,
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],
+        cuda_graphs=not args.no_cuda_graphs,
         threads=args.threads,
         check_weights=args.check_weights,
         progress=has_terminal and os.environ.get("RANK", "0") == "0",
