@@ -203,6 +203,14 @@ def test_arguments_that_are_no_text_are_refused_with_their_place(monkeypatch, ca
     assert re.search(place, capsys.readouterr().err)
 
 
+def test_messages_do_not_go_to_standard_output_where_standard_error_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["generate", "What is 17 + 25?", "--temperature", "0", "--compile", "never", "--stats"]) == 0
+    assert main(["generate", "hi", "--temperature", "-1"]) == 2
+    assert capsys.readouterr().out == "42\n"
+    sys.stderr.close()
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_generate_reads_standard_input(monkeypatch, capsys, end):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 17 + 25?" + end))
