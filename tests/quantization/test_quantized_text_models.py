@@ -76,6 +76,13 @@ def test_info_counts_a_score_head(tmp_path, tokenizer_folder, capsys, name):
     assert main(["info", "--model", str(folder)]) == (0 if name is None else 2)
 
 
+def test_info_refuses_another_format_than_a_folder_has(tmp_path, tokenizer_folder, capsys):
+    folder = quantized(write_without_projection(tmp_path / "source", tokenizer_folder, vocab_size=1024))
+    for name, status in (("int8", 0), ("int4", 2)):
+        assert main(["info", "--model", str(folder), "--quantization", name]) == status
+    assert f"{folder} is in int8 already; int4 needs the original weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("pooling", "kinds"), [(LAST, ("Pooling",)), (MEAN, ("Pooling", "Normalize"))])
 @pytest.mark.parametrize("by_command", [True, False])
 def test_the_files_of_sentence_transformers_are_kept(tmp_path, tokenizer_folder, pooling, kinds, by_command):
