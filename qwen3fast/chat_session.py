@@ -30,6 +30,7 @@ class ChatSession:
         messages: the conversation so far, replies included; a list that the caller may read.
     """
 
+    @takes_params
     def __init__(
         self,
         generator: Generator,

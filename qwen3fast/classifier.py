@@ -44,8 +44,8 @@ class Classifier(TextModel):
         self._head_LE = head.weight_LE.to(model.model.norm.weight.device)
 
     @classmethod
-    def _read_own(cls, folder: Path) -> dict[str, Any]:
-        head = find_score_head(folder)
+    def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
+        head = find_score_head(folder, check_weights)
         if head is None:
             raise ValueError(f"{folder} has no score head; a Classifier needs a {ARCHITECTURE}")
         return {"head": head}

@@ -59,7 +59,7 @@ class Embedder(TextModel):
         self._end_id = token_id(tokenizer, END_OF_TEXT) if settings is None else None
 
     @classmethod
-    def _read_own(cls, folder: Path) -> dict[str, Any]:
+    def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
         return {"settings": find_sentence_settings(folder)}
 
     def encode(

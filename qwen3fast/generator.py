@@ -56,6 +56,7 @@ class Generator(ChatMethods, AdapterMethods):
     """
 
     @takes_options
+    @takes_params
     def __init__(
         self,
         model: Qwen3,
@@ -96,12 +97,20 @@ class Generator(ChatMethods, AdapterMethods):
         worker = self._dispatcher.worker
         self._adapters = AdapterRegistry(worker, self.options.adapters)
         self._builder = RequestBuilder(
-            tokenizer, config.vocab_size, self.max_seq_len, eos_ids, self.default_params, worker, self._adapters
+            tokenizer,
+            config.vocab_size,
+            self.max_seq_len,
+            eos_ids,
+            self.default_params,
+            worker,
+            self._adapters,
+            config.longest_context,
         )
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
     @classmethod
     @takes_options
+    @takes_params
     def from_pretrained(
         cls,
         source: str | Path,

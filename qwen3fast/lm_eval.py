@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from qwen3fast.checkpoint import read_config
+from qwen3fast.checkpoint import has_tokenizer, read_config, resolve_source
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
 
@@ -68,11 +68,12 @@ class HarnessModel(TemplateLM):
             enable_thinking: chat templates let the model reason. Stop strings then apply to the answer only.
             options: as in `Generator.from_pretrained`: dtype, quantization, kv_cache_dtype, compile and others.
 
-        Raises: as `Generator.from_pretrained`; ValueError for random weights, which have no tokenizer.
+        Raises: as `Generator.from_pretrained`; ValueError for a model without a tokenizer.
         """
         super().__init__()
-        if str(pretrained).startswith("random:"):
-            raise ValueError(f"{pretrained!r} has random weights and no tokenizer; name a checkpoint that has one")
+        has_one = not str(pretrained).startswith("random:")
+        if not has_one or not has_tokenizer(resolve_source(pretrained, options.get("revision"))):
+            raise ValueError(f"{str(pretrained)!r} has no tokenizer, which tasks need; name a checkpoint that has one")
         slots = max_batch_size or (AUTO_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size))
         if max_length is None:
             max_length = min(MAX_LENGTH, read_config(pretrained, options.get("revision")).longest_context - 2)

@@ -22,7 +22,7 @@ from qwen3fast.engine.own_cores import keep_to_own_cores
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import DEQUANTIZE, prepare_quantization
-from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.text.tokenizer import Tokenizer
 
 
@@ -36,6 +36,7 @@ class Loaded(NamedTuple):
     ranks: Ranks | None
 
 
+@takes_params
 def load_model(
     source: str | Path,
     device: str | torch.device = "auto",

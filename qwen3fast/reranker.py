@@ -63,8 +63,8 @@ class Reranker(TextModel):
             raise ValueError(f"the score head has {len(score_head.labels)} labels; a Reranker takes one or two")
 
     @classmethod
-    def _read_own(cls, folder: Path) -> dict[str, Any]:
-        return {"score_head": find_score_head(folder)}
+    def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
+        return {"score_head": find_score_head(folder, check_weights)}
 
     @classmethod
     def _needs_output_projection(cls, own: dict[str, Any]) -> bool:

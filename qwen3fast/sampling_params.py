@@ -242,14 +242,22 @@ class SamplingParams:
 
 
 def takes_params(function: Function) -> Function:
-    """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs."""
-    names = {field.name for field in fields(SamplingParams)} - {*inspect.signature(function).parameters}
+    """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
+
+    The function takes `params`, or it loads or wraps a model, whose requests take them. There, `adapter` is something
+    else than the field of that name.
+    """
+    own = inspect.signature(function).parameters
+    is_request = "params" in own
+    names = {field.name for field in fields(SamplingParams)} - {*own} - (set() if is_request else {"adapter"})
+    name = function.__name__ if function.__name__ != "__init__" else function.__qualname__.split(".")[-2]
+    advice = "pass {}" if is_request else "only requests of a Generator take it: generate(prompt, {})"
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
         if wrong := [name for name in keywords if name in names]:
             instead = f"SamplingParams({', '.join(f'{name}=...' for name in wrong)})"
-            raise TypeError(f"{function.__name__}() takes no keyword {' or '.join(wrong)}; pass {instead}")
+            raise TypeError(f"{name}() takes no keyword {' or '.join(wrong)}; {advice.format(instead)}")
         return function(*args, **keywords)
 
     return checked  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from qwen3fast.engine.last_token import checked_max_length
 from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load_model
 from qwen3fast.model import Qwen3
+from qwen3fast.sampling_params import takes_params
 from qwen3fast.text.tokenizer import Tokenizer
 
 Own = TypeVar("Own", bound="TextModel")
@@ -33,6 +34,7 @@ class TextModel:
         self.max_length = checked_max_length(max_length, model.config)
 
     @classmethod
+    @takes_params
     def from_pretrained(
         cls: type[Own],
         source: str | Path,
@@ -60,7 +62,7 @@ class TextModel:
         if str(source).startswith("random:"):
             raise ValueError(f"{source!r} has random weights and no tokenizer; name a checkpoint that has one")
         folder = resolve_source(source, revision)
-        own, tokenizer = cls._read_own(folder), read_tokenizer(folder)
+        own, tokenizer = cls._read_own(folder, check_weights), read_tokenizer(folder)
         load = partial(
             load_model,
             quantization=quantization,
@@ -71,7 +73,7 @@ class TextModel:
         return cls(on_live_threads(load, folder, device, dtype), tokenizer, max_length=max_length, **own)
 
     @classmethod
-    def _read_own(cls, folder: Path) -> dict[str, Any]:
+    def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
         """Return the arguments that only this class has, from the checkpoint's small files (or a GGUF file)."""
         raise NotImplementedError
 

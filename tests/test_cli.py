@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -83,6 +84,30 @@ def test_bad_values_give_one_line_and_status_2(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["generate", "5 6 7"], ["generate", "hi", "--max-seq-len", "64"], ["chat"]])
+def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(tmp_path, monkeypatch, capsys, command):
+    shutil.copytree(TINY_FOLDER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
+    assert main([*command, "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds no tokenizer (tokenizer.json, or " in error and "copy it from the model" in error
+    assert "list" not in error
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"], ["serve", "--port", "0"]])
+@pytest.mark.parametrize("is_off", [True, False])
+def test_cuda_graphs_can_be_switched_off(monkeypatch, capsys, command, is_off):
+    def from_pretrained(source, **options):
+        raise ValueError(f"cuda_graphs={options['cuda_graphs']}")
+
+    if command[0] == "serve":
+        pytest.importorskip("uvicorn")
+    monkeypatch.setattr(Generator, "from_pretrained", from_pretrained)
+    assert main([*command, *(["--no-cuda-graphs"] if is_off else [])]) == 2
+    assert f"cuda_graphs={not is_off}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "hi", "--top-k", "many"]])
@@ -176,6 +201,14 @@ def test_arguments_that_are_no_text_are_refused_with_their_place(monkeypatch, ca
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main([*arguments, "--compile", "never"]) == 2
     assert re.search(place, capsys.readouterr().err)
+
+
+def test_messages_do_not_go_to_standard_output_where_standard_error_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["generate", "What is 17 + 25?", "--temperature", "0", "--compile", "never", "--stats"]) == 0
+    assert main(["generate", "hi", "--temperature", "-1"]) == 2
+    assert capsys.readouterr().out == "42\n"
+    sys.stderr.close()
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])

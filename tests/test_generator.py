@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randomized, small_config
 
-from qwen3fast import ChatSession, Generator, RequestMetrics, SamplingParams
+from qwen3fast import ChatSession, Embedder, Generator, RequestMetrics, SamplingParams, load_model
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -209,6 +209,34 @@ def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method
         method(None, "hello", max_tokens=5, seed=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         method(None, "hello", max_len=5)
+
+
+MAKERS = [Generator, Generator.from_pretrained, load_model, ChatSession, Embedder.from_pretrained]
+
+
+def test_no_max_seq_len_is_advised_that_the_model_cannot_have(model):
+    longest = model.config.longest_context
+    with Generator(model, max_seq_len=64, compile=False) as generator:
+        for prompt, is_possible in (([1] * (longest - 1), True), ([1] * longest, False)):
+            with pytest.raises(ValueError, match=f"= {len(prompt) + 1} exceeds max_seq_len 64") as error:
+                generator.generate(prompt)
+            assert ("set max_seq_len" in str(error.value)) is is_possible
+            assert (f"(of at most {longest} for this model)" in str(error.value)) is not is_possible
+            with pytest.raises(ValueError, match="exceeds max_seq_len 64; shorten one") as error:
+                generator.score(prompt[:-1], [1])
+            assert ("set max_seq_len" in str(error.value)) is is_possible
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__qualname__)
+def test_a_field_of_sampling_params_is_not_for_what_loads_a_model(make):
+    instead = r"generate\(prompt, SamplingParams\(temperature=\.\.\., top_k=\.\.\.\)\)"
+    message = rf"^{make.__name__}\(\) takes no keyword temperature or top_k; only requests .*: {instead}$"
+    with pytest.raises(TypeError, match=message):
+        make("tiny", temperature=0, top_k=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
+        make("tiny", max_len=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
+        Embedder.from_pretrained("tiny", adapter="folder")
 
 
 def test_max_seq_len_beyond_the_model_is_refused(model):

@@ -192,9 +192,12 @@ def test_options_reach_the_generator(adapter, folder):
         model.generator.close()
 
 
-def test_a_model_without_a_tokenizer_is_refused(adapter):
-    with pytest.raises(ValueError, match="has random weights and no tokenizer"):
-        adapter.HarnessModel("random:0.6b", compile=False)
+def test_a_model_without_a_tokenizer_is_refused(adapter, tmp_path):
+    (tmp_path / "none").mkdir()
+    bare = write_text_checkpoint(tmp_path / "bare", randomized(small_config()), tmp_path / "none")
+    for source in ("random:0.6b", bare):
+        with pytest.raises(ValueError, match=f"'{source}' has no tokenizer, which tasks need"):
+            adapter.HarnessModel(source, compile=False)
 
 
 def test_tasks_of_the_examples_run_in_the_harness():

@@ -7,6 +7,7 @@ from qwen3fast.checkpoint.load import empty_model, load_model
 from qwen3fast.checkpoint.lora import merge_lora
 from qwen3fast.checkpoint.metadata import (
     find_tokenizer,
+    has_tokenizer,
     read_checkpoint_config,
     read_config,
     read_generation_config,
@@ -21,6 +22,7 @@ __all__ = [
     "choose_device",
     "empty_model",
     "find_tokenizer",
+    "has_tokenizer",
     "load_model",
     "load_weights",
     "merge_lora",

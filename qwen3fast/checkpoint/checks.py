@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,13 +33,19 @@ def non_finite(tensor: Tensor) -> str | None:
     """Return the numbers of NaN and infinite elements in words; None for none, and for tensors other than floats."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
-    nan = infinite = 0
-    for part in tensor.flatten().split(CHECKED_AT_ONCE):
+    return non_finite_parts(tensor.flatten().split(CHECKED_AT_ONCE))
+
+
+def non_finite_parts(parts: Iterable[Tensor]) -> str | None:
+    """Return the same for a tensor of floats that comes in parts, none of them empty."""
+    nan = infinite = total = 0
+    for part in parts:
+        total += part.numel()
         part = part.float() if part.dtype.itemsize == 1 else part  # float8 lacks the functions
         low, high = part.aminmax()  # NaN if there is one; one pass, which writes nothing
         if not (low.isfinite() and high.isfinite()):
             nan, infinite = nan + int(part.isnan().sum()), infinite + int(part.isinf().sum())
-    return f"{nan:,} NaN and {infinite:,} infinite of {tensor.numel():,}" if nan or infinite else None
+    return f"{nan:,} NaN and {infinite:,} infinite of {total:,}" if nan or infinite else None
 
 
 def refuse(problems: list[str], summary: str) -> None:

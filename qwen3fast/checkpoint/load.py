@@ -9,7 +9,7 @@ import torch
 from qwen3fast.checkpoint.choices import choose_device, choose_dtype
 from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header, replace_layers
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.loaders import Loader
+from qwen3fast.checkpoint.loaders import Loader, refuse_other_format
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
@@ -66,16 +66,20 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
 
     A folder whose files hold no output projection gets none.
 
-    source: as `resolve_source` returns it. quantization: the format for safetensors that other software quantized;
-    None for the usual one. Other checkpoints stay as they are.
+    source: as `resolve_source` returns it. quantization: the format for layers that are quantized in the files; None
+    for the usual one. Other layers stay as they are.
     Raises: FileNotFoundError or ValueError, as `load_model`.
     """
     if source.is_file():
         header = read_header(source)
         model = build_on_meta(config_of(header))
-        replace_layers(model, choose_formats(header, model.config, None), model.config.dtype)
+        formats = choose_formats(header, model.config, None)
+        if formats and quantization is not None:
+            formats = choose_formats(header, model.config, quantization)
+        replace_layers(model, formats, model.config.dtype)
         return model
     stored = CheckpointConfig.from_folder(source)
+    refuse_other_format(stored, quantization, source)
     format, kept = (
         None if stored.quantization is None else get_format(stored.quantization),
         stored.modules_to_not_convert,

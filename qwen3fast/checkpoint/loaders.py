@@ -51,10 +51,7 @@ class Loader:
     def load_folder(self, folder: Path, stored: CheckpointConfig) -> tuple[Qwen3, Split | None]:
         """Load a folder with safetensors; stored: its config.json."""
         self._refuse_dequantizing(stored.prequantized)
-        if self.quantization is not None and stored.quantization not in (None, self.quantization):
-            raise ValueError(
-                f"{folder} is in {stored.quantization} already; {self.quantization} needs the original weights"
-            )
+        refuse_other_format(stored, self.quantization, folder)
         self._refuse_splitting(stored)
         if stored.quantization is not None:
             prepare_quantization(stored.quantization, self.device)
@@ -98,7 +95,8 @@ class Loader:
             prepare_quantization(name, self.device)
         model = build_on_meta(config)
         self._leave_out_projection(model)
-        load_gguf_weights(model, header, formats, self.device, choose_dtype(self.dtype, config), self.progress)
+        dtype = choose_dtype(self.dtype, config)
+        load_gguf_weights(model, header, formats, self.device, dtype, self.progress, self.check_weights)
         return model
 
     @property
@@ -172,6 +170,12 @@ class Loader:
                 f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None "
                 "(no --quantization)"
             )
+
+
+def refuse_other_format(stored: CheckpointConfig, quantization: str | None, folder: Path) -> None:
+    """Raises: ValueError for a folder that `save_quantized` wrote in another format than the one asked for."""
+    if quantization is not None and stored.quantization not in (None, quantization):
+        raise ValueError(f"{folder} is in {stored.quantization} already; {quantization} needs the original weights")
 
 
 def _quantize_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:

@@ -16,6 +16,8 @@ from qwen3fast.files import read_json
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
+TOKENIZER_FILES = "tokenizer.json, or vocab.json and merges.txt"
+
 
 def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
     """Return the numbers of a model without loading its weights.
@@ -50,16 +52,20 @@ def read_tokenizer(source: Path) -> Tokenizer:
     return Tokenizer.from_folder(source)
 
 
+def has_tokenizer(source: Path) -> bool:
+    """Return whether a checkpoint has a tokenizer; in a GGUF file, it may be one that is not supported."""
+    return source.is_file() or (source / "tokenizer.json").is_file() or has_vocab_files(source)
+
+
 def find_tokenizer(source: Path) -> Tokenizer | None:
     """Return the tokenizer, or None, with a warning, for a folder that holds none.
 
     Raises: ValueError for a tokenizer that cannot be read.
     """
-    if source.is_file() or (source / "tokenizer.json").is_file() or has_vocab_files(source):
+    if has_tokenizer(source):
         return read_tokenizer(source)
     warnings.warn(
-        f"{source} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): prompts must be token ids, and "
-        "replies have no text",
+        f"{source} holds no tokenizer ({TOKENIZER_FILES}): prompts must be token ids, and replies have no text",
         stacklevel=3,
     )
     return None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qwen3fast.checkpoint.checks import FLOATS
+from qwen3fast.checkpoint.checks import FLOATS, non_finite, refuse
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.files import read_json
@@ -36,10 +36,10 @@ class ScoreHead(NamedTuple):
         }
 
 
-def find_score_head(source: Path) -> ScoreHead | None:
+def find_score_head(source: Path, check_weights: bool = False) -> ScoreHead | None:
     """Return the score head of a checkpoint in float32; None if its architecture has none.
 
-    source: as `resolve_source` returns it.
+    source: as `resolve_source` returns it. check_weights: refuse NaN and infinity.
     Raises: FileNotFoundError or ValueError, as `load_model`; ValueError for a head that is missing or does not fit.
     """
     if source.is_file():  # GGUF files have none
@@ -48,6 +48,8 @@ def find_score_head(source: Path) -> ScoreHead | None:
     if raw.get("architectures") != [ARCHITECTURE]:
         return None
     weight_LE = _read_weight(source, CheckpointConfig.from_folder(source).model.hidden_size)
+    if check_weights and (counts := non_finite(weight_LE)) is not None:
+        refuse([f"{WEIGHT}: {counts}"], f"the score head in {source} is not finite in float32")
     labels = _labels(raw, len(weight_LE))
     return ScoreHead(weight_LE, labels, raw.get("problem_type") == MULTI_LABEL)
 

@@ -78,7 +78,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         return downloaded
     except HUB_ERRORS as err:
         at = f" at revision {revision!r}" if revision else ""
-        raise _not_on_hub(f"{str(source)!r}{at}", err) from err
+        raise not_on_hub(f"{str(source)!r}{at}", err) from err
 
 
 def resolve_adapter(source: str | Path) -> Path:
@@ -92,10 +92,10 @@ def resolve_adapter(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
     except HUB_ERRORS as err:
-        raise _not_on_hub(f"adapter {str(source)!r}", err) from err
+        raise not_on_hub(f"adapter {str(source)!r}", err) from err
 
 
-def _not_on_hub(name: str, error: Exception) -> FileNotFoundError:
+def not_on_hub(name: str, error: Exception) -> FileNotFoundError:
     """Return the error for a name that the hub did not give. Without a connection, it may also be misspelled."""
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
         advice = "the hub has no such name, or keeps it private: check the spelling, or set HF_TOKEN"

@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from qwen3fast.checkpoint import read_config, resolve_source
+from qwen3fast.checkpoint import has_tokenizer, read_config, resolve_source
+from qwen3fast.checkpoint.metadata import TOKENIZER_FILES
 from qwen3fast.checks import checked_text
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
@@ -23,6 +24,7 @@ MODEL_HELP = (
     "(random weights of that size) [%(default)s]"
 )
 QUANTIZATION_HELP = "quantize the weights while loading; dequantize: use a prequantized checkpoint unquantized"
+NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
 NO_CALIBRATE_HELP = "int4 and uint4 without correcting errors, which the first load of a model takes time for"
 
 
@@ -47,6 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
     add("--compile", choices=list(COMPILE_MODES), default="auto", help="auto: compile while tokens are generated; "
         "always: before the first token; never [%(default)s]")  # fmt: skip
+    add("--no-cuda-graphs", action="store_true", help=NO_CUDA_GRAPHS_HELP)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,25 +83,28 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def open_generator(args: argparse.Namespace) -> Generator:
     """Return the Generator of the options, warmed up with --compile always.
 
-    Raises: ValueError for random weights, which have no tokenizer; as `from_pretrained`.
+    Raises: ValueError for a model without a tokenizer, before its weights are read; as `from_pretrained`.
     """
     if args.model.startswith("random:"):
         raise ValueError(f"{args.model} has random weights and no tokenizer: it can be measured (bench), not asked")
-    source, max_seq_len = args.model, args.max_seq_len
-    if max_seq_len is None:
-        source = resolve_source(source, args.revision)  # once: from_pretrained would ask the hub again
-        max_seq_len = min(GeneratorOptions.max_seq_len, read_config(source).longest_context)
+    source = resolve_source(args.model, args.revision)  # once: from_pretrained would ask the hub again
+    longest = read_config(source).longest_context
+    if not has_tokenizer(source):
+        raise ValueError(
+            f"{source} holds no tokenizer ({TOKENIZER_FILES}), which prompts on the command line need: copy it from "
+            "the model that these weights were made from. In Python, prompts may be token ids (Generator)"
+        )
     has_terminal = sys.stderr is not None and sys.stderr.isatty()
     generator = Generator.from_pretrained(
         source,
-        revision=args.revision,
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
         calibrate=False if args.no_calibrate else None,
-        max_seq_len=max_seq_len,
+        max_seq_len=min(GeneratorOptions.max_seq_len, longest) if args.max_seq_len is None else args.max_seq_len,
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],
+        cuda_graphs=not args.no_cuda_graphs,
         threads=args.threads,
         check_weights=args.check_weights,
         progress=has_terminal and os.environ.get("RANK", "0") == "0",

@@ -13,7 +13,12 @@ STRICT = ("strict", "surrogateescape")  # Python's error handlers, unless PYTHON
 
 
 def prepare_streams() -> None:
-    """Replace characters that standard output cannot encode, and bytes of standard input that are not text."""
+    """Replace characters that standard output cannot encode, and bytes of standard input that are not text.
+
+    Messages are discarded where the shell has closed standard error: `print` would write them to standard output.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the program ends
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT:
             stream.reconfigure(errors="replace")

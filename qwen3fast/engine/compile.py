@@ -391,6 +391,6 @@ def _warn_of_missing_compiler() -> None:
     warnings.warn(
         "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
         "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
-        "or set CXX; compile=False (--compile never) silences this.",
+        "or set CXX; compile=False (generate and chat: --compile never) silences this.",
         stacklevel=2,
     )

@@ -1,4 +1,5 @@
-"""Samplers and logits processors on CPUs: in C++ where that is loaded (kernels/cpu/sampler.h, processors.cpp)."""
+"""Samplers, logits processors and log-probabilities on CPUs: in C++ where that is loaded (kernels/cpu/sampler.h,
+processors.cpp, logprobs.cpp)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from qwen3fast.engine.compile import StepPart
 from qwen3fast.kernels import cpu
+from qwen3fast.sampling.processors import log_probabilities
 from qwen3fast.sampling.samplers import SamplerKind
 
 
@@ -38,3 +40,10 @@ class CpuProcessors:
             processed_BV: Tensor = self.plain(None, logits_BV, *rows)
             return processed_BV
         return cpu.process_logits(cpu.functions(), logits_BV.float(), rows)
+
+
+def token_logprobs(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of the chosen and the n most likely tokens: `log_probabilities`, on any device."""
+    if logits_BV.device.type != "cpu" or not cpu.is_loaded():
+        return log_probabilities(logits_BV, token_B, n)
+    return cpu.log_probabilities(cpu.functions(), logits_BV.float(), token_B, n)

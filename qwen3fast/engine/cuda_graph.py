@@ -124,7 +124,7 @@ class GraphCache:
         if not self.failures:
             warnings.warn(
                 f"a step could not be captured as a CUDA graph and runs without, slower: {reason}. cuda_graphs=False "
-                "silences this.",
+                "(--no-cuda-graphs) silences this.",
                 stacklevel=2,
             )
         self.failures[key] = reason

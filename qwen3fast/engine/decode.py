@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from qwen3fast.engine.compile import Function
+from qwen3fast.engine.cpu_sampling import token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
-from qwen3fast.sampling.processors import count_token, log_probabilities
+from qwen3fast.sampling.processors import count_token
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
 # Changes the logits of a step, (B, V) float32; row b is row b of the cache.
@@ -137,7 +138,7 @@ def _record(
     if processors is not None:
         count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
     if logprobs is not None:
-        chosen_B, id_BN, value_BN = log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
+        chosen_B, id_BN, value_BN = token_logprobs(logits_BV, token_B, logprobs.id_RN.shape[1])
         logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
 
 

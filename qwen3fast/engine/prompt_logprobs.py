@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from qwen3fast.engine.cpu_sampling import token_logprobs
 from qwen3fast.engine.parts import run_logits
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs
-from qwen3fast.sampling.processors import log_probabilities
 
 MAX_LOGITS = 2**23  # computed at a time: 32 MiB in float32, and about as much again for their exponentials
 
@@ -48,6 +48,6 @@ def chunk_logprobs(head: nn.Sequential, vocab_size: int, x_1TE: Tensor, targets:
     for begin in range(0, len(targets), rows):
         some = targets[begin : begin + rows]
         logits_MV = run_logits(head, x_1TE[:, begin : begin + len(some)])[0]
-        columns = log_probabilities(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
+        columns = token_logprobs(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
         entries += [Logprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     return entries

@@ -36,10 +36,11 @@ class RequestBuilder:
         default_params: SamplingParams,
         worker: EngineWorker,
         adapters: AdapterRegistry | None = None,
+        longest_context: int | None = None,
     ) -> None:
         self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
         self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
-        self._adapters = adapters or AdapterRegistry(worker)
+        self._adapters, self._longest_context = adapters or AdapterRegistry(worker), longest_context
         self._reasoning = ReasoningFormat(tokenizer)
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
@@ -72,7 +73,9 @@ class RequestBuilder:
         adapter = self._adapters.find(p.adapter) if p.adapter is not None else None
         whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
         default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
-        ids, max_tokens = fit_context(whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default)
+        ids, max_tokens = fit_context(
+            whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default, self._longest_context
+        )
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
         tracker = self._reasoning.tracker_after(whole_ids)
@@ -128,9 +131,11 @@ class RequestBuilder:
         continuation_ids = prompt_to_ids(continuation, self._tokenizer, self._vocab_size, "continuation")
         needed = len(ids) + len(continuation_ids) + 1
         if needed > self._max_seq_len:
+            can_grow = self._longest_context is None or needed <= self._longest_context
             raise ValueError(
                 f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
-                f"max_seq_len {self._max_seq_len}; shorten one, or set max_seq_len to {needed} or more"
+                f"max_seq_len {self._max_seq_len}; shorten one"
+                + (f", or set max_seq_len to {needed} or more" if can_grow else "")
             )
         found = self._adapters.find(adapter) if adapter is not None else None
         request = Request(ids + continuation_ids, wanted_logprobs=WantedLogprobs(len(ids), 1), adapter=found)

@@ -75,11 +75,13 @@ def fit_context(
     max_seq_len: int,
     on_overflow: Overflow,
     default_max_tokens: int | None = None,
+    longest_context: int | None = None,
 ) -> tuple[list[int], int]:
     """Return the prompt and the number of new tokens that fit `max_seq_len` together.
 
     max_tokens: None takes `default_max_tokens` (the checkpoint's), limited to the room after the prompt; if both are
     None, all of this room.
+    longest_context: the largest max_seq_len that the model can have, for the message; None if it is not known.
     on_overflow: "cut" first shortens the reply, down to `min_reply`, then removes the prompt's oldest tokens. One more
     token of prompt changes either by at most one.
     Raises: ValueError with the arithmetic, for "error", if they do not fit; ValueError if max_seq_len is 1.
@@ -88,10 +90,12 @@ def fit_context(
     room = max_seq_len - len(ids)
     if on_overflow == "error" and (max_tokens or 1) > room:
         wanted = len(ids) + (max_tokens or 1)
+        can_grow = longest_context is None or wanted <= longest_context
+        advice = f"set max_seq_len (--max-seq-len) to {wanted}, " if can_grow else ""
+        most = "" if can_grow else f" (of at most {longest_context} for this model)"
         raise ValueError(
             f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
-            f"{max_seq_len}; shorten one, set max_seq_len (--max-seq-len) to {wanted}, "
-            "or pass on_overflow='cut' (--on-overflow cut)"
+            f"{max_seq_len}{most}; shorten one, {advice}or pass on_overflow='cut' (--on-overflow cut)"
         )
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len {max_seq_len} leaves no room for a reply")

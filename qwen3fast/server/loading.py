@@ -25,6 +25,10 @@ M = TypeVar("M", Generator, Embedder, Reranker)
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `load_models` to a parser."""
+    parser.epilog = (
+        "Sampling parameters, such as temperature, are fields of each request; generation_config.json of the model has "
+        "their defaults."
+    )
     add = parser.add_argument
     add_source = partial(add, action="append", default=[])
     add_source("--model", metavar="[NAME=]SOURCE", help="model that generates: hub id, folder, .gguf file, or folder "
@@ -43,6 +47,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
+        "slower")  # fmt: skip
     add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
         "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
 
@@ -82,6 +88,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             adapters=adapter_folders,
             threads=args.threads,
             compile=True if args.warmup else "auto",
+            cuda_graphs=not args.no_cuda_graphs,
         )
         if args.warmup or (args.warmup is None and generator.device.type == "cuda"):
             logger.info("compiling for this machine; the first start can take minutes")

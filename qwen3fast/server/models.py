@@ -128,7 +128,7 @@ def generator_of(served: ServedModel) -> Generator:
 
 
 def tokenizer_of(served: ServedModel) -> Tokenizer:
-    """Return a model's tokenizer. Raises: ApiError (400) for random weights, which have none."""
+    """Return a model's tokenizer. Raises: ApiError (400) if it has none."""
     if served.model.tokenizer is None:
-        raise ApiError(400, f"model {served.name!r} has random weights and no tokenizer; send token ids", "model")
+        raise ApiError(400, f"model {served.name!r} has no tokenizer; send token ids, to /v1/completions", "model")
     return served.model.tokenizer

@@ -484,6 +484,16 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
     assert f"{loaded.num_bytes():,} bytes in int4, int8\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "uint4"])
+def test_info_shows_the_format_that_is_asked_for(tmp_path, capsys, kind, quantization):
+    file = tmp_path / "model.gguf"
+    write_gguf(file, randomized(small_config(**SIZES)), kind)
+    assert main(["info", "--model", str(file), "--quantization", quantization]) == 0
+    model, out = load_model(file, "cpu", quantization=quantization), capsys.readouterr().out
+    assert f" {model.num_bytes():,} bytes in {quantization}" in out
+
+
 def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
     """Return the format of each tensor of the first block that gets packed, by llama.cpp's name of the layer."""
     header = read_header(file)

@@ -22,6 +22,9 @@ from qwen3fast.checkpoint.gguf import read_header
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 
+# Rows of 256 numbers, which the K-types come in.
+SIZES = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16}
+
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,6 +98,35 @@ def test_types_that_gguf_cannot_decode_are_named(tmp_path):
     write_gguf(tmp_path / "model.gguf", randomized(small_config()), change=add_integers)
     with pytest.raises(ValueError, match=r"output.weight in model.gguf: type I32 is not supported"):
         load_model(tmp_path / "model.gguf", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "counts"),
+    [
+        ("F32", None, "1 NaN"),
+        ("F32", "int8", "1 NaN"),
+        ("F16", "int4", "1 NaN"),
+        ("Q4_0", None, "32 NaN"),  # of a block, whose scale is NaN
+        ("Q4_0", "dequantize", "32 NaN"),
+        ("Q8_0", None, "32 NaN"),
+        ("Q4_K", None, "256 NaN"),
+        ("Q4_K", "uint4", "256 NaN"),
+    ],
+)
+@pytest.mark.parametrize("kind_of_layer", ["attn_q", "ffn_down_exps", "ffn_up_exps"])
+def test_check_weights_finds_nan(tmp_path, kind_of_layer, kind, quantization, counts):
+    file, name = tmp_path / "model.gguf", f"blk.1.{kind_of_layer}.weight"
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 256} if "exps" in name else {}
+    written = write_gguf(file, randomized(small_config(**SIZES, **experts)), kind)
+    load_model(file, "cpu", quantization=quantization, check_weights=True)
+    good = written[name][0].tobytes()
+    nan = np.array(np.nan, np.float32 if kind == "F32" else np.float16).tobytes()
+    file.write_bytes(file.read_bytes().replace(good, nan + good[len(nan) :]))
+    load_model(file, "cpu", quantization=quantization)
+    message = rf"not all finite in b?float\d+:\n  {name} in model\.gguf: {counts} and 0"
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(file, "cpu", quantization=quantization, check_weights=True)
+    assert len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint.source import resolve_adapter
+from qwen3fast.cli import main
 
 NAME, COMMIT = "owner/model", "0123456789abcdef0123456789abcdef01234567"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -119,7 +120,11 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
         endpoint=f"http://127.0.0.1:{server.server_port}",
         cache_dir=tmp_path / "cache",
     )
-    monkeypatch.setattr("qwen3fast.checkpoint.source.snapshot_download", download)
+    for module in ("source", "outline"):
+        monkeypatch.setattr(f"qwen3fast.checkpoint.{module}.snapshot_download", download)
+    headers = huggingface_hub.HfApi(f"http://127.0.0.1:{server.server_port}").get_safetensors_metadata
+    monkeypatch.setattr("qwen3fast.checkpoint.outline.get_safetensors_metadata", headers)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
@@ -134,6 +139,33 @@ def test_a_model_of_the_hub_is_downloaded_once(hub, tmp_path):
         assert_same_weights(load_model(NAME, device="cpu"), randomized(small_config()))
     assert sorted(hub.asked) == [(FIRST, None), (SECOND, None)]
     assert [path.name for path in (tmp_path / "cache").rglob("*.bin")] == []
+
+
+def test_info_reads_headers_alone_of_what_is_not_downloaded(hub, monkeypatch, capsys):
+    def info(model, *options):
+        assert main(["info", "--model", str(model), "--device", "cpu", *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    title, *lines = info(NAME)
+    assert title == "owner/model (not downloaded)" and lines == info(hub.folder)[1:]
+    assert sorted(hub.asked) == [(FIRST, "bytes=0-100000"), (SECOND, "bytes=0-100000")]
+    monkeypatch.delenv("QWEN3FAST_CALIBRATE", raising=False)
+    assert any(line.endswith("for cpu, by the first load") for line in info(NAME, "--quantization", "int4"))
+    load_model(NAME, device="cpu")
+    hub.asked.clear()
+    assert info(NAME) == [NAME, *lines] and not hub.asked
+
+
+def test_info_names_what_is_wrong_on_the_hub(hub, capsys):
+    assert main(["info", "--model", "owner/modle"]) == 2
+    assert "the hub has no such name" in capsys.readouterr().err
+    (hub.folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
+    assert main(["info", "--model", NAME]) == 2
+    assert NAME in capsys.readouterr().err
+    for file in hub.folder.glob("*.safetensors*"):
+        file.unlink()
+    assert main(["info", "--model", NAME]) == 2
+    assert f"'{NAME}' has no safetensors on the hub that can be read" in capsys.readouterr().err
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub):

@@ -112,6 +112,17 @@ def test_quantized_classifier_is_near(tmp_path, tokenizer):
     assert (plain - small).abs().max() < 0.1 * plain.abs().max()
 
 
+@pytest.mark.parametrize("kind", [Classifier, Reranker])
+def test_check_weights_looks_at_the_score_head(tmp_path, tokenizer, kind):
+    model = save(tmp_path, tokenizer, num_labels=2)
+    kind.from_pretrained(tmp_path, device="cpu", check_weights=True)
+    model.score.weight.data[1, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    kind.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"score head in .* not finite in float32:\n  score.weight: 1 NaN and 0 inf"):
+        kind.from_pretrained(tmp_path, device="cpu", check_weights=True)
+
+
 @pytest.mark.parametrize("shape", [(2, 31), (64,), None])
 def test_a_head_that_does_not_fit_is_refused(tmp_path, tokenizer, shape):
     model = save(tmp_path, tokenizer, num_labels=2)

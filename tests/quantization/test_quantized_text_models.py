@@ -60,6 +60,29 @@ def test_info_counts_an_output_projection_only_where_there_is_one(tmp_path, toke
     assert ("(no output projection)" in out) != has_head
 
 
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_info_counts_a_score_head(tmp_path, tokenizer_folder, capsys, name):
+    source = write_without_projection(tmp_path / "source", tokenizer_folder, vocab_size=1024)
+    add_score_head(source, 3)
+    folder = source if name is None else quantized(source, name)
+    capsys.readouterr()
+    assert main(["info", "--model", str(folder)]) == 0
+    out, plain = capsys.readouterr().out, load_model(source, "cpu", output_projection=False)
+    assert f" {sum(p.numel() for p in plain.parameters()) + 3 * 64:,}\n" in out
+    num_bytes = load_model(folder, "cpu", output_projection=False).num_bytes()
+    assert f" {num_bytes + 3 * 64 * 4:,} bytes in" in out and " 3 labels, float32\n" in out
+    for file in folder.glob("*.safetensors"):  # config.json alone tells all but the labels
+        file.unlink()
+    assert main(["info", "--model", str(folder)]) == (0 if name is None else 2)
+
+
+def test_info_refuses_another_format_than_a_folder_has(tmp_path, tokenizer_folder, capsys):
+    folder = quantized(write_without_projection(tmp_path / "source", tokenizer_folder, vocab_size=1024))
+    for name, status in (("int8", 0), ("int4", 2)):
+        assert main(["info", "--model", str(folder), "--quantization", name]) == status
+    assert f"{folder} is in int8 already; int4 needs the original weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("pooling", "kinds"), [(LAST, ("Pooling",)), (MEAN, ("Pooling", "Normalize"))])
 @pytest.mark.parametrize("by_command", [True, False])
 def test_the_files_of_sentence_transformers_are_kept(tmp_path, tokenizer_folder, pooling, kinds, by_command):

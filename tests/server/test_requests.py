@@ -11,9 +11,10 @@ import time
 from contextlib import suppress
 
 import pytest
+from conftest import randomized, small_config
 from serving import address, models, tiny_generator  # noqa: F401  fixtures
 
-from qwen3fast import Embedder
+from qwen3fast import Embedder, Generator
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call, post
@@ -227,3 +228,13 @@ def test_a_conversation_that_takes_long_to_render_holds_up_no_other_client(tiny_
     monkeypatch.setattr(tiny_generator, "render", slowly)
     app = create_app({"tiny": tiny_generator})
     assert [status for status, _ in asyncio.run(ask_twice())] == [200, 200]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/completions"])
+def test_a_model_without_a_tokenizer_says_what_it_takes(path):
+    with Generator(randomized(small_config()), compile=False, max_seq_len=64) as generator:
+        app = create_app({"bare": generator})
+        status, body = asyncio.run(call(app, path, {**CHAT, "prompt": "text"}))
+        assert status == 400 and "no tokenizer" in str(body) and "token ids" in str(body)
+        assert "random" not in str(body)
+        assert asyncio.run(call(app, "/v1/completions", {"prompt": [5, 6], "max_tokens": 2}))[0] == 200

@@ -90,6 +90,11 @@ class StoredTensor:
         release_pages(self.data)
         return Packed(*(tensor.to(device) for tensor in result))
 
+    def numbers(self) -> Iterator[Tensor]:
+        """Yield the numbers of some rows at a time, (R, K) float32."""
+        for _, rows in self._parts():
+            yield self._numbers(rows)
+
     def _rows(self) -> np.ndarray:
         """Return the bytes of each row, (rows, bytes of a row); all dimensions before the last count as rows."""
         return self.data.reshape(math.prod(self.shape[:-1]), -1)

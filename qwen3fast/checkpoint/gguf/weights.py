@@ -7,7 +7,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from qwen3fast.checkpoint.assign import assign
-from qwen3fast.checkpoint.checks import refuse
+from qwen3fast.checkpoint.checks import non_finite, non_finite_parts, refuse
 from qwen3fast.checkpoint.gguf.header import Header
 from qwen3fast.checkpoint.gguf.layout import OUTPUT, Place, places_of, replace_layers
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor
@@ -22,12 +22,14 @@ def load_gguf_weights(
     device: torch.device,
     dtype: torch.dtype,
     progress: bool = False,
+    check_weights: bool = False,
 ) -> None:
     """Fill a plain `model` (on meta), after replacing the layers of `formats` by quantized ones.
 
     On the CPU, floats in `dtype` are the mapped pages of the file.
+    check_weights: refuse NaN and infinity: plain weights in `dtype`, packed ones as the file has them.
     Raises: ValueError naming all tensors that are missing, unexpected, misshaped or of a type that is not supported,
-    before anything is loaded.
+    before anything is loaded, or that are not finite. On an error the model must be discarded.
     """
     tensors = {name: t for name, t in header.tensors.items() if name != OUTPUT or model.lm_head is not None}
     places = places_of(model)
@@ -35,22 +37,28 @@ def load_gguf_weights(
     replace_layers(model, formats, dtype)
     stacks: dict[str, Tensor] = {}
     packed_stacks: dict[str, Packed] = {}
+    bad_numbers: list[str] = []
     for name, tensor in tqdm(tensors.items(), desc="loading weights", unit="tensor", disable=not progress):
         parameter, shape, half = places[name]
+        plain = None if name in formats else tensor.plain(device, dtype)
+        if check_weights:
+            counts = non_finite_parts(tensor.numbers()) if plain is None else non_finite(plain)
+            bad_numbers += [f"{name} in {tensor.file}: {counts}"] if counts else []
         if name in formats and len(shape) == 3:
             _put_experts(model, places[name], tensor.packed(formats[name], device), packed_stacks)
-        elif name in formats:
+        elif plain is None:
             packed = tensor.packed(formats[name], device)
             assign(model, f"{parameter}_packed", packed.weight)
             assign(model, f"{parameter}_scale", packed.scale)
         elif half is None:
-            assign(model, parameter, tensor.plain(device, dtype))
+            assign(model, parameter, plain)
         else:
             if parameter not in stacks:
                 experts, rows, columns = shape
                 stacks[parameter] = torch.empty(experts, 2 * rows, columns, dtype=dtype, device=device)
                 assign(model, parameter, stacks[parameter])
-            stacks[parameter].chunk(2, dim=1)[half].copy_(tensor.plain(device, dtype))
+            stacks[parameter].chunk(2, dim=1)[half].copy_(plain)
+    refuse(bad_numbers, f"the weights in {header.file} are not all finite in {str(dtype).removeprefix('torch.')}")
     model.tie_weights()
 
 

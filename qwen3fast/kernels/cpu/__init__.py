@@ -30,7 +30,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
 )
 from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.sampler import process_logits, sample
+from qwen3fast.kernels.cpu.sampler import log_probabilities, process_logits, sample
 from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "functions",
     "is_loaded",
     "load",
+    "log_probabilities",
     "process_logits",
     "quantize_weight",
     "sample",

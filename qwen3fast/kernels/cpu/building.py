@@ -22,6 +22,7 @@ SOURCES = (
     "decode_layers.cpp",
     "sampler.cpp",
     "processors.cpp",
+    "logprobs.cpp",
     "prefill_attention.cpp",
     "decode_attention.cpp",
     "matvec.cpp",

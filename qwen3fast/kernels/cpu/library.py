@@ -57,6 +57,7 @@ FUNCTIONS = tuple(
         "decode_step",
         "sample",
         "process_logits",
+        "log_probabilities",
         "prefill_layers",
     )
 )

@@ -51,6 +51,8 @@ def register(functions: ctypes.CDLL) -> None:
     for function in (functions.qwen3fast_sample, functions.qwen3fast_process_logits):
         function.argtypes = [pointer, pointer, pointer, integer, integer, integer]
         function.restype = None
+    functions.qwen3fast_log_probabilities.argtypes = [*[pointer] * 5, *[integer] * 4]
+    functions.qwen3fast_log_probabilities.restype = None
     functions.qwen3fast_prefill_layers.restype = None
     functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
     functions.qwen3fast_quantize_weight.restype = None
