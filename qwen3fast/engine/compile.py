@@ -6,8 +6,9 @@ marked as dynamic, with their range, and `torch.compile` raises an error if it w
 
 Private parts of PyTorch are used only here, except for two operators in kernels/ (attention.py, grouped.py):
 - `torch._dynamo.mark_dynamic`, the documented function for dynamic shapes, which has no public name.
-- `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, PyTorch takes calls of compiled code in
-  other threads for calls inside a trace and refuses them. Without the error, they run uncompiled for that moment.
+- `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, PyTorch before 2.14 takes calls of
+  compiled code in other threads for calls inside a trace and refuses them. Without the error, they run uncompiled for
+  that moment.
 - `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: if the end of a capture fails, the allocator continues as
   during a capture, which no public function can end.
 """

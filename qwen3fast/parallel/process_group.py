@@ -29,7 +29,8 @@ class Ranks:
     def __init__(self) -> None:
         """Connect the processes of the default process group, which must exist."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._commands = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        # Any: PyTorch 2.14 declares that it may also be a number, for processes outside of the group.
+        self._commands: Any = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
 
     @classmethod
     def start(cls, device_type: str) -> Ranks:

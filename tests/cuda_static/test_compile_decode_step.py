@@ -15,7 +15,7 @@ pytestmark = pytest.mark.triton
 
 # Compute capability 8.9 stands for 8.6 and 12.0, which have as much.
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MAX_SPILLED_BYTES = 40  # per thread, in loops that run for microseconds; the most is by Triton 3.6 for 8.9
+MAX_SPILLED_BYTES = 48  # per thread, in loops that run for microseconds; for 8.9: Triton 3.6 40, 3.8 48, 3.9 none
 
 # In a process of its own: in this one, Triton's kernels are Python functions.
 COMPILE = """

@@ -1,7 +1,9 @@
 """Compiled parts: their results, their recompilation, and the mode "auto"."""
 
+import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,6 +24,11 @@ ROWS = {0: (Dynamic(11),)}
 
 def scaled(module, x, y):
     return module(x) * y + 1
+
+
+def scaled_without_call(module, x, y):
+    """Return the same without a call of the module: a trace in any thread would record that."""
+    return F.linear(x, module.weight, module.bias) * y + 1
 
 
 def layers(seed=0):
@@ -260,25 +267,58 @@ def test_auto_leaves_short_runs_alone():
     assert not part._jobs and compiler.compilations == 0
 
 
+@contextlib.contextmanager
+def tracing_in_another_thread():
+    """Trace a function in another thread until the block ends, as torch.compile does while it compiles."""
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def traced(x):
+        has_begun.set()
+        assert may_end.wait(60)
+        return x
+
+    with ThreadPoolExecutor(1) as pool:
+        trace = pool.submit(torch.fx.symbolic_trace, traced)
+        assert has_begun.wait(60)
+        try:
+            yield
+        finally:
+            may_end.set()
+        trace.result()
+
+
 @pytest.mark.parametrize("mode", [True, "auto"])
-def test_compiled_code_runs_while_another_thread_compiles(mode, monkeypatch):
-    """torch.compile takes the call for one inside of the other thread's trace, and refuses it by default."""
+def test_compiled_code_runs_while_another_thread_compiles(mode):
+    """Before PyTorch 2.14, torch.compile takes the call for one inside of that trace, and refuses it by default."""
     compiler = StepCompiler(mode, CPU)
     compiler.auto_from_s = 0
-    part, [module, *_], x = compiler.part(scaled), layers(), random_tensor(4, 6)
+    part, [module, *_], x = compiler.part(scaled_without_call), layers(), random_tensor(4, 6)
     part(module, x, x)
     wait_until(lambda: compiler.compilations == 1)
     results = [part(module, x, x)]
-    monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)  # as another thread does meanwhile
-    caller = threading.Thread(target=lambda: results.append(part(module, x, x)))  # has called nothing compiled before
-    caller.start()
-    caller.join(60)
-    results.append(part(module, x, x))
-    if mode is True:  # in "auto" mode, an uncompiled form may have been faster
+    with tracing_in_another_thread():
+        caller = threading.Thread(target=lambda: results.append(part(module, x, x)))  # has called nothing compiled yet
+        caller.start()
+        caller.join(60)
+        results.append(part(module, x, x))
+    compiler.close()
+    assert len(results) == 3
+    for result in results:
+        assert_near(result, scaled(module, x, x))
+
+
+def test_only_compiled_refuses_what_a_trace_would_leave_uncompiled():
+    part, [module, *_], x = StepCompiler(True, CPU).part(scaled_without_call), layers(), random_tensor(4, 6)
+    results = [part(module, x, x)]
+
+    def traced(y):
+        results.append(part(module, x, x))  # uncompiled
         with only_compiled(), pytest.raises(RuntimeError, match="symbolically trace"):
             part(module, x, x)  # its kernels may not be captured
-    results[-1] = part(module, x, x)
-    compiler.close()
+        results.append(part(module, x, x))
+        return y
+
+    torch.fx.symbolic_trace(traced)
     assert len(results) == 3
     for result in results:
         assert_near(result, scaled(module, x, x))
