@@ -200,7 +200,8 @@ def test_chat_keeps_its_history_when_a_reply_fails(monkeypatch, capsys, error):
 def test_arguments_that_are_no_text_are_refused_with_their_place(monkeypatch, capsys, arguments, place):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main([*arguments, "--compile", "never"]) == 2
-    assert re.search(place, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(place + ": bytes .*; write it in UTF-8", error) and "encode(" not in error
 
 
 def test_messages_do_not_go_to_standard_output_where_standard_error_is_closed(monkeypatch, capsys):

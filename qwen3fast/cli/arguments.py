@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen3fast.checkpoint import has_tokenizer, read_config, resolve_source
 from qwen3fast.checkpoint.metadata import TOKENIZER_FILES
-from qwen3fast.checks import checked_text
+from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.model.kv_cache import CACHE_DTYPES
@@ -75,7 +75,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         top_p=args.top_p,
         min_p=args.min_p,
         max_tokens=args.max_tokens,
-        stop=tuple(checked_text("--stop", text) for text in args.stop),
+        stop=tuple(checked_argument("--stop", text) for text in args.stop),
         seed=args.seed,
     )
 

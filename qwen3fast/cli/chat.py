@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qwen3fast.checks import checked_text
 from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
-from qwen3fast.cli.console import read_line
+from qwen3fast.cli.console import checked_argument, read_line
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.text.plain_data import replace_surrogates
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reply to each line of standard input until it ends. Returns: the exit status."""
     params = sampling_params(args)
-    system = checked_text("--system", args.system) if args.system else None
+    system = checked_argument("--system", args.system) if args.system else None
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     with open_generator(args) as generator:

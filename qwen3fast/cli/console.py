@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
+from qwen3fast.checks import checked_text
 from qwen3fast.text.plain_data import replace_surrogates
 
 STRICT = ("strict", "surrogateescape")  # Python's error handlers, unless PYTHONIOENCODING sets another one
@@ -22,6 +23,15 @@ def prepare_streams() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT:
             stream.reconfigure(errors="replace")
+
+
+def checked_argument(name: str, text: str) -> str:
+    """Return an argument of the command line that is text. Raises: ValueError naming the place of what is not."""
+    try:
+        return checked_text(name, text)
+    except ValueError as err:
+        place = str(err).partition(", which")[0]
+        raise ValueError(f"{place}: bytes that are not in the terminal's encoding; write it in UTF-8") from None
 
 
 def flush_output() -> None:

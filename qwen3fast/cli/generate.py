@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qwen3fast.checks import checked_text
 from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
-from qwen3fast.cli.console import read_input
+from qwen3fast.cli.console import checked_argument, read_input
 from qwen3fast.results import GenerationResult
 
 HELP = "answer one prompt, streamed to standard output"
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the reply. Returns: the exit status."""
     params = sampling_params(args)
-    prompt = checked_text("the prompt", read_input() if args.prompt == "-" else args.prompt)
+    prompt = checked_argument("the prompt", read_input() if args.prompt == "-" else args.prompt)
     if args.prompt == "-" and not prompt:
         raise ValueError("standard input is empty; it should hold the prompt")
     with open_generator(args) as generator:
