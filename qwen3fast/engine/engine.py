@@ -19,6 +19,8 @@ from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_row
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
 from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Forward, Parts, chunk_sizes
 from qwen3fast.engine.prefill import (
+    CHUNK_COST,
+    CPP_CHUNK_COST,
     CapturedChunks,
     Prefill,
     graph_prompts,
@@ -115,7 +117,8 @@ class Engine(Rows):
         """
         self.clear_row(row)
         sizes = chunk_sizes(self.device) if self.graphs is None else CHUNK_SIZES
-        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter, sizes)
+        cost = CPP_CHUNK_COST if self.parts.multiplies_chunks_in_cpp() else CHUNK_COST
+        return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter, sizes, cost)
 
     @on_device
     def prefill_step(self, prefill: Prefill) -> Tensor | None:

@@ -19,6 +19,7 @@ from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
+from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
@@ -218,6 +219,13 @@ class Parts:
             samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
+        )
+
+    def multiplies_chunks_in_cpp(self) -> bool:
+        """Return whether one C++ operation computes chunks of all sizes, without tiles."""
+        layers, sizes = self.decode_layers, (CPU_CHUNK_SIZES[0], CPU_CHUNK_SIZES[-1])
+        return layers is not None and all(
+            layers.serves_chunks(size) and self.forms.of_chunks(size, size, size) is Tiles.NONE for size in sizes
         )
 
     def decide_forms(self) -> None:

@@ -27,23 +27,28 @@ from qwen3fast.kernels.attention import finds_used_length_of_chunks
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
 CHUNK_COST = 40
+# The same where C++ operations compute chunks and arithmetic is the limit: 8 tokens take 19 ms in int4, each more of a
+# large chunk 1.7; in bfloat16 50 and 2.3 (0.6B, two cores of Zen 4).
+CPP_CHUNK_COST = 8
 # Prompts in one graph, where that many tokens make a chunk of the largest size at most; missing ones are padding.
 GRAPH_PROMPTS = (4, MAX_PROMPTS)
 
 NOWHERE = -CHUNK_SIZES[-1]  # the start of a batch row without a prompt: all of its positions are EMPTY
 
 
-def split_into_chunks(num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES) -> list[int]:
+def split_into_chunks(
+    num_tokens: int, room: int, sizes: tuple[int, ...] = CHUNK_SIZES, chunk_cost: int = CHUNK_COST
+) -> list[int]:
     """Return the sizes of chunks, in order, that cover `num_tokens` and take at most `room` positions together.
 
-    The last chunk is padded where this costs less than another chunk. Padding needs room: `room` must be a multiple of
-    the smallest size, or exceed num_tokens by the smallest size.
+    The last chunk is padded where this costs less than another chunk, which takes as long as `chunk_cost` tokens.
+    Padding needs room: `room` must be a multiple of the smallest size, or exceed num_tokens by the smallest size.
     """
     has_room = num_tokens + sizes[0] <= room or (num_tokens <= room and room % sizes[0] == 0)
     assert num_tokens > 0 and has_room, f"{num_tokens} tokens, room for {room}"
     chunks = []
     while num_tokens > 0:
-        covering = [size for size in sizes if num_tokens <= size <= min(num_tokens + CHUNK_COST, room)]
+        covering = [size for size in sizes if num_tokens <= size <= min(num_tokens + chunk_cost, room)]
         fitting = [size for size in sizes if size <= num_tokens]
         size = (covering or fitting[-1:] or sizes)[0]
         chunks.append(size)
@@ -83,7 +88,7 @@ class Prefill:
         row: of the cache. token_ids: the whole prompt.
         done: number of tokens whose keys and values are in the cache. chunks: sizes of the remaining chunks.
         room: positions of a row, which padding may take.
-        adapter: the slot of the prompt's adapter; 0 for none.
+        adapter: the slot of the prompt's adapter; 0 for none. chunk_cost: of one more chunk, in tokens of padding.
         wanted: the tokens whose log-probabilities are computed on the way; None for none. logprobs: of the tokens after
             each token computed so far, in order; the caller may take them out between chunks.
     """
@@ -96,6 +101,7 @@ class Prefill:
     wanted: WantedLogprobs | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     adapter: int = 0
+    chunk_cost: int = CHUNK_COST
 
     @classmethod
     def begin(
@@ -107,14 +113,15 @@ class Prefill:
         wanted: WantedLogprobs | None = None,
         adapter: int = 0,
         sizes: tuple[int, ...] = CHUNK_SIZES,
+        chunk_cost: int = CHUNK_COST,
     ) -> Prefill:
         """Return the prefill of a prompt whose first `reused` tokens (see `usable_prefix`) are in the row already.
 
         sizes: of chunks, see `chunk_sizes`.
         """
         assert wanted is None or reused < wanted.first, "reused tokens give no logits"
-        chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused, sizes)
-        return cls(row, token_ids, reused, chunks, allocated_len, wanted, adapter=adapter)
+        chunks = split_into_chunks(len(token_ids) - reused, allocated_len - reused, sizes, chunk_cost)
+        return cls(row, token_ids, reused, chunks, allocated_len, wanted, adapter=adapter, chunk_cost=chunk_cost)
 
     def fits(self, size: int) -> bool:
         """Return whether the next chunk can be computed with others of this size.
@@ -125,7 +132,7 @@ class Prefill:
         if self.wanted is not None or self.chunks[0] == size:
             return self.wanted is None
         has_room = self.done + size <= self.room
-        return len(self.chunks) == 1 and 0 < size - self.chunks[0] <= CHUNK_COST and has_room
+        return len(self.chunks) == 1 and 0 < size - self.chunks[0] <= self.chunk_cost and has_room
 
     def take_chunk(self, size: int = 0) -> Chunk:
         """Return the next chunk, which is counted as done from now on. size: to pad it to, where it `fits`."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
-from qwen3fast.engine.prefill import Prefill, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.prefill import CPP_CHUNK_COST, Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import cpu
@@ -43,6 +43,14 @@ def test_chunks_on_cpus_have_less_padding(num_tokens, chunks):
     assert split_into_chunks(num_tokens, 4096, CPU_CHUNK_SIZES) == chunks
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "chunks"),
+    [(1, [8]), (33, [32, 8]), (40, [48]), (70, [64, 8]), (100, [96, 8]), (300, [256, 48]), (390, [384, 8])],
+)
+def test_chunks_have_still_less_where_one_more_costs_little(num_tokens, chunks):
+    assert split_into_chunks(num_tokens, 4096, CPU_CHUNK_SIZES, CPP_CHUNK_COST) == chunks
+
+
 def test_chunks_stay_narrow_where_room_is_short():
     assert sum(split_into_chunks(300, 384)) <= 384
 
@@ -65,7 +73,7 @@ def test_graphs_of_several_prompts_are_few_and_serve_every_number(slots, numbers
 
 CPU = torch.device("cpu")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (20, 32, 5)]
+PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (25, 32, 29)]
 REUSED = (0, 70, 40)  # tokens before them
 
 
