@@ -55,7 +55,7 @@ def test_weights_in_bfloat16(rows):
 
 
 def assert_rounded(actual, expected):
-    """Check that bfloat16 numbers are float64 numbers but for rounding, of the sums to float32 as well."""
+    """Check that bfloat16 numbers equal float64 numbers up to rounding, of the sums to float32 as well."""
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-5 * expected.abs().max().item())
 
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kRows = 128;  // of a tile: queries, each with the G heads of a group
 constexpr int64_t kKeys = 64;   // of a tile
-constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: those of 2 x 2 tiles of AMX
+constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: two tiles of AMX
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
 // The nearest bfloat16 numbers; those below 1.2e-38 may become zero.

@@ -42,7 +42,7 @@ constexpr int64_t kSpan = 256;           // channels of x that share a scale in 
 typedef std::vector<Bits> Pairs;
 
 // Rows of x in int8: value = scale * level, one scale per row and kSpan channels. offset: the amount that the zero point of
-// weights adds. levels: tiles of 64 channels, those of 16 rows side by side. K: a multiple of 64.
+// weights adds. levels: tiles of 16 rows and 64 channels, 16 rows after 16 rows. K: a multiple of 64.
 struct Levels {
   int64_t M, K, spans = (K + kSpan - 1) / kSpan;
   std::vector<Bits> levels;  // a Bits is 64 channels of a row; missing rows are zero
