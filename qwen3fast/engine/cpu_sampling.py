@@ -43,7 +43,7 @@ class CpuProcessors:
 
 
 def token_logprobs(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probabilities of the chosen and the n most likely tokens: `log_probabilities`, on any device."""
-    if logits_BV.device.type != "cpu" or not cpu.is_loaded():
+    """Return what `log_probabilities` does, on CPUs."""
+    if not cpu.is_loaded():
         return log_probabilities(logits_BV, token_B, n)
     return cpu.log_probabilities(cpu.functions(), logits_BV.float(), token_B, n)

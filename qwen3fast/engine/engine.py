@@ -271,7 +271,7 @@ class Engine(Rows):
         x_1TE, positions = self._states_uncached(token_ids, adapter), wanted.after(0, len(token_ids), len(token_ids))
         targets = token_ids[positions.start + 1 : positions.stop + 1]
         x_1TE = x_1TE[:, positions.start : positions.stop]
-        return chunk_logprobs(self.parts.head, self.model.config.vocab_size, x_1TE, targets, wanted.top)
+        return chunk_logprobs(self.parts, self.model.config.vocab_size, x_1TE, targets, wanted.top)
 
     def _states_uncached(self, token_ids: list[int], adapter: int) -> Tensor:
         """Return the last block's output, (1, T, E), padding at the end included."""

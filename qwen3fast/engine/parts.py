@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
-from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler
+from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler, token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
@@ -24,7 +24,7 @@ from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.quantization.layers import load_operations
-from qwen3fast.sampling.processors import ProcessorRows, process_logits
+from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 # Tokens of a prompt that are computed together. On CUDA devices each size is captured; on CPUs one compiled form serves
@@ -155,6 +155,7 @@ class Parts:
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
+        log_probabilities: the function of sampling/processors.py, or the same in C++.
         needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
     """
 
@@ -170,6 +171,7 @@ class Parts:
     head: nn.Sequential
     processors: Function
     samplers: dict[SamplerKind, Function]
+    log_probabilities: Function
     advance: StepPart
     needs_mask: bool
 
@@ -217,6 +219,7 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
             samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
+            log_probabilities=token_logprobs if is_cpu and compiler.uses_operations else log_probabilities,
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )

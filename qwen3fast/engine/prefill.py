@@ -167,7 +167,7 @@ def prefill_step(forward: Forward, prefill: Prefill, captured: CapturedChunks | 
         targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
         states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
         prefill.logprobs += chunk_logprobs(
-            parts.head, forward.model.config.vocab_size, states_1TE, targets, prefill.wanted.top
+            parts, forward.model.config.vocab_size, states_1TE, targets, prefill.wanted.top
         )
     return None if prefill.chunks else logits_at(parts, x_1TE, [0], [chunk.last])
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen3fast.engine.cpu_sampling import token_logprobs
-from qwen3fast.engine.parts import run_logits
+from qwen3fast.engine.parts import Parts, run_logits
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs
 
@@ -39,15 +38,15 @@ class WantedLogprobs:
         return range(max(start, self.first - 1), min(start + size, num_tokens - 1))
 
 
-def chunk_logprobs(head: nn.Sequential, vocab_size: int, x_1TE: Tensor, targets: list[int], top: int) -> list[Logprobs]:
+def chunk_logprobs(parts: Parts, vocab_size: int, x_1TE: Tensor, targets: list[int], top: int) -> list[Logprobs]:
     """Return the log-probability of each target, and of the `top` most likely tokens, after the states x_1TE.
 
-    head: final norm and output projection. targets: T token ids. The host waits for the device.
+    targets: T token ids. The host waits for the device.
     """
     entries, rows = list[Logprobs](), max(1, MAX_LOGITS // vocab_size)
     for begin in range(0, len(targets), rows):
         some = targets[begin : begin + rows]
-        logits_MV = run_logits(head, x_1TE[:, begin : begin + len(some)])[0]
-        columns = token_logprobs(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
+        logits_MV = run_logits(parts.head, x_1TE[:, begin : begin + len(some)])[0]
+        columns = parts.log_probabilities(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
         entries += [Logprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     return entries

@@ -331,4 +331,3 @@ def test_the_plain_log_probabilities_serve_where_the_operations_do_not(monkeypat
     monkeypatch.setattr(cpu, "log_probabilities", lambda *_: pytest.fail("it is called"))
     with cpu.switched_off():
         token_logprobs(logits, token, 3)
-    token_logprobs(logits.to("meta"), token.to("meta"), 3)
