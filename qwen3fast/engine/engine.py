@@ -117,7 +117,8 @@ class Engine(Rows):
         """
         self.clear_row(row)
         sizes = chunk_sizes(self.device) if self.graphs is None else CHUNK_SIZES
-        cost = CPP_CHUNK_COST if self.parts.multiplies_chunks_in_cpp() else CHUNK_COST
+        is_in_cpp = adapter == NO_ADAPTER and self.parts.multiplies_chunks_in_cpp()
+        cost = CPP_CHUNK_COST if is_in_cpp else CHUNK_COST
         return Prefill.begin(row, token_ids, reused, self.cache.allocated_len, wanted, adapter, sizes, cost)
 
     @on_device

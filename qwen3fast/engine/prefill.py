@@ -27,8 +27,7 @@ from qwen3fast.kernels.attention import finds_used_length_of_chunks
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
 CHUNK_COST = 40
-# The same where C++ operations compute chunks and arithmetic is the limit: 8 tokens take 19 ms in int4, each more of a
-# large chunk 1.7; in bfloat16 50 and 2.3 (0.6B, two cores of Zen 4).
+# The same where C++ operations compute chunks without tiles, and arithmetic is the limit more than weights (57a8b58).
 CPP_CHUNK_COST = 8
 # Prompts in one graph, where that many tokens make a chunk of the largest size at most; missing ones are padding.
 GRAPH_PROMPTS = (4, MAX_PROMPTS)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.parts import CHUNK_SIZES, CPU_CHUNK_SIZES
-from qwen3fast.engine.prefill import CPP_CHUNK_COST, Prefill, graph_prompts, max_prompts, split_into_chunks
+from qwen3fast.engine.prefill import CHUNK_COST, CPP_CHUNK_COST, Prefill, graph_prompts, max_prompts, split_into_chunks
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import cpu
@@ -49,6 +49,22 @@ def test_chunks_on_cpus_have_less_padding(num_tokens, chunks):
 )
 def test_chunks_have_still_less_where_one_more_costs_little(num_tokens, chunks):
     assert split_into_chunks(num_tokens, 4096, CPU_CHUNK_SIZES, CPP_CHUNK_COST) == chunks
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ operations here")
+@pytest.mark.parametrize(
+    ("dtype", "compile", "adapter", "cost"),
+    [
+        (torch.bfloat16, True, 0, CPP_CHUNK_COST),
+        (torch.bfloat16, True, 1, CHUNK_COST),  # block by block
+        (torch.bfloat16, False, 0, CHUNK_COST),
+        (torch.float32, True, 0, CHUNK_COST),
+    ],
+)
+def test_one_more_chunk_costs_little_only_in_the_cpp_operation(dtype, compile, adapter, cost, monkeypatch):
+    monkeypatch.setenv("QWEN3FAST_FORMS", "first")
+    engine = make_engine(dtype, dtype, compile)
+    assert engine.begin_prefill(0, [1] * 33, adapter=adapter).chunk_cost == cost
 
 
 def test_chunks_stay_narrow_where_room_is_short():

@@ -35,7 +35,7 @@ struct Barrier {
   }
 
  private:
-  static constexpr int64_t kSpins = 3000;
+  static constexpr int64_t kSpins = 3000;  // about 0.1 ms
 };
 
 // Threads that run one piece of work after another, and spin between them: waking a thread takes as long as a short piece.
@@ -73,8 +73,7 @@ class Team {
     led = nullptr;
     work_ = &work;
     call_ = [](const void* work, int thread, Barrier& barrier) { (*static_cast<const Work*>(work))(thread, barrier); };
-    if (slept_.exchange(false, std::memory_order_relaxed)) uneven_ = kUneven;
-    uneven_ = std::max(uneven_ - 1, 0);
+    uneven_ = slept_.exchange(false, std::memory_order_relaxed) ? kUneven : std::max(uneven_ - 1, 0);
     barrier_.wait();
     work(0, barrier_);
     end_piece();
@@ -85,7 +84,7 @@ class Team {
   bool is_uneven() const { return uneven_ > 0; }
 
  private:
-  static constexpr int kUneven = 64;  // pieces of work
+  static constexpr int kUneven = 64;  // pieces of work for which threads count as uneven after one had to be waited for
 
   void end_piece() {
     if (barrier_.wait()) slept_.store(true, std::memory_order_relaxed);
