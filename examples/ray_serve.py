@@ -15,6 +15,7 @@ import argparse
 import time
 from contextlib import aclosing
 
+from prefix_table import PrefixTable, blocks_of
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import RequestRouter
@@ -25,7 +26,6 @@ from qwen3fast import Generator
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import messages
 from qwen3fast.server.options import ServerOptions
-from qwen3fast.server.prefix_table import PrefixTable, blocks_of
 
 
 class PrefixRouter(RequestRouter):

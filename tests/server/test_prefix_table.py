@@ -7,12 +7,12 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_table import BLOCK, PrefixTable, blocks_of
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from qwen3fast.server.in_process import messages
-from qwen3fast.server.prefix_table import BLOCK, PrefixTable, blocks_of
 
 SYSTEM = {"role": "system", "content": "x" * 500}
 
