@@ -67,7 +67,8 @@ class CheckpointConfig:
         return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same config as a Hugging Face `config.json` dictionary."""
+        """Return the same config as a Hugging Face `config.json` dictionary; others' formats are never written."""
+        assert self.prequantized is None, "weights are saved plain, or in a format of ours"
         plain = {f.name: getattr(self.model, f.name) for f in fields(self.model)}
         eos, yarn, dtype = plain.pop("eos_token_ids"), plain.pop("yarn"), str(plain.pop("dtype")).removeprefix("torch.")
         architecture = "Qwen3MoeForCausalLM" if self.model.num_experts else "Qwen3ForCausalLM"
@@ -88,8 +89,6 @@ class CheckpointConfig:
         }
 
     def _quantization_config(self) -> dict[str, Any]:
-        if self.prequantized is not None:
-            return {"quantization_config": self.prequantized.to_dict()}
         if self.quantization is None:
             return {}
         kept = {"modules_to_not_convert": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}

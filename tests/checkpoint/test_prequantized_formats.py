@@ -877,14 +877,13 @@ def test_dequantize_is_for_checkpoints_of_others(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_config_keeps_the_prequantized_format(name):
+def test_config_reads_the_prequantized_format(name):
     config, quantization_config, _ = LAYOUTS[name]
     read = CheckpointConfig.from_dict(
         {**CheckpointConfig(config).to_dict(), "quantization_config": quantization_config}
     )
     assert read.prequantized == PrequantizedFormat.from_dict(quantization_config, "")
     assert read.quantization is None
-    assert CheckpointConfig.from_dict(read.to_dict()) == read
 
 
 @pytest.mark.parametrize(

@@ -91,17 +91,3 @@ def _read_weights(weights: dict[str, Any], layout: str, refuse: Any) -> dict[str
         "has_act_order": supported["actorder"][0] in ("group", "dynamic"),
         "strategy": strategy,
     }
-
-
-def write_compressed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return `quantization_config` of the fields of a PrequantizedFormat."""
-    weights = {
-        "type": "float" if fields["layout"] == "float-quantized" else "int",
-        "num_bits": fields["bits"],
-        "symmetric": fields["is_symmetric"],
-        "strategy": fields["strategy"],
-        "group_size": fields["group_size"] if fields["strategy"] == "group" else None,
-        "actorder": "group" if fields["has_act_order"] else None,
-    }
-    scheme = {"targets": ["Linear"], "weights": weights}
-    return {"quant_method": COMPRESSED, "format": fields["layout"], "config_groups": {"group_0": scheme}}

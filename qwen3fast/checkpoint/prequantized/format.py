@@ -7,10 +7,10 @@ Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED, read_compressed, write_compressed
+from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED, read_compressed
 from qwen3fast.quantization.formats import GROUP, Format
 from qwen3fast.quantization.uint4 import Layout
 
@@ -167,22 +167,6 @@ class PrequantizedFormat:
         zeros = "" if self.is_symmetric else " and a zero point"
         order = ", channels out of order" if self.has_act_order else ""
         return f"{self.method}, {self.bits} bits, a scale{zeros} per {group}{order}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the format as `quantization_config`."""
-        if self.method == "fp8":
-            return {"quant_method": "fp8", **{name: values[0] for name, values in list(_READABLE["fp8"].items())[:3]}}
-        if self.method == COMPRESSED:
-            return write_compressed(asdict(self))
-        plain = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
-        if self.method == "awq":
-            return {**plain, "zero_point": True, "version": "gemm"}
-        return {
-            **plain,
-            "sym": self.is_symmetric,
-            "desc_act": self.has_act_order,
-            "checkpoint_format": "gptq" if self.zeros_less_one else "gptq_v2",
-        }
 
 
 def _value(raw: dict[str, Any], name: str) -> Any:
