@@ -26,9 +26,8 @@ from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.checkpoint.gguf.layout import own_format
 from qwen3fast.checkpoint.gguf.tensors import StoredTensor
-from qwen3fast.checkpoint.prequantized import PrequantizedLayer
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
-from qwen3fast.checkpoint.prequantized.layer import expected_tensors
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_tensors
 from qwen3fast.kernels import cpu
 from qwen3fast.quantization import get_format
 from qwen3fast.quantization.formats import FORMATS, Format, Packed, quantize

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from qwen3fast.checkpoint.assign import OnAssigned, assign, shapes_of
 from qwen3fast.checkpoint.checks import dtype_problem, non_finite, refuse
 from qwen3fast.checkpoint.experts import PROJECTIONS, ExpertStacks
-from qwen3fast.checkpoint.prequantized import PrequantizedLayer, PrequantizedLayers
+from qwen3fast.checkpoint.prequantized.collect import PrequantizedLayers
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer
 from qwen3fast.checkpoint.read_ahead import read_ahead
 from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, place_of, tensors_by_file
 from qwen3fast.model import Qwen3, build_on_meta

@@ -31,9 +31,8 @@ from torch import nn
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.prequantized import PrequantizedLayer
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
-from qwen3fast.checkpoint.prequantized.layer import expected_tensors
+from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_tensors
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu

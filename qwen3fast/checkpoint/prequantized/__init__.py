@@ -3,9 +3,3 @@
 format.py and compressed_config.py read `quantization_config`; fp8.py, awq.py, gptq.py and compressed_tensors.py read
 the tensors of one layer, layer.py converts it, and collect.py gathers the tensors of each layer.
 """
-
-from qwen3fast.checkpoint.prequantized.collect import PrequantizedLayers
-from qwen3fast.checkpoint.prequantized.expected import FLOATS
-from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer
-
-__all__ = ["FLOATS", "PrequantizedLayer", "PrequantizedLayers"]

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
-from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import FLOATS, ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each row in its word

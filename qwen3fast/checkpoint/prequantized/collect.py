@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
-from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_tensors
 
 

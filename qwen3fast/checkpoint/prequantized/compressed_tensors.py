@@ -16,9 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
 from qwen3fast.checkpoint.prequantized.floats import Floats
-from qwen3fast.checkpoint.prequantized.format import BLOCK, PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import BLOCK, FLOATS, ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 
 

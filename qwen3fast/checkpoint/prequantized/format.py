@@ -8,13 +8,14 @@ Source: config.json as written by transformers (fp8), AutoAWQ (awq), AutoGPTQ an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED, read_compressed
 from qwen3fast.quantization.formats import GROUP, Format
 from qwen3fast.quantization.uint4 import Layout
 
 BLOCK = 128  # fp8: rows and channels that share a scale
+FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of scales and plain weights, as safetensors spells them
 
 # The supported values of each field; None: the field may be missing.
 _READABLE: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -49,6 +50,14 @@ _INSTEAD = {
 }
 # Other names that fields have had.
 _OTHER_NAMES = {"version": ("checkpoint_format", "format"), "checkpoint_format": ("format",)}
+
+
+class ExpectedTensor(NamedTuple):
+    """Shape and dtypes (as safetensors spells them) of one tensor of a layer. is_optional: a layer may lack it."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
 from qwen3fast.checkpoint.prequantized.floats import Floats
-from qwen3fast.checkpoint.prequantized.format import BLOCK, PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import BLOCK, FLOATS, ExpectedTensor, PrequantizedFormat
 
 
 def expected_tensors(stored: PrequantizedFormat, N: int, K: int) -> dict[str, ExpectedTensor]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.expected import FLOATS, ExpectedTensor
-from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import FLOATS, ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 
 ONES = {4: 0x11111111, 8: 0x01010101}  # a one in each number of a word

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized import awq, compressed_tensors, fp8, gptq
 from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED
-from qwen3fast.checkpoint.prequantized.expected import ExpectedTensor
 from qwen3fast.checkpoint.prequantized.floats import Floats
-from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.prequantized.format import ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
 from qwen3fast.quantization.formats import LANES, Format, Packed, pack_by_rows, row_slices
 
