@@ -25,7 +25,7 @@ class CpuSampler:
         if not cpu.is_loaded():
             token_B: Tensor = self.plain(None, logits_BV, *rows)
             return token_B
-        return cpu.sample(cpu.functions(), logits_BV.float(), None if self.kind is SamplerKind.GREEDY else rows)
+        return cpu.sample(logits_BV.float(), None if self.kind is SamplerKind.GREEDY else rows)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class CpuProcessors:
         if not cpu.is_loaded():
             processed_BV: Tensor = self.plain(None, logits_BV, *rows)
             return processed_BV
-        return cpu.process_logits(cpu.functions(), logits_BV.float(), rows)
+        return cpu.process_logits(logits_BV.float(), rows)
 
 
 def token_logprobs(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `log_probabilities` does, on CPUs."""
     if not cpu.is_loaded():
         return log_probabilities(logits_BV, token_B, n)
-    return cpu.log_probabilities(cpu.functions(), logits_BV.float(), token_B, n)
+    return cpu.log_probabilities(logits_BV.float(), token_B, n)

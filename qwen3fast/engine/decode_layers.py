@@ -101,7 +101,7 @@ class DecodeLayers:
         of each batch row whose result is needed; None for all.
         Returns: (B, T, E) bfloat16. Raises: ValueError for a position or row outside of the cache.
         """
-        return self._run.prefill(cpu.functions(), x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
+        return self._run.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.
@@ -109,7 +109,7 @@ class DecodeLayers:
         x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        y_B1E = self._run(cpu.functions(), x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
+        y_B1E = self._run(x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return y_B1E
 
@@ -119,12 +119,12 @@ class DecodeLayers:
         state: of the same cache. cos_SD, sin_SD: float32, tables of all positions.
         Raises: ValueError for a token or a position that does not exist.
         """
-        self._step(state, cos_SD, sin_SD).choose(cpu.functions(), num_rows, is_greedy)
+        self._step(state, cos_SD, sin_SD).choose(num_rows, is_greedy)
         self.spared.note(self._run.lost, torch.get_num_threads())
 
     def logits(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
         """Return the logits of a step, (B, V) float32; arguments and errors as of `choose`."""
-        logits_BV = self._step(state, cos_SD, sin_SD).logits(cpu.functions(), num_rows)
+        logits_BV = self._step(state, cos_SD, sin_SD).logits(num_rows)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return logits_BV
 

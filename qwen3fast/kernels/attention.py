@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.define import define
 
 # One layer's KV cache, `model.kv_cache.CacheLayer`; it cannot be imported, as the model imports this file.
 Cache = Any
@@ -97,11 +98,11 @@ def _sdpa(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1TL: Tensor | No
     )
 
 
-_library = torch.library.Library("qwen3fast", "FRAGMENT")
-_library.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor")
-_library.impl("sdpa", lambda *tensors: _sdpa(*tensors).transpose(1, 2).contiguous(), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "qwen3fast::sdpa", lambda q, *others: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]), lib=_library
+define(
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor",
+    lambda *tensors: _sdpa(*tensors).transpose(1, 2).contiguous(),
+    lambda q, *others: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]),
+    key="CompositeExplicitAutograd",
 )
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3fast.kernels.define import define
+
 
 def grouped_linear(weight_XNK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
     """Return x @ weight[e].T for the rows of each expert e, (P, N), same dtype.
@@ -41,7 +43,4 @@ def _shape(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:
     return x_PK.new_empty(x_PK.shape[0], weight_XNK.shape[1])
 
 
-_library = torch.library.Library("qwen3fast", "FRAGMENT")
-_library.define("grouped_linear(Tensor x, Tensor weight, Tensor end) -> Tensor")
-_library.impl("grouped_linear", _product, "CompositeExplicitAutograd")
-torch.library.register_fake("qwen3fast::grouped_linear", _shape, lib=_library)
+define("grouped_linear(Tensor x, Tensor weight, Tensor end) -> Tensor", _product, _shape, "CompositeExplicitAutograd")

@@ -707,21 +707,21 @@ for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
     call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
-    assert_near(call(cpu.functions(), *inputs), expected)
+    assert_near(call(*inputs), expected)
 one = torch.arange(60)
 for size in (97, 1000):
     limits = (one % 3 * 350, torch.linspace(0.2, 1.1, 60).clamp(max=1), one % 2 * 0.02)
     rows = SamplerRows(torch.full((60,), 0.9), *limits, one, one)
     logits = 3 * torch.randn(60, size)
-    assert torch.equal(cpu.sample(cpu.functions(), logits, rows), sample(logits, rows, SamplerKind.FULL))
+    assert torch.equal(cpu.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
 for arguments, ends, state, sampling, tables, expected in steps:
     ends = cpu.EndTensors(*(cpu.LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
     blocks = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
     step = cpu.DecodeStepCall(blocks, ends, cpu.StepTensors(*state), sampling, *tables)
-    logits = step.logits(cpu.functions(), 3)
+    logits = step.logits(3)
     assert_near(logits, expected)
     token = sample(logits, SamplerRows(*(tensor[:3] for tensor in sampling)), SamplerKind.FULL)
-    step.choose(cpu.functions(), 3, is_greedy=False)
+    step.choose(3, is_greedy=False)
     assert torch.equal(state[2][:3], token)
 """
 
@@ -822,7 +822,6 @@ def test_broken_compiler_is_reported_and_not_fatal(compiler, monkeypatch, caplog
     monkeypatch.setenv(cpu.library.PIN, "native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_was_tried", False)
-    monkeypatch.setattr(cpu, "_functions", None)
     monkeypatch.setattr(cpu, "_is_ready", False)
     assert cpu.load() is False
     assert "C++ operations could not be built, using slower PyTorch forms" in caplog.text

@@ -43,7 +43,7 @@ def rows_of(*columns, seed=0):
 
 
 def run(logits_BV, rows):
-    return cpu.sample(cpu.functions(), logits_BV, rows)
+    return cpu.sample(logits_BV, rows)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 64, 65, 97, 1000, 1024, 4099])
@@ -123,7 +123,7 @@ torch.set_num_threads(4)
 logits, ones = torch.randn(5, 1000), torch.ones(5)
 top_k, seed = torch.tensor([0, 3, 0, 50, 0]), torch.arange(5)
 rows = SamplerRows(ones, top_k, torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3]), 0 * ones, seed, seed)
-assert torch.equal(cpu.sample(cpu.functions(), logits, rows), sample(logits, rows, SamplerKind.FULL))
+assert torch.equal(cpu.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
 """
 
 
@@ -141,7 +141,7 @@ def test_pytorch_s_default_dtype_changes_nothing(dtype):
     expected = run(logits, rows), process_logits(logits, processing)
     torch.set_default_dtype(dtype)
     try:
-        actual = run(logits, rows), cpu.process_logits(cpu.functions(), logits, processing)
+        actual = run(logits, rows), cpu.process_logits(logits, processing)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same(actual[0], expected[0])
@@ -216,11 +216,11 @@ def test_processed_logits_are_the_plain_ones_bit_for_bit(vocab_size, threads):
     logits_BV[3, ::3], logits_BV[4, ::5], logits_BV[5, ::7] = math.nan, math.inf, -math.inf
     logits_BV[6, ::2] = -0.0
     expected = process_logits(logits_BV, rows)
-    actual = cpu.process_logits(cpu.functions(), logits_BV, rows)
+    actual = cpu.process_logits(logits_BV, rows)
     assert same_bits(actual, expected)
     assert vocab_size < 31 or not same_bits(logits_BV, expected)
     neutral = ProcessorRows.neutral(9, vocab_size, logits_BV.device)
-    assert same_bits(cpu.process_logits(cpu.functions(), logits_BV, neutral), logits_BV)
+    assert same_bits(cpu.process_logits(logits_BV, neutral), logits_BV)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_processed_logits_are_the_plain_ones_bit_for_bit(vocab_size, threads):
 )
 def test_processors_refuse_other_tensors(changes):
     with pytest.raises(ValueError, match="process_logits: "):
-        cpu.process_logits(cpu.functions(), torch.zeros(2, 40), processor_rows(2, 40)._replace(**changes))
+        cpu.process_logits(torch.zeros(2, 40), processor_rows(2, 40)._replace(**changes))
 
 
 def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch):
@@ -249,7 +249,7 @@ def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch)
 
 def assert_log_probabilities(logits_BV, token_B, n):
     """The plain form's numbers; of equal logits, which that one takes in any order, the first ones."""
-    chosen_B, id_BN, value_BN = cpu.log_probabilities(cpu.functions(), logits_BV, token_B, n)
+    chosen_B, id_BN, value_BN = cpu.log_probabilities(logits_BV, token_B, n)
     plain_B, _, plain_BN = log_probabilities(logits_BV, token_B, n)
     torch.testing.assert_close(chosen_B, plain_B, rtol=1e-6, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(value_BN, plain_BN, rtol=1e-6, atol=1e-5, equal_nan=True)
@@ -297,10 +297,10 @@ def test_log_probabilities_do_not_depend_on_threads_and_other_rows():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        together = cpu.log_probabilities(cpu.functions(), logits_BV, token_B, 7)
+        together = cpu.log_probabilities(logits_BV, token_B, 7)
         torch.set_num_threads(1)
         for row in range(9):
-            alone = cpu.log_probabilities(cpu.functions(), logits_BV[row : row + 1], token_B[row : row + 1], 7)
+            alone = cpu.log_probabilities(logits_BV[row : row + 1], token_B[row : row + 1], 7)
             for own, whole in zip(alone, together, strict=True):
                 assert_same(own[0], whole[row])
     finally:
@@ -321,7 +321,7 @@ def test_log_probabilities_do_not_depend_on_threads_and_other_rows():
 )
 def test_log_probabilities_refuse_other_tensors(logits, token, n):
     with pytest.raises(ValueError, match="log_probabilities: "):
-        cpu.log_probabilities(cpu.functions(), logits, token, n)
+        cpu.log_probabilities(logits, token, n)
 
 
 def test_the_plain_log_probabilities_serve_where_the_operations_do_not(monkeypatch):

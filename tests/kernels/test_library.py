@@ -1,11 +1,13 @@
 """The shared library of C++ operations: only what was built is loaded, and nothing that others could have put there."""
 
 import _ctypes
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
+from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -40,13 +42,26 @@ def folder(monkeypatch, tmp_path, builds):
     return library.cache_folder()
 
 
-def test_all_functions_of_the_header_are_asked_for():
-    declared = re.findall(r"QWEN3FAST_API \w+ (qwen3fast_\w+)\(", (library.FOLDER / "ops.h").read_text("utf-8"))
-    assert len(declared) > 10 and sorted(declared) == sorted(library.FUNCTIONS)
+DECLARED = re.findall(r"QWEN3FAST_API \w+ (qwen3fast_\w+)\(", (library.FOLDER / "ops.h").read_text("utf-8"))
+
+
+def test_functions_have_the_types_of_the_header():
+    assert len(DECLARED) > 10 and all(getattr(cpu.functions(), name).argtypes is not None for name in DECLARED)
+    rows, try_tiles, step = (
+        getattr(cpu.functions(), f"qwen3fast_{n}") for n in ("quantized_rows", "try_tiles", "decode_step")
+    )
+    assert (rows.restype, rows.argtypes) == (c_bool, [c_void_p, c_void_p, c_void_p, c_int64])
+    assert (try_tiles.restype, try_tiles.argtypes) == (c_bool, [])
+    assert (step.restype, step.argtypes) == (c_double, [c_void_p, c_int64, *[c_void_p] * 7, c_int64])
+
+
+def test_a_library_without_a_function_is_refused():
+    with pytest.raises(AttributeError):
+        library.with_types(ctypes.CDLL(None))
 
 
 def is_whole(opened):
-    return all(hasattr(opened, name) for name in library.FUNCTIONS)
+    return all(hasattr(opened, name) for name in DECLARED)
 
 
 def test_a_library_is_built_once(folder, builds):

@@ -193,14 +193,13 @@ def test_sizes_that_are_not_served_are_refused(N, K):
 def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypatch):
     used = []
     fake = SimpleNamespace(
-        qwen3fast_tile_linear=SimpleNamespace(),
         qwen3fast_try_tiles=lambda: is_right,
         qwen3fast_use_tiles=lambda are_used: used.append(are_used),
     )
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
-    for name in ("_functions", "_are_usable"):
-        monkeypatch.setattr(tiles, name, getattr(tiles, name))  # restored afterwards
-    tiles.register(fake)
+    monkeypatch.setattr(tiles, "functions", lambda: fake)
+    monkeypatch.setattr(tiles, "_are_usable", False)  # restored afterwards
+    tiles.try_tiles()
     assert tiles.are_usable() is is_right and used == [is_right]
 
 

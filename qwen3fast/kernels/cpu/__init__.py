@@ -7,7 +7,6 @@ they run eagerly, as the reference that other forms are compared with (see kerne
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import subprocess
 import threading
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
-from qwen3fast.kernels.cpu import library, ops
+from qwen3fast.kernels.cpu import library, tiles
 from qwen3fast.kernels.cpu.decode_layers import (
     MAX_DECODE_ROWS,
     AdaptersOfLayers,
@@ -29,6 +28,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerWeight,
 )
 from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.sampler import log_probabilities, process_logits, sample
 from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
@@ -62,24 +62,22 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _loading = threading.Lock()
-_functions: ctypes.CDLL | None = None
 _was_tried = False
-_is_ready = False  # `_functions` are there; a plain flag, which torch.compile can read
+_is_ready = False  # a plain flag, which torch.compile can read
 _is_off = False
 
 
 def load(jobs: int | None = None) -> bool:
-    """Build (once per machine: seconds) and register the operations, once in a process.
+    """Build (once per machine: seconds) and open the library of operations, once in a process.
 
     jobs: compilers that run at the same time; None runs all of them.
     Returns: whether the operations can be used; if not, the reason is logged. Only GCC and Clang on Linux are tried.
     """
-    global _functions, _is_ready, _was_tried
+    global _is_ready, _was_tried
     with _loading:
         if not _was_tried:
-            _functions = _load(jobs)
+            _is_ready = _load(jobs)
             _was_tried = True
-            _is_ready = _functions is not None
         return is_loaded()
 
 
@@ -101,27 +99,21 @@ def switched_off() -> Iterator[None]:
 
 def version() -> str:
     """Return what tells this build of the operations from others; empty before `load` has succeeded."""
-    return Path(_functions._name).stem if _functions is not None else ""
+    return Path(functions()._name).stem if _is_ready else ""
 
 
-def functions() -> ctypes.CDLL:
-    """Return the functions of ops.h; only after `load` has succeeded."""
-    assert _functions is not None, "load() must come first"
-    return _functions
-
-
-def _load(jobs: int | None) -> ctypes.CDLL | None:
+def _load(jobs: int | None) -> bool:
     try:
-        functions = library.open_library(jobs)
+        library.use(library.open_library(jobs))
     except library.NoCompilerError as err:
         logger.info("C++ operations not built: %s", err)
-        return None
+        return False
     except (OSError, RuntimeError, subprocess.SubprocessError) as err:  # RuntimeError: there is no home directory
         detail = getattr(err, "stderr", None) or str(err)
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail.strip()[-2000:])
-        return None
-    ops.register(functions)
-    return functions
+        return False
+    tiles.try_tiles()
+    return True
 
 
 def can_linear(x: Tensor, weight_NK: Tensor) -> bool:

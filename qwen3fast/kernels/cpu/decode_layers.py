@@ -4,7 +4,6 @@ prompts, in one call; weights and cache must stay in place.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import byref
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
     GROUP,
     LANES,
@@ -130,7 +130,6 @@ class DecodeLayersCall:
 
     def __call__(
         self,
-        functions: ctypes.CDLL,
         x_B1E: Tensor,
         cos_SD: Tensor,
         sin_SD: Tensor,
@@ -139,7 +138,7 @@ class DecodeLayersCall:
     ) -> Tensor:
         """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
-        functions: of ops.h. x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
+        x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
         adapters: of `adapters`, to add the products of each row's slot.
         Returns: (B, 1, E).
         Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
@@ -150,17 +149,16 @@ class DecodeLayersCall:
             f"decode_layers: x must be (1 to {MAX_DECODE_ROWS}, 1, E)",
         )
         position, y_B1E = self._checked(x_B1E, cos_SD, sin_SD, position_B1, first=-1)
-        self.lost = functions.qwen3fast_decode_layers(
+        self.lost = functions().qwen3fast_decode_layers(
             *self.fixed(B),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, y_B1E)),
+            *(tensor.data_ptr() for tensor in (cos_SD, sin_SD, position, y_B1E)),
             None if adapters is None else byref(adapters.structure),
-            ctypes.c_int64(torch.get_num_threads()),
+            torch.get_num_threads(),
         )
         return y_B1E
 
     def prefill(
         self,
-        functions: ctypes.CDLL,
         x_BTE: Tensor,
         cos_SD: Tensor,
         sin_SD: Tensor,
@@ -190,14 +188,14 @@ class DecodeLayersCall:
             "prefill_layers: a token for each batch row, int64",
         )
         position, y_BTE = self._checked(x_BTE, cos_SD, sin_SD, position_BT, first=0)
-        functions.qwen3fast_prefill_layers(
+        functions().qwen3fast_prefill_layers(
             *self.fixed(B * T),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (cos_SD, sin_SD, position, rows)),
-            ctypes.c_int64(T),
-            None if last is None else ctypes.c_void_p(last.data_ptr()),
-            ctypes.c_void_p(y_BTE.data_ptr()),
-            ctypes.c_int64(tiles),
-            ctypes.c_int64(torch.get_num_threads()),
+            *(tensor.data_ptr() for tensor in (cos_SD, sin_SD, position, rows)),
+            T,
+            None if last is None else last.data_ptr(),
+            y_BTE.data_ptr(),
+            tiles,
+            torch.get_num_threads(),
         )
         return y_BTE
 
@@ -205,7 +203,7 @@ class DecodeLayersCall:
         """Return the first arguments of all calls."""
         sizes = Sizes.from_buffer_copy(self.sizes)
         sizes.M = rows
-        return self._layers, ctypes.c_int64(len(self._layers)), byref(sizes)
+        return self._layers, len(self._layers), byref(sizes)
 
     def _checked(
         self, x_BTE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_BT: Tensor, first: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import byref
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     vector_pointer,
     weight_pointers,
 )
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
 from qwen3fast.kernels.cpu.structures import Ends, require
 
@@ -84,25 +84,25 @@ class DecodeStepCall:
         self._sampling = sampling_pointers(sampling, blocks.R)
         self._tables = cos_SD.data_ptr(), sin_SD.data_ptr()
 
-    def choose(self, functions: ctypes.CDLL, num_rows: int, is_greedy: bool) -> None:
+    def choose(self, num_rows: int, is_greedy: bool) -> None:
         """Choose the tokens of rows 0..num_rows-1 as `sample` does, write them to the buffers, and advance.
 
-        functions: of ops.h. num_rows: up to MAX_DECODE_ROWS. is_greedy: whatever the sampling parameters are.
+        num_rows: up to MAX_DECODE_ROWS. is_greedy: whatever the sampling parameters are.
         Raises: ValueError for input tokens or positions that do not exist.
         """
-        self._run(functions, num_rows, None if is_greedy else byref(self._sampling), None)
+        self._run(num_rows, None if is_greedy else byref(self._sampling), None)
 
-    def logits(self, functions: ctypes.CDLL, num_rows: int) -> Tensor:
+    def logits(self, num_rows: int) -> Tensor:
         """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `choose`."""
         logits_BV = torch.empty(num_rows, self._ends.head.N, dtype=torch.float32, device="cpu")
-        self._run(functions, num_rows, None, logits_BV.data_ptr())
+        self._run(num_rows, None, logits_BV.data_ptr())
         return logits_BV
 
-    def _run(self, functions: ctypes.CDLL, num_rows: int, sampling: Any, logits: int | None) -> None:
+    def _run(self, num_rows: int, sampling: Any, logits: int | None) -> None:
         most = min(MAX_DECODE_ROWS, self._blocks.R)
         require(1 <= num_rows <= most, f"decode_step: there must be 1 to {most} rows")
         adapters = None if self._adapters is None else byref(self._adapters.structure)
-        lost = functions.qwen3fast_decode_step(
+        lost = functions().qwen3fast_decode_step(
             *self._blocks.fixed(num_rows),
             *self._tables,
             byref(self._ends),

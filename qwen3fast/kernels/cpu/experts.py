@@ -7,27 +7,14 @@ N tokens   C experts per token   E hidden_size
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import packed_linear, require
-
-_functions: ctypes.CDLL
-
-
-def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> None:
-    """Use these functions; define the operation in `library`, if given (once per process)."""
-    global _functions
-    _functions = functions
-    functions.qwen3fast_quantized_experts.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
-    functions.qwen3fast_quantized_experts.restype = ctypes.c_bool
-    if library is not None:
-        library.define("quantized_experts(Tensor x, Tensor expert, Tensor[] gate_up, Tensor[] down) -> Tensor")
-        library.impl("quantized_experts", quantized_experts, "CPU")
-        torch.library.register_fake("qwen3fast::quantized_experts", _shape, lib=library)
+from qwen3fast.kernels.define import define
 
 
 def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
@@ -64,7 +51,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)
     pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())
     sizes = (N, expert_NC.shape[1], X, torch.get_num_threads())
-    if not _functions.qwen3fast_quantized_experts(*pointers, *sizes):
+    if not functions().qwen3fast_quantized_experts(*pointers, *sizes):
         problem = f"a number of {expert_NC.tolist()} is not one of the {X} experts'"
         is_order = bool((expert_NC.clamp(0, X - 1) == expert_NC).all())
         raise ValueError(f"quantized_experts: {'an order has other numbers than channels' if is_order else problem}")
@@ -73,3 +60,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
 
 def _shape(x: Tensor, expert: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
     return x.new_empty((*expert.shape, x.shape[-1]))
+
+
+_SCHEMA = "quantized_experts(Tensor x, Tensor expert, Tensor[] gate_up, Tensor[] down) -> Tensor"
+define(_SCHEMA, quantized_experts, _shape)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import platform
+import re
 import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
 
 from qwen3fast.kernels.cpu.building import (
@@ -38,33 +41,27 @@ SHIPPED = FOLDER / "lib"  # in wheels only
 TARGET_FLAGS = ["-march=native"]
 PIN = "QWEN3FAST_CPU_LEVEL"
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-# What ops.h declares, all of it.
-FUNCTIONS = tuple(
-    f"qwen3fast_{name}"
-    for name in (
-        "linear",
-        "gated_linear",
-        "decode_attention",
-        "prefill_attention",
-        "quantized_linear",
-        "quantized_rows",
-        "tile_linear",
-        "try_tiles",
-        "use_tiles",
-        "quantized_experts",
-        "quantize_weight",
-        "decode_layers",
-        "decode_step",
-        "sample",
-        "process_logits",
-        "log_probabilities",
-        "prefill_layers",
-    )
-)
+DECLARATION = re.compile(r"QWEN3FAST_API (\w+) (\w+)\((.*?)\);", re.DOTALL)  # in ops.h
+TYPES = {"void": None, "bool": c_bool, "double": c_double, "int64_t": c_int64, "Tiles": c_int64}
 
 
 class NoCompilerError(OSError):
     """This machine has nothing to build with."""
+
+
+_used: ctypes.CDLL | None = None
+
+
+def functions() -> ctypes.CDLL:
+    """Return the functions of ops.h; only after `use`."""
+    assert _used is not None, "load() must come first"
+    return _used
+
+
+def use(library: ctypes.CDLL) -> None:
+    """Have `functions` return the ones of this library from now on."""
+    global _used
+    _used = library
 
 
 def open_library(jobs: int | None = None) -> ctypes.CDLL:
@@ -89,7 +86,7 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
         if not compiler:
             raise NoCompilerError("they need Linux with g++ or clang++")
         logger.info("building C++ operations into %s", folder)
-        library = ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs)))
+        library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs))))
     return library
 
 
@@ -112,6 +109,18 @@ def cache_folder() -> Path:
     return Path(_temporary_folder().name)
 
 
+def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Return a library whose functions have the types that ops.h declares.
+
+    Raises: AttributeError if it lacks one of them.
+    """
+    for result, name, arguments in DECLARATION.findall((FOLDER / "ops.h").read_text(encoding="utf-8")):
+        function = getattr(library, name)
+        function.restype = TYPES[result]
+        function.argtypes = [c_void_p if "*" in a else TYPES[a.split()[0]] for a in arguments.split(",") if a]
+    return library
+
+
 def _is_private(folder: Path) -> bool:
     """Return whether nobody but this user, or root, can change a folder, or put another in its place."""
     status = folder.stat()
@@ -119,13 +128,9 @@ def _is_private(folder: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not status.st_mode & OTHERS_WRITE and not is_open
 
 
-_temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
-
-
+@functools.cache  # it is removed when the process ends
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    if not _temporary:
-        _temporary.append(tempfile.TemporaryDirectory(prefix="qwen3fast-"))
-    return _temporary[0]
+    return tempfile.TemporaryDirectory(prefix="qwen3fast-")
 
 
 def source_key(flags: Sequence[str] = TARGET_FLAGS) -> str:
@@ -161,8 +166,6 @@ def _find(folder: Path, key: str) -> ctypes.CDLL | None:
 def _open(path: Path) -> ctypes.CDLL | None:
     """Open a library if it is what was built, and has all functions."""
     if is_what_was_built(path):  # a truncated one would end the process with SIGBUS
-        with contextlib.suppress(OSError):  # it is no library of this system
-            library = ctypes.CDLL(str(path))
-            if all(hasattr(library, name) for name in FUNCTIONS):
-                return library
+        with contextlib.suppress(OSError, AttributeError):  # it is no library of this system, or of other functions
+            return with_types(ctypes.CDLL(str(path)))
     return None

@@ -5,7 +5,6 @@ Each raises ValueError for arguments that it does not serve. `quantize_weight` i
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import byref
 
@@ -13,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu import experts, prefill, tiles
+from qwen3fast.kernels.cpu import experts, prefill, tiles  # noqa: F401  two of them define operations
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
     LANES,
     MANY_ROWS,
@@ -25,67 +25,7 @@ from qwen3fast.kernels.cpu.structures import (
     packed_linear,
     require,
 )
-
-_registered: torch.library.Library | None = None
-_functions: ctypes.CDLL
-
-
-def register(functions: ctypes.CDLL) -> None:
-    """Define the operations (once per process). functions: of ops.h."""
-    global _registered, _functions
-    _functions = functions
-    for name, pointers, integers in (
-        ("linear", 3, 4),
-        ("gated_linear", 4, 4),
-        ("decode_attention", 4, 6),
-    ):
-        function = getattr(functions, f"qwen3fast_{name}")
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
-        function.restype = None
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    functions.qwen3fast_quantized_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer]
-    functions.qwen3fast_quantized_linear.restype = None
-    functions.qwen3fast_decode_layers.restype = ctypes.c_double
-    functions.qwen3fast_decode_step.argtypes = [pointer, integer, *[pointer] * 7, integer]
-    functions.qwen3fast_decode_step.restype = ctypes.c_double
-    for function in (functions.qwen3fast_sample, functions.qwen3fast_process_logits):
-        function.argtypes = [pointer, pointer, pointer, integer, integer, integer]
-        function.restype = None
-    functions.qwen3fast_log_probabilities.argtypes = [*[pointer] * 5, *[integer] * 4]
-    functions.qwen3fast_log_probabilities.restype = None
-    functions.qwen3fast_prefill_layers.restype = None
-    functions.qwen3fast_quantize_weight.argtypes = [pointer, integer, integer, integer, pointer, pointer, integer]
-    functions.qwen3fast_quantize_weight.restype = None
-    functions.qwen3fast_quantized_rows.argtypes = [pointer, pointer, pointer, integer]
-    functions.qwen3fast_quantized_rows.restype = ctypes.c_bool
-    is_first = _registered is None
-    if is_first:
-        _registered = torch.library.Library("qwen3fast", "FRAGMENT")
-        caches = "Tensor q, Tensor k, Tensor v, Tensor position"
-        scales = "Tensor? k_scale=None, Tensor? v_scale=None"
-        for schema, function, fake in (
-            ("linear(Tensor x, Tensor weight, int[] limits=[]) -> Tensor", linear, _linear_shape),
-            (
-                "gated_linear(Tensor x, Tensor gate, Tensor up, int[] limits=[]) -> Tensor",
-                gated_linear,
-                lambda x, gate, up, limits=(): _linear_shape(x, gate),
-            ),
-            (
-                "quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, int[] limits=[]) -> Tensor",
-                quantized_linear,
-                _quantized_linear_shape,
-            ),
-            ("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None),
-            (f"decode_attention({caches}, {scales}) -> Tensor", decode_attention, _decode_attention_shape),
-        ):
-            _registered.define(schema)
-            name = schema.partition("(")[0]
-            _registered.impl(name, function, "CPU")
-            if fake is not None:
-                torch.library.register_fake(f"qwen3fast::{name}", fake, lib=_registered)
-    tiles.register(functions)
-    for other in (prefill, experts):
-        other.register(functions, _registered if is_first else None)
+from qwen3fast.kernels.define import define
 
 
 def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
@@ -103,7 +43,7 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
     if rows >= at.tiles and K % (2 * LANES) == N % LANES == 0 and tiles.are_usable():
         return tiles.tile_linear(x, [LinearPointers(weight_NK.data_ptr(), None, N, K, 16, 0, 0)])
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
-    _functions.qwen3fast_linear(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), rows, N, K, torch.get_num_threads())
+    functions().qwen3fast_linear(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), rows, N, K, torch.get_num_threads())
     return y
 
 
@@ -120,12 +60,16 @@ def gated_linear(x: Tensor, gate_NK: Tensor, up_NK: Tensor, limits: Sequence[int
         return F.silu(linear(x, gate_NK, limits)) * linear(x, up_NK, limits)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
     pointers = (tensor.data_ptr() for tensor in (x, *weights, y))
-    _functions.qwen3fast_gated_linear(*pointers, rows, N, K, torch.get_num_threads())
+    functions().qwen3fast_gated_linear(*pointers, rows, N, K, torch.get_num_threads())
     return y
 
 
 def _linear_shape(x: Tensor, weight: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _gated_linear_shape(x: Tensor, gate: Tensor, up: Tensor, limits: Sequence[int] = ()) -> Tensor:
+    return _linear_shape(x, gate)
 
 
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
@@ -149,7 +93,7 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
         return tiles.tile_linear(x, linears, at.tiles_at(rows))
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
     pointers = (LinearPointers * len(linears))(*linears)
-    _functions.qwen3fast_quantized_linear(
+    functions().qwen3fast_quantized_linear(
         x.data_ptr(), pointers, len(linears), y.data_ptr(), rows, torch.get_num_threads()
     )
     return y
@@ -175,7 +119,7 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     sizes = (linear.N, linear.K, linear.bits)
-    _functions.qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
+    functions().qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
 
 
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
@@ -183,7 +127,7 @@ def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     linear = packed_linear(packed, scale)
     require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
     row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16, device="cpu")
-    if not _functions.qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
+    if not functions().qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
         raise ValueError(f"quantized_rows: a row of {row_R.tolist()} is not one of the weight's {linear.N}")
     return y_RK
 
@@ -208,7 +152,7 @@ def decode_attention(
     )
     q, position = q_BTHD.contiguous(), checked_positions("decode_attention", position_B1, B)
     y_BH1D = q.new_empty(B, H, 1, D)
-    _functions.qwen3fast_decode_attention(
+    functions().qwen3fast_decode_attention(
         q.data_ptr(), byref(layer), position.data_ptr(), y_BH1D.data_ptr(), B, H, K, S, D, torch.get_num_threads()
     )
     return y_BH1D
@@ -216,3 +160,16 @@ def decode_attention(
 
 def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
+
+
+_CACHE = "Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None"
+_LIMITS = "int[] limits=[]"
+define(f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor", linear, _linear_shape)
+define(f"gated_linear(Tensor x, Tensor gate, Tensor up, {_LIMITS}) -> Tensor", gated_linear, _gated_linear_shape)
+define(
+    f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, {_LIMITS}) -> Tensor",
+    quantized_linear,
+    _quantized_linear_shape,
+)
+define("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None)
+define(f"decode_attention({_CACHE}) -> Tensor", decode_attention, _decode_attention_shape)

@@ -9,35 +9,18 @@ H query heads   K key/value heads   D head_dim
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import byref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import LANES, checked_cache, checked_positions, require
+from qwen3fast.kernels.define import define
 
 # Chunks of up to so many tokens share a limit. Longer ones have the last.
 CHUNKS = (32, 128, 512)
-
-_functions: ctypes.CDLL
-
-
-def register(functions: ctypes.CDLL, library: torch.library.Library | None) -> None:
-    """Define the operation. functions: of ops.h. library: None if it has been defined already in this process."""
-    global _functions
-    _functions = functions
-    function = functions.qwen3fast_prefill_attention
-    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7
-    function.restype = None
-    if library is not None:
-        library.define(
-            "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
-            "Tensor? v_scale=None, int[] sdpa_from=[]) -> Tensor"
-        )
-        library.impl("prefill_attention", prefill_attention, "CPU")
-        torch.library.register_fake("qwen3fast::prefill_attention", _shape, lib=library)
 
 
 def prefill_attention(
@@ -75,7 +58,7 @@ def prefill_attention(
             k_1KLD, v_1KLD = _read(k_RKSD, k_scale_RKS, rows[0], used), _read(v_RKSD, v_scale_RKS, rows[0], used)
             return sdpa_prefill(q, k_1KLD, v_1KLD, position.view(B, T))
     y_BTHD = q.new_empty(q.shape)
-    _functions.qwen3fast_prefill_attention(
+    functions().qwen3fast_prefill_attention(
         q.data_ptr(),
         byref(layer),
         position.data_ptr(),
@@ -118,3 +101,11 @@ def _read(x_RKSD: Tensor, scale_RKS: Tensor | None, row: int, length: int) -> Te
 
 def _shape(q: Tensor, *others: Tensor | None, **named: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+define(
+    "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
+    "Tensor? v_scale=None, int[] sdpa_from=[]) -> Tensor",
+    prefill_attention,
+    _shape,
+)

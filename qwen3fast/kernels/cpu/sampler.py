@@ -5,29 +5,29 @@ B rows   V vocabulary   N most likely tokens   W words of 32 bits, ceil(V / 32)
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, require
 
 _SAMPLING = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
 _PROCESSING = (*[torch.float32] * 3, torch.bool, torch.int32, torch.float32, torch.int32)
 
 
-def sample(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
+def sample(logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
     """Return a token per row, (B,) int64; -1 where the logits hold NaN or +inf, or only -inf.
 
-    functions: of ops.h. logits_BV: float32. rows: the fields of `SamplerRows`, (B,) each; None for greedy.
+    logits_BV: float32. rows: the fields of `SamplerRows`, (B,) each; None for greedy.
     Raises: ValueError for other tensors.
     """
     B, V = _shape("sample", logits_BV)
     logits_BV, token_B = logits_BV.contiguous(), torch.empty(B, dtype=torch.int64, device="cpu")
     sampling = None if rows is None else byref(sampling_pointers(rows, B))
-    functions.qwen3fast_sample(logits_BV.data_ptr(), sampling, token_B.data_ptr(), B, V, torch.get_num_threads())
+    functions().qwen3fast_sample(logits_BV.data_ptr(), sampling, token_B.data_ptr(), B, V, torch.get_num_threads())
     return token_B
 
 
@@ -41,10 +41,10 @@ def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
     return SamplingPointers(*(tensor.data_ptr() for tensor in rows))
 
 
-def process_logits(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
+def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """Return the logits after penalties, bias and mask, (B, V) float32.
 
-    functions: of ops.h. logits_BV: float32. rows: the fields of `ProcessorRows`. Raises: ValueError for other tensors.
+    logits_BV: float32. rows: the fields of `ProcessorRows`. Raises: ValueError for other tensors.
     """
     B, V = _shape("process_logits", logits_BV)
     shapes = [*[(B,)] * 3, *[(B, V)] * 3, (B, -(-V // 32))]
@@ -55,18 +55,16 @@ def process_logits(functions: ctypes.CDLL, logits_BV: Tensor, rows: Sequence[Ten
         )
     logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V, dtype=torch.float32, device="cpu")
     pointers = ProcessingPointers(*(tensor.data_ptr() for tensor in rows))
-    functions.qwen3fast_process_logits(
+    functions().qwen3fast_process_logits(
         logits_BV.data_ptr(), byref(pointers), y_BV.data_ptr(), B, V, torch.get_num_threads()
     )
     return y_BV
 
 
-def log_probabilities(
-    functions: ctypes.CDLL, logits_BV: Tensor, token_B: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `log_probabilities` of sampling/processors.py does; of equal logits, the first are the most likely.
 
-    functions: of ops.h. logits_BV: float32. token_B: int64, from -1 to V - 1. n: from 0 to V.
+    logits_BV: float32. token_B: int64, from -1 to V - 1. n: from 0 to V.
     Raises: ValueError for other tensors, or another n.
     """
     B, V = _shape("log_probabilities", logits_BV)
@@ -80,7 +78,7 @@ def log_probabilities(
     id_BN = torch.empty(B, n, dtype=torch.int64, device="cpu")
     value_BN = torch.empty(B, n, dtype=torch.float32, device="cpu")
     pointers = (tensor.data_ptr() for tensor in (logits_BV, token_B, chosen_B, id_BN, value_BN))
-    functions.qwen3fast_log_probabilities(*pointers, B, V, n, torch.get_num_threads())
+    functions().qwen3fast_log_probabilities(*pointers, B, V, n, torch.get_num_threads())
     return chosen_B, id_BN, value_BN
 
 

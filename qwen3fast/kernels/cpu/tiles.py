@@ -7,33 +7,24 @@ the forms of products that are measured (engine/forms.py), in bfloat16 and, for 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.levels import processor_features
+from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, Tiles, require
 
-_functions: ctypes.CDLL
 _are_usable = False
 
 
-def register(functions: ctypes.CDLL) -> None:
-    """Declare the functions of ops.h, and try tiles where they are announced."""
-    global _functions, _are_usable
-    _functions = functions
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    functions.qwen3fast_tile_linear.argtypes = [pointer, pointer, integer, pointer, integer, integer, integer]
-    functions.qwen3fast_tile_linear.restype = None
-    functions.qwen3fast_try_tiles.argtypes = []
-    functions.qwen3fast_try_tiles.restype = ctypes.c_bool
-    functions.qwen3fast_use_tiles.argtypes = [ctypes.c_bool]
-    functions.qwen3fast_use_tiles.restype = None
+def try_tiles() -> None:
+    """Try tiles where they are announced; attention of prefill multiplies by them from now on if they work."""
+    global _are_usable
     if are_announced():
-        _are_usable = functions.qwen3fast_try_tiles()
-        functions.qwen3fast_use_tiles(_are_usable)
+        _are_usable = functions().qwen3fast_try_tiles()
+        functions().qwen3fast_use_tiles(_are_usable)
 
 
 def are_announced() -> bool:
@@ -42,7 +33,7 @@ def are_announced() -> bool:
 
 
 def are_usable() -> bool:
-    """Return whether tiles were tried with success: by `register`, in a child process (milliseconds)."""
+    """Return whether tiles were tried with success: by `try_tiles`, in a child process (milliseconds)."""
     return _are_usable
 
 
@@ -60,7 +51,7 @@ def tile_linear(x: Tensor, weights: Sequence[LinearPointers], tiles: Tiles = Til
     )
     linears = (LinearPointers * len(weights))(*weights)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in weights)))
-    _functions.qwen3fast_tile_linear(
+    functions().qwen3fast_tile_linear(
         x.data_ptr(), linears, len(linears), y.data_ptr(), x.numel() // K, tiles, torch.get_num_threads()
     )
     return y
