@@ -23,6 +23,7 @@ from qwen3fast.kernels.cpu.structures import (
     Sizes,
     Tiles,
     cache,
+    is_array,
     packed_linear,
     require,
 )
@@ -117,15 +118,11 @@ class DecodeLayersCall:
         slots, rank, _ = matrices[0][0].shape
         for (a_SRK, b_SRN), w in zip(matrices, weights, strict=True):
             for matrix, size in ((a_SRK, w.K), (b_SRN, w.N)):
-                is_right = matrix.dtype == torch.bfloat16 and matrix.is_contiguous() and matrix.device.type == "cpu"
                 require(
-                    is_right and matrix.shape == (slots, rank, size),
+                    is_array(matrix, torch.bfloat16, slots, rank, size),
                     "decode_layers: matrices of adapters must be (slots, rank, K or N) bfloat16, contiguous",
                 )
-        require(
-            slot_R.dtype == torch.int64 and slot_R.is_contiguous() and len(slot_R) == self.R,
-            "decode_layers: slots must be (R,) int64, contiguous",
-        )
+        require(is_array(slot_R, torch.int64, self.R), "decode_layers: slots must be (R,) int64, contiguous")
         return AdaptersOfLayers(matrices, slot_R)
 
     def __call__(
@@ -237,10 +234,8 @@ class AdaptersOfLayers:
 
 def check_tables(name: str, D: int, *tables: Tensor) -> None:
     for table in tables:
-        require(
-            table.dtype == torch.float32 and table.is_contiguous() and table.shape[1:] == (D,),
-            f"{name}: cos and sin must be (positions, D) float32, contiguous",
-        )
+        is_right = is_array(table, torch.float32, len(table), D)
+        require(is_right, f"{name}: cos and sin must be (positions, D) float32, contiguous")
 
 
 def _flat(layer: LayerTensors) -> list[Tensor]:
@@ -277,7 +272,7 @@ def weight_pointers(
         linear.order = None if order is None else _order(order, (*orders, linear.K))
         return linear
     require(
-        weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu",
+        weight.dim() == 2 and is_array(weight, torch.bfloat16, *weight.shape),
         "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
     )
     return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
@@ -286,17 +281,14 @@ def weight_pointers(
 def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
     expected_K = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
     require(
-        order_K.dtype == torch.int32 and order_K.is_contiguous() and order_K.sort().values.equal(expected_K),
+        is_array(order_K, torch.int32, *shape) and order_K.sort().values.equal(expected_K),
         "decode_layers: an order must be a permutation of 0 to K - 1, int32, contiguous",
     )
     return order_K.data_ptr()
 
 
 def vector_pointer(vector: Tensor, size: int) -> int:
-    require(
-        vector.dtype == torch.bfloat16 and vector.is_contiguous() and vector.shape == (size,),
-        "decode_layers: norms must be bfloat16, of the size of their input",
-    )
+    require(is_array(vector, torch.bfloat16, size), "decode_layers: norms must be bfloat16, of the size of their input")
     return vector.data_ptr()
 
 

@@ -21,7 +21,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
 )
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
-from qwen3fast.kernels.cpu.structures import Ends, require
+from qwen3fast.kernels.cpu.structures import Ends, is_array, require
 
 
 class EndTensors(NamedTuple):
@@ -74,10 +74,8 @@ class DecodeStepCall:
                 "decode_step: embedding and output projection must be (V, E), sizes multiples of 16 (packed: E of 32)",
             )
         for tensor in state:
-            require(
-                tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.shape == (blocks.R,),
-                "decode_step: the buffers must be (R,) int64, contiguous",
-            )
+            is_right = is_array(tensor, torch.int64, blocks.R)
+            require(is_right, "decode_step: the buffers must be (R,) int64, contiguous")
         check_tables("decode_step", blocks.sizes.D, cos_SD, sin_SD)
         end = min(blocks.sizes.S, len(cos_SD), len(sin_SD))
         self._ends = Ends(embedding, head, vector_pointer(ends.norm, E), *(tensor.data_ptr() for tensor in state), end)

@@ -22,6 +22,7 @@ from qwen3fast.kernels.cpu.structures import (
     RowLimits,
     checked_cache,
     checked_positions,
+    is_array,
     packed_linear,
     require,
 )
@@ -111,10 +112,7 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     linear = packed_linear(packed, scale)
     require(linear.span == 0, "quantize_weight: int8 and int4 only")
     require(
-        weight_NK.dtype == torch.bfloat16
-        and weight_NK.device.type == "cpu"
-        and weight_NK.is_contiguous()
-        and weight_NK.shape == (linear.N, linear.K),
+        is_array(weight_NK, torch.bfloat16, linear.N, linear.K),
         f"quantize_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())

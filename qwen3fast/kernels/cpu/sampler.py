@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, require
+from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, is_array, require
 
 _SAMPLING = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
 _PROCESSING = (*[torch.float32] * 3, torch.bool, torch.int32, torch.float32, torch.int32)
@@ -35,7 +35,7 @@ def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
     """Return the addresses of the fields of `SamplerRows`, (count,) each. Raises: ValueError for other tensors."""
     for tensor, dtype in zip(rows, _SAMPLING, strict=True):
         require(
-            tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == (count,),
+            is_array(tensor, dtype, count),
             f"sample: sampling parameters must be ({count},), contiguous, in the dtypes of SamplerRows",
         )
     return SamplingPointers(*(tensor.data_ptr() for tensor in rows))
@@ -50,7 +50,7 @@ def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
     shapes = [*[(B,)] * 3, *[(B, V)] * 3, (B, -(-V // 32))]
     for tensor, dtype, shape in zip(rows, _PROCESSING, shapes, strict=True):
         require(
-            tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == shape,
+            is_array(tensor, dtype, *shape),
             "process_logits: parameters must be contiguous, in the dtypes and shapes of ProcessorRows",
         )
     logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V, dtype=torch.float32, device="cpu")

@@ -123,19 +123,18 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def is_array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
+    """Return whether a tensor is of this dtype and shape, contiguous and on the CPU, as C++ reads it."""
+    return tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device.type == "cpu"
+
+
 def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     """Return quantized weights as quantized.cpp and fp8.cpp describe them.
 
     Raises: ValueError for tensors that are not.
     """
-    require(
-        packed.dim() == 4
-        and packed.shape[2:] == (LANES, 4)
-        and packed.dtype == torch.uint8
-        and packed.device.type == "cpu"
-        and packed.is_contiguous(),
-        "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous",
-    )
+    is_packed = packed.dim() == 4 and is_array(packed, torch.uint8, *packed.shape[:2], LANES, 4)
+    require(is_packed, "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous")
     bits = 8 if scale.dtype == torch.float32 else 4
     N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
     require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
@@ -145,11 +144,9 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
         torch.uint8: (N // LANES, K // span, record) if is_record(span, record) else None,
     }
+    shape = shapes.get(scale.dtype)
     require(
-        scale.shape == shapes.get(scale.dtype)
-        and (bits == 8 or span % GROUP == K % span == 0)
-        and scale.device.type == "cpu"
-        and scale.is_contiguous(),
+        shape is not None and is_array(scale, scale.dtype, *shape) and (bits == 8 or span % GROUP == K % span == 0),
         "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16 "
         "or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
     )
@@ -193,21 +190,15 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
     require(is_quantized or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
     for tensor in (k_RKSD, v_RKSD):
         require(
-            tensor.dim() == 4
-            and tensor.is_contiguous()
-            and tensor.shape == k_RKSD.shape
-            and tensor.dtype == k_RKSD.dtype
-            and tensor.device.type == "cpu",
+            tensor.dim() == 4 and is_array(tensor, k_RKSD.dtype, *k_RKSD.shape),
             "keys and values must be (R, K, S, D), equal in shape and dtype, contiguous",
         )
     pointers = []
     for scale in (k_scale_RKS, v_scale_RKS):
         require((scale is not None) == is_quantized, "scales of keys and values are for int8 only, and needed there")
         if scale is not None:
-            require(
-                scale.dtype == torch.float32 and scale.is_contiguous() and scale.shape == k_RKSD.shape[:3],
-                "scales of keys and values must be (R, K, S) float32, contiguous",
-            )
+            is_right = is_array(scale, torch.float32, *k_RKSD.shape[:3])
+            require(is_right, "scales of keys and values must be (R, K, S) float32, contiguous")
         pointers.append(None if scale is None else scale.data_ptr())
     return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)
 
