@@ -73,7 +73,8 @@ class ChatSession:
         """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params)
-        return self._turn(message, prompt, self._generator._build(prompt, params, self._last, tools=self._tools))
+        builder = self._generator._builder
+        return self._turn(message, prompt, builder.build_one(prompt, params, "error", self._last, self._tools))
 
     def reset(self) -> None:
         """Forget everything except the system message."""
@@ -97,7 +98,7 @@ class ChatSession:
         return [*self._ids, *([] if has_ended else end), *self._tokenizer.encode("\n"), *new]
 
     def _turn(self, message: Message, prompt: list[int], handle: RequestHandle) -> Iterator[StreamChunk]:
-        for chunk in self._generator._run(handle):
+        for chunk in self._generator._dispatcher.stream(handle):
             if chunk.result is not None:
                 self._note(message, prompt, handle, chunk.result)
             yield chunk

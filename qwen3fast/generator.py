@@ -27,7 +27,7 @@ from qwen3fast.parallel import Ranks
 from qwen3fast.quantization import formats_of
 from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
 from qwen3fast.sampling_params import SamplingParams, takes_params
-from qwen3fast.scheduling import DebugView, Dispatcher
+from qwen3fast.scheduling import Dispatcher
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
@@ -327,7 +327,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, the error that ended the reply, as
         `RequestHandle.result`.
         """
-        return self._run(self._build(prompt, params, on_overflow=on_overflow, tools=tools))
+        return self._dispatcher.stream(self._builder.build_one(prompt, params, on_overflow, tools=tools))
 
     def warmup(self, progress: bool = False) -> None:
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
@@ -353,9 +353,9 @@ class Generator(ChatMethods, AdapterMethods):
         return self._dispatcher.stats(self.model.num_bytes())
 
     @property
-    def debug(self) -> DebugView:
-        """The engine, scheduler, worker and admission, for tests and diagnosis."""
-        return self._dispatcher.debug
+    def debug(self) -> Dispatcher:
+        """The owner of engine, scheduler, worker and admission, for tests and diagnosis. Not a stable interface."""
+        return self._dispatcher
 
     def save_quantized(self, folder: str | Path) -> None:
         """Save the quantized weights, with config and tokenizer, to a folder that `from_pretrained` loads.
@@ -378,25 +378,6 @@ class Generator(ChatMethods, AdapterMethods):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _build(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        continues: RequestHandle | None = None,
-        *,
-        on_overflow: Overflow = "error",
-        tools: Tools | None = None,
-    ) -> RequestHandle:
-        """Return the handle of a reply that `_run` will queue.
-
-        continues: an earlier reply that the prompt continues; its slot of the cache is taken over instead of copied.
-        """
-        return self._builder.build_one(prompt, params, on_overflow, continues, tools)
-
-    def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue a reply of `_build` at the first chunk, and yield its chunks."""
-        return self._dispatcher.stream(handle)
 
     def _make_engine(self) -> Engine:
         """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""

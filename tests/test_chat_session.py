@@ -38,13 +38,13 @@ def alone():
 @pytest.fixture
 def prompts(tiny, monkeypatch):
     """Prompts of all turns, as ids."""
-    seen, build = [], tiny._build
+    seen, build = [], tiny._builder.build_one
 
     def noting(prompt, *arguments, **options):
         seen.append(prompt)
         return build(prompt, *arguments, **options)
 
-    monkeypatch.setattr(tiny, "_build", noting)
+    monkeypatch.setattr(tiny._builder, "build_one", noting)
     return seen
 
 

@@ -5,7 +5,7 @@ reply.py, handle.py, dispatch.py and builder.py, in this order.
 """
 
 from qwen3fast.scheduling.admission import Admission, QueueFullError
-from qwen3fast.scheduling.dispatch import DebugView, Dispatcher
+from qwen3fast.scheduling.dispatch import Dispatcher
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.scheduler import Scheduler
 from qwen3fast.scheduling.uncached import run_uncached
@@ -14,7 +14,6 @@ from qwen3fast.scheduling.worker import ClosedError, EngineWorker
 __all__ = [
     "Admission",
     "ClosedError",
-    "DebugView",
     "Dispatcher",
     "EngineWorker",
     "QueueFullError",

@@ -111,7 +111,7 @@ class RequestBuilder:
         self,
         prompt: Any,
         params: SamplingParams | None,
-        on_overflow: Overflow,
+        on_overflow: Overflow = "error",
         continues: RequestHandle | None = None,
         tools: Tools | None = None,
     ) -> RequestHandle:

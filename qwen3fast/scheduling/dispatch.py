@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 from qwen3fast.engine import Engine
@@ -17,16 +16,20 @@ from qwen3fast.scheduling.uncached import UncachedRun
 from qwen3fast.scheduling.worker import ClosedError, EngineWorker
 
 
-@dataclass(frozen=True)
-class DebugView:
-    """The parts of a running Generator, for tests and diagnosis. Not a stable interface.
+class Dispatcher:
+    """Runs the requests of one Generator. Thread-safe.
 
-    Only the worker's thread may touch engine and scheduler while requests run: `worker.call(function, ...)` runs a
-    function there, between two steps.
+    Methods that wait raise RuntimeError where they would wait forever: in the worker's own thread, and in a process
+    forked after its first request.
+
+    Attributes:
+        worker: only its thread may touch engine and scheduler while requests run: `worker.call(function, ...)` runs a
+            function there, between two steps.
     """
 
-    worker: EngineWorker
-    admission: Admission
+    def __init__(self, engine: Engine, max_queue: int, prefix_reuse: bool) -> None:
+        self.worker = EngineWorker(Scheduler(engine, prefix_reuse))
+        self.admission = Admission(max_queue)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -38,23 +41,11 @@ class DebugView:
         """The engine. Raises: ClosedError after `close`."""
         return self.worker.scheduler.engine
 
-
-class Dispatcher:
-    """Runs the requests of one Generator. Thread-safe.
-
-    Methods that wait raise RuntimeError where they would wait forever: in the worker's own thread, and in a process
-    forked after its first request.
-    """
-
-    def __init__(self, engine: Engine, max_queue: int, prefix_reuse: bool) -> None:
-        self.worker = EngineWorker(Scheduler(engine, prefix_reuse))
-        self.admission = Admission(max_queue)
-
     def run(self, handles: list[RequestHandle], use_cache: bool, report: Callable[[], None]) -> None:
         """Run requests to completion. use_cache: False computes without a cache. report: called after each reply."""
         if not use_cache:
             for handle in handles:
-                run = UncachedRun(self.worker.scheduler.engine, handle.request)
+                run = UncachedRun(self.engine, handle.request)
                 while not handle.is_done:
                     self.worker.call(run.step)  # one token at a time: other requests run in between
                 report()
@@ -116,7 +107,7 @@ class Dispatcher:
         Raises: RuntimeError while requests are running.
         """
         self.worker.check_caller()
-        scheduler = self.worker.scheduler
+        scheduler = self.scheduler
 
         def warm_up() -> None:
             if not scheduler.is_idle:
@@ -135,11 +126,6 @@ class Dispatcher:
         self.admission.close(ClosedError("the Generator was closed while this request waited"))
         self.worker.close()
 
-    @property
-    def debug(self) -> DebugView:
-        """The worker and the admission, for tests and diagnosis."""
-        return DebugView(self.worker, self.admission)
-
     def _start(self, handle: RequestHandle) -> None:
         """Queue a request that has a place."""
         handle.request.on_leave_queue = self.admission.give_back
@@ -150,8 +136,7 @@ class Dispatcher:
             raise
 
     def _stats(self, weight_bytes: int) -> GeneratorStats:
-        scheduler = self.worker.scheduler
-        engine = scheduler.engine
+        scheduler, engine = self.scheduler, self.engine
         return GeneratorStats(
             compilations=engine.compiler.compilations,
             compile_s=engine.compiler.seconds,

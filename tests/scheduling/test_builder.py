@@ -135,7 +135,7 @@ def test_each_sample_follows_its_own_constraint(generator):
     assert len({sample.text for sample in samples}) > 1
 
 
-@pytest.mark.parametrize("method", ["stream", "submit", "_build", "stream_chat"])
+@pytest.mark.parametrize("method", ["stream", "submit", "stream_chat"])
 def test_streams_refuse_several_samples(generator, method):
     prompt = QUESTION if method == "stream_chat" else PROMPT
     with pytest.raises(ValueError, match=r"n is 2, but a stream is one reply"):
@@ -390,8 +390,8 @@ def test_what_a_logits_processor_does_wrong_is_not_felt_by_others(generator, pro
     def at_place(logits, output):
         return processor(logits, output) if len(output) == place else logits
 
-    bad = generator._build("bad", replace(GREEDY, logits_processor=at_place))
-    good = [generator._build(p, replace(GREEDY, max_tokens=20)) for p in ("one", "two", "three")]
+    bad = generator._builder.build_one("bad", replace(GREEDY, logits_processor=at_place))
+    good = [generator._builder.build_one(p, replace(GREEDY, max_tokens=20)) for p in ("one", "two", "three")]
     generator.debug.worker.add([good[0].request, bad.request, good[1].request, good[2].request])
     with pytest.raises(error, match=message.replace("at token 0", f"at token {place}")):
         bad.result(20)

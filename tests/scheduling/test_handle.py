@@ -289,9 +289,9 @@ def test_a_reader_hears_of_an_error_that_another_has_seen(generator):
 
 
 def test_cancelled_before_the_start_it_never_gets_a_slot(generator, alone):
-    handle = generator._build("hello", GREEDY)
+    handle = generator._builder.build_one("hello", GREEDY)
     handle.cancel()
-    [chunk] = list(generator._run(handle))
+    [chunk] = list(generator._dispatcher.stream(handle))
     assert (chunk.token_ids, chunk.finish_reason, chunk.result.text) == ([], "cancelled", "")
     assert generator.stats.prefilled_tokens == 0
     assert_unharmed(generator, alone)
@@ -309,7 +309,7 @@ def test_cancelled_while_waiting_it_ends_while_all_slots_are_busy(generator, alo
 def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, monkeypatch):
     ids = [i % 90 for i in range(1600)]
     chunks, compute = [], generator.debug.engine.prefill_step
-    handle = generator._build(ids, GREEDY)
+    handle = generator._builder.build_one(ids, GREEDY)
 
     def cancelled_at_the_second_chunk(prefill):
         chunks.append(len(prefill.chunks))
@@ -318,7 +318,7 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
         return compute(prefill)
 
     monkeypatch.setattr(generator.debug.engine, "prefill_step", cancelled_at_the_second_chunk)
-    [chunk] = list(generator._run(handle))
+    [chunk] = list(generator._dispatcher.stream(handle))
     assert (chunk.token_ids, chunk.finish_reason) == ([], "cancelled")
     assert len(chunks) == 2 < chunks[0]
     monkeypatch.undo()
@@ -331,7 +331,7 @@ def test_cancelled_during_prefill_it_computes_no_other_chunk(generator, alone, m
 @pytest.mark.parametrize("number", [1, 3])
 def test_cancelled_during_decode_its_slot_is_free_before_the_next_step(generator, alone, monkeypatch, number):
     steps, launch = [], generator.debug.engine.launch
-    handle = generator._build("hello", GREEDY)
+    handle = generator._builder.build_one("hello", GREEDY)
 
     def cancelled_at(*arguments):
         steps.append(arguments)
@@ -340,7 +340,7 @@ def test_cancelled_during_decode_its_slot_is_free_before_the_next_step(generator
         return launch(*arguments)
 
     monkeypatch.setattr(generator.debug.engine, "launch", cancelled_at)
-    *_, last = generator._run(handle)
+    *_, last = generator._dispatcher.stream(handle)
     assert last.finish_reason == "cancelled"
     assert state(generator) == (0, 0)
     assert len(steps) == number  # none after the one that was under way
@@ -925,10 +925,10 @@ def test_a_request_whose_slot_cannot_be_made_ready_ends_with_the_error(generator
     text = "a prompt that is kept in a row"
     if part == "copy_row":
         generator.generate(text, GREEDY)  # kept in one row, of which another request takes over a part
-        request = generator._build(text[:12] + " and goes on otherwise", GREEDY)
+        request = generator._builder.build_one(text[:12] + " and goes on otherwise", GREEDY)
     else:
         generator.generate("something else, at first", GREEDY)
-        request = generator._build(text, GREEDY)
+        request = generator._builder.build_one(text, GREEDY)
     calls = []
 
     def broken(*arguments):

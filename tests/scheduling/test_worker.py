@@ -84,10 +84,10 @@ def test_a_call_that_would_wait_for_itself_is_refused(generator, name, place):
         other = generator.submit("y", replace(GREEDY, max_tokens=100))
         begin.set()
     else:
-        other = generator._build("y", GREEDY)  # never started
-        handle = generator._build("x", GREEDY)
+        other = generator._builder.build_one("y", GREEDY)  # never started
+        handle = generator._builder.build_one("x", GREEDY)
         handle.when_done(call)
-        list(generator._run(handle))
+        list(generator._dispatcher.stream(handle))
     assert handle.result(PATIENCE_S).token_ids == expected
     assert is_called.wait(PATIENCE_S)
     assert len(errors) == 1 and OWN_THREAD in errors[0]
@@ -103,8 +103,8 @@ def test_cancel_and_stats_may_be_called_from_a_callback(generator):
         handle.cancel()
         return logits
 
-    handle = generator._build("x", replace(GREEDY, max_tokens=100, logits_processor=processor))
-    [*_, last] = generator._run(handle)
+    handle = generator._builder.build_one("x", replace(GREEDY, max_tokens=100, logits_processor=processor))
+    [*_, last] = generator._dispatcher.stream(handle)
     assert last.finish_reason == "cancelled" and seen[0] == 1
 
 
