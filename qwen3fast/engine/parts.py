@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
-from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler, token_logprobs
+from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
-from qwen3fast.kernels import cuda
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.cpu.structures import Tiles
@@ -268,12 +268,13 @@ def _samplers(
     }
     if not is_cpu or not compiler.uses_operations:
         return {**plain}
-    return {kind: CpuSampler(kind, part) for kind, part in plain.items()}
+    greedy = in_cpp(lambda logits_BV, _: cpu.sample(logits_BV, None), plain[SamplerKind.GREEDY])
+    return {kind: in_cpp(cpu.sample, part) for kind, part in plain.items()} | {SamplerKind.GREEDY: greedy}
 
 
 def _processors(compiler: StepCompiler, is_cpu: bool, dynamic: tuple[Sizes, ...]) -> Function:
     plain = compiler.part(run_processors, dynamic)
-    return CpuProcessors(plain) if is_cpu and compiler.uses_operations else plain
+    return in_cpp(cpu.process_logits, plain) if is_cpu and compiler.uses_operations else plain
 
 
 def _max_uncached(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_same, random_tensor
 
-from qwen3fast.engine.cpu_sampling import CpuProcessors, CpuSampler, token_logprobs
+from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.kernels import cpu
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
@@ -173,7 +173,7 @@ def test_other_tensors_are_refused(logits, spoil):
 
 def test_the_plain_sampler_serves_until_the_operations_are_loaded(monkeypatch):
     calls = []
-    sampler = CpuSampler(SamplerKind.FULL, lambda *arguments: calls.append(arguments) or "plain")
+    sampler = in_cpp(cpu.sample, lambda *arguments: calls.append(arguments) or "plain")
     rows, logits = rows_of((1.0,), (0,), (1.0,), (0.0,)), torch.zeros(1, 5)
     assert_same(sampler(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
     assert_same(sampler(None, logits.double(), *rows), sample(logits, rows, SamplerKind.FULL))
@@ -241,7 +241,7 @@ def test_processors_refuse_other_tensors(changes):
 
 def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch):
     rows, logits = processor_rows(2, 40), random_tensor(2, 40)
-    processors = CpuProcessors(lambda *arguments: "plain")
+    processors = in_cpp(cpu.process_logits, lambda *arguments: "plain")
     assert same_bits(processors(None, logits, *rows), process_logits(logits, rows))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     assert processors(None, logits, *rows) == "plain"
