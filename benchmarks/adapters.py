@@ -18,6 +18,7 @@ from pathlib import Path
 import tables
 import torch
 
+from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import TokenCheck, check_tokens, make_prompts
@@ -25,7 +26,7 @@ from qwen3fast.bench.options import counts
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import choose_device, load_model
+from qwen3fast.checkpoint import choose_device
 from qwen3fast.engine import Engine
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -36,7 +37,7 @@ PROMPT_TOKENS, CHECKED_TOKENS = 32, 8
 def build(args: argparse.Namespace, format: str) -> Engine:
     """Return the engine of a model in a format, with random adapters in all slots."""
     device = choose_device(args.device)
-    model = load_model(args.model, device, quantization=None if format == "plain" else format)
+    model = load_model(args.model, device, quantization=None if format == "plain" else format, calibrate=False)
     rows, positions = max(args.batch_sizes), PROMPT_TOKENS + args.new_tokens + 1
     cache = StaticKVCache(model.config, rows, positions, model.model.norm.weight.dtype, device)
     slots = max(1, *args.adapters)

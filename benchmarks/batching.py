@@ -24,7 +24,7 @@ from batching_work import Work, arrivals, make_work, run_continuous, run_online,
 from peers.shared import share_weights
 from tables import OURS, offline_rows, online_rows
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import check_tokens, make_prompts
@@ -33,7 +33,6 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
 from qwen3fast.bench.text import visible
-from qwen3fast.checkpoint import load_model
 from qwen3fast.model import Qwen3
 
 STATIC, CONTINUOUS = "transformers, static", "transformers, continuous"
@@ -179,7 +178,9 @@ def main() -> int:
     """Measure, print and write. Returns: the exit status."""
     args = parse()
     models = {
-        name: load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
+        name: load_model(
+            args.model, "cpu", quantization=None if name == "bf16" else name, progress=True, calibrate=False
+        )
         for name in args.formats.split(",")
     }
     environment = describe_environment(torch.device("cpu")) | {"transformers": transformers.__version__}

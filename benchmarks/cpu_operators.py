@@ -20,6 +20,7 @@ import torch
 from operators_picture import draw
 from tables import operators_rows
 
+from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import Workbench, make_prompts
@@ -28,7 +29,6 @@ from qwen3fast.bench.plot import save
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import load_model
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.prefill import prefill_chunk
 from qwen3fast.model.linears import linears
@@ -150,7 +150,9 @@ def measure(args: argparse.Namespace) -> Record:
     engines = {}
     with interruptible(record):
         for name in FORMATS:
-            model = load_model(args.model, "cpu", quantization=None if name == "bf16" else name, progress=True)
+            model = load_model(
+                args.model, "cpu", quantization=None if name == "bf16" else name, progress=True, calibrate=False
+            )
             bench = Workbench(model, (MODE,), max(*args.contexts, *args.prompts) + 1, 1)
             engines[name] = bench.engine(MODE)
             engines[name].warmup()

@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qwen3fast.checkpoint import empty_model, load_model, read_checkpoint_config, read_tokenizer
+from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.choices import choose_dtype
 from qwen3fast.checkpoint.kept import KeptCopy
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.lora.files import find_adapter
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.engine.own_text import own_text
@@ -89,27 +89,26 @@ def _why_not(source: Path) -> str | None:
 class CalibratedLoader:
     """Loading of one checkpoint in 4 bits with errors corrected.
 
-    source: as `resolve_source` returns it. calibrate: True requires calibration; with None, 4 bits without it are taken
-    where it is impossible or its result cannot be kept, with a warning. progress: show a bar while a kept copy loads;
-    calibrating always shows bars, as downloads do. adapter: its folder, to be merged before.
+    source: as `resolve_source` returns it. loader: of 4 bits without calibration; its progress shows a bar while a kept
+    copy loads, and calibrating always shows bars, as downloads do. calibrate: True requires calibration; with None,
+    `loader` is used where it is impossible or its result cannot be kept, with a warning.
     """
 
     source: Path
-    device: torch.device
-    dtype: str | torch.dtype
-    quantization: str
+    loader: Loader
     calibrate: bool | None = None
-    progress: bool = False
-    check_weights: bool = False
-    output_projection: bool = True
-    adapter: Path | None = None
+
+    @property
+    def quantization(self) -> str:
+        """The format of 4 bits."""
+        return str(self.loader.quantization)
 
     def load(self) -> Qwen3:
         """Return the model: read from the cache folder, where the first load of a checkpoint keeps it.
 
         Raises: as `load_model`; ValueError if calibrate=True is impossible, since the model's logits are not finite.
         """
-        prepare_quantization(self.quantization, self.device)
+        prepare_quantization(self.quantization, self.loader.device)
         try:
             kept = self.place()
         except RuntimeError as err:
@@ -132,19 +131,19 @@ class CalibratedLoader:
 
     def place(self) -> KeptCopy:
         """Return where the calibrated copy is kept. Raises: RuntimeError if there is no home folder."""
-        config = read_checkpoint_config(self.source).model
-        dtype = choose_dtype(self.dtype, config)
-        way = {"format": self.quantization, "dtype": dtype, "device": self.device.type, "tokens": TOKENS}
-        file = None if self.adapter is None else find_adapter(self.adapter)[1]
+        device, adapter = self.loader.device, self.loader.adapter
+        dtype = choose_dtype(self.loader.dtype, read_checkpoint_config(self.source).model)
+        way = {"format": self.quantization, "dtype": dtype, "device": device.type, "tokens": TOKENS}
+        file = None if adapter is None else find_adapter(adapter)[1]
         files = () if file is None else (file, file.with_name("adapter_config.json"))
-        return KeptCopy.of(self.source, files, **way, computed_in=fast_dtype(dtype, self.device))
+        return KeptCopy.of(self.source, files, **way, computed_in=fast_dtype(dtype, device))
 
     def _read(self, kept: KeptCopy, warn: bool = False) -> Qwen3 | None:
         """Return the kept model; None if there is none, or it is damaged. warn: say so."""
         if not kept.exists():
             return None
         try:
-            model = self._load(kept.folder, output_projection=self.output_projection)
+            model = replace(self.loader, quantization=None, adapter=None).load(kept.folder)
         except (OSError, ValueError) as err:
             if warn:
                 logger.warning("the calibrated copy of %s is damaged and is made again: %s", self.source, err)
@@ -160,24 +159,15 @@ class CalibratedLoader:
         logger.warning("a calibrated copy cannot be kept: %s; %s (%s)", problem, choice, advice)
         if self.calibrate:
             return self._calibrate()[0]
-        return self._load_plain()
-
-    def _load_plain(self) -> Qwen3:
-        return self._load(
-            self.source, quantization=self.quantization, output_projection=self.output_projection, adapter=self.adapter
-        )
-
-    def _load(self, source: Path, **options: Any) -> Qwen3:
-        return load_model(
-            source, self.device, self.dtype, progress=self.progress, check_weights=self.check_weights, **options
-        )
+        return self.loader.load(self.source)
 
     def _calibrate(self) -> tuple[Qwen3, int]:
         """Return the quantized model and the number of tokens that it was calibrated on, 0 if it could not be."""
-        model, tokenizer = self._load(self.source, adapter=self.adapter), None
+        plain = replace(self.loader, quantization=None, output_projection=True)
+        model, tokenizer, device = plain.load(self.source), None, self.loader.device
         try:
-            size, free = model.num_bytes(), free_bytes(self.device)
-            if not self.calibrate and self.device.type == "cpu" and free is not None and free < size:
+            size, free = model.num_bytes(), free_bytes(device)
+            if not self.calibrate and device.type == "cpu" and free is not None and free < size:
                 raise MemoryError(f"it reads {size / 1e9:.1f} GB of weights many times; {free / 1e9:.1f} GB are free")
             with suppress(FileNotFoundError):  # without one, no text begins as a conversation
                 tokenizer = read_tokenizer(self.source)
@@ -189,11 +179,11 @@ class CalibratedLoader:
                 raise
             logger.warning("%s: %s without calibration: %s", self.source, self.quantization, err)
         del model  # parts of it may be quantized already
-        return self._load_plain(), 0
+        return self.loader.load(self.source), 0
 
     def _num_bytes(self) -> int:
         """Return the size of the copy."""
         config = read_checkpoint_config(self.source).model
         model = build_on_meta(config)
-        quantize_model(model, self.quantization, choose_dtype(self.dtype, config))
+        quantize_model(model, self.quantization, choose_dtype(self.loader.dtype, config))
         return model.num_bytes()

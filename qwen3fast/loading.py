@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen3fast import checkpoint
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import (
     as_id_tuple,
@@ -16,6 +15,7 @@ from qwen3fast.checkpoint import (
     read_generation_config,
     resolve_source,
 )
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.source import resolve_adapter
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.engine.own_cores import keep_to_own_cores
@@ -89,17 +89,14 @@ def load_model(
     adapter = None if adapter is None else resolve_adapter(adapter)
     if not str(source).startswith("random:"):
         source = folder = resolve_source(source, revision)
-    if is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
-        assert folder is not None and quantization is not None, "no others are calibrated"
-        model = CalibratedLoader(
-            folder, chosen_device, dtype, quantization, calibrate, progress, check_weights, output_projection, adapter
-        ).load()
-        if not (output_projection or model.config.tie_word_embeddings):
-            model.register_module("lm_head", None)
-        return model
-    return checkpoint.load_model(
-        source, chosen_device, dtype, revision, progress, quantization, output_projection, adapter, check_weights, ranks
-    )
+    loader = Loader(chosen_device, dtype, quantization, output_projection, adapter, check_weights, ranks, progress)
+    if not is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
+        return loader.load(source)
+    assert folder is not None, "no others are calibrated"
+    model = CalibratedLoader(folder, loader, calibrate).load()
+    if not (output_projection or model.config.tie_word_embeddings):
+        model.register_module("lm_head", None)
+    return model
 
 
 def load(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,10 @@ import qwen3fast
 from qwen3fast import Classifier, Embedder, Generator, Reranker
 from qwen3fast import calibrated as calibrated_module
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
-from qwen3fast.checkpoint import choose_device, load_model, read_checkpoint_config, read_tokenizer
+from qwen3fast.checkpoint import choose_device, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint import kept as kept_module
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.model import Qwen3
@@ -34,6 +36,7 @@ from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.calibrate import CALIBRATED
 
 CPU = torch.device("cpu")
+load_model = partial(qwen3fast.load_model, calibrate=False)
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -181,7 +184,7 @@ def test_copies_that_no_load_reads_are_deleted_in_time(checkpoint, cache, caplog
 
 def test_copies_are_of_a_format_a_dtype_a_kind_of_device_and_a_version(checkpoint, cache, monkeypatch):
     def place(dtype="auto", name="int4", device="cpu"):
-        return CalibratedLoader(checkpoint, torch.device(device), dtype, name).place().folder.name
+        return CalibratedLoader(checkpoint, Loader(torch.device(device), dtype, name)).place().folder.name
 
     places = {place(), place("bfloat16"), place(name="uint4"), place(device="cuda")}
     monkeypatch.setattr(kept_module, "VERSION", 2)
@@ -299,7 +302,7 @@ def test_ctrl_c_while_writing_leaves_nothing_behind(checkpoint, cache, monkeypat
 
 
 def test_what_a_killed_process_left_is_removed(checkpoint, cache):
-    kept = CalibratedLoader(checkpoint, CPU, "auto", "int4").place()
+    kept = CalibratedLoader(checkpoint, Loader(CPU, quantization="int4")).place()
     left, others = (cache / f".{name}-x1y2" for name in (kept.folder.name, "other-0123"))
     for folder in (left, others):
         folder.mkdir(parents=True)
@@ -310,7 +313,7 @@ def test_what_a_killed_process_left_is_removed(checkpoint, cache):
 
 def test_a_second_load_waits_for_the_first_and_reads_its_result(checkpoint, cache, runs):
     first = loaded(checkpoint)
-    kept = CalibratedLoader(checkpoint, CPU, "auto", "int4").place()
+    kept = CalibratedLoader(checkpoint, Loader(CPU, quantization="int4")).place()
     aside = cache.parent / "aside"
     kept.folder.rename(aside)  # as before the first has written it
     models = []

@@ -32,7 +32,7 @@ from unittest.mock import patch
 import torch
 from loading_files import check_space, drop_from_cache, read_in_order, write_shards
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.plot import save
@@ -40,7 +40,8 @@ from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
 from qwen3fast.calibrated import CalibratedLoader
-from qwen3fast.checkpoint import kept, load_model, read_ahead
+from qwen3fast.checkpoint import kept, read_ahead
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 
@@ -62,8 +63,8 @@ class Load:
     def load(self, folder: Path) -> Qwen3:
         """Return the model of a checkpoint, on the CPU."""
         if self.calibrates is None:
-            return load_model(folder, device="cpu", **self.options)
-        return CalibratedLoader(folder, torch.device("cpu"), "auto", "int4", calibrate=True).load()
+            return load_model(folder, device="cpu", calibrate=False, **self.options)
+        return CalibratedLoader(folder, Loader(torch.device("cpu"), quantization="int4"), calibrate=True).load()
 
     def prepare(self, folder: Path) -> None:
         """Delete the calibrated copies before a first load; make one before a later load."""

@@ -12,8 +12,9 @@ from awq_scaling import scale_channels
 from ggml_quants import Ggml, bits, type_of
 from torch import Tensor, nn
 
+from qwen3fast import load_model
 from qwen3fast.calibrated import TOKENS
-from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3
@@ -63,7 +64,7 @@ class Formats:
         return all(self._ggml.can(kind, self.exact.get_submodule(n).weight.shape[1]) for n, kind in types.items())
 
     def _plain(self) -> Qwen3:
-        return load_model(self._source, "cpu", "float32")
+        return load_model(self._source, "cpu", "float32", calibrate=False)
 
     def _types(self, mixture: str) -> dict[str, str]:
         """Return the type of each matrix; a tied output projection is the embedding."""

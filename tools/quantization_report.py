@@ -27,14 +27,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from train_tiny import encode, pad
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import load_model, resolve_source
+from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize
@@ -111,7 +111,9 @@ def measure(args: argparse.Namespace, record: Record) -> None:
     on_cpu = [format.name for format in FORMATS.values() if "cpu" in format.devices]
     for weights in tqdm(["bf16", *on_cpu, "int4-head8"], desc="formats"):
         quantization = None if weights == "bf16" else weights.removesuffix("-head8")
-        model = exact if quantization is None else load_model(args.model, "cpu", quantization=quantization)
+        model = (
+            exact if quantization is None else load_model(args.model, "cpu", quantization=quantization, calibrate=False)
+        )
         if weights.endswith("-head8"):
             model = with_head_in_8_bits(model, exact)
         if quantization is not None:

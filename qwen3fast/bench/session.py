@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Group, Harness, Measurement, Task
 from qwen3fast.bench.measure import Workbench, is_cached, is_compiled, make_prompts, with_graphs
@@ -16,7 +17,7 @@ from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 from qwen3fast.bench.progress import in_words
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.text import visible
-from qwen3fast.checkpoint import CheckpointConfig, load_model
+from qwen3fast.checkpoint import CheckpointConfig
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
@@ -75,7 +76,9 @@ class Session:
         if quantization not in self._models:
             o = self.options
             self.tell(f"loading {o.model}" + (f" in {quantization}" if quantization else ""))
-            self._models[quantization] = load_model(o.model, o.device, o.dtype, quantization=quantization)
+            self._models[quantization] = load_model(
+                o.model, o.device, o.dtype, quantization=quantization, calibrate=False
+            )
         return self._models[quantization]
 
     def workbench(

@@ -1,9 +1,9 @@
 """Checkpoints: a hub id, a folder, a GGUF file, the shipped tiny model or random numbers -> a model."""
 
 from qwen3fast.checkpoint.choices import choose_device
+from qwen3fast.checkpoint.empty import empty_model
 from qwen3fast.checkpoint.fill import load_weights
 from qwen3fast.checkpoint.hf_config import CheckpointConfig, as_id_tuple
-from qwen3fast.checkpoint.load import empty_model, load_model
 from qwen3fast.checkpoint.lora import merge_lora
 from qwen3fast.checkpoint.metadata import (
     find_tokenizer,
@@ -23,7 +23,6 @@ __all__ = [
     "empty_model",
     "find_tokenizer",
     "has_tokenizer",
-    "load_model",
     "load_weights",
     "merge_lora",
     "random_model",

@@ -1,102 +1,207 @@
-"""Load the bare model of any source, on a device, in a dtype."""
+"""Load the bare model of any source: random weights, a folder with safetensors, a GGUF file."""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from qwen3fast.checkpoint.choices import choose_device, choose_dtype
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header, replace_layers
+from qwen3fast.checkpoint.choices import choose_dtype
+from qwen3fast.checkpoint.fill import load_weights
+from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.loaders import Loader, refuse_other_format
 from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
-from qwen3fast.checkpoint.safetensors import has_output_projection
-from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
+from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
+from qwen3fast.checkpoint.random_weights import parse_random, random_model
+from qwen3fast.checkpoint.safetensors import HEAD, has_other_head, refuse_size
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.parallel import Ranks, connect
-from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_model
-from qwen3fast.quantization.ordered import add_empty_orders
+from qwen3fast.model.config import ModelConfig
+from qwen3fast.parallel import Ranks, Split, connect
+from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_experts, quantize_model
 
 
-def load_model(
-    source: str | Path,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    progress: bool = False,
-    quantization: str | None = None,
-    output_projection: bool = True,
-    adapter: str | Path | None = None,
-    check_weights: bool = False,
-    ranks: Ranks | None = None,
-) -> Qwen3:
-    """Load the bare model, in 4 bits without calibration; arguments and errors as in `qwen3fast.load_model`."""
-    chosen_device = choose_device(device)
-    format = None if quantization == DEQUANTIZE else quantization
-    if format is not None:
-        prepare_quantization(format, chosen_device)
-    if adapter is not None:
-        adapter = resolve_adapter(adapter)
-        LoraConfig.from_folder(adapter)  # refused before weights are read
-    loader = Loader(
-        chosen_device, dtype, quantization, output_projection, adapter is not None, check_weights, ranks, progress
-    )
-    if str(source).startswith("random:"):
-        model, split = loader.load_random(str(source))
-    elif (folder := resolve_source(source, revision)).is_file():
-        model, split = loader.load_gguf(folder), None
-    else:
-        stored = CheckpointConfig.from_folder(folder)
-        model, split = loader.load_folder(folder, stored)
-        if stored.quantization is not None:
-            format = None  # quantized already, except for the layers that are to stay plain
-    if adapter is not None:
-        merge_lora(model, adapter, check_weights)
-    if format is not None:
-        quantize_model(model, format, choose_dtype(dtype, model.config), progress)
-    if split is not None and ranks is not None:
-        connect(model, split, ranks)
-    return model
+@dataclass(frozen=True)
+class Loader:
+    """The options of `qwen3fast.load_model`, as it has resolved them; 4 bits are quantized without calibration."""
 
+    device: torch.device
+    dtype: str | torch.dtype = "auto"
+    quantization: str | None = None
+    output_projection: bool = True
+    adapter: Path | None = None
+    check_weights: bool = False
+    ranks: Ranks | None = None
+    progress: bool = False
 
-def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
-    """Return the model on meta, its layers in the formats that `load_model` gives them.
+    def load(self, source: str | Path) -> Qwen3:
+        """Return the model; with several processes, this process's shard.
 
-    A folder whose files hold no output projection gets none.
-
-    source: as `resolve_source` returns it. quantization: the format for layers that are quantized in the files; None
-    for the usual one. Other layers stay as they are.
-    Raises: FileNotFoundError or ValueError, as `load_model`.
-    """
-    if source.is_file():
-        header = read_header(source)
-        model = build_on_meta(config_of(header))
-        formats = choose_formats(header, model.config, None)
-        if formats and quantization is not None:
-            formats = choose_formats(header, model.config, quantization)
-        replace_layers(model, formats, model.config.dtype)
+        source: "random:NAME", or what `resolve_source` returns. Errors as in `qwen3fast.load_model`.
+        """
+        format = None if self.quantization == DEQUANTIZE else self.quantization
+        if format is not None:
+            prepare_quantization(format, self.device)
+        if self.adapter is not None:
+            LoraConfig.from_folder(self.adapter)  # refused before weights are read
+        if str(source).startswith("random:"):
+            model, split = self._load_random(str(source))
+        elif (folder := Path(source)).is_file():
+            model, split = self._load_gguf(folder), None
+        else:
+            stored = CheckpointConfig.from_folder(folder)
+            model, split = self._load_folder(folder, stored)
+            if stored.quantization is not None:
+                format = None  # quantized already, except for the layers that are to stay plain
+        if self.adapter is not None:
+            merge_lora(model, self.adapter, self.check_weights)
+        if format is not None:
+            quantize_model(model, format, choose_dtype(self.dtype, model.config), self.progress)
+        if split is not None and self.ranks is not None:
+            connect(model, split, self.ranks)
         return model
-    stored = CheckpointConfig.from_folder(source)
-    refuse_other_format(stored, quantization, source)
-    format, kept = (
-        None if stored.quantization is None else get_format(stored.quantization),
-        stored.modules_to_not_convert,
-    )
-    theirs = stored.prequantized
-    if theirs is not None:  # as usual; only the tensors tell which others are plain
-        format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
-    model = build_on_meta(stored.model)
-    if any(source.glob("*.safetensors")) and not has_output_projection(stored.model, source):  # else config.json alone
-        model.register_module("lm_head", None)
-    if format is not None:
-        has_orders = theirs is not None and theirs.has_scattered_groups and theirs.keeps_numbers(format.name)
-        quantize_model(model, format, model.config.dtype, modules_to_not_convert=kept)
-        if has_orders:
-            add_empty_orders(model)
-        if theirs is not None and quantization is not None:
-            quantize_model(model, quantization, model.config.dtype)
-    if stored.quantization is not None:
-        use_stored_formats(model, source)
-    return model
+
+    def _load_random(self, source: str) -> tuple[Qwen3, Split | None]:
+        """Make the model of "random:NAME" or "random:NAME:SEED"."""
+        config, seed = parse_random(source)
+        self._refuse_dequantizing(None)
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
+        self._leave_out_projection(model)
+        return model, split
+
+    def _load_folder(self, folder: Path, stored: CheckpointConfig) -> tuple[Qwen3, Split | None]:
+        """Load a folder with safetensors; stored: its config.json."""
+        self._refuse_dequantizing(stored.prequantized)
+        refuse_other_format(stored, self.quantization, folder)
+        self._refuse_splitting(stored)
+        if stored.quantization is not None:
+            prepare_quantization(stored.quantization, self.device)
+        format = self._format_of_prequantized(stored.prequantized, folder)
+        refuse_size(stored.model, folder)
+        config = self._untied_if_stored_so(stored.model, folder)
+        split, dtype = self._split(config), choose_dtype(self.dtype, config)
+        model = build_on_meta(config) if split is None else split.build_on_meta()
+        self._leave_out_projection(model)
+        if stored.quantization is not None:
+            kept = stored.modules_to_not_convert
+            quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
+            use_stored_formats(model, folder)
+        load_weights(
+            model,
+            folder,
+            self.device,
+            dtype,
+            self.progress,
+            quantization=format,
+            on_assigned=self._on_assigned,
+            check_weights=self.check_weights,
+            split=split,
+            prequantized=stored.prequantized,
+        )
+        return model, split
+
+    def _load_gguf(self, file: Path) -> Qwen3:
+        """Load a GGUF file."""
+        if self.ranks is not None:
+            raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
+        header = read_header(file)
+        config = config_of(header)
+        wanted = DEQUANTIZE if self.adapter and self.quantization is not None else self.quantization
+        formats = choose_formats(header, config, wanted, self.device.type)
+        if self.adapter and formats:
+            raise ValueError(
+                f"an adapter needs plain weights, and the ones of {file} are quantized; add quantization='dequantize'"
+            )
+        for name in {format.name for format in formats.values()}:
+            prepare_quantization(name, self.device)
+        model = build_on_meta(config)
+        self._leave_out_projection(model)
+        dtype = choose_dtype(self.dtype, config)
+        load_gguf_weights(model, header, formats, self.device, dtype, self.progress, self.check_weights)
+        return model
+
+    @property
+    def _on_assigned(self) -> partial[None] | None:
+        """Quantize a layer's experts as soon as they are loaded: only one layer's are in memory unquantized."""
+        name = self.quantization
+        return None if name in (None, DEQUANTIZE) else partial(_quantize_experts, name)
+
+    def _untied_if_stored_so(self, config: ModelConfig, folder: Path) -> ModelConfig:
+        if not (config.tie_word_embeddings and self.output_projection and has_other_head(folder)):
+            return config
+        warnings.warn(
+            f"{folder}: config.json says tie_word_embeddings, but {HEAD} holds other numbers than the embedding; "
+            "both are used, as in transformers",
+            stacklevel=4,
+        )
+        return replace(config, tie_word_embeddings=False)
+
+    def _leave_out_projection(self, model: Qwen3) -> None:
+        if not self.output_projection and not model.config.tie_word_embeddings:
+            model.register_module("lm_head", None)
+
+    def _format_of_prequantized(self, stored: PrequantizedFormat | None, folder: Path) -> str | None:
+        """Return the format that prequantized layers get; None for plain weights.
+
+        Raises: ValueError for an adapter that would be merged into weights that stay quantized.
+        """
+        if stored is None:
+            return None
+        format = self._usual_format(stored) if self.quantization is None else self.quantization
+        if self.adapter and self.quantization is None and format is not None:
+            raise ValueError(
+                f"an adapter needs the original weights; the ones of {folder} ({stored.describe()}) would be loaded in "
+                f"{format}. Use quantization='dequantize', or 'int8' or 'int4' to merge first and quantize afterwards; "
+                "or load it at run time, which needs no plain weights (adapters= of Generator, --adapter of serve)"
+            )
+        if self.adapter or format in (None, DEQUANTIZE):
+            return None
+        prepare_quantization(format, self.device)
+        return format
+
+    def _usual_format(self, stored: PrequantizedFormat) -> str | None:
+        """Return the format that layers get unless one is asked for; None, for floats that no kernel here reads."""
+        is_plain = stored.is_float and self.device.type not in get_format(stored.loaded_as).devices
+        return None if is_plain else stored.loaded_as
+
+    def _split(self, config: ModelConfig) -> Split | None:
+        """Return this process's shard of the model; None in one process.
+
+        Raises: ValueError for a model that cannot be split, or not yet.
+        """
+        if self.ranks is None:
+            return None
+        if self.adapter:
+            raise ValueError("adapter= is not supported with tensor parallelism yet; merge it into the weights first")
+        return Split(config, self.ranks.rank, self.ranks.size)
+
+    def _refuse_splitting(self, stored: CheckpointConfig) -> None:
+        prequantized = stored.prequantized
+        if self.ranks is not None and (stored.quantization is not None or prequantized is not None):
+            kind = prequantized.method if prequantized is not None else stored.quantization
+            format = stored.quantization or (prequantized and self._usual_format(prequantized)) or "int8"
+            raise ValueError(
+                f"a checkpoint that is quantized already ({kind}) cannot be split over processes yet; load the "
+                f"original weights with quantization={format!r}"
+            )
+
+    def _refuse_dequantizing(self, stored: PrequantizedFormat | None) -> None:
+        if self.quantization == DEQUANTIZE and stored is None:
+            raise ValueError(
+                f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None "
+                "(no --quantization)"
+            )
+
+
+def refuse_other_format(stored: CheckpointConfig, quantization: str | None, folder: Path) -> None:
+    """Raises: ValueError for a folder that `save_quantized` wrote in another format than the one asked for."""
+    if quantization is not None and stored.quantization not in (None, quantization):
+        raise ValueError(f"{folder} is in {stored.quantization} already; {quantization} needs the original weights")
+
+
+def _quantize_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
+    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])

@@ -12,6 +12,7 @@ import torch
 
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import choose_device, empty_model, read_checkpoint_config, read_config
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.outline import find_outline
 from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head
 from qwen3fast.cli.arguments import add_source_arguments
@@ -78,7 +79,7 @@ def _calibration(source: Path | None, quantization: str, device: torch.device, i
     if is_outline:
         return f"for {device.type}, by the first load"
     try:
-        kept = CalibratedLoader(source, device, "auto", quantization).place()
+        kept = CalibratedLoader(source, Loader(device, quantization=quantization)).place()
     except RuntimeError as err:
         return f"none: {err}"
     how = "kept in" if kept.exists() else "by the first load, which keeps it in"

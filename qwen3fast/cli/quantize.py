@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint import load_model, read_checkpoint_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import choose_device, read_checkpoint_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.metadata import find_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.save import check_is_other, companions_of, save_model
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     # fp8 is precise enough to be quantized to another format.
     is_fp8 = theirs is not None and theirs.is_float and not theirs.keeps_numbers(args.quantization)
     dequantize = DEQUANTIZE if is_fp8 else None
-    model = load_model(source, args.device, progress=True, output_projection=has_output, quantization=dequantize)
+    device = choose_device(args.device)
+    loader = Loader(device, quantization=dequantize, output_projection=has_output, progress=True)
+    model = loader.load(source)
     if formats := formats_of(model):
         raise ValueError(f"{args.model} is quantized already ({', '.join(formats)})")
     weight = model.model.norm.weight

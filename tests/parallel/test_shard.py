@@ -16,7 +16,6 @@ from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint import CheckpointConfig, fill, load_weights, random_model
-from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split
@@ -158,8 +157,9 @@ def test_load_refuses_what_cannot_be_split_yet(tmp_path):
         ValueError, match=r"quantized already \(int8\) cannot be split .* weights with quantization='int8'"
     ):
         load_model(tmp_path, "cpu", ranks=ranks)
-    stored = CheckpointConfig(small_config(), prequantized=PrequantizedFormat("fp8"))
-    (tmp_path / "config.json").write_text(json.dumps(stored.to_dict()))
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    stored = CheckpointConfig(small_config()).to_dict() | {"quantization_config": fp8}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"quantized already \(fp8\) cannot be split .* with quantization='fp8'"):
         load_model(tmp_path, "cpu", ranks=ranks)
     (tmp_path / "model.gguf").touch()

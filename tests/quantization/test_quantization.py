@@ -425,7 +425,7 @@ def test_unknown_and_conflicting_formats_are_refused(tmp_path):
 def test_devices_without_kernels_are_refused_before_anything_is_read(tmp_path, monkeypatch):
     save_model(quantized_model(FP8), tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    monkeypatch.setattr("qwen3fast.checkpoint.load.choose_device", lambda device: torch.device("mps"))
+    monkeypatch.setattr("qwen3fast.loading.choose_device", lambda device: torch.device("mps"))
     for source, quantization, name in ((tmp_path, None, "fp8"), ("random:0.6b", "int8", "int8")):
         with pytest.raises(ValueError, match=f"'{name}' runs on cpu and cuda devices, not on mps; use device='cpu'"):
             load_model(source, quantization=quantization)

@@ -14,10 +14,9 @@ from gpu_check.results import Results
 from gpu_check.settings import UnavailableError
 from gpu_check.tokens import check_against_float32
 from gpu_check.variants import Variant
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.measure import Sample, make_prompts, run_cached
 from qwen3fast.bench.record import Case
-from qwen3fast.checkpoint import load_model
 from qwen3fast.engine import Engine
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -41,7 +40,7 @@ def load(variant: Variant, device: torch.device) -> Qwen3:
     if device.type not in FORMATS[name].devices:
         raise UnavailableError(f"{variant.weights} weights do not run on {device.type}")
     if name == variant.weights:
-        return load_model(variant.source, str(device), quantization=name)
+        return load_model(variant.source, str(device), quantization=name, calibrate=False)
     model = load_model(variant.source, str(device))
     quantize_model(model, FORMATS[name].with_blocks(), model.model.norm.weight.dtype)
     return model

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3fast import load_model
 from qwen3fast.bench.metrics import METRICS, percentile
 from qwen3fast.bench.options import split_format
 from qwen3fast.bench.record import Case, Record
@@ -30,7 +31,7 @@ from qwen3fast.bench.suites.quality_text import TEXT
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
-from qwen3fast.checkpoint import load_model, read_tokenizer, resolve_source
+from qwen3fast.checkpoint import read_tokenizer, resolve_source
 from qwen3fast.files import read_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import parse_cache_dtype
@@ -125,7 +126,7 @@ def _model(session: Session, quantization: str | None) -> Qwen3:
     if quantization is None or session.device.type in FORMATS[quantization].devices:
         return session.model(quantization)
     o = session.options
-    model = load_model(o.model, o.device, o.dtype)
+    model = load_model(o.model, o.device, o.dtype, calibrate=False)
     quantize_model(model, quantization, model.model.norm.weight.dtype)
     return model
 
