@@ -26,7 +26,7 @@ from qwen3fast.bench.options import counts
 from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import choose_device
+from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.engine import Engine
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.model.kv_cache import StaticKVCache

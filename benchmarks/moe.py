@@ -29,10 +29,10 @@ from qwen3fast.bench.probes import BandwidthProbe
 from qwen3fast.bench.record import Case, Label, Record, write_json
 from qwen3fast.bench.table import as_text
 from qwen3fast.bench.view import picture
-from qwen3fast.checkpoint import random_model
+from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.quantization import quantize_experts, quantize_model
+from qwen3fast.quantization.convert import quantize_experts, quantize_model
 
 FORMATS = ("bf16", "int8", "int4")
 MODE = "cached-compiled"

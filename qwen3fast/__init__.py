@@ -22,7 +22,7 @@ _MODULES = {
     "GeneratorOptions": "options",
     "GeneratorStats": "results",
     "ModelConfig": "model.config",
-    "QueueFullError": "scheduling",
+    "QueueFullError": "scheduling.admission",
     "RequestHandle": "scheduling.handle",
     "RequestMetrics": "results",
     "Reranker": "reranker",
@@ -31,7 +31,7 @@ _MODULES = {
     "TokenLogprobs": "results",
     "ToolCall": "text.tool_calls",
     "load_model": "loading",
-    "read_config": "checkpoint",
+    "read_config": "checkpoint.metadata",
 }
 
 __all__ = [*_MODULES, "__version__"]

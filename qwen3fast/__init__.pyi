@@ -1,6 +1,6 @@
 from qwen3fast._version import __version__ as __version__
 from qwen3fast.chat_session import ChatSession as ChatSession
-from qwen3fast.checkpoint import read_config as read_config
+from qwen3fast.checkpoint.metadata import read_config as read_config
 from qwen3fast.classifier import Classifier as Classifier
 from qwen3fast.embedder import Embedder as Embedder
 from qwen3fast.generator import Generator as Generator
@@ -15,6 +15,6 @@ from qwen3fast.results import RequestMetrics as RequestMetrics
 from qwen3fast.results import StreamChunk as StreamChunk
 from qwen3fast.results import TokenLogprobs as TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams as SamplingParams
-from qwen3fast.scheduling import QueueFullError as QueueFullError
+from qwen3fast.scheduling.admission import QueueFullError as QueueFullError
 from qwen3fast.scheduling.handle import RequestHandle as RequestHandle
 from qwen3fast.text.tool_calls import ToolCall as ToolCall

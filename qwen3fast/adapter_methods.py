@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3fast.checkpoint.lora import largest_rank
+from qwen3fast.checkpoint.lora.unmerged import largest_rank
 from qwen3fast.options import GeneratorOptions
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 

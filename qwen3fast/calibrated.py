@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from qwen3fast.checkpoint import empty_model, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.choices import choose_dtype
+from qwen3fast.checkpoint.empty import empty_model
 from qwen3fast.checkpoint.kept import KeptCopy
 from qwen3fast.checkpoint.load import Loader
 from qwen3fast.checkpoint.lora.files import find_adapter
+from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.kv_cache import free_bytes
-from qwen3fast.quantization import formats_of, prepare_quantization, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, fast_dtype, quantize_calibrated
+from qwen3fast.quantization.convert import formats_of, prepare_quantization, quantize_model
 
 logger = logging.getLogger(__name__)
 

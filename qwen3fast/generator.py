@@ -14,7 +14,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from qwen3fast.adapter_methods import AdapterMethods, adapter_room
 from qwen3fast.chat_methods import ChatMethods
-from qwen3fast.checkpoint import as_id_tuple
+from qwen3fast.checkpoint.hf_config import as_id_tuple
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checks import checked_flag, checked_timeout
 from qwen3fast.engine import Engine, lead_or_follow
@@ -24,12 +24,12 @@ from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.options import GeneratorOptions, takes_options
 from qwen3fast.parallel import Ranks
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.convert import formats_of
 from qwen3fast.results import ContinuationScore, GenerationResult, GeneratorStats, StreamChunk, continuation_score
 from qwen3fast.sampling_params import SamplingParams, takes_params
-from qwen3fast.scheduling import Dispatcher
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
+from qwen3fast.scheduling.dispatch import Dispatcher
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools

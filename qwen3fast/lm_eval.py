@@ -21,7 +21,8 @@ from huggingface_hub.utils.tqdm import tqdm
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from qwen3fast.checkpoint import has_tokenizer, read_config, resolve_source
+from qwen3fast.checkpoint.metadata import has_tokenizer, read_config
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
 

@@ -8,20 +8,16 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
-from qwen3fast.checkpoint import (
-    as_id_tuple,
-    choose_device,
-    find_tokenizer,
-    read_generation_config,
-    resolve_source,
-)
+from qwen3fast.checkpoint.choices import choose_device
+from qwen3fast.checkpoint.hf_config import as_id_tuple
 from qwen3fast.checkpoint.load import Loader
-from qwen3fast.checkpoint.source import resolve_adapter
+from qwen3fast.checkpoint.metadata import find_tokenizer, read_generation_config
+from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.engine.own_cores import keep_to_own_cores
 from qwen3fast.model import Qwen3
 from qwen3fast.parallel import Ranks
-from qwen3fast.quantization import DEQUANTIZE, prepare_quantization
+from qwen3fast.quantization.convert import DEQUANTIZE, prepare_quantization
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.text.tokenizer import Tokenizer
 

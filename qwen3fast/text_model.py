@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwen3fast.checkpoint import read_tokenizer, resolve_source
+from qwen3fast.checkpoint.metadata import read_tokenizer
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checks import checked_source
 from qwen3fast.engine.last_token import checked_max_length
 from qwen3fast.engine.threads import on_live_threads, use_threads

@@ -12,12 +12,12 @@ from test_lora import ALL, ATTENTION, delta, modules_of, write_adapter
 from torch import nn
 
 from qwen3fast import ChatSession, Generator, SamplingParams
-from qwen3fast.checkpoint import merge_lora
+from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.engine import adapters as engine_adapters
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import DecodeLayersCall, DecodeStepCall
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.scheduling.worker import ClosedError
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], list(range(40)), [9]]

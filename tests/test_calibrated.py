@@ -25,15 +25,16 @@ import qwen3fast
 from qwen3fast import Classifier, Embedder, Generator, Reranker
 from qwen3fast import calibrated as calibrated_module
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
-from qwen3fast.checkpoint import choose_device, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint import kept as kept_module
+from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
 from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import formats_of
 from qwen3fast.quantization.calibrate import CALIBRATED
+from qwen3fast.quantization.convert import formats_of
 
 CPU = torch.device("cpu")
 load_model = partial(qwen3fast.load_model, calibrate=False)

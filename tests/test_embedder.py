@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3fast import Embedder, load_model
 from qwen3fast.embedder import with_instruction
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.convert import formats_of
 from qwen3fast.text.tokenizer import Tokenizer
 
 TEXTS = [

@@ -13,7 +13,7 @@ from conftest import randomized, small_config, write_text_checkpoint
 from qwen3fast import Reranker
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.convert import formats_of
 from qwen3fast.reranker import INSTRUCTION, PREFIX, SUFFIX
 from qwen3fast.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from qwen3fast.checkpoint import CheckpointConfig
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.model import build_on_meta
 from qwen3fast.model.config import ModelConfig
 

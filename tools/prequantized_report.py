@@ -29,7 +29,7 @@ from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.layer import PrequantizedLayer, expected_tensors
 from qwen3fast.kernels import cpu
-from qwen3fast.quantization import get_format
+from qwen3fast.quantization.convert import get_format
 from qwen3fast.quantization.formats import FORMATS, Format, Packed, quantize
 
 CPU = torch.device("cpu")

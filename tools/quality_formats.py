@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from qwen3fast import load_model
 from qwen3fast.calibrated import TOKENS
-from qwen3fast.checkpoint import resolve_source
 from qwen3fast.checkpoint.metadata import find_tokenizer
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated, second_moments
+from qwen3fast.quantization.convert import plain_modules, quantize_model
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 OURS = ("int8", "int4", "uint4")

@@ -29,7 +29,7 @@ from qwen3fast.bench.record import Case
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites import quality
 from qwen3fast.bench.suites.quantization import logits_through_cache
-from qwen3fast.checkpoint import resolve_source
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.cli.quantize import calibration_windows
 
 ALONE = "weights alone"

@@ -34,8 +34,7 @@ from qwen3fast.bench.noise import noise_of
 from qwen3fast.bench.record import Case, Record, write_json
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.table import as_text
-from qwen3fast.checkpoint import resolve_source
-from qwen3fast.checkpoint.source import TINY_FOLDER
+from qwen3fast.checkpoint.source import TINY_FOLDER, resolve_source
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -18,7 +18,8 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.quantization.layers import QuantizedLinear
-from qwen3fast.scheduling import Request, run_uncached
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.uncached import run_uncached
 
 MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled", "cached-graphs")
 

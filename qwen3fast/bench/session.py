@@ -17,7 +17,7 @@ from qwen3fast.bench.probes import BandwidthProbe, GemmProbe, PeakMemory
 from qwen3fast.bench.progress import in_words
 from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.bench.text import visible
-from qwen3fast.checkpoint import CheckpointConfig
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header, replace_layers
+from qwen3fast.checkpoint.gguf.config import config_of
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.gguf.layout import choose_formats, replace_layers
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.load import refuse_other_format
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.quantization import get_format, quantize_model
+from qwen3fast.quantization.convert import get_format, quantize_model
 from qwen3fast.quantization.ordered import add_empty_orders
 
 

@@ -28,7 +28,7 @@ from qwen3fast.checkpoint.safetensors import EMBEDDING, HEAD, open_tensors, plac
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.moe import Experts
 from qwen3fast.parallel import Split
-from qwen3fast.quantization import get_format
+from qwen3fast.quantization.convert import get_format
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import Format, Packed, fits, quantize

@@ -11,9 +11,13 @@ import torch
 
 from qwen3fast.checkpoint.choices import choose_dtype
 from qwen3fast.checkpoint.fill import load_weights
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, load_gguf_weights, read_header
+from qwen3fast.checkpoint.gguf.config import config_of
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.gguf.layout import choose_formats
+from qwen3fast.checkpoint.gguf.weights import load_gguf_weights
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.lora import LoraConfig, merge_lora
+from qwen3fast.checkpoint.lora.config import LoraConfig
+from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.random_weights import parse_random, random_model
 from qwen3fast.checkpoint.safetensors import HEAD, has_other_head, refuse_size
@@ -21,7 +25,13 @@ from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split, connect
-from qwen3fast.quantization import DEQUANTIZE, get_format, prepare_quantization, quantize_experts, quantize_model
+from qwen3fast.quantization.convert import (
+    DEQUANTIZE,
+    get_format,
+    prepare_quantization,
+    quantize_experts,
+    quantize_model,
+)
 
 
 @dataclass(frozen=True)

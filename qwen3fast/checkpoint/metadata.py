@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qwen3fast.checkpoint.gguf import config_of, generation_config_of, read_header, tokenizer_of
+from qwen3fast.checkpoint.gguf.config import config_of, generation_config_of
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.gguf.tokenizer import tokenizer_of
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import parse_random
 from qwen3fast.checkpoint.source import resolve_source

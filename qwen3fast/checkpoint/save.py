@@ -18,7 +18,7 @@ from qwen3fast.checkpoint.score_head import WEIGHT, ScoreHead, find_score_head
 from qwen3fast.checkpoint.sentence_transformers import sentence_files
 from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import plain_experts, plain_modules
+from qwen3fast.quantization.convert import plain_experts, plain_modules
 
 # Files of a checkpoint besides weights and config.json.
 COMPANIONS = (

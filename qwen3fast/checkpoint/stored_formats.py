@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
-from qwen3fast.quantization import get_format
+from qwen3fast.quantization.convert import get_format
 from qwen3fast.quantization.formats import Format
 from qwen3fast.quantization.fp8 import scale_shape
 from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear

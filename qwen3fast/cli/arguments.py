@@ -7,14 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from qwen3fast.checkpoint import has_tokenizer, read_config, resolve_source
-from qwen3fast.checkpoint.metadata import TOKENIZER_FILES
+from qwen3fast.checkpoint.metadata import TOKENIZER_FILES, has_tokenizer, read_config
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.model.kv_cache import CACHE_DTYPES
 from qwen3fast.options import GeneratorOptions
-from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.convert import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.sampling_params import SamplingParams
 

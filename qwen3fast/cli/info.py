@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
-from qwen3fast.checkpoint import choose_device, empty_model, read_checkpoint_config, read_config
+from qwen3fast.checkpoint.choices import choose_device
+from qwen3fast.checkpoint.empty import empty_model
 from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_config
 from qwen3fast.checkpoint.outline import find_outline
 from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head
 from qwen3fast.cli.arguments import add_source_arguments
@@ -20,8 +22,8 @@ from qwen3fast.engine.threads import use_threads
 from qwen3fast.kernels import forms, forms_file
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.quantization import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED
+from qwen3fast.quantization.convert import formats_of, plain_modules, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 

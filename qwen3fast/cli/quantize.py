@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint import choose_device, read_checkpoint_config, read_tokenizer, resolve_source
+from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.load import Loader
-from qwen3fast.checkpoint.metadata import find_tokenizer
+from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.save import check_is_other, companions_of, save_model
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import OWN_WINDOW, own_text
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.files import folder_to_write, read_text
 from qwen3fast.kernels import cpu
-from qwen3fast.quantization import DEQUANTIZE, formats_of, quantize_model
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
+from qwen3fast.quantization.convert import DEQUANTIZE, formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen3fast.checkpoint.lora import read_lora
+from qwen3fast.checkpoint.lora.unmerged import read_lora
 from qwen3fast.checks import checked_text
 from qwen3fast.scheduling.request import Adapter
 from qwen3fast.scheduling.worker import EngineWorker

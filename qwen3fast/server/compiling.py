@@ -12,7 +12,7 @@ import time
 
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
-from qwen3fast.scheduling import QueueFullError
+from qwen3fast.scheduling.admission import QueueFullError
 from qwen3fast.server.state import ServerState
 
 logger = logging.getLogger("qwen3fast.server")

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from qwen3fast.sampling.grammar import GrammarError
-from qwen3fast.scheduling import ClosedError, QueueFullError
+from qwen3fast.scheduling.admission import QueueFullError
+from qwen3fast.scheduling.worker import ClosedError
 
 ANTHROPIC_PATH = "/v1/messages"
 RETRY_AFTER_S = 1

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from qwen3fast.checkpoint.lora import LoraConfig
+from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.embedder import Embedder
 from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
-from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.convert import DEQUANTIZE
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel

@@ -5,7 +5,7 @@ import torch
 from conftest import random_ids, randomized, small_config
 
 from qwen3fast.bench.measure import QUANTIZED_TOLERANCE, TIE_TOLERANCE, check_tokens
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
 

@@ -27,7 +27,7 @@ from qwen3fast import Embedder, Generator, Reranker, load_model
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.text.tokenizer import Tokenizer
 
 REFUSALS = (ValueError, FileNotFoundError)

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import random_model, read_ahead, resolve_source
+from qwen3fast.checkpoint import read_ahead
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.source import TINY_FOLDER
+from qwen3fast.checkpoint.random_weights import random_model
+from qwen3fast.checkpoint.source import TINY_FOLDER, resolve_source
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 

@@ -10,7 +10,7 @@ from conftest import randomized, small_config
 from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import random_model
+from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.model import Qwen3
 

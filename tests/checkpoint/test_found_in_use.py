@@ -14,8 +14,8 @@ from test_checkpoint import assert_same_weights, tensors_of, write_checkpoint, w
 from test_lora import modules_of, write_adapter
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import merge_lora
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.checkpoint.save import save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

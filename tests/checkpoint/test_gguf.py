@@ -15,9 +15,11 @@ from test_cpu_ops import run_layers, run_layers_plainly
 from test_lora import modules_of, write_adapter
 
 from qwen3fast import Embedder, Generator, SamplingParams, load_model
-from qwen3fast.checkpoint import read_config, read_generation_config
-from qwen3fast.checkpoint.gguf import choose_formats, config_of, read_header
+from qwen3fast.checkpoint.gguf.config import config_of
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.gguf.layout import choose_formats
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.metadata import read_config, read_generation_config
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.engine.compile import StepCompiler
@@ -27,7 +29,7 @@ from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.convert import formats_of
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

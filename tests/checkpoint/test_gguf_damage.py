@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import read_generation_config, read_tokenizer, resolve_source
-from qwen3fast.checkpoint.gguf import read_header
-from qwen3fast.checkpoint.source import TINY_FOLDER
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.metadata import read_generation_config, read_tokenizer
+from qwen3fast.checkpoint.source import TINY_FOLDER, resolve_source
 from qwen3fast.cli import main
 
 # Rows of 256 numbers, which the K-types come in.

@@ -16,8 +16,10 @@ from tokenizers import AddedToken
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import read_tokenizer
-from qwen3fast.checkpoint.gguf import config_of, read_header, tokenizer_of
+from qwen3fast.checkpoint.gguf.config import config_of
+from qwen3fast.checkpoint.gguf.header import read_header
+from qwen3fast.checkpoint.gguf.tokenizer import tokenizer_of
+from qwen3fast.checkpoint.metadata import read_tokenizer
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.text.tokenizer import Tokenizer
 

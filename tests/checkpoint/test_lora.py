@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen3fast import Generator, SamplingParams, load_model
-from qwen3fast.checkpoint import merge_lora
+from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.model import Qwen3
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

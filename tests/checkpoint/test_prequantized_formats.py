@@ -37,7 +37,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
 from qwen3fast.model import stacking
-from qwen3fast.quantization import formats_of, plain_modules
+from qwen3fast.quantization.convert import formats_of, plain_modules
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Packed
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -13,14 +13,14 @@ from test_checkpoint import assert_same_weights
 from test_lora import modules_of, write_adapter
 
 from qwen3fast import Embedder, Generator, Reranker, SamplingParams, load_model
-from qwen3fast.checkpoint import merge_lora
+from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.checkpoint.prequantized.levels import Levels
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 
 CONFIG = small_config(
     vocab_size=1024,

@@ -6,9 +6,9 @@ from conftest import assert_near, randomized, small_config
 from safetensors.torch import load_file, save_file
 from test_lora import ALL, delta, modules_of, write_adapter
 
-from qwen3fast.checkpoint.lora import largest_rank, read_lora
+from qwen3fast.checkpoint.lora.unmerged import largest_rank, read_lora
 from qwen3fast.engine.adapters import AdapterSlots
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 
 def adaptable_layers(model):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.checkpoint import read_tokenizer
+from qwen3fast.checkpoint.metadata import read_tokenizer
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.text.tokenizer import Tokenizer
 

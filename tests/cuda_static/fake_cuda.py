@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import Format
 
 aten = torch.ops.aten

@@ -20,8 +20,8 @@ from qwen3fast.model import rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.samplers import SamplerKind
-from qwen3fast.scheduling import Request, Scheduler
-from qwen3fast.scheduling.request import Adapter
+from qwen3fast.scheduling.request import Adapter, Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 

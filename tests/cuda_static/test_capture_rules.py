@@ -13,7 +13,7 @@ from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.state import LogprobState, ProcessorState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.sampling.samplers import SamplerKind
 

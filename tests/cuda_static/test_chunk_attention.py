@@ -27,7 +27,8 @@ from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.cuda import chunk_attention as kernel
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
-from qwen3fast.scheduling import Request, Scheduler
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 

@@ -24,7 +24,7 @@ from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.stacking import STACKS, can_stack, stack
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.ordered import OrderedLinear
 from qwen3fast.sampling.samplers import SamplerKind

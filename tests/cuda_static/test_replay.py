@@ -18,7 +18,8 @@ from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import attention
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
-from qwen3fast.scheduling import Request, Scheduler
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from qwen3fast.engine.decode import _run_blocks
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 CPU = torch.device("cpu")
 SLOTS = [2, 0, 1, 2, 0]

@@ -22,7 +22,7 @@ from qwen3fast.kernels.cpu import prefill, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles, packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 
 pytestmark = [

@@ -9,7 +9,8 @@ from conftest import engine_of, randomized, small_config
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.engine import StepKind
 from qwen3fast.kernels import cpu
-from qwen3fast.scheduling import Request, Scheduler
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 MAX_SEQ_LEN = 300
 CPU = torch.device("cpu")

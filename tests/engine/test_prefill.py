@@ -13,7 +13,7 @@ from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
 
 

@@ -12,7 +12,8 @@ from test_scheduler import finish, make_request, run
 
 from qwen3fast.sampling.constraints import bits_of
 from qwen3fast.sampling.processors import process_logits
-from qwen3fast.scheduling import Scheduler, run_uncached
+from qwen3fast.scheduling.scheduler import Scheduler
+from qwen3fast.scheduling.uncached import run_uncached
 
 CPU = torch.device("cpu")
 

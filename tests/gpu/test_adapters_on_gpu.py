@@ -8,7 +8,7 @@ from test_lora import ALL, modules_of, write_adapter
 
 from gpu.conftest import DEVICE, MAX_SEQ_LEN, MODES, SLOTS, assert_captured, assert_greedy, prompts
 from qwen3fast import Generator, SamplingParams
-from qwen3fast.checkpoint import merge_lora
+from qwen3fast.checkpoint.lora.merge import merge_lora
 
 
 @pytest.mark.parametrize("mode", MODES)

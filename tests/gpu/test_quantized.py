@@ -10,7 +10,7 @@ from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 
 from gpu.conftest import DEVICE, assert_captured
 from qwen3fast import Generator, SamplingParams, load_model
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "eos_token_ids": ()}

@@ -9,7 +9,8 @@ from gpu.conftest import DEVICE, MAX_SEQ_LEN, assert_captured
 from qwen3fast import SamplingParams
 from qwen3fast.engine import RowSampling
 from qwen3fast.engine.cuda_graph import CudaRecorder
-from qwen3fast.scheduling import Request, Scheduler
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 LAYERS = 2
 MAX_KERNELS = 20 * LAYERS + 40  # of a step; captured eagerly, it has about 60 a layer

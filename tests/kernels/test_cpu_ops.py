@@ -21,7 +21,7 @@ from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 

@@ -16,7 +16,7 @@ from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu
 from qwen3fast.model import rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 from qwen3fast.quantization.layers import QuantizedEmbedding
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample

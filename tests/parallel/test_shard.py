@@ -15,7 +15,10 @@ from test_checkpoint import tensors_of, write_checkpoint
 from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
-from qwen3fast.checkpoint import CheckpointConfig, fill, load_weights, random_model
+from qwen3fast.checkpoint import fill
+from qwen3fast.checkpoint.fill import load_weights
+from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Split

@@ -18,7 +18,7 @@ from qwen3fast.engine import StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.model import Qwen3
 from qwen3fast.model.yarn import Yarn
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 CONFIG = small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, tie_word_embeddings=False)

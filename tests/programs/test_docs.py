@@ -16,7 +16,7 @@ import update_readme
 import qwen3fast
 from qwen3fast import Embedder, Generator, ModelConfig, Reranker
 from qwen3fast.model import build_on_meta
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "https://github.com/qwen3fast/qwen3fast"

@@ -24,7 +24,7 @@ from gpu_check.runner import PartRun, make_record
 from gpu_check.variants import Variant
 
 from qwen3fast.bench.record import Case, Record, load_record, write_json
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 CPU = torch.device("cpu")

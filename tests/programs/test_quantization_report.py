@@ -7,7 +7,7 @@ from conftest import randomized, small_config
 
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.suites.quantization import logits_through_cache
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
 

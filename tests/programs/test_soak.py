@@ -10,7 +10,7 @@ import pytest
 import soak
 
 from qwen3fast import Generator
-from qwen3fast.scheduling import Admission
+from qwen3fast.scheduling.admission import Admission
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -12,7 +12,6 @@ from qwen3fast.engine.own_text import beginning_of_chat, own_text, write_texts
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.attention import Attention
-from qwen3fast.quantization import formats_of, quantize_model
 from qwen3fast.quantization.calibrate import (
     CALIBRATED,
     SIDE,
@@ -21,6 +20,7 @@ from qwen3fast.quantization.calibrate import (
     quantize_calibrated,
     second_moments,
 )
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, quantize
 from qwen3fast.quantization.gptq import BLOCK, ROWS, feedback, quantize_with
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -14,7 +14,7 @@ from qwen3fast import load_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels import cpu
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -27,7 +27,7 @@ from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears
 from qwen3fast.model.stacking import STACKS
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedLinear

@@ -23,7 +23,7 @@ from qwen3fast.cli import main
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.model import MoE
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.folding import fold_orders
 from qwen3fast.quantization.formats import FORMATS

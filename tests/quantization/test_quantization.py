@@ -23,7 +23,7 @@ from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.linears import linears
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS, GROUP, INT4_RANGES, LANES, Packed, quantize
 from qwen3fast.quantization.fp8 import from_fp8
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear

@@ -17,14 +17,14 @@ from test_quantization import formats, needs_operation, relative_error
 from torch import nn
 
 from qwen3fast import Generator, load_model
-from qwen3fast.checkpoint import random_model
+from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization import formats_of, quantize_experts, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_experts, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, LANES, Packed
 from qwen3fast.quantization.layers import QuantizedLinear

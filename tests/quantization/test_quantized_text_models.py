@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_sentence_transformers import LAST, MEAN, PROMPTS, TEXTS, write
 
 from qwen3fast import Classifier, Embedder, Generator, Reranker, load_model
-from qwen3fast.checkpoint import read_checkpoint_config
+from qwen3fast.checkpoint.metadata import read_checkpoint_config
 from qwen3fast.cli import main
-from qwen3fast.quantization import formats_of
+from qwen3fast.quantization.convert import formats_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3fast.engine.prefill import CHUNK_SIZES, Prefill, split_into_chunks, usable_prefix
-from qwen3fast.scheduling import Request
 from qwen3fast.scheduling.prefix_cache import PrefixCache, common_prefix
-from qwen3fast.scheduling.request import Adapter
+from qwen3fast.scheduling.request import Adapter, Request
 
 POSITIONS = 256
 A, B, C, D = (list(range(start, start + 20)) for start in (0, 20, 40, 60))

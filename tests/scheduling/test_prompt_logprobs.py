@@ -12,7 +12,7 @@ from qwen3fast import Generator, SamplingParams, StreamChunk
 from qwen3fast.engine import prompt_logprobs
 from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

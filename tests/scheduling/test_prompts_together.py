@@ -11,8 +11,8 @@ from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import max_prompts
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.scheduling import Request, Scheduler
-from qwen3fast.scheduling.request import Adapter
+from qwen3fast.scheduling.request import Adapter, Request
+from qwen3fast.scheduling.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 MODEL = randomized(small_config(max_position_embeddings=2048, eos_token_ids=(), tie_word_embeddings=False), seed=3)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from qwen3fast.engine import RowSampling
 from qwen3fast.engine.parts import chunk_sizes
 from qwen3fast.engine.prefill import split_into_chunks, usable_prefix
-from qwen3fast.scheduling import EngineWorker, Request, Scheduler
 from qwen3fast.scheduling.prefix_cache import common_prefix
+from qwen3fast.scheduling.request import Request
+from qwen3fast.scheduling.scheduler import Scheduler
+from qwen3fast.scheduling.worker import EngineWorker
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ from serving import tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
 from qwen3fast.engine.state import Logprobs
-from qwen3fast.scheduling import Request
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.scheduling.request import Request
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call, post
 from qwen3fast.text.stream import TextStream

@@ -20,7 +20,7 @@ from qwen3fast.bench.record import Case
 from qwen3fast.engine import Engine
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization import quantize_model
+from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 CHECK_PROMPT, CHECK_TOKENS = 40, 12

@@ -31,11 +31,12 @@ from qwen3fast.bench.suites.quality_text import TEXT
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
-from qwen3fast.checkpoint import read_tokenizer, resolve_source
+from qwen3fast.checkpoint.metadata import read_tokenizer
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.files import read_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import parse_cache_dtype
-from qwen3fast.quantization import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
 MAX_LOGITS = 2**23  # compared at a time

@@ -18,7 +18,7 @@ from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization import DEQUANTIZE
+from qwen3fast.quantization.convert import DEQUANTIZE
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Format, fits
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
