@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qwen3fast.engine.compile import Function
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import sampler
 from qwen3fast.sampling.processors import log_probabilities
 
 
@@ -28,4 +29,4 @@ def token_logprobs(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, 
     """Return what `log_probabilities` does, on CPUs."""
     if not cpu.is_loaded():
         return log_probabilities(logits_BV, token_B, n)
-    return cpu.log_probabilities(logits_BV.float(), token_B, n)
+    return sampler.log_probabilities(logits_BV.float(), token_B, n)

@@ -17,7 +17,16 @@ from qwen3fast.engine.adapters import AdapterSlots
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.engine.threads import SparedThreads
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.structures import Tiles
+from qwen3fast.kernels.cpu.decode_layers import (
+    MAX_DECODE_ROWS,
+    AdaptersOfLayers,
+    DecodeLayersCall,
+    ExpertWeights,
+    LayerTensors,
+    LayerWeight,
+)
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
+from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS, Tiles
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
@@ -34,8 +43,8 @@ class DecodeLayers:
     spared: the threads to leave out while other programs use cores.
     """
 
-    _adapters: cpu.AdaptersOfLayers | None = None
-    _call: cpu.DecodeStepCall | None = None
+    _adapters: AdaptersOfLayers | None = None
+    _call: DecodeStepCall | None = None
     _call_of: tuple[object, ...] = ()  # the last step's state and tables
 
     def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
@@ -46,7 +55,7 @@ class DecodeLayers:
             len(blocks) == len(every)
             and all(_is_block_served(block) for block in blocks)
             and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
-            and model.config.head_dim % (2 * cpu.LANES) == 0
+            and model.config.head_dim % (2 * LANES) == 0
         )
         self.spared = SparedThreads()
         self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
@@ -54,7 +63,7 @@ class DecodeLayers:
             lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
             caches = zip(*lists, strict=True)
             layers = [_tensors(block, tensors) for block, tensors in zip(blocks, caches, strict=True)]
-            self._run = cpu.DecodeLayersCall(layers, model.config.rms_norm_eps)
+            self._run = DecodeLayersCall(layers, model.config.rms_norm_eps)
         self._ends = _ends(model) if self.is_possible else None
         self.runs_steps = self._ends is not None
 
@@ -73,7 +82,7 @@ class DecodeLayers:
 
     def serves(self, num_rows: int) -> bool:
         """Return whether it supports a step of this many rows."""
-        return self.is_possible and num_rows <= cpu.MAX_DECODE_ROWS and cpu.is_loaded()
+        return self.is_possible and num_rows <= MAX_DECODE_ROWS and cpu.is_loaded()
 
     def serves_chunks(self, num_tokens: int) -> bool:
         """Return whether it supports chunks of prompts, of so many tokens together; not with adapters."""
@@ -81,7 +90,7 @@ class DecodeLayers:
             self.is_possible
             and self._adapters is None
             and self._run.can_prefill
-            and num_tokens >= cpu.MANY_ROWS
+            and num_tokens >= MANY_ROWS
             and cpu.is_loaded()
         )
 
@@ -128,18 +137,18 @@ class DecodeLayers:
         self.spared.note(self._run.lost, torch.get_num_threads())
         return logits_BV
 
-    def _step(self, state: DecodeState, cos_SD: Tensor, sin_SD: Tensor) -> cpu.DecodeStepCall:
+    def _step(self, state: DecodeState, cos_SD: Tensor, sin_SD: Tensor) -> DecodeStepCall:
         given = (state, cos_SD, sin_SD)
         if self._call is None or any(a is not b for a, b in zip_longest(self._call_of, given)):
             assert self._ends is not None, "runs_steps is True"
-            tensors = cpu.StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
+            tensors = StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
             sampling = state.sampler_rows(slice(None))
-            self._call = cpu.DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
+            self._call = DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
             self._call_of = given
         return self._call
 
 
-def _ends(model: Qwen3) -> cpu.EndTensors | None:
+def _ends(model: Qwen3) -> EndTensors | None:
     """Return the weights of a step outside of the blocks; None if the operation does not serve them."""
     norm, head = model.model.norm.weight, model.lm_head
     embedding: nn.Module = model.model.embed_tokens
@@ -149,10 +158,10 @@ def _ends(model: Qwen3) -> cpu.EndTensors | None:
         packed = Packed(embedding.weight_packed, embedding.weight_scale)
         if embedding.dtype != torch.bfloat16 or "cpu" not in embedding.format.devices:
             return None
-        return cpu.EndTensors(cpu.LayerWeight(*embedding.format.operands(packed)), norm, _weight(head))
+        return EndTensors(LayerWeight(*embedding.format.operands(packed)), norm, _weight(head))
     if type(embedding) is not nn.Embedding or not _is_plain(embedding.weight):
         return None
-    return cpu.EndTensors(cpu.LayerWeight(embedding.weight), norm, _weight(head))
+    return EndTensors(LayerWeight(embedding.weight), norm, _weight(head))
 
 
 def _norms(block: Block) -> list[Tensor]:
@@ -169,20 +178,20 @@ def _feed_forward(mlp: FeedForward) -> list[nn.Module]:
     return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _tensors(block: Block, cache: Sequence[Tensor]) -> cpu.LayerTensors:
+def _tensors(block: Block, cache: Sequence[Tensor]) -> LayerTensors:
     mlp = block.mlp
-    feed_forward: list[cpu.LayerWeight] | cpu.ExpertWeights
+    feed_forward: list[LayerWeight] | ExpertWeights
     if isinstance(mlp, MoE):
         experts: nn.Module = mlp.experts
         assert isinstance(experts, QuantizedExperts), "checked before"
         gate_up, down = _weight(experts.gate_up_proj), _weight(experts.down_proj)
-        feed_forward = cpu.ExpertWeights(mlp.gate.weight, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
+        feed_forward = ExpertWeights(mlp.gate.weight, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
     else:
         feed_forward = _weights(_feed_forward(mlp))
-    return cpu.LayerTensors(_norms(block), _weights(_attention(block)), feed_forward, cache)
+    return LayerTensors(_norms(block), _weights(_attention(block)), feed_forward, cache)
 
 
-def _weights(layers: Sequence[nn.Module]) -> list[cpu.LayerWeight]:
+def _weights(layers: Sequence[nn.Module]) -> list[LayerWeight]:
     """Return the weights of layers of which all but the last have the same input; equal orders are the same tensor."""
     first, *others = map(_weight, layers)
     is_shared = isinstance(layers[0], OrderedLinear) and layers[0].shares_order
@@ -190,12 +199,12 @@ def _weights(layers: Sequence[nn.Module]) -> list[cpu.LayerWeight]:
     return [first, *shared, others[-1]]
 
 
-def _weight(layer: nn.Module) -> cpu.LayerWeight:
+def _weight(layer: nn.Module) -> LayerWeight:
     if isinstance(layer, QuantizedLinear):
         order = layer.input_order if isinstance(layer, OrderedLinear) else None
-        return cpu.LayerWeight(*layer.format.operands(layer.packed), order)
+        return LayerWeight(*layer.format.operands(layer.packed), order)
     assert isinstance(layer, nn.Linear), "checked before"
-    return cpu.LayerWeight(layer.weight)
+    return LayerWeight(layer.weight)
 
 
 def _is_block_served(block: Block) -> bool:
@@ -228,4 +237,4 @@ def _is_served(linear: nn.Module) -> bool:
 
 def _is_plain(weight: Tensor) -> bool:
     is_in_place = weight.device.type == "cpu" and weight.is_contiguous()
-    return is_in_place and weight.dtype == torch.bfloat16 and all(size % cpu.LANES == 0 for size in weight.shape)
+    return is_in_place and weight.dtype == torch.bfloat16 and all(size % LANES == 0 for size in weight.shape)

@@ -36,8 +36,9 @@ from qwen3fast.kernels.cases import (
 )
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import tiles
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS
 from qwen3fast.kernels.cpu.prefill import CHUNKS, chunk_class
-from qwen3fast.kernels.cpu.structures import NEVER, RowLimits, Tiles
+from qwen3fast.kernels.cpu.structures import LANES, NEVER, RowLimits, Tiles
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.kernels.linear import Linear
@@ -162,7 +163,7 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return []
     cases = []
-    if config.head_dim % (2 * cpu.LANES) == 0:
+    if config.head_dim % (2 * LANES) == 0:
         cases = prefill_cases(config, cache.keys[0].dtype, cache.allocated_len)
     for format, layers in layers_by_format(model).items():
         largest = largest_weight(layers[: 7 * 4])
@@ -203,7 +204,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
             (rows,),
         )
         for rows in sorted(all_rows)
-        if rows <= cpu.MAX_DECODE_ROWS
+        if rows <= MAX_DECODE_ROWS
     ]
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from qwen3fast.engine.decode_layers import DecodeLayers
-from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def own_text(model: Qwen3, tokenizer: Tokenizer | None, tokens: int, progress: b
     starts = [[token] for token in first_B.tolist()]
     if chat := beginning_of_chat(tokenizer):
         starts[1::2] = [chat] * len(starts[1::2])
-    batches = [starts[i : i + cpu.MAX_DECODE_ROWS] for i in range(0, len(starts), cpu.MAX_DECODE_ROWS)]
+    batches = [starts[i : i + MAX_DECODE_ROWS] for i in range(0, len(starts), MAX_DECODE_ROWS)]
     return torch.cat([write_texts(model, batch, OWN_WINDOW, seed, progress) for seed, batch in enumerate(batches)])
 
 

@@ -16,8 +16,9 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
-from qwen3fast.kernels import cpu, cuda
+from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length
+from qwen3fast.kernels.cpu import sampler
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
@@ -268,13 +269,13 @@ def _samplers(
     }
     if not is_cpu or not compiler.uses_operations:
         return {**plain}
-    greedy = in_cpp(lambda logits_BV, _: cpu.sample(logits_BV, None), plain[SamplerKind.GREEDY])
-    return {kind: in_cpp(cpu.sample, part) for kind, part in plain.items()} | {SamplerKind.GREEDY: greedy}
+    greedy = in_cpp(lambda logits_BV, _: sampler.sample(logits_BV, None), plain[SamplerKind.GREEDY])
+    return {kind: in_cpp(sampler.sample, part) for kind, part in plain.items()} | {SamplerKind.GREEDY: greedy}
 
 
 def _processors(compiler: StepCompiler, is_cpu: bool, dynamic: tuple[Sizes, ...]) -> Function:
     plain = compiler.part(run_processors, dynamic)
-    return in_cpp(cpu.process_logits, plain) if is_cpu and compiler.uses_operations else plain
+    return in_cpp(sampler.process_logits, plain) if is_cpu and compiler.uses_operations else plain
 
 
 def _max_uncached(config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.packed import (
     GROUP,
@@ -183,7 +184,7 @@ def quantize(weight_NK: Tensor, format: Format) -> Packed:
     is_on_cpu = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu"
     if is_on_cpu and format.name in IN_CPP and cpu.is_loaded():
         packed = format.empty(N, K)
-        cpu.quantize_weight(weight_NK.contiguous(), *packed)
+        quantize_weight(weight_NK.contiguous(), *packed)
         return packed
     return pack_by_rows(N, K, format, weight_NK.device, lambda rows: format.quantize(weight_NK[rows]))
 

@@ -18,6 +18,8 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall, LayerTensors
+from qwen3fast.kernels.cpu.decode_step import StepTensors
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
@@ -318,7 +320,7 @@ def run_layers(model, cache, x_B1E, position_B1):
 
 
 def layers_arguments(model, cache):
-    """Return the layers that `cpu.DecodeLayersCall` takes, as lists that can be changed: LayerTensors(*list) each."""
+    """Return the layers that `DecodeLayersCall` takes, as lists that can be changed: LayerTensors(*list) each."""
     layers = []
     for i, block in enumerate(model.model.layers):
         a, f = block.self_attn, block.mlp
@@ -333,7 +335,7 @@ def layers_arguments(model, cache):
 
 
 def make_call(layers):
-    return cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in layers], 1e-6)
+    return DecodeLayersCall([LayerTensors(*layer) for layer in layers], 1e-6)
 
 
 def run_layers_plainly(model, cache, x_B1E, position_B1):
@@ -345,7 +347,7 @@ def run_layers_plainly(model, cache, x_B1E, position_B1):
 
 
 @pytest.mark.parametrize("format", [None, *PACKED])
-@pytest.mark.parametrize("rows", [*range(1, 10), 17, cpu.MAX_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [*range(1, 10), 17, MAX_DECODE_ROWS])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
     model, cache, x_B1E, position_B1 = layers_case(format, rows, cache_dtype=cache_dtype)
@@ -485,7 +487,7 @@ def test_decode_layers_leave_other_models_alone():
         model, cache, *_ = layers_case(**changes)
         assert not DecodeLayers(model, cache).serves(1)
     model, cache, *_ = layers_case()
-    assert not DecodeLayers(model, cache).serves(cpu.MAX_DECODE_ROWS + 1)
+    assert not DecodeLayers(model, cache).serves(MAX_DECODE_ROWS + 1)
     assert not DecodeLayers(model.float(), cache).serves(1)
 
 
@@ -697,6 +699,9 @@ PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O1"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import sampler
+from qwen3fast.kernels.cpu.decode_layers import DecodeLayersCall, LayerTensors, LayerWeight
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 cpu.library.TARGET_FLAGS = {flags}
 assert cpu.load()
@@ -706,18 +711,18 @@ operations, layers, steps = torch.load({path!r})
 for name, arguments, expected in operations:
     assert_near(getattr(torch.ops.qwen3fast, name)(*arguments), expected)
 for arguments, inputs, expected in layers:
-    call = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
+    call = DecodeLayersCall([LayerTensors(*layer) for layer in arguments], 1e-6)
     assert_near(call(*inputs), expected)
 one = torch.arange(60)
 for size in (97, 1000):
     limits = (one % 3 * 350, torch.linspace(0.2, 1.1, 60).clamp(max=1), one % 2 * 0.02)
     rows = SamplerRows(torch.full((60,), 0.9), *limits, one, one)
     logits = 3 * torch.randn(60, size)
-    assert torch.equal(cpu.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
+    assert torch.equal(sampler.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
 for arguments, ends, state, sampling, tables, expected in steps:
-    ends = cpu.EndTensors(*(cpu.LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
-    blocks = cpu.DecodeLayersCall([cpu.LayerTensors(*layer) for layer in arguments], 1e-6)
-    step = cpu.DecodeStepCall(blocks, ends, cpu.StepTensors(*state), sampling, *tables)
+    ends = EndTensors(*(LayerWeight(*w) if isinstance(w, tuple) else w for w in ends))
+    blocks = DecodeLayersCall([LayerTensors(*layer) for layer in arguments], 1e-6)
+    step = DecodeStepCall(blocks, ends, StepTensors(*state), sampling, *tables)
     logits = step.logits(3)
     assert_near(logits, expected)
     token = sample(logits, SamplerRows(*(tensor[:3] for tensor in sampling)), SamplerKind.FULL)
@@ -730,7 +735,7 @@ def step_to_save(format):
     """Return the tensors of a whole step of three rows, and its logits."""
     model, cache, state, tables = step_case(format, 3)
     weight = model.lm_head.format.operands(model.lm_head.packed) if format else (model.lm_head.weight, None)
-    buffers = [getattr(state, f"{name}_R") for name in cpu.StepTensors._fields]
+    buffers = [getattr(state, f"{name}_R") for name in StepTensors._fields]
     ends = [tuple(weight), model.model.norm.weight, tuple(weight)]
     sampling = tuple(state.sampler_rows(slice(None)))
     saved = copy.deepcopy((layers_arguments(model, cache), ends, buffers, sampling, tables))

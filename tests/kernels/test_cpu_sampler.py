@@ -12,6 +12,7 @@ from conftest import assert_same, random_tensor
 
 from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import sampler
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
@@ -43,7 +44,7 @@ def rows_of(*columns, seed=0):
 
 
 def run(logits_BV, rows):
-    return cpu.sample(logits_BV, rows)
+    return sampler.sample(logits_BV, rows)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 64, 65, 97, 1000, 1024, 4099])
@@ -117,13 +118,14 @@ def test_rows_of_all_kinds_take_turns(count):
 FEWER_THREADS = """
 import torch
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import sampler
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 assert cpu.load()
 torch.set_num_threads(4)
 logits, ones = torch.randn(5, 1000), torch.ones(5)
 top_k, seed = torch.tensor([0, 3, 0, 50, 0]), torch.arange(5)
 rows = SamplerRows(ones, top_k, torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3]), 0 * ones, seed, seed)
-assert torch.equal(cpu.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
+assert torch.equal(sampler.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
 """
 
 
@@ -141,7 +143,7 @@ def test_pytorch_s_default_dtype_changes_nothing(dtype):
     expected = run(logits, rows), process_logits(logits, processing)
     torch.set_default_dtype(dtype)
     try:
-        actual = run(logits, rows), cpu.process_logits(logits, processing)
+        actual = run(logits, rows), sampler.process_logits(logits, processing)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same(actual[0], expected[0])
@@ -173,12 +175,12 @@ def test_other_tensors_are_refused(logits, spoil):
 
 def test_the_plain_sampler_serves_until_the_operations_are_loaded(monkeypatch):
     calls = []
-    sampler = in_cpp(cpu.sample, lambda *arguments: calls.append(arguments) or "plain")
+    part = in_cpp(sampler.sample, lambda *arguments: calls.append(arguments) or "plain")
     rows, logits = rows_of((1.0,), (0,), (1.0,), (0.0,)), torch.zeros(1, 5)
-    assert_same(sampler(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
-    assert_same(sampler(None, logits.double(), *rows), sample(logits, rows, SamplerKind.FULL))
+    assert_same(part(None, logits, *rows), sample(logits, rows, SamplerKind.FULL))
+    assert_same(part(None, logits.double(), *rows), sample(logits, rows, SamplerKind.FULL))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
-    assert sampler(None, logits, *rows) == "plain" and len(calls) == 1
+    assert part(None, logits, *rows) == "plain" and len(calls) == 1
 
 
 def processor_rows(rows, vocab_size, seed=0):
@@ -216,11 +218,11 @@ def test_processed_logits_are_the_plain_ones_bit_for_bit(vocab_size, threads):
     logits_BV[3, ::3], logits_BV[4, ::5], logits_BV[5, ::7] = math.nan, math.inf, -math.inf
     logits_BV[6, ::2] = -0.0
     expected = process_logits(logits_BV, rows)
-    actual = cpu.process_logits(logits_BV, rows)
+    actual = sampler.process_logits(logits_BV, rows)
     assert same_bits(actual, expected)
     assert vocab_size < 31 or not same_bits(logits_BV, expected)
     neutral = ProcessorRows.neutral(9, vocab_size, logits_BV.device)
-    assert same_bits(cpu.process_logits(logits_BV, neutral), logits_BV)
+    assert same_bits(sampler.process_logits(logits_BV, neutral), logits_BV)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +238,12 @@ def test_processed_logits_are_the_plain_ones_bit_for_bit(vocab_size, threads):
 )
 def test_processors_refuse_other_tensors(changes):
     with pytest.raises(ValueError, match="process_logits: "):
-        cpu.process_logits(torch.zeros(2, 40), processor_rows(2, 40)._replace(**changes))
+        sampler.process_logits(torch.zeros(2, 40), processor_rows(2, 40)._replace(**changes))
 
 
 def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch):
     rows, logits = processor_rows(2, 40), random_tensor(2, 40)
-    processors = in_cpp(cpu.process_logits, lambda *arguments: "plain")
+    processors = in_cpp(sampler.process_logits, lambda *arguments: "plain")
     assert same_bits(processors(None, logits, *rows), process_logits(logits, rows))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     assert processors(None, logits, *rows) == "plain"
@@ -249,7 +251,7 @@ def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch)
 
 def assert_log_probabilities(logits_BV, token_B, n):
     """The plain form's numbers; of equal logits, which that one takes in any order, the first ones."""
-    chosen_B, id_BN, value_BN = cpu.log_probabilities(logits_BV, token_B, n)
+    chosen_B, id_BN, value_BN = sampler.log_probabilities(logits_BV, token_B, n)
     plain_B, _, plain_BN = log_probabilities(logits_BV, token_B, n)
     torch.testing.assert_close(chosen_B, plain_B, rtol=1e-6, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(value_BN, plain_BN, rtol=1e-6, atol=1e-5, equal_nan=True)
@@ -297,10 +299,10 @@ def test_log_probabilities_do_not_depend_on_threads_and_other_rows():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        together = cpu.log_probabilities(logits_BV, token_B, 7)
+        together = sampler.log_probabilities(logits_BV, token_B, 7)
         torch.set_num_threads(1)
         for row in range(9):
-            alone = cpu.log_probabilities(logits_BV[row : row + 1], token_B[row : row + 1], 7)
+            alone = sampler.log_probabilities(logits_BV[row : row + 1], token_B[row : row + 1], 7)
             for own, whole in zip(alone, together, strict=True):
                 assert_same(own[0], whole[row])
     finally:
@@ -321,13 +323,13 @@ def test_log_probabilities_do_not_depend_on_threads_and_other_rows():
 )
 def test_log_probabilities_refuse_other_tensors(logits, token, n):
     with pytest.raises(ValueError, match="log_probabilities: "):
-        cpu.log_probabilities(logits, token, n)
+        sampler.log_probabilities(logits, token, n)
 
 
 def test_the_plain_log_probabilities_serve_where_the_operations_do_not(monkeypatch):
     logits, token = 3 * random_tensor(2, 500).double(), torch.tensor([4, -1])
     for ours, theirs in zip(token_logprobs(logits, token, 3), log_probabilities(logits, token, 3), strict=True):
         torch.testing.assert_close(ours, theirs)
-    monkeypatch.setattr(cpu, "log_probabilities", lambda *_: pytest.fail("it is called"))
+    monkeypatch.setattr(sampler, "log_probabilities", lambda *_: pytest.fail("it is called"))
     with cpu.switched_off():
         token_logprobs(logits, token, 3)

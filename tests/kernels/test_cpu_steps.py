@@ -14,6 +14,8 @@ from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, LayerWeight
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
 from qwen3fast.model import rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.convert import quantize_model
@@ -67,7 +69,7 @@ def logits_of(model, cache, state, tables, rows):
 
 
 @pytest.mark.parametrize("format", FORMATS_OF_STEPS)
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 17, cpu.MAX_DECODE_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 17, MAX_DECODE_ROWS])
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_logits_of_a_step_equal_its_blocks_and_the_output_projection(format, rows, is_tied):
     model, cache, state, tables = step_case(format, rows, tie_word_embeddings=is_tied)
@@ -235,9 +237,9 @@ def test_a_step_refuses_other_numbers_of_rows(rows):
     ("changes", "message"),
     [
         ({"norm": torch.ones(64)}, "norms must be bfloat16"),
-        ({"head": cpu.LayerWeight(torch.zeros(40, 64).bfloat16())}, r"\(V, E\)"),
-        ({"head": cpu.LayerWeight(torch.zeros(48, 32).bfloat16())}, r"\(V, E\)"),
-        ({"embedding": cpu.LayerWeight(torch.zeros(48, 64))}, "weights must be"),
+        ({"head": LayerWeight(torch.zeros(40, 64).bfloat16())}, r"\(V, E\)"),
+        ({"head": LayerWeight(torch.zeros(48, 32).bfloat16())}, r"\(V, E\)"),
+        ({"embedding": LayerWeight(torch.zeros(48, 64))}, "weights must be"),
         ({"input": torch.zeros(3, dtype=torch.int64)}, r"buffers must be \(R,\)"),
         ({"step": torch.zeros(4, dtype=torch.int32)}, r"buffers must be \(R,\)"),
         ({"seed_B": torch.zeros(3, dtype=torch.int64)}, "sampling parameters must be"),
@@ -246,15 +248,13 @@ def test_a_step_refuses_other_numbers_of_rows(rows):
 )
 def test_steps_refuse_tensors_that_do_not_fit(changes, message):
     model, cache, state, tables = step_case(None, 3)
-    weight = cpu.LayerWeight(model.lm_head.weight)
+    weight = LayerWeight(model.lm_head.weight)
     given = {"embedding": weight, "norm": model.model.norm.weight, "head": weight}
-    given |= {name: getattr(state, f"{name}_R") for name in cpu.StepTensors._fields}
+    given |= {name: getattr(state, f"{name}_R") for name in StepTensors._fields}
     given |= state.sampler_rows(slice(None))._asdict() | dict(zip(("cos_SD", "sin_SD"), tables, strict=True)) | changes
-    parts = [
-        kind(**{name: given[name] for name in kind._fields}) for kind in (cpu.EndTensors, cpu.StepTensors, SamplerRows)
-    ]
+    parts = [kind(**{name: given[name] for name in kind._fields}) for kind in (EndTensors, StepTensors, SamplerRows)]
     with pytest.raises(ValueError, match=message):
-        cpu.DecodeStepCall(DecodeLayers(model, cache)._run, *parts, given["cos_SD"], given["sin_SD"])
+        DecodeStepCall(DecodeLayers(model, cache)._run, *parts, given["cos_SD"], given["sin_SD"])
 
 
 def plain_embedding(model):

@@ -8,6 +8,7 @@ from conftest import assert_near, assert_same, random_tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import packed_linear
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.fp8 import pack_fp8
@@ -80,4 +81,4 @@ def test_scales_that_do_not_fit_are_refused(scale):
 def test_weights_are_not_quantized_to_fp8_in_cpp():
     weight, packed = random_tensor(32, 64).bfloat16(), FP8.operands(FP8.empty(32, 64))
     with pytest.raises(ValueError, match="int8 and int4 only"):
-        cpu.quantize_weight(weight, *packed)
+        quantize_weight(weight, *packed)

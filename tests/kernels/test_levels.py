@@ -64,7 +64,7 @@ def shipped(monkeypatch, tmp_path):
         pytest.skip("no library, or no level, of this machine")
     folder = tmp_path / "lib"
     folder.mkdir()
-    source = Path(cpu.functions()._name)
+    source = Path(cpu.library.functions()._name)
     name = f"{levels.this_machine()[0].name}-{library.digest(source.read_bytes())}.so"
     shutil.copy(source, folder / name)
     monkeypatch.setattr(library, "SHIPPED", folder)

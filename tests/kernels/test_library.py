@@ -46,9 +46,9 @@ DECLARED = re.findall(r"QWEN3FAST_API \w+ (qwen3fast_\w+)\(", (library.FOLDER / 
 
 
 def test_functions_have_the_types_of_the_header():
-    assert len(DECLARED) > 10 and all(getattr(cpu.functions(), name).argtypes is not None for name in DECLARED)
+    assert len(DECLARED) > 10 and all(getattr(cpu.library.functions(), name).argtypes is not None for name in DECLARED)
     rows, try_tiles, step = (
-        getattr(cpu.functions(), f"qwen3fast_{n}") for n in ("quantized_rows", "try_tiles", "decode_step")
+        getattr(cpu.library.functions(), f"qwen3fast_{n}") for n in ("quantized_rows", "try_tiles", "decode_step")
     )
     assert (rows.restype, rows.argtypes) == (c_bool, [c_void_p, c_void_p, c_void_p, c_int64])
     assert (try_tiles.restype, try_tiles.argtypes) == (c_bool, [])

@@ -156,9 +156,9 @@ def test_not_a_number_stays_in_its_row():
 
 @pytest.fixture
 def attention_by_tiles():
-    cpu.functions().qwen3fast_use_tiles(True)
+    cpu.library.functions().qwen3fast_use_tiles(True)
     yield
-    cpu.functions().qwen3fast_use_tiles(tiles.are_usable())
+    cpu.library.functions().qwen3fast_use_tiles(tiles.are_usable())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
@@ -205,7 +205,7 @@ def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypa
 
 @pytest.mark.skipif(tiles.are_announced(), reason="this processor has tiles")
 def test_the_trial_fails_where_there_are_no_tiles():
-    assert cpu.functions().qwen3fast_try_tiles() is False
+    assert cpu.library.functions().qwen3fast_try_tiles() is False
 
 
 @pytest.mark.skipif(not shutil.which("objdump") or not building.find_compiler(), reason="no objdump or no compiler")

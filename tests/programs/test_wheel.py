@@ -24,7 +24,7 @@ from qwen3fast import Generator, SamplingParams
 from qwen3fast.kernels import cpu
 generator, question = Generator.from_pretrained("tiny", {options}), {{"role": "user", "content": "What is 17 + 25?"}}
 print(generator.chat([question], SamplingParams(temperature=0), enable_thinking=False).text)
-print(cpu.is_loaded() and cpu.functions()._name)
+print(cpu.is_loaded() and cpu.library.functions()._name)
 """
 
 

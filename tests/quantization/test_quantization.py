@@ -21,6 +21,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.model.linears import linears
 from qwen3fast.quantization.convert import formats_of, quantize_model
@@ -152,7 +153,7 @@ def test_the_operation_refuses_what_it_cannot_round():
         torch.zeros(GROUP, LANES).bfloat16().T,
     ):
         with pytest.raises(ValueError, match=r"quantize_weight: weight must be \(16, 32\) bfloat16, contiguous"):
-            cpu.quantize_weight(weight, *packed)
+            quantize_weight(weight, *packed)
 
 
 @pytest.mark.parametrize(("format", "limit"), [(INT8, 0.009), (INT4, 0.084), (UINT4, 0.078), (FP8, 0.027)], ids=FORMATS)

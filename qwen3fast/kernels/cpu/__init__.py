@@ -18,46 +18,8 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
-from qwen3fast.kernels.cpu import library, tiles
-from qwen3fast.kernels.cpu.decode_layers import (
-    MAX_DECODE_ROWS,
-    AdaptersOfLayers,
-    DecodeLayersCall,
-    ExpertWeights,
-    LayerTensors,
-    LayerWeight,
-)
-from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
-from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.sampler import log_probabilities, process_logits, sample
-from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS
-
-__all__ = [
-    "LANES",
-    "MANY_ROWS",
-    "MAX_DECODE_ROWS",
-    "AdaptersOfLayers",
-    "DecodeLayersCall",
-    "DecodeStepCall",
-    "EndTensors",
-    "ExpertWeights",
-    "LayerTensors",
-    "LayerWeight",
-    "StepTensors",
-    "can_decode_attention",
-    "can_linear",
-    "can_prefill_attention",
-    "functions",
-    "is_loaded",
-    "load",
-    "log_probabilities",
-    "process_logits",
-    "quantize_weight",
-    "sample",
-    "switched_off",
-    "version",
-]
+from qwen3fast.kernels.cpu import experts, library, ops, prefill, tiles  # noqa: F401  three of them define operations
+from qwen3fast.kernels.cpu.structures import LANES
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +61,7 @@ def switched_off() -> Iterator[None]:
 
 def version() -> str:
     """Return what tells this build of the operations from others; empty before `load` has succeeded."""
-    return Path(functions()._name).stem if _is_ready else ""
+    return Path(library.functions()._name).stem if _is_ready else ""
 
 
 def _load(jobs: int | None) -> bool:
@@ -129,15 +91,7 @@ def can_linear(x: Tensor, weight_NK: Tensor) -> bool:
 
 def can_decode_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:
     """Return whether `torch.ops.qwen3fast.decode_attention` serves this query."""
-    return (
-        may_use_operations()
-        and q_BTHD.device.type == "cpu"
-        and q_BTHD.shape[1] == 1
-        and q_BTHD.dtype == torch.bfloat16
-        and k_RKSD.dtype in (torch.bfloat16, torch.int8)
-        and q_BTHD.shape[-1] % (2 * LANES) == 0
-        and is_loaded()
-    )
+    return q_BTHD.shape[1] == 1 and can_prefill_attention(q_BTHD, k_RKSD)
 
 
 def can_prefill_attention(q_BTHD: Tensor, k_RKSD: Tensor) -> bool:

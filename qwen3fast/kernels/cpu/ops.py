@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu import experts, prefill, tiles  # noqa: F401  two of them define operations
+from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
