@@ -16,7 +16,7 @@ import torch
 from qwen3fast.checkpoint.choices import choose_dtype
 from qwen3fast.checkpoint.empty import empty_model
 from qwen3fast.checkpoint.kept import KeptCopy
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora.files import find_adapter
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection

@@ -10,7 +10,7 @@ import torch
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.hf_config import as_id_tuple
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import find_tokenizer, read_generation_config
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checks import checked_flag, checked_source

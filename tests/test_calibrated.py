@@ -28,7 +28,7 @@ from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint import kept as kept_module
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main

@@ -41,7 +41,7 @@ from qwen3fast.bench.table import as_text, table_rows
 from qwen3fast.bench.view import picture, view_of
 from qwen3fast.calibrated import CalibratedLoader
 from qwen3fast.checkpoint import kept, read_ahead
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 

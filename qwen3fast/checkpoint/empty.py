@@ -8,7 +8,7 @@ from qwen3fast.checkpoint.gguf.config import config_of
 from qwen3fast.checkpoint.gguf.header import read_header
 from qwen3fast.checkpoint.gguf.layout import choose_formats, replace_layers
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.load import refuse_other_format
+from qwen3fast.checkpoint.loaders import refuse_other_format
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta

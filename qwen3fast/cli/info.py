@@ -13,7 +13,7 @@ import torch
 from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.empty import empty_model
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_config
 from qwen3fast.checkpoint.outline import find_outline
 from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.choices import choose_device
-from qwen3fast.checkpoint.load import Loader
+from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.save import check_is_other, companions_of, save_model

@@ -548,7 +548,7 @@ def test_random_model_fills_a_tensor_larger_than_its_pool(monkeypatch):
 @pytest.mark.parametrize(("source", "seed"), [("random:0.6b", 0), ("random:0.6B:7", 7)])
 def test_load_model_random_takes_shape_and_seed_from_the_name(monkeypatch, source, seed):
     seen = []
-    monkeypatch.setattr("qwen3fast.checkpoint.load.random_model", lambda *args: seen.append(args))
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.random_model", lambda *args: seen.append(args))
     with suppress(AttributeError):  # there is no model to go on with
         load_model(source, device="cpu")
     assert seen == [(ModelConfig.named("0.6b"), CPU, torch.bfloat16, seed, None, None)]

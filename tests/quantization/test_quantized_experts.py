@@ -319,7 +319,7 @@ def watch_experts(monkeypatch) -> list[int]:
         quantize_experts(model, *names)
         count(model)
 
-    monkeypatch.setattr("qwen3fast.checkpoint.load.quantize_experts", watched)
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.quantize_experts", watched)
     return whole
 
 
