@@ -129,7 +129,7 @@ def test_quantize_refuses_a_place_that_cannot_be_written_before_the_work(place, 
         return real(suffix, prefix, dir)
 
     monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
-    monkeypatch.setattr("qwen3fast.cli.quantize.load_model", lambda *args, **options: pytest.fail("it loads"))
+    monkeypatch.setattr("qwen3fast.cli.quantize.Loader", lambda *args, **options: pytest.fail("it loads"))
     assert main(["quantize", "--output", str(tmp_path / place)]) == 1
     assert f"error: {tmp_path / place} cannot be written: " in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "locked"]
