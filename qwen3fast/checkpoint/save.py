@@ -16,21 +16,13 @@ from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.checkpoint.score_head import WEIGHT, ScoreHead, find_score_head
 from qwen3fast.checkpoint.sentence_transformers import sentence_files
+from qwen3fast.checkpoint.source import SMALL_FILES
 from qwen3fast.checkpoint.stored_formats import main_format
+from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.convert import plain_experts, plain_modules
 
-# Files of a checkpoint besides weights and config.json.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
+COMPANIONS = (*SMALL_FILES, *VOCAB_FILES)  # of a checkpoint, besides weights and config.json
 BODY = {"architectures": ["Qwen3Model"]}  # without an output projection
 
 

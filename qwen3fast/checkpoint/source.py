@@ -23,15 +23,19 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
-# The files that a Qwen3 needs; nothing else (other formats, pictures) is downloaded.
-HUB_PATTERNS = [
-    "config.json",
+# The sampling preset, and the tokenizer without VOCAB_FILES, which only older ones need.
+SMALL_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+# The files that a Qwen3 needs; nothing else (other formats, pictures) is downloaded.
+HUB_PATTERNS = [
+    "config.json",
+    *SMALL_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
