@@ -196,13 +196,14 @@ class _Filler:
         if self._options.check_weights and (counts := non_finite(numbers)) is not None:
             self.bad_numbers.append(f"{where}: {counts}")
         self._loaded.add(place)
-        if self._format is not None and self._is_packed_expert(place):
+        slices = self._stacks.slices
+        if self._format is not None and place in slices and slices[place].target in self._packed_stacks:
             self._put_expert(place, quantize(tensor, self._format))
             return
         if self._format is not None and place in self._packed_stacks:
             self._put_stack(place, QuantizedLinear(quantize(tensor.flatten(0, 1), self._format), self._format))
             return
-        whole = self._stacks.put(place, tensor) if place in self._stacks.slices else (place, tensor)
+        whole = self._stacks.put(place, tensor) if place in slices else (place, tensor)
         if whole is not None:
             assign(self._model, *whole, self._options.on_assigned)
             self._loaded.add(whole[0])
@@ -246,10 +247,6 @@ class _Filler:
         modules = {self._targets[weight].rpartition(".")[0] for weight in self._layers.stored & self._targets.keys()}
         unfit = {s.target.rpartition(".")[0] for s in self._stacks.slices.values() if not fits(*s.shape)}
         return {f"{module}.{stack}" for module in modules - unfit for stack in PROJECTIONS}
-
-    def _is_packed_expert(self, place: str) -> bool:
-        slices = self._stacks.slices
-        return place in slices and slices[place].target in self._packed_stacks
 
     def _put_expert(self, weight: str, packed: Packed, order_K: Tensor | None = None) -> None:
         """Put one expert's packed matrix in its stack, and the stack in the model with its last expert."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 from qwen3fast.checks import checked_timeout
 from qwen3fast.results import GenerationResult, StreamChunk
@@ -91,8 +92,7 @@ class RequestHandle:
 
         An interval lets several tokens share the cost of a chunk. Raises: as `result`.
         """
-        waiter = self._add_waiter()
-        try:
+        with self._waiter() as waiter:
             while not self._is_over:
                 self._check_caller()
                 with self._changed:
@@ -104,13 +104,10 @@ class RequestHandle:
                 taken_s = time.perf_counter()
                 yield chunk
                 await self._wait_until(taken_s + min_interval_s, waiter)
-        finally:
-            self._remove_waiter(waiter)
 
     async def aresult(self) -> GenerationResult:
         """Wait for the end of the reply, without blocking the event loop. Raises: as `result`."""
-        waiter = self._add_waiter()
-        try:
+        with self._waiter() as waiter:
             while True:
                 self._check_caller()
                 with self._changed:
@@ -118,8 +115,6 @@ class RequestHandle:
                         return self._result()
                     waiter.waits_for = For.END
                 await waiter.wait()
-        finally:
-            self._remove_waiter(waiter)
 
     async def _wait_until(self, until_s: float, waiter: Waiter) -> None:
         """Wait until a time of time.perf_counter(), or for the end of the reply."""
@@ -132,15 +127,17 @@ class RequestHandle:
             waiter.waits_for = For.END
         await waiter.wait(left_s)
 
-    def _add_waiter(self) -> Waiter:
+    @contextmanager
+    def _waiter(self) -> Iterator[Waiter]:
+        """Yield a waiter that news of the reply wake."""
         waiter = Waiter(lost=self.cancel)
         with self._changed:
             self._waiters.append(waiter)
-        return waiter
-
-    def _remove_waiter(self, waiter: Waiter) -> None:
-        with self._changed:
-            self._waiters.remove(waiter)
+        try:
+            yield waiter
+        finally:
+            with self._changed:
+                self._waiters.remove(waiter)
 
     def _check_caller(self) -> None:
         """Raise RuntimeError where the caller would wait forever."""

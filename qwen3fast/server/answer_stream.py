@@ -59,20 +59,16 @@ class AnswerStream:
 
     def _end_of_call(self, begin: int) -> int | None:
         """Return where the well-formed block that begins there ends, if it has ended."""
-        tried = self._end_of_last_tag(max(begin, self._tried))
-        if tried is None:
+        start = max(begin, self._tried)
+        tags = [at + len(tag) for tag in self._format.end_tags if (at := self._answer.rfind(tag, start)) >= 0]
+        if not tags:
             return None
         calls, end, is_closed = self._format.read(self._answer, begin)
         if calls and is_closed:
             return end
         if not calls:
-            self._tried = tried
+            self._tried = max(tags)
         return None
-
-    def _end_of_last_tag(self, begin: int) -> int | None:
-        """Return the position behind the last tag that may end a block, searched from a position on."""
-        ends = [at + len(tag) for tag in self._format.end_tags if (at := self._answer.rfind(tag, begin)) >= 0]
-        return max(ends, default=None)
 
     def _news(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
         news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls :])

@@ -73,10 +73,6 @@ class ReasoningFormat:
             return True
         return not self._tokenizer.token_bytes(token_id).decode("utf-8", "replace").strip()
 
-    def tracker(self) -> ReasoningTracker:
-        """Return a tracker for a reply that begins with its first token, not in the prompt."""
-        return ReasoningTracker(self)
-
     def tracker_after(self, prompt_ids: Sequence[int]) -> ReasoningTracker:
         """Return a tracker for the reply to a prompt: the prompt's whole last assistant turn is part of the reply.
 
@@ -85,7 +81,7 @@ class ReasoningFormat:
         turn begins inside it even without the tag.
         """
         if not self.has_tags:
-            return self.tracker()
+            return ReasoningTracker(self)
         turn = self._last_turn(prompt_ids)
         if turn is not None:
             tracker = ReasoningTracker(self, is_open=self._template_opens_reasoning())
@@ -93,7 +89,7 @@ class ReasoningFormat:
                 tracker.push(token_id)
             return tracker
         if any(token_id in self._turns for token_id in prompt_ids):
-            return self.tracker()
+            return ReasoningTracker(self)
         tags = (self.begin_id, self.end_id, self.tool_call_id)
         last = next((token_id for token_id in reversed(prompt_ids) if token_id in tags), None)
         return ReasoningTracker(self, last == self.begin_id, last != self.begin_id)

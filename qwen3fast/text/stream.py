@@ -38,7 +38,7 @@ class TextStream:
     ) -> None:
         """Begin a reply; tracker: in its state after the prompt, by default one that has seen nothing."""
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
-        self._tracker = tracker.copy() if tracker is not None else ReasoningFormat(tokenizer).tracker()
+        self._tracker = tracker.copy() if tracker is not None else ReasoningTracker(ReasoningFormat(tokenizer))
         self._stop = stop
         self._held_back = max((len(s) for s in stop), default=1) - 1
         self._shown = 0
