@@ -15,7 +15,8 @@ from qwen3fast import ChatSession, Generator, SamplingParams
 from qwen3fast.checkpoint.lora.merge import merge_lora
 from qwen3fast.engine import adapters as engine_adapters
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu import DecodeLayersCall, DecodeStepCall
+from qwen3fast.kernels.cpu.decode_layers import DecodeLayersCall
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.scheduling.worker import ClosedError
