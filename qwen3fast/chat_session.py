@@ -98,7 +98,7 @@ class ChatSession:
         return [*self._ids, *([] if has_ended else end), *self._tokenizer.encode("\n"), *new]
 
     def _turn(self, message: Message, prompt: list[int], handle: RequestHandle) -> Iterator[StreamChunk]:
-        for chunk in self._generator._dispatcher.stream(handle):
+        for chunk in self._generator._run(handle):
             if chunk.result is not None:
                 self._note(message, prompt, handle, chunk.result)
             yield chunk

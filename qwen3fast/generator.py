@@ -327,7 +327,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, the error that ended the reply, as
         `RequestHandle.result`.
         """
-        return self._dispatcher.stream(self._builder.build_one(prompt, params, on_overflow, tools=tools))
+        return self._run(self._builder.build_one(prompt, params, on_overflow, tools=tools))
 
     def warmup(self, progress: bool = False) -> None:
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
@@ -378,6 +378,10 @@ class Generator(ChatMethods, AdapterMethods):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
+        """Queue a reply of `_build` at the first chunk, and yield its chunks."""
+        return self._dispatcher.stream(handle)
 
     def _make_engine(self) -> Engine:
         """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""
