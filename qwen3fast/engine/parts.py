@@ -23,6 +23,7 @@ from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.layers import load_operations
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
@@ -187,6 +188,9 @@ class Parts:
         is_bfloat16 = model.model.norm.weight.dtype == torch.bfloat16
         if is_cuda:
             cuda.load(device)  # before anything is traced: it decides which forms exist
+            # Now, since another engine's fused step would do it later: weights move, and captured graphs would read
+            # memory that is no longer theirs.
+            stack_layers(model)
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
