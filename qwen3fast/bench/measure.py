@@ -77,14 +77,15 @@ class Workbench:
         for compiled in sorted({is_compiled(mode) for mode in modes}):
             cache = StaticKVCache(model.config, max_batch_size, max_seq_len, self.cache_dtype, self.device)
             self._engines[compiled] = Engine(model, cache, self.device, compiled, cuda_graphs=compiled)
-        self._graphs = self._engines[True].graphs if True in self._engines else None
-        if self._graphs is None and any(mode.endswith(GRAPHS) for mode in modes):
+        own = self._engines.get(True)
+        self._graphs = (own.graphs, own.captured) if own is not None else (None, None)
+        if self._graphs[0] is None and any(mode.endswith(GRAPHS) for mode in modes):
             raise ValueError(f"CUDA graphs need a CUDA device, this is {self.device}; choose other --modes")
 
     def engine(self, mode: str) -> Engine:
         """Return the engine that runs a mode; the modes with and without CUDA graphs share the compiled one."""
         engine = self._engines[is_compiled(mode)]
-        engine.graphs = self._graphs if mode.endswith(GRAPHS) else None
+        engine.graphs, engine.captured = self._graphs if mode.endswith(GRAPHS) else (None, None)
         return engine
 
     def run(self, mode: str, prompts: list[list[int]], new_tokens: int) -> Sample:

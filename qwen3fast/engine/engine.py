@@ -35,6 +35,7 @@ from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepK
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.forms import FIRST, MEASURED
+from qwen3fast.kernels.grouped import waits_for_device
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.sampling.processors import ProcessorRows
@@ -93,9 +94,12 @@ class Engine(Rows):
         )
 
     def _use_graphs(self, graphs: GraphCache) -> None:
-        """Run decode steps and chunks of prompts through these graphs."""
+        """Run decode steps through these graphs, and chunks of prompts unless the host takes part in them."""
         self.graphs = graphs
-        config = self.model.config
+        config, dtype = self.model.config, self.model.model.norm.weight.dtype
+        sizes = (config.hidden_size, config.moe_intermediate_size) if config.num_experts else ()
+        if any(waits_for_device(self.device, dtype, size) for size in sizes):
+            return
         serves_later = finds_used_length_of_chunks(self.device, config.head_dim)
         slots = self.cache.max_batch_size
         self.captured = CapturedChunks(graphs, config.vocab_size, slots, self.device, serves_later)

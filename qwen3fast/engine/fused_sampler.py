@@ -26,7 +26,8 @@ class FusedSampler:
         ]
         self._works: dict[int, Draw] = {}
         self._vocab_size = vocab_size
-        self._scratch = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        # Each at a multiple of 16 bytes, as the fields of `DecodeState`: Triton compiles a kernel for each alignment.
+        self._scratch = torch.zeros(5, -(-rows // 2) * 2, dtype=torch.int64, device=device)
 
     def advance(
         self,

@@ -70,7 +70,7 @@ class Workspace:
 class FusedDecodeStep:
     """The decode step of a dense model over a KV cache; both must keep their addresses.
 
-    Building it stacks the model's weights (see model/stacking.py). `decode_step` in decode.py is the plain form.
+    It reads stacked weights (see model/stacking.py). `decode_step` in decode.py is the plain form.
     """
 
     def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:

@@ -24,6 +24,7 @@ from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.layers import load_operations
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
@@ -64,6 +65,12 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
             ranges.append(Dynamic(least + 1, least, most))
         least = most + 1
     return tuple(ranges)
+
+
+def max_gathered_rows(config: ModelConfig) -> int:
+    """Return how many rows of a step have MAX_ELEMENTS weights in their active experts: see `Experts.gathered`."""
+    per_row = config.num_experts_per_tok * 2 * config.moe_intermediate_size * config.hidden_size
+    return MAX_ELEMENTS // per_row if config.num_experts else MAX_ROWS
 
 
 def run_prefill_block(
@@ -188,11 +195,15 @@ class Parts:
         is_bfloat16 = model.model.norm.weight.dtype == torch.bfloat16
         if is_cuda:
             cuda.load(device)  # before anything is traced: it decides which forms exist
+            # Now, since another engine's fused step would do it later: weights move, and captured graphs would read
+            # memory that is no longer theirs.
+            stack_layers(model)
         positions = (POSITIONS._replace(most=cache.allocated_len),)
-        rows: Sizes = {0: row_ranges(config, device, cache.max_batch_size)}  # of the cache
+        most = min(cache.max_batch_size, max_gathered_rows(config) if is_cuda else MAX_ROWS)
+        rows: Sizes = {0: row_ranges(config, device, most)}  # of the cache; more have a form for their own number
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
-        most = min(MAX_PROMPTS, cache.max_batch_size)
-        prompts: Sizes = {0: (Dynamic(3, 2, most),)} if most > 2 else {}  # several; one has a form of its own
+        together = min(MAX_PROMPTS, cache.max_batch_size)
+        prompts: Sizes = {0: (Dynamic(3, 2, together),)} if together > 2 else {}  # several; one has a form of its own
         chunk: Sizes = prompts | {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)

@@ -19,11 +19,22 @@ def grouped_linear(weight_XNK: Tensor, x_PK: Tensor, end_X: Tensor) -> Tensor:
     """Return x @ weight[e].T for the rows of each expert e, (P, N), same dtype.
 
     end_X: the end of each expert's rows, int64. The weight of an expert without rows is not read.
-    On CUDA devices in bfloat16 the host does not wait; otherwise it reads `end_X` (which costs nothing on a CPU;
-    PyTorch's own grouped product does the same).
+    Where `waits_for_device`, the host reads `end_X`; so it does on a CPU, where that costs nothing.
     """
     y_PN: Tensor = torch.ops.qwen3fast.grouped_linear(x_PK, weight_XNK, end_X)
     return y_PN
+
+
+def waits_for_device(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
+    """Return whether the host waits for a CUDA device in products of this dtype and size, which no graph may hold.
+
+    PyTorch has a kernel for compute capability 9.x and 10.x in bfloat16; elsewhere it, too, reads the groups on the
+    host. Source: _grouped_mm_cuda in its GroupedBlas.cpp.
+    """
+    if device.type != "cuda":
+        return False
+    has_kernel = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return not (has_kernel and dtype == torch.bfloat16 and in_features % 8 == 0)
 
 
 def _product(x_PK: Tensor, weight_XNK: Tensor, end_X: Tensor) -> Tensor:

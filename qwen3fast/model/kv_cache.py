@@ -191,7 +191,9 @@ def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on the device; None if the system does not report them."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # PyTorch's allocator keeps what tensors no longer use, and gives it to new ones.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
         return None
     try:

@@ -44,6 +44,15 @@ def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
     return stacked
 
 
+def stack_layers(model: nn.Module) -> None:
+    """Stack all of a model's layers that can be stacked."""
+    for module in list(model.modules()):
+        for names in STACKS.values():
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Module)]
+            if len(layers) == len(names) and can_stack(layers):
+                stack(layers)
+
+
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     """Return the tensor that these parts make up, if they are adjacent in the same memory; otherwise None."""
     first, offset = parts[0], parts[0].storage_offset()

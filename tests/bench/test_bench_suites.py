@@ -88,11 +88,12 @@ def test_every_mode_of_a_gpu_is_measured_with_its_graphs_switched(monkeypatch):
     """On the CPU: graphs are an object that the engine of the other modes must not have."""
     graphs = object()
     model = load_model("tiny", "cpu")
-    monkeypatch.setattr(measure, "Engine", lambda *_, **__: SimpleNamespace(graphs=graphs))
+    monkeypatch.setattr(measure, "Engine", lambda *_, **__: SimpleNamespace(graphs=graphs, captured=graphs))
     bench = measure.Workbench(model, MODES, 64, 1)
-    assert {mode: bench.engine(mode).graphs is graphs for mode in MODES} == {
-        mode: mode == "cached-graphs" for mode in MODES
-    }
+    for of in ("graphs", "captured"):  # of steps, and of chunks of prompts
+        assert {mode: getattr(bench.engine(mode), of) is graphs for mode in MODES} == {
+            mode: mode == "cached-graphs" for mode in MODES
+        }
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert measure.with_graphs("cached-compiled", cuda) == "cached-graphs"
     assert measure.with_graphs("cached-compiled", cpu) == "cached-compiled"

@@ -11,6 +11,8 @@ from cuda_static import kernel_checks  # noqa: F401  which skips without Triton
 
 from compile_for_gpu.cases import FORMATS, compile_cases  # isort: skip  needs Triton
 
+from qwen3fast.kernels.cuda.decode_step import tail
+
 pytestmark = pytest.mark.triton
 
 # Compute capability 8.9 stands for 8.6 and 12.0, which have as much.
@@ -117,6 +119,14 @@ def test_kernels_touch_nothing_before_the_previous_kernel_has_ended(kernels):
             assert sources <= {"1", "2", "3"}, name
         else:
             assert sources == set(), name
+
+
+def test_programs_prefetch_no_more_of_the_vocabulary_than_caches_hold(kernels):
+    found = [ptx for name, (*_, ptx) in kernels.items() if name.startswith("90: vocabulary")]
+    assert len(found) >= 5
+    for ptx in found:
+        [size] = re.findall(r"cp\.async\.bulk\.prefetch\.L2\.global \[%\w+\], (%\w+);", ptx)
+        assert re.search(rf"min\.s32 \s*{size}, %\w+, {tail.PREFETCHED.value};", ptx)
 
 
 def test_the_samplers_do_not_add_up_in_memory(kernels):

@@ -61,6 +61,20 @@ def tokens_of(logits_BV, rows, kind=SamplerKind.FULL):
     return sampler.choose(logits_BV, rows, kind).clone()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_first_tokens_need_no_kernels_of_their_own(rows, monkeypatch):
+    """Triton compiles a kernel once more where arguments are not at multiples of 16 bytes, as those of steps are."""
+    choose, places = tail.choose, []
+
+    def note(best, *numbers):
+        places.extend(tensor.data_ptr() % 16 for tensor in numbers)
+        choose(best, *numbers)
+
+    monkeypatch.setattr(tail, "choose", note)
+    tokens_of(normal(rows, 300), make_rows(rows))
+    assert places == [0] * 5
+
+
 PARAMETERS = [
     {},
     {"top_k": 1},

@@ -176,6 +176,21 @@ def test_engines_on_cuda_select_it(is_on, monkeypatch):
         assert watch.faults == [] and logits.shape == (1, config.vocab_size)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs no GPU")
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}], ids=["stacked", "with biases"])
+def test_a_later_engine_of_the_same_model_moves_no_weights(changes):
+    """Graphs that an earlier one has captured, here one that compiles nothing, read them where they are."""
+    with fake_cuda() as device:
+        config = replace(ModelConfig.named("0.6b"), num_hidden_layers=1, **changes)
+        model, places = fake_model(config, device), []
+        cache = StaticKVCache(config, 1, 256, config.dtype, device)
+        for compile in (False, True):
+            parts = Parts.build(StepCompiler(compile, device), model, cache)
+            places.append([p.untyped_storage()._cdata for p in model.parameters()])
+        assert bool(parts.fused_step.obstacle) == bool(changes)
+        assert places[0] == places[1]
+
+
 # ------------------------------------------------------------------------------------------------------- launches
 
 

@@ -12,6 +12,7 @@ from test_steps import Remainder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwen3fast.engine import engine as engine_module
 from qwen3fast.engine.cuda_graph import ATTEMPTS, GraphCache
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
@@ -209,6 +210,20 @@ def test_first_chunks_are_replayed_with_their_own_tokens_row_and_end(model):
     for ours, theirs in zip(engine.cache.tensors(), plain.cache.tensors(), strict=True):
         for row, prompt in enumerate(prompts[3:]):  # padding differs
             assert_near(ours[row, :, : len(prompt)], theirs[row, :, : len(prompt)])
+
+
+def test_chunks_are_not_captured_where_their_experts_make_the_host_wait(monkeypatch):
+    """Their steps are: a step's experts are known on the device."""
+    model = randomized(small_config(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24), seed=3)
+    expected = run(make_engine(model))
+    for waits in (False, True):
+        monkeypatch.setattr(engine_module, "waits_for_device", lambda *_, waits=waits: waits)
+        engine = make_engine(model, 2)
+        assert run(engine) == expected
+        kinds = {key[0] for key in engine.graphs._replays}
+        assert ("prefill" in kinds) == (not waits) and kinds & {1, 2, 3}
+        engine.warmup()
+        assert engine.graphs.failures == {}
 
 
 def test_logits_of_one_prompt_stay_when_the_next_is_computed(model):

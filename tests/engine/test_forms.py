@@ -15,7 +15,7 @@ from qwen3fast.engine import StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
-from qwen3fast.engine.parts import CHUNK_SIZES, Forward, Parts, chunk_sizes, row_ranges
+from qwen3fast.engine.parts import CHUNK_SIZES, MAX_ELEMENTS, Forward, Parts, chunk_sizes, row_ranges
 from qwen3fast.engine.prefill import max_prompts, prefill_chunk
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu, cuda
@@ -232,6 +232,24 @@ def test_ranges_of_rows_end_where_another_product_begins(max_rows, experts, expe
     ranges = row_ranges(small_config(**experts), CPU, max_rows)
     assert [(size.least, size.most) for size in ranges] == expected
     assert all(size.least < size.example <= size.most for size in ranges)
+
+
+@pytest.mark.parametrize(
+    ("size", "slots", "expected"),
+    [("0.6b", 128, [(2, 64), (65, 128)]), ("30b-a3b", 128, [(2, 64), (65, 85)]), ("235b-a22b", 64, [(2, 21)])],
+)
+def test_on_cuda_compiled_code_can_count_the_weights_of_a_steps_experts(size, slots, expected, monkeypatch):
+    """In 32 bits, or `torch.compile` refuses the range; more rows have a form for their own number."""
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "meta")
+    config = replace(ModelConfig.named(size), num_hidden_layers=1)
+    model, cache = build_on_meta(config), StaticKVCache(config, slots, 32, torch.bfloat16, META)
+    parts = Parts.build(StepCompiler(True, META), model, cache)
+    [rows] = parts.decode_block.dynamic[0].values()
+    assert [(each.least, each.most) for each in rows] == expected
+    if config.num_experts:
+        active = torch.zeros(config.num_experts_per_tok, dtype=torch.int64, device=META)
+        gathered = model.model.layers[0].mlp.experts.gate_up_proj[active].numel()  # of one row
+        assert rows[-1].most * gathered <= MAX_ELEMENTS < (rows[-1].most + 1) * gathered
 
 
 @torch.no_grad()

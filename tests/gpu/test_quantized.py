@@ -10,6 +10,7 @@ from prequantized_layouts import AWQ, FP8, GPTQ, write_prequantized
 
 from gpu.conftest import DEVICE, assert_captured
 from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.kernels.grouped import waits_for_device
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
@@ -50,6 +51,20 @@ def test_tokens_of_quantized_experts_are_those_of_the_plain_form(name, is_captur
     with Generator(plain, max_seq_len=128, max_batch_size=2, compile=False) as generator:
         expected = [r.token_ids for r in generator.generate(TEXTS, PARAMS)]
     assert replies_of(copy.deepcopy(plain).to(DEVICE), is_captured) == expected
+
+
+def test_experts_in_bfloat16_give_the_same_tokens_in_graphs():
+    """Prompts, too, where PyTorch has a kernel for the tokens of each expert."""
+    model = randomized(small_config(**SIZES, **EXPERTS, dtype=torch.bfloat16), seed=5).bfloat16().to(DEVICE)
+    replies = {}
+    for is_captured in (False, True):
+        with Generator(model, max_seq_len=128, compile=True, cuda_graphs=is_captured) as generator:
+            replies[is_captured] = [r.token_ids for r in generator.generate(TEXTS, PARAMS)]
+            if is_captured and DEVICE.type == "cuda":
+                assert_captured(generator)
+                waits = waits_for_device(DEVICE, torch.bfloat16, SIZES["hidden_size"])
+                assert ("prefill", 32) in generator.debug.engine.graphs._replays or waits
+    assert replies[True] == replies[False]
 
 
 @pytest.mark.parametrize("layout", [FP8, AWQ, GPTQ], ids=lambda layout: layout["quant_method"])

@@ -20,6 +20,7 @@ from qwen3fast.engine import RowSampling
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import FastExperts, use_fast_layers
+from qwen3fast.kernels.grouped import waits_for_device
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import MoE
 from qwen3fast.model.kv_cache import StaticKVCache
@@ -49,6 +50,25 @@ def reference(moe: MoE, x_E: torch.Tensor) -> torch.Tensor:
         gate, up = (moe.experts.gate_up_proj[expert].double() @ x_E).chunk(2)
         y_E += chance_X[expert] / total * (moe.experts.down_proj[expert].double() @ (F.silu(gate) * up))
     return y_E
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "in_features", "waits"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, 768, False),
+        ("cuda", (10, 3), torch.bfloat16, 768, False),
+        ("cuda", (8, 0), torch.bfloat16, 768, True),
+        ("cuda", (12, 0), torch.bfloat16, 768, True),
+        ("cuda", (9, 0), torch.float32, 768, True),
+        ("cuda", (9, 0), torch.bfloat16, 12, True),
+        ("cpu", None, torch.float32, 12, False),
+    ],
+)
+def test_the_host_waits_for_groups_where_pytorch_has_no_kernel(
+    device, capability, dtype, in_features, waits, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert waits_for_device(torch.device(device), dtype, in_features) == waits
 
 
 @pytest.mark.parametrize(
