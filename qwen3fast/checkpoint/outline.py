@@ -39,7 +39,9 @@ def find_outline(source: str, revision: str | None = None) -> Iterator[tuple[Pat
         except HUB_ERRORS as err:
             raise not_on_hub(f"{source!r}", err) from err
         except (NotASafetensorsRepoError, SafetensorsParsingError) as err:
-            raise FileNotFoundError(f"{source!r} has no safetensors on the hub that can be read ({err}); {NO_SAFETENSORS}") from err
+            raise FileNotFoundError(
+                f"{source!r} has no safetensors on the hub that can be read ({err}); {NO_SAFETENSORS}"
+            ) from err
         for name, header in files.items():
             if Path(name).name != name:
                 raise ValueError(f"{source!r}, {INDEX_FILE}: {name!r:.300} must be a file name without folders")
