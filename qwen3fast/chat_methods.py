@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qwen3fast.checks import checked_flag
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.prompt import Overflow
@@ -78,6 +79,7 @@ class ChatMethods:
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot chat")
+        enable_thinking = checked_flag("enable_thinking", enable_thinking)  # templates read 0 as True
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
         can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
         if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_reasoning:

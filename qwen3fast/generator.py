@@ -279,7 +279,7 @@ class Generator(ChatMethods, AdapterMethods):
         timeout: float | None = None,
         tools: Tools | None = None,
     ) -> RequestHandle:
-        """Start a reply and return at once; see RequestHandle. Thread-safe.
+        """Start a reply and return at once; see RequestHandle, which does not keep the Generator open. Thread-safe.
 
         timeout: seconds to wait while the queue is full (`max_queue`); 0 does not wait, None waits without limit.
         tools: as in `generate`.
@@ -380,8 +380,8 @@ class Generator(ChatMethods, AdapterMethods):
         self.close()
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue a reply of `_build` at the first chunk, and yield its chunks."""
-        return self._dispatcher.stream(handle)
+        """Queue a reply of `_build` at the first chunk, and yield its chunks; the iterator keeps the Generator."""
+        yield from self._dispatcher.stream(handle)
 
     def _make_engine(self) -> Engine:
         """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""

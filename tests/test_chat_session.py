@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import randomized, small_config
 
@@ -65,6 +66,13 @@ def assert_same_reply(result, expected):
 
 
 @one_row_or_three
+@pytest.mark.parametrize("flag", [0, "no", None])  # which templates would read as True
+def test_enable_thinking_must_be_a_bool(tiny, flag):
+    with pytest.raises(ValueError, match="enable_thinking must be True or False, got"):
+        tiny.chat([user(QUESTIONS[0])], GREEDY, enable_thinking=flag)
+    assert tiny.render([user(QUESTIONS[0])], None, np.False_) == tiny.render([user(QUESTIONS[0])], None, False)
+
+
 @pytest.mark.parametrize(("enable_thinking", "system"), [(True, None), (False, "Be brief.")])
 def test_exact_turns_are_those_of_chat_on_the_same_messages(tiny, alone, enable_thinking, system):
     session = ChatSession(tiny, system=system, enable_thinking=enable_thinking)

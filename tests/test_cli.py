@@ -66,6 +66,7 @@ def test_a_prompt_that_is_too_long_is_cut_on_request(monkeypatch, capsys, comman
         (["generate", "hi", "--temperature", "-1"], "temperature must be a number from 0 to 1e+06, got -1.0"),
         (["generate", "hi", "--max-seq-len", "100000"], "exceeds the model's max_position_embeddings"),
         (["generate", "", "--raw"], "the prompt is empty"),
+        (["generate", ""], "the prompt is empty"),  # of a script whose variable is not set
         (["generate", "hi", "--quantization", "dequantize"], "use None (no --quantization)"),
         (["generate", "hi", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),
         (["chat", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),

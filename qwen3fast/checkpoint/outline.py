@@ -16,7 +16,7 @@ from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
 from qwen3fast.checkpoint.safetensors import INDEX_FILE, tensors_by_file
-from qwen3fast.checkpoint.source import HUB_ERRORS, HUB_ID, HUB_PATTERNS, not_on_hub, resolve_source
+from qwen3fast.checkpoint.source import HUB_ERRORS, HUB_ID, HUB_PATTERNS, NO_SAFETENSORS, not_on_hub, resolve_source
 
 
 @contextmanager
@@ -39,7 +39,9 @@ def find_outline(source: str, revision: str | None = None) -> Iterator[tuple[Pat
         except HUB_ERRORS as err:
             raise not_on_hub(f"{source!r}", err) from err
         except (NotASafetensorsRepoError, SafetensorsParsingError) as err:
-            raise FileNotFoundError(f"{source!r} has no safetensors on the hub that can be read: {err}") from err
+            raise FileNotFoundError(
+                f"{source!r} has no safetensors on the hub that can be read ({err}); {NO_SAFETENSORS}"
+            ) from err
         for name, header in files.items():
             if Path(name).name != name:
                 raise ValueError(f"{source!r}, {INDEX_FILE}: {name!r:.300} must be a file name without folders")

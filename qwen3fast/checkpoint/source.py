@@ -19,8 +19,9 @@ from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./folder
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+NO_SAFETENSORS = "of .gguf files, download one and pass its path; of other files, look for a converted checkpoint"
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 # The sampling preset, and the tokenizer without VOCAB_FILES, which only older ones need.
@@ -56,8 +57,8 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     is resumed; after a failed download, the next call keeps the files that were complete (recent versions of
     huggingface_hub start the incomplete one again).
 
-    Raises: FileNotFoundError if nothing of that name exists, or the hub cannot be reached and no copy is cached;
-    ValueError for a folder with several GGUF files.
+    Raises: FileNotFoundError if nothing of that name exists, it has no safetensors on the hub, or the hub cannot be
+    reached and no copy is cached; ValueError for a folder with several GGUF files.
     """
     if str(source) == "tiny":
         return TINY_FOLDER
@@ -79,10 +80,12 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         downloaded = Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))
         if not (downloaded / "tokenizer.json").is_file():
             snapshot_download(str(source), revision=revision, allow_patterns=list(VOCAB_FILES))
-        return downloaded
     except HUB_ERRORS as err:
         at = f" at revision {revision!r}" if revision else ""
         raise not_on_hub(f"{str(source)!r}{at}", err) from err
+    if not any(downloaded.glob("*.safetensors")):
+        raise FileNotFoundError(f"{str(source)!r} has no safetensors on the hub; {NO_SAFETENSORS}")
+    return downloaded
 
 
 def resolve_adapter(source: str | Path) -> Path:

@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """Stream the reply. Returns: the exit status."""
     params = sampling_params(args)
     prompt = checked_argument("the prompt", read_input() if args.prompt == "-" else args.prompt)
-    if args.prompt == "-" and not prompt:
-        raise ValueError("standard input is empty; it should hold the prompt")
+    if not prompt:
+        what = "standard input is empty; it should hold the prompt" if args.prompt == "-" else "the prompt is empty"
+        raise ValueError(what)
     with open_generator(args) as generator:
         has_template = generator.tokenizer is not None and generator.tokenizer.chat_template is not None
         if args.raw or not has_template:

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -383,15 +384,15 @@ def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
 
 
 def _has_cpp_compiler() -> bool:
-    """Return whether Inductor's CPU backend has a C++ compiler."""
-    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    return any(candidate and shutil.which(candidate) for candidate in candidates)
+    """Return whether Inductor's CPU backend has a C++ compiler: it tries this one alone."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 def _warn_of_missing_compiler() -> None:
     warnings.warn(
         "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
         "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
-        "or set CXX; compile=False (generate and chat: --compile never) silences this.",
+        "or set CXX to the path of one; compile=False (generate and chat: --compile never) silences this.",
         stacklevel=2,
     )

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3fast.server.errors import ApiError
@@ -67,6 +67,8 @@ class Limits:
         except ApiError as err:
             if status == 499:  # nothing was sent yet
                 await err.response(request.url.path)(scope, receive, send_with_id)
+        except ClientDisconnect:  # before its body was whole: nobody reads a response
+            pass
         finally:
             self._state.in_flight -= 1
             route = scope.get("route")

@@ -17,6 +17,8 @@ from qwen3fast.text.template_sandbox import TemplateEnvironment
 
 Tools = Sequence[dict[str, Any] | Callable[..., Any]]  # JSON schemas, or functions
 
+ROLES = ("system", "user", "assistant", "tool")  # of Qwen3's own template
+
 # Marks where a final message that is to be continued ends. transformers' own mark: a template may strip the space.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -57,7 +59,8 @@ class ChatTemplate:
     ) -> str:
         """Return the text of a conversation; parameters as in `Tokenizer.apply_chat_template`.
 
-        Raises: ValueError for malformed input, whatever the template refuses, and a template that exceeds its limits.
+        Raises: ValueError for malformed input, a message that the template leaves out because of its role, whatever the
+        template refuses, and a template that exceeds its limits.
         """
         conversation = read_messages(messages)
         field, ending = None, ""
@@ -75,7 +78,9 @@ class ChatTemplate:
             "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
             **_read_variables(variables),
         }
-        text = self._run(given, limits or TemplateLimits())
+        limits = limits or TemplateLimits()
+        text = self._run(given, limits)
+        self._check_roles(given, limits, text)
         return text if field is None else self._cut_at_mark(text, field, ending)
 
     def _run(self, variables: dict[str, Any], limits: TemplateLimits) -> str:
@@ -91,6 +96,20 @@ class ChatTemplate:
         except Exception as err:  # a template is a program of somebody else's and may fail in any way
             reason = "it is nested too deeply, or calls itself without end" if isinstance(err, RecursionError) else err
             raise ValueError(f"the chat template cannot render these messages: {reason} (in {self.name})") from err
+
+    def _check_roles(self, variables: dict[str, Any], limits: TemplateLimits, text: str) -> None:
+        """Raise ValueError for a message that is not in the text: most templates skip a role that they do not know."""
+        messages = variables["messages"]
+        for number, message in enumerate(messages):
+            if message["role"] in ROLES or not message.get("content"):
+                continue
+            changed = {**message, "content": message["content"] + "!"}
+            others = {**variables, "messages": [*messages[:number], changed, *messages[number + 1 :]]}
+            if self._run(others, limits) == text:
+                raise ValueError(
+                    f"the chat template leaves out messages[{number}], whose role is {message['role']!r:.80}; use "
+                    f"{', '.join(ROLES)} (in {self.name})"
+                )
 
     def _mark_ending(self, message: Message, field: str) -> str:
         """Put the mark behind a field of the final message. Returns the field's text."""

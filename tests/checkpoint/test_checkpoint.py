@@ -410,7 +410,7 @@ def test_source_file_is_refused(monkeypatch, tmp_path):
         resolve_source(file)
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "a/b/c", "Qwen/Qwen3 0.6B"])
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "a/b/c", "Qwen/Qwen3 0.6B", "../no", "./no"])
 def test_source_that_is_nothing_is_refused(monkeypatch, name, tmp_path):
     forbid_downloads(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -418,16 +418,16 @@ def test_source_that_is_nothing_is_refused(monkeypatch, name, tmp_path):
         resolve_source(name)
 
 
-@pytest.mark.parametrize("name", ["../missing", "./missing", "owner/a--b"])
-def test_source_that_the_hub_would_not_accept_is_refused(name, tmp_path, monkeypatch):
+def test_source_that_the_hub_would_not_accept_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"'{re.escape(name)}' is neither .*\(HFValidationError: "):
-        resolve_source(name)
+    with pytest.raises(FileNotFoundError, match=r"'owner/a--b' is neither .*\(HFValidationError: "):
+        resolve_source("owner/a--b")
 
 
 @pytest.fixture
 def hub_calls(monkeypatch, tmp_path) -> list[tuple]:
     """A hub that answers every request with a folder and notes what was asked."""
+    (tmp_path / "model.safetensors").touch()
     calls = []
 
     def snapshot_download(repo_id, revision=None, allow_patterns=None):

@@ -162,10 +162,19 @@ def test_info_names_what_is_wrong_on_the_hub(hub, capsys):
     (hub.folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
     assert main(["info", "--model", NAME]) == 2
     assert NAME in capsys.readouterr().err
-    for file in hub.folder.glob("*.safetensors*"):
-        file.unlink()
-    assert main(["info", "--model", NAME]) == 2
-    assert f"'{NAME}' has no safetensors on the hub that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("command", [["info"], ["generate", "hi"], ["quantize", "--output", "never written"]])
+def test_a_model_without_safetensors_is_refused_by_name(hub, capsys, command, has_config):
+    for file in hub.folder.iterdir():
+        if not has_config or file.name != "config.json":
+            file.unlink()
+    (hub.folder / "model-Q8_0.gguf").write_bytes(b"never asked for")
+    assert main([*command, "--model", NAME]) == 2
+    error = capsys.readouterr().err
+    assert f"error: '{NAME}' has no safetensors on the hub" in error
+    assert "of .gguf files, download one and pass its path" in error
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub):

@@ -191,9 +191,15 @@ def test_uncached_mode_compiles_once_for_all_lengths(model):
     assert engine.compiler.compilations == compilations
 
 
-def test_missing_cpp_compiler_falls_back_with_a_warning(model, monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
+@pytest.mark.parametrize("cxx", [None, "/nonexistent/g++", "ccache g++"])
+def test_missing_cpp_compiler_falls_back_with_a_warning(model, monkeypatch, tmp_path, cxx):
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    for name in ["clang++", *(["g++"] if cxx else [])]:  # which torch.compile does not ask
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    if cxx is not None:
+        monkeypatch.setenv("CXX", cxx)
     with (
         pytest.warns(UserWarning, match=r"no C\+\+ compiler found.*apt-get install g\+\+"),
         Generator(model, max_seq_len=64, compile=True) as generator,

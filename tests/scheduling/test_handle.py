@@ -839,6 +839,18 @@ def test_a_generator_that_is_dropped_is_collected_and_its_thread_ends(model, tok
             handle.result(PATIENCE_S)
 
 
+def test_a_stream_keeps_its_generator(model, tokenizer, alone):
+    chunks = Generator(model, tokenizer, max_seq_len=2048, compile=False).stream("hello", GREEDY)
+    gc.collect()
+    assert "".join(chunk.text for chunk in chunks) == alone.generate("hello", GREEDY).text
+    gone = weakref.ref(generator := Generator(model, tokenizer, max_seq_len=2048, compile=False))
+    chunks = generator.stream("hello", SLOW)
+    next(chunks)
+    del generator, chunks
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_generator_that_never_ran_is_collected(model):
     before = set(threading.enumerate())
     gone = weakref.ref(Generator(model, max_seq_len=64, compile=False))

@@ -111,6 +111,15 @@ def test_a_body_that_does_not_come_gets_408(server, sent):
         assert b" 408 " in connection.recv(4096).partition(b"\r\n")[0]
 
 
+def test_a_client_that_leaves_within_its_body_is_one_line_of_the_log(server, caplog):
+    caplog.set_level("INFO")
+    with connect(server[1]) as connection:
+        connection.sendall(head(1000) + b'{"prompt": "a", ')
+    wait_until(lambda: any(" 499 " in record.getMessage() for record in caplog.records))
+    assert answers(server[1])
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_many_bad_requests_leave_nothing_behind(server):
     client = server[1]
     bodies = [b"{", b"[]", b"\xff", b"null", b"x" * 200_000, json.dumps({"prompt": [[]]}).encode()]

@@ -77,6 +77,15 @@ def test_content_null_beside_tool_calls_is_empty(tokenizer, reference, content):
     assert expected == reference.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("role", ["developer", "User", "human"])
+def test_a_message_that_the_template_leaves_out_is_refused(tokenizer, role):
+    message = {"role": role, "content": "Be brief."}
+    with pytest.raises(ValueError, match=rf"leaves out messages\[1\], whose role is '{role}'; use system, user, "):
+        tokenizer.apply_chat_template([USER, message, USER])
+    generic = templated("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
+    assert generic.apply_chat_template([message]) == f"{role}: Be brief."
+
+
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_content_null_is_empty_for_every_role(tokenizer, role):
     expected = tokenizer.apply_chat_template([USER, {"role": role, "content": ""}, USER])
