@@ -20,7 +20,7 @@ import torch
 
 from qwen3fast._version import __version__
 from qwen3fast.kernels.cpu.levels import cpu_info
-from qwen3fast.kernels.cpu.library import source_key
+from qwen3fast.kernels.cpu.library import own_folder, source_key
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def all_kept() -> dict[tuple[str, str], Choice]:
 
 def path() -> Path:
     """Return where measurements are kept: forms.json in `$XDG_CACHE_HOME/qwen3fast`, or `~/.cache/qwen3fast`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast" / "forms.json"
+    return own_folder() / "forms.json"
 
 
 def _read() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3fast.kernels import cpu
+from qwen3fast.kernels import cpu, forms_file
 from qwen3fast.kernels.cpu import library
 
 IS_LOADED = cpu.load()
@@ -40,6 +40,13 @@ def folder(monkeypatch, tmp_path, builds):
     """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return library.cache_folder()
+
+
+@pytest.mark.parametrize("given", ["", "relative", "./cache"])
+def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert forms_file.path() == library.own_folder() / "forms.json" == tmp_path / ".cache" / "qwen3fast" / "forms.json"
 
 
 DECLARED = re.findall(r"QWEN3FAST_API \w+ (qwen3fast_\w+)\(", (library.FOLDER / "ops.h").read_text("utf-8"))

@@ -90,13 +90,22 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     return library
 
 
+def own_folder() -> Path:
+    """Return `$XDG_CACHE_HOME/qwen3fast`, or `~/.cache/qwen3fast`. A relative path is ignored, as XDG wants it.
+
+    Raises: RuntimeError if there is no home folder.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "qwen3fast"
+
+
 def cache_folder() -> Path:
     """Return the folder that keeps the library, made if it is missing: nobody else can write to it.
 
     A folder of ours that others can write to is closed to them, and what lies in it is not used. Where that is
     impossible, a temporary folder takes its place, for this process alone.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3fast"
+    folder = own_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid == os.getuid() and folder.stat().st_mode & OTHERS_WRITE:
         logger.warning("others could write to %s: closing it, and building the C++ operations again", folder)
