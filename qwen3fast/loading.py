@@ -56,7 +56,8 @@ def load_model(
         dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
         revision: a branch, tag or commit on the hub.
         progress: show a bar while weights load.
-        quantization: "int8", "int4", "uint4" or "fp8" quantizes the weights while loading. None keeps the format of
+        quantization: "int8", "int4", "uint4" or "fp8" quantizes the weights while loading; "lossless" packs bfloat16
+            weights in 12 bits each, exactly, for CPUs. None keeps the format of
             checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8, AWQ, GPTQ,
             compressed-tensors), None loads floats in fp8 (the same numbers and scales), symmetric 4-bit levels in int4
             (the same levels, scales rounded to bfloat16), the ones with zero points in uint4, and other levels in int8,

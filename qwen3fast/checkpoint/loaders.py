@@ -32,6 +32,7 @@ from qwen3fast.quantization.convert import (
     quantize_experts,
     quantize_model,
 )
+from qwen3fast.quantization.lossless import LOSSLESS
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Loader:
         """Make the model of "random:NAME" or "random:NAME:SEED"."""
         config, seed = parse_random(source)
         self._refuse_dequantizing(None)
+        self._check_lossless(config)
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
         model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
         self._leave_out_projection(model)
@@ -87,6 +89,7 @@ class Loader:
         """Load a folder with safetensors; stored: its config.json."""
         self._refuse_dequantizing(stored.prequantized)
         refuse_other_format(stored, self.quantization, folder)
+        self._check_lossless(stored.model, folder if stored.prequantized is not None else None)
         self._refuse_splitting(stored)
         if stored.quantization is not None:
             prepare_quantization(stored.quantization, self.device)
@@ -120,6 +123,7 @@ class Loader:
             raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
         header = read_header(file)
         config = config_of(header)
+        self._check_lossless(config, file)
         wanted = DEQUANTIZE if self.adapter and self.quantization is not None else self.quantization
         formats = choose_formats(header, config, wanted, self.device.type)
         if self.adapter and formats:
@@ -198,6 +202,18 @@ class Loader:
                 f"a checkpoint that is quantized already ({kind}) cannot be split over processes yet; load the "
                 f"original weights with quantization={format!r}"
             )
+
+    def _check_lossless(self, config: ModelConfig, quantized_source: Path | None = None) -> None:
+        """Raises: ValueError if weights that are to be packed without loss are not in bfloat16."""
+        if self.quantization != LOSSLESS:
+            return
+        if quantized_source is not None:
+            raise ValueError(
+                f"quantization={LOSSLESS!r} packs bfloat16 weights of safetensors, and {quantized_source} is a GGUF file "
+                "or quantized; use None, which keeps its formats"
+            )
+        if (dtype := choose_dtype(self.dtype, config)) != torch.bfloat16:
+            raise ValueError(f"quantization={LOSSLESS!r} packs bfloat16 weights, got {dtype}; add dtype='bfloat16'")
 
     def _refuse_dequantizing(self, stored: PrequantizedFormat | None) -> None:
         if self.quantization == DEQUANTIZE and stored is None:

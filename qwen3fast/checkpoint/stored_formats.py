@@ -90,9 +90,12 @@ def main_format(model: nn.Module) -> str | None:
     """Return the format that config.json names: the most frequent one of a model's layers; None for a plain model.
 
     Scales per row are of int8 or fp8, which only the name tells apart: beside fp8, it is the name of their format.
-    Raises: ValueError if layers of both formats have scales per row.
+    Raises: ValueError if layers of both formats have scales per row, and for formats that are not saved.
     """
     formats = [m.format for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    for format in formats:
+        if not format.is_saved:
+            raise ValueError(f"{format.name} weights are not saved: the checkpoint that they come from has the same ones")
     names = [format.name for format in formats]
     by_rows = {format.name for format in formats if format.bits == 8 and not format.has_blocks}
     if len(by_rows) > 1:

@@ -30,13 +30,14 @@ def quantize_model(
     On the `meta` device the new layers are empty, for a checkpoint that is quantized already. Layers whose shape cannot
     be packed stay plain, and so do routers: they are small, and their choice of experts matters.
 
-    name: "int8", "int4", "uint4" or "fp8", or a format. dtype: of activations, which the embedding returns.
+    name: "int8", "int4", "uint4", "fp8" or "lossless", or a format. dtype: of activations, which the embedding returns.
     progress: show a bar.
     modules_to_not_convert: names of layers and experts that stay plain.
     Raises: ValueError for an unknown format.
     """
     format = name if isinstance(name, Format) else get_format(name)
     convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in modules_to_not_convert}
+    convertible = {n: module for n, module in convertible.items() if format.fits(*module.weight.shape)}
     layers: list[tuple[str, nn.Module]] = [(n, model.get_submodule(n)) for n in plain_experts(model)]
     layers = [(n, m) for n, m in layers if n not in modules_to_not_convert]
     layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
@@ -93,10 +94,10 @@ def quantize_experts(model: Qwen3, name: str | Format, module_name: str) -> None
     Raises: ValueError for an unknown format.
     """
     experts = model.get_submodule(module_name)
-    if isinstance(experts, Experts) and can_quantize(experts):
+    format = name if isinstance(name, Format) else get_format(name)
+    if isinstance(experts, Experts) and can_quantize(experts, format):
         num_empty = sum(weight.is_meta for weight in experts.parameters())
         if num_empty in (0, 2):
-            format = name if isinstance(name, Format) else get_format(name)
             model.set_submodule(module_name, QuantizedExperts.of(experts, format))
 
 

@@ -20,7 +20,7 @@ from qwen3fast.kernels.compiling import is_compiling
 from qwen3fast.kernels.experts import run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization.formats import Format, fits, quantize
+from qwen3fast.quantization.formats import Format, quantize
 from qwen3fast.quantization.layers import QuantizedLinear, can_use_operations
 from qwen3fast.quantization.ordered import OrderedLinear
 
@@ -105,9 +105,9 @@ class QuantizedExperts(nn.Module):
         return stack
 
 
-def can_quantize(experts: Experts) -> bool:
+def can_quantize(experts: Experts, format: Format) -> bool:
     """Return whether the experts' shape can be packed (all released Qwen3 can)."""
-    return fits(*experts.gate_up_proj.shape[1:]) and fits(*experts.down_proj.shape[1:])
+    return format.fits(*experts.gate_up_proj.shape[1:]) and format.fits(*experts.down_proj.shape[1:])
 
 
 def _tall(stack_XNK: Tensor, format: Format) -> QuantizedLinear:

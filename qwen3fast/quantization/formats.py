@@ -1,7 +1,7 @@
-"""Weights in 8 and 4 bits: how they are quantized; packed.py describes the order of their bytes.
+"""The formats of packed weights: how they are quantized; packed.py describes the order of their bytes.
 
 int8 and int4 are symmetric: weight = (level - zero) * scale with zero 128 or 8. In fp8, weight = float8 number * scale
-(fp8.py). uint4 has a minimum or a zero point per group (uint4.py).
+(fp8.py). uint4 has a minimum or a zero point per group (uint4.py). lossless has all bits of bfloat16 (lossless.py).
 
     N out_features   K in_features
 """
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu.lossless import MULTIPLE, RECORD, in_features_of
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
+from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
 from qwen3fast.quantization.packed import (
     GROUP,
     LANES,
@@ -44,12 +46,14 @@ class Format:
     """A way to store weights.
 
     Attributes:
-        quantize: packs a weight (N, K) in any float dtype; N is a multiple of 16, K of 32.
+        bits: per weight, without scales.
+        quantize: packs a weight (N, K) in any float dtype; N is a multiple of 16, K of `multiple`.
         rows: dequantizes some rows, (R, K) float32, given their int64 numbers (R,).
         is_affine: has a minimum or a zero point per group of channels.
         layout_of: the layout of an affine format's scales, given K.
         has_blocks: of fp8, whether scales are of blocks, not of rows.
         devices: types of devices that there are kernels for.
+        multiple: of K. is_saved: checkpoints can be in it.
     """
 
     name: str
@@ -60,6 +64,21 @@ class Format:
     layout_of: Callable[[int], Layout] = Layout.default
     has_blocks: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    multiple: int = GROUP
+    is_saved: bool = True
+
+    @property
+    def is_lossless(self) -> bool:
+        """Return whether the format keeps all bits of weights in bfloat16."""
+        return self.name == LOSSLESS
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Return whether a weight of this shape can be packed."""
+        return fits(out_features, in_features) and in_features % self.multiple == 0
+
+    def in_features(self, packed: Packed) -> int:
+        """Return K of a packed weight."""
+        return in_features_of(packed.weight) if self.is_lossless else packed.weight.shape[1] * 32 // self.bits
 
     def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
         """Return this (affine) format with another layout of scales."""
@@ -91,6 +110,9 @@ class Format:
 
     def empty(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> Packed:
         """Return uninitialized tensors of an (N, K) weight."""
+        if self.is_lossless:  # without exceptions, whose number weights tell
+            shapes = (packed_shape(out_features, in_features), (out_features * RECORD,))
+            return Packed(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
         blocks = out_features // LANES
         weight = torch.empty(blocks, in_features * self.bits // 32, LANES, 4, dtype=torch.uint8, device=device)
         if self.bits == 8:
@@ -103,7 +125,7 @@ class Format:
 
 
 def fits(out_features: int, in_features: int) -> bool:
-    """Return whether a weight of this shape can be packed (all released Qwen3 can)."""
+    """Return whether a weight of this shape can be quantized (all released Qwen3 can)."""
     return out_features % LANES == 0 and in_features % GROUP == 0
 
 
@@ -172,15 +194,21 @@ FORMATS = {
     "int4": Format("int4", 4, quantize_int4, rows_int4),
     "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
+    LOSSLESS: Format(
+        LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE, is_saved=False
+    ),
 }
+SAVED = tuple(name for name, format in FORMATS.items() if format.is_saved)  # that checkpoints can be in
 
 
 def quantize(weight_NK: Tensor, format: Format) -> Packed:
-    """Quantize an (N, K) weight in any float dtype; N is a multiple of 16, K of 32.
+    """Quantize an (N, K) weight in any float dtype; N is a multiple of 16, K of `format.multiple`.
 
     It calls `format.quantize` for some blocks of rows at a time, or C++, which returns the same numbers in one pass.
     """
     N, K = weight_NK.shape
+    if format.is_lossless:
+        return format.quantize(weight_NK)
     is_on_cpu = weight_NK.dtype == torch.bfloat16 and weight_NK.device.type == "cpu"
     if is_on_cpu and format.name in IN_CPP and cpu.is_loaded():
         packed = format.empty(N, K)

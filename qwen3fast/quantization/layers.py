@@ -1,4 +1,4 @@
-"""Layers with quantized weights; each replaces the plain layer of the same name in a model.
+"""Layers with packed weights; each replaces the plain layer of the same name in a model.
 
 K in_features   N out_features
 """
@@ -43,7 +43,7 @@ def load_operations(model: nn.Module) -> None:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with its weight in 8 or 4 bits (see formats.py).
+    """A linear layer with its weight in a packed format (see formats.py).
 
     limits: the numbers of rows from which other forms take the C++ operation's place; engines set them where those are
     faster (engine/forms.py).
@@ -66,13 +66,13 @@ class QuantizedLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """Return K."""
-        return self.weight_packed.shape[1] * 32 // self.format.bits
+        return self.format.in_features(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, (..., N) in the dtype of x, (..., K).
 
-        The C++ operation also quantizes x to 8 bits, in groups of 32 channels, except for fp8; other forms do not. In
-        each form on the CPU, a row's result does not depend on the values in the rows beside it.
+        The C++ operation also quantizes x to 8 bits, in groups of 32 channels, for int8, int4 and uint4; other forms do
+        not. In each form on the CPU, a row's result does not depend on the values in the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y
@@ -116,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A token embedding with rows in 8 or 4 bits; it may share them with the output projection."""
+    """A token embedding with packed rows; it may share them with the output projection."""
 
     def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__()

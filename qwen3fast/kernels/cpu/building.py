@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 SOURCES = (
     "quantized.cpp",
     "fp8.cpp",
+    "lossless.cpp",
     "decode_layers.cpp",
     "sampler.cpp",
     "processors.cpp",
@@ -34,7 +35,7 @@ SOURCES = (
 )  # what takes longest first
 HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
-    *("best.h", "sampler.h", "experts.h", "fp8.h", "low_rank.h", "records.h", "tiles.h"),
+    *("best.h", "sampler.h", "experts.h", "fp8.h", "lossless.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "processors.cpp")}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.lossless import is_lossless, unpack_rows
 from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, record_levels
 
 NUMBERS_AT_ONCE = 2**20  # in float32
@@ -22,6 +23,8 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
     int8 levels are whole numbers up to 127, which bfloat16 holds exactly: their scales multiply the product.
     """
+    if is_lossless(packed, scale):
+        return F.linear(x, unpack_rows(packed, scale, torch.arange(packed.shape[0] * LANES)))
     if scale.dim() == 2:
         return _fp8_linear(x, packed, scale)
     if scale.dim() == 1:

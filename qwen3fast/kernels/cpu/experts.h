@@ -1,4 +1,4 @@
-// The experts that a router chooses, with weights in 8 or 4 bits; see quantized.cpp and fp8.cpp for the products. Shared by
+// The experts that a router chooses, with packed weights; see quantized.cpp, fp8.cpp and lossless.cpp for the products. Shared by
 // experts.cpp, decode_layers.cpp and prefill_layers.cpp.
 //
 // Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
@@ -63,7 +63,7 @@ struct Group {
 
 // M rows of K channels, which a weight multiplies.
 inline Activations room_for(const Linear& weight, int64_t M, int64_t K) {
-  return is_fp8(weight) ? Activations(std::vector<BFloat16>(M * K)) : Activations(M, K);
+  return takes_bfloat16(weight) ? Activations(std::vector<BFloat16>(M * K)) : Activations(M, K);
 }
 
 // Takes over row m. order: see quantize_row.
@@ -99,7 +99,7 @@ template <typename RowsOf, typename Done>
 void share_blocks(const std::vector<Group>& groups, const RowsOf& rows_of, const Linear& all, int64_t X, BFloat16* y,
                   int thread, int threads, const Done& done) {
   const int64_t N = all.N / X, blocks = N / kLanes;
-  const int64_t bytes = N * all.K * all.bits / 8, scales = scale_bytes(all, N);  // an expert's
+  const int64_t bytes = weight_bytes(all, N), scales = scale_bytes(all, N);  // an expert's
   int64_t total = 0, before = 0;
   for (const Group& group : groups) total += (group.count + kReading) * blocks;
   for (const Group& group : groups) {

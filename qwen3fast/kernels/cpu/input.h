@@ -24,13 +24,13 @@ struct Input {
   std::vector<BFloat16> rows;
   Activations quantized;
   const int32_t* order = nullptr;  // in which `quantized` holds the channels
-  bool is_plain = false;           // as weights in fp8 need it
+  bool is_plain = false;           // `quantized` holds bfloat16
 
   Input(int64_t M, int64_t K) : rows(M * K), quantized(M, K) {}
 
   // As `weight` needs the rows, and others of its kind with the same input and order of channels.
   void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    order = weight.order, is_plain = is_fp8(weight);
+    order = weight.order, is_plain = takes_bfloat16(weight);
     quantized.where = order ? nullptr : from;
     if (weight.bits == 16 || (is_plain && !order)) return;
     if (is_plain) quantized.copies.resize(M * K);
@@ -40,7 +40,7 @@ struct Input {
 
   // The same for a further weight with the same input.
   void reorder(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {
-    if (weight.order != order || is_fp8(weight) != is_plain) quantize(from, M, K, weight);
+    if (weight.order != order || takes_bfloat16(weight) != is_plain) quantize(from, M, K, weight);
   }
 };
 

@@ -1,4 +1,5 @@
-// Products of any number of rows with a bfloat16 weight, which is read where it lies. A few rows stream the weight
+// Products of any number of rows with a bfloat16 weight, which is read where it lies, or unpacked (lossless.h) some rows at
+// a time. A few rows stream the weight
 // (matvec.cpp). With more, arithmetic counts: lanes are rows of x, put into pairs of channels once per call; the weight's
 // pairs go to all lanes. A result then needs no sum over lanes. The plain PyTorch form is in kernels/linear.py.
 
@@ -18,7 +19,6 @@ constexpr int64_t kMaxVectors = 3;  // of rows of x: kMaxVectors * kPanel sums f
 #else
 constexpr int64_t kMaxVectors = 1;
 #endif
-constexpr int64_t kManyRows = 8;  // from which lanes are rows; all chunks of prompts have as many
 constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
 constexpr int64_t kInCache = 1 << 18;  // numbers of the weight, or of x, that stay in a core's cache
 
@@ -67,14 +67,20 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
 // rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
 // multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
 // up: null, or a second weight, whose results are combined with the first one's as in a feed-forward layer.
-void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFloat16* up, BFloat16* y, int64_t begin,
-                     int64_t end, int64_t width, int64_t K) {
+void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linear* up, BFloat16* y, int64_t begin,
+                     int64_t end, int64_t width) {
+  const int64_t K = weight.K;
   const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
   const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
   const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, columns = kSpan * kPanel;
   const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
   alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
-  for (int64_t first = begin; first < end; first += group)
+  static thread_local std::vector<BFloat16> rooms[2];
+  const Linear* const weights[] = {&weight, up};
+  for (int64_t first = begin; first < end; first += group) {
+    const BFloat16* panels[2] = {};  // from `first` on
+    for (int64_t which = 0; which < (up ? 2 : 1); which++)
+      panels[which] = plain_rows(*weights[which], first * kPanel, std::min(group, end - first) * kPanel, rooms[which]);
     for (int64_t part = 0; part < parts; part++) {
       const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
       const int64_t rows = std::min(M - block * kLanes, vectors * kLanes), last = std::min(first + group, end);
@@ -85,8 +91,9 @@ void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFl
         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * width, 1);
         for (int64_t which = 0; which < (up ? 2 : 1); which++)
           for (int64_t i = 0; i < count; i++) {
-            const BFloat16 *w = (which ? up : weight) + (panel + i) * numbers, *next = w + group * numbers + part * lines * K;
-            run(x + block * K / 2, w, results[which] + i * kPanel, K, lines, reinterpret_cast<const char*>(next));
+            const BFloat16 *w = panels[which] + (panel - first + i) * numbers, *next = w + group * numbers + part * lines * K;
+            run(x + block * K / 2, w, results[which] + i * kPanel, K, is_lossless(*weights[which]) ? 0 : lines,
+                reinterpret_cast<const char*>(next));
           }
         if (up) gate_values(results[0], results[1], rows * columns);
         for (int64_t r = 0; r < rows; r++)
@@ -96,6 +103,7 @@ void multiply_panels(const Bits* x, int64_t M, const BFloat16* weight, const BFl
             std::copy_n(results[0] + r * columns, count * kPanel, to + r * width);
       }
     }
+  }
 }
 
 // x in pairs of channels, 16 rows after 16 rows, in memory that is kept: fresh memory would cost a page fault per 4 KiB in
@@ -123,11 +131,18 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
     int64_t first = 0;  // panel of this weight
     for (int64_t i = 0; i < count; i++) {
       const int64_t panels = weights[i].N / kPanel;
-      multiply_panels(pairs, M, static_cast<const BFloat16*>(weights[i].weight), nullptr, y + first * kPanel,
-                      std::max<int64_t>(begin - first, 0), std::min(end - first, panels), width, K);
+      multiply_panels(pairs, M, weights[i], nullptr, y + first * kPanel, std::max<int64_t>(begin - first, 0),
+                      std::min(end - first, panels), width);
       first += panels;
     }
   });
+}
+
+void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads) {
+  const int64_t N = gate.N, K = gate.K;
+  const Bits* const pairs = paired(x, M, K, threads);
+  parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, &up, y, begin, end, N); });
 }
 
 void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,
@@ -142,7 +157,5 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
 
 void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
                             int64_t K, int64_t threads) {
-  const Bits* const pairs = paired(x, M, K, threads);
-  parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
-               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, up, y, begin, end, N, K); });
+  gated_together(x, {gate, nullptr, N, K, 16, 0, 0, nullptr}, {up, nullptr, N, K, 16, 0, 0, nullptr}, y, M, threads);
 }

@@ -38,7 +38,7 @@ struct Pass {
 // out: the products of weights of the same input, side by side.
 void multiply(const Pass& p, const BFloat16* x, const Linear* weights, int64_t count, BFloat16* out) {
   if (p.tiles) return qwen3fast_tile_linear(x, weights, count, out, p.size.M, p.tiles, p.threads);
-  const auto run = weights[0].bits == 16 ? linear_together : qwen3fast_quantized_linear;
+  const auto run = is_bfloat16(weights[0]) ? linear_together : qwen3fast_quantized_linear;
   run(x, weights, count, out, p.size.M, p.threads);
 }
 
@@ -86,10 +86,8 @@ void multiply_gated(Pass& p, const Layer& layer) {
   const int64_t M = p.size.M, I = layer.gate.N;
   p.act.resize(M * I);
   const Linear weights[] = {layer.gate, layer.up};
-  if (layer.gate.bits == 16 && !p.tiles) {
-    const auto *gate = static_cast<const BFloat16*>(layer.gate.weight), *up = static_cast<const BFloat16*>(layer.up.weight);
-    return qwen3fast_gated_linear(p.normed.data(), gate, up, p.act.data(), M, I, p.size.E, p.threads);
-  }
+  if (is_bfloat16(layer.gate) && is_bfloat16(layer.up) && !p.tiles)
+    return gated_together(p.normed.data(), layer.gate, layer.up, p.act.data(), M, p.threads);
   p.gate_up.resize(M * 2 * I);
   multiply(p, p.normed.data(), weights, 2, p.gate_up.data());
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {

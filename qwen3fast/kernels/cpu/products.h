@@ -1,5 +1,5 @@
-// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp), 8 and 4 bits (quantized.cpp, fp8.cpp). Shared with
-// decode_layers.cpp and experts.cpp.
+// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp, lossless.cpp), 8 and 4 bits (quantized.cpp,
+// fp8.cpp). Shared with decode_layers.cpp and experts.cpp.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "lossless.h"
 #include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
@@ -15,14 +16,18 @@ constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher 
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
+constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16; all chunks of prompts have as many
 
 // Whether a weight is in fp8, and whether it has a scale per row then; otherwise one per block.
 inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
 inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
 
+// Whether a packed weight multiplies activations in bfloat16, not in 8 bits.
+inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
+
 // Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
-// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights in fp8 rows
-// stay as they are, where they lie or in copies.
+// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights that take
+// bfloat16, rows stay as they are, where they lie or in copies.
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<float> scale, sum;
@@ -46,8 +51,13 @@ struct Activations {
   }
 };
 
-// Bytes of the scales of some rows (a multiple of 16) of a packed weight.
+// Bytes of some rows (a multiple of 16) of a packed weight, and of their scales.
+inline int64_t weight_bytes(const Linear& weight, int64_t rows) {
+  return rows * (is_lossless(weight) ? lossless_bytes(weight.K) : weight.K * weight.bits / 8);
+}
+
 inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
+  if (is_lossless(weight)) return rows * int64_t{sizeof(RowRecord)};
   if (is_fp8(weight)) return rows / kLanes * ((weight.K + weight.span - 1) / weight.span) * weight.record;
   if (weight.bits == 8) return rows * 4;
   return weight.span ? rows / kLanes * (weight.K / weight.span) * weight.record : rows * weight.K / kGroup * 2;
@@ -57,8 +67,12 @@ inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K);
 
-// y[m, n] for bfloat16 weights of the same K, a multiple of 16, side by side in y: M at least 8, each N a multiple of 8.
+// y[m, n] for weights of the same K, a multiple of 16, whose numbers are bfloat16, side by side in y: M at least 8, each N
+// a multiple of 8.
 void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, int64_t threads);
+
+// y = silu(x gate^T) * (x up^T) for two such weights of equal shape.
+void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads);
 
 // Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. y: where its columns of the result begin.
 // `width` is the distance between two rows of y.

@@ -21,7 +21,7 @@
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
-// quantization/layers.py. Weights in fp8 are multiplied in fp8.cpp.
+// quantization/layers.py. Weights in fp8 are multiplied in fp8.cpp, lossless ones in lossless.cpp.
 
 #include <algorithm>
 #include <cstdint>
@@ -171,6 +171,7 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, const in
 
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width) {
+  if (is_lossless(weight)) return lossless_rows(x.rows(), M, weight, y, begin * kLanes, end * kLanes, width);
   if (is_fp8(weight)) return fp8_blocks(x.rows(), M, weight, y, begin, end, width);
   (weight.bits == 8 ? blocks_of<kInt8> : weight.span ? blocks_of<kUint4> : blocks_of<kInt4>)(x, M, weight, y, begin, end,
                                                                                             width);
@@ -178,10 +179,12 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
 
 void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
                                 int64_t threads) {
+  if (M >= kManyRows && std::all_of(weights, weights + count, is_bfloat16))
+    return linear_together(x, weights, count, y, M, threads);
   const int64_t K = weights[0].K;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
-  const bool is_plain = std::all_of(weights, weights + count, is_fp8);
+  const bool is_plain = std::all_of(weights, weights + count, takes_bfloat16);
   Activations quantized(is_plain ? 0 : M, K);
   quantized.where = x;
   parallel_for(is_plain ? 0 : M, 16, threads, [&](int64_t begin, int64_t end) {
@@ -203,6 +206,10 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
   for (int64_t r = 0; r < R; r++) {
     const int64_t n = row[r], block = n / kLanes, lane = n % kLanes;
     if (n < 0 || n >= weight->N) return false;
+    if (is_lossless(*weight)) {
+      unpack_row(*weight, n, y + r * K);
+      continue;
+    }
     const auto* bytes = static_cast<const uint8_t*>(weight->weight) + (block * (K / channels) * kLanes + lane) * 4;
     for (int64_t g = 0; g < K / kGroup; g++) {
       const auto [zero, scale, minimum] = group_scale(*weight, block, lane, g);

@@ -16,6 +16,9 @@ MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
+CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
+CODED_WORDS = CODED * 12 // 16
+RECORD = 8  # bytes of the record of such a row
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
 
@@ -129,12 +132,14 @@ def is_array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
-    """Return quantized weights as quantized.cpp and fp8.cpp describe them.
+    """Return packed weights as quantized.cpp, fp8.cpp and lossless.h describe them.
 
     Raises: ValueError for tensors that are not.
     """
     is_packed = packed.dim() == 4 and is_array(packed, torch.uint8, *packed.shape[:2], LANES, 4)
     require(is_packed, "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous")
+    if scale.dtype == torch.uint8 and scale.dim() == 1:
+        return _lossless_linear(packed, scale)
     bits = 8 if scale.dtype == torch.float32 else 4
     N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
     require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
@@ -151,6 +156,18 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
         "or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
     )
     return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if record else 0, record)
+
+
+def _lossless_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
+    N, (groups, rest) = packed.shape[0] * LANES, divmod(packed.shape[1] * 2, CODED_WORDS)
+    require(
+        rest in (0, CODED // 2)
+        and is_array(scale, torch.uint8, *scale.shape)
+        and len(scale) >= N * RECORD
+        and len(scale) % 4 == 0,
+        "lossless weights must have rows of whole groups of 128 channels and up to 64 more, and a record for each",
+    )
+    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, groups * CODED + rest, 12)
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:

@@ -5,7 +5,8 @@
 //   packed weights   32 rows at a time are dequantized into pairs, in memory of the thread that stays in its cache (64 K
 //                    bytes); x is read where it lies. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales
 //                    of rows come last.
-//   bfloat16         the weight is read where it lies; x is put into pairs once per call. The results are transposed.
+//   bfloat16         the weight is read where it lies, or 32 rows at a time are unpacked (lossless.h); x is put into pairs
+//                    once per call. The results are transposed.
 //   int8             the weight is read where it lies: four channels of 16 rows side by side are a line of a tile. x is
 //                    quantized once per call, and put into tiles.
 // No second copy of a weight is kept.
@@ -169,10 +170,10 @@ void int8_panel(const Panel& panel, const Levels& x, int64_t width) {
   }
 }
 
-// All rows of x, in pairs, with a panel of bfloat16.
-void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width) {
+// All rows of x, in pairs, with a panel of bfloat16. room: for the panel where it must be unpacked.
+void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width, std::vector<BFloat16>& room) {
   const int64_t K = panel.weight->K, rows = panel.blocks * kLanes;
-  const auto* weight = static_cast<const BFloat16*>(panel.weight->weight) + panel.block * kLanes * K;
+  const BFloat16* weight = plain_rows(*panel.weight, panel.block * kLanes, rows, room);
   alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
     const int64_t columns = M - m0 > kTileRows ? kTwo : kTileRows;
@@ -193,7 +194,7 @@ void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width
 void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
                            int64_t threads) {
   const int64_t K = weights[0].K, whole = M / kTwo * kTwo;
-  const bool is_plain = weights[0].bits == 16;
+  const bool is_plain = is_bfloat16(weights[0]);
   const auto uses_int8 = [&](const Linear& weight) { return tiles == kInt8Tiles && is_int8(weight); };
   const std::vector<Panel> panels = panels_of(weights, count, y);
   int64_t width = 0;
@@ -219,9 +220,10 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   parallel_for(panels.size(), 1, threads, [&](int64_t begin, int64_t end) {
     const TileUse use;
     Pairs pairs;
+    std::vector<BFloat16> room;
     for (int64_t i = begin; i < end; i++) {
       if (is_plain) {
-        plain_panel(panels[i], x_start, M, width);
+        plain_panel(panels[i], x_start, M, width, room);
       } else if (uses_int8(*panels[i].weight)) {
         (panels[i].blocks == 2 ? int8_panel<2> : int8_panel<1>)(panels[i], levels, width);
       } else {
