@@ -209,8 +209,8 @@ class Loader:
             return
         if quantized_source is not None:
             raise ValueError(
-                f"quantization={LOSSLESS!r} packs bfloat16 weights of safetensors, and {quantized_source} is a GGUF file "
-                "or quantized; use None, which keeps its formats"
+                f"quantization={LOSSLESS!r} packs bfloat16 weights of safetensors, and {quantized_source} is a GGUF "
+                "file or quantized; use None, which keeps its formats"
             )
         if (dtype := choose_dtype(self.dtype, config)) != torch.bfloat16:
             raise ValueError(f"quantization={LOSSLESS!r} packs bfloat16 weights, got {dtype}; add dtype='bfloat16'")

@@ -36,8 +36,8 @@ def quantize_model(
     Raises: ValueError for an unknown format.
     """
     format = name if isinstance(name, Format) else get_format(name)
-    convertible = {n: model.get_submodule(n) for n in plain_modules(model) if n not in modules_to_not_convert}
-    convertible = {n: module for n, module in convertible.items() if format.fits(*module.weight.shape)}
+    names = set(plain_modules(model, format)) - set(modules_to_not_convert)
+    convertible = {n: module for n, module in model.named_modules() if n in names}
     layers: list[tuple[str, nn.Module]] = [(n, model.get_submodule(n)) for n in plain_experts(model)]
     layers = [(n, m) for n, m in layers if n not in modules_to_not_convert]
     layers += [(n, m) for n, m in convertible.items() if isinstance(m, nn.Linear)]
@@ -59,11 +59,15 @@ def formats_of(model: Qwen3) -> list[str]:
     return sorted({layer.format.name for layer in layers})
 
 
-def plain_modules(model: Qwen3) -> tuple[str, ...]:
-    """Return the names of plain layers that could be quantized: linear ones, without routers, and the embedding."""
+def plain_modules(model: Qwen3, format: Format | None = None) -> tuple[str, ...]:
+    """Return the names of plain layers that could be quantized: linear ones, without routers, and the embedding.
+
+    format: None for any.
+    """
     routers = {module.gate for module in model.modules() if isinstance(module, MoE)}
     plain = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in routers]
-    return tuple(name for name, module in plain if fits(*module.weight.shape))
+    fit = fits if format is None else format.fits
+    return tuple(name for name, module in plain if fit(*module.weight.shape))
 
 
 def plain_experts(model: Qwen3) -> tuple[str, ...]:

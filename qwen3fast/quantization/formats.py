@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.lossless import MULTIPLE, RECORD, in_features_of
+from qwen3fast.kernels.cpu.lossless import MULTIPLE, in_features_of
 from qwen3fast.kernels.cpu.ops import quantize_weight
+from qwen3fast.kernels.cpu.structures import RECORD
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
 from qwen3fast.quantization.packed import (
@@ -194,9 +195,7 @@ FORMATS = {
     "int4": Format("int4", 4, quantize_int4, rows_int4),
     "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
-    LOSSLESS: Format(
-        LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE, is_saved=False
-    ),
+    LOSSLESS: Format(LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE, is_saved=False),
 }
 SAVED = tuple(name for name, format in FORMATS.items() if format.is_saved)  # that checkpoints can be in
 

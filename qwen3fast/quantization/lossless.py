@@ -1,8 +1,8 @@
 """lossless: bfloat16 weights in 12 bits each, exactly; kernels/cpu/lossless.h describes the layout.
 
-Trained weights use few of bfloat16's 256 exponents: in each row, 15 neighboring ones serve nearly all numbers. Exponents
-become codes of 4 bits; the few numbers without a code are stored beside the others. That most of bfloat16's exponent bits
-can be saved is known from DFloat11 (Zhang et al. 2025, arXiv:2504.11651), whose codes of varying length take 11 bits.
+Of bfloat16's 256 exponents, 15 neighboring ones serve nearly all numbers of a row. Exponents become codes of 4 bits,
+and the few numbers without a code are stored beside the others. DFloat11 (Zhang et al. 2025, arXiv:2504.11651) saves
+most bits of exponents, too: its codes of varying length take 11 bits per number.
 
     N out_features   K in_features, a multiple of 64   R rows   W words of 16 bits per row
 """
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.lossless import CODED, RECORD, pack_lossless as pack_in_cpp, row_words, unpack_rows
+from qwen3fast.kernels.cpu.lossless import pack_lossless as pack_in_cpp
+from qwen3fast.kernels.cpu.lossless import row_words, unpack_rows
+from qwen3fast.kernels.cpu.structures import CODED, RECORD
 from qwen3fast.quantization.packed import LANES, Packed
 
 LOSSLESS = "lossless"
