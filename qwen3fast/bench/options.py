@@ -8,13 +8,13 @@ from pathlib import Path
 
 from qwen3fast.bench.measure import MODES
 from qwen3fast.checkpoint.choices import DTYPES
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import ALL_FORMATS
 
 PLAIN = "plain"
 CACHE_SUFFIX = "-kv8"
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MEASURED = ("formats", "modes", "contexts", "batch_sizes", "new_tokens", "repetitions", "text")
-WEIGHTS = (PLAIN, *FORMATS)
+WEIGHTS = (PLAIN, *ALL_FORMATS)
 FORMAT_NAMES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", CACHE_SUFFIX))
 
 

@@ -94,7 +94,7 @@ def main_format(model: nn.Module) -> str | None:
     """
     formats = [m.format for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     for format in formats:
-        if not format.is_saved:
+        if format.is_lossless:
             raise ValueError(f"{format.name} weights are not saved; the checkpoint that they come from has the same")
     names = [format.name for format in formats]
     by_rows = {format.name for format in formats if format.bits == 8 and not format.has_blocks}

@@ -15,7 +15,7 @@ from qwen3fast.generator import Generator
 from qwen3fast.model.kv_cache import CACHE_DTYPES
 from qwen3fast.options import GeneratorOptions
 from qwen3fast.quantization.convert import DEQUANTIZE
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import ALL_FORMATS
 from qwen3fast.sampling_params import SamplingParams
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
@@ -23,7 +23,10 @@ MODEL_HELP = (
     "hub id such as Qwen/Qwen3-0.6B, local folder or .gguf file, 'tiny' (comes with the package), or 'random:0.6b' "
     "(random weights of that size) [%(default)s]"
 )
-QUANTIZATION_HELP = "quantize the weights while loading; dequantize: use a prequantized checkpoint unquantized"
+QUANTIZATION_HELP = (
+    "quantize the weights while loading; lossless: pack bfloat16 in 12 bits; dequantize: use a prequantized checkpoint "
+    "unquantized"
+)
 NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
 NO_CALIBRATE_HELP = "int4 and uint4 without correcting errors, which the first load of a model takes time for"
 
@@ -41,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
-    add("--quantization", choices=[*FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
+    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
     add("--no-calibrate", action="store_true", help=NO_CALIBRATE_HELP)
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and reply [4096 or the model's maximum]")
     add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")

@@ -24,7 +24,7 @@ from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.convert import formats_of, plain_modules, quantize_model
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import ALL_FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 
 HELP = "show a model's sizes, and the memory of weights and KV cache"
@@ -33,7 +33,7 @@ HELP = "show a model's sizes, and the memory of weights and KV cache"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
-    parser.add_argument("--quantization", choices=list(FORMATS), help="show the model quantized to this format")
+    parser.add_argument("--quantization", choices=list(ALL_FORMATS), help="show the model quantized to this format")
     parser.add_argument("--device", default="auto", help="whose calibrated copy to look for [%(default)s]")
 
 

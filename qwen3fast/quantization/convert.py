@@ -12,7 +12,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE, Qwen3
 from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.experts import QuantizedExperts, can_quantize
-from qwen3fast.quantization.formats import FORMATS, Format, fits, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, Format, fits, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 DEQUANTIZE = "dequantize"  # the `quantization` that loads plain weights of a checkpoint that others quantized
@@ -82,7 +82,7 @@ def prepare_quantization(name: str, device: torch.device) -> None:
     """
     format = get_format(name)
     if device.type not in format.devices:
-        others = [other.name for other in FORMATS.values() if device.type in other.devices]
+        others = [other.name for other in ALL_FORMATS.values() if device.type in other.devices]
         raise ValueError(
             f"quantization={name!r} runs on {' and '.join(format.devices)} devices, not on {device}; "
             + (f"there, use {' or '.join(others)}" if others else "use device='cpu'")
@@ -110,12 +110,12 @@ def get_format(name: str) -> Format:
 
     Raises: ValueError with the supported names.
     """
-    if name not in FORMATS:
+    if name not in ALL_FORMATS:
         raise ValueError(
-            f"quantization={name!r} is not supported; supported: {', '.join(FORMATS)}, or None; for checkpoints that "
-            f"others quantized also {DEQUANTIZE!r}"
+            f"quantization={name!r} is not supported; supported: {', '.join(ALL_FORMATS)}, or None; for checkpoints "
+            f"that others quantized also {DEQUANTIZE!r}"
         )
-    return FORMATS[name]
+    return ALL_FORMATS[name]
 
 
 def _quantized(weight: Tensor, format: Format, bias: nn.Parameter | None = None) -> QuantizedLinear:

@@ -34,7 +34,7 @@ from qwen3fast.quantization.packed import (
 )
 from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4, scales_uint4
 
-__all__ = ["FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
+__all__ = ["ALL_FORMATS", "FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
 
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
 # Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
@@ -54,7 +54,7 @@ class Format:
         layout_of: the layout of an affine format's scales, given K.
         has_blocks: of fp8, whether scales are of blocks, not of rows.
         devices: types of devices that there are kernels for.
-        multiple: of K. is_saved: checkpoints can be in it.
+        multiple: of K.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Format:
     has_blocks: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     multiple: int = GROUP
-    is_saved: bool = True
 
     @property
     def is_lossless(self) -> bool:
@@ -195,9 +194,11 @@ FORMATS = {
     "int4": Format("int4", 4, quantize_int4, rows_int4),
     "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
-    LOSSLESS: Format(LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE, is_saved=False),
 }
-SAVED = tuple(name for name, format in FORMATS.items() if format.is_saved)  # that checkpoints can be in
+# With the one that quantizes nothing, which checkpoints are never in.
+ALL_FORMATS = FORMATS | {
+    LOSSLESS: Format(LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE),
+}
 
 
 def quantize(weight_NK: Tensor, format: Format) -> Packed:

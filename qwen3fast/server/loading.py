@@ -15,7 +15,7 @@ from qwen3fast.embedder import Embedder
 from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
 from qwen3fast.quantization.convert import DEQUANTIZE
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import ALL_FORMATS
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel
 
@@ -40,8 +40,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-size", type=int, default=8, metavar="N", help="requests that run together [%(default)s]")
     add("--max-seq-len", type=int, default=4096, metavar="N", help="tokens of prompt and reply together [%(default)s]")
     add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
-    add("--quantization", choices=[*FORMATS, DEQUANTIZE], help="quantize the weights while loading; dequantize: use a "
-        "prequantized checkpoint unquantized")  # fmt: skip
+    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; lossless: pack "
+        "bfloat16 in 12 bits; dequantize: use a prequantized checkpoint unquantized")  # fmt: skip
     add("--no-calibrate", action="store_true", help="int4 and uint4 without correcting errors, which the first load "
         "of a model takes time for")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")

@@ -24,7 +24,7 @@ from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model
-from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 
 CPU = torch.device("cpu")
@@ -764,6 +764,9 @@ def test_operations_for_other_processors(processor, tmp_path):
         gate_up, down = operands(random_tensor(5 * 64, 64), format), operands(random_tensor(5 * 64, 32), format)
         expert_NC = torch.tensor([[3, 1], [3, 4]])
         cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
+    packed = quantize(0.02 * random_tensor(48, 192), ALL_FORMATS["lossless"])
+    for rows in (1, 4, 11):
+        cases.append(("quantized_linear", (random_tensor(rows, 192).bfloat16(), [packed.weight], [packed.scale])))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []
     for format, cache_dtype in product((None, *CPU_FORMATS), (torch.bfloat16, torch.int8)):

@@ -37,7 +37,7 @@ from qwen3fast.files import read_text
 from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import parse_cache_dtype
 from qwen3fast.quantization.convert import formats_of, quantize_model
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import ALL_FORMATS
 
 MAX_LOGITS = 2**23  # compared at a time
 
@@ -124,7 +124,7 @@ def token_ids(session: Session) -> list[int]:
 
 
 def _model(session: Session, quantization: str | None) -> Qwen3:
-    if quantization is None or session.device.type in FORMATS[quantization].devices:
+    if quantization is None or session.device.type in ALL_FORMATS[quantization].devices:
         return session.model(quantization)
     o = session.options
     model = load_model(o.model, o.device, o.dtype, calibrate=False)
