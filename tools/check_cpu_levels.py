@@ -27,7 +27,7 @@ from qwen3fast.kernels.cpu.building import EXTRA_FLAGS, FOLDER, SOURCES
 from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
 from qwen3fast.kernels.cpu.structures import packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
-from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
 
 ROOT = Path(__file__).parents[1]

@@ -189,7 +189,7 @@ def test_layers_whose_channels_do_not_fit_stay_plain():
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="packs bfloat16 weights, got torch.float32; add dtype='bfloat16'"):
+    with pytest.raises(ValueError, match=r"packs bfloat16 weights, got torch\.float32; add dtype='bfloat16'"):
         load_model("tiny", dtype="float32", quantization="lossless")
     with pytest.raises(ValueError, match="lossless weights are not saved"):
         save_model(load_model("tiny", quantization="lossless"), tmp_path / "saved")
