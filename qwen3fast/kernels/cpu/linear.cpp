@@ -91,8 +91,8 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * width, 1);
         for (int64_t which = 0; which < (up ? 2 : 1); which++)
           for (int64_t i = 0; i < count; i++) {
-            const BFloat16 *w = panels[which] + (panel - first + i) * numbers, *next = w + group * numbers + part * lines * K;
-            run(x + block * K / 2, w, results[which] + i * kPanel, K, is_lossless(*weights[which]) ? 0 : lines,
+            const uint8_t* next = stored_row(*weights[which], (panel + i + group) * kPanel + part * lines);
+            run(x + block * K / 2, panels[which] + (panel - first + i) * numbers, results[which] + i * kPanel, K, lines,
                 reinterpret_cast<const char*>(next));
           }
         if (up) gate_values(results[0], results[1], rows * columns);

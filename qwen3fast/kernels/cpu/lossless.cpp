@@ -62,7 +62,7 @@ class Row {
  public:
   Row(const Linear& weight, int64_t n)
       : record_(static_cast<const RowRecord*>(weight.scale)[n]),
-        packed_(static_cast<const uint8_t*>(weight.weight) + n * lossless_bytes(weight.K)),
+        packed_(stored_row(weight, n)),
         codes_(record_.base),
         exception_(reinterpret_cast<const Exception*>(&record_) + record_.first),
         end_(exception_ + record_.count) {}

@@ -38,12 +38,18 @@ inline bool is_bfloat16(const Linear& weight) { return weight.bits == 16 || is_l
 
 inline int64_t lossless_bytes(int64_t K) { return K / kCoded * kCodedBytes + K % kCoded * int64_t{sizeof(BFloat16)}; }
 
+// Where row n of a weight lies whose numbers are bfloat16, stored as such or in 12 bits.
+inline const uint8_t* stored_row(const Linear& weight, int64_t n) {
+  const int64_t bytes = is_lossless(weight) ? lossless_bytes(weight.K) : weight.K * int64_t{sizeof(BFloat16)};
+  return static_cast<const uint8_t*>(weight.weight) + n * bytes;
+}
+
 // Writes row n of a lossless weight to y (K,).
 void unpack_row(const Linear& weight, int64_t n, BFloat16* y);
 
 // Rows n..n+count-1 of a weight whose numbers are bfloat16, (count, K): where they lie, or in `room`.
 inline const BFloat16* plain_rows(const Linear& weight, int64_t n, int64_t count, std::vector<BFloat16>& room) {
-  if (weight.bits == 16) return static_cast<const BFloat16*>(weight.weight) + n * weight.K;
+  if (weight.bits == 16) return reinterpret_cast<const BFloat16*>(stored_row(weight, n));
   if (static_cast<int64_t>(room.size()) < count * weight.K) room.resize(count * weight.K);
   for (int64_t i = 0; i < count; i++) unpack_row(weight, n + i, room.data() + i * weight.K);
   return room.data();
