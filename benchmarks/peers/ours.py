@@ -9,14 +9,22 @@ import torch
 
 from peers.protocol import Variant, run_adapter
 from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.quantization.lossless import LOSSLESS
 
 _QUANTIZED = {"activations": "bf16; int8 in groups of 32 for products, sums in fp32"}
 _INT8 = {"weights": "int8, a scale per row (8.03 bits per weight), all matrices", **_QUANTIZED}
 _INT4 = {"weights": "int4, a scale per 32 weights (4.5 bits per weight), all matrices", **_QUANTIZED}
 _PLAIN, _INT8_CACHE = {"kv_cache": "bf16"}, {"kv_cache": "int8, a scale per key and value vector"}
 INT8_CACHE = "-kv8"  # ends the name of a variant with such a cache
+LABELS = {LOSSLESS: " lossless", "int8-kv8": " int8 cache", "int4-kv8": " int8 cache"}  # beside our name
 VARIANTS = (
     Variant("bf16", "bf16", {"weights": "bf16", "activations": "bf16, sums in fp32", **_PLAIN}),
+    Variant(
+        "bf16",
+        LOSSLESS,
+        {"weights": "bf16, packed exactly in 12 bits", "activations": "bf16, sums in fp32", **_PLAIN},
+        weights="bf16",
+    ),
     Variant("int8", "int8", {**_INT8, **_PLAIN}),
     Variant("int8", "int8" + INT8_CACHE, {**_INT8, **_INT8_CACHE}, weights="int8"),
     Variant("int4", "int4", {**_INT4, **_PLAIN}),
@@ -29,7 +37,7 @@ class OurEngine:
 
     def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         self.generator = Generator(
-            load_model(model, device),
+            load_model(model, device, quantization=LOSSLESS if variant == LOSSLESS else None),
             max_seq_len=max_seq_len,
             kv_cache_dtype="int8" if variant.endswith(INT8_CACHE) else "auto",
             compile=True,

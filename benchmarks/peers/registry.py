@@ -33,7 +33,7 @@ def selected(peers: list[str], format: str) -> Iterator[tuple[str, Peer | None, 
     """Yield all engines of a format with their names; ours, which has no Peer, comes first."""
     for variant in ours.VARIANTS:
         if variant.format == format:
-            yield OURS + (" int8 cache" if variant.name.endswith(ours.INT8_CACHE) else ""), None, variant
+            yield OURS + ours.LABELS.get(variant.name, ""), None, variant
     for peer in (PEERS[name] for name in peers):
         for variant in peer.variants:
             if variant.format == format:
