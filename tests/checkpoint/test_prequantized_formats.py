@@ -39,7 +39,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.model import stacking
 from qwen3fast.quantization.convert import formats_of, plain_modules
 from qwen3fast.quantization.experts import QuantizedExperts
-from qwen3fast.quantization.formats import FORMATS, Packed
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, Packed
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.packed import bytes_of_rows
 from qwen3fast.quantization.uint4 import Layout
@@ -325,7 +325,7 @@ def test_layers_with_blocks_of_scales_are_stacked_whatever_rows_the_blocks_end_a
 
 
 def test_floats_become_plain_on_devices_without_kernels_for_them(tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMATS, "fp8", replace(FORMATS["fp8"], devices=("cuda",)))
+    monkeypatch.setitem(ALL_FORMATS, "fp8", replace(FORMATS["fp8"], devices=("cuda",)))
     reference = write_layout("fp8, cut blocks", tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert not formats_of(model)
