@@ -23,7 +23,7 @@ INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 # In an order that stays distinct in gray and for color-blind readers.
 PALETTE = ("#0b6e99", "#c2410c", "#4d7c0f", "#8d3f8d", "#b8860b", "#5a6b7b")
 FORMAT_COLORS = {
-    "bf16": "#0b6e99", "int8": "#c2410c", "int4": "#4d7c0f",
+    "bf16": "#0b6e99", "lossless": "#6d4c9f", "int8": "#c2410c", "int4": "#4d7c0f",
     "bf16-kv8": "#6ba9c4", "int8-kv8": "#e8956d", "int4-kv8": "#97b86a",
 }  # fmt: skip
 
