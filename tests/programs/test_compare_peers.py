@@ -88,8 +88,9 @@ def run(monkeypatch, tmp_path, one_thread):
 
 def test_every_engine_of_every_format_is_checked_and_measured_at_every_length(run, capsys):
     status, record = run()
-    assert (status, record.suite, run.closed) == (0, "peers", 4 + 3)
-    bf16 = ["qwen3fast", "transformers eager", "transformers static-compiled", "transformers no-cache"]
+    assert (status, record.suite, run.closed) == (0, "peers", 5 + 3)
+    peers = ["transformers eager", "transformers static-compiled", "transformers no-cache"]
+    bf16 = ["qwen3fast", "qwen3fast lossless", *peers]
     int8 = ["qwen3fast", "qwen3fast int8 cache", "ctranslate2 int8"]
     shapes = [("decode", 4), ("decode", 8), ("prefill", 6)]
     expected = [(f, e, *shape) for f, engines in (("bf16", bf16), ("int8", int8)) for shape in shapes for e in engines]
@@ -127,7 +128,7 @@ def test_an_engine_that_crashes_is_left_out_with_its_reason_and_the_rest_is_kept
     assert record.notes["left_out"] == {"transformers eager, bf16": "ended by SIGILL; its log is empty"}
     cases = {(c.labels["engine"], c.labels["what"], c.labels["context"]): c for c in record.cases}
     others = {name for name, *_ in cases} - {"transformers eager"}
-    assert len(others) == 5
+    assert len(others) == 6
     for name in others:
         for shape in (("decode", 4), ("decode", 8), ("prefill", 6)):
             assert len(cases[(name, *shape)].samples["ttft_s"]) % 2 == 0
@@ -152,7 +153,7 @@ def test_rounds_come_in_a_new_order_each(run, monkeypatch):
 
     monkeypatch.setattr(compare_peers, "_reply", reply)
     _, record = run()
-    rounds = [order[i : i + 4] for i in (0, 4)]
+    rounds = [order[i : i + 5] for i in (0, 5)]
     assert sorted(rounds[0]) == sorted(rounds[1]) and rounds[0] != rounds[1]
     assert record.notes["order_seed"] == compare_peers.ORDER_SEED
     assert record.environment["cpu"] and record.environment["cpu_flags"]

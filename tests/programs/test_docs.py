@@ -169,13 +169,13 @@ def test_memory_of_models_is_what_they_take():
     assert len(rows) == 8
     for name, cells in rows:
         config = ModelConfig.named(name)
-        models = [build_on_meta(config) for _ in range(5)]
-        for model, quantization in zip(models[1:], ("int8", "fp8", "int4", "uint4"), strict=True):
+        models = [build_on_meta(config) for _ in range(6)]
+        for model, quantization in zip(models[1:], ("lossless", "int8", "fp8", "int4", "uint4"), strict=True):
             quantize_model(model, quantization, config.dtype)
-        plain, int8, fp8, int4, uint4 = (f"{model.num_bytes() / 1e9:.2f}" for model in models)
+        plain, lossless, int8, fp8, int4, uint4 = (f"{model.num_bytes() / 1e9:.2f}" for model in models)
         assert int8 == fp8
         cache = (round(config.kv_bytes_per_token(dtype) / 1024, 2) for dtype in (torch.bfloat16, torch.int8))
-        assert cells.split(" | ") == [plain, int8, int4, uint4, *(f"{kib:g}" for kib in cache)], name
+        assert cells.split(" | ") == [plain, lossless, int8, int4, uint4, *(f"{kib:g}" for kib in cache)], name
 
 
 def test_every_public_name_is_in_the_api_reference():
