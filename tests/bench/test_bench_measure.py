@@ -32,17 +32,20 @@ def test_tokens_of_the_plain_model_are_exact_and_others_are_not():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "tolerance"),
+    ("dtype", "quantization", "cache_dtype", "tolerance"),
     [
-        (torch.float32, None, TIE_TOLERANCE[torch.float32]),
-        (torch.float32, "int8", TIE_TOLERANCE[torch.float32]),
-        (torch.bfloat16, None, TIE_TOLERANCE[torch.bfloat16]),
-        (torch.bfloat16, "int4", QUANTIZED_TOLERANCE),
+        (torch.float32, None, None, TIE_TOLERANCE[torch.float32]),
+        (torch.float32, "int8", torch.int8, TIE_TOLERANCE[torch.float32]),
+        (torch.bfloat16, None, torch.bfloat16, TIE_TOLERANCE[torch.bfloat16]),
+        (torch.bfloat16, "lossless", None, TIE_TOLERANCE[torch.bfloat16]),
+        (torch.bfloat16, None, torch.int8, QUANTIZED_TOLERANCE),
+        (torch.bfloat16, "int4", None, QUANTIZED_TOLERANCE),
     ],
     ids=str,
 )
-def test_rounded_activations_allow_more_in_bfloat16_only(dtype, quantization, tolerance):
+def test_quantized_activations_and_caches_allow_more_in_bfloat16_only(dtype, quantization, cache_dtype, tolerance):
     model = randomized(small_config(**SIZES, dtype=dtype)).to(dtype)
     if quantization:
         quantize_model(model, quantization, dtype)
-    assert check_tokens(model, [[1, 2, 3]], [greedy(model, [1, 2, 3], 2)]).tolerance == tolerance
+    check = check_tokens(model, [[1, 2, 3]], [greedy(model, [1, 2, 3], 2)], cache_dtype)
+    assert check.tolerance == tolerance
