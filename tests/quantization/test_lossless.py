@@ -65,8 +65,9 @@ def test_both_packers_write_the_same_bytes(N, K):
 
 def test_rows_come_in_any_order():
     weight_NK = weight_with_exceptions(48, 192)
-    row_R = torch.tensor([7, 0, 47, 7, 3])
-    assert_same(rows_lossless(pack_plainly(weight_NK), row_R), weight_NK[row_R].float())
+    for rows in ([7, 0, 47, 7, 3], []):
+        row_R = torch.tensor(rows, dtype=torch.int64)
+        assert_same(rows_lossless(pack_plainly(weight_NK), row_R), weight_NK[row_R].float())
 
 
 def test_usual_weights_take_12_bits():
@@ -103,6 +104,9 @@ def test_weights_side_by_side():
         if rows < 8:
             assert_same_bits(together, torch.cat(alone, dim=1))
         assert_near(together, torch.cat(alone, dim=1).float(), torch.bfloat16)
+        assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed]), together)
+        other = torch.ops.qwen3fast.quantized_linear(x, [p.weight for p in packed[::-1]], [p.scale for p in packed[::-1]])
+        assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed[::-1]]), other)
 
 
 def models(**changes):
@@ -186,6 +190,7 @@ def test_layers_whose_channels_do_not_fit_stay_plain():
     quantize_model(model, "lossless", torch.bfloat16)
     block = model.model.layers[0].mlp
     assert isinstance(block.gate_proj, QuantizedLinear) and not isinstance(block.down_proj, QuantizedLinear)
+    assert FORMAT.fits(16, 2**16 - 64) and not FORMAT.fits(16, 2**16)
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):
