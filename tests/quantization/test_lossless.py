@@ -105,7 +105,8 @@ def test_weights_side_by_side():
             assert_same_bits(together, torch.cat(alone, dim=1))
         assert_near(together, torch.cat(alone, dim=1).float(), torch.bfloat16)
         assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed]), together)
-        other = torch.ops.qwen3fast.quantized_linear(x, [p.weight for p in packed[::-1]], [p.scale for p in packed[::-1]])
+        reversed_weights, scales = zip(*packed[::-1], strict=True)
+        other = torch.ops.qwen3fast.quantized_linear(x, list(reversed_weights), list(scales))
         assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed[::-1]]), other)
 
 
