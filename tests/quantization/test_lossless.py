@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import assert_near, assert_same, random_tensor, randomized, small_config
 
 from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.checkpoint import empty, loaders
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.state import DecodeState
@@ -205,14 +206,14 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
 
 
 def test_gguf_files_are_refused(tmp_path, monkeypatch):
-    from qwen3fast.checkpoint import loaders
-
-    monkeypatch.setattr(loaders, "read_header", lambda file: None)
-    monkeypatch.setattr(loaders, "config_of", lambda header: small_config())
+    for module in (loaders, empty):
+        monkeypatch.setattr(module, "read_header", lambda file: None)
+        monkeypatch.setattr(module, "config_of", lambda header: small_config())
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is a GGUF file or quantized; use None"):
-        load_model(file, quantization="lossless")
+    for load in (load_model, empty.empty_model):  # the latter as `info` calls it
+        with pytest.raises(ValueError, match="is a GGUF file or quantized; use None"):
+            load(file, quantization="lossless")
 
 
 @in_cpp
