@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from qwen3fast.checkpoint.gguf.config import config_of
 from qwen3fast.checkpoint.gguf.header import read_header
 from qwen3fast.checkpoint.gguf.layout import choose_formats, replace_layers
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.loaders import refuse_other_format
+from qwen3fast.checkpoint.loaders import check_lossless, refuse_other_format
 from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checkpoint.stored_formats import use_stored_formats
 from qwen3fast.model import Qwen3, build_on_meta
@@ -28,6 +30,7 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
     if source.is_file():
         header = read_header(source)
         model = build_on_meta(config_of(header))
+        check_lossless(quantization, model.config.dtype, model.config, source)
         formats = choose_formats(header, model.config, None)
         if formats and quantization is not None:
             formats = choose_formats(header, model.config, quantization)
@@ -40,6 +43,7 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
         stored.modules_to_not_convert,
     )
     theirs = stored.prequantized
+    check_lossless(quantization, torch.bfloat16, stored.model, source if theirs is not None else None)
     if theirs is not None:  # as usual; only the tensors tell which others are plain
         format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
     model = build_on_meta(stored.model)

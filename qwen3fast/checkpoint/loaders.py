@@ -79,7 +79,7 @@ class Loader:
         """Make the model of "random:NAME" or "random:NAME:SEED"."""
         config, seed = parse_random(source)
         self._refuse_dequantizing(None)
-        self._check_lossless(config)
+        check_lossless(self.quantization, self.dtype, config)
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
         model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
         self._leave_out_projection(model)
@@ -89,7 +89,8 @@ class Loader:
         """Load a folder with safetensors; stored: its config.json."""
         self._refuse_dequantizing(stored.prequantized)
         refuse_other_format(stored, self.quantization, folder)
-        self._check_lossless(stored.model, folder if stored.prequantized is not None else None)
+        quantized_source = folder if stored.prequantized is not None else None
+        check_lossless(self.quantization, self.dtype, stored.model, quantized_source)
         self._refuse_splitting(stored)
         if stored.quantization is not None:
             prepare_quantization(stored.quantization, self.device)
@@ -123,7 +124,7 @@ class Loader:
             raise ValueError(f"{file}: GGUF files cannot be split over processes yet; use safetensors")
         header = read_header(file)
         config = config_of(header)
-        self._check_lossless(config, file)
+        check_lossless(self.quantization, self.dtype, config, file)
         wanted = DEQUANTIZE if self.adapter and self.quantization is not None else self.quantization
         formats = choose_formats(header, config, wanted, self.device.type)
         if self.adapter and formats:
@@ -203,24 +204,27 @@ class Loader:
                 f"original weights with quantization={format!r}"
             )
 
-    def _check_lossless(self, config: ModelConfig, quantized_source: Path | None = None) -> None:
-        """Raises: ValueError if weights that are to be packed without loss are not in bfloat16."""
-        if self.quantization != LOSSLESS:
-            return
-        if quantized_source is not None:
-            raise ValueError(
-                f"quantization={LOSSLESS!r} packs bfloat16 weights of safetensors, and {quantized_source} is a GGUF "
-                "file or quantized; use None, which keeps its formats"
-            )
-        if (dtype := choose_dtype(self.dtype, config)) != torch.bfloat16:
-            raise ValueError(f"quantization={LOSSLESS!r} packs bfloat16 weights, got {dtype}; add dtype='bfloat16'")
-
     def _refuse_dequantizing(self, stored: PrequantizedFormat | None) -> None:
         if self.quantization == DEQUANTIZE and stored is None:
             raise ValueError(
                 f"quantization={DEQUANTIZE!r} is for checkpoints that other software quantized; use None "
                 "(no --quantization)"
             )
+
+
+def check_lossless(
+    quantization: str | None, dtype: str | torch.dtype, config: ModelConfig, quantized_source: Path | None = None
+) -> None:
+    """Raises: ValueError if weights that are to be packed without loss are not in bfloat16."""
+    if quantization != LOSSLESS:
+        return
+    if quantized_source is not None:
+        raise ValueError(
+            f"quantization={LOSSLESS!r} packs bfloat16 weights of safetensors, and {quantized_source} is a GGUF file "
+            "or quantized; use None, which keeps its formats"
+        )
+    if (chosen := choose_dtype(dtype, config)) != torch.bfloat16:
+        raise ValueError(f"quantization={LOSSLESS!r} packs bfloat16 weights, got {chosen}; add dtype='bfloat16'")
 
 
 def refuse_other_format(stored: CheckpointConfig, quantization: str | None, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Experts with weights in 8 or 4 bits; they replace `Experts` of model/moe.py.
+"""Experts with packed weights; they replace `Experts` of model/moe.py.
 
 On the CPU one C++ operation reads the bytes of active experts only, for any number of tokens, and quantizes activations
-to 8 bits as in linear layers, except for fp8. On CUDA devices a Triton kernel serves few tokens; for many tokens the
-weights are dequantized first. The plain form does both in PyTorch.
+to 8 bits as in linear layers, except for fp8 and lossless. On CUDA devices a Triton kernel serves few tokens; for many
+tokens the weights are dequantized first. The plain form does both in PyTorch.
 
 N tokens (of weights: out_features of an expert)   X experts   C active experts per token   P = N*C pairs
 E hidden_size   I moe_intermediate_size   K in_features

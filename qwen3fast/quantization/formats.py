@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.lossless import MULTIPLE, in_features_of
+from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE, in_features_of
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import RECORD
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
@@ -74,6 +74,8 @@ class Format:
 
     def fits(self, out_features: int, in_features: int) -> bool:
         """Return whether a weight of this shape can be packed."""
+        if self.is_lossless and in_features > MAX_CHANNELS:
+            return False
         return fits(out_features, in_features) and in_features % self.multiple == 0
 
     def in_features(self, packed: Packed) -> int:

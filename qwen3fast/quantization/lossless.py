@@ -74,7 +74,7 @@ def _int16(number: Tensor) -> Tensor:
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, ...]:
-    """Return the shape of the packed bytes, in that of other formats: each row's follow the previous row's."""
+    """Return the shape of the packed bytes, as other formats have it; each row's bytes follow the previous row's."""
     return (out_features // LANES, row_words(in_features) // 2, LANES, 4)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.metrics import short
@@ -18,7 +19,9 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.roofline import MODE
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, line_of
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 
@@ -33,6 +36,11 @@ def logits_through_cache(model: Qwen3, token_T: torch.Tensor, kv_cache_dtype: st
     """
     length, device = len(token_T), token_T.device
     dtype = parse_cache_dtype(kv_cache_dtype, model.model.norm.weight.dtype)
+    if device.type == "cpu":
+        cpu.load()  # plain models do not load the operations by themselves
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear  # as engines do
     cache = StaticKVCache(model.config, 1, length, dtype, device)
     cos_TD, sin_TD = rope_tables(model.config.head_dim, model.config.rope_theta, length, device, model.config.yarn)
     position_1T = torch.arange(length, device=device)[None]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.lossless import is_lossless, unpack_rows
+from qwen3fast.kernels.cpu.lossless import in_features_of, is_lossless, unpack_rows
 from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, record_levels
 
 NUMBERS_AT_ONCE = 2**20  # in float32
@@ -24,7 +24,7 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     int8 levels are whole numbers up to 127, which bfloat16 holds exactly: their scales multiply the product.
     """
     if is_lossless(packed, scale):
-        return F.linear(x, unpack_rows(packed, scale, torch.arange(packed.shape[0] * LANES)))
+        return F.linear(x, _lossless_weight(packed, scale))
     if scale.dim() == 2:
         return _fp8_linear(x, packed, scale)
     if scale.dim() == 1:
@@ -33,6 +33,15 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     if scale.dtype == torch.uint8:
         return F.linear(x, _uint4_weight(packed, scale))
     return F.linear(x, _int4_weight(packed, scale))
+
+
+def _lossless_weight(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the weight, (N, K) bfloat16, unpacked some rows at a time."""
+    weight_NK = torch.empty(packed.shape[0] * LANES, in_features_of(packed), dtype=torch.bfloat16)
+    step = max(1, NUMBERS_AT_ONCE // weight_NK.shape[1])
+    for row_R in torch.arange(len(weight_NK)).split(step):
+        weight_NK[row_R] = unpack_rows(packed, scale, row_R)
+    return weight_NK
 
 
 def _fp8_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

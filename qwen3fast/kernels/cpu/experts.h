@@ -1,5 +1,5 @@
-// The experts that a router chooses, with packed weights; see quantized.cpp, fp8.cpp and lossless.cpp for the products. Shared by
-// experts.cpp, decode_layers.cpp and prefill_layers.cpp.
+// The experts that a router chooses, with packed weights; see quantized.cpp, fp8.cpp and lossless.cpp for the products.
+// Shared by experts.cpp, decode_layers.cpp and prefill_layers.cpp.
 //
 // Pairs of a token and an expert are sorted by expert: the weights of an active expert are read once, other weights not
 // at all. A token's result does not depend on the tokens beside it.

@@ -1,7 +1,7 @@
-// Products of any number of rows with a bfloat16 weight, which is read where it lies, or unpacked (lossless.h) some rows at
-// a time. A few rows stream the weight
-// (matvec.cpp). With more, arithmetic counts: lanes are rows of x, put into pairs of channels once per call; the weight's
-// pairs go to all lanes. A result then needs no sum over lanes. The plain PyTorch form is in kernels/linear.py.
+// Products of any number of rows with a bfloat16 weight, which is read where it lies, or unpacked (lossless.h) some rows
+// at a time. A few rows stream the weight (matvec.cpp). With more, arithmetic counts: lanes are rows of x, put into pairs
+// of channels once per call; the weight's pairs go to all lanes. A result then needs no sum over lanes. The plain PyTorch
+// form is in kernels/linear.py.
 
 #include <algorithm>
 #include <cstdint>

@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int kFractionBits = 7, kCodeBits = 4, kCodes = 15;  // of bfloat16; of 12 bits; codes of exponents other than 0
+// Of bfloat16; of 12 bits; codes of exponents other than 0.
+constexpr int kFractionBits = 7, kCodeBits = 4, kCodes = 15;
 
 typedef uint16_t Words __attribute__((vector_size(64)));
 constexpr int64_t kWords = 32;
@@ -163,7 +164,8 @@ int64_t qwen3fast_plan_lossless(const BFloat16* weight, int64_t N, int64_t K, vo
       const BFloat16* row = weight + n * K;
       const int64_t coded = K / kCoded * kCoded;
       const int base = best_base(row, coded);
-      const auto exceptions = std::count_if(row, row + coded, [base](BFloat16 number) { return code_of(number, base) < 0; });
+      const auto is_exception = [base](BFloat16 number) { return code_of(number, base) < 0; };
+      const auto exceptions = std::count_if(row, row + coded, is_exception);
       record[n] = {0, static_cast<uint16_t>(exceptions), static_cast<uint16_t>(base << kFractionBits)};
     }
   });
@@ -173,7 +175,8 @@ int64_t qwen3fast_plan_lossless(const BFloat16* weight, int64_t N, int64_t K, vo
   return total;
 }
 
-void qwen3fast_pack_lossless(const BFloat16* weight, int64_t N, int64_t K, void* records, uint8_t* packed, int64_t threads) {
+void qwen3fast_pack_lossless(const BFloat16* weight, int64_t N, int64_t K, void* records, uint8_t* packed,
+                             int64_t threads) {
   const int64_t coded = K / kCoded * kCoded;
   parallel_for(N, std::max<int64_t>(1, 65536 / K), threads, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {

@@ -1,8 +1,8 @@
-// Weights in bfloat16, in 12 bits per number and exactly: most exponents of a row lie in a window of 15. 128 channels take
-// three vectors of 32 words of 16 bits. The lower 12 bits of the words are channels 0 to 95; the upper four bits of the
-// three vectors are the bits 0 to 3, 4 to 7 and 8 to 11 of channels 96 to 127. Of 12 bits, 0 to 3 are a code, 0 for an
-// exponent of 0, c for base + c; 4 is the sign, 5 to 11 the fraction. K is a multiple of 64; 64 channels that are left over are
-// stored as they are.
+// Weights in bfloat16, in 12 bits per number and exactly: most exponents of a row lie in a window of 15. 128 channels
+// take three vectors of 32 words of 16 bits. The lower 12 bits of the words are channels 0 to 95; the upper four bits of
+// the three vectors are the bits 0 to 3, 4 to 7 and 8 to 11 of channels 96 to 127. Of 12 bits, 0 to 3 are a code, 0 for
+// an exponent of 0, c for base + c; 4 is the sign, 5 to 11 the fraction. K is a multiple of 64; 64 channels that are left
+// over are stored as they are.
 //
 // The scales of such a weight are a record per row, and behind all records the numbers whose exponents have no code.
 //
@@ -20,7 +20,7 @@ constexpr int64_t kCoded = 128;  // channels that are coded together
 constexpr int64_t kCodedBytes = kCoded * 12 / 8;
 
 struct RowRecord {
-  int32_t first;         // of the row's exceptions: how many of them lie between this record and it, counted in their size
+  int32_t first;         // of the row's exceptions: its distance from this record, in units of an exception's size
   uint16_t count, base;  // of exceptions; of exponents, where bfloat16 has them
 };
 
@@ -56,4 +56,5 @@ inline const BFloat16* plain_rows(const Linear& weight, int64_t n, int64_t count
 }
 
 // y[m, n] for rows begin..end-1 of a lossless weight; `width` is the distance between two rows m of y.
-void lossless_rows(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
+void lossless_rows(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
+                   int64_t width);

@@ -12,6 +12,7 @@ from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import CODED, CODED_WORDS, LANES, RECORD, is_array, require
 
 MULTIPLE = 64  # of K
+MAX_CHANNELS = 2**16 - 1  # exceptions have numbers of 16 bits
 
 
 def row_words(in_features: int) -> int:
@@ -33,10 +34,12 @@ def pack_lossless(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     N, K = weight_NK.shape
     require(is_array(weight_NK, torch.bfloat16, N, K), "pack_lossless: weight must be bfloat16, contiguous")
     require(
-        N % LANES == 0 and K % MULTIPLE == 0 and K < 2**16, "pack_lossless: N a multiple of 16, K of 64, below 65,536"
+        N % LANES == 0 and K % MULTIPLE == 0 and K <= MAX_CHANNELS,
+        "pack_lossless: N a multiple of 16, K of 64, below 65,536",
     )
     records, threads = torch.empty(N * RECORD, dtype=torch.uint8), torch.get_num_threads()
     exceptions = functions().qwen3fast_plan_lossless(weight_NK.data_ptr(), N, K, records.data_ptr(), threads)
+    require(N * RECORD // 4 + exceptions < 2**31, "pack_lossless: more exceptions than a record can count")
     scale = torch.cat([records, torch.empty(exceptions * 4, dtype=torch.uint8)])
     packed = torch.empty(N // LANES, row_words(K) // 2, LANES, 4, dtype=torch.uint8)
     functions().qwen3fast_pack_lossless(weight_NK.data_ptr(), N, K, scale.data_ptr(), packed.data_ptr(), threads)
@@ -55,7 +58,7 @@ def unpack_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     coded = words_RW.shape[1] // CODED_WORDS * CODED_WORDS
     numbers = scale.view(torch.int16)
     first_R, count_R, base_R = _records(numbers[: N * RECORD // 2].view(N, -1)[row_R])
-    words = words_RW[:, :coded].reshape(R, -1, 3, CODED // 4).int() & 0xFFFF
+    words = words_RW[:, :coded].reshape(R, coded // CODED_WORDS, 3, CODED // 4).int() & 0xFFFF
     shift = torch.tensor([0, 4, 8], device=packed.device)[:, None]
     last = (words >> 12 << shift).sum(dim=2, keepdim=True, dtype=torch.int32)
     twelve_RK = torch.cat([words & 0xFFF, last], dim=2).flatten(1)

@@ -14,10 +14,10 @@
 
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
-// Weights (N, K): bits 16, bfloat16; 12, the same packed as lossless.h describes; 8 or 4, as quantized.cpp, or fp8.cpp. span: for 4 bits with a minimum
-// and for fp8, the channels that a record of scales covers, otherwise 0. record: its bytes, for 16 rows. order (K,): the
-// input's channel that each
-// column is for, or null for the same; only decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
+// Weights (N, K): bits 16, bfloat16; 12, the same packed as lossless.h describes; 8 or 4, as quantized.cpp or fp8.cpp
+// describes. span: for 4 bits with a minimum and for fp8, the channels that a record of scales covers, otherwise 0.
+// record: its bytes, for 16 rows. order (K,): the input's channel that each column is for, or null for the same; only
+// decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
 struct Linear {
   const void *weight, *scale;
   int64_t N, K, bits, span, record;
@@ -98,7 +98,8 @@ QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* w
 // Whether products are made by tiles (tiles.cpp), in bfloat16, or in int8 where the weight is and K is a multiple of 64.
 enum Tiles : int64_t { kNoTiles, kBFloat16Tiles, kInt8Tiles };
 
-// The same by tiles: for many rows; also for weights in bfloat16, packed or not, if all are. N multiples of 16, K of 32.
+// The same by tiles: for many rows; also for weights in bfloat16, packed or not, if all are. N multiples of 16, K of
+// 32.
 QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
                                          Tiles tiles, int64_t threads);
 
@@ -116,9 +117,10 @@ QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t*
 QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
                                           void* scale, int64_t threads);
 
-// Packs a weight (N, K), N a multiple of 16 and K of 64, in 12 bits per number: see lossless.h. The first function writes the
-// records of rows, and returns the number of exceptions, for which there must be room behind the records before the second.
-QWEN3FAST_API int64_t qwen3fast_plan_lossless(const BFloat16* weight, int64_t N, int64_t K, void* records, int64_t threads);
+// Packs a weight (N, K), N a multiple of 16 and K of 64, in 12 bits per number: see lossless.h. The first function writes
+// the records of rows, and returns the number of exceptions; the second needs room for them behind the records.
+QWEN3FAST_API int64_t qwen3fast_plan_lossless(const BFloat16* weight, int64_t N, int64_t K, void* records,
+                                              int64_t threads);
 QWEN3FAST_API void qwen3fast_pack_lossless(const BFloat16* weight, int64_t N, int64_t K, void* records, uint8_t* packed,
                                            int64_t threads);
 

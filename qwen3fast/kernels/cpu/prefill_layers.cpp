@@ -38,7 +38,8 @@ struct Pass {
 // out: the products of weights of the same input, side by side.
 void multiply(const Pass& p, const BFloat16* x, const Linear* weights, int64_t count, BFloat16* out) {
   if (p.tiles) return qwen3fast_tile_linear(x, weights, count, out, p.size.M, p.tiles, p.threads);
-  const auto run = is_bfloat16(weights[0]) ? linear_together : qwen3fast_quantized_linear;
+  const bool is_plain = std::all_of(weights, weights + count, is_bfloat16);
+  const auto run = is_plain ? linear_together : qwen3fast_quantized_linear;
   run(x, weights, count, out, p.size.M, p.threads);
 }
 

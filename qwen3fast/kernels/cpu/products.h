@@ -1,5 +1,5 @@
-// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp, lossless.cpp), 8 and 4 bits (quantized.cpp,
-// fp8.cpp). Shared with decode_layers.cpp and experts.cpp.
+// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp, lossless.cpp), 8 and 4 bits
+// (quantized.cpp, fp8.cpp). Shared with decode_layers.cpp and experts.cpp.
 
 #pragma once
 
@@ -26,8 +26,8 @@ inline bool has_row_scales(const Linear& weight) { return weight.record == kLane
 inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
 
 // Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
-// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights that take
-// bfloat16, rows stay as they are, where they lie or in copies.
+// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights that
+// take bfloat16, rows stay as they are, where they lie or in copies.
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<float> scale, sum;
@@ -67,8 +67,8 @@ inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K);
 
-// y[m, n] for weights of the same K, a multiple of 16, whose numbers are bfloat16, side by side in y: M at least 8, each N
-// a multiple of 8.
+// y[m, n] for weights of the same K, a multiple of 16, whose numbers are bfloat16, side by side in y: M at least 8, each
+// N a multiple of 8.
 void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, int64_t threads);
 
 // y = silu(x gate^T) * (x up^T) for two such weights of equal shape.

@@ -5,8 +5,8 @@
 //   packed weights   32 rows at a time are dequantized into pairs, in memory of the thread that stays in its cache (64 K
 //                    bytes); x is read where it lies. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales
 //                    of rows come last.
-//   bfloat16         the weight is read where it lies, or 32 rows at a time are unpacked (lossless.h); x is put into pairs
-//                    once per call. The results are transposed.
+//   bfloat16         the weight is read where it lies, or 32 rows at a time are unpacked (lossless.h); x is put into
+//                    pairs once per call. The results are transposed.
 //   int8             the weight is read where it lies: four channels of 16 rows side by side are a line of a tile. x is
 //                    quantized once per call, and put into tiles.
 // No second copy of a weight is kept.
@@ -194,7 +194,10 @@ void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width
 void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
                            int64_t threads) {
   const int64_t K = weights[0].K, whole = M / kTwo * kTwo;
-  const bool is_plain = is_bfloat16(weights[0]);
+  const int64_t num_plain = std::count_if(weights, weights + count, is_bfloat16);
+  // Lossless weights beside quantized ones, whose x is in another order.
+  if (num_plain != 0 && num_plain != count) return qwen3fast_quantized_linear(x, weights, count, y, M, threads);
+  const bool is_plain = num_plain != 0;
   const auto uses_int8 = [&](const Linear& weight) { return tiles == kInt8Tiles && is_int8(weight); };
   const std::vector<Panel> panels = panels_of(weights, count, y);
   int64_t width = 0;
