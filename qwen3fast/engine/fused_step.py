@@ -166,7 +166,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
         return "layers that read the same input must be in one format, without biases"
     every = [*layers, *(layer for together in stacks for layer in together), model.lm_head]
     if not all(_is_served(layer, dtype) for layer in every):
-        return "a linear layer has a bias, an order of channels, other strides or dtype, or is among several processes"
+        return "a linear layer has a bias, an order of channels, another format, strides or dtype, or is among several processes"
     embedding: nn.Module = model.model.embed_tokens
     is_plain = type(embedding) is nn.Embedding and embedding.weight.dtype == dtype and embedding.weight.is_contiguous()
     return "" if is_plain or type(embedding) is QuantizedEmbedding else "the embedding is of a process among several"
@@ -174,7 +174,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
 
 def _is_served(layer: nn.Module, dtype: torch.dtype) -> bool:
     if type(layer) is QuantizedLinear:
-        return layer.bias is None
+        return layer.bias is None and "cuda" in layer.format.devices
     if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Linear) or layer.bias is not None:
         return False
     return layer.weight.dtype == dtype and layer.weight.is_contiguous()

@@ -51,7 +51,9 @@ class QuantizedExperts(nn.Module):
         """Return the output of each token's active experts, (N, C, E); only their weights are read."""
         if self.can_use_operation(x_NE):
             return self._in_one_operation(x_NE, expert_NC)
-        product = self._chosen_by_kernel if cuda.can_packed_experts(x_NE) else self._chosen
+        formats = (self.gate_up_proj.format, self.down_proj.format)
+        has_kernel = cuda.can_packed_experts(x_NE) and all("cuda" in format.devices for format in formats)
+        product = self._chosen_by_kernel if has_kernel else self._chosen
         gate_up, down = (partial(product, layer) for layer in (self.gate_up_proj, self.down_proj))
         return run_gathered(x_NE, expert_NC, gate_up, down)
 

@@ -114,7 +114,7 @@ class Format:
         """Return uninitialized tensors of an (N, K) weight."""
         if self.is_lossless:  # without exceptions, whose number weights tell
             shapes = (packed_shape(out_features, in_features), (out_features * RECORD,))
-            return Packed(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
+            return Packed(*(torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes))
         blocks = out_features // LANES
         weight = torch.empty(blocks, in_features * self.bits // 32, LANES, 4, dtype=torch.uint8, device=device)
         if self.bits == 8:

@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
                 layers[0].limits,
             )
             parts = y.to(x.dtype).split([layer.out_features for layer in layers], dim=-1)
-        elif cuda.can_packed_matvec(x):
+        elif cuda.can_packed_matvec(x) and all("cuda" in layer.format.devices for layer in layers):
             parts = [layer._few_rows(x) for layer in layers]
         else:
             parts = [F.linear(x, layer.format.dequantize(layer.packed).to(x.dtype)) for layer in layers]

@@ -43,13 +43,13 @@ def pack_plainly(weight_NK: Tensor) -> Packed:
     code_NK = code_NK.masked_fill(is_exception_NK, 0)
     twelve_NK = code_NK | bits_NK >> 15 << 4 | (bits_NK & 0x7F) << 5
     three, last = twelve_NK.view(N, -1, 4, CODED // 4).split([3, 1], dim=2)
-    shift = torch.tensor([0, 4, 8])[:, None]
+    shift = torch.tensor([0, 4, 8], device=weight_NK.device)[:, None]
     words_NW = (three | (last >> shift & 15) << 12).flatten(1)
     words_NW = torch.cat([_int16(words_NW), weight_NK[:, coded:].view(torch.int16)], dim=1)
 
     row, channel = is_exception_NK.nonzero().unbind(1)
     count_N = is_exception_NK.sum(dim=1)
-    first_N = (N - torch.arange(N)) * (RECORD // 4) + count_N.cumsum(0) - count_N
+    first_N = torch.arange(N, 0, -1, device=weight_NK.device) * (RECORD // 4) + count_N.cumsum(0) - count_N
     records_N4 = torch.cat(
         [first_N.int()[:, None].view(torch.int16), _int16(torch.stack([count_N, base_N << 7], dim=1))], dim=1
     )
@@ -60,7 +60,7 @@ def pack_plainly(weight_NK: Tensor) -> Packed:
 
 def _bases(exponent_NK: Tensor) -> Tensor:
     """Return the exponent before the window that most numbers of each row are in, (N,); of equal ones the first."""
-    count_N256 = torch.zeros(len(exponent_NK), 256, dtype=torch.int64)
+    count_N256 = torch.zeros(len(exponent_NK), 256, dtype=torch.int64, device=exponent_NK.device)
     count_N256.scatter_add_(1, exponent_NK.long(), torch.ones_like(exponent_NK, dtype=torch.int64))
     total_N257 = F.pad(count_N256.cumsum(1), (1, 0))
     inside = total_N257[:, CODES + 1 :] - total_N257[:, 1 : 257 - CODES]  # of exponents base + 1 to base + CODES

@@ -101,7 +101,7 @@ SUITE = Suite(
         ("decode_tok_s", "prefill_tok_s", "peak_memory_bytes", "logit_error", "same_token"),
     ),
     defaults={
-        "formats": ("plain", "plain-kv8", "lossless", "int8", "int8-kv8", "int4", "int4-kv8"),
+        "formats": ("plain", "plain-kv8", "int8", "int8-kv8", "int4", "int4-kv8"),
         "contexts": (32, 1024), "new_tokens": 16, "repetitions": 3,
     },
     quick={"formats": ("plain", "int4"), "contexts": (32,), "new_tokens": 8, "repetitions": 1},
