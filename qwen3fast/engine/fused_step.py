@@ -166,7 +166,7 @@ def _obstacle(model: Qwen3, cache: StaticKVCache) -> str:
         return "layers that read the same input must be in one format, without biases"
     every = [*layers, *(layer for together in stacks for layer in together), model.lm_head]
     if not all(_is_served(layer, dtype) for layer in every):
-        return "a linear layer has a bias, an order of channels, another format, strides or dtype, or is among several processes"
+        return "a linear layer has a bias, an order of channels, other strides or dtype, or is among several processes"
     embedding: nn.Module = model.model.embed_tokens
     is_plain = type(embedding) is nn.Embedding and embedding.weight.dtype == dtype and embedding.weight.is_contiguous()
     return "" if is_plain or type(embedding) is QuantizedEmbedding else "the embedding is of a process among several"
