@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE, in_features_of
+from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.structures import RECORD
+from qwen3fast.kernels.cpu.structures import RECORD, in_features_of
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
 from qwen3fast.quantization.packed import (

@@ -63,7 +63,7 @@ def tokens_of(logits_BV, rows, kind=SamplerKind.FULL):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_first_tokens_need_no_kernels_of_their_own(rows, monkeypatch):
-    """Triton compiles a kernel once more where arguments are not at multiples of 16 bytes, as those of steps are."""
+    """Triton compiles a kernel once more where arguments are not at multiples of 16 bytes; a step has its own there."""
     choose, places = tail.choose, []
 
     def note(best, *numbers):

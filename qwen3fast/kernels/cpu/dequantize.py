@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.lossless import in_features_of, is_lossless, unpack_rows
-from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, record_levels
+from qwen3fast.kernels.cpu.lossless import is_lossless, unpack_rows
+from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, in_features_of, record_levels
 
 NUMBERS_AT_ONCE = 2**20  # in float32
 

@@ -20,12 +20,6 @@ def row_words(in_features: int) -> int:
     return in_features // CODED * CODED_WORDS + in_features % CODED
 
 
-def in_features_of(packed: Tensor) -> int:
-    """Return K. packed: (N/16, W/2, 16, 4)."""
-    groups, rest = divmod(packed.shape[1] * 2, CODED_WORDS)
-    return groups * CODED + rest
-
-
 def pack_lossless(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight, (N, K) bfloat16, as packed bytes, (N/16, W/2, 16, 4), and scales, which are of any length.
 

@@ -158,16 +158,22 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if record else 0, record)
 
 
+def in_features_of(packed: Tensor) -> int:
+    """Return K of a lossless weight. packed: its bytes, (N/16, W/2, 16, 4) for W words of 16 bits per row."""
+    groups, rest = divmod(packed.shape[1] * 2, CODED_WORDS)
+    return groups * CODED + rest
+
+
 def _lossless_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
-    N, (groups, rest) = packed.shape[0] * LANES, divmod(packed.shape[1] * 2, CODED_WORDS)
+    N, K = packed.shape[0] * LANES, in_features_of(packed)
     require(
-        rest in (0, CODED // 2)
+        K % (CODED // 2) == 0
         and is_array(scale, torch.uint8, *scale.shape)
         and len(scale) >= N * RECORD
         and len(scale) % 4 == 0,
         "lossless weights must have rows of whole groups of 128 channels and up to 64 more, and a record for each",
     )
-    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, groups * CODED + rest, 12)
+    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, 12)
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
