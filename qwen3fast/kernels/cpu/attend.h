@@ -36,8 +36,8 @@ struct Cached {
 
 // The next 32 channels of a value as two vectors, in an order that depends on the type; and the same in bfloat16, in order.
 inline void load_two(const BFloat16* p, Vec* two) {
-  const Bits pairs = load_as<Bits>(p), even = pairs << 16, odd = pairs & 0xffff0000u;
-  two[0] = load_as<Vec>(&even), two[1] = load_as<Vec>(&odd);
+  const Bits pairs = load_as<Bits>(p);
+  two[0] = as<Vec>(pairs << 16), two[1] = as<Vec>(pairs & 0xffff0000u);
 }
 
 inline void load_two(const int8_t* p, Vec* two) { two[0] = load(p), two[1] = load(p + kLanes); }
@@ -48,8 +48,7 @@ inline void store_two(BFloat16* p, Vec first, Vec second) {
     store(p, first), store(p + kLanes, second);
     return;
   }
-  const Bits pairs = as_bfloat16(first) | as_bfloat16(second) << 16;
-  std::memcpy(p, &pairs, sizeof pairs);
+  store_as_is(p, as_bfloat16(first) | as_bfloat16(second) << 16);
 }
 
 // The result of one key/value head for its G query heads over some positions: the largest score, the sum of

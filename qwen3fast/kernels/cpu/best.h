@@ -36,8 +36,8 @@ struct Best {
     for (int64_t n = begin; n < end; n += kLanes) {
       const Vec x = load_some(row + n, end - n);
       const Ints is_more = x > most;
-      most = is_more ? x : most;
-      first = is_more ? static_cast<int32_t>(n) - Ints{} : first;
+      most = select(is_more, x, most);
+      first = select(is_more, Ints(static_cast<int32_t>(n)), first);
       is_nan |= x != x;
     }
     for (int64_t lane = 0; lane < kLanes; lane++) merge({most[lane], first[lane] + lane});

@@ -39,7 +39,7 @@ inline void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* sca
   Vec most = {}, poison = {};
   for (int64_t d = 0; d < D; d += kLanes) {
     const Vec x = load(from + d);
-    most = larger(most, x < 0 ? -x : x);
+    most = larger(most, size_of(x));
     poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
   }
   const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;

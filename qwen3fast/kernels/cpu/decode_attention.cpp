@@ -35,11 +35,17 @@ using Query = std::conditional_t<std::is_same_v<T, int8_t>, int16_t, BFloat16>;
 inline Bits pairs_of(const BFloat16* p) { return load_as<Bits>(p); }
 inline Bits pairs_of(const int16_t* p) { return load_as<Bits>(p); }
 inline Bits pairs_of(const int8_t* p) {
-#if defined(__AVX512BW__)
-  return (Bits)_mm512_cvtepi8_epi16(load_as<__m256i>(p));
-#elif defined(__AVX2__)
-  const __m256i halves[2] = {_mm256_cvtepi8_epi16(load_as<__m128i>(p)), _mm256_cvtepi8_epi16(load_as<__m128i>(p + kLanes))};
-  return load_as<Bits>(halves);
+#if defined(__AVX2__)
+  struct Two {
+    int8_t numbers[2];
+  };
+  return load_parts<Bits>(reinterpret_cast<const Two*>(p), [](const Two* p) {
+#ifdef __AVX512BW__
+    return _mm512_cvtepi8_epi16(load_as<__m256i>(p));
+#else
+    return _mm256_cvtepi8_epi16(load_as<__m128i>(p));
+#endif
+  });
 #else
   int16_t numbers[2 * kLanes];
   for (int64_t i = 0; i < 2 * kLanes; i++) numbers[i] = p[i];
@@ -70,7 +76,7 @@ void multiply_keys(const Query<T>* q, const T* k, int64_t D, int64_t count, int6
         for (int h = 0; h < kHeads; h++) total[h] = dot2(total[h], pairs, pairs_of(q + h * D + d));
       }
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeads; h++) dots[h][i] = __builtin_convertvector(total[h], Vec);
+      for (int h = 0; h < kHeads; h++) dots[h][i] = convert<Vec>(total[h]);
     }
     for (int h = 0; h < kHeads; h++) store(score + h * kBlock + start, sums(dots[h]));
   }
@@ -134,7 +140,7 @@ float write_query(const BFloat16* from, int64_t D, int16_t* to) {
   Vec most = {}, poison = {};
   for (int64_t d = 0; d < D; d += kLanes) {
     const Vec x = load(from + d);
-    most = larger(most, x < 0 ? -x : x);
+    most = larger(most, size_of(x));
     poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
   }
   const float size = largest(most), to_ints = size > kLeast ? kMost / size : 0.f;

@@ -39,7 +39,7 @@ struct Sums {
   Vec whole() const {
 #define FIRST 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
 #define SECOND 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
-    return __builtin_shufflevector(part[0], part[1], FIRST) + __builtin_shufflevector(part[0], part[1], SECOND);
+    return shuffle<FIRST>(part[0], part[1]) + shuffle<SECOND>(part[0], part[1]);
   }
 };
 
@@ -52,10 +52,11 @@ inline void add_products(Sums (&sums)[kM], const uint8_t* bytes, const BFloat16*
   };
   const __m512i sign = _mm512_set1_epi8(-128), low = look_up(kLow);
   const __m512i high = _mm512_ternarylogic_epi32(look_up(kHigh), packed, sign, 0xf8);  // a | (b & c)
-  const Bits first = (Bits)_mm512_unpacklo_epi8(low, high), second = (Bits)_mm512_unpackhi_epi8(low, high);
+  Bits first, second;
+  first.part[0] = (Bits::Part)_mm512_unpacklo_epi8(low, high), second.part[0] = (Bits::Part)_mm512_unpackhi_epi8(low, high);
 #pragma GCC unroll 12
   for (int m = 0; m < kM; m++) {
-    const Bits four = (Bits)_mm512_set1_epi64(load_as<int64_t>(x + m * K));
+    const Bits four = as<Bits>(Wide<int64_t>(load_as<int64_t>(x + m * K)));
     sums[m].part[0] = dot2(sums[m].part[0], first, four);
     sums[m].part[1] = dot2(sums[m].part[1], second, four);
   }

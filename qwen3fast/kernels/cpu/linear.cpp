@@ -28,12 +28,12 @@ void store_panel(const Vec* sums, BFloat16* y) {
   for (int i = 0; i < 4; i++) two[i] = as_bfloat16(sums[2 * i]) | as_bfloat16(sums[2 * i + 1]) << 16;
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
 #define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
-  const Bits a = __builtin_shufflevector(two[0], two[1], LOW), b = __builtin_shufflevector(two[2], two[3], LOW);
-  const Bits c = __builtin_shufflevector(two[0], two[1], HIGH), d = __builtin_shufflevector(two[2], two[3], HIGH);
+  const Bits a = shuffle<LOW>(two[0], two[1]), b = shuffle<LOW>(two[2], two[3]);
+  const Bits c = shuffle<HIGH>(two[0], two[1]), d = shuffle<HIGH>(two[2], two[3]);
 #define LOW_TWO 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
 #define HIGH_TWO 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-  const Bits eight[4] = {__builtin_shufflevector(a, b, LOW_TWO), __builtin_shufflevector(a, b, HIGH_TWO),
-                         __builtin_shufflevector(c, d, LOW_TWO), __builtin_shufflevector(c, d, HIGH_TWO)};
+  const Bits eight[4] = {shuffle<LOW_TWO>(a, b), shuffle<HIGH_TWO>(a, b),
+                         shuffle<LOW_TWO>(c, d), shuffle<HIGH_TWO>(c, d)};
   constexpr int64_t kBytes = kPanel * sizeof(BFloat16);
   for (int64_t m = 0; m < kLanes; m++)  // row 4i + j is part i of vector j
     std::memcpy(y + m * kSpan * kPanel, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
@@ -53,7 +53,7 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
       for (int i = 0; i < kVectors; i++) xs[i] = x[i * pairs + p];
 #pragma GCC unroll 8
       for (int j = 0; j < kPanel; j++) {
-        const Bits two = load_as<uint32_t>(weight + j * K + 2 * p) - Bits{};
+        const Bits two = load_as<uint32_t>(weight + j * K + 2 * p);
 #pragma GCC unroll 3
         for (int i = 0; i < kVectors; i++) total[i][j] = dot2(total[i][j], xs[i], two);
       }

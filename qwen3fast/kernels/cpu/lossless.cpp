@@ -13,7 +13,7 @@ namespace {
 // Of bfloat16; of 12 bits; codes of exponents other than 0.
 constexpr int kFractionBits = 7, kCodeBits = 4, kCodes = 15;
 
-typedef uint16_t Words __attribute__((vector_size(64)));
+typedef Wide<uint16_t> Words;
 constexpr int64_t kWords = 32;
 
 // Turns the codes of a row into numbers.
@@ -21,28 +21,32 @@ class Codes {
  public:
 #ifdef __AVX512BW__
   explicit Codes(uint16_t base) {
-    const auto entry = [](int i) { return i << kFractionBits | (i >> kCodeBits) << 15; };
-    Words table;
-    for (int i = 0; i < kWords; i++) table[i] = static_cast<uint16_t>(entry(i));
-    const Words codes = table & (kCodes << kFractionBits);
-    table_ = (__m512i)((table & 0x8000) | ((codes + base) & (Words)(codes != 0)));
+    const auto table = load_as<Words>(kEntries.data()), codes = table & (kCodes << kFractionBits);
+    table_ = (table & 0x8000) | ((codes + base) & as<Words>(codes != 0));
   }
 
   // Of the lowest 12 bits of each word.
   Words numbers(Words words) const {
-    const auto high = (Words)_mm512_permutexvar_epi16((__m512i)words, table_);  // takes the lowest five bits
+    const auto index = (__m512i)words.part[0];  // the lowest five bits count
+    Words high;
+    high.part[0] = (Words::Part)_mm512_permutexvar_epi16(index, (__m512i)table_.part[0]);
     return high | (words >> 5 & 0x7f);
   }
 
  private:
-  __m512i table_;  // sign and exponent for each sign and code
+  static constexpr auto kEntries = [] {
+    std::array<uint16_t, kWords> entries{};
+    for (int i = 0; i < kWords; i++) entries[i] = static_cast<uint16_t>(i << kFractionBits | (i >> kCodeBits) << 15);
+    return entries;
+  }();
+  Words table_;  // sign and exponent for each sign and code
 #else
-  explicit Codes(uint16_t base) : base_(base - Words{}) {}
+  explicit Codes(uint16_t base) : base_(base) {}
 
   // Of the lowest 12 bits of each word.
   Words numbers(Words words) const {
     const Words codes = words & kCodes;
-    return ((codes << kFractionBits) + (base_ & (Words)(codes != 0))) | (words & 16) << 11 | (words >> 5 & 0x7f);
+    return ((codes << kFractionBits) + (base_ & as<Words>(codes != 0))) | (words & 16) << 11 | (words >> 5 & 0x7f);
   }
 
  private:
@@ -100,7 +104,7 @@ BFloat16 dot(const Linear& weight, int64_t n, const BFloat16* x) {
   for (; k + kCoded <= weight.K; k += kCoded) {
     Words four[4];
     row.take(k, four);
-    for (int i = 0; i < 4; i++) total = dot2(total, (Bits)four[i], load_as<Bits>(x + k + i * kWords));
+    for (int i = 0; i < 4; i++) total = dot2(total, as<Bits>(four[i]), load_as<Bits>(x + k + i * kWords));
   }
   for (const uint8_t* rest = row.rest(); k < weight.K; k += kWords, rest += sizeof(Bits))
     total = dot2(total, load_as<Bits>(rest), load_as<Bits>(x + k));

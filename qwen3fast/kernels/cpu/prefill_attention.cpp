@@ -26,7 +26,7 @@ constexpr float kHidden = -1e30f;  // the score of a key that a query may not se
 // The nearest bfloat16 numbers; those below 1.2e-38 may become zero.
 inline void store_nearest(BFloat16* p, Vec vec) {
 #ifdef __AVX512BF16__
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)vec);
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)vec.part[0]);
   std::memcpy(p, &half, sizeof half);
 #else
   store(p, vec);
@@ -41,7 +41,7 @@ void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, ui
       Bits square[kLanes];
       for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(k + std::min(t + i, count - 1) * D + d);
       transpose(square);
-      for (int64_t i = 0; i < kLanes; i++) std::memcpy(pairs + (d / 2 + i) * kKeys + t, &square[i], sizeof square[i]);
+      for (int64_t i = 0; i < kLanes; i++) store_as_is(pairs + (d / 2 + i) * kKeys + t, square[i]);
     }
 }
 
@@ -59,7 +59,7 @@ void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
       Bits value[kChunks];
       for (int c = 0; c < kChunks; c++) value[c] = load_as<Bits>(b + t * b_stride + c * kLanes);
       for (int i = 0; i < 4; i++) {
-        const Bits two = load_as<uint32_t>(a + (r + i) * a_stride + 2 * t) + Bits{};
+        const Bits two = load_as<uint32_t>(a + (r + i) * a_stride + 2 * t);
         for (int c = 0; c < kChunks; c++) total[i][c] = dot2(total[i][c], two, value[c]);
       }
     }
@@ -81,7 +81,7 @@ void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
 }
 
 // Sixteen cached numbers as bits of bfloat16, each in the lower half of a lane.
-inline Bits cached_bits(const BFloat16* p, float) { return __builtin_convertvector(load_as<Half>(p), Bits); }
+inline Bits cached_bits(const BFloat16* p, float) { return load_halves(p); }
 inline Bits cached_bits(const int8_t* p, float scale) { return as_bfloat16(load(p) * scale); }
 
 // Keys as bfloat16: where they are, or rounded ones written to `room`.
@@ -164,7 +164,7 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
       const float first_scale = v_scale ? v_scale[first] : 1.f, second_scale = v_scale ? v_scale[second] : 1.f;
       for (int64_t d = 0; d < D; d += kLanes) {
         const Bits pair = cached_bits(v + first * D + d, first_scale) | cached_bits(v + second * D + d, second_scale) << 16;
-        std::memcpy(&tile.pairs[t / 2 * D + d], &pair, sizeof pair);
+        store_as_is(&tile.pairs[t / 2 * D + d], pair);
       }
     }
     for (int64_t r = 0; r < rows; r += kTogether) {

@@ -25,14 +25,13 @@ struct Tokens {
 inline Vec process(const Tokens& at, uint32_t allowed, float repetition, float presence, float frequency) {
   Vec x = load(at.logits);
   const Ints count = load_as<Ints>(at.count), is_seen = count > 0;
-  const Vec penalized = x < 0 ? x * repetition : x / repetition, bias = load(at.bias);
+  const Vec penalized = select(x < 0, x * repetition, x / repetition), bias = load(at.bias);
   const Ints is_penalized = (load(at.in_prompt) != 0) | is_seen;
-  if (repetition != 1) x = is_penalized ? penalized : x;
-  x = x - (presence * (is_seen ? fill(1.f) : Vec{}) + frequency * __builtin_convertvector(count, Vec));
-  x = bias == 0 ? x : x + bias;  // adding 0 would turn -0 into +0
-  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Ints is_allowed = (Ints)(((allowed - Bits{}) >> lane & 1u) != 0);
-  return is_allowed ? x : x - INFINITY;  // NaN stays
+  if (repetition != 1) x = select(is_penalized, penalized, x);
+  x = x - (presence * select(is_seen, fill(1.f), Vec{}) + frequency * convert<Vec>(count));
+  x = select(bias == 0, x, x + bias);  // adding 0 would turn -0 into +0
+  constexpr uint32_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select((allowed >> load_as<Bits>(kLane) & 1u) != 0, x, x - INFINITY);  // NaN stays
 }
 
 }  // namespace

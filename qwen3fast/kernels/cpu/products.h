@@ -90,7 +90,7 @@ inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, in
   Vec size = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec numbers = load(x + i);
-    size = larger(numbers < 0 ? -numbers : numbers, size);
+    size = larger(size_of(numbers), size);
     poison += numbers * 0;
   }
   const float most = largest(size), to_levels = most > 0 ? 127.f / most : 0.f;
@@ -115,16 +115,16 @@ inline void put_into_pairs(const BFloat16* x, int64_t rows, int64_t K, int64_t w
     else
       for (int64_t i = 0; i < rows; i++) std::memcpy(&square[i], x + i * K + k, count * sizeof(BFloat16));
     transpose(square);
-    for (int64_t i = 0; i < count / 2; i++) std::memcpy(pairs + (k / 2 + i) * width, &square[i], sizeof square[i]);
+    for (int64_t i = 0; i < count / 2; i++) store_as_is(pairs + (k / 2 + i) * width, square[i]);
   }
 }
 
 // silu(gate) * up, in place of gate: between the two products of a feed-forward layer.
 inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec x = load(gate + i), exponential = exp_of_negative(x < 0 ? x : -x);  // exp(-|x|)
+    const Vec x = load(gate + i), exponential = exp_of_negative(-size_of(x));  // exp(-|x|)
     BFloat16 gated[kLanes];
-    store(gated, x * (x < 0 ? exponential : fill(1.f)) / (1.f + exponential));
+    store(gated, x * select(x < 0, exponential, fill(1.f)) / (1.f + exponential));
     store(gate + i, load(gated) * load(up + i));
   }
 }

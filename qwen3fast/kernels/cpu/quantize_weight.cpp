@@ -18,8 +18,6 @@ namespace {
 constexpr double kRanges[] = {1.0, 0.95, 0.9, 0.85, 0.8, 0.75};
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-Vec size_of(Vec x) { return x < 0 ? -x : x; }
-
 // One row; lane: its place in the block.
 void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
   Vec most = {}, poison = {};
@@ -33,7 +31,7 @@ void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* pa
   const Vec divisor = fill(std::max(unit, 1e-30f));
   for (int64_t k = 0; k < K; k += kLanes) {
     Ints byte = round_to_ints(load(row + k) / divisor);
-    byte = (byte > 127 ? 127 - Ints{} : byte < -127 ? -127 - Ints{} : byte) + 128;
+    byte = select(byte > 127, Ints(127), select(byte < -127, Ints(-127), byte)) + 128;
     uint8_t bytes[kLanes];
     for (int64_t i = 0; i < kLanes; i++) bytes[i] = static_cast<uint8_t>(byte[i]);
     for (int64_t i = 0; i < kLanes; i += 4) std::memcpy(packed + ((k + i) / 4 * kLanes + lane) * 4, bytes + i, 4);
@@ -42,11 +40,11 @@ void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* pa
 
 Ints level_of(Vec x, Vec divisor) {
   const Ints level = round_to_ints(x / divisor);
-  return level > 7 ? 7 - Ints{} : level < -8 ? -8 - Ints{} : level;
+  return select(level > 7, Ints(7), select(level < -8, Ints(-8), level));
 }
 
 Vec squared_error(Ints level, Vec scale, Vec x) {
-  const Vec error = __builtin_convertvector(level, Vec) * scale - x;
+  const Vec error = convert<Vec>(level) * scale - x;
   return error * error;
 }
 

@@ -82,7 +82,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   for (int64_t g = 0; g < G; g++) {
     Ints sum[kBlocks][kM];
     for (int m = 0; m < kM; m++)
-      for (int b = 0; b < kBlocks; b++) sum[b][m] = kKind == kUint4 ? Ints{} : offset[m * G + g] - Ints{};
+      for (int b = 0; b < kBlocks; b++) sum[b][m] = kKind == kUint4 ? 0 : offset[m * G + g];
 #pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
       Bits packed[kBlocks];
@@ -110,7 +110,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
       if constexpr (kKind == kUint4) records[b].read(weight_scale, minimum);
       for (int m = 0; m < kM; m++) {
-        const Vec product = __builtin_convertvector(sum[b][m], Vec) * x_scale[m * G + g];
+        const Vec product = convert<Vec>(sum[b][m]) * x_scale[m * G + g];
         total[b][m] += kKind == kInt8 ? product : product * weight_scale;
         if (kKind == kUint4) total[b][m] -= minimum * x_sum[m * G + g];
       }

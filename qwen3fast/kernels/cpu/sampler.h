@@ -43,20 +43,20 @@ struct Noise {
   // Uniform numbers of sixteen tokens.
   Vec uniform(int64_t token) const {
     Bits index;
-    for (int64_t lane = 0; lane < kLanes; lane++) index[lane] = static_cast<uint32_t>(token + lane);
+    for (int64_t lane = 0; lane < kLanes; lane++) index.set(lane, static_cast<uint32_t>(token + lane));
     const Bits bits = mix(mix(index + first) ^ second);
-    return (__builtin_convertvector(bits, Vec) + 0.5f) * 0x1p-32f;
+    return (convert<Vec>(bits) + 0.5f) * 0x1p-32f;
   }
 
   static float gumbel(float uniform) { return -std::log(-std::log1p(-std::min(uniform, 1 - 0x1p-24f))); }
 };
 
-inline Bits weights(Vec score) { return __builtin_convertvector(exp_of_negative(score) * kUnit, Bits); }
+inline Bits weights(Vec score) { return convert<Bits>(exp_of_negative(score) * kUnit); }
 
 // In descending order of scores.
 inline Ints bins(Vec score) {
   const Vec bin = score * -kBinsPerScore;
-  return __builtin_convertvector(bin < kBins - 1 ? bin : fill(kBins - 1), Ints);
+  return convert<Ints>(select(bin < kBins - 1, bin, fill(kBins - 1)));
 }
 
 struct RowSampling {
@@ -125,7 +125,7 @@ class Sampler {
         most = larger(most, x);
         if (!has_mass) continue;
         const Bits weight = weights(x);
-        if (!sum(static_cast<Ints>(weight != 0))) continue;
+        if (!sum(weight != 0)) continue;
         const Ints bin = bins(x);
         for (int64_t lane = 0; lane < kLanes; lane++) mass[bin[lane]] += weight[lane];
       }

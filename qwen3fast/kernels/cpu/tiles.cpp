@@ -112,7 +112,7 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
         for (int shift = part; shift < 32; shift += 16) {
           const auto number = [&](int at) {
             const Bits level = word >> at & mask;
-            return is_fp8(weight) ? from_fp8(level) * scale : __builtin_convertvector((Ints)level, Vec) * scale - minimum;
+            return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
           };
           *out = pair(number(shift), number(shift + 8));
           out += panel.blocks;
@@ -160,7 +160,7 @@ void int8_panel(const Panel& panel, const Levels& x, int64_t width) {
         for (int j = 0; j < kBlocks; j++) {
           const int64_t i = (m0 + m) * x.spans + s;
           const Ints sums = load_as<Ints>(results + m * kTwo + j * kLanes) + x.offset[i];
-          totals[m][j] += __builtin_convertvector(sums, Vec) * x.scale[i];
+          totals[m][j] += convert<Vec>(sums) * x.scale[i];
         }
     }
     for (int64_t m = 0; m < rows; m++)
@@ -184,7 +184,7 @@ void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width
         for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(results + (n + i) * kTwo + first);
         transpose(square);
         for (int64_t m = first; m < std::min(M - m0, first + kLanes); m++)
-          store(panel.y + (m0 + m) * width + n, load_as<Vec>(square + m - first));
+          store(panel.y + (m0 + m) * width + n, as<Vec>(square[m - first]));
       }
   }
 }

@@ -84,16 +84,16 @@ struct EmulatedTile {
   template <typename Sum>
   void add_product(const EmulatedTile& a, const EmulatedTile& b) {
     for (int64_t m = 0; m < kTileRows; m++) {
-      auto sum = load_as<std::conditional_t<std::is_same_v<Sum, float>, Vec, Ints>>(rows[m]);
+      auto sum = load_as<Wide<Sum>>(rows[m]);
       for (int64_t k = 0; k < kTileRows; k++) {
         const uint32_t of_a = load_as<uint32_t>(a.rows[m] + 4 * k);
         const Bits of_b = load_as<Bits>(b.rows[k]);
         if constexpr (std::is_same_v<Sum, float>)
-          sum = dot2(sum, of_b, of_a - Bits{});
+          sum = dot2(sum, of_b, of_a);
         else
           sum = dot4(sum, of_b, static_cast<int32_t>(of_a));
       }
-      std::memcpy(rows[m], &sum, kTileBytes);
+      store_as_is(rows[m], sum);
     }
   }
 };

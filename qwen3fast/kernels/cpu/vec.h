@@ -1,13 +1,15 @@
-// bfloat16, and vectors of sixteen numbers, written with the compilers' vector extensions, not with one processor's
-// intrinsics: a Vec is one AVX-512 register, two AVX2 or four NEON registers.
+// bfloat16, and vectors of sixteen numbers, most of it written with the compilers' vector extensions, not with one
+// processor's intrinsics: a Vec is one AVX-512 register, two AVX2 or four NEON registers.
 
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -27,120 +29,274 @@ struct BFloat16 {
 
 namespace {
 
+// Bytes of a register.
+#if defined(__AVX512F__)
+constexpr int64_t kRegister = 64;
+#elif defined(__AVX__)
+constexpr int64_t kRegister = 32;
+#else
+constexpr int64_t kRegister = 16;
+#endif
+
+// A vector of 64 bytes in as many registers as it takes: GCC keeps its own vectors in memory if they are longer than one.
+template <typename T>
+struct Wide {
+  typedef T Part __attribute__((vector_size(kRegister)));
+  static constexpr int64_t kParts = 64 / kRegister, kInPart = kRegister / sizeof(T);
+  Part part[kParts];
+
+  Wide() = default;  // Wide{} is zero
+  Wide(T number) {
+    for (Part& p : part) p = number - Part{};
+  }
+
+  T operator[](int64_t lane) const { return part[lane / kInPart][lane % kInPart]; }
+  void set(int64_t lane, T number) { part[lane / kInPart][lane % kInPart] = number; }
+  Wide operator-() const { return Wide{} - *this; }
+};
+
+// The bits of a vector as numbers of another type; its numbers, converted.
+template <typename To, typename From>
+inline To as(Wide<From> from) {
+  To to;
+  for (int64_t i = 0; i < To::kParts; i++) to.part[i] = (typename To::Part)from.part[i];
+  return to;
+}
+
+template <typename To, typename From>
+inline To convert(Wide<From> from) {
+  To to;
+  for (int64_t i = 0; i < To::kParts; i++) to.part[i] = __builtin_convertvector(from.part[i], typename To::Part);
+  return to;
+}
+
+// A scalar operand stands for as many equal numbers. Comparisons give 0 or -1.
+#define QWEN3FAST_OPERATOR(op, Result)                                                                             \
+  template <typename T>                                                                                            \
+  inline Result operator op(Wide<T> a, Wide<T> b) {                                                                \
+    Result result;                                                                                                 \
+    for (int64_t i = 0; i < Wide<T>::kParts; i++) result.part[i] = (typename Result::Part)(a.part[i] op b.part[i]); \
+    return result;                                                                                                 \
+  }                                                                                                                \
+  template <typename T>                                                                                            \
+  inline Result operator op(Wide<T> a, std::type_identity_t<T> b) {                                                \
+    return a op Wide<T>(b);                                                                                        \
+  }                                                                                                                \
+  template <typename T>                                                                                            \
+  inline Result operator op(std::type_identity_t<T> a, Wide<T> b) {                                                \
+    return Wide<T>(a) op b;                                                                                        \
+  }
+#define QWEN3FAST_ARITHMETIC(op)                             \
+  QWEN3FAST_OPERATOR(op, Wide<T>)                            \
+  template <typename T, typename Other>                      \
+  inline Wide<T>& operator op##=(Wide<T>& a, const Other& b) { \
+    return a = a op b;                                       \
+  }
+QWEN3FAST_ARITHMETIC(+)
+QWEN3FAST_ARITHMETIC(-)
+QWEN3FAST_ARITHMETIC(*)
+QWEN3FAST_ARITHMETIC(/)
+QWEN3FAST_ARITHMETIC(&)
+QWEN3FAST_ARITHMETIC(|)
+QWEN3FAST_ARITHMETIC(^)
+QWEN3FAST_ARITHMETIC(<<)
+QWEN3FAST_ARITHMETIC(>>)
+template <typename T>
+using Mask = Wide<std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
+QWEN3FAST_OPERATOR(<, Mask<T>)
+QWEN3FAST_OPERATOR(>, Mask<T>)
+QWEN3FAST_OPERATOR(<=, Mask<T>)
+QWEN3FAST_OPERATOR(>=, Mask<T>)
+QWEN3FAST_OPERATOR(==, Mask<T>)
+QWEN3FAST_OPERATOR(!=, Mask<T>)
+
+template <typename T>
+inline Wide<T> select(Mask<T> condition, Wide<T> a, Wide<T> b) {
+  for (int64_t i = 0; i < Wide<T>::kParts; i++) a.part[i] = condition.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+// Part `part` of the numbers kIndex... of a and b side by side, as __builtin_shufflevector has them: they come from at most
+// two parts.
+template <int64_t part, int... kIndex, typename T, int64_t... kLane>
+inline typename Wide<T>::Part shuffled(const Wide<T>& a, const Wide<T>& b, std::integer_sequence<int64_t, kLane...>) {
+  constexpr int64_t index[] = {kIndex...}, kIn = Wide<T>::kInPart, kParts = Wide<T>::kParts;
+  constexpr int64_t first = index[part * kIn] / kIn;
+  constexpr int64_t second = std::max({index[part * kIn + kLane] / kIn == first ? int64_t{-1} : index[part * kIn + kLane] / kIn...});
+  constexpr int64_t other = second < 0 ? first : second;
+  static_assert(((index[part * kIn + kLane] / kIn == first || index[part * kIn + kLane] / kIn == other) && ...));
+  const auto source = [&](int64_t i) { return i < kParts ? a.part[i] : b.part[i - kParts]; };
+  return __builtin_shufflevector(source(first), source(other),
+                                 (index[part * kIn + kLane] / kIn == first ? 0 : kIn) + index[part * kIn + kLane] % kIn...);
+}
+
+template <int... kIndex, typename T>
+inline Wide<T> shuffle(Wide<T> a, Wide<T> b) {
+  Wide<T> result;
+  [&]<int64_t... kPart>(std::integer_sequence<int64_t, kPart...>) {
+    ((result.part[kPart] = shuffled<kPart, kIndex...>(a, b, std::make_integer_sequence<int64_t, Wide<T>::kInPart>{})), ...);
+  }(std::make_integer_sequence<int64_t, Wide<T>::kParts>{});
+  return result;
+}
+
 constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef Wide<float> Vec;
+typedef Wide<int32_t> Ints;
+typedef Wide<uint32_t> Bits;
 
 // The bits of an IEEE float16.
 struct Float16 {
   uint16_t bits;
 };
 
+// What lies at p, in the order of memory: one of the types above, in whole registers, or any other.
 template <typename V, typename T>
 inline V load_as(const T* p) {
   V vec;
-  std::memcpy(&vec, p, sizeof vec);
+  if constexpr (requires { V::kParts; })
+    for (int64_t i = 0; i < V::kParts; i++)
+      std::memcpy(&vec.part[i], reinterpret_cast<const char*>(p) + i * kRegister, kRegister);
+  else
+    std::memcpy(&vec, p, sizeof vec);
   return vec;
 }
 
+template <typename T>
+inline void store_as_is(void* p, Wide<T> vec) {
+  for (int64_t i = 0; i < Wide<T>::kParts; i++) std::memcpy(static_cast<char*>(p) + i * kRegister, &vec.part[i], kRegister);
+}
+
 inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline void store(float* p, Vec vec) { store_as_is(p, vec); }
+
+// Makes a vector from what `convert_part(p)` returns for each register's numbers.
+template <typename V, typename T, typename Convert>
+inline V load_parts(const T* p, const Convert& convert_part) {
+  V vec;
+  for (int64_t i = 0; i < V::kParts; i++) vec.part[i] = (typename V::Part)convert_part(p + i * V::kInPart);
+  return vec;
+}
+
+// Sixteen numbers of 16 bits. With intrinsics, as those below: GCC 12 converts vectors of other sizes in pieces.
+inline Bits load_halves(const void* p) {
+  return load_parts<Bits>(static_cast<const uint16_t*>(p), [](const uint16_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepu16_epi32(load_as<__m256i>(p));
+#elif defined(__AVX2__)
+    return _mm256_cvtepu16_epi32(load_as<__m128i>(p));
+#else
+    typedef uint16_t Half __attribute__((vector_size(kRegister / 2)));
+    return __builtin_convertvector(load_as<Half>(p), Bits::Part);
+#endif
+  });
+}
 
 // Sixteen bfloat16 numbers as float32: their bits are the upper halves.
-inline Vec load(const BFloat16* p) {
-  const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits) << 16;
-  return load_as<Vec>(&bits);
-}
+inline Vec load(const BFloat16* p) { return as<Vec>(load_halves(p) << 16); }
 
-// Signed or unsigned bytes. With intrinsics, since GCC 12 makes __builtin_convertvector convert each byte by itself.
+// Signed or unsigned bytes.
 template <typename Byte, typename = std::enable_if_t<sizeof(Byte) == 1>>
 inline Vec load(const Byte* p) {
-  constexpr bool kIsSigned = std::is_signed_v<Byte>;
+  [[maybe_unused]] constexpr bool kIsSigned = std::is_signed_v<Byte>;
+  return load_parts<Vec>(p, [](const Byte* p) {
 #if defined(__AVX512F__)
-  const __m128i bytes = load_as<__m128i>(p);
-  return (Vec)_mm512_cvtepi32_ps(kIsSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    const __m128i bytes = load_as<__m128i>(p);
+    return _mm512_cvtepi32_ps(kIsSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined(__AVX2__)
-  __m256 halves[2];
-  for (int i = 0; i < 2; i++) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
-    halves[i] = _mm256_cvtepi32_ps(kIsSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-  }
-  return load_as<Vec>(halves);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(kIsSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
-  float numbers[kLanes];
-  for (int64_t i = 0; i < kLanes; i++) numbers[i] = p[i];
-  return load_as<Vec>(numbers);
+    Vec::Part numbers;
+    for (int64_t i = 0; i < Vec::kInPart; i++) numbers[i] = p[i];
+    return numbers;
 #endif
+  });
 }
 
-inline Vec fill(float value) { return value - Vec{}; }
+inline Vec fill(float value) { return value; }
 
 // Sixteen float16 numbers as float32, exactly; without instructions for it, by moving the bits and scaling by 2^112.
 // NaN loses its payload, whose lower half BFloat16 could not round.
 inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
-  const Vec result = (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
+  const Vec result = load_parts<Vec>(p, [](const Float16* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); });
 #elif defined(__F16C__)
-  __m256 halves[2];
-  for (int i = 0; i < 2; i++) halves[i] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * i));
-  const Vec result = load_as<Vec>(halves);
+  const Vec result = load_parts<Vec>(p, [](const Float16* p) { return _mm256_cvtph_ps(load_as<__m128i>(p)); });
 #else
-  const Bits bits = __builtin_convertvector(load_as<Half>(p), Bits), size = (bits & 0x7fffu) << 13;
-  const Vec scaled = load_as<Vec>(&size) * 0x1p112f;
-  const Bits is_special = (Bits)(size >= 0x0f800000u);  // infinity and NaN have the largest exponent in both
-  const Bits whole = (is_special & (size | 0x7f800000u)) | (~is_special & load_as<Bits>(&scaled)) | (bits & 0x8000u) << 16;
-  const Vec result = load_as<Vec>(&whole);
+  const Bits bits = load_halves(p), size = (bits & 0x7fffu) << 13;
+  const Vec scaled = as<Vec>(size) * 0x1p112f;
+  const Bits is_special = as<Bits>(size >= 0x0f800000u);  // infinity and NaN have the largest exponent in both
+  const Bits whole = (is_special & (size | 0x7f800000u)) | ((~0u ^ is_special) & as<Bits>(scaled)) | (bits & 0x8000u) << 16;
+  const Vec result = as<Vec>(whole);
 #endif
-  return result == result ? result : fill(__builtin_nanf(""));
+  return select(result == result, result, fill(__builtin_nanf("")));
 }
-
-inline void store(float* p, Vec vec) { std::memcpy(p, &vec, sizeof vec); }
 
 // The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16.
 inline Bits as_bfloat16(Vec vec) {
-  const Bits bits = load_as<Bits>(&vec);
+  const Bits bits = as<Bits>(vec);
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
-inline void store(BFloat16* p, Vec vec) {
-  const Half half = __builtin_convertvector(as_bfloat16(vec), Half);
-  std::memcpy(p, &half, sizeof half);
+// The lower halves of sixteen numbers, whose upper ones are zero.
+inline void store_halves(void* p, Bits vec) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtepi32_epi16((__m512i)vec.part[0]);
+  std::memcpy(p, &halves, sizeof halves);
+#elif defined(__AVX2__)
+  const __m256i mixed = _mm256_packus_epi32((__m256i)vec.part[0], (__m256i)vec.part[1]);
+  const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11011000);
+  std::memcpy(p, &halves, sizeof halves);
+#else
+  typedef uint16_t Half __attribute__((vector_size(kRegister / 2)));
+  for (int64_t i = 0; i < Bits::kParts; i++) {
+    const Half half = __builtin_convertvector(vec.part[i], Half);
+    std::memcpy(static_cast<char*>(p) + i * sizeof half, &half, sizeof half);
+  }
+#endif
 }
+
+inline void store(BFloat16* p, Vec vec) { store_halves(p, as_bfloat16(vec)); }
 
 // The lowest bytes of sixteen numbers.
 inline void store(int8_t* p, Ints vec) {
 #if defined(__AVX512F__)
-  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)vec);
-#else
-  const Bytes bytes = __builtin_convertvector(vec, Bytes);
-#endif
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)vec.part[0]);
   std::memcpy(p, &bytes, sizeof bytes);
+#elif defined(__AVX2__)
+  const Ints low = vec & 255;
+  const __m256i mixed = _mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]);
+  const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11011000);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  std::memcpy(p, &bytes, sizeof bytes);
+#else
+  for (int64_t i = 0; i < kLanes; i++) p[i] = static_cast<int8_t>(vec[i]);
+#endif
 }
 
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
 inline Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
-  return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+  total.part[0] = (Vec::Part)_mm512_dpbf16_ps((__m512)total.part[0], (__m512bh)a.part[0], (__m512bh)b.part[0]);
+  return total;
 #else
-  const Bits a_low = a << 16, a_high = a & 0xffff0000u, b_low = b << 16, b_high = b & 0xffff0000u;
-  return total + load_as<Vec>(&a_low) * load_as<Vec>(&b_low) + load_as<Vec>(&a_high) * load_as<Vec>(&b_high);
+  const Vec a_low = as<Vec>(a << 16), a_high = as<Vec>(a & 0xffff0000u);
+  const Vec b_low = as<Vec>(b << 16), b_high = as<Vec>(b & 0xffff0000u);
+  return total + a_low * b_low + a_high * b_high;
 #endif
 }
 
 // The same for pairs of 16-bit integers.
 inline Ints dot2(Ints total, Bits a, Bits b) {
 #if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  __m256i x[2], y[2];
-  std::memcpy(x, &a, sizeof a);
-  std::memcpy(y, &b, sizeof b);
-  for (int i = 0; i < 2; i++) x[i] = _mm256_madd_epi16(x[i], y[i]);
-  return total + load_as<Ints>(x);
+  total.part[0] = (Ints::Part)_mm512_dpwssd_epi32((__m512i)total.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
+  return total;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  for (int64_t i = 0; i < Ints::kParts; i++)
+    total.part[i] += (Ints::Part)_mm256_madd_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
+  return total;
 #else
-  const Ints first = (Ints)a, second = (Ints)b;
+  const Ints first = as<Ints>(a), second = as<Ints>(b);
   return total + (first << 16 >> 16) * (second << 16 >> 16) + (first >> 16) * (second >> 16);
 #endif
 }
@@ -148,34 +304,29 @@ inline Ints dot2(Ints total, Bits a, Bits b) {
 // In every lane: total + the dot product of four unsigned bytes of `weight` with four signed bytes of `x`.
 inline Ints dot4(Ints total, Bits weight, int32_t x) {
 #if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  // Even and odd bytes apart, as 16-bit numbers: the byte instruction of AVX2 saturates.
-  const Bits even = weight & 0x00ff00ffu, odd = (weight >> 8) & 0x00ff00ffu;
-  const auto byte = [x](int i) { return static_cast<uint16_t>(static_cast<int8_t>(x >> (8 * i))); };
-  const __m256i x_even = _mm256_set1_epi32(byte(0) | byte(2) << 16), x_odd = _mm256_set1_epi32(byte(1) | byte(3) << 16);
-  __m256i halves[2], e[2], o[2];
-  std::memcpy(halves, &total, sizeof total);
-  std::memcpy(e, &even, sizeof even);
-  std::memcpy(o, &odd, sizeof odd);
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm256_add_epi32(
-        halves[i], _mm256_add_epi32(_mm256_madd_epi16(e[i], x_even), _mm256_madd_epi16(o[i], x_odd)));
-  return load_as<Ints>(halves);
-#else
-  for (int i = 0; i < 4; i++) total += (Ints)((weight >> (8 * i)) & 255u) * static_cast<int8_t>(x >> (8 * i));
+  total.part[0] = (Ints::Part)_mm512_dpbusd_epi32((__m512i)total.part[0], (__m512i)weight.part[0], _mm512_set1_epi32(x));
   return total;
+#else
+  // Even and odd bytes apart, as 16-bit numbers: the byte instruction of AVX2 saturates.
+  const auto byte = [x](int i) { return static_cast<uint16_t>(static_cast<int8_t>(x >> (8 * i))); };
+  const Bits x_even = byte(0) | uint32_t{byte(2)} << 16, x_odd = byte(1) | uint32_t{byte(3)} << 16;
+  return dot2(dot2(total, weight & 0x00ff00ffu, x_even), weight >> 8 & 0x00ff00ffu, x_odd);
 #endif
 }
 
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec size_of(Vec x) { return as<Vec>(as<Bits>(x) & 0x7fffffffu); }
+
+inline Vec larger(Vec a, Vec b) {
+  for (int64_t i = 0; i < Vec::kParts; i++) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
 
 // All lanes taken together by an operation, in halves: the order does not depend on compiler or flags.
-#define QWEN3FAST_FOLD(combine)                                                                             \
-  v = combine(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));      \
-  v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));      \
-  v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));      \
-  v = combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));      \
+#define QWEN3FAST_FOLD(combine)                                                            \
+  v = combine(v, shuffle<8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7>(v, v));     \
+  v = combine(v, shuffle<4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11>(v, v));     \
+  v = combine(v, shuffle<2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13>(v, v));     \
+  v = combine(v, shuffle<1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14>(v, v));     \
   return v[0];
 
 inline float sum(Vec v) {
@@ -194,7 +345,7 @@ inline float largest(Vec v) { QWEN3FAST_FOLD(larger) }
 // side.
 template <typename Combine>
 inline Vec fold(Vec* v, const Combine& combine) {
-#define HALVES(a, b, lo, hi) combine(__builtin_shufflevector(a, b, lo), __builtin_shufflevector(a, b, hi))
+#define HALVES(a, b, lo, hi) combine(shuffle<lo>(a, b), shuffle<hi>(a, b))
 #define LO8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HI8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
 #define LO4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
@@ -215,8 +366,8 @@ inline void transpose(Bits* v) {
   for (int i = 0; i < kLanes; i++)                           \
     if (!(i & step)) {                                       \
       const Bits a = v[i], b = v[i + step];                  \
-      v[i] = __builtin_shufflevector(a, b, lo);              \
-      v[i + step] = __builtin_shufflevector(a, b, hi);       \
+      v[i] = shuffle<lo>(a, b);              \
+      v[i + step] = shuffle<hi>(a, b);       \
     }
   EXCHANGE(8, LO8, HI8)
   EXCHANGE(4, LO4, HI4)
@@ -232,18 +383,15 @@ inline Vec sums(Vec* v) {
 // exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
 // At least exp(-87); NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
-  const Vec y = (x < -87.f ? fill(-87.f) : x) * 1.44269504f;
-  const Ints n = __builtin_convertvector(y - 0.5f, Ints);  // rounds towards zero, so to the nearest for y <= 0
-  const Vec f = (y - __builtin_convertvector(n, Vec)) * 0.693147181f;
+  const Vec y = select(x < -87.f, fill(-87.f), x) * 1.44269504f;
+  const Ints n = convert<Ints>(y - 0.5f);  // rounds towards zero, so to the nearest for y <= 0
+  const Vec f = (y - convert<Vec>(n)) * 0.693147181f;
   Vec series = fill(1.f / 720);
   for (const float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * f + term;
-  const Ints power = (n + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return series * scale;
+  return series * as<Vec>((n + 127) << 23);
 }
 
 // The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
-inline Ints round_to_ints(Vec x) { return __builtin_convertvector(x + 12582912.f - 12582912.f, Ints); }
+inline Ints round_to_ints(Vec x) { return convert<Ints>(x + 12582912.f - 12582912.f); }
 
 }  // namespace
