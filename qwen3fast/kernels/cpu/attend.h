@@ -35,15 +35,15 @@ struct Cached {
 };
 
 // The next 32 channels of a value as two vectors, in an order that depends on the type; and the same in bfloat16, in order.
-inline void load_two(const BFloat16* p, Vec* two) {
+FORCE_INLINE void load_two(const BFloat16* p, Vec* two) {
   const Bits pairs = load_as<Bits>(p);
   two[0] = as<Vec>(pairs << 16), two[1] = as<Vec>(pairs & 0xffff0000u);
 }
 
-inline void load_two(const int8_t* p, Vec* two) { two[0] = load(p), two[1] = load(p + kLanes); }
+FORCE_INLINE void load_two(const int8_t* p, Vec* two) { two[0] = load(p), two[1] = load(p + kLanes); }
 
 template <typename T>
-inline void store_two(BFloat16* p, Vec first, Vec second) {
+FORCE_INLINE void store_two(BFloat16* p, Vec first, Vec second) {
   if (std::is_same_v<T, int8_t>) {
     store(p, first), store(p + kLanes, second);
     return;

@@ -12,7 +12,7 @@ namespace {
 
 // Sixteen numbers of `count` that are left, -infinity beyond them.
 template <typename T>
-inline Vec load_some(const T* p, int64_t count) {
+FORCE_INLINE Vec load_some(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
   T padded[kLanes];
   std::fill_n(padded, kLanes, T(-INFINITY));

@@ -32,9 +32,9 @@ template <typename T>
 using Query = std::conditional_t<std::is_same_v<T, int8_t>, int16_t, BFloat16>;
 
 // Sixteen pairs of neighboring channels.
-inline Bits pairs_of(const BFloat16* p) { return load_as<Bits>(p); }
-inline Bits pairs_of(const int16_t* p) { return load_as<Bits>(p); }
-inline Bits pairs_of(const int8_t* p) {
+FORCE_INLINE Bits pairs_of(const BFloat16* p) { return load_as<Bits>(p); }
+FORCE_INLINE Bits pairs_of(const int16_t* p) { return load_as<Bits>(p); }
+FORCE_INLINE Bits pairs_of(const int8_t* p) {
 #if defined(__AVX2__)
   struct Two {
     int8_t numbers[2];

@@ -118,7 +118,7 @@ void rows(int64_t count, const BFloat16* x, const Linear& weight, BFloat16* y, i
 
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                 int64_t width) {
-  constexpr int64_t kMost = 8;
+  constexpr int64_t kMost = kRegister < 64 ? 4 : 8;
   for (int64_t block = begin; block < end; block++)
     for (int64_t m = 0; m < M; m += kMost)
       rows<kMost>(std::min(kMost, M - m), x + m * weight.K, weight, y + m * width + block * kLanes, block, width);

@@ -16,7 +16,7 @@ inline float from_fp8(uint8_t byte) {
 }
 
 // Sixteen bytes, each in the lowest bits of a lane.
-inline Vec from_fp8(Bits byte) {
+FORCE_INLINE Vec from_fp8(Bits byte) {
   const Bits size = byte & 0x7fu, bits = (byte & 0x80u) << 24 | size << 20;
   return select(size == 0x7fu, fill(__builtin_nanf("")), as<Vec>(bits) * 0x1p120f);
 }

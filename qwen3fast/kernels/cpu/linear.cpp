@@ -14,10 +14,11 @@
 namespace {
 
 constexpr int64_t kPanel = 8;  // rows of the weight that are multiplied together
+// Of rows of x, and rows of the weight, whose sums fit the registers.
 #ifdef __AVX512F__
-constexpr int64_t kMaxVectors = 3;  // of rows of x: kMaxVectors * kPanel sums fit the registers
+constexpr int64_t kMaxVectors = 3, kTogether = kPanel;
 #else
-constexpr int64_t kMaxVectors = 1;
+constexpr int64_t kMaxVectors = 1, kTogether = kPanel / 2;
 #endif
 constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
 constexpr int64_t kInCache = 1 << 18;  // numbers of the weight, or of x, that stay in a core's cache
@@ -45,17 +46,20 @@ template <int kVectors>
 void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int64_t lines, const char* next) {
   const int64_t pairs = K / 2;
   Vec total[kVectors][kPanel] = {};
-  for (int64_t begin = 0; begin < pairs; begin += kLanes) {
-    for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
-    for (int64_t p = begin; p < std::min(begin + kLanes, pairs); p++) {
-      Bits xs[kVectors];
+#pragma GCC unroll 2
+  for (int first = 0; first < kPanel; first += kTogether) {
+    for (int64_t begin = 0; begin < pairs; begin += kLanes) {
+      for (int64_t i = 0; first == 0 && i < lines; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+      for (int64_t p = begin; p < std::min(begin + kLanes, pairs); p++) {
+        Bits xs[kVectors];
 #pragma GCC unroll 3
-      for (int i = 0; i < kVectors; i++) xs[i] = x[i * pairs + p];
+        for (int i = 0; i < kVectors; i++) xs[i] = x[i * pairs + p];
 #pragma GCC unroll 8
-      for (int j = 0; j < kPanel; j++) {
-        const Bits two = load_as<uint32_t>(weight + j * K + 2 * p);
+        for (int j = first; j < first + kTogether; j++) {
+          const Bits two = load_as<uint32_t>(weight + j * K + 2 * p);
 #pragma GCC unroll 3
-        for (int i = 0; i < kVectors; i++) total[i][j] = dot2(total[i][j], xs[i], two);
+          for (int i = 0; i < kVectors; i++) total[i][j] = dot2(total[i][j], xs[i], two);
+        }
       }
     }
   }

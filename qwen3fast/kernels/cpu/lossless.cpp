@@ -26,7 +26,7 @@ class Codes {
   }
 
   // Of the lowest 12 bits of each word.
-  Words numbers(Words words) const {
+  FORCE_INLINE Words numbers(Words words) const {
     const auto index = (__m512i)words.part[0];  // the lowest five bits count
     Words high;
     high.part[0] = (Words::Part)_mm512_permutexvar_epi16(index, (__m512i)table_.part[0]);
@@ -44,7 +44,7 @@ class Codes {
   explicit Codes(uint16_t base) : base_(base) {}
 
   // Of the lowest 12 bits of each word.
-  Words numbers(Words words) const {
+  FORCE_INLINE Words numbers(Words words) const {
     const Words codes = words & kCodes;
     return ((codes << kFractionBits) + (base_ & as<Words>(codes != 0))) | (words & 16) << 11 | (words >> 5 & 0x7f);
   }
@@ -55,7 +55,7 @@ class Codes {
 
  public:
   // 128 channels.
-  void unpack(const uint8_t* packed, Words* four) const {
+  FORCE_INLINE void unpack(const uint8_t* packed, Words* four) const {
     const Words a = load_as<Words>(packed), b = load_as<Words>(packed + 64), c = load_as<Words>(packed + 128);
     four[0] = numbers(a), four[1] = numbers(b), four[2] = numbers(c);
     four[3] = numbers(a >> 12 | (b >> 8 & 0xf0) | (c >> 4 & 0xf00));

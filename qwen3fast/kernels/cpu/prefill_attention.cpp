@@ -24,7 +24,7 @@ constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: two til
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
 // The nearest bfloat16 numbers; those below 1.2e-38 may become zero.
-inline void store_nearest(BFloat16* p, Vec vec) {
+FORCE_INLINE void store_nearest(BFloat16* p, Vec vec) {
 #ifdef __AVX512BF16__
   const __m256bh half = _mm512_cvtneps_pbh((__m512)vec.part[0]);
   std::memcpy(p, &half, sizeof half);
@@ -73,16 +73,17 @@ template <bool kAdds>
 void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
                  int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
   if (tiles_are_used) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
+  constexpr int64_t kChunks = kRegister / 16;  // whose sums fit the registers
   int64_t c = 0;
-  for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
-    add_product<4, kAdds>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
+  for (; c + kChunks * kLanes <= columns; c += kChunks * kLanes)
+    add_product<kChunks, kAdds>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
   for (; c < columns; c += kLanes)
     add_product<1, kAdds>(a, a_stride, b + c, b_stride, rows, num_pairs, out + c, out_stride);
 }
 
 // Sixteen cached numbers as bits of bfloat16, each in the lower half of a lane.
-inline Bits cached_bits(const BFloat16* p, float) { return load_halves(p); }
-inline Bits cached_bits(const int8_t* p, float scale) { return as_bfloat16(load(p) * scale); }
+FORCE_INLINE Bits cached_bits(const BFloat16* p, float) { return load_halves(p); }
+FORCE_INLINE Bits cached_bits(const int8_t* p, float scale) { return as_bfloat16(load(p) * scale); }
 
 // Keys as bfloat16: where they are, or rounded ones written to `room`.
 inline const BFloat16* tile_keys(const BFloat16* k, const float*, int64_t, int64_t, BFloat16*) { return k; }

@@ -38,12 +38,12 @@ void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* pa
   }
 }
 
-Ints level_of(Vec x, Vec divisor) {
+FORCE_INLINE Ints level_of(Vec x, Vec divisor) {
   const Ints level = round_to_ints(x / divisor);
   return select(level > 7, Ints(7), select(level < -8, Ints(-8), level));
 }
 
-Vec squared_error(Ints level, Vec scale, Vec x) {
+FORCE_INLINE Vec squared_error(Ints level, Vec scale, Vec x) {
   const Vec error = convert<Vec>(level) * scale - x;
   return error * error;
 }

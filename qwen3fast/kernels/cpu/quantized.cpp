@@ -80,9 +80,10 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   for (int b = 0; kKind == kUint4 && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
-    Ints sum[kBlocks][kM];
+    ByteSums<kBits> sum[kBlocks][kM];
+    const auto offset_of = [&](int m) { return kKind == kUint4 ? 0 : offset[m * G + g]; };
     for (int m = 0; m < kM; m++)
-      for (int b = 0; b < kBlocks; b++) sum[b][m] = kKind == kUint4 ? 0 : offset[m * G + g];
+      for (int b = 0; b < kBlocks; b++) sum[b][m].start(offset_of(m));
 #pragma GCC unroll 8
     for (int j = 0; j < kGroupBytes / 64; j++) {
       Bits packed[kBlocks];
@@ -99,7 +100,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 #pragma GCC unroll 2
           for (int b = 0; b < kBlocks; b++) {
             const Bits unpacked = kBits == 8 ? packed[b] : (packed[b] >> (4 * part)) & 0x0f0f0f0fu;
-            sum[b][m] = dot4(sum[b][m], unpacked, four);
+            sum[b][m].add(unpacked, four);
           }
         }
       }
@@ -110,7 +111,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
       if constexpr (kKind == kUint4) records[b].read(weight_scale, minimum);
       for (int m = 0; m < kM; m++) {
-        const Vec product = convert<Vec>(sum[b][m]) * x_scale[m * G + g];
+        const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[m * G + g];
         total[b][m] += kKind == kInt8 ? product : product * weight_scale;
         if (kKind == kUint4) total[b][m] -= minimum * x_sum[m * G + g];
       }
@@ -129,7 +130,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 // Any number M of rows of x, as many at a time as there are registers for.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
-  constexpr int kM = kBlocks == 2 ? 6 : 8;
+  constexpr int kM = kRegister < 64 ? 4 : kBlocks == 2 ? 6 : 8;
   int64_t m = 0;
   for (; m + kM <= M; m += kM) tile<kKind, kM, kBlocks>(x, m, weight, y, block, width);
   switch (M - m) {
@@ -148,7 +149,7 @@ void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, in
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
-  if (M > 32)
+  if (M > 32 && kRegister == 64)
     for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
 }

@@ -25,7 +25,7 @@ class Records {
   }
 
   // Sets the factor of levels, and the minimum that is taken off, of the next group.
-  void read(Vec& scale, Vec& minimum) {
+  FORCE_INLINE void read(Vec& scale, Vec& minimum) {
     if (left_ == 0) {
       factor_ = load(reinterpret_cast<const Float16*>(next_));
       minimum_ = record_ == kZeroRecord ? factor_ * load(next_ + 2 * kLanes)

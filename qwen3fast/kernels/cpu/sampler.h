@@ -51,10 +51,10 @@ struct Noise {
   static float gumbel(float uniform) { return -std::log(-std::log1p(-std::min(uniform, 1 - 0x1p-24f))); }
 };
 
-inline Bits weights(Vec score) { return convert<Bits>(exp_of_negative(score) * kUnit); }
+FORCE_INLINE Bits weights(Vec score) { return convert<Bits>(exp_of_negative(score) * kUnit); }
 
 // In descending order of scores.
-inline Ints bins(Vec score) {
+FORCE_INLINE Ints bins(Vec score) {
   const Vec bin = score * -kBinsPerScore;
   return convert<Ints>(select(bin < kBins - 1, bin, fill(kBins - 1)));
 }

@@ -29,6 +29,9 @@ struct BFloat16 {
 
 namespace {
 
+// Vectors that are passed to a function go through memory. Compilers would call some functions that are used often.
+#define FORCE_INLINE inline __attribute__((always_inline))
+
 // Bytes of a register.
 #if defined(__AVX512F__)
 constexpr int64_t kRegister = 64;
@@ -46,25 +49,25 @@ struct Wide {
   Part part[kParts];
 
   Wide() = default;  // Wide{} is zero
-  Wide(T number) {
+  FORCE_INLINE Wide(T number) {
     for (Part& p : part) p = number - Part{};
   }
 
-  T operator[](int64_t lane) const { return part[lane / kInPart][lane % kInPart]; }
-  void set(int64_t lane, T number) { part[lane / kInPart][lane % kInPart] = number; }
-  Wide operator-() const { return Wide{} - *this; }
+  FORCE_INLINE T operator[](int64_t lane) const { return part[lane / kInPart][lane % kInPart]; }
+  FORCE_INLINE void set(int64_t lane, T number) { part[lane / kInPart][lane % kInPart] = number; }
+  FORCE_INLINE Wide operator-() const { return Wide{} - *this; }
 };
 
 // The bits of a vector as numbers of another type; its numbers, converted.
 template <typename To, typename From>
-inline To as(Wide<From> from) {
+FORCE_INLINE To as(Wide<From> from) {
   To to;
   for (int64_t i = 0; i < To::kParts; i++) to.part[i] = (typename To::Part)from.part[i];
   return to;
 }
 
 template <typename To, typename From>
-inline To convert(Wide<From> from) {
+FORCE_INLINE To convert(Wide<From> from) {
   To to;
   for (int64_t i = 0; i < To::kParts; i++) to.part[i] = __builtin_convertvector(from.part[i], typename To::Part);
   return to;
@@ -73,23 +76,23 @@ inline To convert(Wide<From> from) {
 // A scalar operand stands for as many equal numbers. Comparisons give 0 or -1.
 #define QWEN3FAST_OPERATOR(op, Result)                                                                             \
   template <typename T>                                                                                            \
-  inline Result operator op(Wide<T> a, Wide<T> b) {                                                                \
+  FORCE_INLINE Result operator op(Wide<T> a, Wide<T> b) {                                                                \
     Result result;                                                                                                 \
     for (int64_t i = 0; i < Wide<T>::kParts; i++) result.part[i] = (typename Result::Part)(a.part[i] op b.part[i]); \
     return result;                                                                                                 \
   }                                                                                                                \
   template <typename T>                                                                                            \
-  inline Result operator op(Wide<T> a, std::type_identity_t<T> b) {                                                \
+  FORCE_INLINE Result operator op(Wide<T> a, std::type_identity_t<T> b) {                                                \
     return a op Wide<T>(b);                                                                                        \
   }                                                                                                                \
   template <typename T>                                                                                            \
-  inline Result operator op(std::type_identity_t<T> a, Wide<T> b) {                                                \
+  FORCE_INLINE Result operator op(std::type_identity_t<T> a, Wide<T> b) {                                                \
     return Wide<T>(a) op b;                                                                                        \
   }
 #define QWEN3FAST_ARITHMETIC(op)                             \
   QWEN3FAST_OPERATOR(op, Wide<T>)                            \
   template <typename T, typename Other>                      \
-  inline Wide<T>& operator op##=(Wide<T>& a, const Other& b) { \
+  FORCE_INLINE Wide<T>& operator op##=(Wide<T>& a, const Other& b) { \
     return a = a op b;                                       \
   }
 QWEN3FAST_ARITHMETIC(+)
@@ -111,7 +114,7 @@ QWEN3FAST_OPERATOR(==, Mask<T>)
 QWEN3FAST_OPERATOR(!=, Mask<T>)
 
 template <typename T>
-inline Wide<T> select(Mask<T> condition, Wide<T> a, Wide<T> b) {
+FORCE_INLINE Wide<T> select(Mask<T> condition, Wide<T> a, Wide<T> b) {
   for (int64_t i = 0; i < Wide<T>::kParts; i++) a.part[i] = condition.part[i] ? a.part[i] : b.part[i];
   return a;
 }
@@ -119,7 +122,7 @@ inline Wide<T> select(Mask<T> condition, Wide<T> a, Wide<T> b) {
 // Part `part` of the numbers kIndex... of a and b side by side, as __builtin_shufflevector has them: they come from at most
 // two parts.
 template <int64_t part, int... kIndex, typename T, int64_t... kLane>
-inline typename Wide<T>::Part shuffled(const Wide<T>& a, const Wide<T>& b, std::integer_sequence<int64_t, kLane...>) {
+FORCE_INLINE typename Wide<T>::Part shuffled(const Wide<T>& a, const Wide<T>& b, std::integer_sequence<int64_t, kLane...>) {
   constexpr int64_t index[] = {kIndex...}, kIn = Wide<T>::kInPart, kParts = Wide<T>::kParts;
   constexpr int64_t first = index[part * kIn] / kIn;
   constexpr int64_t second = std::max({index[part * kIn + kLane] / kIn == first ? int64_t{-1} : index[part * kIn + kLane] / kIn...});
@@ -131,7 +134,7 @@ inline typename Wide<T>::Part shuffled(const Wide<T>& a, const Wide<T>& b, std::
 }
 
 template <int... kIndex, typename T>
-inline Wide<T> shuffle(Wide<T> a, Wide<T> b) {
+FORCE_INLINE Wide<T> shuffle(Wide<T> a, Wide<T> b) {
   Wide<T> result;
   [&]<int64_t... kPart>(std::integer_sequence<int64_t, kPart...>) {
     ((result.part[kPart] = shuffled<kPart, kIndex...>(a, b, std::make_integer_sequence<int64_t, Wide<T>::kInPart>{})), ...);
@@ -151,7 +154,7 @@ struct Float16 {
 
 // What lies at p, in the order of memory: one of the types above, in whole registers, or any other.
 template <typename V, typename T>
-inline V load_as(const T* p) {
+FORCE_INLINE V load_as(const T* p) {
   V vec;
   if constexpr (requires { V::kParts; })
     for (int64_t i = 0; i < V::kParts; i++)
@@ -162,23 +165,23 @@ inline V load_as(const T* p) {
 }
 
 template <typename T>
-inline void store_as_is(void* p, Wide<T> vec) {
+FORCE_INLINE void store_as_is(void* p, Wide<T> vec) {
   for (int64_t i = 0; i < Wide<T>::kParts; i++) std::memcpy(static_cast<char*>(p) + i * kRegister, &vec.part[i], kRegister);
 }
 
-inline Vec load(const float* p) { return load_as<Vec>(p); }
-inline void store(float* p, Vec vec) { store_as_is(p, vec); }
+FORCE_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
+FORCE_INLINE void store(float* p, Vec vec) { store_as_is(p, vec); }
 
 // Makes a vector from what `convert_part(p)` returns for each register's numbers.
 template <typename V, typename T, typename Convert>
-inline V load_parts(const T* p, const Convert& convert_part) {
+FORCE_INLINE V load_parts(const T* p, const Convert& convert_part) {
   V vec;
   for (int64_t i = 0; i < V::kParts; i++) vec.part[i] = (typename V::Part)convert_part(p + i * V::kInPart);
   return vec;
 }
 
 // Sixteen numbers of 16 bits. With intrinsics, as those below: GCC 12 converts vectors of other sizes in pieces.
-inline Bits load_halves(const void* p) {
+FORCE_INLINE Bits load_halves(const void* p) {
   return load_parts<Bits>(static_cast<const uint16_t*>(p), [](const uint16_t* p) {
 #if defined(__AVX512F__)
     return _mm512_cvtepu16_epi32(load_as<__m256i>(p));
@@ -192,11 +195,11 @@ inline Bits load_halves(const void* p) {
 }
 
 // Sixteen bfloat16 numbers as float32: their bits are the upper halves.
-inline Vec load(const BFloat16* p) { return as<Vec>(load_halves(p) << 16); }
+FORCE_INLINE Vec load(const BFloat16* p) { return as<Vec>(load_halves(p) << 16); }
 
 // Signed or unsigned bytes.
 template <typename Byte, typename = std::enable_if_t<sizeof(Byte) == 1>>
-inline Vec load(const Byte* p) {
+FORCE_INLINE Vec load(const Byte* p) {
   [[maybe_unused]] constexpr bool kIsSigned = std::is_signed_v<Byte>;
   return load_parts<Vec>(p, [](const Byte* p) {
 #if defined(__AVX512F__)
@@ -213,11 +216,11 @@ inline Vec load(const Byte* p) {
   });
 }
 
-inline Vec fill(float value) { return value; }
+FORCE_INLINE Vec fill(float value) { return value; }
 
 // Sixteen float16 numbers as float32, exactly; without instructions for it, by moving the bits and scaling by 2^112.
 // NaN loses its payload, whose lower half BFloat16 could not round.
-inline Vec load(const Float16* p) {
+FORCE_INLINE Vec load(const Float16* p) {
 #if defined(__AVX512F__)
   const Vec result = load_parts<Vec>(p, [](const Float16* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); });
 #elif defined(__F16C__)
@@ -233,13 +236,13 @@ inline Vec load(const Float16* p) {
 }
 
 // The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16.
-inline Bits as_bfloat16(Vec vec) {
+FORCE_INLINE Bits as_bfloat16(Vec vec) {
   const Bits bits = as<Bits>(vec);
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
 // The lower halves of sixteen numbers, whose upper ones are zero.
-inline void store_halves(void* p, Bits vec) {
+FORCE_INLINE void store_halves(void* p, Bits vec) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm512_cvtepi32_epi16((__m512i)vec.part[0]);
   std::memcpy(p, &halves, sizeof halves);
@@ -256,10 +259,10 @@ inline void store_halves(void* p, Bits vec) {
 #endif
 }
 
-inline void store(BFloat16* p, Vec vec) { store_halves(p, as_bfloat16(vec)); }
+FORCE_INLINE void store(BFloat16* p, Vec vec) { store_halves(p, as_bfloat16(vec)); }
 
 // The lowest bytes of sixteen numbers.
-inline void store(int8_t* p, Ints vec) {
+FORCE_INLINE void store(int8_t* p, Ints vec) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)vec.part[0]);
   std::memcpy(p, &bytes, sizeof bytes);
@@ -275,7 +278,7 @@ inline void store(int8_t* p, Ints vec) {
 }
 
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
-inline Vec dot2(Vec total, Bits a, Bits b) {
+FORCE_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
   total.part[0] = (Vec::Part)_mm512_dpbf16_ps((__m512)total.part[0], (__m512bh)a.part[0], (__m512bh)b.part[0]);
   return total;
@@ -287,7 +290,7 @@ inline Vec dot2(Vec total, Bits a, Bits b) {
 }
 
 // The same for pairs of 16-bit integers.
-inline Ints dot2(Ints total, Bits a, Bits b) {
+FORCE_INLINE Ints dot2(Ints total, Bits a, Bits b) {
 #if defined(__AVX512VNNI__)
   total.part[0] = (Ints::Part)_mm512_dpwssd_epi32((__m512i)total.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
   return total;
@@ -302,7 +305,7 @@ inline Ints dot2(Ints total, Bits a, Bits b) {
 }
 
 // In every lane: total + the dot product of four unsigned bytes of `weight` with four signed bytes of `x`.
-inline Ints dot4(Ints total, Bits weight, int32_t x) {
+FORCE_INLINE Ints dot4(Ints total, Bits weight, int32_t x) {
 #if defined(__AVX512VNNI__)
   total.part[0] = (Ints::Part)_mm512_dpbusd_epi32((__m512i)total.part[0], (__m512i)weight.part[0], _mm512_set1_epi32(x));
   return total;
@@ -314,9 +317,56 @@ inline Ints dot4(Ints total, Bits weight, int32_t x) {
 #endif
 }
 
-inline Vec size_of(Vec x) { return as<Vec>(as<Bits>(x) & 0x7fffffffu); }
+// Sums over 32 channels, 8 or 4 bits of the weights, in each lane. start: with the amount that their zero point adds.
+template <int kBits>
+struct ByteSums {
+  Ints sums;
 
-inline Vec larger(Vec a, Vec b) {
+  FORCE_INLINE void start(int32_t offset) { sums = offset; }
+  FORCE_INLINE void add(Bits weight, int32_t x) { sums = dot4(sums, weight, x); }
+  FORCE_INLINE Ints total(int32_t) const { return sums; }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+FORCE_INLINE __m256i sum_pairs(__m256i numbers) { return _mm256_madd_epi16(numbers, _mm256_set1_epi16(1)); }
+
+// 4 bits, up to 15: pairs of products, 8 per lane, sum up to 30,480 at most.
+template <>
+struct ByteSums<4> {
+  Wide<int16_t> sums;
+
+  FORCE_INLINE void start(int32_t) { sums = 0; }
+  FORCE_INLINE void add(Bits weight, int32_t x) {
+    for (int64_t i = 0; i < Bits::kParts; i++)
+      sums.part[i] += (Wide<int16_t>::Part)_mm256_maddubs_epi16((__m256i)weight.part[i], _mm256_set1_epi32(x));
+  }
+  FORCE_INLINE Ints total(int32_t offset) const {
+    Ints total = offset;
+    for (int64_t i = 0; i < Ints::kParts; i++) total.part[i] += (Ints::Part)sum_pairs((__m256i)sums.part[i]);
+    return total;
+  }
+};
+
+// 8 bits, zero 128: their sizes times x with their signs, since pairs of products of larger numbers exceed 16 bits.
+template <>
+struct ByteSums<8> {
+  Ints sums;
+
+  FORCE_INLINE void start(int32_t) { sums = 0; }
+  FORCE_INLINE void add(Bits weight, int32_t x) {
+    const Bits level = weight ^ 0x80808080u;
+    for (int64_t i = 0; i < Bits::kParts; i++) {
+      const __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)level.part[i]);
+      sums.part[i] += (Ints::Part)sum_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)level.part[i]), signed_x));
+    }
+  }
+  FORCE_INLINE Ints total(int32_t) const { return sums; }
+};
+#endif
+
+FORCE_INLINE Vec size_of(Vec x) { return as<Vec>(as<Bits>(x) & 0x7fffffffu); }
+
+FORCE_INLINE Vec larger(Vec a, Vec b) {
   for (int64_t i = 0; i < Vec::kParts; i++) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
   return a;
 }
@@ -329,22 +379,22 @@ inline Vec larger(Vec a, Vec b) {
   v = combine(v, shuffle<1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14>(v, v));     \
   return v[0];
 
-inline float sum(Vec v) {
+FORCE_INLINE float sum(Vec v) {
   const auto add = [](Vec a, Vec b) { return a + b; };
   QWEN3FAST_FOLD(add)
 }
 
-inline int32_t sum(Ints v) {
+FORCE_INLINE int32_t sum(Ints v) {
   const auto add = [](Ints a, Ints b) { return a + b; };
   QWEN3FAST_FOLD(add)
 }
 
-inline float largest(Vec v) { QWEN3FAST_FOLD(larger) }
+FORCE_INLINE float largest(Vec v) { QWEN3FAST_FOLD(larger) }
 
 // Each of sixteen vectors taken together by an operation, as one vector: each step takes halves of two vectors side by
 // side.
 template <typename Combine>
-inline Vec fold(Vec* v, const Combine& combine) {
+FORCE_INLINE Vec fold(Vec* v, const Combine& combine) {
 #define HALVES(a, b, lo, hi) combine(shuffle<lo>(a, b), shuffle<hi>(a, b))
 #define LO8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HI8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
@@ -361,7 +411,7 @@ inline Vec fold(Vec* v, const Combine& combine) {
 }
 
 // A 16 x 16 square of 32-bit numbers, rows and columns exchanged: each step does so with the halves of ever smaller squares.
-inline void transpose(Bits* v) {
+FORCE_INLINE void transpose(Bits* v) {
 #define EXCHANGE(step, lo, hi)                               \
   for (int i = 0; i < kLanes; i++)                           \
     if (!(i & step)) {                                       \
@@ -376,13 +426,13 @@ inline void transpose(Bits* v) {
 }
 
 // The sum of each of sixteen vectors, with the same additions as in `sum`.
-inline Vec sums(Vec* v) {
+FORCE_INLINE Vec sums(Vec* v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
 // At least exp(-87); NaN stays NaN.
-inline Vec exp_of_negative(Vec x) {
+FORCE_INLINE Vec exp_of_negative(Vec x) {
   const Vec y = select(x < -87.f, fill(-87.f), x) * 1.44269504f;
   const Ints n = convert<Ints>(y - 0.5f);  // rounds towards zero, so to the nearest for y <= 0
   const Vec f = (y - convert<Vec>(n)) * 0.693147181f;
@@ -392,6 +442,6 @@ inline Vec exp_of_negative(Vec x) {
 }
 
 // The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
-inline Ints round_to_ints(Vec x) { return convert<Ints>(x + 12582912.f - 12582912.f); }
+FORCE_INLINE Ints round_to_ints(Vec x) { return convert<Ints>(x + 12582912.f - 12582912.f); }
 
 }  // namespace
