@@ -1,8 +1,7 @@
 """The choice among forms of the same computation: measured once on each machine, then kept.
 
-A form that wins on one processor loses on another: attention in C++ takes a quarter of the time of PyTorch's on AMD
-Zen 5, and three times its time on Intel processors with AMX. The rule: no form is used where a plainer one is faster on
-the machine at hand. docs/how_it_works/kernels.md describes the measurements, and when a choice may change.
+The fastest form on one processor can be slow on another. The rule: no form is used where a plainer one is faster on
+this machine. docs/how_it_works/kernels.md describes the measurements, and when a choice may change.
 """
 
 from __future__ import annotations
