@@ -8,7 +8,7 @@ from qwen3fast.checkpoint.lora.unmerged import largest_rank
 from qwen3fast.options import GeneratorOptions
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 
-DEFAULT_RANK = 16  # of the slots, where no adapter is there to tell
+DEFAULT_RANK = 16  # of the slots, where no adapter gives one
 
 
 class AdapterMethods:

@@ -44,8 +44,8 @@ class Generator(ChatMethods, AdapterMethods):
     end. Greedy and seeded replies do not depend on other requests (except by rounding, where two logits nearly tie).
     Use `close()` or a `with` statement to release memory early.
 
-    Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies. Nor may
-    a process that was forked after its first use: build another Generator there. Both get a RuntimeError.
+    Threads may share a Generator. Calls from its own thread, which runs logits processors, raise RuntimeError. So do
+    calls in a process that was forked after the first request: build another Generator there.
 
     Attributes:
         model: the Qwen3 module, or this process's shard of it. config: its ModelConfig.
@@ -219,7 +219,7 @@ class Generator(ChatMethods, AdapterMethods):
         return merged[0] if is_single else merged
 
     @overload
-    def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
+    def score(  # type: ignore[overload-overlap]  # a str is one prompt, although it is an iterable of str
         self, prompts: Prompt, continuations: Prompt, *, progress: bool = ..., adapter: str | None = ...
     ) -> ContinuationScore: ...
 
@@ -333,8 +333,8 @@ class Generator(ChatMethods, AdapterMethods):
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
 
         On CPUs it also builds the C++ operations and measures which forms of computations are the fastest. On CUDA it
-        also captures the graphs of decode steps, without logits processors and log-probabilities: the first request
-        with these captures their graphs.
+        also captures the graphs of prompts and decode steps; the first request with logits processors or
+        log-probabilities captures the graphs of its steps.
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)
@@ -354,7 +354,7 @@ class Generator(ChatMethods, AdapterMethods):
 
     @property
     def debug(self) -> Dispatcher:
-        """The owner of engine, scheduler, worker and admission, for tests and diagnosis. Not a stable interface."""
+        """The engine, scheduler, worker and admission, for tests and diagnosis. Not a stable interface."""
         return self._dispatcher
 
     def save_quantized(self, folder: str | Path) -> None:
@@ -380,7 +380,7 @@ class Generator(ChatMethods, AdapterMethods):
         self.close()
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue a reply of `_build` at the first chunk, and yield its chunks; the iterator keeps the Generator."""
+        """Queue a request at the first chunk, and yield its chunks; the iterator keeps the Generator open."""
         yield from self._dispatcher.stream(handle)
 
     def _make_engine(self) -> Engine:

@@ -35,8 +35,10 @@ MAX_STOP_STRINGS = 1024
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next tokens of one request are chosen and when it ends. A field that is None takes the checkpoint's
-    preset (generation_config.json), else the value in brackets. NumPy scalars are numbers, booleans are not.
+    """The sampling parameters of one request: how its tokens are chosen, and when it ends.
+
+    A field that is None takes its value from the checkpoint's preset (generation_config.json), otherwise the value in
+    brackets. NumPy scalars are numbers, booleans are not.
 
     Attributes:
         temperature: scores are divided by it; 0 is greedy, at most 1e6. [0, or 1.0 where the preset says do_sample]
@@ -46,19 +48,19 @@ class SamplingParams:
         max_tokens: new tokens at most. None takes the preset's max_new_tokens as far as it fits, else it fills the
             context (max_seq_len).
         stop: strings that end the text; never part of it. At most 1024.
-        stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
-        ignore_eos: go on past end-of-sequence ids.
+        stop_token_ids: ids that end the text, in addition to the model's end-of-sequence ids.
+        ignore_eos: continue after end-of-sequence ids.
         seed: any integer of 64 bits; None draws one.
         repetition_penalty: logits of tokens in the prompt or the reply are divided by it where positive and multiplied
             where negative; above 1 discourages them. From 0.001 to 1000. [1.0]
-        presence_penalty: subtracted from the logits of tokens that the reply holds; from -2 to 2.
-        frequency_penalty: the same, once for each time that the reply holds the token; from -2 to 2.
+        presence_penalty: subtracted from the logits of tokens that occur in the reply; from -2 to 2.
+        frequency_penalty: subtracted once for each occurrence of the token in the reply; from -2 to 2.
         logit_bias: token id -> the number added to its logit; -inf forbids the token. None adds nothing.
         allowed_token_ids: the only tokens that may be chosen; None allows all.
         logprobs: report log-probabilities, of the model's own logits: 0 of the chosen token, n (at most 20) also of the
             n most likely; None reports none.
         prompt_logprobs: report log-probabilities of the prompt's tokens, in the same form; None reports none. Such a
-            prompt is computed from its first token on: what the KV cache holds of it is not reused.
+            prompt is computed from its first token on, without reuse of cached keys and values.
         n: replies to each prompt, at most 128.
         logits_processor: called for each new token with the float32 logits (V,) and the reply's token ids so far,
             int64 (T,), both on the model's device; returns the new logits (V,). It must not keep or change its
@@ -196,7 +198,7 @@ class SamplingParams:
         self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 
     def _check_tokens(self) -> None:
-        """Check the fields that name single tokens. Whether the ids are in the vocabulary is the model's to say."""
+        """Check the fields that name single tokens; RequestBuilder checks that the vocabulary has them."""
         if self.logit_bias is not None:
             largest = torch.finfo(torch.float32).max
             given = self.logit_bias.items() if isinstance(self.logit_bias, dict) else [(None, None)]
@@ -244,8 +246,8 @@ class SamplingParams:
 def takes_params(function: Function) -> Function:
     """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
 
-    The function takes `params`, or it loads or wraps a model, whose requests take them. There, `adapter` is something
-    else than the field of that name.
+    The function takes `params`, or it loads or wraps a model, whose requests take them. There, the keyword `adapter`
+    is not the field of that name.
     """
     own = inspect.signature(function).parameters
     is_request = "params" in own

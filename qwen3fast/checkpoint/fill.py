@@ -105,7 +105,7 @@ def load_weights(
 
 
 class _Filler:
-    """Assigns tensors of files to a model's parameters, and records those that do not fit."""
+    """The assignment of files' tensors to a model's parameters, with the names of tensors that do not fit."""
 
     def __init__(self, model: Qwen3, options: FillOptions, names: set[str], bar: Any) -> None:
         """names: of all tensors that will come. bar: advances with each parameter."""

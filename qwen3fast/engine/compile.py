@@ -60,7 +60,7 @@ CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enab
 
 
 class StepCompiler:
-    """Compiles parts of steps, and counts compilations.
+    """A compiler of parts of steps, which counts compilations.
 
     The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more.
     Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays uncompiled if the

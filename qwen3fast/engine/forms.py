@@ -1,4 +1,4 @@
-"""The forms that an engine's parts use on this machine: decided before its first step, and told by `Generator.stats`.
+"""The forms that an engine's parts use on this machine: decided before its first step, shown by `Generator.stats`.
 
 An engine's choices change in `warmup()` only: replies must not differ from one request to the next because something
 was measured in between.
@@ -56,11 +56,11 @@ WAITING = "until the next warmup() or process; measured meanwhile"
 
 
 class Forms:
-    """Which forms the parts of one engine use.
+    """The forms that the parts of one engine use.
 
     sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
-    operation for all blocks. choices: why, by computation and sizes. Linear layers hold their own choice (`limits`),
-    which engines with the same model share.
+    operation for all blocks. choices: the reasons, by computation and sizes. Linear layers hold their own choice
+    (`limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:

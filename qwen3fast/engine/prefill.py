@@ -59,7 +59,7 @@ def split_into_chunks(
 def max_prompts(size: int, slots: int) -> int:
     """Return how many prompts may share a forward pass, each with a chunk of this size.
 
-    Together they have no more tokens than the largest chunk, for which running replies wait anyway.
+    Together they have at most as many tokens as the largest chunk, which running replies wait for in any case.
     """
     return min(CHUNK_SIZES[-1] // size, MAX_PROMPTS, slots)
 

@@ -176,7 +176,7 @@ class LogprobState:
 
 @dataclass(frozen=True)
 class StepKind:
-    """The work of a step beside the base model's: sampler, logits processors, log-probabilities, adapters."""
+    """The work of a step in addition to the base model's: sampler, logits processors, log-probabilities, adapters."""
 
     sampler: SamplerKind = SamplerKind.GREEDY
     is_processed: bool = False

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class StaticKVCache:
     """Memory for the keys and values of `max_batch_size` requests, of up to `max_seq_len` tokens each.
 
-    Attention reads the first `bucket(used)` positions, where `used` is the length of the longest text of a step, or in
-    some kernels just the used positions of each row. Its cost follows the used length, not the allocated one.
+    Attention reads the first `bucket(used)` positions, where `used` is the length of the longest text of a step;
+    some kernels read only the used positions of each row. Its cost follows the used length, not the allocated one.
 
     `allocated_len` is max_seq_len rounded up to a multiple of `granularity`, to make room for padded prefill chunks. A
     slot has S = allocated_len + 1 positions. Nothing reads the last one: batch rows without a request write there (to
@@ -33,7 +33,7 @@ class StaticKVCache:
 
     Attributes:
         keys, values: one contiguous (R, K, S, D) tensor per layer, zero at first. Positions that a mask hides must
-            hold finite numbers too, as 0 * NaN is NaN.
+            also hold finite numbers, as 0 * NaN is NaN.
         key_scales, value_scales: for int8, one (R, K, S) tensor per layer, see `CacheLayer`; otherwise empty lists.
         buckets: the numbers of positions that attention may read: multiples of `granularity`; on CUDA fewer (128, 256,
             384, 512, 768, 1024, 1536, ...), since each has graphs of its own.

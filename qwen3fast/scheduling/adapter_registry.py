@@ -59,7 +59,7 @@ class AdapterRegistry:
         self._load(name, source, check_weights, is_started=True)
 
     def _load(self, name: str, source: str | Path, check_weights: bool, is_started: bool) -> None:
-        """is_started: False where nothing runs yet: writing then must not start the worker's thread, see `FORKED`."""
+        """Load an adapter. is_started: False before the first request: writing must not start the worker (`FORKED`)."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
         slot = self._take_slot(checked_text("an adapter's name", name))

@@ -17,7 +17,7 @@ from qwen3fast.scheduling.worker import ClosedError, EngineWorker
 
 
 class Dispatcher:
-    """Runs the requests of one Generator. Thread-safe.
+    """The owner of a Generator's engine, scheduler, worker and admission, which runs its requests. Thread-safe.
 
     Methods that wait raise RuntimeError where they would wait forever: in the worker's own thread, and in a process
     forked after its first request.

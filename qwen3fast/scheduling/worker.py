@@ -35,7 +35,7 @@ OWN_THREAD = (
 
 
 class ClosedError(RuntimeError):
-    """The Generator was closed."""
+    """The error of calls to a closed Generator."""
 
 
 class Job(NamedTuple):

@@ -167,7 +167,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return "".join(joined)
 
     def _listed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with iterators (of the filters `map` and the like) read into lists, charged item by item."""
+        """Return arguments with iterators (of filters such as `map`) read into lists, charged item by item."""
         return tuple(self._list(x) for x in args), {name: self._list(x) for name, x in kwargs.items()}
 
     def _list(self, value: Any) -> Any:
