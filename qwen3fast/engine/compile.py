@@ -92,7 +92,7 @@ class StepCompiler:
         self.quiet = threading.RLock()
         self.when_loaded: Callable[[], None] | None = None
         self._has_begun = False  # the thread
-        self._loading: Future[None] | None = None
+        self._loading: Future[Any] | None = None
         self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0
         self.seconds = 0.0
@@ -127,33 +127,28 @@ class StepCompiler:
         if not self._has_begun:
             self._has_begun = True
             if not cpu.is_loaded():
-                self.waiting += 1
-                self._loading = self.thread.submit(self._load_operations)
+                self._loading = self._submit(cpu.load, max(1, self._threads - 1))
             if self.when_loaded is not None:
                 self.thread.submit(self.when_loaded)
         return self._loading is None or self._loading.done()
 
-    def _load_operations(self) -> None:
-        self._at_work_since_s = time.perf_counter()
-        try:
-            cpu.load(jobs=max(1, self._threads - 1))
-        finally:
-            self._at_work_since_s = float("inf")
-            self.waiting -= 1
-
-    def _compile_at_work(self, *arguments: Any) -> Function:
-        self._at_work_since_s = time.perf_counter()
-        try:
-            return self.compile(*arguments)
-        finally:
-            self._at_work_since_s = float("inf")
-            self.waiting -= 1
-
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
+        return self._submit(self.compile, *arguments)
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         assert self.thread is not None, "there is a thread in mode 'auto' only"
         self.waiting += 1
-        return self.thread.submit(self._compile_at_work, *arguments)
+
+        def run() -> Any:
+            self._at_work_since_s = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                self._at_work_since_s = float("inf")
+                self.waiting -= 1
+
+        return self.thread.submit(run)
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
         """Return a part of a step, given as a function of a module and tensors.

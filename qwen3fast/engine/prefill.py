@@ -280,7 +280,7 @@ class CapturedChunks:
         """
         T, is_first, name = len(chunks[0].token_ids), False, "prompts"
         if len(chunks) > 1:
-            missing = self._num_prompts(len(chunks), T) - len(chunks)
+            missing = next(n for n in graph_prompts(T, self._slots) if n >= len(chunks)) - len(chunks)
             rows, chunks = rows + rows[:1] * missing, chunks + [Chunk([0] * T, NOWHERE, 0)] * missing
         else:
             is_first = chunks[0].start == 0
@@ -300,7 +300,3 @@ class CapturedChunks:
         key = (f"{name} with adapter" if has_adapter else name, T)
         self._graphs.run((*key, B) if name == "prompts" else key, step)
         return self._logits_BV[:B]
-
-    def _num_prompts(self, prompts: int, size: int) -> int:
-        """Return the number of prompts in the graph that serves so many prompts with chunks of this size."""
-        return next(number for number in graph_prompts(size, self._slots) if number >= prompts)

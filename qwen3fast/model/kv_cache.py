@@ -62,7 +62,8 @@ class StaticKVCache:
         self.allocated_len = -(-max_seq_len // granularity) * granularity
         self.buckets = list(range(granularity, self.allocated_len + 1, granularity))
         if device.type == "cuda":
-            self.buckets = [n for n in self.buckets if n == self.allocated_len or _is_round(n // granularity)]
+            blocks = {n: n // granularity for n in self.buckets}  # kept: powers of two, and three times a power of two
+            self.buckets = [n for n, b in blocks.items() if n == self.allocated_len or b // (b & -b) in (1, 3)]
         shape = (max_batch_size, config.num_key_value_heads, self.allocated_len + 1, config.head_dim)
         self.num_bytes = config.kv_bytes_per_token(dtype) * max_batch_size * (self.allocated_len + 1)
         scales = " + 4 bytes per vector" if dtype == torch.int8 else ""
@@ -106,13 +107,6 @@ class StaticKVCache:
         if not 1 <= used <= self.allocated_len:
             raise ValueError(f"{used} positions do not fit a KV cache of {self.allocated_len}")
         return self.buckets[bisect_left(self.buckets, used)]
-
-
-def _is_round(number: int) -> bool:
-    """Return whether the number is a power of two, or three times a power of two."""
-    while number % 2 == 0:
-        number //= 2
-    return number in (1, 3)
 
 
 class CacheLayer(NamedTuple):
