@@ -66,7 +66,7 @@ def is_to_be_calibrated(
     if calibrate is None and device.type == "cpu" and num_parameters > MAX_PARAMETERS_ON_CPU:
         logger.info(
             "%s: %s without calibration, which takes long for %.1f billion parameters on a CPU; calibrate=True does it "
-            "once and keeps the result, and so does `%s`, in a folder of yours",
+            "once and keeps the result, and so does `%s`, in a folder that you choose",
             source, quantization, num_parameters / 1e9, COMMAND,
         )  # fmt: skip
         return False
@@ -127,7 +127,7 @@ class CalibratedLoader:
                 try:
                     kept.write(model, num_tokens)
                 except OSError as err:
-                    logger.warning("the calibrated weights cannot be kept (%s); the next load makes them again", err)
+                    logger.warning("the calibrated weights cannot be kept (%s); the next load calibrates again", err)
         return model
 
     def place(self) -> KeptCopy:
@@ -156,7 +156,7 @@ class CalibratedLoader:
     def _load_unkept(self, problem: str) -> Qwen3:
         """Load where no copy can be kept."""
         choice = "calibrating for this load alone" if self.calibrate else f"{self.quantization} without calibration"
-        advice = f"set XDG_CACHE_HOME to a folder with room, or use `{COMMAND}`, which writes a folder of yours"
+        advice = f"set XDG_CACHE_HOME to a folder with room, or use `{COMMAND}`, which writes a folder that you choose"
         logger.warning("a calibrated copy cannot be kept: %s; %s (%s)", problem, choice, advice)
         if self.calibrate:
             return self._calibrate()[0]

@@ -186,7 +186,7 @@ class _Filler:
         slices = self._stacks.slices
         is_loaded = place in self._loaded or (place in slices and slices[place].target in self._loaded)
         if is_loaded or (part is not None and not self._layers.awaits(place)):
-            return f"{place} was there already"
+            return f"{place} was loaded already"
         return None
 
     def _put_plain(self, place: str, tensor: Tensor, where: str) -> None:

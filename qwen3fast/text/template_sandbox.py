@@ -45,7 +45,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,
             extensions=[jinja2.ext.loopcontrols, GenerationTag],
-            finalize=self._output,
+            finalize=self.check_value,
         )
         self.code_generator_class = CountingCompiler
         self.concat = self._join  # type: ignore[method-assign]
@@ -107,13 +107,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             yield item
 
     def check_value(self, value: Any) -> Any:
-        """Return a list, dict, tuple or slice that the template has just made, charged by its size."""
+        """Return a value that the template writes, or a container that it has just made, charged by its size."""
         self._size(value)
         return value
 
     def join_values(self, values: list[Any]) -> str:
         """Return what `a ~ b` is."""
-        return self._join(str(self._output(value)) for value in values)
+        return self._join(str(self.check_value(value)) for value in values)
 
     # The budget
 
@@ -151,10 +151,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             raise TemplateLimitError("made a number of more than 4096 bits")
         if isinstance(value, str | list | tuple | Mapping):
             self._charge(len(value) * (1 if isinstance(value, str) else UNITS_PER_ITEM))
-        return value
-
-    def _output(self, value: Any) -> Any:
-        self._size(value)
         return value
 
     def _join(self, pieces: Iterable[str]) -> str:
