@@ -246,8 +246,8 @@ class SamplingParams:
 def takes_params(function: Function) -> Function:
     """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
 
-    The function takes `params`, or it loads or wraps a model, whose requests take them. There, the keyword `adapter`
-    is not the field of that name.
+    The function takes `params`, or it loads or wraps a model, whose requests take them. There, `adapter` is something
+    else than the field of that name.
     """
     own = inspect.signature(function).parameters
     is_request = "params" in own

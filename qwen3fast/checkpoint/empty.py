@@ -38,8 +38,11 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
         return model
     stored = CheckpointConfig.from_folder(source)
     refuse_other_format(stored, quantization, source)
-    format = None if stored.quantization is None else get_format(stored.quantization)
-    kept, theirs = stored.modules_to_not_convert, stored.prequantized
+    format, kept = (
+        None if stored.quantization is None else get_format(stored.quantization),
+        stored.modules_to_not_convert,
+    )
+    theirs = stored.prequantized
     check_lossless(quantization, torch.bfloat16, stored.model, source if theirs is not None else None)
     if theirs is not None:  # as usual; only the tensors tell which others are plain
         format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
