@@ -383,6 +383,7 @@ class Generator(ChatMethods, AdapterMethods):
         """Queue a request at the first chunk, and yield its chunks; the iterator keeps the Generator open."""
         yield from self._dispatcher.stream(handle)
 
+    @torch.inference_mode(False)  # memory made in that mode could not be written to outside of it
     def _make_engine(self) -> Engine:
         """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""
         options, ranks = self.options, self._ranks

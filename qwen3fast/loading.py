@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
 
 
 @takes_params
+@torch.inference_mode(False)  # see `Generator._make_engine`
 def load_model(
     source: str | Path,
     device: str | torch.device = "auto",

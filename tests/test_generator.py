@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -450,3 +451,44 @@ def test_from_pretrained_names_a_bad_source(source, error, message):
 def test_cuda_without_a_device_is_refused():
     with pytest.raises(ValueError, match="sees no CUDA device"):
         Generator.from_pretrained("tiny", device="cuda")
+
+
+@contextmanager
+def default_of(setting, value, before):
+    setting(value)
+    try:
+        yield
+    finally:
+        setting(before)
+
+
+SETTINGS = {
+    "bfloat16": lambda: default_of(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "float64": lambda: default_of(torch.set_default_dtype, torch.float64, torch.float32),
+    "meta": lambda: default_of(torch.set_default_device, "meta", None),
+    "inference mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_an_application_change_no_reply(model, tokenizer, setting):
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=5),
+        SamplingParams(temperature=0, repetition_penalty=1.3, logit_bias={5: 0.123}, logprobs=2, max_tokens=5),
+    ]
+
+    def replies(use_cache):
+        with Generator(model, tokenizer, max_seq_len=99, compile=False, kv_cache_dtype="int8") as generator:
+            results = generator.generate(["a", "the dog"], params, use_cache=use_cache)
+            return [(result.token_ids, result.logprobs) for result in results]
+
+    for use_cache in (True, False):
+        expected = replies(use_cache)
+        with SETTINGS[setting]():
+            assert replies(use_cache) == expected
+
+
+def test_a_model_loaded_in_inference_mode_is_used_outside_of_it():
+    with torch.inference_mode():
+        model = load_model("tiny", "cpu")
+    assert not any(parameter.is_inference() for parameter in model.parameters())

@@ -265,7 +265,7 @@ class CapturedChunks:
         self.serves_later = serves_later
         # The ids; and of each prompt its row, its start and the index of its last token.
         self._token, self._number = torch.zeros(2, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
-        self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, device=device)
+        self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, dtype=torch.float32, device=device)
 
     def serves(self, start: int) -> bool:
         """Return whether there are graphs for a prompt's chunks that begin at this position."""

@@ -164,9 +164,9 @@ class LogprobState:
         """Allocate buffers for `rows` rows."""
         shape = (rows, min(MAX_LOGPROBS, vocab_size))
         return cls(
-            torch.zeros(rows, device=device),
+            torch.zeros(rows, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.int64, device=device),
-            torch.zeros(shape, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
     def read(self, row: int) -> Logprobs:

@@ -32,7 +32,7 @@ class TokenRing:
         is_cuda = device.type == "cuda"
         if make_event is None and is_cuda:
             make_event = torch.cuda.Event
-        self._slots = torch.zeros(num_slots, rows, *width, dtype=dtype, pin_memory=is_cuda)
+        self._slots = torch.zeros(num_slots, rows, *width, dtype=dtype, device="cpu", pin_memory=is_cuda)
         self._events = [make_event() for _ in range(num_slots)] if make_event is not None else None
         self._oldest = self._count = 0
 

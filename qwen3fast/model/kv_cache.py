@@ -85,8 +85,8 @@ class StaticKVCache:
         self.key_scales: list[Tensor] = []
         self.value_scales: list[Tensor] = []
         if dtype == torch.int8:
-            self.key_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
-            self.value_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
+            self.key_scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in layers]
+            self.value_scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in layers]
 
     def layers(self, row_B: Tensor | None = None) -> list[CacheLayer]:
         """Return each layer's keys and values, for a batch in the given slots (see `CacheLayer`)."""

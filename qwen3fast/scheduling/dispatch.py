@@ -45,7 +45,7 @@ class Dispatcher:
         """Run requests to completion. use_cache: False computes without a cache. report: called after each reply."""
         if not use_cache:
             for handle in handles:
-                run = UncachedRun(self.engine, handle.request)
+                run = self.worker.call(UncachedRun, self.engine, handle.request)
                 while not handle.is_done:
                     self.worker.call(run.step)  # one token at a time: other requests run in between
                 report()

@@ -48,7 +48,9 @@ def load(device: torch.device | None = None) -> bool:
                 _packed_matvec_shape
             )
             custom_op("qwen3fast::packed_experts", packed_experts, mutates_args=(), device_types="cuda").register_fake(
-                _packed_experts_shape
+                lambda x, packed, scale, expert, num_experts, is_fp8: x.new_empty(
+                    (x.shape[0], packed.shape[0] // num_experts * packed.shape[2]), dtype=torch.float32
+                )
             )
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
@@ -109,13 +111,3 @@ def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool)
 
     blocks, words = packed.shape[:2]
     return x.new_empty((num_parts(blocks, words), x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)
-
-
-def _packed_experts_shape(
-    x: Tensor, packed: Tensor, scale: Tensor, expert: Tensor, num_experts: int, is_fp8: bool
-) -> Tensor:
-    from qwen3fast.kernels.cuda.packed_matvec import num_parts
-
-    blocks, words = packed.shape[0] // num_experts, packed.shape[1]
-    parts = num_parts(blocks * x.shape[0], words)
-    return x.new_empty((parts, x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)
