@@ -9,6 +9,7 @@ import torch
 from conftest import randomized, small_config
 
 from qwen3fast import Embedder, Generator, Reranker, SamplingParams
+from qwen3fast.checks import VARIABLES
 from qwen3fast.options import GeneratorOptions
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -37,6 +38,16 @@ def test_flags_must_be_bools(name):
         with pytest.raises(ValueError, match=f"{name} must be True or False, got"):
             GeneratorOptions(**{name: bad})
     assert getattr(GeneratorOptions(**{name: np.bool_(False)}), name) is False
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variables_of_the_environment_must_be_known(name, monkeypatch):
+    monkeypatch.setenv(name, "no")
+    with pytest.raises(ValueError, match=rf"{name} must be '\w+' or '\w+', or unset, got 'no'"):
+        GeneratorOptions()
+    for good in (*VARIABLES[name], ""):
+        monkeypatch.setenv(name, good)
+        GeneratorOptions()
 
 
 def test_compile_and_cache_dtype_must_be_known():
