@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from qwen3fast.checks import VARIABLES, checked_flag, checked_integer, checked_option, checked_variable
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.engine.threads import checked_threads
+from qwen3fast.kernels.cpu.library import usable_levels
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
@@ -66,6 +67,7 @@ class GeneratorOptions:
         """Check each option and variable. Raises: ValueError naming it, the allowed values, and the value."""
         for name in VARIABLES:
             checked_variable(name)
+        usable_levels()
         for name, most in (("max_seq_len", MAX_SEQ_LEN), ("max_batch_size", MAX_BATCH_SIZE), ("max_queue", MAX_QUEUE)):
             self._set(name, checked_integer(name, getattr(self, name), 1, most))
         for name in ("cuda_graphs", "prefix_reuse"):
