@@ -13,6 +13,8 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,22 @@ class Output:
         self._file.truncate(length)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self._file.flush()
+        """Append a line. Raises: OSError naming the file; the next run cuts off what was written of the line."""
+        with self._named():
+            self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises: as `write`."""
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise OSError(err.errno, err.strerror, self._file.name) from err
 
 
 async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, bar: Any) -> int:

@@ -131,6 +131,25 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
 
 
+def test_a_full_disk_is_told_with_the_file_and_half_a_line_is_written_again(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "out.jsonl"
+    output = Output(path)
+    output.write({"key": "1", "text": "one"})
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 7, limits[1]))  # as a full disk: a line is written in part
+    try:
+        for step in (lambda: output.write({"key": "2", "text": "two"}), output.close):
+            with pytest.raises(OSError, match=f"File too large: '{path}'"):
+                step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole + b'{"key":'
+    again = Output(path)
+    assert again.done == {"1"} and path.read_bytes() == whole
+    again.close()
+
+
 @pytest.mark.parametrize(
     "notes",
     ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"prompt": "a"}\n', '{"prompt": "a"}', '{"more"'],
