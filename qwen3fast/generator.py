@@ -80,10 +80,13 @@ class Generator(ChatMethods, AdapterMethods):
             check_weights: refuse NaN and infinity in adapters.
             options: the fields of GeneratorOptions.
 
-        Raises: ValueError for an option out of its range, a size that the model does not support, or a preset with
-        values that no request may have; MemoryError if the KV cache does not fit.
+        Raises: TypeError for a name instead of a model; ValueError for an option out of its range, a size that the
+        model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
+        fit.
         """
         self.options = GeneratorOptions(**options)
+        if not isinstance(model, Qwen3):
+            raise TypeError(f"model must be a Qwen3, got {model!r:.99}; from_pretrained takes names and folders")
         config = model.config
         self.options.check_model(config)
         weight = model.model.norm.weight

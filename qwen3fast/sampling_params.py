@@ -255,13 +255,13 @@ def takes_params(function: Function) -> Function:
     """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
 
     The keyword may also be one of OTHER_NAMES. The function is SamplingParams itself, takes `params`, or loads or wraps
-    a model, whose requests take them. There, `adapter` is something else than the field of that name.
+    a model, whose requests take them. There, `adapter` and `max_length` are something else.
     """
     own = inspect.signature(function).parameters
     name = function.__name__ if function.__name__ != "__init__" else function.__qualname__.split(".")[-2]
     is_request = "params" in own or name == SamplingParams.__name__
     names = {*OTHER_NAMES, *(field.name for field in fields(SamplingParams))} - {*own}
-    names -= set() if is_request else {"adapter"}
+    names -= set() if is_request else {"adapter", "max_length"}
     advice = "pass {}" if is_request else "only requests of a Generator take it: generate(prompt, {})"
 
     @functools.wraps(function)
