@@ -6,7 +6,6 @@ The rule of which checkpoints are calibrated depends on the checkpoint and the k
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora.files import find_adapter
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
+from qwen3fast.checks import checked_variable
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.kv_cache import free_bytes
@@ -46,9 +46,9 @@ def is_to_be_calibrated(
     calibrate: False never; True always; None where it is reasonable: on CPUs for up to MAX_PARAMETERS_ON_CPU
     parameters, and not with QWEN3FAST_CALIBRATE=0 in the environment.
     source: as `resolve_source` returns it; None for random weights. is_split: over several processes.
-    Raises: ValueError where True is impossible, saying why.
+    Raises: ValueError where True is impossible, saying why; otherwise as `checked_variable`.
     """
-    if calibrate is False or (calibrate is None and os.environ.get(VARIABLE) == "0"):
+    if calibrate is False or (calibrate is None and checked_variable(VARIABLE) == "0"):
         return False
     if quantization not in CALIBRATED:
         reason: str | None = f"only {' and '.join(CALIBRATED)} are calibrated, not quantization={quantization!r}"

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -65,6 +65,7 @@ class Generator(ChatMethods, AdapterMethods):
         generation_config: dict[str, Any] | None = None,
         source_folder: Path | None = None,
         ranks: Ranks | None = None,
+        check_weights: bool = False,
         **options: Any,
     ) -> None:
         """Wrap a loaded model.
@@ -76,12 +77,16 @@ class Generator(ChatMethods, AdapterMethods):
             source_folder: the folder or GGUF file of the checkpoint; `save_quantized` copies the tokenizer's files
                 from it.
             ranks: the processes that the model was split over.
+            check_weights: refuse NaN and infinity in adapters.
             options: the fields of GeneratorOptions.
 
-        Raises: ValueError for an option out of its range, a size that the model does not support, or a preset with
-        values that no request may have; MemoryError if the KV cache does not fit.
+        Raises: TypeError for a name instead of a model; ValueError for an option out of its range, a size that the
+        model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
+        fit.
         """
         self.options = GeneratorOptions(**options)
+        if not isinstance(model, Qwen3):
+            raise TypeError(f"model must be a Qwen3, got {model!r:.99}; from_pretrained takes names and folders")
         config = model.config
         self.options.check_model(config)
         weight = model.model.norm.weight
@@ -95,7 +100,7 @@ class Generator(ChatMethods, AdapterMethods):
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker
-        self._adapters = AdapterRegistry(worker, self.options.adapters)
+        self._adapters = AdapterRegistry(worker, self.options.adapters, checked_flag("check_weights", check_weights))
         self._builder = RequestBuilder(
             tokenizer,
             config.vocab_size,
@@ -372,6 +377,13 @@ class Generator(ChatMethods, AdapterMethods):
     def close(self) -> None:
         """End all requests with a RuntimeError, and release KV cache and graphs. May be called more than once."""
         self._finalizer()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises: TypeError, for pickle and copy: threads and memory of the engine belong to one process."""
+        raise TypeError(
+            "a Generator cannot be pickled or copied; pass the arguments of Generator.from_pretrained instead, and "
+            "build another one from them, in the other process if need be"
+        )
 
     def __enter__(self) -> Generator:
         return self

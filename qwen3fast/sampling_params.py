@@ -23,6 +23,16 @@ from qwen3fast.text.plain_data import to_plain
 Function = TypeVar("Function", bound=Callable[..., Any])
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
+# Fields by their names in transformers and in OpenAI's API.
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "do_sample": "temperature",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+}
 # The fields that a checkpoint's preset fills in.
 PRESET_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -246,23 +256,28 @@ class SamplingParams:
 def takes_params(function: Function) -> Function:
     """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
 
-    The function takes `params`, or it loads or wraps a model, whose requests take them. There, `adapter` is something
-    else than the field of that name.
+    The keyword may also be one of OTHER_NAMES. The function is SamplingParams itself, takes `params`, or loads or wraps
+    a model, whose requests take them. There, `adapter` and `max_length` are something else.
     """
     own = inspect.signature(function).parameters
-    is_request = "params" in own
-    names = {field.name for field in fields(SamplingParams)} - {*own} - (set() if is_request else {"adapter"})
     name = function.__name__ if function.__name__ != "__init__" else function.__qualname__.split(".")[-2]
+    is_request = "params" in own or name == SamplingParams.__name__
+    names = {*OTHER_NAMES, *(field.name for field in fields(SamplingParams))} - {*own}
+    names -= set() if is_request else {"adapter", "max_length"}
     advice = "pass {}" if is_request else "only requests of a Generator take it: generate(prompt, {})"
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
         if wrong := [name for name in keywords if name in names]:
-            instead = f"SamplingParams({', '.join(f'{name}=...' for name in wrong)})"
+            ours = dict.fromkeys(OTHER_NAMES.get(name, name) for name in wrong)
+            instead = f"SamplingParams({', '.join(f'{name}=...' for name in ours)})"
             raise TypeError(f"{name}() takes no keyword {' or '.join(wrong)}; {advice.format(instead)}")
         return function(*args, **keywords)
 
     return checked  # type: ignore[return-value]
+
+
+SamplingParams.__init__ = takes_params(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def _as_float(value: Any) -> float | None:

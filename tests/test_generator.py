@@ -1,6 +1,8 @@
 """Generator on a small random model: arguments, errors, streams, and staying usable after trouble."""
 
 import asyncio
+import copy
+import pickle
 import signal
 import threading
 from contextlib import contextmanager
@@ -210,6 +212,20 @@ def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method
         method(None, "hello", max_tokens=5, seed=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         method(None, "hello", max_len=5)
+    instead = r"pass SamplingParams\(max_tokens=\.\.\., temperature=\.\.\.\)"
+    with pytest.raises(TypeError, match=rf"^{name}\(\) takes no keyword max_new_tokens or do_sample; {instead}$"):
+        method(None, "hello", max_new_tokens=5, do_sample=False)
+
+
+def test_a_name_instead_of_a_model_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"^model must be a Qwen3, got 'tiny'; from_pretrained takes names"):
+        Generator("tiny")
+
+
+def test_generators_are_not_pickled_or_copied(generator):
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied; pass the arguments of .*from_pretrained"):
+            copied(generator)
 
 
 MAKERS = [Generator, Generator.from_pretrained, load_model, ChatSession, Embedder.from_pretrained]
@@ -236,6 +252,8 @@ def test_a_field_of_sampling_params_is_not_for_what_loads_a_model(make):
         make("tiny", temperature=0, top_k=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         make("tiny", max_len=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'"):
+        Generator.from_pretrained("tiny", max_length=5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
         Embedder.from_pretrained("tiny", adapter="folder")
 

@@ -16,9 +16,11 @@ Private parts of PyTorch are used only here, except for two operators in kernels
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -380,14 +382,28 @@ def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
 
 def _has_cpp_compiler() -> bool:
     """Return whether Inductor's CPU backend has a C++ compiler: it tries this one alone."""
-    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which(os.environ.get("CXX", default)) is not None
+    path = shutil.which(_cpp_compiler())
+    return path is not None and (sys.platform == "win32" or _tells_its_version(path))
+
+
+def _cpp_compiler() -> str:
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
+@functools.cache
+def _tells_its_version(path: str) -> bool:
+    """Return whether a compiler passes Inductor's test."""
+    try:
+        return subprocess.run([path, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _warn_of_missing_compiler() -> None:
     warnings.warn(
-        "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
-        "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
-        "or set CXX to the path of one; compile=False (generate and chat: --compile never) silences this.",
+        f"no C++ compiler found that works (tried {_cpp_compiler()}), so steps run uncompiled, slower, several times "
+        "so without the C++ operations that wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install "
+        "g++; macOS: xcode-select --install) or set CXX to the path of one; compile=False (generate and chat: "
+        "--compile never) silences this.",
         stacklevel=2,
     )

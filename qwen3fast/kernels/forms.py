@@ -7,13 +7,13 @@ this machine. docs/how_it_works/kernels.md describes the measurements, and when 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
+from qwen3fast.checks import checked_variable
 from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.kernels.forms_file import Choice, keep, kept, machine
 
@@ -58,10 +58,7 @@ def is_pinned() -> bool:
 
     Raises: ValueError for a value other than "first", "measured" and nothing.
     """
-    value = os.environ.get(VARIABLE) or MEASURED
-    if value not in (FIRST, MEASURED):
-        raise ValueError(f"{VARIABLE} must be {FIRST!r}, {MEASURED!r} or unset, got {value!r}")
-    return value == FIRST
+    return checked_variable(VARIABLE) == FIRST
 
 
 def choose(case: FormCase, may_measure: bool = True, is_first: bool = False) -> Choice:

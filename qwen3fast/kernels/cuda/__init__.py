@@ -6,12 +6,13 @@ Without Triton, callers use their PyTorch forms. Not yet run on a GPU.
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from qwen3fast.checks import checked_variable
 
 # The form of attention in decode steps, read when steps are compiled. "split": a Triton kernel over the used
 # positions, whose number is read on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
@@ -65,7 +66,7 @@ def load(device: torch.device | None = None) -> bool:
 
 def use_fused_step() -> bool:
     """Return whether steps may use the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
-    return os.environ.get("QWEN3FAST_FUSED_STEP", "1") != "0"
+    return checked_variable("QWEN3FAST_FUSED_STEP") == "1"
 
 
 def can_split_attention(q_BTHD: Tensor) -> bool:
