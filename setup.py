@@ -42,10 +42,13 @@ building, levels = load("building"), load("levels")
 
 
 def wanted(machine: str) -> list[str]:
-    """Return the names of the levels to build for a kind of machine."""
+    """Return the names of the levels to build for a kind of machine. Raises: ValueError for a name of no level."""
     names = [level.name for level in levels.levels_of(machine)]
-    chosen = os.environ.get("QWEN3FAST_BUILD_LEVELS")
-    return names if chosen is None else [name for name in names if name in chosen.replace(",", " ").split()]
+    chosen = os.environ.get("QWEN3FAST_BUILD_LEVELS", " ".join(names)).replace(",", " ").split()
+    known = [level.name for level in levels.LEVELS]
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"QWEN3FAST_BUILD_LEVELS must name levels of {known}, got {unknown[0]!r}")
+    return [name for name in names if name in chosen]
 
 
 def build_libraries(folder: Path) -> str | None:

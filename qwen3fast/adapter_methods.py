@@ -8,7 +8,7 @@ from qwen3fast.checkpoint.lora.unmerged import largest_rank
 from qwen3fast.options import GeneratorOptions
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 
-DEFAULT_RANK = 16  # of the slots, where no adapter is there to tell
+DEFAULT_RANK = 16  # of the slots, where no adapter gives one
 
 
 class AdapterMethods:
@@ -29,7 +29,7 @@ class AdapterMethods:
         Args:
             name: a name that is not in use.
             source: the adapter's folder in PEFT's layout, or a hub id.
-            check_weights: refuse NaN and infinity in the adapter.
+            check_weights: refuse NaN and infinity in the adapter, as a Generator with check_weights always does.
 
         Raises: FileNotFoundError for missing files; ValueError for a name in use, without a free slot (max_adapters),
         for a rank above max_adapter_rank, and for an adapter that does not fit the model or has features that are not

@@ -6,7 +6,6 @@ The rule of which checkpoints are calibrated depends on the checkpoint and the k
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.lora.files import find_adapter
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
+from qwen3fast.checks import checked_variable
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
 from qwen3fast.model.kv_cache import free_bytes
@@ -46,9 +46,9 @@ def is_to_be_calibrated(
     calibrate: False never; True always; None where it is reasonable: on CPUs for up to MAX_PARAMETERS_ON_CPU
     parameters, and not with QWEN3FAST_CALIBRATE=0 in the environment.
     source: as `resolve_source` returns it; None for random weights. is_split: over several processes.
-    Raises: ValueError where True is impossible, saying why.
+    Raises: ValueError where True is impossible, saying why; otherwise as `checked_variable`.
     """
-    if calibrate is False or (calibrate is None and os.environ.get(VARIABLE) == "0"):
+    if calibrate is False or (calibrate is None and checked_variable(VARIABLE) == "0"):
         return False
     if quantization not in CALIBRATED:
         reason: str | None = f"only {' and '.join(CALIBRATED)} are calibrated, not quantization={quantization!r}"
@@ -66,7 +66,7 @@ def is_to_be_calibrated(
     if calibrate is None and device.type == "cpu" and num_parameters > MAX_PARAMETERS_ON_CPU:
         logger.info(
             "%s: %s without calibration, which takes long for %.1f billion parameters on a CPU; calibrate=True does it "
-            "once and keeps the result, and so does `%s`, in a folder of yours",
+            "once and keeps the result, and so does `%s`, in a folder that you choose",
             source, quantization, num_parameters / 1e9, COMMAND,
         )  # fmt: skip
         return False
@@ -127,7 +127,7 @@ class CalibratedLoader:
                 try:
                     kept.write(model, num_tokens)
                 except OSError as err:
-                    logger.warning("the calibrated weights cannot be kept (%s); the next load makes them again", err)
+                    logger.warning("the calibrated weights cannot be kept (%s); the next load calibrates again", err)
         return model
 
     def place(self) -> KeptCopy:
@@ -156,7 +156,7 @@ class CalibratedLoader:
     def _load_unkept(self, problem: str) -> Qwen3:
         """Load where no copy can be kept."""
         choice = "calibrating for this load alone" if self.calibrate else f"{self.quantization} without calibration"
-        advice = f"set XDG_CACHE_HOME to a folder with room, or use `{COMMAND}`, which writes a folder of yours"
+        advice = f"set XDG_CACHE_HOME to a folder with room, or use `{COMMAND}`, which writes a folder that you choose"
         logger.warning("a calibrated copy cannot be kept: %s; %s (%s)", problem, choice, advice)
         if self.calibrate:
             return self._calibrate()[0]

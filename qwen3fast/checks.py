@@ -10,6 +10,13 @@ from numbers import Real
 from typing import Any
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+VARIABLES = {  # of the environment: the allowed values, the default first
+    "QWEN3FAST_FORMS": ("measured", "first"),
+    "QWEN3FAST_CALIBRATE": ("1", "0"),
+    "QWEN3FAST_HUGE_PAGES": ("1", "0"),
+    "QWEN3FAST_FUSED_STEP": ("1", "0"),
+    "QWEN3FAST_PDL": ("1", "0"),
+}
 
 
 def checked_integer(name: str, value: Any, low: int, high: int, note: str = "") -> int:
@@ -105,4 +112,16 @@ def checked_option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r:.200}")
+    return value
+
+
+def checked_variable(name: str) -> str:
+    """Return the value of an environment variable of VARIABLES, its default if it is unset or empty.
+
+    Raises: ValueError naming the variable, the allowed values and the value.
+    """
+    allowed = VARIABLES[name]
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, or unset, got {value!r:.200}")
     return value

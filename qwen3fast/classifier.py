@@ -62,7 +62,7 @@ class Classifier(TextModel):
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
         rows = [self._frame.token_ids(text, self.max_length, f"texts[{i}]") for i, text in enumerate(texts)]
-        return on_live_threads(self._logits, rows, batch_size, progress)
+        return on_live_threads(lambda: last_states(self.model, rows, batch_size, progress) @ self._head_LE.T)
 
     def probabilities(self, texts: str | Iterable[str], *, batch_size: int = 8, progress: bool = False) -> Tensor:
         """Return the probability of each label for each text, (N, L) float32.
@@ -73,6 +73,3 @@ class Classifier(TextModel):
         logits_NL = self.logits(texts, batch_size=batch_size, progress=progress)
         is_independent = self.is_multi_label or len(self.labels) == 1
         return torch.sigmoid(logits_NL) if is_independent else torch.softmax(logits_NL, dim=-1)
-
-    def _logits(self, rows: list[list[int]], batch_size: int, progress: bool) -> Tensor:
-        return last_states(self.model, rows, batch_size, progress) @ self._head_LE.T

@@ -1,4 +1,4 @@
-"""Files that users name: read or written, or refused in words."""
+"""Files that users name: read or written, or refused with a clear message."""
 
 from __future__ import annotations
 

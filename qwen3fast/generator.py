@@ -7,7 +7,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -44,8 +44,8 @@ class Generator(ChatMethods, AdapterMethods):
     end. Greedy and seeded replies do not depend on other requests (except by rounding, where two logits nearly tie).
     Use `close()` or a `with` statement to release memory early.
 
-    Threads may share a Generator. Its own thread, which calls logits processors, must not ask it for replies. Nor may
-    a process that was forked after its first use: build another Generator there. Both get a RuntimeError.
+    Threads may share a Generator. Calls from its own thread, which runs logits processors, raise RuntimeError. So do
+    calls in a process that was forked after the first request: build another Generator there.
 
     Attributes:
         model: the Qwen3 module, or this process's shard of it. config: its ModelConfig.
@@ -65,6 +65,7 @@ class Generator(ChatMethods, AdapterMethods):
         generation_config: dict[str, Any] | None = None,
         source_folder: Path | None = None,
         ranks: Ranks | None = None,
+        check_weights: bool = False,
         **options: Any,
     ) -> None:
         """Wrap a loaded model.
@@ -76,12 +77,16 @@ class Generator(ChatMethods, AdapterMethods):
             source_folder: the folder or GGUF file of the checkpoint; `save_quantized` copies the tokenizer's files
                 from it.
             ranks: the processes that the model was split over.
+            check_weights: refuse NaN and infinity in adapters.
             options: the fields of GeneratorOptions.
 
-        Raises: ValueError for an option out of its range, a size that the model does not support, or a preset with
-        values that no request may have; MemoryError if the KV cache does not fit.
+        Raises: TypeError for a name instead of a model; ValueError for an option out of its range, a size that the
+        model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
+        fit.
         """
         self.options = GeneratorOptions(**options)
+        if not isinstance(model, Qwen3):
+            raise TypeError(f"model must be a Qwen3, got {model!r:.99}; from_pretrained takes names and folders")
         config = model.config
         self.options.check_model(config)
         weight = model.model.norm.weight
@@ -95,7 +100,7 @@ class Generator(ChatMethods, AdapterMethods):
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker
-        self._adapters = AdapterRegistry(worker, self.options.adapters)
+        self._adapters = AdapterRegistry(worker, self.options.adapters, checked_flag("check_weights", check_weights))
         self._builder = RequestBuilder(
             tokenizer,
             config.vocab_size,
@@ -219,7 +224,7 @@ class Generator(ChatMethods, AdapterMethods):
         return merged[0] if is_single else merged
 
     @overload
-    def score(  # type: ignore[overload-overlap]  # a str is one prompt, though it is an iterable of str as well
+    def score(  # type: ignore[overload-overlap]  # a str is one prompt, although it is an iterable of str
         self, prompts: Prompt, continuations: Prompt, *, progress: bool = ..., adapter: str | None = ...
     ) -> ContinuationScore: ...
 
@@ -333,8 +338,8 @@ class Generator(ChatMethods, AdapterMethods):
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
 
         On CPUs it also builds the C++ operations and measures which forms of computations are the fastest. On CUDA it
-        also captures the graphs of decode steps, without logits processors and log-probabilities: the first request
-        with these captures their graphs.
+        also captures the graphs of prompts and decode steps; the first request with logits processors or
+        log-probabilities captures the graphs of its steps.
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)
@@ -354,7 +359,7 @@ class Generator(ChatMethods, AdapterMethods):
 
     @property
     def debug(self) -> Dispatcher:
-        """The owner of engine, scheduler, worker and admission, for tests and diagnosis. Not a stable interface."""
+        """The engine, scheduler, worker and admission, for tests and diagnosis. Not a stable interface."""
         return self._dispatcher
 
     def save_quantized(self, folder: str | Path) -> None:
@@ -373,6 +378,13 @@ class Generator(ChatMethods, AdapterMethods):
         """End all requests with a RuntimeError, and release KV cache and graphs. May be called more than once."""
         self._finalizer()
 
+    def __reduce__(self) -> NoReturn:
+        """Raises: TypeError, for pickle and copy: threads and memory of the engine belong to one process."""
+        raise TypeError(
+            "a Generator cannot be pickled or copied; pass the arguments of Generator.from_pretrained instead, and "
+            "build another one from them, in the other process if need be"
+        )
+
     def __enter__(self) -> Generator:
         return self
 
@@ -380,9 +392,10 @@ class Generator(ChatMethods, AdapterMethods):
         self.close()
 
     def _run(self, handle: RequestHandle) -> Iterator[StreamChunk]:
-        """Queue a reply of `_build` at the first chunk, and yield its chunks; the iterator keeps the Generator."""
+        """Queue a request at the first chunk, and yield its chunks; the iterator keeps the Generator open."""
         yield from self._dispatcher.stream(handle)
 
+    @torch.inference_mode(False)  # memory made in that mode could not be written to outside of it
     def _make_engine(self) -> Engine:
         """Return the engine; on other ranks than 0, run this process's shard instead, until it is closed."""
         options, ranks = self.options, self._ranks

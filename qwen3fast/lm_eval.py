@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
         slots = max_batch_size or (AUTO_BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size))
         if max_length is None:
             max_length = min(MAX_LENGTH, read_config(pretrained, options.get("revision")).longest_context - 2)
-        self.max_length = int(max_length)  # beside them, a token to predict, and one to sample
+        self.max_length = int(max_length)  # in addition, a token to predict, and one to sample
         if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
             device = "auto"
         self.generator = Generator.from_pretrained(

@@ -30,9 +30,11 @@ class Loaded(NamedTuple):
     generation_config: dict[str, Any] | None
     source_folder: Path | None
     ranks: Ranks | None
+    check_weights: bool
 
 
 @takes_params
+@torch.inference_mode(False)  # see `Generator._make_engine`
 def load_model(
     source: str | Path,
     device: str | torch.device = "auto",
@@ -54,7 +56,7 @@ def load_model(
         source: see above.
         device: "auto" takes CUDA where there is one.
         dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
-        revision: a branch, tag or commit on the hub.
+        revision: a branch, tag or commit on the hub. Local checkpoints have none: there it is ignored, with a warning.
         progress: show a bar while weights load.
         quantization: "int8", "int4", "uint4" or "fp8" quantizes the weights while loading; "lossless" packs bfloat16
             weights in 12 bits each, exactly, for CPUs. None keeps the format of
@@ -122,10 +124,10 @@ def load(
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
     model = load_model(
-        source if folder is None else folder, device, dtype, revision, progress, quantization,
+        source if folder is None else folder, device, dtype, None, progress, quantization,
         adapter=adapter, check_weights=check_weights, ranks=ranks, calibrate=calibrate,
     )  # fmt: skip
-    return Loaded(model, tokenizer, generation_config, folder, ranks)
+    return Loaded(model, tokenizer, generation_config, folder, ranks, check_weights)
 
 
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen3fast.checks import checked_flag, checked_integer, checked_option
+from qwen3fast.checks import VARIABLES, checked_flag, checked_integer, checked_option, checked_variable
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.engine.threads import checked_threads
+from qwen3fast.kernels.cpu.library import usable_levels
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
@@ -63,7 +64,10 @@ class GeneratorOptions:
     max_adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
-        """Check each option. Raises: ValueError naming the option, the allowed values, and the value."""
+        """Check each option and variable. Raises: ValueError naming it, the allowed values, and the value."""
+        for name in VARIABLES:
+            checked_variable(name)
+        usable_levels()
         for name, most in (("max_seq_len", MAX_SEQ_LEN), ("max_batch_size", MAX_BATCH_SIZE), ("max_queue", MAX_QUEUE)):
             self._set(name, checked_integer(name, getattr(self, name), 1, most))
         for name in ("cuda_graphs", "prefix_reuse"):

@@ -23,6 +23,16 @@ from qwen3fast.text.plain_data import to_plain
 Function = TypeVar("Function", bound=Callable[..., Any])
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
+# Fields by their names in transformers and in OpenAI's API.
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "do_sample": "temperature",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+}
 # The fields that a checkpoint's preset fills in.
 PRESET_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -35,8 +45,10 @@ MAX_STOP_STRINGS = 1024
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next tokens of one request are chosen and when it ends. A field that is None takes the checkpoint's
-    preset (generation_config.json), else the value in brackets. NumPy scalars are numbers, booleans are not.
+    """The sampling parameters of one request: how its tokens are chosen, and when it ends.
+
+    A field that is None takes its value from the checkpoint's preset (generation_config.json), otherwise the value in
+    brackets. NumPy scalars are numbers, booleans are not.
 
     Attributes:
         temperature: scores are divided by it; 0 is greedy, at most 1e6. [0, or 1.0 where the preset says do_sample]
@@ -46,19 +58,19 @@ class SamplingParams:
         max_tokens: new tokens at most. None takes the preset's max_new_tokens as far as it fits, else it fills the
             context (max_seq_len).
         stop: strings that end the text; never part of it. At most 1024.
-        stop_token_ids: ids that end the text, beside the model's end-of-sequence ids.
-        ignore_eos: go on past end-of-sequence ids.
+        stop_token_ids: ids that end the text, in addition to the model's end-of-sequence ids.
+        ignore_eos: continue after end-of-sequence ids.
         seed: any integer of 64 bits; None draws one.
         repetition_penalty: logits of tokens in the prompt or the reply are divided by it where positive and multiplied
             where negative; above 1 discourages them. From 0.001 to 1000. [1.0]
-        presence_penalty: subtracted from the logits of tokens that the reply holds; from -2 to 2.
-        frequency_penalty: the same, once for each time that the reply holds the token; from -2 to 2.
+        presence_penalty: subtracted from the logits of tokens that occur in the reply; from -2 to 2.
+        frequency_penalty: subtracted once for each occurrence of the token in the reply; from -2 to 2.
         logit_bias: token id -> the number added to its logit; -inf forbids the token. None adds nothing.
         allowed_token_ids: the only tokens that may be chosen; None allows all.
         logprobs: report log-probabilities, of the model's own logits: 0 of the chosen token, n (at most 20) also of the
             n most likely; None reports none.
         prompt_logprobs: report log-probabilities of the prompt's tokens, in the same form; None reports none. Such a
-            prompt is computed from its first token on: what the KV cache holds of it is not reused.
+            prompt is computed from its first token on, without reuse of cached keys and values.
         n: replies to each prompt, at most 128.
         logits_processor: called for each new token with the float32 logits (V,) and the reply's token ids so far,
             int64 (T,), both on the model's device; returns the new logits (V,). It must not keep or change its
@@ -196,7 +208,7 @@ class SamplingParams:
         self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 
     def _check_tokens(self) -> None:
-        """Check the fields that name single tokens. Whether the ids are in the vocabulary is the model's to say."""
+        """Check the fields that name single tokens; RequestBuilder checks that the vocabulary has them."""
         if self.logit_bias is not None:
             largest = torch.finfo(torch.float32).max
             given = self.logit_bias.items() if isinstance(self.logit_bias, dict) else [(None, None)]
@@ -244,23 +256,28 @@ class SamplingParams:
 def takes_params(function: Function) -> Function:
     """Make a function's error for a keyword that is a field of SamplingParams say where the field belongs.
 
-    The function takes `params`, or it loads or wraps a model, whose requests take them. There, `adapter` is something
-    else than the field of that name.
+    The keyword may also be one of OTHER_NAMES. The function is SamplingParams itself, takes `params`, or loads or wraps
+    a model, whose requests take them. There, `adapter` and `max_length` are something else.
     """
     own = inspect.signature(function).parameters
-    is_request = "params" in own
-    names = {field.name for field in fields(SamplingParams)} - {*own} - (set() if is_request else {"adapter"})
     name = function.__name__ if function.__name__ != "__init__" else function.__qualname__.split(".")[-2]
+    is_request = "params" in own or name == SamplingParams.__name__
+    names = {*OTHER_NAMES, *(field.name for field in fields(SamplingParams))} - {*own}
+    names -= set() if is_request else {"adapter", "max_length"}
     advice = "pass {}" if is_request else "only requests of a Generator take it: generate(prompt, {})"
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
         if wrong := [name for name in keywords if name in names]:
-            instead = f"SamplingParams({', '.join(f'{name}=...' for name in wrong)})"
+            ours = dict.fromkeys(OTHER_NAMES.get(name, name) for name in wrong)
+            instead = f"SamplingParams({', '.join(f'{name}=...' for name in ours)})"
             raise TypeError(f"{name}() takes no keyword {' or '.join(wrong)}; {advice.format(instead)}")
         return function(*args, **keywords)
 
     return checked  # type: ignore[return-value]
+
+
+SamplingParams.__init__ = takes_params(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def _as_float(value: Any) -> float | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_near, randomized, small_config, wait_until, write_text_checkpoint
+from safetensors.torch import load_file, save_file
 from test_lora import ALL, ATTENTION, delta, modules_of, write_adapter
 from torch import nn
 
@@ -112,6 +114,24 @@ def test_compiled_steps_give_the_same_and_compile_nothing_after_warmup(folders, 
                 assert [r.token_ids for r in together] == [expected[name][1 + i] for i, name in enumerate(names)]
             assert generator.generate(PROMPTS[0], greedy("all")).token_ids == expected["all"][0]
         assert generator.stats.compilations == compiled
+
+
+def test_adapters_are_checked_as_the_weights_are(folders, tmp_path, tokenizer_folder):
+    shutil.copytree(folders["small"], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    bad, found = tmp_path / "adapter", r"adapter 'bad'(?s:.*)1 NaN and 0 infinite"
+    checkpoint = write_text_checkpoint(tmp_path / "checkpoint", make_model(vocab_size=1024), tokenizer_folder)
+    Generator.from_pretrained(checkpoint, adapters={"bad": bad}, **OPTIONS).close()
+    with pytest.raises(ValueError, match=found):
+        Generator.from_pretrained(checkpoint, adapters={"bad": bad}, check_weights=True, **OPTIONS)
+    options = OPTIONS | {"max_adapters": 1, "max_adapter_rank": 4, "check_weights": True}
+    with Generator.from_pretrained(checkpoint, **options) as generator:
+        with pytest.raises(ValueError, match=found):
+            generator.load_adapter("bad", bad)
+        generator.load_adapter("good", folders["small"])
 
 
 def test_prefixes_are_reused_by_the_same_adapter_only(generator, expected):

@@ -132,6 +132,12 @@ def test_without_calibration_weights_are_the_plain_format_s(is_off, cache, runs,
     assert runs == [] and not cache.exists()
 
 
+def test_an_unknown_value_in_the_environment_is_refused(cache, monkeypatch):
+    monkeypatch.setenv("QWEN3FAST_CALIBRATE", "false")
+    with pytest.raises(ValueError, match="QWEN3FAST_CALIBRATE must be '1' or '0', or unset, got 'false'"):
+        loaded("tiny", None)
+
+
 def test_true_calibrates_although_the_environment_says_no(cache, runs, monkeypatch):
     monkeypatch.setenv("QWEN3FAST_CALIBRATE", "0")
     loaded("tiny", True)

@@ -68,8 +68,8 @@ def test_a_prompt_that_is_too_long_is_cut_on_request(monkeypatch, capsys, comman
         (["generate", "", "--raw"], "the prompt is empty"),
         (["generate", ""], "the prompt is empty"),  # of a script whose variable is not set
         (["generate", "hi", "--quantization", "dequantize"], "use None (no --quantization)"),
-        (["generate", "hi", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),
-        (["chat", "--model", "random:0.6b"], "no tokenizer: it can be measured (bench), not asked"),
+        (["generate", "hi", "--model", "random:0.6b"], "no tokenizer: it can only be measured (bench)"),
+        (["chat", "--model", "random:0.6b"], "no tokenizer: it can only be measured (bench)"),
         (["info", "--model", "random:7b"], "unknown Qwen3 shape '7b'"),
         (
             ["quantize", "--model", "random:0.6b", "--output", "x"],

@@ -126,7 +126,7 @@ def test_from_pretrained_refuses_a_tensor_under_both_names(tmp_path, tokenizer_f
     folder = write_text_checkpoint(tmp_path, randomized(small_config(vocab_size=1024)), tokenizer_folder)
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "norm.weight": torch.ones(48)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"norm\.weight in model\.safetensors: .*was there already"):
+    with pytest.raises(ValueError, match=r"norm\.weight in model\.safetensors: .*was loaded already"):
         Embedder.from_pretrained(folder, device="cpu")
 
 

@@ -1,8 +1,11 @@
 """Generator on a small random model: arguments, errors, streams, and staying usable after trouble."""
 
 import asyncio
+import copy
+import pickle
 import signal
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -209,6 +212,20 @@ def test_a_field_of_sampling_params_as_a_keyword_is_told_where_it_belongs(method
         method(None, "hello", max_tokens=5, seed=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         method(None, "hello", max_len=5)
+    instead = r"pass SamplingParams\(max_tokens=\.\.\., temperature=\.\.\.\)"
+    with pytest.raises(TypeError, match=rf"^{name}\(\) takes no keyword max_new_tokens or do_sample; {instead}$"):
+        method(None, "hello", max_new_tokens=5, do_sample=False)
+
+
+def test_a_name_instead_of_a_model_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"^model must be a Qwen3, got 'tiny'; from_pretrained takes names"):
+        Generator("tiny")
+
+
+def test_generators_are_not_pickled_or_copied(generator):
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied; pass the arguments of .*from_pretrained"):
+            copied(generator)
 
 
 MAKERS = [Generator, Generator.from_pretrained, load_model, ChatSession, Embedder.from_pretrained]
@@ -235,6 +252,8 @@ def test_a_field_of_sampling_params_is_not_for_what_loads_a_model(make):
         make("tiny", temperature=0, top_k=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         make("tiny", max_len=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'"):
+        Generator.from_pretrained("tiny", max_length=5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
         Embedder.from_pretrained("tiny", adapter="folder")
 
@@ -450,3 +469,44 @@ def test_from_pretrained_names_a_bad_source(source, error, message):
 def test_cuda_without_a_device_is_refused():
     with pytest.raises(ValueError, match="sees no CUDA device"):
         Generator.from_pretrained("tiny", device="cuda")
+
+
+@contextmanager
+def default_of(setting, value, before):
+    setting(value)
+    try:
+        yield
+    finally:
+        setting(before)
+
+
+SETTINGS = {
+    "bfloat16": lambda: default_of(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "float64": lambda: default_of(torch.set_default_dtype, torch.float64, torch.float32),
+    "meta": lambda: default_of(torch.set_default_device, "meta", None),
+    "inference mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_an_application_change_no_reply(model, tokenizer, setting):
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=5),
+        SamplingParams(temperature=0, repetition_penalty=1.3, logit_bias={5: 0.123}, logprobs=2, max_tokens=5),
+    ]
+
+    def replies(use_cache):
+        with Generator(model, tokenizer, max_seq_len=99, compile=False, kv_cache_dtype="int8") as generator:
+            results = generator.generate(["a", "the dog"], params, use_cache=use_cache)
+            return [(result.token_ids, result.logprobs) for result in results]
+
+    for use_cache in (True, False):
+        expected = replies(use_cache)
+        with SETTINGS[setting]():
+            assert replies(use_cache) == expected
+
+
+def test_a_model_loaded_in_inference_mode_is_used_outside_of_it():
+    with torch.inference_mode():
+        model = load_model("tiny", "cpu")
+    assert not any(parameter.is_inference() for parameter in model.parameters())

@@ -9,6 +9,7 @@ import torch
 from conftest import randomized, small_config
 
 from qwen3fast import Embedder, Generator, Reranker, SamplingParams
+from qwen3fast.checks import VARIABLES
 from qwen3fast.options import GeneratorOptions
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -39,6 +40,22 @@ def test_flags_must_be_bools(name):
     assert getattr(GeneratorOptions(**{name: np.bool_(False)}), name) is False
 
 
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variables_of_the_environment_must_be_known(name, monkeypatch):
+    monkeypatch.setenv(name, "no")
+    with pytest.raises(ValueError, match=rf"{name} must be '\w+' or '\w+', or unset, got 'no'"):
+        GeneratorOptions()
+    for good in (*VARIABLES[name], ""):
+        monkeypatch.setenv(name, good)
+        GeneratorOptions()
+
+
+def test_a_level_must_be_one_of_this_machine(monkeypatch):
+    monkeypatch.setenv("QWEN3FAST_CPU_LEVEL", "avx9000")
+    with pytest.raises(ValueError, match=r"QWEN3FAST_CPU_LEVEL must be native or a level .* got 'avx9000'"):
+        GeneratorOptions(compile=False)
+
+
 def test_compile_and_cache_dtype_must_be_known():
     for bad in ("always", 1, None, [], "True", torch.bfloat16):
         with pytest.raises(ValueError, match="compile must be True, False or 'auto', got"):
@@ -51,6 +68,8 @@ def test_compile_and_cache_dtype_must_be_known():
     ("options", "message"),
     [
         ({"device": "tpu"}, "device 'tpu' is not supported; supported: auto, cpu, cuda"),
+        ({"device": "mps"}, "device 'mps' is not supported; supported: auto, cpu, cuda"),
+        ({"device": "xpu"}, "device 'xpu' is not supported; supported: auto, cpu, cuda"),
         ({"device": 5.5}, "device 5.5 is not supported"),
         ({"device": ""}, "device '' is not supported"),
         ({"dtype": "int3"}, "dtype 'int3' is not supported; supported: auto, bfloat16"),

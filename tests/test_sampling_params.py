@@ -1,6 +1,7 @@
 """SamplingParams: what is refused, what the checkpoint's preset fills in, and that new fields change nothing."""
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import qwen3fast
-from qwen3fast.sampling_params import SamplingParams
+from qwen3fast.sampling_params import OTHER_NAMES, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,13 @@ def test_sampling_params_take_the_preset_where_unset():
 def test_sampling_params_are_greedy_unless_the_preset_samples():
     preset = {"temperature": 0.6, "repetition_penalty": None}
     assert SamplingParams.from_generation_config(preset) == SamplingParams(0.0, 0, 1.0, 0.0, repetition_penalty=1.0)
+
+
+@pytest.mark.parametrize(("name", "ours"), OTHER_NAMES.items())
+def test_sampling_params_tell_their_name_of_what_is_called_otherwise_elsewhere(name, ours):
+    with pytest.raises(TypeError, match=rf"^SamplingParams\(\) takes no keyword {name}; pass SamplingParams\({ours}="):
+        SamplingParams(**{name: 1})
+    assert ours in inspect.signature(SamplingParams).parameters
 
 
 def test_sampling_params_are_plain_values():

@@ -30,7 +30,7 @@ def dtype_problem(stored: str, packed: torch.dtype | None) -> str | None:
 
 
 def non_finite(tensor: Tensor) -> str | None:
-    """Return the numbers of NaN and infinite elements in words; None for none, and for tensors other than floats."""
+    """Return a text with the numbers of NaN and infinite elements; None without any, and for tensors of integers."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     return non_finite_parts(tensor.flatten().split(CHECKED_AT_ONCE))

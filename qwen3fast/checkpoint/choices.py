@@ -17,7 +17,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as err:
         raise ValueError(f"device {device!r:.200} is not supported; supported: auto, cpu, cuda") from err
-    if chosen.type not in ("cpu", "cuda", "mps", "meta"):
+    if chosen.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device {device!r:.200} is not supported; supported: auto, cpu, cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")

@@ -38,14 +38,14 @@ def empty_model(source: Path, quantization: str | None = None) -> Qwen3:
         return model
     stored = CheckpointConfig.from_folder(source)
     refuse_other_format(stored, quantization, source)
-    format, kept = (
-        None if stored.quantization is None else get_format(stored.quantization),
-        stored.modules_to_not_convert,
-    )
     theirs = stored.prequantized
     check_lossless(quantization, torch.bfloat16, stored.model, source if theirs is not None else None)
-    if theirs is not None:  # as usual; only the tensors tell which others are plain
-        format, kept = theirs.as_format(get_format(quantization or theirs.loaded_as)), ("model.embed_tokens", "lm_head")
+    format, kept = None, stored.modules_to_not_convert
+    if theirs is not None:
+        format = theirs.as_format(get_format(quantization or theirs.loaded_as))
+        kept = ("model.embed_tokens", "lm_head")  # as usual; only the tensors tell which others are plain
+    elif stored.quantization is not None:
+        format = get_format(stored.quantization)
     model = build_on_meta(stored.model)
     if any(source.glob("*.safetensors")) and not has_output_projection(stored.model, source):  # else config.json alone
         model.register_module("lm_head", None)

@@ -105,7 +105,7 @@ def load_weights(
 
 
 class _Filler:
-    """Assigns tensors of files to a model's parameters, and records those that do not fit."""
+    """The assignment of files' tensors to a model's parameters, with the names of tensors that do not fit."""
 
     def __init__(self, model: Qwen3, options: FillOptions, names: set[str], bar: Any) -> None:
         """names: of all tensors that will come. bar: advances with each parameter."""
@@ -186,7 +186,7 @@ class _Filler:
         slices = self._stacks.slices
         is_loaded = place in self._loaded or (place in slices and slices[place].target in self._loaded)
         if is_loaded or (part is not None and not self._layers.awaits(place)):
-            return f"{place} was there already"
+            return f"{place} was loaded already"
         return None
 
     def _put_plain(self, place: str, tensor: Tensor, where: str) -> None:

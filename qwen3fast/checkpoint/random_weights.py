@@ -18,7 +18,7 @@ POOL_SIZE = 2**24 + 43  # odd: rows of a matrix start at different places of the
 def parse_random(source: str) -> tuple[ModelConfig, int]:
     """Return the config and the seed of "random:NAME" or "random:NAME:SEED".
 
-    Raises: ValueError for an unknown name, or a seed that is no whole number.
+    Raises: ValueError for an unknown name, or a seed that is not an integer.
     """
     name, _, seed = source.removeprefix("random:").partition(":")
     if seed and not seed.isdecimal():

@@ -31,9 +31,9 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
 
     companions_from: the folder or GGUF file that these files are copied from, and a score head, in float32.
     calibration_tokens: of the text that the weights were calibrated on, for config.json; 0 for none.
-    Everything is written beside the folder first and then moved in, config.json last: a failure (such as a full disk)
-    leaves the old files.
-    Of layers in several formats, config.json names one; the tensors tell each layer's.
+    Everything is written next to the folder first and then moved into it, config.json last: a failure (such as a full
+    disk) leaves the old files.
+    Of layers in several formats, config.json names one; the tensors show each layer's.
     Raises: OSError if it cannot be written; ValueError as `main_format`, for `companions_from` as the folder, or for a
     damaged score head or modules.json in it.
     """

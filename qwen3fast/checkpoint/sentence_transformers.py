@@ -20,11 +20,11 @@ _FIELDS = {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "m
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """How a text becomes a vector.
+    """The steps from a text to its vector.
 
     pooling: "lasttoken", or "mean" over a text's tokens. normalize: vectors have length 1. prompts: texts to put before
-    each text, by their names. default_prompt: the name of the one used where none is asked for. max_length: tokens per
-    text, if the folder says it.
+    each text, by their names. default_prompt: the name of the prompt to use by default. max_length: tokens per text, if
+    the folder states it.
     """
 
     pooling: str = "lasttoken"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
+
+logger = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -51,7 +55,8 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: "tiny", an existing folder, or a hub id (downloaded, or found cached).
 
-    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors.
+    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. What is local
+    has no revisions: a warning says so.
 
     Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A broken connection
     is resumed; after a failed download, the next call keeps the files that were complete (recent versions of
@@ -60,9 +65,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     Raises: FileNotFoundError if nothing of that name exists, it has no safetensors on the hub, or the hub cannot be
     reached and no copy is cached; ValueError for a folder with several GGUF files.
     """
-    if str(source) == "tiny":
-        return TINY_FOLDER
-    folder = Path(source).expanduser()
+    folder = TINY_FOLDER if str(source) == "tiny" else Path(source).expanduser()
+    if revision is not None and folder.exists():
+        _say_ignored(revision, str(source))
     if folder.is_dir():
         return _gguf_inside(folder) or folder
     if folder.is_file() and folder.suffix == ".gguf":
@@ -100,6 +105,11 @@ def resolve_adapter(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
     except HUB_ERRORS as err:
         raise not_on_hub(f"adapter {str(source)!r}", err) from err
+
+
+@functools.cache  # once each: one load resolves its source several times
+def _say_ignored(revision: str, source: str) -> None:
+    logger.warning("revision %r is ignored: %s is local; only checkpoints on the hub have revisions", revision, source)
 
 
 def not_on_hub(name: str, error: Exception) -> FileNotFoundError:

@@ -39,7 +39,7 @@ def tokenizer_from_vocab(folder: Path) -> BaseTokenizer:
     try:
         vocab, merges = models.BPE.read_file(*(str(folder / name) for name in VOCAB_FILES))
     except Exception as err:  # tokenizers raises bare Exception
-        raise ValueError(f"{folder}: vocab.json and merges.txt are no tokenizer: {err}; download them again") from err
+        raise ValueError(f"{folder}: vocab.json and merges.txt are not a tokenizer: {err}; download again") from err
     added = _added_tokens(folder, settings)
     try:
         base = BaseTokenizer(models.BPE(vocab={**vocab, **{t.content: i for i, t in added.items()}}, merges=merges))

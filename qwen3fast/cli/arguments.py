@@ -28,7 +28,7 @@ QUANTIZATION_HELP = (
     "unquantized"
 )
 NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
-NO_CALIBRATE_HELP = "int4 and uint4 without correcting errors, which the first load of a model takes time for"
+NO_CALIBRATE_HELP = "int4 and uint4 without the correction of errors, which takes time at the first load of a model"
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
@@ -89,7 +89,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
     Raises: ValueError for a model without a tokenizer, before its weights are read; as `from_pretrained`.
     """
     if args.model.startswith("random:"):
-        raise ValueError(f"{args.model} has random weights and no tokenizer: it can be measured (bench), not asked")
+        raise ValueError(f"{args.model} has random weights and no tokenizer: it can only be measured (bench)")
     source = resolve_source(args.model, args.revision)  # once: from_pretrained would ask the hub again
     longest = read_config(source).longest_context
     if not has_tokenizer(source):

@@ -26,7 +26,7 @@ def prepare_streams() -> None:
 
 
 def checked_argument(name: str, text: str) -> str:
-    """Return an argument of the command line that is text. Raises: ValueError naming the place of what is not."""
+    """Return an argument of the command line that is text. Raises: ValueError naming the place of other bytes."""
     try:
         return checked_text(name, text)
     except ValueError as err:

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=_output, required=True, help="folder to write; from_pretrained loads it")
     parser.add_argument("--quantization", choices=list(FORMATS), default="int4", help="[%(default)s]")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, of the kind that the model will "
-                      "meet, on which 4 bits correct their errors (GPTQ) [text that the model writes]")  # fmt: skip
+    text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, similar to the model's "
+                      "input, on which 4 bits correct their errors (GPTQ) [text that the model writes]")  # fmt: skip
     text.add_argument("--no-calibrate", action="store_true", help="correct none: faster, as quantizing while loading")
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="of the text, at most [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} has random weights, which are quantized while loading; name a checkpoint")
     source = resolve_source(args.model, args.revision)
     check_is_other(args.output, source)
-    folder_to_write(args.output)  # what cannot be written, or is damaged, is refused before the work
+    folder_to_write(args.output)  # bad folders and damaged files are refused before the work
     companions_of(source)
     use_threads(args.threads)
     token_BT = None

@@ -36,13 +36,10 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: Any, slots: int, rank: int, dtype: torch.dtype, rows: tuple[Tensor, Tensor]) -> None:
         """base: the layer. dtype: of activations. rows: decode_slot_R and chunk_slot_R, int64, of the engine."""
         super().__init__()
-        device = rows[0].device
         self.base = base
-        self.lora_A = nn.Parameter(
-            torch.zeros(slots, rank, base.in_features, dtype=dtype, device=device), requires_grad=False
-        )
-        self.lora_B = nn.Parameter(
-            torch.zeros(slots, rank, base.out_features, dtype=dtype, device=device), requires_grad=False
+        self.lora_A, self.lora_B = (
+            nn.Parameter(torch.zeros(slots, rank, size, dtype=dtype, device=rows[0].device), requires_grad=False)
+            for size in (base.in_features, base.out_features)
         )
         for name, slot in zip(("decode_slot_R", "chunk_slot_R"), rows, strict=True):
             self.register_buffer(name, slot, persistent=False)
@@ -82,12 +79,8 @@ class AdapterSlots:
         self.layers: dict[str, AdaptedLinear] = {}
         self._hidden_orders: dict[str, Tensor] = {}  # of feed-forward layers whose hidden units are sorted, by name
         self.model, self.model.model = _copy(model), _copy(model.model)
-        self._arguments = (
-            1 + max_adapters,
-            max_rank,
-            model.model.norm.weight.dtype,
-            (decode_slot_R, self.chunk_slot_R),
-        )
+        dtype, rows = model.model.norm.weight.dtype, (decode_slot_R, self.chunk_slot_R)
+        self._arguments = (1 + max_adapters, max_rank, dtype, rows)
         blocks = [self._adapt(block, f"model.layers.{i}") for i, block in enumerate(model.model.layers)]
         self.model.model.layers = nn.ModuleList(blocks)
         self.num_bytes = sum(p.nbytes for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B))

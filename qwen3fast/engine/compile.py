@@ -16,9 +16,11 @@ Private parts of PyTorch are used only here, except for two operators in kernels
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -60,7 +62,7 @@ CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enab
 
 
 class StepCompiler:
-    """Compiles parts of steps, and counts compilations.
+    """A compiler of parts of steps, which counts compilations.
 
     The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more.
     Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays uncompiled if the
@@ -92,7 +94,7 @@ class StepCompiler:
         self.quiet = threading.RLock()
         self.when_loaded: Callable[[], None] | None = None
         self._has_begun = False  # the thread
-        self._loading: Future[None] | None = None
+        self._loading: Future[Any] | None = None
         self.uses_operations = self.enabled or (bool(mode) and cpu.is_loaded())
         self.compilations = 0
         self.seconds = 0.0
@@ -127,33 +129,28 @@ class StepCompiler:
         if not self._has_begun:
             self._has_begun = True
             if not cpu.is_loaded():
-                self.waiting += 1
-                self._loading = self.thread.submit(self._load_operations)
+                self._loading = self._submit(cpu.load, max(1, self._threads - 1))
             if self.when_loaded is not None:
                 self.thread.submit(self.when_loaded)
         return self._loading is None or self._loading.done()
 
-    def _load_operations(self) -> None:
-        self._at_work_since_s = time.perf_counter()
-        try:
-            cpu.load(jobs=max(1, self._threads - 1))
-        finally:
-            self._at_work_since_s = float("inf")
-            self.waiting -= 1
-
-    def _compile_at_work(self, *arguments: Any) -> Function:
-        self._at_work_since_s = time.perf_counter()
-        try:
-            return self.compile(*arguments)
-        finally:
-            self._at_work_since_s = float("inf")
-            self.waiting -= 1
-
     def submit(self, *arguments: Any) -> Future[Function]:
         """Run `compile` in the thread of "auto"."""
+        return self._submit(self.compile, *arguments)
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         assert self.thread is not None, "there is a thread in mode 'auto' only"
         self.waiting += 1
-        return self.thread.submit(self._compile_at_work, *arguments)
+
+        def run() -> Any:
+            self._at_work_since_s = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                self._at_work_since_s = float("inf")
+                self.waiting -= 1
+
+        return self.thread.submit(run)
 
     def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
         """Return a part of a step, given as a function of a module and tensors.
@@ -385,14 +382,28 @@ def end_broken_capture(device: torch.device, pool: tuple[int, int]) -> None:
 
 def _has_cpp_compiler() -> bool:
     """Return whether Inductor's CPU backend has a C++ compiler: it tries this one alone."""
-    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which(os.environ.get("CXX", default)) is not None
+    path = shutil.which(_cpp_compiler())
+    return path is not None and (sys.platform == "win32" or _tells_its_version(path))
+
+
+def _cpp_compiler() -> str:
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
+@functools.cache
+def _tells_its_version(path: str) -> bool:
+    """Return whether a compiler passes Inductor's test."""
+    try:
+        return subprocess.run([path, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _warn_of_missing_compiler() -> None:
     warnings.warn(
-        "no C++ compiler found, so steps run uncompiled, slower, several times so without the C++ operations that "
-        "wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) "
-        "or set CXX to the path of one; compile=False (generate and chat: --compile never) silences this.",
+        f"no C++ compiler found that works (tried {_cpp_compiler()}), so steps run uncompiled, slower, several times "
+        "so without the C++ operations that wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install "
+        "g++; macOS: xcode-select --install) or set CXX to the path of one; compile=False (generate and chat: "
+        "--compile never) silences this.",
         stacklevel=2,
     )

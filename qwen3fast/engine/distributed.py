@@ -78,7 +78,7 @@ class LeadingEngine:
         try:
             self._ranks.broadcast((CLOSE, ()))
         except RuntimeError as err:
-            logger.warning("could not tell the other ranks to end: %s", err)
+            logger.warning("could not end the other ranks: %s", err)
         self._engine.close()
 
     def _shared(self, hook: Hook | None) -> Hook | None:

@@ -337,7 +337,7 @@ class Engine(Rows):
         if fused is None:
             return
         forward = self.forward_args()
-        logits_1V = torch.zeros(1, self.model.config.vocab_size, device=self.device)
+        logits_1V = torch.zeros(1, self.model.config.vocab_size, dtype=torch.float32, device=self.device)
 
         def steps() -> None:
             for sampler in SamplerKind:

@@ -1,4 +1,4 @@
-"""The forms that an engine's parts use on this machine: decided before its first step, and told by `Generator.stats`.
+"""The forms that an engine's parts use on this machine: decided before its first step, shown by `Generator.stats`.
 
 An engine's choices change in `warmup()` only: replies must not differ from one request to the next because something
 was measured in between.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -56,11 +56,11 @@ WAITING = "until the next warmup() or process; measured meanwhile"
 
 
 class Forms:
-    """Which forms the parts of one engine use.
+    """The forms that the parts of one engine use.
 
     sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
-    operation for all blocks. choices: why, by computation and sizes. Linear layers hold their own choice (`limits`),
-    which engines with the same model share.
+    operation for all blocks. choices: the reasons, by computation and sizes. Linear layers hold their own choice
+    (`limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -83,11 +83,8 @@ class Forms:
         Raises: ValueError as `kernels.forms.is_pinned`.
         """
         before = (self.sdpa_from, self.block_rows, self._limits())
-        for _, cases in groupby(self._cases, lambda case: case.what):
-            ends = time.perf_counter() + PART_S
-            for case in cases:
-                is_in_time = may_measure and cpu.is_loaded() and time.perf_counter() < ends
-                self.choices[_label(case)] = choose(case, is_in_time, self._is_first)
+        for case, is_in_time in self._timed_cases():
+            self.choices[_label(case)] = choose(case, may_measure and is_in_time, self._is_first)
         self._use()
         return before != (self.sdpa_from, self.block_rows, self._limits())
 
@@ -99,17 +96,22 @@ class Forms:
         if self._is_first or not cpu.is_loaded():
             return
         torch.set_num_threads(threads)
+        for case, is_in_time in self._timed_cases():
+            used = self.choices[_label(case)]
+            if used.seconds or kept(machine_key(case)) is not None or not is_in_time:
+                continue
+            with quiet:
+                choice = measure_and_keep(case)
+            if choice.seconds:
+                choice = replace(choice, name=used.name, reason=WAITING)
+            self.choices[_label(case)] = choice
+
+    def _timed_cases(self) -> Iterator[tuple[FormCase, bool]]:
+        """Yield each case, and whether it may be measured now: the cases of a computation share PART_S."""
         for _, cases in groupby(self._cases, lambda case: case.what):
             ends = time.perf_counter() + PART_S
             for case in cases:
-                used = self.choices[_label(case)]
-                if used.seconds or kept(machine_key(case)) is not None or time.perf_counter() > ends:
-                    continue
-                with quiet:
-                    choice = measure_and_keep(case)
-                if choice.seconds:
-                    choice = replace(choice, name=used.name, reason=WAITING)
-                self.choices[_label(case)] = choice
+                yield case, cpu.is_loaded() and time.perf_counter() < ends
 
     def max_rows_as(self, rows: int) -> int:
         """Return the largest number of rows whose products have the same form as products of `rows` rows."""

@@ -216,7 +216,7 @@ def _workspaces(model: Qwen3, cache: StaticKVCache, rows: range) -> dict[int, Wo
     sizes = (config.hidden_size, (H + 2 * K) * D, H * D, config.intermediate_size)
     x, qkv, attended, hidden = (torch.zeros(rows[-1], size, dtype=norm.dtype, device=norm.device) for size in sizes)
     best = Best.allocate(rows[-1], config.vocab_size, norm.device)
-    logits = torch.zeros(rows[-1], config.vocab_size, device=norm.device)
+    logits = torch.zeros(rows[-1], config.vocab_size, dtype=torch.float32, device=norm.device)
     positions = cache.keys[0].shape[2]
     splits = Splits.allocate(list(rows), H, K, positions, D, norm.device)
     return {

@@ -97,7 +97,7 @@ def last_states(
             "they are not of the same checkpoint"
         )
     device = model.model.norm.weight.device
-    states_NE = torch.empty(len(rows), model.config.hidden_size, device=device)
+    states_NE = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float32, device=device)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with tqdm(total=len(rows), desc="reading", unit="text", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):

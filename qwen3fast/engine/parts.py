@@ -1,4 +1,7 @@
-"""The parts of a forward pass as plain functions, which `StepCompiler` compiles, or which run uncompiled."""
+"""The parts of a forward pass as plain functions, compiled by `StepCompiler` or not, and faster forms of several parts.
+
+`decode_layers` (C++) and `fused_step` (Triton) take the place of the compiled functions where they serve.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def run_block(
 
 
 def run_block_uncached(block: Block, x_BTE: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """Run one block over the tokens at hand alone."""
+    """Run one block over the tokens of the call alone."""
     x_BTE = block(x_BTE, cos_BTD, sin_BTD)
     return x_BTE
 
@@ -159,12 +162,13 @@ class Parts:
 
     Attributes:
         decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.
-        fused_step: a `FusedDecodeStep`, a whole step in Triton kernels, on CUDA devices with Triton.
+        fused_step: on CUDA devices, a `FusedDecodeStep`: a whole step of 1 to 8 rows of a dense model in Triton
+            kernels, which uses none of the compiled functions, except for logits processors.
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
         log_probabilities: the function of sampling/processors.py, or the same in C++.
-        needs_mask: False if attention in decode steps finds the used length by itself, without a mask or a bucket.
+        needs_mask: False if attention in decode steps finds the used length on its own, without a mask or a bucket.
     """
 
     forms: Forms

@@ -59,7 +59,7 @@ def split_into_chunks(
 def max_prompts(size: int, slots: int) -> int:
     """Return how many prompts may share a forward pass, each with a chunk of this size.
 
-    Together they have no more tokens than the largest chunk, for which running replies wait anyway.
+    Together they have at most as many tokens as the largest chunk, which running replies wait for in any case.
     """
     return min(CHUNK_SIZES[-1] // size, MAX_PROMPTS, slots)
 
@@ -265,7 +265,7 @@ class CapturedChunks:
         self.serves_later = serves_later
         # The ids; and of each prompt its row, its start and the index of its last token.
         self._token, self._number = torch.zeros(2, CHUNK_SIZES[-1], dtype=torch.int64, device=device)
-        self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, device=device)
+        self._logits_BV = torch.zeros(min(slots, MAX_PROMPTS), vocab_size, dtype=torch.float32, device=device)
 
     def serves(self, start: int) -> bool:
         """Return whether there are graphs for a prompt's chunks that begin at this position."""
@@ -280,7 +280,7 @@ class CapturedChunks:
         """
         T, is_first, name = len(chunks[0].token_ids), False, "prompts"
         if len(chunks) > 1:
-            missing = self._num_prompts(len(chunks), T) - len(chunks)
+            missing = next(n for n in graph_prompts(T, self._slots) if n >= len(chunks)) - len(chunks)
             rows, chunks = rows + rows[:1] * missing, chunks + [Chunk([0] * T, NOWHERE, 0)] * missing
         else:
             is_first = chunks[0].start == 0
@@ -300,7 +300,3 @@ class CapturedChunks:
         key = (f"{name} with adapter" if has_adapter else name, T)
         self._graphs.run((*key, B) if name == "prompts" else key, step)
         return self._logits_BV[:B]
-
-    def _num_prompts(self, prompts: int, size: int) -> int:
-        """Return the number of prompts in the graph that serves so many prompts with chunks of this size."""
-        return next(number for number in graph_prompts(size, self._slots) if number >= prompts)

@@ -164,9 +164,9 @@ class LogprobState:
         """Allocate buffers for `rows` rows."""
         shape = (rows, min(MAX_LOGPROBS, vocab_size))
         return cls(
-            torch.zeros(rows, device=device),
+            torch.zeros(rows, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.int64, device=device),
-            torch.zeros(shape, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
     def read(self, row: int) -> Logprobs:
@@ -176,7 +176,7 @@ class LogprobState:
 
 @dataclass(frozen=True)
 class StepKind:
-    """The work of a step beside the base model's: sampler, logits processors, log-probabilities, adapters."""
+    """The work of a step in addition to the base model's: sampler, logits processors, log-probabilities, adapters."""
 
     sampler: SamplerKind = SamplerKind.GREEDY
     is_processed: bool = False

@@ -34,11 +34,11 @@ def use_threads(threads: int | None = None) -> None:
 
 
 class SparedThreads:
-    """The threads that steps leave out while other programs use cores, too.
+    """The threads that steps leave out while other programs use their cores.
 
-    A step's threads wait for each other after each of its many short products. One that has to share its core is off it
-    for milliseconds at a time, and all wait: with a thread fewer, steps take less time. After some of them, all threads
-    are tried again, more rarely each time that this fails.
+    A step's threads wait for each other after each of its many short products. A thread that shares its core is
+    descheduled for milliseconds at a time, and all wait: with one thread less, steps take less time. After some steps,
+    all threads are tried again, less often each time that this fails.
 
     number: of threads to leave out, now.
     """

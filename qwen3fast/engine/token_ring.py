@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Event(Protocol):
-    """The interface of `torch.cuda.Event`: it marks a point in the device's work, and waits for it."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
 
 
 class TokenRing:
@@ -29,18 +21,18 @@ class TokenRing:
         rows: int,
         num_slots: int,
         device: torch.device,
-        make_event: Callable[[], Event] | None = None,
+        make_event: Callable[[], Any] | None = None,
         width: tuple[int, ...] = (),
         dtype: torch.dtype = torch.int64,
     ) -> None:
         """Allocate. width, dtype: of a row's numbers; a token is one int64.
 
-        make_event: None means `torch.cuda.Event` on CUDA devices, and no events on others.
+        make_event: makes objects like `torch.cuda.Event`; None means this on CUDA devices, and no events on others.
         """
         is_cuda = device.type == "cuda"
         if make_event is None and is_cuda:
             make_event = torch.cuda.Event
-        self._slots = torch.zeros(num_slots, rows, *width, dtype=dtype, pin_memory=is_cuda)
+        self._slots = torch.zeros(num_slots, rows, *width, dtype=dtype, device="cpu", pin_memory=is_cuda)
         self._events = [make_event() for _ in range(num_slots)] if make_event is not None else None
         self._oldest = self._count = 0
 

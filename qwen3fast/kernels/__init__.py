@@ -1,1 +1,1 @@
-"""Hand-chosen ways to run a few operations, each beside its plain PyTorch reference."""
+"""Fast forms of a few operations, each with its plain PyTorch reference."""

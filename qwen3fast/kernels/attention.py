@@ -1,8 +1,9 @@
 """Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
 
 Each form has a condition on dtypes, sizes and the device; the first form whose condition holds is used. All forms
-return the result of the plain form, the last of the table, up to rounding. The choice is made while a step is compiled
-and costs nothing at run time; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py.
+return the result of the plain form, the last of the table, up to rounding. Compiled code holds one form, chosen when it
+was compiled; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py. Steps in one C++ operation, and
+fused steps on CUDA devices, have attention of their own.
 
 B batch rows   T query tokens   L cache positions read   R slots   S positions of a slot
 H query heads   K key/value heads   D head_dim

@@ -43,7 +43,7 @@ def _prefill_attention(tokens: int, length: int, heads: tuple[int, int, int], dt
     H, K, D = heads
     is_int8 = dtype == torch.int8
     x_1KSD = torch.full((1, K, length + 1, D), 3 if is_int8 else 0.1, dtype=dtype)  # times do not depend on values
-    scale_1KS = torch.full((1, K, length + 1), 1 / 30) if is_int8 else None
+    scale_1KS = torch.full((1, K, length + 1), 1 / 30, dtype=torch.float32) if is_int8 else None
     q_1THD = torch.full((1, tokens, H, D), 0.1, dtype=torch.bfloat16)
     position_1T = torch.arange(length - tokens, length)[None]
     fixed = (q_1THD, x_1KSD, x_1KSD, position_1T, torch.zeros(1, dtype=torch.int64), scale_1KS, scale_1KS)

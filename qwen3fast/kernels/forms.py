@@ -1,20 +1,19 @@
 """The choice among forms of the same computation: measured once on each machine, then kept.
 
-A form that wins on one processor loses on another: attention in C++ takes a quarter of the time of PyTorch's on AMD
-Zen 5, and three times its time on Intel processors with AMX. The rule: no form is used where a plainer one is faster on
-the machine at hand. docs/how_it_works/kernels.md describes the measurements, and when a choice may change.
+The fastest form on one processor can be slow on another. The rule: no form is used where a plainer one is faster on
+this machine. docs/how_it_works/kernels.md describes the measurements, and when a choice may change.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
+from qwen3fast.checks import checked_variable
 from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.kernels.forms_file import Choice, keep, kept, machine
 
@@ -59,10 +58,7 @@ def is_pinned() -> bool:
 
     Raises: ValueError for a value other than "first", "measured" and nothing.
     """
-    value = os.environ.get(VARIABLE) or MEASURED
-    if value not in (FIRST, MEASURED):
-        raise ValueError(f"{VARIABLE} must be {FIRST!r}, {MEASURED!r} or unset, got {value!r}")
-    return value == FIRST
+    return checked_variable(VARIABLE) == FIRST
 
 
 def choose(case: FormCase, may_measure: bool = True, is_first: bool = False) -> Choice:

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     """Causal self-attention in which G query heads share one key/value head.
 
     Queries and keys are RMS-normalized per head (QK-norm) *before* RoPE. After RoPE, the norm's weight, one number per
-    channel, would distort the rotated pairs. Only tight tests find that mistake: it changes logits by 0.1%.
+    channel, would distort the rotated pairs: a mistake that changes logits so little that only tight tests find it.
     Source: grouped queries arXiv:2305.13245; QK-norm and shapes: Qwen3 technical report, arXiv:2505.09388, section 2.
     """
 

@@ -126,7 +126,7 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Return the number of positions that the model can tell apart: max_position_embeddings, or more with YaRN."""
+        """Return the number of positions that the model supports: max_position_embeddings, or more with YaRN."""
         return max(self.max_position_embeddings, self.yarn.longest_context if self.yarn is not None else 0)
 
     @property

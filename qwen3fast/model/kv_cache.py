@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class StaticKVCache:
     """Memory for the keys and values of `max_batch_size` requests, of up to `max_seq_len` tokens each.
 
-    Attention reads the first `bucket(used)` positions, where `used` is the length of the longest text of a step, or in
-    some kernels just the used positions of each row. Its cost follows the used length, not the allocated one.
+    Attention reads the first `bucket(used)` positions, where `used` is the length of the longest text of a step;
+    some kernels read only the used positions of each row. Its cost follows the used length, not the allocated one.
 
     `allocated_len` is max_seq_len rounded up to a multiple of `granularity`, to make room for padded prefill chunks. A
     slot has S = allocated_len + 1 positions. Nothing reads the last one: batch rows without a request write there (to
@@ -33,7 +33,7 @@ class StaticKVCache:
 
     Attributes:
         keys, values: one contiguous (R, K, S, D) tensor per layer, zero at first. Positions that a mask hides must
-            hold finite numbers too, as 0 * NaN is NaN.
+            also hold finite numbers, as 0 * NaN is NaN.
         key_scales, value_scales: for int8, one (R, K, S) tensor per layer, see `CacheLayer`; otherwise empty lists.
         buckets: the numbers of positions that attention may read: multiples of `granularity`; on CUDA fewer (128, 256,
             384, 512, 768, 1024, 1536, ...), since each has graphs of its own.
@@ -62,7 +62,8 @@ class StaticKVCache:
         self.allocated_len = -(-max_seq_len // granularity) * granularity
         self.buckets = list(range(granularity, self.allocated_len + 1, granularity))
         if device.type == "cuda":
-            self.buckets = [n for n in self.buckets if n == self.allocated_len or _is_round(n // granularity)]
+            blocks = {n: n // granularity for n in self.buckets}  # kept: powers of two, and three times a power of two
+            self.buckets = [n for n, b in blocks.items() if n == self.allocated_len or b // (b & -b) in (1, 3)]
         shape = (max_batch_size, config.num_key_value_heads, self.allocated_len + 1, config.head_dim)
         self.num_bytes = config.kv_bytes_per_token(dtype) * max_batch_size * (self.allocated_len + 1)
         scales = " + 4 bytes per vector" if dtype == torch.int8 else ""
@@ -84,8 +85,8 @@ class StaticKVCache:
         self.key_scales: list[Tensor] = []
         self.value_scales: list[Tensor] = []
         if dtype == torch.int8:
-            self.key_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
-            self.value_scales = [torch.zeros(shape[:-1], device=device) for _ in layers]
+            self.key_scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in layers]
+            self.value_scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in layers]
 
     def layers(self, row_B: Tensor | None = None) -> list[CacheLayer]:
         """Return each layer's keys and values, for a batch in the given slots (see `CacheLayer`)."""
@@ -106,13 +107,6 @@ class StaticKVCache:
         if not 1 <= used <= self.allocated_len:
             raise ValueError(f"{used} positions do not fit a KV cache of {self.allocated_len}")
         return self.buckets[bisect_left(self.buckets, used)]
-
-
-def _is_round(number: int) -> bool:
-    """Return whether the number is a power of two, or three times a power of two."""
-    while number % 2 == 0:
-        number //= 2
-    return number in (1, 3)
 
 
 class CacheLayer(NamedTuple):

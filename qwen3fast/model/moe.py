@@ -72,8 +72,8 @@ class MoE(nn.Module):
         B, T, _ = x_BTE.shape
         x_NE = x_BTE.flatten(0, 1)
         share_NC, expert_NC = self.route(x_NE)
-        # With more rows, `grouped` reads fewer weights. But its host may read the groups, for which a step on CUDA
-        # devices must not wait.
+        # With more rows, `grouped` reads fewer weights. On CUDA devices, steps never use it: it may copy the groups to
+        # the host, which would wait for the device.
         is_few = T == 1 and (x_NE.device.type == "cuda" or B * self.num_chosen <= self.gate.weight.shape[0])
         y_NCE = self.experts.gathered(x_NE, expert_NC) if is_few else self.experts.grouped(x_NE, expert_NC)
         y_NE = (y_NCE.float() * share_NC[..., None]).sum(dim=1)

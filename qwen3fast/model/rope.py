@@ -19,7 +19,7 @@ def rope_tables(
     Channel i and channel i + D/2 turn together, and the second half of each row repeats the first. Angles are computed
     in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
 
-    yarn: slows the channels that turn seldom, and multiplies all cosines and sines by its table_factor.
+    yarn: lowers the frequencies of slowly rotating pairs, and multiplies all cosines and sines by its table_factor.
     Source: RoFormer, arXiv:2104.09864, section 3.2.2; YaRN, arXiv:2309.00071, sections 3.2 and 3.4.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim

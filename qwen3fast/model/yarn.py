@@ -23,8 +23,8 @@ class Yarn:
             frequency, pairs that turn less than beta_slow times are slowed by `factor`, and pairs between are blended.
         mscale, mscale_all_dim: change the computed attention_factor, where both are given.
         truncate: round the bounds of the blended range to whole pairs.
-        attn_factor: multiplies the computed attention_factor, as in vLLM (DeepSeek-R1-0528-Qwen3-8B sets it such that
-            the product is 1).
+        attn_factor: multiplies the computed attention_factor, as in vLLM (DeepSeek-R1-0528-Qwen3-8B sets it to make
+            the product 1).
     """
 
     factor: float

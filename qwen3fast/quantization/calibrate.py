@@ -107,7 +107,7 @@ class SecondMoment:
         x_MK = x.reshape(-1, x.shape[-1]).float()
         M, K = x_MK.shape
         if not self._tokens:
-            self._sum_KK = torch.zeros(K, K, device=x.device)
+            self._sum_KK = torch.zeros(K, K, dtype=torch.float32, device=x.device)
         self._tokens += M
         for begin in range(0, K, SIDE):  # above the diagonal: the other half mirrors it
             rows = slice(begin, begin + SIDE)

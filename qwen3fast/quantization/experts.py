@@ -77,8 +77,8 @@ class QuantizedExperts(nn.Module):
             matrices = len(layer.input_order)
             expert_P = (2 * expert_P[:, None] + torch.arange(2, device=expert_P.device)).flatten()
             x_PK = x_PK.repeat_interleave(2, dim=0).gather(1, layer.input_order[expert_P].long())
-        y_SPN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *layer.packed, expert_P, matrices, is_fp8)
-        return y_SPN.sum(0).to(x_PK.dtype).view(P, -1)
+        y_PN: Tensor = torch.ops.qwen3fast.packed_experts(x_PK, *layer.packed, expert_P, matrices, is_fp8)
+        return y_PN.to(x_PK.dtype).view(P, -1)
 
     def _chosen(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
         rows = layer.out_features // self.num_experts

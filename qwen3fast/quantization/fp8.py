@@ -1,7 +1,7 @@
 """fp8: float8_e4m3fn numbers with a scale per row, or per block of 16 rows and 128 channels.
 
 Blocks hold the scales of checkpoints that have one per 128 x 128 weights exactly: eight blocks share each. The last
-block of a row is shorter where K is no multiple of 128.
+block of a row is shorter where K is not a multiple of 128.
 
     N out_features   K in_features   R rows   B = K/128 blocks of channels, rounded up
 """

@@ -38,12 +38,12 @@ class ProcessorRows(NamedTuple):
     def neutral(cls, rows: int, vocab_size: int, device: torch.device) -> ProcessorRows:
         """Allocate buffers for `rows` rows, with neutral parameters."""
         return cls(
-            torch.ones(rows, device=device),
-            torch.zeros(rows, device=device),
-            torch.zeros(rows, device=device),
+            torch.ones(rows, dtype=torch.float32, device=device),
+            torch.zeros(rows, dtype=torch.float32, device=device),
+            torch.zeros(rows, dtype=torch.float32, device=device),
             torch.zeros(rows, vocab_size, dtype=torch.bool, device=device),
             torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
-            torch.zeros(rows, vocab_size, device=device),
+            torch.zeros(rows, vocab_size, dtype=torch.float32, device=device),
             torch.full((rows, num_words(vocab_size)), -1, dtype=torch.int32, device=device),
         )
 

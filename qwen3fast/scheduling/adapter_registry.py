@@ -15,14 +15,16 @@ from qwen3fast.scheduling.worker import EngineWorker
 class AdapterRegistry:
     """Names of adapters, and the slots that hold them. Thread-safe."""
 
-    def __init__(self, worker: EngineWorker, sources: Mapping[str, str | Path] | None = None) -> None:
+    def __init__(
+        self, worker: EngineWorker, sources: Mapping[str, str | Path] | None = None, check_weights: bool = False
+    ) -> None:
         """Load the first adapters.
 
         worker: of the engine with the slots, which has not started; the engine may have no slots.
-        sources: folders or hub ids by name.
+        sources: folders or hub ids by name. check_weights: refuse NaN and infinity in these and all later ones.
         Raises: as `load`.
         """
-        self._worker = worker
+        self._worker, self._check_weights = worker, check_weights
         slots = worker.scheduler.engine.adapters
         self._free = [] if slots is None else list(range(1, 1 + slots.max_adapters))
         self._num_slots = len(self._free)
@@ -30,7 +32,7 @@ class AdapterRegistry:
         self._changing: set[str] = set()  # names that are being loaded or unloaded
         self._lock = threading.Lock()
         for name, source in (sources or {}).items():
-            self._load(name, source, False, is_started=False)
+            self._load(name, source, check_weights, is_started=False)
 
     @property
     def names(self) -> list[str]:
@@ -56,10 +58,10 @@ class AdapterRegistry:
         as `EngineWorker.check_caller`.
         """
         self._worker.check_caller()
-        self._load(name, source, check_weights, is_started=True)
+        self._load(name, source, check_weights or self._check_weights, is_started=True)
 
     def _load(self, name: str, source: str | Path, check_weights: bool, is_started: bool) -> None:
-        """is_started: False where nothing runs yet: writing then must not start the worker's thread, see `FORKED`."""
+        """Load an adapter. is_started: False before the first request: writing must not start the worker (`FORKED`)."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"an adapter's name must be a non-empty string, got {name!r:.200}")
         slot = self._take_slot(checked_text("an adapter's name", name))

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 
 class QueueFullError(RuntimeError):
-    """The queue is full: `max_queue` requests wait already. Try again later."""
+    """The error of a full queue: `max_queue` requests are waiting. Try again later."""
 
 
 class Admission:

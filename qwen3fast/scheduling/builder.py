@@ -25,7 +25,7 @@ from qwen3fast.text.tool_calls import call_format_of
 
 
 class RequestBuilder:
-    """Builds requests for one model. Thread-safe."""
+    """A builder of requests for one model. Thread-safe."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from qwen3fast.scheduling.worker import ClosedError, EngineWorker
 
 
 class Dispatcher:
-    """Runs the requests of one Generator. Thread-safe.
+    """The owner of a Generator's engine, scheduler, worker and admission, which runs its requests. Thread-safe.
 
     Methods that wait raise RuntimeError where they would wait forever: in the worker's own thread, and in a process
     forked after its first request.
@@ -45,7 +45,7 @@ class Dispatcher:
         """Run requests to completion. use_cache: False computes without a cache. report: called after each reply."""
         if not use_cache:
             for handle in handles:
-                run = UncachedRun(self.engine, handle.request)
+                run = self.worker.call(UncachedRun, self.engine, handle.request)
                 while not handle.is_done:
                     self.worker.call(run.step)  # one token at a time: other requests run in between
                 report()

@@ -1,6 +1,6 @@
 """First tokens: prompts that are computed become rows of the decode step, and their first tokens are sampled.
 
-Here too: what the host adds to any step for some rows, the masks of constraints and the calls of logits processors.
+Also here: the host's part of any step for some rows, the masks of constraints and the calls of logits processors.
 """
 
 from __future__ import annotations

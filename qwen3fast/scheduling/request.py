@@ -120,7 +120,7 @@ class Request:
 
     @property
     def most_reused(self) -> int:
-        """How many of the prompt's first tokens need not be computed, if their keys and values are in the cache.
+        """The number of the prompt's first tokens that may be reused, if their keys and values are in the cache.
 
         A wanted log-probability needs the logits of the token before it, which the cache does not have.
         """

@@ -22,7 +22,7 @@ from qwen3fast.scheduling.request import Adapter, Request
 
 
 class Scheduler:
-    """Runs any number of requests through the slots of an engine. Not thread-safe: one caller at a time.
+    """A scheduler of any number of requests on the slots of an engine. Not thread-safe: one caller at a time.
 
     A step runs all slots up to the last one in use, so requests get the lowest free one.
 

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 
 class For(Enum):
-    """What a Waiter waits for."""
+    """The events that a Waiter can wait for."""
 
     NOTHING = auto()
     NEWS = auto()

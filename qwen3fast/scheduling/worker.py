@@ -35,7 +35,7 @@ OWN_THREAD = (
 
 
 class ClosedError(RuntimeError):
-    """The Generator was closed."""
+    """The error of calls to a closed Generator."""
 
 
 class Job(NamedTuple):
@@ -182,6 +182,7 @@ class EngineWorker:
         scheduler = self.scheduler
         if scheduler.engine.device.type == "cuda":
             torch.cuda.set_device(scheduler.engine.device)
+            torch.cuda.synchronize()  # weights and buffers may be on their way on a stream of the thread that made them
         while not self._has_ended:
             try:
                 job = self._next_job(wait=scheduler.is_idle)

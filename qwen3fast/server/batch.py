@@ -13,6 +13,8 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +39,40 @@ class Output:
     def __init__(self, path: Path) -> None:
         """Open for appending; half a line at the end, of a run that was killed, is cut off."""
         self.done: set[str] = set()
-        self._file = file_to_write(path).open("a+b")
-        self._file.seek(0)
-        length = 0
-        for raw in self._file:
-            if not raw.endswith(b"\n") and any(raw[: len(begin)] == begin[: len(raw)] for begin in BEGINNINGS):
-                break
-            try:
-                row = json.loads(raw)
-                self.done.add(row["custom_id"] if "response" in row else row["key"])
-            except (ValueError, KeyError, TypeError) as err:
-                raise ValueError(
-                    f"{path} has lines that are not replies of this command; choose another output file"
-                ) from err
-            length += len(raw)
-        self._file.truncate(length)
+        with file_to_write(path).open("a+b") as file:
+            file.seek(0)
+            length = 0
+            for raw in file:
+                if not raw.endswith(b"\n") and any(raw[: len(begin)] == begin[: len(raw)] for begin in BEGINNINGS):
+                    break
+                try:
+                    row = json.loads(raw)
+                    self.done.add(row["custom_id"] if "response" in row else row["key"])
+                except (ValueError, KeyError, TypeError) as err:
+                    raise ValueError(
+                        f"{path} has lines that are not replies of this command; choose another output file"
+                    ) from err
+                length += len(raw)
+            file.truncate(length)
+        self._file = path.open("ab")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self._file.flush()
+        """Append a line. Raises: OSError naming the file; the next run cuts off what was written of the line."""
+        with self._named():
+            self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises: as `write`."""
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise OSError(err.errno, err.strerror, self._file.name) from err
 
 
 async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, bar: Any) -> int:
@@ -101,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
     Raises: ValueError, FileNotFoundError, FileExistsError, ImportError.
     """
     file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
-    output = Output(args.output)
+    with closing(Output(args.output)) as output:
+        return _answer_file(args, output)
+
+
+def _answer_file(args: argparse.Namespace, output: Output) -> int:
     jobs, bad = [], 0
     for found in read_jobs(args.input):
         if isinstance(found, BatchJob):
@@ -124,7 +140,6 @@ def run(args: argparse.Namespace) -> int:
         finally:
             signal.signal(signal.SIGTERM, before)
             bar.close()
-            output.close()
     print(f"{len(rest) - failed} answered, {failed} failed, {bad} bad lines", file=sys.stderr)
     return 1 if failed or bad else 0
 

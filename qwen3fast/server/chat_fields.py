@@ -105,7 +105,7 @@ def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, An
 
 
 def check_chosen(name: str, tools: list[dict[str, Any]] | None, fields: Fields, key: str) -> None:
-    """Check that a tool that must be called is there. Raises: ApiError (400) naming the field with its name."""
+    """Check that a tool that must be called is among the tools. Raises: ApiError (400) naming its field."""
     if name not in [tool["function"]["name"] for tool in tools or []]:
         raise fields.error(key, f"names {name!r}, which is not among the tools", "invalid_value")
 

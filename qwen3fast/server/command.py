@@ -84,7 +84,7 @@ def _port(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Returns the exit status 0.
 
-    Raises: OSError for an address that cannot be had; ValueError, FileNotFoundError, ImportError.
+    Raises: OSError for an address that is not available; ValueError, FileNotFoundError, ImportError.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     names = {field.name for field in fields(ServerOptions)}
@@ -104,7 +104,7 @@ def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
     The application only stops writing to them; written data would otherwise be kept as long as they are open.
     The socket does not listen yet. SO_REUSEADDR stays off until `serve`: with it, Linux gives the address of a socket
     that does not listen to a second one, whose server would find out after it has loaded its models.
-    Raises: OSError if the address cannot be had.
+    Raises: OSError if the address is not available.
     Source: tcp(7), TCP_USER_TIMEOUT, which accepted sockets inherit; socket(7), SO_REUSEADDR.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -58,7 +58,7 @@ def _compile(generator: Generator, waiting: dict[str, int], name: str) -> int:
     rng = random.Random(0)
     compiled = [-2, -1]  # after each turn: two at least, since the first may only have loaded the C++ operations
     while compiled[-1] > compiled[-2]:
-        for count in _counts(generator.stats.max_batch_size):
+        for count in generator.debug.engine.batch_buckets():
             for params in SAMPLINGS:
                 _run(generator, count, params, rng)
         while compiling := generator.stats.compiling:
@@ -66,11 +66,6 @@ def _compile(generator: Generator, waiting: dict[str, int], name: str) -> int:
             time.sleep(POLL_S)
         compiled.append(generator.stats.compilations)
     return compiled[-1]
-
-
-def _counts(most: int) -> list[int]:
-    """Return numbers of requests that run together: 1, 2, 4, ... and the most."""
-    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 def _run(generator: Generator, count: int, params: SamplingParams, rng: random.Random) -> None:

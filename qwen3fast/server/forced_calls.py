@@ -40,12 +40,13 @@ def forced(
         raise ApiError(400, "a forced tool call and a response format exclude each other", "tool_choice")
     given = [tool for tool in tools or [] if choice in ("", tool["function"]["name"])]
     if not isinstance(call_format_of(tokenizer.chat_template), XmlCalls):
-        return replace(sampling, params=replace(sampling.params, json_schema=schema_of_calls(given))), True
+        params = replace(sampling.params, json_schema=schema_of_calls(given))
+        return replace(sampling, params=params, shaped_by="tools"), True
     try:
         grammar = grammar_of_calls(given, tokenizer)
     except ValueError as err:
         raise ApiError(400, str(err), "tools", "invalid_value") from err
-    return replace(sampling, params=replace(sampling.params, grammar=grammar)), False
+    return replace(sampling, params=replace(sampling.params, grammar=grammar), shaped_by="tools"), False
 
 
 def schema_of_calls(tools: list[dict[str, Any]]) -> str:

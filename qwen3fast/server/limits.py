@@ -115,9 +115,8 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), timeout_s)
         except asyncio.TimeoutError as err:
-            raise ApiError(
-                408, f"no part of the request body arrived for {timeout_s} s", code="request_timeout"
-            ) from err
+            reason = f"no part of the request body arrived for {timeout_s} s"
+            raise ApiError(408, reason, code="request_timeout") from err
         self._note(message)
         if self._size > self._options.max_body_bytes:
             raise _too_large(self._options)

@@ -42,8 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
     add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; lossless: pack "
         "bfloat16 in 12 bits; dequantize: use a prequantized checkpoint unquantized")  # fmt: skip
-    add("--no-calibrate", action="store_true", help="int4 and uint4 without correcting errors, which the first load "
-        "of a model takes time for")  # fmt: skip
+    add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
+        "time at the first load of a model")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
     add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")

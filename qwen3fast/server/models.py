@@ -75,7 +75,7 @@ class Models:
         self._adapted: dict[tuple[str, str], ServedModel] = {}  # by the names of model and adapter
         names = [served.name for served in self.with_adapters]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"models and adapters of a server need names of their own; twice: {', '.join(twice)}")
+            raise ValueError(f"models and adapters of a server need names of their own; duplicates: {', '.join(twice)}")
 
     @property
     def with_adapters(self) -> list[ServedModel]:

@@ -30,7 +30,7 @@ class ServerOptions:
     receive_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     heartbeat_s: float = 10.0
-    stream_interval_s: float = 0.03  # faster than anybody reads
+    stream_interval_s: float = 0.03  # faster than anyone reads
     compile_timeout_s: float = 1.0
     log_prompts: bool = False
 

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, generator_of
 from qwen3fast.server.prompt_scores import only_prompt
@@ -117,11 +118,16 @@ async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterat
                 return
 
     try:
-        if wanted.sampling.params.is_structured:
-            work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
-            await _in_time(work, compile_timeout_s)
-        else:
-            await asyncio.to_thread(start_all)
+        try:
+            if wanted.sampling.params.is_structured:
+                work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
+                await _in_time(work, compile_timeout_s)
+            else:
+                await asyncio.to_thread(start_all)
+        except ValueError as err:
+            if (param := wanted.sampling.field_of(err)) is None:
+                raise
+            raise ApiError(400, str(err), param, "invalid_value") from err
         yield handles
     finally:
         is_wanted = False

@@ -78,16 +78,18 @@ def _read_sampling(fields: Fields) -> Sampling:
     text = fields.object("text")
     reasoning = fields.object("reasoning")
     effort = reasoning.text("effort", choices=tuple(REASONING_BUDGETS)) if reasoning is not None else None
+    schema = read_format(text.object("format"), is_flat=True) if text is not None else None
     params = checked_params(
         fields,
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
         max_tokens=fields.integer("max_output_tokens", 1, LARGEST_COUNT),
         seed=fields.integer("seed"),
-        json_schema=read_format(text.object("format"), is_flat=True) if text is not None else None,
+        json_schema=schema,
         thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,
     )
-    return Sampling(params, enable_thinking=None if effort is None else effort != "none")
+    enable = None if effort is None else effort != "none"
+    return Sampling(params, enable_thinking=enable, shaped_by="text.format.schema")
 
 
 def _read_input(fields: Fields) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from qwen3fast.server.usage import reasoning_tokens
 async def create_response(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     store = state_of(request).responses
-    return await answer(request, partial(read_response_request, store), partial(_to_response, store), _events)
+    return await answer(request, partial(read_response_request, store), partial(_finish, store), _events)
 
 
 async def get_response(request: Request) -> Response:
@@ -38,16 +38,17 @@ async def delete_response(request: Request) -> Response:
     return JSONResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
 
-def _to_response(store: ResponseStore, wanted: ResponseRequest, finished: list[GenerationResult]) -> dict[str, Any]:
-    [result] = finished
-    return _finish(store, wanted, result, to_output(result, *wanted.content_and_calls(result)))
-
-
 def _finish(
-    store: ResponseStore, wanted: ResponseRequest, result: GenerationResult, output: list[dict[str, Any]]
+    store: ResponseStore,
+    wanted: ResponseRequest,
+    finished: list[GenerationResult],
+    output: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return the response object of a finished reply, and store it."""
+    """Return the response object of the one finished reply, and store it. output: items that were streamed."""
+    [result] = finished
     metrics, is_cut = result.metrics, result.finish_reason == "length"
+    text, calls = wanted.content_and_calls(result)
+    output = to_output(result, text, calls) if output is None else output
     usage = {
         "input_tokens": metrics.prompt_tokens,
         "input_tokens_details": {"cached_tokens": metrics.reused_tokens, "cache_write_tokens": 0},
@@ -60,7 +61,6 @@ def _finish(
     response = wanted.to_response(status, output, usage=usage, incomplete_details=details)
     if wanted.is_stored:
         messages = wanted.prompts[1:] if wanted.given["instructions"] else wanted.prompts  # which are not inherited
-        text, calls = wanted.content_and_calls(result)
         reply: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
             reply["tool_calls"] = [call.to_message() for call in calls]
@@ -94,7 +94,7 @@ async def _response_events(request: Request, wanted: ResponseRequest) -> AsyncIt
             if delta.result is not None:
                 for each in (*items.close(), *items.ensure_one()):
                     yield each
-                response = _finish(state_of(request).responses, wanted, delta.result, items.finished)
+                response = _finish(state_of(request).responses, wanted, [delta.result], items.finished)
                 yield {"type": f"response.{response['status']}", "response": response}
     except Exception as err:
         if not is_begun:

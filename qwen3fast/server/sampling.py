@@ -12,6 +12,8 @@ from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+# How messages on the schema, pattern or grammar of a reply begin.
+OF_SHAPE = ("json_schema ", "regex ", "this JSON schema ", "this regular expression ", "this grammar ", "this schema, ")
 # Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
 REASONING_BUDGETS: dict[str, int | None] = {
     "none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None,
@@ -23,13 +25,15 @@ class Sampling:
     """The sampling of the replies to a request.
 
     params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
-    only_prompt: the request wants no token; params has one, which the engine needs.
+    only_prompt: the request wants no token; params has one, which the engine needs. shaped_by: the path of the field
+    that the schema, pattern or grammar of the replies comes from.
     """
 
     params: SamplingParams
     n: int = 1
     enable_thinking: bool | None = None
     only_prompt: bool = False
+    shaped_by: str | None = None
 
     def each(self) -> list[SamplingParams]:
         """Return the parameters of each reply: reply i has seed + i, as `Generator.generate` defines n."""
@@ -37,6 +41,11 @@ class Sampling:
         if seed is None:
             return [self.params] * self.n
         return [replace(self.params, seed=(seed + i + 2**63) % 2**64 - 2**63) for i in range(self.n)]
+
+    def field_of(self, error: ValueError) -> str | None:
+        """Return the field at fault in an error of the engine; None if it is none of these parameters."""
+        names = ("logit_bias", "allowed_token_ids")
+        return self.shaped_by if is_of_shape(error) else next((n for n in names if str(error).startswith(n)), None)
 
 
 def read_sampling(
@@ -55,6 +64,7 @@ def read_sampling(
     """
     limits = [fields.integer(name, least_max_tokens, LARGEST_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
+    shaped_by, structure = _structure(fields)
     values: dict[str, Any] = {
         "temperature": fields.number("temperature"),
         "top_p": fields.number("top_p"),
@@ -71,23 +81,29 @@ def read_sampling(
         "logit_bias": _logit_bias(fields),
         "allowed_token_ids": fields.ids("allowed_token_ids"),
         "logprobs": logprobs,
-        **_structure(fields),
+        **structure,
     }
     budget, enable_thinking = _reasoning(fields)
     n = fields.integer("n", 1, MAX_CHOICES) or 1
-    return Sampling(checked_params(fields, **values, thinking_budget=budget), n, enable_thinking, limit == 0)
+    params = checked_params(fields, shaped_by, **values, thinking_budget=budget)
+    return Sampling(params, n, enable_thinking, limit == 0, shaped_by)
 
 
-def checked_params(fields: Fields, **values: Any) -> SamplingParams:
-    """Return the SamplingParams of these values.
+def checked_params(fields: Fields, shaped_by: str | None = None, **values: Any) -> SamplingParams:
+    """Return the SamplingParams of these values. shaped_by: as in `Sampling`.
 
-    Raises: ApiError (400) for a value out of range, naming it if the request has a field of this name.
+    Raises: ApiError (400) for a value out of range, naming its field if the request has one.
     """
     try:
         return SamplingParams(**values)
     except ValueError as err:
         name = next((name for name in values if str(err).startswith(name) and fields.raw(name) is not None), None)
-        raise ApiError(400, str(err), name, "invalid_value") from err
+        raise ApiError(400, str(err), shaped_by if is_of_shape(err) else name, "invalid_value") from err
+
+
+def is_of_shape(error: ValueError) -> bool:
+    """Return whether an error is about the schema, pattern or grammar of a reply."""
+    return str(error).startswith(OF_SHAPE)
 
 
 def _top_k(fields: Fields) -> int | None:
@@ -118,8 +134,11 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return {int(key): float(value) for key, value in bias.items()}
 
 
-def _structure(fields: Fields) -> dict[str, Any]:
-    """Return json_schema or regex, from `response_format`, or vLLM's `structured_outputs` or older `guided_*`."""
+def _structure(fields: Fields) -> tuple[str | None, dict[str, Any]]:
+    """Return json_schema or regex, from `response_format`, or vLLM's `structured_outputs` or older `guided_*`.
+
+    The first value is the path of the field.
+    """
     given = _guides(fields, "guided_")
     outputs = fields.object("structured_outputs")
     if outputs is not None:
@@ -131,7 +150,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
         given["response_format"] = ("json_schema", response_format)
     if len(given) > 1:
         raise ApiError(400, f"only one of {', '.join(given)} can shape a reply", list(given)[1])
-    return dict(given.values())
+    return next(iter(given), None), dict(given.values())
 
 
 def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:

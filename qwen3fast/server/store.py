@@ -35,11 +35,8 @@ class ResponseStore:
         """Return a response. Raises: ApiError (404)."""
         stored = self._stored.get(response_id)
         if stored is None:
-            raise ApiError(
-                404,
-                f"response {response_id!r:.100} is not stored; only the latest {MAX_STORED} are kept",
-                code="not_found",
-            )
+            message = f"response {response_id!r:.100} is not stored; only the latest {MAX_STORED} are kept"
+            raise ApiError(404, message, code="not_found")
         return stored
 
     def delete(self, response_id: str) -> None:

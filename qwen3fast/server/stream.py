@@ -118,7 +118,7 @@ class EventStream(Response):
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work while the client is there; cancel it when the client goes away.
+    """Wait for work while the client is connected; cancel it when the client disconnects.
 
     Raises: ApiError (499, which nobody receives) after a disconnection; what the work raises.
     """

@@ -44,9 +44,11 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """Return the text of token ids."""
     fields, served = await _read(request)
-    ids = fields.required("tokens", fields.ids("tokens"))
+    ids, tokenizer = fields.required("tokens", fields.ids("tokens")), tokenizer_of(served)
+    if unknown := [i for i in ids if tokenizer.base.id_to_token(i) is None]:
+        raise fields.error("tokens", f"token id {unknown[0]} is not in the tokenizer's vocabulary", "invalid_value")
     headers = refuse_or_name(fields, state_of(request).options.strict)
-    return JSONResponse({"prompt": tokenizer_of(served).decode(ids)}, headers=headers)
+    return JSONResponse({"prompt": tokenizer.decode(ids)}, headers=headers)
 
 
 async def _read(request: Request) -> tuple[Fields, ServedModel]:

@@ -65,7 +65,7 @@ class JsonCalls:
 
 
 def _to_calls(values: list[Any]) -> list[ToolCall]:
-    """Return the calls that JSON values describe; none if one of them is no call."""
+    """Return the calls that JSON values describe; none if one of them is not a call."""
     calls = [call for value in values if (call := _to_call(value)) is not None]
     return calls if len(calls) == len(values) else []
 

@@ -49,7 +49,7 @@ class ReasoningTracker:
 
 
 class ReasoningFormat:
-    """How one model marks its reasoning: the ids of its tags, and what its chat template writes.
+    """The marks of one model's reasoning: the ids of its tags, and the text around them in its chat template.
 
     Attributes:
         begin_id, end_id: of `<think>` and `</think>`; None without them, and then has_tags is False.

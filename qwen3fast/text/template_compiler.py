@@ -20,7 +20,7 @@ class CountingCompiler(jinja2.compiler.CodeGenerator):
 
 
 class _Rewriter(jinja2.visitor.NodeTransformer):
-    """Puts internal filters around what Jinja compiles to plain Python."""
+    """A rewriter that puts internal filters around nodes which Jinja compiles to plain Python."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment

@@ -45,7 +45,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,
             extensions=[jinja2.ext.loopcontrols, GenerationTag],
-            finalize=self._output,
+            finalize=self.check_value,
         )
         self.code_generator_class = CountingCompiler
         self.concat = self._join  # type: ignore[method-assign]
@@ -107,13 +107,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             yield item
 
     def check_value(self, value: Any) -> Any:
-        """Return a list, dict, tuple or slice that the template has just made, charged by its size."""
+        """Return a value that the template writes, or a container that it has just made, charged by its size."""
         self._size(value)
         return value
 
     def join_values(self, values: list[Any]) -> str:
         """Return what `a ~ b` is."""
-        return self._join(str(self._output(value)) for value in values)
+        return self._join(str(self.check_value(value)) for value in values)
 
     # The budget
 
@@ -153,10 +153,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._charge(len(value) * (1 if isinstance(value, str) else UNITS_PER_ITEM))
         return value
 
-    def _output(self, value: Any) -> Any:
-        self._size(value)
-        return value
-
     def _join(self, pieces: Iterable[str]) -> str:
         budget, joined, length = self._of_thread.budget, [], 0
         for piece in pieces:
@@ -167,7 +163,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return "".join(joined)
 
     def _listed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with iterators (of the filters `map` and the like) read into lists, charged item by item."""
+        """Return arguments with iterators (of filters such as `map`) read into lists, charged item by item."""
         return tuple(self._list(x) for x in args), {name: self._list(x) for name, x in kwargs.items()}
 
     def _list(self, value: Any) -> Any:

@@ -18,7 +18,7 @@ from qwen3fast.text.plain_data import replace_surrogates
 from qwen3fast.text.schema_types import parameters_of, properties_of, read_value, types_of
 
 END_FUNCTION = "</function>"
-_FUNCTION, _PARAMETER = "<function=", "<parameter="
+_FUNCTION = "<function="
 NAME = r"[^<>\n]+"  # of a function or parameter
 
 _BEGIN = re.compile(rf"<tool_call>|^[ \t]*<function=({NAME})>", re.MULTILINE)

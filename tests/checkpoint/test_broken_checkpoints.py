@@ -183,9 +183,9 @@ def test_load_names_a_tensor_that_comes_alone_and_with_its_experts(tmp_path):
     stack = "model.layers.0.mlp.experts.down_proj"
     tensors = {stack: tensors_of(model)[stack], **tensors_by_expert(model)}
     write_checkpoint(tmp_path, model.config, tensors, files=2)
-    with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight in .*was there already") as error:
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight in .*was loaded already") as error:
         load_model(tmp_path, device="cpu")
-    assert str(error.value).count("was there already") == EXPERTS_CONFIG.num_experts
+    assert str(error.value).count("was loaded already") == EXPERTS_CONFIG.num_experts
 
 
 # The index.

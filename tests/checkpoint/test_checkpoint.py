@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen3fast import load_model
+from qwen3fast import Generator, load_model
 from qwen3fast.checkpoint import read_ahead
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import random_model
@@ -449,10 +449,19 @@ def test_hub_is_asked_for_the_name_and_revision(hub_calls, revision):
     assert {(name, asked) for name, asked, _ in hub_calls} == {("Qwen/Qwen3-0.6B", revision)}
 
 
-def test_hub_revision_is_passed_on_by_load_model(hub_calls, tmp_path, config, tensors):
+def test_hub_revision_is_passed_on_by_load_model(hub_calls, tmp_path, config, tensors, caplog):
     write_checkpoint(tmp_path, config, tensors)
     load_model("Qwen/Qwen3-0.6B", device="cpu", revision="v1")
     assert hub_calls[0][:2] == ("Qwen/Qwen3-0.6B", "v1")
+    assert caplog.text == ""
+
+
+def test_a_revision_of_what_is_local_is_said_to_be_ignored_once(tmp_path, config, tensors, caplog):
+    write_checkpoint(tmp_path, config, tensors)
+    for _ in range(2):
+        Generator.from_pretrained(tmp_path, revision="v1", max_seq_len=16, compile=False).close()
+    [record] = caplog.records
+    assert record.message.startswith(f"revision 'v1' is ignored: {tmp_path} is local")
 
 
 @pytest.mark.parametrize(

@@ -830,7 +830,7 @@ def rewrite(folder, change) -> None:
         (
             "gptq",
             lambda t: t.update({f"{UP}.weight": torch.ones(256, 128), f"{UP}.qweight": t[f"{UP}.qweight"]}),
-            [r"up_proj\.\w+ in model\.safetensors: .* was there already"],
+            [r"up_proj\.\w+ in model\.safetensors: .* was loaded already"],
         ),
         (
             "gptq",

@@ -57,7 +57,7 @@ def test_of_experts_only_attention_can_be_adapted(tmp_path):
     model = randomized(small_config(**experts))
     assert {name.split(".")[-1] for name in adaptable_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     write_adapter(tmp_path, model, modules_of(model, ["q_proj", "gate"]))
-    with pytest.raises(ValueError, match=r"mlp\.gate is no linear layer of a block's attention or feed-forward part"):
+    with pytest.raises(ValueError, match=r"mlp\.gate is not a linear layer of a block's attention or feed-forward"):
         read(tmp_path, model)
 
 
@@ -69,7 +69,7 @@ def test_embedding_and_output_projection_can_only_be_merged(tmp_path, module):
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         tensors = {name.replace("tokens.lora_A.weight", "tokens.lora_embedding_A"): t for name, t in tensors.items()}
         save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=rf"merge this adapter instead.*of serve.*\n.*{module} is no linear layer"):
+    with pytest.raises(ValueError, match=rf"merge this adapter instead.*of serve.*\n.*{module} is not a linear layer"):
         read(tmp_path, model)
 
 

@@ -90,8 +90,8 @@ def test_a_folder_without_a_tokenizer_takes_token_ids_with_one_warning(tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.json", "[]", "vocab.json and merges.txt are no tokenizer"),
-        ("vocab.json", "{", "vocab.json and merges.txt are no tokenizer"),
+        ("vocab.json", "[]", "vocab.json and merges.txt are not a tokenizer"),
+        ("vocab.json", "{", "vocab.json and merges.txt are not a tokenizer"),
         ("vocab.json", '{"a": 0}', "do not fit each other"),
         ("merges.txt", "a b c d\n", "vocab.json and merges.txt"),
         ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}', "tokenizer_class='GPT2Tokenizer' needs a"),

@@ -15,8 +15,8 @@ from qwen3fast.engine import Engine
 from qwen3fast.engine.fused_sampler import FusedSampler
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cuda
+from qwen3fast.kernels.cuda.decode_step import attention, tail
 from qwen3fast.kernels.cuda.decode_step import sample as sample_kernels
-from qwen3fast.kernels.cuda.decode_step import tail
 from qwen3fast.model import Qwen3
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, gumbel_noise, sample
 
@@ -232,3 +232,18 @@ def test_it_can_be_captured(kind):
         lambda: sampler.advance(logits_BV, state.sampler_rows(slice(3)), kind, *written), buffers, results
     )
     assert faults == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorch_s_default_dtype_changes_no_memory(dtype):
+    def memory():
+        device = torch.device(DEVICE)
+        splits, best = attention.Splits.allocate([2], 4, 2, 200, 16, device)[2], tail.Best.allocate(2, 300, device)
+        return [tensor.dtype for tensor in (*splits, *best, *FusedSampler(2, 300, device)._memory)]
+
+    expected = memory()
+    torch.set_default_dtype(dtype)
+    try:
+        assert memory() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

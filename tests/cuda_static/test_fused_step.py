@@ -149,6 +149,9 @@ def test_the_environment_switches_it_off(value, is_on, monkeypatch):
     else:
         monkeypatch.setenv("QWEN3FAST_FUSED_STEP", value)
     assert cuda.use_fused_step() == is_on
+    monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "off")
+    with pytest.raises(ValueError, match="QWEN3FAST_FUSED_STEP must be '1' or '0', or unset, got 'off'"):
+        cuda.use_fused_step()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs no GPU")

@@ -129,4 +129,4 @@ def test_closing_goes_on_where_the_other_ranks_are_gone(model, caplog):
             raise RuntimeError("connection closed by peer")
 
     LeadingEngine(engine_of(model), Gone()).close()
-    assert "could not tell the other ranks to end: connection closed by peer" in caplog.text
+    assert "could not end the other ranks: connection closed by peer" in caplog.text

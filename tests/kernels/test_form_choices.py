@@ -212,7 +212,7 @@ def test_pinned_forms_are_not_measured(monkeypatch):
     monkeypatch.setenv(forms.VARIABLE, "first")
     assert forms.choose(case()) == forms_file.Choice("a", "pinned")
     monkeypatch.setenv(forms.VARIABLE, "fast")
-    with pytest.raises(ValueError, match="QWEN3FAST_FORMS must be 'first', 'measured' or unset, got 'fast'"):
+    with pytest.raises(ValueError, match="QWEN3FAST_FORMS must be 'measured' or 'first', or unset, got 'fast'"):
         forms.choose(case())
 
 

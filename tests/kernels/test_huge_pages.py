@@ -56,6 +56,9 @@ def test_result_tells_what_the_system_did():
 def test_switch_leaves_memory_alone(monkeypatch):
     monkeypatch.setenv(huge_pages.VARIABLE, "0")
     assert use_huge_pages([torch.ones(8 * HUGE_PAGE, dtype=torch.uint8)]) == 0
+    monkeypatch.setenv(huge_pages.VARIABLE, "off")
+    with pytest.raises(ValueError, match="QWEN3FAST_HUGE_PAGES must be '1' or '0', or unset, got 'off'"):
+        use_huge_pages([])
 
 
 @linux_only

@@ -418,6 +418,18 @@ def test_the_most_telling_tests_of_a_gpu_come_first_and_none_is_left_out():
     assert on_gpu | kernels <= set(files)
 
 
+@pytest.mark.parametrize(
+    ("only", "shares"), [("", {"steps": 0.5, "kernels": 0.5, "others": 1}), ("kern", {"kernels": 1})]
+)
+def test_the_last_tests_get_all_the_time_that_is_left(tmp_path, monkeypatch, only, shares):
+    given = {}
+    monkeypatch.setattr(
+        pytest_part, "_run", lambda run, name, selection, share: given.update({name: share}) or Results()
+    )
+    pytest_part.run_tests(PartRun("tests", tmp_path, "cpu", Clock(60), tmp_path), only)
+    assert given == shares
+
+
 def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text("def test_one(): pass\n")
     (tmp_path / "test_other.py").write_text("import no_such_package\ndef test_two(): pass\n")

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +34,15 @@ def test_fastest_is_said_beside_the_table_only_and_of_cpus():
     ours = [line for line in speed.splitlines() if "| qwen3fast |" in line]
     assert sum(line.count("**") // 2 for line in ours) == wins
     assert cells == 3 * len(ours) == 9
+
+
+def test_ci_gives_pip_one_constraint_in_a_folder_with_spaces(tmp_path):
+    line = re.search(r"^export PIP_CONSTRAINT=.*$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    folder = tmp_path / "a b c"
+    folder.mkdir()
+    command = ["bash", "-c", f'{line}\nprintf %s "$PIP_CONSTRAINT"']
+    [url] = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+    assert Path(url2pathname(urlparse(url).path)) == folder / ".ci/constraints.txt"
 
 
 def test_five_lines_are_five():

@@ -85,3 +85,11 @@ def test_without_a_level_the_wheel_is_python_alone(tmp_path):
     code = f"import pathlib, sys; sys.argv[1:] = ['--version']; import setup; {build}"
     done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert done.splitlines()[-1] == "None" and not (tmp_path / "x").exists()
+
+
+def test_an_unknown_level_ends_the_build():
+    environment = os.environ | {"QWEN3FAST_BUILD_LEVELS": "avx2, amx9000", "PYTHONPATH": str(ROOT)}
+    code = "import sys; sys.argv[1:] = ['--version']; import setup; setup.wanted('x86_64')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ValueError: QWEN3FAST_BUILD_LEVELS must name levels of ['amx', " in done.stderr
+    assert done.stderr.endswith("got 'amx9000'\n")

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import randomized, slowly, small_config, write_text_checkpoint
 
 from qwen3fast import ChatSession, Embedder, Generator, Reranker, SamplingParams
+from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -220,3 +222,14 @@ def test_embedder_and_reranker_work_in_a_forked_process(yes_no_folder, tmp_path,
     assert in_child(lambda: int(results(made) != expected)) == 0
     assert in_child(lambda: int(results(kind.from_pretrained(folder)) != expected)) == 0
     assert results(made) == expected
+
+
+def test_on_cuda_the_thread_begins_when_what_others_have_queued_is_done(monkeypatch):
+    """They may have had another stream, which the thread's own does not wait for."""
+    calls, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    engine = SimpleNamespace(device=device, close=lambda: None)
+    worker = EngineWorker(SimpleNamespace(engine=engine, is_idle=True, end_all=lambda error: None))
+    assert worker.call(lambda: [*calls]) == [device, "synchronize"]
+    worker.close()

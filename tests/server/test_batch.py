@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,17 @@ def write_lines(path: Path, rows: list) -> Path:
 def read_lines(path: Path) -> list[dict]:
     """Read JSON lines."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@contextmanager
+def no_open_files() -> Iterator[None]:
+    """Check that no file that the block opens is left to the garbage collector."""
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        yield
+        gc.collect()
+    assert [str(warning.message) for warning in caught if "unclosed file" in str(warning.message)] == []
 
 
 def test_every_line_is_answered_as_the_generator_would(tmp_path, tiny_generator, capsys):  # noqa: F811
@@ -98,6 +113,7 @@ def test_csv_may_hold_a_prompt_of_any_length(tmp_path):
         (["folder", "-o", "out.jsonl"], "folder is a folder; expected a file of requests"),
         (["in.jsonl", "-o", "folder"], "folder is a folder; expected the name of a file to write"),
         (["in.jsonl", "-o", "in.jsonl/out"], "in.jsonl is not a folder, so out cannot be written there"),
+        (["in.jsonl", "-o", "in.jsonl"], "in.jsonl has lines that are not replies of this command"),
         (["latin.csv", "-o", "out.jsonl"], "latin.csv is not a CSV file in UTF-8: 'utf-8' codec"),
     ],
 )
@@ -106,7 +122,8 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path, monkeypatch, capsys, argu
     (tmp_path / "folder").mkdir()
     write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
     (tmp_path / "latin.csv").write_bytes("prompt\n\xe9\n".encode("latin-1"))
-    assert main(["batch", *arguments, *OPTIONS]) == 2
+    with no_open_files():
+        assert main(["batch", *arguments, *OPTIONS]) == 2
     assert f"qwen3fast: error: {message}" in capsys.readouterr().err
 
 
@@ -129,6 +146,25 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     again.write({"key": "2", "text": "two"})
     again.close()
     assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
+
+
+def test_a_full_disk_is_told_with_the_file_and_half_a_line_is_written_again(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "out.jsonl"
+    output = Output(path)
+    output.write({"key": "1", "text": "one"})
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 7, limits[1]))  # as a full disk: a line is written in part
+    try:
+        for step in (lambda: output.write({"key": "2", "text": "two"}), output.close):
+            with pytest.raises(OSError, match=f"File too large: '{path}'"):
+                step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole + b'{"key":'
+    again = Output(path)
+    assert again.done == {"1"} and path.read_bytes() == whole
+    again.close()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ def test_all_numbers_of_rows_and_all_samplers_are_asked_for(tiny_generator, monk
     monkeypatch.setattr(compiling, "_run", lambda generator, count, params, rng: asked.append((count, params)))
     compiling.compile_meanwhile(create_app({"tiny": tiny_generator}).state.server).join(30)
     assert asked == 2 * [(count, params) for count in (1, 2, 4) for params in compiling.SAMPLINGS]
-    assert list(compiling._counts(6)) == [1, 2, 4, 6]
 
 
 def test_its_requests_are_answered_and_a_full_queue_does_not_end_it(tiny_generator, monkeypatch):  # noqa: F811

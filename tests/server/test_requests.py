@@ -24,6 +24,7 @@ from qwen3fast.server.options import ServerOptions
 httpx = pytest.importorskip("httpx")
 
 CHAT = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0, "max_tokens": 4}
+BAD = {"type": "nothing"}  # no JSON schema
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"unread": {}}}, "description": "d"}
 
 
@@ -109,6 +110,31 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
 def test_values_out_of_range_are_refused_by_the_name_of_their_field(client, path, more, param):
     reply = client.post(path, json=more)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        ("/v1/chat/completions", {**CHAT, "logit_bias": {"99999": 1}}, "logit_bias"),
+        ("/v1/chat/completions", {**CHAT, "allowed_token_ids": [99999], "stream": True}, "allowed_token_ids"),
+        ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": BAD}}},
+         "response_format"),
+        ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function", "function": {**TOOL, "parameters": BAD}}],
+                                  "tool_choice": "required"}, "tools"),
+        ("/v1/completions", {"prompt": "a", "stream": True, "guided_regex": "("}, "guided_regex"),
+        ("/v1/completions", {"prompt": "a", "guided_json": "{"}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": BAD}}, "structured_outputs.json"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": BAD}}},
+         "text.format.schema"),
+        ("/detokenize", {"tokens": [5, 99999]}, "tokens"),
+    ],
+)  # fmt: skip
+def test_values_that_the_model_cannot_take_are_refused_by_the_name_of_their_field(client, path, more, param):
+    pytest.importorskip("llguidance")
+    reply = client.post(path, json=more)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, param, "invalid_value"), reply.text
+    assert "99999" in error["message"] or "99999" not in str(more)
 
 
 def test_tools_without_a_choice_and_the_other_way_round(client):

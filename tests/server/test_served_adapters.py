@@ -126,7 +126,7 @@ def test_metrics_count_requests_under_the_adapters_name_and_slots_once(client):
 
 
 def test_names_of_models_and_adapters_must_differ(generator):
-    with pytest.raises(ValueError, match="need names of their own; twice: one"):
+    with pytest.raises(ValueError, match="need names of their own; duplicates: one"):
         Models({"one": generator})
 
 

@@ -40,10 +40,11 @@ def run_tests(run: PartRun, only: str = "", arguments: tuple[str, ...] = ()) -> 
     only: part of the names of the runs wanted. arguments: more for pytest.
     """
     run.work.mkdir(parents=True, exist_ok=True)
-    for name, (selection, share) in RUNS.items():
-        if only in name:
-            run.outcomes[name] = _run(run, name, [*selection, *arguments], share)
-            run.save()
+    names = [name for name in RUNS if only in name]
+    for name in names:
+        selection, share = RUNS[name]
+        run.outcomes[name] = _run(run, name, [*selection, *arguments], 1.0 if name == names[-1] else share)
+        run.save()
 
 
 def _run(run: PartRun, name: str, selection: list[str], share: float) -> Results:

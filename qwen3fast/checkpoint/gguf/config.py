@@ -53,7 +53,7 @@ def config_of(header: Header) -> ModelConfig:
             f"{header.file}: architecture {kind!r} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}"
         )
     if EMBEDDING not in header.tensors or len(header.tensors[EMBEDDING].shape) != 2:
-        raise ValueError(f"{header.file}: {EMBEDDING} is missing, or no matrix")
+        raise ValueError(f"{header.file}: {EMBEDDING} is missing, or not a matrix")
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "vocab_size": header.tensors[EMBEDDING].shape[0],

@@ -89,18 +89,18 @@ class _Matcher:
 
     def _place(self, name: str, shape: Shape) -> str | None:
         """Record the module that a tensor belongs to. Returns: the problem with it, if any."""
-        match, saved = TENSOR_NAME.fullmatch(name), SAVED_NAME.fullmatch(name)
+        match, saved, expected = TENSOR_NAME.fullmatch(name), SAVED_NAME.fullmatch(name), None
         if match is not None and match[1] in self._targets:
             layer = self._layers[self._modules[match[1]]]
             if isinstance(layer, nn.Embedding) == bool(match[2]):
                 self._found.setdefault(match[1], {})[match[3]] = name
                 expected = _expected_shape(layer, match[3], self._config.rank(match[1]))
-                return None if shape == expected else f"shape {shape}, expected {expected}"
         elif match is None and saved is not None and self._config.saves(saved[1]) and saved[1] in self._modules:
             self._saved[saved[1]] = name
             expected = _weight_shape(self._layers[self._modules[saved[1]]])
-            return None if shape == expected else f"shape {shape}, expected {expected}"
-        return "unexpected, this model has no place for it"
+        if expected is None:
+            return "unexpected, this model has no place for it"
+        return None if shape == expected else f"shape {shape}, expected {expected}"
 
 
 def _expected_shape(layer: Layer, side: str, rank: int) -> Shape:

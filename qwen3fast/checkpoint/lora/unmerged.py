@@ -69,5 +69,5 @@ def _only_merged(config: LoraConfig, model: Qwen3, adaptable: Collection[str], n
         own = match[1] if match is not None else ""
         full = own if own in modules else f"model.{own}"
         if full in modules and full not in adaptable:
-            problems.append(f"{name}: {full} is no linear layer of a block's attention or feed-forward part")
+            problems.append(f"{name}: {full} is not a linear layer of a block's attention or feed-forward part")
     return problems

@@ -71,8 +71,11 @@ def _load(jobs: int | None) -> bool:
         logger.info("C++ operations not built: %s", err)
         return False
     except (OSError, RuntimeError, subprocess.SubprocessError) as err:  # RuntimeError: there is no home directory
-        detail = getattr(err, "stderr", None) or str(err)
-        logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail.strip()[-2000:])
+        detail = str(err)
+        if isinstance(err, subprocess.CalledProcessError):
+            detail = err.stderr.strip()[-2000:] or f"exit status {err.returncode}"
+            detail = f"{err.cmd[0]} failed: {detail}; set CXX to a g++ or clang++ that works, and start again"
+        logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail)
         return False
     tiles.try_tiles()
     return True

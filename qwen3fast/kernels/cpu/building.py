@@ -42,9 +42,15 @@ EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the C++ compiler: $CXX, g++ or clang++; empty if there is none."""
+    """Return the command of the C++ compiler: $CXX, g++ or clang++; empty if there is none.
+
+    Raises: OSError for a CXX with an open quotation.
+    """
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return shlex.split(found) if found else []
+    try:
+        return shlex.split(found) if found else []
+    except ValueError as err:
+        raise OSError(f"CXX={found!r} is no command: {err}") from err
 
 
 def target_machine(compiler: Sequence[str]) -> str:

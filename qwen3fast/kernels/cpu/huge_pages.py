@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import sys
 from collections.abc import Iterable
 
 from torch import Tensor
+
+from qwen3fast.checks import checked_variable
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> int:
     Nothing happens on systems other than Linux, where the system refuses, and with QWEN3FAST_HUGE_PAGES=0. Other
     threads may read and write the tensors meanwhile.
     Returns: the number of bytes that lie in huge pages now.
+    Raises: ValueError as `checked_variable`.
     """
-    if sys.platform != "linux" or os.environ.get(VARIABLE) == "0":
+    if checked_variable(VARIABLE) == "0" or sys.platform != "linux":
         return 0
     madvise = ctypes.CDLL(None).madvise
     storages = (x.untyped_storage() for x in tensors if x.device.type == "cpu")

@@ -74,11 +74,10 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     """
     if sys.platform != "linux":
         raise NoCompilerError("they need Linux with g++ or clang++")
-    pin = os.environ.get(PIN, "")
-    candidates = this_machine() if not pin else () if pin == "native" else (pinned_level(pin),)
+    candidates = usable_levels()
     library = _find_shipped(candidates)
     if library is None:
-        flags = candidates[0].flags if pin and candidates else TARGET_FLAGS
+        flags = candidates[0].flags if os.environ.get(PIN) and candidates else TARGET_FLAGS
         folder, key = cache_folder(), source_key(flags)
         library = _find(folder, key)
     if library is None:
@@ -88,6 +87,12 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
         logger.info("building C++ operations into %s", folder)
         library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs))))
     return library
+
+
+def usable_levels() -> tuple[Level, ...]:
+    """Return the levels whose libraries may be used, the best first. Raises: ValueError as `pinned_level`."""
+    pin = os.environ.get(PIN)
+    return this_machine() if not pin else () if pin == "native" else (pinned_level(pin),)
 
 
 def own_folder() -> Path:

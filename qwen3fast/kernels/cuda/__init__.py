@@ -6,12 +6,13 @@ Without Triton, callers use their PyTorch forms. Not yet run on a GPU.
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from qwen3fast.checks import checked_variable
 
 # The form of attention in decode steps, read when steps are compiled. "split": a Triton kernel over the used
 # positions, whose number is read on the device (on an H200 at 1,000 positions 987 tokens/s of the 0.6B shape, "sdpa"
@@ -48,7 +49,9 @@ def load(device: torch.device | None = None) -> bool:
                 _packed_matvec_shape
             )
             custom_op("qwen3fast::packed_experts", packed_experts, mutates_args=(), device_types="cuda").register_fake(
-                _packed_experts_shape
+                lambda x, packed, scale, expert, num_experts, is_fp8: x.new_empty(
+                    (x.shape[0], packed.shape[0] // num_experts * packed.shape[2]), dtype=torch.float32
+                )
             )
             custom_op(
                 "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
@@ -63,7 +66,7 @@ def load(device: torch.device | None = None) -> bool:
 
 def use_fused_step() -> bool:
     """Return whether steps may use the kernels of `decode_step`; QWEN3FAST_FUSED_STEP=0 switches them off."""
-    return os.environ.get("QWEN3FAST_FUSED_STEP", "1") != "0"
+    return checked_variable("QWEN3FAST_FUSED_STEP") == "1"
 
 
 def can_split_attention(q_BTHD: Tensor) -> bool:
@@ -109,13 +112,3 @@ def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool)
 
     blocks, words = packed.shape[:2]
     return x.new_empty((num_parts(blocks, words), x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)
-
-
-def _packed_experts_shape(
-    x: Tensor, packed: Tensor, scale: Tensor, expert: Tensor, num_experts: int, is_fp8: bool
-) -> Tensor:
-    from qwen3fast.kernels.cuda.packed_matvec import num_parts
-
-    blocks, words = packed.shape[0] // num_experts, packed.shape[1]
-    parts = num_parts(blocks * x.shape[0], words)
-    return x.new_empty((parts, x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)

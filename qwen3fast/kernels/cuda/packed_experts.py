@@ -32,8 +32,9 @@ from qwen3fast.kernels.cuda.packed_matvec import (
 def packed_experts(
     x_PK: Tensor, packed: Tensor, scale: Tensor, expert_P: Tensor, num_experts: int, is_fp8: bool
 ) -> Tensor:
-    """Return x[p] @ weight[expert[p]].T in C parts, (C, P, N) float32; the product is their sum over C.
+    """Return x[p] @ weight[expert[p]].T, (P, N) float32.
 
+    The number of parts depends on the number of rows, which varies in compiled code, so they are added here.
     x_PK: any float dtype. packed, scale: as `Packed` in formats.py, of X * N rows. expert_P: int64, each below X.
     """
     P, K = x_PK.shape
@@ -45,7 +46,7 @@ def packed_experts(
     sizes = (J, share_of(J, C, block), K // J, weight.kind, block)
     with current(x_PK.device):
         _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
-    return y_CPN
+    return y_CPN[0] if C == 1 else y_CPN.sum(0)
 
 
 @triton.jit

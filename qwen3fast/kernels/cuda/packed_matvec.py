@@ -31,11 +31,10 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
 BLOCK_J = 64  # words per row that a program reads at a time in 16 bits
 BLOCK_J_OF_FP8 = 32  # with scales of blocks: 128 channels, which share a scale
 PROGRAMS = 2 * 132  # to launch: two per multiprocessor of an H100
-MAX_ROWS = 64
 
 
 def packed_matvec(x_MK: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
-    """Return x @ weight.T in C parts, (C, M, N) float32; the product is their sum over C. M is at most MAX_ROWS.
+    """Return x @ weight.T in C parts, (C, M, N) float32; the product is their sum over C. M is at most 64.
 
     x_MK: any float dtype. packed, scale: as `Packed` in formats.py; the number of bits is taken from their shapes.
     """

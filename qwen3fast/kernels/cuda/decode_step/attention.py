@@ -36,7 +36,7 @@ class Splits(NamedTuple):
         """Return the workspaces for several numbers of rows, in the same memory."""
         shapes = {B: (B * H, num_splits(B * K, S)) for B in rows}
         most = max(heads * N for heads, N in shapes.values())
-        values, maximum, total = (torch.empty(most * width, device=device) for width in (D, 1, 1))
+        values, maximum, total = (torch.empty(most * n, dtype=torch.float32, device=device) for n in (D, 1, 1))
         return {
             B: cls(
                 values[: heads * N * D].view(heads, N, D),

@@ -9,7 +9,6 @@ Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchroni
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -19,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qwen3fast.checks import checked_variable
 
 MIN_CAPABILITY = (9, 0)
 
@@ -31,7 +32,7 @@ def uses_dependent_launch(device: torch.device) -> bool:
     """Return whether kernels overlap on this device; the environment variable QWEN3FAST_PDL=0 switches this off."""
     return (
         device.type == "cuda"
-        and os.environ.get("QWEN3FAST_PDL", "1") != "0"
+        and checked_variable("QWEN3FAST_PDL") == "1"
         and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
     )
 

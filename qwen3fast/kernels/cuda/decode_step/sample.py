@@ -51,10 +51,10 @@ class Draw(NamedTuple):
         """Return the workspace for `rows` rows."""
         shape = (rows, triton.cdiv(vocab_size, TOKENS_OF_PROGRAM))
         return cls(
-            torch.empty(shape, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
             torch.zeros(2, rows, 3, dtype=torch.int64, device=device),
             torch.zeros(2, *shape, 2**BITS, dtype=torch.int64, device=device),
-            torch.empty(shape, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
             torch.empty(shape, dtype=torch.int32, device=device),
         )
 

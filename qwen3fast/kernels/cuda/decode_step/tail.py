@@ -53,7 +53,7 @@ class Best(NamedTuple):
     def allocate(cls, rows: int, vocab_size: int, device: torch.device) -> Best:
         """Return the workspace for steps of `rows` rows."""
         shape = (rows, triton.cdiv(vocab_size, ROWS_OF_PROGRAM))
-        return cls(torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device))
+        return cls(*(torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)))
 
 
 def embed(token_R: Tensor, weight: Weight, x_RE: Tensor) -> None:
