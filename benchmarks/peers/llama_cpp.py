@@ -47,17 +47,21 @@ PEER = Peer(
     pip_options=("--no-cache-dir", "--no-binary", "llama-cpp-python"),
 )
 
+AVX2_FLAGS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")
+AVX512_FLAGS = ("AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16")
+
+
+def built_for(name: str, flags: tuple[str, ...], **condition: str) -> Peer:
+    """Return llama.cpp built with these instructions, and no others, with fewer variants."""
+    options = ["-DGGML_NATIVE=OFF", "-DLLAVA_BUILD=OFF", *(f"-DGGML_{flag}=ON" for flag in flags)]
+    variants = tuple(v for v in PEER.variants if v.name in ("BF16", "Q8_0", "Q4_0"))
+    return replace(PEER, name=name, variants=variants, pip_environment={"CMAKE_ARGS": " ".join(options)}, **condition)  # type: ignore[arg-type]
+
+
 # On processors with AMX, llama.cpp's AMX kernels have crashed: without them it is a peer of its own there.
-X86_FLAGS = ("AVX", "AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16")
-PEER_WITHOUT_AMX = replace(
-    PEER,
-    name="llama-cpp-no-amx",
-    variants=tuple(v for v in PEER.variants if v.name in ("BF16", "Q8_0", "Q4_0")),
-    pip_environment={
-        "CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF", *(f"-DGGML_{flag}=ON" for flag in X86_FLAGS)])
-    },
-    cpu_flag="amx_tile",
-)
+PEER_WITHOUT_AMX = built_for("llama-cpp-no-amx", AVX2_FLAGS + AVX512_FLAGS, cpu_flag="amx_tile")
+# Beside our form for processors without AVX-512, which an environment variable pins on any.
+PEER_OF_AVX2 = built_for("llama-cpp-avx2", AVX2_FLAGS, cpu_level="avx2")
 
 # transformers' names, without "model." and ".weight", to GGUF's.
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}

@@ -64,7 +64,7 @@ class Peer:
 
     module: the adapter. requirements: for pip, with pip_environment and pip_options; pip_remove: packages to uninstall
     again. packages: whose versions are recorded. devices: on which it takes part. cpu_flag: an instruction set without
-    which there is no reason to run it.
+    which there is no reason to run it. cpu_level: the level that QWEN3FAST_CPU_LEVEL must pin, of a peer built for it.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Peer:
     pip_remove: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
     cpu_flag: str = ""
+    cpu_level: str = ""
 
     @property
     def python(self) -> Path:

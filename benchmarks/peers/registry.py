@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ ALL_PEERS = (
     transformers.PEER,
     llama_cpp.PEER,
     llama_cpp.PEER_WITHOUT_AMX,
+    llama_cpp.PEER_OF_AVX2,
     openvino_genai.PEER,
     onnxruntime_genai.PEER,
     ctranslate2.PEER,
@@ -49,6 +51,8 @@ def split_by_device(peers: list[str], device: str) -> tuple[list[str], dict[str,
             reasons[name] = f"not run: needs {' or '.join(peer.devices)}, this comparison is on {device}"
         elif peer.cpu_flag and peer.cpu_flag not in cpu_flags():
             reasons[name] = f"not run: only of interest on processors with {peer.cpu_flag}"
+        elif peer.cpu_level and peer.cpu_level != os.environ.get("QWEN3FAST_CPU_LEVEL"):
+            reasons[name] = f"not run: only of interest with QWEN3FAST_CPU_LEVEL={peer.cpu_level}"
     return [name for name in peers if name not in reasons], reasons
 
 

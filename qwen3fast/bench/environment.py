@@ -41,6 +41,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "qwen3fast": __version__,
     }
+    if level := os.environ.get("QWEN3FAST_CPU_LEVEL"):
+        environment["cpu_level"] = level
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         environment |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}

@@ -59,6 +59,15 @@ def test_llama_cpp_without_amx_runs_where_there_is_amx_only(monkeypatch):
     assert "AMX" not in peer.pip_environment["CMAKE_ARGS"] and "GGML_NATIVE=OFF" in peer.pip_environment["CMAKE_ARGS"]
 
 
+def test_llama_cpp_without_avx512_runs_where_our_level_is_pinned_to_avx2(monkeypatch):
+    name = "llama-cpp-avx2"
+    monkeypatch.delenv("QWEN3FAST_CPU_LEVEL", raising=False)
+    assert registry.split_by_device([name], "cpu")[0] == []
+    monkeypatch.setenv("QWEN3FAST_CPU_LEVEL", "avx2")
+    assert registry.split_by_device([name], "cpu") == ([name], {})
+    assert "AVX512" not in registry.PEERS[name].pip_environment["CMAKE_ARGS"]
+
+
 def test_set_up_goes_on_when_a_peer_fails(monkeypatch, capsys):
     tried = []
 

@@ -25,7 +25,7 @@ constexpr float kBinsPerScore = kBins / 21.5f;  // weights below exp(-21.5) are 
 
 // 32-bit hashes: see samplers.py.
 template <typename T>  // uint32_t or Bits
-inline T mix(T x) {
+FORCE_INLINE T mix(T x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);

@@ -83,7 +83,7 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
   return panels;
 }
 
-inline Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
+FORCE_INLINE Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
 
 // Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {

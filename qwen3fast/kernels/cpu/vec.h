@@ -10,8 +10,10 @@
 #include <initializer_list>
 #include <type_traits>
 #include <utility>
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 // The upper half of a float32, rounded to the nearest, halves to even. NaN stays NaN if it came from a bfloat16 or from
@@ -327,7 +329,23 @@ struct ByteSums {
   FORCE_INLINE Ints total(int32_t) const { return sums; }
 };
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__ARM_FEATURE_DOTPROD)
+// Its dot product takes signed bytes: 8 bits without their zero point, 128; 4 bits are never negative.
+template <>
+FORCE_INLINE void ByteSums<4>::add(Bits weight, int32_t x) {
+  for (int64_t i = 0; i < Bits::kParts; i++)
+    sums.part[i] = vdotq_s32(sums.part[i], (int8x16_t)weight.part[i], vreinterpretq_s8_s32(vdupq_n_s32(x)));
+}
+
+template <>
+struct ByteSums<8> {
+  ByteSums<4> signed_sums;
+
+  FORCE_INLINE void start(int32_t) { signed_sums.start(0); }
+  FORCE_INLINE void add(Bits weight, int32_t x) { signed_sums.add(weight ^ 0x80808080u, x); }
+  FORCE_INLINE Ints total(int32_t) const { return signed_sums.sums; }
+};
+#elif defined(__AVX2__) && !defined(__AVX512F__)
 FORCE_INLINE __m256i sum_pairs(__m256i numbers) { return _mm256_madd_epi16(numbers, _mm256_set1_epi16(1)); }
 
 // 4 bits, up to 15: pairs of products, 8 per lane, sum up to 30,480 at most.
