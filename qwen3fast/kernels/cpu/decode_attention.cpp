@@ -170,7 +170,8 @@ void weigh(float* score, int64_t count, int64_t g, int64_t D, Part& part) {
 template <typename T>
 void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
             const Cached<T>& following, Part& part) {
-  const auto [k, v, k_scale, v_scale] = cached;
+  const T *k = cached.keys, *v = cached.values;
+  const float *k_scale = cached.key_scale, *v_scale = cached.value_scale;
   thread_local std::vector<Query<T>> query;  // kept from call to call: with few positions, allocation takes as long as they do
   thread_local std::vector<float> score, query_scale;
   query.resize(G * D), score.resize(G * kBlock), query_scale.resize(G);

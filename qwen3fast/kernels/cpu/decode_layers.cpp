@@ -127,7 +127,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   // Adds the adapters' products to those of weight number j.
   const auto adapt = [&](int64_t j, const Linear& w, const BFloat16* x, Range blocks, BFloat16* y, int64_t width) {
     if (added)
-      add_low_rank(added[j], *s.adapters, x, M, w.N, w.K, blocks.begin * kLanes, blocks.end * kLanes, y, width, low.data());
+      add_low_rank(added[j], *s.adapters, x, s.size.M, w.N, w.K, blocks.begin * kLanes, blocks.end * kLanes, y, width, low.data());
   };
   for (int64_t i = 0; i < count; i++) {
     const Layer& layer = layers[i];

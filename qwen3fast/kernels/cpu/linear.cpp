@@ -40,31 +40,39 @@ void store_panel(const Vec* sums, BFloat16* y) {
     std::memcpy(y + m * kSpan * kPanel, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
 }
 
-// kVectors blocks of 16 rows of x times a panel of the weight. y: (16 kVectors, kPanel), kSpan * kPanel apart. Meanwhile
-// `lines` cache lines per 32 channels are asked for from `next` on.
+// Sums of kVectors blocks of 16 rows of x with kTogether rows of the weight: block i and row j are sums[i * kPanel + j].
+// Meanwhile `lines` cache lines per 32 channels are asked for from `next` on.
 template <int kVectors>
-void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int64_t lines, const char* next) {
+void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, int64_t lines, const char* next) {
   const int64_t pairs = K / 2;
-  Vec total[kVectors][kPanel] = {};
-#pragma GCC unroll 2
-  for (int first = 0; first < kPanel; first += kTogether) {
-    for (int64_t begin = 0; begin < pairs; begin += kLanes) {
-      for (int64_t i = 0; first == 0 && i < lines; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
-      for (int64_t p = begin; p < std::min(begin + kLanes, pairs); p++) {
-        Bits xs[kVectors];
+  Vec total[kVectors][kTogether] = {};
+  for (int64_t begin = 0; begin < pairs; begin += kLanes) {
+    for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+    for (int64_t p = begin; p < std::min(begin + kLanes, pairs); p++) {
+      Bits xs[kVectors];
 #pragma GCC unroll 3
-        for (int i = 0; i < kVectors; i++) xs[i] = x[i * pairs + p];
+      for (int i = 0; i < kVectors; i++) xs[i] = x[i * pairs + p];
 #pragma GCC unroll 8
-        for (int j = first; j < first + kTogether; j++) {
-          const Bits two = load_as<uint32_t>(weight + j * K + 2 * p);
+      for (int j = 0; j < kTogether; j++) {
+        const Bits two = load_as<uint32_t>(weight + j * K + 2 * p);
 #pragma GCC unroll 3
-          for (int i = 0; i < kVectors; i++) total[i][j] = dot2(total[i][j], xs[i], two);
-        }
+        for (int i = 0; i < kVectors; i++) total[i][j] = dot2(total[i][j], xs[i], two);
       }
     }
   }
 #pragma GCC unroll 3
-  for (int i = 0; i < kVectors; i++) store_panel(total[i], y + i * kLanes * kSpan * kPanel);
+  for (int i = 0; i < kVectors; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < kTogether; j++) sums[i * kPanel + j] = total[i][j];
+}
+
+// kVectors blocks of 16 rows of x times a panel of the weight. y: (16 kVectors, kPanel), kSpan * kPanel apart. lines, next: as
+// above.
+template <int kVectors>
+void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int64_t lines, const char* next) {
+  Vec sums[kVectors * kPanel];
+  for (int64_t j = 0; j < kPanel; j += kTogether) sum_rows<kVectors>(x, weight + j * K, sums + j, K, j ? 0 : lines, next);
+  for (int i = 0; i < kVectors; i++) store_panel(sums + i * kPanel, y + i * kLanes * kSpan * kPanel);
 }
 
 // Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass over a group of panels, then the next
