@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -64,6 +65,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
     if not hasattr(config, "workerinput"):
         cpu.load()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Collect no garbage among the tests and modules that live until the end: each pass over them takes 0.7 s."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

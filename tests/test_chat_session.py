@@ -319,8 +319,9 @@ def test_a_message_is_not_changed_by_the_session(tiny):
 # Several sessions
 
 
-@one_row_or_three
-@pytest.mark.parametrize("mode", ["exact", "append"])
+@pytest.mark.parametrize(
+    ("tiny", "mode"), [(1, "append"), (3, "append"), (3, "exact")], indirect=["tiny"], ids=str
+)  # with one row in mode "exact": the next test
 def test_alternating_sessions_do_not_see_each_other(tiny, mode):
     params = [replace(GREEDY, temperature=None, seed=seed) for seed in (1, 2)]
     orders = [QUESTIONS[:3], QUESTIONS[:0:-1]]

@@ -233,12 +233,12 @@ def test_a_module_to_save_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("pattern", ["(([a-z_.0-9])*)*X", "([a-z._0-9]|[a-z._0-9])*X", ".*.*.*.*.*.*.*.*.*.*.*.*X"])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_never_ends_is_refused_soon(tmp_path, monkeypatch, pattern, field):
-    monkeypatch.setattr("qwen3fast.checkpoint.lora.patterns.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("qwen3fast.checkpoint.lora.patterns.MAX_SECONDS", 0.1)
     model = randomized(small_config())
     value = {pattern: 4} if field.endswith("_pattern") else pattern
     write_adapter(tmp_path, model, modules_of(model, ["q_proj"]), **{field: value})
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"matching takes more than 0\.5 s"):
+    with pytest.raises(ValueError, match=r"matching takes more than 0\.1 s"):
         merge_lora(model, tmp_path)
     assert time.monotonic() - started < 30  # and not for ever
 

@@ -83,14 +83,14 @@ def test_greedy_steps_give_the_plain_tokens(quantization, cache_dtype, changes, 
     monkeypatch.setattr("qwen3fast.quantization.layers.can_use_operations", lambda *_: False)  # these round x
     engine = make_engine(make_model(quantization, **changes), cache_dtype, rows=3)
     before = [t.clone() for t in tensors_of(engine)]
-    plain = [engine.decode(3, 80, StepKind())[:2] for _ in range(3)]
+    plain = [engine.decode(3, 80, StepKind())[:2] for _ in range(2)]
     expected = [t.clone() for t in tensors_of(engine)]
     for tensor, old in zip(tensors_of(engine), before, strict=True):
         tensor.copy_(old)
     fused = FusedDecodeStep(engine.model, engine.cache)
     assert fused.obstacle == "" and fused.serves(3)
     conflicts = watch_programs(monkeypatch) if DEVICE == "cpu" else []
-    assert [greedy(fused, engine, 3)[:2] for _ in range(3)] == plain
+    assert [greedy(fused, engine, 3)[:2] for _ in range(2)] == plain
     assert conflicts == []
     # Tokens that never change would show little; a tied model as small as this one repeats its input.
     assert engine.model.config.tie_word_embeddings or len({tuple(tokens) for tokens in plain}) > 1

@@ -29,9 +29,12 @@ def expected_attention(q_BTHD, k_RKSD, v_RKSD, position_B1):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 64), (6, 2, 32), (20, 1, 16), (16, 8, 128)]
+    ("heads", "kv_heads", "head_dim", "lengths"),
+    [
+        *((*sizes, [64, 65, 300]) for sizes in [(4, 4, 16), (4, 2, 64), (6, 2, 32), (20, 1, 16), (16, 8, 128)]),
+        *((6, 2, 32, lengths) for lengths in ([1], [2, 63])),
+    ],
 )
-@pytest.mark.parametrize("lengths", [[1], [2, 63], [64, 65, 300]])
 def test_split_attention_equals_sdpa(dtype, heads, kv_heads, head_dim, lengths):
     rows = len(lengths)
     q_BTHD = random_tensor(rows, 1, heads, head_dim).to(dtype)

@@ -58,11 +58,12 @@ def prefill(engine, size, start, prompts=1, length=None):
     prefill_chunk(forward, row_B, token_BT, start, length)
 
 
-def prefill_together(engine, size, prompts, starts=(0, 37)):
+def prefill_together(engine, size, prompts):
     """Several prompts: where attention needs a mask, it reads as many positions as the longest has."""
-    for start in starts:
+    is_cpu = engine.cos_SD.device.type == "cpu"
+    for start in (0, 37) if is_cpu else (0,):  # elsewhere shapes do not tell where prompts begin
         start_B = torch.full((prompts,), start, dtype=torch.int64, device=engine.cos_SD.device)
-        length = start + size if engine.cos_SD.device.type == "cpu" else None
+        length = start + size if is_cpu else None
         prefill(engine, size, start_B, prompts, length)
 
 

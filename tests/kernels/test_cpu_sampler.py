@@ -47,25 +47,37 @@ def run(logits_BV, rows):
     return sampler.sample(logits_BV, rows)
 
 
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 64, 65, 97, 1000, 1024, 4099])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-def test_tokens_are_the_sampler_s_for_all_parameters(vocab_size, scale, threads):
+def test_tokens_are_the_sampler_s_for_all_parameters(vocab_size, scale, restored_threads):
     rows = rows_of(TEMPERATURE, TOP_K, TOP_P, MIN_P, seed=vocab_size)
     logits_BV = scale * random_tensor(len(rows.top_k_B), vocab_size)
     logits_BV[::2] = logits_BV[::2].bfloat16().float()  # numbers that tie
     logits_BV[::5, 1 : vocab_size // 2] = -math.inf
-    token_B = run(logits_BV, rows)
-    assert_same(token_B, sample(logits_BV, rows, SamplerKind.FULL))
-    assert vocab_size < 1000 or len(set(token_B.tolist())) > 20
-    assert_same(run(logits_BV, None), sample(logits_BV, rows, SamplerKind.GREEDY))
+    expected_B, greedy_B = (sample(logits_BV, rows, kind) for kind in (SamplerKind.FULL, SamplerKind.GREEDY))
+    assert vocab_size < 1000 or len(set(expected_B.tolist())) > 20
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert_same(run(logits_BV, rows), expected_B)
+        assert_same(run(logits_BV, None), greedy_B)
 
 
-def test_tokens_of_a_real_vocabulary_are_the_sampler_s(threads):
+def test_tokens_of_a_real_vocabulary_are_the_sampler_s(restored_threads):
     rows = rows_of((1.0, 0.6), (0, 20), (1.0, 0.95), (0.0, 0.05))
     logits_BV = 2.5 * random_tensor(len(rows.top_k_B), 151936)
-    assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
     few = rows._replace(top_k_B=torch.full_like(rows.top_k_B, 20))
-    assert_same(run(logits_BV, few), sample(logits_BV, few, SamplerKind.WINDOW))
+    expected_B, of_few_B = sample(logits_BV, rows, SamplerKind.FULL), sample(logits_BV, few, SamplerKind.WINDOW)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert_same(run(logits_BV, rows), expected_B)
+        assert_same(run(logits_BV, few), of_few_B)
 
 
 @pytest.mark.parametrize(
@@ -98,21 +110,19 @@ def test_a_row_s_token_does_not_depend_on_other_rows_and_threads():
         assert_same(run(logits_BV[row : row + 1], own), together[row : row + 1])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 14])
-def test_rows_of_all_kinds_take_turns(count):
-    """Rows that end early, and rows that need all barriers, in every order that ten of them have by chance."""
-    before, rng = torch.get_num_threads(), torch.Generator().manual_seed(0)
-    torch.set_num_threads(count)
-    try:
-        for seed in range(200):
-            rows = rows_of(TEMPERATURE, (0, 20), (1.0, 0.9), (0.0,), seed=seed)
-            rows = SamplerRows(*(t[torch.randperm(12, generator=torch.Generator().manual_seed(seed))] for t in rows))
-            logits_BV = 3 * torch.randn(12, 300, generator=rng)
-            logits_BV[torch.rand(12, generator=rng) < 0.2] = -math.inf
-            logits_BV[torch.rand(12, generator=rng) < 0.2, 7] = math.nan
-            assert_same(run(logits_BV, rows), sample(logits_BV, rows, SamplerKind.FULL))
-    finally:
-        torch.set_num_threads(before)
+def test_rows_of_all_kinds_take_turns(restored_threads):
+    """Rows that end early, and rows that need all barriers, in every order that twelve of them have by chance."""
+    rng = torch.Generator().manual_seed(0)
+    for seed in range(100):
+        rows = rows_of(TEMPERATURE, (0, 20), (1.0, 0.9), (0.0,), seed=seed)
+        rows = SamplerRows(*(t[torch.randperm(12, generator=torch.Generator().manual_seed(seed))] for t in rows))
+        logits_BV = 3 * torch.randn(12, 300, generator=rng)
+        logits_BV[torch.rand(12, generator=rng) < 0.2] = -math.inf
+        logits_BV[torch.rand(12, generator=rng) < 0.2, 7] = math.nan
+        expected_B = sample(logits_BV, rows, SamplerKind.FULL)
+        for count in (1, 2, 3, 14):
+            torch.set_num_threads(count)
+            assert_same(run(logits_BV, rows), expected_B)
 
 
 FEWER_THREADS = """

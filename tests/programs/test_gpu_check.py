@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_near, random_ids, randomized, small_config
-from gpu_check import child, main, parts, pytest_part, replay, report, runner, settings, targets, tokens
+from gpu_check import child, main, parts, probes, pytest_part, replay, report, runner, settings, targets, tokens
 from gpu_check.budget import Clock
 from gpu_check.merge import merge
 from gpu_check.processes import last_line
@@ -40,6 +40,9 @@ def tiny(**fields):
 def test_a_dry_run_of_every_part_measures_every_variant(part, monkeypatch, one_thread):
     monkeypatch.setattr(child, "apply_options", lambda options: None)  # of the compiler, for the whole process
     monkeypatch.setattr(child, "apply_switches", lambda switches: None)
+    monkeypatch.setitem(probes.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(replay, "SHORT", 2)  # every operation of a run is an event of the profiler
+    monkeypatch.setattr(replay, "LONG", 3)
     variants = parts.variants_of(part, "cpu")
     assert len({variant.name for variant in variants}) == len(variants) > 1
     # Compiled variants run eagerly here, each shape once: test_bench_measure.py has their modes.

@@ -24,8 +24,8 @@ def run(monkeypatch, capsys, minutes: str):
     return status, dict(re.findall(r"^(\w+) +(\d+)$", printed.out, re.MULTILINE)), printed.err
 
 
-def test_serve_soak_finds_nothing_wrong_in_two_seconds(monkeypatch, capsys):
-    status, table, errors = run(monkeypatch, capsys, "0.03")
+def test_serve_soak_finds_nothing_wrong_in_a_second(monkeypatch, capsys):
+    status, table, errors = run(monkeypatch, capsys, "0.015")
     assert status == 0, errors
     assert list(table) == list(serve_soak.ROWS)
     assert int(table["streams"]) > 0 and int(table["wrong"]) == 0
@@ -40,7 +40,7 @@ def test_serve_soak_notices_wrong_replies(monkeypatch, capsys):
         "generate",
         lambda self, prompts, params: generate(self, [f"{prompt} x" for prompt in prompts], params),
     )
-    status, table, errors = run(monkeypatch, capsys, "0.02")
+    status, table, errors = run(monkeypatch, capsys, "0.01")
     assert status == 1 and int(table["wrong"]) > 0
     assert re.search(r"\n  got .*\n  expected ", errors)
 

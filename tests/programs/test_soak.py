@@ -24,9 +24,9 @@ def few_workers(monkeypatch):
         monkeypatch.setattr(soak, workers, number)
 
 
-def test_soak_finds_nothing_wrong_in_three_seconds(monkeypatch, capsys, one_thread):
+def test_soak_finds_nothing_wrong_in_a_second(monkeypatch, capsys, one_thread):
     # Memory is not judged here: the tests before this one may have left some to grow into.
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.05", "--seed", "1", "--max-growth-mb", "10000")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.02", "--seed", "1", "--max-growth-mb", "10000")
     assert status == 0, printed
     table = dict(re.findall(r"^(\w[a-z ]*?) +(\d+)$", printed, re.MULTILINE))
     assert list(table) == list(soak.ROWS)

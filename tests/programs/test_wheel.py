@@ -1,10 +1,13 @@
 """The wheel, built, installed in an environment of its own, and used where there is no compiler."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,19 +37,45 @@ def run(*command, **options):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def source_files():
+    """All that a wheel is made of."""
+    found = [path for path in (ROOT / "qwen3fast").rglob("*") if path.is_file()]
+    package = [path for path in found if not {"__pycache__", "lib"} & set(path.relative_to(ROOT).parts)]
+    return sorted(package) + [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
+
+
+def build_wheel(folder):
     """A wheel with this machine's best level alone, not optimized much: building all takes most of a minute."""
-    folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "lib")
-    shutil.copytree(ROOT / "qwen3fast", source / "qwen3fast", ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    for path in source_files():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     environment = os.environ | {"QWEN3FAST_BUILD_LEVELS": LEVEL.name, "CXXFLAGS": "-O1"}
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
     run(sys.executable, "-c", code, cwd=source, env=environment)
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, pytestconfig):
+    """The wheel, which pytest's cache keeps for later runs with the same sources and tools."""
+    if getattr(pytestconfig, "cache", None) is None:
+        return build_wheel(tmp_path_factory.mktemp("wheel"))
+    tools = sys.version, torch.__version__, version("setuptools"), LEVEL.name, run("g++", "--version")
+    key = hashlib.sha256(repr(tools).encode())
+    for path in source_files():
+        key.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode() + path.read_bytes())
+    cache = Path(pytestconfig.cache.mkdir("wheel"))
+    kept = cache / key.hexdigest()
+    if not kept.is_dir():
+        built = build_wheel(tmp_path_factory.mktemp("wheel"))
+        for old in cache.iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(dir=cache))
+        shutil.copy(built, new)
+        new.replace(kept)  # whole, or not there
+    return next(kept.glob("*.whl"))
 
 
 def test_the_wheel_serves_every_python_on_this_kind_of_machine(wheel):

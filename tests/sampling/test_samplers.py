@@ -73,10 +73,10 @@ def test_sample_follows_the_exact_distribution(kind, temperature, top_k, top_p, 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.5, 0.1), (80, 0.95, 0.0)])
 def test_sample_without_small_top_k_follows_the_exact_distribution(top_k, top_p, min_p):
     draws = 6_000
-    logits_V = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 2
+    logits_V = torch.randn(150, generator=torch.Generator().manual_seed(2)) * 2
     expected_V = exact_probabilities(logits_V, 1.3, top_k, top_p, min_p)
     tokens = sample(logits_V.expand(draws, -1), rows(draws, 1.3, top_k, top_p, min_p), SamplerKind.FULL)
-    observed_V = torch.bincount(tokens, minlength=300)
+    observed_V = torch.bincount(tokens, minlength=150)
     kept = expected_V > 0
     assert observed_V[~kept].sum() == 0
     chi_square = ((observed_V - draws * expected_V) ** 2 / (draws * expected_V))[kept].sum()
@@ -123,7 +123,7 @@ def test_tiny_temperature_is_greedy(kind):
 
 
 def test_huge_temperature_is_uniform():
-    draws = 5_000
+    draws = 2_000
     logits_V = torch.linspace(-5, 5, 20)
     observed_V = torch.bincount(sample(logits_V.expand(draws, -1), rows(draws, 1e30), SamplerKind.FULL), minlength=20)
     assert ((observed_V - draws / 20) ** 2 / (draws / 20)).sum() <= chi_square_limit(19)

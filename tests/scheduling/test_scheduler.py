@@ -412,8 +412,7 @@ def held_numbers(scheduler):
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("lookahead", [0, 2])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "lookahead"), [(0, 0), (1, 2)])
 def test_what_a_slot_has_kept_stays_the_same_bit_for_bit_wherever_it_is_moved(seed, lookahead, cache_dtype):
     rng = random.Random(seed)
     scheduler = make_scheduler(4, lookahead=lookahead, cache_dtype=cache_dtype)
