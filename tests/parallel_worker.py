@@ -1,6 +1,5 @@
-"""The program of the processes in test_parallel.py: `parallel_worker.py OUTPUT CASE=FOLDER...`.
+"""The program of each process in test_parallel.py: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
 
-It imports what they need once and forks as many as WORLD_SIZE says, each with the environment that torchrun gives.
 Rank 0 runs a case's program on the Generator that it gets and writes what came of it; the others follow.
 """
 
@@ -174,20 +173,5 @@ def main(output: str, *cases: str) -> None:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
 
 
-def fork(output: str, *cases: str) -> None:
-    """Run `main` in WORLD_SIZE processes; write their statuses to OUTPUT.statuses, standard error to OUTPUT.RANK."""
-    from qwen3fast import cli, generator  # noqa: F401  imported here, not in each process
-
-    ranks = []
-    for rank in range(int(os.environ["WORLD_SIZE"])):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            os.dup2(os.open(f"{output}.{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-            return main(output, *cases)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
-    Path(f"{output}.statuses").write_text(json.dumps(statuses), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    fork(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +23,7 @@ COMMAND = "generate 17+25 --model tiny --device cpu --compile never --temperatur
 
 
 def run_processes(size: int, output: Path, *cases: str) -> tuple[dict[str, Any], list[int], list[str]]:
-    """parallel_worker.py in `size` processes; none outlives this.
+    """parallel_worker.py in `size` processes, with the environment that torchrun gives; none outlives this.
 
     Returns: its results; the exit status of each process, and what it wrote to standard error.
     """
@@ -34,17 +32,18 @@ def run_processes(size: int, output: Path, *cases: str) -> tuple[dict[str, Any],
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, parallel_worker.__file__, str(output), *cases]
-    process = subprocess.Popen(command, env={**os.environ, **shared}, start_new_session=True)
+    processes = []
     try:
-        process.wait(timeout=TIMEOUT_S)
+        for rank in range(size):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, parallel_worker.__file__, str(output), *cases]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    errors = [output.with_name(f"{output.name}.{rank}").read_text(encoding="utf-8") for rank in range(size)]
+        for process in processes:
+            process.kill()
     assert output.is_file(), "\n".join(errors)
-    statuses = output.with_name(f"{output.name}.statuses").read_text(encoding="utf-8")
-    return json.loads(output.read_text(encoding="utf-8")), json.loads(statuses), errors
+    return json.loads(output.read_text(encoding="utf-8")), [process.returncode for process in processes], errors
 
 
 @pytest.fixture(scope="module")
