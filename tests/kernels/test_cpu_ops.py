@@ -24,7 +24,7 @@ from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model
-from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, pack_int4, pack_int8, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 
 CPU = torch.device("cpu")
@@ -126,6 +126,18 @@ def test_linear_keeps_leading_dimensions_and_accepts_strides():
 def test_linear_refuses_what_it_cannot_do(x, weight):
     with pytest.raises(ValueError, match="linear: "):
         torch.ops.qwen3fast.linear(x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("format", "level", "weight"), [("int8", 0, -128), ("int8", 255, 127), ("int4", 0, -8), ("int4", 15, 7)]
+)
+def test_the_largest_levels_do_not_overflow(format, level, weight, rows):
+    levels = torch.full((32, 64), level, dtype=torch.uint8)
+    packed = pack_int8(levels, torch.ones(32)) if format == "int8" else pack_int4(levels, torch.ones(32, 2))
+    x = torch.tensor([1.0, -1.0] * rows)[:rows, None].expand(rows, 64).bfloat16().contiguous()
+    y = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale])
+    assert_near(y, (x.float().sum(dim=1, keepdim=True) * weight).expand(rows, 32), torch.bfloat16)
 
 
 def stored(x_RKSD, dtype):

@@ -75,9 +75,10 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int
   for (int i = 0; i < kVectors; i++) store_panel(sums + i * kPanel, y + i * kLanes * kSpan * kPanel);
 }
 
-// Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass over a group of panels, then the next
-// rows; meanwhile the next group is read from memory. Results are written in whole cache lines: rows of y often lie a
-// multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive each other out of the cache.
+// Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass
+// over a group of panels, then the next rows; meanwhile the next group is read from memory. Results are written in whole
+// cache lines: rows of y often lie a multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive
+// each other out of the cache.
 // up: null, or a second weight, whose results are combined with the first one's as in a feed-forward layer.
 void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linear* up, BFloat16* y, int64_t begin,
                      int64_t end, int64_t width) {

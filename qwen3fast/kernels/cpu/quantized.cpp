@@ -149,8 +149,9 @@ void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, in
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
-  if (M > 32 && kRegister == 64)
-    for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
+  if constexpr (kRegister == 64)
+    if (M > 32)
+      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
 }
 

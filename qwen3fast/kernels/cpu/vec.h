@@ -76,26 +76,26 @@ FORCE_INLINE To convert(Wide<From> from) {
 }
 
 // A scalar operand stands for as many equal numbers. Comparisons give 0 or -1.
-#define QWEN3FAST_OPERATOR(op, Result)                                                                             \
-  template <typename T>                                                                                            \
-  FORCE_INLINE Result operator op(Wide<T> a, Wide<T> b) {                                                                \
-    Result result;                                                                                                 \
+#define QWEN3FAST_OPERATOR(op, Result)                                                                              \
+  template <typename T>                                                                                             \
+  FORCE_INLINE Result operator op(Wide<T> a, Wide<T> b) {                                                           \
+    Result result;                                                                                                  \
     for (int64_t i = 0; i < Wide<T>::kParts; i++) result.part[i] = (typename Result::Part)(a.part[i] op b.part[i]); \
-    return result;                                                                                                 \
-  }                                                                                                                \
-  template <typename T>                                                                                            \
-  FORCE_INLINE Result operator op(Wide<T> a, std::type_identity_t<T> b) {                                                \
-    return a op Wide<T>(b);                                                                                        \
-  }                                                                                                                \
-  template <typename T>                                                                                            \
-  FORCE_INLINE Result operator op(std::type_identity_t<T> a, Wide<T> b) {                                                \
-    return Wide<T>(a) op b;                                                                                        \
+    return result;                                                                                                  \
+  }                                                                                                                 \
+  template <typename T>                                                                                             \
+  FORCE_INLINE Result operator op(Wide<T> a, std::type_identity_t<T> b) {                                           \
+    return a op Wide<T>(b);                                                                                         \
+  }                                                                                                                 \
+  template <typename T>                                                                                             \
+  FORCE_INLINE Result operator op(std::type_identity_t<T> a, Wide<T> b) {                                           \
+    return Wide<T>(a) op b;                                                                                         \
   }
-#define QWEN3FAST_ARITHMETIC(op)                             \
-  QWEN3FAST_OPERATOR(op, Wide<T>)                            \
-  template <typename T, typename Other>                      \
-  FORCE_INLINE Wide<T>& operator op##=(Wide<T>& a, const Other& b) { \
-    return a = a op b;                                       \
+#define QWEN3FAST_ARITHMETIC(op)                                                                                    \
+  QWEN3FAST_OPERATOR(op, Wide<T>)                                                                                   \
+  template <typename T, typename Other>                                                                             \
+  FORCE_INLINE Wide<T>& operator op##=(Wide<T>& a, const Other& b) {                                                \
+    return a = a op b;                                                                                              \
   }
 QWEN3FAST_ARITHMETIC(+)
 QWEN3FAST_ARITHMETIC(-)
@@ -125,14 +125,14 @@ FORCE_INLINE Wide<T> select(Mask<T> condition, Wide<T> a, Wide<T> b) {
 // two parts.
 template <int64_t part, int... kIndex, typename T, int64_t... kLane>
 FORCE_INLINE typename Wide<T>::Part shuffled(const Wide<T>& a, const Wide<T>& b, std::integer_sequence<int64_t, kLane...>) {
-  constexpr int64_t index[] = {kIndex...}, kIn = Wide<T>::kInPart, kParts = Wide<T>::kParts;
-  constexpr int64_t first = index[part * kIn] / kIn;
-  constexpr int64_t second = std::max({index[part * kIn + kLane] / kIn == first ? int64_t{-1} : index[part * kIn + kLane] / kIn...});
+  constexpr int64_t all[] = {kIndex...}, kIn = Wide<T>::kInPart, kParts = Wide<T>::kParts;
+  constexpr int64_t index[] = {all[part * kIn + kLane]...};  // of this part
+  constexpr int64_t first = index[0] / kIn, second = std::max({index[kLane] / kIn == first ? -1 : index[kLane] / kIn...});
   constexpr int64_t other = second < 0 ? first : second;
-  static_assert(((index[part * kIn + kLane] / kIn == first || index[part * kIn + kLane] / kIn == other) && ...));
+  static_assert(((index[kLane] / kIn == first || index[kLane] / kIn == other) && ...));
   const auto source = [&](int64_t i) { return i < kParts ? a.part[i] : b.part[i - kParts]; };
   return __builtin_shufflevector(source(first), source(other),
-                                 (index[part * kIn + kLane] / kIn == first ? 0 : kIn) + index[part * kIn + kLane] % kIn...);
+                                 (index[kLane] / kIn == first ? 0 : kIn) + index[kLane] % kIn...);
 }
 
 template <int... kIndex, typename T>
@@ -295,6 +295,9 @@ FORCE_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 FORCE_INLINE Ints dot2(Ints total, Bits a, Bits b) {
 #if defined(__AVX512VNNI__)
   total.part[0] = (Ints::Part)_mm512_dpwssd_epi32((__m512i)total.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
+  return total;
+#elif defined(__AVX512BW__)
+  total.part[0] += (Ints::Part)_mm512_madd_epi16((__m512i)a.part[0], (__m512i)b.part[0]);
   return total;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
   for (int64_t i = 0; i < Ints::kParts; i++)
