@@ -97,7 +97,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 #pragma GCC unroll 8
         for (int m = 0; m < kM; m++) {
           const int32_t four = load_as<int32_t>(bytes + m * K + k);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int b = 0; b < kBlocks; b++) {
             const Bits unpacked = kBits == 8 ? packed[b] : (packed[b] >> (4 * part)) & 0x0f0f0f0fu;
             sum[b][m].add(unpacked, four);
@@ -127,31 +127,30 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   }
 }
 
+// Up to kM rows.
+template <Kind kKind, int kBlocks, int kM>
+void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
+  if (count == kM) return tile<kKind, kM, kBlocks>(x, m, weight, y, block, width);
+  if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width);
+}
+
 // Any number M of rows of x, as many at a time as there are registers for.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
-  constexpr int kM = kRegister < 64 ? 4 : kBlocks == 2 ? 6 : 8;
-  int64_t m = 0;
-  for (; m + kM <= M; m += kM) tile<kKind, kM, kBlocks>(x, m, weight, y, block, width);
-  switch (M - m) {
-    case 1: return tile<kKind, 1, kBlocks>(x, m, weight, y, block, width);
-    case 2: return tile<kKind, 2, kBlocks>(x, m, weight, y, block, width);
-    case 3: return tile<kKind, 3, kBlocks>(x, m, weight, y, block, width);
-    case 4: return tile<kKind, 4, kBlocks>(x, m, weight, y, block, width);
-    case 5: return tile<kKind, 5, kBlocks>(x, m, weight, y, block, width);
-    case 6: return tile<kKind, 6, kBlocks>(x, m, weight, y, block, width);
-    case 7: return tile<kKind, 7, kBlocks>(x, m, weight, y, block, width);
-  }
+  constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 12 / kBlocks;
+  for (int64_t m = 0; m < M; m += kM)
+    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width);
 }
 
 // Up to 32 rows: one block at a time, asked for ahead; it stays in the cache while all rows pass. With more rows, reading
-// the weight matters less: two blocks at a time share the loads of x.
+// the weight matters less: several blocks at a time share the loads of x, fewer of 4 bits, which each pass unpacks.
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
+  constexpr int kMany = kKind == kInt8 ? 4 : 2;
   if constexpr (kRegister == 64)
     if (M > 32)
-      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
+      for (; begin + kMany <= end; begin += kMany) rows<kKind, kMany>(x, M, weight, y, begin, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
 }
 
