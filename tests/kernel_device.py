@@ -30,7 +30,7 @@ def serve_new_numpy():
 def patch_once_per_launch():
     """Replace Triton's language by the interpreter's once per launch and module, not at every call of a function.
 
-    Functions that kernels call replaced all of it again, which took a third of a kernel's time.
+    Functions that kernels call replaced all of it again.
     """
     from triton.runtime import interpreter
 
@@ -53,7 +53,7 @@ def patch_once_per_launch():
 
 
 def leave_out_unused_checks():
-    """Leave out the interpreter's checks for overflow, which take a fifth of its time: it tells nobody their results.
+    """Leave out the interpreter's checks for overflow, whose results it tells nobody.
 
     As on a GPU, only launches with debug=True would.
     """

@@ -51,11 +51,14 @@ AVX2_FLAGS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")
 AVX512_FLAGS = ("AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16")
 
 
-def built_for(name: str, flags: tuple[str, ...], **condition: str) -> Peer:
-    """Return llama.cpp built with these instructions, and no others, with fewer variants."""
+def built_for(name: str, flags: tuple[str, ...], cpu_flag: str = "", cpu_level: str = "") -> Peer:
+    """Return llama.cpp built with these instructions alone, with fewer variants. cpu_flag, cpu_level: as of `Peer`."""
     options = ["-DGGML_NATIVE=OFF", "-DLLAVA_BUILD=OFF", *(f"-DGGML_{flag}=ON" for flag in flags)]
     variants = tuple(v for v in PEER.variants if v.name in ("BF16", "Q8_0", "Q4_0"))
-    return replace(PEER, name=name, variants=variants, pip_environment={"CMAKE_ARGS": " ".join(options)}, **condition)  # type: ignore[arg-type]
+    environment = {"CMAKE_ARGS": " ".join(options)}
+    return replace(
+        PEER, name=name, variants=variants, pip_environment=environment, cpu_flag=cpu_flag, cpu_level=cpu_level
+    )
 
 
 # On processors with AMX, llama.cpp's AMX kernels have crashed: without them it is a peer of its own there.

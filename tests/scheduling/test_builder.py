@@ -617,7 +617,7 @@ def test_a_reply_without_a_thought_feels_no_budget(tiny):
 
 
 @pytest.fixture(scope="module", params=range(3))
-def free_thought(tiny, request):
+def free_reasoning(tiny, request):
     """Parameters of one seed, and the reply to QUESTION without a structure."""
     params = SamplingParams(seed=request.param, max_tokens=80)
     return params, tiny.chat(QUESTION, params)
@@ -636,8 +636,8 @@ def free_thought(tiny, request):
     ],
     ids=["enum", "integer", "regex"],
 )
-def test_the_thought_is_free_and_the_answer_follows_the_structure(tiny, field, structure, check, free_thought):
-    params, free = free_thought
+def test_the_thought_is_free_and_the_answer_follows_the_structure(tiny, field, structure, check, free_reasoning):
+    params, free = free_reasoning
     result = tiny.chat(QUESTION, replace(params, **{field: structure}))
     assert result.finish_reason == "stop"
     assert result.reasoning == free.reasoning

@@ -57,7 +57,6 @@ struct Wide {
 
   FORCE_INLINE T operator[](int64_t lane) const { return part[lane / kInPart][lane % kInPart]; }
   FORCE_INLINE void set(int64_t lane, T number) { part[lane / kInPart][lane % kInPart] = number; }
-  FORCE_INLINE Wide operator-() const { return Wide{} - *this; }
 };
 
 // The bits of a vector as numbers of another type; its numbers, converted.
