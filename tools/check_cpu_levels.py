@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.building import EXTRA_FLAGS, FOLDER, SOURCES
 from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
-from qwen3fast.kernels.cpu.structures import packed_linear
+from qwen3fast.kernels.cpu.ops import pack_scales
+from qwen3fast.kernels.cpu.structures import BYTE_SCALES, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
@@ -62,6 +64,8 @@ def product_cases() -> Iterator[Case]:
             packed = format.operands(packed)
             linear = packed_linear(*packed)
             yield name, (M, 48, K, linear.bits, linear.span, linear.record), (x, *packed), expected
+            if format.name == "int4":
+                yield name, (M, 48, K, 4, 0, BYTE_SCALES), (x, packed.weight, pack_scales(packed.scale)), expected
     for M, N, K in ((1, 16, 64), (16, 48, 320), (33, 64, 576), (70, 48, 256)):
         x, packed = bfloat16(M, K), quantize(torch.randn(N, K), FORMATS["int8"])
         expected = F.linear(x.float(), FORMATS["int8"].dequantize(packed).float())
@@ -140,6 +144,7 @@ def run_tests(level: Level) -> str:
 
 def main() -> int:
     """Check all levels and print a table; return 1 if one fails."""
+    cpu.load()  # which packs the scales of cases
     names = sys.argv[1:] or [level.name for level in LEVELS]
     results = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
@@ -19,6 +21,7 @@ from qwen3fast.checkpoint.sentence_transformers import sentence_files
 from qwen3fast.checkpoint.source import SMALL_FILES
 from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
+from qwen3fast.kernels.cpu.structures import bfloat16_scales
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.convert import plain_experts, plain_modules
 
@@ -40,7 +43,7 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
     check_is_other(folder, companions_from)
     head, companions = companions_of(companions_from)
     fields = _config(model, head, calibration_tokens)
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    tensors = {name: stored(name, parameter.detach()) for name, parameter in model.named_parameters()}
     if head is not None:
         tensors[WEIGHT] = head.weight_LE.contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,12 @@ def save_model(model: Qwen3, folder: Path, companions_from: Path | None = None, 
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (new / path).chmod(0o644)
             (new / path).replace(folder / path)
+
+
+def stored(name: str, tensor: Tensor) -> Tensor:
+    """Return a parameter as files hold it: scales of int4 in bfloat16."""
+    is_scale = name.endswith(".weight_scale") and tensor.dtype == torch.int8
+    return (bfloat16_scales(tensor) if is_scale else tensor).contiguous()
 
 
 def check_is_other(folder: Path, source: Path | None) -> None:

@@ -59,10 +59,16 @@ class DecodeLayers:
         )
         self.spared = SparedThreads()
         self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
+        lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
+        self._caches = list(zip(*lists, strict=True))
+        self.read_weights(model)
+
+    def read_weights(self, model: Qwen3) -> None:
+        """Use the weights that the model has now. Not while a step runs."""
+        self._call_of = ()
         if self.is_possible:
-            lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
-            caches = zip(*lists, strict=True)
-            layers = [_tensors(block, tensors) for block, tensors in zip(blocks, caches, strict=True)]
+            blocks = (block for block in model.model.layers if isinstance(block, Block))
+            layers = [_tensors(block, tensors) for block, tensors in zip(blocks, self._caches, strict=False)]
             self._run = DecodeLayersCall(layers, model.config.rms_norm_eps)
         self._ends = _ends(model) if self.is_possible else None
         self.runs_steps = self._ends is not None

@@ -17,7 +17,7 @@ from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
 from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_rows
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
-from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Forward, Parts, chunk_sizes
+from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Forward, Parts, chunk_sizes, fit_weights
 from qwen3fast.engine.prefill import (
     CHUNK_COST,
     CPP_CHUNK_COST,
@@ -309,6 +309,7 @@ class Engine(Rows):
         report: called with the name of each part before it is compiled.
         """
         self.compiler.end_auto()
+        fit_weights(self.model, self.parts.decode_layers)
         use_huge_pages((*self.model.parameters(), *self.model.buffers(), *self.cache.tensors()))
         self.parts.decide_forms()
         self._compile_kernels()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model.stacking import stack_layers
-from qwen3fast.quantization.layers import load_operations
+from qwen3fast.quantization.layers import fit_scales, load_operations
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
@@ -202,6 +203,7 @@ class Parts:
             # Now, since another engine's fused step would do it later: weights move, and captured graphs would read
             # memory that is no longer theirs.
             stack_layers(model)
+        fit_scales(model)
         positions = (POSITIONS._replace(most=cache.allocated_len),)
         most = min(cache.max_batch_size, max_gathered_rows(config) if is_cuda else MAX_ROWS)
         rows: Sizes = {0: row_ranges(config, device, most)}  # of the cache; more have a form for their own number
@@ -211,17 +213,19 @@ class Parts:
         chunk: Sizes = prompts | {1: (CHUNK,)}
         tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
+        decode_layers = DecodeLayers(model, cache) if compiler.uses_operations else None
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
-        if compiler.uses_operations:
+        if decode_layers is not None:
             is_auto = compiler.thread is not None
             forms.decide(may_measure=not is_auto)
             if is_auto:
                 measure = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
-                compiler.when_loaded = partial(_after_loading, model, cache, measure)
+                fit = partial(fit_weights, model, decode_layers)
+                compiler.when_loaded = partial(_after_loading, model, cache, compiler.quiet, fit, measure)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
-            decode_layers=DecodeLayers(model, cache) if compiler.uses_operations else None,
+            decode_layers=decode_layers,
             fused_step=fused_step,
             fused_sampler=fused_sampler,
             decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
@@ -268,7 +272,21 @@ class Forward(NamedTuple):
     sin_SD: Tensor
 
 
-def _after_loading(model: Qwen3, cache: StaticKVCache, measure: Callable[[], None]) -> None:
+def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
+    """Store weights as the C++ operations read them fastest, if these are loaded. No step may run."""
+    if fit_scales(model) and layers is not None:
+        layers.read_weights(model)
+
+
+def _after_loading(
+    model: Qwen3,
+    cache: StaticKVCache,
+    quiet: AbstractContextManager[Any],
+    fit: Callable[[], None],
+    measure: Callable[[], None],
+) -> None:
+    with quiet:  # between two steps
+        fit()
     use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()))
     measure()
 

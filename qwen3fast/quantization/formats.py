@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.structures import RECORD, in_features_of
+from qwen3fast.kernels.cpu.structures import RECORD, bfloat16_scales, in_features_of
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
 from qwen3fast.quantization.packed import (
@@ -27,9 +27,11 @@ from qwen3fast.quantization.packed import (
     Packed,
     by_blocks,
     bytes_of_rows,
+    least_scales,
     levels_of_rows,
     pack_bytes,
     pack_halves,
+    short_scales,
     sum_of_halves,
 )
 from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4, scales_uint4
@@ -39,7 +41,7 @@ __all__ = ["ALL_FORMATS", "FORMATS", "GROUP", "LANES", "Format", "Packed", "fits
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
 # Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
 IN_CPP = ("int8", "int4")  # formats that quantize_weight.cpp quantizes to
-INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+INT4_RANGES = (1.0, 1.06, 0.94, 0.88, 0.82, 0.76)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Format:
         row_N = torch.arange(packed.weight.shape[0] * LANES, device=packed.weight.device)
         if self.is_affine:
             return scales_uint4(packed, row_N)
-        step_NG = packed.scale.transpose(1, 2).flatten(0, 1).float()
+        step_NG = bfloat16_scales(packed.scale).transpose(1, 2).flatten(0, 1).float()
         return step_NG, step_NG * 8
 
     def empty(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> Packed:
@@ -153,23 +155,27 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     """Quantize to 4 bits with one scale per 32 channels: -8 is on the side of the group's largest weight.
 
     A range that ends below the largest weights often quantizes the others better: each group takes the one of
-    `INT4_RANGES` with the least squared error. A group with NaN or infinity becomes NaN.
+    `INT4_RANGES` with the least squared error. Bytes can hold the scales, see `bfloat16_scales`. A group with NaN or
+    infinity becomes NaN.
     """
     N, K = weight_NK.shape
     group = weight_NK.float().view(N, K // GROUP, GROUP)
-    scale, level = _best_int4(group)
+    scale, level = _best_int4(group, least_scales(weight_NK.float())[:, None])
     # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
     scale = torch.where(group.isfinite().all(dim=2, keepdim=True), scale, torch.nan)
     return pack_int4(level.view(N, K), scale.view(N, K // GROUP))
 
 
-def _best_int4(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales, (..., 1) float32, and levels, (..., 32) uint8, of groups of weights (..., 32), float32."""
+def _best_int4(group: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales, (..., 1) float32, and levels, (..., 32) uint8, of groups of weights (..., 32), float32.
+
+    least: sizes that the scales have at least, (..., 1).
+    """
     largest = group.gather(-1, group.abs().argmax(dim=-1, keepdim=True))
     best_scale, best_level = torch.zeros_like(largest), torch.full_like(group, 8, dtype=torch.uint8)
     best_error = torch.full_like(largest, torch.inf)
     for share in INT4_RANGES:
-        scale = (largest * (-share / 8)).to(torch.bfloat16).float()
+        scale = short_scales(largest * (-share / 8), least)
         level = torch.round(group / torch.where(scale == 0, 1.0, scale)).clamp_(-8, 7)
         error = sum_of_halves((level * scale - group).square_())
         is_better = error < best_error
@@ -187,7 +193,7 @@ def pack_int4(level_NK: Tensor, scale_NG: Tensor) -> Packed:
 def rows_int4(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
     level = levels_of_rows(packed, row_R).float() - 8
-    scale = packed.scale[row_R // LANES, :, row_R % LANES].float()
+    scale = bfloat16_scales(packed.scale[row_R // LANES, :, row_R % LANES]).float()
     return (level * scale[..., None]).flatten(1)
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3fast.kernels import cpu, cuda
-from qwen3fast.kernels.cpu.structures import RowLimits
+from qwen3fast.kernels.cpu.ops import pack_scales
+from qwen3fast.kernels.cpu.structures import RowLimits, bfloat16_scales
 from qwen3fast.quantization.formats import LANES, Format, Packed
 
 HIDDEN_ORDER = "hidden_order"
@@ -40,6 +41,25 @@ def load_operations(model: nn.Module) -> None:
             "machine, or a compiler (Debian, Ubuntu: apt-get install g++), which builds them at the first use",
             stacklevel=2,
         )
+
+
+def fit_scales(model: nn.Module) -> bool:
+    """Store scales of int4 in bytes, in place, where C++ operations read them and these are the same numbers.
+
+    Elsewhere, make them bfloat16 again. Who uses the old tensors keeps them.
+    Returns: whether any changed.
+    """
+    fitted: dict[nn.Parameter, nn.Parameter] = {}  # embedding and output projection may share theirs
+    for layer in model.modules():
+        if not isinstance(layer, QuantizedLinear | QuantizedEmbedding) or layer.format.name != "int4":
+            continue
+        if (scale := layer.weight_scale) not in fitted:
+            is_served = can_use_operations(layer.format, scale) and cuda.DEVICE_TYPE != "cpu"
+            is_stored = scale.dtype == (torch.int8 if is_served else torch.bfloat16)
+            other = None if is_stored else pack_scales(scale) if is_served else bfloat16_scales(scale)
+            fitted[scale] = scale if other is None else nn.Parameter(other, requires_grad=False)
+        layer.weight_scale = fitted[scale]
+    return any(other is not scale for scale, other in fitted.items())
 
 
 class QuantizedLinear(nn.Module):

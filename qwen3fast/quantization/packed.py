@@ -24,7 +24,8 @@ class Packed(NamedTuple):
     fp8:   the same with the bytes of float8_e4m3fn numbers; or scale (N/16, K/128) float32, rounded up, one per 16 rows
            and 128 channels.
     int4:  weight (N/16, K/8, 16, 4) uint8, channel 8j+i in the low half and 8j+4+i in the high half of byte i;
-           scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row.
+           scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row; in memory, where these are the same numbers,
+           (N/16, 1 + K/32, 16) int8: see `bfloat16_scales`.
     uint4: weight as in int4; scale (N/16, K/span, bytes of a record) uint8, see uint4.py.
     """
 
@@ -55,6 +56,23 @@ def levels_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
     """Return the levels of some rows in 4 bits, (R, K/32, 32) uint8."""
     byte = packed.weight[row_R // LANES, :, row_R % LANES]  # (R, K/8, 4)
     return torch.stack([byte & 15, byte >> 4], dim=2).view(len(row_R), -1, GROUP)
+
+
+def short_scales(scale: Tensor, least: Tensor) -> Tensor:
+    """Return the nearest numbers with 3 bits of fraction, float32, as scales in bytes have.
+
+    scale: float32. least: sizes that the results have at least, powers of two or 0.
+    """
+    bits = (scale.contiguous().view(torch.int32) + 2**19) & -(2**20)
+    rounded = bits.view(torch.float32)
+    return torch.copysign(torch.maximum(rounded.abs(), least), rounded)
+
+
+def least_scales(weight_NK: Tensor) -> Tensor:
+    """Return the least scale of each row's groups, (N, 1) float32: scales in bytes span 15 powers of two."""
+    most_N1 = weight_NK.abs().amax(dim=1, keepdim=True) / 65536
+    power_N1 = (most_N1.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where(most_N1.isfinite(), power_N1, 0.0)
 
 
 def by_blocks(number_NX: Tensor) -> Tensor:

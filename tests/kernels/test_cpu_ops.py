@@ -20,6 +20,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall, LayerTensors
 from qwen3fast.kernels.cpu.decode_step import StepTensors
+from qwen3fast.kernels.cpu.ops import pack_scales
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
@@ -776,8 +777,10 @@ def test_operations_for_other_processors(processor, tmp_path):
         gate_up, down = operands(random_tensor(5 * 64, 64), format), operands(random_tensor(5 * 64, 32), format)
         expert_NC = torch.tensor([[3, 1], [3, 4]])
         cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
-    packed = quantize(0.02 * random_tensor(48, 192), ALL_FORMATS["lossless"])
-    for rows in (1, 4, 11):
+    in_bytes = quantize(random_tensor(48, 192), FORMATS["int4"])
+    in_bytes = in_bytes._replace(scale=pack_scales(in_bytes.scale))
+    lossless = quantize(0.02 * random_tensor(48, 192), ALL_FORMATS["lossless"])
+    for rows, packed in product((1, 4, 11), (in_bytes, lossless)):
         cases.append(("quantized_linear", (random_tensor(rows, 192).bfloat16(), [packed.weight], [packed.scale])))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.lossless import is_lossless, unpack_rows
-from qwen3fast.kernels.cpu.structures import FP8_SPAN, GROUP, LANES, ZERO_RECORD, in_features_of, record_levels
+from qwen3fast.kernels.cpu.structures import (
+    FP8_SPAN,
+    GROUP,
+    LANES,
+    ZERO_RECORD,
+    bfloat16_scales,
+    in_features_of,
+    record_levels,
+)
 
 NUMBERS_AT_ONCE = 2**20  # in float32
 
@@ -57,7 +65,7 @@ def _fp8_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
     """Return the weight that 4 bits stand for, (N, K) bfloat16."""
     levels_NGC = _levels(packed)
-    scale_NG = scale.transpose(1, 2).reshape(len(levels_NGC), -1)
+    scale_NG = bfloat16_scales(scale).transpose(1, 2).reshape(len(levels_NGC), -1)
     return ((levels_NGC.to(torch.bfloat16) - 8) * scale_NG[..., None]).flatten(1)
 
 

@@ -16,7 +16,7 @@
 
 // Weights (N, K): bits 16, bfloat16; 12, the same packed as lossless.h describes; 8 or 4, as quantized.cpp or fp8.cpp
 // describes. span: for 4 bits with a minimum and for fp8, the channels that a record of scales covers, otherwise 0.
-// record: its bytes, for 16 rows. order (K,): the input's channel that each column is for, or null for the same; only
+// record: its bytes, for 16 rows; of int4 with scales in bytes, the bytes of a line (16). order (K,): the input's channel that each column is for, or null for the same; only
 // decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
 struct Linear {
   const void *weight, *scale;
@@ -116,6 +116,11 @@ QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t*
 // Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
 QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
                                           void* scale, int64_t threads);
+
+// Writes the scales of int4, (blocks, groups, 16), in bytes, (blocks, 1 + groups, 16): see ByteScales. Returns whether they
+// are the same numbers; otherwise the bytes mean nothing.
+QWEN3FAST_API bool qwen3fast_pack_scales(const BFloat16* scale, int64_t blocks, int64_t groups, int8_t* bytes,
+                                         int64_t threads);
 
 // Packs a weight (N, K), N a multiple of 16 and K of 64, in 12 bits per number: see lossless.h. The first function writes
 // the records of rows, and returns the number of exceptions; the second needs room for them behind the records.

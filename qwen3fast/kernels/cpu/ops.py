@@ -120,6 +120,19 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     functions().qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
 
 
+def pack_scales(scale: Tensor) -> Tensor | None:
+    """Return scales of int4, (N/16, K/32, 16) bfloat16, in bytes, (N/16, 1 + K/32, 16) int8; see `bfloat16_scales`.
+
+    None if bytes would be other numbers.
+    """
+    blocks, groups = scale.shape[:2]
+    is_right = is_array(scale, torch.bfloat16, blocks, groups, LANES)
+    require(is_right, "pack_scales: scale must be (N/16, K/32, 16) bfloat16, contiguous")
+    result = torch.empty(blocks, 1 + groups, LANES, dtype=torch.int8)
+    arguments = (scale.data_ptr(), blocks, groups, result.data_ptr(), torch.get_num_threads())
+    return result if functions().qwen3fast_pack_scales(*arguments) else None
+
+
 def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     """Return rows of a packed weight, (R, K) bfloat16; row_R: int64."""
     linear = packed_linear(packed, scale)

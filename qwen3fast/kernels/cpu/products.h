@@ -20,6 +20,8 @@ constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16
 
 // Whether a weight is in fp8, and whether it has a scale per row then; otherwise one per block.
 inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
+// Whether a weight in int4 has its scales in bytes.
+inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !weight.span && weight.record; }
 inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
 
 // Whether a packed weight multiplies activations in bfloat16, not in 8 bits.
@@ -60,6 +62,7 @@ inline int64_t scale_bytes(const Linear& weight, int64_t rows) {
   if (is_lossless(weight)) return rows * int64_t{sizeof(RowRecord)};
   if (is_fp8(weight)) return rows / kLanes * ((weight.K + weight.span - 1) / weight.span) * weight.record;
   if (weight.bits == 8) return rows * 4;
+  if (has_byte_scales(weight)) return rows * (1 + weight.K / kGroup);
   return weight.span ? rows / kLanes * (weight.K / weight.span) * weight.record : rows * weight.K / kGroup * 2;
 }
 
@@ -83,6 +86,26 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {
+
+// Scales of int4 in bytes: of 16 rows, a line of units, then a line per group. A unit is the exponent of a power of two, as
+// float32 has it; a scale, relative to the unit, has a sign, 4 bits of exponent, of which 15 stands for 2^0, and 3 bits of
+// fraction. No product rounds otherwise than with the same scale in bfloat16: units come last.
+class ByteScales {
+ public:
+  void start(const Linear& weight, int64_t block) {
+    lines_ = static_cast<const int8_t*>(weight.scale) + block * (1 + weight.K / kGroup) * kLanes;
+  }
+  FORCE_INLINE Vec units() const {
+    return as<Vec>(as<Bits>(load_ints(reinterpret_cast<const uint8_t*>(lines_))) << 23);
+  }
+  FORCE_INLINE Vec read(int64_t g) const {
+    const Bits bits = as<Bits>(load_ints(lines_ + (1 + g) * kLanes)) << 20;
+    return as<Vec>((bits & 0x87f00000u) | 0x38000000u);  // exponents from 127 - 15 to 127
+  }
+
+ private:
+  const int8_t* lines_;
+};
 
 // Quantizes `count` numbers, a multiple of 16, with one scale, which it returns: NaN if a number is not finite. total: the
 // sum of the levels.

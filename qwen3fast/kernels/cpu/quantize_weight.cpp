@@ -3,6 +3,7 @@
 // not contract products and sums in this file (building.py has the flag).
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,19 +16,33 @@
 namespace {
 
 // Shares of the group's largest weight that the range of 4 bits may end at.
-constexpr double kRanges[] = {1.0, 0.95, 0.9, 0.85, 0.8, 0.75};
+constexpr double kRanges[] = {1.0, 1.06, 0.94, 0.88, 0.82, 0.76};
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// One row; lane: its place in the block.
-void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
+// The largest power of two that is not above x, or 0; x: not negative.
+float power_of_two(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7f800000u;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// The largest size of a row's numbers; NaN if one of them is NaN or infinite.
+float largest_of_row(const BFloat16* row, int64_t K) {
   Vec most = {}, poison = {};
   for (int64_t k = 0; k < K; k += kLanes) {
     const Vec x = load(row + k);
     most = larger(most, size_of(x));
-    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
+    poison += x * 0;  // NaN where x is none, which a maximum may lose
   }
-  const float unit = std::abs(largest(most)) / 127.f;  // no -0
-  *scale = sum(poison) == 0 ? unit : kNaN;
+  return sum(poison) == 0 ? std::abs(largest(most)) : kNaN;  // no -0
+}
+
+// One row; lane: its place in the block.
+void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
+  const float unit = largest_of_row(row, K) / 127.f;
+  *scale = unit;
   const Vec divisor = fill(std::max(unit, 1e-30f));
   for (int64_t k = 0; k < K; k += kLanes) {
     Ints byte = round_to_ints(load(row + k) / divisor);
@@ -48,8 +63,17 @@ FORCE_INLINE Vec squared_error(Ints level, Vec scale, Vec x) {
   return error * error;
 }
 
+// The nearest number with a fraction of 3 bits, as scales in bytes have; not smaller than `least`, a power of two.
+float short_scale(float scale, float least) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, sizeof bits);
+  bits = (bits + 0x80000u) & 0xfff00000u;
+  std::memcpy(&scale, &bits, sizeof bits);
+  return std::copysign(std::max(std::abs(scale), least), scale);
+}
+
 // One group of 32 channels of a row: of all ranges, the first with the least squared error. Returns its scale.
-BFloat16 quantize_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packed) {
+BFloat16 quantize_group_to_4(const BFloat16* group, float least, int64_t lane, uint8_t* packed) {
   const Vec low = load(group), high = load(group + kLanes);
   const float most = largest(larger(size_of(low), size_of(high)));
   float end = 0;  // the first of the largest weights, with its sign
@@ -59,14 +83,13 @@ BFloat16 quantize_group_to_4(const BFloat16* group, int64_t lane, uint8_t* packe
   float best_error = std::numeric_limits<float>::infinity();
   BFloat16 best_scale(0.f);
   for (const double range : kRanges) {
-    const BFloat16 scale(end * static_cast<float>(-range / 8));
-    const float step = scale;
+    const float step = short_scale(end * static_cast<float>(-range / 8), least);
     const Vec divisor = fill(step == 0 ? 1.f : step);
     const Ints a = level_of(low, divisor), b = level_of(high, divisor);
     const float error = sum(squared_error(a, fill(step), low) + squared_error(b, fill(step), high));
     if (error < best_error) {
       best_error = error;
-      best_scale = scale;
+      best_scale = BFloat16(step);
       best_low = a;
       best_high = b;
     }
@@ -97,9 +120,37 @@ void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int
         quantize_row_to_8(row, K, lane, bytes, static_cast<float*>(scale) + n);
         continue;
       }
+      const float most = largest_of_row(row, K);
+      const float least = std::isnan(most) ? 0.f : power_of_two(most / 65536.f);  // bytes span 15 powers of two
       for (int64_t g = 0; g < groups; g++)
         static_cast<BFloat16*>(scale)[(block * groups + g) * kLanes + lane] =
-            quantize_group_to_4(row + g * kGroup, lane, bytes + g * kGroup * kLanes / 2);
+            quantize_group_to_4(row + g * kGroup, least, lane, bytes + g * kGroup * kLanes / 2);
     }
   });
+}
+
+bool qwen3fast_pack_scales(const BFloat16* scale, int64_t blocks, int64_t groups, int8_t* bytes, int64_t threads) {
+  std::atomic<bool> is_exact = true;
+  parallel_for(blocks, std::max<int64_t>(1, 4096 / groups), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const BFloat16* line = scale + block * groups * kLanes;
+      int8_t* out = bytes + block * (1 + groups) * kLanes;
+      Ints unit = {}, wrong = {};
+      for (int64_t g = 0; g < groups; g++) {
+        const Ints exponent = as<Ints>(load_halves(line + g * kLanes) >> 7 & 0xffu);
+        unit = select(exponent > unit, exponent, unit);
+      }
+      // A row of zeros has the unit 0; the smallest exponent of a scale must not be a denormal number's.
+      wrong = (unit == 255) | ((unit > 0) & (unit < 16));
+      store(out, unit);
+      for (int64_t g = 0; g < groups; g++) {
+        const Bits bits = load_halves(line + g * kLanes);
+        const Ints exponent = as<Ints>(bits >> 7 & 0xffu) - unit + 15;
+        wrong |= (exponent < 0) | (as<Ints>(bits & 15u) > 0) | ((unit == 0) & (as<Ints>(bits & 0x7fffu) > 0));
+        store(out + (1 + g) * kLanes, as<Ints>(bits >> 8 & 0x80u) | exponent << 3 | as<Ints>(bits >> 4 & 7u));
+      }
+      if (sum(wrong) != 0) is_exact = false;
+    }
+  });
+  return is_exact;
 }

@@ -7,8 +7,8 @@
 // Bytes are unsigned (zero point 128 or 8), as x86's dot product of unsigned and signed bytes needs them.
 //
 //   8 bits   packed (N/16, K/4, 16, 4) uint8: one channel per byte.        scale (N,) float32
-//   4 bits   packed (N/16, K/8, 16, 4) uint8: channels 8j+i (low half      scale (N/16, K/32, 16) bfloat16
-//            of byte i) and 8j+4+i (high half).
+//   4 bits   packed (N/16, K/8, 16, 4) uint8: channels 8j+i (low half      scale (N/16, K/32, 16) bfloat16, or
+//            of byte i) and 8j+4+i (high half).                            (N/16, 1 + K/32, 16) int8, see ByteScales
 //
 // 4 bits with a minimum or a zero point (uint4): levels 0 to 15 in the same places; scale (N/16, K/span, record) uint8
 // holds a record per `span` channels of 16 rows, each field of 16 numbers, one per row:
@@ -25,6 +25,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "fp8.h"
@@ -36,7 +37,7 @@
 namespace {
 
 // How a weight's levels become numbers: see above.
-enum Kind { kInt8, kInt4, kUint4 };
+enum Kind { kInt8, kInt4, kByteScales, kUint4 };  // kByteScales: int4 with scales in bytes
 
 // What the levels of a group stand for: (level - zero) * scale - minimum; of fp8, number * scale.
 struct GroupScale {
@@ -53,6 +54,11 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
   }
   if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
   const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
+  if (has_byte_scales(weight)) {
+    ByteScales scales;
+    scales.start(weight, block);
+    return {8, scales.read(g)[lane] * scales.units()[lane], 0};
+  }
   if (!weight.span) return {8, static_cast<const BFloat16*>(weight.scale)[(block * G + g) * kLanes + lane], 0};
   const uint8_t* record = static_cast<const uint8_t*>(weight.scale) + (block * G / groups + g / groups) * weight.record;
   const float d = load(reinterpret_cast<const Float16*>(record))[lane];
@@ -76,8 +82,8 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   const float* x_sum = x.sum.data() + m0 * G;
   const int32_t* offset = (kKind == kInt8 ? x.offset8 : x.offset4).data() + m0 * G;
   const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kGroupBytes;
-  Records records[kBlocks];
-  for (int b = 0; kKind == kUint4 && b < kBlocks; b++) records[b].start(weight, block + b);
+  std::conditional_t<kKind == kByteScales, ByteScales, Records> records[kBlocks];
+  for (int b = 0; kKind > kInt4 && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     ByteSums<kBits> sum[kBlocks][kM];
@@ -109,6 +115,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       Vec weight_scale = {}, minimum = {};
       if constexpr (kKind == kInt4)
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
+      if constexpr (kKind == kByteScales) weight_scale = records[b].read(g);
       if constexpr (kKind == kUint4) records[b].read(weight_scale, minimum);
       for (int m = 0; m < kM; m++) {
         const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[m * G + g];
@@ -122,6 +129,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
     for (int m = 0; m < kM; m++) {
       Vec out = total[b][m];
       if (kKind == kInt8) out *= load(static_cast<const float*>(weight.scale) + n);
+      if constexpr (kKind == kByteScales) out *= records[b].units();
       store(y + (m0 + m) * width + n, out);
     }
   }
@@ -174,8 +182,11 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
                    int64_t width) {
   if (is_lossless(weight)) return lossless_rows(x.rows(), M, weight, y, begin * kLanes, end * kLanes, width);
   if (is_fp8(weight)) return fp8_blocks(x.rows(), M, weight, y, begin, end, width);
-  (weight.bits == 8 ? blocks_of<kInt8> : weight.span ? blocks_of<kUint4> : blocks_of<kInt4>)(x, M, weight, y, begin, end,
-                                                                                            width);
+  const auto multiply = weight.bits == 8          ? blocks_of<kInt8>
+                        : weight.span             ? blocks_of<kUint4>
+                        : has_byte_scales(weight) ? blocks_of<kByteScales>
+                                                  : blocks_of<kInt4>;
+  multiply(x, M, weight, y, begin, end, width);
 }
 
 void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,

@@ -14,6 +14,7 @@ LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
 MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.cpp
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
+BYTE_SCALES = LANES  # bytes of a line of int4's scales in bytes
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
@@ -147,15 +148,19 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     shapes = {
         torch.float32: {0: (N,), 4: (N // LANES, -(-K // span))}.get(record, (N, 1)),
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
+        torch.int8: (N // LANES, 1 + K // GROUP, LANES),
         torch.uint8: (N // LANES, K // span, record) if is_record(span, record) else None,
     }
     shape = shapes.get(scale.dtype)
     require(
         shape is not None and is_array(scale, scale.dtype, *shape) and (bits == 8 or span % GROUP == K % span == 0),
-        "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16 "
-        "or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
+        "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16, "
+        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
     )
-    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, bits, span if record else 0, record)
+    pointers = (packed.data_ptr(), scale.data_ptr())
+    if scale.dtype == torch.int8:
+        return LinearPointers(*pointers, N, K, bits, 0, BYTE_SCALES)
+    return LinearPointers(*pointers, N, K, bits, span if record else 0, record)
 
 
 def in_features_of(packed: Tensor) -> int:
@@ -202,6 +207,21 @@ def record_levels(tail: Tensor, groups: int) -> Tensor:
     first, low = first.unflatten(-1, (8, LANES)), low.unflatten(-1, (4, LANES))
     m = torch.cat([low & 15, low >> 4], dim=-2) | (first >> 6 << 4)
     return torch.stack([first & 63, m], dim=-2)
+
+
+def bfloat16_scales(scale: Tensor) -> Tensor:
+    """Return scales of int4 as bfloat16, (N/16, K/32, 16), or (R, K/32) of rows, from either way to store them.
+
+    In bytes they are (N/16, 1 + K/32, 16) int8: a line of units, then a line per group. A unit is the exponent of a
+    power of two, 127 for 1; a scale, relative to it, has a sign, 4 bits of exponent, of which 15 stands for 1, and 3
+    bits of fraction. A unit of 0 makes all of a row 0.
+    """
+    if scale.dtype == torch.bfloat16:
+        return scale
+    unit, byte = scale.view(torch.uint8).int().split([1, scale.shape[1] - 1], dim=1)
+    size = torch.where(unit == 0, 0, (unit + (byte >> 3 & 15) - 15) << 7 | (byte & 7) << 4)
+    bits: Tensor = (byte & 128) << 8 | size
+    return bits.to(torch.int16).view(torch.bfloat16)
 
 
 def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:

@@ -94,14 +94,17 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const bool is_uint4 = weight.bits == 4 && weight.span, has_blocks = is_fp8(weight) && !has_row_scales(weight);
   const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
   Records records;
+  ByteScales byte_scales;
   if (is_uint4) records.start(weight, block);
+  if (has_byte_scales(weight)) byte_scales.start(weight, block);
   Vec scale = fill(1), minimum = fill(128);
   for (int64_t g = 0; g < G; g++, w += words * kTileBytes) {
     if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
     if (is_uint4) {
       records.read(scale, minimum);
     } else if (weight.bits == 4) {
-      scale = load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
+      scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
+                                      : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
       minimum = 8 * scale;
     }
     const uint32_t mask = (1u << step) - 1;

@@ -200,21 +200,26 @@ FORCE_INLINE Vec load(const BFloat16* p) { return as<Vec>(load_halves(p) << 16);
 
 // Signed or unsigned bytes.
 template <typename Byte, typename = std::enable_if_t<sizeof(Byte) == 1>>
-FORCE_INLINE Vec load(const Byte* p) {
+FORCE_INLINE Ints load_ints(const Byte* p) {
   [[maybe_unused]] constexpr bool kIsSigned = std::is_signed_v<Byte>;
-  return load_parts<Vec>(p, [](const Byte* p) {
+  return load_parts<Ints>(p, [](const Byte* p) {
 #if defined(__AVX512F__)
     const __m128i bytes = load_as<__m128i>(p);
-    return _mm512_cvtepi32_ps(kIsSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    return kIsSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
 #elif defined(__AVX2__)
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm256_cvtepi32_ps(kIsSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+    return kIsSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
 #else
-    Vec::Part numbers;
-    for (int64_t i = 0; i < Vec::kInPart; i++) numbers[i] = p[i];
+    Ints::Part numbers;
+    for (int64_t i = 0; i < Ints::kInPart; i++) numbers[i] = p[i];
     return numbers;
 #endif
   });
+}
+
+template <typename Byte, typename = std::enable_if_t<sizeof(Byte) == 1>>
+FORCE_INLINE Vec load(const Byte* p) {
+  return convert<Vec>(load_ints(p));
 }
 
 FORCE_INLINE Vec fill(float value) { return value; }
