@@ -30,6 +30,7 @@ from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.kept import KeptCopy, kept_root
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
+from qwen3fast.checkpoint.save import stored
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.model import Qwen3
@@ -85,8 +86,9 @@ def logits(model):
 
 
 def is_same(a, b):
-    """Return whether two models have the same weights, bit by bit."""
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    """Return whether two models have the same weights, bit by bit, as files would hold them."""
+    a, b = ([stored(name, tensor) for name, tensor in model.named_parameters()] for model in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def visible(folder):

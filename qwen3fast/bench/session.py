@@ -21,6 +21,7 @@ from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.engine.threads import use_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.quantization.layers import fit_scales
 
 CHECK_LENGTH, CHECK_TOKENS, CHECK_TOKENS_UNCACHED = 40, 12, 4  # without a cache each token takes a forward pass
 # For the guess of how long a run takes: shares of the machine's rates that PyTorch reaches, and the time of a step's
@@ -76,9 +77,9 @@ class Session:
         if quantization not in self._models:
             o = self.options
             self.tell(f"loading {o.model}" + (f" in {quantization}" if quantization else ""))
-            self._models[quantization] = load_model(
-                o.model, o.device, o.dtype, quantization=quantization, calibrate=False
-            )
+            model = load_model(o.model, o.device, o.dtype, quantization=quantization, calibrate=False)
+            fit_scales(model)  # as engines do: the bytes that a step reads are counted
+            self._models[quantization] = model
         return self._models[quantization]
 
     def workbench(

@@ -32,7 +32,7 @@ from qwen3fast.model import Qwen3
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of calibration: one more whenever the same source gets other weights
+VERSION = 2  # of calibration: one more whenever the same source gets other weights
 SPARE = 2**26  # bytes of the disk that stay free
 UNREAD_DAYS = 90  # of a copy that is deleted
 PRESET = "generation_config.json"  # for replies alone: calibration samples at temperature 1
