@@ -375,10 +375,8 @@ def test_quantized_experts_load_packed(tmp_path, kinds, quantization, format):
         for packed, plain in ((experts.gate_up_proj, torch.cat([gate, up], dim=1)), (experts.down_proj, down)):
             dequantized = packed.dequantize().view_as(plain)
             name = packed.format.name
-            if (
-                name == "int4"
-                and written[f"blk.{layer}.ffn_{'down' if plain is down else 'up'}_exps.weight"][1] == "Q4_0"
-            ):
+            kind = written[f"blk.{layer}.ffn_{'down' if plain is down else 'up'}_exps.weight"][1]
+            if (name, kind) == ("int4", "Q4_0"):
                 assert ((dequantized - plain).abs() <= plain.abs() * 2**-8).all()  # the same levels
             else:
                 again = FORMATS[name].quantize(plain.flatten(0, 1))
