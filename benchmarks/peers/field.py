@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +22,19 @@ Result = TypeVar("Result")
 
 
 class Field:
-    """The running engines of one format. An engine that fails is removed, and the record notes why."""
+    """The running engines of one format, loaded in random order.
+
+    An engine that fails is removed, and the record notes why.
+    """
 
     def __init__(self, args: argparse.Namespace, format: str, record: Record, stack: ExitStack) -> None:
         self.format, self.workers = format, dict[str, Worker]()
         self._record = record
         engines = list(selected(args.peers, format))
+        names = [name for name, *_ in engines]
+        # The first process gets other pages of memory than the last, and on virtual machines some pages are slower.
+        random.Random(format).shuffle(engines)
+        record.notes.setdefault("loaded_in_order", {})[format] = [name for name, *_ in engines]
         max_seq_len = max(*args.contexts, args.prefill, CHECK_PROMPT) + max(args.new_tokens, CHECK_STEPS) + 1
         prompt = make_prompts(args.vocab_size, CHECK_PROMPT, 1, seed=2)[0]
         for number, (name, peer, variant) in enumerate(engines, 1):
@@ -42,6 +50,7 @@ class Field:
                 stack.callback(worker.close)
                 self.workers[name] = worker
                 self.attempt(name, lambda: worker.generate(prompt, 2))
+        self.workers = {name: self.workers[name] for name in names if name in self.workers}
 
     def attempt(self, name: str, call: Callable[[], Result]) -> Result | None:
         """Return the call's result; None, and the engine is out, if it fails."""

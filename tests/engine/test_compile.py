@@ -371,7 +371,7 @@ def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkey
     part = compiler.part(lambda module, x: x + 1, dynamic=({1: (Dynamic(11),)},) if is_dynamic else ())
     part(None, torch.zeros(shape))
     assert given.get("coordinate_descent_tuning", False) == is_tuned
-    assert given["triton.enable_pdl"]
+    assert ("triton.enable_pdl" in given) == ("triton.enable_pdl" in torch._inductor.list_options())  # not in 2.9
 
 
 def test_unknown_mode_is_refused():
