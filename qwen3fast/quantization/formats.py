@@ -39,8 +39,8 @@ from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4, sca
 __all__ = ["ALL_FORMATS", "FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
 
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
-# Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
 IN_CPP = ("int8", "int4")  # formats that quantize_weight.cpp quantizes to
+# Ends of the range, as shares of the group's largest weight; the one with the least squared error is taken.
 INT4_RANGES = (1.0, 1.06, 0.94, 0.88, 0.82, 0.76)
 
 
@@ -159,8 +159,9 @@ def quantize_int4(weight_NK: Tensor) -> Packed:
     infinity becomes NaN.
     """
     N, K = weight_NK.shape
-    group = weight_NK.float().view(N, K // GROUP, GROUP)
-    scale, level = _best_int4(group, least_scales(weight_NK.float())[:, None])
+    weight = weight_NK.float()
+    group = weight.view(N, K // GROUP, GROUP)
+    scale, level = _best_int4(group, least_scales(weight)[:, None])
     # NaN and infinity in a group make all of it NaN: they must not turn into ordinary numbers.
     scale = torch.where(group.isfinite().all(dim=2, keepdim=True), scale, torch.nan)
     return pack_int4(level.view(N, K), scale.view(N, K // GROUP))

@@ -20,9 +20,10 @@ constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16
 
 // Whether a weight is in fp8, and whether it has a scale per row then; otherwise one per block.
 inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
+inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
+
 // Whether a weight in int4 has its scales in bytes.
 inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !weight.span && weight.record; }
-inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
 
 // Whether a packed weight multiplies activations in bfloat16, not in 8 bits.
 inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
