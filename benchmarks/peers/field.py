@@ -32,7 +32,7 @@ class Field:
         self._record = record
         engines = list(selected(args.peers, format))
         names = [name for name, *_ in engines]
-        # The first process gets other pages of memory than the last, and on virtual machines some pages are slower.
+        # No engine is always the first, which may get other pages of memory than the last.
         random.Random(format).shuffle(engines)
         record.notes.setdefault("loaded_in_order", {})[format] = [name for name, *_ in engines]
         max_seq_len = max(*args.contexts, args.prefill, CHECK_PROMPT) + max(args.new_tokens, CHECK_STEPS) + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from conftest import assert_same, random_ids, random_tensor, randomized, small_config
@@ -161,7 +163,8 @@ def test_engines_use_them_and_files_do_not(tied, experts, tmp_path, monkeypatch)
     assert_same(load_model(tmp_path / "saved", device="cpu").lm_head.dequantize(), model.lm_head.dequantize())
 
 
-def test_auto_stores_them_when_the_operations_are_loaded(monkeypatch):
+@pytest.mark.parametrize("by", ["warmup", "thread"])
+def test_auto_stores_them_when_the_operations_are_loaded(by, monkeypatch):
     model = quantized_model()
     with Generator(quantized_model(), max_seq_len=64, compile=True) as generator:
         expected = generator.generate([1, 2, 3], GREEDY).token_ids
@@ -172,7 +175,13 @@ def test_auto_stores_them_when_the_operations_are_loaded(monkeypatch):
         layers = generator.debug.engine.parts.decode_layers
         old = layers._run
     with generator:
-        generator.warmup()
+        if by == "warmup":
+            generator.warmup()
+        else:
+            generator.debug.engine.compiler.auto_from_s = 0
+            ends = time.monotonic() + 60
+            while layers._run is old and time.monotonic() < ends:
+                assert generator.generate([1, 2, 3], GREEDY).token_ids == expected
         assert {scale.dtype for scale in scales_of(model)} == {torch.int8} and layers._run is not old
         assert generator.generate([1, 2, 3], GREEDY).token_ids == expected
 
