@@ -22,7 +22,7 @@ from qwen3fast.checkpoint.safetensors import has_output_projection
 from qwen3fast.checks import checked_variable
 from qwen3fast.engine.own_text import own_text
 from qwen3fast.model import Qwen3, build_on_meta
-from qwen3fast.model.kv_cache import free_bytes
+from qwen3fast.model.memory import free_bytes
 from qwen3fast.quantization.calibrate import CALIBRATED, fast_dtype, quantize_calibrated
 from qwen3fast.quantization.convert import formats_of, prepare_quantization, quantize_model
 

@@ -9,7 +9,6 @@ S positions of a slot   L positions read
 from __future__ import annotations
 
 import logging
-import os
 from bisect import bisect_left
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.model.config import ModelConfig
+from qwen3fast.model.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -180,23 +180,3 @@ def parse_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     if name not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {name!r}")
     return torch.int8 if name == "int8" else dtype
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on the device; None if the system does not report them."""
-    if device.type == "cuda":
-        # PyTorch's allocator keeps what tensors no longer use, and gives it to new ones.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            available = next(line for line in meminfo if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

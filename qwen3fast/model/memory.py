@@ -1,0 +1,62 @@
+"""The memory that a device has left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+MEMINFO = Path("/proc/meminfo")
+GROUP = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on the device; None if the system does not report them.
+
+    On Linux, the limits of the process's control groups count, as containers set them.
+    """
+    if device.type == "cuda":
+        # PyTorch's allocator keeps what tensors no longer use, and gives it to new ones.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    try:
+        available = _field(MEMINFO, "MemAvailable:") * 1024
+    except (OSError, StopIteration):
+        try:
+            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+    return min((available, *_left_in_groups()))
+
+
+def _left_in_groups() -> list[int]:
+    """Return what each control group above the process lets it use; pages of files in memory make room."""
+    try:
+        lines = [line.split(":", 2) for line in GROUP.read_text().splitlines()]
+    except OSError:
+        return []
+    left = []
+    for number, controllers, name in lines:
+        if number == "0":  # version 2
+            root, limit, used, total = GROUPS, "max", "current", ""
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit, used, total = GROUPS / "memory", "limit_in_bytes", "usage_in_bytes", "total_"
+        else:
+            continue
+        # Inside of a container, the name may be of a folder outside; the container's own is the root then.
+        for group in (folder := root / name.strip("/"), *folder.parents[: len(folder.parts) - len(root.parts)]):
+            try:
+                files = sum(_field(group / "memory.stat", f"{total}{state}_file") for state in ("active", "inactive"))
+                most, now = (int((group / f"memory.{file}").read_text()) for file in (limit, used))
+            except (OSError, StopIteration, ValueError):  # no such folder, or no limit ("max")
+                continue
+            left.append(max(0, most - now + files))
+    return left
+
+
+def _field(file: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name])
