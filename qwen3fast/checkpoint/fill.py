@@ -1,8 +1,8 @@
 """Safetensors files -> the parameters of a model built on `meta`.
 
 Files are memory-mapped. On the CPU, in the dtype of the file, parameters *are* the mapped pages: loading copies
-nothing. Otherwise tensors are converted or moved one at a time, and the peak is one model plus one tensor. Each rank
-of a model over several processes reads its shard.
+nothing (kernels/cpu/huge_pages.py does, later). Otherwise tensors are converted or moved one at a time, and the peak
+is one model plus one tensor. Each rank of a model over several processes reads its shard.
 """
 
 from __future__ import annotations

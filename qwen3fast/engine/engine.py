@@ -17,7 +17,15 @@ from qwen3fast.engine.compile import CompileMode, StepCompiler
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
 from qwen3fast.engine.decode import Hook, choose_tokens, decode_step, sample_rows
 from qwen3fast.engine.in_flight import StepResult, StepsInFlight
-from qwen3fast.engine.parts import CHUNK_SIZES, MIN_UNCACHED_TOKENS, Forward, Parts, chunk_sizes, fit_weights
+from qwen3fast.engine.parts import (
+    CHUNK_SIZES,
+    MIN_UNCACHED_TOKENS,
+    Forward,
+    Parts,
+    chunk_sizes,
+    fit_weights,
+    move_to_huge_pages,
+)
 from qwen3fast.engine.prefill import (
     CHUNK_COST,
     CPP_CHUNK_COST,
@@ -33,7 +41,6 @@ from qwen3fast.engine.rows import Rows, on_device
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs, LogprobState, ProcessorState, StepKind
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
-from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.kernels.grouped import waits_for_device
 from qwen3fast.model import Qwen3, rope_tables
@@ -310,7 +317,7 @@ class Engine(Rows):
         """
         self.compiler.end_auto()
         fit_weights(self.model, self.parts.decode_layers)
-        use_huge_pages((*self.model.parameters(), *self.model.buffers(), *self.cache.tensors()))
+        move_to_huge_pages(self.model, self.cache)
         self.parts.decide_forms()
         self._compile_kernels()
         adapters = [NO_ADAPTER] if self.adapters is None else [NO_ADAPTER, 1]  # one slot stands for all

@@ -28,6 +28,7 @@ from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
+from qwen3fast.model.memory import free_bytes
 from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.layers import fit_scales, load_operations
 from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
@@ -278,6 +279,11 @@ def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
         layers.read_weights(model)
 
 
+def move_to_huge_pages(model: Qwen3, cache: StaticKVCache) -> None:
+    """Have the system move weights and cache into huge pages, where it can. Steps may run meanwhile."""
+    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()), free_bytes(torch.device("cpu")))
+
+
 def _after_loading(
     model: Qwen3,
     cache: StaticKVCache,
@@ -287,7 +293,7 @@ def _after_loading(
 ) -> None:
     with quiet:  # between two steps
         fit()
-    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()))
+    move_to_huge_pages(model, cache)
     measure()
 
 

@@ -2,15 +2,53 @@
 
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from qwen3fast import Generator, load_model
+from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels.cpu import huge_pages
 from qwen3fast.kernels.cpu.huge_pages import HUGE_PAGE, use_huge_pages, whole_pages
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+copies_files = pytest.mark.skipif(not huge_pages.is_enabled(), reason="the system gives no huge pages")
+SMALL = 4096  # bytes: pages of this size stand for huge ones where models are small
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """Tensors that are mapped from a file, of numbers 0, 1, 2, ..., and the file."""
+    numbers = torch.arange(6 * HUGE_PAGE // 8)
+    save_file({"first": numbers, "second": numbers[:7] + 1}, file := tmp_path / "numbers.safetensors")
+    with safe_open(file, "pt") as tensors:
+        yield [tensors.get_tensor("first"), tensors.get_tensor("second")], file
+
+
+def mapped_from_files(tensors):
+    """The bytes of tensors that lie in pages of files."""
+    files = list(huge_pages.private_files())
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+    return sum(max(0, min(e, end) - max(b, begin)) for b, e in spans for begin, end in files)
+
+
+def refusing(name, libc=huge_pages.ctypes.CDLL):
+    """C's library whose function `name` always fails."""
+
+    class System:
+        def __init__(self, library):
+            self.libc = libc(library)
+
+        def __getattr__(self, asked):
+            if asked == name:
+                return lambda *arguments: huge_pages.ctypes.c_void_p(-1).value if "map" in name else -1
+            return getattr(self.libc, asked)
+
+    return System
 
 
 @pytest.mark.parametrize(
@@ -83,3 +121,118 @@ def test_whole_pages_inside_the_tensor_are_asked_for_and_counted(monkeypatch):
         assert begin % HUGE_PAGE == size % HUGE_PAGE == 0 and size >= 3 * HUGE_PAGE
         assert tensor.data_ptr() <= begin and begin + size <= tensor.data_ptr() + tensor.nbytes
     assert moved == calls[1][1]
+
+
+@copies_files
+def test_mapped_files_become_memory_of_the_process(mapped):
+    tensors, file = mapped
+    stored, addresses = file.read_bytes(), [x.data_ptr() for x in tensors]
+    tensors[0][-1] = -5  # written to the process's own page, not to the file
+    before = [x.clone() for x in tensors]
+    if mapped_from_files(tensors) < tensors[0].nbytes:
+        pytest.skip("this version of safetensors copies")
+    moved = use_huge_pages(tensors, free=100 * HUGE_PAGE)
+    assert moved >= 5 * HUGE_PAGE and moved % HUGE_PAGE == 0
+    assert [x.data_ptr() for x in tensors] == addresses
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+    assert mapped_from_files(tensors) <= 2 * HUGE_PAGE  # where no whole page fits
+    assert file.read_bytes() == stored
+    file.write_bytes(b"0" * len(stored))
+    inner = slice(2 * HUGE_PAGE // 8, 4 * HUGE_PAGE // 8)
+    assert torch.equal(tensors[0][inner], before[0][inner])
+    assert use_huge_pages(tensors) == moved  # nothing is left to copy
+
+
+@copies_files
+def test_other_threads_read_the_same_numbers_while_files_are_copied(mapped, monkeypatch):
+    tensors, _ = mapped
+    monkeypatch.setattr(huge_pages, "PIECE", HUGE_PAGE)
+    expected, stop, wrong = tensors[0].clone(), threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            wrong.append(not torch.equal(tensors[0], expected))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        while len(wrong) < 2:
+            pass
+        assert use_huge_pages(tensors) > 0
+        seen = len(wrong)
+        while len(wrong) < seen + 2:
+            pass
+    finally:
+        stop.set()
+        reader.join()
+    assert not any(wrong)
+
+
+@copies_files
+@pytest.mark.parametrize("free", [6 * HUGE_PAGE, 0])
+def test_files_stay_where_memory_is_short(mapped, free):
+    tensors, _ = mapped
+    before = mapped_from_files(tensors)
+    use_huge_pages(tensors, free)
+    assert mapped_from_files(tensors) == before
+
+
+@copies_files
+@pytest.mark.parametrize("function", ["mmap", "mremap"])
+def test_files_stay_where_the_system_refuses_memory(mapped, monkeypatch, function):
+    tensors, _ = mapped
+    before, expected = mapped_from_files(tensors), tensors[0].clone()
+    used = len(huge_pages.MAPPINGS.read_text().splitlines())
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", refusing(function))
+    assert use_huge_pages(tensors) == 0
+    assert mapped_from_files(tensors) == before and torch.equal(tensors[0], expected)
+    assert len(huge_pages.MAPPINGS.read_text().splitlines()) <= used + 2  # no memory is left behind
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("[always] madvise never", True), ("always [madvise] never", True), ("always [never]", False)],
+)
+def test_files_are_copied_only_where_the_system_gives_huge_pages(mapped, monkeypatch, tmp_path, text, expected):
+    tensors, _ = mapped
+    before = mapped_from_files(tensors)
+    (tmp_path / "enabled").write_text(text)
+    monkeypatch.setattr(huge_pages, "ENABLED", tmp_path / "enabled")
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", refusing("madvise"))
+    assert (use_huge_pages(tensors) > 0) == expected
+    assert (mapped_from_files(tensors) < before) == expected
+
+
+def test_a_system_without_the_setting_gives_no_huge_pages(monkeypatch, tmp_path):
+    monkeypatch.setattr(huge_pages, "ENABLED", tmp_path / "enabled")
+    assert not huge_pages.is_enabled()
+
+
+def test_mappings_of_files_that_the_process_may_write_are_found(monkeypatch, tmp_path):
+    text = """\
+1000-2000 rw-p 00000000 fe:00 77                   /a file with spaces.safetensors
+2000-3000 r--s 00000000 fe:00 77                   /shared
+3000-4000 rw-s 00000000 fe:00 77                   /written by others
+4000-5000 rw-p 00000000 00:00 0
+5000-6000 r-xp 00000000 fe:00 78                   /program
+6000-7000 rw-p 00001000 fe:00 79                   /deleted (deleted)
+"""
+    (tmp_path / "maps").write_text(text)
+    monkeypatch.setattr(huge_pages, "MAPPINGS", tmp_path / "maps")
+    assert list(huge_pages.private_files()) == [(0x1000, 0x2000), (0x6000, 0x7000)]
+
+
+@copies_files
+def test_a_saved_model_leaves_its_file_when_it_is_warmed_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(huge_pages, "HUGE_PAGE", SMALL)
+    model = load_model("tiny", "cpu", dtype="bfloat16")
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model", "cpu")
+    weights = list(loaded.parameters())
+    expected = [x.clone() for x in weights]
+    before = mapped_from_files(weights)
+    with Generator(loaded, max_seq_len=32, compile=True) as generator:
+        generator.warmup()
+        assert mapped_from_files(weights) < before / 2
+        assert all(torch.equal(x, y) for x, y in zip(weights, expected, strict=True))

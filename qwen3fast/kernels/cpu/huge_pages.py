@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,40 +18,112 @@ logger = logging.getLogger(__name__)
 VARIABLE = "QWEN3FAST_HUGE_PAGES"
 HUGE_PAGE = 2**21  # bytes, on x86-64 and on ARM with pages of 4 KiB
 MAX_GAP = 2**13  # between two allocations that lie side by side: the allocator's header, and the end of a page
+PIECE = 64 * HUGE_PAGE  # bytes of a file that are copied at once: so many more are in use meanwhile
+MAX_SHARE = 0.75  # of the free memory that copies of files may take
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # the one in brackets is in use
+MAPPINGS = Path("/proc/self/maps")
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux; the latter since 6.1
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+
+Range = tuple[int, int]  # addresses of the first byte and of the one after the last
 
 
-def use_huge_pages(tensors: Iterable[Tensor]) -> int:
+def use_huge_pages(tensors: Iterable[Tensor], free: int | None = None) -> int:
     """Have the system move the memory of tensors into huge pages (2 MiB), where it can; contents and addresses stay.
 
+    Pages of files, which few systems can move, are copied into new memory at the same addresses, if there is enough:
+    afterwards they are the process's own, no longer shared with other processes that map the file.
     Nothing happens on systems other than Linux, where the system refuses, and with QWEN3FAST_HUGE_PAGES=0. Other
-    threads may read and write the tensors meanwhile.
+    threads may read the tensors meanwhile, and write those that are not mapped from a file.
+    free: bytes of memory that can be allocated; None for an unknown number.
     Returns: the number of bytes that lie in huge pages now.
     Raises: ValueError as `checked_variable`.
     """
     if checked_variable(VARIABLE) == "0" or sys.platform != "linux":
         return 0
-    madvise = ctypes.CDLL(None).madvise
+    libc = ctypes.CDLL(None)
     storages = (x.untyped_storage() for x in tensors if x.device.type == "cpu")
-    moved = 0
+    moved, refused = 0, list[Range]()
     for begin, end in whole_pages((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
         address, size = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
-        madvise(address, size, MADV_HUGEPAGE)
-        if madvise(address, size, MADV_COLLAPSE) == 0:
+        libc.madvise(address, size, MADV_HUGEPAGE)
+        if libc.madvise(address, size, MADV_COLLAPSE) == 0:
             moved += end - begin
+        else:
+            refused.append((begin, end))
+    if refused and is_enabled():
+        files = [common for pages in refused for common in shared(pages, private_files())]
+        needed = sum(end - begin for begin, end in files)
+        if free is not None and needed > MAX_SHARE * free:
+            logger.info("%.2f GB of files stay in small pages: %.2f GB are free", needed / 1e9, free / 1e9)
+        else:
+            moved += sum(copy(begin, end) for begin, end in files)
     logger.info("%.2f GB in huge pages", moved / 1e9)
     return moved
 
 
-def whole_pages(allocations: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the huge pages that allocations fill, as ranges of addresses; one may hold several allocations.
-
-    allocations: the addresses of the first byte and of the one after the last.
-    """
-    spans: list[tuple[int, int]] = []
+def whole_pages(allocations: Iterable[Range]) -> list[Range]:
+    """Return the huge pages that allocations fill, as ranges of addresses; one may hold several allocations."""
+    spans: list[Range] = []
     for begin, end in sorted(set(allocations)):
         if spans and begin - spans[-1][1] <= MAX_GAP:
             begin, end = spans[-1][0], max(end, spans.pop()[1])
         spans.append((begin, end))
     pages = ((-(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE) for begin, end in spans)
     return [(begin, end) for begin, end in pages if begin < end]
+
+
+def is_enabled() -> bool:
+    """Return whether the system gives huge pages to memory that asks for them."""
+    try:
+        return "[never]" not in ENABLED.read_text(encoding="ascii")
+    except OSError:
+        return False
+
+
+def private_files() -> Iterator[Range]:
+    """Yield the memory that is mapped from files, for this process alone to write."""
+    for line in MAPPINGS.read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, access, _, _, inode = line.split()[:5]
+        if access == "rw-p" and inode != "0":
+            begin, end = addresses.split("-")
+            yield int(begin, 16), int(end, 16)
+
+
+def shared(pages: Range, others: Iterable[Range]) -> list[Range]:
+    """Return the huge pages of a range that lie in one of the others."""
+    common = [(max(pages[0], begin), min(pages[1], end)) for begin, end in others]
+    return [pages for begin, end in common if begin < end for pages in whole_pages([(begin, end)])]
+
+
+def copy(begin: int, end: int) -> int:
+    """Copy whole huge pages of a mapped file into new memory, which takes the place of the mapping.
+
+    The system exchanges them at once: other threads read the same bytes before, after and meanwhile.
+    Returns: the number of bytes that were copied, fewer if there is no memory left.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    failed = ctypes.c_void_p(-1).value
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    for start in range(begin, end, PIECE):
+        size = min(PIECE, end - start)
+        room = libc.mmap(None, ctypes.c_size_t(size + HUGE_PAGE), protection, flags, -1, ctypes.c_size_t(0))
+        if room == failed:
+            return start - begin
+        new = -(-room // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(ctypes.c_void_p(new), ctypes.c_size_t(size), MADV_HUGEPAGE)
+        libc.memmove(ctypes.c_void_p(new), ctypes.c_void_p(start), ctypes.c_size_t(size))
+        where = ctypes.c_void_p(start)
+        result = libc.mremap(
+            ctypes.c_void_p(new), ctypes.c_size_t(size), ctypes.c_size_t(size), MREMAP_MAYMOVE | MREMAP_FIXED, where
+        )
+        unused = [(room, new), (new + size, room + size + HUGE_PAGE)]
+        if result == failed:
+            unused = [(room, room + size + HUGE_PAGE)]
+        for first, last in unused:
+            if first < last:
+                libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first))
+        if result == failed:
+            return start - begin
+    return end - begin
