@@ -58,7 +58,7 @@ def split_by_device(peers: list[str], device: str) -> tuple[list[str], dict[str,
 
 def set_up(args: argparse.Namespace) -> int:
     """Make all that the measurement needs and that is missing. Returns: the exit status, 1 if a peer failed."""
-    write_checkpoint(args.weights, tuple(args.formats))
+    write_checkpoint(args.weights)
     status = 0
     for peer in (PEERS[name] for name in args.peers):
         tell(f"{peer.name}: environment in {peer.python.parent.parent}")
