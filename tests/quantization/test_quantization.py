@@ -17,7 +17,7 @@ from torch import nn
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
-from qwen3fast.checkpoint.save import save_model
+from qwen3fast.checkpoint.save import CACHE_LINE, save_model
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
 from qwen3fast.kernels import cpu
@@ -367,6 +367,14 @@ def test_saved_model_loads_as_it_was(format, tied, dtype, tmp_path):
     tokens = random_ids(1, 6, vocab_size=96, seed=2)
     assert loaded(tokens).dtype == loaded.embed(tokens).dtype == getattr(torch, dtype)
     assert_near(loaded(tokens), model(tokens), getattr(torch, dtype))
+
+
+@formats
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_of_a_saved_model_begin_at_a_cache_line(format, tied, tmp_path):
+    save_model(quantized_model(format, tie_word_embeddings=tied), tmp_path)
+    header_bytes = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    assert (8 + header_bytes) % CACHE_LINE == 0
 
 
 def test_broken_quantized_checkpoints_are_refused_by_name(tmp_path):
