@@ -218,6 +218,8 @@ class Parts:
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
         if decode_layers is not None:
             is_auto = compiler.thread is not None
+            if not is_auto:
+                move_to_huge_pages(model, cache)
             forms.decide(may_measure=not is_auto)
             if is_auto:
                 measure = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
@@ -281,7 +283,8 @@ def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
 
 def move_to_huge_pages(model: Qwen3, cache: StaticKVCache) -> None:
     """Have the system move weights and cache into huge pages, where it can. Steps may run meanwhile."""
-    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()), free_bytes(torch.device("cpu")))
+    tensors = (*model.parameters(), *model.buffers(), *cache.tensors())
+    use_huge_pages(tensors, partial(free_bytes, torch.device("cpu")))
 
 
 def _after_loading(

@@ -131,7 +131,7 @@ def test_mapped_files_become_memory_of_the_process(mapped):
     before = [x.clone() for x in tensors]
     if mapped_from_files(tensors) < tensors[0].nbytes:
         pytest.skip("this version of safetensors copies")
-    moved = use_huge_pages(tensors, free=100 * HUGE_PAGE)
+    moved = use_huge_pages(tensors, lambda: 100 * HUGE_PAGE)
     assert moved >= 5 * HUGE_PAGE and moved % HUGE_PAGE == 0
     assert [x.data_ptr() for x in tensors] == addresses
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
@@ -173,8 +173,23 @@ def test_other_threads_read_the_same_numbers_while_files_are_copied(mapped, monk
 def test_files_stay_where_memory_is_short(mapped, free):
     tensors, _ = mapped
     before = mapped_from_files(tensors)
-    use_huge_pages(tensors, free)
+    use_huge_pages(tensors, lambda: free)
     assert mapped_from_files(tensors) == before
+
+
+@copies_files
+def test_copying_ends_when_another_process_takes_the_memory(mapped, monkeypatch):
+    tensors, _ = mapped
+    before, expected, asked = mapped_from_files(tensors), tensors[0].clone(), []
+    monkeypatch.setattr(huge_pages, "PIECE", HUGE_PAGE)
+
+    def free_bytes():
+        asked.append(None)
+        return (12 if len(asked) < 4 else 3) * HUGE_PAGE  # first for all, then for the next piece
+
+    assert use_huge_pages(tensors, free_bytes) == 2 * HUGE_PAGE
+    assert mapped_from_files(tensors) == before - 2 * HUGE_PAGE
+    assert torch.equal(tensors[0], expected)
 
 
 @copies_files
@@ -224,7 +239,8 @@ def test_mappings_of_files_that_the_process_may_write_are_found(monkeypatch, tmp
 
 
 @copies_files
-def test_a_saved_model_leaves_its_file_when_it_is_warmed_up(monkeypatch, tmp_path):
+@pytest.mark.parametrize("compile", [True, "auto"])
+def test_a_saved_model_leaves_its_file_before_full_speed(monkeypatch, tmp_path, compile):
     monkeypatch.setattr(huge_pages, "HUGE_PAGE", SMALL)
     model = load_model("tiny", "cpu", dtype="bfloat16")
     save_model(model, tmp_path / "model")
@@ -232,7 +248,8 @@ def test_a_saved_model_leaves_its_file_when_it_is_warmed_up(monkeypatch, tmp_pat
     weights = list(loaded.parameters())
     expected = [x.clone() for x in weights]
     before = mapped_from_files(weights)
-    with Generator(loaded, max_seq_len=32, compile=True) as generator:
-        generator.warmup()
+    with Generator(loaded, max_seq_len=32, compile=compile) as generator:
+        if compile == "auto":
+            generator.warmup()
         assert mapped_from_files(weights) < before / 2
         assert all(torch.equal(x, y) for x, y in zip(weights, expected, strict=True))

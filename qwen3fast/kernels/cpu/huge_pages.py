@@ -6,7 +6,7 @@ import ctypes
 import logging
 import mmap
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -28,14 +28,14 @@ MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 Range = tuple[int, int]  # addresses of the first byte and of the one after the last
 
 
-def use_huge_pages(tensors: Iterable[Tensor], free: int | None = None) -> int:
+def use_huge_pages(tensors: Iterable[Tensor], free_bytes: Callable[[], int | None] = lambda: None) -> int:
     """Have the system move the memory of tensors into huge pages (2 MiB), where it can; contents and addresses stay.
 
     Pages of files, which few systems can move, are copied into new memory at the same addresses, if there is enough:
     afterwards they are the process's own, no longer shared with other processes that map the file.
     Nothing happens on systems other than Linux, where the system refuses, and with QWEN3FAST_HUGE_PAGES=0. Other
     threads may read the tensors meanwhile, and write those that are not mapped from a file.
-    free: bytes of memory that can be allocated; None for an unknown number.
+    free_bytes: returns the bytes of memory that can be allocated now; None for an unknown number.
     Returns: the number of bytes that lie in huge pages now.
     Raises: ValueError as `checked_variable`.
     """
@@ -52,12 +52,8 @@ def use_huge_pages(tensors: Iterable[Tensor], free: int | None = None) -> int:
         else:
             refused.append((begin, end))
     if refused and is_enabled():
-        files = [common for pages in refused for common in shared(pages, private_files())]
-        needed = sum(end - begin for begin, end in files)
-        if free is not None and needed > MAX_SHARE * free:
-            logger.info("%.2f GB of files stay in small pages: %.2f GB are free", needed / 1e9, free / 1e9)
-        else:
-            moved += sum(copy(begin, end) for begin, end in files)
+        files = list(private_files())
+        moved += copy_files([common for pages in refused for common in shared(pages, files)], free_bytes)
     logger.info("%.2f GB in huge pages", moved / 1e9)
     return moved
 
@@ -96,34 +92,47 @@ def shared(pages: Range, others: Iterable[Range]) -> list[Range]:
     return [pages for begin, end in common if begin < end for pages in whole_pages([(begin, end)])]
 
 
-def copy(begin: int, end: int) -> int:
-    """Copy whole huge pages of a mapped file into new memory, which takes the place of the mapping.
+def copy_files(files: list[Range], free_bytes: Callable[[], int | None]) -> int:
+    """Copy huge pages of mapped files into new memory, as far as a quarter of the free memory stays free.
+
+    Nothing is copied if all of it would take more. free_bytes: is asked before each piece, since other processes, such
+    as further ranks, may copy theirs meanwhile.
+    Returns: the number of bytes that were copied.
+    """
+    needed, free = sum(end - begin for begin, end in files), free_bytes()
+    if free is not None and needed > MAX_SHARE * free:
+        logger.info("%.2f GB of files stay in small pages: %.2f GB are free", needed / 1e9, free / 1e9)
+        return 0
+    copied = 0
+    for begin, end in files:
+        for start in range(begin, end, PIECE):
+            size, left = min(PIECE, end - start), free_bytes()
+            is_short = free is not None and left is not None and left - size < (1 - MAX_SHARE) * free
+            if is_short or not copy(start, size):
+                return copied
+            copied += size
+    return copied
+
+
+def copy(start: int, size: int) -> bool:
+    """Copy whole huge pages into new memory, which takes their place. Returns whether the system allowed it.
 
     The system exchanges them at once: other threads read the same bytes before, after and meanwhile.
-    Returns: the number of bytes that were copied, fewer if there is no memory left.
     """
     libc = ctypes.CDLL(None)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     failed = ctypes.c_void_p(-1).value
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    for start in range(begin, end, PIECE):
-        size = min(PIECE, end - start)
-        room = libc.mmap(None, ctypes.c_size_t(size + HUGE_PAGE), protection, flags, -1, ctypes.c_size_t(0))
-        if room == failed:
-            return start - begin
-        new = -(-room // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(ctypes.c_void_p(new), ctypes.c_size_t(size), MADV_HUGEPAGE)
-        libc.memmove(ctypes.c_void_p(new), ctypes.c_void_p(start), ctypes.c_size_t(size))
-        where = ctypes.c_void_p(start)
-        result = libc.mremap(
-            ctypes.c_void_p(new), ctypes.c_size_t(size), ctypes.c_size_t(size), MREMAP_MAYMOVE | MREMAP_FIXED, where
-        )
-        unused = [(room, new), (new + size, room + size + HUGE_PAGE)]
-        if result == failed:
-            unused = [(room, room + size + HUGE_PAGE)]
-        for first, last in unused:
-            if first < last:
-                libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first))
-        if result == failed:
-            return start - begin
-    return end - begin
+    room = libc.mmap(None, ctypes.c_size_t(size + HUGE_PAGE), protection, flags, -1, ctypes.c_size_t(0))
+    if room == failed:
+        return False
+    end, new = room + size + HUGE_PAGE, -(-room // HUGE_PAGE) * HUGE_PAGE
+    length, source, target = ctypes.c_size_t(size), ctypes.c_void_p(new), ctypes.c_void_p(start)
+    libc.madvise(source, length, MADV_HUGEPAGE)
+    libc.memmove(source, target, length)
+    libc.madvise(source, length, MADV_COLLAPSE)  # where memory was in too small pieces at first
+    is_moved = bool(libc.mremap(source, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, target) != failed)
+    for first, last in [(room, new), (new + size, end)] if is_moved else [(room, end)]:
+        if first < last:
+            libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first))
+    return is_moved
