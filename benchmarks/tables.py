@@ -174,6 +174,18 @@ def shared_cores_rows(record: Record) -> Rows:
     return rows
 
 
+def huge_pages_rows(record: Record) -> Rows:
+    """Milliseconds per step with small and huge pages, and the time with huge pages by the other, round by round."""
+    rows = [["format", "context", "small pages, ms", "huge pages, ms", "share of the time"]]
+    for format, context in unique(record, "format", "context"):
+        cases = [find(record, format=format, context=context, pages=pages) for pages in ("small", "huge")]
+        steps = [[sum(step) for step in case.samples["step_s"]] if case is not None else [] for case in cases]
+        ratio = [huge / small for small, huge in zip(*steps, strict=False)]  # interrupted runs
+        cells = [f"{1e3 * median(times):.1f}" if times else "" for times in steps]
+        rows.append([str(format), f"{context:,}", *cells, f"{median(ratio):.2f}" if ratio else ""])
+    return rows
+
+
 def prequantized_rows(record: Record) -> Rows:
     """Return the table of tools/prequantized_report.py."""
     rows = [["type", "loaded as", "error", "bits in the file", "bits in memory", "time over int4's", "over int8's"]]

@@ -153,6 +153,7 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
     "operators": lambda record: as_markdown(tables.operators_rows(record), left=1),
     "adapters": lambda record: as_markdown(tables.adapters_rows(record), left=3),
     "shared-cores": lambda record: as_markdown(tables.shared_cores_rows(record), left=3),
+    "huge-pages": lambda record: as_markdown(tables.huge_pages_rows(record), left=1),
     "prequantized": lambda record: as_markdown(tables.prequantized_rows(record), left=2),
     "quantization-tiny": lambda record: as_markdown(tables.quantization_rows(record), left=1),
 }

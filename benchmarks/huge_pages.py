@@ -1,0 +1,104 @@
+"""Speed of decoding with weights in the pages of their file and in huge pages (Linux).
+
+    python benchmarks/huge_pages.py --output bench_results/huge-pages.json
+
+A model with random weights is saved in each format and loaded twice: one copy's weights and cache stay in the system's
+small pages (QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import tables
+import torch
+
+from qwen3fast import Generator, SamplingParams, load_model
+from qwen3fast.bench.environment import describe_environment, describe_run
+from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
+from qwen3fast.bench.measure import make_prompts
+from qwen3fast.bench.options import counts
+from qwen3fast.bench.probes import BandwidthProbe
+from qwen3fast.bench.record import Case, Record, write_json
+from qwen3fast.bench.table import as_text
+from qwen3fast.checkpoint.save import save_model
+from qwen3fast.kernels.cpu.huge_pages import VARIABLE, is_enabled
+
+PAGES = {"0": "small", "1": "huge"}  # by the variable
+
+
+def decode(generator: Generator, context: int, steps: int, case: Case) -> Measurement:
+    """Return the mean seconds of the steps after a prompt of `context` tokens, a new one in each round."""
+    [prompt] = make_prompts(generator.config.vocab_size, context, 1, seed=len(case.samples.get("step_s", ())))
+    result = generator.generate(prompt, SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps + 1))
+    return {"step_s": [result.metrics.decode_s / steps]}
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
+    parser.add_argument("--formats", default="plain,int8,int4", help="comma-separated [%(default)s]")
+    parser.add_argument("--contexts", type=counts, default="32,1000", help="prompt lengths [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
+    parser.add_argument("--new-tokens", type=int, default=24, help="steps timed per reply [%(default)s]")
+    parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
+    parser.add_argument("--output", type=Path, default=Path("bench_results/huge-pages.json"), help="[%(default)s]")
+    return parser.parse_args()
+
+
+def measure_format(args: argparse.Namespace, format: str, harness: Harness) -> None:
+    """Save and load one format, and measure both copies."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        quantization = None if format == "plain" else format
+        save_model(load_model(args.model, "cpu", quantization=quantization, calibrate=False), folder)
+        generators = {}
+        for value, pages in PAGES.items():
+            os.environ[VARIABLE] = value
+            model, length = load_model(folder, "cpu"), max(args.contexts) + args.new_tokens + 1
+            generator = Generator(model, max_seq_len=length, prefix_reuse=False, compile=True, threads=args.threads)
+            generators[pages] = stack.enter_context(generator)
+            generator.warmup()
+        for context in args.contexts:
+            tasks = []
+            for pages, generator in generators.items():
+                case = Case({"format": format, "context": context, "pages": pages, "batch_size": 1})
+                tasks.append(Task(case, partial(decode, generator, context, args.new_tokens, case)))
+            harness.measure(tasks, args.rounds, f"{format}, {context} tokens")
+
+
+def main() -> int:
+    """Measure, print and write. Returns: the exit status."""
+    args = parse()
+    if not is_enabled():
+        raise SystemExit("the system gives no huge pages; see /sys/kernel/mm/transparent_hugepage/enabled")
+    device, before = torch.device("cpu"), os.environ.get(VARIABLE)
+    run = describe_run("python benchmarks/huge_pages.py")
+    record = Record("huge-pages", run, describe_environment(device), {"name": args.model})
+    probe = BandwidthProbe(device)
+    harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure()}], rng=random.Random(0))
+    try:
+        with interruptible(record):
+            for format in args.formats.split(","):
+                measure_format(args, format, harness)
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+    harness.finish()
+    record.cases = [case for case in record.cases if case.samples]
+    write_json(record.to_dict(), args.output)
+    print(as_text(tables.huge_pages_rows(record), left=1))
+    print(f"wrote {args.output}")
+    return 130 if record.interrupted else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
