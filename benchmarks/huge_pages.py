@@ -1,9 +1,11 @@
 """Speed of decoding with weights in the pages of their file and in huge pages (Linux).
 
-    python benchmarks/huge_pages.py --output bench_results/huge-pages.json
+    python benchmarks/huge_pages.py --model FOLDER --output bench_results/huge-pages.json
 
-A model with random weights is saved in each format and loaded twice: one copy's weights and cache stay in the system's
-small pages (QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns.
+The checkpoint is loaded twice: one copy's weights and cache stay in the pages where the system has put them
+(QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns. How a file came into memory decides about the size of its
+pages, and whether they lie side by side: those of a file that was written a moment ago are the best. `huge_bytes` is
+what lay in huge pages.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels.cpu.huge_pages import VARIABLE, is_enabled
 
-PAGES = {"0": "small", "1": "huge"}  # by the variable
+PAGES = {"0": "as mapped", "1": "huge"}  # by the variable
+SIZES = Path("/proc/self/smaps")
 
 
 def decode(generator: Generator, context: int, steps: int, case: Case) -> Measurement:
@@ -40,38 +43,41 @@ def decode(generator: Generator, context: int, steps: int, case: Case) -> Measur
     return {"step_s": [result.metrics.decode_s / steps]}
 
 
+def huge_bytes() -> int:
+    """Return the bytes of this process that lie in huge pages, of files and others."""
+    fields = (line.split() for line in SIZES.read_text(encoding="ascii", errors="replace").splitlines())
+    return sum(int(words[1]) * 1024 for words in fields if words[0] in ("AnonHugePages:", "FilePmdMapped:"))
+
+
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random:0.6b", help="[%(default)s]")
-    parser.add_argument("--formats", default="plain,int8,int4", help="comma-separated [%(default)s]")
+    parser.add_argument("--model", default="random:0.6b", help="a folder; other models are saved first [%(default)s]")
     parser.add_argument("--contexts", type=counts, default="32,1000", help="prompt lengths [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
+    parser.add_argument("--rounds", type=int, default=25, help="[%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=24, help="steps timed per reply [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
     parser.add_argument("--output", type=Path, default=Path("bench_results/huge-pages.json"), help="[%(default)s]")
     return parser.parse_args()
 
 
-def measure_format(args: argparse.Namespace, format: str, harness: Harness) -> None:
-    """Save and load one format, and measure both copies."""
+def measure(args: argparse.Namespace, folder: Path, harness: Harness) -> None:
+    """Load both copies and measure them."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
-        quantization = None if format == "plain" else format
-        save_model(load_model(args.model, "cpu", quantization=quantization, calibrate=False), folder)
-        generators = {}
+        generators, facts = {}, {}
         for value, pages in PAGES.items():
             os.environ[VARIABLE] = value
-            model, length = load_model(folder, "cpu"), max(args.contexts) + args.new_tokens + 1
+            model, length, before = load_model(folder, "cpu"), max(args.contexts) + args.new_tokens + 1, huge_bytes()
             generator = Generator(model, max_seq_len=length, prefix_reuse=False, compile=True, threads=args.threads)
             generators[pages] = stack.enter_context(generator)
             generator.warmup()
+            facts[pages] = {"huge_bytes": float(huge_bytes() - before)}
         for context in args.contexts:
             tasks = []
             for pages, generator in generators.items():
-                case = Case({"format": format, "context": context, "pages": pages, "batch_size": 1})
+                case = Case({"pages": pages, "context": context, "batch_size": 1}, facts[pages])
                 tasks.append(Task(case, partial(decode, generator, context, args.new_tokens, case)))
-            harness.measure(tasks, args.rounds, f"{format}, {context} tokens")
+            harness.measure(tasks, args.rounds, f"{context} tokens")
 
 
 def main() -> int:
@@ -81,17 +87,20 @@ def main() -> int:
         raise SystemExit("the system gives no huge pages; see /sys/kernel/mm/transparent_hugepage/enabled")
     device, before = torch.device("cpu"), os.environ.get(VARIABLE)
     run = describe_run("python benchmarks/huge_pages.py")
-    record = Record("huge-pages", run, describe_environment(device), {"name": args.model})
+    record = Record("huge-pages", run, describe_environment(device), {"name": Path(args.model).name})
     probe = BandwidthProbe(device)
     harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure()}], rng=random.Random(0))
-    try:
-        with interruptible(record):
-            for format in args.formats.split(","):
-                measure_format(args, format, harness)
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
+    with tempfile.TemporaryDirectory() as temporary, interruptible(record):
+        folder = Path(args.model)
+        try:
+            if not folder.is_dir():
+                folder = Path(temporary) / "model"
+                save_model(load_model(args.model, "cpu"), folder)
+            measure(args, folder, harness)
+        finally:
+            os.environ.pop(VARIABLE, None)
+            if before is not None:
+                os.environ[VARIABLE] = before
     harness.finish()
     record.cases = [case for case in record.cases if case.samples]
     write_json(record.to_dict(), args.output)

@@ -175,14 +175,17 @@ def shared_cores_rows(record: Record) -> Rows:
 
 
 def huge_pages_rows(record: Record) -> Rows:
-    """Milliseconds per step with small and huge pages, and the time with huge pages by the other, round by round."""
-    rows = [["format", "context", "small pages, ms", "huge pages, ms", "share of the time"]]
-    for format, context in unique(record, "format", "context"):
-        cases = [find(record, format=format, context=context, pages=pages) for pages in ("small", "huge")]
-        steps = [[sum(step) for step in case.samples["step_s"]] if case is not None else [] for case in cases]
-        ratio = [huge / small for small, huge in zip(*steps, strict=False)]  # interrupted runs
-        cells = [f"{1e3 * median(times):.1f}" if times else "" for times in steps]
-        rows.append([str(format), f"{context:,}", *cells, f"{median(ratio):.2f}" if ratio else ""])
+    """A row per context and kind of pages: speed, and the time of a step by the other kind's, round by round."""
+    rows = [["pages", "context", "in huge pages", "ms per step", "tokens/s", "share of the time"]]
+    for (context,) in unique(record, "context"):
+        first = None
+        for case in (case for case in record.cases if case.labels["context"] == context):
+            steps = [sum(step) / len(step) for step in case.samples["step_s"]]
+            first = first or steps
+            ratio = median(one / other for one, other in zip(steps, first, strict=False))  # interrupted runs
+            size = f"{case.facts['huge_bytes'] / 1e9:.2f} GB"
+            speed = [f"{1e3 * median(steps):.1f}", f"{1 / median(steps):.1f}", f"{ratio:.2f}"]
+            rows.append([str(case.labels["pages"]), f"{context:,}", size, *speed])
     return rows
 
 

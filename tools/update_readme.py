@@ -46,6 +46,7 @@ COLUMNS = {
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip
+TIE = 0.02  # of the speed: a smaller difference to the best peer is no win and no loss
 
 
 def compiled_table(record: Record) -> str:
@@ -94,10 +95,10 @@ def quality_bits_table(record: Record) -> str:
 def best_peers_table(record: Record) -> str:
     """Return two rows per format of the peers' record: ours, and the fastest other engine in each column.
 
-    The faster of the two is bold, and a last line counts how often it is ours.
+    The faster of the two is bold, if they differ by more than `TIE`, and a last line counts how often it is ours.
     """
     columns = tables.peers_columns(record)
-    rows, wins, cells = [["format", "tokens/s", *columns]], 0, 0
+    rows, wins, ties, cells = [["format", "tokens/s", *columns]], 0, 0, 0
     for (format,) in tables.unique(record, "format"):
         ours, others = [], []
         for speeds in columns.values():
@@ -105,11 +106,12 @@ def best_peers_table(record: Record) -> str:
             # Variants of ours, such as "qwen3fast int8 cache", are in neither row.
             peers = [(v, engine) for (f, engine), v in speeds.items() if f == format and not _is_ours(engine)]
             best, engine = max(peers)
-            wins, cells = wins + (own > best), cells + 1
-            ours.append(f"**{own:.1f}**" if own > best else f"{own:.1f}")
-            others.append(f"{best:.1f} ({engine})" if own > best else f"**{best:.1f}** ({engine})")
+            wins, ties, cells = wins + (own > (1 + TIE) * best), ties + (abs(own - best) <= TIE * best), cells + 1
+            ours.append(f"**{own:.1f}**" if own > (1 + TIE) * best else f"{own:.1f}")
+            others.append(f"{best:.1f} ({engine})" if own >= (1 - TIE) * best else f"**{best:.1f}** ({engine})")
         rows += [[format, tables.OURS, *ours], ["", "best of the others", *others]]
-    verdict = f"qwen3fast is the fastest of these engines on this CPU in {wins} of {cells} cases."
+    verdict = f"qwen3fast is the fastest of these engines on this CPU in {wins} of {cells} cases"
+    verdict += f", and within {TIE:.0%} of the fastest in {ties}." if ties else "."
     bold = as_markdown(rows, left=2).replace(r"\*\*", "**")  # the asterisks are ours, not a record's
     return f"{bold}\n\n{verdict}"
 

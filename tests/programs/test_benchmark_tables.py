@@ -222,6 +222,21 @@ def test_the_front_page_compares_with_the_best_of_the_others_in_each_column():
     ]
 
 
+def test_small_differences_are_no_wins_and_no_losses_on_the_front_page():
+    for tie, seconds in ((1.01, 0.08 / 1.01), (0.99, 0.08 / 0.99)):
+        record = two_peers_record()
+        ours = next(
+            case.samples
+            for case in record.cases
+            if case.name.startswith("qwen3fast,") and case.labels["context"] == 1000
+        )
+        ours["step_s"] = [[seconds], [seconds]]
+        first, second, _, verdict = update_readme.best_peers_table(record).splitlines()[2:]
+        assert first == f"| bf16 | qwen3fast | **40.0** | {12.5 * tie:.1f} | 256.0 |"
+        assert second == "|  | best of the others | 20.0 (other bf16) | 12.5 (third bf16) | **512.0** (other bf16) |"
+        assert verdict.endswith("on this CPU in 1 of 3 cases, and within 2% of the fastest in 1.")
+
+
 def two_peers_record():
     """Another peer at 1,000; variants of ours are not compared, however fast."""
     peers = peers_record()

@@ -1,4 +1,4 @@
-"""benchmarks/huge_pages.py measures the same saved model in small and in huge pages."""
+"""benchmarks/huge_pages.py measures the same checkpoint in the pages of its file and in huge pages."""
 
 import os
 import sys
@@ -11,24 +11,34 @@ import pytest
 import tables
 import torch
 
+from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, load_record
+from qwen3fast.checkpoint.save import save_model
 
 
-def test_every_format_is_measured_in_both_kinds_of_pages(monkeypatch, tmp_path, one_thread, capsys):
+@pytest.mark.skipif(sys.platform != "linux", reason="the program needs Linux")
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_one_checkpoint_is_measured_in_both_kinds_of_pages(monkeypatch, tmp_path, one_thread, capsys, is_folder):
     asked = []
     monkeypatch.setattr(benchmark, "is_enabled", lambda: True)
     monkeypatch.setattr(benchmark.Generator, "warmup", lambda self: asked.append(os.environ[benchmark.VARIABLE]))
     monkeypatch.setenv(benchmark.VARIABLE, "1")
-    options = ["--model", "tiny", "--formats", "plain,int4", "--contexts", "4,9", "--rounds", "2", "--new-tokens", "3"]
+    model = "tiny"
+    if is_folder:
+        save_model(load_model(model, "cpu"), folder := tmp_path / "saved")
+        model = str(folder)
+    options = ["--model", model, "--contexts", "4,9", "--rounds", "2", "--new-tokens", "3"]
     monkeypatch.setattr(sys, "argv", ["huge_pages.py", *options, "--output", str(tmp_path / "record.json")])
     assert benchmark.main() == 0
-    assert asked == ["0", "1", "0", "1"] and os.environ[benchmark.VARIABLE] == "1"
+    assert asked == ["0", "1"] and os.environ[benchmark.VARIABLE] == "1"
     record = load_record(tmp_path / "record.json")
-    cases = product(("plain", "int4"), (4, 9), ("small", "huge"), (1,))
-    assert [tuple(case.labels.values()) for case in record.cases] == list(cases)
-    assert all(len(case.samples["step_s"]) == 2 for case in record.cases)
-    assert "huge pages, ms" in capsys.readouterr().out
+    assert record.model["name"] == ("saved" if is_folder else "tiny")
+    assert [(c.labels["context"], c.labels["pages"]) for c in record.cases] == list(
+        product((4, 9), ("as mapped", "huge"))
+    )
+    assert all(len(case.samples["step_s"]) == 2 and "huge_bytes" in case.facts for case in record.cases)
+    assert "share of the time" in capsys.readouterr().out
 
 
 def test_systems_without_huge_pages_are_refused(monkeypatch):
@@ -38,10 +48,18 @@ def test_systems_without_huge_pages_are_refused(monkeypatch):
         benchmark.main()
 
 
+def test_bytes_in_huge_pages_are_of_files_and_others(monkeypatch, tmp_path):
+    (tmp_path / "smaps").write_text("1-2 rw-p 0 0:0 0\nRss: 9 kB\nAnonHugePages: 2048 kB\nFilePmdMapped: 4096 kB\n")
+    monkeypatch.setattr(benchmark, "SIZES", tmp_path / "smaps")
+    assert benchmark.huge_bytes() == 6 * 2**20
+
+
 def test_the_table_compares_within_rounds():
     record = Record("huge-pages", describe_run("test"), describe_environment(torch.device("cpu")), {"name": "tiny"})
-    for pages, seconds in (("small", [0.01, 0.02, 0.04]), ("huge", [0.008, 0.01, 0.04])):
-        case = Case({"format": "plain", "context": 1000, "pages": pages, "batch_size": 1})
-        case.samples = {"step_s": [[s] for s in seconds]}
-        record.cases.append(case)
-    assert tables.huge_pages_rows(record)[1:] == [["plain", "1,000", "20.0", "10.0", "0.80"]]
+    for pages, size, seconds in (("as mapped", 0, [0.01, 0.02, 0.04]), ("huge", 2e9, [0.008, 0.01, 0.04])):
+        record.cases.append(Case({"pages": pages, "context": 1000, "batch_size": 1}, {"huge_bytes": size}))
+        record.cases[-1].samples = {"step_s": [[s] for s in seconds]}
+    assert tables.huge_pages_rows(record)[1:] == [
+        ["as mapped", "1,000", "0.00 GB", "20.0", "50.0", "1.00"],
+        ["huge", "1,000", "2.00 GB", "10.0", "100.0", "0.80"],
+    ]
