@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.checks import checked_variable
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
 from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
@@ -22,7 +24,7 @@ from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.attention import finds_used_length
-from qwen3fast.kernels.cpu import sampler
+from qwen3fast.kernels.cpu import huge_pages, sampler
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
 from qwen3fast.kernels.cpu.structures import Tiles
 from qwen3fast.model import Block, Qwen3
@@ -40,6 +42,7 @@ CHUNK_SIZES = (32, 64, 128, 256, 512)
 CPU_CHUNK_SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MAX_PROMPTS = CHUNK_SIZES[-1] // CHUNK_SIZES[0]  # that are computed together, with as many tokens as the largest chunk
 MIN_UNCACHED_TOKENS = 16  # shorter sequences without a cache are padded
+MOVE_AFTER_S = 1.0  # from building an engine until weights move to huge pages
 # torch.compile generates different code to sort fewer pairs of token and expert than this, and to sort more.
 MAX_SORTED_PAIRS = 2**14
 
@@ -218,13 +221,14 @@ class Parts:
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
         if decode_layers is not None:
             is_auto = compiler.thread is not None
-            if not is_auto:
-                move_to_huge_pages(model, cache)
             forms.decide(may_measure=not is_auto)
             if is_auto:
                 measure = partial(forms.measure_ahead, torch.get_num_threads(), compiler.quiet)
                 fit = partial(fit_weights, model, decode_layers)
-                compiler.when_loaded = partial(_after_loading, model, cache, compiler.quiet, fit, measure)
+                compiler.when_loaded = partial(_after_loading, model, cache, compiler, fit, measure)
+            else:
+                checked_variable(huge_pages.VARIABLE)
+                _move_later(model, cache)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
             forms=forms,
@@ -281,22 +285,42 @@ def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
         layers.read_weights(model)
 
 
-def move_to_huge_pages(model: Qwen3, cache: StaticKVCache) -> None:
-    """Have the system move weights and cache into huge pages, where it can. Steps may run meanwhile."""
-    tensors = (*model.parameters(), *model.buffers(), *cache.tensors())
-    use_huge_pages(tensors, partial(free_bytes, torch.device("cpu")))
+def move_to_huge_pages(model: Qwen3, cache: StaticKVCache, is_wanted: Callable[[], bool] = lambda: True) -> None:
+    """Have the system move weights and cache into huge pages, where it can. Steps may run meanwhile.
+
+    is_wanted: whether to go on, while files are copied.
+    """
+
+    def free() -> int | None:
+        return free_bytes(torch.device("cpu")) if is_wanted() else 0
+
+    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()), free)
+
+
+def _move_later(model: Qwen3, cache: StaticKVCache) -> None:
+    """Do it in a thread, unless both are gone by then: the first token need not wait for it."""
+    references = weakref.ref(model), weakref.ref(cache)
+
+    def move() -> None:
+        model, cache = references[0](), references[1]()
+        if model is not None and cache is not None:
+            move_to_huge_pages(model, cache)
+
+    timer = threading.Timer(MOVE_AFTER_S, move)
+    timer.name, timer.daemon = "qwen3fast-huge-pages", True  # it ends with the program
+    timer.start()
 
 
 def _after_loading(
     model: Qwen3,
     cache: StaticKVCache,
-    quiet: AbstractContextManager[Any],
+    compiler: StepCompiler,
     fit: Callable[[], None],
     measure: Callable[[], None],
 ) -> None:
-    with quiet:  # between two steps
+    with compiler.quiet:  # between two steps
         fit()
-    move_to_huge_pages(model, cache)
+    move_to_huge_pages(model, cache, lambda: compiler.thread is not None)
     measure()
 
 

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import mmap
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,10 +21,12 @@ HUGE_PAGE = 2**21  # bytes, on x86-64 and on ARM with pages of 4 KiB
 MAX_GAP = 2**13  # between two allocations that lie side by side: the allocator's header, and the end of a page
 PIECE = 64 * HUGE_PAGE  # bytes of a file that are copied at once: so many more are in use meanwhile
 MAX_SHARE = 0.75  # of the free memory that copies of files may take
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # the one in brackets is in use
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPPINGS = Path("/proc/self/maps")
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux; the latter since 6.1
-MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+MREMAP_MAYMOVE, MREMAP_FIXED, MAP_FIXED_NOREPLACE = 1, 2, 0x100000
+FAILED = ctypes.c_void_p(-1).value  # an address
+_one_at_a_time = threading.Lock()  # engines may share weights
 
 Range = tuple[int, int]  # addresses of the first byte and of the one after the last
 
@@ -31,20 +34,27 @@ Range = tuple[int, int]  # addresses of the first byte and of the one after the 
 def use_huge_pages(tensors: Iterable[Tensor], free_bytes: Callable[[], int | None] = lambda: None) -> int:
     """Have the system move the memory of tensors into huge pages (2 MiB), where it can; contents and addresses stay.
 
-    Pages of files, which few systems can move, are copied into new memory at the same addresses, if there is enough:
+    Pages of files, which few systems can move, are copied into new memory at the same addresses, if enough is free:
     afterwards they are the process's own, no longer shared with other processes that map the file.
     Nothing happens on systems other than Linux, where the system refuses, and with QWEN3FAST_HUGE_PAGES=0. Other
     threads may read the tensors meanwhile, and write those that are not mapped from a file.
     free_bytes: returns the bytes of memory that can be allocated now; None for an unknown number.
-    Returns: the number of bytes that lie in huge pages now.
+    Returns: the number of bytes that were moved or copied.
     Raises: ValueError as `checked_variable`.
     """
     if checked_variable(VARIABLE) == "0" or sys.platform != "linux":
         return 0
+    storages = [x.untyped_storage() for x in tensors if x.device.type == "cpu"]  # in use until the end
+    with _one_at_a_time:
+        moved = _move(whole_pages((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages), free_bytes)
+    logger.info("%.2f GB moved to huge pages", moved / 1e9)
+    return moved
+
+
+def _move(pages: list[Range], free_bytes: Callable[[], int | None]) -> int:
     libc = ctypes.CDLL(None)
-    storages = (x.untyped_storage() for x in tensors if x.device.type == "cpu")
     moved, refused = 0, list[Range]()
-    for begin, end in whole_pages((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
+    for begin, end in pages:
         address, size = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
         libc.madvise(address, size, MADV_HUGEPAGE)
         if libc.madvise(address, size, MADV_COLLAPSE) == 0:
@@ -53,8 +63,7 @@ def use_huge_pages(tensors: Iterable[Tensor], free_bytes: Callable[[], int | Non
             refused.append((begin, end))
     if refused and is_enabled():
         files = list(private_files())
-        moved += copy_files([common for pages in refused for common in shared(pages, files)], free_bytes)
-    logger.info("%.2f GB in huge pages", moved / 1e9)
+        moved += copy_files([common for one in refused for common in shared(one, files)], free_bytes)
     return moved
 
 
@@ -70,16 +79,28 @@ def whole_pages(allocations: Iterable[Range]) -> list[Range]:
 
 
 def is_enabled() -> bool:
-    """Return whether the system gives huge pages to memory that asks for them."""
+    """Return whether the system gives huge pages, of the size that is assumed here, to memory that asks for them."""
     try:
-        return "[never]" not in ENABLED.read_text(encoding="ascii")
-    except OSError:
+        if int(_setting("hpage_pmd_size")) != HUGE_PAGE:
+            return False
+        own = f"hugepages-{HUGE_PAGE // 1024}kB/enabled"  # of this size; newer systems have a setting for each
+        setting = _setting(own) if (SETTINGS / own).is_file() else "[inherit]"
+        return "[never]" not in (_setting("enabled") if "[inherit]" in setting else setting)
+    except (OSError, ValueError):
         return False
+
+
+def _setting(name: str) -> str:
+    return (SETTINGS / name).read_text(encoding="ascii")
 
 
 def private_files() -> Iterator[Range]:
     """Yield the memory that is mapped from files, for this process alone to write."""
-    for line in MAPPINGS.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = MAPPINGS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a sandbox without /proc
+        return
+    for line in lines:
         addresses, access, _, _, inode = line.split()[:5]
         if access == "rw-p" and inode != "0":
             begin, end = addresses.split("-")
@@ -93,10 +114,10 @@ def shared(pages: Range, others: Iterable[Range]) -> list[Range]:
 
 
 def copy_files(files: list[Range], free_bytes: Callable[[], int | None]) -> int:
-    """Copy huge pages of mapped files into new memory, as far as a quarter of the free memory stays free.
+    """Copy huge pages of mapped files into new memory, as long as a quarter of the free memory stays free.
 
-    Nothing is copied if all of it would take more. free_bytes: is asked before each piece, since other processes, such
-    as further ranks, may copy theirs meanwhile.
+    Nothing is copied if all of it would take more at first. free_bytes: is asked again before each piece, since other
+    processes, such as further ranks, may copy theirs meanwhile.
     Returns: the number of bytes that were copied.
     """
     needed, free = sum(end - begin for begin, end in files), free_bytes()
@@ -121,18 +142,28 @@ def copy(start: int, size: int) -> bool:
     """
     libc = ctypes.CDLL(None)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
-    failed = ctypes.c_void_p(-1).value
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    room = libc.mmap(None, ctypes.c_size_t(size + HUGE_PAGE), protection, flags, -1, ctypes.c_size_t(0))
-    if room == failed:
+    nowhere = (-1, ctypes.c_size_t(0))  # no file, and no place in it
+    room = libc.mmap(None, ctypes.c_size_t(size + HUGE_PAGE), protection, flags, *nowhere)
+    if room == FAILED:
         return False
     end, new = room + size + HUGE_PAGE, -(-room // HUGE_PAGE) * HUGE_PAGE
     length, source, target = ctypes.c_size_t(size), ctypes.c_void_p(new), ctypes.c_void_p(start)
-    libc.madvise(source, length, MADV_HUGEPAGE)
-    libc.memmove(source, target, length)
-    libc.madvise(source, length, MADV_COLLAPSE)  # where memory was in too small pieces at first
-    is_moved = bool(libc.mremap(source, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, target) != failed)
-    for first, last in [(room, new), (new + size, end)] if is_moved else [(room, end)]:
-        if first < last:
-            libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first))
+    unused = [(room, end)]
+    try:
+        libc.madvise(source, length, MADV_HUGEPAGE)
+        libc.memmove(source, target, length)
+        libc.madvise(source, length, MADV_COLLAPSE)  # where memory was in too small pieces at first
+        is_moved = bool(libc.mremap(source, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, target) != FAILED)
+        if is_moved:
+            unused = [(room, new), (new + size, end)]
+        elif (again := libc.mmap(target, length, protection, flags | MAP_FIXED_NOREPLACE, *nowhere)) == start:
+            # The system had removed the file's pages before it ran out of memory. Otherwise they are still there.
+            libc.memmove(target, source, length)
+        elif again != FAILED:  # before Linux 4.17, at another address
+            unused.append((again, again + size))
+    finally:
+        for first, last in unused:
+            if first < last:
+                libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first))
     return is_moved
