@@ -36,25 +36,27 @@ def free_bytes(device: torch.device) -> int | None:
 def _left_in_groups() -> list[int]:
     """Return what each control group above the process lets it use; pages of files in memory make room."""
     try:
-        lines = [line.split(":", 2) for line in GROUP.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in GROUP.read_text(errors="replace").splitlines()]
     except OSError:
         return []
-    left = []
+    left, limits = [], tuple[str, ...]()
     for number, controllers, name in lines:
         if number == "0":  # version 2
-            root, limit, used, total = GROUPS, "max", "current", ""
+            root, limits, used, total = GROUPS, ("max", "high"), "current", ""
         elif "memory" in controllers.split(","):  # version 1
-            root, limit, used, total = GROUPS / "memory", "limit_in_bytes", "usage_in_bytes", "total_"
+            root, limits, used, total = GROUPS / "memory", ("limit_in_bytes",), "usage_in_bytes", "total_"
         else:
             continue
         # Inside of a container, the name may be of a folder outside; the container's own is the root then.
         for group in (folder := root / name.strip("/"), *folder.parents[: len(folder.parts) - len(root.parts)]):
-            try:
-                files = sum(_field(group / "memory.stat", f"{total}{state}_file") for state in ("active", "inactive"))
-                most, now = (int((group / f"memory.{file}").read_text()) for file in (limit, used))
-            except (OSError, StopIteration, ValueError):  # no such folder, or no limit ("max")
-                continue
-            left.append(max(0, most - now + files))
+            for limit in limits:
+                try:
+                    states = (f"{total}{state}_file" for state in ("active", "inactive"))
+                    files = sum(_field(group / "memory.stat", state) for state in states)
+                    most, now = (int((group / f"memory.{file}").read_text()) for file in (limit, used))
+                except (OSError, StopIteration, ValueError):  # no such folder, or no limit ("max")
+                    continue
+                left.append(max(0, most - now + files))
     return left
 
 

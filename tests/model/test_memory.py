@@ -42,6 +42,10 @@ def old_group(folder, limit, used, files):
 WHOLE = 8 * GB // 1024 * 1024
 CASES = {
     "no groups": ({}, WHOLE),
+    "a limit that slows down": (
+        {"cgroup": "0::/a", **group("groups/a", "max", GB, 0), "groups/a/memory.high": 3 * GB},
+        2 * GB,
+    ),
     "a limit": ({"cgroup": "0::/a/b", **group("groups/a/b", 3 * GB, 2 * GB, GB // 2)}, 3 * GB // 2),
     "a limit above": ({"cgroup": "0::/a/b", **group("groups/a/b", "max", 0, 0), **group("groups/a", GB, 0, 0)}, GB),
     "a limit of all memory": ({"cgroup": "0::/a", **group("groups/a", 50 * GB, 0, 0)}, WHOLE),
