@@ -28,9 +28,9 @@ from qwen3fast.quantization.convert import plain_experts, plain_modules
 COMPANIONS = (*SMALL_FILES, *VOCAB_FILES)  # of a checkpoint, besides weights and config.json
 BODY = {"architectures": ["Qwen3Model"]}  # without an output projection
 CACHE_LINE = 64  # bytes
-NAMES = {  # in headers of safetensors
-    torch.float32: "F32", torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8",
+NAMES = {  # in headers of safetensors, in the order of tensors
+    torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 
 
@@ -81,15 +81,17 @@ def aligning_metadata(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return metadata that lets the tensors of a safetensors file begin at a cache line, on disk and when it is mapped.
 
     Vectors that begin elsewhere lie in two lines, and reading them takes two reads. A file holds the length of its
-    header in 8 bytes, the header in JSON, and the tensors without gaps: wider dtypes first, then by name. Of a dtype
-    that is not in `NAMES`, or in another order, a file is as right, but may not be aligned.
+    header in 8 bytes, the header in JSON, and the tensors without gaps, by dtype and name: the first one begins at a
+    line, and so do those behind tensors of whole lines. A file with another dtype, or in another order, is as right,
+    but may not be aligned.
     """
     header: dict[str, Any] = {"__metadata__": (metadata := {"format": "pt", "spaces": ""})}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        begin, end = end, end + tensor.nbytes
-        dtype = NAMES.get(tensor.dtype, "")
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    end, order = 0, list(NAMES)
+    known = [(order.index(x.dtype) if x.dtype in order else len(order), name) for name, x in tensors.items()]
+    for _, name in sorted(known):
+        begin, end = end, end + tensors[name].nbytes
+        dtype = NAMES.get(tensors[name].dtype, "")
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     length = len(json.dumps(header, separators=(",", ":")))
     return metadata | {"spaces": " " * (-(8 + length) % CACHE_LINE)}
 

@@ -371,7 +371,7 @@ def test_saved_model_loads_as_it_was(format, tied, dtype, tmp_path):
 
 @formats
 @pytest.mark.parametrize("tied", [True, False])
-def test_tensors_of_a_saved_model_begin_at_a_cache_line(format, tied, tmp_path):
+def test_the_first_tensor_of_a_saved_model_begins_at_a_cache_line(format, tied, tmp_path):
     save_model(quantized_model(format, tie_word_embeddings=tied), tmp_path)
     header_bytes = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     assert (8 + header_bytes) % CACHE_LINE == 0
