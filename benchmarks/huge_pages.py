@@ -3,7 +3,7 @@
     python benchmarks/huge_pages.py --model FOLDER --output bench_results/huge-pages.json
 
 The checkpoint is loaded twice: one copy's weights and cache stay in the pages where the system has put them
-(QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns. How a file came into memory decides about the size of its
+(QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns. How a file came into memory decides the size of its
 pages, and whether they lie side by side: those of a file that was written a moment ago are the best. `huge_bytes` is
 what lay in huge pages.
 """

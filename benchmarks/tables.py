@@ -176,7 +176,7 @@ def shared_cores_rows(record: Record) -> Rows:
 
 def huge_pages_rows(record: Record) -> Rows:
     """A row per context and kind of pages: speed, and the time of a step by the other kind's, round by round."""
-    rows = [["pages", "context", "in huge pages", "ms per step", "tokens/s", "share of the time"]]
+    rows = [["pages", "context", "in huge pages", "ms per step", "tokens/s", "time / as mapped"]]
     for (context,) in unique(record, "context"):
         first = None
         for case in (case for case in record.cases if case.labels["context"] == context):

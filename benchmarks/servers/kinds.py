@@ -100,7 +100,7 @@ def _transformers(name: str, *options: str) -> Kind:
 
 KINDS = (
     _ours("bf16", "bf16 weights and cache"),
-    _ours("int4", "int4 weights, a scale per 32 (4.5 bits per weight), all matrices; bf16 cache"),
+    _ours("int4", "int4 weights, a scale per 32 (4.26 bits per weight), all matrices; bf16 cache"),
     _llama("bf16", "bf16 weights, fp16 cache"),
     _llama("int4", "Q4_0 (4.5 bits per weight), all matrices (--pure); fp16 cache"),
     _transformers("transformers serve"),

@@ -38,7 +38,7 @@ def test_one_checkpoint_is_measured_in_both_kinds_of_pages(monkeypatch, tmp_path
         product((4, 9), ("as mapped", "huge"))
     )
     assert all(len(case.samples["step_s"]) == 2 and "huge_bytes" in case.facts for case in record.cases)
-    assert "share of the time" in capsys.readouterr().out
+    assert "time / as mapped" in capsys.readouterr().out
 
 
 def test_systems_without_huge_pages_are_refused(monkeypatch):
