@@ -4,8 +4,8 @@
 
 The checkpoint is loaded twice: one copy's weights and cache stay in the pages where the system has put them
 (QWEN3FAST_HUGE_PAGES=0). Both generate greedily, in turns. How a file came into memory decides the size of its
-pages, and whether they lie side by side: those of a file that was written a moment ago are the best. `huge_bytes` is
-what lay in huge pages.
+pages, and whether they lie side by side; files that were written a moment ago lie best. `huge_bytes` is what lay in
+huge pages.
 """
 
 from __future__ import annotations

@@ -120,8 +120,11 @@ def test_switch_leaves_memory_alone(monkeypatch):
     monkeypatch.setenv(huge_pages.VARIABLE, "0")
     assert use_huge_pages([torch.ones(8 * HUGE_PAGE, dtype=torch.uint8)]) == 0
     monkeypatch.setenv(huge_pages.VARIABLE, "off")
-    with pytest.raises(ValueError, match="QWEN3FAST_HUGE_PAGES must be '1' or '0', or unset, got 'off'"):
+    message = "QWEN3FAST_HUGE_PAGES must be '1' or '0', or unset, got 'off'"
+    with pytest.raises(ValueError, match=message):
         use_huge_pages([])
+    with pytest.raises(ValueError, match=message):  # at once, not in the thread that moves memory
+        Generator.from_pretrained("tiny", dtype="bfloat16", compile=True)
 
 
 @linux_only
