@@ -37,7 +37,7 @@ from qwen3fast.bench.table import as_text
 from qwen3fast.checkpoint.source import TINY_FOLDER, resolve_source
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear, fit_scales
 from qwen3fast.text.tokenizer import Tokenizer as OurTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -117,6 +117,7 @@ def measure(args: argparse.Namespace, record: Record) -> None:
             model = with_head_in_8_bits(model, exact)
         if quantization is not None:
             record.cases += error_cases(weights, "layer", layer_errors(exact, model, tokens))
+            fit_scales(model)  # as engines do, before bytes are counted
         for name, cache_dtype in ((weights, "auto"), (f"{weights}-kv8", "int8")):
             if cache_dtype == "int8":
                 record.cases += error_cases(name, "cache", cache_errors(model, tokens))

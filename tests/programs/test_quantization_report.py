@@ -37,3 +37,10 @@ def test_errors_of_layers_cache_and_model_are_cases_that_a_record_keeps():
     assert all(0 < m["logit_error"].median < 0.2 for m in (int8, kv8))
     rows = tables.quantization_rows(record)
     assert [row[0] for row in rows[1:]] == ["int8", "bf16-kv8", "bf16"] and all(row[1] for row in rows[1:])
+
+
+def test_the_cache_does_not_change_the_bytes_of_weights():
+    record = load_record(RESULTS / "quantization-tiny.json")
+    sizes = {case.labels["format"]: case.facts["weight_bytes"] for case in record.cases if "weight_bytes" in case.facts}
+    assert len(sizes) > 8
+    assert all(sizes[name] == sizes[name.removesuffix("-kv8")] for name in sizes)
