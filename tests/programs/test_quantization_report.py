@@ -1,14 +1,17 @@
 """tools/quantization_report.py on a small model: what becomes a case of the record."""
 
+from pathlib import Path
+
 import quantization_errors
 import tables
 import torch
 from conftest import randomized, small_config
 
-from qwen3fast.bench.record import Record
+from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.suites.quantization import logits_through_cache
 from qwen3fast.quantization.convert import quantize_model
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024}
 
 
