@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tables
 import torch
+from comparison import finish_without_picture
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
@@ -24,8 +25,7 @@ from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import TokenCheck, check_tokens, make_prompts
 from qwen3fast.bench.options import counts
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import Case, Label, Record, write_json
-from qwen3fast.bench.table import as_text
+from qwen3fast.bench.record import Case, Label, Record
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.engine import Engine
 from qwen3fast.engine.state import RowSampling, StepKind
@@ -134,11 +134,7 @@ def main() -> int:
                 harness.measure(tasks_of(args, engine, format, rows, record), args.rounds, f"{format}, batch {rows}")
             engine.close()
     harness.finish()
-    record.cases = [case for case in record.cases if case.samples]
-    write_json(record.to_dict(), args.output)
-    print(as_text(tables.adapters_rows(record), left=1))
-    print(f"wrote {args.output}")
-    return 130 if record.interrupted else 0
+    return finish_without_picture(record, args.output, tables.adapters_rows, left=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The end of a comparison with other software: record, table and picture are written, and what was noisy is said."""
+"""The end of a benchmark: record and table, of comparisons with other software a picture and what was noisy as well."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def finish(record: Record, output: Path, rows: Callable[[Record], Rows], draw: C
     save(draw(record), picture)
     tell(f"wrote {output} and {picture}")
     return 130 if record.interrupted else int(not record.passed)
+
+
+def finish_without_picture(record: Record, output: Path, rows: Callable[[Record], Rows], left: int) -> int:
+    """Write the record to `output`, without cases that have no sample, and print its table.
+
+    left: columns of names in `rows`. Returns: the exit status, 130 if the benchmark was interrupted.
+    """
+    record.cases = [case for case in record.cases if case.samples]
+    write_json(record.to_dict(), output)
+    print(as_text(rows(record), left=left))
+    print(f"wrote {output}")
+    return 130 if record.interrupted else 0

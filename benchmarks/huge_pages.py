@@ -17,9 +17,11 @@ import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import tables
 import torch
+from comparison import finish_without_picture
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
@@ -27,8 +29,7 @@ from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import make_prompts
 from qwen3fast.bench.options import counts
 from qwen3fast.bench.probes import BandwidthProbe
-from qwen3fast.bench.record import Case, Record, write_json
-from qwen3fast.bench.table import as_text
+from qwen3fast.bench.record import Case, Record
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels.cpu.huge_pages import VARIABLE, is_enabled
 
@@ -64,6 +65,7 @@ def parse() -> argparse.Namespace:
 def measure(args: argparse.Namespace, folder: Path, harness: Harness) -> None:
     """Load both copies and measure them."""
     with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ))  # as it was, afterwards
         generators, facts = {}, {}
         for value, pages in PAGES.items():
             os.environ[VARIABLE] = value
@@ -85,28 +87,19 @@ def main() -> int:
     args = parse()
     if not is_enabled():
         raise SystemExit("the system gives no huge pages; see /sys/kernel/mm/transparent_hugepage/enabled")
-    device, before = torch.device("cpu"), os.environ.get(VARIABLE)
+    device = torch.device("cpu")
     run = describe_run("python benchmarks/huge_pages.py")
     record = Record("huge-pages", run, describe_environment(device), {"name": Path(args.model).name})
     probe = BandwidthProbe(device)
     harness = Harness(record, [lambda: {"bandwidth_gb_s": probe.measure()}], rng=random.Random(0))
     with tempfile.TemporaryDirectory() as temporary, interruptible(record):
         folder = Path(args.model)
-        try:
-            if not folder.is_dir():
-                folder = Path(temporary) / "model"
-                save_model(load_model(args.model, "cpu"), folder)
-            measure(args, folder, harness)
-        finally:
-            os.environ.pop(VARIABLE, None)
-            if before is not None:
-                os.environ[VARIABLE] = before
+        if not folder.is_dir():
+            folder = Path(temporary) / "model"
+            save_model(load_model(args.model, "cpu"), folder)
+        measure(args, folder, harness)
     harness.finish()
-    record.cases = [case for case in record.cases if case.samples]
-    write_json(record.to_dict(), args.output)
-    print(as_text(tables.huge_pages_rows(record), left=1))
-    print(f"wrote {args.output}")
-    return 130 if record.interrupted else 0
+    return finish_without_picture(record, args.output, tables.huge_pages_rows, left=1)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import tables
 import torch
+from comparison import finish_without_picture
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.harness import Harness, Measurement, Task, interruptible
 from qwen3fast.bench.measure import make_prompts
-from qwen3fast.bench.record import Case, Record, write_json
-from qwen3fast.bench.table import as_text
+from qwen3fast.bench.record import Case, Record
 from qwen3fast.engine.threads import SparedThreads
 
 PROMPT_TOKENS = 32  # before decoding
@@ -127,11 +127,7 @@ def main() -> int:
                         tasks.append(Task(case, partial(generate, generator, prompt, new_tokens, programs)))
                 harness.measure(tasks, args.rounds, format)
     harness.finish()
-    record.cases = [case for case in record.cases if case.samples]
-    write_json(record.to_dict(), args.output)
-    print(as_text(tables.shared_cores_rows(record), left=3))
-    print(f"wrote {args.output}")
-    return 130 if record.interrupted else 0
+    return finish_without_picture(record, args.output, tables.shared_cores_rows, left=3)
 
 
 if __name__ == "__main__":

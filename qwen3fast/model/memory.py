@@ -39,7 +39,8 @@ def _left_in_groups() -> list[int]:
         lines = [line.split(":", 2) for line in GROUP.read_text(errors="replace").splitlines()]
     except OSError:
         return []
-    left, limits = [], tuple[str, ...]()
+    limits: tuple[str, ...]
+    left = []
     for number, controllers, name in lines:
         if number == "0":  # version 2
             root, limits, used, total = GROUPS, ("max", "high"), "current", ""

@@ -138,6 +138,7 @@ def copy_files(files: list[Range], free_bytes: Callable[[], int | None]) -> int:
 def copy(start: int, size: int) -> bool:
     """Copy whole huge pages into new memory, which takes their place. Returns whether the system allowed it.
 
+    start: the first address. size: in bytes.
     The system exchanges them at once: other threads read the same bytes before, after and meanwhile.
     """
     libc = ctypes.CDLL(None)
