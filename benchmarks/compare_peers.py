@@ -1,4 +1,4 @@
-"""Speed of qwen3fast beside other engines on the same random weights in Qwen3-0.6B's shape, taking turns.
+"""Speed of qwen3fast beside other engines on the same random weights in a Qwen3's shape, taking turns.
 
     python benchmarks/compare_peers.py --setup       # environments and converted weights, once (builds: some minutes)
     python benchmarks/compare_peers.py --output benchmarks/results/peers-0.6b.json
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from comparison import finish
-from peers.checkpoint import SOURCE
 from peers.field import CHECK_PROMPT, CHECK_STEPS, Field
 from peers.picture import draw
 from peers.protocol import CACHE, FORMATS
@@ -153,7 +152,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of every engine [one per core]")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of every engine; cuda is untested "
                         "[%(default)s]")  # fmt: skip
-    parser.add_argument("--weights", type=Path, default=CACHE / "random-0.6b", help="folder [%(default)s]")
+    parser.add_argument("--model", default="random:0.6b", help="a model with random weights [%(default)s]")
+    parser.add_argument("--weights", type=Path, help=f"folder of its weights for all engines [in {CACHE}, by model]")
     parser.add_argument("--setup", action="store_true", help="make what is missing; measure nothing")
     parser.add_argument("--output", type=Path, default=Path("bench_results/peers.json"), help="[%(default)s]")
     args = parser.parse_args(arguments)
@@ -164,6 +164,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prefill {args.prefill} is among --contexts; choose another length")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
+    args.weights = args.weights or CACHE / args.model.replace(":", "-")
     args.peers, args.not_run = split_by_device(args.peers, args.device)
     return args
 
@@ -174,7 +175,7 @@ def measure(args: argparse.Namespace) -> Record:
     args.vocab_size = config.vocab_size
     device = torch.device(args.device)
     notes = {"engines": [], "not_run": args.not_run, "order_seed": ORDER_SEED}
-    model = {"name": SOURCE, "parameters": config.num_parameters}
+    model = {"name": args.model, "parameters": config.num_parameters}
     record = Record("peers", describe_run("python benchmarks/compare_peers.py"), describe_environment(device), model)
     record.notes = notes
     tell(where_measured(record))

@@ -40,7 +40,7 @@ class Field:
         for number, (name, peer, variant) in enumerate(engines, 1):
             tell(f"{format}: loading {name} ({number} of {len(engines)})")
             python, module = (peer.python, peer.module) if peer else (Path(sys.executable), "ours")
-            model = peer.model_path(variant) if peer else args.weights / variant.folder
+            model = peer.model_path(variant, args.weights) if peer else args.weights / variant.folder
             full = f"{name} {format}"
 
             def start() -> Worker:

@@ -45,6 +45,7 @@ PEER = Peer(
     pip_environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     # A wheel in the cache may have been built with other options.
     pip_options=("--no-cache-dir", "--no-binary", "llama-cpp-python"),
+    source="BF16",
 )
 
 AVX2_FLAGS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")
@@ -67,7 +68,7 @@ PEER_WITHOUT_AMX = built_for("llama-cpp-no-amx", AVX2_FLAGS + AVX512_FLAGS, cpu_
 PEER_OF_AVX2 = built_for("llama-cpp-avx2", AVX2_FLAGS, cpu_level="avx2")
 
 # transformers' names, without "model." and ".weight", to GGUF's.
-OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
+OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 IN_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -84,17 +85,17 @@ IN_LAYER = {
 
 
 def convert(variant: str, checkpoint: Path, target: Path) -> None:
-    """Write `target`/model.gguf in the variant's format."""
+    """Write `target`/model.gguf in the variant's format; all but BF16 are made of the file in BF16 beside it."""
     import llama_cpp
 
-    if variant == "BF16":
+    if variant == PEER.source:
         write_gguf(checkpoint, target / FILE)
         return
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix('-Q6_K')}")
     # Otherwise the embedding, which is also the output projection, is kept in 6 bits.
     params.pure = variant == "Q4_0"
-    source = PEER.model_path(PEER.variants[0]) / FILE
+    source = target.with_name(PEER.source) / FILE
     if llama_cpp.llama_model_quantize(bytes(source), bytes(target / FILE), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantize {source} to {variant}")
 
@@ -105,7 +106,6 @@ def write_gguf(checkpoint: Path, path: Path, words: list[str] | None = None) -> 
     words: of its tokens, in the byte-level alphabet, each a token of its own in a prompt; None writes no tokenizer.
     """
     import gguf
-    import numpy as np
 
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "qwen3")
@@ -130,8 +130,21 @@ def write_gguf(checkpoint: Path, path: Path, words: list[str] | None = None) -> 
         writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
         writer.add_token_merges([f"{words[0][:1]} {words[0][1:2]}"])  # required, and without effect on these words
         writer.add_add_bos_token(False)
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        add_tensors(writer, file)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tensors(writer: Any, path: Path) -> None:
+    """Add a safetensors file's tensors to a gguf.GGUFWriter: matrices in bfloat16, norm weights in fp32."""
+    import gguf
+    import numpy as np
+
     # NumPy has no bfloat16, so safetensors' NumPy reader cannot be used: the file is a length, a JSON header, and data.
-    file = np.memmap(checkpoint / "model.safetensors", dtype=np.uint8, mode="r")
+    file = np.memmap(path, dtype=np.uint8, mode="r")
     begin = 8 + int(file[:8].view(np.uint64)[0])
     header = json.loads(bytes(file[8:begin]))
     for name, entry in header.items():
@@ -146,10 +159,6 @@ def write_gguf(checkpoint: Path, path: Path, words: list[str] | None = None) -> 
         else:
             rows = data.reshape(entry["shape"][0], -1)
             writer.add_tensor(gguf_name(name), rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def gguf_name(name: str) -> str:

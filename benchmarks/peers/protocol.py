@@ -65,6 +65,7 @@ class Peer:
     module: the adapter. requirements: for pip, with pip_environment and pip_options; pip_remove: packages to uninstall
     again. packages: whose versions are recorded. devices: on which it takes part. cpu_flag: an instruction set without
     which there is no reason to run it. cpu_level: the level that QWEN3FAST_CPU_LEVEL must pin, of a peer built for it.
+    source: the weights that others are made of.
     """
 
     name: str
@@ -78,15 +79,16 @@ class Peer:
     devices: tuple[str, ...] = ("cpu",)
     cpu_flag: str = ""
     cpu_level: str = ""
+    source: str = ""
 
     @property
     def python(self) -> Path:
         """The interpreter of the peer's environment."""
         return CACHE / self.name / "env" / "bin" / "python"
 
-    def model_path(self, variant: Variant) -> Path:
-        """Return the folder of a variant's converted weights."""
-        return CACHE / self.name / variant.folder
+    def model_path(self, variant: Variant, weights: Path) -> Path:
+        """Return the folder of a variant's converted weights. weights: the folder of all weights of a model."""
+        return weights / self.name / variant.folder
 
     def setup(self) -> None:
         """Create the environment if it is missing. Building may take minutes."""
@@ -100,9 +102,9 @@ class Peer:
             subprocess.run([self.python, "-m", "pip", "uninstall", "--yes", *self.pip_remove], check=True)
         done.write_text(repr(self.requirements))
 
-    def convert(self, variant: Variant, checkpoint: Path) -> None:
+    def convert(self, variant: Variant, weights: Path) -> None:
         """Write the variant's weights if they are missing. An interrupted conversion leaves nothing behind."""
-        target = self.model_path(variant)
+        target = self.model_path(variant, weights)
         if target.is_dir():
             return
         unfinished = target.with_name(f".{target.name}.unfinished")
@@ -114,15 +116,15 @@ class Peer:
             f"peers.{self.module}",
             "convert",
             target.name,
-            checkpoint,
+            weights / "bf16",
             unfinished,
         ]
         subprocess.run(command, check=True, env=environment())
         unfinished.rename(target)
 
-    def is_ready(self, variant: Variant) -> bool:
+    def is_ready(self, variant: Variant, weights: Path) -> bool:
         """Return True if environment and weights exist."""
-        return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant).is_dir()
+        return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant, weights).is_dir()
 
 
 def link_checkpoint(variant: str, checkpoint: Path, target: Path) -> None:

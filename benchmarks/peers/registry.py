@@ -58,17 +58,16 @@ def split_by_device(peers: list[str], device: str) -> tuple[list[str], dict[str,
 
 def set_up(args: argparse.Namespace) -> int:
     """Make all that the measurement needs and that is missing. Returns: the exit status, 1 if a peer failed."""
-    write_checkpoint(args.weights)
+    write_checkpoint(args.model, args.weights)
     status = 0
     for peer in (PEERS[name] for name in args.peers):
         tell(f"{peer.name}: environment in {peer.python.parent.parent}")
         try:
             peer.setup()
-            # Some of a peer's formats are made of its bfloat16 one.
             for variant in peer.variants:
-                if variant.format in {"bf16", *args.formats}:
+                if variant.format in args.formats or variant.name == peer.source:
                     tell(f"{peer.name}: {variant.name}")
-                    peer.convert(variant, args.weights / "bf16")
+                    peer.convert(variant, args.weights)
         except (OSError, subprocess.SubprocessError) as err:  # the others are worth setting up
             tell(f"FAILED: {peer.name}: {err}", sys.stderr)
             status = 1
@@ -81,10 +80,12 @@ def require_set_up(args: argparse.Namespace) -> None:
         f"{name} {format}"
         for format in args.formats
         for name, peer, variant in selected(args.peers, format)
-        if not (peer.is_ready(variant) if peer else (args.weights / variant.folder / "config.json").is_file())
+        if not (
+            peer.is_ready(variant, args.weights) if peer else (args.weights / variant.folder / "config.json").is_file()
+        )
     ]
     if missing:
-        command = f"python benchmarks/compare_peers.py --setup --peers {','.join(args.peers)}"
+        command = f"python benchmarks/compare_peers.py --setup --model {args.model} --peers {','.join(args.peers)}"
         raise SystemExit(f"not set up: {', '.join(missing)}; run: {command} --formats {','.join(args.formats)}")
 
 

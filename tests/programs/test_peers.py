@@ -94,8 +94,14 @@ def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
 def test_what_is_not_set_up_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "CACHE", tmp_path)
     args = compare_peers.parse(["--peers", "ctranslate2", "--formats", "int8", "--weights", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --peers"):
+    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --model"):
         registry.require_set_up(args)
+
+
+def test_each_model_has_weights_of_its_own():
+    first, second = (compare_peers.parse(["--model", model]).weights for model in ("random:0.6b", "random:4b"))
+    peer = registry.PEERS["llama-cpp"]
+    assert peer.model_path(peer.variants[0], first) != peer.model_path(peer.variants[0], second)
 
 
 def test_every_peer_says_what_it_computes_in_and_names_are_told_apart():
