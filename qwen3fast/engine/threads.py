@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwen3fast.checks import checked_integer
+from qwen3fast.model.memory import control_groups
 
 Result = TypeVar("Result")
 SYSTEM = Path("/sys")
@@ -94,7 +95,8 @@ def checked_threads(threads: int | None) -> int | None:
 def num_cores(system: Path = SYSTEM) -> int:
     """Return the number of cores that this process may use, at least 1.
 
-    They are limited by CPU affinity and the container's quota. system: the folder where the kernel's files are mounted.
+    They are limited by CPU affinity and the quotas of control groups, as containers set them. system: the folder where
+    the kernel's files are mounted.
     """
     cores = len(usable_cores(system))
     return max(1, min(cores, _quota(system) or cores))
@@ -129,9 +131,14 @@ def usable_cpus() -> set[int]:
 
 
 def _quota(system: Path) -> int | None:
-    """Return the container's CPU quota in CPUs, rounded up; None without one (cgroup v2)."""
-    try:
-        limit, period = (system / "fs/cgroup/cpu.max").read_text("ascii").split()
-        return None if limit == "max" else -(-int(limit) // int(period))
-    except (OSError, ValueError):
-        return None
+    """Return the smallest CPU quota of the process's control groups in CPUs, rounded up; None without one."""
+    quotas = []
+    for version, group in control_groups("cpu", system / "fs/cgroup"):
+        files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            limit, period = (int(n) for file in files for n in (group / file).read_text("ascii").split())
+        except (OSError, ValueError):  # no such folder, or no limit ("max")
+            continue
+        if limit > 0 and period > 0:  # version 1 has -1 for no limit
+            quotas.append(-(-limit // period))
+    return min(quotas, default=None)

@@ -1,8 +1,9 @@
-"""The memory that a device has left."""
+"""The memory that a device has left, and the control groups that limit this process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,31 +34,39 @@ def free_bytes(device: torch.device) -> int | None:
     return min((available, *_left_in_groups()))
 
 
-def _left_in_groups() -> list[int]:
-    """Return what each control group above the process lets it use; pages of files in memory make room."""
+def control_groups(controller: str, mounts: Path | None = None) -> Iterator[tuple[int, Path]]:
+    """Yield version and folder of each control group of Linux that this process is in, the innermost first.
+
+    controller: "memory" or "cpu". mounts: the folder where groups are mounted.
+    """
+    mounts = mounts or GROUPS
     try:
         lines = [line.split(":", 2) for line in GROUP.read_text(errors="replace").splitlines()]
     except OSError:
-        return []
-    limits: tuple[str, ...]
-    left = []
+        return
     for number, controllers, name in lines:
-        if number == "0":  # version 2
-            root, limits, used, total = GROUPS, ("max", "high"), "current", ""
-        elif "memory" in controllers.split(","):  # version 1
-            root, limits, used, total = GROUPS / "memory", ("limit_in_bytes",), "usage_in_bytes", "total_"
-        else:
+        if number != "0" and controller not in controllers.split(","):
             continue
+        version, root = (2, mounts) if number == "0" else (1, mounts / controller)
         # Inside of a container, the name may be of a folder outside; the container's own is the root then.
         for group in (folder := root / name.strip("/"), *folder.parents[: len(folder.parts) - len(root.parts)]):
-            for limit in limits:
-                try:
-                    states = (f"{total}{state}_file" for state in ("active", "inactive"))
-                    files = sum(_field(group / "memory.stat", state) for state in states)
-                    most, now = (int((group / f"memory.{file}").read_text()) for file in (limit, used))
-                except (OSError, StopIteration, ValueError):  # no such folder, or no limit ("max")
-                    continue
-                left.append(max(0, most - now + files))
+            yield version, group
+
+
+def _left_in_groups() -> list[int]:
+    """Return what each control group of the process lets it use; pages of files in memory make room."""
+    left = []
+    for version, group in control_groups("memory"):
+        limits = ("max", "high") if version == 2 else ("limit_in_bytes",)
+        used, total = ("current", "") if version == 2 else ("usage_in_bytes", "total_")
+        for limit in limits:
+            try:
+                states = (f"{total}{state}_file" for state in ("active", "inactive"))
+                files = sum(_field(group / "memory.stat", state) for state in states)
+                most, now = (int((group / f"memory.{file}").read_text()) for file in (limit, used))
+            except (OSError, StopIteration, ValueError):  # no such folder, or no limit ("max")
+                continue
+            left.append(max(0, most - now + files))
     return left
 
 

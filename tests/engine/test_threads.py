@@ -12,6 +12,7 @@ from qwen3fast.engine import threads
 from qwen3fast.engine.compile import FORMS_KEEP_THREADS
 from qwen3fast.engine.threads import SparedThreads, num_cores, use_threads
 from qwen3fast.kernels.cpu import load
+from qwen3fast.model import memory
 
 
 @pytest.fixture
@@ -48,6 +49,25 @@ def test_affinity_counts(machine, monkeypatch):
 )
 def test_container_limit_counts(machine, limit, cores):
     (machine / "fs/cgroup/cpu.max").write_text(limit + "\n")
+    assert num_cores(machine) == cores
+
+
+@pytest.mark.parametrize(
+    ("named", "files", "cores"),
+    [
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("3:cpu,cpuacct:/a\n0::/", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("3:cpuset:/a", {"cpuset/a/cpu.cfs_quota_us": "100000", "cpuset/a/cpu.cfs_period_us": "100000"}, 4),
+    ],
+    ids=["a group above", "version 1", "version 1, without a limit", "another controller"],
+)
+def test_limits_of_the_process_s_own_control_groups_count(machine, named, files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "cgroup")
+    (tmp_path / "cgroup").write_text(named)
+    for name, text in files.items():
+        (machine / "fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (machine / "fs/cgroup" / name).write_text(text + "\n")
     assert num_cores(machine) == cores
 
 
