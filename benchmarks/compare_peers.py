@@ -8,7 +8,8 @@ take turns, one reply each, in a new random order each round; the waiting ones s
 the same prompts, new ones each round: no engine can reuse an earlier prompt's keys and values. Decode speed is measured
 at a context's length; prefill is timed up to the first token. The time of a step is a reply's mean for every engine,
 since not all report single steps. Before the rounds, each engine's greedy tokens are compared with the bfloat16 model's
-logits: engines in bfloat16 or fp16 must agree, quantized ones may differ, by a gap that the record keeps.
+logits: engines in bfloat16 or fp16 must agree, quantized ones may differ, by a gap that the record keeps. With --gguf,
+engines read the same file, and tokens are compared with our plain model of its weights.
 
 An engine that crashes or hangs is left out, and the record has the reason, as it has for engines that need another
 device. Ctrl-C and SIGTERM keep the rounds so far.
@@ -28,7 +29,7 @@ import torch
 from comparison import finish
 from peers.field import CHECK_PROMPT, CHECK_STEPS, Field
 from peers.picture import draw
-from peers.protocol import CACHE, FORMATS
+from peers.protocol import CACHE, FORMATS, GGUF
 from peers.registry import PEERS, require_set_up, selected, set_up, split_by_device, tell
 from tables import peers_rows
 
@@ -49,7 +50,7 @@ ORDER_SEED = 0
 
 def check(args: argparse.Namespace, field: Field, record: Record) -> None:
     """Compare each engine's tokens with the bfloat16 model, and note its precisions, versions and facts."""
-    plain = load_model(args.weights / "bf16", "cpu")
+    plain = load_model(args.gguf or args.weights / "bf16", "cpu")
     [prompt] = make_prompts(args.vocab_size, CHECK_PROMPT, 1, seed=1)
     idle = field.idle_shares()
     for name, _, variant in selected(args.peers, field.format):
@@ -153,6 +154,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of every engine; cuda is untested "
                         "[%(default)s]")  # fmt: skip
     parser.add_argument("--model", default="random:0.6b", help="a model with random weights [%(default)s]")
+    parser.add_argument(
+        "--gguf", type=Path, help="a GGUF file, for the engines that read one, instead of a random model"
+    )
     parser.add_argument("--weights", type=Path, help=f"folder of its weights for all engines [in {CACHE}, by model]")
     parser.add_argument("--setup", action="store_true", help="make what is missing; measure nothing")
     parser.add_argument("--output", type=Path, default=Path("bench_results/peers.json"), help="[%(default)s]")
@@ -164,14 +168,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prefill {args.prefill} is among --contexts; choose another length")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
-    args.weights = args.weights or CACHE / args.model.replace(":", "-")
+    args.weights = args.gguf or args.weights or CACHE / args.model.replace(":", "-")
+    if args.gguf is not None:
+        if not args.gguf.is_file():
+            parser.error(f"--gguf: {args.gguf} is no file")
+        args.model, args.formats = args.gguf.name, [GGUF]
+        args.peers = [name for name in args.peers if any(v.format == GGUF for v in PEERS[name].variants)]
     args.peers, args.not_run = split_by_device(args.peers, args.device)
     return args
 
 
 def measure(args: argparse.Namespace) -> Record:
     """Measure all formats. Returns: the record, without cases that have no sample."""
-    config = load_model(args.weights / "bf16", "cpu").config
+    config = load_model(args.gguf or args.weights / "bf16", "cpu").config
     args.vocab_size = config.vocab_size
     device = torch.device(args.device)
     notes = {"engines": [], "not_run": args.not_run, "order_seed": ORDER_SEED}

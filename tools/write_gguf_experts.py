@@ -3,9 +3,9 @@
 python tools/write_gguf_experts.py coder.gguf              # 48 layers, about 18 GB
 python tools/write_gguf_experts.py coder.gguf --layers 4
 
-It shows how such a file loads and how fast it decodes without its weights, which mean nothing here. Types are chosen as
-llama-quantize chooses them: Q6_K for the output projection, and for the values and the down projections of half of the
-layers; Q4_K for all other matrices. Tensors are written one after another, in parts.
+It shows how such a file loads and how fast it decodes without its weights, which mean nothing here; nor do its tokens.
+Types are chosen as llama-quantize chooses them: Q6_K for the output projection, and for the values and the down
+projections of half of the layers; Q4_K for all other matrices. Tensors are written one after another, in parts.
 
 Source: llama_tensor_get_type of llama-quant.cpp, and ggml-common.h, in github.com/ggml-org/llama.cpp; config.json of
 Qwen/Qwen3-Coder-30B-A3B-Instruct.
@@ -133,7 +133,7 @@ def write(file: Path, config: ModelConfig, seed: int = 0) -> int:
     total = sum(map(num_bytes, tensors))
     writer = gguf.GGUFWriter(file, "qwen3moe")
     add_config(writer, config)
-    add_tokenizer(writer, TINY_FOLDER, config.vocab_size, "qwen3fast-tiny")
+    add_tokenizer(writer, TINY_FOLDER, config.vocab_size, "qwen2")
     for name, shape, kind in tensors:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         is_float = kind == Kind.F32

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from peers import ours
 from peers.registry import selected, tell
 from peers.worker import Worker, WorkerError
 from qwen3fast.bench.measure import make_prompts
@@ -40,7 +41,7 @@ class Field:
         for number, (name, peer, variant) in enumerate(engines, 1):
             tell(f"{format}: loading {name} ({number} of {len(engines)})")
             python, module = (peer.python, peer.module) if peer else (Path(sys.executable), "ours")
-            model = peer.model_path(variant, args.weights) if peer else args.weights / variant.folder
+            model = peer.model_path(variant, args.weights) if peer else ours.model_path(variant, args.weights)
             full = f"{name} {format}"
 
             def start() -> Worker:

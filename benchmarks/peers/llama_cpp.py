@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peers.protocol import Peer, Variant, run_adapter
+from peers.protocol import GGUF, Peer, Variant, run_adapter
 
 BATCH = 2048  # llama.cpp's default: tokens of a prompt per call; it computes 512 at a time, also its default
 FILE = "model.gguf"
@@ -25,6 +25,7 @@ _F16 = {"weights": "fp16", "activations": "fp32; fp16 for products", "kv_cache":
 _Q8_0 = {"weights": "int8, an fp16 scale per 32 weights (8.5 bits per weight), all matrices", **_INT8}
 _Q4_0 = {"weights": "int4, an fp16 scale per 32 weights (4.5 bits per weight), all matrices (--pure)", **_INT8}
 _Q4_0_Q6_K = {"weights": "as Q4_0, with embedding and output projection in 6.6 bits, the default", **_INT8}
+_AS_IN_FILE = {"weights": "the file's", **_INT8}
 # Flash attention, "auto" by default, is on for this shape. Neither setting is always faster: both are measured.
 NO_FLASH = "-no-flash"
 PEER = Peer(
@@ -41,6 +42,8 @@ PEER = Peer(
         Variant("int4", "Q4_0", _Q4_0),
         Variant("int4", "Q4_0-no-flash", _Q4_0, weights="Q4_0"),
         Variant("int4", "Q4_0-Q6_K", _Q4_0_Q6_K),
+        Variant(GGUF, GGUF, _AS_IN_FILE),
+        Variant(GGUF, GGUF + NO_FLASH, _AS_IN_FILE),
     ),
     pip_environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     # A wheel in the cache may have been built with other options.
@@ -179,9 +182,10 @@ class LlamaCppEngine:
 
         self._lib, self._np = llama_cpp, np
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(bytes(model / FILE), llama_cpp.llama_model_default_params())
+        path = model if model.is_file() else model / FILE
+        self._model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {model / FILE}")
+            raise RuntimeError(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = math.ceil(max_seq_len / 256) * 256
         params.n_batch = BATCH

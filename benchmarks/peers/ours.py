@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peers.protocol import Variant, run_adapter
+from peers.protocol import GGUF, Variant, run_adapter
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.quantization.lossless import LOSSLESS
 
@@ -30,7 +30,13 @@ VARIANTS = (
     Variant("int8", "int8" + INT8_CACHE, {**_INT8, **_INT8_CACHE}, weights="bf16"),
     Variant("int4", "int4", {**_INT4, **_PLAIN}, weights="bf16"),
     Variant("int4", "int4" + INT8_CACHE, {**_INT4, **_INT8_CACHE}, weights="bf16"),
+    Variant(GGUF, GGUF, {"weights": "the file's; Q6_K in int8", **_QUANTIZED, **_PLAIN}),
 )
+
+
+def model_path(variant: Variant, weights: Path) -> Path:
+    """Return the checkpoint of a variant. weights: the folder of all weights of a model, or a GGUF file."""
+    return weights if variant.format == GGUF else weights / variant.folder
 
 
 class OurEngine:
@@ -39,7 +45,7 @@ class OurEngine:
     def __init__(self, variant: str, model: Path, threads: int, max_seq_len: int, device: str) -> None:
         format = variant.removesuffix(INT8_CACHE)
         self.generator = Generator(
-            load_model(model, device, quantization=None if format == "bf16" else format, calibrate=False),
+            load_model(model, device, quantization=None if format in ("bf16", GGUF) else format, calibrate=False),
             max_seq_len=max_seq_len,
             kv_cache_dtype="int8" if variant.endswith(INT8_CACHE) else "auto",
             compile=True,

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 CACHE = Path.home() / ".cache" / "qwen3fast" / "peers"
 FORMATS = ("bf16", "int8", "int4")
+GGUF = "gguf"  # the format of engines that read the same GGUF file
 CHECKPOINT = "checkpoint"  # the name of weights that are the common checkpoint itself
 BENCHMARKS = Path(__file__).resolve().parent.parent
 
@@ -87,8 +88,8 @@ class Peer:
         return CACHE / self.name / "env" / "bin" / "python"
 
     def model_path(self, variant: Variant, weights: Path) -> Path:
-        """Return the folder of a variant's converted weights. weights: the folder of all weights of a model."""
-        return weights / self.name / variant.folder
+        """Return the folder of a variant's converted weights. weights: the folder of all of a model, or a GGUF file."""
+        return weights if variant.format == GGUF else weights / self.name / variant.folder
 
     def setup(self) -> None:
         """Create the environment if it is missing. Building may take minutes."""
@@ -124,7 +125,7 @@ class Peer:
 
     def is_ready(self, variant: Variant, weights: Path) -> bool:
         """Return True if environment and weights exist."""
-        return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant, weights).is_dir()
+        return (CACHE / self.name / "env" / "installed").is_file() and self.model_path(variant, weights).exists()
 
 
 def link_checkpoint(variant: str, checkpoint: Path, target: Path) -> None:

@@ -58,14 +58,15 @@ def split_by_device(peers: list[str], device: str) -> tuple[list[str], dict[str,
 
 def set_up(args: argparse.Namespace) -> int:
     """Make all that the measurement needs and that is missing. Returns: the exit status, 1 if a peer failed."""
-    write_checkpoint(args.model, args.weights)
+    if args.gguf is None:
+        write_checkpoint(args.model, args.weights)
     status = 0
     for peer in (PEERS[name] for name in args.peers):
         tell(f"{peer.name}: environment in {peer.python.parent.parent}")
         try:
             peer.setup()
             for variant in peer.variants:
-                if variant.format in args.formats or variant.name == peer.source:
+                if args.gguf is None and (variant.format in args.formats or variant.name == peer.source):
                     tell(f"{peer.name}: {variant.name}")
                     peer.convert(variant, args.weights)
         except (OSError, subprocess.SubprocessError) as err:  # the others are worth setting up
@@ -81,12 +82,15 @@ def require_set_up(args: argparse.Namespace) -> None:
         for format in args.formats
         for name, peer, variant in selected(args.peers, format)
         if not (
-            peer.is_ready(variant, args.weights) if peer else (args.weights / variant.folder / "config.json").is_file()
+            peer.is_ready(variant, args.weights)
+            if peer
+            else args.gguf or (ours.model_path(variant, args.weights) / "config.json").is_file()
         )
     ]
     if missing:
-        command = f"python benchmarks/compare_peers.py --setup --model {args.model} --peers {','.join(args.peers)}"
-        raise SystemExit(f"not set up: {', '.join(missing)}; run: {command} --formats {','.join(args.formats)}")
+        command = f"python benchmarks/compare_peers.py --setup --peers {','.join(args.peers)}"
+        what = f"--gguf {args.gguf}" if args.gguf else f"--model {args.model} --formats {','.join(args.formats)}"
+        raise SystemExit(f"not set up: {', '.join(missing)}; run: {command} {what}")
 
 
 def tell(text: str, file: Any = None) -> None:

@@ -10,7 +10,7 @@ import compare_peers
 import pytest
 import torch
 from bench_fakes import new_record
-from peers import ctranslate2, protocol, registry, sglang, transformers, vllm
+from peers import ctranslate2, ours, protocol, registry, sglang, transformers, vllm
 from peers import worker as worker_process
 
 from qwen3fast.bench.harness import Harness
@@ -94,7 +94,7 @@ def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
 def test_what_is_not_set_up_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "CACHE", tmp_path)
     args = compare_peers.parse(["--peers", "ctranslate2", "--formats", "int8", "--weights", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --model"):
+    with pytest.raises(SystemExit, match=r"qwen3fast int8 cache int8, ctranslate2 int8 int8; run: .*--setup --peers"):
         registry.require_set_up(args)
 
 
@@ -104,12 +104,29 @@ def test_each_model_has_weights_of_its_own():
     assert peer.model_path(peer.variants[0], first) != peer.model_path(peer.variants[0], second)
 
 
+def test_engines_that_read_gguf_share_the_file(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "coder.gguf"
+    with pytest.raises(SystemExit):
+        compare_peers.parse(["--gguf", str(file)])
+    assert "is no file" in capsys.readouterr().err
+    file.touch()
+    args = compare_peers.parse(["--gguf", str(file), "--peers", "openvino-genai,llama-cpp"])
+    assert (args.model, args.formats, args.peers) == ("coder.gguf", ["gguf"], ["llama-cpp"])
+    engines = [(name, peer) for name, peer, _ in registry.selected(args.peers, "gguf")]
+    assert [name for name, _ in engines] == ["qwen3fast", "llama-cpp gguf", "llama-cpp gguf-no-flash"]
+    for (_, peer), (_, _, variant) in zip(engines, registry.selected(args.peers, "gguf"), strict=True):
+        assert (peer.model_path if peer else ours.model_path)(variant, args.weights) == file
+    monkeypatch.setattr(protocol, "CACHE", tmp_path)
+    with pytest.raises(SystemExit, match=f"not set up: llama-cpp gguf gguf, .*--setup --peers llama-cpp --gguf {file}"):
+        registry.require_set_up(args)
+
+
 def test_every_peer_says_what_it_computes_in_and_names_are_told_apart():
     names = [name for format in protocol.FORMATS for name, *_ in registry.selected([*registry.PEERS], format)]
     assert names.count("qwen3fast") == 3 and len(names) - len(set(names)) == 3  # ours twice in each rounded format
     for peer in registry.PEERS.values():
         for variant in peer.variants:
-            assert variant.format in protocol.FORMATS and set(variant.computes) == {
+            assert variant.format in (*protocol.FORMATS, protocol.GGUF) and set(variant.computes) == {
                 "weights",
                 "activations",
                 "kv_cache",
