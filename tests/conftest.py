@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 os.environ.setdefault("QWEN3FAST_FORMS", "first")  # what a test runs must not depend on what is fast on a machine
 os.environ["QWEN3FAST_CALIBRATE"] = "0"  # tests keep nothing in the user's cache folder, except tests of that
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a hundred programs would compile the package again
 
 # The largest difference allowed, as a share of the largest absolute value of the reference.
 TOLERANCES = {
@@ -62,7 +64,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Build the C++ operations once, before pytest-xdist starts workers that would all build them."""
+    """Build the C++ operations once, before pytest-xdist starts workers that would all build them.
+
+    Ctrl-C interrupts also in a shell's background job, as its tests expect of the programs that they start.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         cpu.load()
 
