@@ -110,8 +110,8 @@ class Replays:
         return step
 
 
-def make_engine(is_captured, slots=2, positions=384) -> Engine:
-    model = randomized(small_config(max_position_embeddings=512, head_dim=16)).to(DEVICE)
+def make_engine(is_captured, slots=2, positions=384, layers=2) -> Engine:
+    model = randomized(small_config(max_position_embeddings=512, head_dim=16, num_hidden_layers=layers)).to(DEVICE)
     engine = engine_of(model, slots, positions)
     if is_captured:
         engine._use_graphs(GraphCache(Replays()))
@@ -205,10 +205,10 @@ def run(engine, mine, reuse=True):
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu captures on a GPU")
 def test_prompts_share_graphs_and_get_the_tokens_that_each_gets_alone(monkeypatch):
     """Recorded with the numbers of the host frozen, then replayed: no graph is made after the warm-up."""
-    alone = make_engine(False, slots=1)
+    alone = make_engine(False, slots=1, layers=1)
     expected = [result for request in requests() for result in run(alone, [request], reuse=False)]
     read_starts(monkeypatch)
-    engine = make_engine(False, slots=6, positions=128)
+    engine = make_engine(False, slots=6, positions=128, layers=1)
     engine._use_graphs(GraphCache(CpuRecorder(lambda: written_by(engine))))
     engine._warm_up_prefill(0)
     recorded, used = set(engine.graphs._replays), set()

@@ -23,10 +23,15 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 # In a process of its own: in this one, Triton's kernels are Python functions.
 COMPILE = """
 import torch, triton
-from compile_for_gpu.devices import GPUS, pretended
+from triton.backends.compiler import GPUTarget
 from qwen3fast.kernels.cuda.decode_step import compile_ahead, launch, linear, tail
 from qwen3fast.kernels.cuda.decode_step.weights import Weight
 
+class Driver(compile_ahead._NoDriver):
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver(GPUTarget("cuda", 90, 32)))
 launch.uses_dependent_launch = lambda device: True
 compile_ahead.MIN_KERNELS = compile_ahead.MIN_PROCESSES = 2
 x, y, weight = torch.zeros(2, 64), torch.ones(2, 48), Weight.of(torch.ones(48, 64), None, False)
@@ -40,14 +45,13 @@ def steps():
 
 compiled_here, found = [], []
 triton.knobs.compilation.listener = lambda cache_hit, **_: cache_hit or compiled_here.append(1)
-with pretended(GPUS["sm_90"]):
-    for _ in range(2):
-        compile_ahead.compile_ahead(steps)
-        compile_ahead._compile_in_processes = None  # not to be called again
-        found.append(sum(len(jit.device_caches.pop(0)[0]) for jit in (linear.linear_kernel, tail.choose_kernel)))
-    assert (found, compiled_here) == ([3, 3], [])
-    triton.knobs.cache.dir += "-other"
-    launch.only_compile(steps)
+for _ in range(2):
+    compile_ahead.compile_ahead(steps)
+    compile_ahead._compile_in_processes = None  # not to be called again
+    found.append(sum(len(jit.device_caches.pop(0)[0]) for jit in (linear.linear_kernel, tail.choose_kernel)))
+assert (found, compiled_here) == ([3, 3], [])
+triton.knobs.cache.dir += "-other"
+launch.only_compile(steps)
 assert len(compiled_here) == 3
 assert triton.knobs.runtime.jit_cache_hook is None and y.min() == 1
 """

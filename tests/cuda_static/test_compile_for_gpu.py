@@ -33,34 +33,15 @@ def call(args):
     triton_poi_add_0.run(arg1, buf0, 4, stream=stream0)
 """
 
-# In a process of its own: in this one, Triton's kernels are Python functions.
+# In a process of its own: in this one, Triton's kernels are Python functions. Besides our kernels, one that may start
+# before those it depends on have ended: it waits before its loads and stores, or does not.
 COMPILE = """
-import json
-from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.cases import own_cases
-from compile_for_gpu.kernels import compile_own_kernels
-kernels, cases = {}, own_cases()
-for (name, gpu), chosen in zip(GPUS.items(), (cases[::5], cases, cases[2::5])):  # all of them for one
-    with pretended(gpu):
-        kernels[name] = compile_own_kernels(gpu, chosen)
-print(json.dumps(kernels))
-"""
-
-# One kernel that may start before those it depends on have ended: it waits before its loads and stores, or does not.
-WAITING = """
 import json, triton, triton.language as tl
 from compile_for_gpu.binaries import is_unsafe
 from compile_for_gpu.devices import GPUS, pretended
-from compile_for_gpu.cases import KernelCase
+from compile_for_gpu.cases import KernelCase, own_cases
 from compile_for_gpu.kernels import compile_own_kernels
-{kernel}
-waits = [KernelCase.in_order("copy", copy, ["*fp32", "*fp32"], [wait, 128]) for wait in (True, False)]
-cases = [case._replace(options={{"launch_pdl": True, "num_warps": 4}}) for case in waits]
-with pretended(GPUS["sm_90"]):
-    kernels = compile_own_kernels(GPUS["sm_90"], cases)
-print(json.dumps([[kernel, is_unsafe(kernel)] for kernel in kernels]))
-"""
-KERNEL = """
+
 @triton.jit
 def copy(x_ptr, y_ptr, WAITS: tl.constexpr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
@@ -68,20 +49,33 @@ def copy(x_ptr, y_ptr, WAITS: tl.constexpr, SIZE: tl.constexpr):
         tl.extra.cuda.gdc_wait()
     tl.store(y_ptr + index, tl.load(x_ptr + index))
     tl.extra.cuda.gdc_launch_dependents()
+
+kernels, cases = {}, own_cases()
+for (name, gpu), chosen in zip(GPUS.items(), (cases[::5], cases, cases[2::5])):  # all of them for one
+    with pretended(gpu):
+        kernels[name] = compile_own_kernels(gpu, chosen)
+waits = [KernelCase.in_order("copy", copy, ["*fp32", "*fp32"], [wait, 128]) for wait in (True, False)]
+cases = [case._replace(options={"launch_pdl": True, "num_warps": 4}) for case in waits]
+with pretended(GPUS["sm_90"]):
+    copies = compile_own_kernels(GPUS["sm_90"], cases)
+print(json.dumps([kernels, [[kernel, is_unsafe(kernel)] for kernel in copies]]))
 """
 
 
-def run_python(*arguments):
-    """Run a program in which Triton compiles. Returns: its output, parsed as JSON."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Our kernels by GPU, and the two forms of `copy` with what is said of them."""
+    file = tmp_path_factory.mktemp("compiled") / "kernels.py"  # Triton reads a kernel's text
+    file.write_text(COMPILE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(main.__file__).parents[1]), *sys.path])
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_our_kernels_compile_and_fit_into_shared_memory():
-    kernels = run_python("-c", COMPILE)
+def test_our_kernels_compile_and_fit_into_shared_memory(compiled):
+    kernels, _ = compiled
     assert list(kernels) == ["sm_80", "sm_90", "sm_100"]
     for name, own in kernels.items():
         assert len({kernel["name"] for kernel in own}) == len(own) >= (15 if name == "sm_90" else 3)
@@ -90,21 +84,19 @@ def test_our_kernels_compile_and_fit_into_shared_memory():
         assert not any(binaries.is_unsafe(kernel) for kernel in own)
 
 
+def test_a_kernel_that_does_not_wait_for_the_one_before_it_is_found(compiled):
+    _, [[waits, is_waiting_unsafe], [starts, is_starting_unsafe]] = compiled
+    assert waits["waits"] and waits["launches_dependents"] and not is_waiting_unsafe
+    assert (waits["loads_before_wait"], waits["stores_before_wait"]) == (0, 0)
+    assert not starts["waits"] and is_starting_unsafe
+    assert starts["loads_before_wait"] > 0 and starts["stores_before_wait"] > 0
+
+
 def test_the_fused_kernels_are_those_of_the_sizes_and_formats_asked_for():
     names = [case.name for case in fused_cases(GPUS["sm_90"], ["0.6b/2", "30b-a3b"], ["bf16"])]
     assert "qkv, 0.6b, bf16, 1 rows" in names and "choose" in names and "embed, 0.6b, bf16" in names
     assert not any(", int8, " in name or "8b" in name or name.endswith(("int4", "fp8")) for name in names)
     assert fused_cases(GPUS["sm_90"], ["30b-a3b"], ["bf16"]) == []
-
-
-def test_a_kernel_that_does_not_wait_for_the_one_before_it_is_found(tmp_path):
-    file = tmp_path / "waiting.py"  # Triton reads a kernel's text
-    file.write_text(WAITING.format(kernel=KERNEL))
-    [[waits, is_waiting_unsafe], [starts, is_starting_unsafe]] = run_python(str(file))
-    assert waits["waits"] and waits["launches_dependents"] and not is_waiting_unsafe
-    assert (waits["loads_before_wait"], waits["stores_before_wait"]) == (0, 0)
-    assert not starts["waits"] and is_starting_unsafe
-    assert starts["loads_before_wait"] > 0 and starts["stores_before_wait"] > 0
 
 
 @pytest.mark.parametrize(("name", "is_fault"), [("triton_red_fused_mm_1", True), ("qkv, 0.6b", False)])

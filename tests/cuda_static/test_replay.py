@@ -105,9 +105,9 @@ def requests():
     stop_ids = frozenset([3, 50])
     return [
         Request([1, 2, 3], RowSampling(0.0), 30, stop_ids),
-        Request(list(range(90)), RowSampling(30.0, seed=1), 80, stop_ids),
+        Request(list(range(90)), RowSampling(30.0, seed=1), 45, stop_ids),
         Request([7], RowSampling(30.0, seed=2), 5, stop_ids),
-        Request([9, 9], RowSampling(30.0, 20, seed=3), 50, stop_ids),
+        Request([9, 9], RowSampling(30.0, 20, seed=3), 25, stop_ids),
     ]
 
 
@@ -117,10 +117,10 @@ def processed_requests():
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.5}
     return [
         plain[1],
-        Request([4, 5, 6], RowSampling(30.0, seed=4), 40, **penalties),
-        Request([9, 8], max_tokens=30, logprobs=3, logit_bias={5: 20.0, 6: -torch.inf}),
+        Request([4, 5, 6], RowSampling(30.0, seed=4), 25, **penalties),
+        Request([9, 8], max_tokens=20, logprobs=3, logit_bias={5: 20.0, 6: -torch.inf}),
         plain[0],
-        Request([2, 2], RowSampling(30.0, seed=6), 20, logprobs=1, constraint=Remainder(), **penalties),
+        Request([2, 2], RowSampling(30.0, seed=6), 15, logprobs=1, constraint=Remainder(), **penalties),
         plain[3],
     ]
 

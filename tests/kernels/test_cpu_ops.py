@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import test_cpu_sampler
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCES, assert_near, assert_same, engine_of, random_tensor, randomized, small_config
@@ -618,10 +619,12 @@ def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format
         torch.set_num_threads(threads)
 
 
-def test_prefill_layers_take_fewer_threads_than_asked_for():
+def test_operations_take_fewer_threads_than_asked_for():
     """Where the system has no more: each test of the threads again, in a process that gets two at most."""
-    test = f"{__file__}::{test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads.__name__}"
-    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", test]
+    prefill = test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads
+    sampler = test_cpu_sampler.test_tokens_of_a_real_vocabulary_are_the_sampler_s
+    tests = [f"{sys.modules[test.__module__].__file__}::{test.__name__}" for test in (prefill, sampler)]
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout

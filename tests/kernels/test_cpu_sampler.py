@@ -1,9 +1,6 @@
 """Samplers, logits processors and log-probabilities in C++ against their plain forms."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -55,10 +52,10 @@ def restored_threads():
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 63, 64, 65, 97, 1000, 1024, 4099])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-def test_tokens_are_the_sampler_s_for_all_parameters(vocab_size, scale, restored_threads):
+def test_tokens_are_the_sampler_s_for_all_parameters(vocab_size, restored_threads):
     rows = rows_of(TEMPERATURE, TOP_K, TOP_P, MIN_P, seed=vocab_size)
-    logits_BV = scale * random_tensor(len(rows.top_k_B), vocab_size)
+    scale_B = torch.tensor([0.01, 1.0, 8.0])[rows.seed_B % 3]
+    logits_BV = scale_B[:, None] * random_tensor(len(rows.top_k_B), vocab_size)
     logits_BV[::2] = logits_BV[::2].bfloat16().float()  # numbers that tie
     logits_BV[::5, 1 : vocab_size // 2] = -math.inf
     expected_B, greedy_B = (sample(logits_BV, rows, kind) for kind in (SamplerKind.FULL, SamplerKind.GREEDY))
@@ -113,7 +110,7 @@ def test_a_row_s_token_does_not_depend_on_other_rows_and_threads():
 def test_rows_of_all_kinds_take_turns(restored_threads):
     """Rows that end early, and rows that need all barriers, in every order that twelve of them have by chance."""
     rng = torch.Generator().manual_seed(0)
-    for seed in range(100):
+    for seed in range(50):
         rows = rows_of(TEMPERATURE, (0, 20), (1.0, 0.9), (0.0,), seed=seed)
         rows = SamplerRows(*(t[torch.randperm(12, generator=torch.Generator().manual_seed(seed))] for t in rows))
         logits_BV = 3 * torch.randn(12, 300, generator=rng)
@@ -123,27 +120,6 @@ def test_rows_of_all_kinds_take_turns(restored_threads):
         for count in (1, 2, 3, 14):
             torch.set_num_threads(count)
             assert_same(run(logits_BV, rows), expected_B)
-
-
-FEWER_THREADS = """
-import torch
-from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu import sampler
-from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
-assert cpu.load()
-torch.set_num_threads(4)
-logits, ones = torch.randn(5, 1000), torch.ones(5)
-top_k, seed = torch.tensor([0, 3, 0, 50, 0]), torch.arange(5)
-rows = SamplerRows(ones, top_k, torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3]), 0 * ones, seed, seed)
-assert torch.equal(sampler.sample(logits, rows), sample(logits, rows, SamplerKind.FULL))
-"""
-
-
-def test_the_system_may_give_fewer_threads_than_asked_for():
-    environment = os.environ | {"OMP_THREAD_LIMIT": "2"}
-    command = [sys.executable, "-c", FEWER_THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
