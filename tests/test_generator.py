@@ -22,7 +22,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512, eos_token_ids=())
+    sizes = {"vocab_size": tokenizer.vocab_size, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    config = small_config(**sizes, eos_token_ids=())
     return randomized(config, seed=1)
 
 

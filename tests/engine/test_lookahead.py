@@ -1,6 +1,7 @@
 """The host behind the device: steps launched ahead, tokens read late, nothing shown that should not be."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -16,13 +17,11 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return randomized(small_config(max_position_embeddings=1024, eos_token_ids=()), seed=3)
+MODEL = randomized(small_config(num_hidden_layers=1, max_position_embeddings=1024, eos_token_ids=()), seed=3)
 
 
-def make_scheduler(model, lookahead, rows=3):
-    return Scheduler(engine_of(model, rows, lookahead=lookahead))
+def make_scheduler(lookahead, rows=3):
+    return Scheduler(engine_of(MODEL, rows, lookahead=lookahead))
 
 
 def make_requests(seed=0, count=9):
@@ -31,12 +30,17 @@ def make_requests(seed=0, count=9):
     return [
         Request(
             [rng.randrange(97) for _ in range(rng.randint(1, 60))],
-            RowSampling(30.0, seed=i),  # these weights are sure of themselves
-            max_tokens=rng.choice([1, 2, 5, 40, 120]),
+            RowSampling(30.0, 64, seed=i),  # these weights are sure of themselves
+            max_tokens=rng.choice([1, 2, 5, 20, 50]),
             stop_ids=frozenset(rng.sample(range(97), rng.choice([0, 0, 6]))),
         )
         for i in range(count)
     ]
+
+
+@cache
+def results_without_lookahead(seed):
+    return run(make_scheduler(0), make_requests(seed))
 
 
 def run(scheduler, requests):
@@ -48,9 +52,9 @@ def run(scheduler, requests):
 
 
 @pytest.mark.parametrize(("lookahead", "seed"), [(1, 0), (1, 1), (2, 2), (2, 3), (5, 0), (5, 3)])
-def test_running_ahead_changes_no_result(model, lookahead, seed):
-    expected = run(make_scheduler(model, 0), make_requests(seed))
-    scheduler = make_scheduler(model, lookahead)
+def test_running_ahead_changes_no_result(lookahead, seed):
+    expected = results_without_lookahead(seed)
+    scheduler = make_scheduler(lookahead)
     requests = make_requests(seed)
     assert run(scheduler, requests) == expected
     stopped = sum(reason == "stop" for _, reason in expected)
@@ -61,14 +65,14 @@ def test_running_ahead_changes_no_result(model, lookahead, seed):
     assert run(scheduler, make_requests(seed)) == expected  # nothing of the first run is left over
 
 
-def test_without_lookahead_nothing_is_dropped(model):
-    scheduler = make_scheduler(model, 0)
+def test_without_lookahead_nothing_is_dropped():
+    scheduler = make_scheduler(0)
     run(scheduler, make_requests())
     assert scheduler.dropped_tokens == 0
 
 
-def test_a_stop_token_is_noticed_late_and_what_follows_is_dropped(model):
-    scheduler = make_scheduler(model, 3, rows=1)
+def test_a_stop_token_is_noticed_late_and_what_follows_is_dropped():
+    scheduler = make_scheduler(3, rows=1)
     [(reply, _)] = run(scheduler, [Request([1, 2, 3], RowSampling(30.0, seed=7), 20)])
     stop = reply[10]
     first = reply.index(stop)
@@ -77,10 +81,10 @@ def test_a_stop_token_is_noticed_late_and_what_follows_is_dropped(model):
     assert scheduler.dropped_tokens == 3
 
 
-def test_cancelling_drops_what_is_in_flight(model):
-    scheduler = make_scheduler(model, 4, rows=2)
+def test_cancelling_drops_what_is_in_flight():
+    scheduler = make_scheduler(4, rows=2)
     cancelled, other = (Request([1, 2], RowSampling(30.0, seed=seed), 60) for seed in (1, 2))
-    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], RowSampling(30.0, seed=2), 60)])
+    [(alone, _)] = run(make_scheduler(0), [Request([1, 2], RowSampling(30.0, seed=2), 60)])
     scheduler.add(cancelled)
     scheduler.add(other)
     for _ in range(10):
@@ -93,15 +97,15 @@ def test_cancelling_drops_what_is_in_flight(model):
     assert scheduler.dropped_tokens == 4
 
 
-def test_a_request_that_raises_costs_the_others_nothing(model):
+def test_a_request_that_raises_costs_the_others_nothing():
     def fail_at_third(token, seen=[]):  # noqa: B006
         seen.append(token)
         if len(seen) == 3:
             raise ValueError("no")
         return False
 
-    [(alone, _)] = run(make_scheduler(model, 0), [Request([1, 2], RowSampling(30.0, seed=2), 30)])
-    scheduler = make_scheduler(model, 2, rows=2)
+    [(alone, _)] = run(make_scheduler(0), [Request([1, 2], RowSampling(30.0, seed=2), 30)])
+    scheduler = make_scheduler(2, rows=2)
     failing, other = (Request([1, 2], RowSampling(30.0, seed=seed), 30) for seed in (1, 2))
     failing.on_token = fail_at_third
     scheduler.add(failing)

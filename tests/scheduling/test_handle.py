@@ -32,7 +32,8 @@ SLOW = SamplingParams(temperature=0, max_tokens=1500, logits_processor=slowly)
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=2048, eos_token_ids=())
+    sizes = {"vocab_size": tokenizer.vocab_size, "num_hidden_layers": 1, "max_position_embeddings": 2048}
+    config = small_config(**sizes, eos_token_ids=())
     return randomized(config, seed=1)
 
 
@@ -392,8 +393,8 @@ def test_cancelled_at_random_moments_replies_are_the_beginnings_of_whole_ones(ge
     rng = random.Random(0)
     params = SamplingParams(temperature=30, seed=3, max_tokens=40)
     whole = alone.generate("hello", params)
-    others = [generator.submit([i, i], SamplingParams(temperature=30, seed=i, max_tokens=200)) for i in range(3)]
-    for number in range(40):
+    others = [generator.submit([i, i], SamplingParams(temperature=30, seed=i, max_tokens=100)) for i in range(3)]
+    for number in range(24):
         handle = generator.submit("hello", params)
         for _ in zip(range(number % 8), handle, strict=False):
             pass  # chunks, of a token or more
@@ -404,7 +405,7 @@ def test_cancelled_at_random_moments_replies_are_the_beginnings_of_whole_ones(ge
         assert result.token_ids == whole.token_ids[: len(result.token_ids)]
         assert whole.text.startswith(result.text.rstrip("�"))  # half a character may have been the last
     for i, other in enumerate(others):
-        expected = alone.generate([i, i], SamplingParams(temperature=30, seed=i, max_tokens=200))
+        expected = alone.generate([i, i], SamplingParams(temperature=30, seed=i, max_tokens=100))
         assert other.result(PATIENCE_S).token_ids == expected.token_ids
     assert_unharmed(generator, alone)
 

@@ -250,7 +250,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(arrivals=arrivals, rows=st.integers(2, 8), lookahead=st.sampled_from([0, 2]))
 def test_a_request_gets_what_it_gets_alone_whoever_is_prefilled_beside_it(arrivals, rows, lookahead):
     scheduler, requests, cancels, now = make_scheduler(rows, lookahead=lookahead), [], [], 0
