@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def modules() -> dict[str, Path]:
 
 MODULES = modules()
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+@cache
+def nodes_of(module: str) -> list[ast.AST]:
+    """All nodes of a module: many tests look at them, and walking takes long."""
+    return list(ast.walk(TREES[module]))
 
 
 def part_of(module: str) -> str:
@@ -146,7 +153,7 @@ def test_imports_of_the_model_leave_the_engine_out():
 
 def test_imports_of_the_model_are_torch_and_attention():
     """The model is read with PyTorch in mind alone: of kernels, it knows attention over a cache, and PyTorch's."""
-    nodes = [node for module, tree in TREES.items() if part_of(module) == "model" for node in ast.walk(tree)]
+    nodes = [node for module in TREES if part_of(module) == "model" for node in nodes_of(module)]
     outside = {name for node in nodes for name in names_imported(node) if not name.startswith("qwen3fast.model")}
     packages = {name.split(".")[0] for name in outside} - sys.stdlib_module_names
     assert packages == {"torch", "qwen3fast"}
@@ -158,8 +165,8 @@ def test_imports_of_the_model_are_torch_and_attention():
 
 def test_no_two_classes_have_one_name():
     """Except in reference.py, whose classes are the model's in one file."""
-    trees = {module: tree for module, tree in TREES.items() if part_of(module) != "reference"}
-    names = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    modules = [module for module in TREES if part_of(module) != "reference"]
+    names = [node.name for module in modules for node in nodes_of(module) if isinstance(node, ast.ClassDef)]
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
@@ -175,8 +182,8 @@ def test_imports_of_our_own_stand_at_the_top_of_the_file():
         optional |= more
     inside = [
         f"{module}.{node.name} imports {', '.join(sorted(targets))}"
-        for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for module in TREES
+        for node in nodes_of(module)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (targets := own_imports(module, node) - optional)
     ]
@@ -195,14 +202,14 @@ BY_NAME = {
 def test_imports_by_name_are_the_stated_ones():
     importers = {
         module
-        for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for module in TREES
+        for node in nodes_of(module)
         if (isinstance(node, ast.Name) and node.id in ("import_module", "__import__"))
         or (isinstance(node, ast.Attribute) and node.attr == "import_module")
     }
     assert importers == set(BY_NAME)
     assert {target for targets in BY_NAME.values() for target in targets} - set(MODULES) == set()
-    assert "importlib.import_module" not in "".join(ast.unparse(tree) for tree in TREES.values())
+    assert not [m for m, file in MODULES.items() if "importlib.import_module" in file.read_text(encoding="utf-8")]
 
 
 def test_imports_by_name_have_stubs_with_the_same_names():
@@ -229,8 +236,8 @@ def test_imports_of_the_server_come_from_itself_and_optional_extras():
 def test_imports_of_web_packages_stay_in_the_server(package):
     importers = {
         part_of(m)
-        for m, tree in TREES.items()
-        for node in ast.walk(tree)
+        for m in TREES
+        for node in nodes_of(m)
         if package in {name.split(".")[0] for name in names_imported(node)}
     }
     assert importers == {"server"}
@@ -239,8 +246,8 @@ def test_imports_of_web_packages_stay_in_the_server(package):
 def test_imports_name_what_they_import():
     starred = [
         module
-        for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for module in TREES
+        for node in nodes_of(module)
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert starred == []
@@ -250,28 +257,28 @@ def test_imports_of_other_packages_are_declared():
     declared = re.findall(
         r'^ *"([\w-]+)', (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
     )
-    names = {name.split(".")[0] for tree in TREES.values() for node in ast.walk(tree) for name in names_imported(node)}
+    names = {name.split(".")[0] for module in TREES for node in nodes_of(module) for name in names_imported(node)}
     others = names - sys.stdlib_module_names - {"qwen3fast"}
     assert {name.replace("_", "-") for name in others} <= {name.replace("_", "-") for name in declared}
 
 
 def test_imports_do_not_hide_behind_type_checking():
     hidden = [
-        m for m, tree in TREES.items() if "TYPE_CHECKING" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        m for m in TREES if any(isinstance(node, ast.Name) and node.id == "TYPE_CHECKING" for node in nodes_of(m))
     ]
     assert hidden == []
 
 
-def private_names_of_torch(tree: ast.Module) -> set[str]:
+def private_names_of_torch(module: str) -> set[str]:
     """Return the private parts of dotted names that begin with `torch`, imported ones included."""
-    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= {name for node in ast.walk(tree) for name in names_imported(node)}
+    names = {ast.unparse(node) for node in nodes_of(module) if isinstance(node, ast.Attribute)}
+    names |= {name for node in nodes_of(module) for name in names_imported(node)}
     dotted = {name for name in names if name.split(".")[0] == "torch"}
     return {part for name in dotted for part in name.split(".") if part.startswith("_") and not part.startswith("__")}
 
 
 def test_private_parts_of_pytorch_are_used_in_one_file():
-    found = {module: names for module, tree in TREES.items() if (names := private_names_of_torch(tree))}
+    found = {module: names for module in TREES if (names := private_names_of_torch(module))}
     described = ast.get_docstring(TREES["qwen3fast.engine.compile"]) or ""
     assert all(name in described for name in found.pop("qwen3fast.engine.compile") - {"_inductor", "_C"})
     operators = {

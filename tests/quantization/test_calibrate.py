@@ -214,7 +214,7 @@ def divergences(token_BT, *models):
 
 def test_the_command_writes_a_checkpoint_that_diverges_less(calibration, tmp_path, capsys):
     """On held-out text, KL divergence from the unquantized model falls by more than a third."""
-    text = ["--calibrate", str(calibration), "--calibration-tokens", "16384"]
+    text = ["--calibrate", str(calibration), "--calibration-tokens", "8192"]
     assert main(["quantize", "--model", "tiny", *text, "--output", str(tmp_path / "q")]) == 0
     assert f"wrote {tmp_path / 'q'}: int4" in capsys.readouterr().out
     plain, corrected = (
@@ -230,17 +230,24 @@ def test_the_command_writes_a_checkpoint_that_diverges_less(calibration, tmp_pat
         assert generator.chat(messages, SamplingParams(temperature=0), enable_thinking=False).text == "42"
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
-def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, tmp_path):
-    """On other text that the model writes, KL divergence falls by more than a tenth."""
-    assert main(["quantize", "--model", "tiny", "--quantization", name, "--output", str(tmp_path / "q")]) == 0
-    exact, plain, corrected = (
-        load_model(source, "cpu", "float32", quantization=format)
-        for source, format in (("tiny", None), ("tiny", name), (str(tmp_path / "q"), None))
-    )
+@pytest.fixture(scope="module")
+def written_by_tiny():
+    """Text of the unquantized model: from tokens, and from the beginning of a conversation."""
     chat = [[1016, 473, 266, 198]] * 4
     assert beginning_of_chat(Tokenizer.from_folder(TINY_FOLDER)) == chat[0]
-    kl = divergences(write_texts(exact, [[5], [70], [200], [431], *chat], 128, seed=9), plain, corrected)
+    return write_texts(load_model("tiny", "cpu", "float32"), [[5], [70], [200], [431], *chat], 128, seed=9)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, written_by_tiny, tmp_path):
+    """On other text that the model writes, KL divergence falls by more than a tenth."""
+    options = ["--quantization", name, "--calibration-tokens", "2048"]
+    assert main(["quantize", "--model", "tiny", *options, "--output", str(tmp_path / "q")]) == 0
+    plain, corrected = (
+        load_model(source, "cpu", "float32", quantization=format)
+        for source, format in (("tiny", name), (str(tmp_path / "q"), None))
+    )
+    kl = divergences(written_by_tiny, plain, corrected)
     assert 0 < kl[1] < kl[0] * 9 / 10
 
 
@@ -324,8 +331,22 @@ def test_a_model_with_nan_writes_no_text():
         write_texts(model, [[1], [2]], 4)
 
 
+@pytest.fixture(scope="module")
+def levels_of_float32():
+    """Bytes of a layer of tiny that is calibrated in float32, and of the same layer without correction."""
+    calibrated = load_model("tiny", "cpu", "float32")
+    quantize_calibrated(calibrated, random_ids(4, 64, vocab_size=1024))
+    return [levels(model) for model in (calibrated, load_model("tiny", "cpu", quantization="int4"))]
+
+
+def levels(model):
+    return model.model.layers[2].mlp.down_proj.weight_packed.view(torch.uint8)
+
+
 @pytest.mark.parametrize("features", ["avx2 avx512f", "avx512_bf16"])
-def test_blocks_are_computed_in_the_dtype_that_the_processor_has_instructions_for(features, monkeypatch):
+def test_blocks_are_computed_in_the_dtype_that_the_processor_has_instructions_for(
+    features, levels_of_float32, monkeypatch
+):
     """In float32 and in bfloat16, weights are nearly the same, and plain layers keep their dtype."""
     monkeypatch.setattr("qwen3fast.quantization.calibrate.processor_features", lambda: features)
     expected = torch.bfloat16 if "bf16" in features else torch.float32
@@ -337,12 +358,7 @@ def test_blocks_are_computed_in_the_dtype_that_the_processor_has_instructions_fo
     with hook:
         quantize_calibrated(model, random_ids(4, 64, vocab_size=1024))
     assert seen == {expected} and model.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16
-    monkeypatch.undo()
-    other = load_model("tiny", "cpu", "float32")
-    quantize_calibrated(other, random_ids(4, 64, vocab_size=1024))
-    uncorrected = load_model("tiny", "cpu", quantization="int4")
-    packed = [m.model.layers[2].mlp.down_proj.weight_packed.view(torch.uint8) for m in (model, other, uncorrected)]
-    as_float32, as_uncorrected = ((packed[0] == levels).float().mean() for levels in packed[1:])
+    as_float32, as_uncorrected = ((levels(model) == others).float().mean() for others in levels_of_float32)
     assert as_float32 > 0.7 > as_uncorrected
 
 

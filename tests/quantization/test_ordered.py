@@ -48,7 +48,7 @@ FOLLOWERS = ("k_proj", "v_proj", "up_proj")  # they may share the order of the l
 ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))
 SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
 SCATTERED = {**GPTQ, "desc_act": True, "group_size": 32}
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = "The capital of France is"
 needs_operation = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 orders = pytest.mark.parametrize("shared", [True, False], ids=["one order per input", "an order per layer"])
