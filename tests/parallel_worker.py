@@ -1,11 +1,13 @@
 """The program of each process in test_parallel.py: `parallel_worker.py OUTPUT CASE=FOLDER...`, started as by torchrun.
 
 Rank 0 runs a case's program on the Generator that it gets and writes what came of it; the others follow.
+With `--fork` before these, one process becomes all ranks: it imports for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -24,7 +26,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split
 from qwen3fast.parallel.shard import SPLIT_DIM, split_dim
 
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
 LONG = [(7 * i) % 1000 for i in range(70)]  # three chunks
 PROMPTS = [LONG, "hello", [5, 6, 7], "the dog", [*LONG[:40], 1, 2], "zebra"]
 OPEN: list[Generator] = []  # not closed before the program ends
@@ -37,7 +39,7 @@ def everything(generator: Generator) -> dict[str, Any]:
         return [result.token_ids for result in generator.generate(*arguments, **options)]
 
     def sampled(**options: Any) -> SamplingParams:
-        return SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_tokens=8, **options)
+        return SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_tokens=6, **options)
 
     def halved(logits_V: torch.Tensor, output_T: torch.Tensor) -> torch.Tensor:
         return logits_V * 0.5 - 3.0 * (torch.arange(len(logits_V)) % 2)
@@ -53,7 +55,7 @@ def everything(generator: Generator) -> dict[str, Any]:
         "top_k": ids(PROMPTS, sampled(top_k=5)),
         "penalties": ids(PROMPTS, sampled(repetition_penalty=1.3, presence_penalty=0.5, logit_bias={11: 2.0})),
         "mixed": ids(PROMPTS, [GREEDY, sampled(frequency_penalty=1.0)] * 3),
-        "processor": ids(PROMPTS, [SamplingParams(temperature=0, max_tokens=8, logits_processor=halved), GREEDY] * 3),
+        "processor": ids(PROMPTS, [SamplingParams(temperature=0, max_tokens=6, logits_processor=halved), GREEDY] * 3),
         "regex": [r.text for r in generator.generate(PROMPTS, SamplingParams(temperature=0, regex="[0-9]{3}"))],
         "four": [sample.token_ids for sample in four],
         "logprobs": [at.logprob for sample in four for at in sample.logprobs],
@@ -61,7 +63,7 @@ def everything(generator: Generator) -> dict[str, Any]:
             *(at.logprob for at in generator.generate(LONG, replace(GREEDY, prompt_logprobs=0)).prompt_logprobs[1:]),
             *(score.logprob for score in generator.score(LONG, ["zebra", "the dog"])),
         ],
-        "stop": generator.generate("hello", SamplingParams(temperature=0, max_tokens=8, stop=stop)).text,
+        "stop": generator.generate("hello", SamplingParams(temperature=0, max_tokens=6, stop=stop)).text,
         "threads": [handle.result(timeout=60).token_ids for handle in handles],
         "stream": "".join(chunk.text for chunk in generator.stream("the dog", GREEDY)),
         "uncached": ids(PROMPTS[:2], GREEDY, use_cache=False),
@@ -173,5 +175,25 @@ def main(output: str, *cases: str) -> None:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
 
 
+def become_ranks() -> None:
+    """Return in each of WORLD_SIZE processes; this one waits for them and ends, with status 1 if one of them failed."""
+    import torch.distributed.tensor  # noqa: F401  for `check_dtensor`
+
+    gc.freeze()  # collecting what is there already would write to all of its memory, and so copy it
+    processes = []
+    for rank in map(str, range(int(os.environ["WORLD_SIZE"]))):
+        process = os.fork()
+        if not process:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            return
+        processes.append(process)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    sys.exit(1 if any(statuses) else 0)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments[0] == "--fork":
+        become_ranks()
+        del arguments[0]
+    main(*arguments)
