@@ -466,6 +466,7 @@ def test_load_refuses_an_adapter_of_bad_numbers(folder, adapter, tmp_path, value
         load_model(folder, device="cpu", adapter=broken, check_weights=check)
 
 
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_changed_adapter_loads_or_is_refused(good_folder, adapter, tmp_path_factory, data):
     broken = copy_of(adapter, tmp_path_factory.getbasetemp() / "broken-adapter")

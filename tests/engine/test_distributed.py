@@ -42,7 +42,7 @@ class Tape:
 @pytest.fixture(scope="module")
 def model(tokenizer):
     eos = (tokenizer.base.token_to_id("<|im_end|>"),)
-    return randomized(small_config(vocab_size=tokenizer.vocab_size, eos_token_ids=eos), seed=5)
+    return randomized(small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, eos_token_ids=eos), seed=5)
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

@@ -59,7 +59,7 @@ def narrow(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def tiny():
-    with Generator.from_pretrained("tiny", dtype="float32", max_batch_size=2, compile=False) as generator:
+    with Generator.from_pretrained("tiny", dtype="bfloat16", max_batch_size=2, compile=True) as generator:  # in C++
         yield generator
 
 
