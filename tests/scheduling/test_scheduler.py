@@ -545,10 +545,10 @@ def test_a_request_that_is_cancelled_or_fails_lets_others_move_down(lookahead):
 
 @pytest.mark.parametrize("lookahead", [0, 1, 4])
 def test_a_reply_that_fills_the_cache_ends_there_while_others_run_on(lookahead):
-    """Steps that are launched after its last one must not move its row on, past the end."""
+    """Steps that are launched after its last one cover its row, and must not move it on, past the end."""
     scheduler = make_scheduler(2, 128, lookahead)
     full, other = make_request(100, 28), make_request(5, 60, seed=1)
-    run(scheduler, other, full)
+    run(scheduler, full, other)
     assert (len(full.output_ids), len(other.output_ids)) == (28, 60)
     for request in (full, other):
         assert [request.output_ids] == run(
