@@ -162,8 +162,7 @@ def test_cached_and_batched_tokens_are_those_of_the_plain_model(changes):
 
 
 def test_compiled_tokens_are_those_of_the_plain_model():
-    """test_prequantized_models.py compiles blocks that are unlike each other."""
-    model = randomized(replace(CONFIG, eos_token_ids=(), norm_topk_prob=True), seed=3)
+    model = randomized(replace(CONFIG, eos_token_ids=(), **MIXED), seed=3)
     prompts = [random_ids(n, seed=n).tolist() for n in (40, 5)]
     with Generator(model, max_seq_len=128, max_batch_size=2, compile=True) as generator:
         check_replies(model, generator, prompts)

@@ -275,7 +275,7 @@ def test_experts_that_cannot_be_packed_stay_as_they_are():
 
 @pytest.mark.parametrize(("format", "config", "compile"), [("int8", MIXED, False), ("int4", CONFIG, True)])
 def test_cached_batched_and_compiled_tokens_are_those_of_the_plain_model(format, config, compile):
-    """Compiled without dense blocks, whose forms would take as long again; test_quantization.py compiles those."""
+    """Compiled without dense blocks, whose forms would take as long again; test_moe.py compiles both kinds."""
     model = randomized(config, seed=3)
     quantize_model(model, format, torch.float32)
     prompts = [random_ids(n, vocab_size=96, seed=n).tolist() for n in (40, 5)]
