@@ -1,4 +1,4 @@
-"""Benchmark records made up for tests, and probes that take no time."""
+"""Benchmark records made up for tests, and a harness that takes no time for probes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen3fast.bench import probes
+from qwen3fast.bench import harness, probes
 from qwen3fast.bench.environment import describe_run
 from qwen3fast.bench.harness import Task
 from qwen3fast.bench.record import Case, Record
@@ -100,6 +100,7 @@ class FakeWork:
 
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Probes that tell a speed without taking the time to measure it well."""
+    """Probes that tell a speed without taking the time to measure it well, and one run to warm a task up."""
+    monkeypatch.setattr(harness, "MAX_WARM_UPS", 1)
     monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
     monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen3fast import Generator
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.save import save_model
 from qwen3fast.engine import Engine
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.kernels import cpu
@@ -243,6 +244,14 @@ def write_text_checkpoint(folder: Path, model: Qwen3, tokenizer_folder: Path) ->
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CheckpointConfig(model.config).to_dict()), encoding="utf-8")
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model without a tokenizer: random weights in bfloat16, for programs that measure; smaller than tiny."""
+    config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, dtype=torch.bfloat16, eos_token_ids=())
+    save_model(randomized(config, seed=3).bfloat16(), folder := tmp_path_factory.mktemp("models") / "small")
     return folder
 
 

@@ -33,6 +33,7 @@ from qwen3fast.checkpoint.metadata import read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.save import stored
 from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main
+from qwen3fast.engine import own_text
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.calibrate import CALIBRATED
 from qwen3fast.quantization.convert import formats_of
@@ -48,7 +49,8 @@ def cache(tmp_path, monkeypatch):
     """An empty cache folder, with calibration by default as users have it. Returns: the folder of copies."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("QWEN3FAST_CALIBRATE")
-    monkeypatch.setattr(calibrated_module, "TOKENS", 256)
+    monkeypatch.setattr(calibrated_module, "TOKENS", 64)
+    monkeypatch.setattr(own_text, "OWN_WINDOW", 32)
     return tmp_path / "cache" / "qwen3fast" / "calibrated"
 
 
@@ -111,7 +113,7 @@ def test_the_first_load_calibrates_and_the_second_one_reads_what_is_kept(name, c
     ]
     assert is_same(first, second) and torch.equal(logits(first), logits(second))
     assert copy.startswith("tiny-") and not list(cache.glob(".tiny-*-*-*"))
-    assert read_checkpoint_config(cache / copy).calibration_tokens == 256
+    assert read_checkpoint_config(cache / copy).calibration_tokens == 64
     assert not is_same(first, load_model("tiny", "cpu", quantization=name))
 
 
@@ -340,7 +342,8 @@ LOAD = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 from qwen3fast import Generator, calibrated
-calibrated.TOKENS = 256
+from qwen3fast.engine import own_text
+calibrated.TOKENS, own_text.OWN_WINDOW = 64, 32
 Generator.from_pretrained(sys.argv[1], device="cpu", quantization="int4", compile=False, max_seq_len=64).close()
 """
 
@@ -360,8 +363,9 @@ def test_two_processes_calibrate_once(checkpoint, cache, caplog):
     assert (log + caplog.text).count("calibrated int4, kept in") == 1
 
 
-def test_the_command_writes_what_the_first_load_gives(checkpoint, cache, tmp_path):
-    options = ["--calibration-tokens", "256", "--device", "cpu", "--output", str(tmp_path / "q")]
+def test_the_command_writes_what_the_first_load_gives(checkpoint, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrated_module, "TOKENS", 128)
+    options = ["--calibration-tokens", "128", "--device", "cpu", "--output", str(tmp_path / "q")]
     assert main(["quantize", "--model", str(checkpoint), *options]) == 0
     assert is_same(load_model(tmp_path / "q", "cpu"), loaded(checkpoint))
 
@@ -487,7 +491,7 @@ def test_info_tells_where_the_calibrated_copy_lies(name, cache, monkeypatch, cap
     with monkeypatch.context() as patch:  # the copy is of one kind of device; "auto" means another one here
         patch.setattr(torch.cuda, "is_available", lambda: True)
         assert f"for cuda, {first} {kept_root()}" in line(*of_tiny)
-    assert line("--model", str(cache / visible(cache)[0])).endswith("on 256 tokens")
+    assert line("--model", str(cache / visible(cache)[0])).endswith("on 64 tokens")
     assert line("--model", "random:0.6b", "--quantization", name).endswith("none by default")
     assert line("--model", "tiny", "--quantization", "int8") == line("--model", "tiny") == ""
 

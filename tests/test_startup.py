@@ -1,14 +1,20 @@
 """The command line as a program of its own: what it imports, and what a person or a shell may do to it."""
 
+import io
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from bench_fakes import make_case, make_record
 
-GENERATE = [sys.executable, "-m", "qwen3fast", "generate", "--compile", "never", "--temperature", "0"]
+from qwen3fast import Generator
+from qwen3fast.bench.record import write_json
+from qwen3fast.cli import main
+from qwen3fast.results import StreamChunk
+
+GENERATE = ["generate", "--compile", "never", "--temperature", "0"]
 QUESTION = "What is 17 + 25?"
 # Slow to import, and of no use to a reply.
 HEAVY = ("matplotlib", "transformers", "torch._dynamo", "torch._inductor", "qwen3fast.bench", "pandas", "PIL", "triton")
@@ -18,71 +24,108 @@ def run(command, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def imported(importtime):
-    """Names of modules in the output of `python -X importtime`."""
-    return {line.rpartition("|")[2].strip() for line in importtime.splitlines() if line.startswith("import time:")}
-
-
 def heavy_ones(modules):
     return sorted(m for m in modules if any(m == heavy or m.startswith(heavy + ".") for heavy in HEAVY))
 
 
-def test_generate_imports_only_what_it_needs():
-    done = run([sys.executable, "-X", "importtime", *GENERATE[1:], QUESTION])
-    modules = imported(done.stderr)
-    assert done.stdout == "42\n" and "torch" in modules and "qwen3fast.generator" in modules
-    assert heavy_ones(modules) == []
-
-
-def test_the_package_imports_nothing_heavy_and_its_names_nothing_needless():
-    code = "import sys, qwen3fast; assert 'torch' not in sys.modules; qwen3fast.Generator; print(*sys.modules)"
-    done = run([sys.executable, "-c", code], check=True)
-    assert "torch" in done.stdout.split() and heavy_ones(done.stdout.split()) == []
-
-
-def test_a_reader_that_leaves_ends_it_quietly():
-    reply = [*GENERATE, "The", "--raw", "--max-tokens", "400"]
-    with subprocess.Popen(reply, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.read(1)
-        process.stdout.close()
-        error = process.stderr.read()
-    assert (process.returncode, error) == (141, b"")
-
-
-def test_a_reader_that_never_was_ends_help_quietly():
-    with subprocess.Popen(
-        [sys.executable, "-m", "qwen3fast", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        process.stdout.close()
-        error = process.stderr.read()
-    assert process.returncode in (0, 141) and error == b""  # argparse itself ignores an error at once
-
-
-def test_output_that_cannot_show_a_character_replaces_it():
-    code = """
+# One process, which imports more and more, and prints the names of its modules in between.
+IMPORTS = """
 import sys
-from unittest import mock
-from qwen3fast import Generator, cli
-from qwen3fast.results import StreamChunk
-with mock.patch.object(Generator, "stream_chat", lambda *a, **k: iter([StreamChunk("caf\\xe9 \\u4f60 end", [])])):
-    sys.exit(cli.main(["generate", "hi", "--compile", "never"]))
+import qwen3fast
+print(*sys.modules)
+qwen3fast.Generator
+print(*sys.modules)
+from qwen3fast.__main__ import main
+record, *sys.argv[1:] = sys.argv[1:]
+main()
+print(*sys.modules)
+from qwen3fast.bench.__main__ import main
+main(["table", record, "-o", record + ".md"])
+print(*sys.modules)
 """
-    done = run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "caf? ? end\n", "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_is_one_line():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([*GENERATE, QUESTION], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
+    write_json(make_record(make_case([1.0])).to_dict(), tmp_path / "a.json")
+    done = run([sys.executable, "-c", IMPORTS, str(tmp_path / "a.json"), *GENERATE, QUESTION], check=True)
+    package, names, answer, generate, table = (line.split() for line in done.stdout.splitlines())
+    assert "qwen3fast" in package and "torch" not in package
+    assert "torch" in names and heavy_ones(names) == []
+    assert answer == ["42"] and "qwen3fast.generator" in generate and heavy_ones(generate) == []
+    assert "qwen3fast.bench.table" in table and "matplotlib" not in table  # which only draws
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("stage", ["importing", "generating"])
-def test_ctrl_c_leaves_no_traceback(stage):
-    if stage == "importing":  # at the first import after the program has begun
-        code = """
+# Ends command lines in all ways of ENDINGS, each in a fork of one process: importing takes seconds. Prints a list of
+# exit statuses and standard errors.
+ENDS = """
+import json, os, signal, sys, tempfile, time
+import qwen3fast.cli, qwen3fast.generator
+from qwen3fast.__main__ import main
+
+def ended(how, arguments):
+    (reader, writer), error = os.pipe(), tempfile.TemporaryFile()
+    if how == "full disk":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    if how == "no reader":
+        os.close(reader)
+    if not (child := os.fork()):
+        if how != "no reader":
+            os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(error.fileno(), 2)
+        sys.argv[1:] = arguments
+        sys.exit(main())
+    os.close(writer)
+    if how in ("reader leaves", "Ctrl-C"):
+        os.read(reader, 1)
+    if how == "reader leaves":
+        os.close(reader)
+    if how == "Ctrl-C":
+        time.sleep(0.01)
+        os.kill(child, signal.SIGINT)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    error.seek(0)
+    return status, error.read().decode()
+
+print(json.dumps([ended(*ending) for ending in json.loads(sys.argv[1])]))
+"""
+ENDINGS = {
+    "reader leaves": [*GENERATE, "The", "--raw", "--max-tokens", "400"],
+    "no reader": ["--help"],
+    "full disk": [*GENERATE, QUESTION],
+    "Ctrl-C": [*GENERATE, "The", "--raw", "--max-tokens", "3000", "--max-seq-len", "4000"],
+}
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Exit status and standard error by the name of the ending."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    done = run([sys.executable, "-c", ENDS, json.dumps([*ENDINGS.items()])], check=True)
+    return dict(zip(ENDINGS, json.loads(done.stdout), strict=True))
+
+
+def test_a_reader_that_leaves_ends_it_quietly(ends):
+    assert ends["reader leaves"] == [141, ""]
+
+
+def test_a_reader_that_never_was_ends_help_quietly(ends):
+    status, error = ends["no reader"]
+    assert status in (0, 141) and error == ""  # argparse itself ignores an error at once
+
+
+def test_a_full_disk_is_one_line(ends):
+    status, error = ends["full disk"]
+    assert status == 1 and error.count("\n") == 1 and "No space left" in error
+
+
+def test_ctrl_c_leaves_no_traceback(ends):
+    assert ends["Ctrl-C"] == [130, ""]
+
+
+# Interrupted at the first import after the program has begun.
+INTERRUPTED = """
 import builtins, os, runpy, signal, sys
 real = builtins.__import__
 def interrupted(name, *arguments, **options):
@@ -93,13 +136,17 @@ builtins.__import__ = interrupted
 sys.argv = ["qwen3fast", "generate", "hi"]
 runpy.run_module("qwen3fast", run_name="__main__")
 """
-        done = run([sys.executable, "-c", code])
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-        return
-    reply = [*GENERATE, "The", "--raw", "--max-tokens", "3000", "--max-seq-len", "4000"]
-    with subprocess.Popen(reply, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.read(1)
-        time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate()
-    assert (process.returncode, error) == (130, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_while_it_imports_leaves_no_traceback():
+    done = run([sys.executable, "-c", INTERRUPTED])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_output_that_cannot_show_a_character_replaces_it(monkeypatch):
+    chunks = [StreamChunk("caf\xe9 \u4f60 end", [])]
+    monkeypatch.setattr(Generator, "stream_chat", lambda *arguments, **options: iter(chunks))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["generate", "hi", "--compile", "never"]) == 0
+    assert sys.stdout.buffer.getvalue() == b"caf? ? end\n"

@@ -54,7 +54,7 @@ def test_tiny_adds():
     "make", [lambda rng: tiny_tasks.addition(rng, held_out=True), tiny_tasks.copying], ids=["addition", "copying"]
 )
 def test_tiny_is_right_on_held_out_examples(tiny, make):
-    assert share_right(tiny, task_examples(make, 40)) >= 0.9
+    assert share_right(tiny, task_examples(make, 20)) >= 0.9
 
 
 def test_tiny_thinks_before_it_answers(tiny):
@@ -66,12 +66,12 @@ def test_tiny_thinks_before_it_answers(tiny):
 
 def test_tiny_looks_facts_up_at_2000_tokens(tiny):
     """A wrong KV cache would show: the fact is anywhere in the prompt, which takes several chunks of prefill."""
-    examples = task_examples(lambda rng: tiny_tasks.lookup(rng, 1900), 8)
+    examples = task_examples(lambda rng: tiny_tasks.lookup(rng, 1900), 5)
     assert all(len(tiny.tokenizer.encode(e.messages[0][1])) > 1900 for e in examples)
     assert share_right(tiny, examples) >= 0.85
 
 
-@pytest.mark.parametrize("num_words", [400, 1900])
+@pytest.mark.parametrize("num_words", [400, 1100])  # prompts of one or two chunks, and of three
 def test_tiny_long_context_is_the_same_with_and_without_cache(tiny, num_words):
     [example] = task_examples(lambda rng: tiny_tasks.lookup(rng, num_words), 1, seed=3)
     question = example.messages[0][1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -43,6 +44,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     if not len(values):
         raise ValueError("an estimate needs at least one value")
+    return _estimate(tuple(values))
+
+
+@lru_cache(maxsize=2**14)  # a record's table, picture, sentences and file each derive its metrics
+def _estimate(values: tuple[float, ...]) -> Estimate:
     array = np.asarray(values, dtype=np.float64)
     p10, median, p90 = np.percentile(array, [10, 50, 90])
     low = high = None
@@ -68,7 +74,12 @@ def ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
 
 def _resamples(array: np.ndarray, seed: int) -> np.ndarray:
     """Return (RESAMPLES, n) values, drawn with replacement."""
-    return np.random.default_rng(seed).choice(array, (RESAMPLES, len(array)))
+    return array[_places(len(array), seed)]
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

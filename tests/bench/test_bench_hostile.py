@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from bench_fakes import make_case, make_record
 
 from qwen3fast.bench import timeline
 from qwen3fast.bench.__main__ import main
-from qwen3fast.bench.record import load_record, write_json
+from qwen3fast.bench.record import write_json
 from qwen3fast.bench.table import as_csv, as_markdown, as_text
 from qwen3fast.bench.text import csv_cell, markdown, visible
 
@@ -134,13 +132,3 @@ def test_records_with_dollars_and_braces_can_be_drawn(tmp_path, capsys):
     for command in ("plot", "history"):
         target = tmp_path / ("out" if command == "plot" else "h.png")
         assert main([command, str(tmp_path / "a.json"), "-o", str(target)]) == 0
-
-
-def test_bench_loads_matplotlib_only_to_draw(tmp_path):
-    write_json(make_record(make_case([1.0])).to_dict(), tmp_path / "a.json")
-    code = (
-        "import sys; from qwen3fast.bench.__main__ import main; main(sys.argv[1:]); print('matplotlib' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, "table", str(tmp_path / "a.json"), "-o", str(tmp_path / "t.md")]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
-    assert load_record(tmp_path / "a.json").passed

@@ -27,6 +27,7 @@ from qwen3fast.bench.record import Case, Record, load_record, write_json
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS
 
+pytest_plugins = ["pytester"]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 
@@ -36,30 +37,39 @@ def tiny(**fields):
     return replace(Variant("decode", "tiny", "tiny").dry(), **{"mode": "eager", "contexts": (8,), **fields})
 
 
-@pytest.mark.parametrize("part", parts.MEASURED)
-def test_a_dry_run_of_every_part_measures_every_variant(part, monkeypatch, one_thread):
+def eager_variants():
+    """Those of a dry run of all parts. Compiled ones run eagerly: test_bench_measure.py has their modes."""
+    every = [variant for part in parts.MEASURED for variant in parts.variants_of(part, "cpu")]
+    eager = [replace(v, mode="static" if v.mode == "static" else "eager", label="default") for v in every]
+    return {(variant.name, variant.profiled): variant for variant in eager}.values()  # parts have some in common
+
+
+@pytest.mark.parametrize("variant", eager_variants(), ids=lambda variant: f"{variant.part}-{variant.name}")
+def test_a_dry_run_of_every_part_measures_every_variant(variant, small_folder, monkeypatch, one_thread):
     monkeypatch.setattr(child, "apply_options", lambda options: None)  # of the compiler, for the whole process
     monkeypatch.setattr(child, "apply_switches", lambda switches: None)
     monkeypatch.setitem(probes.COPY_BYTES, "cpu", 2**20)
     monkeypatch.setattr(replay, "SHORT", 2)  # every operation of a run is an event of the profiler
     monkeypatch.setattr(replay, "LONG", 3)
-    variants = parts.variants_of(part, "cpu")
-    assert len({variant.name for variant in variants}) == len(variants) > 1
-    # Compiled variants run eagerly here, each shape once: test_bench_measure.py has their modes.
-    eager = [replace(v, mode="static" if v.mode == "static" else "eager", label="default") for v in variants]
-    for variant in {variant.name: variant for variant in eager}.values():
-        results = Results()
-        child.run_variant(variant, CPU, results, Clock(100))
-        assert results.errors == []
-        if variant.weights != "bf16" and "cpu" not in FORMATS[variant.weights.removesuffix("-block")].devices:
-            assert results.left_out == [f"{variant.weights} weights do not run on cpu"]
-            continue
-        assert results.left_out == []
-        mode = variant.labels["mode"]
-        assert [c.labels["context"] for c in results.cases if c.labels["mode"] == mode] == list(variant.contexts)
-        assert all(case.metrics["ttft_s"].median > 0 for case in results.cases)
-        assert results.checks and all(check["passed"] for check in results.checks.values())
-        assert results.notes["seconds"] > 0
+    results = Results()
+    child.run_variant(replace(variant, source=str(small_folder)), CPU, results, Clock(100))
+    assert results.errors == []
+    if variant.weights != "bf16" and "cpu" not in FORMATS[variant.weights.removesuffix("-block")].devices:
+        assert results.left_out == [f"{variant.weights} weights do not run on cpu"]
+        return
+    assert results.left_out == []
+    mode = variant.labels["mode"]
+    assert [c.labels["context"] for c in results.cases if c.labels["mode"] == mode] == list(variant.contexts)
+    assert all(case.metrics["ttft_s"].median > 0 for case in results.cases)
+    assert results.checks and all(check["passed"] for check in results.checks.values())
+    assert results.notes["seconds"] > 0
+
+
+def test_a_dry_run_has_each_variant_of_a_part_once():
+    for part in parts.MEASURED:
+        variants = parts.variants_of(part, "cpu")
+        assert len({variant.name for variant in variants}) == len(variants) > 1
+        assert {variant.source for variant in variants} == {"tiny"}
 
 
 def test_variants_of_a_gpu_have_names_and_labels_of_their_own():
@@ -154,14 +164,14 @@ def test_variants_that_time_does_not_suffice_for_are_named(part_run, tmp_path):
 STOPPED = """
 import sys
 from pathlib import Path
-from test_gpu_check import tiny
 from gpu_check.budget import Clock
 from gpu_check.processes import raise_on_sigterm
 from gpu_check.runner import PartRun
+from gpu_check.variants import Variant
 folder = Path(sys.argv[1])
 raise_on_sigterm()
 run = PartRun("decode", folder, "cpu", Clock(100), folder, (sys.executable, str(folder / "child.py")))
-run.run([tiny(label="hang"), tiny(label="work")])
+run.run([Variant("decode", "tiny", "tiny", label=label) for label in ("hang", "work")])
 """
 
 
@@ -445,17 +455,13 @@ def test_tests_that_lack_a_package_are_left_out(tmp_path, monkeypatch):
     assert "test_other.py: ModuleNotFoundError: No module named 'no_such_package'" in left_out
 
 
-def test_tests_on_a_gpu_are_skipped_once_their_time_is_spent(tmp_path):
-    folder = tmp_path / "gpu"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
+def test_tests_on_a_gpu_are_skipped_once_their_time_is_spent(pytester, monkeypatch):
+    folder = pytester.mkpydir("gpu")
     (folder / "test_steps.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
     text = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
     (folder / "conftest.py").write_text(re.sub("^FOLDER_S = .*$", "FOLDER_S = -1", text, flags=re.MULTILINE))
-    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GPU_TESTS_ON": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and "2 skipped" in done.stdout, done.stdout + done.stderr
+    monkeypatch.setenv("GPU_TESTS_ON", "cpu")
+    pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:cacheprovider").assert_outcomes(skipped=2)
 
 
 def record_of(part, gpu="NVIDIA H200", **more):

@@ -10,6 +10,7 @@ import huge_pages as benchmark
 import pytest
 import tables
 import torch
+from bench_fakes import quick_probes  # noqa: F401  a fixture
 
 from qwen3fast import load_model
 from qwen3fast.bench.environment import describe_environment, describe_run
@@ -19,7 +20,8 @@ from qwen3fast.checkpoint.save import save_model
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the program needs Linux")
 @pytest.mark.parametrize("is_folder", [True, False])
-def test_one_checkpoint_is_measured_in_both_kinds_of_pages(monkeypatch, tmp_path, one_thread, capsys, is_folder):
+@pytest.mark.usefixtures("quick_probes")
+def test_one_checkpoint_is_measured_in_both_kinds_of_pages(monkeypatch, tmp_path, capsys, is_folder):
     asked = []
     monkeypatch.setattr(benchmark, "is_enabled", lambda: True)
     monkeypatch.setattr(benchmark.Generator, "warmup", lambda self: asked.append(os.environ[benchmark.VARIABLE]))

@@ -13,9 +13,15 @@ from conftest import small_config
 
 from qwen3fast import calibrated
 from qwen3fast.bench.record import load_record
+from qwen3fast.engine import own_text
 from qwen3fast.model.config import ModelConfig
 
 CONFIG = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def small_block(monkeypatch):
+    monkeypatch.setattr(loading_files, "BLOCK_BYTES", 2**16)  # of random numbers, which the files repeat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")
@@ -49,7 +55,8 @@ def test_a_first_load_calibrates_and_a_later_one_reads_what_it_kept(monkeypatch,
         real(*arguments, **options)
 
     monkeypatch.setattr(calibrated, "quantize_calibrated", quantize_calibrated)
-    monkeypatch.setattr(calibrated, "TOKENS", 128)
+    monkeypatch.setattr(calibrated, "TOKENS", 32)
+    monkeypatch.setattr(own_text, "OWN_WINDOW", 32)
     loading_files.write_shards(tmp_path, CONFIG)
     first, later = (loading_report.CASES[f"int4, {which} load"] for which in ("first", "later"))
     counts = []

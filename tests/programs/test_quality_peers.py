@@ -1,21 +1,28 @@
 """The tool that compares the errors of formats: llama.cpp's types, AWQ's scaling, and its record on tiny."""
 
 import copy
+import json
+import re
+import shutil
 import sys
 
+import awq_scaling
 import gguf
 import numpy as np
 import pytest
+import quality_formats
 import quality_peers
 import torch
 from awq_scaling import scale_channels
+from bench_fakes import quick_probes  # noqa: F401  a fixture
 from conftest import random_ids, random_tensor, randomized, small_config
 from ggml_quants import Ggml, bits, type_of
 from quality_formats import OURS
+from safetensors.torch import load_file, save_file
 from tiny_text import tiny_text
 
-from qwen3fast.bench import probes
 from qwen3fast.bench.record import load_record
+from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.quantization.calibrate import second_moments
 from qwen3fast.quantization.formats import FORMATS, quantize
 
@@ -67,16 +74,28 @@ def test_scaled_channels_compute_the_same_and_quantize_better():
     assert error(ours) < error(format.dequantize(quantize(weight, format)))
 
 
-def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch, one_thread):
-    monkeypatch.setitem(probes.PROBE_BYTES, "cpu", 2**20)
-    monkeypatch.setattr(probes.GemmProbe, "measure", lambda self, repetitions=3: 1e11)
+@pytest.fixture
+def two_layers(tmp_path):
+    """The first two layers of tiny, with its tokenizer."""
+    shutil.copytree(TINY_FOLDER, folder := tmp_path / "two")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not re.match(r"model\.layers\.[2-9]", name)}
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("quick_probes")
+def test_the_record_has_the_suite_and_the_formats(two_layers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(awq_scaling, "POWERS", (0.0, 0.5))
+    monkeypatch.setattr(quality_formats, "TOKENS", 512)
     for name, seed in (("text", 5), ("calibration", 77)):
         (tmp_path / f"{name}.txt").write_text(tiny_text(rounds=6, seed=seed), encoding="utf-8")
     options = ["--text", str(tmp_path / "text.txt"), "--calibrate", str(tmp_path / "calibration.txt")]
     options += ["--formats", "plain,int4", "--contexts", "96", "--repetitions", "4", "--threads", "1"]
-    monkeypatch.setattr(
-        sys, "argv", ["quality_peers.py", "--model", "tiny", *options, "--output", str(tmp_path / "r.json")]
-    )
+    options += ["--calibration-tokens", "512", "--output", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["quality_peers.py", "--model", str(two_layers), *options])
     monkeypatch.setattr(quality_peers, "find_library", lambda: None)
     assert quality_peers.main() == 0
     record = load_record(tmp_path / "r.json")
@@ -89,7 +108,7 @@ def test_the_record_has_the_suite_and_the_formats(tmp_path, capsys, monkeypatch,
     ]
     assert list(kl) == ["bf16", "int4", *alone, "Q8_0", "Q4_0 pure"]
     assert kl["Q8_0"] < kl["int8 weights"] < kl["int4 calibrated"] < kl["int4 weights"]
-    assert record.run["command"].startswith("python tools/quality_peers.py --model tiny --text ")
+    assert record.run["command"].startswith(f"python tools/quality_peers.py --model {two_layers} --text ")
     bits_of = {case.labels["format"]: case.facts.get("bits_per_weight") for case in record.cases}
     assert bits_of["Q4_0 pure"] == bits_of["int4 calibrated"] == 4.5
     assert record.notes["calibration"]["tokens"] >= 512 and (tmp_path / "r.png").exists()

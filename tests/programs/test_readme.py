@@ -4,11 +4,15 @@ Its code blocks, commands, links and tables are tested in test_docs.py, with the
 """
 
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +61,9 @@ def test_the_model_of_gpu_time_is_what_its_program_prints(capsys):
     assert (ROOT / "benchmarks" / "gpu_model.md").read_text(encoding="utf-8") == capsys.readouterr().out
 
 
-def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "qwen3fast", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("qwen3fast 0.")
+def test_module_runs_as_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # set back at the end
+    monkeypatch.setattr(sys, "argv", ["qwen3fast", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("qwen3fast", run_name="__main__")
+    assert capsys.readouterr().out.startswith("qwen3fast 0.")

@@ -11,6 +11,7 @@ import pytest
 import shared_cores as benchmark
 import tables
 import torch
+from bench_fakes import quick_probes  # noqa: F401  a fixture
 
 from qwen3fast.bench.environment import describe_environment, describe_run
 from qwen3fast.bench.record import Case, Record, load_record
@@ -18,10 +19,11 @@ from qwen3fast.bench.record import Case, Record, load_record
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the program needs Linux")
 
 
-def test_every_format_meets_every_other_program(monkeypatch, tmp_path, one_thread, capsys):
+@pytest.mark.usefixtures("quick_probes")
+def test_every_format_meets_every_other_program(monkeypatch, small_folder, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "SETTLE_S", 0)
-    options = ["--model", "tiny", "--formats", "plain,int4", "--rounds", "1", "--new-tokens", "8", "--no-compile"]
-    options += ["--prompt-tokens", "40"]
+    options = ["--model", str(small_folder), "--formats", "plain,int4", "--rounds", "1", "--new-tokens", "8"]
+    options += ["--prompt-tokens", "40", "--no-compile"]
     monkeypatch.setattr(sys, "argv", ["shared_cores.py", *options, "--output", str(tmp_path / "record.json")])
     assert benchmark.main() == 0
     record = load_record(tmp_path / "record.json")

@@ -1,4 +1,4 @@
-"""tools/soak.py runs, finds nothing wrong in a few seconds, and would notice if something were."""
+"""tools/soak.py runs, finds nothing wrong in a short time, and would notice if something were."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def run(monkeypatch, capsys, *arguments):
     return soak.main(), capsys.readouterr().out
 
 
-def few_workers(monkeypatch):
-    for workers, number in {"THREADS": 0, "TASKS": 2, "CHATS": 0}.items():
+def use_workers(monkeypatch, threads=0, tasks=2, chats=0):
+    for workers, number in {"THREADS": threads, "TASKS": tasks, "CHATS": chats}.items():
         monkeypatch.setattr(soak, workers, number)
 
 
-def test_soak_finds_nothing_wrong_in_a_second(monkeypatch, capsys, one_thread):
+def test_soak_finds_nothing_wrong(monkeypatch, capsys, one_thread):
+    use_workers(monkeypatch, threads=1, tasks=2, chats=1)
     # Memory is not judged here: the tests before this one may have left some to grow into.
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.02", "--seed", "1", "--max-growth-mb", "10000")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.005", "--seed", "1", "--max-growth-mb", "10000")
     assert status == 0, printed
     table = dict(re.findall(r"^(\w[a-z ]*?) +(\d+)$", printed, re.MULTILINE))
     assert list(table) == list(soak.ROWS)
@@ -42,8 +43,8 @@ def test_soak_notices_wrong_replies(monkeypatch, capsys):
         return generate(self, [*prompts, 5], params, **options)
 
     monkeypatch.setattr(Generator, "generate", longer_prompt)
-    few_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.01")
+    use_workers(monkeypatch)
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.001")
     assert status == 1
     assert re.search(r"\n  got .*\n  expected ", printed)
 
@@ -51,8 +52,8 @@ def test_soak_notices_wrong_replies(monkeypatch, capsys):
 def test_soak_notices_what_is_left_behind(monkeypatch, capsys):
     init = Admission.__init__
     monkeypatch.setattr(Admission, "__init__", lambda self, places: init(self, places - 1))  # one is lost
-    few_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.01")
+    use_workers(monkeypatch)
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.001")
     assert status == 1
     assert "slots in use, waiting, places in the queue: (0, 0, 1), not (0, 0, 2)" in printed
 
@@ -60,8 +61,8 @@ def test_soak_notices_what_is_left_behind(monkeypatch, capsys):
 def test_soak_notices_memory_that_grows(monkeypatch, capsys):
     sizes = count(0, 100)
     monkeypatch.setattr(soak, "rss_mb", lambda: next(sizes))
-    few_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.01", "--max-growth-mb", "64")
+    use_workers(monkeypatch)
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.001", "--max-growth-mb", "64")
     assert status == 1
     assert re.search(r"resident memory grew by \d+00 MB, more than 64 MB", printed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 
@@ -57,6 +58,9 @@ EVENTS = {
 }
 
 
+adapter = functools.cache(TypeAdapter)  # whose making takes long
+
+
 def validate(kind, data: dict) -> None:
     """Check that data is valid JSON of a type. Raises: ValidationError naming the field."""
     if kind is Completion:
@@ -67,7 +71,7 @@ def validate(kind, data: dict) -> None:
                 values = (choice["logprobs"] or {}).get(name) or [empty]
                 assert None not in values[1:]
                 values[0] = values[0] or empty
-    TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+    adapter(kind).validate_json(json.dumps(data), strict=True)
 
 
 @pytest.mark.parametrize(("path", "body"), REQUESTS)
