@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def step_bytes(config: ModelConfig, context: int) -> int:
     return config.decode_parameters * config.dtype.itemsize + config.kv_bytes_per_token(config.dtype) * context
 
 
+@cache
 def compiled_kernels() -> tuple[int, int]:
     """Return the kernels of one layer, and those beside the layers: one request, bfloat16, H100.
 

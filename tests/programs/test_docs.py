@@ -54,7 +54,7 @@ def first_line(code: str) -> str:
 
 @pytest.fixture
 def offline(monkeypatch, yes_no_checkpoint):
-    """Models of the hub are tiny, and nothing is compiled: the texts of a document stay true, and short."""
+    """Models of the hub are tiny: the texts of a document stay true, and short."""
     opened = []
 
     def replaced(cls, extra, source_of):
@@ -67,7 +67,7 @@ def offline(monkeypatch, yes_no_checkpoint):
 
         monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
 
-    replaced(Generator, {"compile": False}, lambda: "tiny")
+    replaced(Generator, {"compile": True}, lambda: "tiny")
     replaced(Embedder, {}, lambda: "tiny")
     replaced(Reranker, {}, lambda: yes_no_checkpoint)
     yield

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -84,13 +85,13 @@ def test_variants_of_a_gpu_have_names_and_labels_of_their_own():
     assert {("eager", "uncached"), ("compiled", "uncached"), ("eager", "transformers")} <= modes
 
 
-def test_a_part_runs_as_a_program_and_its_record_is_whole(tmp_path):
-    command = [sys.executable, "tools/gpu_check.py", "--part", "uncached", "--only", "uncached-eager"]
-    command += ["--device", "cpu", "--output", str(tmp_path), "--caches", str(tmp_path / "caches")]
-    environment = os.environ | {"PYTHONPATH": "."}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "uncached-eager" in done.stdout
+def test_a_part_runs_its_variants_as_programs_and_its_record_is_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main, "raise_on_sigterm", lambda: None)  # for the whole process
+    arguments = ["--part", "uncached", "--only", "uncached-eager", "--device", "cpu", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--caches", str(tmp_path / "caches")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "tools" / "gpu_check.py"), run_name="__main__")
+    assert "uncached-eager" in capsys.readouterr().out
     record = load_record(tmp_path / "uncached.json")
     assert [case.labels["context"] for case in record.cases] == [8, 24]
     assert record.suite == "gpu" and not record.interrupted and record.passed

@@ -6,7 +6,8 @@ import asyncio
 from typing import Literal
 
 import pytest
-from serving import running, tiny_generator  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
+from serving import running
 
 from qwen3fast.server.options import ServerOptions
 

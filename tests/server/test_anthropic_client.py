@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from serving import address, models, tiny_generator  # noqa: F401  fixtures
+from serving import address, models  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
 
 anthropic = pytest.importorskip("anthropic")
 

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 from conftest import wait_until
-from serving import models, running, tiny_generator  # noqa: F401  fixtures
+from serving import models, running  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.server.app import create_app

@@ -32,7 +32,7 @@ TYPED, UNTYPED = ToolCall("weather", {"days": 3}), ToolCall("weather", {"days": 
 @pytest.fixture(scope="module")
 def generator() -> Iterator[Generator]:
     """Tiny with the other template."""
-    with Generator.from_pretrained("tiny", max_batch_size=2, max_seq_len=1024, compile=False) as generator:
+    with Generator.from_pretrained("tiny", max_batch_size=2, max_seq_len=1024, compile=True) as generator:
         generator.tokenizer.chat_template = CODER_TEMPLATE
         yield generator
 

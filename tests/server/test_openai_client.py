@@ -9,7 +9,9 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from serving import address, models, tiny_generator  # noqa: F401  fixtures
+from conftest import wait_until
+from serving import address, models, running  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Generator, SamplingParams
 
@@ -233,18 +235,19 @@ def test_the_asynchronous_client_runs_many_at_once(address):  # noqa: F811
     assert asyncio.run(ask()) == ["42"] * 12
 
 
-def test_a_client_that_gives_up_frees_its_slot(client, tiny_generator: Generator):  # noqa: F811
+def test_a_client_that_gives_up_frees_its_slot():
     options = {"model": "tiny", "messages": SUM, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
-    stream = client.chat.completions.create(**options, stream=True)
-    next(iter(stream))
-    stream.close()
-    with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.05).chat.completions.create(**options)
-    for _ in range(500):
-        if tiny_generator.stats.slots_in_use == 0 and tiny_generator.stats.waiting == 0:
-            break
-        asyncio.run(asyncio.sleep(0.01))
-    assert tiny_generator.stats.slots_in_use == 0
+    with (
+        Generator.from_pretrained("tiny", max_seq_len=512, compile=False) as slow,
+        running({"tiny": slow}) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        stream = client.chat.completions.create(**options, stream=True)
+        next(iter(stream))
+        stream.close()
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.05).chat.completions.create(**options)
+        wait_until(lambda: (slow.stats.slots_in_use, slow.stats.waiting) == (0, 0))
 
 
 @pytest.mark.parametrize("is_text", [True, False])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving import tiny_generator  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Generator
 from qwen3fast.engine.state import Logprobs

@@ -15,7 +15,7 @@ ASSISTANT = "<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def generator():
-    with Generator.from_pretrained("tiny", max_batch_size=2, compile=False) as generator:
+    with Generator.from_pretrained("tiny", max_batch_size=2, compile=True) as generator:
         yield generator
 
 
