@@ -44,7 +44,7 @@ def test_soak_notices_wrong_replies(monkeypatch, capsys):
 
     monkeypatch.setattr(Generator, "generate", longer_prompt)
     use_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.001")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.003")
     assert status == 1
     assert re.search(r"\n  got .*\n  expected ", printed)
 
@@ -53,7 +53,7 @@ def test_soak_notices_what_is_left_behind(monkeypatch, capsys):
     init = Admission.__init__
     monkeypatch.setattr(Admission, "__init__", lambda self, places: init(self, places - 1))  # one is lost
     use_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.001")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.003")
     assert status == 1
     assert "slots in use, waiting, places in the queue: (0, 0, 1), not (0, 0, 2)" in printed
 
@@ -62,7 +62,7 @@ def test_soak_notices_memory_that_grows(monkeypatch, capsys):
     sizes = count(0, 100)
     monkeypatch.setattr(soak, "rss_mb", lambda: next(sizes))
     use_workers(monkeypatch)
-    status, printed = run(monkeypatch, capsys, "--minutes", "0.001", "--max-growth-mb", "64")
+    status, printed = run(monkeypatch, capsys, "--minutes", "0.003", "--max-growth-mb", "64")
     assert status == 1
     assert re.search(r"resident memory grew by \d+00 MB, more than 64 MB", printed)
 

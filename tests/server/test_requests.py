@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import pytest
 from conftest import randomized, small_config
-from serving import address, models, tiny_generator  # noqa: F401  fixtures
+from serving import address, models  # noqa: F401  fixtures
+from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Embedder, Generator
 from qwen3fast.cli import main
