@@ -13,7 +13,8 @@ from qwen3fast import ChatSession, Generator, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:greedy decoding")
 
-GREEDY = SamplingParams(temperature=0, max_tokens=60)
+GREEDY = SamplingParams(temperature=0, max_tokens=60, thinking_budget=8)
+NATURAL = replace(GREEDY, thinking_budget=None)  # the model ends its thoughts itself, which takes longer
 QUESTIONS = ["What is 17 + 25?", "Copy: red fox hill", "Count from 5 to 9.", "What is the capital of France?"]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 
@@ -77,7 +78,7 @@ def test_enable_thinking_must_be_a_bool(tiny, flag):
 def test_exact_turns_are_those_of_chat_on_the_same_messages(tiny, alone, enable_thinking, system):
     session = ChatSession(tiny, system=system, enable_thinking=enable_thinking)
     for number, question in enumerate(QUESTIONS[:3]):
-        params = replace(GREEDY, temperature=0 if number % 2 else None, seed=number)
+        params = replace(NATURAL, temperature=0 if number % 2 else None, seed=number)
         messages = [*session.messages, user(question)]
         result = session.send(question, params)
         expected = alone.chat(messages, params, enable_thinking=enable_thinking)
@@ -99,7 +100,7 @@ def test_exact_turns_reuse_what_the_template_leaves_as_it_was(tiny, prompts):
 
 def test_messages_hold_thoughts_and_answers(tiny):
     session = ChatSession(tiny)
-    result = session.send(QUESTIONS[0], replace(GREEDY, temperature=None, seed=1))
+    result = session.send(QUESTIONS[0], replace(NATURAL, temperature=None, seed=1))
     assert session.messages == [
         user(QUESTIONS[0]),
         {"role": "assistant", "content": result.answer, "reasoning_content": result.reasoning},
@@ -126,9 +127,9 @@ def test_streamed_turns_are_the_same_as_sent_ones(tiny):
 def test_append_turns_put_the_message_behind_all_that_is_there(tiny, alone, prompts, enable_thinking, system):
     session = ChatSession(tiny, system=system, enable_thinking=enable_thinking, mode="append")
     opening = [{"role": "system", "content": system}] if system else []
-    expected = tiny.render([*opening, user(QUESTIONS[0])], GREEDY, enable_thinking)
+    expected = tiny.render([*opening, user(QUESTIONS[0])], NATURAL, enable_thinking)
     for number, question in enumerate(QUESTIONS[:3]):
-        params = replace(GREEDY, temperature=None, seed=number)
+        params = replace(NATURAL, temperature=None, seed=number)
         result = session.send(question, params)
         assert prompts[-1] == expected
         assert_same_reply(result, alone.generate(expected, params))
