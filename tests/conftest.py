@@ -69,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Ctrl-C interrupts also in a shell's background job, as its tests expect of the programs that they start.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         cpu.load()
 

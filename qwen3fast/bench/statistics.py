@@ -77,7 +77,7 @@ def _resamples(array: np.ndarray, seed: int) -> np.ndarray:
     return array[_places(len(array), seed)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _places(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
 
