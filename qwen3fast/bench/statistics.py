@@ -74,7 +74,8 @@ def ratio(new: Sequence[float], old: Sequence[float]) -> Estimate:
 
 def _resamples(array: np.ndarray, seed: int) -> np.ndarray:
     """Return (RESAMPLES, n) values, drawn with replacement."""
-    return array[_places(len(array), seed)]
+    drawn: np.ndarray = array[_places(len(array), seed)]
+    return drawn
 
 
 @lru_cache(maxsize=4)
