@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0: the scale in float16, then 16 bytes."""
     block_RGB = torch.from_numpy(rows).view(len(rows), -1, 2 + GROUP // 2)
-    return _halves(block_RGB[..., 2:]), _float16(block_RGB, 0)
+    return halves(block_RGB[..., 2:]), float16_at(block_RGB, 0)
 
 
 def pack_q4_0(rows: np.ndarray) -> Packed:
@@ -49,28 +49,32 @@ def pack_q4_1(rows: np.ndarray) -> Packed:
     """Pack rows of Q4_1, exactly: the scale and the smallest number in float16, then 16 bytes."""
     block_RGB = torch.from_numpy(rows).view(len(rows), -1, 4 + GROUP // 2)
     one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
-    return pack_minimums(_halves(block_RGB[..., 4:]), _float16(block_RGB, 0), -_float16(block_RGB, 2), one_RG, one_RG)
+    return pack_minimums(halves(block_RGB[..., 4:]), float16_at(block_RGB, 0), -float16_at(block_RGB, 2), one_RG, one_RG)
 
 
 def pack_q4_k(rows: np.ndarray) -> Packed:
     """Pack rows of Q4_K, exactly: d and dmin in float16, 12 bytes of s and m in 6 bits each, then 128 bytes."""
     block_RBX = torch.from_numpy(rows).view(len(rows), -1, 144)
-    a, b, c = block_RBX[..., 4:16].unflatten(2, (3, 4)).unbind(2)  # (R, B, 4) each
-    s_RB8 = torch.cat([a & 63, (c & 15) | (a >> 6 << 4)], dim=2)
-    m_RB8 = torch.cat([b & 63, (c >> 4) | (b >> 6 << 4)], dim=2)
-    level_RK = _halves(block_RBX[..., 16:].unflatten(2, (4, 32)))
-    d_RB, dmin_RB = _float16(block_RBX, 0), _float16(block_RBX, 2)
+    s_RB8, m_RB8 = scales_in_6_bits(block_RBX[..., 4:16])
+    level_RK = halves(block_RBX[..., 16:].unflatten(2, (4, 32)))
+    d_RB, dmin_RB = float16_at(block_RBX, 0), float16_at(block_RBX, 2)
     return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True)
 
 
-def _halves(byte: Tensor) -> Tensor:
+def scales_in_6_bits(byte: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales and the minimums, (..., 8) uint8, in the 12 bytes that a block of Q4_K has for them."""
+    a, b, c = byte.unflatten(-1, (3, 4)).unbind(-2)
+    return torch.cat([a & 63, (c & 15) | (a >> 6 << 4)], dim=-1), torch.cat([b & 63, (c >> 4) | (b >> 6 << 4)], dim=-1)
+
+
+def halves(byte: Tensor) -> Tensor:
     """Return low halves, then high halves of the last dimension, row by row: (R, ..., C) -> (R, K) uint8."""
     return torch.cat([byte & 15, byte >> 4], dim=-1).flatten(1)
 
 
-def _float16(block_RBX: Tensor, first: int) -> Tensor:
-    """Return the float16 number at a byte of each block, (R, B) float32."""
-    return block_RBX[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
+def float16_at(block: Tensor, first: int) -> Tensor:
+    """Return the float16 number at a byte of each block, (..., bytes of a block) -> (...) float32."""
+    return block[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
 
 
 def _uint4(layout: Layout) -> Format:
