@@ -1,0 +1,55 @@
+"""Numbers of GGUF's types of more than 4 bits: bit for bit the gguf package's, in PyTorch, which is faster.
+
+Source: block_q8_0, block_q5_K and block_q6_K of ggml-common.h, and their dequantization in ggml-quants.c, both in
+github.com/ggml-org/ggml.
+
+R rows   K in_features   B blocks of all rows
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3fast.checkpoint.gguf.levels import float16_at, halves, scales_in_6_bits
+
+
+def numbers_of_q8_0(rows: np.ndarray) -> Tensor:
+    """Return (R, K) float32 of rows in Q8_0, (R, bytes of a row): per 32 channels a float16 scale, then 32 bytes."""
+    block_BX = torch.from_numpy(rows).view(-1, 34)
+    level_BC = block_BX[:, 2:].contiguous().view(torch.int8).float()
+    return (level_BC * float16_at(block_BX, 0)[:, None]).view(len(rows), -1)
+
+
+def numbers_of_q5_k(rows: np.ndarray) -> Tensor:
+    """Return the same of rows in Q5_K: as Q4_K, with 32 bytes of highest bits before the halves.
+
+    Bit g of byte i belongs to channel i of the 32 channels of group g.
+    """
+    block_BX = torch.from_numpy(rows).view(-1, 176)
+    scale_B8, minimum_B8 = scales_in_6_bits(block_BX[:, 4:16])
+    low_B8C = halves(block_BX[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32)
+    high_B8C = torch.stack([block_BX[:, 16:48] >> g & 1 for g in range(8)], dim=1)
+    scale_B8 = float16_at(block_BX, 0)[:, None] * scale_B8
+    minimum_B8 = float16_at(block_BX, 2)[:, None] * minimum_B8
+    level_B8C = (low_B8C | high_B8C << 4).float()
+    return (level_B8C * scale_B8[..., None] - minimum_B8[..., None]).view(len(rows), -1)
+
+
+def numbers_of_q6_k(rows: np.ndarray) -> Tensor:
+    """Return the same of rows in Q6_K: of 256 channels 128 bytes of low halves, 64 of high bits, 16 scales, a float16.
+
+    Each half of a block has 64 bytes of halves, for channels i and 64 + i, and 32 bytes of two bits each, for channels
+    i, 32 + i, 64 + i and 96 + i. A level is from -32 to 31, a scale is of 16 channels.
+    """
+    block_BX = torch.from_numpy(rows).view(-1, 210)
+    byte_B2C, high_B2C = block_BX[:, :128].unflatten(1, (2, 64)), block_BX[:, 128:192].unflatten(1, (2, 32))
+    low_BC = torch.cat([byte_B2C & 15, byte_B2C >> 4], dim=2)
+    high_BC = torch.cat([high_B2C >> shift & 3 for shift in (0, 2, 4, 6)], dim=2)
+    level_BSC = (low_BC | high_BC << 4).view(-1, 16, 16).float() - 32
+    scale_BS = float16_at(block_BX, 208)[:, None] * block_BX[:, 192:208].contiguous().view(torch.int8)
+    return (level_BSC * scale_BS[..., None]).view(len(rows), -1)
+
+
+NUMBERS = {"Q8_0": numbers_of_q8_0, "Q5_K": numbers_of_q5_k, "Q6_K": numbers_of_q6_k}
