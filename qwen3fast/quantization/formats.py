@@ -137,8 +137,8 @@ def quantize_int8(weight_NK: Tensor) -> Packed:
     """Quantize to 8 bits with one scale per row: the row's largest weight becomes +-127."""
     weight = weight_NK.float()
     scale_N = weight.abs().amax(dim=1) / 127
-    byte_NK = torch.round(weight / scale_N.clamp(min=1e-30)[:, None]).clamp(-127, 127).add_(128).to(torch.uint8)
-    return pack_int8(byte_NK, scale_N)
+    level_NK = (weight / scale_N.clamp(min=1e-30)[:, None]).round_().clamp_(-127, 127)
+    return pack_int8(level_NK.add_(128).to(torch.uint8), scale_N)
 
 
 def pack_int8(byte_NK: Tensor, scale_N: Tensor) -> Packed:

@@ -35,8 +35,7 @@ class Packed(NamedTuple):
 
 def pack_bytes(byte_NK: Tensor) -> Tensor:
     """Return one byte per weight in the order of 8-bit formats, (N/16, K/4, 16, 4)."""
-    N, K = byte_NK.shape
-    return byte_NK.view(N // LANES, LANES, K // 4, 4).transpose(1, 2).contiguous()
+    return _by_fours(byte_NK.contiguous().view(torch.int32))
 
 
 def bytes_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
@@ -46,10 +45,14 @@ def bytes_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
 
 def pack_halves(level_NK: Tensor) -> Tensor:
     """Return 4-bit levels (uint8, 0 to 15) in the order of 4-bit formats, (N/16, K/8, 16, 4)."""
-    N, K = level_NK.shape
-    # (block, row, 8 channels, half, 4 channels): the second four channels go to the high halves.
-    low, high = level_NK.view(N // LANES, LANES, K // 8, 2, 4).unbind(3)
-    return (low | high << 4).transpose(1, 2).contiguous()
+    # Four levels at a time: the second four of eight channels go to the high halves. No bit leaves its byte.
+    low, high = level_NK.contiguous().view(torch.int32).unflatten(1, (-1, 2)).unbind(2)
+    return _by_fours(low | high << 4)
+
+
+def _by_fours(four_NX: Tensor) -> Tensor:
+    """Return numbers of 32 bits, four bytes of a row each, in the order of all formats: (N/16, X, 16, 4) uint8."""
+    return by_blocks(four_NX).view(torch.uint8).view(len(four_NX) // LANES, -1, LANES, 4)
 
 
 def levels_of_rows(packed: Packed, row_R: Tensor) -> Tensor:

@@ -48,28 +48,42 @@ def pack_q4_0_exactly(rows: np.ndarray) -> Packed:
 def pack_q4_1(rows: np.ndarray) -> Packed:
     """Pack rows of Q4_1, exactly: the scale and the smallest number in float16, then 16 bytes."""
     block_RGB = torch.from_numpy(rows).view(len(rows), -1, 4 + GROUP // 2)
+    d_RG, dmin_RG = float16_at(block_RGB, 0), -float16_at(block_RGB, 2)
     one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
-    return pack_minimums(halves(block_RGB[..., 4:]), float16_at(block_RGB, 0), -float16_at(block_RGB, 2), one_RG, one_RG)
+    return pack_minimums(halves(block_RGB[..., 4:]), d_RG, dmin_RG, one_RG, one_RG)
 
 
 def pack_q4_k(rows: np.ndarray) -> Packed:
     """Pack rows of Q4_K, exactly: d and dmin in float16, 12 bytes of s and m in 6 bits each, then 128 bytes."""
     block_RBX = torch.from_numpy(rows).view(len(rows), -1, 144)
-    s_RB8, m_RB8 = scales_in_6_bits(block_RBX[..., 4:16])
-    level_RK = halves(block_RBX[..., 16:].unflatten(2, (4, 32)))
+    word_RBX = block_RBX.view(torch.int32)
+    s_RB8, m_RB8 = scales_in_6_bits(word_RBX[..., 1:4])
+    level_RK = halves(word_RBX[..., 4:].unflatten(2, (4, 8)))
     d_RB, dmin_RB = float16_at(block_RBX, 0), float16_at(block_RBX, 2)
     return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True)
 
 
-def scales_in_6_bits(byte: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales and the minimums, (..., 8) uint8, in the 12 bytes that a block of Q4_K has for them."""
-    a, b, c = byte.unflatten(-1, (3, 4)).unbind(-2)
-    return torch.cat([a & 63, (c & 15) | (a >> 6 << 4)], dim=-1), torch.cat([b & 63, (c >> 4) | (b >> 6 << 4)], dim=-1)
+def scales_in_6_bits(word: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales and the minimums, (..., 8) uint8, in the 12 bytes that a block of Q4_K has for them.
+
+    word: these bytes, (..., 3) int32. The low 6 bits of each byte of the first two are of groups 0 to 3; the third has
+    4 bits of each of the others, whose high 2 bits are in the first two.
+    """
+    a, b, c = word.unbind(-1)
+    results = []
+    for first, low in ((a, c), (b, c >> 4)):
+        later = low & 0x0F0F0F0F | (first >> 6 & 0x03030303) << 4
+        results.append(torch.stack([first & 0x3F3F3F3F, later], dim=-1).view(torch.uint8))
+    return results[0], results[1]
 
 
 def halves(byte: Tensor) -> Tensor:
-    """Return low halves, then high halves of the last dimension, row by row: (R, ..., C) -> (R, K) uint8."""
-    return torch.cat([byte & 15, byte >> 4], dim=-1).flatten(1)
+    """Return low halves, then high halves of the last dimension, row by row: (R, ..., C) -> (R, K) uint8.
+
+    byte: uint8, or four bytes at a time in int32, which is faster.
+    """
+    mask = 15 if byte.dtype == torch.uint8 else 0x0F0F0F0F
+    return torch.cat([byte & mask, byte >> 4 & mask], dim=-1).flatten(1).view(torch.uint8)
 
 
 def float16_at(block: Tensor, first: int) -> Tensor:

@@ -18,7 +18,7 @@ from qwen3fast.checkpoint.gguf.levels import float16_at, halves, scales_in_6_bit
 def numbers_of_q8_0(rows: np.ndarray) -> Tensor:
     """Return (R, K) float32 of rows in Q8_0, (R, bytes of a row): per 32 channels a float16 scale, then 32 bytes."""
     block_BX = torch.from_numpy(rows).view(-1, 34)
-    level_BC = block_BX[:, 2:].contiguous().view(torch.int8).float()
+    level_BC = block_BX[:, 2:].contiguous().view(torch.int8)
     return (level_BC * float16_at(block_BX, 0)[:, None]).view(len(rows), -1)
 
 
@@ -28,12 +28,13 @@ def numbers_of_q5_k(rows: np.ndarray) -> Tensor:
     Bit g of byte i belongs to channel i of the 32 channels of group g.
     """
     block_BX = torch.from_numpy(rows).view(-1, 176)
-    scale_B8, minimum_B8 = scales_in_6_bits(block_BX[:, 4:16])
-    low_B8C = halves(block_BX[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32)
-    high_B8C = torch.stack([block_BX[:, 16:48] >> g & 1 for g in range(8)], dim=1)
+    word_BX = block_BX.view(torch.int32)  # four bytes at a time
+    scale_B8, minimum_B8 = scales_in_6_bits(word_BX[:, 1:4])
+    low_B8C = halves(word_BX[:, 12:].unflatten(1, (4, 8))).view(-1, 8, 32)
+    high_B8C = torch.stack([word_BX[:, 4:12] >> g & 0x01010101 for g in range(8)], dim=1).view(torch.uint8)
     scale_B8 = float16_at(block_BX, 0)[:, None] * scale_B8
     minimum_B8 = float16_at(block_BX, 2)[:, None] * minimum_B8
-    level_B8C = (low_B8C | high_B8C << 4).float()
+    level_B8C = low_B8C | high_B8C << 4
     return (level_B8C * scale_B8[..., None] - minimum_B8[..., None]).view(len(rows), -1)
 
 
@@ -44,10 +45,11 @@ def numbers_of_q6_k(rows: np.ndarray) -> Tensor:
     i, 32 + i, 64 + i and 96 + i. A level is from -32 to 31, a scale is of 16 channels.
     """
     block_BX = torch.from_numpy(rows).view(-1, 210)
-    byte_B2C, high_B2C = block_BX[:, :128].unflatten(1, (2, 64)), block_BX[:, 128:192].unflatten(1, (2, 32))
-    low_BC = torch.cat([byte_B2C & 15, byte_B2C >> 4], dim=2)
-    high_BC = torch.cat([high_B2C >> shift & 3 for shift in (0, 2, 4, 6)], dim=2)
-    level_BSC = (low_BC | high_BC << 4).view(-1, 16, 16).float() - 32
+    pair_BX = block_BX.view(torch.int16)  # two bytes at a time
+    halves_B2C, high_B2C = pair_BX[:, :64].unflatten(1, (2, 32)), pair_BX[:, 64:96].unflatten(1, (2, 16))
+    low_B2C = torch.cat([halves_B2C & 0x0F0F, halves_B2C >> 4 & 0x0F0F], dim=2)
+    high_B2C = torch.cat([high_B2C >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=2)
+    level_BSC = (low_B2C | high_B2C << 4).view(torch.int8).view(-1, 16, 16) - 32
     scale_BS = float16_at(block_BX, 208)[:, None] * block_BX[:, 192:208].contiguous().view(torch.int8)
     return (level_BSC * scale_BS[..., None]).view(len(rows), -1)
 
