@@ -9,7 +9,7 @@ the same prompts, new ones each round: no engine can reuse an earlier prompt's k
 at a context's length; prefill is timed up to the first token. The time of a step is a reply's mean for every engine,
 since not all report single steps. Before the rounds, each engine's greedy tokens are compared with the bfloat16 model's
 logits: engines in bfloat16 or fp16 must agree, quantized ones may differ, by a gap that the record keeps. With --gguf,
-engines read the same file, and tokens are compared with our plain model of its weights.
+engines read the same file, and tokens are compared with our model of it, uncompiled.
 
 An engine that crashes or hangs is left out, and the record has the reason, as it has for engines that need another
 device. Ctrl-C and SIGTERM keep the rounds so far.
@@ -168,10 +168,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prefill {args.prefill} is among --contexts; choose another length")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
+    if not args.model.startswith("random:"):
+        parser.error(f"--model {args.model}: only shapes with random weights, such as random:4b, or --gguf FILE")
     args.weights = args.gguf or args.weights or CACHE / args.model.replace(":", "-")
     if args.gguf is not None:
         if not args.gguf.is_file():
             parser.error(f"--gguf: {args.gguf} is no file")
+        if not any(v.format == GGUF for name in args.peers for v in PEERS[name].variants):
+            parser.error(f"--gguf: none of {', '.join(args.peers)} reads such files here")
         args.model, args.formats = args.gguf.name, [GGUF]
         args.peers = [name for name in args.peers if any(v.format == GGUF for v in PEERS[name].variants)]
     args.peers, args.not_run = split_by_device(args.peers, args.device)

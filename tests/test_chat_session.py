@@ -14,7 +14,7 @@ from qwen3fast import ChatSession, Generator, SamplingParams
 pytestmark = pytest.mark.filterwarnings("ignore:greedy decoding")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60, thinking_budget=8)
-NATURAL = replace(GREEDY, thinking_budget=None)  # the model ends its thoughts itself, which takes longer
+NATURAL = replace(GREEDY, thinking_budget=None)  # the model ends its reasoning itself, which takes longer
 QUESTIONS = ["What is 17 + 25?", "Copy: red fox hill", "Count from 5 to 9.", "What is the capital of France?"]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 

@@ -88,7 +88,7 @@ class Peer:
         return CACHE / self.name / "env" / "bin" / "python"
 
     def model_path(self, variant: Variant, weights: Path) -> Path:
-        """Return the folder of a variant's converted weights. weights: the folder of all of a model, or a GGUF file."""
+        """Return where a variant's converted weights are. weights: the folder of a model's weights, or a GGUF file."""
         return weights if variant.format == GGUF else weights / self.name / variant.folder
 
     def setup(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,10 @@ def require_set_up(args: argparse.Namespace) -> None:
     ]
     if missing:
         command = f"python benchmarks/compare_peers.py --setup --peers {','.join(args.peers)}"
-        what = f"--gguf {args.gguf}" if args.gguf else f"--model {args.model} --formats {','.join(args.formats)}"
+        weights = f"--weights {shlex.quote(str(args.weights))}"
+        what = f"--model {args.model} --formats {','.join(args.formats)} {weights}"
+        if args.gguf is not None:
+            what = f"--gguf {shlex.quote(str(args.gguf))}"
         raise SystemExit(f"not set up: {', '.join(missing)}; run: {command} {what}")
 
 

@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return _estimate(tuple(values))
 
 
-@lru_cache(maxsize=2**14)  # a record's table, picture, sentences and file each derive its metrics
+@lru_cache(maxsize=2**10)  # a record's table, picture, sentences and file each derive its metrics
 def _estimate(values: tuple[float, ...]) -> Estimate:
     array = np.asarray(values, dtype=np.float64)
     p10, median, p90 = np.percentile(array, [10, 50, 90])

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 
 
 def pack_bytes(byte_NK: Tensor) -> Tensor:
-    """Return one byte per weight in the order of 8-bit formats, (N/16, K/4, 16, 4)."""
+    """Return one byte per weight, (N, K) uint8, in the order of 8-bit formats, (N/16, K/4, 16, 4)."""
     return _by_fours(byte_NK.contiguous().view(torch.int32))
 
 

@@ -24,6 +24,8 @@ def machine(tmp_path, monkeypatch):
         (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
     monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(8)))
     (tmp_path / "fs/cgroup").mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/\n")
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "cgroup")
     return tmp_path
 
 
@@ -62,9 +64,8 @@ def test_container_limit_counts(machine, limit, cores):
     ],
     ids=["a group above", "version 1", "version 1, without a limit", "another controller"],
 )
-def test_limits_of_the_process_s_own_control_groups_count(machine, named, files, cores, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "GROUP", tmp_path / "cgroup")
-    (tmp_path / "cgroup").write_text(named)
+def test_limits_of_the_process_s_own_control_groups_count(machine, named, files, cores):
+    (machine / "cgroup").write_text(named)
     for name, text in files.items():
         (machine / "fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
         (machine / "fs/cgroup" / name).write_text(text + "\n")

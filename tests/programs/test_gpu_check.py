@@ -89,7 +89,7 @@ def test_a_part_runs_its_variants_as_programs_and_its_record_is_whole(tmp_path, 
     monkeypatch.setattr(main, "raise_on_sigterm", lambda: None)  # for the whole process
     arguments = ["--part", "uncached", "--only", "uncached-eager", "--device", "cpu", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--caches", str(tmp_path / "caches")])
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "tools" / "gpu_check.py"), run_name="__main__")
     assert "uncached-eager" in capsys.readouterr().out
     record = load_record(tmp_path / "uncached.json")

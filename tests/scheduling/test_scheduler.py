@@ -54,8 +54,8 @@ def run(scheduler, *requests):
     return [request.output_ids for request in requests]
 
 
-def alone(length, max_tokens, seed, temperature):
-    request = make_request(length, max_tokens, seed, temperature=temperature)
+def alone(length, max_tokens, seed, temperature, top_k=64):
+    request = make_request(length, max_tokens, seed, temperature, top_k)
     scheduler = make_scheduler(1)
     scheduler.add(request)
     finish(scheduler, [request])
@@ -179,7 +179,7 @@ def test_a_request_gets_what_it_gets_alone_whatever_runs_beside_it(arrivals, row
             for at, request in cancels:
                 if at == now:
                     scheduler.cancel(request)
-        request = make_request(length, tokens, seed=i, temperature=0.0 if greedy else 30.0)
+        request = make_request(length, tokens, i, 0.0 if greedy else 30.0, top_k=(64, 0)[i % 2])
         requests.append(request)
         scheduler.add(request)
         if cancel is not None:
@@ -187,7 +187,7 @@ def test_a_request_gets_what_it_gets_alone_whatever_runs_beside_it(arrivals, row
     finish(scheduler, requests)
     assert not scheduler.active and not scheduler.waiting
     for i, (request, (_, length, tokens, greedy, _)) in enumerate(zip(requests, arrivals, strict=True)):
-        expected = alone(length, tokens, i, 0.0 if greedy else 30.0)
+        expected = alone(length, tokens, i, 0.0 if greedy else 30.0, top_k=(64, 0)[i % 2])
         if request.finish_reason == "cancelled":
             assert request.output_ids == expected[: len(request.output_ids)]
         else:

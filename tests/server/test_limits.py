@@ -166,7 +166,7 @@ def test_metrics_count_what_was_served(small):
 
 def test_a_draining_server_finishes_what_runs_and_refuses_the_rest(tiny_generator):  # noqa: F811
     app = create_app({"tiny": tiny_generator})
-    body = {**ENDLESS, "max_tokens": 100, "stream": True}
+    body = {**ENDLESS, "max_tokens": 200, "stream": True}
     with (
         running({"tiny": tiny_generator}, app=app) as url,
         httpx.Client(base_url=url, timeout=30) as client,
@@ -178,6 +178,7 @@ def test_a_draining_server_finishes_what_runs_and_refuses_the_rest(tiny_generato
         assert client.get("/ready").status_code == 503
         refused = client.post("/v1/chat/completions", json=CHAT)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert tiny_generator.stats.slots_in_use == 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 

@@ -19,7 +19,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 from qwen3fast.server.command import bind  # noqa: E402  needs uvicorn
 
-ENDLESS = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+ENDLESS = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture

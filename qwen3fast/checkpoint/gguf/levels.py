@@ -64,7 +64,7 @@ def pack_q4_k(rows: np.ndarray) -> Packed:
 
 
 def scales_in_6_bits(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales and the minimums, (..., 8) uint8, in the 12 bytes that a block of Q4_K has for them.
+    """Return the scales and the minimums, (..., 8) uint8, from the 12 bytes that a block of Q4_K has for them.
 
     word: these bytes, (..., 3) int32. The low 6 bits of each byte of the first two are of groups 0 to 3; the third has
     4 bits of each of the others, whose high 2 bits are in the first two.

@@ -23,23 +23,23 @@ def numbers_of_q8_0(rows: np.ndarray) -> Tensor:
 
 
 def numbers_of_q5_k(rows: np.ndarray) -> Tensor:
-    """Return the same of rows in Q5_K: as Q4_K, with 32 bytes of highest bits before the halves.
+    """Return (R, K) float32 of rows in Q5_K: as Q4_K, with 32 bytes of highest bits before the halves.
 
     Bit g of byte i belongs to channel i of the 32 channels of group g.
     """
     block_BX = torch.from_numpy(rows).view(-1, 176)
     word_BX = block_BX.view(torch.int32)  # four bytes at a time
-    scale_B8, minimum_B8 = scales_in_6_bits(word_BX[:, 1:4])
+    s_B8, m_B8 = scales_in_6_bits(word_BX[:, 1:4])
     low_B8C = halves(word_BX[:, 12:].unflatten(1, (4, 8))).view(-1, 8, 32)
     high_B8C = torch.stack([word_BX[:, 4:12] >> g & 0x01010101 for g in range(8)], dim=1).view(torch.uint8)
-    scale_B8 = float16_at(block_BX, 0)[:, None] * scale_B8
-    minimum_B8 = float16_at(block_BX, 2)[:, None] * minimum_B8
+    scale_B8 = float16_at(block_BX, 0)[:, None] * s_B8
+    minimum_B8 = float16_at(block_BX, 2)[:, None] * m_B8
     level_B8C = low_B8C | high_B8C << 4
     return (level_B8C * scale_B8[..., None] - minimum_B8[..., None]).view(len(rows), -1)
 
 
 def numbers_of_q6_k(rows: np.ndarray) -> Tensor:
-    """Return the same of rows in Q6_K: of 256 channels 128 bytes of low halves, 64 of high bits, 16 scales, a float16.
+    """Return (R, K) float32 of rows in Q6_K: per 256 channels 128 bytes of halves, 64 of high bits, 16 scales, d.
 
     Each half of a block has 64 bytes of halves, for channels i and 64 + i, and 32 bytes of two bits each, for channels
     i, 32 + i, 64 + i and 96 + i. A level is from -32 to 31, a scale is of 16 channels.
