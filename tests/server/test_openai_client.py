@@ -16,7 +16,8 @@ from serving import quick_generator as tiny_generator  # noqa: F401
 from qwen3fast import Generator, SamplingParams
 
 openai = pytest.importorskip("openai")
-pydantic = pytest.importorskip("pydantic")  # comes with openai
+httpx = pytest.importorskip("httpx")  # comes with openai, as does the next
+pydantic = pytest.importorskip("pydantic")
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}
@@ -248,6 +249,7 @@ def test_a_client_that_gives_up_frees_its_slot():
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.05).chat.completions.create(**options)
         wait_until(lambda: (slow.stats.slots_in_use, slow.stats.waiting) == (0, 0))
+        assert 'finished_reason="length"' not in httpx.get(f"{url}/metrics").text  # none ran to its end
 
 
 @pytest.mark.parametrize("is_text", [True, False])
