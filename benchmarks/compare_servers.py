@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -153,7 +154,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if unknown := set(args.formats) - set(FORMATS):
         parser.error(f"unknown in --formats: {', '.join(sorted(unknown))}; known: {', '.join(FORMATS)}")
-    args.weights = args.weights or CACHE / "servers" / args.model.replace(":", "-")
+    args.weights = args.weights or CACHE / "servers" / re.sub("[:/]", "-", args.model)
     return args
 
 

@@ -36,7 +36,7 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 os.environ.setdefault("QWEN3FAST_FORMS", "first")  # what a test runs must not depend on what is fast on a machine
 os.environ["QWEN3FAST_CALIBRATE"] = "0"  # tests keep nothing in the user's cache folder, except tests of that
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a hundred programs would compile the package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each program that tests start would compile the package again
 
 # The largest difference allowed, as a share of the largest absolute value of the reference.
 TOLERANCES = {
@@ -83,7 +83,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(20_000)  # 5% of the time of all tests
+        gc.set_threshold(20_000)  # which takes less time
         gc.enable()
 
 

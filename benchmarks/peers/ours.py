@@ -35,7 +35,7 @@ VARIANTS = (
 
 
 def model_path(variant: Variant, weights: Path) -> Path:
-    """Return the checkpoint of a variant. weights: the folder of all weights of a model, or a GGUF file."""
+    """Return the checkpoint of a variant. weights: the folder of a model's weights, or a GGUF file."""
     return weights if variant.format == GGUF else weights / variant.folder
 
 

@@ -51,6 +51,7 @@ CASES = {
     "a limit of all memory": ({"cgroup": "0::/a", **group("groups/a", 50 * GB, 0, 0)}, WHOLE),
     "more than the limit": ({"cgroup": "0::/a", **group("groups/a", GB, 2 * GB, 0)}, 0),
     "inside of a container": ({"cgroup": "0::/", **group("groups", GB, 0, 0)}, GB),
+    "a hidden name": (group("groups", GB, 0, 0), GB),
     "a name outside of the container": ({"cgroup": "0::/../x", **group("groups", GB, 0, 0)}, GB),
     "version 1": ({"cgroup": "5:cpu:/\n4:memory:/a", **old_group("groups/memory/a", 2 * GB, GB, GB // 4)}, 5 * GB // 4),
     "version 1, without a limit": (

@@ -39,7 +39,7 @@ def tiny(**fields):
 
 
 def eager_variants():
-    """Those of a dry run of all parts. Compiled ones run eagerly: test_bench_measure.py has their modes."""
+    """Return the variants of a dry run of all parts, run eagerly; test_bench_measure.py has the compiled modes."""
     every = [variant for part in parts.MEASURED for variant in parts.variants_of(part, "cpu")]
     eager = [replace(v, mode="static" if v.mode == "static" else "eager", label="default") for v in every]
     return {(variant.name, variant.profiled): variant for variant in eager}.values()  # parts have some in common

@@ -80,9 +80,9 @@ def scales_in_6_bits(word: Tensor) -> tuple[Tensor, Tensor]:
 def halves(byte: Tensor) -> Tensor:
     """Return low halves, then high halves of the last dimension, row by row: (R, ..., C) -> (R, K) uint8.
 
-    byte: uint8, or four bytes at a time in int32, which is faster.
+    byte: uint8, or two or four bytes at a time in int16 or int32, which is faster.
     """
-    mask = 15 if byte.dtype == torch.uint8 else 0x0F0F0F0F
+    mask = {1: 0x0F, 2: 0x0F0F, 4: 0x0F0F0F0F}[byte.element_size()]
     return torch.cat([byte & mask, byte >> 4 & mask], dim=-1).flatten(1).view(torch.uint8)
 
 

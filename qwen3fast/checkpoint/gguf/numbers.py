@@ -46,10 +46,10 @@ def numbers_of_q6_k(rows: np.ndarray) -> Tensor:
     """
     block_BX = torch.from_numpy(rows).view(-1, 210)
     pair_BX = block_BX.view(torch.int16)  # two bytes at a time
-    halves_B2C, high_B2C = pair_BX[:, :64].unflatten(1, (2, 32)), pair_BX[:, 64:96].unflatten(1, (2, 16))
-    low_B2C = torch.cat([halves_B2C & 0x0F0F, halves_B2C >> 4 & 0x0F0F], dim=2)
-    high_B2C = torch.cat([high_B2C >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=2)
-    level_BSC = (low_B2C | high_B2C << 4).view(torch.int8).view(-1, 16, 16) - 32
+    low_BC = halves(pair_BX[:, :64].unflatten(1, (2, 32)))
+    high_B2X = pair_BX[:, 64:96].unflatten(1, (2, 16))
+    high_BC = torch.cat([high_B2X >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=2).flatten(1).view(torch.uint8)
+    level_BSC = (low_BC | high_BC << 4).view(torch.int8).view(-1, 16, 16) - 32
     scale_BS = float16_at(block_BX, 208)[:, None] * block_BX[:, 192:208].contiguous().view(torch.int8)
     return (level_BSC * scale_BS[..., None]).view(len(rows), -1)
 
