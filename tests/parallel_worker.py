@@ -179,7 +179,7 @@ def become_ranks() -> None:
     """Return in each of WORLD_SIZE processes; this one waits for them and ends, with status 1 if one of them failed."""
     import torch.distributed.tensor  # noqa: F401  for `check_dtensor`
 
-    gc.freeze()  # collecting what is there already would write to all of its memory, and so copy it
+    gc.freeze()  # collecting older objects would write to all of their memory, and so copy it
     processes = []
     for rank in map(str, range(int(os.environ["WORLD_SIZE"]))):
         process = os.fork()

@@ -64,7 +64,7 @@ print(json.dumps([kernels, [[kernel, is_unsafe(kernel)] for kernel in copies]]))
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Our kernels by GPU, and the two forms of `copy` with what is said of them."""
+    """Our kernels by GPU, and the two forms of `copy`, each with the verdict on it."""
     file = tmp_path_factory.mktemp("compiled") / "kernels.py"  # Triton reads a kernel's text
     file.write_text(COMPILE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -26,7 +26,7 @@ warnings.simplefilter("ignore")
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.kernels import cpu
 for options in ({"dtype": "bfloat16"}, {"quantization": "int4", "calibrate": False}):
-    if os.fork():  # each in a process of its own, all of which begin with what is imported
+    if os.fork():  # each in a process of its own, which finds everything imported
         os.wait()
         continue
     generator, question = Generator.from_pretrained("tiny", **options), {"role": "user", "content": "What is 17 + 25?"}
