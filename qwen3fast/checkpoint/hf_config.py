@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.prequantized.format import PrequantizedFormat
 from qwen3fast.checkpoint.rope_config import read_rope_theta, read_yarn, refuse_rope, yarn_to_dict
 from qwen3fast.files import read_json
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import SAVED_FORMATS
 
 # The model_type of each. Qwen3Model and Qwen3ForSequenceClassification have no output projection.
 SUPPORTED_ARCHITECTURES = {
@@ -206,8 +206,8 @@ def _read_quantization(raw: dict[str, Any], where: str) -> dict[str, Any]:
     has_names = isinstance(kept, list) and all(isinstance(name, str) for name in kept)
     if not is_known or not has_names or not isinstance(format, str):
         raise ValueError(f"{where}: quantization_config={given!r:.300} is not supported by this version of qwen3fast")
-    if format not in FORMATS:
-        raise ValueError(f"{where}: format {format!r:.50} is not supported; supported: {', '.join(FORMATS)}")
+    if format not in SAVED_FORMATS:
+        raise ValueError(f"{where}: format {format!r:.50} is not supported; supported: {', '.join(SAVED_FORMATS)}")
     tokens = given.get("calibration_tokens", 0)
     return {
         "quantization": format,

@@ -27,6 +27,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks, Split, connect
 from qwen3fast.quantization.convert import (
     DEQUANTIZE,
+    formats_of,
     get_format,
     prepare_quantization,
     quantize_experts,
@@ -104,6 +105,8 @@ class Loader:
             kept = stored.modules_to_not_convert
             quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
             use_stored_formats(model, folder)
+            for name in formats_of(model):
+                prepare_quantization(name, self.device)
         load_weights(
             model,
             folder,

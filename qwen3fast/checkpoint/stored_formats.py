@@ -15,15 +15,15 @@ from torch import nn
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization.convert import get_format
-from qwen3fast.quantization.formats import Format
+from qwen3fast.quantization.formats import FOR_CPUS, Format
 from qwen3fast.quantization.fp8 import scale_shape
 from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
 
 
-class StoredScale(NamedTuple):
-    """The scales of a layer in a file; dtype: as safetensors spells it."""
+class StoredShape(NamedTuple):
+    """A tensor in a file; dtype: as safetensors spells it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -35,15 +35,14 @@ def use_stored_formats(model: Qwen3, folder: Path) -> None:
     Orders of hidden units become parameters of the model.
     Raises: FileNotFoundError or ValueError for missing or damaged files.
     """
-    scales, orders = _scales_in(folder)
+    weights, scales, orders = _packed_in(folder)
     for name, module in list(model.named_modules()):
         if isinstance(module, FeedForward) and f"{name}.{HIDDEN_ORDER}" in orders:
             module.register_parameter(HIDDEN_ORDER, empty_order(module.down_proj.in_features))
         if not isinstance(module, QuantizedLinear | QuantizedEmbedding) or f"{name}.weight_scale" not in scales:
             continue
-        stored = scales[f"{name}.weight_scale"]
         sizes = module.weight_packed.shape[0] * 16, module.weight_packed.shape[1] * 32 // module.format.bits
-        format = _format_of(stored, sizes, module.format)
+        format = _format_of(weights.get(f"{name}.weight_packed"), scales[f"{name}.weight_scale"], sizes, module.format)
         has_order = f"{name}.input_order" in orders
         if format is None and not has_order:
             continue
@@ -58,32 +57,40 @@ def use_stored_formats(model: Qwen3, folder: Path) -> None:
             model.set_submodule("lm_head", linear)
 
 
-def _format_of(stored: StoredScale, sizes: tuple[int, int], own: Format) -> Format | None:
-    """Return the format that scales of an (N, K) weight belong to; None if it is the layer's own, or none."""
+def _format_of(weight: StoredShape | None, stored: StoredShape, sizes: tuple[int, int], own: Format) -> Format | None:
+    """Return the format that an (N, K) weight and its scales belong to; None if it is the layer's own, or none."""
+    for format in FOR_CPUS.values():  # whose weights have other shapes as well
+        if format.fits(*sizes) and weight is not None and stored.dtype == "U8":
+            shapes = [tuple(tensor.shape) for tensor in format.empty(*sizes, "meta")]
+            if shapes == [weight.shape, stored.shape]:
+                return format
     if stored.dtype == "U8" and is_layout(stored.shape, *sizes):
         layout = Layout.of_shape(stored.shape, sizes[1])
         return get_format("uint4").with_layout(lambda _: layout)
     if stored.dtype == "F32" and stored.shape == scale_shape(*sizes, has_blocks=True):
         return get_format("fp8").with_blocks()
-    if stored.dtype == "F32" and len(stored.shape) == 1 and own.bits == 4:
+    if stored.dtype == "F32" and len(stored.shape) == 1 and own.bits != 8:
         return get_format("int8")
     if stored.dtype == "BF16" and len(stored.shape) == 3 and own.name != "int4":
         return get_format("int4")
     return None
 
 
-def _scales_in(folder: Path) -> tuple[dict[str, StoredScale], set[str]]:
-    """Return the scales in the files by name, and the names of orders of channels."""
-    found, orders = {}, set()
+def _packed_in(folder: Path) -> tuple[dict[str, StoredShape], dict[str, StoredShape], set[str]]:
+    """Return packed weights and scales in the files by name, and the names of orders of channels."""
+    weights: dict[str, StoredShape] = {}
+    scales: dict[str, StoredShape] = {}
+    orders = set()
     for file, names in tensors_by_file(folder).items():
         with open_tensors(file) as tensors:
             for name in {*names} & {*tensors.keys()}:
-                if name.endswith(".weight_scale"):
+                if name.endswith((".weight_packed", ".weight_scale")):
                     stored = tensors.get_slice(name)
-                    found[name] = StoredScale(tuple(stored.get_shape()), stored.get_dtype())
+                    found = scales if name.endswith("scale") else weights
+                    found[name] = StoredShape(tuple(stored.get_shape()), stored.get_dtype())
                 elif name.endswith(ORDERS):
                     orders.add(name)
-    return found, orders
+    return weights, scales, orders
 
 
 def main_format(model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from qwen3fast.files import folder_to_write, read_text
 from qwen3fast.kernels import cpu
 from qwen3fast.quantization.calibrate import CALIBRATED, quantize_calibrated
 from qwen3fast.quantization.convert import DEQUANTIZE, formats_of, quantize_model
-from qwen3fast.quantization.formats import FORMATS
+from qwen3fast.quantization.formats import SAVED_FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 
 HELP = "write a quantized checkpoint; errors of 4 bits are corrected on a text"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_source_arguments(parser)
     parser.add_argument("--output", type=_output, required=True, help="folder to write; from_pretrained loads it")
-    parser.add_argument("--quantization", choices=list(FORMATS), default="int4", help="[%(default)s]")
+    parser.add_argument("--quantization", choices=list(SAVED_FORMATS), default="int4", help="[%(default)s]")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--calibrate", type=Path, metavar="FILE", help="text in UTF-8, similar to the model's "
                       "input, on which 4 bits correct their errors (GPTQ) [text that the model writes]")  # fmt: skip

@@ -30,7 +30,7 @@ def quantize_model(
     On the `meta` device the new layers are empty, for a checkpoint that is quantized already. Layers whose shape cannot
     be packed stay plain, and so do routers: they are small, and their choice of experts matters.
 
-    name: "int8", "int4", "uint4", "fp8" or "lossless", or a format. dtype: of activations, which the embedding returns.
+    name: of one of `ALL_FORMATS`, or a format. dtype: of activations, which the embedding returns.
     progress: show a bar.
     modules_to_not_convert: names of layers and experts that stay plain.
     Raises: ValueError for an unknown format.

@@ -1,7 +1,8 @@
 """The formats of packed weights: how they are quantized; packed.py describes the order of their bytes.
 
-int8 and int4 are symmetric: weight = (level - zero) * scale with zero 128 or 8. In fp8, weight = float8 number * scale
-(fp8.py). uint4 has a minimum or a zero point per group (uint4.py). lossless has all bits of bfloat16 (lossless.py).
+int8 and int4 are symmetric: weight = (level - zero) * scale with zero 128 or 8; so is int6 (int6.py). In fp8, weight =
+float8 number * scale (fp8.py). uint4 and uint5 have a minimum or a zero point per group (uint4.py). lossless has all
+bits of bfloat16 (lossless.py).
 
     N out_features   K in_features
 """
@@ -18,8 +19,9 @@ from torch import Tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.structures import RECORD, bfloat16_scales, in_features_of
+from qwen3fast.kernels.cpu.structures import INT6_SPAN, RECORD, SHORT_SPAN, bfloat16_scales, in_features_of
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
+from qwen3fast.quantization.int6 import int6_shape, quantize_int6, rows_int6
 from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
 from qwen3fast.quantization.packed import (
     GROUP,
@@ -36,7 +38,7 @@ from qwen3fast.quantization.packed import (
 )
 from qwen3fast.quantization.uint4 import Layout, quantize_uint4, rows_uint4, scales_uint4
 
-__all__ = ["ALL_FORMATS", "FORMATS", "GROUP", "LANES", "Format", "Packed", "fits", "quantize"]
+__all__ = ["ALL_FORMATS", "FORMATS", "GROUP", "LANES", "SAVED_FORMATS", "Format", "Packed", "fits", "quantize"]
 
 WEIGHTS_AT_ONCE = 2**18  # quantized together: results of each pass stay in the processor's cache
 IN_CPP = ("int8", "int4")  # formats that quantize_weight.cpp quantizes to
@@ -86,7 +88,7 @@ class Format:
 
     def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
         """Return this (affine) format with another layout of scales."""
-        assert self.is_affine, "other formats have one layout"
+        assert self.name == "uint4", "other formats have one layout"
         return replace(self, layout_of=layout_of, quantize=partial(quantize_uint4, layout_of=layout_of))
 
     def with_blocks(self) -> Format:
@@ -125,6 +127,8 @@ class Format:
         if self.is_affine:
             records = self.layout_of(in_features).shape(out_features, in_features)
             return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
+        if self.bits == 6:
+            return Packed(weight, torch.empty(int6_shape(out_features, in_features), dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))
 
 
@@ -204,8 +208,14 @@ FORMATS = {
     "uint4": Format("uint4", 4, quantize_uint4, rows_uint4, is_affine=True),
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
 }
-# With the one that quantizes nothing, which checkpoints are never in.
-ALL_FORMATS = FORMATS | {
+QUANTIZE_UINT5 = partial(quantize_uint4, layout_of=Layout.short, bits=5)
+FOR_CPUS = {
+    "int6": Format("int6", 6, quantize_int6, rows_int6, devices=("cpu",), multiple=INT6_SPAN),
+    "uint5": Format("uint5", 5, QUANTIZE_UINT5, rows_uint4, True, Layout.short, devices=("cpu",), multiple=SHORT_SPAN),
+}
+SAVED_FORMATS = FORMATS | FOR_CPUS  # which checkpoints may be in
+# With the one that quantizes nothing.
+ALL_FORMATS = SAVED_FORMATS | {
     LOSSLESS: Format(LOSSLESS, 12, pack_lossless, rows_lossless, devices=("cpu",), multiple=MULTIPLE),
 }
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import channels_of, unpack_levels
+
 LANES = 16  # rows in a block
 GROUP = 32  # channels that share a scale in 4 bits
 
@@ -27,6 +29,10 @@ class Packed(NamedTuple):
            scale (N/16, K/32, 16) bfloat16, one per 32 channels of a row; in memory, where these are the same numbers,
            (N/16, 1 + K/32, 16) int8: see `bfloat16_scales`.
     uint4: weight as in int4; scale (N/16, K/span, bytes of a record) uint8, see uint4.py.
+    uint5: weight (N/16, K*5/32, 16, 4) uint8: of 32 channels as in int4, then their fifth bits, bit j of byte i for
+           channel 4j+i; scale (N/16, K/256, 256) uint8.
+    int6:  weight (N/16, K*6/32, 16, 4) uint8: of 16 channels as in int4, then their high bits, bits 2j and 2j+1 of byte
+           i for channel 4j+i; scale (N/16, K/256, 288) uint8, see int6.py.
     """
 
     weight: Tensor
@@ -43,6 +49,19 @@ def bytes_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
     return packed.weight[row_R // LANES, :, row_R % LANES].flatten(1)
 
 
+def pack_levels(level_NK: Tensor, bits: int) -> Tensor:
+    """Return levels of 4, 5 or 6 bits (uint8) in the order of these formats, (N/16, K * bits / 32, 16, 4)."""
+    if bits == 4:
+        return pack_halves(level_NK)
+    more, parts = bits - 4, channels_of(bits) // 4
+    four_NUP = level_NK.contiguous().view(torch.int32).unflatten(1, (-1, parts))  # four levels at a time
+    low, high_NU = four_NUP & 0x0F0F0F0F, torch.zeros_like(four_NUP[..., 0])
+    for part in range(parts):
+        high_NU |= (four_NUP[..., part] >> 4 & 0x03030303) << part * more
+    lines = torch.cat([low[..., ::2] | low[..., 1::2] << 4, high_NU[..., None]], dim=2)
+    return _by_fours(lines.flatten(1))
+
+
 def pack_halves(level_NK: Tensor) -> Tensor:
     """Return 4-bit levels (uint8, 0 to 15) in the order of 4-bit formats, (N/16, K/8, 16, 4)."""
     # Four levels at a time: the second four of eight channels go to the high halves. No bit leaves its byte.
@@ -55,10 +74,19 @@ def _by_fours(four_NX: Tensor) -> Tensor:
     return by_blocks(four_NX).view(torch.uint8).view(len(four_NX) // LANES, -1, LANES, 4)
 
 
-def levels_of_rows(packed: Packed, row_R: Tensor) -> Tensor:
-    """Return the levels of some rows in 4 bits, (R, K/32, 32) uint8."""
-    byte = packed.weight[row_R // LANES, :, row_R % LANES]  # (R, K/8, 4)
-    return torch.stack([byte & 15, byte >> 4], dim=2).view(len(row_R), -1, GROUP)
+def levels_of_rows(packed: Packed, row_R: Tensor, bits: int = 4) -> Tensor:
+    """Return the levels of some rows in 4, 5 or 6 bits, (R, K/32, 32) uint8; of 6 bits (R, K/16, 16)."""
+    return unpack_levels(packed.weight[row_R // LANES, :, row_R % LANES], bits)
+
+
+def float16_of_rows(record: Tensor, row_R: Tensor, first: int = 0) -> Tensor:
+    """Return the float16 number of some rows in each record, (R, P, 1) float32.
+
+    record: (N/16, P, bytes of a record) uint8. first: the byte where the numbers of 16 rows begin.
+    """
+    block_R, lane_R = row_R // LANES, row_R % LANES
+    byte_RP2 = torch.stack([record[block_R, :, first + 2 * lane_R + i] for i in (0, 1)], dim=2)
+    return byte_RP2.view(torch.float16).float()
 
 
 def short_scales(scale: Tensor, least: Tensor) -> Tensor:

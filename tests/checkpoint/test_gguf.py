@@ -200,7 +200,23 @@ def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
         load_model(tmp_path / "mmproj.gguf", "cpu")
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(("kind", "format"), [("Q5_K", "uint5"), ("Q6_K", "int6")])
+def test_5_and_6_bits_are_kept_exactly_in_the_bytes_of_the_file(tmp_path, kind, format):
+    file = tmp_path / "model.gguf"
+    written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
+    loaded = load_model(file, "cpu")
+    assert formats_of(loaded) == [format]
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)}
+    packed = sum(t.nbytes for layer in layers.values() for t in (layer.weight_packed, layer.weight_scale))
+    stored = {name: data for name, (data, stored_as) in written.items() if stored_as == kind}
+    assert len(stored) == len(layers)
+    assert packed == sum(data.nbytes for data in stored.values())
+    for name, ours in layers_by_gguf_name(loaded).items():
+        if ours.dim() == 2:
+            assert_same(ours, decode(*written[name]))  # bit for bit
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
@@ -244,8 +260,8 @@ def test_a_mixture_keeps_each_layer_in_its_form(tmp_path):
     assert first.pop("mlp.down_proj") == "int8" and set(first.values()) == {"int4"}
     # Layers that read the same input may have different formats.
     assert second.pop("self_attn.v_proj") == "int8" and set(second.values()) == {"int4"}
-    assert found["model.embed_tokens"] == found["lm_head"] == "int8"
-    assert formats_of(loaded) == ["int4", "int8"]
+    assert found["model.embed_tokens"] == found["lm_head"] == "int6"
+    assert formats_of(loaded) == ["int4", "int6", "int8"]
     assert loaded.model.embed_tokens.weight_packed is loaded.lm_head.weight_packed
 
 
@@ -443,7 +459,7 @@ def test_save_quantized_writes_a_folder_with_the_tokenizer(tmp_path, tiny_file):
 
 def kinds_of_k_quants(name: str) -> str:
     """A mixture with several formats and layouts, one of them in the embedding."""
-    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "ffn_down": "Q4_0", "ffn_down_exps": "Q6_K"}
+    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "attn_output": "Q5_K", "ffn_down": "Q4_0", "ffn_down_exps": "Q6_K"}
     return kinds.get(name.split(".")[-2], "F32" if "gate_inp" in name else "Q4_K")
 
 
@@ -459,7 +475,7 @@ def test_a_saved_mixture_loads_as_it_was(tmp_path, experts, tied, capsys):
         generator.save_quantized(tmp_path / "saved")
         model = generator.model
         expected = generator.generate([5, 17, 3], GREEDY).token_ids
-    assert formats_of(model) == (["int8", "uint4"] if experts else ["int4", "int8", "uint4"])
+    assert formats_of(model) == ["int4", "int6", "uint4", "uint5"][1 if experts else 0 :]
     loaded = load_model(tmp_path / "saved", "cpu")
     kinds = QuantizedLinear | QuantizedEmbedding
     found = [{n: m.format.name for n, m in x.named_modules() if isinstance(m, kinds)} for x in (loaded, model)]
@@ -484,7 +500,7 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
     write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), mixed)
     assert main(["info", "--model", str(tmp_path / "model.gguf")]) == 0
     loaded = load_model(tmp_path / "model.gguf", "cpu")
-    assert f"{loaded.num_bytes():,} bytes in int4, int8\n" in capsys.readouterr().out
+    assert f"{loaded.num_bytes():,} bytes in int4, int6, int8\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
@@ -506,10 +522,13 @@ def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
 
 def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
     write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), kinds_of_k_quants)
-    own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int8", "attn_output": "uint4"}
+    own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int6", "attn_output": "uint5"}
     own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
     assert formats_chosen(tmp_path / "model.gguf", None) == own
-    assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | dict.fromkeys(("attn_q", "attn_k"), "int8")
+    in_8_bits = dict.fromkeys(
+        ("attn_q", "attn_k", "attn_v", "attn_output"), "int8"
+    )  # the last two have no kernels there
+    assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | in_8_bits
     assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}
     assert formats_chosen(tmp_path / "model.gguf", "dequantize") == {}
 

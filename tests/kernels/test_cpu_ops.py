@@ -27,7 +27,9 @@ from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, pack_int4, pack_int8, quantize
+from qwen3fast.quantization.int6 import pack_int6
 from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.uint4 import pack_minimums
 
 CPU = torch.device("cpu")
 PACKED = ["int8", "int4", "uint4", "fp8", pytest.param(FORMATS["fp8"].with_blocks(), id="fp8 blocks")]
@@ -132,12 +134,21 @@ def test_linear_refuses_what_it_cannot_do(x, weight):
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize(
-    ("format", "level", "weight"), [("int8", 0, -128), ("int8", 255, 127), ("int4", 0, -8), ("int4", 15, 7)]
-)
+    ("format", "level", "weight"),
+    [
+        ("int8", 0, -128), ("int8", 255, 127), ("int6", 0, -32), ("int6", 63, 31), ("uint5", 31, 30), ("int4", 0, -8),
+        ("int4", 15, 7),
+    ],
+)  # fmt: skip
 def test_the_largest_levels_do_not_overflow(format, level, weight, rows):
-    levels = torch.full((32, 64), level, dtype=torch.uint8)
-    packed = pack_int8(levels, torch.ones(32)) if format == "int8" else pack_int4(levels, torch.ones(32, 2))
-    x = torch.tensor([1.0, -1.0] * rows)[:rows, None].expand(rows, 64).bfloat16().contiguous()
+    levels, one = torch.full((32, 256), level, dtype=torch.uint8), torch.ones(32, 16)
+    packed = {
+        "int8": lambda: pack_int8(levels, one[:, 0].contiguous()),
+        "int6": lambda: pack_int6(levels, one[:, :1], one),
+        "uint5": lambda: pack_minimums(levels, one[:, :1], one[:, :1], one[:, :8], one[:, :8], is_short=True, bits=5),
+        "int4": lambda: pack_int4(levels, one[:, :8]),
+    }[format]()
+    x = torch.tensor([1.0, -1.0] * rows)[:rows, None].expand(rows, 256).bfloat16().contiguous()
     y = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale])
     assert_near(y, (x.float().sum(dim=1, keepdim=True) * weight).expand(rows, 32), torch.bfloat16)
 
@@ -780,11 +791,11 @@ def test_operations_for_other_processors(processor, tmp_path):
         gate_up, down = operands(random_tensor(5 * 64, 64), format), operands(random_tensor(5 * 64, 32), format)
         expert_NC = torch.tensor([[3, 1], [3, 4]])
         cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
-    in_bytes = quantize(random_tensor(48, 192), FORMATS["int4"])
+    names = ("int4", "lossless", "int6", "uint5")
+    in_bytes, *others = (quantize(0.02 * random_tensor(48, 256), ALL_FORMATS[name]) for name in names)
     in_bytes = in_bytes._replace(scale=pack_scales(in_bytes.scale))
-    lossless = quantize(0.02 * random_tensor(48, 192), ALL_FORMATS["lossless"])
-    for rows, packed in product((1, 4, 11), (in_bytes, lossless)):
-        cases.append(("quantized_linear", (random_tensor(rows, 192).bfloat16(), [packed.weight], [packed.scale])))
+    for rows, packed in product((1, 4, 11), (in_bytes, *others)):
+        cases.append(("quantized_linear", (random_tensor(rows, 256).bfloat16(), [packed.weight], [packed.scale])))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []
     for format, cache_dtype in product((None, *CPU_FORMATS), (torch.bfloat16, torch.int8)):

@@ -14,14 +14,14 @@ from qwen3fast.kernels.cpu import building, levels, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
-from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
 ZERO_POINTS = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
-PACKED = [*FORMATS.values(), ZERO_POINTS, FORMATS["fp8"].with_blocks()]
-NAMES = [*FORMATS, "zero points", "fp8 blocks"]
+PACKED = [*SAVED_FORMATS.values(), ZERO_POINTS, FORMATS["fp8"].with_blocks()]
+NAMES = [*SAVED_FORMATS, "zero points", "fp8 blocks"]
 ROWS = [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 70]
 
 
@@ -32,8 +32,9 @@ def plain(weight_NK):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("format", PACKED, ids=NAMES)
 def test_packed_weights(format, rows):
-    weights = [format.operands(quantize(random_tensor(n, 160, seed=n), format)) for n in (48, 16, 64)]
-    x = random_tensor(rows, 160).bfloat16()
+    K = max(160, format.multiple)
+    weights = [format.operands(quantize(random_tensor(n, K, seed=n), format)) for n in (48, 16, 64)]
+    x = random_tensor(rows, K).bfloat16()
     y = tiles.tile_linear(x, [packed_linear(*weight) for weight in weights])
     expected = torch.cat([dequantized_linear(x, *weight).float() for weight in weights], dim=-1)
     assert_near(y, expected, torch.bfloat16)
@@ -138,10 +139,11 @@ def test_int8_tiles_leave_other_numbers_of_channels_to_bfloat16():
 @pytest.mark.parametrize("kind", [Tiles.BFLOAT16, Tiles.INT8])
 @pytest.mark.parametrize("format", [None, *PACKED], ids=["bfloat16", *NAMES])
 def test_a_row_does_not_depend_on_the_rows_beside_it(format, kind):
-    weight = random_tensor(32, 64, seed=1)
+    K = 64 if format is None else max(64, format.multiple)
+    weight = random_tensor(32, K, seed=1)
     weight = weight.bfloat16() if format is None else format.operands(quantize(weight, format))
     linear = plain(weight) if format is None else packed_linear(*weight)
-    x = random_tensor(70, 64).bfloat16()
+    x = random_tensor(70, K).bfloat16()
     whole = tiles.tile_linear(x, [linear], kind)
     for rows in (slice(0, 1), slice(3, 20), slice(16, 70)):
         assert torch.equal(tiles.tile_linear(x[rows], [linear], kind), whole[rows])

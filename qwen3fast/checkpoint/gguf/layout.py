@@ -18,7 +18,7 @@ from qwen3fast.checkpoint.gguf.tensors import StoredTensor
 from qwen3fast.model import Qwen3
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization.convert import DEQUANTIZE, get_format
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, Format, fits
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
@@ -80,14 +80,15 @@ def choose_formats(
 ) -> dict[str, Format]:
     """Return the format of each tensor that gets packed; others become plain.
 
-    quantization: None keeps the types in KEPT and floats plain, and loads other quantized types in int8, which is finer
-    than their own steps. "dequantize" packs none. The name of a format applies to all. Routers of experts stay plain.
+    quantization: None keeps the types in KEPT, where the device has kernels for their formats, and floats plain, and
+    loads other quantized types in int8, which is finer than their own steps. "dequantize" packs none. The name of a
+    format applies to all. Routers of experts stay plain.
     device_type: on devices but CPUs, layers that read the same input get one format: int8 if they differ.
     """
     if quantization == DEQUANTIZE:
         return {}
     matrices = {name: t for name, t in header.tensors.items() if len(t.shape) in (2, 3) and ROUTER not in name}
-    chosen = {name: own_format(tensor, quantization) for name, tensor in matrices.items()}
+    chosen = {name: own_format(tensor, quantization, device_type) for name, tensor in matrices.items()}
     for layer in range(config.num_hidden_layers):
         for group in TOGETHER:
             names = [name for kind in group if (name := f"blk.{layer}.{kind}.weight") in chosen]
@@ -99,12 +100,16 @@ def choose_formats(
     return {name: format for name, format in chosen.items() if format is not None}
 
 
-def own_format(tensor: StoredTensor, quantization: str | None) -> Format | None:
+def own_format(tensor: StoredTensor, quantization: str | None, device_type: str = "cpu") -> Format | None:
     """Return the format of a tensor by itself."""
     if not fits(*tensor.shape[-2:]) or (quantization is None and tensor.is_float):
         return None
     kept = [k.format for k in KEPT.get(tensor.type, ()) if quantization in (None, k.format.name)]
-    return kept[0] if kept else FORMATS["int8" if quantization is None else quantization]
+    usable = [format for format in kept if device_type in format.devices]
+    if usable:
+        return usable[0]
+    format = get_format("int8" if quantization is None else quantization)
+    return format if format.fits(*tensor.shape[-2:]) else None
 
 
 def replace_layers(model: Qwen3, formats: dict[str, Format], dtype: torch.dtype) -> None:

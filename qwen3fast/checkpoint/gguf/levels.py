@@ -1,8 +1,9 @@
-"""Types of 4 bits in GGUF whose levels our formats keep: their blocks of bytes -> packed weights.
+"""Types in GGUF whose levels our formats keep: their blocks of bytes -> packed weights.
 
 A block holds channels of a row. Of Q4_0's and Q4_1's 32 channels, the first 16 are in the low halves of 16 bytes; of
-Q4_K's 256, each 32 bytes hold 32 channels in the low halves and the next 32 in the high ones.
-Source: block_q4_0, block_q4_1 and block_q4_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both in
+Q4_K's 256, each 32 bytes hold 32 channels in the low halves and the next 32 in the high ones. Q5_K and Q6_K have 256
+channels as well.
+Source: block_q4_0, block_q4_1 and block_q4_K to block_q6_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both in
 github.com/ggml-org/ggml.
 
 R rows   K in_features   B blocks   G = K/32 groups
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import FORMATS, GROUP, Format, Packed, pack_int4
+from qwen3fast.quantization.formats import GROUP, SAVED_FORMATS, Format, Packed, pack_int4
+from qwen3fast.quantization.int6 import pack_int6
 from qwen3fast.quantization.uint4 import Layout, pack_minimums, pack_zeros
 
 
@@ -63,6 +65,49 @@ def pack_q4_k(rows: np.ndarray) -> Packed:
     return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True)
 
 
+def pack_q5_k(rows: np.ndarray) -> Packed:
+    """Pack rows of Q5_K, exactly."""
+    level_BGC, (d_B1, dmin_B1), (s_BG, m_BG) = levels_of_q5_k(rows)
+    level_RK, d_RB, dmin_RB, s_RG, m_RG = (x.view(len(rows), -1) for x in (level_BGC, d_B1, dmin_B1, s_BG, m_BG))
+    return pack_minimums(level_RK, d_RB, dmin_RB, s_RG, m_RG, is_short=True, bits=5)
+
+
+def levels_of_q5_k(rows: np.ndarray) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what Q5_K holds: as Q4_K, with 32 bytes of highest bits before the halves.
+
+    Bit g of byte i belongs to channel i of the 32 channels of group g.
+    Returns: levels (B, 8, 32) uint8; d and dmin (B, 1) float32; s and m (B, 8) uint8.
+    """
+    block_BX = torch.from_numpy(rows).view(-1, 176)
+    word_BX = block_BX.view(torch.int32)  # four bytes at a time
+    low_B8C = halves(word_BX[:, 12:].unflatten(1, (4, 8))).view(-1, 8, 32)
+    high_B8C = torch.stack([word_BX[:, 4:12] >> g & 0x01010101 for g in range(8)], dim=1).view(torch.uint8)
+    units = float16_at(block_BX, 0)[:, None], float16_at(block_BX, 2)[:, None]
+    return low_B8C | high_B8C << 4, units, scales_in_6_bits(word_BX[:, 1:4])
+
+
+def pack_q6_k(rows: np.ndarray) -> Packed:
+    """Pack rows of Q6_K, exactly."""
+    level_BSC, d_B1, s_BS = levels_of_q6_k(rows)
+    return pack_int6(*(x.view(len(rows), -1) for x in (level_BSC, d_B1, s_BS)))
+
+
+def levels_of_q6_k(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what Q6_K holds: per 256 channels 128 bytes of halves, 64 of high bits, 16 scales, d.
+
+    Each half of a block has 64 bytes of halves, for channels i and 64 + i, and 32 bytes of two bits each, for channels
+    i, 32 + i, 64 + i and 96 + i. A scale is of 16 channels.
+    Returns: levels (B, 16, 16) uint8, 32 for zero; d (B, 1) float32; scales (B, 16) int8.
+    """
+    block_BX = torch.from_numpy(rows).view(-1, 210)
+    pair_BX = block_BX.view(torch.int16)  # two bytes at a time
+    low_BC = halves(pair_BX[:, :64].unflatten(1, (2, 32)))
+    high_B2X = pair_BX[:, 64:96].unflatten(1, (2, 16))
+    high_BC = torch.cat([high_B2X >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=2).flatten(1).view(torch.uint8)
+    scale_BS = block_BX[:, 192:208].contiguous().view(torch.int8)
+    return (low_BC | high_BC << 4).view(-1, 16, 16), float16_at(block_BX, 208)[:, None], scale_BS
+
+
 def scales_in_6_bits(word: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scales and the minimums, (..., 8) uint8, from the 12 bytes that a block of Q4_K has for them.
 
@@ -92,12 +137,14 @@ def float16_at(block: Tensor, first: int) -> Tensor:
 
 
 def _uint4(layout: Layout) -> Format:
-    return FORMATS["uint4"].with_layout(lambda _: layout)
+    return SAVED_FORMATS["uint4"].with_layout(lambda _: layout)
 
 
 # The formats that keep each type's levels; the first one is the default.
 KEPT = {
-    "Q4_0": (Kept(FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
+    "Q4_0": (Kept(SAVED_FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
     "Q4_1": (Kept(_uint4(Layout(32)), pack_q4_1),),
     "Q4_K": (Kept(_uint4(Layout(256, is_short=True)), pack_q4_k),),
+    "Q5_K": (Kept(SAVED_FORMATS["uint5"], pack_q5_k),),
+    "Q6_K": (Kept(SAVED_FORMATS["int6"], pack_q6_k),),
 }

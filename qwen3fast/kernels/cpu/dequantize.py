@@ -19,8 +19,10 @@ from qwen3fast.kernels.cpu.structures import (
     LANES,
     ZERO_RECORD,
     bfloat16_scales,
+    bits_of,
     in_features_of,
     record_levels,
+    unpack_levels,
 )
 
 NUMBERS_AT_ONCE = 2**20  # in float32
@@ -39,7 +41,7 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         levels_NK = _in_rows(packed).view(torch.int8).bitwise_xor(-128).to(torch.bfloat16)  # byte - 128
         return (F.linear(x, levels_NK).float() * scale).to(torch.bfloat16)
     if scale.dtype == torch.uint8:
-        return F.linear(x, _uint4_weight(packed, scale))
+        return F.linear(x, _weight_with_records(packed, scale))
     return F.linear(x, _int4_weight(packed, scale))
 
 
@@ -64,20 +66,24 @@ def _fp8_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
     """Return the weight that 4 bits stand for, (N, K) bfloat16."""
-    levels_NGC = _levels(packed)
+    levels_NGC = _levels(packed, 4)
     scale_NG = bfloat16_scales(scale).transpose(1, 2).reshape(len(levels_NGC), -1)
     return ((levels_NGC.to(torch.bfloat16) - 8) * scale_NG[..., None]).flatten(1)
 
 
-def _uint4_weight(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return the same for uint4; a minimum is taken off in float32, some blocks at a time."""
-    blocks, words = packed.shape[:2]
-    weight_NK = torch.empty(blocks * LANES, words * 8, dtype=torch.bfloat16)
-    step = max(1, NUMBERS_AT_ONCE // (words * 8 * LANES))
+def _weight_with_records(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the same for uint4, uint5 and int6; in float32, some blocks at a time."""
+    bits = bits_of(packed, scale)
+    blocks, K = packed.shape[0], packed.shape[1] * 32 // bits
+    weight_NK = torch.empty(blocks * LANES, K, dtype=torch.bfloat16)
+    step = max(1, NUMBERS_AT_ONCE // (K * LANES))
     for start in range(0, blocks, step):
         part = slice(start, start + step)
-        factor_NG1, minimum_NG1 = _uint4_scales(scale[part], words * 8)
-        numbers = _levels(packed[part]).float().mul_(factor_NG1).sub_(minimum_NG1)
+        if bits == 6:
+            numbers = (_levels(packed[part], 6).float() - 32).mul_(_int6_scales(scale[part]))
+        else:
+            factor_NG1, minimum_NG1 = _uint4_scales(scale[part], K)
+            numbers = _levels(packed[part], bits).float().mul_(factor_NG1).sub_(minimum_NG1)
         weight_NK[start * LANES : (start + step) * LANES] = numbers.flatten(1)
     return weight_NK
 
@@ -97,10 +103,16 @@ def _uint4_scales(scale: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _levels(packed: Tensor) -> Tensor:
-    """Return levels of 4 bits, (N, G, 32) uint8."""
-    bytes_NK8 = _in_rows(packed).view(packed.shape[0] * LANES, -1, 1, 4)
-    return torch.cat([bytes_NK8 & 15, bytes_NK8 >> 4], dim=2).view(len(bytes_NK8), -1, GROUP)
+def _int6_scales(scale: Tensor) -> Tensor:
+    """Return what levels of each half of a group are multiplied by, (N, K/16, 1) float32."""
+    d, s = scale[..., : 2 * LANES].contiguous().view(torch.float16), scale[..., 2 * LANES :].view(torch.int8)
+    scales: Tensor = d[:, :, None].float() * s.unflatten(2, (-1, LANES)).float()
+    return scales.flatten(1, 2).transpose(1, 2).reshape(len(scale) * LANES, -1, 1)
+
+
+def _levels(packed: Tensor, bits: int) -> Tensor:
+    """Return levels of 4 to 6 bits, (N, G, 32) uint8, of 6 bits (N, K/16, 16)."""
+    return unpack_levels(_in_rows(packed).view(packed.shape[0] * LANES, -1, 4), bits)
 
 
 def _in_rows(packed: Tensor) -> Tensor:

@@ -12,10 +12,11 @@
 #include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
-// The cache level to prefetch to: level 1 allows few reads at a time, which slows fast memory. (No gain for 4 bits.)
+// The cache level to prefetch to: level 1 allows few reads at a time, which slows fast memory. (No gain for 4 to 6 bits.)
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
+constexpr int64_t kHalfGroup = kGroup / 2;  // the same in 6 bits
 constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16; all chunks of prompts have as many
 
 // Whether a weight is in fp8, and whether it has a scale per row then; otherwise one per block.
@@ -29,17 +30,18 @@ inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !
 inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
 
 // Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
-// multiply. `offset8`, `offset4`: the amounts that the zero points of weights in int8 and int4 add. For weights that
-// take bfloat16, rows stay as they are, where they lie or in copies.
+// multiply. `offset8`, `offset4`, `offset6`: the amounts that the zero points of weights in int8, int4 and int6 add, of
+// int6 per half a group. For weights that take bfloat16, rows stay as they are, where they lie or in copies.
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<float> scale, sum;
-  std::vector<int32_t> offset8, offset4;
+  std::vector<int32_t> offset8, offset4, offset6;
   std::vector<BFloat16> copies;     // (M, K)
   const BFloat16* where = nullptr;  // the rows lie, if they are not copied
 
   Activations(int64_t M, int64_t K)
-      : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup) {}
+      : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup),
+        offset6(M * K / kHalfGroup) {}
 
   explicit Activations(std::vector<BFloat16> room) : copies(std::move(room)) {}
 
@@ -108,9 +110,23 @@ class ByteScales {
   const int8_t* lines_;
 };
 
-// Quantizes `count` numbers, a multiple of 16, with one scale, which it returns: NaN if a number is not finite. total: the
-// sum of the levels.
-inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, int32_t& total) {
+// Channels of a weight that share a scale, and whose levels lie together in lines of 64 bytes; and their lines.
+constexpr int64_t unit_of(int64_t bits) { return bits == 6 ? kHalfGroup : kGroup; }
+constexpr int64_t lines_of(int64_t bits) { return bits * unit_of(bits) / 32; }
+
+// Four levels of 16 rows, a byte each: number `four` of a unit. line: the one with their low bits, or all 8; high: the line
+// with the fifth and sixth bits, if there are any.
+FORCE_INLINE Bits levels_of(int bits, Bits line, Bits high, int four) {
+  if (bits == 8) return line;
+  const Bits low = (line >> (four % 2 * 4)) & 0x0f0f0f0fu;
+  if (bits == 4) return low;
+  const int shift = 4 - four * (bits - 4);
+  return low | ((shift > 0 ? high << shift : high >> -shift) & (bits == 5 ? 0x10101010u : 0x30303030u));
+}
+
+// Quantizes `count` numbers, a multiple of 32, with one scale, which it returns: NaN if a number is not finite. totals: sums
+// of the levels, of every other 16 from the first, and from the second 16 on.
+inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, int32_t* totals) {
   Vec size = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec numbers = load(x + i);
@@ -118,13 +134,13 @@ inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, in
     poison += numbers * 0;
   }
   const float most = largest(size), to_levels = most > 0 ? 127.f / most : 0.f;
-  Ints sums = {};
+  Ints sums[2] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     const Ints level = round_to_ints(load(x + i) * to_levels);
     store(levels + i, level);
-    sums += level;
+    sums[i / kLanes % 2] += level;
   }
-  total = ::sum(sums);
+  for (int i = 0; i < 2; i++) totals[i] = ::sum(sums[i]);
   return most / 127.f + ::sum(poison);
 }
 

@@ -1,4 +1,4 @@
-// Products with weights in 8 or 4 bits, and a token embedding in the same layout.
+// Products with weights in 8 or 4 to 6 bits, and a token embedding in the same layout.
 //
 // Several weights with the same input (query, key and value; gate and up) go in one call: x is quantized once, threads are
 // woken once, and y holds their results side by side.
@@ -17,6 +17,11 @@
 //                     32 channels s, m uint8:
 //   256, span 256     d, dmin, then per 32 channels s in 6 bits, the high bits of m above them; then the low bits of m,
 //                     of groups 0 to 3 and, in high halves, 4 to 7
+//
+// 5 bits (uint5) have the last record, and a line of 64 bytes with the fifth bits of 32 channels behind the lines of their
+// low bits: bit j of byte i of a lane is channel 4j+i's. 6 bits (int6), zero point 32, have a scale per 16 channels, and as
+// many in two lines of low bits and one of high ones: bits 2j and 2j+1 are channel 4j+i's. A record of 256 channels holds
+// d float16, then per 16 channels s int8, 16 numbers each: weight = (d * s) * (level - 32).
 //
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
 // in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
@@ -37,15 +42,21 @@
 namespace {
 
 // How a weight's levels become numbers: see above.
-enum Kind { kInt8, kInt4, kByteScales, kUint4 };  // kByteScales: int4 with scales in bytes
+enum Kind { kInt8, kInt4, kByteScales, kUint4, kUint5, kInt6 };  // kByteScales: int4 with scales in bytes
 
-// What the levels of a group stand for: (level - zero) * scale - minimum; of fp8, number * scale.
+constexpr int bits_of(Kind kind) { return kind == kInt8 ? 8 : kind == kUint5 ? 5 : kind == kInt6 ? 6 : 4; }
+constexpr bool has_minimums(Kind kind) { return kind == kUint4 || kind == kUint5; }
+
+template <Kind kKind>
+using ScaleReader = std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<kKind == kInt6, HalfScales, Records>>;
+
+// What the levels of a unit stand for: (level - zero) * scale - minimum; of fp8, number * scale.
 struct GroupScale {
   int zero;
   float scale, minimum;
 };
 
-// Group g of row `lane` of a block.
+// Unit g of row `lane` of a block.
 GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_t g) {
   if (is_fp8(weight)) {
     const auto* scale = static_cast<const float*>(weight.scale);
@@ -53,6 +64,13 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
     return {0, scale[has_row_scales(weight) ? block * kLanes + lane : block * spans + g * kGroup / weight.span], 0};
   }
   if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
+  if (weight.bits == 6) {
+    const int64_t spans = weight.K / HalfScales::kSpan, half = g % HalfScales::kHalves;
+    const auto* record = static_cast<const uint8_t*>(weight.scale) +
+                         (block * spans + g / HalfScales::kHalves) * HalfScales::kRecord;
+    const auto s = static_cast<int8_t>(record[(2 + half) * kLanes + lane]);
+    return {32, load(reinterpret_cast<const Float16*>(record))[lane] * static_cast<float>(s), 0};
+  }
   const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
   if (has_byte_scales(weight)) {
     ByteScales scales;
@@ -71,60 +89,86 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
   return {0, d * static_cast<float>(first & 63), dmin * static_cast<float>(low | first >> 6 << 4)};
 }
 
-// Scales and minimums of blocks of uint4, block after block, which several tiles read: their records take longer to read.
+// Level k of the row whose bytes in the first line of a block begin at `bytes`.
+int level_at(const Linear& weight, const uint8_t* bytes, int64_t k) {
+  const int64_t unit = unit_of(weight.bits), four = k % unit / 4;
+  const auto in_line = [&](int64_t i) { return bytes[(k / unit * lines_of(weight.bits) + i) * kLanes * 4 + k % 4]; };
+  if (weight.bits == 8) return in_line(four);
+  const int low = in_line(four / 2) >> (four % 2 * 4) & 15, more = static_cast<int>(weight.bits) - 4;
+  return more ? low | (in_line(unit / 8) >> (four * more) & ((1 << more) - 1)) << 4 : low;
+}
+
+// Whether scales are read from their records once for all tiles of the same blocks, of which there are many then.
+constexpr bool has_read_scales(Kind kind, int blocks) { return kind >= kUint4 && blocks > 1; }
+
+// Scales and minimums of blocks, block after block.
 struct Scales {
   std::vector<Vec> scale, minimum;
 
+  template <Kind kKind>
   void read(const Linear& weight, int64_t block, int64_t blocks) {
-    const int64_t G = weight.K / kGroup;
+    const int64_t G = weight.K / unit_of(bits_of(kKind));
     scale.resize(blocks * G);
-    minimum.resize(blocks * G);
+    minimum.resize(has_minimums(kKind) ? blocks * G : 0);
     for (int64_t b = 0; b < blocks; b++) {
-      Records records;
+      ScaleReader<kKind> records;
       records.start(weight, block + b);
-      for (int64_t g = b * G; g < (b + 1) * G; g++) records.read(scale[g], minimum[g]);
+      for (int64_t g = b * G; g < (b + 1) * G; g++)
+        if constexpr (kKind == kInt6)
+          scale[g] = records.read();
+        else
+          records.read(scale[g], minimum[g]);
     }
   }
 };
 
-// kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y. scales: of uint4's
-// blocks, or null if they are not read yet.
+// kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y. scales: of several
+// blocks whose scales are in records; a single block reads its own.
 template <Kind kKind, int kM, int kBlocks>
 void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, int64_t block, int64_t width,
-          const Scales* scales) {
-  constexpr int kBits = kKind == kInt8 ? 8 : 4;
-  constexpr int64_t kGroupBytes = kGroup * kLanes * kBits / 8;
-  const int64_t K = weight.K, G = K / kGroup;
+          const Scales& scales) {
+  constexpr int kBits = bits_of(kKind);
+  constexpr int64_t kUnit = unit_of(kBits), kUnitBytes = lines_of(kBits) * 64, kInGroup = kGroup / kUnit;
+  constexpr int kLines = kBits == 8 ? kUnit / 4 : kUnit / 8;  // of low bits
+  constexpr bool kHasHighLine = kBits == 5 || kBits == 6;
+  const int64_t K = weight.K, G = K / kUnit, groups = K / kGroup;
   const int8_t* bytes = x.bytes.data() + m0 * K;
-  const float* x_scale = x.scale.data() + m0 * G;
-  const float* x_sum = x.sum.data() + m0 * G;
-  const int32_t* offset = (kKind == kInt8 ? x.offset8 : x.offset4).data() + m0 * G;
-  const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kGroupBytes;
-  std::conditional_t<kKind == kByteScales, ByteScales, Records> records[kBlocks];
-  for (int b = 0; kKind > kInt4 && b < kBlocks; b++) records[b].start(weight, block + b);
+  const float* x_scale = x.scale.data() + m0 * groups;
+  const float* x_sum = x.sum.data() + m0 * groups;
+  const int32_t* offset = (kKind == kInt8 ? x.offset8 : kKind == kInt6 ? x.offset6 : x.offset4).data() + m0 * G;
+  const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kUnitBytes;
+  constexpr bool kIsRead = has_read_scales(kKind, kBlocks);
+  ScaleReader<kKind> records[kBlocks];
+  for (int b = 0; kKind > kInt4 && !kIsRead && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     ByteSums<kBits> sum[kBlocks][kM];
-    const auto offset_of = [&](int m) { return kKind == kUint4 ? 0 : offset[m * G + g]; };
+    const auto offset_of = [&](int m) { return has_minimums(kKind) ? 0 : offset[m * G + g]; };
+    Bits high[kBlocks] = {};
+    for (int b = 0; kHasHighLine && b < kBlocks; b++) {
+      const uint8_t* p = w + (b * G + g) * kUnitBytes + kLines * 64;
+      if (kBlocks == 1) __builtin_prefetch(p + kAhead, 0, kIntoL1);
+      high[b] = load_as<Bits>(p);
+    }
     for (int m = 0; m < kM; m++)
       for (int b = 0; b < kBlocks; b++) sum[b][m].start(offset_of(m));
 #pragma GCC unroll 8
-    for (int j = 0; j < kGroupBytes / 64; j++) {
+    for (int j = 0; j < kLines; j++) {
       Bits packed[kBlocks];
       for (int b = 0; b < kBlocks; b++) {
-        const uint8_t* p = w + (b * G + g) * kGroupBytes + j * 64;
+        const uint8_t* p = w + (b * G + g) * kUnitBytes + j * 64;
         if (kBlocks == 1) __builtin_prefetch(p + kAhead, 0, kBits == 8 ? kIntoL2 : kIntoL1);
         packed[b] = load_as<Bits>(p);
       }
-      for (int part = 0; part < 8 / kBits; part++) {
-        const int64_t k = g * kGroup + (j * 8 / kBits + part) * 4;
+      for (int part = 0; part < (kBits == 8 ? 1 : 2); part++) {
+        const int four = kBits == 8 ? j : 2 * j + part;
+        const int64_t k = g * kUnit + four * 4;
 #pragma GCC unroll 8
         for (int m = 0; m < kM; m++) {
-          const int32_t four = load_as<int32_t>(bytes + m * K + k);
+          const int32_t x_four = load_as<int32_t>(bytes + m * K + k);
 #pragma GCC unroll 4
           for (int b = 0; b < kBlocks; b++) {
-            const Bits unpacked = kBits == 8 ? packed[b] : (packed[b] >> (4 * part)) & 0x0f0f0f0fu;
-            sum[b][m].add(unpacked, four);
+            sum[b][m].add(levels_of(kBits, packed[b], high[b], four), x_four);
           }
         }
       }
@@ -134,16 +178,18 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       if constexpr (kKind == kInt4)
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
       if constexpr (kKind == kByteScales) weight_scale = records[b].read(g);
-      if constexpr (kKind == kUint4) {
-        if (scales)
-          weight_scale = scales->scale[b * G + g], minimum = scales->minimum[b * G + g];
+      if constexpr (kKind == kInt6) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
+      if constexpr (has_minimums(kKind)) {
+        if (kIsRead)
+          weight_scale = scales.scale[b * G + g], minimum = scales.minimum[b * G + g];
         else
           records[b].read(weight_scale, minimum);
       }
       for (int m = 0; m < kM; m++) {
-        const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[m * G + g];
+        const int64_t group = m * groups + g / kInGroup;
+        const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[group];
         total[b][m] += kKind == kInt8 ? product : product * weight_scale;
-        if (kKind == kUint4) total[b][m] -= minimum * x_sum[m * G + g];
+        if (has_minimums(kKind)) total[b][m] -= minimum * x_sum[group];
       }
     }
   }
@@ -161,27 +207,23 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 // Up to kM rows.
 template <Kind kKind, int kBlocks, int kM>
 void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weight, BFloat16* y, int64_t block, int64_t width,
-              const Scales* scales) {
+              const Scales& scales) {
   if (count == kM) return tile<kKind, kM, kBlocks>(x, m, weight, y, block, width, scales);
   if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales);
 }
-
-// Passes of rows beyond which reading the scales of uint4 once pays; with two, of 16 rows, it does not.
-constexpr int64_t kManyPasses = 4;
 
 // Any number M of rows of x, as many at a time as there are registers for.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
   constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 12 / kBlocks;
-  thread_local Scales read;
-  const bool is_read = kKind == kUint4 && M > kManyPasses * kM;
-  if (is_read) read.read(weight, block, kBlocks);
+  thread_local Scales scales;
+  if constexpr (has_read_scales(kKind, kBlocks)) scales.read<kKind>(weight, block, kBlocks);
   for (int64_t m = 0; m < M; m += kM)
-    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, is_read ? &read : nullptr);
+    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, scales);
 }
 
 // Up to 32 rows: one block at a time, asked for ahead; it stays in the cache while all rows pass. With more rows, reading
-// the weight matters less: several blocks at a time share the loads of x, fewer of 4 bits, which each pass unpacks.
+// the weight matters less: several blocks at a time share the loads of x, fewer of 4 to 6 bits, which each pass unpacks.
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
@@ -200,11 +242,13 @@ void Activations::quantize_row(const BFloat16* x, int64_t m, int64_t K, const in
     BFloat16 gathered[kGroup];
     for (int64_t i = 0; order && i < kGroup; i++) gathered[i] = x[order[g * kGroup + i]];
     const BFloat16* group = order ? gathered : x + g * kGroup;
-    int32_t total;
-    scale[m * G + g] = quantize_group(group, kGroup, &bytes[m * K + g * kGroup], total);
+    int32_t totals[2];
+    scale[m * G + g] = quantize_group(group, kGroup, &bytes[m * K + g * kGroup], totals);
+    const int32_t total = totals[0] + totals[1];
     sum[m * G + g] = scale[m * G + g] * static_cast<float>(total);
     offset8[m * G + g] = -128 * total;
     offset4[m * G + g] = -8 * total;
+    for (int i = 0; i < 2; i++) offset6[2 * (m * G + g) + i] = -32 * totals[i];
   }
 }
 
@@ -213,6 +257,8 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
   if (is_lossless(weight)) return lossless_rows(x.rows(), M, weight, y, begin * kLanes, end * kLanes, width);
   if (is_fp8(weight)) return fp8_blocks(x.rows(), M, weight, y, begin, end, width);
   const auto multiply = weight.bits == 8          ? blocks_of<kInt8>
+                        : weight.bits == 6        ? blocks_of<kInt6>
+                        : weight.bits == 5        ? blocks_of<kUint5>
                         : weight.span             ? blocks_of<kUint4>
                         : has_byte_scales(weight) ? blocks_of<kByteScales>
                                                   : blocks_of<kInt4>;
@@ -244,7 +290,7 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
 }
 
 bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R) {
-  const int64_t K = weight->K, channels = 32 / weight->bits;  // in a 32-bit lane
+  const int64_t K = weight->K, unit = unit_of(weight->bits);
   for (int64_t r = 0; r < R; r++) {
     const int64_t n = row[r], block = n / kLanes, lane = n % kLanes;
     if (n < 0 || n >= weight->N) return false;
@@ -252,13 +298,12 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
       unpack_row(*weight, n, y + r * K);
       continue;
     }
-    const auto* bytes = static_cast<const uint8_t*>(weight->weight) + (block * (K / channels) * kLanes + lane) * 4;
-    for (int64_t g = 0; g < K / kGroup; g++) {
+    const auto* bytes = static_cast<const uint8_t*>(weight->weight) + weight_bytes(*weight, block * kLanes) + lane * 4;
+    for (int64_t g = 0; g < K / unit; g++) {
       const auto [zero, scale, minimum] = group_scale(*weight, block, lane, g);
-      for (int64_t k = g * kGroup; k < (g + 1) * kGroup; k++) {
-        const uint8_t byte = bytes[k / channels * kLanes * 4 + k % 4];
-        const int level = weight->bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        const float number = is_fp8(*weight) ? from_fp8(byte) : static_cast<float>(level - zero);
+      for (int64_t k = g * unit; k < (g + 1) * unit; k++) {
+        const int level = level_at(*weight, bytes, k);
+        const float number = is_fp8(*weight) ? from_fp8(static_cast<uint8_t>(level)) : static_cast<float>(level - zero);
         y[r * K + k] = BFloat16(number * scale - minimum);
       }
     }

@@ -1,4 +1,4 @@
-// The scales and minimums of weights of 4 bits with a minimum or a zero point; quantized.cpp describes their records.
+// The records of scales of weights of 4 and 5 bits with a minimum or a zero point, and of 6 bits; see quantized.cpp.
 
 #pragma once
 
@@ -8,12 +8,14 @@
 
 constexpr int64_t kZeroRecord = 3 * kLanes;  // bytes of a record with zero points
 
+constexpr int64_t kRecordsAhead = 512;  // bytes to prefetch
+
 namespace {
 
 // Whether the numbers of a weight's records, beside their units, have 6 bits.
 inline bool is_short(const Linear& weight) { return weight.span == 256 && weight.record == 16 * kLanes; }
 
-// Reads the records of a block of a weight of 4 bits with a minimum, group after group.
+// Reads the records of a block of a weight with a minimum, group after group.
 class Records {
  public:
   void start(const Linear& weight, int64_t block) {
@@ -32,6 +34,7 @@ class Records {
                                         : load(reinterpret_cast<const Float16*>(next_ + 2 * kLanes));
       levels_ = next_ + 4 * kLanes;
       next_ += record_;
+      for (int64_t i = 0; i < record_; i += 64) __builtin_prefetch(next_ + i + kRecordsAhead);
       left_ = groups_;
     }
     left_--;
@@ -57,6 +60,35 @@ class Records {
   int64_t record_, groups_, left_;
   bool is_short_;
   Vec factor_, minimum_;
+};
+
+// Reads the records of a block of a weight of 6 bits, half a group after half a group.
+class HalfScales {
+ public:
+  static constexpr int64_t kSpan = 256, kHalves = kSpan / kHalfGroup, kRecord = (2 + kHalves) * kLanes;
+
+  void start(const Linear& weight, int64_t block) {
+    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / kSpan) * kRecord;
+    left_ = 0;
+  }
+
+  FORCE_INLINE Vec read() {
+    if (left_ == 0) {
+      for (int64_t i = 0; i < kRecord; i += 64) __builtin_prefetch(next_ + i + kRecordsAhead);
+      d_ = load(reinterpret_cast<const Float16*>(next_));
+      next_ += 2 * kLanes;
+      left_ = kHalves;
+    }
+    left_--;
+    const Vec scale = d_ * convert<Vec>(load_ints(reinterpret_cast<const int8_t*>(next_)));
+    next_ += kLanes;
+    return scale;
+  }
+
+ private:
+  const uint8_t* next_;
+  int64_t left_;
+  Vec d_;
 };
 
 }  // namespace

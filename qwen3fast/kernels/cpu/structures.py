@@ -16,6 +16,8 @@ MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.
 ZERO_RECORD = 3 * LANES  # bytes of uint4's scales with a zero point; see quantized.cpp
 BYTE_SCALES = LANES  # bytes of a line of int4's scales in bytes
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
+HALF_GROUP = 16  # channels that share a scale in 6 bits
+INT6_SPAN, INT6_RECORD = 256, 18 * LANES  # of int6's scales
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
 CODED_WORDS = CODED * 12 // 16
@@ -138,29 +140,41 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     Raises: ValueError for tensors that are not.
     """
     is_packed = packed.dim() == 4 and is_array(packed, torch.uint8, *packed.shape[:2], LANES, 4)
-    require(is_packed, "packed must be (N/16, K/4 or K/8, 16, 4) uint8, contiguous")
+    require(is_packed, "packed must be (N/16, K * bits / 32, 16, 4) uint8, contiguous")
     if scale.dtype == torch.uint8 and scale.dim() == 1:
         return _lossless_linear(packed, scale)
-    bits = 8 if scale.dtype == torch.float32 else 4
-    N, K = packed.shape[0] * LANES, packed.shape[1] * (32 // bits)
+    bits = bits_of(packed, scale)
+    N, K = packed.shape[0] * LANES, packed.shape[1] * 32 // bits
     require(K % GROUP == 0, f"packed must have K a multiple of {GROUP}")
     span, record = span_and_record(packed, scale)
     shapes = {
         torch.float32: {0: (N,), 4: (N // LANES, -(-K // span))}.get(record, (N, 1)),
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
         torch.int8: (N // LANES, 1 + K // GROUP, LANES),
-        torch.uint8: (N // LANES, K // span, record) if is_record(span, record) else None,
+        torch.uint8: (N // LANES, K // span, record) if bits > 4 or is_record(span, record) else None,
     }
     shape = shapes.get(scale.dtype)
     require(
         shape is not None and is_array(scale, scale.dtype, *shape) and (bits == 8 or span % GROUP == K % span == 0),
         "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16, "
-        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8",
+        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8; for 5 and 6 "
+        "bits, (N/16, K/256, 256) and (N/16, K/256, 288) uint8",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     if scale.dtype == torch.int8:
         return LinearPointers(*pointers, N, K, bits, 0, BYTE_SCALES)
     return LinearPointers(*pointers, N, K, bits, span if record else 0, record)
+
+
+def bits_of(packed: Tensor, scale: Tensor) -> int:
+    """Return the bits of quantized weights, which are not lossless: 4, 5, 6 or 8."""
+    if scale.dtype == torch.float32:
+        return 8
+    if scale.dtype != torch.uint8 or scale.dim() != 3:
+        return 4
+    with_records = {SHORT_RECORD: (5, SHORT_SPAN), INT6_RECORD: (6, INT6_SPAN)}
+    bits, span = with_records.get(scale.shape[2], (4, 0))
+    return bits if packed.shape[1] * 32 == scale.shape[1] * span * bits else 4
 
 
 def in_features_of(packed: Tensor) -> int:
@@ -182,20 +196,40 @@ def _lossless_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
-    """Return the channels that a record of scales covers, and its bytes for 16 rows: of uint4, and of fp8, whose scales
-    have two dimensions; (32, 0) for other formats.
+    """Return the channels that a record of scales covers, and its bytes for 16 rows: of uint4, uint5 and int6, and of
+    fp8, whose scales have two dimensions; (32, 0) for other formats.
     """
     if scale.dtype == torch.float32 and scale.dim() == 2:
         N, K = packed.shape[0] * LANES, packed.shape[1] * 4
         return (K, 4 * LANES) if scale.shape == (N, 1) else (FP8_SPAN, 4)
     if scale.dtype != torch.uint8 or scale.dim() != 3 or not scale.shape[1]:
         return GROUP, 0
-    return max(GROUP, packed.shape[1] * 8 // scale.shape[1]), scale.shape[2]
+    return max(GROUP, packed.shape[1] * 32 // bits_of(packed, scale) // scale.shape[1]), scale.shape[2]
 
 
 def is_record(span: int, record: int) -> bool:
     """Return whether a record of uint4's scales for so many channels may have so many bytes."""
     return record in (ZERO_RECORD, 4 * LANES + span) or (span, record) == (SHORT_SPAN, SHORT_RECORD)
+
+
+def channels_of(bits: int) -> int:
+    """Return the channels that share a scale in 4, 5 or 6 bits, and whose levels lie together."""
+    return HALF_GROUP if bits == 6 else GROUP
+
+
+def unpack_levels(byte: Tensor, bits: int) -> Tensor:
+    """Return levels in 4, 5 or 6 bits, (R, K/C, C) uint8, with C `channels_of` these bits.
+
+    byte: (R, K * bits / 32, 4), the bytes of some rows, as quantized.cpp describes them.
+    """
+    channels, more = channels_of(bits), bits - 4
+    byte = byte.unflatten(1, (-1, channels * bits // 32))
+    low = byte[:, :, : channels // 8]
+    level = torch.stack([low & 15, low >> 4], dim=3).flatten(2, 3)  # four channels of each of C/4 parts
+    if more:
+        shift = torch.arange(0, channels // 4 * more, more, dtype=torch.uint8, device=byte.device)
+        level = level | (byte[:, :, -1:] >> shift[:, None] & (1 << more) - 1) << 4
+    return level.flatten(2)
 
 
 def record_levels(tail: Tensor, groups: int) -> Tensor:

@@ -57,9 +57,9 @@ struct Levels {
     for (int64_t i = m * spans, k = 0; k < K; i++, k += kSpan) {
       const int64_t count = std::min(kSpan, K - k);
       int8_t span[kSpan];
-      int32_t total;
-      scale[i] = quantize_group(x + k, count, span, total);
-      offset[i] = -128 * total;
+      int32_t totals[2];
+      scale[i] = quantize_group(x + k, count, span, totals);
+      offset[i] = -128 * (totals[0] + totals[1]);
       Bits* tile = &levels[m / kTileRows * K / 4 + k / 4 + m % kTileRows];
       for (int64_t c = 0; c < count; c += kTileBytes, tile += kTileRows) *tile = load_as<Bits>(span + c);
     }
@@ -88,38 +88,42 @@ FORCE_INLINE Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat
 // Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const Linear& weight = *panel.weight;
-  const int64_t block = panel.block + j, G = weight.K / kGroup;
-  const int words = weight.bits == 8 ? 8 : 4, step = weight.bits == 8 ? 8 : 4;  // in a group; bits of a level
-  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * words * kTileBytes;
-  const bool is_uint4 = weight.bits == 4 && weight.span, has_blocks = is_fp8(weight) && !has_row_scales(weight);
+  const int bits = static_cast<int>(weight.bits);
+  const int64_t block = panel.block + j, unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
+  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kTileBytes;
+  const bool has_minimums = bits < 6 && weight.span, has_blocks = is_fp8(weight) && !has_row_scales(weight);
   const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
   Records records;
   ByteScales byte_scales;
-  if (is_uint4) records.start(weight, block);
+  HalfScales half_scales;
+  if (has_minimums) records.start(weight, block);
   if (has_byte_scales(weight)) byte_scales.start(weight, block);
+  if (bits == 6) half_scales.start(weight, block);
   Vec scale = fill(1), minimum = fill(128);
-  for (int64_t g = 0; g < G; g++, w += words * kTileBytes) {
+  Bits* out = pairs + j;
+  for (int64_t g = 0; g < G; g++, w += lines * kTileBytes) {
     if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
-    if (is_uint4) {
+    if (has_minimums) {
       records.read(scale, minimum);
-    } else if (weight.bits == 4) {
+    } else if (bits == 6) {
+      scale = half_scales.read();
+      minimum = 32 * scale;
+    } else if (bits == 4) {
       scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
                                       : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
       minimum = 8 * scale;
     }
-    const uint32_t mask = (1u << step) - 1;
-    Bits* out = pairs + g * kGroup / 2 * panel.blocks + j;
-    for (int i = 0; i < words; i++) {
-      const Bits word = load_as<Bits>(w + i * kTileBytes);
-      for (int part = 0; part < 8; part += step)
-        for (int shift = part; shift < 32; shift += 16) {
-          const auto number = [&](int at) {
-            const Bits level = word >> at & mask;
-            return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
-          };
-          *out = pair(number(shift), number(shift + 8));
-          out += panel.blocks;
-        }
+    const Bits high = load_as<Bits>(w + (lines - 1) * kTileBytes);
+    for (int four = 0; four < unit / 4; four++) {
+      const Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
+      for (int shift = 0; shift < 32; shift += 16) {
+        const auto number = [&](int at) {
+          const Bits level = levels >> at & 255u;
+          return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
+        };
+        *out = pair(number(shift), number(shift + 8));
+        out += panel.blocks;
+      }
     }
   }
 }

@@ -326,7 +326,7 @@ FORCE_INLINE Ints dot4(Ints total, Bits weight, int32_t x) {
 #endif
 }
 
-// Sums over 32 channels, 8 or 4 bits of the weights, in each lane. start: with the amount that their zero point adds.
+// Sums over 32 channels in each lane (16, of weights in 6 bits). start: with the amount that the weights' zero point adds.
 template <int kBits>
 struct ByteSums {
   Ints sums;
@@ -337,12 +337,17 @@ struct ByteSums {
 };
 
 #if defined(__ARM_FEATURE_DOTPROD)
-// Its dot product takes signed bytes: 8 bits without their zero point, 128; 4 bits are never negative.
+// Its dot product takes signed bytes: 8 bits without their zero point, 128; 4 to 6 bits are never negative.
 template <>
 FORCE_INLINE void ByteSums<4>::add(Bits weight, int32_t x) {
   for (int64_t i = 0; i < Bits::kParts; i++)
     sums.part[i] = vdotq_s32(sums.part[i], (int8x16_t)weight.part[i], vreinterpretq_s8_s32(vdupq_n_s32(x)));
 }
+
+template <>
+struct ByteSums<5> : ByteSums<4> {};
+template <>
+struct ByteSums<6> : ByteSums<4> {};
 
 template <>
 struct ByteSums<8> {
@@ -371,6 +376,22 @@ struct ByteSums<4> {
     return total;
   }
 };
+
+// 5 and 6 bits, up to 63: a pair of products sums up to 16,002 at most.
+template <>
+struct ByteSums<6> {
+  Ints sums;
+
+  FORCE_INLINE void start(int32_t offset) { sums = offset; }
+  FORCE_INLINE void add(Bits weight, int32_t x) {
+    for (int64_t i = 0; i < Bits::kParts; i++)
+      sums.part[i] += (Ints::Part)sum_pairs(_mm256_maddubs_epi16((__m256i)weight.part[i], _mm256_set1_epi32(x)));
+  }
+  FORCE_INLINE Ints total(int32_t) const { return sums; }
+};
+
+template <>
+struct ByteSums<5> : ByteSums<6> {};
 
 // 8 bits, zero 128: their sizes times x with their signs, since pairs of products of larger numbers exceed 16 bits.
 template <>
