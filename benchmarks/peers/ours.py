@@ -30,7 +30,7 @@ VARIANTS = (
     Variant("int8", "int8" + INT8_CACHE, {**_INT8, **_INT8_CACHE}, weights="bf16"),
     Variant("int4", "int4", {**_INT4, **_PLAIN}, weights="bf16"),
     Variant("int4", "int4" + INT8_CACHE, {**_INT4, **_INT8_CACHE}, weights="bf16"),
-    Variant(GGUF, GGUF, {"weights": "the file's; Q6_K in int8", **_QUANTIZED, **_PLAIN}),
+    Variant(GGUF, GGUF, {"weights": "the file's", **_QUANTIZED, **_PLAIN}),
 )
 
 

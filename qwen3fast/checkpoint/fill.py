@@ -31,7 +31,7 @@ from qwen3fast.parallel import Split
 from qwen3fast.quantization.convert import get_format
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.folding import fold_orders
-from qwen3fast.quantization.formats import Format, Packed, fits, quantize
+from qwen3fast.quantization.formats import Format, Packed, quantize
 from qwen3fast.quantization.layers import PARAMETER_NAMES, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, find_shared_orders, order_problems
 
@@ -212,7 +212,7 @@ class _Filler:
     def _put_layer(self, weight: str, layer: PrequantizedLayer) -> None:
         try:
             is_packed = self._targets.get(weight) in self._packed_stacks
-            is_plain = weight in self._targets or weight.endswith(ROUTER) or not fits(*layer.shape)
+            is_plain = weight in self._targets or weight.endswith(ROUTER) or not self._fits(*layer.shape)
             if self._format is None or (is_plain and not is_packed):
                 self._put_plain(weight, layer.plain(self._options.dtype).view(self._shapes[weight]), weight)
                 return
@@ -234,6 +234,10 @@ class _Filler:
             self.problems.append(f"{weight}: {err}")
         self._loaded.add(weight)
 
+    def _fits(self, out_features: int, in_features: int) -> bool:
+        """Return whether a weight of this shape can be packed."""
+        return self._format is not None and self._format.fits(out_features, in_features)
+
     def _check_stored(self, weight: str, layer: PrequantizedLayer) -> None:
         """Record numbers and scales of a layer that is packed, and so not checked in the model's dtype."""
         for end, tensor in layer.tensors.items() if self._options.check_weights else ():
@@ -245,7 +249,7 @@ class _Filler:
         if self._format is None:
             return set()
         modules = {self._targets[weight].rpartition(".")[0] for weight in self._layers.stored & self._targets.keys()}
-        unfit = {s.target.rpartition(".")[0] for s in self._stacks.slices.values() if not fits(*s.shape)}
+        unfit = {s.target.rpartition(".")[0] for s in self._stacks.slices.values() if not self._fits(*s.shape)}
         return {f"{module}.{stack}" for module in modules - unfit for stack in PROJECTIONS}
 
     def _put_expert(self, weight: str, packed: Packed, order_K: Tensor | None = None) -> None:

@@ -94,7 +94,7 @@ class Loader:
         check_lossless(self.quantization, self.dtype, stored.model, quantized_source)
         self._refuse_splitting(stored)
         if stored.quantization is not None:
-            prepare_quantization(stored.quantization, self.device)
+            prepare_quantization(stored.quantization, self.device, folder)
         format = self._format_of_prequantized(stored.prequantized, folder)
         refuse_size(stored.model, folder)
         config = self._untied_if_stored_so(stored.model, folder)
@@ -106,7 +106,7 @@ class Loader:
             quantize_model(model, stored.quantization, dtype, modules_to_not_convert=kept)
             use_stored_formats(model, folder)
             for name in formats_of(model):
-                prepare_quantization(name, self.device)
+                prepare_quantization(name, self.device, folder)
         load_weights(
             model,
             folder,

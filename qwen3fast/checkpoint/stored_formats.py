@@ -63,7 +63,7 @@ def _format_of(weight: StoredShape | None, stored: StoredShape, sizes: tuple[int
         if format.fits(*sizes) and weight is not None and stored.dtype == "U8":
             shapes = [tuple(tensor.shape) for tensor in format.empty(*sizes, "meta")]
             if shapes == [weight.shape, stored.shape]:
-                return format
+                return None if format == own else format
     if stored.dtype == "U8" and is_layout(stored.shape, *sizes):
         layout = Layout.of_shape(stored.shape, sizes[1])
         return get_format("uint4").with_layout(lambda _: layout)
@@ -94,12 +94,13 @@ def _packed_in(folder: Path) -> tuple[dict[str, StoredShape], dict[str, StoredSh
 
 
 def main_format(model: nn.Module) -> str | None:
-    """Return the format that config.json names: the most frequent one of a model's layers; None for a plain model.
+    """Return the format that config.json names, None for a plain model: the most frequent one that fits all its layers.
 
     Scales per row are of int8 or fp8, which only the name tells apart: beside fp8, it is the name of their format.
     Raises: ValueError if layers of both formats have scales per row, and for formats that are not saved.
     """
-    formats = [m.format for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    formats = [layer.format for layer in layers]
     for format in formats:
         if format.is_lossless:
             raise ValueError(f"{format.name} weights are not saved; the checkpoint that they come from has the same")
@@ -109,4 +110,6 @@ def main_format(model: nn.Module) -> str | None:
         raise ValueError(f"a model with layers in {' and '.join(sorted(by_rows))} cannot be saved: they look alike")
     if "fp8" in names and by_rows:
         return by_rows.pop()
-    return Counter(names).most_common(1)[0][0] if names else None
+    channels = {layer.weight_packed.shape[1] * 32 // layer.format.bits for layer in layers}
+    fitting = [format.name for format in formats if all(K % format.multiple == 0 for K in channels)]
+    return Counter(fitting or names).most_common(1)[0][0] if names else None

@@ -24,8 +24,8 @@ MODEL_HELP = (
     "(random weights of that size) [%(default)s]"
 )
 QUANTIZATION_HELP = (
-    "quantize the weights while loading; lossless: pack bfloat16 in 12 bits; dequantize: use a prequantized checkpoint "
-    "unquantized"
+    "quantize the weights while loading; int6, uint5: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; "
+    "dequantize: use a prequantized checkpoint unquantized"
 )
 NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
 NO_CALIBRATE_HELP = "int4 and uint4 without the correction of errors, which takes time at the first load of a model"

@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         quantize_calibrated(model, token_BT.to(weight.device), args.quantization, progress=True)
     else:
         quantize_model(model, args.quantization, weight.dtype, progress=True)
+    if not formats_of(model):
+        raise ValueError(f"no layer of {args.model} can be quantized to {args.quantization}: their sizes do not fit it")
     save_model(model, args.output, source, calibration_tokens=0 if token_BT is None else token_BT.numel())
     print(f"wrote {args.output}: {args.quantization}, {model.num_bytes():,} bytes of weights")
     return 0

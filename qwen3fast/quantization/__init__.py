@@ -1,1 +1,1 @@
-"""Weights in 8 and 4 bits. Read formats, layers, experts, convert; the fast product is in kernels/cpu/quantized.cpp."""
+"""Packed weights. Read formats, layers, experts, convert; the fast product is in kernels/cpu/quantized.cpp."""

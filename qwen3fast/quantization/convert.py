@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -75,12 +76,18 @@ def plain_experts(model: Qwen3) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, Experts))
 
 
-def prepare_quantization(name: str, device: torch.device) -> None:
+def prepare_quantization(name: str, device: torch.device, folder: Path | None = None) -> None:
     """Check that a format can run on a device, before any weight is read, and build its operations.
 
+    folder: whose weights are in this format already; None if they are to be quantized.
     Raises: ValueError for an unknown format, or a device that it has no kernels for.
     """
     format = get_format(name)
+    if device.type not in format.devices and folder is not None:
+        raise ValueError(
+            f"{folder} has weights in {name}, which run on {' and '.join(format.devices)} devices, not on {device}; "
+            "use device='cpu', or load the checkpoint that they come from"
+        )
     if device.type not in format.devices:
         others = [other.name for other in ALL_FORMATS.values() if device.type in other.devices]
         raise ValueError(

@@ -1,7 +1,8 @@
 """The order of quantized weights in memory and on disk, which all formats share.
 
-Rows lie in blocks of 16, and in a block, 32 bits hold four or eight neighboring channels of a row, followed by the same
-channels of the next row: a decode step streams through memory once, in order, and one vector instruction takes 16 rows.
+Rows lie in blocks of 16, and in a block, 32 bits hold four or eight neighboring channels of a row (or the high bits of
+16 or 32), followed by the same channels of the next row: a decode step streams through memory once, in order, and one
+vector instruction takes 16 rows.
 
     N out_features   K in_features   R rows
 """

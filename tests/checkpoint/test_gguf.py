@@ -504,7 +504,7 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
-@pytest.mark.parametrize("quantization", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "uint4", "int6", "uint5"])
 def test_info_shows_the_format_that_is_asked_for(tmp_path, capsys, kind, quantization):
     file = tmp_path / "model.gguf"
     write_gguf(file, randomized(small_config(**SIZES)), kind)
@@ -525,9 +525,8 @@ def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
     own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int6", "attn_output": "uint5"}
     own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
     assert formats_chosen(tmp_path / "model.gguf", None) == own
-    in_8_bits = dict.fromkeys(
-        ("attn_q", "attn_k", "attn_v", "attn_output"), "int8"
-    )  # the last two have no kernels there
+    # The last two have no kernels there.
+    in_8_bits = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), "int8")
     assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | in_8_bits
     assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}
     assert formats_chosen(tmp_path / "model.gguf", "dequantize") == {}

@@ -796,6 +796,9 @@ def test_operations_for_other_processors(processor, tmp_path):
     in_bytes = in_bytes._replace(scale=pack_scales(in_bytes.scale))
     for rows, packed in product((1, 4, 11), (in_bytes, *others)):
         cases.append(("quantized_linear", (random_tensor(rows, 256).bfloat16(), [packed.weight], [packed.scale])))
+    for packed in others[1:]:
+        packed.weight.fill_(255)  # the largest levels
+        cases.append(("quantized_linear", (torch.ones(4, 256).bfloat16(), [packed.weight], [packed.scale])))
     operations = [(name, arguments, getattr(torch.ops.qwen3fast, name)(*arguments)) for name, arguments in cases]
     layers = []
     for format, cache_dtype in product((None, *CPU_FORMATS), (torch.bfloat16, torch.int8)):

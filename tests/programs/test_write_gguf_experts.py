@@ -48,11 +48,11 @@ def test_each_matrix_is_kept_in_its_format(small_file):
     assert model.config == replace(
         SMALL, rms_norm_eps=model.config.rms_norm_eps, eos_token_ids=model.config.eos_token_ids
     )
-    assert model.lm_head.format.name == "int8" and model.model.embed_tokens.format.name == "uint4"
+    assert model.lm_head.format.name == "int6" and model.model.embed_tokens.format.name == "uint4"
     for layer, block in enumerate(model.model.layers):
         experts, attention = block.mlp.experts, block.self_attn
         assert isinstance(experts, QuantizedExperts)
-        more = "int8" if write_gguf_experts.has_more_bits(layer, 8) else "uint4"
+        more = "int6" if write_gguf_experts.has_more_bits(layer, 8) else "uint4"
         assert (
             experts.gate_up_proj.format.name == attention.q_proj.format.name == attention.k_proj.format.name == "uint4"
         )

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, random_tensor, randomized, small_config
+from prequantized_layouts import AWQ, write_prequantized
 from test_cpu_ops import run_layers, run_layers_plainly
 from test_quantization import needs_operation, product_in_plain_pytorch, quantized_layer, relative_error
 
 from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.save import save_model
+from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
@@ -180,16 +182,43 @@ def test_greedy_tokens_are_the_same_cached_batched_saved_and_uncached(format, tm
 
 @both
 def test_devices_without_kernels_are_refused(format, tmp_path, monkeypatch):
-    model = randomized(small_config(**SIZES))
-    quantize_model(model, format, torch.float32)
-    save_model(model, tmp_path)
+    whole, mixture = (randomized(small_config(**SIZES)) for _ in range(2))
+    quantize_model(whole, format, torch.float32)
+    quantize_model(mixture, "uint4", torch.float32, modules_to_not_convert=["model.layers.1.mlp.down_proj"])
+    quantize_model(mixture, format, torch.float32)
+    assert formats_of(mixture) == sorted(["uint4", format.name]) and main_format(mixture) == "uint4"
     monkeypatch.setattr("qwen3fast.loading.choose_device", lambda device: torch.device("cuda"))
-    for source, quantization in ((tmp_path, None), ("random:0.6b", format.name)):
-        with pytest.raises(ValueError, match=f"'{format.name}' runs on cpu devices, not on cuda; there, use int8 or"):
-            load_model(source, quantization=quantization)
+    for name, model in (("whole", whole), ("mixture", mixture)):
+        save_model(model, tmp_path / name)
+        with pytest.raises(
+            ValueError, match=f"{name} has weights in {format.name}, which run on cpu devices, not on cuda"
+        ):
+            load_model(tmp_path / name)
+    with pytest.raises(ValueError, match=f"'{format.name}' runs on cpu devices, not on cuda; there, use int8 or"):
+        load_model("random:0.6b", quantization=format.name)
 
 
-def test_nothing_needs_the_operations(monkeypatch):
+@both
+def test_a_mixture_with_layers_that_do_not_fit_is_saved(format, tmp_path):
+    model = randomized(small_config(**SIZES | {"intermediate_size": 320}))
+    quantize_model(model, format, torch.float32)
+    quantize_model(model, "int8", torch.float32)  # the layers that are left
+    assert formats_of(model) == sorted(["int8", format.name]) and main_format(model) == "int8"
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, "cpu", "float32")
+    for name, parameter in model.named_parameters():
+        assert_same(loaded.get_parameter(name), parameter)
+
+
+def test_prequantized_layers_that_do_not_fit_become_plain(tmp_path):
+    config = small_config(**SIZES | {"intermediate_size": 320})
+    write_prequantized(tmp_path, config, AWQ | {"group_size": 64})
+    mlp = load_model(tmp_path, "cpu", quantization="int6").model.layers[0].mlp
+    assert isinstance(mlp.down_proj, torch.nn.Linear) and mlp.up_proj.format is INT6
+
+
+@both
+def test_nothing_needs_the_operations(format, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
-    layer, x = quantized_layer(48, 256, INT6), random_tensor(3, 256)
+    layer, x = quantized_layer(48, 256, format), random_tensor(3, 256)
     assert_same(layer(x), F.linear(x, layer.dequantize()))

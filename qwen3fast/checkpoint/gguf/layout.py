@@ -20,7 +20,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
 from qwen3fast.quantization.convert import DEQUANTIZE, get_format
 from qwen3fast.quantization.experts import QuantizedExperts
-from qwen3fast.quantization.formats import FORMATS, Format, fits
+from qwen3fast.quantization.formats import Format, fits
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -96,7 +96,7 @@ def choose_formats(
             if None in formats:  # their input is quantized for all, or for none
                 chosen |= dict.fromkeys(names)
             elif (group == STACKED or (device_type != "cpu" and group != EXPERTS)) and len(set(formats)) > 1:
-                chosen |= dict.fromkeys(names, FORMATS["int8" if quantization is None else quantization])
+                chosen |= dict.fromkeys(names, get_format(quantization or "int8"))
     return {name: format for name, format in chosen.items() if format is not None}
 
 
@@ -108,7 +108,7 @@ def own_format(tensor: StoredTensor, quantization: str | None, device_type: str 
     usable = [format for format in kept if device_type in format.devices]
     if usable:
         return usable[0]
-    format = get_format("int8" if quantization is None else quantization)
+    format = get_format(quantization or "int8")
     return format if format.fits(*tensor.shape[-2:]) else None
 
 

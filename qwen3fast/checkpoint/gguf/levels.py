@@ -144,7 +144,7 @@ def _uint4(layout: Layout) -> Format:
 KEPT = {
     "Q4_0": (Kept(SAVED_FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
     "Q4_1": (Kept(_uint4(Layout(32)), pack_q4_1),),
-    "Q4_K": (Kept(_uint4(Layout(256, is_short=True)), pack_q4_k),),
+    "Q4_K": (Kept(SAVED_FORMATS["uint4"].with_layout(Layout.short), pack_q4_k),),
     "Q5_K": (Kept(SAVED_FORMATS["uint5"], pack_q5_k),),
     "Q6_K": (Kept(SAVED_FORMATS["int6"], pack_q6_k),),
 }

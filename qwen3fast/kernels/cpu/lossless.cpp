@@ -62,8 +62,6 @@ class Codes {
   }
 };
 
-constexpr int64_t kCodedAhead = 8192;  // bytes to prefetch
-
 // Reads a row, 128 channels at a time.
 class Row {
  public:
@@ -76,7 +74,7 @@ class Row {
 
   // The next 128 channels, from k on.
   void take(int64_t k, Words* four) {
-    for (int64_t i = 0; i < kCodedBytes; i += 64) __builtin_prefetch(packed_ + kCodedAhead + i, 0, kIntoL2);
+    for (int64_t i = 0; i < kCodedBytes; i += 64) __builtin_prefetch(packed_ + 2 * kAhead + i, 0, kIntoL2);
     codes_.unpack(packed_, four);
     packed_ += kCodedBytes;
     if (exception_ < end_ && exception_->channel < k + kCoded) [[unlikely]] {

@@ -14,8 +14,8 @@
 
 #define QWEN3FAST_API extern "C" __attribute__((visibility("default")))
 
-// Weights (N, K): bits 16, bfloat16; 12, the same packed as lossless.h describes; 8 or 4, as quantized.cpp or fp8.cpp
-// describes. span: for 4 bits with a minimum and for fp8, the channels that a record of scales covers, otherwise 0.
+// Weights (N, K): bits 16, bfloat16; 12, the same packed as lossless.h describes; 8 or 4 to 6, as quantized.cpp or
+// fp8.cpp describes. span: of weights whose scales are in records, and of fp8, the channels of one, otherwise 0.
 // record: its bytes, for 16 rows; of int4 with scales in bytes, 16. order (K,): the input's channel that each column is for,
 // or null for the same; only decode_layers.cpp and experts.h read it. Of experts' gate and up: (X, 2, K).
 struct Linear {

@@ -1,5 +1,5 @@
-// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp, lossless.cpp), 8 and 4 bits
-// (quantized.cpp, fp8.cpp). Shared with decode_layers.cpp and experts.cpp.
+// Products of a few rows with a weight that is read once: bfloat16 (matvec.cpp, lossless.cpp), 8 and 4 to 6
+// bits (quantized.cpp, fp8.cpp). Shared with decode_layers.cpp and experts.cpp.
 
 #pragma once
 
@@ -80,7 +80,7 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
 // y = silu(x gate^T) * (x up^T) for two such weights of equal shape.
 void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads);
 
-// Blocks begin..end of a weight of 8 or 4 bits, for any number M of rows. y: where its columns of the result begin.
+// Blocks begin..end of a packed weight, for any number M of rows. y: where its columns of the result begin.
 // `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);

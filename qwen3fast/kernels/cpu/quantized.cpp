@@ -18,13 +18,15 @@
 //   256, span 256     d, dmin, then per 32 channels s in 6 bits, the high bits of m above them; then the low bits of m,
 //                     of groups 0 to 3 and, in high halves, 4 to 7
 //
-// 5 bits (uint5) have the last record, and a line of 64 bytes with the fifth bits of 32 channels behind the lines of their
-// low bits: bit j of byte i of a lane is channel 4j+i's. 6 bits (int6), zero point 32, have a scale per 16 channels, and as
-// many in two lines of low bits and one of high ones: bits 2j and 2j+1 are channel 4j+i's. A record of 256 channels holds
-// d float16, then per 16 channels s int8, 16 numbers each: weight = (d * s) * (level - 32).
+// 5 bits (uint5) have the last record. Behind the four lines of 64 bytes with the low bits of 32 channels, a fifth line has
+// their fifth bits: bit j of byte i of a lane belongs to channel 4j+i.
+//
+// 6 bits (int6), zero point 32: 16 channels share a scale. Their levels are two lines of low bits and one of high bits, of
+// which bits 2j and 2j+1 of byte i belong to channel 4j+i. A record of 256 channels holds d float16, then per 16 channels
+// s int8, 16 numbers each: weight = (d * s) * (level - 32).
 //
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
-// in integers within a group and in float32 over groups, in the same order for any number of rows: a row's result does
+// in integers within a group (of int6, half a group) and in float32 over groups, in the same order for any number of rows: a row's result does
 // not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
 // quantization/layers.py. Weights in fp8 are multiplied in fp8.cpp, lossless ones in lossless.cpp.
 
@@ -98,7 +100,7 @@ int level_at(const Linear& weight, const uint8_t* bytes, int64_t k) {
   return more ? low | (in_line(unit / 8) >> (four * more) & ((1 << more) - 1)) << 4 : low;
 }
 
-// Whether scales are read from their records once for all tiles of the same blocks, of which there are many then.
+// Whether scales are read from their records once for all tiles of the same blocks. A single block's tiles each read them.
 constexpr bool has_read_scales(Kind kind, int blocks) { return kind >= kUint4 && blocks > 1; }
 
 // Scales and minimums of blocks, block after block.
