@@ -74,14 +74,11 @@ def generate(generator: Generator, prompt: list[int], new_tokens: int, programs:
         layers.spared = SparedThreads()
     with running(programs) as pids:
         time.sleep(SETTLE_S)
-        stream = generator.stream(prompt, params)
-        if new_tokens:
-            next(stream)
         used, started = sum(map(processor_seconds, pids)), time.perf_counter()
-        for _ in stream:
-            seconds = time.perf_counter() - started
-        spent = sum(map(processor_seconds, pids)) - used
-    return {"seconds": seconds, "taken": spent / seconds / len(os.sched_getaffinity(0))}
+        metrics = generator.generate(prompt, params).metrics
+        spent, whole = sum(map(processor_seconds, pids)) - used, time.perf_counter() - started
+    seconds = metrics.decode_s if new_tokens else metrics.prefill_s
+    return {"seconds": seconds, "taken": spent / whole / len(os.sched_getaffinity(0))}
 
 
 def parse() -> argparse.Namespace:

@@ -448,7 +448,7 @@ def test_warmup_is_refused_while_requests_run(generator):
 
 def test_unknown_quantization_is_refused_by_name():
     with pytest.raises(
-        ValueError, match="quantization='fp3' is not supported; supported: int8, int4, uint4, fp8, lossless, or None"
+        ValueError, match="quantization='fp3' is not supported; supported: int8, int4, uint4, fp8, int6, uint5, lossless"
     ):
         Generator.from_pretrained("tiny", quantization="fp3")
 
