@@ -64,9 +64,9 @@ def load_model(
             compressed-tensors), None loads floats in fp8 (the same numbers and scales), symmetric 4-bit levels in int4
             (the same levels, scales rounded to bfloat16), the ones with zero points in uint4, and other levels in int8,
             embedding and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4,
-            on CPUs Q5_K in uint5 and Q6_K in int6, and loads other quantized types in int8. For both, "dequantize"
-            loads plain weights throughout, and the name of a format takes over numbers and levels that it can hold, and
-            otherwise quantizes the dequantized weights.
+            on CPUs Q5_0, Q5_1 and Q5_K in uint5 and Q6_K in int6, and loads other quantized types in int8. For both,
+            "dequantize" loads plain weights throughout, and the name of a format takes over numbers and levels that it
+            can hold, and otherwise quantizes the dequantized weights.
         output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
         adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
         check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first

@@ -15,11 +15,19 @@ from torch import nn
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization.convert import get_format
-from qwen3fast.quantization.formats import FOR_CPUS, Format
+from qwen3fast.quantization.formats import FOR_CPUS, GROUP, Format
 from qwen3fast.quantization.fp8 import scale_shape
 from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
+
+UINT5 = get_format("uint5")
+# Formats whose packed weights, not only the scales, differ in shape from the ones of other formats.
+WITH_OTHER_SHAPES = (
+    *FOR_CPUS.values(),
+    UINT5.with_layout(lambda _: Layout(GROUP, has_zero=True)),
+    UINT5.with_layout(lambda _: Layout(GROUP)),
+)
 
 
 class StoredShape(NamedTuple):
@@ -59,7 +67,7 @@ def use_stored_formats(model: Qwen3, folder: Path) -> None:
 
 def _format_of(weight: StoredShape | None, stored: StoredShape, sizes: tuple[int, int], own: Format) -> Format | None:
     """Return the format that an (N, K) weight and its scales belong to; None if it is the layer's own, or none."""
-    for format in FOR_CPUS.values():  # whose weights have other shapes as well
+    for format in WITH_OTHER_SHAPES:
         if format.fits(*sizes) and weight is not None and stored.dtype == "U8":
             shapes = [tuple(tensor.shape) for tensor in format.empty(*sizes, "meta")]
             if shapes == [weight.shape, stored.shape]:
@@ -111,5 +119,5 @@ def main_format(model: nn.Module) -> str | None:
     if "fp8" in names and by_rows:
         return by_rows.pop()
     channels = {layer.weight_packed.shape[1] * 32 // layer.format.bits for layer in layers}
-    fitting = [format.name for format in formats if all(K % format.multiple == 0 for K in channels)]
+    fitting = [name for name in names if all(K % get_format(name).multiple == 0 for K in channels)]
     return Counter(fitting or names).most_common(1)[0][0] if names else None

@@ -88,8 +88,9 @@ class Format:
 
     def with_layout(self, layout_of: Callable[[int], Layout]) -> Format:
         """Return this (affine) format with another layout of scales."""
-        assert self.name == "uint4", "other formats have one layout"
-        return replace(self, layout_of=layout_of, quantize=partial(quantize_uint4, layout_of=layout_of))
+        assert self.is_affine, "other formats have one layout"
+        quantize = partial(quantize_uint4, layout_of=layout_of, bits=self.bits)
+        return replace(self, layout_of=layout_of, quantize=quantize, multiple=GROUP)
 
     def with_blocks(self) -> Format:
         """Return this format (fp8) with a scale per block of 16 rows and 128 channels."""

@@ -1,6 +1,6 @@
 """uint4: 4 bits with a minimum or a zero point per group of channels, as AWQ, GPTQ and K-quants of GGUF have them.
 
-Levels are 0 to 15; of uint5, 5 bits with minimums in short records, 0 to 31. A record of scales covers `span`
+Levels are 0 to 15; of uint5, 5 bits, 0 to 31. A record of scales covers `span`
 neighboring channels of 16 rows; each of its fields holds 16 numbers, one per row:
 
     with a zero point, 48 bytes        d float16, zero uint8                        weight = d * (level - zero)
@@ -9,8 +9,8 @@ neighboring channels of 16 rows; each of its fields holds 16 numbers, one per ro
     short, 256 bytes, span 256         d, dmin, then for each 32 channels s in 6 bits, above it the 2 high bits of m;
                                        then the 4 low bits of m: groups 0 to 3, and in high halves 4 to 7
 
-The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_1 (span 32), the third Q4_K,
-and Q5_K in uint5.
+The first holds AWQ and GPTQ exactly (span: their group; scales in float16), the second Q4_1 (span 32), the third Q4_K.
+uint5 has the first for Q5_0 and the second for Q5_1 (span 32 in both), the third for Q5_K.
 Source of minimums: K-quants, pull request 1684 of github.com/ggml-org/llama.cpp.
 
     N out_features   K in_features   G = K/32 groups   P = K/span   R rows
@@ -32,7 +32,6 @@ from qwen3fast.quantization.packed import (
     by_blocks,
     float16_of_rows,
     levels_of_rows,
-    pack_halves,
     pack_levels,
     sum_of_halves,
 )
@@ -94,10 +93,10 @@ def is_layout(shape: tuple[int, ...], out_features: int, in_features: int) -> bo
     return is_whole and is_record(span, shape[2])
 
 
-def pack_zeros(level_NK: Tensor, d_NP: Tensor, zero_NP: Tensor) -> Packed:
-    """Pack levels (uint8, 0 to 15), a scale, rounded to float16, and a zero point (0 to 255) per span."""
+def pack_zeros(level_NK: Tensor, d_NP: Tensor, zero_NP: Tensor, bits: int = 4) -> Packed:
+    """Pack levels (uint8, of 4 or 5 bits), a scale, rounded to float16, and a zero point (0 to 255) per span."""
     d, zero = by_blocks(d_NP.to(torch.float16)), by_blocks(zero_NP.to(torch.uint8))
-    return Packed(pack_halves(level_NK), torch.cat([d.view(torch.uint8), zero], dim=2))
+    return Packed(pack_levels(level_NK, bits), torch.cat([d.view(torch.uint8), zero], dim=2))
 
 
 def pack_minimums(
@@ -153,9 +152,9 @@ def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layou
     scale_NG, minimum_NG = _best_range(group, most)
     if has_zero:
         d_NP = scale_NG.to(torch.float16).float()
-        zero_NP = torch.round(minimum_NG / d_NP.where(d_NP > 0, 1.0)).nan_to_num(0).clamp(0, 15)
+        zero_NP = torch.round(minimum_NG / d_NP.where(d_NP > 0, 1.0)).nan_to_num(0).clamp(0, most)
         level = _levels(group, d_NP[..., None], (d_NP * zero_NP)[..., None], most)
-        return pack_zeros(level.to(torch.uint8).view(N, K), d_NP.where(is_sound, torch.nan), zero_NP)
+        return pack_zeros(level.to(torch.uint8).view(N, K), d_NP.where(is_sound, torch.nan), zero_NP, bits)
     d_NP, s_NG = _in_steps(scale_NG, span, 63 if is_short else 255)
     dmin_NP, m_NG = _in_steps(minimum_NG, span, 63 if is_short else 255)
     step, minimum = ((s * d.repeat_interleave(span // GROUP, 1)) for s, d in ((s_NG, d_NP), (m_NG, dmin_NP)))

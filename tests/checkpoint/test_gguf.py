@@ -200,8 +200,11 @@ def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
         load_model(tmp_path / "mmproj.gguf", "cpu")
 
 
-@pytest.mark.parametrize(("kind", "format"), [("Q5_K", "uint5"), ("Q6_K", "int6")])
-def test_5_and_6_bits_are_kept_exactly_in_the_bytes_of_the_file(tmp_path, kind, format):
+@pytest.mark.parametrize(
+    ("kind", "format", "more_bits"),
+    [("Q5_K", "uint5", 0), ("Q6_K", "int6", 0), ("Q5_0", "uint5", 0.25), ("Q5_1", "uint5", 0.5)],
+)
+def test_5_and_6_bits_are_kept_exactly(tmp_path, kind, format, more_bits):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
     loaded = load_model(file, "cpu")
@@ -210,13 +213,14 @@ def test_5_and_6_bits_are_kept_exactly_in_the_bytes_of_the_file(tmp_path, kind, 
     packed = sum(t.nbytes for layer in layers.values() for t in (layer.weight_packed, layer.weight_scale))
     stored = {name: data for name, (data, stored_as) in written.items() if stored_as == kind}
     assert len(stored) == len(layers)
-    assert packed == sum(data.nbytes for data in stored.values())
+    numbers = sum(layer.weight_packed.numel() * 8 // layer.format.bits for layer in layers.values())
+    assert packed == sum(data.nbytes for data in stored.values()) + more_bits * numbers / 8
     for name, ours in layers_by_gguf_name(loaded).items():
         if ours.dim() == 2:
             assert_same(ours, decode(*written[name]))  # bit for bit
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q8_0", "IQ4_XS"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
@@ -459,7 +463,8 @@ def test_save_quantized_writes_a_folder_with_the_tokenizer(tmp_path, tiny_file):
 
 def kinds_of_k_quants(name: str) -> str:
     """A mixture with several formats and layouts, one of them in the embedding."""
-    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "attn_output": "Q5_K", "ffn_down": "Q4_0", "ffn_down_exps": "Q6_K"}
+    kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "attn_output": "Q5_K", "attn_q": "Q5_0"}
+    kinds |= {"ffn_down": "Q4_0", "ffn_down_exps": "Q6_K", "ffn_up": "Q5_1"}
     return kinds.get(name.split(".")[-2], "F32" if "gate_inp" in name else "Q4_K")
 
 
@@ -522,11 +527,11 @@ def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
 
 def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
     write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), kinds_of_k_quants)
-    own = {"attn_q": "uint4", "attn_k": "uint4", "attn_v": "int6", "attn_output": "uint5"}
-    own |= {"ffn_gate": "uint4", "ffn_up": "uint4", "ffn_down": "int4"}
+    own = {"attn_q": "uint5", "attn_k": "uint4", "attn_v": "int6", "attn_output": "uint5"}
+    own |= {"ffn_gate": "uint4", "ffn_up": "uint5", "ffn_down": "int4"}
     assert formats_chosen(tmp_path / "model.gguf", None) == own
-    # The last two have no kernels there.
-    in_8_bits = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), "int8")
+    # There are no kernels for 5 and 6 bits.
+    in_8_bits = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"), "int8")
     assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | in_8_bits
     assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}
     assert formats_chosen(tmp_path / "model.gguf", "dequantize") == {}

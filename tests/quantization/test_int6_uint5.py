@@ -22,7 +22,7 @@ from qwen3fast.model.linears import linears
 from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.formats import SAVED_FORMATS, Packed, quantize
 from qwen3fast.quantization.int6 import pack_int6
-from qwen3fast.quantization.uint4 import pack_minimums
+from qwen3fast.quantization.uint4 import Layout, pack_minimums
 
 INT6, UINT5 = SAVED_FORMATS["int6"], SAVED_FORMATS["uint5"]
 SIZES = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
@@ -106,6 +106,21 @@ def test_operation_equals_the_plain_form(format, rows, N, K):
     exact = F.linear(x.double(), layer.dequantize().double())
     assert relative_error(layer(x), exact) < 9e-3
     assert relative_error(dequantized_linear(x, layer.weight_packed, layer.weight_scale), exact) < 4e-3
+
+
+@needs_operation
+@pytest.mark.parametrize("has_zero", [True, False])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_every_layout_of_uint5_is_multiplied_and_dequantized(has_zero, rows):
+    format = UINT5.with_layout(lambda _: Layout(32, has_zero))
+    layer, x = quantized_layer(48, 160, format), random_tensor(rows, 160).bfloat16()
+    assert Layout.of(layer.packed) == Layout(32, has_zero)
+    assert relative_error(layer.dequantize(), random_tensor(48, 160) / 160**0.5) < 0.05
+    assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
+    plain = F.linear(x.double(), layer.dequantize().double())
+    assert relative_error(dequantized_linear(x, layer.weight_packed, layer.weight_scale), plain) < 4e-3
+    row = torch.tensor([5, 47])
+    assert_same(torch.ops.qwen3fast.quantized_rows(*layer.packed, row), layer.dequantize()[row].bfloat16())
 
 
 @needs_operation

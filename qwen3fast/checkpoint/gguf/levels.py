@@ -1,10 +1,10 @@
 """Types in GGUF whose levels our formats keep: their blocks of bytes -> packed weights.
 
-A block holds channels of a row. Of Q4_0's and Q4_1's 32 channels, the first 16 are in the low halves of 16 bytes; of
+A block holds channels of a row. Of Q4_0's to Q5_1's 32 channels, the first 16 are in the low halves of 16 bytes; of
 Q4_K's 256, each 32 bytes hold 32 channels in the low halves and the next 32 in the high ones. Q5_K and Q6_K have 256
 channels as well.
-Source: block_q4_0, block_q4_1 and block_q4_K to block_q6_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both in
-github.com/ggml-org/ggml.
+Source: block_q4_0 to block_q5_1 and block_q4_K to block_q6_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both
+in github.com/ggml-org/ggml.
 
 R rows   K in_features   B blocks   G = K/32 groups
 """
@@ -53,6 +53,29 @@ def pack_q4_1(rows: np.ndarray) -> Packed:
     d_RG, dmin_RG = float16_at(block_RGB, 0), -float16_at(block_RGB, 2)
     one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
     return pack_minimums(halves(block_RGB[..., 4:]), d_RG, dmin_RG, one_RG, one_RG)
+
+
+def pack_q5_0(rows: np.ndarray) -> Packed:
+    """Pack rows of Q5_0, exactly, with 16 as the zero point: the scale in float16, 4 bytes of fifth bits, 16 bytes."""
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 6 + GROUP // 2)
+    scale_RG = float16_at(block_RGB, 0)
+    return pack_zeros(with_fifth_bits(block_RGB[..., 2:]), scale_RG, torch.full_like(scale_RG, 16), bits=5)
+
+
+def pack_q5_1(rows: np.ndarray) -> Packed:
+    """Pack rows of Q5_1, exactly: the scale and the smallest number in float16, then as Q5_0."""
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 8 + GROUP // 2)
+    d_RG, dmin_RG = float16_at(block_RGB, 0), -float16_at(block_RGB, 2)
+    one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
+    return pack_minimums(with_fifth_bits(block_RGB[..., 4:]), d_RG, dmin_RG, one_RG, one_RG, bits=5)
+
+
+def with_fifth_bits(byte: Tensor) -> Tensor:
+    """Return levels (R, K) uint8 of 5 bits. byte: per 32 channels 4 bytes, a bit per channel, and 16 with halves."""
+    shift_C = torch.arange(GROUP, dtype=torch.int32)
+    high = byte[..., :4].contiguous().view(torch.int32) >> shift_C & 1
+    low = torch.cat([byte[..., 4:] & 15, byte[..., 4:] >> 4], dim=-1)
+    return (low | high.to(torch.uint8) << 4).flatten(1)
 
 
 def pack_q4_k(rows: np.ndarray) -> Packed:
@@ -136,14 +159,16 @@ def float16_at(block: Tensor, first: int) -> Tensor:
     return block[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
 
 
-def _uint4(layout: Layout) -> Format:
-    return SAVED_FORMATS["uint4"].with_layout(lambda _: layout)
+def _affine(name: str, layout: Layout) -> Format:
+    return SAVED_FORMATS[name].with_layout(lambda _: layout)
 
 
 # The formats that keep each type's levels; the first one is the default.
 KEPT = {
-    "Q4_0": (Kept(SAVED_FORMATS["int4"], pack_q4_0), Kept(_uint4(Layout(32, has_zero=True)), pack_q4_0_exactly)),
-    "Q4_1": (Kept(_uint4(Layout(32)), pack_q4_1),),
+    "Q4_0": (Kept(SAVED_FORMATS["int4"], pack_q4_0), Kept(_affine("uint4", Layout(32, True)), pack_q4_0_exactly)),
+    "Q4_1": (Kept(_affine("uint4", Layout(32)), pack_q4_1),),
+    "Q5_0": (Kept(_affine("uint5", Layout(32, has_zero=True)), pack_q5_0),),
+    "Q5_1": (Kept(_affine("uint5", Layout(32)), pack_q5_1),),
     "Q4_K": (Kept(SAVED_FORMATS["uint4"].with_layout(Layout.short), pack_q4_k),),
     "Q5_K": (Kept(SAVED_FORMATS["uint5"], pack_q5_k),),
     "Q6_K": (Kept(SAVED_FORMATS["int6"], pack_q6_k),),

@@ -18,6 +18,13 @@ BYTE_SCALES = LANES  # bytes of a line of int4's scales in bytes
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 HALF_GROUP = 16  # channels that share a scale in 6 bits
 INT6_SPAN, INT6_RECORD = 256, 18 * LANES  # of int6's scales
+# Bits, span and bytes of the records of 6 and 5 bits. No weight of 4 bits has as many words and bytes.
+RECORDS = (
+    (6, INT6_SPAN, INT6_RECORD),
+    (5, SHORT_SPAN, SHORT_RECORD),
+    (5, GROUP, ZERO_RECORD),
+    (5, GROUP, 4 * LANES + GROUP),
+)
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
 CODED_WORDS = CODED * 12 // 16
@@ -157,8 +164,8 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     require(
         shape is not None and is_array(scale, scale.dtype, *shape) and (bits == 8 or span % GROUP == K % span == 0),
         "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16, "
-        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8; for 5 and 6 "
-        "bits, (N/16, K/256, 256) and (N/16, K/256, 288) uint8",
+        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8; for 5 "
+        "bits, (N/16, K/256, 256) or (N/16, K/32, 48 or 96) uint8, for 6 bits (N/16, K/256, 288) uint8",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     if scale.dtype == torch.int8:
@@ -172,9 +179,10 @@ def bits_of(packed: Tensor, scale: Tensor) -> int:
         return 8
     if scale.dtype != torch.uint8 or scale.dim() != 3:
         return 4
-    with_records = {SHORT_RECORD: (5, SHORT_SPAN), INT6_RECORD: (6, INT6_SPAN)}
-    bits, span = with_records.get(scale.shape[2], (4, 0))
-    return bits if packed.shape[1] * 32 == scale.shape[1] * span * bits else 4
+    for bits, span, record in RECORDS:
+        if record == scale.shape[2] and packed.shape[1] * 32 == scale.shape[1] * span * bits:
+            return bits
+    return 4
 
 
 def in_features_of(packed: Tensor) -> int:
