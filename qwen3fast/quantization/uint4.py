@@ -164,7 +164,7 @@ def quantize_uint4(weight_NK: Tensor, layout_of: Callable[[int], Layout] = Layou
 
 
 def _best_range(group: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return the scale and the minimum (what is taken off) of each group, (N, G). most: the highest level."""
+    """Return the scale and the minimum, which is taken off, of each group, (N, G). most: the highest level."""
     high, low = (end.amax(dim=2, keepdim=True).clamp(min=0) for end in (group, -group))
     best = [torch.zeros_like(high), torch.zeros_like(high), torch.full_like(high, torch.inf)]
     for share in RANGES:
