@@ -120,4 +120,6 @@ def main_format(model: nn.Module) -> str | None:
         return by_rows.pop()
     channels = {layer.weight_packed.shape[1] * 32 // layer.format.bits for layer in layers}
     fitting = [name for name in names if all(K % get_format(name).multiple == 0 for K in channels)]
+    if names and not fitting and FOR_CPUS.keys() >= set(names):  # such as a file in Q5_0 alone
+        return "uint4"  # fits them; the tensors tell the rest
     return Counter(fitting or names).most_common(1)[0][0] if names else None

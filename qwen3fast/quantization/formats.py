@@ -210,6 +210,7 @@ FORMATS = {
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
 }
 QUANTIZE_UINT5 = partial(quantize_uint4, layout_of=Layout.short, bits=5)
+# What GGUF's types of 5 and 6 bits are kept in; there are no kernels for other devices.
 FOR_CPUS = {
     "int6": Format("int6", 6, quantize_int6, rows_int6, devices=("cpu",), multiple=INT6_SPAN),
     "uint5": Format("uint5", 5, QUANTIZE_UINT5, rows_uint4, True, Layout.short, devices=("cpu",), multiple=SHORT_SPAN),

@@ -51,9 +51,9 @@ def rows_int6(packed: Packed, row_R: Tensor) -> Tensor:
 
 
 def quantize_int6(weight_NK: Tensor) -> Packed:
-    """Quantize to 6 bits; K is a multiple of 256. Each 16 channels take the range with the least squared error.
+    """Quantize to 6 bits. Each 16 channels take the range with the least squared error.
 
-    A record with NaN or infinity becomes NaN.
+    weight_NK: any float dtype; N is a multiple of 16, K of 256. A record with NaN or infinity becomes NaN.
     """
     N, K = weight_NK.shape
     half_NHC = weight_NK.float().view(N, -1, HALF_GROUP)

@@ -1,4 +1,4 @@
-"""Weights in 6 and 5 bits, whose records of scales are of 256 channels: layout, products, and where they run."""
+"""Weights in 6 and 5 bits, for CPUs: layout, products, files, and where they are refused."""
 
 from __future__ import annotations
 
@@ -221,6 +221,16 @@ def test_a_mixture_with_layers_that_do_not_fit_is_saved(format, tmp_path):
     assert formats_of(model) == sorted(["int8", format.name]) and main_format(model) == "int8"
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, "cpu", "float32")
+    for name, parameter in model.named_parameters():
+        assert_same(loaded.get_parameter(name), parameter)
+
+
+def test_layouts_that_fit_more_channels_than_their_format_are_saved(tmp_path):
+    model = randomized(small_config(**SIZES | {"intermediate_size": 320}))
+    quantize_model(model, UINT5.with_layout(lambda _: Layout(32, has_zero=True)), torch.float32)  # Q5_0's
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, "cpu", "float32")
+    assert formats_of(loaded) == ["uint5"]
     for name, parameter in model.named_parameters():
         assert_same(loaded.get_parameter(name), parameter)
 

@@ -74,8 +74,7 @@ def with_fifth_bits(byte: Tensor) -> Tensor:
     """Return levels (R, K) uint8 of 5 bits. byte: per 32 channels 4 bytes, a bit per channel, and 16 with halves."""
     shift_C = torch.arange(GROUP, dtype=torch.int32)
     high = byte[..., :4].contiguous().view(torch.int32) >> shift_C & 1
-    low = torch.cat([byte[..., 4:] & 15, byte[..., 4:] >> 4], dim=-1)
-    return (low | high.to(torch.uint8) << 4).flatten(1)
+    return halves(byte[..., 4:]) | high.to(torch.uint8).flatten(1) << 4
 
 
 def pack_q4_k(rows: np.ndarray) -> Packed:

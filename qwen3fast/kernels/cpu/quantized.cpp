@@ -25,9 +25,9 @@
 // which bits 2j and 2j+1 of byte i belong to channel 4j+i. A record of 256 channels holds d float16, then per 16 channels
 // s int8, 16 numbers each: weight = (d * s) * (level - 32).
 //
-// Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed
-// in integers within a group (of int6, half a group) and in float32 over groups, in the same order for any number of rows: a row's result does
-// not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
+// Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed in integers
+// within a group (of int6, half a group) and in float32 over groups, in the same order for any number of rows: a row's
+// result does not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
 // quantization/layers.py. Weights in fp8 are multiplied in fp8.cpp, lossless ones in lossless.cpp.
 
 #include <algorithm>
