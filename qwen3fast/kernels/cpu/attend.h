@@ -48,7 +48,7 @@ FORCE_INLINE void store_two(BFloat16* p, Vec first, Vec second) {
     store(p, first), store(p + kLanes, second);
     return;
   }
-  store_as_is(p, as_bfloat16(first) | as_bfloat16(second) << 16);
+  store_as_is(p, as_bfloat16(first, second));
 }
 
 // The result of one key/value head for its G query heads over some positions: the largest score, the sum of

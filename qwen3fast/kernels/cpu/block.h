@@ -16,11 +16,7 @@ inline void rms_norm(const BFloat16* x, const BFloat16* weight, int64_t size, fl
   Vec squares = {};
   for (int64_t i = 0; i < size; i += kLanes) squares += load(x + i) * load(x + i);
   const float scale = 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    BFloat16 normed[kLanes];
-    store(normed, load(x + i) * scale);
-    store(y + i, load(normed) * load(weight + i));
-  }
+  for (int64_t i = 0; i < size; i += kLanes) store(y + i, round_to_bfloat16(load(x + i) * scale) * load(weight + i));
 }
 
 // One head of model/rope.py, in place.

@@ -46,9 +46,7 @@ inline void add_chosen(const BFloat16* y, const float* share, int64_t C, int64_t
   for (int64_t i = begin; i < end; i += kLanes) {
     Vec total = {};
     for (int64_t c = 0; c < C; c++) total += load(y + c * E + i) * share[c];
-    BFloat16 rounded[kLanes];
-    store(rounded, total);
-    store(x + i, load(x + i) + load(rounded));
+    store(x + i, load(x + i) + round_to_bfloat16(total));
   }
 }
 

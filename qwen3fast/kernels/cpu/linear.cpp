@@ -21,12 +21,13 @@ constexpr int64_t kMaxVectors = 3, kTogether = kPanel;
 constexpr int64_t kMaxVectors = 1, kTogether = kPanel / 2;
 #endif
 constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
-constexpr int64_t kInCache = 1 << 18;  // numbers of the weight, or of x, that stay in a core's cache
+constexpr int64_t kInCache = 1 << 18;  // numbers that stay in a core's cache
+constexpr int64_t kAtATime = 1 << 16;  // of the weight at a time, beside the next ones and rows of x
 
 // Writes sums of 16 rows, which are lanes, with the weight's rows of a panel: y (16, kPanel), kSpan * kPanel apart.
 void store_panel(const Vec* sums, BFloat16* y) {
   Bits two[4];  // columns, for each row
-  for (int i = 0; i < 4; i++) two[i] = as_bfloat16(sums[2 * i]) | as_bfloat16(sums[2 * i + 1]) << 16;
+  for (int i = 0; i < 4; i++) two[i] = as_bfloat16(sums[2 * i], sums[2 * i + 1]);
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
 #define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
   const Bits a = shuffle<LOW>(two[0], two[1]), b = shuffle<LOW>(two[2], two[3]);
@@ -40,14 +41,23 @@ void store_panel(const Vec* sums, BFloat16* y) {
     std::memcpy(y + m * kSpan * kPanel, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
 }
 
+// Cache lines that will be read soon, and are asked for meanwhile, `count` per 32 channels.
+struct Ahead {
+  const char* next;
+  int64_t count;
+
+  FORCE_INLINE void ask() {
+    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+  }
+};
+
 // Sums of kVectors blocks of 16 rows of x with kTogether rows of the weight: block i and row j are sums[i * kPanel + j].
-// Meanwhile `lines` cache lines per 32 channels are asked for from `next` on.
 template <int kVectors>
-void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, int64_t lines, const char* next) {
+void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, Ahead next_weight, Ahead next_x) {
   const int64_t pairs = K / 2;
   Vec total[kVectors][kTogether] = {};
   for (int64_t begin = 0; begin < pairs; begin += kLanes) {
-    for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+    next_weight.ask(), next_x.ask();
     for (int64_t p = begin; p < std::min(begin + kLanes, pairs); p++) {
       Bits xs[kVectors];
 #pragma GCC unroll 3
@@ -66,12 +76,14 @@ void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, int64
     for (int j = 0; j < kTogether; j++) sums[i * kPanel + j] = total[i][j];
 }
 
-// kVectors blocks of 16 rows of x times a panel of the weight. y: (16 kVectors, kPanel), kSpan * kPanel apart. lines, next: as
-// above.
+// kVectors blocks of 16 rows of x times a panel of the weight. y: (16 kVectors, kPanel), kSpan * kPanel apart.
 template <int kVectors>
-void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, int64_t lines, const char* next) {
+void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, Ahead next_weight, Ahead next_x) {
   Vec sums[kVectors * kPanel];
-  for (int64_t j = 0; j < kPanel; j += kTogether) sum_rows<kVectors>(x, weight + j * K, sums + j, K, j ? 0 : lines, next);
+  for (int64_t j = 0; j < kPanel; j += kTogether) {
+    sum_rows<kVectors>(x, weight + j * K, sums + j, K, next_weight, next_x);
+    next_weight.count = next_x.count = 0;
+  }
   for (int i = 0; i < kVectors; i++) store_panel(sums + i * kPanel, y + i * kLanes * kSpan * kPanel);
 }
 
@@ -86,7 +98,8 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
   const int64_t most = std::clamp(2 * kInCache / (kLanes * K), std::min<int64_t>(2, kMaxVectors), kMaxVectors);
   const int64_t blocks = (M + kLanes - 1) / kLanes, parts = (blocks + most - 1) / most;
   const int64_t numbers = kPanel * K, lines = (kPanel + parts - 1) / parts, columns = kSpan * kPanel;
-  const int64_t group = kSpan * (M * K <= kInCache ? 1 : std::max<int64_t>(2, kInCache / (kSpan * numbers)));
+  const bool is_small = M * K <= kInCache;
+  const int64_t group = kSpan * (is_small ? 1 : std::max<int64_t>(2, kAtATime / (kSpan * numbers)));
   alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
   static thread_local std::vector<BFloat16> rooms[2];
   const Linear* const weights[] = {&weight, up};
@@ -97,6 +110,8 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
     for (int64_t part = 0; part < parts; part++) {
       const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
       const int64_t rows = std::min(M - block * kLanes, vectors * kLanes), last = std::min(first + group, end);
+      const int64_t next_block = part + 1 < parts ? block + vectors : 0;
+      const int64_t x_lines = is_small ? 0 : (most * kLanes + last - first - 1) / (last - first);
       const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min<int64_t>(2, kMaxVectors)> : multiply<kMaxVectors>;
       for (int64_t panel = first; panel < last; panel += kSpan) {
         const int64_t count = std::min(kSpan, last - panel);
@@ -104,9 +119,11 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
         for (int64_t r = 0; r < rows; r++) __builtin_prefetch(to + r * width, 1);
         for (int64_t which = 0; which < (up ? 2 : 1); which++)
           for (int64_t i = 0; i < count; i++) {
-            const uint8_t* next = stored_row(*weights[which], (panel + i + group) * kPanel + part * lines);
-            run(x + block * K / 2, panels[which] + (panel - first + i) * numbers, results[which] + i * kPanel, K, lines,
-                reinterpret_cast<const char*>(next));
+            const uint8_t* weight_ahead = stored_row(*weights[which], (panel + i + group) * kPanel + part * lines);
+            const Bits* x_ahead = x + next_block * K / 2 + (panel - first + i) * x_lines * K / (2 * kLanes);
+            run(x + block * K / 2, panels[which] + (panel - first + i) * numbers, results[which] + i * kPanel, K,
+                {reinterpret_cast<const char*>(weight_ahead), lines},
+                {reinterpret_cast<const char*>(x_ahead), which ? 0 : x_lines});
           }
         if (up) gate_values(results[0], results[1], rows * columns);
         for (int64_t r = 0; r < rows; r++)

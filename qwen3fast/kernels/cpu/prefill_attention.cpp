@@ -23,16 +23,6 @@ constexpr int64_t kKeys = 64;   // of a tile
 constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: two tiles of AMX
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
-// The nearest bfloat16 numbers; those below 1.2e-38 may become zero.
-FORCE_INLINE void store_nearest(BFloat16* p, Vec vec) {
-#ifdef __AVX512BF16__
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)vec.part[0]);
-  std::memcpy(p, &half, sizeof half);
-#else
-  store(p, vec);
-#endif
-}
-
 // Keys in columns: pairs (D/2, kKeys), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
 // repeated up to `padded`, a multiple of sixteen.
 void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, uint32_t* pairs) {
@@ -131,7 +121,7 @@ void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t colu
       const float* s = &tile.score[(first + i) * kKeys];
       for (int64_t t = 0; t < columns; t += kLanes) {
         const Vec weight = exp_of_negative((load(s + t) - maximum[i]) * scale);
-        store_nearest(&tile.weight[(first + i) * kKeys + t], weight);
+        store(&tile.weight[(first + i) * kKeys + t], weight);
         total[i] += weight;
       }
       float* const out = &tile.out[(at + i) * D];

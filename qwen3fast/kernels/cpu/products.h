@@ -163,9 +163,8 @@ inline void put_into_pairs(const BFloat16* x, int64_t rows, int64_t K, int64_t w
 inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec x = load(gate + i), exponential = exp_of_negative(0.f - size_of(x));  // exp(-|x|)
-    BFloat16 gated[kLanes];
-    store(gated, x * select(x < 0, exponential, fill(1.f)) / (1.f + exponential));
-    store(gate + i, load(gated) * load(up + i));
+    const Vec gated = round_to_bfloat16(x * select(x < 0, exponential, fill(1.f)) / (1.f + exponential));
+    store(gate + i, gated * load(up + i));
   }
 }
 

@@ -83,8 +83,6 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
   return panels;
 }
 
-FORCE_INLINE Bits pair(Vec even, Vec odd) { return as_bfloat16(even) | as_bfloat16(odd) << 16; }
-
 // Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
 void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const Linear& weight = *panel.weight;
@@ -121,7 +119,7 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
           const Bits level = levels >> at & 255u;
           return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
         };
-        *out = pair(number(shift), number(shift + 8));
+        *out = as_bfloat16(number(shift), number(shift + 8));
         out += panel.blocks;
       }
     }

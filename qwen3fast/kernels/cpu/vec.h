@@ -241,11 +241,35 @@ FORCE_INLINE Vec load(const Float16* p) {
   return select(result == result, result, fill(__builtin_nanf("")));
 }
 
-// The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16.
+// The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16. Subnormal ones, below 1.2e-38,
+// become zero where there is an instruction for it.
 FORCE_INLINE Bits as_bfloat16(Vec vec) {
+#ifdef __AVX512BF16__
+  Bits bits;
+  bits.part[0] = (Bits::Part)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)vec.part[0]));
+  return bits;
+#else
   const Bits bits = as<Bits>(vec);
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+#endif
 }
+
+// The same of two vectors, in the lower and the upper halves.
+FORCE_INLINE Bits as_bfloat16(Vec low, Vec high) {
+#ifdef __AVX512BF16__
+  alignas(64) static constexpr uint16_t kInTurns[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
+  Bits bits;
+  bits.part[0] = (Bits::Part)_mm512_permutexvar_epi16(load_as<__m512i>(kInTurns), halves);
+  return bits;
+#else
+  return as_bfloat16(low) | as_bfloat16(high) << 16;
+#endif
+}
+
+// The nearest bfloat16 numbers.
+FORCE_INLINE Vec round_to_bfloat16(Vec vec) { return as<Vec>(as_bfloat16(vec) << 16); }
 
 // The lower halves of sixteen numbers, whose upper ones are zero.
 FORCE_INLINE void store_halves(void* p, Bits vec) {
@@ -265,7 +289,14 @@ FORCE_INLINE void store_halves(void* p, Bits vec) {
 #endif
 }
 
-FORCE_INLINE void store(BFloat16* p, Vec vec) { store_halves(p, as_bfloat16(vec)); }
+FORCE_INLINE void store(BFloat16* p, Vec vec) {
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)vec.part[0]);
+  std::memcpy(p, &halves, sizeof halves);
+#else
+  store_halves(p, as_bfloat16(vec));
+#endif
+}
 
 // The lowest bytes of sixteen numbers.
 FORCE_INLINE void store(int8_t* p, Ints vec) {
