@@ -77,9 +77,10 @@ void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adap
   multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
   adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
   adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
-  for (int64_t m = 0; m < M; m++)
-    gate_values(&s.act[m * I + inner.begin * kLanes], &s.act[(M + m) * I + inner.begin * kLanes],
-                (inner.end - inner.begin) * kLanes);
+  for (int64_t m = 0; m < M; m++) {
+    BFloat16* const gate = &s.act[m * I + inner.begin * kLanes];
+    gate_values(gate, gate + M * I, (inner.end - inner.begin) * kLanes, gate);
+  }
   s.barrier.wait();
 
   input.quantize(s.act.data(), M, I, layer.down);

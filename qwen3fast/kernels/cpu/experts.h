@@ -157,7 +157,7 @@ class RoutedExperts {
     barrier.wait();
     share_pairs(groups_, P_, thread, threads, [&](Group& group, int64_t row, int64_t p) {
       BFloat16* gate = inner_.get() + p * 2 * I_;
-      gate_values(gate, gate + I_, I_);
+      gate_values(gate, gate + I_, I_, gate);
       take_row(group.inner, gate, row, I_);
     });
     barrier.wait();

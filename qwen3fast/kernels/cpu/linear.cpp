@@ -125,7 +125,7 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
                 {reinterpret_cast<const char*>(weight_ahead), lines},
                 {reinterpret_cast<const char*>(x_ahead), which ? 0 : x_lines});
           }
-        if (up) gate_values(results[0], results[1], rows * columns);
+        if (up) gate_values(results[0], results[1], rows * columns, results[0]);
         for (int64_t r = 0; r < rows; r++)
           if (count == kSpan)  // a constant size: one move
             std::memcpy(to + r * width, results[0] + r * columns, columns * sizeof(BFloat16));

@@ -92,10 +92,7 @@ void multiply_gated(Pass& p, const Layer& layer) {
   p.gate_up.resize(M * 2 * I);
   multiply(p, p.normed.data(), weights, 2, p.gate_up.data());
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      gate_values(&p.gate_up[m * 2 * I], &p.gate_up[(m * 2 + 1) * I], I);
-      std::copy_n(&p.gate_up[m * 2 * I], I, &p.act[m * I]);
-    }
+    for (int64_t m = begin; m < end; m++) gate_values(&p.gate_up[m * 2 * I], &p.gate_up[(m * 2 + 1) * I], I, &p.act[m * I]);
   });
 }
 

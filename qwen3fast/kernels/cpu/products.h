@@ -39,11 +39,18 @@ struct Activations {
   std::vector<BFloat16> copies;     // (M, K)
   const BFloat16* where = nullptr;  // the rows lie, if they are not copied
 
-  Activations(int64_t M, int64_t K)
-      : bytes(M * K), scale(M * K / kGroup), sum(M * K / kGroup), offset8(M * K / kGroup), offset4(M * K / kGroup),
-        offset6(M * K / kHalfGroup) {}
+  Activations(int64_t M, int64_t K) { make_room(M, K); }
 
   explicit Activations(std::vector<BFloat16> room) : copies(std::move(room)) {}
+
+  // There is room for larger ones afterwards as well, if there was.
+  void make_room(int64_t M, int64_t K) {
+    const auto grow = [](auto& numbers, int64_t size) {
+      if (static_cast<int64_t>(numbers.size()) < size) numbers.resize(size);
+    };
+    grow(bytes, M * K), grow(offset6, M * K / kHalfGroup);
+    grow(scale, M * K / kGroup), grow(sum, M * K / kGroup), grow(offset8, M * K / kGroup), grow(offset4, M * K / kGroup);
+  }
 
   const BFloat16* rows() const { return where ? where : copies.data(); }
 
@@ -159,12 +166,12 @@ inline void put_into_pairs(const BFloat16* x, int64_t rows, int64_t K, int64_t w
   }
 }
 
-// silu(gate) * up, in place of gate: between the two products of a feed-forward layer.
-inline void gate_values(BFloat16* gate, const BFloat16* up, int64_t count) {
+// out = silu(gate) * up, between the two products of a feed-forward layer; out may be gate.
+inline void gate_values(const BFloat16* gate, const BFloat16* up, int64_t count, BFloat16* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec x = load(gate + i), exponential = exp_of_negative(0.f - size_of(x));  // exp(-|x|)
     const Vec gated = round_to_bfloat16(x * select(x < 0, exponential, fill(1.f)) / (1.f + exponential));
-    store(gate + i, gated * load(up + i));
+    store(out + i, gated * load(up + i));
   }
 }
 

@@ -275,7 +275,9 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   const bool is_plain = std::all_of(weights, weights + count, takes_bfloat16);
-  Activations quantized(is_plain ? 0 : M, K);
+  static thread_local Activations kept(0, 0);  // fresh memory would cost a page fault per 4 KiB in each call
+  Activations& quantized = kept;  // the other threads', too
+  if (!is_plain) quantized.make_room(M, K);
   quantized.where = x;
   parallel_for(is_plain ? 0 : M, 16, threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) quantized.quantize_row(x + m * K, m, K);

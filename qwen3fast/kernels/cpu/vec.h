@@ -507,15 +507,15 @@ FORCE_INLINE Vec sums(Vec* v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
-// exp(x) for x <= 0, to about 2e-7 relative: 2^n from the exponent's bits, 2^f for |f| <= 0.5 from the series of exp.
-// At least exp(-87); NaN stays NaN.
+// exp(x) for x <= 0, to about 4e-7 relative down to x = -10: 2^n by adding to the exponent, 2^f for |f| <= 0.5 from the series of exp. n is
+// rounded as in round_to_ints; its bits end up in the exponent's place. At least exp(-87); NaN stays NaN.
 FORCE_INLINE Vec exp_of_negative(Vec x) {
-  const Vec y = select(x < -87.f, fill(-87.f), x) * 1.44269504f;
-  const Ints n = convert<Ints>(y - 0.5f);  // rounds towards zero, so to the nearest for y <= 0
-  const Vec f = (y - convert<Vec>(n)) * 0.693147181f;
-  Vec series = fill(1.f / 720);
-  for (const float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * f + term;
-  return series * as<Vec>((n + 127) << 23);
+  const Vec y = larger(fill(-87.f), x) * 1.44269504f, n = y + 12582912.f;
+  const Vec f = y - (n - 12582912.f);
+  Vec series = fill(1.54035304e-4f);  // ln(2)^k / k!, k = 6 to 0
+  for (const float term : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.f})
+    series = series * f + term;
+  return as<Vec>(as<Ints>(series) + (as<Ints>(n) << 23));
 }
 
 // The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
