@@ -240,8 +240,11 @@ def written_by_tiny():
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, written_by_tiny, tmp_path):
-    """On other text that the model writes, KL divergence falls by more than a tenth."""
-    options = ["--quantization", name, "--calibration-tokens", "2048"]
+    """On other text that the model writes, KL divergence falls by more than a tenth.
+
+    The text that is written depends on the processor's rounding. With a quarter of the tokens, 1 text of 6 gained nothing.
+    """
+    options = ["--quantization", name, "--calibration-tokens", "8192"]
     assert main(["quantize", "--model", "tiny", *options, "--output", str(tmp_path / "q")]) == 0
     plain, corrected = (
         load_model(source, "cpu", "float32", quantization=format)
