@@ -41,16 +41,6 @@ void store_panel(const Vec* sums, BFloat16* y) {
     std::memcpy(y + m * kSpan * kPanel, reinterpret_cast<const char*>(&eight[m % 4]) + m / 4 * kBytes, kBytes);
 }
 
-// Cache lines that will be read soon, and are asked for meanwhile, `count` per 32 channels.
-struct Ahead {
-  const char* next;
-  int64_t count;
-
-  FORCE_INLINE void ask() {
-    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
-  }
-};
-
 // Sums of kVectors blocks of 16 rows of x with kTogether rows of the weight: block i and row j are sums[i * kPanel + j].
 template <int kVectors>
 void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, Ahead next_weight, Ahead next_x) {

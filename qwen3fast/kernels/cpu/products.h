@@ -97,6 +97,16 @@ void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y,
 
 namespace {
 
+// Cache lines that will be read soon, and are asked for meanwhile, `count` at a time.
+struct Ahead {
+  const char* next;
+  int64_t count;
+
+  FORCE_INLINE void ask() {
+    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+  }
+};
+
 // Scales of int4 in bytes: of 16 rows, a line of units, then a line per group. A unit is the exponent of a power of two, as
 // float32 has it; a scale, relative to the unit, has a sign, 4 bits of exponent, of which 15 stands for 2^0, and 3 bits of
 // fraction. No product rounds otherwise than with the same scale in bfloat16: units come last.

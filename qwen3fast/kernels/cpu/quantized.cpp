@@ -125,10 +125,10 @@ struct Scales {
 };
 
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y. scales: of several
-// blocks whose scales are in records; a single block reads its own.
+// blocks whose scales are in records; a single block reads its own. ahead: asked for beside several blocks, per unit.
 template <Kind kKind, int kM, int kBlocks>
 void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, int64_t block, int64_t width,
-          const Scales& scales) {
+          const Scales& scales, Ahead ahead) {
   constexpr int kBits = bits_of(kKind);
   constexpr int64_t kUnit = unit_of(kBits), kUnitBytes = lines_of(kBits) * 64, kInGroup = kGroup / kUnit;
   constexpr int kLines = kBits == 8 ? kUnit / 4 : kUnit / 8;  // of low bits
@@ -144,6 +144,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   for (int b = 0; kKind > kInt4 && !kIsRead && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
+    if (kBlocks > 1) ahead.ask();
     ByteSums<kBits> sum[kBlocks][kM];
     const auto offset_of = [&](int m) { return has_minimums(kKind) ? 0 : offset[m * G + g]; };
     Bits high[kBlocks] = {};
@@ -152,7 +153,9 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       if (kBlocks == 1) __builtin_prefetch(p + kAhead, 0, kIntoL1);
       high[b] = load_as<Bits>(p);
     }
+#pragma GCC unroll 16
     for (int m = 0; m < kM; m++)
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; b++) sum[b][m].start(offset_of(m));
 #pragma GCC unroll 8
     for (int j = 0; j < kLines; j++) {
@@ -175,6 +178,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         }
       }
     }
+#pragma GCC unroll 16
     for (int b = 0; b < kBlocks; b++) {
       Vec weight_scale = {}, minimum = {};
       if constexpr (kKind == kInt4)
@@ -187,6 +191,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         else
           records[b].read(weight_scale, minimum);
       }
+#pragma GCC unroll 16
       for (int m = 0; m < kM; m++) {
         const int64_t group = m * groups + g / kInGroup;
         const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[group];
@@ -195,8 +200,10 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       }
     }
   }
+#pragma GCC unroll 16
   for (int b = 0; b < kBlocks; b++) {
     const int64_t n = (block + b) * kLanes;
+#pragma GCC unroll 16
     for (int m = 0; m < kM; m++) {
       Vec out = total[b][m];
       if (kKind == kInt8) out *= load(static_cast<const float*>(weight.scale) + n);
@@ -209,30 +216,36 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 // Up to kM rows.
 template <Kind kKind, int kBlocks, int kM>
 void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weight, BFloat16* y, int64_t block, int64_t width,
-              const Scales& scales) {
-  if (count == kM) return tile<kKind, kM, kBlocks>(x, m, weight, y, block, width, scales);
-  if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales);
+              const Scales& scales, Ahead ahead) {
+  if (count == kM) return tile<kKind, kM, kBlocks>(x, m, weight, y, block, width, scales, ahead);
+  if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales, ahead);
 }
 
-// Any number M of rows of x, as many at a time as there are registers for.
+// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks asks for a part of
+// the next ones.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
-  constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 12 / kBlocks;
+  constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 6;
+  constexpr int64_t kLines = kBlocks * lines_of(bits_of(kKind));
+  const int64_t passes = (M + kM - 1) / kM, G = weight.K / unit_of(bits_of(kKind)), bytes = G * kLines * 64;
+  const Ahead ahead{static_cast<const char*>(weight.weight) + (block + kBlocks) * (bytes / kBlocks),
+                    (kLines + passes - 1) / passes};
   thread_local Scales scales;
   if constexpr (has_read_scales(kKind, kBlocks)) scales.read<kKind>(weight, block, kBlocks);
-  for (int64_t m = 0; m < M; m += kM)
-    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, scales);
+  for (int64_t m = 0, asked = 0; m < M; m += kM, asked += ahead.count)
+    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, scales,
+                                 {ahead.next + asked * G * 64, asked < kLines ? ahead.count : 0});
 }
 
-// Up to 32 rows: one block at a time, asked for ahead; it stays in the cache while all rows pass. With more rows, reading
-// the weight matters less: several blocks at a time share the loads of x, fewer of 4 to 6 bits, which each pass unpacks.
+// A few rows: one block at a time, which stays in the cache while all rows pass. With more rows, two blocks share the loads
+// of x. Where minimums are read for both first, that takes more rows.
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
-  constexpr int kMany = kKind == kInt8 ? 4 : 2;
+  constexpr int64_t kFew = has_minimums(kKind) ? 32 : 8;
   if constexpr (kRegister == 64)
-    if (M > 32)
-      for (; begin + kMany <= end; begin += kMany) rows<kKind, kMany>(x, M, weight, y, begin, width);
+    if (M > kFew)
+      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
 }
 
