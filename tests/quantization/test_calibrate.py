@@ -242,7 +242,8 @@ def written_by_tiny():
 def test_without_a_text_the_command_calibrates_on_what_the_model_writes(name, written_by_tiny, tmp_path):
     """On other text that the model writes, KL divergence falls by more than a tenth.
 
-    The text that is written depends on the processor's rounding. With a quarter of the tokens, 1 text of 6 gained nothing.
+    The text that is written depends on the processor's rounding. With a quarter of the tokens, 1 text of 6 gained
+    nothing.
     """
     options = ["--quantization", name, "--calibration-tokens", "8192"]
     assert main(["quantize", "--model", "tiny", *options, "--output", str(tmp_path / "q")]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tasks
@@ -255,6 +256,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(format, rows, blocks, group
     layer = quantized_layer(blocks * LANES, groups * GROUP, format, seed)
     x = random_tensor(rows, groups * GROUP, seed=seed + 1).bfloat16()
     assert_same(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@needs_operation
+@formats
+def test_a_product_does_not_depend_on_the_ones_before(format):
+    """A thread keeps the room for quantized activations; a new thread has none."""
+    for rows, in_features in ((40, 1024), (3, 96), (50, 512), (9, 1024)):
+        layer, x = quantized_layer(48, in_features, format), random_tensor(rows, in_features).bfloat16()
+        with ThreadPoolExecutor(1) as new_thread:
+            assert_same(layer(x), new_thread.submit(layer, x).result())
+        x[0, 0] = float("nan")  # left behind
+        assert layer(x)[0].isnan().all() and not layer(x)[1:].isnan().any()
 
 
 @needs_operation

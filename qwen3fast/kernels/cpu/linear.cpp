@@ -21,8 +21,8 @@ constexpr int64_t kMaxVectors = 3, kTogether = kPanel;
 constexpr int64_t kMaxVectors = 1, kTogether = kPanel / 2;
 #endif
 constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
-constexpr int64_t kInCache = 1 << 18;  // numbers that stay in a core's cache
-constexpr int64_t kAtATime = 1 << 16;  // of the weight at a time, beside the next ones and rows of x
+constexpr int64_t kInCache = 1 << 18;  // numbers of x that stay in a core's cache
+constexpr int64_t kAtATime = 1 << 16;  // numbers of a weight in a group, or 64 rows: the next group needs room, too
 
 // Writes sums of 16 rows, which are lanes, with the weight's rows of a panel: y (16, kPanel), kSpan * kPanel apart.
 void store_panel(const Vec* sums, BFloat16* y) {
@@ -42,6 +42,7 @@ void store_panel(const Vec* sums, BFloat16* y) {
 }
 
 // Sums of kVectors blocks of 16 rows of x with kTogether rows of the weight: block i and row j are sums[i * kPanel + j].
+// Lines of both are asked for per 32 channels.
 template <int kVectors>
 void sum_rows(const Bits* x, const BFloat16* weight, Vec* sums, int64_t K, Ahead next_weight, Ahead next_x) {
   const int64_t pairs = K / 2;
@@ -101,7 +102,7 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
       const int64_t block = blocks * part / parts, vectors = blocks * (part + 1) / parts - block;
       const int64_t rows = std::min(M - block * kLanes, vectors * kLanes), last = std::min(first + group, end);
       const int64_t next_block = part + 1 < parts ? block + vectors : 0;
-      const int64_t x_lines = is_small ? 0 : (most * kLanes + last - first - 1) / (last - first);
+      const int64_t x_lines = is_small || parts == 1 ? 0 : (most * kLanes + last - first - 1) / (last - first);
       const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<std::min<int64_t>(2, kMaxVectors)> : multiply<kMaxVectors>;
       for (int64_t panel = first; panel < last; panel += kSpan) {
         const int64_t count = std::min(kSpan, last - panel);

@@ -43,10 +43,10 @@ struct Activations {
 
   explicit Activations(std::vector<BFloat16> room) : copies(std::move(room)) {}
 
-  // There is room for larger ones afterwards as well, if there was.
+  // Room only grows; contents are lost.
   void make_room(int64_t M, int64_t K) {
     const auto grow = [](auto& numbers, int64_t size) {
-      if (static_cast<int64_t>(numbers.size()) < size) numbers.resize(size);
+      if (static_cast<int64_t>(numbers.size()) < size) numbers.clear(), numbers.resize(size);
     };
     grow(bytes, M * K), grow(offset6, M * K / kHalfGroup);
     grow(scale, M * K / kGroup), grow(sum, M * K / kGroup), grow(offset8, M * K / kGroup), grow(offset4, M * K / kGroup);

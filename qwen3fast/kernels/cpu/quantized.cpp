@@ -221,32 +221,32 @@ void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weig
   if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales, ahead);
 }
 
-// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks asks for a part of
-// the next ones.
+// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks asks for a part
+// of the next ones before `end`.
 template <Kind kKind, int kBlocks>
-void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t width) {
+void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t end, int64_t width) {
   constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 6;
-  constexpr int64_t kLines = kBlocks * lines_of(bits_of(kKind));
-  const int64_t passes = (M + kM - 1) / kM, G = weight.K / unit_of(bits_of(kKind)), bytes = G * kLines * 64;
-  const Ahead ahead{static_cast<const char*>(weight.weight) + (block + kBlocks) * (bytes / kBlocks),
-                    (kLines + passes - 1) / passes};
+  constexpr int64_t kLines = lines_of(bits_of(kKind));  // of a unit
+  const int64_t G = weight.K / unit_of(bits_of(kKind)), next = block + kBlocks;
+  const int64_t lines = std::clamp<int64_t>(end - next, 0, kBlocks) * kLines, passes = (M + kM - 1) / kM;
+  const Ahead ahead{static_cast<const char*>(weight.weight) + next * G * kLines * 64, (lines + passes - 1) / passes};
   thread_local Scales scales;
   if constexpr (has_read_scales(kKind, kBlocks)) scales.read<kKind>(weight, block, kBlocks);
   for (int64_t m = 0, asked = 0; m < M; m += kM, asked += ahead.count)
     few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, scales,
-                                 {ahead.next + asked * G * 64, asked < kLines ? ahead.count : 0});
+                                 {ahead.next + asked * G * 64, asked < lines ? ahead.count : 0});
 }
 
-// A few rows: one block at a time, which stays in the cache while all rows pass. With more rows, two blocks share the loads
-// of x. Where minimums are read for both first, that takes more rows.
+// A few rows, and all without AVX-512: one block at a time, which stays in the cache while all rows pass. With more rows,
+// two blocks share the loads of x. Reading minimums of both first pays from 33 rows on.
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
   constexpr int64_t kFew = has_minimums(kKind) ? 32 : 8;
   if constexpr (kRegister == 64)
     if (M > kFew)
-      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, width);
-  for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, width);
+      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, end, width);
+  for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, end, width);
 }
 
 }  // namespace
@@ -289,7 +289,7 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   const bool is_plain = std::all_of(weights, weights + count, takes_bfloat16);
   static thread_local Activations kept(0, 0);  // fresh memory would cost a page fault per 4 KiB in each call
-  Activations& quantized = kept;  // the other threads', too
+  Activations& quantized = kept;  // in other threads, `kept` would be theirs
   if (!is_plain) quantized.make_room(M, K);
   quantized.where = x;
   parallel_for(is_plain ? 0 : M, 16, threads, [&](int64_t begin, int64_t end) {

@@ -241,8 +241,8 @@ FORCE_INLINE Vec load(const Float16* p) {
   return select(result == result, result, fill(__builtin_nanf("")));
 }
 
-// The bits of the nearest bfloat16 numbers in the lower half of each lane; see BFloat16. Subnormal ones, below 1.2e-38,
-// become zero where there is an instruction for it.
+// The bits of the nearest bfloat16 numbers in the lower half of each lane, as BFloat16 rounds them. Where there is an
+// instruction for it, subnormal ones, below 1.2e-38, become zero.
 FORCE_INLINE Bits as_bfloat16(Vec vec) {
 #ifdef __AVX512BF16__
   Bits bits;
@@ -507,15 +507,16 @@ FORCE_INLINE Vec sums(Vec* v) {
   return fold(v, [](Vec a, Vec b) { return a + b; });
 }
 
-// exp(x) for x <= 0, to about 4e-7 relative down to x = -10: 2^n by adding to the exponent, 2^f for |f| <= 0.5 from the series of exp. n is
-// rounded as in round_to_ints; its bits end up in the exponent's place. At least exp(-87); NaN stays NaN.
+// exp(x) for x <= 0, to about 4e-7 relative from x = -10 on, 4e-6 at -87; at least exp(-87). It is 2^n 2^f, |f| <= 0.5: the
+// series of 2^f, n added to its exponent. Adding 1.5 * 2^23 rounds to n, and leaves n in the lowest bits. NaN stays NaN if its
+// lower half is zero, see BFloat16: `larger` returns its second argument then.
 FORCE_INLINE Vec exp_of_negative(Vec x) {
   const Vec y = larger(fill(-87.f), x) * 1.44269504f, n = y + 12582912.f;
   const Vec f = y - (n - 12582912.f);
   Vec series = fill(1.54035304e-4f);  // ln(2)^k / k!, k = 6 to 0
   for (const float term : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.f})
     series = series * f + term;
-  return as<Vec>(as<Ints>(series) + (as<Ints>(n) << 23));
+  return as<Vec>(as<Bits>(series) + (as<Bits>(n) << 23));
 }
 
 // The nearest integers, halves to even: adding and subtracting 1.5 * 2^23 leaves no room for a fraction.
