@@ -22,7 +22,7 @@ constexpr int64_t kMaxVectors = 1, kTogether = kPanel / 2;
 #endif
 constexpr int64_t kSpan = 4;  // panels whose results fill cache lines
 constexpr int64_t kInCache = 1 << 18;  // numbers of x that stay in a core's cache
-constexpr int64_t kAtATime = 1 << 16;  // numbers of a weight in a group, or 64 rows: the next group needs room, too
+constexpr int64_t kAtATime = 1 << 16;  // numbers of a weight in a group, or 64 rows: the next group needs room as well
 
 // Writes sums of 16 rows, which are lanes, with the weight's rows of a panel: y (16, kPanel), kSpan * kPanel apart.
 void store_panel(const Vec* sums, BFloat16* y) {
@@ -79,7 +79,7 @@ void multiply(const Bits* x, const BFloat16* weight, BFloat16* y, int64_t K, Ahe
 }
 
 // Panels begin..end of the weight with all M rows, in pairs. y: `width` numbers from one row to the next. Some rows of x pass
-// over a group of panels, then the next rows; meanwhile the next group is read from memory. Results are written in whole
+// over a group of panels, then the next rows; meanwhile the next group and these rows are asked for. Results are written in whole
 // cache lines: rows of y often lie a multiple of 4,096 bytes apart, and their lines, if they were not complete, would drive
 // each other out of the cache.
 // up: null, or a second weight, whose results are combined with the first one's as in a feed-forward layer.
