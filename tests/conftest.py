@@ -9,10 +9,14 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import cpu_threads  # noqa: F401  before anything that imports PyTorch
 import kernel_device  # before anything that imports Triton
@@ -188,9 +192,36 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def slowly(logits_V: Tensor, output_T: Tensor) -> Tensor:
-    """A logits processor that changes only the time a token takes: its reply still runs when it is looked at."""
-    time.sleep(0.002)
+    """A logits processor that changes only the time a token takes: its reply still runs when it is looked at.
+
+    Each token takes longer than the one before, 1,500 of them a minute: on a busy machine, too, a test ends first.
+    """
+    time.sleep(0.002 * 1.003 ** len(output_T))
     return logits_V
+
+
+class Gate:
+    """A logits processor that lets some tokens pass and holds the next one, and its reply, until it is opened."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.is_open = tokens, threading.Event()
+
+    def __call__(self, logits_V: Tensor, output_T: Tensor) -> Tensor:
+        assert len(output_T) < self.tokens or self.is_open.wait(60), "nobody opened the gate"
+        return logits_V
+
+
+@contextmanager
+def slow_steps(generator: Generator) -> Iterator[None]:
+    """Each decode step takes 20 ms longer while the block runs: replies still run when they are looked at."""
+    engine = generator.debug.engine
+
+    def launch_late(*arguments: Any, launch: Callable[..., Any] = engine.launch) -> Any:
+        time.sleep(0.02)
+        return launch(*arguments)
+
+    with mock.patch.object(engine, "launch", launch_late):
+        yield
 
 
 def random_tensor(*shape: int, seed: int = 0) -> Tensor:

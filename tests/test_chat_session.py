@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import randomized, small_config
+from conftest import Gate, randomized, small_config
 
 from qwen3fast import ChatSession, Generator, SamplingParams
 
@@ -227,11 +227,15 @@ def test_a_turn_that_fails_or_is_dropped_leaves_the_conversation_as_it_was(tiny,
         session.send("Copy: two of it", SamplingParams(n=2))
     assert session.messages == before
 
-    dropped = session.stream("Copy: this is dropped", params)
+    gate = Gate(2)
+    dropped = session.stream("Copy: this is dropped", replace(params, logits_processor=gate))
     next(dropped)
+    gate.is_open.set()
     dropped.close()
-    for chunk in session.stream("Copy: this one, too", params):
+    gate = Gate(2)
+    for chunk in session.stream("Copy: this one, too", replace(params, logits_processor=gate)):
         assert chunk.result is None
+        gate.is_open.set()
         break
     never_begun = session.stream("Copy: never begun", params)
     del never_begun

@@ -11,13 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomized, small_config
+from conftest import randomized, slow_steps, small_config
 
 from qwen3fast import ChatSession, Embedder, Generator, RequestMetrics, SamplingParams, load_model
 from qwen3fast.model.yarn import Yarn
 from qwen3fast.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+LONG = SamplingParams(temperature=0, max_tokens=150)
 
 
 @pytest.fixture(scope="module")
@@ -331,10 +332,11 @@ def test_stream_chunks_join_to_the_result(generator):
 
 
 def test_abandoned_stream_frees_its_slot(generator):
-    stream = generator.stream("hello", GREEDY)
-    next(stream)
-    assert generator.stats.slots_in_use == 1
-    stream.close()
+    with slow_steps(generator):
+        stream = generator.stream("hello", LONG)
+        next(stream)
+        assert generator.stats.slots_in_use == 1
+        stream.close()
     assert generator.stats.slots_in_use == 0
 
 
@@ -406,9 +408,10 @@ def test_closed_generator_says_so(model):
 
 def test_closing_ends_a_running_stream(model):
     generator = Generator(model, max_seq_len=64, compile=False)
-    stream = generator.stream([1], GREEDY)
-    next(stream)
-    generator.close()
+    with slow_steps(generator):
+        stream = generator.stream([1], replace(LONG, max_tokens=60))
+        next(stream)
+        generator.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(stream)
 
@@ -440,9 +443,9 @@ def test_chat_without_a_template_is_refused(model, tokenizer):
 
 
 def test_warmup_is_refused_while_requests_run(generator):
-    stream = generator.stream("hello", GREEDY)
-    next(stream)
-    with pytest.raises(RuntimeError, match="needs all slots empty"):
+    stream = generator.stream("hello", LONG)
+    with slow_steps(generator), pytest.raises(RuntimeError, match="needs all slots empty"):
+        next(stream)
         generator.warmup()
 
 

@@ -134,6 +134,9 @@ class Dispatcher:
         except RuntimeError:  # closed meanwhile, or no thread to run it
             handle.request.leave_queue()
             raise
+        except BaseException:  # interrupted, perhaps after it was queued: nobody else has the handle
+            handle.cancel()
+            raise
 
     def _stats(self, weight_bytes: int) -> GeneratorStats:
         scheduler, engine = self.scheduler, self.engine

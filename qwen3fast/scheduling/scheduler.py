@@ -71,12 +71,12 @@ class Scheduler:
         return ended
 
     def cancel(self, request: Request) -> None:
-        """Cancel a request, queued or running; its slot is free at once."""
+        """Cancel a request, queued, running or not yet added; its slot or its place in the queue is free at once."""
         if request.finish_reason is None:
             request.finish("cancelled")
         if request in self.waiting:
             self.waiting.remove(request)
-            request.leave_queue()
+        request.leave_queue()
         self._release_finished()
 
     @property

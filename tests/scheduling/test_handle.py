@@ -583,23 +583,22 @@ def test_submit_with_patience_waits_for_a_place(narrow, alone, timeout):
 
 
 def test_places_are_given_in_the_order_in_which_they_were_asked_for(narrow):
-    order = []
+    submitted = []
 
     def submit(number):
-        narrow.submit([number], GREEDY)
-        order.append(number)
+        submitted.append((number, narrow.submit([number], GREEDY)))
 
-    with all_slots_busy(narrow) as [busy]:
-        for _ in range(2):
-            narrow.submit("a", GREEDY)
+    with all_slots_busy(narrow):
+        waiting = [narrow.submit("a", GREEDY) for _ in range(2)]
         threads = [threading.Thread(target=submit, args=(number,)) for number in range(5)]
         for number, thread in enumerate(threads):
             thread.start()
             wait_until(lambda n=number: len(narrow.debug.admission._asking) == n + 1)
-        busy.cancel()
-        for thread in threads:
+        for number, thread in enumerate(threads):  # a place at a time: whoever has one may be slow to say so
+            waiting[number].cancel()
             thread.join(PATIENCE_S)
-    assert order == sorted(order)
+            assert submitted[-1][0] == number
+            waiting.append(submitted[-1][1])
 
 
 def test_astream_waits_for_a_place_without_blocking_the_event_loop(narrow, alone):
@@ -924,6 +923,7 @@ def test_a_step_that_raises_ends_its_requests_with_the_error(generator, alone, m
 )
 def test_whatever_part_raises_the_next_request_is_right(generator, alone, monkeypatch, part, error):
     generator.generate("some more words to keep", GREEDY)
+    assert state(generator) == (0, 0)  # also waits for the end of its last step
     monkeypatch.setattr(
         generator.debug.engine, part, raising_once(error("broken"), getattr(generator.debug.engine, part))
     )
@@ -1020,6 +1020,25 @@ def test_an_interrupted_call_leaves_no_slot_in_use(generator, alone, monkeypatch
                 handle.cancel()
     assert state(generator) == (0, 0)
     assert_unharmed(generator, alone)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_submit_runs_nothing_and_loses_no_place(narrow, monkeypatch, moment):
+    """Nobody has the handle: such a request could not be cancelled, and would run to its end."""
+    add = narrow.debug.worker.add
+
+    def interrupted(requests):
+        if moment == "after":
+            add(requests)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(narrow.debug.worker, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        narrow.submit("a", SLOW)
+    monkeypatch.undo()
+    assert state(narrow) == (0, 0)
+    with all_slots_busy(narrow):
+        assert places(narrow) == 2
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

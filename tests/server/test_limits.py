@@ -9,7 +9,7 @@ import socket
 import threading
 
 import pytest
-from conftest import wait_until
+from conftest import slow_steps, wait_until
 from serving import running, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
@@ -114,8 +114,11 @@ def test_a_flood_gets_429_and_the_rest_its_replies(small):
 
 
 def test_a_stream_that_waits_sends_heartbeats(small):
-    _, client = small
-    with client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as first:
+    generator, client = small
+    with (
+        slow_steps(generator),
+        client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as first,
+    ):
         lines = first.iter_lines()
         next(lines)
         with client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as second:
@@ -130,8 +133,9 @@ def test_a_client_that_goes_away_frees_its_slot(small):
         body = json.dumps({**ENDLESS, "stream": stream}).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            wait_until(lambda: generator.stats.slots_in_use == 1)
+            with slow_steps(generator):
+                connection.sendall(head.encode() + body)
+                wait_until(lambda: generator.stats.slots_in_use == 1)
         wait_until(lambda: is_idle(generator))
 
 
@@ -174,11 +178,13 @@ def test_a_draining_server_finishes_what_runs_and_refuses_the_rest(tiny_generato
     ):
         lines = reply.iter_lines()
         next(lines)
-        app.state.server.is_draining = True
-        assert client.get("/ready").status_code == 503
-        refused = client.post("/v1/chat/completions", json=CHAT)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert tiny_generator.stats.slots_in_use == 1
+        with slow_steps(tiny_generator):
+            wait_until(lambda: tiny_generator.stats.slots_in_use == 1)
+            app.state.server.is_draining = True
+            assert client.get("/ready").status_code == 503
+            refused = client.post("/v1/chat/completions", json=CHAT)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert tiny_generator.stats.slots_in_use == 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import randomized, small_config
+from conftest import randomized, slow_steps, small_config
 from serving import address, models  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
@@ -228,7 +228,8 @@ def test_usage_in_each_event_grows_to_that_of_the_whole_reply(tiny_generator, pa
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {**prompt, "temperature": 0, "max_tokens": 20, "stream": True, "stream_options": options}
     app = create_app({"tiny": tiny_generator}, ServerOptions(stream_interval_s=0, strict=True))
-    _, stream = asyncio.run(post(app, path, body))
+    with slow_steps(tiny_generator):  # several events, though the loop may be late
+        _, stream = asyncio.run(post(app, path, body))
     events = [json.loads(data) for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
     *during, last = [event["usage"] for event in events if event["usage"]]
     counts = [used["completion_tokens"] for used in during]
