@@ -56,7 +56,7 @@ FORCE_INLINE void store_two(BFloat16* p, Vec first, Vec second) {
 // over different positions can be merged.
 // Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867.
 struct Part {
-  std::vector<float> maximum, total, out;
+  Lines<float> maximum, total, out;
 
   // Removes all positions.
   void clear(int64_t G, int64_t D) {

@@ -173,7 +173,7 @@ void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, in
   const T *k = cached.keys, *v = cached.values;
   const float *k_scale = cached.key_scale, *v_scale = cached.value_scale;
   thread_local std::vector<Query<T>> query;  // kept from call to call: with few positions, allocation takes as long as they do
-  thread_local std::vector<float> score, query_scale;
+  thread_local Lines<float> score, query_scale;
   query.resize(G * D), score.resize(G * kBlock), query_scale.resize(G);
   for (int64_t g = 0; g < G; g++) query_scale[g] = scale * write_query(q + g * D, D, &query[g * D]);
   part.clear(G, D);

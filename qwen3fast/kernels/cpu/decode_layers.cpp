@@ -38,8 +38,8 @@ void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range column
 // The experts of the rows that are in use, as in model/moe.py.
 struct Routing {
   std::vector<int64_t> row, expert;  // (N,), (N, C)
-  std::vector<float> share;          // (N, C)
-  std::vector<BFloat16> logits, y;   // (M, X), (N, C, E)
+  Lines<float> share;          // (N, C)
+  Lines<BFloat16> logits, y;   // (M, X), (N, C, E)
   RoutedExperts experts;
 
   void choose(int64_t m, int64_t X, int64_t C, bool renormalizes) {
@@ -56,7 +56,7 @@ struct Shared {
   const int64_t* position;
   const int64_t splits, intermediate;  // the latter: of the widest layer without experts
   BFloat16* x;                         // (M, E), the residual stream
-  std::vector<BFloat16> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
+  Lines<BFloat16> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
   std::vector<Part> parts;
   Routing routing;
   Barrier barrier;
@@ -123,7 +123,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   const Range qkv_blocks = share(width / kLanes, thread, threads);
   const Range tasks = share(M * K * s.splits, thread, threads);
   Input input(M, std::max({E, H * D, s.intermediate}));
-  std::vector<float> low(s.adapters ? s.adapters->rank : 0);
+  Lines<float> low(s.adapters ? s.adapters->rank : 0);
   const LowRank* added = nullptr;  // beside this layer's weights
   // Adds the adapters' products to those of weight number j.
   const auto adapt = [&](int64_t j, const Linear& w, const BFloat16* x, Range blocks, BFloat16* y, int64_t width) {
@@ -253,7 +253,7 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
     if (!layer->router.weight) I = std::max(I, layer->gate.N);
     X = std::max(X, layer->router.N), C = std::max(C, layer->chosen);
   }
-  const auto room = [](int64_t count) { return std::vector<BFloat16>(count); };
+  const auto room = [](int64_t count) { return Lines<BFloat16>(count); };
   Shared shared{sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
                 room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}};
   shared.routing.logits = room(M * X);
@@ -287,7 +287,7 @@ double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* 
 double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                              const Ends* ends, const Adapters* adapters, const Sampling* sampling, float* logits,
                              int64_t threads) {
-  std::vector<BFloat16> x(sizes->M * sizes->E);
+  Lines<BFloat16> x(sizes->M * sizes->E);
   if (!embed(*ends, sizes->M, sizes->E, x.data())) return -1;
   const Task task{*ends, sampling, logits};
   return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, &task, threads);

@@ -26,7 +26,7 @@ constexpr int64_t kReading = 2;      // rows that a block of weights could be mu
 // shares in the output. C at most X.
 inline void choose_experts(const BFloat16* logits, int64_t X, int64_t C, bool renormalizes, int64_t* expert, float* share) {
   constexpr float kTaken = -1;
-  std::vector<float> chance(X);
+  Lines<float> chance(X);
   float most = -INFINITY, total = 0, chosen = 0;
   for (int64_t e = 0; e < X; e++) most = std::max(most, float(logits[e]));
   for (int64_t e = 0; e < X; e++) total += chance[e] = std::exp(float(logits[e]) - most);
@@ -61,7 +61,7 @@ struct Group {
 
 // M rows of K channels, which a weight multiplies.
 inline Activations room_for(const Linear& weight, int64_t M, int64_t K) {
-  return takes_bfloat16(weight) ? Activations(std::vector<BFloat16>(M * K)) : Activations(M, K);
+  return takes_bfloat16(weight) ? Activations(Lines<BFloat16>(M * K)) : Activations(M, K);
 }
 
 // Takes over row m. order: see quantize_row.

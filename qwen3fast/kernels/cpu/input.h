@@ -21,7 +21,7 @@ Range share(int64_t count, int thread, int threads) {
 
 // A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
 struct Input {
-  std::vector<BFloat16> rows;
+  Lines<BFloat16> rows;
   Activations quantized;
   const int32_t* order = nullptr;  // in which `quantized` holds the channels
   bool is_plain = false;           // `quantized` holds bfloat16

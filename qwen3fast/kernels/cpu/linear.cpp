@@ -92,7 +92,7 @@ void multiply_panels(const Bits* x, int64_t M, const Linear& weight, const Linea
   const bool is_small = M * K <= kInCache;
   const int64_t group = kSpan * (is_small ? 1 : std::max<int64_t>(2, kAtATime / (kSpan * numbers)));
   alignas(64) BFloat16 results[2][kMaxVectors * kLanes * kSpan * kPanel];
-  static thread_local std::vector<BFloat16> rooms[2];
+  static thread_local Lines<BFloat16> rooms[2];
   const Linear* const weights[] = {&weight, up};
   for (int64_t first = begin; first < end; first += group) {
     const BFloat16* panels[2] = {};  // from `first` on

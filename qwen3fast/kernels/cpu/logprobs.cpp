@@ -66,7 +66,7 @@ float log_sum(const float* most, const float* sums, int64_t blocks) {
 void most_likely(const float* logits, int64_t V, const float* most, int64_t blocks, bool has_nan, int64_t n, int64_t* ids) {
   float bound = -INFINITY;
   if (n <= blocks && !has_nan) {
-    std::vector<float> sorted(most, most + blocks);
+    Lines<float> sorted(most, most + blocks);
     std::nth_element(sorted.begin(), sorted.begin() + n - 1, sorted.end(), std::greater<>());
     bound = sorted[n - 1];
   }
@@ -85,7 +85,7 @@ void most_likely(const float* logits, int64_t V, const float* most, int64_t bloc
 void qwen3fast_log_probabilities(const float* logits, const int64_t* token, float* chosen, int64_t* ids, float* values,
                                  int64_t M, int64_t V, int64_t n, int64_t threads) {
   const int64_t blocks = (V + kBlock - 1) / kBlock;
-  std::vector<float> most(M * blocks), sums(M * blocks);
+  Lines<float> most(M * blocks), sums(M * blocks);
   parallel_for(M * blocks, kGrain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t m = i / blocks, first = i % blocks * kBlock;

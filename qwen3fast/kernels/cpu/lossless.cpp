@@ -154,7 +154,7 @@ void lossless_rows(const BFloat16* x, int64_t M, const Linear& weight, BFloat16*
     return;
   }
   constexpr int64_t kTogether = 4;
-  static thread_local std::vector<BFloat16> room;
+  static thread_local Lines<BFloat16> room;
   for (int64_t n = begin; n < end; n += kTogether) {
     const int64_t count = std::min(kTogether, end - n);
     matvec_rows(x, M, plain_rows(weight, n, count, room), y + n, 0, count, width, weight.K);

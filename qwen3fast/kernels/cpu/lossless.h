@@ -48,7 +48,7 @@ inline const uint8_t* stored_row(const Linear& weight, int64_t n) {
 void unpack_row(const Linear& weight, int64_t n, BFloat16* y);
 
 // Rows n..n+count-1 of a weight whose numbers are bfloat16, (count, K): where they lie, or in `room`.
-inline const BFloat16* plain_rows(const Linear& weight, int64_t n, int64_t count, std::vector<BFloat16>& room) {
+inline const BFloat16* plain_rows(const Linear& weight, int64_t n, int64_t count, Lines<BFloat16>& room) {
   if (weight.bits == 16) return reinterpret_cast<const BFloat16*>(stored_row(weight, n));
   if (static_cast<int64_t>(room.size()) < count * weight.K) room.resize(count * weight.K);
   for (int64_t i = 0; i < count; i++) unpack_row(weight, n + i, room.data() + i * weight.K);

@@ -1,8 +1,9 @@
-// Products of a few rows with a bfloat16 weight: streams the weight once. Sums are in float32, in the same order for any
-// number of rows.
+// Products of a few rows with a bfloat16 weight, which is read from memory once. Sums are in float32, in the same order for
+// any number of rows.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "products.h"
 
@@ -10,73 +11,138 @@ namespace {
 
 // Rows of x and of the weight whose sums fit the registers. With more than one row of x, products are also bound by
 // arithmetic and by reading x, which several rows of the weight share.
+constexpr int64_t kTileRows = 4;
 #ifdef __AVX512F__
-constexpr int64_t kTileRows = 4, kTileWeights = 4;
+constexpr int64_t kTileWeights = 4;
 #else
-constexpr int64_t kTileRows = 4, kTileWeights = 1;
+constexpr int64_t kTileWeights = 1;
 #endif
 static_assert(kTileRows * kTileWeights <= kLanes);
 
-// Where following rows are, which are asked for meanwhile: bytes ahead, for rows begin..end-1 of those that are multiplied.
-struct Next {
-  int64_t distance, begin, end;
+constexpr int64_t kManyTiles = 3;  // of rows of x, from which larger blocks of the weight are faster
+constexpr int64_t kBlock = 8;      // rows of a larger block; the others have half as many
+constexpr int64_t kPart = 1024;    // channels of a block that stay in level 1 beside those of a tile's rows
+constexpr int64_t kWorthACopy = 128;  // rows of the weight, for which rows of x are copied into parts
+constexpr int64_t kSummed = 8;     // tiles whose sums are kept from part to part
+
+// Sums of kM rows of x with kN rows of the weight.
+template <int kM, int kN>
+using Totals = Vec[kM][kN];
+
+// Adds the products of 32 channels. Rows of x are `stride` apart, of the weight K.
+template <int kM, int kN>
+FORCE_INLINE void add_products(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K, Totals<kM, kN>& total) {
+  Bits ws[kN];
+#pragma GCC unroll 4
+  for (int j = 0; j < kN; j++) {
+    ws[j] = load_as<Bits>(w + j * K);
+#ifdef __AVX512F__
+    asm("" : "+v"(ws[j].part[0]));  // or GCC reads it again for each row of x, if there are three
+#endif
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kM; m++) {
+    const Bits xs = load_as<Bits>(x + m * stride);
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; j++) total[m][j] = dot2(total[m][j], ws[j], xs);
+  }
+}
+
+// The same of 16 channels.
+template <int kM, int kN>
+FORCE_INLINE void add_last_products(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K,
+                                    Totals<kM, kN>& total) {
+  for (int m = 0; m < kM; m++)
+    for (int j = 0; j < kN; j++) total[m][j] += load(w + j * K) * load(x + m * stride);
+}
+
+// Writes sums: y (kM, kN), rows N apart.
+template <int kM, int kN>
+FORCE_INLINE void write(const Totals<kM, kN>& total, BFloat16* y, int64_t N) {
+  BFloat16 numbers[kLanes];
+  if (kM * kN == 1) {
+    store(numbers, fill(sum(total[0][0])));
+  } else {
+    Vec all[kLanes] = {};
+    for (int i = 0; i < kM * kN; i++) all[i] = total[i / kN][i % kN];
+    store(numbers, sums(all));
+  }
+  for (int m = 0; m < kM; m++) std::memcpy(y + m * N, numbers + m * kN, kN * sizeof *y);
+}
+
+// Some channels of kM rows of x with kTileWeights rows of the weight. Sums begin with zero or go on from `sums`, and are
+// kept there if y is null. Lines are asked for per 64 channels.
+template <int kM>
+__attribute__((noinline)) void run_tile(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K, int64_t channels,
+                                        bool goes_on, Vec* sums, BFloat16* y, int64_t N, Ahead ahead) {
+  Totals<kM, kTileWeights> total = {};
+  if (goes_on)
+#pragma GCC unroll 16
+    for (int i = 0; i < kM * kTileWeights; i++) total[i / kTileWeights][i % kTileWeights] = sums[i];
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= channels; k += 4 * kLanes) {
+    ahead.ask<kIntoL1>();
+    add_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
+    add_products<kM, kTileWeights>(x + k + 2 * kLanes, stride, w + k + 2 * kLanes, K, total);
+  }
+  for (; k + 2 * kLanes <= channels; k += 2 * kLanes) add_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
+  if (k < channels) add_last_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
+  if (y) return write<kM, kTileWeights>(total, y, N);
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kTileWeights; i++) sums[i] = total[i / kTileWeights][i % kTileWeights];
+}
+
+// Rows of x, how far apart they are, and their parts of kPart channels.
+struct Rows {
+  const BFloat16* first;
+  int64_t stride, part;
 };
 
-// Rows n..n+kN-1 of the weight times kM rows of x. kAll: all of them are followed by rows to ask for.
-template <int kM, int kN, bool kAll>
-void tile(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K, Next next) {
-  const BFloat16* w = weight + n * K;
-  Vec total[kM][kN] = {};
-  int64_t k = 0, ahead[kN];  // 0, which asks for nothing new, costs less than to decide in the loop
-  for (int j = 0; j < kN; j++) ahead[j] = j >= next.begin && j < next.end ? next.distance : 0;
-  for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
-    Bits ws[kN];
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; j++) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + j * K + k) + (kAll ? next.distance : ahead[j]), 0, kIntoL2);
-      ws[j] = load_as<Bits>(w + j * K + k);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; m++) {
-      const Bits xs = load_as<Bits>(x + m * K + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < kN; j++) total[m][j] = dot2(total[m][j], ws[j], xs);
-    }
-  }
-  for (; k < K; k += kLanes)
-    for (int m = 0; m < kM; m++)
-      for (int j = 0; j < kN; j++) total[m][j] += load(w + j * K + k) * load(x + m * K + k);
-  if (kM * kN == 1) {
-    y[n] = BFloat16(sum(total[0][0]));
-    return;
-  }
-  Vec all[kLanes] = {};
-  for (int i = 0; i < kM * kN; i++) all[i] = total[i / kN][i % kN];
-  const Vec sum_of = sums(all);
-  for (int i = 0; i < kM * kN; i++) y[i / kN * N + n + i % kN] = BFloat16(sum_of[i]);
+// Copies rows into parts that lie together, a line apart from the next row's: rows that are a multiple of 4096 bytes apart
+// would push each other out of level 1. Kept until the next call.
+Rows in_parts(const BFloat16* x, int64_t M, int64_t K) {
+  static thread_local Lines<BFloat16> room;
+  constexpr int64_t kStride = kPart + 2 * kLanes;
+  room.resize(std::max<size_t>(room.size(), (K + kPart - 1) / kPart * M * kStride));
+  for (int64_t k = 0; k < K; k += kPart)
+    for (int64_t m = 0; m < M; m++)
+      std::memcpy(&room[(k / kPart * M + m) * kStride], x + m * K + k, std::min(kPart, K - k) * sizeof *x);
+  return {room.data(), kStride, M * kStride};
 }
 
-// Up to kTileRows rows of x.
-template <int kN, bool kAll>
-void few_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
-              Next next) {
-  switch (M) {
-    case 1: return tile<1, kN, kAll>(x, weight, y, n, N, K, next);
-    case 2: return tile<2, kN, kAll>(x, weight, y, n, N, K, next);
-    case 3: return tile<3, kN, kAll>(x, weight, y, n, N, K, next);
-    case 4: return tile<4, kN, kAll>(x, weight, y, n, N, K, next);
-  }
+// A block of the weight's rows with M rows of x: a part of its channels after the other, each with all rows of x, which are
+// read from level 2 once per block. Meanwhile, the block that follows is asked for line by line: memory never rests.
+void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, BFloat16* y, int64_t N, int64_t K) {
+  constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
+  Vec sums[kSummed * kTileRows * kBlock];
+  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = tiles > 1 && kTileWeights > 1 ? kPart : K;
+  const int64_t lines = (2 * kTileWeights - 1) / tiles + 1;  // to ask for per 64 channels
+  const char *next = reinterpret_cast<const char*>(w + weights * K), *const end = next + weights * K * sizeof *w;
+  for (int64_t first = 0; first < tiles; first += kSummed)
+    for (int64_t k = 0; k < K; k += most) {
+      const int64_t channels = std::min(most, K - k), asked = channels / (4 * kLanes) * lines * 64;
+      const bool is_last = k + channels == K;
+      for (int64_t tile = first; tile < std::min(tiles, first + kSummed); tile++) {
+        const int64_t m = M * tile / tiles, rows = M * (tile + 1) / tiles - m;
+        Vec* const kept = sums + (tile - first) * kTileRows * weights;
+        for (int64_t n = 0; n < weights; n += kTileWeights, next += asked)
+          kForms[rows - 1](x.first + k / kPart * x.part + m * x.stride, x.stride, w + n * K + k, K, channels, k > 0,
+                           kept + n * rows, is_last ? y + m * N + n : nullptr, N, {next, next < end ? lines : 0});
+      }
+    }
 }
 
-// All rows of x, in parts of similar size. Each part asks for its share of the following rows: memory never rests.
-template <int kN>
-void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n, int64_t N, int64_t K,
-              int64_t distance) {
-  const int64_t parts = (M + kTileRows - 1) / kTileRows;
-  if (parts == 1) return few_rows<kN, true>(x, M, weight, y, n, N, K, {distance, 0, kN});
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t m = M * part / parts, end = M * (part + 1) / parts;
-    few_rows<kN, false>(x + m * K, end - m, weight, y + m * N, n, N, K, {distance, kN * part / parts, kN * (part + 1) / parts});
+// One row of the weight with any number of rows of x.
+void single_row(const BFloat16* x, int64_t M, const BFloat16* w, BFloat16* y, int64_t N, int64_t K) {
+  for (int64_t m = 0; m < M; m++) {
+    Totals<1, 1> total = {};
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead, 0, kIntoL2);
+      add_products<1, 1>(x + m * K + k, K, w + k, K, total);
+    }
+    if (k < K) add_last_products<1, 1>(x + m * K + k, K, w + k, K, total);
+    write<1, 1>(total, y + m * N, N);
   }
 }
 
@@ -87,8 +153,12 @@ void all_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y,
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
   int64_t n = n0;
-  if (M > 1)
-    for (; n + kTileWeights <= n1; n += kTileWeights)
-      all_rows<kTileWeights>(x, M, weight, y, n, N, K, kTileWeights * K * int64_t{sizeof(BFloat16)});
-  for (; n < n1; n++) all_rows<1>(x, M, weight, y, n, N, K, kAhead);
+  const bool has_parts = M > kTileRows && kTileWeights > 1 && K > kPart && n1 - n0 >= kWorthACopy;
+  const Rows rows = has_parts ? in_parts(x, M, K) : Rows{x, K, kPart};
+  const auto run_blocks = [&](int64_t weights) {
+    for (; n + weights <= n1; n += weights) run_block(rows, M, weight + n * K, weights, y + n, N, K);
+  };
+  if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
+  if (M > 1) run_blocks(kBlock / 2);
+  for (; n < n1; n++) single_row(x, M, weight + n * K, y + n, N, K);
 }

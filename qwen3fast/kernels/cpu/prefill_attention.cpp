@@ -92,9 +92,9 @@ inline int64_t padded_rows(int64_t rows) {
 
 // Room for one tile, kept by a thread from tile to tile.
 struct Tile {
-  std::vector<BFloat16> q, keys, weight;
-  std::vector<float> score, out, maximum, total;
-  std::vector<uint32_t> columns, pairs;
+  Lines<BFloat16> q, keys, weight;
+  Lines<float> score, out, maximum, total;
+  Lines<uint32_t> columns, pairs;
   std::vector<int64_t> visible;
 
   Tile(int64_t rows, int64_t D)

@@ -28,11 +28,11 @@ struct Pass {
   BFloat16* const x;  // (M, E), the residual stream
   const Tiles tiles;
   const int64_t threads;
-  std::vector<BFloat16> normed, qkv, y, z;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E)
+  Lines<BFloat16> normed, qkv, y, z;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E)
   // Where a layer needs them. Gate and up, and their product: (M, 2I), (M, I). Of experts: (M, X), (M, C), (M, C), (M, C, E).
-  std::vector<BFloat16> gate_up, act, logits, each;
+  Lines<BFloat16> gate_up, act, logits, each;
   std::vector<int64_t> expert;
-  std::vector<float> share;
+  Lines<float> share;
 };
 
 // out: the products of weights of the same input, side by side.
@@ -124,7 +124,7 @@ void finish_block(Pass& p, const Layer& layer) {
 
 Pass make_pass(Sizes size, const float* cos, const float* sin, const int64_t* position, const int64_t* row, int64_t T,
                BFloat16* x, Tiles tiles, int64_t threads) {
-  const auto room = [&](int64_t columns) { return std::vector<BFloat16>(size.M * columns); };
+  const auto room = [&](int64_t columns) { return Lines<BFloat16>(size.M * columns); };
   const int64_t E = size.E, width = (size.H + 2 * size.K) * size.D;
   return {size, cos, sin, position, row, T, x, tiles, threads, room(E), room(width), room(size.H * size.D), room(E),
           {}, {}, {}, {}, {}, {}};
@@ -153,7 +153,7 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
   multiply(p, p.normed.data(), kv, 2, p.qkv.data());
   write_cache<T>(p, layer, 0, K);
 
-  std::vector<BFloat16> x(B * kTail * E);
+  Lines<BFloat16> x(B * kTail * E);
   std::vector<int64_t> position(B * kTail), from(B * kTail);
   for (int64_t m = 0; m < B * kTail; m++) {
     const int64_t b = m / kTail, first = std::clamp<int64_t>(last[b] - kTail + 1, 0, p.T - kTail);

@@ -33,15 +33,15 @@ inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_l
 // multiply. `offset8`, `offset4`, `offset6`: the amounts that the zero points of weights in int8, int4 and int6 add, of
 // int6 per half a group. For weights that take bfloat16, rows stay as they are, where they lie or in copies.
 struct Activations {
-  std::vector<int8_t> bytes;
-  std::vector<float> scale, sum;
-  std::vector<int32_t> offset8, offset4, offset6;
-  std::vector<BFloat16> copies;     // (M, K)
+  Lines<int8_t> bytes;
+  Lines<float> scale, sum;
+  Lines<int32_t> offset8, offset4, offset6;
+  Lines<BFloat16> copies;     // (M, K)
   const BFloat16* where = nullptr;  // the rows lie, if they are not copied
 
   Activations(int64_t M, int64_t K) { make_room(M, K); }
 
-  explicit Activations(std::vector<BFloat16> room) : copies(std::move(room)) {}
+  explicit Activations(Lines<BFloat16> room) : copies(std::move(room)) {}
 
   // Room only grows; contents are lost.
   void make_room(int64_t M, int64_t K) {
@@ -102,8 +102,9 @@ struct Ahead {
   const char* next;
   int64_t count;
 
+  template <int kLevel = kIntoL2>
   FORCE_INLINE void ask() {
-    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kIntoL2);
+    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kLevel);
   }
 };
 

@@ -221,7 +221,7 @@ class Sampler {
   int64_t V_, blocks_;
   std::vector<Best> best_;
   std::unique_ptr<float[]> score_;
-  std::vector<float> most_, kept_;
+  Lines<float> most_, kept_;
   std::vector<int64_t> mass_;  // (threads, kBins)
   float threshold_ = 0;
 };

@@ -47,8 +47,8 @@ typedef std::vector<Bits> Pairs;
 struct Levels {
   int64_t M, K, spans = (K + kSpan - 1) / kSpan;
   std::vector<Bits> levels;  // a Bits is 64 channels of a row; missing rows are zero
-  std::vector<float> scale;
-  std::vector<int32_t> offset;
+  Lines<float> scale;
+  Lines<int32_t> offset;
 
   Levels(int64_t M, int64_t K)
       : M(M), K(K), levels((M + kTileRows - 1) / kTileRows * K / 4), scale(M * spans), offset(M * spans) {}
@@ -176,7 +176,7 @@ void int8_panel(const Panel& panel, const Levels& x, int64_t width) {
 }
 
 // All rows of x, in pairs, with a panel of bfloat16. room: for the panel where it must be unpacked.
-void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width, std::vector<BFloat16>& room) {
+void plain_panel(const Panel& panel, const uint32_t* x, int64_t M, int64_t width, Lines<BFloat16>& room) {
   const int64_t K = panel.weight->K, rows = panel.blocks * kLanes;
   const BFloat16* weight = plain_rows(*panel.weight, panel.block * kLanes, rows, room);
   alignas(64) float results[kTwo * kTwo];
@@ -207,7 +207,7 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   const std::vector<Panel> panels = panels_of(weights, count, y);
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
-  std::vector<BFloat16> rest;
+  Lines<BFloat16> rest;
   Levels levels(std::any_of(weights, weights + count, uses_int8) ? M : 0, K);
   Pairs x_pairs(is_plain ? (M + kTileRows - 1) / kTileRows * K / 2 : 0);
   auto* x_start = reinterpret_cast<uint32_t*>(x_pairs.data());
@@ -228,7 +228,7 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   parallel_for(panels.size(), 1, threads, [&](int64_t begin, int64_t end) {
     const TileUse use;
     Pairs pairs;
-    std::vector<BFloat16> room;
+    Lines<BFloat16> room;
     for (int64_t i = begin; i < end; i++) {
       if (is_plain) {
         plain_panel(panels[i], x_start, M, width, room);
@@ -254,7 +254,7 @@ bool qwen3fast_try_tiles() {
   if (child == 0) {
     signal(SIGILL, SIG_DFL);
     constexpr int64_t kRows = 20, kDepth = 64;
-    std::vector<BFloat16> x(kRows * kDepth), weight(kTwo * kDepth), y(kRows * kTwo);
+    Lines<BFloat16> x(kRows * kDepth), weight(kTwo * kDepth), y(kRows * kTwo);
     for (size_t i = 0; i < x.size(); i++) x[i] = BFloat16(i % kDepth ? static_cast<float>(i * 7 % 11) - 5 : 127);  // scale 1
     for (size_t i = 0; i < weight.size(); i++) weight[i] = BFloat16(static_cast<float>(i * 5 % 13) - 6);
     std::vector<uint8_t> packed(kTwo * kDepth);
@@ -262,7 +262,7 @@ bool qwen3fast_try_tiles() {
       for (int64_t k = 0; k < kDepth; k++)
         packed[(n / kLanes * kDepth / 4 + k / 4) * kTileBytes + n % kLanes * 4 + k % 4] =
             static_cast<uint8_t>(128 + weight[n * kDepth + k]);
-    const std::vector<float> scale(kTwo, 1);
+    const Lines<float> scale(kTwo, 1);
     for (const Linear& linear : {Linear{weight.data(), nullptr, kTwo, kDepth, 16, 0, 0},
                                  Linear{packed.data(), scale.data(), kTwo, kDepth, 8, 0, 0}}) {
       qwen3fast_tile_linear(x.data(), &linear, 1, y.data(), kRows, kInt8Tiles, 1);

@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -28,6 +30,22 @@ struct BFloat16 {
   }
   operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
+
+// A std::vector that begins with a cache line: reading a vector that lies in two takes twice as long.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <typename Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* numbers, std::size_t) { ::operator delete(numbers, kLine); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 namespace {
 
