@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.engine.dynamic_sizes import Dynamic, Ranges, Sizes, find_ranges, static_shape
+from qwen3fast.engine.threads import set_own_threads
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 
@@ -117,7 +118,7 @@ class StepCompiler:
             if not self._spared:
                 self._threads = torch.get_num_threads()
             self._spared = spared
-            torch.set_num_threads(max(1, self._threads - spared))
+            set_own_threads(max(1, self._threads - spared), others=self._threads)
 
     def is_ready(self) -> bool:
         """Return whether the thread of "auto" may compile: from auto_from_s on, after building the C++ operations.

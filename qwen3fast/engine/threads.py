@@ -34,6 +34,17 @@ def use_threads(threads: int | None = None) -> None:
         torch.set_num_threads(num_cores())
 
 
+def set_own_threads(number: int, others: int) -> None:
+    """Set the number of CPU threads of the calling thread alone.
+
+    others: the number of threads that begin later, which PyTorch gives the number that any thread has set last.
+    """
+    torch.set_num_threads(number)
+    if number != others:
+        with ThreadPoolExecutor(1, "qwen3fast-threads") as pool:
+            pool.submit(torch.set_num_threads, others).result()
+
+
 class SparedThreads:
     """The threads that steps leave out while other programs use their cores.
 

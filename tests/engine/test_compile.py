@@ -344,6 +344,27 @@ def test_auto_leaves_a_core_to_long_work():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(FORMS_KEEP_THREADS, reason="this torch.compile compiles again for other numbers of threads")
+def test_threads_that_an_engine_leaves_out_are_not_missed_by_others():
+    """Another engine may begin meanwhile, in a thread that gets the number which any thread has set last."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    compiler = StepCompiler(True, CPU)
+
+    def left_out() -> int:
+        compiler.share_processor(2)
+        return torch.get_num_threads()
+
+    try:
+        for function, expected in ((left_out, 1), (torch.get_num_threads, 3)):
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(function).result() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        compiler.close()
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 def test_operations_switched_off_come_back():
     with cpu.switched_off():
