@@ -8,7 +8,7 @@ def main() -> int:
     """Run the command line. Returns: the exit status."""
     warnings.formatwarning = lambda message, *_: f"qwen3fast: warning: {message}\n"
     try:
-        cli = import_module("qwen3fast.cli")  # by name, in here: PyTorch takes seconds, and Ctrl-C may come meanwhile
+        cli = import_module("qwen3fast.cli")  # by name, in here: Ctrl-C may come meanwhile
     except KeyboardInterrupt:
         return 130
     status: int = cli.main()

@@ -125,3 +125,13 @@ def checked_variable(name: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, or unset, got {value!r:.200}")
     return value
+
+
+def num_processes() -> int:
+    """Return the number of processes that torchrun has started, or 1. Raises: ValueError for a bad WORLD_SIZE."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(
+            f"the environment's WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}"
+        )
+    return int(size)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from qwen3fast.bench import measure, self_test
 from qwen3fast.bench.__main__ import main as bench_main
 from qwen3fast.bench.record import write_json
 from qwen3fast.checkpoint.source import TINY_FOLDER
-from qwen3fast.cli import main, program
+from qwen3fast.cli import main, parse, program
 from qwen3fast.kernels import forms, forms_file
 from qwen3fast.kernels.cases import prefill_attention_case
 
@@ -265,7 +266,7 @@ def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, cap
     module.run = lambda args: args.port
     monkeypatch.setitem(sys.modules, "loaded_command", module)
     loaded = program.LoadedCommand("serve it", "loaded_command")
-    monkeypatch.setitem(program.LOADED, "serve", loaded)
+    monkeypatch.setitem(program.COMMANDS, "serve", loaded)
     assert main(["serve", "--port", "5"]) == 5
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
@@ -273,9 +274,27 @@ def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, cap
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(program.LOADED, "bench", program.LoadedCommand("", "no_such_package.main", "bench"))
+    monkeypatch.setitem(program.COMMANDS, "bench", program.LoadedCommand("", "no_such_package.main", "bench"))
     assert main(["bench", "--anything"]) == 1
     assert "bench needs no_such_package; run: pip install 'qwen3fast[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["unknown"], []])
+def test_what_needs_no_model_imports_no_pytorch(arguments):
+    code = f"import sys; from qwen3fast.cli import main\ntry: main({arguments})\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ("AssertionError" not in done.stderr and "generate" in done.stdout + done.stderr) or "0." in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in program.COMMANDS if name != "bench"])
+def test_each_command_has_help_of_its_own(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: qwen3fast {command} [-h]")
+
+
+def test_after_two_dashes_a_prompt_may_look_like_an_option():
+    assert parse(["generate", "--top-k", "3", "--", "-5 + 3?"]).prompt == "-5 + 3?"
 
 
 def test_info_states_sizes(capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import qwen3fast
-from qwen3fast.cli.program import LOADED
+from qwen3fast.cli.program import COMMANDS
 
 PACKAGE = Path(qwen3fast.__file__).parent
 
@@ -195,7 +195,7 @@ BY_NAME = {
     "qwen3fast": {f"qwen3fast.{name}" for name in qwen3fast._MODULES.values()},
     "qwen3fast.__main__": {"qwen3fast.cli"},
     "qwen3fast.bench.view": {f"qwen3fast.bench.{name}" for name in ("plot", "pictures", "report.page")},
-    "qwen3fast.cli.program": {loaded.module for loaded in LOADED.values()},
+    "qwen3fast.cli.program": {command.module for command in COMMANDS.values()},
 }
 
 

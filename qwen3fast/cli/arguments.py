@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwen3fast.checkpoint.metadata import TOKENIZER_FILES, has_tokenizer, read_config
 from qwen3fast.checkpoint.source import resolve_source
+from qwen3fast.checks import num_processes
 from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
@@ -116,16 +117,6 @@ def open_generator(args: argparse.Namespace) -> Generator:
     if args.compile == "always":
         generator.warmup(progress=has_terminal)
     return generator
-
-
-def num_processes() -> int:
-    """Return the number of processes that torchrun has started, or 1. Raises: ValueError for a bad WORLD_SIZE."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 1:
-        raise ValueError(
-            f"the environment's WORLD_SIZE must be a number of processes, as torchrun sets it, got {size!r}"
-        )
-    return int(size)
 
 
 def _model(text: str) -> str:

@@ -12,8 +12,6 @@ from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.text.plain_data import replace_surrogates
 from qwen3fast.text.tokenizer import Message
 
-HELP = "talk to a model; type /reset to forget the conversation, /exit to leave"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""

@@ -9,8 +9,6 @@ from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments,
 from qwen3fast.cli.console import checked_argument, read_input
 from qwen3fast.results import GenerationResult
 
-HELP = "answer one prompt, streamed to standard output"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""

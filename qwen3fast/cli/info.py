@@ -27,8 +27,6 @@ from qwen3fast.quantization.convert import formats_of, plain_modules, quantize_m
 from qwen3fast.quantization.formats import ALL_FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 
-HELP = "show a model's sizes, and the memory of weights and KV cache"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""

@@ -9,33 +9,42 @@ from importlib import import_module
 from typing import NamedTuple
 
 from qwen3fast._version import __version__
-from qwen3fast.cli import chat, generate, info, quantize
-from qwen3fast.cli.arguments import num_processes
+from qwen3fast.checks import num_processes
 from qwen3fast.cli.console import abandon_output, flush_output, prepare_streams
 
-COMMANDS = {"generate": generate, "chat": chat, "info": info, "quantize": quantize}
 BROKEN_PIPE = 141  # a shell's status of a program ended by SIGPIPE
 INTERRUPTED = 130  # and by SIGINT
 
 
 class LoadedCommand(NamedTuple):
-    """A command whose module is imported when the command is used, because it needs optional packages or much time.
+    """A command. Its module is imported when the command is used: PyTorch and optional packages take seconds.
 
-    The module has `add_arguments` and `run`, as the modules of COMMANDS, or `main`, which parses the options itself.
+    The module has `add_arguments` and `run`, or `main`, which parses the options itself.
 
     Attributes:
         help: one line. module: its dotted name. extra: the extra of this package to install for it.
+        is_parallel: torchrun may start several processes of it.
     """
 
     help: str
     module: str
     extra: str = ""
+    is_parallel: bool = False
 
 
-SERVE_HELP = "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on"
-LOADED = {
-    "bench": LoadedCommand("measure tokens per second, with and without a KV cache", "qwen3fast.bench.__main__"),
-    "serve": LoadedCommand(SERVE_HELP, "qwen3fast.server.command", "server"),
+GENERATE = "answer one prompt, streamed to standard output"
+CHAT = "talk to a model; type /reset to forget the conversation, /exit to leave"
+INFO = "show a model's sizes, and the memory of weights and KV cache"
+QUANTIZE = "write a quantized checkpoint; errors of 4 bits are corrected on a text"
+BENCH = "measure tokens per second, with and without a KV cache"
+SERVE = "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on"
+COMMANDS = {
+    "generate": LoadedCommand(GENERATE, "qwen3fast.cli.generate", is_parallel=True),
+    "chat": LoadedCommand(CHAT, "qwen3fast.cli.chat", is_parallel=True),
+    "info": LoadedCommand(INFO, "qwen3fast.cli.info", is_parallel=True),
+    "quantize": LoadedCommand(QUANTIZE, "qwen3fast.cli.quantize", is_parallel=True),
+    "bench": LoadedCommand(BENCH, "qwen3fast.bench.__main__"),
+    "serve": LoadedCommand(SERVE, "qwen3fast.server.command", "server"),
     "batch": LoadedCommand("answer a file of requests", "qwen3fast.server.batch", "server"),
 }
 
@@ -65,30 +74,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; each sets `run`."""
+    """Return the parser of `command` and its `options`, which `parse` reads."""
     epilog = "qwen3fast COMMAND --help lists the options of a command."
     parser = argparse.ArgumentParser("qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"qwen3fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*COMMANDS, *LOADED]))
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=_sentence(module.HELP))
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    for name, loaded in LOADED.items():
-        # Its own parser reads the options, --help included: no prefix makes an option here.
-        command = commands.add_parser(name, help=loaded.help, add_help=False, prefix_chars="\0")
-        command.add_argument("options", nargs="*")
-        command.set_defaults(run=_run_loaded)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, command in COMMANDS.items():
+        # All that follows is left to the command's own parser, --help included: no prefix makes an option here.
+        options = commands.add_parser(name, help=command.help, add_help=False, prefix_chars="\0")
+        options.add_argument("options", nargs=argparse.REMAINDER)
     return parser
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; the command's module is imported for it.
+
+    Returns: `command`, its options, and `run`, a function of all of them that returns the exit status.
+    Raises: ValueError for several processes of a command for one; ImportError for a missing package; SystemExit.
+    """
+    args = build_parser().parse_args(argv)
+    name, command = args.command, COMMANDS[args.command]
+    if not command.is_parallel and num_processes() > 1:
+        raise ValueError(f"{name} runs in one process; start it without torchrun")
+    try:
+        module = import_module(command.module)
+    except ModuleNotFoundError as err:
+        if not command.extra:
+            raise
+        raise ImportError(f"{name} needs {err.name}; run: pip install 'qwen3fast[{command.extra}]'") from err
+    if not hasattr(module, "add_arguments"):
+        args.run = lambda args: module.main(args.options)
+        return args
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    parser = argparse.ArgumentParser(prog=f"qwen3fast {name}", description=description)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser.parse_args(args.options, args)
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    args = build_parser().parse_args(argv)
     try:
+        args = parse(argv)
         status: int = args.run(args)
         return status
     except BrokenPipeError:
@@ -100,22 +126,3 @@ def _run(argv: Sequence[str] | None) -> int:
 def _fail(error: Exception) -> int:
     print(f"qwen3fast: error: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else 1
-
-
-def _run_loaded(args: argparse.Namespace) -> int:
-    loaded = LOADED[args.command]
-    if num_processes() > 1:
-        raise ValueError(f"{args.command} runs in one process; start it without torchrun")
-    try:
-        module = import_module(loaded.module)
-    except ModuleNotFoundError as err:
-        if not loaded.extra:
-            raise
-        raise ImportError(f"{args.command} needs {err.name}; run: pip install 'qwen3fast[{loaded.extra}]'") from err
-    if not hasattr(module, "add_arguments"):
-        status: int = module.main(args.options)
-        return status
-    parser = argparse.ArgumentParser(prog=f"qwen3fast {args.command}", description=_sentence(loaded.help))
-    module.add_arguments(parser)
-    status = module.run(parser.parse_args(args.options))
-    return status

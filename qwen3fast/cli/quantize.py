@@ -25,7 +25,6 @@ from qwen3fast.quantization.convert import DEQUANTIZE, formats_of, quantize_mode
 from qwen3fast.quantization.formats import SAVED_FORMATS
 from qwen3fast.text.plain_data import replace_surrogates
 
-HELP = "write a quantized checkpoint; errors of 4 bits are corrected on a text"
 WINDOW = 512  # tokens of a calibration text at a time
 
 

@@ -104,10 +104,10 @@ ALL_COMMANDS = sorted({command for name in TEXTS for command in commands(name)})
 
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if re.search(r"python -m qwen3fast\b(?!\.)", c)])
 def test_commands_of_the_package_parse(command):
-    from qwen3fast.cli import build_parser
+    from qwen3fast.cli import parse
 
     words = shlex.split(command.partition("-m qwen3fast ")[2])
-    assert build_parser().parse_args(words).command == words[0]
+    assert parse(words).command == words[0]
 
 
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if "python -m qwen3fast.bench" in c])
