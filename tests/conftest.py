@@ -194,7 +194,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
 def slowly(logits_V: Tensor, output_T: Tensor) -> Tensor:
     """A logits processor that changes only the time a token takes: its reply still runs when it is looked at.
 
-    Each token takes longer than the one before, 1,500 of them a minute: on a busy machine, too, a test ends first.
+    Sleeps grow: 1,500 tokens take a minute, and a test ends before its reply even on a busy machine.
     """
     time.sleep(0.002 * 1.003 ** len(output_T))
     return logits_V
@@ -212,16 +212,20 @@ class Gate:
 
 
 @contextmanager
-def slow_steps(generator: Generator) -> Iterator[None]:
-    """Each decode step takes 20 ms longer while the block runs: replies still run when they are looked at."""
-    engine = generator.debug.engine
+def slow_steps(generator: Generator) -> Iterator[list[Any]]:
+    """Make each decode step take 20 ms longer while the block runs: replies still run when they are looked at.
+
+    Yields: a list that gets an entry per step.
+    """
+    engine, steps = generator.debug.engine, []
 
     def launch_late(*arguments: Any, launch: Callable[..., Any] = engine.launch) -> Any:
+        steps.append(arguments)
         time.sleep(0.02)
         return launch(*arguments)
 
     with mock.patch.object(engine, "launch", launch_late):
-        yield
+        yield steps
 
 
 def random_tensor(*shape: int, seed: int = 0) -> Tensor:

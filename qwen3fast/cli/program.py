@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; the command's module is imported for it.
+    """Import a command's module and parse the command line with it.
 
     Returns: `command`, its options, and `run`, a function of all of them that returns the exit status.
     Raises: ValueError for several processes of a command for one; ImportError for a missing package; SystemExit.

@@ -128,8 +128,8 @@ class Dispatcher:
 
     def _start(self, handle: RequestHandle) -> None:
         """Queue a request that has a place."""
-        handle.request.on_leave_queue = self.admission.give_back
         try:
+            handle.request.on_leave_queue = self.admission.give_back
             self.worker.add([handle.request])
         except RuntimeError:  # closed meanwhile, or no thread to run it
             handle.request.leave_queue()

@@ -131,12 +131,13 @@ def test_a_client_that_goes_away_frees_its_slot(small):
     for stream in (True, False):
         wait_until(lambda: is_idle(generator))
         body = json.dumps({**ENDLESS, "stream": stream}).encode()
-        with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            with slow_steps(generator):
+        with slow_steps(generator) as steps:
+            with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
                 wait_until(lambda: generator.stats.slots_in_use == 1)
-        wait_until(lambda: is_idle(generator))
+            wait_until(lambda: is_idle(generator))
+        assert len(steps) < ENDLESS["max_tokens"] - 1
 
 
 @pytest.mark.parametrize(
@@ -174,18 +175,18 @@ def test_a_draining_server_finishes_what_runs_and_refuses_the_rest(tiny_generato
     with (
         running({"tiny": tiny_generator}, app=app) as url,
         httpx.Client(base_url=url, timeout=30) as client,
-        client.stream("POST", "/v1/chat/completions", json=body) as reply,
+        contextlib.ExitStack() as slow,
     ):
-        lines = reply.iter_lines()
-        next(lines)
-        with slow_steps(tiny_generator):
+        slow.enter_context(slow_steps(tiny_generator))
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             wait_until(lambda: tiny_generator.stats.slots_in_use == 1)
             app.state.server.is_draining = True
             assert client.get("/ready").status_code == 503
             refused = client.post("/v1/chat/completions", json=CHAT)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert tiny_generator.stats.slots_in_use == 1
-        assert [line for line in lines if line][-1] == "data: [DONE]"
+            slow.close()
+            assert [line for line in reply.iter_lines() if line][-1] == "data: [DONE]"
 
 
 def test_the_log_holds_no_prompts_unless_asked(small, caplog):

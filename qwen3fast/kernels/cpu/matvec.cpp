@@ -98,7 +98,7 @@ struct Rows {
   int64_t stride, part;
 };
 
-// Copies rows into parts that lie together, a line apart from the next row's: rows that are a multiple of 4096 bytes apart
+// Copies rows into parts that lie together, with a line between two rows: rows that are a multiple of 4096 bytes apart
 // would push each other out of level 1. Kept until the next call.
 Rows in_parts(const BFloat16* x, int64_t M, int64_t K) {
   static thread_local Lines<BFloat16> room;
@@ -110,14 +110,17 @@ Rows in_parts(const BFloat16* x, int64_t M, int64_t K) {
   return {room.data(), kStride, M * kStride};
 }
 
-// A block of the weight's rows with M rows of x: a part of its channels after the other, each with all rows of x, which are
-// read from level 2 once per block. Meanwhile, the block that follows is asked for line by line: memory never rests.
-void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, BFloat16* y, int64_t N, int64_t K) {
+// A block of the weight's rows with M rows of x, which are read from level 2 once per block. With AVX-512, a part of the
+// channels comes after the other, each with up to 32 rows of x. Meanwhile, the block that follows is asked for line by line,
+// and memory never rests: into level 1, whose latency arithmetic hides.
+void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, bool is_last_block, BFloat16* y, int64_t N,
+               int64_t K) {
   constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
   Vec sums[kSummed * kTileRows * kBlock];
   const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = tiles > 1 && kTileWeights > 1 ? kPart : K;
   const int64_t lines = (2 * kTileWeights - 1) / tiles + 1;  // to ask for per 64 channels
-  const char *next = reinterpret_cast<const char*>(w + weights * K), *const end = next + weights * K * sizeof *w;
+  const char* next = reinterpret_cast<const char*>(w + weights * K);
+  const char* const end = next + (is_last_block ? 0 : weights * K * sizeof *w);
   for (int64_t first = 0; first < tiles; first += kSummed)
     for (int64_t k = 0; k < K; k += most) {
       const int64_t channels = std::min(most, K - k), asked = channels / (4 * kLanes) * lines * 64;
@@ -153,10 +156,12 @@ void single_row(const BFloat16* x, int64_t M, const BFloat16* w, BFloat16* y, in
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
   int64_t n = n0;
-  const bool has_parts = M > kTileRows && kTileWeights > 1 && K > kPart && n1 - n0 >= kWorthACopy;
+  const bool is_few = M <= kSummed * kTileRows, is_many = n1 - n0 >= kWorthACopy;
+  const bool has_parts = M > kTileRows && is_few && is_many && kTileWeights > 1 && K > kPart;
   const Rows rows = has_parts ? in_parts(x, M, K) : Rows{x, K, kPart};
   const auto run_blocks = [&](int64_t weights) {
-    for (; n + weights <= n1; n += weights) run_block(rows, M, weight + n * K, weights, y + n, N, K);
+    for (; n + weights <= n1; n += weights)
+      run_block(rows, M, weight + n * K, weights, n + 2 * weights > n1, y + n, N, K);
   };
   if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
   if (M > 1) run_blocks(kBlock / 2);

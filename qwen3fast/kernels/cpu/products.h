@@ -12,7 +12,7 @@
 #include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
-// The cache level to prefetch to: level 1 allows few reads at a time, which slows fast memory. (No gain for 4 to 6 bits.)
+// The cache level to prefetch to: level 1 allows few reads at a time, which slows one row with fast memory. (No gain for 4 to 6 bits.)
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
