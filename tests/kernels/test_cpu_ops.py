@@ -55,7 +55,7 @@ def test_rows_of_a_product_do_not_depend_on_each_other():
 
 @pytest.mark.parametrize("in_features", [16, 80, 1040, 3072])
 def test_a_row_of_a_product_is_the_same_alone_and_among_few(in_features):
-    """Products of up to 7 rows, and of any number if outputs are no multiple of 8, take tiles and blocks of many sizes."""
+    """Up to 7 rows, and any number if outputs are no multiple of 8, take tiles and blocks of many sizes."""
     outputs = 128 * torch.get_num_threads() + 15  # enough per thread for a copy of x
     x, weight = random_tensor(70, in_features).bfloat16(), random_tensor(outputs, in_features, seed=1).bfloat16()
     run = torch.ops.qwen3fast.linear
