@@ -38,8 +38,8 @@ void add_rows(BFloat16* x, const BFloat16* y, int64_t M, int64_t E, Range column
 // The experts of the rows that are in use, as in model/moe.py.
 struct Routing {
   std::vector<int64_t> row, expert;  // (N,), (N, C)
-  Lines<float> share;          // (N, C)
-  Lines<BFloat16> logits, y;   // (M, X), (N, C, E)
+  Lines<float> share;                // (N, C)
+  Lines<BFloat16> logits, y;         // (M, X), (N, C, E)
   RoutedExperts experts;
 
   void choose(int64_t m, int64_t X, int64_t C, bool renormalizes) {
@@ -56,7 +56,7 @@ struct Shared {
   const int64_t* position;
   const int64_t splits, intermediate;  // the latter: of the widest layer without experts
   BFloat16* x;                         // (M, E), the residual stream
-  Lines<BFloat16> qkv, y, z, act;  // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
+  Lines<BFloat16> qkv, y, z, act;      // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
   std::vector<Part> parts;
   Routing routing;
   Barrier barrier;

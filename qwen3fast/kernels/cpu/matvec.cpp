@@ -19,11 +19,11 @@ constexpr int64_t kTileWeights = 1;
 #endif
 static_assert(kTileRows * kTileWeights <= kLanes);
 
-constexpr int64_t kManyTiles = 3;  // of rows of x, from which larger blocks of the weight are faster
-constexpr int64_t kBlock = 8;      // rows of a larger block; the others have half as many
-constexpr int64_t kPart = 1024;    // channels of a block that stay in level 1 beside those of a tile's rows
-constexpr int64_t kWorthACopy = 128;  // rows of the weight, for which rows of x are copied into parts
-constexpr int64_t kSummed = 8;     // tiles whose sums are kept from part to part
+constexpr int64_t kManyTiles = 3;     // of rows of x, from which larger blocks of the weight are faster
+constexpr int64_t kBlock = 8;         // rows of a larger block; the others have half as many
+constexpr int64_t kPart = 1024;       // channels of a block that stay in level 1 beside those of a tile's rows
+constexpr int64_t kWorthACopy = 128;  // rows of the weight, from which rows of x are copied into parts
+constexpr int64_t kSummed = 8;        // tiles whose sums are kept from part to part
 
 // Sums of kM rows of x with kN rows of the weight.
 template <int kM, int kN>

@@ -12,7 +12,8 @@
 #include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
-// The cache level to prefetch to: level 1 allows few reads at a time, which slows one row with fast memory. (No gain for 4 to 6 bits.)
+// The cache level to prefetch to. Level 1 allows few reads at a time, which slows one row with fast memory (no gain for 4 to
+// 6 bits).
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
@@ -36,7 +37,7 @@ struct Activations {
   Lines<int8_t> bytes;
   Lines<float> scale, sum;
   Lines<int32_t> offset8, offset4, offset6;
-  Lines<BFloat16> copies;     // (M, K)
+  Lines<BFloat16> copies;           // (M, K)
   const BFloat16* where = nullptr;  // the rows lie, if they are not copied
 
   Activations(int64_t M, int64_t K) { make_room(M, K); }
