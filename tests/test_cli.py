@@ -254,10 +254,11 @@ def test_warnings_are_lines_of_the_program_without_source_code(monkeypatch):
     assert warnings.formatwarning("no tokenizer", UserWarning, __file__, 3) == "qwen3fast: warning: no tokenizer\n"
 
 
-def test_bench_refuses_several_processes(monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["bench", "info", "quantize"])
+def test_commands_that_are_not_parallel_refuse_several_processes(monkeypatch, capsys, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["bench"]) == 2
-    assert "bench runs in one process; start it without torchrun" in capsys.readouterr().err
+    assert main([command]) == 2
+    assert f"{command} runs in one process; start it without torchrun" in capsys.readouterr().err
 
 
 def test_a_loaded_command_may_leave_parsing_to_the_command_line(monkeypatch, capsys):
@@ -279,8 +280,8 @@ def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch, ca
     assert "bench needs no_such_package; run: pip install 'qwen3fast[bench]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["unknown"], []])
-def test_what_needs_no_model_imports_no_pytorch(arguments):
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["unknown"], 2), ([], 2)])
+def test_what_needs_no_model_imports_no_pytorch(arguments, status):
     code = f"""
 import sys
 from qwen3fast.cli import main
@@ -288,7 +289,7 @@ try: main({arguments})
 finally: assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == (0 if arguments[:1] in (["--help"], ["--version"]) else 2), done.stderr
+    assert done.returncode == status, done.stderr
 
 
 @pytest.mark.parametrize("command", [name for name in program.COMMANDS if name != "bench"])

@@ -41,8 +41,8 @@ SERVE = "serve OpenAI's and Anthropic's APIs over HTTP, and a page to chat on"
 COMMANDS = {
     "generate": LoadedCommand(GENERATE, "qwen3fast.cli.generate", is_parallel=True),
     "chat": LoadedCommand(CHAT, "qwen3fast.cli.chat", is_parallel=True),
-    "info": LoadedCommand(INFO, "qwen3fast.cli.info", is_parallel=True),
-    "quantize": LoadedCommand(QUANTIZE, "qwen3fast.cli.quantize", is_parallel=True),
+    "info": LoadedCommand(INFO, "qwen3fast.cli.info"),
+    "quantize": LoadedCommand(QUANTIZE, "qwen3fast.cli.quantize"),
     "bench": LoadedCommand(BENCH, "qwen3fast.bench.__main__"),
     "serve": LoadedCommand(SERVE, "qwen3fast.server.command", "server"),
     "batch": LoadedCommand("answer a file of requests", "qwen3fast.server.batch", "server"),
@@ -73,26 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status or _fail(err)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `command` and its `options`, which `parse` reads."""
-    epilog = "qwen3fast COMMAND --help lists the options of a command."
-    parser = argparse.ArgumentParser("qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.", epilog=epilog)
-    parser.add_argument("--version", action="version", version=f"qwen3fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, command in COMMANDS.items():
-        # All that follows is left to the command's own parser, --help included: no prefix makes an option here.
-        options = commands.add_parser(name, help=command.help, add_help=False, prefix_chars="\0")
-        options.add_argument("options", nargs=argparse.REMAINDER)
-    return parser
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Import a command's module and parse the command line with it.
 
     Returns: `command`, its options, and `run`, a function of all of them that returns the exit status.
     Raises: ValueError for several processes of a command for one; ImportError for a missing package; SystemExit.
     """
-    args = build_parser().parse_args(argv)
+    args = _command_parser().parse_args(argv)
     name, command = args.command, COMMANDS[args.command]
     if not command.is_parallel and num_processes() > 1:
         raise ValueError(f"{name} runs in one process; start it without torchrun")
@@ -110,6 +97,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)
     return parser.parse_args(args.options, args)
+
+
+def _command_parser() -> argparse.ArgumentParser:
+    epilog = "qwen3fast COMMAND --help lists the options of a command."
+    parser = argparse.ArgumentParser("qwen3fast", description="Run Qwen3 models fast, in plain PyTorch.", epilog=epilog)
+    parser.add_argument("--version", action="version", version=f"qwen3fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, command in COMMANDS.items():
+        # All that follows is left to the command's own parser, --help included: no prefix makes an option here.
+        options = commands.add_parser(name, help=command.help, add_help=False, prefix_chars="\0")
+        options.add_argument("options", nargs=argparse.REMAINDER)
+    return parser
 
 
 def _run(argv: Sequence[str] | None) -> int:
