@@ -156,14 +156,14 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
                       std::min(end - first, panels), width);
       first += panels;
     }
-  });
+  }, parts_for(M));
 }
 
 void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads) {
   const int64_t N = gate.N, K = gate.K;
   const Bits* const pairs = paired(x, M, K, threads);
   parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
-               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, &up, y, begin, end, N); });
+               [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, &up, y, begin, end, N); }, parts_for(M));
 }
 
 void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N, int64_t K,

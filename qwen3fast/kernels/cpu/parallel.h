@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 // Where threads wait for each other.
 struct Barrier {
@@ -15,27 +16,47 @@ struct Barrier {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
 
-  // Returns whether the thread slept.
-  bool wait() {
+  void wait() {
     const int current = round.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
       round.store(current + 1, std::memory_order_release);
       round.notify_all();
-      return false;
+      return;
     }
-    int64_t spins = 0;
-    for (; round.load(std::memory_order_acquire) == current; spins++) {
+    for (int64_t spins = 0; round.load(std::memory_order_acquire) == current; spins++) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
       if (spins > kSpins) round.wait(current);  // another program has the processor of a thread waited for: give it this one
     }
-    return spins > kSpins;
   }
 
  private:
   static constexpr int64_t kSpins = 3000;  // about 0.1 ms
+};
+
+// Parts of a piece of work that lie together: one thread takes them from the front, others, once their own are taken, from
+// the back.
+class Share {
+ public:
+  void set(int64_t first, int64_t end) { range_.store(range(first, end), std::memory_order_relaxed); }
+
+  // Returns the index of a part that nobody else gets; or -1 when none is left.
+  int64_t take(bool is_from_back) {
+    uint64_t now = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t first = now & 0xffffffffu, end = now >> 32;
+      if (first == end) return -1;
+      const uint64_t next = is_from_back ? range(first, end - 1) : range(first + 1, end);
+      if (range_.compare_exchange_weak(now, next, std::memory_order_relaxed)) return is_from_back ? end - 1 : first;
+    }
+  }
+
+ private:
+  static uint64_t range(int64_t first, int64_t end) { return static_cast<uint64_t>(end) << 32 | first; }
+
+  alignas(64) std::atomic<uint64_t> range_{0};
 };
 
 // Threads that run one piece of work after another, and spin between them: waking a thread takes as long as a short piece.
@@ -47,7 +68,7 @@ class Team {
   // Runs body() in this thread, which leads a team meanwhile: in_threads and parallel_for run in it.
   template <typename Body>
   static void lead(int64_t threads, const Body& body) {
-    Team team;
+    Team team(threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
@@ -55,7 +76,7 @@ class Team {
       if (const int thread = omp_get_thread_num()) {
         for (team.barrier_.wait(); team.call_; team.barrier_.wait()) {
           team.call_(team.work_, thread, team.barrier_);
-          team.end_piece();
+          team.barrier_.wait();
         }
       } else {
         led = &team;
@@ -73,26 +94,28 @@ class Team {
     led = nullptr;
     work_ = &work;
     call_ = [](const void* work, int thread, Barrier& barrier) { (*static_cast<const Work*>(work))(thread, barrier); };
-    uneven_ = slept_.exchange(false, std::memory_order_relaxed) ? kUneven : std::max(uneven_ - 1, 0);
     barrier_.wait();
     work(0, barrier_);
-    end_piece();
+    barrier_.wait();
     led = this;
   }
 
-  // Whether threads had to sleep lately because one of them was late: work is better taken in small parts then.
-  bool is_uneven() const { return uneven_ > 0; }
-
- private:
-  static constexpr int kUneven = 64;  // pieces of work for which threads count as uneven after one had to be waited for
-
-  void end_piece() {
-    if (barrier_.wait()) slept_.store(true, std::memory_order_relaxed);
+  // Runs work(part) for parts 0..count. Each of `threads` threads, at most the team's, has its own share of them, and helps
+  // afterwards those that are slow, or whose core another program has.
+  template <typename Work>
+  void share(int64_t count, int64_t threads, const Work& work) {
+    for (int64_t t = 0; t < threads; t++) shares_[t].set(count * t / threads, count * (t + 1) / threads);
+    run([&](int64_t thread, const Barrier&) {
+      for (int64_t i = 0; i < threads; i++)
+        for (int64_t part; (part = shares_[(thread + i) % threads].take(i > 0)) >= 0;) work(part);
+    });
   }
 
+ private:
+  explicit Team(int64_t threads) : shares_(threads) {}
+
   Barrier barrier_;
-  std::atomic<bool> slept_{false};
-  int uneven_ = 0;
+  std::vector<Share> shares_;
   const void* work_ = nullptr;
   void (*call_)(const void* work, int thread, Barrier& barrier) = nullptr;
 };
@@ -110,25 +133,27 @@ void in_threads(int64_t threads, const Work& work) {
   }
 }
 
-// Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do.
+constexpr int64_t kParts = 8;
+
+// How many parts a thread's share has for chunks of so many tokens. Each costs a start with nothing asked for ahead.
+inline int64_t parts_for(int64_t tokens) { return std::clamp<int64_t>(tokens / 64, 1, kParts); }
+
+// Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do. In a team, a thread's
+// share has up to `parts_each` parts that others can take.
 template <typename Work>
-void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& work) {
+void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& work, int64_t parts_each = kParts) {
   threads = std::min(threads, (count + grain - 1) / grain);
   if (threads <= 1) return work(int64_t{0}, count);
-  const auto run_part = [&](int64_t thread, int64_t given) {
-    work(count * thread / given, count * (thread + 1) / given);
-  };
   if (Team* const team = Team::led) {
-    if (!team->is_uneven())
-      return team->run([&](int64_t thread, const Barrier& barrier) {
-        if (thread < threads) run_part(thread, std::min<int64_t>(threads, barrier.threads));
-      });
-    std::atomic<int64_t> next{0};
-    const int64_t parts = std::min(8 * threads, (count + grain - 1) / grain);
-    return team->run([&](int64_t, const Barrier&) {
-      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) run_part(part, parts);
+    const int64_t parts = std::min(parts_each * threads, (count + grain - 1) / grain);
+    // Not inlined: in the loop that takes parts, GCC's code of norms took 1.5 times as long.
+    return team->share(parts, threads, [&](int64_t part) __attribute__((noinline)) {
+      work(count * part / parts, count * (part + 1) / parts);
     });
   }
 #pragma omp parallel num_threads(threads)
-  run_part(omp_get_thread_num(), omp_get_num_threads());  // may be fewer than asked for
+  {
+    const int64_t thread = omp_get_thread_num(), given = omp_get_num_threads();  // may be fewer than asked for
+    work(count * thread / given, count * (thread + 1) / given);
+  }
 }

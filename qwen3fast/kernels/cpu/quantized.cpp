@@ -303,7 +303,7 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
                     std::min(end - first, blocks), width);
       first += blocks;
     }
-  });
+  }, parts_for(M));
 }
 
 bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R) {
