@@ -19,13 +19,16 @@
 namespace {
 
 // Positions between two updates of the running maximum, and as many are asked for ahead.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 32;
 // Query heads that share the loads of a key, and of a value. kSums: vectors of sums that fit the registers.
 #ifdef __AVX512F__
 constexpr int kHeadsOfKeys = 4, kHeadsOfValues = 2, kSums = 16;
 #else
 constexpr int kHeadsOfKeys = 2, kHeadsOfValues = 2, kSums = 4;
 #endif
+
+// Channels of a head in all published models. Sizes D below are such a constant, for which loops are unrolled, or int64_t.
+using UsualSize = std::integral_constant<int64_t, 128>;
 
 // Numbers that keys of type T are multiplied with.
 template <typename T>
@@ -56,19 +59,20 @@ FORCE_INLINE Bits pairs_of(const int8_t* p) {
 // Asks memory for a line of numbers.
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(T);
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL2); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL1); }
 
 // score[h][t] = the product of query h with key t, for kHeads queries and `count` keys, padded to sixteen by the last one.
 // Keys are read in the order of memory: with several at a time, one core reads at two thirds of the speed. `ahead`: the
 // distance of the keys that are asked for meanwhile, in numbers.
-template <int kHeads, typename T>
-void multiply_keys(const Query<T>* q, const T* k, int64_t D, int64_t count, int64_t ahead, float* score) {
+template <int kHeads, typename T, typename Size>
+void multiply_keys(const Query<T>* q, const T* k, Size D, int64_t count, int64_t ahead, float* score) {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, Ints, Vec>;
   for (int64_t start = 0; start < count; start += kLanes) {
     Vec dots[kHeads][kLanes];
     for (int64_t i = 0; i < kLanes; i++) {
       const T* key = k + std::min(start + i, count - 1) * D;
       Sum total[kHeads] = {};
+#pragma GCC unroll 4
       for (int64_t d = 0; d < D; d += 2 * kLanes) {
         if (d % kLine<T> == 0) prefetch(key + d + ahead);
         const Bits pairs = pairs_of(key + d);
@@ -84,8 +88,8 @@ void multiply_keys(const Query<T>* q, const T* k, int64_t D, int64_t count, int6
 
 // out[h] += sum_t weight[h][t] v[t] over kVectors * 16 channels of kHeads query heads: all sums stay in registers. `ahead`:
 // as above.
-template <int kHeads, int kVectors, typename T>
-void add_values(const float* weight, const T* v, int64_t D, int64_t count, int64_t ahead, float* out) {
+template <int kHeads, int kVectors, typename T, typename Size>
+void add_values(const float* weight, const T* v, Size D, int64_t count, int64_t ahead, float* out) {
   Vec total[kHeads][kVectors];
   for (int h = 0; h < kHeads; h++)
     for (int c = 0; c < kVectors; c++) total[h][c] = load(out + h * D + c * kLanes);
@@ -110,8 +114,8 @@ void add_values(const float* weight, const T* v, int64_t D, int64_t count, int64
 }
 
 // One block for kHeads heads.
-template <int kHeads, typename T>
-void add_block(const float* weight, const T* v, int64_t D, int64_t count, int64_t ahead, float* out) {
+template <int kHeads, typename T, typename Size>
+void add_block(const float* weight, const T* v, Size D, int64_t count, int64_t ahead, float* out) {
   constexpr int kVectors = std::min(8, kSums / kHeads);
   int64_t d = 0;
   for (; d + kVectors * kLanes <= D; d += kVectors * kLanes)
@@ -165,11 +169,9 @@ void weigh(float* score, int64_t count, int64_t g, int64_t D, Part& part) {
   part.total[g] += sum(total);  // the padding adds exp(-87) at most, 1e-38
 }
 
-}  // namespace
-
-template <typename T>
-void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
-            const Cached<T>& following, Part& part) {
+template <typename T, typename Size>
+void attend_blocks(const BFloat16* q, const Cached<T>& cached, int64_t G, Size D, int64_t begin, int64_t end, float scale,
+                   const Cached<T>& following, Part& part) {
   const T *k = cached.keys, *v = cached.values;
   const float *k_scale = cached.key_scale, *v_scale = cached.value_scale;
   thread_local std::vector<Query<T>> query;  // kept from call to call: with few positions, allocation takes as long as they do
@@ -194,6 +196,15 @@ void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, in
       add_block<kHeads>(&score[g * kBlock], v + start * D, D, count, g ? 0 : ahead, &part.out[g * D]);
     });
   }
+}
+
+}  // namespace
+
+template <typename T>
+void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
+            const Cached<T>& following, Part& part) {
+  if (D == UsualSize::value) return attend_blocks(q, cached, G, UsualSize{}, begin, end, scale, following, part);
+  attend_blocks(q, cached, G, D, begin, end, scale, following, part);
 }
 
 template void attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float,
