@@ -13,9 +13,9 @@ namespace {
 // arithmetic and by reading x, which several rows of the weight share.
 constexpr int64_t kTileRows = 4;
 #ifdef __AVX512F__
-constexpr int64_t kTileWeights = 4;
+constexpr int64_t kTileWeights = 4, kFewRows = kTileRows;  // few: memory is slower than arithmetic with a row of the weight
 #else
-constexpr int64_t kTileWeights = 1;
+constexpr int64_t kTileWeights = 1, kFewRows = 1;
 #endif
 static_assert(kTileRows * kTileWeights <= kLanes);
 
@@ -135,24 +135,26 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, boo
     }
 }
 
-// One row of the weight with any number of rows of x.
-void single_row(const BFloat16* x, int64_t M, const BFloat16* w, BFloat16* y, int64_t N, int64_t K) {
-  for (int64_t m = 0; m < M; m++) {
-    Totals<1, 1> total = {};
+// Rows n..end of the weight, one after the other, with kM rows of x.
+template <int kM>
+void multiply_rows(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t n, int64_t end, int64_t N, int64_t K) {
+  for (; n < end; n++) {
+    const BFloat16* const w = weight + n * K;
+    Totals<kM, 1> total = {};
     int64_t k = 0;
     for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead, 0, kIntoL2);
-      add_products<1, 1>(x + m * K + k, K, w + k, K, total);
+      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead, 0, kM > 2 ? kIntoL1 : kIntoL2);
+      add_products<kM, 1>(x + k, K, w + k, K, total);
     }
-    if (k < K) add_last_products<1, 1>(x + m * K + k, K, w + k, K, total);
-    write<1, 1>(total, y + m * N, N);
+    if (k < K) add_last_products<kM, 1>(x + k, K, w + k, K, total);
+    write<kM, 1>(total, y + n, N);
   }
 }
 
 }  // namespace
 
-// With one row of x, the weight's rows follow one another: each thread reads memory in one stream, which some
-// processors need for their full speed.
+// With few rows of x, the weight's rows follow one another: each thread reads memory in one stream, which some processors need
+// for their full speed.
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
   int64_t n = n0;
@@ -164,6 +166,8 @@ void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16*
       run_block(rows, M, weight + n * K, weights, n + 2 * weights > n1, y + n, N, K);
   };
   if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
-  if (M > 1) run_blocks(kBlock / 2);
-  for (; n < n1; n++) single_row(x, M, weight + n * K, y + n, N, K);
+  if (M > kFewRows) run_blocks(kBlock / 2);
+  constexpr decltype(&multiply_rows<1>) kForms[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>};
+  for (int64_t m = 0; n < n1 && m < M; m += kTileRows)
+    kForms[std::min(M - m, kTileRows) - 1](x + m * K, weight, y + m * N, n, n1, N, K);
 }
