@@ -121,6 +121,8 @@ class ByteScales {
     return as<Vec>(as<Bits>(load_ints(reinterpret_cast<const uint8_t*>(lines_))) << 23);
   }
   FORCE_INLINE Vec read(int64_t g) const {
+    if (g % (64 / kLanes) == 0)  // as far ahead as levels
+      __builtin_prefetch(lines_ + (1 + g) * kLanes + kAhead / (kGroup / 2), 0, kIntoL1);
     const Bits bits = as<Bits>(load_ints(lines_ + (1 + g) * kLanes)) << 20;
     return as<Vec>((bits & 0x87f00000u) | 0x38000000u);  // exponents from 127 - 15 to 127
   }
