@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -76,8 +77,8 @@ def product_cases() -> Iterator[Case]:
 
 def attention_cases() -> Iterator[Case]:
     """Yield attention over a cache, in bfloat16 and int8: name, integers, arrays, expected."""
-    H, K, S, D = 4, 2, 150, 64
-    for is_rounded in (False, True):
+    H, K, S = 4, 2, 150
+    for D, is_rounded in product((64, 128), (False, True)):
         k, v, scales = bfloat16(1, K, S, D), bfloat16(1, K, S, D), (NONE, NONE)
         keys, values = k.float(), v.float()
         if is_rounded:

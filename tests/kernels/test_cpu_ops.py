@@ -55,7 +55,7 @@ def test_rows_of_a_product_do_not_depend_on_each_other():
 
 @pytest.mark.parametrize("in_features", [16, 80, 1040, 3072])
 def test_a_row_of_a_product_is_the_same_alone_and_among_few(in_features):
-    """Up to 7 rows, and any number if outputs are no multiple of 8, take tiles and blocks of many sizes."""
+    """Up to 7 rows, and any number if outputs are no multiple of 8, pass over single rows and blocks of the weight."""
     outputs = 128 * torch.get_num_threads() + 15  # enough per thread for a copy of x
     x, weight = random_tensor(70, in_features).bfloat16(), random_tensor(outputs, in_features, seed=1).bfloat16()
     run = torch.ops.qwen3fast.linear
@@ -627,8 +627,8 @@ def test_prefill_layers_by_tiles_equal_those_without(format):
 @pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_prefill_layers_give_a_prompt_the_same_alone_and_with_any_threads(format, cache_dtype):
-    size = 130 if format is None else 40  # from 128 on, a thread's products have several parts
-    model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130, 7], size, cache_dtype)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024}  # products have several parts per thread with 128 tokens
+    model, cache, x_BTE, position_BT, row_B = chunks_case(format, [0, 130, 7], 128, cache_dtype, **sizes)
     before, threads = copy.deepcopy(cache), torch.get_num_threads()
     together = run_chunks(model, cache, x_BTE, position_BT, row_B)
     try:
@@ -788,12 +788,17 @@ def test_operations_for_other_processors(processor, tmp_path):
     position = torch.arange(100, 140)[None]
     cases = [
         *(("linear", (random_tensor(m, 64).bfloat16(), random_tensor(24, 64).bfloat16())) for m in (3, 12, 50)),
+        *(("linear", (random_tensor(m, 48).bfloat16(), random_tensor(27, 48).bfloat16())) for m in (1, 2, 6)),
         ("decode_attention", (random_tensor(1, 1, 4, 64).bfloat16(), k, v, position[:, -1:])),
         ("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), k, v, position, torch.tensor([0]))),
     ]
     (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
     quantized = (k, v, position, torch.tensor([0]), k_scale, v_scale)
     cases.append(("prefill_attention", (random_tensor(1, 40, 4, 64).bfloat16(), *quantized)))
+    k, v = (random_tensor(1, 2, 150, 128, seed=s).bfloat16() for s in (1, 2))
+    (rounded_k, k_scale), (rounded_v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+    for *cached, scales in ((k, v, ()), (rounded_k, rounded_v, (k_scale, v_scale))):
+        cases.append(("decode_attention", (random_tensor(1, 1, 4, 128).bfloat16(), *cached, position[:, -1:], *scales)))
     for format in CPU_FORMATS:
         packed = operands(random_tensor(48, 96), format)
         cases += [

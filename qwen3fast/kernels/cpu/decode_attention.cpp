@@ -18,7 +18,8 @@
 
 namespace {
 
-// Positions between two updates of the running maximum, and as many are asked for ahead.
+// Positions between two updates of the running maximum, and as many are asked for ahead: keys and values of both blocks, in
+// bfloat16 with 128 channels, take 32 KiB of level 1.
 constexpr int64_t kBlock = 32;
 // Query heads that share the loads of a key, and of a value. kSums: vectors of sums that fit the registers.
 #ifdef __AVX512F__

@@ -9,11 +9,12 @@
 
 namespace {
 
-// Rows of x and of the weight whose sums fit the registers. With more than one row of x, products are also bound by
-// arithmetic and by reading x, which several rows of the weight share.
+// Rows of x and of the weight whose sums fit the registers. kFewRows: up to so many rows of x, products are bound by memory
+// even with one row of the weight at a time. With more, they are also bound by arithmetic and by reading x, which several
+// rows of the weight share.
 constexpr int64_t kTileRows = 4;
 #ifdef __AVX512F__
-constexpr int64_t kTileWeights = 4, kFewRows = kTileRows;  // few: memory is slower than arithmetic with a row of the weight
+constexpr int64_t kTileWeights = 4, kFewRows = 4;
 #else
 constexpr int64_t kTileWeights = 1, kFewRows = 1;
 #endif
@@ -117,7 +118,7 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, boo
                int64_t K) {
   constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
   Vec sums[kSummed * kTileRows * kBlock];
-  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = tiles > 1 && kTileWeights > 1 ? kPart : K;
+  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = kTileWeights > 1 ? kPart : K;
   const int64_t lines = (2 * kTileWeights - 1) / tiles + 1;  // to ask for per 64 channels
   const char* next = reinterpret_cast<const char*>(w + weights * K);
   const char* const end = next + (is_last_block ? 0 : weights * K * sizeof *w);
@@ -153,8 +154,8 @@ void multiply_rows(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64
 
 }  // namespace
 
-// With few rows of x, the weight's rows follow one another: each thread reads memory in one stream, which some processors need
-// for their full speed.
+// With few rows of x, the weight's rows follow one another: each thread reads memory in one stream, which some processors
+// need for their full speed.
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
   int64_t n = n0;
@@ -166,8 +167,10 @@ void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16*
       run_block(rows, M, weight + n * K, weights, n + 2 * weights > n1, y + n, N, K);
   };
   if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
-  if (M > kFewRows) run_blocks(kBlock / 2);
-  constexpr decltype(&multiply_rows<1>) kForms[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>};
+  const bool is_block = n1 - n0 == kBlock / 2;  // alone, as lossless.cpp unpacks them: it is in the cache
+  if (M > kFewRows || (M > 1 && is_block)) run_blocks(kBlock / 2);
+  constexpr decltype(&multiply_rows<1>) kForms[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
+                                                    multiply_rows<4>};
   for (int64_t m = 0; n < n1 && m < M; m += kTileRows)
     kForms[std::min(M - m, kTileRows) - 1](x + m * K, weight, y + m * N, n, n1, N, K);
 }

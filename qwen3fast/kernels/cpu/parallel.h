@@ -36,8 +36,8 @@ struct Barrier {
   static constexpr int64_t kSpins = 3000;  // about 0.1 ms
 };
 
-// Parts of a piece of work that lie together: one thread takes them from the front, others, once their own are taken, from
-// the back.
+// Parts of a piece of work that lie together. Their owner takes them from the front; other threads, which have none left,
+// from the back.
 class Share {
  public:
   void set(int64_t first, int64_t end) { range_.store(range(first, end), std::memory_order_relaxed); }
@@ -100,14 +100,16 @@ class Team {
     led = this;
   }
 
-  // Runs work(part) for parts 0..count. Each of `threads` threads, at most the team's, has its own share of them, and helps
-  // afterwards those that are slow, or whose core another program has.
+  int64_t threads() const { return barrier_.threads; }
+
+  // Runs work(part) for parts 0..count. The first `threads` threads of the team own a share of them each. Threads that have
+  // none left help others, which are slow, or whose core another program has.
   template <typename Work>
   void share(int64_t count, int64_t threads, const Work& work) {
     for (int64_t t = 0; t < threads; t++) shares_[t].set(count * t / threads, count * (t + 1) / threads);
     run([&](int64_t thread, const Barrier&) {
       for (int64_t i = 0; i < threads; i++)
-        for (int64_t part; (part = shares_[(thread + i) % threads].take(i > 0)) >= 0;) work(part);
+        for (int64_t part; (part = shares_[(thread + i) % threads].take(i > 0 || thread >= threads)) >= 0;) work(part);
     });
   }
 
@@ -133,19 +135,20 @@ void in_threads(int64_t threads, const Work& work) {
   }
 }
 
-constexpr int64_t kParts = 8;
+inline constexpr int64_t kParts = 8;  // of a thread's share, at most: others can take what is not begun
 
-// How many parts a thread's share has for chunks of so many tokens. Each costs a start with nothing asked for ahead.
+// The same for so many tokens: a part begins with nothing asked for ahead, which with few tokens costs more than waiting.
 inline int64_t parts_for(int64_t tokens) { return std::clamp<int64_t>(tokens / 64, 1, kParts); }
 
-// Runs work(begin, end) on parts of 0..count, in as many threads as have at least `grain` things to do. In a team, a thread's
-// share has up to `parts_each` parts that others can take.
+// Runs work(begin, end) on parts of 0..count, divided among as many threads as get at least `grain` each. In a team, a
+// thread's share has up to `parts_each` parts, and others help.
 template <typename Work>
 void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& work, int64_t parts_each = kParts) {
   threads = std::min(threads, (count + grain - 1) / grain);
   if (threads <= 1) return work(int64_t{0}, count);
   if (Team* const team = Team::led) {
-    const int64_t parts = std::min(parts_each * threads, (count + grain - 1) / grain);
+    threads = std::min(threads, team->threads());
+    const int64_t parts = threads * std::clamp<int64_t>((count + grain - 1) / grain / threads, 1, parts_each);
     // Not inlined: in the loop that takes parts, GCC's code of norms took 1.5 times as long.
     return team->share(parts, threads, [&](int64_t part) __attribute__((noinline)) {
       work(count * part / parts, count * (part + 1) / parts);

@@ -186,7 +186,7 @@ void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached,
       attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
                   cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
     }
-  }, parts_for(B * T));
+  }, parts_for(*std::max_element(position, position + B * T)));
 }
 
 }  // namespace

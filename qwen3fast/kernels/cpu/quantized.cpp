@@ -183,7 +183,10 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       Vec weight_scale = {}, minimum = {};
       if constexpr (kKind == kInt4)
         weight_scale = load(static_cast<const BFloat16*>(weight.scale) + ((block + b) * G + g) * kLanes);
-      if constexpr (kKind == kByteScales) weight_scale = records[b].read(g);
+      if constexpr (kKind == kByteScales) {
+        if (kBlocks == 1) records[b].ask(g);
+        weight_scale = records[b].read(g);
+      }
       if constexpr (kKind == kInt6) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
       if constexpr (has_minimums(kKind)) {
         if (kIsRead)
