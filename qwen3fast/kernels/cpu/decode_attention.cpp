@@ -28,7 +28,7 @@ constexpr int kHeadsOfKeys = 4, kHeadsOfValues = 2, kSums = 16;
 constexpr int kHeadsOfKeys = 2, kHeadsOfValues = 2, kSums = 4;
 #endif
 
-// Channels of a head in all published models. Sizes D below are such a constant, for which loops are unrolled, or int64_t.
+// Channels of a head in all published Qwen3 models. Sizes D below are this constant, for which loops are unrolled, or int64_t.
 using UsualSize = std::integral_constant<int64_t, 128>;
 
 // Numbers that keys of type T are multiplied with.
