@@ -53,7 +53,7 @@ def test_rows_of_a_product_do_not_depend_on_each_other():
         assert torch.equal(torch.ops.qwen3fast.linear(x[first:last], weight), y[first:last])
 
 
-@pytest.mark.parametrize("in_features", [16, 80, 1040, 3072])
+@pytest.mark.parametrize("in_features", [16, 80, 1040, 3072, 8720])
 def test_a_row_of_a_product_is_the_same_alone_and_among_few(in_features):
     """Up to 7 rows, and any number if outputs are no multiple of 8, pass over single rows and blocks of the weight."""
     outputs = 128 * torch.get_num_threads() + 15  # enough per thread for a copy of x

@@ -4,17 +4,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "products.h"
 
 namespace {
 
-// Rows of x and of the weight whose sums fit the registers. kFewRows: up to so many rows of x, products are bound by memory
-// even with one row of the weight at a time. With more, they are also bound by arithmetic and by reading x, which several
-// rows of the weight share.
-constexpr int64_t kTileRows = 4;
+// Rows of x and of the weight whose sums fit the registers. With kFewRows of x at most, whose numbers stay in level 1,
+// products are bound by memory even with one row of the weight at a time. Otherwise they are also bound by arithmetic and
+// by reading x, which several rows of the weight share.
+constexpr int64_t kTileRows = 4, kFewNumbers = 1 << 14;
 #ifdef __AVX512F__
-constexpr int64_t kTileWeights = 4, kFewRows = 4;
+constexpr int64_t kTileWeights = 4, kFewRows = 6;
 #else
 constexpr int64_t kTileWeights = 1, kFewRows = 1;
 #endif
@@ -41,7 +42,7 @@ FORCE_INLINE void add_products(const BFloat16* x, int64_t stride, const BFloat16
     asm("" : "+v"(ws[j].part[0]));  // or GCC reads it again for each row of x, if there are three
 #endif
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int m = 0; m < kM; m++) {
     const Bits xs = load_as<Bits>(x + m * stride);
 #pragma GCC unroll 4
@@ -118,7 +119,7 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, boo
                int64_t K) {
   constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
   Vec sums[kSummed * kTileRows * kBlock];
-  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = kTileWeights > 1 ? kPart : K;
+  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = tiles > 1 && kTileWeights > 1 ? kPart : K;
   const int64_t lines = (2 * kTileWeights - 1) / tiles + 1;  // to ask for per 64 channels
   const char* next = reinterpret_cast<const char*>(w + weights * K);
   const char* const end = next + (is_last_block ? 0 : weights * K * sizeof *w);
@@ -167,10 +168,12 @@ void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16*
       run_block(rows, M, weight + n * K, weights, n + 2 * weights > n1, y + n, N, K);
   };
   if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
-  const bool is_block = n1 - n0 == kBlock / 2;  // alone, as lossless.cpp unpacks them: it is in the cache
-  if (M > kFewRows || (M > 1 && is_block)) run_blocks(kBlock / 2);
+  const bool is_one_block = n1 - n0 == kBlock / 2;  // as lossless.cpp unpacks it: in the cache
+  const bool is_stream = M == 1 || (M <= kFewRows && M * K <= kFewNumbers && !is_one_block);
+  if (!is_stream) run_blocks(kBlock / 2);
   constexpr decltype(&multiply_rows<1>) kForms[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
-                                                    multiply_rows<4>};
-  for (int64_t m = 0; n < n1 && m < M; m += kTileRows)
-    kForms[std::min(M - m, kTileRows) - 1](x + m * K, weight, y + m * N, n, n1, N, K);
+                                                    multiply_rows<4>, multiply_rows<5>, multiply_rows<6>};
+  constexpr int64_t kMost = std::size(kForms);
+  for (int64_t m = 0; n < n1 && m < M; m += kMost)
+    kForms[std::min(M - m, kMost) - 1](x + m * K, weight, y + m * N, n, n1, N, K);
 }

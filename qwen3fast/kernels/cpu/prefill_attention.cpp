@@ -170,17 +170,27 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
       store(y + r / G * y_stride + r % G * D + d, load(&tile.out[r * D + d]) / tile.total[r]);
 }
 
+// The tile that is number n in an order in which threads, each with a share of `each` tiles, read keys of the same head at
+// the same time: a long cache's heads together are more than the level 3 cache holds. Every other round of tiles is
+// reversed, since later queries see more keys.
+int64_t interleaved(int64_t n, int64_t each, int64_t threads) {
+  const int64_t round = n % each, thread = n / each;
+  return round * threads + (round % 2 ? threads - 1 - thread : thread);
+}
+
 template <typename N>
 void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached, const int64_t* position,
                    const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
                    int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
-  parallel_for(B * K * tiles, 1, threads, [&](int64_t begin, int64_t end) {
+  const int64_t count = B * K * tiles, each = count / threads;
+  parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
     std::optional<TileUse> use;
     if (tiles_are_used) use.emplace();
     Tile tile(padded_rows(std::min(queries, T) * G), D);
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t n = begin; n < end; n++) {
+      const int64_t i = count % threads ? n : interleaved(n, each, threads);
       const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
       const int64_t token = b * T + first, column = head * G * D;
       attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
