@@ -19,7 +19,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 # The range is pyproject.toml's: another version would be replaced below by PyPI's build.
-RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9,<2.15"
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9,<2.16"
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[server,structured]" && rm -r /wheels
 RUN useradd --uid 10001 --create-home --home-dir /cache qwen3fast

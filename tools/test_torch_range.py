@@ -50,7 +50,7 @@ class Outcome:
 
 
 def stated_range(text: str) -> tuple[str, str]:
-    """Return the oldest release and the first one beyond the range, from pyproject.toml's text: ("2.9", "2.15").
+    """Return the oldest release and the first one beyond the range, from pyproject.toml's text: ("2.9", "2.16").
 
     Raises: ValueError if it states no such range.
     """

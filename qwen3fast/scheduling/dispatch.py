@@ -41,7 +41,7 @@ class Dispatcher:
         """The engine. Raises: ClosedError after `close`."""
         return self.worker.scheduler.engine
 
-    def run(self, handles: list[RequestHandle], use_cache: bool, report: Callable[[], None]) -> None:
+    def run(self, handles: list[RequestHandle], use_cache: bool, report: Callable[[], object]) -> None:
         """Run requests to completion. use_cache: False computes without a cache. report: called after each reply."""
         if not use_cache:
             for handle in handles:
