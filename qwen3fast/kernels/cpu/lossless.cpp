@@ -153,10 +153,9 @@ void lossless_rows(const BFloat16* x, int64_t M, const Linear& weight, BFloat16*
     for (int64_t n = begin; n < end; n++) y[n] = dot(weight, n, x);
     return;
   }
-  constexpr int64_t kTogether = 4;
   static thread_local Lines<BFloat16> room;
-  for (int64_t n = begin; n < end; n += kTogether) {
-    const int64_t count = std::min(kTogether, end - n);
+  for (int64_t n = begin; n < end; n += kUnpackedRows) {
+    const int64_t count = std::min(kUnpackedRows, end - n);
     matvec_rows(x, M, plain_rows(weight, n, count, room), y + n, 0, count, width, weight.K);
   }
 }

@@ -55,6 +55,9 @@ inline const BFloat16* plain_rows(const Linear& weight, int64_t n, int64_t count
   return room.data();
 }
 
+// Rows of a lossless weight that are unpacked and multiplied at a time.
+constexpr int64_t kUnpackedRows = 4;
+
 // y[m, n] for rows begin..end-1 of a lossless weight; `width` is the distance between two rows m of y.
 void lossless_rows(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);

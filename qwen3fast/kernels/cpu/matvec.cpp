@@ -10,22 +10,30 @@
 
 namespace {
 
-// Rows of x and of the weight whose sums fit the registers. With kFewRows of x at most, whose numbers stay in level 1,
-// products are bound by memory even with one row of the weight at a time. Otherwise they are also bound by arithmetic and
-// by reading x, which several rows of the weight share.
-constexpr int64_t kTileRows = 4, kFewNumbers = 1 << 14;
-#ifdef __AVX512F__
-constexpr int64_t kTileWeights = 4, kFewRows = 6;
-#else
-constexpr int64_t kTileWeights = 1, kFewRows = 1;
-#endif
-static_assert(kTileRows * kTileWeights <= kLanes);
+// With few rows of x, whose numbers stay in level 1, products are bound by memory even with one row of the weight at a time.
+// Otherwise they are also bound by arithmetic and by reading x, which several rows of the weight share.
+constexpr int64_t kFewRows = kRegister == 64 ? 6 : 1;
+constexpr bool is_few(int64_t M, int64_t K) { return M == 1 || (M <= kFewRows && M * K <= (M > 4 ? 10 << 10 : 20 << 10)); }
 
-constexpr int64_t kManyTiles = 3;     // of rows of x, from which larger blocks of the weight are faster
-constexpr int64_t kBlock = 8;         // rows of a larger block; the others have half as many
-constexpr int64_t kPart = 1024;       // channels of a block that stay in level 1 beside those of a tile's rows
+// Rows of x and of the weight whose sums fit the registers: a tile.
+constexpr int64_t kTileRows = kRegister == 64 ? 8 : 4;
+constexpr int tile_weights(int64_t rows) { return kRegister < 64 ? 1 : rows > 4 ? 2 : 4; }
+constexpr int64_t kStep = tile_weights(1);  // a multiple of the others
+
+// The most rows of x in a tile, and of the weight in a block, of all tiles in turn.
+struct Shape {
+  int64_t rows, weights;
+};
+constexpr Shape shape_for(int64_t M) {
+  if (kRegister < 64) return {kTileRows, M > 8 ? 8 : 4};
+  return M > 24 ? Shape{4, 8} : Shape{kTileRows, M > 8 ? 64 : 32};
+}
+
+// With AVX-512, a part of a block's channels comes after the other: those of a tile's rows stay in level 1.
+constexpr int64_t kPart = 1024;
+constexpr bool has_parts(int64_t M) { return kRegister == 64 && M > 4; }
 constexpr int64_t kWorthACopy = 128;  // rows of the weight, from which rows of x are copied into parts
-constexpr int64_t kSummed = 8;        // tiles whose sums are kept from part to part
+constexpr int64_t kSummedRows = 32;   // of x, whose sums are kept from part to part
 
 // Sums of kM rows of x with kN rows of the weight.
 template <int kM, int kN>
@@ -35,63 +43,63 @@ using Totals = Vec[kM][kN];
 template <int kM, int kN>
 FORCE_INLINE void add_products(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K, Totals<kM, kN>& total) {
   Bits ws[kN];
-#pragma GCC unroll 4
-  for (int j = 0; j < kN; j++) {
+  unrolled<kN>([&](auto j) INLINE_BODY {
     ws[j] = load_as<Bits>(w + j * K);
 #ifdef __AVX512F__
     asm("" : "+v"(ws[j].part[0]));  // or GCC reads it again for each row of x, if there are three
 #endif
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < kM; m++) {
+  });
+  unrolled<kM>([&](auto m) INLINE_BODY {
     const Bits xs = load_as<Bits>(x + m * stride);
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; j++) total[m][j] = dot2(total[m][j], ws[j], xs);
-  }
+    unrolled<kN>([&](auto j) INLINE_BODY { total[m][j] = dot2(total[m][j], ws[j], xs); });
+  });
 }
 
 // The same of 16 channels.
 template <int kM, int kN>
 FORCE_INLINE void add_last_products(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K,
                                     Totals<kM, kN>& total) {
-  for (int m = 0; m < kM; m++)
-    for (int j = 0; j < kN; j++) total[m][j] += load(w + j * K) * load(x + m * stride);
+  unrolled<kM * kN>([&](auto i) INLINE_BODY {
+    total[i / kN][i % kN] += load(w + i % kN * K) * load(x + i / kN * stride);
+  });
 }
 
 // Writes sums: y (kM, kN), rows N apart.
 template <int kM, int kN>
 FORCE_INLINE void write(const Totals<kM, kN>& total, BFloat16* y, int64_t N) {
   BFloat16 numbers[kLanes];
-  if (kM * kN == 1) {
+  if constexpr (kM * kN == 1) {
     store(numbers, fill(sum(total[0][0])));
   } else {
-    Vec all[kLanes] = {};
-    for (int i = 0; i < kM * kN; i++) all[i] = total[i / kN][i % kN];
+    Vec all[kLanes];
+    unrolled<kLanes>([&](auto i) INLINE_BODY { all[i] = i < kM * kN ? total[i / kN % kM][i % kN] : Vec{}; });
     store(numbers, sums(all));
   }
   for (int m = 0; m < kM; m++) std::memcpy(y + m * N, numbers + m * kN, kN * sizeof *y);
 }
 
-// Some channels of kM rows of x with kTileWeights rows of the weight. Sums begin with zero or go on from `sums`, and are
-// kept there if y is null. Lines are asked for per 64 channels.
+// Some channels of kM rows of x with a tile's rows of the weight. Sums begin with zero or go on from `sums`, and are kept
+// there if y is null. Lines are asked for per 64 channels.
 template <int kM>
 __attribute__((noinline)) void run_tile(const BFloat16* x, int64_t stride, const BFloat16* w, int64_t K, int64_t channels,
                                         bool goes_on, Vec* sums, BFloat16* y, int64_t N, Ahead ahead) {
-  Totals<kM, kTileWeights> total = {};
+  constexpr int kN = tile_weights(kM);
+  static_assert(kM * kN <= kLanes);
+  Totals<kM, kN> total;
   if (goes_on)
-#pragma GCC unroll 16
-    for (int i = 0; i < kM * kTileWeights; i++) total[i / kTileWeights][i % kTileWeights] = sums[i];
+    unrolled<kM * kN>([&](auto i) INLINE_BODY { total[i / kN][i % kN] = sums[i]; });
+  else
+    unrolled<kM * kN>([&](auto i) INLINE_BODY { total[i / kN][i % kN] = Vec{}; });
   int64_t k = 0;
   for (; k + 4 * kLanes <= channels; k += 4 * kLanes) {
     ahead.ask<kIntoL1>();
-    add_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
-    add_products<kM, kTileWeights>(x + k + 2 * kLanes, stride, w + k + 2 * kLanes, K, total);
+    add_products<kM, kN>(x + k, stride, w + k, K, total);
+    add_products<kM, kN>(x + k + 2 * kLanes, stride, w + k + 2 * kLanes, K, total);
   }
-  for (; k + 2 * kLanes <= channels; k += 2 * kLanes) add_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
-  if (k < channels) add_last_products<kM, kTileWeights>(x + k, stride, w + k, K, total);
-  if (y) return write<kM, kTileWeights>(total, y, N);
-#pragma GCC unroll 16
-  for (int i = 0; i < kM * kTileWeights; i++) sums[i] = total[i / kTileWeights][i % kTileWeights];
+  for (; k + 2 * kLanes <= channels; k += 2 * kLanes) add_products<kM, kN>(x + k, stride, w + k, K, total);
+  if (k < channels) add_last_products<kM, kN>(x + k, stride, w + k, K, total);
+  if (y) return write<kM, kN>(total, y, N);
+  unrolled<kM * kN>([&](auto i) INLINE_BODY { sums[i] = total[i / kN][i % kN]; });
 }
 
 // Rows of x, how far apart they are, and their parts of kPart channels.
@@ -112,25 +120,30 @@ Rows in_parts(const BFloat16* x, int64_t M, int64_t K) {
   return {room.data(), kStride, M * kStride};
 }
 
-// A block of the weight's rows with M rows of x, which are read from level 2 once per block. With AVX-512, a part of the
-// channels comes after the other, each with up to 32 rows of x. Meanwhile, the block that follows is asked for line by line,
-// and memory never rests: into level 1, whose latency arithmetic hides.
-void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, bool is_last_block, BFloat16* y, int64_t N,
+// A block of the weight's rows with M rows of x, in tiles. Meanwhile, the `following` rows are asked for line by line, and
+// memory never rests: into level 1, whose latency arithmetic hides.
+void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, int64_t following, BFloat16* y, int64_t N,
                int64_t K) {
-  constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
-  Vec sums[kSummed * kTileRows * kBlock];
-  const int64_t tiles = (M + kTileRows - 1) / kTileRows, most = tiles > 1 && kTileWeights > 1 ? kPart : K;
-  const int64_t lines = (2 * kTileWeights - 1) / tiles + 1;  // to ask for per 64 channels
+  constexpr decltype(&run_tile<1>) kForms[] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>,
+#ifdef __AVX512F__
+                                               run_tile<5>, run_tile<6>, run_tile<7>, run_tile<8>
+#endif
+  };
+  static_assert(std::size(kForms) == kTileRows);
+  static thread_local Lines<Vec> sums(kSummedRows * shape_for(kTileRows + 1).weights);
+  const int64_t most = shape_for(M).rows, tiles = (M + most - 1) / most, summed = kSummedRows / most;
+  const int64_t part = has_parts(M) ? kPart : K;
+  const int64_t lines = (2 * tile_weights((M + tiles - 1) / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
   const char* next = reinterpret_cast<const char*>(w + weights * K);
-  const char* const end = next + (is_last_block ? 0 : weights * K * sizeof *w);
-  for (int64_t first = 0; first < tiles; first += kSummed)
-    for (int64_t k = 0; k < K; k += most) {
-      const int64_t channels = std::min(most, K - k), asked = channels / (4 * kLanes) * lines * 64;
+  const char* const end = next + following * K * int64_t{sizeof *w};
+  for (int64_t first = 0; first < tiles; first += summed)
+    for (int64_t k = 0; k < K; k += part) {
+      const int64_t channels = std::min(part, K - k), asked = channels / (4 * kLanes) * lines * 64;
       const bool is_last = k + channels == K;
-      for (int64_t tile = first; tile < std::min(tiles, first + kSummed); tile++) {
+      for (int64_t tile = first; tile < std::min(tiles, first + summed); tile++) {
         const int64_t m = M * tile / tiles, rows = M * (tile + 1) / tiles - m;
-        Vec* const kept = sums + (tile - first) * kTileRows * weights;
-        for (int64_t n = 0; n < weights; n += kTileWeights, next += asked)
+        Vec* const kept = sums.data() + (tile - first) * most * weights;
+        for (int64_t n = 0; n < weights; n += tile_weights(rows), next += asked)
           kForms[rows - 1](x.first + k / kPart * x.part + m * x.stride, x.stride, w + n * K + k, K, channels, k > 0,
                            kept + n * rows, is_last ? y + m * N + n : nullptr, N, {next, next < end ? lines : 0});
       }
@@ -160,17 +173,13 @@ void multiply_rows(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64
 void matvec_rows(const BFloat16* x, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                  int64_t K) {
   int64_t n = n0;
-  const bool is_few = M <= kSummed * kTileRows, is_many = n1 - n0 >= kWorthACopy;
-  const bool has_parts = M > kTileRows && is_few && is_many && kTileWeights > 1 && K > kPart;
-  const Rows rows = has_parts ? in_parts(x, M, K) : Rows{x, K, kPart};
-  const auto run_blocks = [&](int64_t weights) {
-    for (; n + weights <= n1; n += weights)
-      run_block(rows, M, weight + n * K, weights, n + 2 * weights > n1, y + n, N, K);
-  };
-  if (M > (kManyTiles - 1) * kTileRows) run_blocks(kBlock);
-  const bool is_one_block = n1 - n0 == kBlock / 2;  // as lossless.cpp unpacks it: in the cache
-  const bool is_stream = M == 1 || (M <= kFewRows && M * K <= kFewNumbers && !is_one_block);
-  if (!is_stream) run_blocks(kBlock / 2);
+  if (!is_few(M, K) || (M > 1 && n1 - n0 == kUnpackedRows)) {  // lossless.cpp's lie in the cache
+    const bool is_copied = has_parts(M) && M <= kSummedRows && K > kPart && n1 - n0 >= kWorthACopy;
+    const Rows rows = is_copied ? in_parts(x, M, K) : Rows{x, K, kPart};
+    const auto block = [&](int64_t begin) { return std::min(shape_for(M).weights, n1 - begin) / kStep * kStep; };
+    for (int64_t weights; (weights = block(n)) > 0; n += weights)
+      run_block(rows, M, weight + n * K, weights, block(n + weights), y + n, N, K);
+  }
   constexpr decltype(&multiply_rows<1>) kForms[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                                                     multiply_rows<4>, multiply_rows<5>, multiply_rows<6>};
   constexpr int64_t kMost = std::size(kForms);

@@ -124,6 +124,12 @@ struct Scales {
   }
 };
 
+// Whether M rows of x pass over two blocks of the weight at a time, which share the loads of x. One stays in level 1 while few
+// rows pass. Reading minimums of both first pays from 33 rows on.
+constexpr bool takes_two_blocks(Kind kind, int64_t M) {
+  return kRegister == 64 && M > (has_minimums(kind) ? 32 : kind == kInt8 ? 7 : 8);
+}
+
 // kM rows of x times kBlocks blocks of 16 weight rows. `width` is the distance between two rows of y. scales: of several
 // blocks whose scales are in records; a single block reads its own. ahead: asked for beside several blocks, per unit.
 template <Kind kKind, int kM, int kBlocks>
@@ -144,7 +150,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   for (int b = 0; kKind > kInt4 && !kIsRead && b < kBlocks; b++) records[b].start(weight, block + b);
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
-    if (kBlocks > 1) ahead.ask();
+    if (kBlocks > 1) ahead.ask<kIntoL1>();
     ByteSums<kBits> sum[kBlocks][kM];
     const auto offset_of = [&](int m) { return has_minimums(kKind) ? 0 : offset[m * G + g]; };
     Bits high[kBlocks] = {};
@@ -224,8 +230,8 @@ void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weig
   if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales, ahead);
 }
 
-// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks asks for a part
-// of the next ones before `end`.
+// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks has about as many
+// rows, and asks for a part of the next ones before `end`.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t end, int64_t width) {
   constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 6;
@@ -235,20 +241,19 @@ void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, in
   const Ahead ahead{static_cast<const char*>(weight.weight) + next * G * kLines * 64, (lines + passes - 1) / passes};
   thread_local Scales scales;
   if constexpr (has_read_scales(kKind, kBlocks)) scales.read<kKind>(weight, block, kBlocks);
-  for (int64_t m = 0, asked = 0; m < M; m += kM, asked += ahead.count)
-    few_rows<kKind, kBlocks, kM>(std::min<int64_t>(kM, M - m), x, m, weight, y, block, width, scales,
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t m = kBlocks > 1 ? M * pass / passes : pass * kM, asked = pass * ahead.count;
+    const int64_t following = kBlocks > 1 ? M * (pass + 1) / passes : std::min(M, m + kM);
+    few_rows<kKind, kBlocks, kM>(following - m, x, m, weight, y, block, width, scales,
                                  {ahead.next + asked * G * 64, asked < lines ? ahead.count : 0});
+  }
 }
 
-// A few rows, and all without AVX-512: one block at a time, which stays in the cache while all rows pass. With more rows,
-// two blocks share the loads of x. Reading minimums of both first pays from 33 rows on.
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
-  constexpr int64_t kFew = has_minimums(kKind) ? 32 : 8;
-  if constexpr (kRegister == 64)
-    if (M > kFew)
-      for (; begin + 2 <= end; begin += 2) rows<kKind, 2>(x, M, weight, y, begin, end, width);
+  if (takes_two_blocks(kKind, M))
+    for (; begin + 2 <= end; begin += 2) rows<kKind, kRegister < 64 ? 1 : 2>(x, M, weight, y, begin, end, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, end, width);
 }
 

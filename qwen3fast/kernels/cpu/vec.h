@@ -161,6 +161,16 @@ FORCE_INLINE Wide<T> shuffle(Wide<T> a, Wide<T> b) {
   return result;
 }
 
+// Calls body(0), ..., body(kCount - 1), each with a constant: compilers keep arrays in registers only if no index varies.
+// A body that is a lambda needs INLINE_BODY behind its parameters.
+#define INLINE_BODY __attribute__((always_inline))
+template <int kCount, typename Body>
+FORCE_INLINE void unrolled(const Body& body) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) INLINE_BODY {
+    (body(std::integral_constant<int, kIndex>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
 constexpr int64_t kLanes = 16;
 typedef Wide<float> Vec;
 typedef Wide<int32_t> Ints;
