@@ -58,15 +58,15 @@ def load_model(
         dtype: of weights and activations: "auto" (the checkpoint's), "bfloat16", "float16", "float32", or a dtype.
         revision: a branch, tag or commit on the hub. Local checkpoints have none: there it is ignored, with a warning.
         progress: show a bar while weights load.
-        quantization: "int8", "int4", "uint4" or "fp8", and on CPUs "int6" or "uint5", quantizes the weights while
-            loading; "lossless" packs bfloat16 weights in 12 bits each, exactly, for CPUs. None keeps the format of
-            checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8, AWQ, GPTQ,
+        quantization: "int8", "int4", "uint4" or "fp8", and on CPUs "int6", "uint5" or "nl4", quantizes the weights
+            while loading; "lossless" packs bfloat16 weights in 12 bits each, exactly, for CPUs. None keeps the format
+            of checkpoints that `save_quantized` wrote. Of checkpoints that other software quantized (fp8, AWQ, GPTQ,
             compressed-tensors), None loads floats in fp8 (the same numbers and scales), symmetric 4-bit levels in int4
             (the same levels, scales rounded to bfloat16), the ones with zero points in uint4, and other levels in int8,
             embedding and output projection as they are. Of GGUF files, None keeps Q4_0 in int4, Q4_1 and Q4_K in uint4,
-            on CPUs Q5_0, Q5_1 and Q5_K in uint5 and Q6_K in int6, and loads other quantized types in int8. For both,
-            "dequantize" loads plain weights throughout, and the name of a format takes over numbers and levels that it
-            can hold, and otherwise quantizes the dequantized weights.
+            on CPUs Q5_0, Q5_1 and Q5_K in uint5, Q6_K in int6, IQ4_NL and IQ4_XS in nl4, and loads other quantized
+            types in int8. For both, "dequantize" loads plain weights throughout, and the name of a format takes over
+            numbers and levels that it can hold, and otherwise quantizes the dequantized weights.
         output_projection: False leaves out an untied one, which embeddings do not need (it may lack weights).
         adapter: a LoRA adapter in PEFT's layout, a folder or a hub id, merged before weights are quantized.
         check_weights: refuse NaN and infinity, which reads all weights once (mapped ones are otherwise read when first

@@ -17,7 +17,8 @@ from qwen3fast.model import Qwen3
 Kind = gguf.GGMLQuantizationType
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where the scales in float16 stand in a block of those types that gguf cannot write; other bytes may be anything.
-SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+          "IQ4_XS": (0,)}  # fmt: skip
 
 
 def encode(weight: Tensor, kind: str, seed: int = 0) -> np.ndarray:

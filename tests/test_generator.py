@@ -450,7 +450,7 @@ def test_warmup_is_refused_while_requests_run(generator):
 
 
 def test_unknown_quantization_is_refused_by_name():
-    formats = "int8, int4, uint4, fp8, int6, uint5, lossless"
+    formats = "int8, int4, uint4, fp8, int6, uint5, nl4, lossless"
     with pytest.raises(ValueError, match=f"quantization='fp3' is not supported; supported: {formats}, or None"):
         Generator.from_pretrained("tiny", quantization="fp3")
 

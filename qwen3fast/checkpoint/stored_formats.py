@@ -15,16 +15,17 @@ from torch import nn
 from qwen3fast.checkpoint.safetensors import open_tensors, tensors_by_file
 from qwen3fast.model import FeedForward, Qwen3
 from qwen3fast.quantization.convert import get_format
-from qwen3fast.quantization.formats import FOR_CPUS, GROUP, Format
+from qwen3fast.quantization.formats import FOR_CPUS, GROUP, SHORT_NL4, Format
 from qwen3fast.quantization.fp8 import scale_shape
 from qwen3fast.quantization.layers import HIDDEN_ORDER, ORDERS, QuantizedEmbedding, QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, empty_order
 from qwen3fast.quantization.uint4 import Layout, is_layout
 
 UINT5 = get_format("uint5")
-# Formats whose packed weights, not only the scales, differ in shape from the ones of other formats.
+# Formats that their tensors' shapes tell apart from all others.
 WITH_OTHER_SHAPES = (
     *FOR_CPUS.values(),
+    SHORT_NL4,
     UINT5.with_layout(lambda _: Layout(GROUP, has_zero=True)),
     UINT5.with_layout(lambda _: Layout(GROUP)),
 )

@@ -25,7 +25,7 @@ MODEL_HELP = (
     "(random weights of that size) [%(default)s]"
 )
 QUANTIZATION_HELP = (
-    "quantize the weights while loading; int6, uint5: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; "
+    "quantize the weights while loading; int6, uint5, nl4: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; "
     "dequantize: use a prequantized checkpoint unquantized"
 )
 NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"

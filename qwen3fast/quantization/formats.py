@@ -1,8 +1,8 @@
 """The formats of packed weights: how they are quantized; packed.py describes the order of their bytes.
 
 int8 and int4 are symmetric: weight = (level - zero) * scale with zero 128 or 8; so is int6 (int6.py). In fp8, weight =
-float8 number * scale (fp8.py). uint4 and uint5 have a minimum or a zero point per group (uint4.py). lossless has all
-bits of bfloat16 (lossless.py).
+float8 number * scale (fp8.py). uint4 and uint5 have a minimum or a zero point per group (uint4.py). Levels of nl4 are
+looked up in a table (nl4.py). lossless has all bits of bfloat16 (lossless.py).
 
     N out_features   K in_features
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE
 from qwen3fast.kernels.cpu.ops import quantize_weight
-from qwen3fast.kernels.cpu.structures import INT6_SPAN, RECORD, SHORT_SPAN, bfloat16_scales, in_features_of
+from qwen3fast.kernels.cpu.structures import INT6_SPAN, NL4_SPAN, RECORD, SHORT_SPAN, bfloat16_scales, in_features_of
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.int6 import int6_shape, quantize_int6, rows_int6
 from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
+from qwen3fast.quantization.nl4 import nl4_shape, quantize_nl4, rows_nl4
 from qwen3fast.quantization.packed import (
     GROUP,
     LANES,
@@ -108,7 +109,7 @@ class Format:
 
     def steps(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Return step and minimum of each group in 4 bits, (N, K/32) float32: weight = level * step - minimum."""
-        assert self.bits == 4, "other formats have no groups"
+        assert self.name in ("int4", "uint4"), "other formats have no such groups"
         row_N = torch.arange(packed.weight.shape[0] * LANES, device=packed.weight.device)
         if self.is_affine:
             return scales_uint4(packed, row_N)
@@ -128,8 +129,10 @@ class Format:
         if self.is_affine:
             records = self.layout_of(in_features).shape(out_features, in_features)
             return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
-        if self.bits == 6:
-            return Packed(weight, torch.empty(int6_shape(out_features, in_features), dtype=torch.uint8, device=device))
+        if self.name in ("int6", "nl4"):
+            sizes = out_features, in_features
+            records = int6_shape(*sizes) if self.bits == 6 else nl4_shape(*sizes, self.multiple)
+            return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))
 
 
@@ -210,11 +213,14 @@ FORMATS = {
     "fp8": Format("fp8", 8, quantize_fp8, rows_fp8),
 }
 QUANTIZE_UINT5 = partial(quantize_uint4, layout_of=Layout.short, bits=5)
-# What GGUF's types of 5 and 6 bits are kept in; there are no kernels for other devices.
+# What GGUF's types of 5 and 6 bits and IQ4_XS are kept in; there are no kernels for other devices.
 FOR_CPUS = {
     "int6": Format("int6", 6, quantize_int6, rows_int6, devices=("cpu",), multiple=INT6_SPAN),
     "uint5": Format("uint5", 5, QUANTIZE_UINT5, rows_uint4, True, Layout.short, devices=("cpu",), multiple=SHORT_SPAN),
+    "nl4": Format("nl4", 4, quantize_nl4, rows_nl4, devices=("cpu",), multiple=NL4_SPAN),
 }
+# nl4 as IQ4_NL of GGUF has it: a scale in float16 per 32 channels.
+SHORT_NL4 = replace(FOR_CPUS["nl4"], quantize=partial(quantize_nl4, span=GROUP), multiple=GROUP)
 SAVED_FORMATS = FORMATS | FOR_CPUS  # which checkpoints may be in
 # With the one that quantizes nothing.
 ALL_FORMATS = SAVED_FORMATS | {

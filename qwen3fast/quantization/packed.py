@@ -34,6 +34,7 @@ class Packed(NamedTuple):
            channel 4j+i; scale (N/16, K/256, 256) uint8.
     int6:  weight (N/16, K*6/32, 16, 4) uint8: of 16 channels as in int4, then their high bits, bits 2j and 2j+1 of byte
            i for channel 4j+i; scale (N/16, K/256, 288) uint8, see int6.py.
+    nl4:   weight as in int4; scale (N/16, K/256, 160) uint8, or (N/16, K/32, 32), see nl4.py.
     """
 
     weight: Tensor

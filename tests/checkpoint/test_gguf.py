@@ -110,7 +110,7 @@ def test_floats_keep_their_dtype_and_are_the_mapped_pages(tmp_path, kind):
     assert file.read_bytes() == before
 
 
-KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,9 +202,12 @@ def test_the_part_that_reads_images_is_refused_with_what_to_load(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "format", "more_bits"),
-    [("Q5_K", "uint5", 0), ("Q6_K", "int6", 0), ("Q5_0", "uint5", 0.25), ("Q5_1", "uint5", 0.5)],
-)
-def test_5_and_6_bits_are_kept_exactly(tmp_path, kind, format, more_bits):
+    [
+        ("Q5_K", "uint5", 0), ("Q6_K", "int6", 0), ("Q5_0", "uint5", 0.25), ("Q5_1", "uint5", 0.5),
+        ("IQ4_NL", "nl4", 0), ("IQ4_XS", "nl4", 0.0625),
+    ],
+)  # fmt: skip
+def test_types_for_cpus_are_kept_exactly(tmp_path, kind, format, more_bits):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)
     loaded = load_model(file, "cpu")
@@ -220,7 +223,7 @@ def test_5_and_6_bits_are_kept_exactly(tmp_path, kind, format, more_bits):
             assert_same(ours, decode(*written[name]))  # bit for bit
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "IQ4_XS"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q3_K"])
 def test_other_types_become_int8_within_half_a_step(tmp_path, kind):
     file = tmp_path / "model.gguf"
     written = write_gguf(file, randomized(small_config(**SIZES, tie_word_embeddings=False)), kind)

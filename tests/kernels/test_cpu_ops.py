@@ -26,9 +26,10 @@ from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model
-from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, pack_int4, pack_int8, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, SHORT_NL4, pack_int4, pack_int8, quantize
 from qwen3fast.quantization.int6 import pack_int6
 from qwen3fast.quantization.layers import QuantizedLinear
+from qwen3fast.quantization.nl4 import pack_nl4
 from qwen3fast.quantization.uint4 import pack_minimums
 
 CPU = torch.device("cpu")
@@ -148,7 +149,7 @@ def test_linear_refuses_what_it_cannot_do(x, weight):
     ("format", "level", "weight"),
     [
         ("int8", 0, -128), ("int8", 255, 127), ("int6", 0, -32), ("int6", 63, 31), ("uint5", 31, 30), ("int4", 0, -8),
-        ("int4", 15, 7),
+        ("int4", 15, 7), ("nl4", 0, -127), ("nl4", 15, 113),
     ],
 )  # fmt: skip
 def test_the_largest_levels_do_not_overflow(format, level, weight, rows):
@@ -158,6 +159,7 @@ def test_the_largest_levels_do_not_overflow(format, level, weight, rows):
         "int6": lambda: pack_int6(levels, one[:, :1], one),
         "uint5": lambda: pack_minimums(levels, one[:, :1], one[:, :1], one[:, :8], one[:, :8], is_short=True, bits=5),
         "int4": lambda: pack_int4(levels, one[:, :8]),
+        "nl4": lambda: pack_nl4(levels, one[:, :1], one[:, :8]),
     }[format]()
     x = torch.tensor([1.0, -1.0] * rows)[:rows, None].expand(rows, 256).bfloat16().contiguous()
     y = torch.ops.qwen3fast.quantized_linear(x, [packed.weight], [packed.scale])
@@ -808,9 +810,10 @@ def test_operations_for_other_processors(processor, tmp_path):
         gate_up, down = operands(random_tensor(5 * 64, 64), format), operands(random_tensor(5 * 64, 32), format)
         expert_NC = torch.tensor([[3, 1], [3, 4]])
         cases.append(("quantized_experts", (random_tensor(2, 64).bfloat16(), expert_NC, list(gate_up), list(down))))
-    names = ("int4", "lossless", "int6", "uint5")
+    names = ("int4", "lossless", "int6", "uint5", "nl4")
     in_bytes, *others = (quantize(0.02 * random_tensor(48, 256), ALL_FORMATS[name]) for name in names)
     in_bytes = in_bytes._replace(scale=pack_scales(in_bytes.scale))
+    others.append(quantize(0.02 * random_tensor(48, 256), SHORT_NL4))
     for rows, packed in product((1, 4, 11), (in_bytes, *others)):
         cases.append(("quantized_linear", (random_tensor(rows, 256).bfloat16(), [packed.weight], [packed.scale])))
     for packed in others[1:]:

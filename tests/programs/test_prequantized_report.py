@@ -10,9 +10,9 @@ from qwen3fast.bench.record import load_record
 from qwen3fast.kernels import cpu
 
 EXACT = {
-    "GGUF, Q4_1", "GGUF, Q4_K", "GGUF, Q5_0", "GGUF, Q5_1", "GGUF, Q5_K", "GGUF, Q6_K", "AWQ, groups of 128",
-    "AWQ, groups of 32", "GPTQ, 4 bits, zero points", "GPTQ, 4 bits, desc_act", "FP8, blocks", "FP8, rows",
-    "FP8, one scale",
+    "GGUF, Q4_1", "GGUF, Q4_K", "GGUF, Q5_0", "GGUF, Q5_1", "GGUF, Q5_K", "GGUF, Q6_K", "GGUF, IQ4_NL",
+    "GGUF, IQ4_XS", "AWQ, groups of 128", "AWQ, groups of 32", "GPTQ, 4 bits, zero points", "GPTQ, 4 bits, desc_act",
+    "FP8, blocks", "FP8, rows", "FP8, one scale",
 }  # fmt: skip
 
 
@@ -35,4 +35,5 @@ def test_every_type_has_an_error_a_size_and_a_speed(tmp_path, monkeypatch, capsy
     assert rows["FP8, rows"][:4] == ["fp8", "0", "8.06", "8.12"] and rows["FP8, one scale"][:3] == ["fp8", "0", "8.00"]
     assert rows["GGUF, Q6_K"][:4] == ["int6", "0", "6.56", "6.56"]
     assert rows["GGUF, Q5_K"][:4] == ["uint5", "0", "5.50", "5.50"]
-    assert rows["GGUF, IQ4_XS"][0] == "int8" and rows["GGUF, IQ4_XS"][2] == "4.25"
+    assert rows["GGUF, IQ4_NL"][:4] == ["nl4", "0", "4.50", "4.50"]
+    assert rows["GGUF, IQ4_XS"][:4] == ["nl4", "0", "4.25", "4.31"]

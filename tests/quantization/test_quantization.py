@@ -436,7 +436,7 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 def test_unknown_and_conflicting_formats_are_refused(tmp_path):
     with pytest.raises(
         ValueError,
-        match="quantization='int3' is not supported; supported: int8, int4, uint4, fp8, int6, uint5, lossless",
+        match="quantization='int3' is not supported; supported: int8, int4, uint4, fp8, int6, uint5, nl4, lossless",
     ):
         load_model("no/such/folder/is/looked/for", quantization="int3")
     save_model(quantized_model(INT8), tmp_path)

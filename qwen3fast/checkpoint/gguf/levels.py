@@ -2,9 +2,9 @@
 
 A block holds channels of a row. Of Q4_0's to Q5_1's 32 channels, the first 16 are in the low halves of 16 bytes; of
 Q4_K's 256, each 32 bytes hold 32 channels in the low halves and the next 32 in the high ones. Q5_K and Q6_K have 256
-channels as well.
-Source: block_q4_0 to block_q5_1 and block_q4_K to block_q6_K of ggml-common.h, get_scale_min_k4 of ggml-quants.c, both
-in github.com/ggml-org/ggml.
+channels as well. IQ4_NL's blocks are as Q4_0's, and IQ4_XS has 256 channels in eight of them.
+Source: block_q4_0 to block_q5_1, block_q4_K to block_q6_K and block_iq4_xs of ggml-common.h, get_scale_min_k4 of
+ggml-quants.c, both in github.com/ggml-org/ggml.
 
 R rows   K in_features   B blocks   G = K/32 groups
 """
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3fast.quantization.formats import GROUP, SAVED_FORMATS, Format, Packed, pack_int4
+from qwen3fast.quantization.formats import GROUP, SAVED_FORMATS, SHORT_NL4, Format, Packed, pack_int4
 from qwen3fast.quantization.int6 import pack_int6
+from qwen3fast.quantization.nl4 import pack_nl4
 from qwen3fast.quantization.uint4 import Layout, pack_minimums, pack_zeros
 
 
@@ -130,6 +131,21 @@ def levels_of_q6_k(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     return (low_BC | high_BC << 4).view(-1, 16, 16), float16_at(block_BX, 208)[:, None], scale_BS
 
 
+def pack_iq4_nl(rows: np.ndarray) -> Packed:
+    """Pack rows of IQ4_NL, exactly."""
+    return pack_nl4(*levels_of_q4_0(rows))
+
+
+def pack_iq4_xs(rows: np.ndarray) -> Packed:
+    """Pack rows of IQ4_XS, exactly: d in float16; high and low bits of 8 scales, in 2 and 4 bytes; 128 bytes."""
+    block_RBX = torch.from_numpy(rows).view(len(rows), -1, 136)
+    high_RB1 = block_RBX[..., 2:4].contiguous().view(torch.int16).int()
+    high_RB8 = (high_RB1 >> torch.arange(0, 16, 2) & 3) << 4
+    low_RB8 = torch.stack([block_RBX[..., 4:8] & 15, block_RBX[..., 4:8] >> 4], dim=-1).flatten(2)
+    level_RK = halves(block_RBX[..., 8:].unflatten(2, (8, 16)))
+    return pack_nl4(level_RK, float16_at(block_RBX, 0), ((high_RB8 | low_RB8) - 32).flatten(1))
+
+
 def scales_in_6_bits(word: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scales and the minimums, (..., 8) uint8, from the 12 bytes that a block of Q4_K has for them.
 
@@ -171,4 +187,6 @@ KEPT = {
     "Q4_K": (Kept(SAVED_FORMATS["uint4"].with_layout(Layout.short), pack_q4_k),),
     "Q5_K": (Kept(SAVED_FORMATS["uint5"], pack_q5_k),),
     "Q6_K": (Kept(SAVED_FORMATS["int6"], pack_q6_k),),
+    "IQ4_NL": (Kept(SHORT_NL4, pack_iq4_nl),),
+    "IQ4_XS": (Kept(SAVED_FORMATS["nl4"], pack_iq4_xs),),
 }

@@ -17,10 +17,12 @@ from qwen3fast.kernels.cpu.structures import (
     FP8_SPAN,
     GROUP,
     LANES,
+    NL4_TABLE,
     ZERO_RECORD,
     bfloat16_scales,
     bits_of,
     in_features_of,
+    is_nl4,
     record_levels,
     unpack_levels,
 )
@@ -72,7 +74,7 @@ def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def _weight_with_records(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return the same for uint4, uint5 and int6; in float32, some blocks at a time."""
+    """Return the same for uint4, uint5, int6 and nl4; in float32, some blocks at a time."""
     bits = bits_of(packed, scale)
     blocks, K = packed.shape[0], packed.shape[1] * 32 // bits
     weight_NK = torch.empty(blocks * LANES, K, dtype=torch.bfloat16)
@@ -80,7 +82,10 @@ def _weight_with_records(packed: Tensor, scale: Tensor) -> Tensor:
     for start in range(0, blocks, step):
         part = slice(start, start + step)
         if bits == 6:
-            numbers = (_levels(packed[part], 6).float() - 32).mul_(_int6_scales(scale[part]))
+            numbers = (_levels(packed[part], 6).float() - 32).mul_(_signed_scales(scale[part]))
+        elif is_nl4(K // scale.shape[1], scale.shape[2]):
+            table = torch.tensor(NL4_TABLE, dtype=torch.float32)
+            numbers = table[_levels(packed[part], 4).int()].mul_(_signed_scales(scale[part]))
         else:
             factor_NG1, minimum_NG1 = _uint4_scales(scale[part], K)
             numbers = _levels(packed[part], bits).float().mul_(factor_NG1).sub_(minimum_NG1)
@@ -103,10 +108,11 @@ def _uint4_scales(scale: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _int6_scales(scale: Tensor) -> Tensor:
-    """Return what levels of each half of a group are multiplied by, (N, K/16, 1) float32."""
-    d, s = scale[..., : 2 * LANES].contiguous().view(torch.float16), scale[..., 2 * LANES :].view(torch.int8)
-    scales: Tensor = d[:, :, None].float() * s.unflatten(2, (-1, LANES)).float()
+def _signed_scales(scale: Tensor) -> Tensor:
+    """Return what numbers of int6 and nl4 are multiplied by, (N, X, 1) float32: in records, X scales of each row."""
+    scales = scale[..., : 2 * LANES].contiguous().view(torch.float16)[:, :, None].float()
+    if scale.shape[2] > 2 * LANES:
+        scales = scales * scale[..., 2 * LANES :].view(torch.int8).unflatten(2, (-1, LANES)).float()
     return scales.flatten(1, 2).transpose(1, 2).reshape(len(scale) * LANES, -1, 1)
 
 

@@ -28,6 +28,12 @@ inline bool has_row_scales(const Linear& weight) { return weight.record == kLane
 // Whether a weight in int4 has its scales in bytes.
 inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !weight.span && weight.record; }
 
+// Whether levels of a weight in 4 bits are looked up in a table: nl4. Its records cover 256 channels, or a group.
+inline bool is_looked_up(const Linear& weight) {
+  return weight.bits == 4 && (weight.span == kGroup ? weight.record == 2 * kLanes
+                                                    : weight.span == 256 && weight.record == 10 * kLanes);
+}
+
 // Whether a packed weight multiplies activations in bfloat16, not in 8 bits.
 inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
 
@@ -147,6 +153,9 @@ FORCE_INLINE Bits levels_of(int bits, Bits line, Bits high, int four) {
   const int shift = 4 - four * (bits - 4);
   return low | ((shift > 0 ? high << shift : high >> -shift) & (bits == 5 ? 0x10101010u : 0x30303030u));
 }
+
+// What levels of nl4 stand for, plus 128 as levels of int8; see NL4_TABLE in structures.py.
+alignas(16) constexpr uint8_t kLookedUp[] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
 // Quantizes `count` numbers, a multiple of 32, with one scale, which it returns: NaN if a number is not finite. totals: sums
 // of the levels, of every other 16 from the first, and from the second 16 on.

@@ -25,6 +25,9 @@
 // which bits 2j and 2j+1 of byte i belong to channel 4j+i. A record of 256 channels holds d float16, then per 16 channels
 // s int8, 16 numbers each: weight = (d * s) * (level - 32).
 //
+// nl4: 4 bits as levels of a table (kLookedUp). Its records are as int6's, with s per 32 channels, in 160 bytes; or of 32
+// channels, d alone, in 32 bytes: weight = (d * s) * (number - 128).
+//
 // Activations are quantized to 8 bits in groups of 32 channels, with one scale per group. Products are summed in integers
 // within a group (of int6, half a group) and in float32 over groups, in the same order for any number of rows: a row's
 // result does not depend on the rows beside it. The plain PyTorch form, which does not quantize activations, is in
@@ -44,13 +47,15 @@
 namespace {
 
 // How a weight's levels become numbers: see above.
-enum Kind { kInt8, kInt4, kByteScales, kUint4, kUint5, kInt6 };  // kByteScales: int4 with scales in bytes
+enum Kind { kInt8, kInt4, kByteScales, kUint4, kUint5, kInt6, kNl4 };  // kByteScales: int4 with scales in bytes
 
 constexpr int bits_of(Kind kind) { return kind == kInt8 ? 8 : kind == kUint5 ? 5 : kind == kInt6 ? 6 : 4; }
+constexpr int byte_bits_of(Kind kind) { return kind == kNl4 ? 8 : bits_of(kind); }  // of the bytes that are multiplied
 constexpr bool has_minimums(Kind kind) { return kind == kUint4 || kind == kUint5; }
 
 template <Kind kKind>
-using ScaleReader = std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<kKind == kInt6, HalfScales, Records>>;
+using ScaleReader =
+    std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<(kKind >= kInt6), SignedScales, Records>>;
 
 // What the levels of a unit stand for: (level - zero) * scale - minimum; of fp8, number * scale.
 struct GroupScale {
@@ -66,12 +71,13 @@ GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_
     return {0, scale[has_row_scales(weight) ? block * kLanes + lane : block * spans + g * kGroup / weight.span], 0};
   }
   if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
-  if (weight.bits == 6) {
-    const int64_t spans = weight.K / HalfScales::kSpan, half = g % HalfScales::kHalves;
-    const auto* record = static_cast<const uint8_t*>(weight.scale) +
-                         (block * spans + g / HalfScales::kHalves) * HalfScales::kRecord;
-    const auto s = static_cast<int8_t>(record[(2 + half) * kLanes + lane]);
-    return {32, load(reinterpret_cast<const Float16*>(record))[lane] * static_cast<float>(s), 0};
+  if (weight.bits == 6 || is_looked_up(weight)) {
+    const int64_t spans = weight.K / weight.span, in_record = weight.span / unit_of(weight.bits);
+    const auto* record = static_cast<const uint8_t*>(weight.scale) + (block * spans + g / in_record) * weight.record;
+    const float d = load(reinterpret_cast<const Float16*>(record))[lane];
+    const bool has_one = weight.record == 2 * kLanes;
+    const int s = has_one ? 1 : static_cast<int8_t>(record[(2 + g % in_record) * kLanes + lane]);
+    return {weight.bits == 6 ? 32 : 128, d * static_cast<float>(s), 0};
   }
   const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
   if (has_byte_scales(weight)) {
@@ -97,6 +103,7 @@ int level_at(const Linear& weight, const uint8_t* bytes, int64_t k) {
   const auto in_line = [&](int64_t i) { return bytes[(k / unit * lines_of(weight.bits) + i) * kLanes * 4 + k % 4]; };
   if (weight.bits == 8) return in_line(four);
   const int low = in_line(four / 2) >> (four % 2 * 4) & 15, more = static_cast<int>(weight.bits) - 4;
+  if (is_looked_up(weight)) return kLookedUp[low];
   return more ? low | (in_line(unit / 8) >> (four * more) & ((1 << more) - 1)) << 4 : low;
 }
 
@@ -116,7 +123,7 @@ struct Scales {
       ScaleReader<kKind> records;
       records.start(weight, block + b);
       for (int64_t g = b * G; g < (b + 1) * G; g++)
-        if constexpr (kKind == kInt6)
+        if constexpr (kKind >= kInt6)
           scale[g] = records.read();
         else
           records.read(scale[g], minimum[g]);
@@ -143,7 +150,8 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   const int8_t* bytes = x.bytes.data() + m0 * K;
   const float* x_scale = x.scale.data() + m0 * groups;
   const float* x_sum = x.sum.data() + m0 * groups;
-  const int32_t* offset = (kKind == kInt8 ? x.offset8 : kKind == kInt6 ? x.offset6 : x.offset4).data() + m0 * G;
+  constexpr int kByteBits = byte_bits_of(kKind);
+  const int32_t* offset = (kByteBits == 8 ? x.offset8 : kByteBits == 6 ? x.offset6 : x.offset4).data() + m0 * G;
   const uint8_t* w = static_cast<const uint8_t*>(weight.weight) + block * G * kUnitBytes;
   constexpr bool kIsRead = has_read_scales(kKind, kBlocks);
   ScaleReader<kKind> records[kBlocks];
@@ -151,7 +159,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     if (kBlocks > 1) ahead.ask<kIntoL1>();
-    ByteSums<kBits> sum[kBlocks][kM];
+    ByteSums<kByteBits> sum[kBlocks][kM];
     const auto offset_of = [&](int m) { return has_minimums(kKind) ? 0 : offset[m * G + g]; };
     Bits high[kBlocks] = {};
     for (int b = 0; kHasHighLine && b < kBlocks; b++) {
@@ -174,13 +182,16 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
       for (int part = 0; part < (kBits == 8 ? 1 : 2); part++) {
         const int four = kBits == 8 ? j : 2 * j + part;
         const int64_t k = g * kUnit + four * 4;
+        Bits levels[kBlocks];
+        for (int b = 0; b < kBlocks; b++) {
+          levels[b] = levels_of(kBits, packed[b], high[b], four);
+          if (kKind == kNl4) levels[b] = look_up(kLookedUp, levels[b]);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < kM; m++) {
           const int32_t x_four = load_as<int32_t>(bytes + m * K + k);
 #pragma GCC unroll 4
-          for (int b = 0; b < kBlocks; b++) {
-            sum[b][m].add(levels_of(kBits, packed[b], high[b], four), x_four);
-          }
+          for (int b = 0; b < kBlocks; b++) sum[b][m].add(levels[b], x_four);
         }
       }
     }
@@ -193,7 +204,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         if (kBlocks == 1) records[b].ask(g);
         weight_scale = records[b].read(g);
       }
-      if constexpr (kKind == kInt6) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
+      if constexpr (kKind >= kInt6) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
       if constexpr (has_minimums(kKind)) {
         if (kIsRead)
           weight_scale = scales.scale[b * G + g], minimum = scales.minimum[b * G + g];
@@ -282,6 +293,7 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
   const auto multiply = weight.bits == 8          ? blocks_of<kInt8>
                         : weight.bits == 6        ? blocks_of<kInt6>
                         : weight.bits == 5        ? blocks_of<kUint5>
+                        : is_looked_up(weight)    ? blocks_of<kNl4>
                         : weight.span             ? blocks_of<kUint4>
                         : has_byte_scales(weight) ? blocks_of<kByteScales>
                                                   : blocks_of<kInt4>;

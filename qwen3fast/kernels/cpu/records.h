@@ -1,4 +1,4 @@
-// The records of scales of weights of 4 and 5 bits with a minimum or a zero point, and of 6 bits; see quantized.cpp.
+// The records of scales of weights of 4 and 5 bits with a minimum or a zero point, of 6 bits and of nl4; see quantized.cpp.
 
 #pragma once
 
@@ -62,24 +62,25 @@ class Records {
   Vec factor_, minimum_;
 };
 
-// Reads the records of a block of a weight of 6 bits, half a group after half a group.
-class HalfScales {
+// Reads the records of a block of a weight of 6 bits, half a group after half a group, or of nl4, group after group.
+class SignedScales {
  public:
-  static constexpr int64_t kSpan = 256, kHalves = kSpan / kHalfGroup, kRecord = (2 + kHalves) * kLanes;
-
   void start(const Linear& weight, int64_t block) {
-    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / kSpan) * kRecord;
+    next_ = static_cast<const uint8_t*>(weight.scale) + block * (weight.K / weight.span) * weight.record;
+    record_ = weight.record;
+    in_record_ = weight.span / unit_of(weight.bits);
     left_ = 0;
   }
 
   FORCE_INLINE Vec read() {
     if (left_ == 0) {
-      for (int64_t i = 0; i < kRecord; i += 64) __builtin_prefetch(next_ + i + kRecordsAhead);
+      for (int64_t i = 0; i < record_; i += 64) __builtin_prefetch(next_ + i + kRecordsAhead);
       d_ = load(reinterpret_cast<const Float16*>(next_));
       next_ += 2 * kLanes;
-      left_ = kHalves;
+      left_ = in_record_;
     }
     left_--;
+    if (record_ == 2 * kLanes) return d_;
     const Vec scale = d_ * convert<Vec>(load_ints(reinterpret_cast<const int8_t*>(next_)));
     next_ += kLanes;
     return scale;
@@ -87,7 +88,7 @@ class HalfScales {
 
  private:
   const uint8_t* next_;
-  int64_t left_;
+  int64_t record_, in_record_, left_;
   Vec d_;
 };
 

@@ -18,6 +18,9 @@ BYTE_SCALES = LANES  # bytes of a line of int4's scales in bytes
 SHORT_SPAN, SHORT_RECORD = 256, 16 * LANES  # with minimums whose numbers have 6 bits
 HALF_GROUP = 16  # channels that share a scale in 6 bits
 INT6_SPAN, INT6_RECORD = 256, 18 * LANES  # of int6's scales
+NL4_SPAN, NL4_RECORD, NL4_SHORT_RECORD = 256, 10 * LANES, 2 * LANES  # of nl4's scales; a short record is of 32 channels
+# What levels of nl4 stand for: kvalues_iq4nl of ggml-common.h, in github.com/ggml-org/ggml.
+NL4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Bits, span and bytes of the records of 6 and 5 bits. No weight of 4 bits has as many words and bytes.
 RECORDS = (
     (6, INT6_SPAN, INT6_RECORD),
@@ -164,8 +167,9 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     require(
         shape is not None and is_array(scale, scale.dtype, *shape) and (bits == 8 or span % GROUP == K % span == 0),
         "scale must be (N,) float32 for int8, (N, 1) or (N/16, K/128) for fp8; for 4 bits, (N/16, K/32, 16) bfloat16, "
-        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 256 for a span of 256) uint8; for 5 "
-        "bits, (N/16, K/256, 256) or (N/16, K/32, 48 or 96) uint8, for 6 bits (N/16, K/256, 288) uint8",
+        "(N/16, 1 + K/32, 16) int8, or (N/16, K/span, 48 or 64 + span, or 160 or 256 for a span of 256, or 32 "
+        "for one of 32) uint8; for 5 bits, (N/16, K/256, 256) or (N/16, K/32, 48 or 96) uint8, for 6 bits "
+        "(N/16, K/256, 288) uint8",
     )
     pointers = (packed.data_ptr(), scale.data_ptr())
     if scale.dtype == torch.int8:
@@ -216,8 +220,14 @@ def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
 
 
 def is_record(span: int, record: int) -> bool:
-    """Return whether a record of uint4's scales for so many channels may have so many bytes."""
-    return record in (ZERO_RECORD, 4 * LANES + span) or (span, record) == (SHORT_SPAN, SHORT_RECORD)
+    """Return whether a record of uint4's or nl4's scales for so many channels may have so many bytes."""
+    is_short = (span, record) == (SHORT_SPAN, SHORT_RECORD)
+    return is_short or record in (ZERO_RECORD, 4 * LANES + span) or is_nl4(span, record)
+
+
+def is_nl4(span: int, record: int) -> bool:
+    """Return whether a record of scales for so many channels, of 4 bits, is of nl4."""
+    return (span, record) in ((NL4_SPAN, NL4_RECORD), (GROUP, NL4_SHORT_RECORD))
 
 
 def channels_of(bits: int) -> int:

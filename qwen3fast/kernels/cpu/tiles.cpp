@@ -89,23 +89,24 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const int bits = static_cast<int>(weight.bits);
   const int64_t block = panel.block + j, unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
   const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kTileBytes;
-  const bool has_minimums = bits < 6 && weight.span, has_blocks = is_fp8(weight) && !has_row_scales(weight);
+  const bool is_signed = bits == 6 || is_looked_up(weight);  // with scales that have a sign
+  const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
   const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
   Records records;
   ByteScales byte_scales;
-  HalfScales half_scales;
+  SignedScales signed_scales;
   if (has_minimums) records.start(weight, block);
   if (has_byte_scales(weight)) byte_scales.start(weight, block);
-  if (bits == 6) half_scales.start(weight, block);
+  if (is_signed) signed_scales.start(weight, block);
   Vec scale = fill(1), minimum = fill(128);
   Bits* out = pairs + j;
   for (int64_t g = 0; g < G; g++, w += lines * kTileBytes) {
     if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
     if (has_minimums) {
       records.read(scale, minimum);
-    } else if (bits == 6) {
-      scale = half_scales.read();
-      minimum = 32 * scale;
+    } else if (is_signed) {
+      scale = signed_scales.read();
+      minimum = (bits == 6 ? 32 : 128) * scale;
     } else if (bits == 4) {
       scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
                                       : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
@@ -113,7 +114,8 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
     }
     const Bits high = load_as<Bits>(w + (lines - 1) * kTileBytes);
     for (int four = 0; four < unit / 4; four++) {
-      const Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
+      Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
+      if (is_looked_up(weight)) levels = look_up(kLookedUp, levels);
       for (int shift = 0; shift < 32; shift += 16) {
         const auto number = [&](int at) {
           const Bits level = levels >> at & 255u;

@@ -342,6 +342,23 @@ FORCE_INLINE void store(int8_t* p, Ints vec) {
 #endif
 }
 
+// For each byte of `index`, below 16, the byte of a table that stands there.
+FORCE_INLINE Bits look_up(const uint8_t* table, Bits index) {
+#if defined(__AVX512BW__)
+  index.part[0] = (Bits::Part)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)index.part[0]);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  for (auto& part : index.part)
+    part = (Bits::Part)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), (__m256i)part);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  for (auto& part : index.part) part = (Bits::Part)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)part);
+#else
+  auto bytes = as<Wide<uint8_t>>(index);
+  for (int64_t i = 0; i < 64; i++) bytes.set(i, table[bytes[i]]);
+  index = as<Bits>(bytes);
+#endif
+  return index;
+}
+
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
 FORCE_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__

@@ -1,4 +1,4 @@
-"""Weights in 6 and 5 bits, for CPUs: layout, products, files, and where they are refused."""
+"""Weights in int6, uint5 and nl4, for CPUs: layout, products, files, and where they are refused."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from qwen3fast.kernels.cpu.structures import packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears
 from qwen3fast.quantization.convert import formats_of, quantize_model
-from qwen3fast.quantization.formats import SAVED_FORMATS, Packed, quantize
+from qwen3fast.quantization.formats import SAVED_FORMATS, SHORT_NL4, Packed, quantize
 from qwen3fast.quantization.int6 import pack_int6
+from qwen3fast.quantization.nl4 import TABLE, pack_nl4
 from qwen3fast.quantization.uint4 import Layout, pack_minimums
 
-INT6, UINT5 = SAVED_FORMATS["int6"], SAVED_FORMATS["uint5"]
+INT6, UINT5, NL4 = (SAVED_FORMATS[name] for name in ("int6", "uint5", "nl4"))
 SIZES = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-both = pytest.mark.parametrize("format", [INT6, UINT5], ids=lambda f: f.name)
+each = pytest.mark.parametrize("format", [INT6, UINT5, NL4, SHORT_NL4], ids=["int6", "uint5", "nl4", "short nl4"])
 
 
 def random_packed(format, N: int, K: int) -> tuple[Packed, torch.Tensor]:
@@ -39,6 +40,13 @@ def random_packed(format, N: int, K: int) -> tuple[Packed, torch.Tensor]:
         s = torch.randint(-128, 128, (N, K // 16), generator=generator, dtype=torch.int8)
         scale = d.repeat_interleave(16, 1) * s
         return pack_int6(level, d, s), (level.float() - 32) * scale.repeat_interleave(16, 1)
+    if format is SHORT_NL4:
+        d = torch.rand(N, K // 32, generator=generator).half().float()
+        return pack_nl4(level, d), TABLE[level.int()] * d.repeat_interleave(32, 1)
+    if format is NL4:
+        s = torch.randint(-128, 128, (N, K // 32), generator=generator, dtype=torch.int8)
+        scale = d.repeat_interleave(8, 1) * s
+        return pack_nl4(level, d, s), TABLE[level.int()] * scale.repeat_interleave(32, 1)
     dmin = torch.rand(N, K // 256, generator=generator).half().float()
     s, m = (torch.randint(0, 64, (N, K // 32), generator=generator, dtype=torch.uint8) for _ in range(2))
     scale, minimum = d.repeat_interleave(8, 1) * s, dmin.repeat_interleave(8, 1) * m
@@ -61,7 +69,7 @@ def test_levels_lie_where_the_layout_says():
             assert low | (of_unit[-1] >> (four * high) & ((1 << high) - 1)) << 4 == level[row, channel]
 
 
-@both
+@each
 def test_rows_are_the_numbers_of_the_definition(format):
     packed, numbers = random_packed(format, 48, 512)
     assert_same(format.dequantize(packed), numbers)
@@ -70,21 +78,23 @@ def test_rows_are_the_numbers_of_the_definition(format):
     assert format.in_features(packed) == 512
 
 
-@both
+@each
 def test_error_on_normal_weights(format):
     weight = random_tensor(64, 1024)
     error = relative_error(format.dequantize(quantize(weight, format)), weight)
-    assert error < {"int6": 0.0182, "uint5": 0.0386}[format.name]  # int8 0.009, int4 0.084
+    assert error < {"int6": 0.0182, "uint5": 0.0386, "nl4": 0.075}[format.name]  # int8 0.009, int4 0.084
 
 
-@both
+@each
 def test_zeros_stay_zero_and_numbers_that_are_none_are_not_hidden(format):
     assert not format.dequantize(quantize(torch.zeros(16, 256), format)).any()
     for number in (torch.nan, torch.inf, -torch.inf):
         weight = random_tensor(32, 512)
         weight[3, 300] = number
         numbers = format.dequantize(quantize(weight, format))
-        assert numbers[3, 256:].isnan().all() and numbers[[2, 4]].isfinite().all() and numbers[3, :256].isfinite().all()
+        first = 300 // format.multiple * format.multiple  # of the record
+        assert numbers[3, first : first + format.multiple].isnan().all()
+        assert numbers[[2, 4]].isfinite().all() and numbers[3, :first].isfinite().all()
 
 
 def test_int6_keeps_numbers_on_its_grid():
@@ -97,7 +107,7 @@ def test_int6_keeps_numbers_on_its_grid():
 
 
 @needs_operation
-@both
+@each
 @pytest.mark.parametrize(("rows", "N", "K"), [(1, 16, 256), (2, 48, 512), (3, 304, 1024), (5, 64, 256), (8, 16, 512),
                                               (9, 80, 256), (31, 48, 256), (33, 80, 768), (70, 64, 256)])  # fmt: skip
 def test_operation_equals_the_plain_form(format, rows, N, K):
@@ -124,7 +134,7 @@ def test_every_layout_of_uint5_is_multiplied_and_dequantized(has_zero, rows):
 
 
 @needs_operation
-@both
+@each
 @pytest.mark.parametrize("rows", [*range(9, 15), 33, 40])
 def test_a_row_does_not_depend_on_the_rows_beside_it(format, rows):
     layer, x = quantized_layer(80, 512, format), random_tensor(rows, 512).bfloat16()
@@ -134,7 +144,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(format, rows):
 @needs_operation
 @pytest.mark.parametrize("rows", [1, 20, 40])
 def test_beside_other_formats_in_one_call(rows):
-    names = ("int6", "int8", "uint4", "uint5", "int4")
+    names = ("int6", "int8", "uint4", "nl4", "uint5", "int4")
     layers = [quantized_layer(48, 256, SAVED_FORMATS[name], seed=i) for i, name in enumerate(names)]
     x = random_tensor(rows, 256).bfloat16()
     for y, layer in zip(linears(x, *layers), layers, strict=True):
@@ -142,14 +152,14 @@ def test_beside_other_formats_in_one_call(rows):
 
 
 @needs_operation
-@both
+@each
 def test_embedding_operation_gives_the_rows_of_the_plain_form(format):
     packed, numbers = random_packed(format, 96, 512)
     rows = torch.tensor([0, 95, 17, 17])
     assert_same(torch.ops.qwen3fast.quantized_rows(*packed, rows), numbers[rows].bfloat16())
 
 
-@both
+@each
 def test_scales_of_another_shape_are_refused(format):
     packed = quantize(random_tensor(32, 512), format)
     for scale in (packed.scale[:, :1], packed.scale[..., :-1], packed.scale[:1]):
@@ -165,7 +175,7 @@ def test_layers_whose_channels_make_no_whole_records_stay_plain():
 
 
 @needs_operation
-@both
+@each
 @pytest.mark.parametrize("experts", [{}, {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 256}])
 def test_blocks_decode_in_one_call_as_one_by_one(format, experts):
     model = randomized(small_config(**SIZES, **experts)).bfloat16()
@@ -178,7 +188,7 @@ def test_blocks_decode_in_one_call_as_one_by_one(format, experts):
 
 
 @needs_operation
-@both
+@each
 def test_greedy_tokens_are_the_same_cached_batched_saved_and_uncached(format, tmp_path):
     model = randomized(small_config(**SIZES)).bfloat16()
     quantize_model(model, format, torch.bfloat16)
@@ -195,7 +205,7 @@ def test_greedy_tokens_are_the_same_cached_batched_saved_and_uncached(format, tm
     assert replies[0] == replies[1] == replies[2]
 
 
-@both
+@each
 def test_devices_without_kernels_are_refused(format, tmp_path, monkeypatch):
     whole, mixture = (randomized(small_config(**SIZES)) for _ in range(2))
     quantize_model(whole, format, torch.float32)
@@ -213,7 +223,7 @@ def test_devices_without_kernels_are_refused(format, tmp_path, monkeypatch):
         load_model("random:0.6b", quantization=format.name)
 
 
-@both
+@pytest.mark.parametrize("format", [INT6, UINT5, NL4], ids=lambda f: f.name)
 def test_a_mixture_with_layers_that_do_not_fit_is_saved(format, tmp_path):
     model = randomized(small_config(**SIZES | {"intermediate_size": 320}))
     quantize_model(model, format, torch.float32)
@@ -242,7 +252,7 @@ def test_prequantized_layers_that_do_not_fit_become_plain(tmp_path):
     assert isinstance(mlp.down_proj, torch.nn.Linear) and mlp.up_proj.format is INT6
 
 
-@both
+@each
 def test_nothing_needs_the_operations(format, monkeypatch):
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     layer, x = quantized_layer(48, 256, format), random_tensor(3, 256)
