@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3fast.kernels.cpu.structures import bits_of
+from qwen3fast.kernels.cpu.structures import bits_of, is_nl4, span_and_record
 from qwen3fast.model import FeedForward
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import LANES, Packed
@@ -60,8 +60,9 @@ def _sorted(packed: Packed, row_N: Tensor) -> Packed:
         return Packed(weight, scale[row_N])
     if scale.dtype != torch.uint8:
         return Packed(weight, _sorted_lanes(scale, row_N, 2))
-    # Bytes of numbers in float16, see int6.py and uint4.py.
-    head = 2 * LANES if bits_of(*packed) == 6 or Layout.of(packed).has_zero else 4 * LANES
+    # Bytes of numbers in float16, see int6.py, nl4.py and uint4.py.
+    has_one = bits_of(*packed) == 6 or is_nl4(*span_and_record(*packed)) or Layout.of(packed).has_zero
+    head = 2 * LANES if has_one else 4 * LANES
     numbers = _sorted_lanes(scale[..., :head].unflatten(2, (-1, LANES, 2)), row_N, 3).flatten(2)
     levels = _sorted_lanes(scale[..., head:].unflatten(2, (-1, LANES)), row_N, 3).flatten(2)
     return Packed(weight, torch.cat([numbers, levels], dim=2))
