@@ -24,9 +24,10 @@ constexpr int64_t kStep = tile_weights(1);  // a multiple of the others
 struct Shape {
   int64_t rows, weights;
 };
+constexpr int64_t kMostWeights = kRegister == 64 ? 64 : 8;
 constexpr Shape shape_for(int64_t M) {
-  if (kRegister < 64) return {kTileRows, M > 8 ? 8 : 4};
-  return M > 24 ? Shape{4, 8} : Shape{kTileRows, M > 8 ? 64 : 32};
+  if (kRegister == 64 && M > 24) return {4, 8};
+  return {kTileRows, M > 8 ? kMostWeights : kMostWeights / 2};
 }
 
 // With AVX-512, a part of a block's channels comes after the other: those of a tile's rows stay in level 1.
@@ -130,7 +131,7 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, int
 #endif
   };
   static_assert(std::size(kForms) == kTileRows);
-  static thread_local Lines<Vec> sums(kSummedRows * shape_for(kTileRows + 1).weights);
+  static thread_local Lines<Vec> sums(kSummedRows * kMostWeights);
   const int64_t most = shape_for(M).rows, tiles = (M + most - 1) / most, summed = kSummedRows / most;
   const int64_t part = has_parts(M) ? kPart : K;
   const int64_t lines = (2 * tile_weights((M + tiles - 1) / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
