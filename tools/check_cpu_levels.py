@@ -30,7 +30,7 @@ from qwen3fast.kernels.cpu.levels import LEVELS, Level, this_machine
 from qwen3fast.kernels.cpu.ops import pack_scales
 from qwen3fast.kernels.cpu.structures import BYTE_SCALES, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
-from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.uint4 import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def product_cases() -> Iterator[Case]:
         yield "gated", (M, N, K), (x, gate, up), F.silu(gated).float() * F.linear(x.float(), up.float())
     zeros = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
     short = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))
-    for format in (*ALL_FORMATS.values(), FORMATS["fp8"].with_blocks(), zeros, short):
+    for format in (*ALL_FORMATS.values(), SHORT_NL4, FORMATS["fp8"].with_blocks(), zeros, short):
         K = 256 if format is short else 320 if format.is_lossless else max(160, format.multiple)
         for name, M in (("linear", 1), ("linear", 4), ("linear", 11), ("tiles", 33)):
             x, packed = bfloat16(M, K), quantize(torch.randn(48, K), format)

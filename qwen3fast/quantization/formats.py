@@ -131,6 +131,7 @@ class Format:
             return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
         if self.name in ("int6", "nl4"):
             sizes = out_features, in_features
+            # The channels of one of nl4's records are the multiple.
             records = int6_shape(*sizes) if self.bits == 6 else nl4_shape(*sizes, self.multiple)
             return Packed(weight, torch.empty(records, dtype=torch.uint8, device=device))
         return Packed(weight, torch.empty(blocks, in_features // GROUP, LANES, dtype=torch.bfloat16, device=device))

@@ -16,6 +16,7 @@ from qwen3fast.quantization.packed import (
     LANES,
     Packed,
     by_blocks,
+    float16_at_least,
     float16_of_rows,
     levels_of_rows,
     pack_levels,
@@ -60,7 +61,7 @@ def quantize_int6(weight_NK: Tensor) -> Packed:
     is_sound_NP = half_NHC.view(N, -1, INT6_SPAN).isfinite().all(dim=2)
     scale_NH = _best_scale(half_NHC)
     largest_NP = scale_NH.view(N, -1, HALVES).abs().amax(dim=2)
-    d_NP = (largest_NP / 127).to(torch.float16).float()
+    d_NP = float16_at_least(largest_NP / 127).float()  # so s has 8 bits
     d_NH = d_NP.repeat_interleave(HALVES, 1)
     s_NH = torch.round(scale_NH / d_NH.where(d_NH > 0, 1.0)).nan_to_num(0).clamp(-128, 127)
     level_NHC = _levels(half_NHC, (d_NH * s_NH)[..., None]) + ZERO

@@ -18,6 +18,7 @@ from qwen3fast.quantization.packed import (
     LANES,
     Packed,
     by_blocks,
+    float16_at_least,
     float16_of_rows,
     levels_of_rows,
     pack_halves,
@@ -27,7 +28,7 @@ from qwen3fast.quantization.packed import (
 TABLE = torch.tensor(NL4_TABLE, dtype=torch.float32)
 BORDERS = (TABLE[1:] + TABLE[:-1]) / 2  # between the numbers of neighboring levels
 GROUPS = NL4_SPAN // GROUP  # in a record
-# The numbers that a group's largest weight becomes at first; the one with the least squared error is taken.
+# Numbers that a group's largest weight is mapped to, one after the other; the least squared error decides.
 LARGEST = (-127.0, -117.0, -107.0, -104.0, -138.0, 113.0, 103.0, 123.0)
 
 
@@ -64,12 +65,13 @@ def quantize_nl4(weight_NK: Tensor, span: int = NL4_SPAN) -> Packed:
     N, K = weight_NK.shape
     group_NGC = weight_NK.float().view(N, -1, GROUP)
     is_sound_NP = group_NGC.view(N, -1, span).isfinite().all(dim=2)
-    d_NP = scale_NG = _best_scale(group_NGC)
-    s_NG = None
-    if span == NL4_SPAN:
-        d_NP = scale_NG.view(N, -1, GROUPS).abs().amax(dim=2) / 127
-    d_NG = d_NP.to(torch.float16).float().repeat_interleave(span // GROUP, 1)
-    if span == NL4_SPAN:
+    scale_NG = _best_scale(group_NGC)
+    if span == GROUP:
+        d_NP, s_NG = scale_NG.to(torch.float16).float(), None
+        scale_NG = d_NP
+    else:  # d is not below its exact value, which may be less than float16's least number: s has 8 bits
+        d_NP = float16_at_least(scale_NG.view(N, -1, GROUPS).abs().amax(dim=2) / 127).float()
+        d_NG = d_NP.repeat_interleave(GROUPS, 1)
         s_NG = torch.round(scale_NG / d_NG.where(d_NG > 0, 1.0)).nan_to_num(0).clamp(-127, 127)
         scale_NG = d_NG * s_NG
     level_NGC = _levels(group_NGC, scale_NG[..., None])

@@ -91,6 +91,13 @@ def float16_of_rows(record: Tensor, row_R: Tensor, first: int = 0) -> Tensor:
     return byte_RP2.view(torch.float16).float()
 
 
+def float16_at_least(x: Tensor) -> Tensor:
+    """Return the least float16 numbers that are not below x, float32 from 0 to 65504; NaN and infinity stay so."""
+    nearest = x.to(torch.float16)
+    next_one = (nearest.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(nearest.float() < x, next_one, nearest)
+
+
 def short_scales(scale: Tensor, least: Tensor) -> Tensor:
     """Return the nearest numbers with 3 bits of fraction, float32, as scales in bytes have.
 

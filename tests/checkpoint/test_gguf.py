@@ -467,7 +467,7 @@ def test_save_quantized_writes_a_folder_with_the_tokenizer(tmp_path, tiny_file):
 def kinds_of_k_quants(name: str) -> str:
     """A mixture with several formats and layouts, one of them in the embedding."""
     kinds = {"attn_v": "Q6_K", "attn_k": "Q4_1", "attn_output": "Q5_K", "attn_q": "Q5_0"}
-    kinds |= {"ffn_down": "Q4_0", "ffn_down_exps": "Q6_K", "ffn_up": "Q5_1"}
+    kinds |= {"ffn_down": "Q4_0", "ffn_down_exps": "Q6_K", "ffn_up": "Q5_1", "ffn_gate": "IQ4_XS"}
     return kinds.get(name.split(".")[-2], "F32" if "gate_inp" in name else "Q4_K")
 
 
@@ -483,7 +483,7 @@ def test_a_saved_mixture_loads_as_it_was(tmp_path, experts, tied, capsys):
         generator.save_quantized(tmp_path / "saved")
         model = generator.model
         expected = generator.generate([5, 17, 3], GREEDY).token_ids
-    assert formats_of(model) == ["int4", "int6", "uint4", "uint5"][1 if experts else 0 :]
+    assert formats_of(model) == (["int6", "uint4", "uint5"] if experts else ["int4", "int6", "nl4", "uint4", "uint5"])
     loaded = load_model(tmp_path / "saved", "cpu")
     kinds = QuantizedLinear | QuantizedEmbedding
     found = [{n: m.format.name for n, m in x.named_modules() if isinstance(m, kinds)} for x in (loaded, model)]
@@ -512,7 +512,7 @@ def test_info_names_the_formats_of_a_mixture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
-@pytest.mark.parametrize("quantization", ["int8", "int4", "uint4", "int6", "uint5"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "uint4", "int6", "uint5", "nl4"])
 def test_info_shows_the_format_that_is_asked_for(tmp_path, capsys, kind, quantization):
     file = tmp_path / "model.gguf"
     write_gguf(file, randomized(small_config(**SIZES)), kind)
@@ -531,9 +531,9 @@ def formats_chosen(file: Path, *options: str | None) -> dict[str, str]:
 def test_on_cuda_devices_layers_of_one_input_get_one_format(tmp_path):
     write_gguf(tmp_path / "model.gguf", randomized(small_config(**SIZES)), kinds_of_k_quants)
     own = {"attn_q": "uint5", "attn_k": "uint4", "attn_v": "int6", "attn_output": "uint5"}
-    own |= {"ffn_gate": "uint4", "ffn_up": "uint5", "ffn_down": "int4"}
+    own |= {"ffn_gate": "nl4", "ffn_up": "uint5", "ffn_down": "int4"}
     assert formats_chosen(tmp_path / "model.gguf", None) == own
-    # There are no kernels for 5 and 6 bits.
+    # There are no kernels for 5 and 6 bits and nl4.
     in_8_bits = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"), "int8")
     assert formats_chosen(tmp_path / "model.gguf", None, "cuda") == own | in_8_bits
     assert set(formats_chosen(tmp_path / "model.gguf", "int4").values()) == {"int4"}

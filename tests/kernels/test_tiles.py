@@ -14,14 +14,14 @@ from qwen3fast.kernels.cpu import building, levels, tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
-from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, quantize
+from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 
 ZERO_POINTS = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
-PACKED = [*SAVED_FORMATS.values(), ZERO_POINTS, FORMATS["fp8"].with_blocks()]
-NAMES = [*SAVED_FORMATS, "zero points", "fp8 blocks"]
+PACKED = [*SAVED_FORMATS.values(), SHORT_NL4, ZERO_POINTS, FORMATS["fp8"].with_blocks()]
+NAMES = [*SAVED_FORMATS, "short nl4", "zero points", "fp8 blocks"]
 ROWS = [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 70]
 
 

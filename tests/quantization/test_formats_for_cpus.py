@@ -118,6 +118,27 @@ def test_operation_equals_the_plain_form(format, rows, N, K):
     assert relative_error(dequantized_linear(x, layer.weight_packed, layer.weight_scale), exact) < 4e-3
 
 
+@pytest.mark.parametrize("size", [1e-2, 5e-4, 1e-4])
+@pytest.mark.parametrize("format", [INT6, NL4, SHORT_NL4], ids=["int6", "nl4", "short nl4"])
+def test_small_weights_lose_no_more_than_others(format, size):
+    """A record's float16 number may lie below float16's least normal one."""
+    weight = random_tensor(64, 1024)
+    usual = relative_error(format.dequantize(quantize(weight, format)), weight)
+    assert relative_error(format.dequantize(quantize(weight * size, format)), weight * size) < 1.05 * usual
+
+
+@needs_operation
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("in_features", [32, 160])
+def test_short_records_of_nl4_need_no_multiple_of_256(in_features, rows):
+    layer, x = quantized_layer(48, in_features, SHORT_NL4), random_tensor(rows, in_features).bfloat16()
+    assert relative_error(layer(x), product_in_plain_pytorch(x, layer)) < 4e-3
+    exact = F.linear(x.double(), layer.dequantize().double())
+    assert relative_error(dequantized_linear(x, layer.weight_packed, layer.weight_scale), exact) < 4e-3
+    row = torch.tensor([5, 47])
+    assert_same(torch.ops.qwen3fast.quantized_rows(*layer.packed, row), layer.dequantize()[row].bfloat16())
+
+
 @needs_operation
 @pytest.mark.parametrize("has_zero", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 40])
@@ -181,7 +202,7 @@ def test_blocks_decode_in_one_call_as_one_by_one(format, experts):
     model = randomized(small_config(**SIZES, **experts)).bfloat16()
     quantize_model(model, format, torch.bfloat16)
     cache = StaticKVCache(model.config, 4, 64, torch.bfloat16, torch.device("cpu"))
-    x_B1E, position_B1 = model.embed(torch.tensor([[5], [17], [3]])), torch.zeros(3, 1, dtype=torch.int64)
+    x_B1E, position_B1 = model.embed(torch.tensor([[7], [17], [3]])), torch.zeros(3, 1, dtype=torch.int64)
     assert DecodeLayers(model, cache).serves(3)
     expected = run_layers_plainly(model, cache, x_B1E, position_B1)
     assert relative_error(run_layers(model, cache, x_B1E, position_B1), expected) < 0.02
@@ -235,12 +256,15 @@ def test_a_mixture_with_layers_that_do_not_fit_is_saved(format, tmp_path):
         assert_same(loaded.get_parameter(name), parameter)
 
 
-def test_layouts_that_fit_more_channels_than_their_format_are_saved(tmp_path):
+@pytest.mark.parametrize(
+    "format", [UINT5.with_layout(lambda _: Layout(32, has_zero=True)), SHORT_NL4], ids=["Q5_0's", "IQ4_NL's"]
+)
+def test_layouts_that_fit_more_channels_than_their_format_are_saved(format, tmp_path):
     model = randomized(small_config(**SIZES | {"intermediate_size": 320}))
-    quantize_model(model, UINT5.with_layout(lambda _: Layout(32, has_zero=True)), torch.float32)  # Q5_0's
+    quantize_model(model, format, torch.float32)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, "cpu", "float32")
-    assert formats_of(loaded) == ["uint5"]
+    assert formats_of(loaded) == [format.name]
     for name, parameter in model.named_parameters():
         assert_same(loaded.get_parameter(name), parameter)
 

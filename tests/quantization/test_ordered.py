@@ -29,7 +29,7 @@ from qwen3fast.model.linears import linears
 from qwen3fast.model.stacking import STACKS
 from qwen3fast.quantization.convert import formats_of, quantize_model
 from qwen3fast.quantization.folding import fold_orders
-from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, quantize
+from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.quantization.ordered import OrderedLinear, find_shared_orders
 from qwen3fast.quantization.uint4 import Layout
@@ -249,7 +249,9 @@ def test_a_folded_model_gives_the_bits_of_the_unfolded_one(format, shared):
 
 
 @pytest.mark.parametrize(
-    "format", [*SAVED_FORMATS.values(), ZEROS, SHORT], ids=[*SAVED_FORMATS, "uint4, zeros", "uint4, short"]
+    "format",
+    [*SAVED_FORMATS.values(), SHORT_NL4, ZEROS, SHORT],
+    ids=[*SAVED_FORMATS, "nl4, short", "uint4, zeros", "uint4, short"],
 )
 @pytest.mark.parametrize("kept", ["", "up_proj"])
 def test_rows_of_gate_and_up_are_sorted_in_every_format(format, kept, monkeypatch):

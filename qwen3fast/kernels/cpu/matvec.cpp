@@ -10,8 +10,9 @@
 
 namespace {
 
-// With few rows of x, whose numbers stay in level 1, products are bound by memory even with one row of the weight at a time.
-// Otherwise they are also bound by arithmetic and by reading x, which several rows of the weight share.
+// With few rows of x, whose numbers stay in level 1 (of 48 KB, as in Zen 5), products are bound by memory even with one row of
+// the weight at a time. Otherwise they are also bound by arithmetic and by reading x, which several rows of the weight share:
+// sooner with 5 rows and more.
 constexpr int64_t kFewRows = kRegister == 64 ? 6 : 1;
 constexpr bool is_few(int64_t M, int64_t K) { return M == 1 || (M <= kFewRows && M * K <= (M > 4 ? 10 << 10 : 20 << 10)); }
 
@@ -20,7 +21,7 @@ constexpr int64_t kTileRows = kRegister == 64 ? 8 : 4;
 constexpr int tile_weights(int64_t rows) { return kRegister < 64 ? 1 : rows > 4 ? 2 : 4; }
 constexpr int64_t kStep = tile_weights(1);  // a multiple of the others
 
-// The most rows of x in a tile, and of the weight in a block, of all tiles in turn.
+// The most rows of x in a tile, and rows of the weight in a block, which all tiles pass in turn.
 struct Shape {
   int64_t rows, weights;
 };
@@ -30,11 +31,11 @@ constexpr Shape shape_for(int64_t M) {
   return {kTileRows, M > 8 ? kMostWeights : kMostWeights / 2};
 }
 
-// With AVX-512, a part of a block's channels comes after the other: those of a tile's rows stay in level 1.
+// With AVX-512, a block's channels are taken part by part: those of a tile's rows stay in level 1.
 constexpr int64_t kPart = 1024;
 constexpr bool has_parts(int64_t M) { return kRegister == 64 && M > 4; }
 constexpr int64_t kWorthACopy = 128;  // rows of the weight, from which rows of x are copied into parts
-constexpr int64_t kSummedRows = 32;   // of x, whose sums are kept from part to part
+constexpr int64_t kSummedRows = 32;   // rows of x whose sums are kept from part to part
 
 // Sums of kM rows of x with kN rows of the weight.
 template <int kM, int kN>
@@ -134,7 +135,7 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, int
   static thread_local Lines<Vec> sums(kSummedRows * kMostWeights);
   const int64_t most = shape_for(M).rows, tiles = (M + most - 1) / most, summed = kSummedRows / most;
   const int64_t part = has_parts(M) ? kPart : K;
-  const int64_t lines = (2 * tile_weights((M + tiles - 1) / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
+  const int64_t lines = (2 * tile_weights(M / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
   const char* next = reinterpret_cast<const char*>(w + weights * K);
   const char* const end = next + following * K * int64_t{sizeof *w};
   for (int64_t first = 0; first < tiles; first += summed)

@@ -13,8 +13,8 @@
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
 // The cache level to prefetch to. Level 1 allows few reads at a time, which costs nothing where much is computed per line:
-// with 4 to 6 bits, with 3 rows of bfloat16 and more, in attention. One row in 8 bits, and up to two in bfloat16, read fast
-// memory through level 2.
+// with 4 to 6 bits, with 3 rows of bfloat16 and more, 8 of int8, in attention. One row in 8 bits, and up to two in bfloat16,
+// read fast memory through level 2.
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 constexpr int64_t kGroup = 32;  // channels that share a scale
@@ -38,8 +38,8 @@ inline bool is_looked_up(const Linear& weight) {
 inline bool takes_bfloat16(const Linear& weight) { return is_fp8(weight) || is_lossless(weight); }
 
 // Rows of x in 8 bits: value = scale * byte, one scale per group. `sum`: of a group's values, which minimums of weights
-// multiply. `offset8`, `offset4`, `offset6`: the amounts that the zero points of weights in int8, int4 and int6 add, of
-// int6 per half a group. For weights that take bfloat16, rows stay as they are, where they lie or in copies.
+// multiply. `offset8`, `offset4`, `offset6`: the amounts that the zero points of weights in int8 (and nl4), int4 and int6
+// add, of int6 per half a group. For weights that take bfloat16, rows stay as they are, where they lie or in copies.
 struct Activations {
   Lines<int8_t> bytes;
   Lines<float> scale, sum;

@@ -51,11 +51,12 @@ enum Kind { kInt8, kInt4, kByteScales, kUint4, kUint5, kInt6, kNl4 };  // kByteS
 
 constexpr int bits_of(Kind kind) { return kind == kInt8 ? 8 : kind == kUint5 ? 5 : kind == kInt6 ? 6 : 4; }
 constexpr int byte_bits_of(Kind kind) { return kind == kNl4 ? 8 : bits_of(kind); }  // of the bytes that are multiplied
+constexpr bool has_signed_scales(Kind kind) { return kind == kInt6 || kind == kNl4; }
 constexpr bool has_minimums(Kind kind) { return kind == kUint4 || kind == kUint5; }
 
 template <Kind kKind>
 using ScaleReader =
-    std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<(kKind >= kInt6), SignedScales, Records>>;
+    std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<has_signed_scales(kKind), SignedScales, Records>>;
 
 // What the levels of a unit stand for: (level - zero) * scale - minimum; of fp8, number * scale.
 struct GroupScale {
@@ -123,7 +124,7 @@ struct Scales {
       ScaleReader<kKind> records;
       records.start(weight, block + b);
       for (int64_t g = b * G; g < (b + 1) * G; g++)
-        if constexpr (kKind >= kInt6)
+        if constexpr (has_signed_scales(kKind))
           scale[g] = records.read();
         else
           records.read(scale[g], minimum[g]);
@@ -131,8 +132,8 @@ struct Scales {
   }
 };
 
-// Whether M rows of x pass over two blocks of the weight at a time, which share the loads of x. One stays in level 1 while few
-// rows pass. Reading minimums of both first pays from 33 rows on.
+// Whether M rows of x pass over two blocks of the weight at a time, which share the loads of x. A single block stays in level
+// 1 while few rows pass. Reading minimums of both first pays from 33 rows on.
 constexpr bool takes_two_blocks(Kind kind, int64_t M) {
   return kRegister == 64 && M > (has_minimums(kind) ? 32 : kind == kInt8 ? 7 : 8);
 }
@@ -204,7 +205,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
         if (kBlocks == 1) records[b].ask(g);
         weight_scale = records[b].read(g);
       }
-      if constexpr (kKind >= kInt6) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
+      if constexpr (has_signed_scales(kKind)) weight_scale = kIsRead ? scales.scale[b * G + g] : records[b].read();
       if constexpr (has_minimums(kKind)) {
         if (kIsRead)
           weight_scale = scales.scale[b * G + g], minimum = scales.minimum[b * G + g];
@@ -241,8 +242,8 @@ void few_rows(int64_t count, const Activations& x, int64_t m, const Linear& weig
   if constexpr (kM > 1) few_rows<kKind, kBlocks, kM - 1>(count, x, m, weight, y, block, width, scales, ahead);
 }
 
-// Any number M of rows of x, as many at a time as there are registers for. Each pass over several blocks has about as many
-// rows, and asks for a part of the next ones before `end`.
+// Any number M of rows of x, as many at a time as there are registers for. Passes over several blocks have about equal
+// numbers of rows, and each asks for a part of the next blocks before `end`.
 template <Kind kKind, int kBlocks>
 void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t block, int64_t end, int64_t width) {
   constexpr int kM = kRegister < 64 ? 4 : kBlocks == 1 ? 8 : 6;
@@ -263,8 +264,9 @@ void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, in
 template <Kind kKind>
 void blocks_of(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                int64_t width) {
+  constexpr int kBlocks = kRegister == 64 ? 2 : 1;
   if (takes_two_blocks(kKind, M))
-    for (; begin + 2 <= end; begin += 2) rows<kKind, kRegister < 64 ? 1 : 2>(x, M, weight, y, begin, end, width);
+    for (; begin + kBlocks <= end; begin += kBlocks) rows<kKind, kBlocks>(x, M, weight, y, begin, end, width);
   for (; begin < end; begin++) rows<kKind, 1>(x, M, weight, y, begin, end, width);
 }
 

@@ -161,7 +161,9 @@ def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
         torch.float32: {0: (N,), 4: (N // LANES, -(-K // span))}.get(record, (N, 1)),
         torch.bfloat16: (N // LANES, K // GROUP, LANES),
         torch.int8: (N // LANES, 1 + K // GROUP, LANES),
-        torch.uint8: (N // LANES, K // span, record) if bits > 4 or is_record(span, record) else None,
+        torch.uint8: (N // LANES, K // span, record)
+        if bits > 4 or is_record(span, record) or is_nl4(span, record)
+        else None,
     }
     shape = shapes.get(scale.dtype)
     require(
@@ -208,8 +210,8 @@ def _lossless_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
-    """Return the channels that a record of scales covers, and its bytes for 16 rows: of uint4, uint5 and int6, and of
-    fp8, whose scales have two dimensions; (32, 0) for other formats.
+    """Return the channels that a record of scales covers, and its bytes for 16 rows: of uint4, uint5, int6 and nl4,
+    and of fp8, whose scales have two dimensions; (32, 0) for other formats.
     """
     if scale.dtype == torch.float32 and scale.dim() == 2:
         N, K = packed.shape[0] * LANES, packed.shape[1] * 4
@@ -220,9 +222,8 @@ def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:
 
 
 def is_record(span: int, record: int) -> bool:
-    """Return whether a record of uint4's or nl4's scales for so many channels may have so many bytes."""
-    is_short = (span, record) == (SHORT_SPAN, SHORT_RECORD)
-    return is_short or record in (ZERO_RECORD, 4 * LANES + span) or is_nl4(span, record)
+    """Return whether a record of uint4's scales for so many channels may have so many bytes."""
+    return record in (ZERO_RECORD, 4 * LANES + span) or (span, record) == (SHORT_SPAN, SHORT_RECORD)
 
 
 def is_nl4(span: int, record: int) -> bool:

@@ -89,7 +89,7 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
   const int bits = static_cast<int>(weight.bits);
   const int64_t block = panel.block + j, unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
   const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kTileBytes;
-  const bool is_signed = bits == 6 || is_looked_up(weight);  // with scales that have a sign
+  const bool has_table = is_looked_up(weight), is_signed = bits == 6 || has_table;  // with scales that have a sign
   const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
   const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
   Records records;
@@ -115,7 +115,7 @@ void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
     const Bits high = load_as<Bits>(w + (lines - 1) * kTileBytes);
     for (int four = 0; four < unit / 4; four++) {
       Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
-      if (is_looked_up(weight)) levels = look_up(kLookedUp, levels);
+      if (has_table) levels = look_up(kLookedUp, levels);
       for (int shift = 0; shift < 32; shift += 16) {
         const auto number = [&](int at) {
           const Bits level = levels >> at & 255u;
