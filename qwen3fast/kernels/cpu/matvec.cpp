@@ -135,7 +135,7 @@ void run_block(const Rows& x, int64_t M, const BFloat16* w, int64_t weights, int
   static thread_local Lines<Vec> sums(kSummedRows * kMostWeights);
   const int64_t most = shape_for(M).rows, tiles = (M + most - 1) / most, summed = kSummedRows / most;
   const int64_t part = has_parts(M) ? kPart : K;
-  const int64_t lines = (2 * tile_weights(M / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
+  const int64_t lines = (2 * tile_weights((M + tiles - 1) / tiles) - 1) / tiles + 1;  // to ask for per 64 channels
   const char* next = reinterpret_cast<const char*>(w + weights * K);
   const char* const end = next + following * K * int64_t{sizeof *w};
   for (int64_t first = 0; first < tiles; first += summed)
