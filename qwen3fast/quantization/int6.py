@@ -15,11 +15,11 @@ from qwen3fast.kernels.cpu.structures import HALF_GROUP, INT6_RECORD, INT6_SPAN
 from qwen3fast.quantization.packed import (
     LANES,
     Packed,
-    by_blocks,
-    float16_at_least,
-    float16_of_rows,
     levels_of_rows,
     pack_levels,
+    pack_signed_scales,
+    signed_scales,
+    signed_scales_of_rows,
     sum_of_halves,
 )
 
@@ -36,18 +36,13 @@ def int6_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
 
 def pack_int6(level_NK: Tensor, d_NP: Tensor, s_NH: Tensor) -> Packed:
     """Pack levels (uint8, 0 to 63; 32 is zero), d per 256 channels, rounded to float16, and s (-128 to 127) per 16."""
-    N, P = d_NP.shape
-    d = by_blocks(d_NP.to(torch.float16)).view(torch.uint8)
-    s = by_blocks(s_NH.to(torch.int8)).view(torch.uint8).view(N // LANES, P, HALVES * LANES)
-    return Packed(pack_levels(level_NK, BITS), torch.cat([d, s], dim=2))
+    return Packed(pack_levels(level_NK, BITS), pack_signed_scales(d_NP, s_NH))
 
 
 def rows_int6(packed: Packed, row_R: Tensor) -> Tensor:
     """Return rows of the weight, (R, K) float32."""
     level_RHC = levels_of_rows(packed, row_R, BITS).float() - ZERO
-    s = packed.scale[..., 2 * LANES :].view(torch.int8).unflatten(-1, (HALVES, LANES))
-    scale_RPH = float16_of_rows(packed.scale, row_R) * s[row_R // LANES, ..., row_R % LANES].float()
-    numbers_RK: Tensor = (level_RHC * scale_RPH.flatten(1)[..., None]).flatten(1)
+    numbers_RK: Tensor = (level_RHC * signed_scales_of_rows(packed.scale, row_R)[..., None]).flatten(1)
     return numbers_RK
 
 
@@ -59,11 +54,8 @@ def quantize_int6(weight_NK: Tensor) -> Packed:
     N, K = weight_NK.shape
     half_NHC = weight_NK.float().view(N, -1, HALF_GROUP)
     is_sound_NP = half_NHC.view(N, -1, INT6_SPAN).isfinite().all(dim=2)
-    scale_NH = _best_scale(half_NHC)
-    largest_NP = scale_NH.view(N, -1, HALVES).abs().amax(dim=2)
-    d_NP = float16_at_least(largest_NP / 127).float()  # so s has 8 bits
+    d_NP, s_NH = signed_scales(_best_scale(half_NHC), HALVES)
     d_NH = d_NP.repeat_interleave(HALVES, 1)
-    s_NH = torch.round(scale_NH / d_NH.where(d_NH > 0, 1.0)).nan_to_num(0).clamp(-128, 127)
     level_NHC = _levels(half_NHC, (d_NH * s_NH)[..., None]) + ZERO
     return pack_int6(level_NHC.to(torch.uint8).view(N, K), d_NP.where(is_sound_NP, torch.nan), s_NH)
 

@@ -98,6 +98,33 @@ def float16_at_least(x: Tensor) -> Tensor:
     return torch.where(nearest.float() < x, next_one, nearest)
 
 
+def signed_scales(scale_NS: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return d (N, S/count) float32, a float16 number, and s (N, S), -127 to 127, for which d * s is nearest to scales.
+
+    scale_NS: float32. count: scales that share d, which is not below its exact value: s has 8 bits.
+    """
+    d_NP = float16_at_least(scale_NS.unflatten(1, (-1, count)).abs().amax(dim=2) / 127).float()
+    d_NS = d_NP.repeat_interleave(count, 1)
+    return d_NP, torch.round(scale_NS / d_NS.where(d_NS > 0, 1.0)).nan_to_num(0).clamp(-127, 127)
+
+
+def pack_signed_scales(d_NP: Tensor, s_NS: Tensor | None) -> Tensor:
+    """Return records of scales d * s, (N/16, P, bytes) uint8: d as float16, then s as int8, or none; see int6.py."""
+    d = by_blocks(d_NP.to(torch.float16)).view(torch.uint8)
+    if s_NS is None:
+        return d
+    return torch.cat([d, by_blocks(s_NS.to(torch.int8)).view(torch.uint8).view(*d.shape[:2], -1)], dim=2)
+
+
+def signed_scales_of_rows(record: Tensor, row_R: Tensor) -> Tensor:
+    """Return the scales that records of `pack_signed_scales` hold for some rows, (R, S) float32."""
+    scale_RPC = float16_of_rows(record, row_R)
+    if record.shape[2] > 2 * LANES:
+        s = record[..., 2 * LANES :].view(torch.int8).unflatten(-1, (-1, LANES))
+        scale_RPC = scale_RPC * s[row_R // LANES, ..., row_R % LANES].float()
+    return scale_RPC.flatten(1)
+
+
 def short_scales(scale: Tensor, least: Tensor) -> Tensor:
     """Return the nearest numbers with 3 bits of fraction, float32, as scales in bytes have.
 

@@ -28,7 +28,6 @@ from qwen3fast.kernels.cpu.structures import (
 )
 
 NUMBERS_AT_ONCE = 2**20  # in float32
-TABLE = torch.tensor(NL4_TABLE, dtype=torch.float32)
 
 
 def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def _weight_with_records(packed: Tensor, scale: Tensor) -> Tensor:
         if bits == 6:
             numbers = (_levels(packed[part], 6).float() - 32).mul_(_signed_scales(scale[part]))
         elif is_nl4(K // scale.shape[1], scale.shape[2]):
-            numbers = TABLE[_levels(packed[part], 4).int()].mul_(_signed_scales(scale[part]))
+            numbers = NL4_TABLE[_levels(packed[part], 4).int()].mul_(_signed_scales(scale[part]))
         else:
             factor_NG1, minimum_NG1 = _uint4_scales(scale[part], K)
             numbers = _levels(packed[part], bits).float().mul_(factor_NG1).sub_(minimum_NG1)

@@ -253,10 +253,10 @@ void rows(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, in
   const Ahead ahead{static_cast<const char*>(weight.weight) + next * G * kLines * 64, (lines + passes - 1) / passes};
   thread_local Scales scales;
   if constexpr (has_read_scales(kKind, kBlocks)) scales.read<kKind>(weight, block, kBlocks);
+  const auto first = [&](int64_t pass) { return kBlocks > 1 ? M * pass / passes : std::min(M, pass * kM); };
   for (int64_t pass = 0; pass < passes; pass++) {
-    const int64_t m = kBlocks > 1 ? M * pass / passes : pass * kM, asked = pass * ahead.count;
-    const int64_t following = kBlocks > 1 ? M * (pass + 1) / passes : std::min(M, m + kM);
-    few_rows<kKind, kBlocks, kM>(following - m, x, m, weight, y, block, width, scales,
+    const int64_t m = first(pass), asked = pass * ahead.count;
+    few_rows<kKind, kBlocks, kM>(first(pass + 1) - m, x, m, weight, y, block, width, scales,
                                  {ahead.next + asked * G * 64, asked < lines ? ahead.count : 0});
   }
 }
