@@ -175,6 +175,14 @@ def as_read(x_RKSD, scale_RKS):
     return x_RKSD.float() if scale_RKS is None else x_RKSD.float() * scale_RKS[..., None]
 
 
+def attend_plainly(q_BTHD, k_RKSD, v_RKSD, position_B1):
+    """Return SDPA's attention of one query per row, (B, H, 1, D); what lies beyond the used length may be anything."""
+    mask_BTL = torch.arange(k_RKSD.shape[2]) <= position_B1[..., None]
+    k, v = (torch.where(mask_BTL[..., None], x[: len(q_BTHD)], 0.0) for x in (k_RKSD, v_RKSD))
+    q = q_BTHD.transpose(1, 2).float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTL[:, None], enable_gqa=True)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (8, 2), (7, 1), (16, 2)])
 @pytest.mark.parametrize("head_dim", [32, 96, 128, 160])
 @pytest.mark.parametrize("lengths", [[1], [2, 63], [64, 65, 300], [15, 16, 17, 33, 127]])
@@ -186,14 +194,8 @@ def test_decode_attention_equals_sdpa(heads, kv_heads, head_dim, lengths, dtype)
     position_B1 = torch.tensor(lengths)[:, None] - 1
     for row, length in enumerate(lengths):  # what lies beyond the used length must not be read
         k_RKSD[row, :, length:] = v_RKSD[row, :, length:] = 1e30
-    mask_BTL = torch.arange(301) <= position_B1[..., None]
     (k_RKSD, k_scale), (v_RKSD, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
-    k, v = (
-        torch.where(mask_BTL.view(batch, 1, 301, 1), as_read(x, scale)[:batch], 0.0)
-        for x, scale in ((k_RKSD, k_scale), (v_RKSD, v_scale))
-    )
-    q = q_BTHD.transpose(1, 2).float()
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTL[:, None], enable_gqa=True)
+    expected = attend_plainly(q_BTHD, as_read(k_RKSD, k_scale), as_read(v_RKSD, v_scale), position_B1)
     actual = torch.ops.qwen3fast.decode_attention(q_BTHD, k_RKSD, v_RKSD, position_B1, k_scale, v_scale)
     assert_near(actual, expected, torch.bfloat16)
 
@@ -253,16 +255,6 @@ def test_results_do_not_depend_on_which_thread_does_a_part(format):
         assert torch.equal(attention, results[0][1])
 
 
-@pytest.fixture
-def two_threads():
-    """With more of them than key/value heads, a row's result depends on the rows beside it, by rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_decode_attention_of_an_empty_row_leaves_the_others_as_they_are(row, dtype):
@@ -278,19 +270,28 @@ def test_decode_attention_of_an_empty_row_leaves_the_others_as_they_are(row, dty
     assert actual[row].isfinite().all()
 
 
-@pytest.mark.parametrize("length", [1, 255, 256, 700, 2000])
-def test_decode_attention_split_over_threads_is_the_same(length):
-    q, k, v = (random_tensor(1, n, 2, 32, seed=n).bfloat16() for n in (1, 2001, 2002))
-    k, v = k[:, :2001].transpose(1, 2).contiguous(), v[:, :2001].transpose(1, 2).contiguous()
-    position, threads = torch.tensor([[length - 1]]), torch.get_num_threads()
-    results = []
+@pytest.mark.parametrize("lengths", [[1], [255], [256], [511, 512], [2000], [5000, 1, 700], [40, 5000]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_decode_attention_does_not_depend_on_threads_or_other_rows(lengths, dtype):
+    rows, attend = len(lengths), torch.ops.qwen3fast.decode_attention
+    q_BTHD = random_tensor(rows, 1, 4, 32).bfloat16()
+    k_RKSD, v_RKSD = (random_tensor(rows, 2, 5003, 32, seed=s).bfloat16() for s in (1, 2))
+    (k, k_scale), (v, v_scale) = stored(k_RKSD, dtype), stored(v_RKSD, dtype)
+    position_B1 = torch.tensor(lengths)[:, None] - 1
+    expected = attend_plainly(q_BTHD, as_read(k, k_scale), as_read(v, v_scale), position_B1)
+    threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 8):  # one part a head, then as many parts as threads
+        for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            results.append(torch.ops.qwen3fast.decode_attention(q, k, v, position))
+            results.append(attend(q_BTHD, k, v, position_B1, k_scale, v_scale))
     finally:
         torch.set_num_threads(threads)
-    assert_near(results[1].float(), results[0].float(), torch.bfloat16)
+    assert_near(results[0], expected, torch.bfloat16)
+    for b in range(rows):
+        scales = [None if scale is None else scale[b : b + 1] for scale in (k_scale, v_scale)]
+        alone = attend(q_BTHD[b : b + 1], k[b : b + 1], v[b : b + 1], position_B1[b : b + 1], *scales)
+        for result in results:
+            assert_same(result[b : b + 1], alone)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1), (8, 1)])
@@ -418,12 +419,14 @@ def test_decode_layers_equal_the_blocks(format, rows, cache_dtype):
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_decode_layers_serve_other_shapes_and_threads(changes, format, threads):
     model, cache, x_B1E, position_B1 = layers_case(format, 2, 600, **changes)
-    position_B1[1] = 599  # long enough to be split where there are more threads than heads
+    position_B1[1] = 599  # long enough for threads to share the positions of a head
     expected = run_layers_plainly(model, copy.deepcopy(cache), x_B1E, position_B1)
-    before = torch.get_num_threads()
+    before, alone = torch.get_num_threads(), copy.deepcopy(cache)
     try:
         torch.set_num_threads(threads)
         actual = run_layers(model, cache, x_B1E, position_B1)
+        torch.set_num_threads(1)
+        assert_same(actual, run_layers(model, alone, x_B1E, position_B1))
     finally:
         torch.set_num_threads(before)
     assert_near(actual, expected, torch.bfloat16)
@@ -494,7 +497,6 @@ def test_decode_layers_give_a_row_the_same_alone_and_among_others(format, cache_
         assert_same(run_layers(model, alone, x_B1E[row : row + 1], position_B1[row : row + 1])[0], together[row])
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("format", [None, *PACKED])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("empty", [[0], [1, 3], [0, 1, 2, 3]], ids=str)

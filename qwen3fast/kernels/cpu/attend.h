@@ -1,5 +1,4 @@
-// One query over keys and values: what decode_attention and decode_layers share (decode_attention.cpp). Chunks of queries:
-// prefill_attention.cpp.
+// Attention over a KV cache: one query per row in decode_attention.cpp, chunks of queries in prefill_attention.cpp.
 // T is the type of a cached number: BFloat16, or int8_t with one scale per vector.
 
 #pragma once
@@ -12,9 +11,8 @@
 #include <vector>
 
 #include "ops.h"
+#include "parallel.h"
 #include "vec.h"
-
-constexpr int64_t kMinSplit = 256;  // positions that are worth a thread of their own
 
 // One head's keys and values, (S, D) each, and for int8_t their scales, (S,) each; or all heads' together; or nothing.
 template <typename T>
@@ -32,6 +30,7 @@ struct Cached {
     return {keys + index * S * D, values + index * S * D, key_scale ? key_scale + index * S : nullptr,
             value_scale ? value_scale + index * S : nullptr};
   }
+  Cached from(int64_t position, int64_t D) const { return {keys + position * D, values + position * D, nullptr, nullptr}; }
 };
 
 // The next 32 channels of a value as two vectors, in an order that depends on the type; and the same in bfloat16, in order.
@@ -91,11 +90,38 @@ struct Part {
   }
 };
 
-// Positions begin..end of one key/value head, into `part`; each key and value is read once for all G query heads.
-// D: a multiple of 32. `following`: what the caller reads next, which is asked for ahead; or nothing.
-template <typename T>
-void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
-            const Cached<T>& following, Part& part);
+// Attention of one query per row. A head's positions are divided into parts that their number alone decides: a row's result
+// depends neither on other rows nor on the number of threads.
+class DecodeAttention {
+ public:
+  // position: (M,); an empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
+  DecodeAttention(const int64_t* position, int64_t M, int64_t K, int64_t G, int64_t S, int64_t D);
+
+  // A thread's work. heads: of all K * M, ordered by key/value head, then by row. Where these shares differ by much, threads
+  // share the parts of all heads instead, and merge them afterwards: has_parts.
+  struct Share {
+    Range heads, parts;
+    bool has_parts;
+  };
+  Share share(int thread, int threads) const;
+
+  int64_t row_of(int64_t head) const { return parts_[first_[head]].row; }
+  int64_t head_of(int64_t head) const { return parts_[first_[head]].head; }
+
+  // Does a thread's share. q: (M, K, G, D), its rows `stride` numbers apart. y: (M, K, G, D). All threads meet at the barrier if
+  // they share parts; otherwise a head's keys are read by its owner alone.
+  template <typename T>
+  void run(const Share& own, const BFloat16* q, int64_t stride, const Cached<T>& cached, BFloat16* y, Barrier& barrier);
+
+ private:
+  struct Positions {
+    int64_t head, row, begin, end, before;  // before: the number of positions in earlier parts
+  };
+  const int64_t M_, K_, G_, S_, D_;
+  std::vector<Positions> parts_;  // and one behind the last
+  std::vector<int64_t> first_;    // (K * M + 1): of each head's parts
+  std::vector<Part> results_;     // of shared parts
+};
 
 // Attention of chunks of prompts, as qwen3fast_prefill_attention; q's tokens are q_stride numbers apart.
 void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,

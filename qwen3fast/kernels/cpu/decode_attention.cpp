@@ -31,6 +31,9 @@ constexpr int kHeadsOfKeys = 2, kHeadsOfValues = 2, kSums = 4;
 // Channels of a head in all published Qwen3 models. Sizes D below are this constant, for which loops are unrolled, or int64_t.
 using UsualSize = std::integral_constant<int64_t, 128>;
 
+// Positions that are worth a part of their own, or two barriers; and how many parts a head has at most.
+constexpr int64_t kMinPart = 256, kMaxParts = 16;
+
 // Numbers that keys of type T are multiplied with.
 template <typename T>
 using Query = std::conditional_t<std::is_same_v<T, int8_t>, int16_t, BFloat16>;
@@ -199,8 +202,8 @@ void attend_blocks(const BFloat16* q, const Cached<T>& cached, int64_t G, Size D
   }
 }
 
-}  // namespace
-
+// Positions begin..end of one key/value head, into `part`; each key and value is read once for all G query heads.
+// `following`: what the caller reads next, which is asked for ahead; or nothing.
 template <typename T>
 void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, int64_t begin, int64_t end, float scale,
             const Cached<T>& following, Part& part) {
@@ -208,45 +211,83 @@ void attend(const BFloat16* q, const Cached<T>& cached, int64_t G, int64_t D, in
   attend_blocks(q, cached, G, D, begin, end, scale, following, part);
 }
 
-template void attend(const BFloat16*, const Cached<BFloat16>&, int64_t, int64_t, int64_t, int64_t, float,
-                     const Cached<BFloat16>&, Part&);
-template void attend(const BFloat16*, const Cached<int8_t>&, int64_t, int64_t, int64_t, int64_t, float,
-                     const Cached<int8_t>&, Part&);
+}  // namespace
 
-namespace {
+DecodeAttention::DecodeAttention(const int64_t* position, int64_t M, int64_t K, int64_t G, int64_t S, int64_t D)
+    : M_(M), K_(K), G_(G), S_(S), D_(D) {
+  int64_t before = 0;
+  for (int64_t head = 0; head < K; head++)
+    for (int64_t row = 0; row < M; row++) {
+      const int64_t length = std::clamp<int64_t>(position[row] + 1, 1, S);
+      const int64_t count = std::clamp<int64_t>(length / kMinPart, 1, kMaxParts);
+      const auto border = [&](int64_t i) { return i == count ? length : length * i / count / kBlock * kBlock; };
+      first_.push_back(parts_.size());
+      for (int64_t i = 0; i < count; i++) {
+        parts_.push_back({head, row, border(i), border(i + 1), before});
+        before += border(i + 1) - border(i);
+      }
+    }
+  first_.push_back(parts_.size());
+  parts_.push_back({0, 0, 0, 0, before});
+  results_.resize(parts_.size());
+}
+
+DecodeAttention::Share DecodeAttention::share(int thread, int threads) const {
+  const int64_t heads = K_ * M_, total = parts_.back().before;
+  // Each thread has what begins in its share of all positions.
+  const auto owner = [&](int64_t part) { return parts_[part].before * threads / total; };
+  Share own{};
+  std::vector<int64_t> load(threads);
+  for (int64_t i = 0; i < heads; i++) {
+    load[owner(first_[i])] += parts_[first_[i + 1]].before - parts_[first_[i]].before;
+    own.heads.begin += owner(first_[i]) < thread, own.heads.end += owner(first_[i]) <= thread;
+  }
+  own.has_parts = *std::max_element(load.begin(), load.end()) > total / threads + kMinPart;
+  if (!own.has_parts) return own;
+  own.heads = ::share(heads, thread, threads);
+  for (int64_t i = 0; i < first_[heads]; i++) own.parts.begin += owner(i) < thread, own.parts.end += owner(i) <= thread;
+  return own;
+}
 
 template <typename T>
-void decode_heads(const BFloat16* q, const Cached<T>& cached, const int64_t* position, int64_t B, int64_t K,
-                  int64_t G, int64_t S, int64_t D, BFloat16* out, int64_t threads) {
-  const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  // Threads share out the key/value heads of all rows; where these are few, each head's positions, too.
-  // An empty row, at position -1, reads one position all the same: its result has no meaning, but is a number.
-  const auto length_of = [&](int64_t b) { return std::clamp<int64_t>(position[b] + 1, 1, S); };
-  int64_t longest = 1;
-  for (int64_t b = 0; b < B; b++) longest = std::max(longest, length_of(b));
-  const int64_t splits = std::clamp<int64_t>(threads / (B * K), 1, (longest + kMinSplit - 1) / kMinSplit);
-  std::vector<Part> parts(B * K * splits);
-  parallel_for(B * K * splits, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t head = i / splits, split = i % splits, length = length_of(head / K);
-      const Cached<T> following = i + 1 < last && splits == 1 ? cached.head(head + 1, S, D) : Cached<T>{};
-      attend(q + head * G * D, cached.head(head, S, D), G, D, length * split / splits, length * (split + 1) / splits, scale,
-             following, parts[i]);
+void DecodeAttention::run(const Share& own, const BFloat16* q, int64_t stride, const Cached<T>& cached, BFloat16* y,
+                          Barrier& barrier) {
+  const float scale = 1.f / std::sqrt(static_cast<float>(D_));
+  const auto attend_part = [&](int64_t i, bool is_last, Part& result) {
+    const Positions &now = parts_[i], &next = parts_[i + 1];
+    const Cached<T> following = is_last ? Cached<T>{} : cached.head(next.row * K_ + next.head, S_, D_).from(next.begin, D_);
+    attend(q + now.row * stride + now.head * G_ * D_, cached.head(now.row * K_ + now.head, S_, D_), G_, D_, now.begin, now.end,
+           scale, following, result);
+  };
+  if (own.has_parts) {
+    barrier.wait();
+    for (int64_t i = own.parts.begin; i < own.parts.end; i++) attend_part(i, i + 1 == own.parts.end, results_[i]);
+    barrier.wait();
+  }
+  thread_local Part room[2];
+  for (int64_t head = own.heads.begin; head < own.heads.end; head++) {
+    const int64_t first = first_[head];
+    Part& whole = own.has_parts ? results_[first] : room[0];
+    for (int64_t i = first; i < first_[head + 1]; i++) {
+      Part& part = own.has_parts ? results_[i] : room[i > first];
+      if (!own.has_parts) attend_part(i, i + 1 == first_[own.heads.end], part);
+      if (i > first) whole.merge(part, G_, D_);
     }
-  });
-  for (int64_t head = 0; head < B * K; head++) {
-    Part& whole = parts[head * splits];
-    for (int64_t split = 1; split < splits; split++) whole.merge(parts[head * splits + split], G, D);
-    whole.write<T>(G, D, out + head * G * D);
+    whole.write<T>(G_, D_, y + (row_of(head) * K_ + head_of(head)) * G_ * D_);
   }
 }
 
-}  // namespace
+template void DecodeAttention::run(const Share&, const BFloat16*, int64_t, const Cached<BFloat16>&, BFloat16*, Barrier&);
+template void DecodeAttention::run(const Share&, const BFloat16*, int64_t, const Cached<int8_t>&, BFloat16*, Barrier&);
 
 void qwen3fast_decode_attention(const BFloat16* q, const Cache* cache, const int64_t* position, BFloat16* y, int64_t B,
                                 int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
-  if (cache->key_scale)
-    decode_heads(q, Cached<int8_t>(*cache), position, B, K, H / K, S, D, y, threads);
-  else
-    decode_heads(q, Cached<BFloat16>(*cache), position, B, K, H / K, S, D, y, threads);
+  DecodeAttention attention(position, B, K, H / K, S, D);
+  in_threads(threads, [&](int thread, Barrier& barrier) {
+    const auto own = attention.share(thread, barrier.threads);
+    if (cache->key_scale)
+      attention.run(own, q, H * D, Cached<int8_t>(*cache), y, barrier);
+    else
+      attention.run(own, q, H * D, Cached<BFloat16>(*cache), y, barrier);
+  });
 }

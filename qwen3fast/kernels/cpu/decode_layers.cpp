@@ -8,12 +8,11 @@
 // Experts: one thread routes all rows; products of the chosen experts are in experts.h. Empty rows have no experts.
 //
 // Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A row's
-// result does not depend on the other rows, except by rounding where there are more threads than key/value heads.
+// result depends neither on the other rows nor on the number of threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <ctime>
 #include <memory>
 #include <vector>
 
@@ -54,10 +53,10 @@ struct Shared {
   const Sizes size;
   const float *cos, *sin;  // (positions, D)
   const int64_t* position;
-  const int64_t splits, intermediate;  // the latter: of the widest layer without experts
-  BFloat16* x;                         // (M, E), the residual stream
+  const int64_t intermediate;      // of the widest layer without experts
+  BFloat16* x;                     // (M, E), the residual stream
   Lines<BFloat16> qkv, y, z, act;      // (M, (H + 2K) D), (M, H D), (M, E), (M, 2 I): gate, then up
-  std::vector<Part> parts;
+  DecodeAttention attention;
   Routing routing;
   Barrier barrier;
   const Adapters* adapters;            // null for none
@@ -118,10 +117,8 @@ template <typename T>  // of the cache
 void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads) {
   const auto& [M, E, H, K, D, S, eps] = s.size;
   const int64_t G = H / K, width = (H + 2 * K) * D;
-  const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  const Range columns = share(E / kLanes, thread, threads), heads = share(M * K, thread, threads);
-  const Range qkv_blocks = share(width / kLanes, thread, threads);
-  const Range tasks = share(M * K * s.splits, thread, threads);
+  const Range columns = share(E / kLanes, thread, threads), qkv_blocks = share(width / kLanes, thread, threads);
+  const DecodeAttention::Share own_heads = s.attention.share(thread, threads);
   Input input(M, std::max({E, H * D, s.intermediate}));
   Lines<float> low(s.adapters ? s.adapters->rank : 0);
   const LowRank* added = nullptr;  // beside this layer's weights
@@ -134,7 +131,6 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     const Layer& layer = layers[i];
     const Cache& cache = layer.cache;
     T *keys = static_cast<T*>(cache.keys), *values = static_cast<T*>(cache.values);
-    const Cached<T> cached(cache);
     if (s.adapters) added = s.adapters->weights + 7 * i;
     for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, layer.input_norm, E, eps, &input.rows[m * E]);
     input.quantize(input.rows.data(), M, E, layer.q);
@@ -150,8 +146,8 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     }
     s.barrier.wait();
 
-    for (int64_t i = heads.begin; i < heads.end; i++) {
-      const int64_t m = i / K, head = i % K, at = std::max<int64_t>(s.position[m], 0);
+    for (int64_t i = own_heads.heads.begin; i < own_heads.heads.end; i++) {
+      const int64_t m = s.attention.row_of(i), head = s.attention.head_of(i), at = std::max<int64_t>(s.position[m], 0);
       BFloat16 *q = &s.qkv[m * width + head * G * D], *k = &s.qkv[m * width + (H + head) * D];
       for (int64_t g = 0; g <= G; g++) {
         BFloat16* vector = g < G ? q + g * D : k;
@@ -164,19 +160,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
       write_vector(&s.qkv[m * width + (H + K + head) * D], D, values + place * D,
                    cache.value_scale + (cache.value_scale ? place : 0));
     }
-    if (s.splits > 1) s.barrier.wait();  // otherwise a head's keys are read by the thread that wrote them
-    for (int64_t i = tasks.begin; i < tasks.end; i++) {
-      const int64_t head = i / s.splits, split = i % s.splits, m = head / K, length = std::max<int64_t>(s.position[m], 0) + 1;
-      const Cached<T> following = i + 1 < tasks.end && s.splits == 1 ? cached.head(head + 1, S, D) : Cached<T>{};
-      attend(&s.qkv[m * width + head % K * G * D], cached.head(head, S, D), G, D, length * split / s.splits,
-             length * (split + 1) / s.splits, scale, following, s.parts[i]);
-    }
-    if (s.splits > 1) s.barrier.wait();
-    for (int64_t head = heads.begin; head < heads.end; head++) {
-      Part& whole = s.parts[head * s.splits];
-      for (int64_t split = 1; split < s.splits; split++) whole.merge(s.parts[head * s.splits + split], G, D);
-      whole.write<T>(G, D, &s.y[head * G * D]);
-    }
+    s.attention.run(own_heads, s.qkv.data(), width, Cached<T>(cache), s.y.data(), s.barrier);
     s.barrier.wait();
 
     input.quantize(s.y.data(), M, H * D, layer.o);
@@ -236,26 +220,18 @@ bool embed(const Ends& ends, int64_t M, int64_t E, BFloat16* x) {
   return table.bits == 16 || qwen3fast_quantized_rows(&table, ends.input, x, M);
 }
 
-double seconds(clockid_t clock) {
-  timespec time;
-  clock_gettime(clock, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
 // task: null for the blocks alone.
 double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const float* cos, const float* sin,
                 const int64_t* position, BFloat16* x, const Adapters* adapters, const Task* task, int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = sizes;
-  const int64_t longest = std::max<int64_t>(*std::max_element(position, position + M), 0) + 1;
-  const int64_t splits = std::clamp<int64_t>(threads / (M * K), 1, (longest + kMinSplit - 1) / kMinSplit);
   int64_t I = 0, X = 0, C = 0;
   for (const Layer* layer = layers; layer < layers + count; layer++) {
     if (!layer->router.weight) I = std::max(I, layer->gate.N);
     X = std::max(X, layer->router.N), C = std::max(C, layer->chosen);
   }
   const auto room = [](int64_t count) { return Lines<BFloat16>(count); };
-  Shared shared{sizes, cos, sin, position, splits, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), std::vector<Part>(M * K * splits), {}, {}, adapters, {}, {}};
+  Shared shared{sizes, cos, sin, position, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
+                room(2 * M * I), DecodeAttention(position, M, K, H / K, S, D), {}, {}, adapters, {}, {}};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
   if (task) {
@@ -264,15 +240,15 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
   }
   const bool is_rounded = layers[0].cache.key_scale;
   const double begin = seconds(CLOCK_MONOTONIC);
-  double least = INFINITY;  // seconds of a thread on a processor; threads that wait for others stay on theirs
+  double least = INFINITY;  // seconds of a thread on a processor, or asleep until others arrived
 #pragma omp parallel num_threads(threads) reduction(min : least)
   {
-    const double before = seconds(CLOCK_THREAD_CPUTIME_ID);
+    const double before = seconds(CLOCK_THREAD_CPUTIME_ID) + Barrier::slept;
 #pragma omp single
     shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
     (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, omp_get_thread_num(), omp_get_num_threads());
     if (task) run_head(*task, shared, omp_get_thread_num(), omp_get_num_threads());
-    least = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
+    least = seconds(CLOCK_THREAD_CPUTIME_ID) + Barrier::slept - before;
   }
   return std::clamp(1 - least / (seconds(CLOCK_MONOTONIC) - begin), 0., 1.);
 }

@@ -1,4 +1,4 @@
-// A thread's inputs of products in a decode step (decode_layers.cpp), and its share of their results.
+// A thread's inputs of products in a decode step (decode_layers.cpp).
 
 #pragma once
 
@@ -6,18 +6,10 @@
 #include <vector>
 
 #include "ops.h"
+#include "parallel.h"
 #include "products.h"
 
 namespace {
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The share of thread `thread` of `threads` in `count` things.
-Range share(int64_t count, int thread, int threads) {
-  return {count * thread / threads, count * (thread + 1) / threads};
-}
 
 // A thread's own copy of the inputs of products: rows in bfloat16, and quantized to 8 bits for quantized weights.
 struct Input {

@@ -7,11 +7,30 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <ctime>
 #include <thread>
 #include <vector>
 
+struct Range {
+  int64_t begin, end;
+};
+
+// The share of thread `thread` of `threads` in `count` things.
+inline Range share(int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+inline double seconds(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 // Where threads wait for each other.
 struct Barrier {
+  // Seconds that this thread has slept because others had not arrived: it had no need of its processor.
+  inline static thread_local double slept = 0;
+
   int threads = 1;
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
@@ -20,6 +39,7 @@ struct Barrier {
     const int current = round.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived.store(0, std::memory_order_relaxed);
+      if (sleeping_.load(std::memory_order_relaxed)) complete_.store(seconds(CLOCK_MONOTONIC), std::memory_order_relaxed);
       round.store(current + 1, std::memory_order_release);
       round.notify_all();
       return;
@@ -28,12 +48,24 @@ struct Barrier {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
-      if (spins > kSpins) round.wait(current);  // another program has the processor of a thread waited for: give it this one
+      if (spins > kSpins) sleep(current);  // another program has the processor of a thread waited for: give it this one
     }
   }
 
  private:
   static constexpr int64_t kSpins = 3000;  // about 0.1 ms
+
+  void sleep(int current) {
+    sleeping_.fetch_add(1, std::memory_order_relaxed);
+    const double begin = seconds(CLOCK_MONOTONIC);
+    round.wait(current, std::memory_order_acquire);
+    sleeping_.fetch_sub(1, std::memory_order_relaxed);
+    // Not until now: since then, this thread may have waited for a processor.
+    slept += std::max(0., complete_.load(std::memory_order_relaxed) - begin);
+  }
+
+  std::atomic<int> sleeping_{0};
+  std::atomic<double> complete_{0};  // when the last thread arrived, if others slept
 };
 
 // Parts of a piece of work that lie together. Their owner takes them from the front; other threads, which have none left,
