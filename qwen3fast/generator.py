@@ -6,6 +6,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
@@ -31,7 +32,7 @@ from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.dispatch import Dispatcher
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
+from qwen3fast.scheduling.prompt import Overflow, Prompt, build_each, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -84,7 +85,7 @@ class Generator(ChatMethods, AdapterMethods):
         model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
         fit.
         """
-        self.options = GeneratorOptions(**options)
+        self.options = GeneratorOptions.of(options)
         if not isinstance(model, Qwen3):
             raise TypeError(f"model must be a Qwen3, got {model!r:.99}; from_pretrained takes names and folders")
         config = model.config
@@ -96,6 +97,7 @@ class Generator(ChatMethods, AdapterMethods):
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
+        eos_ids |= tokenizer.eos_ids if tokenizer else frozenset()
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker
@@ -136,7 +138,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint;
         MemoryError if the KV cache does not fit.
         """
-        checked = GeneratorOptions(**options)
+        checked = GeneratorOptions.of(options)
         adapter_room(checked)  # adapters that cannot be read are refused before weights are
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
@@ -206,8 +208,8 @@ class Generator(ChatMethods, AdapterMethods):
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        pairs = zip(many, each, strict=True)
-        groups = [self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in pairs]
+        build = partial(self._builder.build, on_overflow=on_overflow, tools=tools)
+        groups = build_each(build, zip(many, each, strict=True), is_single)
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
         results = [GenerationResult.of_samples([next(replies) for _ in group]) for group in groups]
@@ -249,7 +251,7 @@ class Generator(ChatMethods, AdapterMethods):
         """
         checked_flag("progress", progress)
         pairs, is_single = read_pairs(prompts, continuations)
-        handles = [self._builder.build_score(*pair, adapter) for pair in pairs]
+        handles = build_each(partial(self._builder.build_score, adapter=adapter), pairs, is_single)
         with tqdm(desc="scoring", unit="continuation", disable=not progress) as bar:
             scores = [continuation_score(result) for result in self._run_all(handles, True, bar)]
         return scores[0] if is_single else scores

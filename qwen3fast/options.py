@@ -25,6 +25,16 @@ MAX_BATCH_SIZE = 4096
 MAX_QUEUE = 10**6
 MAX_ADAPTERS = 1024
 MAX_ADAPTER_RANK = 1024
+# Options by their names in transformers and vLLM.
+OTHER_NAMES = {
+    "torch_dtype": "dtype",
+    "device_map": "device",
+    "max_model_len": "max_seq_len",
+    "max_num_seqs": "max_batch_size",
+    "tensor_parallel_size": "tensor_parallel",
+    "enforce_eager": "compile=False",
+    "enable_prefix_caching": "prefix_reuse",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,16 @@ class GeneratorOptions:
     adapters: Mapping[str, str | Path] | None = None
     max_adapters: int | None = None
     max_adapter_rank: int | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GeneratorOptions:
+        """Return the options of keyword arguments. Raises: TypeError for an unknown one; ValueError for a bad value."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                hint = f"use {OTHER_NAMES[name]}" if name in OTHER_NAMES else f"the options are {', '.join(known)}"
+                raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         """Check each option and variable. Raises: ValueError naming it, the allowed values, and the value."""

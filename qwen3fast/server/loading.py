@@ -112,7 +112,9 @@ def _find_adapters(adapters: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:
-    name, _, source = spec.rpartition("=")
+    name, _, source = ("", "", spec) if Path(spec).exists() else spec.partition("=")
+    if not source and name == spec:
+        name, source = "", spec
     if not source:
         raise ValueError(f"{spec!r} names no model; expected [NAME=]SOURCE")
     return name or source, source
