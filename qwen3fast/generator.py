@@ -6,6 +6,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
@@ -31,7 +32,7 @@ from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.dispatch import Dispatcher
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, Prompt, read_pairs, read_prompts
+from qwen3fast.scheduling.prompt import Overflow, Prompt, build_each, read_pairs, read_prompts
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -84,32 +85,25 @@ class Generator(ChatMethods, AdapterMethods):
         model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
         fit.
         """
-        self.options = GeneratorOptions(**options)
+        self.options = GeneratorOptions.of(options)
         if not isinstance(model, Qwen3):
             raise TypeError(f"model must be a Qwen3, got {model!r:.99}; from_pretrained takes names and folders")
         config = model.config
         self.options.check_model(config)
         weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.device, self.dtype = weight.device, weight.dtype
-        self.max_seq_len = self.options.max_seq_len
+        self.device, self.dtype, self.max_seq_len = weight.device, weight.dtype, self.options.max_seq_len
         self._source_folder, self._ranks = source_folder, ranks
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
+        eos_ids |= tokenizer.eos_ids if tokenizer else frozenset()
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker
         self._adapters = AdapterRegistry(worker, self.options.adapters, checked_flag("check_weights", check_weights))
         self._builder = RequestBuilder(
-            tokenizer,
-            config.vocab_size,
-            self.max_seq_len,
-            eos_ids,
-            self.default_params,
-            worker,
-            self._adapters,
-            config.longest_context,
+            tokenizer, config, self.max_seq_len, eos_ids, self.default_params, worker, self._adapters
         )
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
@@ -144,7 +138,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint;
         MemoryError if the KV cache does not fit.
         """
-        checked = GeneratorOptions(**options)
+        checked = GeneratorOptions.of(options)
         adapter_room(checked)  # adapters that cannot be read are refused before weights are
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
@@ -214,14 +208,12 @@ class Generator(ChatMethods, AdapterMethods):
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        groups = [
-            self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in zip(many, each, strict=True)
-        ]
+        build = partial(self._builder.build, on_overflow=on_overflow, tools=tools)
+        groups = build_each(build, zip(many, each, strict=True), is_single)
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
-        results = [[next(replies) for _ in group] for group in groups]
-        merged = [GenerationResult.of_samples(group) for group in results]
-        return merged[0] if is_single else merged
+        results = [GenerationResult.of_samples([next(replies) for _ in group]) for group in groups]
+        return results[0] if is_single else results
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is one prompt, although it is an iterable of str
@@ -259,7 +251,7 @@ class Generator(ChatMethods, AdapterMethods):
         """
         checked_flag("progress", progress)
         pairs, is_single = read_pairs(prompts, continuations)
-        handles = [self._builder.build_score(*pair, adapter) for pair in pairs]
+        handles = build_each(partial(self._builder.build_score, adapter=adapter), pairs, is_single)
         with tqdm(desc="scoring", unit="continuation", disable=not progress) as bar:
             scores = [continuation_score(result) for result in self._run_all(handles, True, bar)]
         return scores[0] if is_single else scores
@@ -343,8 +335,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)
-        parts = self.debug.engine.num_warmup_parts()
-        with tqdm(total=parts, desc="warmup", unit="part", disable=not progress) as bar:
+        with tqdm(total=self.debug.engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress) as bar:
 
             def report(part: str) -> None:
                 bar.set_postfix_str(part)
@@ -380,10 +371,7 @@ class Generator(ChatMethods, AdapterMethods):
 
     def __reduce__(self) -> NoReturn:
         """Raises: TypeError, for pickle and copy: threads and memory of the engine belong to one process."""
-        raise TypeError(
-            "a Generator cannot be pickled or copied; pass the arguments of Generator.from_pretrained instead, and "
-            "build another one from them, in the other process if need be"
-        )
+        raise TypeError("a Generator cannot be pickled or copied; pass the arguments of from_pretrained instead")
 
     def __enter__(self) -> Generator:
         return self
@@ -403,9 +391,8 @@ class Generator(ChatMethods, AdapterMethods):
         cache = StaticKVCache(self.config, options.max_batch_size, options.max_seq_len, cache_dtype, self.device)
         if self.device.type == "cpu":
             use_threads(options.threads)
-        compile = options.compile
-        if ranks is not None and compile == "auto":
-            compile = True  # ranks that try a compiled form at different times would wait for each other forever
+        # Ranks that try a compiled form at different times would wait for each other forever.
+        compile = True if ranks is not None and options.compile == "auto" else options.compile
         slots, rank = adapter_room(options)
         if slots and ranks is not None:
             raise ValueError("adapters exclude tensor_parallel: leave it out, or load a merged checkpoint")

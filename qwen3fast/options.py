@@ -1,4 +1,4 @@
-"""GeneratorOptions: the settings of a Generator, checked before any weights are read."""
+"""GeneratorOptions: the settings of a Generator, checked before any weights are read; and options of commands."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from qwen3fast.kernels.cpu.library import usable_levels
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
+from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization.formats import ALL_FORMATS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_SEQ_LEN = 2**31 - 1
@@ -23,6 +25,16 @@ MAX_BATCH_SIZE = 4096
 MAX_QUEUE = 10**6
 MAX_ADAPTERS = 1024
 MAX_ADAPTER_RANK = 1024
+# Options by their names in transformers and vLLM.
+OTHER_NAMES = {
+    "torch_dtype": "dtype",
+    "device_map": "device",
+    "max_model_len": "max_seq_len",
+    "max_num_seqs": "max_batch_size",
+    "tensor_parallel_size": "tensor_parallel",
+    "enforce_eager": "compile=False",
+    "enable_prefix_caching": "prefix_reuse",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,16 @@ class GeneratorOptions:
     adapters: Mapping[str, str | Path] | None = None
     max_adapters: int | None = None
     max_adapter_rank: int | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GeneratorOptions:
+        """Return the options of keyword arguments. Raises: TypeError for an unknown one; ValueError for a bad value."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                hint = f"use {OTHER_NAMES[name]}" if name in OTHER_NAMES else f"the options are {', '.join(known)}"
+                raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         """Check each option and variable. Raises: ValueError naming it, the allowed values, and the value."""
@@ -120,3 +142,17 @@ def takes_options(function: Function) -> Function:
     ]
     function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return function
+
+
+def add_loading_arguments(add: Callable[..., Any]) -> None:
+    """Add the options of commands that load a model. add: `add_argument` of a parser or of a group."""
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
+    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
+    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; int6, uint5, "
+        "nl4: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; dequantize: use a prequantized checkpoint "
+        "unquantized")  # fmt: skip
+    add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
+        "time at the first load of a model")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
+        "slower")  # fmt: skip

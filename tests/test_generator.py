@@ -5,6 +5,7 @@ import copy
 import pickle
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -126,7 +127,8 @@ def test_queue_s_lasts_until_a_slot_is_free(model):
     [
         ("", "the prompt is empty"),
         ([[]], "the prompt is empty"),
-        ([[0, 10**6]], "token id 1000000 is outside the vocabulary"),
+        ([[1], [0, 10**6]], r"^prompts\[1\]: token id 1000000 is outside the vocabulary"),
+        (["a", "b" * 500, "c"], r"^prompts\[1\]: prompt \(\d+ tokens\) \+ max_tokens"),
         ([[-1]], "token id -1 is outside the vocabulary"),
         ([None], r"a prompt must be a string or token ids .*, got prompts\[0\] of type NoneType"),
         (None, "a prompt must be a string or token ids .*, got prompts of type NoneType"),
@@ -140,6 +142,39 @@ def test_generate_refuses_bad_prompts(generator, prompt, message):
     with pytest.raises(ValueError, match=message):
         generator.generate(prompt, GREEDY)
     assert generator.generate("still works", GREEDY).token_ids
+
+
+def test_the_tokenizers_eos_token_ends_replies_where_no_config_names_one(model, tokenizer):
+    config = replace(model.config, eos_token_ids=())
+    [end] = tokenizer.eos_ids
+    assert tokenizer.decode([end]) == tokenizer.special_tokens["eos_token"] == "<|im_end|>"
+
+    def force(logits, output):
+        return logits.index_fill(0, torch.tensor(end), 100.0 if len(output) == 2 else -100.0)
+
+    with Generator(randomized(config, seed=1), tokenizer, max_seq_len=64, compile=False) as generator:
+        result = generator.generate("hello", replace(GREEDY, logits_processor=force))
+    assert (len(result.token_ids), result.finish_reason) == (3, "stop")
+
+
+def test_requests_that_fail_together_keep_tracebacks_of_their_own(model):
+    with Generator(model, max_seq_len=64, compile=False) as generator:
+        begun = threading.Event()
+
+        def wait(logits_V, output_T):
+            begun.set()
+            time.sleep(0.01)
+            return logits_V
+
+        generator.submit([1], replace(GREEDY, max_tokens=50, logits_processor=wait))
+        waiting = [generator.submit([1], GREEDY) for _ in range(5)]
+        assert begun.wait(60)
+    depths = []
+    for handle in waiting:
+        with pytest.raises(RuntimeError, match="closed") as caught:
+            handle.result()
+        depths.append(len(caught.traceback))
+    assert len(set(depths)) == 1
 
 
 def test_generate_refuses_too_few_params(generator):
@@ -254,8 +289,10 @@ def test_a_field_of_sampling_params_is_not_for_what_loads_a_model(make):
         make("tiny", temperature=0, top_k=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_len'"):
         make("tiny", max_len=5)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'; the options are max_seq_len, "):
         Generator.from_pretrained("tiny", max_length=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_model_len'; use max_seq_len"):
+        Generator.from_pretrained("tiny", max_model_len=5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
         Embedder.from_pretrained("tiny", adapter="folder")
 

@@ -55,22 +55,27 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: "tiny", an existing folder, or a hub id (downloaded, or found cached).
 
-    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. What is local
-    has no revisions: a warning says so.
+    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. Local
+    checkpoints have no revisions: one that is given is ignored, with a warning.
 
     Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A broken connection
     is resumed; after a failed download, the next call keeps the files that were complete (recent versions of
     huggingface_hub start the incomplete one again).
 
-    Raises: FileNotFoundError if nothing of that name exists, it has no safetensors on the hub, or the hub cannot be
-    reached and no copy is cached; ValueError for a folder with several GGUF files.
+    Raises: FileNotFoundError if nothing of that name exists, it holds an adapter alone, it has no safetensors on the
+    hub, or the hub cannot be reached and no copy is cached; ValueError for a folder with several GGUF files.
     """
+    expected = "a local folder, a hub id such as 'Qwen/Qwen3-0.6B', a .gguf file, 'tiny', or 'random:0.6b'"
+    if not str(source):
+        raise FileNotFoundError(f"the name of the model is empty; expected {expected}")
     folder = TINY_FOLDER if str(source) == "tiny" else Path(source).expanduser()
     if revision is not None and folder.exists():
         _say_ignored(revision, str(source))
     if folder.is_dir():
+        if (folder / ADAPTER_FILES[0]).is_file() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds a LoRA adapter; load its base model with adapter={str(source)!r}")
         return _gguf_inside(folder) or folder
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
         return folder
     if folder.is_file():
         raise FileNotFoundError(
@@ -78,8 +83,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         )
     if not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(
-            f"no folder {str(source)!r}; expected a local folder, a hub id such as 'Qwen/Qwen3-0.6B', a .gguf file, "
-            "'tiny', or 'random:0.6b'"
+            f"no {'file' if folder.suffix.lower() == '.gguf' else 'folder'} {str(source)!r}; expected {expected}"
         )
     try:
         downloaded = Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_PATTERNS))

@@ -178,6 +178,7 @@ class RequestHandle:
 
     def _result(self) -> GenerationResult:
         if self.request.error is not None:
-            raise self.request.error
+            # Other requests may have the same error, and each raising of it appends to its traceback.
+            raise self.request.error.with_traceback(self.request.error_traceback)
         assert self._finished is not None, "asked for when it is done"
         return self._finished

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, Literal, TypeVar
 
 from qwen3fast.checks import as_integer, checked_option, checked_text
 from qwen3fast.text.tokenizer import Tokenizer
 
+Built = TypeVar("Built")
 Prompt = str | Iterable[int]
 Overflow = Literal["error", "cut"]
 ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or an array or tensor of one dimension)"
@@ -44,6 +45,19 @@ def read_pairs(prompts: Any, continuations: Any) -> tuple[list[tuple[Any, Any]],
         what = "one continuation" if is_one else f"{len(after)} continuations"
         raise ValueError(f"got {len(before)} prompts and {what}; pass one prompt for all, or one for each")
     return list(zip(before, after, strict=True)), is_one
+
+
+def build_each(build: Callable[..., Built], prompts: Iterable[tuple[Any, ...]], is_single: bool) -> list[Built]:
+    """Build requests from the arguments of each. Raises: ValueError of one of several prompts, with its index."""
+    built = []
+    for i, arguments in enumerate(prompts):
+        try:
+            built.append(build(*arguments))
+        except ValueError as err:
+            if is_single:
+                raise
+            raise ValueError(f"prompts[{i}]: {err}") from err
+    return built
 
 
 def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, name: str = "prompt") -> list[int]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class Request:
         continues: an earlier request that this one continues; its slot of the cache may be taken over, not copied.
         on_change: called, in the worker's thread, after each new token and at the end.
         on_leave_queue: called once, when the request leaves the queue.
-        finish_reason: "stop", "length", "cancelled" or "error"; None while running. error: the exception.
+        finish_reason: "stop", "length", "cancelled" or "error"; None while running. error: the exception,
+            with the traceback of where it happened.
         slot: of the cache; None while waiting. launched: number of tokens that were launched, the first one included;
             tokens not collected yet are in flight.
         reused_tokens: prompt tokens whose keys and values were found in the cache.
@@ -81,6 +83,7 @@ class Request:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # from token `wanted_logprobs.first` on, so far
     finish_reason: str | None = None
     error: BaseException | None = None
+    error_traceback: TracebackType | None = None
     slot: int | None = None
     launched: int = 0
     prefill: Prefill | None = None
@@ -208,7 +211,7 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error."""
-        self.error = error
+        self.error, self.error_traceback = error, error.__traceback__
         self.finish("error")
 
     def finish(self, reason: str) -> None:

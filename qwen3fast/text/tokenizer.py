@@ -27,6 +27,7 @@ class Tokenizer:
         base: the tokenizer of the library `tokenizers`.
         chat_template: the Jinja source, or None. template_limits: bounds on its output and time.
         special_tokens: texts of bos_token, eos_token, unk_token and pad_token, as far as the checkpoint names them.
+        eos_ids: the id of eos_token, if it is a token.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Tokenizer:
         self.special_tokens = special or {}
         added = base.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        ends = (base.token_to_id(token) for name, token in self.special_tokens.items() if name == "eos_token")
+        self.eos_ids = frozenset(i for i in ends if i is not None)
         self._template_name = template_name
         self._template: ChatTemplate | None = None  # the last one used
 

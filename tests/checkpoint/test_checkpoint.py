@@ -410,6 +410,29 @@ def test_source_file_is_refused(monkeypatch, tmp_path):
         resolve_source(file)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./no.gguf", "no file './no.gguf'; expected a local folder"),
+        ("", "the name of the model is empty; expected a local folder"),
+        ("adapter", "adapter holds a LoRA adapter; load its base model with adapter='adapter'"),
+    ],
+)
+def test_sources_that_are_something_else_are_named(monkeypatch, name, message, tmp_path):
+    forbid_downloads(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_source(name)
+
+
+def test_gguf_in_capitals_is_gguf(tmp_path):
+    file = tmp_path / "model.GGUF"
+    file.touch()
+    assert resolve_source(file) == file
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "a/b/c", "Qwen/Qwen3 0.6B", "../no", "./no"])
 def test_source_that_is_nothing_is_refused(monkeypatch, name, tmp_path):
     forbid_downloads(monkeypatch)

@@ -18,6 +18,7 @@ from qwen3fast.cli import main
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 from qwen3fast.server.command import bind  # noqa: E402  needs uvicorn
+from qwen3fast.server.loading import _name_and_source  # noqa: E402
 
 ENDLESS = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
@@ -123,6 +124,15 @@ def test_all_sources_are_found_before_the_first_model_loads(options, message, mo
     monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **options: pytest.fail("it loads"))
     assert main(["serve", "--port", "0", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_source_may_hold_equals_signs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-4").mkdir()
+    assert _name_and_source("lr=1e-4") == ("lr=1e-4", "lr=1e-4")
+    assert _name_and_source("mine=lr=1e-4") == ("mine", "lr=1e-4")
+    assert _name_and_source("mine=Qwen/Qwen3-0.6B") == ("mine", "Qwen/Qwen3-0.6B")
+    assert _name_and_source("tiny") == ("tiny", "tiny")
 
 
 @pytest.mark.parametrize("spec", ["", "mine="])

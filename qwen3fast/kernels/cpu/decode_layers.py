@@ -20,8 +20,10 @@ from qwen3fast.kernels.cpu.structures import (
     Layer,
     LinearPointers,
     LowRank,
+    NotServedError,
     Sizes,
     Tiles,
+    address,
     cache,
     is_array,
     packed_linear,
@@ -80,10 +82,13 @@ class DecodeLayersCall:
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
         """Check and keep the tensors of all blocks. eps: of the norms.
 
-        Raises: ValueError for unsupported tensors.
+        Raises: NotServedError for devices, dtypes and sizes that other forms serve; ValueError for tensors that do not
+        fit.
         """
         require(len(layers) > 0, "decode_layers: there must be layers")
         self._tensors = [tensor for layer in layers for tensor in _flat(layer)]  # kept, even if parameters are replaced
+        is_here = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        require(is_here, "decode_layers: weights and cache must be on the CPU", NotServedError)
         self._layers = (Layer * len(layers))()
         keys = layers[0].cache[0]
         self.R, K, S, D = keys.shape
@@ -99,7 +104,7 @@ class DecodeLayersCall:
         for layer, tensors in zip(self._layers, layers, strict=True):
             _require_sizes(layer, self.sizes)
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
-                setattr(layer, name, vector_pointer(norm, D if name in ("q_norm", "k_norm") else first.q.K))
+                setattr(layer, name, norm_pointer(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
         attention = (w for x in self._layers for w in (x.q, x.k, x.v, x.o))
         dense = (w for x in self._layers if not x.router.weight for w in (x.gate, x.up, x.down))
@@ -118,11 +123,8 @@ class DecodeLayersCall:
         slots, rank, _ = matrices[0][0].shape
         for (a_SRK, b_SRN), w in zip(matrices, weights, strict=True):
             for matrix, size in ((a_SRK, w.K), (b_SRN, w.N)):
-                require(
-                    is_array(matrix, torch.bfloat16, slots, rank, size),
-                    "decode_layers: matrices of adapters must be (slots, rank, K or N) bfloat16, contiguous",
-                )
-        require(is_array(slot_R, torch.int64, self.R), "decode_layers: slots must be (R,) int64, contiguous")
+                address("decode_layers: matrices of adapters", matrix, torch.bfloat16, slots, rank, size)
+        address("decode_layers: slots", slot_R, torch.int64, self.R)
         return AdaptersOfLayers(matrices, slot_R)
 
     def __call__(
@@ -211,7 +213,7 @@ class DecodeLayersCall:
             x_BTE.dtype == torch.bfloat16 and x_BTE.dim() == 3 and x_BTE.shape[2] == sizes.E,
             f"{name}: x must be (B, T, E) bfloat16",
         )
-        check_tables(name, sizes.D, cos_SD, sin_SD)
+        table_pointers(name, sizes.D, cos_SD, sin_SD)
         position = position_BT.contiguous()
         require(
             position.dtype == torch.int64 and position.shape == x_BTE.shape[:2],
@@ -232,10 +234,9 @@ class AdaptersOfLayers:
         self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
 
 
-def check_tables(name: str, D: int, *tables: Tensor) -> None:
-    for table in tables:
-        is_right = is_array(table, torch.float32, len(table), D)
-        require(is_right, f"{name}: cos and sin must be (positions, D) float32, contiguous")
+def table_pointers(name: str, D: int, *tables: Tensor) -> list[int]:
+    """Return the addresses of checked tables of all positions, cos and sin."""
+    return [address(f"{name}: cos and sin", table, torch.float32, len(table), D) for table in tables]
 
 
 def _flat(layer: LayerTensors) -> list[Tensor]:
@@ -274,6 +275,7 @@ def weight_pointers(
     require(
         weight.dim() == 2 and is_array(weight, torch.bfloat16, *weight.shape),
         "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
+        NotServedError,
     )
     return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
 
@@ -287,9 +289,8 @@ def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
     return order_K.data_ptr()
 
 
-def vector_pointer(vector: Tensor, size: int) -> int:
-    require(is_array(vector, torch.bfloat16, size), "decode_layers: norms must be bfloat16, of the size of their input")
-    return vector.data_ptr()
+def norm_pointer(norm: Tensor, size: int) -> int:
+    return address("decode_layers: norms", norm, torch.bfloat16, size, error=NotServedError)
 
 
 def has_whole_lanes(w: LinearPointers) -> bool:
@@ -298,7 +299,7 @@ def has_whole_lanes(w: LinearPointers) -> bool:
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
-    """Check that weights fit each other, and that of weights with the same input all are quantized, or none."""
+    """Check that weights fit each other; with the same input, all must be quantized, or none."""
     q, o, gate, down, router = layer.q, layer.o, layer.gate, layer.down, layer.router
     I, X = down.K, max(1, router.N)  # noqa: E741
     expected = [
@@ -314,4 +315,5 @@ def _require_sizes(layer: Layer, s: Sizes) -> None:
     require(
         fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0 and 0 <= layer.chosen <= X,
         "decode_layers: weights of equal layers, sizes multiples of 16 (packed: of 32), D of 32",
+        NotServedError,
     )
