@@ -12,13 +12,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import experts, library, ops, prefill, tiles  # noqa: F401  three of them define operations
+from qwen3fast.kernels.cpu.building import NEEDED
 from qwen3fast.kernels.cpu.structures import LANES
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,6 @@ def switched_off() -> Iterator[None]:
         _is_off = False
 
 
-def version() -> str:
-    """Return what tells this build of the operations from others; empty before `load` has succeeded."""
-    return Path(library.functions()._name).stem if _is_ready else ""
-
-
 def _load(jobs: int | None) -> bool:
     try:
         library.use(library.open_library(jobs))
@@ -74,7 +69,7 @@ def _load(jobs: int | None) -> bool:
         detail = str(err)
         if isinstance(err, subprocess.CalledProcessError):
             detail = err.stderr.strip()[-2000:] or f"exit status {err.returncode}"
-            detail = f"{err.cmd[0]} failed: {detail}; set CXX to a g++ or clang++ that works, and start again"
+            detail = f"{err.cmd[0]} failed: {detail}; set CXX to {NEEDED}, and start again"
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail)
         return False
     tiles.try_tiles()
