@@ -26,6 +26,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 KERNELS = "qwen3fast/kernels/cpu"
+LIBSTDCXX = ((19, 17), (22, 24), (24, 27), (28, 31), (29, 34), (30, 35), (33, 39))  # newest GLIBCXX_3.4 of manylinux_2
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +67,8 @@ def build_libraries(folder: Path) -> str | None:
                 versions.append(glibc_version(library))
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        logger.warning("C++ operations not built: %s", getattr(error, "stderr", None) or error)
+        stderr = getattr(error, "stderr", None)
+        logger.warning("C++ operations not built: %s", f"{stderr}\nneeded: {building.NEEDED}" if stderr else error)
         return None
     if not folder.exists():
         logger.warning("C++ operations not built: no compiler for a level of %s", machine or sys.platform)
@@ -75,14 +77,19 @@ def build_libraries(folder: Path) -> str | None:
 
 
 def glibc_version(library: Path) -> int:
-    """Return the minor version of the oldest glibc 2 that has what a library uses.
+    """Return the minor version of the oldest glibc 2 that has what a library uses, and comes with its libstdc++.
 
-    Raises: OSError for a library that only works with an OpenMP library other than PyTorch's.
+    Linking libstdc++ into the library would need the glibc that it was built with, which is as new as the compiler's.
+    Raises: OSError for a library that only works with an OpenMP library other than PyTorch's, or a newer libstdc++.
     """
     content = library.read_bytes()
     if b"__kmpc_" in content:
         raise OSError("the wheel's libraries must be built by GCC: Clang's OpenMP is another one than PyTorch's")
-    return max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", content)), default=0)
+    used = max(map(int, re.findall(rb"GLIBCXX_3\.4\.(\d+)", content)), default=0)
+    fitting = [glibc for newest, glibc in LIBSTDCXX if used <= newest]
+    if not fitting:
+        raise OSError(f"the libraries need GLIBCXX_3.4.{used}, newer than any manylinux has: build with an older GCC")
+    return max([fitting[0], *map(int, re.findall(rb"GLIBC_2\.(\d+)", content))])
 
 
 class BuildWithLibraries(build_py):

@@ -18,20 +18,23 @@ from qwen3fast.model.memory import control_groups
 
 Result = TypeVar("Result")
 SYSTEM = Path("/sys")
+CHOICES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 PROCESS_ID = os.getpid()  # of the process that imported PyTorch; another one is a fork of it
 
 
 def use_threads(threads: int | None = None) -> None:
     """Set PyTorch's number of CPU threads for the whole process.
 
-    threads: None means the number of cores, unless OMP_NUM_THREADS or `torch.set_num_threads` has set it.
+    threads: None means `num_cores`, unless OMP_NUM_THREADS, MKL_NUM_THREADS or `torch.set_num_threads` has set another.
+    PyTorch begins with all cores, or all hardware threads, whatever the quota: these numbers are no choice.
     Raises: ValueError as `checked_threads`.
     """
-    threads = checked_threads(threads)
+    threads, current = checked_threads(threads), torch.get_num_threads()
+    is_default = current in (len(usable_cores()), len(usable_cpus())) and not CHOICES & os.environ.keys()
     if threads is not None:
         torch.set_num_threads(threads)
-    elif torch.get_num_threads() == len(usable_cpus()) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(num_cores())
+    elif is_default:
+        torch.set_num_threads(min(current, num_cores()))
 
 
 def set_own_threads(number: int, others: int) -> None:

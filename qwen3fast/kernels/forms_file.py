@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ import torch
 
 from qwen3fast._version import __version__
 from qwen3fast.kernels.cpu.levels import cpu_info
-from qwen3fast.kernels.cpu.library import own_folder, source_key
+from qwen3fast.kernels.cpu.library import own_folder, version
 
 logger = logging.getLogger(__name__)
+
+MAX_MACHINES = 16  # of which measurements are kept: other numbers of threads and versions count as others
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # of the instructions in PyTorch's products
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Choice:
 
 
 def machine() -> str:
-    """Return processor, threads and versions."""
-    threads = torch.get_num_threads()
-    return f"{processor()} | {threads} threads | torch {torch.__version__} | qwen3fast {__version__} {source_key()}"
+    """Return processor, threads, versions, and the instructions that PyTorch and the C++ in use are limited to."""
+    threads, limits = torch.get_num_threads(), [os.environ[name] for name in LIMITS if name in os.environ]
+    of_torch = " ".join([torch.__version__, torch.backends.cpu.get_cpu_capability(), *limits])
+    return f"{processor()} | {threads} threads | torch {of_torch} | qwen3fast {__version__} {version()}"
 
 
 @cache
@@ -90,18 +94,35 @@ def path() -> Path:
 def _read() -> dict[str, Any]:
     """Return the contents of the file; {} if it is missing or damaged: forms can be measured again."""
     try:
-        value = json.loads(path().read_text(encoding="utf-8"))
+        file = path()
+        state = file.stat()
+        return _parse(file, state.st_ino, state.st_mtime_ns, state.st_size)
     except (OSError, ValueError, RecursionError, RuntimeError):  # RuntimeError: there is no home folder
         return {}
+
+
+@lru_cache(maxsize=1)  # until the file is replaced: it is asked for every form
+def _parse(file: Path, *state: int) -> dict[str, Any]:
+    value = json.loads(file.read_text(encoding="utf-8"))
     return value if isinstance(value, dict) else {}
 
 
+def _of_machine(key: str) -> str:
+    """Return what follows the computation and its sizes in a key."""
+    return " | ".join(key.split(" | ")[2:])
+
+
 def keep(key: str, choice: Choice) -> None:
-    """Add a measurement to the file, which another process may read or replace at any time."""
+    """Add a measurement to the file, which another process may read or replace at any time.
+
+    Of other machines, threads and versions, the measurements of all but the newest are removed.
+    """
     try:
         file = path()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        text = json.dumps({**_read(), key: {"form": choice.name, "seconds": choice.seconds}}, indent=1)
+        entries = {**_read(), key: {"form": choice.name, "seconds": choice.seconds}}
+        newest = list(dict.fromkeys(map(_of_machine, [key, *reversed(entries)])))[:MAX_MACHINES]
+        text = json.dumps({key: entries[key] for key in entries if _of_machine(key) in newest}, indent=1)
         handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".json")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:

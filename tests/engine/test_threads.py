@@ -31,7 +31,8 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def restore_threads(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for variable in threads.CHOICES:
+        monkeypatch.delenv(variable, raising=False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -77,25 +78,41 @@ def test_hidden_topology_counts_every_cpu(tmp_path, monkeypatch):
     assert num_cores(tmp_path) == 3
 
 
-def test_default_leaves_pytorch_with_one_thread_a_core(monkeypatch):
-    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(6)))
-    monkeypatch.setattr(threads, "num_cores", lambda: 3)
-    torch.set_num_threads(6)  # PyTorch's own choice
+@pytest.fixture
+def four_cores(monkeypatch):
+    """Eight hardware threads on four cores, of which a quota allows two."""
+    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(8)))
+    monkeypatch.setattr(threads, "usable_cores", lambda: [frozenset({n, n + 4}) for n in range(4)])
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+
+
+@pytest.mark.parametrize("number", [4, 8])
+def test_the_number_that_pytorch_begins_with_is_limited_to_the_cores(number, four_cores):
+    torch.set_num_threads(number)  # as PyTorch with MKL, and without
     use_threads()
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("chosen", [1, 5])
-def test_default_respects_a_choice(monkeypatch, chosen):
-    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(6)))
-    monkeypatch.setattr(threads, "num_cores", lambda: 3)
+def test_the_default_is_not_raised(monkeypatch, four_cores):
+    monkeypatch.setattr(threads, "num_cores", lambda: 6)
+    torch.set_num_threads(4)
+    use_threads()
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("chosen", [1, 3, 5])
+def test_default_respects_a_choice(chosen, four_cores):
     torch.set_num_threads(chosen)
     use_threads()
     assert torch.get_num_threads() == chosen
-    torch.set_num_threads(6)
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_default_respects_a_variable(variable, monkeypatch, four_cores):
+    torch.set_num_threads(8)
+    monkeypatch.setenv(variable, "8")
     use_threads()
-    assert torch.get_num_threads() == 6
+    assert torch.get_num_threads() == 8
 
 
 def test_generator_takes_threads():

@@ -131,7 +131,7 @@ def test_a_measurement_is_kept_for_its_key_alone(monkeypatch, own_cache):
     assert len(json.loads(own_cache.read_text())) == 3
 
 
-@pytest.mark.parametrize("change", ["processor", "source_key", "threads", "torch", "version"])
+@pytest.mark.parametrize("change", ["processor", "version", "threads", "torch", "__version__", "capability", "limit"])
 def test_a_measurement_is_of_one_machine_and_its_versions(monkeypatch, change):
     told(monkeypatch, a=1.0, b=0.5)
     forms.choose(case())
@@ -141,13 +141,41 @@ def test_a_measurement_is_of_one_machine_and_its_versions(monkeypatch, change):
         monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     elif change == "torch":
         monkeypatch.setattr("torch.__version__", "0.0")
-    elif change == "version":
+    elif change == "__version__":
         monkeypatch.setattr(forms_file, "__version__", "0.0")
+    elif change == "capability":
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    elif change == "limit":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     else:
         monkeypatch.setattr(forms_file, change, lambda: "another")
     assert forms_file.all_kept() == {}
     assert forms.choose(case()).name == "a"
     assert list(forms_file.all_kept()) == [("x", "k")]
+
+
+def test_of_other_machines_and_versions_the_newest_are_kept(monkeypatch, own_cache):
+    told(monkeypatch, a=1.0, b=0.5)
+    for key in ("k", "l"):
+        for number in range(forms_file.MAX_MACHINES + 3):
+            monkeypatch.setattr(forms_file, "version", lambda number=number: f"build {number}")
+            forms.measure_and_keep(case(key=key))
+    kept = [key.rpartition("build ")[2] for key in json.loads(own_cache.read_text())]
+    expected = [str(number) for number in range(3, forms_file.MAX_MACHINES + 3)]
+    assert kept[-len(expected) :] == expected and set(kept) == set(expected)
+    assert list(forms_file.all_kept()) == [("x", "l")]
+
+
+def test_the_file_is_parsed_once_until_it_is_replaced(monkeypatch, own_cache):
+    told(monkeypatch, a=1.0, b=0.5)
+    forms.measure_and_keep(case())
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    for _ in range(3):
+        assert forms_file.kept(forms.machine_key(case())).name == "b"
+    assert len(parsed) == 1
+    own_cache.write_text("{}")
+    assert forms_file.kept(forms.machine_key(case())) is None
 
 
 def test_a_choice_does_not_change_within_a_process(monkeypatch, own_cache):

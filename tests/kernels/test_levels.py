@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,27 @@ def test_a_pin_chooses_between_shipped_and_native(shipped, pin, monkeypatch):
             library.open_library()
     else:
         assert library.open_library()._name == str(shipped)
+
+
+def test_a_shipped_library_that_the_system_cannot_load_is_reported_with_its_reason(shipped, caplog):
+    other = shipped.with_name(f"{shipped.name.partition('-')[0]}-{library.digest(bytes(100))}.so")
+    other.write_bytes(bytes(100))
+    shipped.unlink()
+    with pytest.raises(library.NoCompilerError):
+        library.open_library()
+    assert "invalid ELF header" in caplog.text and "install qwen3fast again" not in caplog.text
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_version_is_of_the_library_that_is_used(shipped, is_loaded, monkeypatch):
+    """Measurements of one must not be taken for another's."""
+    found = []
+    for pin in ("", "native"):
+        monkeypatch.setenv(library.PIN, pin)
+        path = f"ops-{library.source_key()}-{'0' * 64}.so" if pin else str(shipped)
+        monkeypatch.setattr(library, "_used", SimpleNamespace(_name=path) if is_loaded else None)
+        found.append(library.version())
+    assert found == [shipped.name[:20], f"ops-{library.source_key()}"]
 
 
 @pytest.mark.parametrize("content", [b"", None], ids=["empty", "truncated"])

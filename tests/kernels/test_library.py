@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def builds(monkeypatch):
         builds.append(compiler)
         return Path(shutil.copy(built, folder / built.name))
 
+    library._made_temporary_folder.cache_clear()
     monkeypatch.setattr(library, "build", build)
     monkeypatch.setenv(library.PIN, "native")
     return builds
@@ -129,6 +131,50 @@ def test_a_folder_below_one_that_others_can_write_to_is_not_used(folder):
     assert library.cache_folder() != folder
     folder.parent.chmod(0o1777)  # as /tmp: others cannot rename it
     assert library.cache_folder() == folder
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("cause", ["a file is there", "no home", "read-only"])
+def test_without_a_folder_to_write_to_a_temporary_one_is_used(cause, folder, builds, monkeypatch, caplog):
+    if cause == "a file is there":
+        folder.rmdir()
+        folder.write_text("")
+    elif cause == "no home":
+        monkeypatch.setattr(library, "own_folder", no_home)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    opened = Path(library.open_library()._name)
+    assert len(builds) == 1 and opened.parent != folder and opened.parent.stat().st_mode & 0o777 == 0o700
+    assert caplog.text.count("set XDG_CACHE_HOME to a folder of your own") == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(folder, builds, monkeypatch, caplog):
+    shutil.copy(BUILT, folder / BUILT.name)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert library.open_library()._name == str(folder / BUILT.name)
+    assert not builds and not caplog.text
+
+
+def test_building_removes_what_was_not_used_for_long(folder, builds):
+    now = time.time()
+    for name, age in (("ops-a.so", library.UNUSED_S), ("ops-b.so", 0), ("tmpa", library.ABANDONED_S), ("tmpb", 0)):
+        path = folder / name
+        path.touch() if path.suffix else (path / "objects").mkdir(parents=True)
+        os.utime(path, (now, now - age - 60))
+    (folder / "calibrated").mkdir()
+    os.utime(folder / "calibrated", (0, 0))
+    library.open_library()
+    assert {path.name for path in folder.iterdir()} == {"ops-b.so", "tmpb", "calibrated", BUILT.name}
+
+
+def test_opening_a_library_counts_as_its_use(folder):
+    shutil.copy(BUILT, folder / BUILT.name)
+    os.utime(folder / BUILT.name, (0, 0))
+    library.open_library()
+    assert time.time() - (folder / BUILT.name).stat().st_mtime < 60
 
 
 PROGRAM = "from qwen3fast.kernels import cpu; raise SystemExit(0 if cpu.load() else 3)"

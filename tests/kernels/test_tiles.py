@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -210,13 +211,86 @@ def test_the_trial_fails_where_there_are_no_tiles():
     assert cpu.library.functions().qwen3fast_try_tiles() is False
 
 
-@pytest.mark.skipif(not shutil.which("objdump") or not building.find_compiler(), reason="no objdump or no compiler")
-def test_the_level_of_amx_multiplies_by_its_instructions(tmp_path):
+@pytest.fixture(scope="module")
+def amx_object(tmp_path_factory):
+    """tiles.cpp compiled for AMX: the compiler, and the path."""
     [amx] = [level for level in levels.LEVELS if level.name == "amx"]
     compiler = building.find_compiler()
-    if building.target_machine(compiler) != amx.machine:
-        pytest.skip("the compiler is for another kind of machine")
-    command = [*compiler, *building.FLAGS, *amx.flags, "-O1", "-c", str(building.FOLDER / "tiles.cpp"), "-o", "tiles.o"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    code = subprocess.run(["objdump", "-d", "tiles.o"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    if not compiler or building.target_machine(compiler) != amx.machine:
+        pytest.skip("no compiler, or one for another kind of machine")
+    path = tmp_path_factory.mktemp("amx") / "tiles.o"
+    source = building.FOLDER / "tiles.cpp"
+    subprocess.run([*compiler, *building.FLAGS, *amx.flags, "-O1", "-c", str(source), "-o", str(path)], check=True)
+    return compiler, path
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
+def test_the_level_of_amx_multiplies_by_its_instructions(amx_object):
+    code = subprocess.run(["objdump", "-d", amx_object[1]], capture_output=True, text=True, check=True).stdout
     assert {"ldtilecfg", "tileloadd", "tdpbf16ps", "tdpbsud", "tilestored", "tilerelease"} <= set(code.split())
+
+
+# The child calls signal() before its first tile instruction, which the emulator of tools/ handles unless it "dies".
+TRIAL = """
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <cerrno>
+#include <cstdio>
+#include <string>
+extern "C" bool qwen3fast_try_tiles();
+std::string how;
+extern "C" long syscall(long, ...) noexcept { return 0; }  // the permission is given
+extern "C" sighandler_t signal(int number, sighandler_t) noexcept {
+  if (prctl(PR_GET_DUMPABLE) != 0) _exit(2);
+  while (how == "hangs") pause();
+  struct sigaction action = {};
+  if (how == "dies") sigaction(number, &action, nullptr);
+  return nullptr;
+}
+extern "C" int poll(pollfd* files, nfds_t count, int timeout_ms) {
+  const timespec timeout{0, timeout_ms * (how == "hangs" ? 10'000L : 1'000'000L)};
+  return ppoll(files, count, &timeout, nullptr);
+}
+int main(int, char** arguments) {
+  how = arguments[1];
+  struct sigaction action = {};
+  action.sa_handler = [](int) {};
+  sigaction(SIGALRM, &action, nullptr);
+  const itimerval timer{{0, 5000}, {0, 5000}};
+  if (how == "is interrupted") setitimer(ITIMER_REAL, &timer, nullptr);
+  action.sa_handler = SIG_IGN;
+  if (how == "ignores children") sigaction(SIGCHLD, &action, nullptr);
+  const bool are_used = qwen3fast_try_tiles();
+  std::printf("%d %d", are_used, waitpid(-1, nullptr, 0) == -1 && errno == ECHILD);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def trial(amx_object):
+    """A program that tries tiles, with AMX's instructions emulated."""
+    if tiles.are_announced() or "avx512" not in [level.name for level in levels.this_machine()]:
+        pytest.skip("no processor to emulate AMX on")
+    compiler, object_file = amx_object
+    program, emulator = object_file.with_name("trial"), Path(__file__).parents[2] / "tools" / "emulate_amx.cpp"
+    program.with_suffix(".cpp").write_text(TRIAL)
+    sources = [str(program.with_suffix(".cpp")), str(emulator), str(object_file)]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fopenmp",
+        "-no-pie",
+        "-Wl,--unresolved-symbols=ignore-all",
+    ]  # operations that are not called
+    subprocess.run([*compiler, *flags, *sources, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("how", ["works", "is interrupted", "ignores children", "dies", "hangs"])
+def test_a_trial_of_tiles_ends_and_leaves_no_child(trial, how):
+    done = subprocess.run([trial, how], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"{int(how not in ('dies', 'hangs'))} 1"

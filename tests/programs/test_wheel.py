@@ -98,15 +98,39 @@ def test_its_library_is_whole_and_leaves_openmp_to_pytorch(wheel, tmp_path):
 
 
 def test_without_a_compiler_the_installed_wheel_uses_its_operations(wheel, tmp_path):
-    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"))
+    run(sys.executable, "-m", "venv", str(tmp_path / "env"))  # with the pip that comes with Python
+    python = str(tmp_path / "env/bin/python")
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", str(wheel))
     packages = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
-    with zipfile.ZipFile(wheel) as archive:  # all that pip does with a wheel of no scripts
-        archive.extractall(packages)
     (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
     environment = {"PATH": str(tmp_path / "env" / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
-    printed = run(str(tmp_path / "env/bin/python"), "-c", PROGRAM, cwd=tmp_path, env=environment).splitlines()
+    printed = run(python, "-c", PROGRAM, cwd=tmp_path, env=environment).splitlines()
     folder = packages / "qwen3fast/kernels/cpu/lib"
     assert [line if i % 2 == 0 else Path(line).parent for i, line in enumerate(printed)] == ["42", folder] * 2
+
+
+NEEDS = "print(setup.glibc_version(pathlib.Path(sys.argv[2])))"
+
+
+@pytest.mark.parametrize(
+    ("symbols", "expected"),
+    [
+        ("GLIBC_2.27 GLIBCXX_3.4.11", "27"),
+        ("GLIBC_2.27 GLIBCXX_3.4.29", "34"),  # std::__throw_bad_array_new_length of GCC 11
+        ("GLIBC_2.38 GLIBCXX_3.4.30", "38"),
+        ("GLIBCXX_3.4", "17"),
+        ("GLIBCXX_3.4.99", "OSError: the libraries need GLIBCXX_3.4.99, newer than any manylinux has"),
+        ("__kmpc_fork_call", "OSError: the wheel's libraries must be built by GCC"),
+    ],
+)
+def test_the_tag_names_a_system_with_all_that_a_library_needs(symbols, expected, tmp_path):
+    (tmp_path / "library.so").write_bytes(symbols.replace(" ", "\0").encode())
+    code = f"import pathlib, sys; sys.argv[1:] = ['--version', 'library.so']; import setup; {NEEDS}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.stderr if "Error" in expected else done.stdout).strip().splitlines()[-1].startswith(expected)
 
 
 def test_without_a_level_the_wheel_is_python_alone(tmp_path):

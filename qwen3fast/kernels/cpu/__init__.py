@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qwen3fast.kernels.compiling import may_use_operations
 from qwen3fast.kernels.cpu import experts, library, ops, prefill, tiles  # noqa: F401  three of them define operations
+from qwen3fast.kernels.cpu.building import NEEDED
 from qwen3fast.kernels.cpu.structures import LANES
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,6 @@ def is_loaded() -> bool:
     return _is_ready
 
 
-def version() -> str:
-    """Return the name of this build of the operations, unlike any other's; empty before `load` has succeeded."""
-    return Path(library.functions()._name).stem if _is_ready else ""
-
-
 def _load(jobs: int | None) -> bool:
     try:
         library.use(library.open_library(jobs))
@@ -60,7 +55,7 @@ def _load(jobs: int | None) -> bool:
         detail = str(err)
         if isinstance(err, subprocess.CalledProcessError):
             detail = err.stderr.strip()[-2000:] or f"exit status {err.returncode}"
-            detail = f"{err.cmd[0]} failed: {detail}; set CXX to a g++ or clang++ that works, and start again"
+            detail = f"{err.cmd[0]} failed: {detail}; set CXX to {NEEDED}, and start again"
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail)
         return False
     tiles.try_tiles()

@@ -16,10 +16,12 @@ import logging
 import os
 import platform
 import re
+import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
 
@@ -38,8 +40,10 @@ from qwen3fast.kernels.cpu.levels import Level, pinned_level, processor_features
 logger = logging.getLogger(__name__)
 
 SHIPPED = FOLDER / "lib"  # in wheels only
-TARGET_FLAGS = ["-march=native"]
+TARGET_FLAGS = ("-march=native",)
 PIN = "QWEN3FAST_CPU_LEVEL"
+VERSION = len("ops-") + 16  # letters of a name: of a library built here, the key of its sources
+UNUSED_S, ABANDONED_S = 30 * 24 * 3600, 24 * 3600
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 DECLARATION = re.compile(r"QWEN3FAST_API (\w+) (\w+)\((.*?)\);", re.DOTALL)  # in ops.h
 TYPES = {"void": None, "bool": c_bool, "double": c_double, "int64_t": c_int64, "Tiles": c_int64}
@@ -77,16 +81,31 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     candidates = usable_levels()
     library = _find_shipped(candidates)
     if library is None:
-        flags = candidates[0].flags if os.environ.get(PIN) and candidates else TARGET_FLAGS
+        flags = _flags(candidates)
         folder, key = cache_folder(), source_key(flags)
         library = _find(folder, key)
     if library is None:
         compiler = find_compiler()
         if not compiler:
             raise NoCompilerError("they need Linux with g++ or clang++")
+        if not os.access(folder, os.W_OK):
+            folder = _temporary_folder(f"{folder} cannot be written to")
         logger.info("building C++ operations into %s", folder)
         library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs))))
+        _remove_unused(folder)
     return library
+
+
+def version() -> str:
+    """Return what tells the library in use from others; before one is, the library that `open_library` tries first.
+
+    Raises: ValueError as `usable_levels`.
+    """
+    if _used is not None:
+        return Path(_used._name).stem[:VERSION]
+    candidates = usable_levels()
+    built = f"ops-{source_key(_flags(candidates))}"
+    return next((path.stem for _, path in _shipped(candidates)), built)[:VERSION]
 
 
 def usable_levels() -> tuple[Level, ...]:
@@ -108,19 +127,21 @@ def cache_folder() -> Path:
     """Return the folder that keeps the library, made if it is missing: nobody else can write to it.
 
     A folder of ours that others can write to is closed to them, and what lies in it is not used. Where that is
-    impossible, a temporary folder takes its place, for this process alone.
+    impossible, or no folder can be made, a temporary folder takes its place, for this process alone.
     """
-    folder = own_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid == os.getuid() and folder.stat().st_mode & OTHERS_WRITE:
-        logger.warning("others could write to %s: closing it, and building the C++ operations again", folder)
-        folder.chmod(0o700)
-        for library in folder.glob("ops-*.so"):
-            library.unlink()
-    if _is_private(folder):
-        return folder
-    logger.warning("others can write to %s, so the C++ operations are built for this process alone", folder)
-    return Path(_temporary_folder().name)
+    try:
+        folder = own_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and folder.stat().st_mode & OTHERS_WRITE:
+            logger.warning("others could write to %s: closing it, and building the C++ operations again", folder)
+            folder.chmod(0o700)
+            for library in folder.glob("ops-*.so"):
+                library.unlink()
+        if _is_private(folder):
+            return folder
+    except (OSError, RuntimeError) as err:  # RuntimeError: there is no home folder
+        return _temporary_folder(str(err))
+    return _temporary_folder(f"others can write to {folder}")
 
 
 def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -142,44 +163,80 @@ def _is_private(folder: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not status.st_mode & OTHERS_WRITE and not is_open
 
 
+def _temporary_folder(why: str) -> Path:
+    """Return the folder in place of the cache folder. why: that one cannot be used."""
+    logger.warning(
+        "%s: the C++ operations are built for this process alone; set XDG_CACHE_HOME to a folder of your own", why
+    )
+    return Path(_made_temporary_folder().name)
+
+
 @functools.cache  # it is removed when the process ends
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+def _made_temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="qwen3fast-")
 
 
-def source_key(flags: Sequence[str] = TARGET_FLAGS) -> str:
+def _remove_unused(folder: Path) -> None:
+    """Remove libraries that no process has opened for UNUSED_S, and what builds left that did not end."""
+    now = time.time()
+    for pattern, age in (("ops-*.so", UNUSED_S), ("tmp*", ABANDONED_S)):
+        for path in folder.glob(pattern):  # a process that has mapped a library keeps it
+            with contextlib.suppress(OSError):
+                if now - path.stat().st_mtime > age:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flags(candidates: Sequence[Level]) -> tuple[str, ...]:
+    """Return the flags of the library to build: of the pinned level, or for this processor."""
+    return candidates[0].flags if os.environ.get(PIN) and candidates else TARGET_FLAGS
+
+
+@functools.cache
+def source_key(flags: tuple[str, ...] = TARGET_FLAGS) -> str:
     """Return a name of these sources and flags on this processor: libraries of others have other names."""
     sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
     return digest("\n".join([*sources, *FLAGS, *flags, processor_features() or platform.processor()]).encode())[:16]
 
 
+def _shipped(candidates: Iterable[Level]) -> Iterator[tuple[Level, Path]]:
+    """Yield the wheel's libraries of some levels."""
+    return ((level, path) for level in candidates for path in sorted(SHIPPED.glob(f"{level.name}-*.so")))
+
+
 def _find_shipped(candidates: Iterable[Level]) -> ctypes.CDLL | None:
-    """Open the wheel's library of the first level that has one which is whole."""
-    for level in candidates:
-        for path in sorted(SHIPPED.glob(f"{level.name}-*.so")):
+    """Open the first of the wheel's libraries that works here."""
+    for level, path in _shipped(candidates):
+        try:
             library = _open(path)
-            if library is not None:
-                logger.info("C++ operations of the level %s: %s", level.name, path)
-                return library
-            logger.warning("%s is not what was built: install qwen3fast again", path)
+        except OSError as err:
+            logger.warning("%s is not used: %s", path, err)
+        else:
+            logger.info("C++ operations of the level %s: %s", level.name, path)
+            return library
     return None
 
 
 def _find(folder: Path, key: str) -> ctypes.CDLL | None:
-    """Open a library that was built before; remove files that are not what was built."""
+    """Open a library that was built before; remove files that cannot be opened."""
     for path in sorted(folder.glob(f"ops-{key}-*.so")):
-        library = _open(path)
-        if library is not None:
+        try:
+            library = _open(path)
+        except OSError as err:
+            logger.warning("removing %s: %s", path, err)
+            with contextlib.suppress(OSError):
+                path.unlink()
+        else:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # it is in use: see _remove_unused
             return library
-        logger.warning("%s is not what was built: removing it", path)
-        with contextlib.suppress(OSError):
-            path.unlink()
     return None
 
 
-def _open(path: Path) -> ctypes.CDLL | None:
-    """Open a library if it is what was built, and has all functions."""
-    if is_what_was_built(path):  # a truncated one would end the process with SIGBUS
-        with contextlib.suppress(OSError, AttributeError):  # it is no library of this system, or of other functions
-            return with_types(ctypes.CDLL(str(path)))
-    return None
+def _open(path: Path) -> ctypes.CDLL:
+    """Open a library. Raises: OSError if it is not what was built, lacks a function, or cannot be loaded here."""
+    if not is_what_was_built(path):  # a truncated one would end the process with SIGBUS
+        raise OSError("it is not what was built (a wheel's: install qwen3fast again)")
+    try:
+        return with_types(ctypes.CDLL(str(path)))
+    except AttributeError as err:
+        raise OSError(f"it is of another version: {err}") from err
