@@ -72,12 +72,12 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     """Open the wheel's library, or the one in the cache, built first if there is none yet for this source (seconds).
 
     jobs: compilers that run at the same time; None runs all of them. `ops.h` describes the functions.
-    Raises: NoCompilerError where it has to be built and there is no compiler (only GCC and Clang on Linux are tried);
+    Raises: NoCompilerError where it has to be built and there is no compiler (only GCC and Clang are tried);
     other OSErrors where a file cannot be used; subprocess.CalledProcessError where compiling fails; ValueError where
     QWEN3FAST_CPU_LEVEL names no level of this machine.
     """
-    if sys.platform != "linux":
-        raise NoCompilerError("they need Linux with g++ or clang++")
+    if sys.platform not in ("linux", "darwin"):
+        raise NoCompilerError("they need Linux or macOS")
     candidates = usable_levels()
     library = _find_shipped(candidates)
     if library is None:
@@ -87,7 +87,7 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     if library is None:
         compiler = find_compiler()
         if not compiler:
-            raise NoCompilerError("they need Linux with g++ or clang++")
+            raise NoCompilerError("they need g++ or clang++")
         if not os.access(folder, os.W_OK):
             folder = _temporary_folder(f"{folder} cannot be written to")
         logger.info("building C++ operations into %s", folder)
@@ -188,7 +188,8 @@ def _remove_unused(folder: Path) -> None:
 
 def _flags(candidates: Sequence[Level]) -> tuple[str, ...]:
     """Return the flags of the library to build: of the pinned level, or for this processor."""
-    return candidates[0].flags if os.environ.get(PIN) and candidates else TARGET_FLAGS
+    is_level = os.environ.get(PIN) or sys.platform == "darwin"  # Xcode's older compilers know no native ARM
+    return candidates[0].flags if candidates and is_level else TARGET_FLAGS
 
 
 @functools.cache
