@@ -6,10 +6,10 @@
 Every engine is a process of its own that loads its model once. All engines of a weight format stay loaded while they
 take turns, one reply each, in a new random order each round; the waiting ones sleep, which is measured first. All get
 the same prompts, new ones each round: no engine can reuse an earlier prompt's keys and values. Decode speed is measured
-at a context's length; prefill is timed up to the first token. The time of a step is a reply's mean for every engine,
-since not all report single steps. Before the rounds, each engine's greedy tokens are compared with the bfloat16 model's
-logits: engines in bfloat16 or fp16 must agree, quantized ones may differ, by a gap that the record keeps. With --gguf,
-engines read the same file, and tokens are compared with our model of it, uncompiled.
+behind each of --contexts; prefill of each of --prefill is timed up to the first token. The time of a step is a reply's
+mean for every engine, since not all report single steps. Before the rounds, each engine's greedy tokens are compared
+with the bfloat16 model's logits: engines in bfloat16 or fp16 must agree, quantized ones may differ, by a gap that the
+record keeps. With --gguf, engines read the same file, and tokens are compared with our model of it, uncompiled.
 
 An engine that crashes or hangs is left out, and the record has the reason, as it has for engines that need another
 device. Ctrl-C and SIGTERM keep the rounds so far.
@@ -22,6 +22,7 @@ import random
 import time
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from qwen3fast.bench.table import where_measured
 from qwen3fast.engine.threads import use_threads
 
 PAUSE_S = 0.05  # before each reply and probe: threads of the work before may spin for a moment
-FIRST_WARM_UP_SEED = 1_000_000  # beyond the seeds of all rounds
+MAX_ROUNDS, FIRST_WARM_UP_SEED = 1_000, 1_000_000_000  # the latter is beyond the seeds of all rounds
 ORDER_SEED = 0
 
 
@@ -84,8 +85,8 @@ def make_task(args: argparse.Namespace, case: Case, worker: Any, steps: int, fie
     context, name = int(case.labels["context"]), str(case.labels["engine"])
 
     def run() -> Measurement | None:
-        # The same prompt for all engines in a round, and never one that an engine has seen.
-        seed = 1_000 * (len(case.samples.get("ttft_s", ())) + 1) + context
+        # The same prompt for all engines in a round.
+        seed = first_seed(case) + len(case.samples.get("ttft_s", ()))
         if field is None:
             return _reply(args.vocab_size, worker, context, steps, seed)
         if name not in field.workers:
@@ -97,8 +98,16 @@ def make_task(args: argparse.Namespace, case: Case, worker: Any, steps: int, fie
 
 def warm_up(args: argparse.Namespace, harness: Harness, task: Task, worker: Any, steps: int) -> None:
     """Run an engine until its speed is stable, on prompts that are not measured."""
-    context, seeds = int(task.case.labels["context"]), iter(range(FIRST_WARM_UP_SEED, 2 * FIRST_WARM_UP_SEED))
+    context, seeds = int(task.case.labels["context"]), count(FIRST_WARM_UP_SEED + first_seed(task.case))
     harness.warm_up(Task(task.case, lambda: _reply(args.vocab_size, worker, context, steps, seed=next(seeds))))
+
+
+def first_seed(case: Case) -> int:
+    """Return the seed of a shape's first round. With a seed in common, prompts of two shapes would begin alike.
+
+    Engines may keep the keys and values of such a beginning.
+    """
+    return MAX_ROUNDS * (2 * int(case.labels["context"]) + (case.labels["what"] == "prefill"))
 
 
 def _reply(vocab_size: int, worker: Any, context: int, steps: int, seed: int) -> Measurement:
@@ -132,8 +141,8 @@ def run_format(args: argparse.Namespace, format: str, harness: Harness, record: 
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return what is measured of each format: decoding at each context, and prefill."""
-    return [("decode", n) for n in args.contexts] + [("prefill", args.prefill)]
+    """Return what is measured of each format: decoding at each context, and each prefill."""
+    return [("decode", n) for n in args.contexts] + [("prefill", n) for n in args.prefill]
 
 
 def words(text: str) -> list[str]:
@@ -147,7 +156,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=words, default=",".join(PEERS), help="comma-separated [%(default)s]")
     parser.add_argument("--formats", type=words, default=",".join(FORMATS), help="comma-separated [%(default)s]")
     parser.add_argument("--contexts", type=counts, default="32,1000", help="prompt lengths for decoding [%(default)s]")
-    parser.add_argument("--prefill", type=int, default=512, help="prompt length for prefill [%(default)s]")
+    parser.add_argument("--prefill", type=counts, default="512", help="prompt lengths for prefill [%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=24, help="steps timed per reply [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads of every engine [one per core]")
@@ -164,8 +173,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for option, known in (("peers", PEERS), ("formats", FORMATS)):
         if unknown := set(getattr(args, option)) - set(known):
             parser.error(f"unknown in --{option}: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    if args.prefill in args.contexts:
-        parser.error(f"--prefill {args.prefill} is among --contexts; choose another length")
+    if args.rounds > MAX_ROUNDS:
+        parser.error(f"--rounds {args.rounds}: at most {MAX_ROUNDS:,}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     if not args.model.startswith("random:"):

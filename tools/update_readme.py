@@ -4,7 +4,8 @@
     python tools/update_readme.py --check    # exit 1 if anything is out of date
 
 A block between `<!-- table: FILE -->` and `<!-- end -->` holds the table made from that JSON file; with a word after
-the name of the file, such as `best`, another table of the same record.
+the name of the file, such as `speed`, another table of the same record. A folder and a word stand for a table of
+several records.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qwen3fast.bench.table import Columns, as_markdown, speedup, table_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import tables
+import targets
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks" / "index.md")
@@ -46,7 +48,6 @@ COLUMNS = {
     "gpu": Columns(("part", "size", "weights", "mode", "options", "batch_size", "context"),
                    ("decode_tok_s", "share_of_bandwidth", "ttft_s", "prefill_tok_s")),
 }  # fmt: skip
-TIE = 0.02  # of the speed: a smaller difference to the best peer is no win and no loss
 
 
 def compiled_table(record: Record) -> str:
@@ -92,32 +93,37 @@ def quality_bits_table(record: Record) -> str:
     return as_markdown(rows, left=1)
 
 
-def best_peers_table(record: Record) -> str:
-    """Return two rows per format of the peers' record: ours, and the fastest other engine in each column.
+def targets_table(folder: Path) -> str:
+    """Return what was asked of the speed and what the records in a folder show, a column per processor."""
+    rows = targets.target_rows(targets.load_all(folder))
+    return _with_bold(rows, left=len(rows[0]))
 
-    The faster of the two is bold, if they differ by more than `TIE`, and a last line counts how often it is ours.
+
+def sides_table(folder: Path) -> str:
+    """Return our speed beside the best other engine's, side by side for the processors whose level was not pinned.
+
+    Below: how often ours is higher and lower, over all shapes of the records, and where they were measured.
     """
-    columns = tables.peers_columns(record)
-    rows, wins, ties, cells = [["format", "tokens/s", *columns]], 0, 0, 0
-    for (format,) in tables.unique(record, "format"):
-        ours, others = [], []
-        for speeds in columns.values():
-            own = speeds[format, tables.OURS]
-            # Variants of ours, such as "qwen3fast int8 cache", are in neither row.
-            peers = [(v, engine) for (f, engine), v in speeds.items() if f == format and not _is_ours(engine)]
-            best, engine = max(peers)
-            wins, ties, cells = wins + (own > (1 + TIE) * best), ties + (abs(own - best) <= TIE * best), cells + 1
-            ours.append(f"**{own:.1f}**" if own > (1 + TIE) * best else f"{own:.1f}")
-            others.append(f"{best:.1f} ({engine})" if own >= (1 - TIE) * best else f"**{best:.1f}** ({engine})")
-        rows += [[format, tables.OURS, *ours], ["", "best of the others", *others]]
-    verdict = f"qwen3fast is the fastest of these engines on this CPU in {wins} of {cells} cases"
-    verdict += f", and within {TIE:.0%} of the fastest in {ties}." if ties else "."
-    bold = as_markdown(rows, left=2).replace(r"\*\*", "**")  # the asterisks are ours, not a record's
-    return f"{bold}\n\n{verdict}"
+    sides, where, verdicts = {}, [], dict[str, int]()
+    for name, records in targets.load_all(folder).items():
+        peers = [r for r in records if (r.suite, r.model_name) == ("peers", targets.MODEL)]
+        if peers and "cpu_level" not in peers[0].environment:
+            sides[name] = targets.all_beside(peers)
+            where.append(f"{name}: {where_measured(peers[0])}.")
+            verdicts |= {f"{targets.shape_name(shape)}, {name}": b.verdict for shape, b in sides[name].items()}
+    slower, level = ([case for case, verdict in verdicts.items() if verdict == sought] for sought in (-1, 0))
+    wins = len(verdicts) - len(slower) - len(level)
+    summary = f"qwen3fast is the fastest of these engines on these CPUs in {wins} of {len(verdicts)} cases, slower in "
+    summary += f"{len(slower)}{_listed(slower)}, undecided (the interval includes 1) in {len(level)}{_listed(level)}."
+    return "\n".join([_with_bold(targets.side_rows(sides), left=1), "", summary, " ".join(where)])
 
 
-def _is_ours(engine: str) -> bool:
-    return engine.partition(" ")[0] == tables.OURS
+def _listed(names: list[str]) -> str:
+    return f" ({'; '.join(names)})" if names else ""
+
+
+def _with_bold(rows: tables.Rows, left: int) -> str:
+    return as_markdown(rows, left=left).replace(r"\*\*", "**")  # the asterisks are ours, not a record's
 
 
 def cache_table(record: Record) -> str:
@@ -161,10 +167,11 @@ PIVOTS: dict[str, Callable[[Record], str]] = {
 }
 # Other tables of a suite, by the word behind the file's name.
 KINDS: dict[tuple[str, str], Callable[[Record], str]] = {
-    ("peers", "best"): best_peers_table,
     ("quantization", "speed"): speed_table,
     ("quality", "bits"): quality_bits_table,
 }
+# Tables of several records, by the word behind their folder.
+FOLDERS: dict[str, Callable[[Path], str]] = {"targets": targets_table, "sides": sides_table}
 
 
 def record_table(record: Record, kind: str = "") -> str:
@@ -189,7 +196,11 @@ def record_table(record: Record, kind: str = "") -> str:
 
 
 def render(path: Path, kind: str = "") -> str:
-    """Return the table of a record's file, and where and when it was measured."""
+    """Return the table of a record's file, and where and when it was measured; or of a folder of records."""
+    if path.is_dir():
+        if kind not in FOLDERS:
+            raise ValueError(f"no table {kind!r} of a folder of records; known: {', '.join(FOLDERS)}")
+        return FOLDERS[kind](path)
     record = load_record(path)
     if record.suite == "compiled":
         versions = "; ".join(f"{name} {record.environment[name]}" for name in ("torch", "cuda", "triton"))

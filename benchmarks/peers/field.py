@@ -36,7 +36,7 @@ class Field:
         # No engine is always the first, which may get other pages of memory than the last.
         random.Random(format).shuffle(engines)
         record.notes.setdefault("loaded_in_order", {})[format] = [name for name, *_ in engines]
-        max_seq_len = max(*args.contexts, args.prefill, CHECK_PROMPT) + max(args.new_tokens, CHECK_STEPS) + 1
+        max_seq_len = max(*args.contexts, *args.prefill, CHECK_PROMPT) + max(args.new_tokens, CHECK_STEPS) + 1
         prompt = make_prompts(args.vocab_size, CHECK_PROMPT, 1, seed=2)[0]
         for number, (name, peer, variant) in enumerate(engines, 1):
             tell(f"{format}: loading {name} ({number} of {len(engines)})")

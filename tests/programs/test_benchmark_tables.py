@@ -6,6 +6,7 @@ import batching_picture
 import operators_picture
 import pytest
 import tables
+import targets
 import update_readme
 from peers import picture
 
@@ -213,39 +214,122 @@ def test_the_version_of_transformers_and_noise_are_said(tmp_path):
     assert update_readme.render(tmp_path / "r.json").endswith("; noisy run, see the record; transformers 5.")
 
 
-def test_the_front_page_compares_with_the_best_of_the_others_in_each_column():
-    assert update_readme.best_peers_table(two_peers_record()).splitlines()[2:] == [
-        "| bf16 | qwen3fast | **40.0** | **25.0** | 256.0 |",
-        "|  | best of the others | 20.0 (other bf16) | 12.5 (third bf16) | **512.0** (other bf16) |",
-        "",
-        "qwen3fast is the fastest of these engines on this CPU in 2 of 3 cases.",
-    ]
+ZEN_5, ZEN_4 = targets.PROCESSORS
 
 
-def test_small_differences_are_no_wins_and_no_losses_on_the_front_page():
-    for tie, seconds in ((1.01, 0.08 / 1.01), (0.99, 0.08 / 0.99)):
-        record = two_peers_record()
-        ours = next(
-            case.samples
-            for case in record.cases
-            if case.name.startswith("qwen3fast,") and case.labels["context"] == 1000
-        )
-        ours["step_s"] = [[seconds], [seconds]]
-        first, second, _, verdict = update_readme.best_peers_table(record).splitlines()[2:]
-        assert first == f"| bf16 | qwen3fast | **40.0** | {12.5 * tie:.1f} | 256.0 |"
-        assert second == "|  | best of the others | 20.0 (other bf16) | 12.5 (third bf16) | **512.0** (other bf16) |"
-        assert verdict.endswith("on this CPU in 1 of 3 cases, and within 2% of the fastest in 1.")
+def peers_case(engine, shape, tok_s):
+    """Return a case with these tokens/s, one per round."""
+    format, what, context = shape
+    labels = {"engine": engine, "format": format, "context": context, "what": what, "batch_size": 1}
+    decode = {"ttft_s": [0.1] * len(tok_s), "step_s": [[1 / v] for v in tok_s]}
+    return Case(labels, {}, {"ttft_s": [context / v for v in tok_s]} if what == "prefill" else decode)
 
 
-def two_peers_record():
-    """Another peer at 1,000; variants of ours are not compared, however fast."""
-    peers = peers_record()
-    bf16 = [case for case in peers.cases if case.labels["format"] == "bf16"]
-    for engine, step_s in (("third bf16", 0.08), ("qwen3fast int8 cache", 0.001)):
-        labels = {"engine": engine, "format": "bf16", "context": 1000, "what": "decode", "batch_size": 1}
-        bf16.append(Case(labels, {}, {"ttft_s": [1.0, 1.0], "step_s": [[step_s], [step_s]]}))
-    peers.cases = bf16
-    return peers
+def write_peers(folder, name, cpu, speeds, utc="2026-01-02T03:04:05Z", model="random:0.6b", **environment):
+    """Write a record of speeds: shape -> engine -> tokens/s of each round."""
+    cases = [peers_case(engine, shape, v) for shape, engines in speeds.items() for engine, v in engines.items()]
+    found = Record("peers", RUN | {"utc": utc}, ENVIRONMENT | {"cpu": cpu} | environment, {"name": model}, cases)
+    write_json(found.to_dict(), folder / f"peers-{name}.json")
+
+
+DECODE, PREFILL = ("int4", "decode", 1000), ("bf16", "prefill", 512)
+FIELD = {
+    # The machine was slow in the second round; "b" was the fastest of the others in the third only.
+    DECODE: {"qwen3fast": [30, 15, 28], "a int4": [20, 10, 10], "b int4": [5, 5, 14], "qwen3fast int8 cache": [99] * 3},
+    PREFILL: {"qwen3fast": [90, 91, 92], "openvino-genai bf16": [100, 101, 102], "a bf16": [10, 10, 10]},
+}
+
+
+def test_a_ratio_is_to_the_best_other_engine_of_the_same_round(tmp_path):
+    write_peers(tmp_path, "x", ZEN_5, FIELD)
+    [(name, [found])] = targets.load_all(tmp_path).items()
+    side = targets.beside(found, DECODE)
+    assert (name, side.own, side.best, side.engine) == ("Zen 5", 28, 10, "a int4")
+    assert side.ratios == pytest.approx([1.5, 1.5, 2.0]) and side.verdict == 1
+    assert targets.beside(found, PREFILL).verdict == -1
+    assert targets.beside(found, PREFILL, "a").ratios == pytest.approx([9.0, 9.1, 9.2])
+    assert targets.beside(found, PREFILL, "b") is None and targets.beside(found, ("bf16", "decode", 32)) is None
+
+
+def test_the_front_page_has_processors_side_by_side_and_counts_wins_and_losses_of_all_lengths(tmp_path):
+    write_peers(tmp_path, "x", ZEN_5, FIELD)
+    level = {("bf16", "decode", 32): {"qwen3fast": [10, 12, 11], "a": [11, 11, 11]}}
+    unshown = {("int8", "prefill", 4000): {"qwen3fast": [8, 8, 8], "a": [9, 9, 9]}}
+    write_peers(tmp_path, "y", ZEN_4, level | unshown)
+    write_peers(tmp_path, "pinned", ZEN_4, FIELD, cpu_level="avx2")
+    lines = update_readme.sides_table(tmp_path).splitlines()
+    ours = "{0}: qwen3fast | best of the others | ratio"
+    assert lines[0] == f"| tokens/s | {ours.format('Zen 5')} | {ours.format('Zen 4')} |" and len(lines) == 2 + 9 + 3
+    assert lines[2] == r"| bf16, decode at 32 | not run |  |  | 11.0 | 11.0 a | 1.00 \[0.91, 1.09\] |"
+    assert lines[4] == (
+        r"| bf16, prefill of 512 | 91.0 | **101.0** openvino-genai | 0.90 \[0.90, 0.90\] slower | not run |  |  |"
+    )
+    assert lines[9] == r"| int4, decode at 1,000 | **28.0** | 10.0 a | 1.50 \[1.50, 2.00\] | not run |  |  |"
+    assert lines[-2] == (
+        "qwen3fast is the fastest of these engines on these CPUs in 1 of 4 cases, slower in 2 (bf16, prefill of 512, "
+        "Zen 5; int8, prefill of 4,000, Zen 4), undecided (the interval includes 1) in 1 (bf16, decode at 32, Zen 4)."
+    )
+    assert lines[-1].startswith(f"Zen 5: {ZEN_5}, 2 threads; ") and f". Zen 4: {ZEN_4}, 2 threads; " in lines[-1]
+
+
+def target_cells(folder):
+    """Return (target, processor) -> cell, without those not run."""
+    head, *rows = targets.target_rows(targets.load_all(folder))
+    cells = {(row[0], name): cell for row in rows for name, cell in zip(head[2:], row[2:], strict=True)}
+    return {place: cell for place, cell in cells.items() if cell != "not run"}
+
+
+def test_targets_say_where_they_were_met_and_by_how_much_they_were_missed(tmp_path):
+    write_peers(tmp_path, "x", ZEN_5, FIELD)
+    slower = {DECODE: {"qwen3fast": [27, 30, 29], "a": [20, 20, 20]}}
+    write_peers(tmp_path, "y", ZEN_4, slower, cpu_level="avx2")
+    of_4b = {("int4", "decode", 32): {"qwen3fast": [23, 23.5, 24], "a": [20, 20, 20]}}
+    write_peers(tmp_path, "z", "another CPU", of_4b, model="random:4b")
+    decode, prefill = ("int4, decode at 1,000, over the best other engine", "bf16, prefill of 512, over openvino-genai")
+    assert target_cells(tmp_path) == {
+        (decode, "Zen 5"): "1.50 [1.50, 2.00], least 1.50: in each round",
+        (decode, "Zen 4 as AVX2"): "1.45 [1.35, 1.50], least 1.35: in the median",
+        (prefill, "Zen 5"): "0.90 [0.90, 0.90], least 0.90: **missed by 9.9%**",
+        (f"4B's {decode.replace('1,000', '32')}", "another CPU"): "1.18 [1.15, 1.20], least 1.15: in each round",
+    }
+    assert "| **" not in update_readme.targets_table(tmp_path) and ": **missed" in update_readme.targets_table(tmp_path)
+
+
+def test_a_newer_record_takes_the_place_of_an_older_one_where_it_has_the_length(tmp_path):
+    write_peers(tmp_path, "old", ZEN_5, FIELD)
+    new = {DECODE: {"qwen3fast": [40] * 3, "a": [10] * 3}}
+    write_peers(tmp_path, "new", ZEN_5, new, utc="2026-02-02T03:04:05Z")
+    write_peers(tmp_path, "one-thread", ZEN_5, FIELD, utc="2026-03-02T03:04:05Z", threads=1)
+    [shapes] = map(targets.all_beside, targets.load_all(tmp_path).values())
+    assert {shape: found.own for shape, found in shapes.items()} == {DECODE: 40, PREFILL: 91}
+
+
+def test_shares_and_rows_count_where_memory_was_in_the_same_state(tmp_path):
+    def write(suite, cases, **more):
+        found = Record(suite, RUN, ENVIRONMENT | {"cpu": ZEN_5}, {"name": "random:0.6b"}, cases, **more)
+        write_json(found.to_dict(), tmp_path / f"{suite}-x.json")
+
+    def share(context, shares, reads):
+        steps = [[1 / (share * read)] for share, read in zip(shares, reads, strict=True)]
+        labels = {"format": "int4", "context": context, "batch_size": 1}
+        return Case(labels, {"bytes_per_step": 1e9}, {"step_s": steps, "bandwidth_gb_s": reads})
+
+    def batch(size, step_s, gb_s):
+        samples = {"step_s": [[step_s]] * 2, "bandwidth_gb_s": [gb_s] * 2}
+        return Case({"format": "int4", "batch_size": size}, {}, samples)
+
+    shares = [share(32, [1.0], [40.0]), share(1024, [1.0, 0.7, 0.8], [40.0, 80.0, 75.0])]
+    write("roofline", shares, conditions={"bandwidth_gb_s": [40.0, 80.0]})
+    write("batch", [batch(8, 0.01, 40.0), batch(16, 0.016, 41.0), batch(32, 0.02, 80.0)])
+    assert target_cells(tmp_path) == {
+        (f"int4, decode {what}", "Zen 5"): cell
+        for what, cell in {
+            "at 32, share of fast memory": "not shown: no round with fast memory",
+            "at 1,024, share of fast memory": "75% [70%, 80%], least 70%: in the median",
+            "of 16 rows, tokens/s over 8 rows'": "1.25 [1.25, 1.25]: in the median",
+            "of 32 rows, tokens/s over 8 rows'": "not shown: memory at 80 GB/s beside 32 rows, 40 beside 8",
+        }.items()
+    }
 
 
 def test_a_word_after_the_file_asks_for_another_table(tmp_path):
@@ -253,7 +337,10 @@ def test_a_word_after_the_file_asks_for_another_table(tmp_path):
     new = update_readme.update("<!-- table: r.json speed -->\n<!-- end -->", tmp_path)
     assert new.startswith("<!-- table: r.json speed -->\n| format | GB of weights |")
     assert "| int4 | 0.50 | 100 | 100 |" in new.splitlines()
-    with pytest.raises(ValueError, match="no table 'best' of suite 'quantization'; known: peers best, quantization"):
+    for folder, kind in (("<!-- table: . -->", ""), ("<!-- table: . best -->", "best")):
+        with pytest.raises(ValueError, match=f"no table '{kind}' of a folder of records; known: targets, sides"):
+            update_readme.update(f"{folder}\n<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match="no table 'best' of suite 'quantization'; known: quantization speed, quality"):
         update_readme.render(tmp_path / "r.json", "best")
 
 

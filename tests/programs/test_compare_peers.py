@@ -1,11 +1,13 @@
 """benchmarks/compare_peers.py from its options to its record, with engines that are our own model, not processes."""
 
 import functools
+import re
 import signal
 import sys
 
 import compare_peers
 import pytest
+import tables
 import torch
 from conftest import randomized, small_config
 from peers import field, worker
@@ -38,7 +40,8 @@ def run(monkeypatch, tmp_path, one_thread):
         flaw = None
 
         def __init__(self, name, python, module, variant, path, threads, max_seq_len, device):
-            assert max_seq_len >= field.CHECK_PROMPT + field.CHECK_STEPS + 1  # not only the lengths that are measured
+            # Not only the lengths that are measured.
+            assert max_seq_len >= max(Worker.longest, field.CHECK_PROMPT) + field.CHECK_STEPS + 1
             self.name, self.facts, self.versions, self.replies = name, {"variant": variant}, {"x": "1"}, 0
             self.count()
 
@@ -76,10 +79,12 @@ def run(monkeypatch, tmp_path, one_thread):
     monkeypatch.setattr(compare_peers, "require_set_up", lambda args: None)
     monkeypatch.setattr(compare_peers.time, "sleep", lambda s: None)
 
-    def program(flaw=None, crash=None, at_reply=lambda number: None):
+    def program(flaw=None, crash=None, at_reply=lambda number: None, prefill="6"):
+        Worker.longest = max(map(int, prefill.split(",")))
         Worker.flaw, Worker.closed, Worker.crash, Worker.total, Worker.at_reply = flaw, [], crash, 0, at_reply
         options = ["--peers", "transformers,ctranslate2,vllm", "--formats", "bf16,int8", "--contexts", "4,8"]
-        options += ["--prefill", "6", "--new-tokens", "3", "--rounds", "2", "--threads", str(torch.get_num_threads())]
+        options += ["--prefill", prefill, "--new-tokens", "3", "--rounds", "2"]
+        options += ["--threads", str(torch.get_num_threads())]
         output = tmp_path / "peers.json"
         command = ["compare_peers.py", *options, "--weights", str(tmp_path), "--output", str(output)]
         monkeypatch.setattr(sys, "argv", command)
@@ -110,6 +115,16 @@ def test_every_engine_of_every_format_is_checked_and_measured_at_every_length(ru
     assert record.notes["not_run"] == {"vllm": "not run: needs cuda, this comparison is on cpu"}
     out = capsys.readouterr().out
     assert "vllm: not run" in out and "4.0 (1.00x)" in out
+
+
+def test_prefill_of_several_lengths_is_a_column_each_with_engines_long_enough(run, capsys):
+    status, record = run(prefill="64,6,8")
+    lengths = [c.labels["context"] for c in record.cases if c.labels["what"] == "prefill"]
+    assert status == 0 and lengths == [6] * 5 + [8] * 5 + [64] * 5 + [6] * 3 + [8] * 3 + [64] * 3
+    table = capsys.readouterr().out
+    columns = ("format", "engine", "decode at 4", "decode at 8", "prefill of 6", "prefill of 8", "prefill of 64")
+    assert re.search(r" +".join(columns), table)
+    assert tables.peers_columns(record)["prefill of 64"]["int8", "ctranslate2 int8"] == 128.0
 
 
 def test_wrong_tokens_in_bf16_give_exit_status_1_and_of_rounded_weights_are_noted(run, capsys):

@@ -34,7 +34,8 @@ def test_peers_options_are_checked(capsys):
     for arguments, message in (
         (["--peers", "llama-cpp,nobody"], "unknown in --peers: nobody; known: transformers, llama-cpp"),
         (["--formats", "int3"], "unknown in --formats: int3; known: bf16, int8, int4"),
-        (["--contexts", "32,512"], "--prefill 512 is among --contexts"),
+        (["--rounds", "1001"], "--rounds 1001: at most 1,000"),
+        (["--prefill", "512,x"], "'x' is not a positive whole number"),
         (["--contexts", "0"], "'0' is not a positive whole number"),
     ):
         with pytest.raises(SystemExit):
@@ -150,6 +151,19 @@ def test_engines_get_the_same_new_prompt_each_round_and_others_to_warm_up(monkey
     assert first == second and len({*first, *warm}) == 3 + len(warm) and len(warm) >= 2
     assert [task.case.samples for task in tasks] == [{"ttft_s": [0.5] * 3, "step_s": [[0.25]] * 3}] * 2
     assert tasks[0].case.metrics["decode_tok_s"].median == 4
+
+
+def test_no_two_shapes_have_prompts_that_begin_alike(monkeypatch):
+    monkeypatch.setattr(compare_peers, "PAUSE_S", 0.0)
+    args = compare_peers.parse(["--contexts", "500,1000", "--prefill", "500,1000,4000"])
+    args.vocab_size = 1000
+    harness, worker = Harness(new_record(), is_shown=False), FakeWorker()
+    for what, context in compare_peers.shapes(args):
+        labels = {"engine": "e", "format": "bf16", "context": context, "what": what, "batch_size": 1}
+        task = compare_peers.make_task(args, Case(labels), worker, steps=4)
+        compare_peers.warm_up(args, harness, task, worker, steps=4)
+        harness.measure([task], 9)
+    assert len({prompt[:500] for prompt in worker.prompts}) == len(worker.prompts) >= 5 * (9 + 2)
 
 
 def test_an_engine_that_stops_early_is_refused(monkeypatch):
