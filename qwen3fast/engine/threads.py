@@ -58,7 +58,7 @@ class SparedThreads:
     number: of threads to leave out, now.
     """
 
-    LOST = 0.3  # of its time that a thread is off its core, from which on a step counts as slow
+    LOST = 0.25  # of its time that a thread is off its core, from which on a step counts as slow
     SLOW_STEPS = 2  # one after another, until a thread is left out
     STEPS = (32, 256)  # until one more is used again: at first, and at most
 
