@@ -38,28 +38,9 @@ def load(device: torch.device | None = None) -> bool:
             has_it, capability = torch.backends.cuda.is_flash_attention_available, torch.cuda.get_device_capability
             _has_flash = has_it() and capability(device) >= (8, 0)
         if not _is_loaded and importlib.util.find_spec("triton") is not None:
-            from qwen3fast.kernels.cuda.chunk_attention import chunk_attention
-            from qwen3fast.kernels.cuda.decode_step import ops as decode_step
-            from qwen3fast.kernels.cuda.packed_experts import packed_experts
-            from qwen3fast.kernels.cuda.packed_matvec import packed_matvec
-            from qwen3fast.kernels.cuda.split_attention import split_attention
+            from qwen3fast.kernels.cuda import chunk_attention, packed_experts, packed_matvec, split_attention  # noqa: F401
+            from qwen3fast.kernels.cuda.decode_step import ops  # noqa: F401  each of these modules defines operations
 
-            custom_op = torch.library.custom_op
-            custom_op("qwen3fast::packed_matvec", packed_matvec, mutates_args=(), device_types="cuda").register_fake(
-                _packed_matvec_shape
-            )
-            custom_op("qwen3fast::packed_experts", packed_experts, mutates_args=(), device_types="cuda").register_fake(
-                lambda x, packed, scale, expert, num_experts, is_fp8: x.new_empty(
-                    (x.shape[0], packed.shape[0] // num_experts * packed.shape[2]), dtype=torch.float32
-                )
-            )
-            custom_op(
-                "qwen3fast::split_attention", split_attention, mutates_args=(), device_types="cuda"
-            ).register_fake(lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]))
-            custom_op("qwen3fast::chunk_attention", chunk_attention, mutates_args=()).register_fake(
-                lambda q, *others: q.new_empty(q.shape)
-            )
-            decode_step.register()
             _is_loaded = True
         return _is_loaded
 
@@ -105,10 +86,3 @@ def can_packed_matvec(x: Tensor) -> bool:
 def can_packed_experts(x: Tensor) -> bool:
     """Return whether `torch.ops.qwen3fast.packed_experts` serves products of rows on this device."""
     return x.device.type == DEVICE_TYPE and _is_loaded
-
-
-def _packed_matvec_shape(x: Tensor, packed: Tensor, scale: Tensor, is_fp8: bool) -> Tensor:
-    from qwen3fast.kernels.cuda.packed_matvec import num_parts
-
-    blocks, words = packed.shape[:2]
-    return x.new_empty((num_parts(blocks, words), x.shape[0], blocks * packed.shape[2]), dtype=torch.float32)

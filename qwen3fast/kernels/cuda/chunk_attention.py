@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.split_attention import attend_block, num_stages
+from qwen3fast.kernels.define import define
 
 
 def chunk_attention(
@@ -52,6 +53,15 @@ def chunk_attention(
             num_stages=num_stages(q_BTHD.dtype),
         )
     return y_BTHD
+
+
+define(
+    "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor",
+    chunk_attention,
+    lambda q, *others: q.new_empty(q.shape),
+    "CompositeExplicitAutograd",
+)
 
 
 def tile_shape(dtype: torch.dtype, is_quantized: bool) -> tuple[int, int]:

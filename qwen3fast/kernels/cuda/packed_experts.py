@@ -27,6 +27,7 @@ from qwen3fast.kernels.cuda.packed_matvec import (
     unpack_channel,
     word_scales,
 )
+from qwen3fast.kernels.define import define
 
 
 def packed_experts(
@@ -47,6 +48,16 @@ def packed_experts(
     with current(x_PK.device):
         _multiply_chosen[(blocks, C, P)](x_PK.contiguous(), weight.tensor, scale, expert_P, y_CPN, *sizes)
     return y_CPN[0] if C == 1 else y_CPN.sum(0)
+
+
+define(
+    "packed_experts(Tensor x, Tensor packed, Tensor scale, Tensor expert, int num_experts, bool is_fp8) -> Tensor",
+    packed_experts,
+    lambda x, packed, scale, expert, num_experts, is_fp8: x.new_empty(
+        (x.shape[0], packed.shape[0] // num_experts * packed.shape[2]), dtype=torch.float32
+    ),
+    "CUDA",
+)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
     record_bytes,
     record_scales,
 )
+from qwen3fast.kernels.define import define
 
 BLOCK_J = 64  # words per row that a program reads at a time in 16 bits
 BLOCK_J_OF_FP8 = 32  # with scales of blocks: 128 channels, which share a scale
@@ -65,6 +66,16 @@ def share_of(words: int, parts: int, block: int) -> int:
 def num_parts(blocks: int, words: int) -> int:
     """Return C, the number of parts that the channels are split into."""
     return max(1, min(-(-PROGRAMS // blocks), words // BLOCK_J))
+
+
+define(
+    "packed_matvec(Tensor x, Tensor packed, Tensor scale, bool is_fp8) -> Tensor",
+    packed_matvec,
+    lambda x, packed, scale, is_fp8: x.new_empty(
+        (num_parts(*packed.shape[:2]), x.shape[0], packed.shape[0] * packed.shape[2]), dtype=torch.float32
+    ),
+    "CUDA",
+)
 
 
 @triton.jit

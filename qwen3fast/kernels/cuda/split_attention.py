@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3fast.kernels.cuda.decode_step.launch import current
+from qwen3fast.kernels.define import define
 
 BLOCK = 64  # positions that a program reads at a time, and the smallest split of a decode step
 MIN_DOT = 16  # rows that Triton's matrix product needs
@@ -61,6 +62,15 @@ def split_attention(
 def num_stages(dtype: torch.dtype) -> int:
     """Return how many blocks are loaded at the same time: in float32, three would not fit into shared memory."""
     return 2 if dtype == torch.float32 else 3
+
+
+define(
+    "split_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor",
+    split_attention,
+    lambda q, *others: q.new_empty(q.shape[0], q.shape[2], 1, q.shape[3]),
+    "CUDA",
+)
 
 
 def num_splits(heads: int, positions: int) -> int:
