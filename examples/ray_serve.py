@@ -15,6 +15,7 @@ import argparse
 import time
 from contextlib import aclosing
 
+from asgi_messages import messages
 from prefix_table import PrefixTable, blocks_of
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -24,7 +25,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from qwen3fast import Generator
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import messages
 from qwen3fast.server.options import ServerOptions
 
 
@@ -68,7 +68,7 @@ class Replica:
         self._app = create_app({model: Generator.from_pretrained(model, max_batch_size=max_batch_size, compile="auto")})
 
     async def answer(self, method: str, path: str, body: bytes, headers: list[tuple[bytes, bytes]]):
-        """Yield the messages of a response, see `qwen3fast.server.in_process`."""
+        """Yield the messages of a response, see asgi_messages.py."""
         async with aclosing(messages(self._app, method, path, body, headers)) as response:
             async for message in response:
                 yield message

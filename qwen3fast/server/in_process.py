@@ -1,17 +1,13 @@
-"""Requests to the application without a socket, for `batch`, Ray and tests. Source: ASGI specification 3.0."""
+"""Requests to the application without a socket, for `batch` and tests. Source: ASGI specification 3.0."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import Message
-
-MAX_MESSAGES = 8  # that wait for their reader; then the application waits
-JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
 async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -22,62 +18,28 @@ async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, di
 
 async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
     """Post a JSON object to a path. Returns: status and body, for a stream with all events."""
-    status, parts = 0, []
-    async for message in messages(app, "POST", path, json.dumps(body).encode()):
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            parts.append(message.get("body", b""))
-    return status, b"".join(parts)
-
-
-async def messages(
-    app: Starlette,
-    method: str,
-    path: str,
-    body: bytes = b"",
-    headers: Sequence[tuple[bytes, bytes]] = JSON_HEADERS,
-) -> AsyncGenerator[Message, None]:
-    """Yield the ASGI messages of a response as they come. Closing it cancels the request.
-
-    Raises: exceptions of the application.
-    """
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": method,
+        "method": "POST",
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": list(headers),
+        "headers": [(b"content-type", b"application/json")],
         "client": ("batch", 0),
         "server": ("batch", 0),
     }
-    incoming = [{"type": "http.request", "body": body, "more_body": False}]
-    outgoing: asyncio.Queue[Message | None] = asyncio.Queue(MAX_MESSAGES)
+    incoming: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    outgoing: list[Message] = []
 
     async def receive() -> Message:
-        if incoming:
-            return incoming.pop()
-        await asyncio.Event().wait()  # this client never goes away
-        raise AssertionError("unreachable")
+        return incoming.pop() if incoming else await asyncio.Future()  # this client never goes away
 
-    async def run() -> None:
-        try:
-            await app(scope, receive, outgoing.put)
-        finally:
-            if not is_closed:
-                await outgoing.put(None)
+    async def send(message: Message) -> None:
+        outgoing.append(message)
 
-    task, is_closed = asyncio.create_task(run()), False
-    try:
-        while (message := await outgoing.get()) is not None:
-            yield message
-        await task
-    finally:
-        is_closed = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    await app(scope, receive, send)
+    return outgoing[0]["status"], b"".join(message.get("body", b"") for message in outgoing)

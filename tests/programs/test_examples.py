@@ -14,7 +14,7 @@ from qwen3fast import Generator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "qwen3_from_scratch.ipynb").read_text(encoding="utf-8"))
-# ray_serve.py needs Ray Serve, which is no part of [test]; prefix_table.py is a part of it with tests of its own.
+# ray_serve.py needs Ray Serve, which is no part of [test]; the other two files are parts of it with tests of their own.
 PROGRAMS = {"quickstart", "streaming_async", "chat_with_tools", "batch_of_prompts", "embed_and_rerank"}
 
 
@@ -31,7 +31,7 @@ def run(name, *options):
 
 
 def test_every_example_is_tested():
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == PROGRAMS | {"ray_serve", "prefix_table"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == PROGRAMS | {"ray_serve", "prefix_table", "asgi_messages"}
 
 
 def test_quickstart(uncompiled, capsys):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
+from asgi_messages import messages
 from hypothesis import given
 from hypothesis import strategies as st
 from prefix_table import BLOCK, PrefixTable, blocks_of
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-
-from qwen3fast.server.in_process import messages
 
 SYSTEM = {"role": "system", "content": "x" * 500}
 
