@@ -19,7 +19,7 @@ from qwen3fast.model import Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache, parse_cache_dtype
 from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.scheduling.request import Request
-from qwen3fast.scheduling.uncached import run_uncached
+from qwen3fast.scheduling.uncached import UncachedRun
 
 MODES = ("uncached-eager", "uncached-compiled", "cached-eager", "cached-compiled", "cached-graphs")
 
@@ -170,6 +170,13 @@ def run_cached(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sam
     for row in rows:
         engine.clear_row(row)
     return _sample(started, times, token_ids)
+
+
+def run_uncached(engine: Engine, request: Request) -> None:
+    """Run a request to completion without a cache."""
+    run = UncachedRun(engine, request)
+    while request.finish_reason is None:
+        run.step()
 
 
 def run_uncached_timed(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sample:

@@ -51,10 +51,3 @@ class UncachedRun:
         token_1 = choose_tokens(engine.parts, logits_1V, self._state, slice(1), sampler, *extras)
         self._state.step_R.add_(1)
         request.accept(int(token_1), self._logprobs.read(0) if self._logprobs is not None else None)
-
-
-def run_uncached(engine: Engine, request: Request) -> None:
-    """Run a request to completion."""
-    run = UncachedRun(engine, request)
-    while request.finish_reason is None:
-        run.step()

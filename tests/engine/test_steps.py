@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import finish, make_request, run
 
+from qwen3fast.bench.measure import run_uncached
 from qwen3fast.sampling.constraints import bits_of
 from qwen3fast.sampling.processors import process_logits
 from qwen3fast.scheduling.scheduler import Scheduler
-from qwen3fast.scheduling.uncached import run_uncached
 
 CPU = torch.device("cpu")
 

@@ -80,7 +80,7 @@ def test_usual_weights_take_12_bits():
 @in_cpp
 @pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 33, 64])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_products_have_the_bits_of_the_plain_weight_s(rows, N, K):
+def test_products_have_the_bits_of_the_plain_weight_s(rows, N, K, monkeypatch):
     weight_NK, x = weight_with_exceptions(N, K).clamp(-9, 9), random_tensor(rows, K, seed=1).bfloat16()
     packed = quantize(weight_NK, FORMAT)
     operation = torch.ops.qwen3fast.quantized_linear
@@ -88,8 +88,8 @@ def test_products_have_the_bits_of_the_plain_weight_s(rows, N, K):
     plain = LinearPointers(weight_NK.data_ptr(), None, N, K, 16)
     assert_same_bits(tiles.tile_linear(x, [packed_linear(*packed)]), tiles.tile_linear(x, [plain]))
     assert_same_bits(dequantized_linear(x, *packed), F.linear(x, weight_NK))
-    with cpu.switched_off():
-        assert_same_bits(QuantizedLinear(packed, FORMAT)(x), F.linear(x, weight_NK))
+    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
+    assert_same_bits(QuantizedLinear(packed, FORMAT)(x), F.linear(x, weight_NK))
 
 
 @in_cpp

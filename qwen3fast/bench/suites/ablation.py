@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
+from unittest import mock
 
 from qwen3fast.bench.harness import Group, Task
 from qwen3fast.bench.measure import is_cached, with_graphs
@@ -73,11 +74,14 @@ def _as_in(session: Session, stage: Stage, call: Callable[..., Result]) -> Calla
     switched_off = not stage.fused and session.device.type == "cpu"
 
     def wrapped(*arguments: object) -> Result:
-        circumstances: AbstractContextManager[None] = cpu.switched_off() if switched_off else nullcontext()
-        with circumstances:
+        with mock.patch.object(cpu, "is_loaded", _never) if switched_off else nullcontext():
             return call(*arguments)
 
     return wrapped
+
+
+def _never() -> bool:  # one function: compiled code asks for the same one again
+    return False
 
 
 def speeds_at(record: Record, context: int) -> list[tuple[str, float]]:

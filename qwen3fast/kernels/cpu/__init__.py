@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 _was_tried = False
 _is_ready = False  # a plain flag, which torch.compile can read
-_is_off = False
 
 
 def load(jobs: int | None = None) -> bool:
@@ -45,18 +42,7 @@ def load(jobs: int | None = None) -> bool:
 
 def is_loaded() -> bool:
     """Return whether `load` has succeeded in this process."""
-    return _is_ready and not _is_off
-
-
-@contextmanager
-def switched_off() -> Iterator[None]:
-    """Switch the operations off in the block, in all threads, to measure their worth."""
-    global _is_off
-    _is_off = True
-    try:
-        yield
-    finally:
-        _is_off = False
+    return _is_ready
 
 
 def version() -> str:
