@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 
 import torch
@@ -25,8 +26,8 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerTensors,
     LayerWeight,
 )
-from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
-from qwen3fast.kernels.cpu.structures import LANES, MANY_ROWS, Tiles
+from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors, end_pointers
+from qwen3fast.kernels.cpu.structures import MANY_ROWS, NotServedError, Tiles, require
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
@@ -47,18 +48,10 @@ class DecodeLayers:
     _call: DecodeStepCall | None = None
     _call_of: tuple[object, ...] = ()  # the last step's state and tables
 
-    def __init__(self, model: Qwen3, cache: StaticKVCache, num_layers: int | None = None) -> None:
-        """num_layers: of the first blocks, for a cache of as many; by default all."""
-        every = list(model.model.layers)[:num_layers]
-        blocks = [b for b in every if isinstance(b, Block)]
-        self.is_possible = (
-            len(blocks) == len(every)
-            and all(_is_block_served(block) for block in blocks)
-            and all(k.dtype in (torch.bfloat16, torch.int8) for k in cache.keys)
-            and model.config.head_dim % (2 * LANES) == 0
-        )
+    def __init__(self, model: Qwen3, cache: StaticKVCache) -> None:
+        """cache: of all blocks, or of the first ones only."""
         self.spared = SparedThreads()
-        self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
+        self._has_experts = any(isinstance(module, MoE) for module in model.modules())
         lists = [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x]
         self._caches = list(zip(*lists, strict=True))
         self.read_weights(model)
@@ -66,12 +59,14 @@ class DecodeLayers:
     def read_weights(self, model: Qwen3) -> None:
         """Use the weights that the model has now. Not while a step runs."""
         self._call_of = ()
-        if self.is_possible:
-            blocks = (block for block in model.model.layers if isinstance(block, Block))
-            layers = [_tensors(block, tensors) for block, tensors in zip(blocks, self._caches, strict=False)]
+        self.is_possible = self.runs_steps = False
+        with suppress(NotServedError):
+            layers = [_tensors(*pair) for pair in zip(model.model.layers, self._caches, strict=False)]
             self._run = DecodeLayersCall(layers, model.config.rms_norm_eps)
-        self._ends = _ends(model) if self.is_possible else None
-        self.runs_steps = self._ends is not None
+            self.is_possible = True
+            self._ends = _ends(model)
+            end_pointers(self._ends, self._run.sizes.E)
+            self.runs_steps = True
 
     def with_adapters(self, slots: AdapterSlots) -> DecodeLayers | None:
         """Return the same operation with the product of each row's adapter; None if it is not possible.
@@ -146,7 +141,6 @@ class DecodeLayers:
     def _step(self, state: DecodeState, cos_SD: Tensor, sin_SD: Tensor) -> DecodeStepCall:
         given = (state, cos_SD, sin_SD)
         if self._call is None or any(a is not b for a, b in zip_longest(self._call_of, given)):
-            assert self._ends is not None, "runs_steps is True"
             tensors = StepTensors(state.input_R, state.position_R, state.output_R, state.step_R, state.advance_R)
             sampling = state.sampler_rows(slice(None))
             self._call = DecodeStepCall(self._run, self._ends, tensors, sampling, cos_SD, sin_SD, self._adapters)
@@ -154,50 +148,41 @@ class DecodeLayers:
         return self._call
 
 
-def _ends(model: Qwen3) -> EndTensors | None:
-    """Return the weights of a step outside of the blocks; None if the operation does not serve them."""
-    norm, head = model.model.norm.weight, model.lm_head
+def _ends(model: Qwen3) -> EndTensors:
+    """Return the weights of a step outside of the blocks. Raises: NotServedError."""
     embedding: nn.Module = model.model.embed_tokens
-    if norm.dtype != torch.bfloat16 or not _is_served(head):
-        return None
-    if isinstance(embedding, QuantizedEmbedding):
+    if type(embedding) is nn.Embedding:
+        weight = LayerWeight(embedding.weight)
+    elif isinstance(embedding, QuantizedEmbedding) and embedding.dtype == torch.bfloat16:
+        require("cpu" in embedding.format.devices, "the embedding's format is of other devices", NotServedError)
         packed = Packed(embedding.weight_packed, embedding.weight_scale)
-        if embedding.dtype != torch.bfloat16 or "cpu" not in embedding.format.devices:
-            return None
-        return EndTensors(LayerWeight(*embedding.format.operands(packed)), norm, _weight(head))
-    if type(embedding) is not nn.Embedding or not _is_plain(embedding.weight):
-        return None
-    return EndTensors(LayerWeight(embedding.weight), norm, _weight(head))
-
-
-def _norms(block: Block) -> list[Tensor]:
-    attention = block.self_attn
-    norms = (block.input_layernorm, attention.q_norm, attention.k_norm, block.post_attention_layernorm)
-    return [norm.weight for norm in norms]
-
-
-def _attention(block: Block) -> list[nn.Module]:
-    return [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
-
-
-def _feed_forward(mlp: FeedForward) -> list[nn.Module]:
-    return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _tensors(block: Block, cache: Sequence[Tensor]) -> LayerTensors:
-    mlp = block.mlp
-    feed_forward: list[LayerWeight] | ExpertWeights
-    if isinstance(mlp, MoE):
-        experts: nn.Module = mlp.experts
-        assert isinstance(experts, QuantizedExperts), "checked before"
-        gate_up, down = _weight(experts.gate_up_proj), _weight(experts.down_proj)
-        feed_forward = ExpertWeights(mlp.gate.weight, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
+        weight = LayerWeight(*embedding.format.operands(packed))
     else:
-        feed_forward = _weights(_feed_forward(mlp))
-    return LayerTensors(_norms(block), _weights(_attention(block)), feed_forward, cache)
+        raise NotServedError("the embedding has another form")
+    return EndTensors(weight, model.model.norm.weight, _weight(model.lm_head))
 
 
-def _weights(layers: Sequence[nn.Module]) -> list[LayerWeight]:
+def _tensors(block: nn.Module, cache: Sequence[Tensor]) -> LayerTensors:
+    """Return the tensors of a block and its cache. Raises: NotServedError for layers of other kinds."""
+    if not isinstance(block, Block):
+        raise NotServedError("the model has other blocks")
+    attention, mlp = block.self_attn, block.mlp
+    norms = (block.input_layernorm, attention.q_norm, attention.k_norm, block.post_attention_layernorm)
+    feed_forward: list[LayerWeight] | ExpertWeights
+    experts: nn.Module | None = mlp.experts if isinstance(mlp, MoE) else None
+    if isinstance(mlp, MoE) and isinstance(experts, QuantizedExperts):
+        gate_up, down = _weight(experts.gate_up_proj), _weight(experts.down_proj)
+        router = _weight(mlp.gate).weight
+        feed_forward = ExpertWeights(router, gate_up, down, mlp.num_chosen, mlp.is_renormalized)
+    elif isinstance(mlp, FeedForward):
+        feed_forward = _weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    else:
+        raise NotServedError("the feed-forward layer or its experts have another form")
+    projections = _weights(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return LayerTensors([norm.weight for norm in norms], projections, feed_forward, cache)
+
+
+def _weights(*layers: nn.Module) -> list[LayerWeight]:
     """Return the weights of layers of which all but the last have the same input; equal orders are the same tensor."""
     first, *others = map(_weight, layers)
     is_shared = isinstance(layers[0], OrderedLinear) and layers[0].shares_order
@@ -206,41 +191,10 @@ def _weights(layers: Sequence[nn.Module]) -> list[LayerWeight]:
 
 
 def _weight(layer: nn.Module) -> LayerWeight:
-    if isinstance(layer, QuantizedLinear):
+    """Return the weight of a linear layer. Raises: NotServedError for one of another kind, or with a bias."""
+    if isinstance(layer, QuantizedLinear) and layer.bias is None and "cpu" in layer.format.devices:
         order = layer.input_order if isinstance(layer, OrderedLinear) else None
         return LayerWeight(*layer.format.operands(layer.packed), order)
-    assert isinstance(layer, nn.Linear), "checked before"
-    return LayerWeight(layer.weight)
-
-
-def _is_block_served(block: Block) -> bool:
-    mlp, attention = block.mlp, _attention(block)
-    if isinstance(mlp, MoE):
-        experts: nn.Module = mlp.experts
-        is_mlp_served = isinstance(experts, QuantizedExperts) and _is_served(mlp.gate) and _is_served(experts.down_proj)
-    else:
-        is_mlp_served = isinstance(mlp, FeedForward) and _are_served_together(*_feed_forward(mlp))
-    return (
-        is_mlp_served
-        and _are_served_together(*attention)
-        and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in _norms(block))
-    )
-
-
-def _are_served_together(*layers: nn.Module) -> bool:
-    """Return whether the layers are served. All but the last have the same input: all of these are packed, or none."""
-    is_packed = {isinstance(layer, QuantizedLinear) for layer in layers[:-1]}
-    return len(is_packed) == 1 and all(_is_served(layer) for layer in layers)
-
-
-def _is_served(linear: nn.Module) -> bool:
-    if not isinstance(linear, nn.Linear | QuantizedLinear) or linear.bias is not None:  # its output may need more
-        return False
-    if isinstance(linear, QuantizedLinear):
-        return "cpu" in linear.format.devices
-    return _is_plain(linear.weight)
-
-
-def _is_plain(weight: Tensor) -> bool:
-    is_in_place = weight.device.type == "cpu" and weight.is_contiguous()
-    return is_in_place and weight.dtype == torch.bfloat16 and all(size % LANES == 0 for size in weight.shape)
+    if isinstance(layer, nn.Linear) and layer.bias is None:
+        return LayerWeight(layer.weight)
+    raise NotServedError("a linear layer has a bias, or another form")

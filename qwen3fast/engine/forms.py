@@ -190,7 +190,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     block_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     blocks = min(blocks, -(-DECODE_BYTES // block_bytes))
     small = StaticKVCache(replace(config, num_hidden_layers=blocks), 1, 1, dtype, torch.device("cpu"))
-    if not DecodeLayers(model, small, blocks).is_possible:
+    if not DecodeLayers(model, small).is_possible:
         return []
     all_rows = {min(1 << (n - 1).bit_length(), max_batch_size) for n in range(1, max_batch_size + 1)}
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
@@ -219,7 +219,7 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
     x_B1E = torch.full((rows, 1, config.hidden_size), 0.1, dtype=torch.bfloat16)
     mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
     cos_B1D, sin_B1D = cos_SD[position_B1], sin_SD[position_B1]
-    layers = DecodeLayers(model, cache, blocks)
+    layers = DecodeLayers(model, cache)
 
     @torch.no_grad()
     def all_blocks() -> None:

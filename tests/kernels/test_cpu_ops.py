@@ -527,6 +527,11 @@ def test_decode_layers_leave_other_models_alone():
     model, cache, *_ = layers_case()
     assert not DecodeLayers(model, cache).serves(MAX_DECODE_ROWS + 1)
     assert not DecodeLayers(model.float(), cache).serves(1)
+    for format in (None, *FORMATS):  # as on a CUDA device
+        model, cache, *_ = layers_case(format)
+        assert not DecodeLayers(model.to("meta"), cache).serves(1)
+        cache = StaticKVCache(model.config, 1, 64, torch.bfloat16, torch.device("meta"))
+        assert not DecodeLayers(model, cache).serves(1)
 
 
 @pytest.mark.parametrize(

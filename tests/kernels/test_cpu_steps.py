@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, LayerWeight
 from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
+from qwen3fast.kernels.cpu.structures import NotServedError
 from qwen3fast.model import rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.convert import quantize_model
@@ -130,7 +132,7 @@ def test_requests_of_all_kinds_get_the_tokens_of_the_blocks_alone(monkeypatch):
         return whole, results
 
     is_whole, whole = replies()
-    monkeypatch.setattr("qwen3fast.engine.decode_layers._ends", lambda model: None)
+    monkeypatch.setattr("qwen3fast.engine.decode_layers._ends", mock.Mock(side_effect=NotServedError))
     is_alone, alone = replies()
     assert is_whole and not is_alone
     for a, b in zip(all_of(whole), all_of(alone), strict=True):

@@ -20,6 +20,7 @@ from qwen3fast.kernels.cpu.structures import (
     Layer,
     LinearPointers,
     LowRank,
+    NotServedError,
     Sizes,
     Tiles,
     cache,
@@ -80,10 +81,13 @@ class DecodeLayersCall:
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
         """Check and keep the tensors of all blocks. eps: of the norms.
 
-        Raises: ValueError for unsupported tensors.
+        Raises: NotServedError for devices, dtypes and sizes that other forms serve; ValueError for tensors that do not
+        fit.
         """
         require(len(layers) > 0, "decode_layers: there must be layers")
         self._tensors = [tensor for layer in layers for tensor in _flat(layer)]  # kept, even if parameters are replaced
+        is_here = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        require(is_here, "decode_layers: weights and cache must be on the CPU", NotServedError)
         self._layers = (Layer * len(layers))()
         keys = layers[0].cache[0]
         self.R, K, S, D = keys.shape
@@ -274,6 +278,7 @@ def weight_pointers(
     require(
         weight.dim() == 2 and is_array(weight, torch.bfloat16, *weight.shape),
         "decode_layers: weights must be (N, K) bfloat16, contiguous, or packed",
+        NotServedError,
     )
     return LinearPointers(weight.data_ptr(), None, *weight.shape, 16)
 
@@ -288,7 +293,8 @@ def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
 
 
 def vector_pointer(vector: Tensor, size: int) -> int:
-    require(is_array(vector, torch.bfloat16, size), "decode_layers: norms must be bfloat16, of the size of their input")
+    message = "decode_layers: norms must be bfloat16, of the size of their input"
+    require(is_array(vector, torch.bfloat16, size), message, NotServedError)
     return vector.data_ptr()
 
 
@@ -314,4 +320,5 @@ def _require_sizes(layer: Layer, s: Sizes) -> None:
     require(
         fits and s.H % s.K == 0 and s.D % (2 * LANES) == 0 and 0 <= layer.chosen <= X,
         "decode_layers: weights of equal layers, sizes multiples of 16 (packed: of 32), D of 32",
+        NotServedError,
     )

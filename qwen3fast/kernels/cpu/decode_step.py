@@ -21,7 +21,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
 )
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
-from qwen3fast.kernels.cpu.structures import Ends, is_array, require
+from qwen3fast.kernels.cpu.structures import Ends, LinearPointers, NotServedError, is_array, require
 
 
 class EndTensors(NamedTuple):
@@ -40,6 +40,20 @@ class StepTensors(NamedTuple):
     output: Tensor
     step: Tensor
     advance: Tensor
+
+
+def end_pointers(ends: EndTensors, E: int) -> tuple[LinearPointers, LinearPointers, int]:
+    """Return embedding, output projection and norm for blocks of this hidden size.
+
+    Raises: NotServedError for other dtypes and sizes.
+    """
+    embedding, head = weight_pointers(*ends.embedding), weight_pointers(*ends.head)
+    require(
+        embedding.K == head.K == E and has_whole_lanes(embedding) and has_whole_lanes(head),
+        "decode_step: embedding and output projection must be (V, E), sizes multiples of 16 (packed: E of 32)",
+        NotServedError,
+    )
+    return embedding, head, vector_pointer(ends.norm, E)
 
 
 class DecodeStepCall:
@@ -66,19 +80,12 @@ class DecodeStepCall:
             for x in (*ends.embedding, ends.norm, *ends.head, *state, *sampling, cos_SD, sin_SD)
             if x is not None
         ]
-        embedding, head = weight_pointers(*ends.embedding), weight_pointers(*ends.head)
-        E = blocks.sizes.E
-        for weight in (embedding, head):
-            require(
-                weight.K == E and has_whole_lanes(weight),
-                "decode_step: embedding and output projection must be (V, E), sizes multiples of 16 (packed: E of 32)",
-            )
         for tensor in state:
             is_right = is_array(tensor, torch.int64, blocks.R)
             require(is_right, "decode_step: the buffers must be (R,) int64, contiguous")
         check_tables("decode_step", blocks.sizes.D, cos_SD, sin_SD)
         end = min(blocks.sizes.S, len(cos_SD), len(sin_SD))
-        self._ends = Ends(embedding, head, vector_pointer(ends.norm, E), *(tensor.data_ptr() for tensor in state), end)
+        self._ends = Ends(*end_pointers(ends, blocks.sizes.E), *(tensor.data_ptr() for tensor in state), end)
         self._sampling = sampling_pointers(sampling, blocks.R)
         self._tables = cos_SD.data_ptr(), sin_SD.data_ptr()
 

@@ -133,10 +133,14 @@ class Sizes(ctypes.Structure):
     _fields_ = [*((name, c_int64) for name in "MEHKDS"), ("eps", c_float)]
 
 
-def require(condition: bool, message: str) -> None:
-    """Check a condition. Raises: ValueError with this message if it does not hold."""
+class NotServedError(ValueError):
+    """An error for tensors that are in order, but that an operation does not serve; a plainer form does."""
+
+
+def require(condition: bool, message: str, error: type[ValueError] = ValueError) -> None:
+    """Check a condition. Raises: an error with this message if it does not hold."""
     if not condition:
-        raise ValueError(message)
+        raise error(message)
 
 
 def is_array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
@@ -283,7 +287,8 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
     Raises: ValueError for tensors that are not as ops.h describes them.
     """
     is_quantized = k_RKSD.dtype == torch.int8
-    require(is_quantized or k_RKSD.dtype == torch.bfloat16, "keys and values must be bfloat16 or int8")
+    is_served = is_quantized or k_RKSD.dtype == torch.bfloat16
+    require(is_served, "keys and values must be bfloat16 or int8", NotServedError)
     for tensor in (k_RKSD, v_RKSD):
         require(
             tensor.dim() == 4 and is_array(tensor, k_RKSD.dtype, *k_RKSD.shape),
