@@ -84,7 +84,7 @@ def test_a_row_of_small_numbers_stays_in_bfloat16():
 
 @pytest.mark.parametrize("scale", [torch.ones(2, 3, 16), torch.ones(2, 16, 3).bfloat16().transpose(1, 2)])
 def test_what_is_not_scales_of_int4_is_refused(scale):
-    with pytest.raises(ValueError, match=r"pack_scales: scale must be \(N/16, K/32, 16\) bfloat16, contiguous"):
+    with pytest.raises(ValueError, match=r"pack_scales: scale must be \(\d+, \d+, 16\) bfloat16, contiguous"):
         pack_scales(scale)
 
 

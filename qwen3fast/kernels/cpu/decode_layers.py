@@ -23,6 +23,7 @@ from qwen3fast.kernels.cpu.structures import (
     NotServedError,
     Sizes,
     Tiles,
+    address,
     cache,
     is_array,
     packed_linear,
@@ -103,7 +104,7 @@ class DecodeLayersCall:
         for layer, tensors in zip(self._layers, layers, strict=True):
             _require_sizes(layer, self.sizes)
             for norm, name in zip(tensors.norms, ("input_norm", "q_norm", "k_norm", "post_norm"), strict=True):
-                setattr(layer, name, vector_pointer(norm, D if name in ("q_norm", "k_norm") else first.q.K))
+                setattr(layer, name, norm_pointer(norm, D if name in ("q_norm", "k_norm") else first.q.K))
 
         attention = (w for x in self._layers for w in (x.q, x.k, x.v, x.o))
         dense = (w for x in self._layers if not x.router.weight for w in (x.gate, x.up, x.down))
@@ -122,11 +123,8 @@ class DecodeLayersCall:
         slots, rank, _ = matrices[0][0].shape
         for (a_SRK, b_SRN), w in zip(matrices, weights, strict=True):
             for matrix, size in ((a_SRK, w.K), (b_SRN, w.N)):
-                require(
-                    is_array(matrix, torch.bfloat16, slots, rank, size),
-                    "decode_layers: matrices of adapters must be (slots, rank, K or N) bfloat16, contiguous",
-                )
-        require(is_array(slot_R, torch.int64, self.R), "decode_layers: slots must be (R,) int64, contiguous")
+                address("decode_layers: matrices of adapters", matrix, torch.bfloat16, slots, rank, size)
+        address("decode_layers: slots", slot_R, torch.int64, self.R)
         return AdaptersOfLayers(matrices, slot_R)
 
     def __call__(
@@ -215,7 +213,7 @@ class DecodeLayersCall:
             x_BTE.dtype == torch.bfloat16 and x_BTE.dim() == 3 and x_BTE.shape[2] == sizes.E,
             f"{name}: x must be (B, T, E) bfloat16",
         )
-        check_tables(name, sizes.D, cos_SD, sin_SD)
+        table_pointers(name, sizes.D, cos_SD, sin_SD)
         position = position_BT.contiguous()
         require(
             position.dtype == torch.int64 and position.shape == x_BTE.shape[:2],
@@ -236,10 +234,9 @@ class AdaptersOfLayers:
         self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
 
 
-def check_tables(name: str, D: int, *tables: Tensor) -> None:
-    for table in tables:
-        is_right = is_array(table, torch.float32, len(table), D)
-        require(is_right, f"{name}: cos and sin must be (positions, D) float32, contiguous")
+def table_pointers(name: str, D: int, *tables: Tensor) -> list[int]:
+    """Return the addresses of checked tables of all positions, cos and sin."""
+    return [address(f"{name}: cos and sin", table, torch.float32, len(table), D) for table in tables]
 
 
 def _flat(layer: LayerTensors) -> list[Tensor]:
@@ -292,10 +289,8 @@ def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
     return order_K.data_ptr()
 
 
-def vector_pointer(vector: Tensor, size: int) -> int:
-    message = "decode_layers: norms must be bfloat16, of the size of their input"
-    require(is_array(vector, torch.bfloat16, size), message, NotServedError)
-    return vector.data_ptr()
+def norm_pointer(norm: Tensor, size: int) -> int:
+    return address("decode_layers: norms", norm, torch.bfloat16, size, error=NotServedError)
 
 
 def has_whole_lanes(w: LinearPointers) -> bool:

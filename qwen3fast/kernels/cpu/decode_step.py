@@ -14,14 +14,14 @@ from qwen3fast.kernels.cpu.decode_layers import (
     AdaptersOfLayers,
     DecodeLayersCall,
     LayerWeight,
-    check_tables,
     has_whole_lanes,
-    vector_pointer,
+    norm_pointer,
+    table_pointers,
     weight_pointers,
 )
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
-from qwen3fast.kernels.cpu.structures import Ends, LinearPointers, NotServedError, is_array, require
+from qwen3fast.kernels.cpu.structures import Ends, LinearPointers, NotServedError, address, require
 
 
 class EndTensors(NamedTuple):
@@ -53,7 +53,7 @@ def end_pointers(ends: EndTensors, E: int) -> tuple[LinearPointers, LinearPointe
         "decode_step: embedding and output projection must be (V, E), sizes multiples of 16 (packed: E of 32)",
         NotServedError,
     )
-    return embedding, head, vector_pointer(ends.norm, E)
+    return embedding, head, norm_pointer(ends.norm, E)
 
 
 class DecodeStepCall:
@@ -80,14 +80,11 @@ class DecodeStepCall:
             for x in (*ends.embedding, ends.norm, *ends.head, *state, *sampling, cos_SD, sin_SD)
             if x is not None
         ]
-        for tensor in state:
-            is_right = is_array(tensor, torch.int64, blocks.R)
-            require(is_right, "decode_step: the buffers must be (R,) int64, contiguous")
-        check_tables("decode_step", blocks.sizes.D, cos_SD, sin_SD)
+        buffers = [address("decode_step: buffers", tensor, torch.int64, blocks.R) for tensor in state]
+        self._tables = table_pointers("decode_step", blocks.sizes.D, cos_SD, sin_SD)
         end = min(blocks.sizes.S, len(cos_SD), len(sin_SD))
-        self._ends = Ends(*end_pointers(ends, blocks.sizes.E), *(tensor.data_ptr() for tensor in state), end)
+        self._ends = Ends(*end_pointers(ends, blocks.sizes.E), *buffers, end)
         self._sampling = sampling_pointers(sampling, blocks.R)
-        self._tables = cos_SD.data_ptr(), sin_SD.data_ptr()
 
     def choose(self, num_rows: int, is_greedy: bool) -> None:
         """Choose the tokens of rows 0..num_rows-1 as `sample` does, write them to the buffers, and advance.

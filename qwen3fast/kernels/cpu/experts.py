@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import is_array, packed_linear, require
+from qwen3fast.kernels.cpu.structures import address, packed_linear, require
 from qwen3fast.kernels.define import define
 
 
@@ -44,9 +44,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
         first.N == 2 * X * second.K, f"quantized_experts: gate_up must have {2 * X * second.K} rows, it has {first.N}"
     )
     for order in gate_up[2:]:
-        is_right = is_array(order, torch.int32, 2 * X, E)
-        require(is_right, f"quantized_experts: an order must be ({2 * X}, {E}) int32, contiguous")
-        first.order = order.data_ptr()
+        first.order = address("quantized_experts: an order", order, torch.int32, 2 * X, E)
     x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)
     pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())

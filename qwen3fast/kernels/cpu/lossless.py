@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import CODED, CODED_WORDS, LANES, RECORD, is_array, require
+from qwen3fast.kernels.cpu.structures import CODED, CODED_WORDS, LANES, RECORD, address, require
 
 MULTIPLE = 64  # of K
 MAX_CHANNELS = 2**16 - 1  # exceptions have numbers of 16 bits
@@ -26,17 +26,17 @@ def pack_lossless(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     Raises: ValueError for another dtype, device, shape or layout.
     """
     N, K = weight_NK.shape
-    require(is_array(weight_NK, torch.bfloat16, N, K), "pack_lossless: weight must be bfloat16, contiguous")
+    weight = address("pack_lossless: weight", weight_NK, torch.bfloat16, N, K)
     require(
         N % LANES == 0 and K % MULTIPLE == 0 and K <= MAX_CHANNELS,
         "pack_lossless: N a multiple of 16, K of 64, below 65,536",
     )
     records, threads = torch.empty(N * RECORD, dtype=torch.uint8), torch.get_num_threads()
-    exceptions = functions().qwen3fast_plan_lossless(weight_NK.data_ptr(), N, K, records.data_ptr(), threads)
+    exceptions = functions().qwen3fast_plan_lossless(weight, N, K, records.data_ptr(), threads)
     require(N * RECORD // 4 + exceptions < 2**31, "pack_lossless: more exceptions than a record can count")
     scale = torch.cat([records, torch.empty(exceptions * 4, dtype=torch.uint8)])
     packed = torch.empty(N // LANES, row_words(K) // 2, LANES, 4, dtype=torch.uint8)
-    functions().qwen3fast_pack_lossless(weight_NK.data_ptr(), N, K, scale.data_ptr(), packed.data_ptr(), threads)
+    functions().qwen3fast_pack_lossless(weight, N, K, scale.data_ptr(), packed.data_ptr(), threads)
     return packed, scale
 
 

@@ -20,9 +20,9 @@ from qwen3fast.kernels.cpu.structures import (
     MANY_ROWS,
     LinearPointers,
     RowLimits,
+    address,
     checked_cache,
     checked_positions,
-    is_array,
     packed_linear,
     require,
 )
@@ -111,13 +111,9 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     """
     linear = packed_linear(packed, scale)
     require(linear.span == 0, "quantize_weight: int8 and int4 only")
-    require(
-        is_array(weight_NK, torch.bfloat16, linear.N, linear.K),
-        f"quantize_weight: weight must be ({linear.N}, {linear.K}) bfloat16, contiguous",
-    )
-    pointers = (packed.data_ptr(), scale.data_ptr())
-    sizes = (linear.N, linear.K, linear.bits)
-    functions().qwen3fast_quantize_weight(weight_NK.data_ptr(), *sizes, *pointers, torch.get_num_threads())
+    weight = address("quantize_weight: weight", weight_NK, torch.bfloat16, linear.N, linear.K)
+    sizes, pointers = (linear.N, linear.K, linear.bits), (linear.weight, linear.scale)
+    functions().qwen3fast_quantize_weight(weight, *sizes, *pointers, torch.get_num_threads())
 
 
 def pack_scales(scale: Tensor) -> Tensor | None:
@@ -126,10 +122,9 @@ def pack_scales(scale: Tensor) -> Tensor | None:
     None if bytes would be other numbers.
     """
     blocks, groups = scale.shape[:2]
-    is_right = is_array(scale, torch.bfloat16, blocks, groups, LANES)
-    require(is_right, "pack_scales: scale must be (N/16, K/32, 16) bfloat16, contiguous")
+    pointer = address("pack_scales: scale", scale, torch.bfloat16, blocks, groups, LANES)
     result = torch.empty(blocks, 1 + groups, LANES, dtype=torch.int8)
-    arguments = (scale.data_ptr(), blocks, groups, result.data_ptr(), torch.get_num_threads())
+    arguments = (pointer, blocks, groups, result.data_ptr(), torch.get_num_threads())
     return result if functions().qwen3fast_pack_scales(*arguments) else None
 
 

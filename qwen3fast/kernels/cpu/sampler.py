@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, is_array, require
+from qwen3fast.kernels.cpu.structures import ProcessingPointers, SamplingPointers, address, require
 
 _SAMPLING = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
 _PROCESSING = (*[torch.float32] * 3, torch.bool, torch.int32, torch.float32, torch.int32)
@@ -33,12 +33,8 @@ def sample(logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
 
 def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
     """Return the addresses of the fields of `SamplerRows`, (count,) each. Raises: ValueError for other tensors."""
-    for tensor, dtype in zip(rows, _SAMPLING, strict=True):
-        require(
-            is_array(tensor, dtype, count),
-            f"sample: sampling parameters must be ({count},), contiguous, in the dtypes of SamplerRows",
-        )
-    return SamplingPointers(*(tensor.data_ptr() for tensor in rows))
+    fields = zip(SamplingPointers._fields_, rows, _SAMPLING, strict=True)
+    return SamplingPointers(*(address(f"sample: {field[0]}", x, dtype, count) for field, x, dtype in fields))
 
 
 def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -48,13 +44,11 @@ def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """
     B, V = _shape("process_logits", logits_BV)
     shapes = [*[(B,)] * 3, *[(B, V)] * 3, (B, -(-V // 32))]
-    for tensor, dtype, shape in zip(rows, _PROCESSING, shapes, strict=True):
-        require(
-            is_array(tensor, dtype, *shape),
-            "process_logits: parameters must be contiguous, in the dtypes and shapes of ProcessorRows",
-        )
+    fields = zip(ProcessingPointers._fields_, rows, _PROCESSING, shapes, strict=True)
+    pointers = ProcessingPointers(
+        *(address(f"process_logits: {field[0]}", x, dtype, *shape) for field, x, dtype, shape in fields)
+    )
     logits_BV, y_BV = logits_BV.contiguous(), torch.empty(B, V, dtype=torch.float32, device="cpu")
-    pointers = ProcessingPointers(*(tensor.data_ptr() for tensor in rows))
     functions().qwen3fast_process_logits(
         logits_BV.data_ptr(), byref(pointers), y_BV.data_ptr(), B, V, torch.get_num_threads()
     )

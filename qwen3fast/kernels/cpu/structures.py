@@ -148,6 +148,13 @@ def is_array(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
     return tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device.type == "cpu"
 
 
+def address(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, error: type[ValueError] = ValueError) -> int:
+    """Return where C++ reads a tensor. Raises: an error with its name and what it must be, unless it `is_array`."""
+    if not is_array(tensor, dtype, *shape):
+        raise error(f"{name} must be {shape} {str(dtype).removeprefix('torch.')}, contiguous, on the CPU")
+    return tensor.data_ptr()
+
+
 def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
     """Return packed weights as quantized.cpp, fp8.cpp and lossless.h describe them.
 
@@ -289,19 +296,13 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
     is_quantized = k_RKSD.dtype == torch.int8
     is_served = is_quantized or k_RKSD.dtype == torch.bfloat16
     require(is_served, "keys and values must be bfloat16 or int8", NotServedError)
-    for tensor in (k_RKSD, v_RKSD):
-        require(
-            tensor.dim() == 4 and is_array(tensor, k_RKSD.dtype, *k_RKSD.shape),
-            "keys and values must be (R, K, S, D), equal in shape and dtype, contiguous",
-        )
-    pointers = []
+    R, K, S, D = k_RKSD.shape
+    pointers = [address("keys and values", tensor, k_RKSD.dtype, R, K, S, D) for tensor in (k_RKSD, v_RKSD)]
     for scale in (k_scale_RKS, v_scale_RKS):
         require((scale is not None) == is_quantized, "scales of keys and values are for int8 only, and needed there")
         if scale is not None:
-            is_right = is_array(scale, torch.float32, *k_RKSD.shape[:3])
-            require(is_right, "scales of keys and values must be (R, K, S) float32, contiguous")
-        pointers.append(None if scale is None else scale.data_ptr())
-    return Cache(k_RKSD.data_ptr(), v_RKSD.data_ptr(), *pointers)
+            pointers.append(address("scales of keys and values", scale, torch.float32, R, K, S))
+    return Cache(*pointers)
 
 
 def checked_cache(
