@@ -20,6 +20,7 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen3fast.checkpoint.metadata import has_tokenizer, read_config
 from qwen3fast.checkpoint.source import resolve_source
@@ -126,10 +127,9 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text, in windows of max_length tokens."""
-        windows = [
-            list(rolling_windows(self.tokenizer.encode(request.args[0]), self.prefix_token_id, self.max_length))
-            for request in requests
-        ]
+        texts = [self.tokenizer.encode(request.args[0]) for request in requests]
+        sizes = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
+        windows = [list(map(make_disjoint_window, get_rolling_token_windows(ids, **sizes))) for ids in texts]
         scored = self._loglikelihood_tokens([(None, *pair) for some in windows for pair in some], disable_tqdm)
         values = iter(scored)
         totals = [math.fsum(next(values)[0] for _ in some) for some in windows]
@@ -212,17 +212,6 @@ class HarnessModel(TemplateLM):
     def _special(self, name: str) -> int | None:
         token = self.tokenizer.special_tokens.get(name)
         return None if token is None else self.tokenizer.base.token_to_id(token)
-
-
-def rolling_windows(ids: list[int], prefix: int, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield contexts and continuations in which every token of a text is predicted once.
-
-    The first window follows the prefix token alone; each later one has as much context as makes max_length tokens.
-    Source: lm_eval.utils.get_rolling_token_windows (context_len 1) and make_disjoint_window.
-    """
-    for begin in range(0, len(ids), max_length):
-        end = min(begin + max_length, len(ids))
-        yield (ids[end - max_length - 1 : begin] if begin else [prefix]), ids[begin:end]
 
 
 def _lots(items: list[Any]) -> Iterator[list[Any]]:
