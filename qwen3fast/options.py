@@ -1,4 +1,4 @@
-"""GeneratorOptions: the settings of a Generator, checked before any weights are read."""
+"""GeneratorOptions: the settings of a Generator, checked before any weights are read; and options of commands."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from qwen3fast.kernels.cpu.library import usable_levels
 from qwen3fast.kernels.forms import FIRST, MEASURED
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import CACHE_DTYPES
+from qwen3fast.quantization.convert import DEQUANTIZE
+from qwen3fast.quantization.formats import ALL_FORMATS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_SEQ_LEN = 2**31 - 1
@@ -120,3 +122,17 @@ def takes_options(function: Function) -> Function:
     ]
     function.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return function
+
+
+def add_loading_arguments(add: Callable[..., Any]) -> None:
+    """Add the options of commands that load a model. add: `add_argument` of a parser or of a group."""
+    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
+    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
+    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; int6, uint5, "
+        "nl4: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; dequantize: use a prequantized checkpoint "
+        "unquantized")  # fmt: skip
+    add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
+        "time at the first load of a model")  # fmt: skip
+    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
+    add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
+        "slower")  # fmt: skip

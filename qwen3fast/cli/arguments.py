@@ -14,9 +14,7 @@ from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.model.kv_cache import CACHE_DTYPES
-from qwen3fast.options import GeneratorOptions
-from qwen3fast.quantization.convert import DEQUANTIZE
-from qwen3fast.quantization.formats import ALL_FORMATS
+from qwen3fast.options import GeneratorOptions, add_loading_arguments
 from qwen3fast.sampling_params import SamplingParams
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
@@ -24,12 +22,6 @@ MODEL_HELP = (
     "hub id such as Qwen/Qwen3-0.6B, local folder or .gguf file, 'tiny' (comes with the package), or 'random:0.6b' "
     "(random weights of that size) [%(default)s]"
 )
-QUANTIZATION_HELP = (
-    "quantize the weights while loading; int6, uint5, nl4: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; "
-    "dequantize: use a prequantized checkpoint unquantized"
-)
-NO_CUDA_GRAPHS_HELP = "on GPUs, launch each kernel of a step from the host, which is slower"
-NO_CALIBRATE_HELP = "int4 and uint4 without the correction of errors, which takes time at the first load of a model"
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
@@ -43,17 +35,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add_source_arguments(group)
     add = group.add_argument
-    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
-    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
-    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help=QUANTIZATION_HELP)
-    add("--no-calibrate", action="store_true", help=NO_CALIBRATE_HELP)
+    add_loading_arguments(add)
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and reply [4096 or the model's maximum]")
     add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity")
-    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
     add("--compile", choices=list(COMPILE_MODES), default="auto", help="auto: compile while tokens are generated; "
         "always: before the first token; never [%(default)s]")  # fmt: skip
-    add("--no-cuda-graphs", action="store_true", help=NO_CUDA_GRAPHS_HELP)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,7 @@ from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.embedder import Embedder
 from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
-from qwen3fast.quantization.convert import DEQUANTIZE
-from qwen3fast.quantization.formats import ALL_FORMATS
+from qwen3fast.options import add_loading_arguments
 from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel
 
@@ -40,15 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-size", type=int, default=8, metavar="N", help="requests that run together [%(default)s]")
     add("--max-seq-len", type=int, default=4096, metavar="N", help="tokens of prompt and reply together [%(default)s]")
     add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
-    add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; lossless: pack "
-        "bfloat16 in 12 bits; dequantize: use a prequantized checkpoint unquantized")  # fmt: skip
-    add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
-        "time at the first load of a model")  # fmt: skip
-    add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one [%(default)s]")
-    add("--dtype", default="auto", help="auto (the checkpoint's), bfloat16, float16 or float32 [%(default)s]")
-    add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
-    add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
-        "slower")  # fmt: skip
+    add_loading_arguments(add)
     add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
         "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
 
