@@ -91,8 +91,7 @@ class Generator(ChatMethods, AdapterMethods):
         self.options.check_model(config)
         weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.device, self.dtype = weight.device, weight.dtype
-        self.max_seq_len = self.options.max_seq_len
+        self.device, self.dtype, self.max_seq_len = weight.device, weight.dtype, self.options.max_seq_len
         self._source_folder, self._ranks = source_folder, ranks
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
@@ -102,14 +101,7 @@ class Generator(ChatMethods, AdapterMethods):
         worker = self._dispatcher.worker
         self._adapters = AdapterRegistry(worker, self.options.adapters, checked_flag("check_weights", check_weights))
         self._builder = RequestBuilder(
-            tokenizer,
-            config.vocab_size,
-            self.max_seq_len,
-            eos_ids,
-            self.default_params,
-            worker,
-            self._adapters,
-            config.longest_context,
+            tokenizer, config, self.max_seq_len, eos_ids, self.default_params, worker, self._adapters
         )
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
@@ -214,14 +206,12 @@ class Generator(ChatMethods, AdapterMethods):
         each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
         if len(each) != len(many):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
-        groups = [
-            self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in zip(many, each, strict=True)
-        ]
+        pairs = zip(many, each, strict=True)
+        groups = [self._builder.build(prompt, p, on_overflow, tools=tools) for prompt, p in pairs]
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
-        results = [[next(replies) for _ in group] for group in groups]
-        merged = [GenerationResult.of_samples(group) for group in results]
-        return merged[0] if is_single else merged
+        results = [GenerationResult.of_samples([next(replies) for _ in group]) for group in groups]
+        return results[0] if is_single else results
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is one prompt, although it is an iterable of str
@@ -343,8 +333,7 @@ class Generator(ChatMethods, AdapterMethods):
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)
-        parts = self.debug.engine.num_warmup_parts()
-        with tqdm(total=parts, desc="warmup", unit="part", disable=not progress) as bar:
+        with tqdm(total=self.debug.engine.num_warmup_parts(), desc="warmup", unit="part", disable=not progress) as bar:
 
             def report(part: str) -> None:
                 bar.set_postfix_str(part)
@@ -380,10 +369,7 @@ class Generator(ChatMethods, AdapterMethods):
 
     def __reduce__(self) -> NoReturn:
         """Raises: TypeError, for pickle and copy: threads and memory of the engine belong to one process."""
-        raise TypeError(
-            "a Generator cannot be pickled or copied; pass the arguments of Generator.from_pretrained instead, and "
-            "build another one from them, in the other process if need be"
-        )
+        raise TypeError("a Generator cannot be pickled or copied; pass the arguments of from_pretrained instead")
 
     def __enter__(self) -> Generator:
         return self
@@ -403,9 +389,8 @@ class Generator(ChatMethods, AdapterMethods):
         cache = StaticKVCache(self.config, options.max_batch_size, options.max_seq_len, cache_dtype, self.device)
         if self.device.type == "cpu":
             use_threads(options.threads)
-        compile = options.compile
-        if ranks is not None and compile == "auto":
-            compile = True  # ranks that try a compiled form at different times would wait for each other forever
+        # Ranks that try a compiled form at different times would wait for each other forever.
+        compile = True if ranks is not None and options.compile == "auto" else options.compile
         slots, rank = adapter_room(options)
         if slots and ranks is not None:
             raise ValueError("adapters exclude tensor_parallel: leave it out, or load a merged checkpoint")

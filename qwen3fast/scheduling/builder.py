@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
@@ -30,17 +31,16 @@ class RequestBuilder:
     def __init__(
         self,
         tokenizer: Tokenizer | None,
-        vocab_size: int,
+        config: ModelConfig,
         max_seq_len: int,
         eos_ids: frozenset[int],
         default_params: SamplingParams,
         worker: EngineWorker,
-        adapters: AdapterRegistry | None = None,
-        longest_context: int | None = None,
+        adapters: AdapterRegistry,
     ) -> None:
-        self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, vocab_size, max_seq_len
+        self._tokenizer, self._vocab_size, self._max_seq_len = tokenizer, config.vocab_size, max_seq_len
         self._eos_ids, self._default_params, self._worker = eos_ids, default_params, worker
-        self._adapters, self._longest_context = adapters or AdapterRegistry(worker), longest_context
+        self._adapters, self._longest_context = adapters, config.longest_context
         self._reasoning = ReasoningFormat(tokenizer)
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
@@ -131,7 +131,7 @@ class RequestBuilder:
         continuation_ids = prompt_to_ids(continuation, self._tokenizer, self._vocab_size, "continuation")
         needed = len(ids) + len(continuation_ids) + 1
         if needed > self._max_seq_len:
-            can_grow = self._longest_context is None or needed <= self._longest_context
+            can_grow = needed <= self._longest_context
             raise ValueError(
                 f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
                 f"max_seq_len {self._max_seq_len}; shorten one"
