@@ -1,7 +1,7 @@
 """How a step runs.
 
 Read dynamic_sizes.py, compile.py, parts.py, prefill.py, state.py, decode.py, decode_layers.py, cuda_graph.py,
-token_ring.py, in_flight.py, rows.py, engine.py and distributed.py, in this order; threads.py, staging.py and
+in_flight.py, rows.py, engine.py and distributed.py, in this order; threads.py, staging.py and
 last_token.py stand alone.
 """
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwen3fast.engine import cuda_graph
 from qwen3fast.engine.compile import end_broken_capture
 from qwen3fast.engine.cuda_graph import CudaRecorder, GraphCache
-from qwen3fast.engine.token_ring import TokenRing
+from qwen3fast.engine.in_flight import TokenRing
 
 CPU = torch.device("cpu")
 KEYS = ("one row", "two rows", "sampled")

@@ -8,7 +8,7 @@ import torch
 from conftest import engine_of, randomized, small_config
 
 from qwen3fast.engine import RowSampling
-from qwen3fast.engine.token_ring import TokenRing
+from qwen3fast.engine.in_flight import TokenRing
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.scheduler import Scheduler
 
